@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Installs what the tests need in .venv and runs them; further arguments go to pytest (e.g. -m slow, -k vit).
+set -euo pipefail
+source "$(dirname "$0")/install.sh" '[test,torch]'
+export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
+case " $* " in *" -m "*) ;; *) set -- -m 'not slow' "$@" ;; esac
+exec .venv/bin/python -m pytest "$@"

@@ -1,0 +1,231 @@
+"""`lavit COMMAND`: the whole project from the shell.
+
+A command parses its options, imports what it needs, calls one function of the package, and prints. Whatever goes wrong by
+the user's doing arrives here as a `UserError` (or as a full disk) and leaves as one line on stderr with exit status 2.
+
+Imports wait inside the commands, so that `lavit --help` answers at once; and the syntax of this file is plain, so that an
+old Python gets as far as `check_python`, which says what is wrong with it.
+"""
+
+import argparse
+import errno
+import os
+import sys
+
+MIN_PYTHON = (3, 11)
+ASSETS = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'assets')
+TINY = os.path.relpath(os.path.join(ASSETS, 'tiny'))
+DEMO = os.path.relpath(os.path.join(ASSETS, 'demo'))
+
+
+def main(argv=None):
+  """Runs one command; returns its exit status: 0, or 2 after one line on stderr that names the fault and the remedy."""
+  check_python()
+  from lavit_jax.errors import UserError
+  args, rest = build_parser().parse_known_args(argv)
+  try:
+    if args.run is train:
+      from lavit_jax.training.config import split_overrides
+      args.overrides, rest = split_overrides(rest)
+    if rest:
+      raise UserError('lavit %s does not know %s; see lavit %s --help' % (args.command, ' '.join(rest), args.command))
+    args.run(args)
+  except UserError as error:
+    return _fail(error)
+  except OSError as error:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+      raise
+    return _fail('the disk is full%s; free some space or write elsewhere' % (' at %s' % error.filename if error.filename else ''))
+  except KeyboardInterrupt:
+    return _fail('interrupted') + 128
+  return 0
+
+
+def check_python(version=None):
+  """Exits with one line when this interpreter is older than the package supports."""
+  version = tuple(version or sys.version_info)[:2]
+  if version < MIN_PYTHON:
+    raise SystemExit(_fail('Python %d.%d is too old; make the virtual environment with Python %d.%d or newer' % (version + MIN_PYTHON)))
+
+
+def _fail(message):
+  print('lavit: error: ' + ' '.join(str(message).split()), file=sys.stderr)
+  return 2
+
+
+# --------------------------------------------------------------------------------------------------------------- commands
+
+def train(args):
+  from lavit_jax.training.config import load_config
+  config = load_config(args.config, args.overrides)
+  from lavit_jax.training.loop import train as run
+  run(config, args.workdir)
+
+
+def demo(args):
+  from lavit_jax.inference.demo import run
+  run(args.folder, args.inputs, args.out, seed=args.seed)
+
+
+def caption(args):
+  captions = _model(args).caption(args.images, seed=args.seed)
+  _tell(args, [dict(image=i, caption=c) for i, c in zip(args.images, captions)], '{image}: {caption}')
+
+
+def answer(args):
+  answers = _model(args).answer([args.image] * len(args.questions), args.questions, seed=args.seed)
+  _tell(args, [dict(question=q, answer=a) for q, a in zip(args.questions, answers)], '{question} {answer}')
+
+
+def generate(args):
+  _save(args, args.prompts, _model(args).generate(args.prompts, **_drawing(args)))
+
+
+def synthesize(args):
+  import pathlib
+  from lavit_jax.inference.images import SUFFIXES
+  parts = [pathlib.Path(p) if os.path.isfile(p) or p.lower().endswith(SUFFIXES) else p for p in args.parts]
+  _save(args, [' and '.join(args.parts)], _model(args).synthesize([parts], **_drawing(args)))
+
+
+def reconstruct(args):
+  pictures = _model(args).reconstruct(args.images, guidance=args.decoder_guidance, steps=args.steps, seed=args.seed)
+  _save(args, args.images, pictures)
+
+
+def tokenize(args):
+  tokens = zip(args.images, *_model(args).tokenize(args.images, seed=args.seed))
+  rows = [dict(image=image, count=int(count), ids=ids.tolist(), patches=keep.nonzero()[0].tolist())
+          for image, ids, keep, count in tokens]
+  _tell(args, rows, '{image}: {count} tokens {ids}')
+
+
+def data_build(args):
+  from lavit_jax.data.build import build
+  build(args.out)
+
+
+def evaluate(args):
+  from lavit_jax.evaluation.report import evaluate as run
+  run(args.folder, args.source, args.count, args.out, seed=args.seed)
+
+
+def variants(args):
+  from rich.console import Console
+  from rich.table import Table
+  from lavit_jax.models import lavit
+  table = Table('variant', 'pixels', 'patches', 'codes', 'text ids', 'language model')
+  for name in lavit.VARIANTS:
+    model = lavit.build(name)
+    table.add_row(name, str(model.image_size), str(model.num_patches), str(model.vocabulary.codebook_size),
+                  str(model.vocabulary.text_size), '%d layers of %d' % (model.llama.num_layers, model.llama.hidden_size))
+  Console().print(table)
+
+
+# ------------------------------------------------------------------------------------------------- what the commands share
+
+def _model(args):
+  from lavit_jax.inference.pipeline import Lavit
+  return Lavit.from_pretrained(args.folder, dtype=args.dtype)
+
+
+def _drawing(args):
+  return dict(guidance=args.guidance, decoder_guidance=args.decoder_guidance, steps=args.steps, top_k=args.top_k,
+              temperature=args.temperature, seed=args.seed)
+
+
+def _tell(args, rows, line):
+  """Prints the results, one a line; --out has them as JSON."""
+  for row in rows:
+    print(line.format(**row))
+  if args.out:
+    from lavit_jax.inference.output import write_json
+    write_json(args.out, rows)
+
+
+def _save(args, names, pictures):
+  """Writes the pictures into --out, each named by what it was made from."""
+  from lavit_jax.inference.output import png, slug, write
+  for i, (name, picture) in enumerate(zip(names, pictures)):
+    print(write(os.path.join(args.out, '%d-%s.png' % (i, slug(os.path.basename(name)))), png(picture)))
+
+
+# ----------------------------------------------------------------------------------------------------------------- options
+
+def build_parser():
+  """The options of every command."""
+  parser = argparse.ArgumentParser(prog='lavit', description='LaVIT in JAX: one language model that reads and draws pictures.')
+  commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
+
+  def command(name, run, text, parent=commands):
+    sub = parent.add_parser(name, help=text, description=text[0].upper() + text[1:] + '.', allow_abbrev=False)
+    sub.set_defaults(run=run)
+    return sub
+
+  def model_command(name, run, text, seed=None):
+    sub = command(name, run, text)
+    sub.add_argument('--folder', default=TINY, metavar='DIR', help='the checkpoint (default: %(default)s)')
+    sub.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'), help='compute dtype (default: %(default)s)')
+    sub.add_argument('--seed', default=seed, type=int, help='of all random choices (default: %s)' % (
+        seed if seed is not None else 'none is made at random, the most probable patches are kept'))
+    return sub
+
+  def drawing_command(name, run, text):
+    sub = model_command(name, run, text, seed=0)
+    sub.add_argument('--out', default='drawn', metavar='DIR', help='where the PNGs go (default: %(default)s)')
+    sub.add_argument('--steps', type=int, default=50, help='DDIM steps (default: %(default)s)')
+    sub.add_argument('--decoder-guidance', type=float, default=5.0, metavar='G', help='of the U-Net (default: %(default)s)')
+    return sub
+
+  def sampling_command(name, run, text, guidance):
+    sub = drawing_command(name, run, text)
+    sub.add_argument('--guidance', type=float, default=guidance, metavar='G', help='of the language model (default: %(default)s)')
+    sub.add_argument('--top-k', type=int, default=50, metavar='K', help='codes to choose among (default: %(default)s)')
+    sub.add_argument('--temperature', type=float, default=1.0, metavar='T', help='(default: %(default)s)')
+    return sub
+
+  sub = command('train', train, 'train one stage; every value of its page can be set with --config.KEY=VALUE')
+  sub.add_argument('--config', required=True, metavar='PAGE.py:VARIANT', help='such as configs/tokenizer.py:tiny')
+  sub.add_argument('--workdir', required=True, metavar='DIR', help='checkpoints, logs, exports; a run found there goes on')
+
+  sub = model_command('demo', demo, 'caption, answer, draw and reconstruct, with the tiny checkpoint, into one HTML page', 0)
+  sub.add_argument('--inputs', default=DEMO, metavar='DIR', help='pictures and their manifest (default: %(default)s)')
+  sub.add_argument('--out', default='demo_out', metavar='DIR', help='gets index.html (default: %(default)s)')
+
+  sub = model_command('caption', caption, 'say what is in pictures')
+  sub.add_argument('images', nargs='+', metavar='IMAGE')
+  sub.add_argument('--out', metavar='FILE.json')
+
+  sub = model_command('answer', answer, 'answer questions about a picture')
+  sub.add_argument('image', metavar='IMAGE')
+  sub.add_argument('questions', nargs='+', metavar='QUESTION')
+  sub.add_argument('--out', metavar='FILE.json')
+
+  sub = sampling_command('generate', generate, 'draw a picture from each text', 4.0)
+  sub.add_argument('prompts', nargs='+', metavar='TEXT')
+
+  sub = sampling_command('synthesize', synthesize, 'draw one picture from pictures and words, in any order', 5.0)
+  sub.add_argument('parts', nargs='+', metavar='IMAGE|TEXT')
+
+  sub = drawing_command('reconstruct', reconstruct, 'draw pictures again from their visual tokens alone')
+  sub.add_argument('images', nargs='+', metavar='IMAGE')
+
+  sub = model_command('tokenize', tokenize, 'print the visual tokens of pictures')
+  sub.add_argument('images', nargs='+', metavar='IMAGE')
+  sub.add_argument('--out', metavar='FILE.json')
+
+  data = commands.add_parser('data', help='build the data set').add_subparsers(dest='action', required=True, metavar='ACTION')
+  sub = command('build', data_build, 'draw and write the emoji data set (needs the extra [emoji])', data)
+  sub.add_argument('--out', required=True, metavar='DIR')
+
+  sub = model_command('evaluate', evaluate, 'measure a checkpoint on the held-out splits', 0)
+  sub.add_argument('--source', required=True, metavar='DIR', help='the data set that `lavit data build` wrote')
+  sub.add_argument('--count', type=int, default=512, metavar='N', help='examples a split (default: %(default)s)')
+  sub.add_argument('--out', default='report.json', metavar='FILE.json', help='(default: %(default)s)')
+
+  command('variants', variants, 'list the model sizes')
+  return parser
+
+
+if __name__ == '__main__':
+  raise SystemExit(main())

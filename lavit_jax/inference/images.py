@@ -1,0 +1,142 @@
+"""Whatever people hand over as a picture -> uint8 RGB at the model's size.
+
+A path, the bytes of a file, a PIL image or an array; palette, CMYK, 16-bit, grey, with alpha (laid on white), turned by its
+EXIF tag, one pixel large: all of these are pictures. What is not raises a UserError that names the file and the remedy.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pathlib
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from lavit_jax.errors import UserError
+
+MAX_PIXELS = 80_000_000  # 240 MB decoded; a larger header is a mistake or a decompression bomb (Pillow warns from 89 million)
+SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.gif', '.bmp', '.tif', '.tiff')
+
+
+def read_images(sources, size: int) -> np.ndarray:
+  """One picture or a sequence of them -> uint8[B, size, size, 3].
+
+  The resize is bicubic and straight to the square, aspect ratio not kept (REFERENCE section 2). Raises UserError as `read_image`.
+  """
+  images = [resize(read_image(source, f'image {i}'), size) for i, source in enumerate(as_list(sources))]
+  return np.stack(images) if images else np.zeros((0, size, size, 3), np.uint8)
+
+
+def as_list(sources) -> list:
+  """One picture, or several in a sequence or in an array [B, H, W, C], as a list."""
+  one = isinstance(sources, (str, os.PathLike, bytes, Image.Image)) or getattr(sources, 'ndim', 4) < 4
+  return [sources] if one else list(sources)
+
+
+def resize(image: np.ndarray, size: int) -> np.ndarray:
+  """uint8[H, W, 3] -> uint8[size, size, 3], bicubic; untouched if it has that size already."""
+  if image.shape[:2] == (size, size):
+    return image
+  return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def read_image(source, name: str = 'image') -> np.ndarray:
+  """One picture -> uint8[H, W, 3] RGB.
+
+  Args:
+    source: a path, bytes, a PIL image, or an array [H, W], [H, W, 1 | 3 | 4] of uint8, uint16 or floats in [0, 1].
+    name: what to call a source that has no file name in messages.
+  Raises:
+    UserError: missing, empty, not a picture, truncated, too large, or an array of another shape or type.
+  """
+  if isinstance(source, (str, os.PathLike)):
+    return _decode(_read(source), str(source))
+  if isinstance(source, (bytes, bytearray, memoryview)):
+    return _decode(bytes(source), name)
+  if isinstance(source, Image.Image):
+    return _rgb(source, name)
+  return _from_array(np.asarray(source), name)
+
+
+def _read(path) -> bytes:
+  try:
+    return pathlib.Path(path).read_bytes()
+  except FileNotFoundError:
+    raise UserError(f'{path}: no such file; give the path of a picture') from None
+  except IsADirectoryError:
+    raise UserError(f'{path}: a folder; name the pictures in it') from None
+  except OSError as error:
+    raise UserError(f'{path}: cannot be read ({error.strerror}); check the path and its permissions') from None
+
+
+def _decode(data: bytes, name: str) -> np.ndarray:
+  if not data:
+    raise UserError(f'{name}: the file is empty; copy or download it again')
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter('error', Image.DecompressionBombWarning)
+      image = Image.open(io.BytesIO(data))
+  except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    raise UserError(f'{name}: too large; scale it below {MAX_PIXELS // 10**6} million pixels') from None
+  except Exception:  # a decoder may throw anything at damaged bytes
+    raise UserError(f'{name}: not a picture that Pillow can read; convert it to PNG or JPEG') from None
+  return _rgb(image, name)
+
+
+def _check_size(width: int, height: int, name: str) -> None:
+  """For pictures in files this runs on the header, before anything large is decoded."""
+  if width * height > MAX_PIXELS:
+    raise UserError(f'{name}: {width} x {height} is too large; scale it below {MAX_PIXELS // 10**6} million pixels')
+  if not width * height:
+    raise UserError(f'{name}: the picture has no pixels; give one of at least 1 x 1')
+
+
+def _rgb(image: Image.Image, name: str) -> np.ndarray:
+  _check_size(*image.size, name)
+  try:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(('I', 'F')):
+      pixels = _deep(np.asarray(image))
+    elif image.has_transparency_data:
+      pixels = np.asarray(_on_white(image.convert('RGBA')))
+    else:
+      pixels = np.asarray(image.convert('RGB'))
+  except Exception as error:  # as above; this is where Pillow decodes
+    raise UserError(f'{name}: the picture is truncated or damaged ({error}); copy or export it again') from None
+  return _from_array(pixels, name)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+  return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
+
+
+def _deep(pixels: np.ndarray) -> np.ndarray:
+  """The pixels of Pillow's integer and float modes, which it would clip at 255 -> uint8, uint16 or floats in [0, 1]."""
+  top = pixels.max()
+  if pixels.dtype.kind == 'f':
+    return np.clip(pixels / (1.0 if top <= 1 else 255.0), 0, 1)
+  if pixels.dtype == np.uint16:
+    return pixels
+  return np.clip(pixels, 0, 255 if top <= 255 else 65535).astype(np.uint8 if top <= 255 else np.uint16)
+
+
+def _from_array(pixels: np.ndarray, name: str) -> np.ndarray:
+  if pixels.ndim == 2:
+    pixels = pixels[..., None]
+  if pixels.ndim != 3 or pixels.shape[-1] not in (1, 3, 4):
+    raise UserError(f'{name}: an array of shape {pixels.shape}; give [height, width, 3]')
+  height, width, channels = pixels.shape
+  _check_size(width, height, name)
+  if pixels.dtype == np.uint16:
+    pixels = np.round(pixels / 257).astype(np.uint8)
+  elif pixels.dtype.kind == 'f':
+    if not (pixels.min() >= 0 and pixels.max() <= 1):  # written so that NaN fails too
+      raise UserError(f'{name}: floats outside [0, 1]; scale them, or give uint8')
+    pixels = np.round(pixels * 255.0).astype(np.uint8)
+  elif pixels.dtype != np.uint8:
+    raise UserError(f'{name}: an array of {pixels.dtype}; give uint8, uint16 or floats in [0, 1]')
+  if channels == 4:
+    return np.asarray(_on_white(Image.fromarray(pixels)))
+  return np.repeat(pixels, 3, -1) if channels == 1 else pixels

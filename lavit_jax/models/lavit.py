@@ -1,0 +1,133 @@
+"""The variants table: every size is a row of data, and one function builds the parts from a row.
+
+A row holds the keyword arguments of each module. The tiny model and the 7B one run the same code.
+
+Sources: `lavit_7b` is REFERENCE sections 1, 2 and 5 (paper, section 4.1); `tiny` and `small` are choices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lavit_jax.errors import UserError
+from lavit_jax.models.decoder import Decoder
+from lavit_jax.models.llama import Llama
+from lavit_jax.models.sequence import Vocabulary
+from lavit_jax.models.tokenizer import DynamicTokenizer, Understanding
+from lavit_jax.models.unet import UNet
+from lavit_jax.models.vae import AutoencoderKL
+from lavit_jax.models.vit import ViT
+
+VARIANTS = {
+    'tiny': dict(
+        text_vocab_size=2048,
+        vit=dict(image_size=64, patch_size=8, hidden_size=128, num_layers=4, num_heads=4, head_dim=32, mlp_dim=384, output_dim=128),
+        tokenizer=dict(hidden_size=128, num_layers=2, num_heads=4, mlp_dim=384, codebook_size=1024, code_dim=16),
+        decoder=dict(num_layers=2, context_dims=(64,)),
+        llama=dict(hidden_size=160, num_layers=4, num_heads=5, num_kv_heads=5, head_dim=32, mlp_dim=432),
+        unet=dict(block_out_channels=(48, 72), layers_per_block=1, down_block_attention=(False, True), transformer_layers=(1, 1),
+                  num_heads=(4, 4), cross_attention_dim=64, norm_num_groups=8),
+        vae=dict(block_out_channels=(24, 48, 48), layers_per_block=1, norm_num_groups=8, scaling_factor=1.0),
+        uncond_rows=1,
+    ),
+    'small': dict(
+        text_vocab_size=32000,
+        vit=dict(image_size=224, patch_size=14, hidden_size=768, num_layers=12, num_heads=12, head_dim=64, mlp_dim=3072, output_dim=512),
+        tokenizer=dict(hidden_size=768, num_layers=6, num_heads=12, mlp_dim=3072, codebook_size=16384, code_dim=32),
+        decoder=dict(num_layers=6, context_dims=(768,)),
+        llama=dict(hidden_size=768, num_layers=12, num_heads=12, num_kv_heads=12, head_dim=64, mlp_dim=2048),
+        unet=dict(block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, down_block_attention=(True, True, True, False),
+                  transformer_layers=(1, 1, 1, 1), num_heads=(8, 8, 8, 8), cross_attention_dim=768),
+        vae=dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, scaling_factor=0.18215),
+        uncond_rows=77,
+    ),
+    'lavit_7b': dict(
+        text_vocab_size=32000,
+        vit=dict(image_size=224, patch_size=14, hidden_size=1408, num_layers=40, num_heads=16, head_dim=88, mlp_dim=6144, output_dim=1024),
+        tokenizer=dict(hidden_size=1408, num_layers=12, num_heads=16, mlp_dim=6144, codebook_size=16384, code_dim=32),
+        decoder=dict(num_layers=12, context_dims=(768,)),
+        highres_decoder=dict(num_layers=12, context_dims=(768, 1280), pooled_dim=1280),
+        llama=dict(hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128, mlp_dim=11008),
+        unet=dict(block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, down_block_attention=(True, True, True, False),
+                  transformer_layers=(1, 1, 1, 1), num_heads=(8, 8, 8, 8), cross_attention_dim=768),
+        vae=dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, scaling_factor=0.18215),
+        uncond_rows=77,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Lavit:
+  """The parts of one variant, as unbound Linen modules; their parameters travel apart, keyed by the field names."""
+
+  variant: str
+  vocabulary: Vocabulary
+  vit: ViT
+  tokenizer: DynamicTokenizer
+  understanding: Understanding
+  decoder: Decoder
+  highres_decoder: Decoder | None
+  llama: Llama
+  unet: UNet
+  vae: AutoencoderKL
+  uncond_rows: int  # rows of the stored null-text embedding of the U-Net
+
+  @property
+  def image_size(self) -> int:
+    """Side of the square picture that the ViT reads, in pixels."""
+    return self.vit.image_size
+
+  @property
+  def num_patches(self) -> int:
+    """N, the most visual tokens an image can have."""
+    return (self.vit.image_size // self.vit.patch_size) ** 2
+
+
+def row(variant: str) -> dict:
+  """The row of `VARIANTS` under this name; a `UserError` that names the nearest one if there is none."""
+  if variant not in VARIANTS:
+    near = difflib.get_close_matches(variant, VARIANTS, 1)
+    hint = f' did you mean {near[0]!r}?' if near else ''
+    raise UserError(f'unknown variant {variant!r}:{hint} known: {", ".join(VARIANTS)}')
+  return VARIANTS[variant]
+
+
+def build(variant: str, dtype: str = 'float32', remat: str = 'none') -> Lavit:
+  """Builds the parts of a variant.
+
+  Args:
+    variant: a key of `VARIANTS`.
+    dtype: the compute dtype; parameters are float32 whatever it is, and the VAE computes in float32 (REFERENCE 2).
+    remat: rematerialisation policy of the scanned stacks: 'none', 'full' or 'dots'.
+  Raises:
+    UserError: no such variant.
+  """
+  sizes = row(variant)
+  common = dict(dtype=jnp.dtype(dtype), remat=remat)
+  tokenizer = sizes['tokenizer']
+  vocabulary = Vocabulary(text_size=sizes['text_vocab_size'], codebook_size=tokenizer['codebook_size'])
+  num_patches = (sizes['vit']['image_size'] // sizes['vit']['patch_size']) ** 2
+  stack = {k: tokenizer[k] for k in ('hidden_size', 'num_layers', 'num_heads', 'mlp_dim')}
+
+  def decoder(kwargs):
+    sizes = {**stack, 'code_dim': tokenizer['code_dim'], 'num_patches': num_patches, 'pooled_dim': None, **kwargs}
+    return Decoder(**sizes, **common)
+
+  return Lavit(
+      variant=variant,
+      vocabulary=vocabulary,
+      vit=ViT(**sizes['vit'], **common),
+      tokenizer=DynamicTokenizer(**tokenizer, **common),
+      understanding=Understanding(**stack, llm_dim=sizes['llama']['hidden_size'], **common),
+      decoder=decoder(sizes['decoder']),
+      highres_decoder=decoder(sizes['highres_decoder']) if 'highres_decoder' in sizes else None,
+      llama=Llama(vocab_size=vocabulary.size, **sizes['llama'], **common),
+      unet=UNet(**sizes['unet'], dtype=jnp.dtype(dtype)),
+      vae=AutoencoderKL(**sizes['vae']),
+      uncond_rows=sizes['uncond_rows'],
+  )

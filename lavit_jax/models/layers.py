@@ -1,0 +1,225 @@
+"""Norms, attention, MLPs and rotary positions: what every transformer here is made of.
+
+Axes: B rows, Q queries, K keys, N tokens, H heads, d head width, D model width.
+Parameters are float32; `dtype` is the compute dtype. Norms and softmax always run in float32.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+Dtype = Any
+REMAT_POLICIES = {
+  'full': jax.checkpoint_policies.nothing_saveable,
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class LayerNorm(nn.Module):
+  """Layer normalisation over the last axis, in float32; [..., D] -> dtype[..., D]."""
+
+  epsilon: float = 1e-5
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    scale = self.param('scale', nn.initializers.ones, x.shape[-1:])
+    bias = self.param('bias', nn.initializers.zeros, x.shape[-1:])
+    x = x.astype(jnp.float32)
+    x = x - x.mean(-1, keepdims=True)  # the two-pass variance: E[x^2] - E[x]^2 cancels on large activations
+    x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
+    return (x * scale + bias).astype(self.dtype)
+
+
+class RMSNorm(nn.Module):
+  """Root-mean-square normalisation over the last axis, in float32; [..., D] -> dtype[..., D]."""
+
+  epsilon: float = 1e-5
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    scale = self.param('scale', nn.initializers.ones, x.shape[-1:])
+    x = x.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
+    return (x * scale).astype(self.dtype)
+
+
+class Mlp(nn.Module):
+  """Linear - exact (erf) GELU - Linear; [..., D] -> dtype[..., D]."""
+
+  mlp_dim: int
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    hidden = nn.gelu(nn.Dense(self.mlp_dim, dtype=self.dtype, name='fc1')(x), approximate=False)
+    return nn.Dense(x.shape[-1], dtype=self.dtype, name='fc2')(hidden)
+
+
+class SwiGLU(nn.Module):
+  """down(silu(gate(x)) * up(x)) without biases, LLaMA's MLP; [..., D] -> dtype[..., D]."""
+
+  mlp_dim: int
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    def linear(features: int, name: str) -> nn.Dense:
+      return nn.Dense(features, use_bias=False, dtype=self.dtype, name=name)
+
+    gate, up = linear(self.mlp_dim, 'gate')(x), linear(self.mlp_dim, 'up')(x)
+    return linear(x.shape[-1], 'down')(nn.silu(gate) * up)
+
+
+def _scores(q: Array, k: Array, scale: float | None) -> Array:
+  """Scaled dot products f32[B, H, Q, K] of q [B, Q, H, d] and k [B, K, G, d], each k head serving H / G heads of q.
+
+  Head-major operands: contracting over the strided axis of [B, N, H, d] is three times slower on CPU.
+  """
+  b, n, h, d = q.shape
+  q = (q * (d**-0.5 if scale is None else scale)).swapaxes(1, 2).reshape(b, k.shape[2], -1, d)
+  scores = jnp.matmul(q, k.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32)
+  return scores.reshape(b, h, n, k.shape[1])
+
+
+def _mix(weights: Array, v: Array) -> Array:
+  """Weighted sums [B, Q, H, d] of the values v [B, K, G, d] under weights f32[B, H, Q, K]."""
+  b, h, n, m = weights.shape
+  weights = weights.astype(v.dtype).reshape(b, v.shape[2], -1, m)
+  return jnp.matmul(weights, v.swapaxes(1, 2)).reshape(b, h, n, v.shape[-1]).swapaxes(1, 2)
+
+
+def attention(
+  q: Array, k: Array, v: Array, mask: Array | None = None, scale: float | None = None, *, bias: Array | None = None
+) -> Array:
+  """Softmax attention, softmax in float32.
+
+  Args:
+    q: [B, Q, H, d]. k, v: [B, K, G, d], where G divides H (grouped queries).
+    mask: bool, broadcastable to [B, H, Q, K]; True may be seen. A query that may see nothing averages all values.
+    scale: of the products, d ** -0.5 if None.
+    bias: added to the scaled products, broadcastable to [B, H, Q, K].
+
+  Returns:
+    [B, Q, H, d] in the dtype of v.
+  """
+  scores = _scores(q, k, scale)
+  if bias is not None:
+    scores = scores + bias
+  if mask is not None:
+    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+  return _mix(jax.nn.softmax(scores), v)
+
+
+def policy_attention(q: Array, k: Array, v: Array, policy: Array) -> Array:
+  """Attention under a 0/1 policy that gradients can reach: the merger's own masked softmax (REFERENCE section 2).
+
+  The row maximum is taken before masking, and eps / K is spread over the row, so that a query that may see nothing
+  gives every key 1 / K.
+
+  Args:
+    q: [B, Q, H, d]. k, v: [B, K, H, d].
+    policy: f32, broadcastable to [B, H, Q, K]; 1 counts, 0 does not.
+
+  Returns:
+    [B, Q, H, d] in the dtype of v.
+  """
+  eps = 1e-6
+  scores = _scores(q, k, None)
+  a = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True))) * policy
+  return _mix((a + eps / a.shape[-1]) / (a.sum(-1, keepdims=True) + eps), v)
+
+
+class SelfAttention(nn.Module):
+  """Multi-head self-attention with one fused projection; [B, N, D] -> dtype[B, N, D].
+
+  `attend(q, k, v)` says how the heads attend (`attention` by default). EVA's projection has biases for q and v but none
+  for k (`key_bias=False`).
+  """
+
+  num_heads: int
+  head_dim: int
+  key_bias: bool = True
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array, attend: Callable[[Array, Array, Array], Array] = attention) -> Array:
+    width = self.num_heads * self.head_dim
+    qkv = nn.DenseGeneral((3, width), use_bias=self.key_bias, dtype=self.dtype, name='qkv')(x)
+    q, k, v = jnp.moveaxis(qkv, -2, 0)
+    if not self.key_bias:
+      q = q + self.param('q_bias', nn.initializers.zeros, (width,)).astype(self.dtype)
+      v = v + self.param('v_bias', nn.initializers.zeros, (width,)).astype(self.dtype)
+    heads = attend(*(split_heads(t, self.num_heads) for t in (q, k, v)))
+    return nn.Dense(x.shape[-1], dtype=self.dtype, name='proj')(merge_heads(heads))
+
+
+class CrossAttention(nn.Module):
+  """Multi-head attention from x [B, N, D] to memory [B, K, E], head width D / H; -> dtype[B, N, D]."""
+
+  num_heads: int
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self, x: Array, memory: Array, attend: Callable[[Array, Array, Array], Array] = attention
+  ) -> Array:
+    def linear(name: str) -> nn.Dense:
+      return nn.Dense(x.shape[-1], dtype=self.dtype, name=name)
+
+    q, k, v = linear('query')(x), linear('key')(memory), linear('value')(memory)
+    heads = attend(*(split_heads(t, self.num_heads) for t in (q, k, v)))
+    return linear('proj')(merge_heads(heads))
+
+
+def split_heads(x: Array, num_heads: int) -> Array:
+  """[..., H * d] -> [..., H, d]."""
+  return x.reshape(*x.shape[:-1], num_heads, -1)
+
+
+def merge_heads(x: Array) -> Array:
+  """[..., H, d] -> [..., H * d]."""
+  return x.reshape(*x.shape[:-2], -1)
+
+
+def rotary(x: Array, positions: Array, base: float = 10000.0) -> Array:
+  """Rotates pairs (i, i + d/2) of x [B, N, H, d] by positions i32[B, N] times base ** (-2i / d), in float32.
+
+  The half-split layout of Hugging Face's LLaMA, so ported weights need no permutation.
+  """
+  half = x.shape[-1] // 2
+  frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angle = positions[..., None, None].astype(jnp.float32) * frequency
+  sin, cos = jnp.sin(angle), jnp.cos(angle)
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def scan_blocks(
+  block: type[nn.Module], length: int, remat: str = 'none', in_axes: Any = nn.broadcast
+) -> Callable[..., nn.Module]:
+  """`length` blocks as one compiled body, their parameters stacked on axis 0.
+
+    x, outs = scan_blocks(Block, 12, remat)(num_heads=16, name='blocks')(x, mask)
+
+  Args:
+    block: a module whose call takes (carry, *inputs) and returns (carry, out).
+    length: number of blocks.
+    remat: 'none', or what backward recomputes: 'full' everything, 'dots' all but the products with weights.
+    in_axes: for each input, `nn.broadcast` (all blocks see it) or the axis that holds one slice a block.
+
+  Raises:
+    ValueError: no such remat policy.
+  """
+  if remat != 'none':
+    if remat not in REMAT_POLICIES:
+      raise ValueError(f"remat={remat!r} is not one of 'none', {', '.join(map(repr, REMAT_POLICIES))}")
+    block = nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
+  return nn.scan(
+    block, variable_axes={'params': 0}, split_rngs={'params': True}, in_axes=in_axes, out_axes=0, length=length
+  )

@@ -1,0 +1,184 @@
+"""Checkpoints of the PyTorch family <-> parameter trees, both directions from one table of rows.
+
+A row pairs a torch name with a leaf: `Row('blocks.{i}.attn.proj.weight', 'blocks/attn/proj/kernel', 'linear')`. `{i}` counts
+layers, which the leaf stacks on axis 0. Nothing is skipped in silence: every torch name must be claimed by a row and every
+leaf filled, or `PortingError` lists all that is wrong before any array is touched.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from lavit_jax.errors import UserError
+
+MAX_HINTS = 20  # a foreign file may have a thousand strange names; looking up a nearest one takes milliseconds
+
+
+class PortingError(UserError):
+  """A checkpoint and a model that do not fit; the message lists every offending name."""
+
+
+class Row(NamedTuple):
+  """One line of a table: a torch name is a leaf, seen through a transform.
+
+  An `optional` row may be absent from the file, as a whole; its leaf is then absent from the tree. A row whose `leaf` is
+  None names what the file may hold for another part of the model.
+  """
+
+  name: str
+  leaf: str | None
+  transform: str = 'copy'
+  optional: bool = False
+
+
+class Transform(NamedTuple):
+  """A bijection between the torch array of one layer and the leaf of one layer."""
+
+  to_flax: Callable[[np.ndarray], np.ndarray]
+  to_torch: Callable[[np.ndarray], np.ndarray]
+
+
+TRANSFORMS = {
+    'copy': Transform(lambda x: x, lambda x: x),
+    'linear': Transform(lambda x: x.T, lambda x: x.T),  # [out, in] <-> [in, out]
+    'conv': Transform(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)),  # OIHW <-> HWIO
+    'conv1x1_to_linear': Transform(lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None]),
+    'qkv': Transform(  # [3 * out, in] <-> [in, 3, out]
+        lambda x: x.reshape(3, -1, x.shape[1]).transpose(2, 0, 1), lambda x: x.transpose(1, 2, 0).reshape(-1, x.shape[0])
+    ),
+    'qkv_bias': Transform(lambda x: x.reshape(3, -1), lambda x: x.reshape(-1)),
+    'unbatch': Transform(lambda x: x[0], lambda x: x[None]),  # [1, ...] <-> [...]
+}
+
+
+class Slot(NamedTuple):
+  """Where one torch array belongs: a leaf, the layer of it (None: not stacked), and the row that says so."""
+
+  leaf: str
+  layer: int | None
+  row: Row
+
+  def array(self, leaves: Mapping) -> np.ndarray:
+    """The torch array, made of the leaves; a view where that is possible."""
+    leaf = leaves[self.leaf]
+    return TRANSFORMS[self.row.transform].to_torch(leaf if self.layer is None else leaf[self.layer])
+
+
+def from_torch(rows: Iterable[Row], state: Mapping[str, np.ndarray], like: Mapping) -> dict:
+  """Torch arrays -> parameter tree of numpy arrays.
+
+  Args:
+    rows: the table.
+    state: torch name -> array, of any float type. Overlay one file on another by merging their dicts.
+    like: the tree wanted, of arrays or `jax.eval_shape`'s structs; gives number of layers, shapes and dtypes.
+
+  Returns:
+    A tree like `like`, less the leaves of optional rows that the file lacks.
+
+  Raises:
+    PortingError: a name is unmapped (no row knows it), unexpected (the model has no such layer or leaf) or missing, a name or
+      leaf is claimed twice, or a shape is wrong.
+  """
+  rows, like = [Row(*row) for row in rows], flatten_dict(like, sep='/')
+  slots, problems = _slots(rows, like)
+  absent = {s.leaf for name, s in slots.items() if s.row.optional and name not in state}
+  absent -= {s.leaf for name, s in slots.items() if name in state}  # a stack is there as a whole or not at all
+  wanted = {name: slot for name, slot in slots.items() if slot.leaf not in absent}
+  problems += _strangers(rows, slots, state) + _missing(wanted, state)
+  blank = {path: np.broadcast_to(np.zeros((), x.dtype), x.shape) for path, x in like.items()}  # shapes without memory
+  for name in wanted.keys() & state.keys():
+    shape, expected = tuple(state[name].shape), wanted[name].array(blank).shape
+    if shape != expected:
+      problems.append(f'wrong shape: {name} is {list(shape)}, the model wants {list(expected)}')
+  if not wanted:
+    problems.append('the file fills no leaf at all')
+  _check(problems)
+
+  leaves = {slot.leaf: np.empty(like[slot.leaf].shape, like[slot.leaf].dtype) for slot in wanted.values()}
+  for name, slot in wanted.items():
+    leaves[slot.leaf][... if slot.layer is None else slot.layer] = TRANSFORMS[slot.row.transform].to_flax(state[name])
+  return unflatten_dict(leaves, sep='/')
+
+
+def to_torch(rows: Iterable[Row], params: Mapping) -> dict[str, np.ndarray]:
+  """Parameter tree -> torch name -> contiguous array; the inverse of `from_torch`.
+
+  Raises:
+    PortingError: a leaf has no row, a row that is not optional has no leaf, or something is claimed twice.
+  """
+  leaves = {path: np.asarray(x) for path, x in flatten_dict(params, sep='/').items()}
+  slots, problems = _slots([Row(*row) for row in rows], leaves)
+  _check(problems)
+  return {name: np.ascontiguousarray(slot.array(leaves)) for name, slot in slots.items()}
+
+
+def torch_shapes(rows: Iterable[Row], like: Mapping) -> dict[str, tuple[int, ...]]:
+  """The torch name and shape of everything in a tree of arrays or structs, without computing on any."""
+  blank = {path: np.broadcast_to(np.float32(0), x.shape) for path, x in flatten_dict(like, sep='/').items()}
+  slots, problems = _slots([Row(*row) for row in rows], blank)
+  _check(problems)
+  return {name: slot.array(blank).shape for name, slot in slots.items()}
+
+
+def _slots(rows: list[Row], leaves: Mapping) -> tuple[dict[str, Slot], list[str]]:
+  """Expands the rows over the layers of the leaves: torch name -> slot, and what is wrong with the table."""
+  slots, claimed, problems = {}, {}, []
+  for row in rows:
+    if row.leaf is None:
+      continue
+    if row.leaf in claimed:
+      problems.append(f'duplicate: leaf {row.leaf} is claimed by {claimed[row.leaf]} and {row.name}')
+      continue
+    claimed[row.leaf] = row.name
+    if row.leaf not in leaves:
+      if not row.optional:
+        problems.append(f'unexpected: {row.name} belongs to leaf {row.leaf}, which the model does not have')
+      continue
+    for layer in range(leaves[row.leaf].shape[0]) if '{i}' in row.name else (None,):
+      name = row.name if layer is None else row.name.replace('{i}', str(layer))
+      if name in slots:
+        problems.append(f'duplicate: {name} is claimed by leaves {slots[name].leaf} and {row.leaf}')
+      slots[name] = Slot(row.leaf, layer, row)
+  problems += [f'unmapped: no row names leaf {path}' for path in leaves if path not in claimed]
+  return slots, problems
+
+
+def _strangers(rows: list[Row], slots: Mapping, state: Mapping) -> list[str]:
+  """Names in the file that nothing takes: of leaves or layers the model lacks (unexpected), or of no row (unmapped)."""
+  table, elsewhere = _pattern(rows), _pattern([row for row in rows if row.leaf is None])
+  problems, hints = [], 0
+  for name in state:
+    if name in slots or elsewhere.fullmatch(name):
+      continue
+    if table.fullmatch(name):
+      problems.append(f'unexpected: the model has no place for {name} (fewer layers?)')
+    else:
+      hints += 1
+      problems.append(f'unmapped: no row names {name}' + (_nearest(name, slots) if hints <= MAX_HINTS else ''))
+  return problems
+
+
+def _pattern(rows: list[Row]) -> re.Pattern:
+  """Matches every torch name that the rows know, of whatever layer."""
+  return re.compile('|'.join(re.escape(row.name).replace(re.escape('{i}'), r'\d+') for row in rows))
+
+
+def _missing(wanted: Mapping, state: Mapping) -> list[str]:
+  names = [name for name in wanted if name not in state]
+  return [f'missing: {name}' + (_nearest(name, state) if n < MAX_HINTS else '') for n, name in enumerate(names)]
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+  near = difflib.get_close_matches(name, known, 1)
+  return f' (nearest known: {near[0]})' if near else ''
+
+
+def _check(problems: list[str]) -> None:
+  if problems:
+    raise PortingError('\n  '.join([f'checkpoint and model do not fit ({len(problems)} problems):', *problems]))

@@ -1,0 +1,131 @@
+"""Our own folder of weights: `config.json` and one safetensors file a part, leaves named by their flax paths.
+
+    folder/config.json              {"format": 1, "variant": "tiny", "parts": {"vit": {"file", "parameters", "dtype"}}, "metadata": {}}
+    folder/vit.safetensors          'blocks/attn/qkv/kernel' ...
+
+A folder appears whole or not at all: it is written beside its place and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+
+import flax.traverse_util
+import jax
+import ml_dtypes  # registers bfloat16 with numpy
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from lavit_jax.errors import UserError
+
+FORMAT = 1
+DTYPES = {'float32': np.float32, 'float16': np.float16, 'bfloat16': ml_dtypes.bfloat16}
+
+
+def save_parts(folder, variant: str, parts: dict, metadata: dict | None = None, dtype: str = 'float32') -> pathlib.Path:
+  """Writes the parameters of some parts of a model.
+
+  Args:
+    folder: where; replaced as a whole if it exists.
+    variant: the row of the variants table that the parts belong to.
+    parts: part name -> parameter tree (or one bare array); floating leaves are stored in `dtype`.
+    metadata: anything JSON can say about where the weights come from.
+    dtype: 'float32', 'float16' or 'bfloat16'.
+  Raises:
+    UserError: the disk is full or the folder cannot be written; nothing half-written is left.
+  """
+  folder = pathlib.Path(folder)
+  scratch = None
+  try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = pathlib.Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
+    os.chmod(scratch, 0o755)  # mkdtemp is private; a published folder is not
+    config = dict(format=FORMAT, variant=variant, parts={}, metadata=metadata or {})
+    for name, tree in parts.items():
+      flat = {key: _stored(leaf, dtype) for key, leaf in _flatten(tree).items()}
+      safetensors.numpy.save_file(flat, scratch / f'{name}.safetensors')
+      config['parts'][name] = dict(file=f'{name}.safetensors', parameters=sum(x.size for x in flat.values()), dtype=dtype)
+    (scratch / 'config.json').write_text(json.dumps(config, indent=1) + '\n')
+    _swap(scratch, folder)
+  except OSError as error:
+    raise UserError(f'cannot write {folder}: {error.strerror or error}; free some space or choose another folder') from error
+  finally:
+    if scratch is not None:
+      shutil.rmtree(scratch, ignore_errors=True)
+  return folder
+
+
+def read_config(folder) -> dict:
+  """The folder's `config.json`; a `UserError` that names the file if it is missing or is not ours."""
+  file = pathlib.Path(folder) / 'config.json'
+  try:
+    config = json.loads(file.read_text())
+  except FileNotFoundError:
+    raise UserError(f'{folder} is not a lavit_jax checkpoint: {file} is missing') from None
+  except (OSError, ValueError) as error:
+    raise UserError(f'{file} cannot be read ({error}); export the checkpoint again') from None
+  if not isinstance(config, dict) or config.get('format') != FORMAT or 'parts' not in config:
+    raise UserError(f'{file} is not a lavit_jax checkpoint of format {FORMAT}')
+  return config
+
+
+def load_parts(folder, names=None, variant: str | None = None) -> dict:
+  """Reads parameter trees, as float32 numpy arrays.
+
+  Args:
+    folder: a folder that `save_parts` wrote.
+    names: the parts to read; None reads all.
+    variant: if given, the variant that the folder must be of.
+  Returns:
+    part name -> parameter tree.
+  Raises:
+    UserError: a part is missing or damaged, or the folder is of another variant.
+  """
+  folder = pathlib.Path(folder)
+  config = read_config(folder)
+  if variant is not None and config['variant'] != variant:
+    raise UserError(f'{folder} holds variant {config["variant"]!r}, but {variant!r} was asked for')
+  parts = {}
+  for name in config['parts'] if names is None else names:
+    if name not in config['parts']:
+      raise UserError(f'{folder} has no part {name!r}; it holds {", ".join(config["parts"])}')
+    file = folder / config['parts'][name]['file']
+    try:
+      flat = safetensors.numpy.load_file(file)
+    except FileNotFoundError:
+      raise UserError(f'{file} is missing; the checkpoint is incomplete') from None
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+      raise UserError(f'{file} is truncated or damaged ({error}); copy or export it again') from None
+    parts[name] = _unflatten({key: np.asarray(x, np.float32) for key, x in flat.items()})
+  return parts
+
+
+def _flatten(tree) -> dict:
+  """A nested dict by '/'-joined paths; a bare array goes by the name 'value'."""
+  return flax.traverse_util.flatten_dict(tree, sep='/') if isinstance(tree, dict) else {'value': tree}
+
+
+def _unflatten(flat: dict):
+  return flat['value'] if list(flat) == ['value'] else flax.traverse_util.unflatten_dict(flat, sep='/')
+
+
+def _stored(leaf, dtype: str) -> np.ndarray:
+  array = np.asarray(jax.device_get(leaf))
+  return np.ascontiguousarray(array.astype(DTYPES[dtype]) if array.dtype.kind in 'fV' else array)
+
+
+def _swap(scratch: pathlib.Path, folder: pathlib.Path) -> None:
+  """Puts the finished folder in its place; the old one goes only once the new one can stand there."""
+  if folder.exists():
+    old = folder.with_name(f'.{folder.name}.old')
+    shutil.rmtree(old, ignore_errors=True)
+    os.rename(folder, old)
+    os.rename(scratch, folder)
+    shutil.rmtree(old)
+  else:
+    os.rename(scratch, folder)

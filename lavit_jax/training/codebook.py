@@ -1,0 +1,105 @@
+"""The codebook as it trains: unit vectors that follow the means of what they are chosen for (BEiT-v2; REFERENCE section 3).
+
+It is not trained by gradients but carried as state. Axes: T tokens, K codes, C code width; `weight` f32[T] is 1 where a token
+counts (kept patches) and 0 elsewhere, so that shapes stay static.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from lavit_jax.models.tokenizer import l2_normalise, nearest_code
+
+LIVE = 100  # a code is dead once this many batches have passed it by
+
+
+class Codebook(NamedTuple):
+  """`embedding` f32[K, C] unit rows; `cluster_size` f32[K] moving average of the tokens a batch gives each code; `idle` i32[K]
+  batches since it was last chosen; `step` i32[], updates seen, whatever they did."""
+
+  embedding: Array
+  cluster_size: Array
+  idle: Array
+  step: Array
+
+
+def create(key: Array, num_codes: int, code_dim: int) -> Codebook:
+  """Random unit rows, all of them alive."""
+  embedding = l2_normalise(jax.random.normal(key, (num_codes, code_dim)))
+  return Codebook(embedding, jnp.ones(num_codes), jnp.zeros(num_codes, jnp.int32), jnp.zeros([], jnp.int32))
+
+
+def tally(z: Array, weight: Array, ids: Array, num_codes: int) -> tuple[Array, Array]:
+  """How many tokens chose each code, f32[K], and their sum f32[K, C]."""
+  total = jnp.concatenate([weight[:, None], z * weight[:, None]], axis=-1)
+  total = jax.ops.segment_sum(total, ids, num_codes)
+  return total[:, 0], total[:, 1:]
+
+
+def draw(key: Array, z: Array, weight: Array, num: int) -> Array:
+  """`num` rows of z f32[T, C], without repeats while there are enough, with chances proportional to `weight` f32[T]."""
+  score = jnp.where(weight > 0, jnp.log(weight) + jax.random.gumbel(key, weight.shape), -jnp.inf)
+  order = jnp.argsort(-score)
+  return z[order[jnp.arange(num) % jnp.maximum((weight > 0).sum(), 1)]]
+
+
+def kmeans(key: Array, z: Array, weight: Array, num_codes: int, iterations: int = 10) -> tuple[Array, Array]:
+  """Spherical k-means of z f32[T, C] (unit rows) from tokens drawn at random; empty clusters stay where they are.
+
+  Returns:
+    (embedding f32[K, C], unit rows; the size of each cluster f32[K]).
+  """
+
+  def iterate(_, embedding):
+    count, total = tally(z, weight, nearest_code(z, embedding), num_codes)
+    return jnp.where(count[:, None] > 0, l2_normalise(total), embedding)
+
+  embedding = jax.lax.fori_loop(0, iterations, iterate, draw(key, z, weight, num_codes))
+  count, _ = tally(z, weight, nearest_code(z, embedding), num_codes)
+  return embedding, count
+
+
+def start(key: Array, book: Codebook, z: Array, weight: Array) -> Codebook:
+  """The codebook that k-means finds in the first quantised batch."""
+  embedding, count = kmeans(key, z, weight, len(book.embedding))
+  return book._replace(embedding=embedding, cluster_size=count, idle=jnp.zeros_like(book.idle))
+
+
+def update(key: Array, book: Codebook, z: Array, weight: Array, ids: Array, decay: float, revive_after: int) -> Codebook:
+  """One batch's step of the codes towards the means of their tokens.
+
+  Args:
+    key: for the revival.
+    z: f32[T, C] unit rows; weight f32[T]; ids i32[T] their codes.
+    decay: of the moving averages (0.99).
+    revive_after: a code that this many batches have passed by moves onto a token that its code describes badly (chances
+      proportional to the squared distance, as in k-means++). 0: never.
+  """
+  num_codes = len(book.embedding)
+  count, total = tally(z, weight, ids, num_codes)
+  used = count > 0
+  moved = l2_normalise(decay * book.embedding + (1 - decay) * l2_normalise(total))
+  embedding = jnp.where(used[:, None], moved, book.embedding)
+  cluster_size = decay * book.cluster_size + (1 - decay) * count
+  idle = jnp.where(used, 0, book.idle + 1)
+  if revive_after:
+    error = weight * jnp.square(z - book.embedding[ids]).sum(-1)
+    dead = idle >= revive_after
+    embedding = jnp.where(dead[:, None], draw(key, z, error, num_codes), embedding)
+    cluster_size = jnp.where(dead, cluster_size.mean(), cluster_size)
+    idle = jnp.where(dead, 0, idle)
+  return book._replace(embedding=embedding, cluster_size=cluster_size, idle=idle)
+
+
+def usage(book: Codebook) -> dict[str, Array]:
+  """What collapse looks like: the share of codes alive, how many are dead, and the perplexity of their use (1..K)."""
+  share = book.cluster_size / jnp.maximum(book.cluster_size.sum(), 1e-9)
+  dead = book.idle >= LIVE
+  return dict(
+      code_usage=1 - dead.mean(),
+      dead_codes=dead.sum().astype(jnp.float32),
+      perplexity=jnp.exp(-(share * jnp.log(jnp.maximum(share, 1e-12))).sum()))

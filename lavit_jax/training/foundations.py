@@ -1,0 +1,129 @@
+"""The two trainings that LaVIT itself takes for granted: the image encoder (EVA-CLIP) and the autoencoder (Stable Diffusion).
+
+The tiny variants train them here; the large ones are ported. Axes: B images, Z latent channels.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from lavit_jax.models import vae as pixels
+from lavit_jax.models.lavit import Lavit
+from lavit_jax.models.llama import Llama
+from lavit_jax.models.sequence import segment_mask
+from lavit_jax.models.tokenizer import l2_normalise
+from lavit_jax.training.stage import Stage, Tree, apply, begin, blank, features
+
+
+def encoder(config, model: Lavit, shards: int) -> Stage:
+  """Contrastive image-text training of the ViT: symmetric cross-entropy over the batch, learned temperature (CLIP)."""
+  del shards
+  tower = Llama(vocab_size=model.vocabulary.text_size, dtype=model.vit.dtype, remat=model.vit.remat, **config.text_tower)
+
+  def init(key, parts):
+    k1, k2, k3 = jax.random.split(key, 3)
+    width = tower.hidden_size
+    mask, positions = jnp.ones((1, 1, 1, 1), bool), jnp.zeros((1, 1), jnp.int32)
+    params = dict(
+        vit=model.vit.init(k1, blank(model))['params'],
+        text=tower.init(k2, jnp.zeros((1, 1, width)), positions, mask)['params'],
+        text_proj=dict(kernel=jax.random.normal(k3, (width, model.vit.output_dim)) * width**-0.5),
+        temperature=jnp.log(1 / 0.07))
+    return begin(params, parts), {}
+
+  def embed(params, batch):
+    image = apply(model.vit, params['vit'], features(model, params['vit'], batch['image']), method='pooled')
+    ids, length = batch['text'], batch['text_length']
+    slots = jnp.arange(ids.shape[1])
+    mask = segment_mask((slots < length[:, None]).astype(jnp.int32))
+    positions = jnp.broadcast_to(slots, ids.shape)
+    hidden, _ = apply(tower, params['text'], apply(tower, params['text'], ids, method='embed'), positions, mask)
+    last = jnp.take_along_axis(hidden, jnp.maximum(length - 1, 0)[:, None, None], axis=1)[:, 0]
+    return l2_normalise(image), l2_normalise(last.astype(jnp.float32) @ params['text_proj']['kernel'])
+
+  def loss(params, frozen, state, batch, key, train):
+    del frozen, key, train
+    image, text = embed(params, batch)
+    logits = jnp.exp(jnp.minimum(params['temperature'], jnp.log(100.0))) * image @ text.T
+    same = (batch['text'][:, None] == batch['text']).all(-1)  # equal captions are no negatives of each other
+    target = same / same.sum(-1, keepdims=True)
+
+    def cross_entropy(logits):
+      return -(target * jax.nn.log_softmax(logits)).sum(-1).mean()
+
+    value = (cross_entropy(logits) + cross_entropy(logits.T)) / 2
+    hit = jnp.take_along_axis(same, logits.argmax(-1)[:, None], axis=-1)
+    return value, (state, dict(accuracy=hit.mean(), temperature=jnp.exp(-params['temperature'])))
+
+  def draw(params, frozen, state, batch, key):
+    del frozen, state, key
+    image, text = embed(params, batch)
+    grey = (jnp.clip(image @ text.T, 0, 1) * 255).astype(jnp.uint8).repeat(8, 0).repeat(8, 1)
+    return [jnp.stack([grey] * 3, -1)[None]]  # similarities: pictures down, captions across; the diagonal should shine
+
+  return Stage((), (), init, loss, lambda params, state: dict(vit=params['vit']), draw)
+
+
+class Moments(NamedTuple):
+  """Moving averages over the latents of the steps so far, f32[Z] each, and their weight f32[]."""
+
+  mean: Array
+  square: Array
+  weight: Array
+
+
+def autoencoder(config, model: Lavit, shards: int) -> Stage:
+  """L1 on pixels and on their differences, and a little KL. The export has latents of mean 0 and deviation 1."""
+  del shards
+
+  def init(key, parts):
+    size = model.vae.factor * 2
+    params = dict(vae=model.vae.init(key, jnp.zeros((1, size, size, 3)))['params'])
+    zeros = jnp.zeros(model.vae.latent_channels)
+    return begin(params, parts), Moments(zeros, zeros, jnp.zeros([]))
+
+  def loss(params, frozen, state, batch, key, train):
+    del frozen, train
+    x = pixels.preprocess(batch['image'])
+    mean, logvar = apply(model.vae, params['vae'], x, method='encode')
+    z = pixels.sample_latents(mean, logvar, key)
+    y = apply(model.vae, params['vae'], z, method='decode')
+    l1 = jnp.abs(y - x).mean()
+    edges = sum(jnp.abs(jnp.diff(y - x, axis=axis)).mean() for axis in (1, 2))
+    kl = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1 - logvar).mean()
+    moments = Moments(z.mean((0, 1, 2)), jnp.square(z).mean((0, 1, 2)), jnp.ones([]))
+    state = jax.tree.map(lambda old, new: 0.99 * old + 0.01 * jax.lax.stop_gradient(new), state, moments)
+    value = l1 + config.edge_weight * edges + config.kl_weight * kl
+    psnr = -10 * jnp.log10(jnp.square((jnp.clip(y, -1, 1) - x) / 2).mean())
+    return value, (state, dict(l1=l1, edges=edges, kl=kl, psnr=psnr, latent_std=z.std()))
+
+  def export(params, state):
+    return dict(vae=standardise(params['vae'], state, model.vae.scaling_factor))
+
+  def draw(params, frozen, state, batch, key):
+    del frozen, state, key
+    y, _, _ = apply(model.vae, params['vae'], pixels.preprocess(batch['image'][:8]))
+    return [batch['image'][:8], pixels.postprocess(y)]
+
+  return Stage((), (), init, loss, export, draw)
+
+
+def standardise(vae: Tree, moments: Moments, scaling_factor: float) -> Tree:
+  """The same autoencoder, reparametrised: `scaling_factor` times its latents have mean 0 and deviation 1 in each channel.
+
+  The latents' shift and scale are folded into the 1x1 convolutions on both sides of them, so no number travels beside the weights.
+  """
+  shift = moments.mean / moments.weight
+  scale = scaling_factor * jnp.sqrt(jnp.maximum(moments.square / moments.weight - jnp.square(shift), 1e-8))
+  into, out = vae['quant_conv'], vae['post_quant_conv']
+  gain = jnp.concatenate([1 / scale, jnp.ones_like(scale)])  # channels: means, then log-variances
+  offset = jnp.concatenate([-shift / scale, -2 * jnp.log(scale)])
+  return {
+      **vae,
+      'quant_conv': dict(kernel=into['kernel'] * gain, bias=into['bias'] * gain + offset),
+      'post_quant_conv': dict(kernel=out['kernel'] * scale[:, None], bias=out['bias'] + shift @ out['kernel'][0, 0]),
+  }

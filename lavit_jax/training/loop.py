@@ -1,0 +1,285 @@
+"""The only training loop.
+
+    lavit train --config configs/<stage>.py:<variant> --workdir DIR
+
+A run found in the work directory is continued, to the bit. SIGTERM saves a checkpoint and ends with status 143 (128 + 15), so that
+a scheduler starts it again; a finished run ends with 0 and leaves WORKDIR/export.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import pathlib
+import signal
+import threading
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+from lavit_jax.data import mixtures
+from lavit_jax.errors import UserError
+from lavit_jax.models import lavit
+from lavit_jax.porting import folder
+from lavit_jax.training import metrics, optim, sharding, stages
+from lavit_jax.training.checkpoint import Checkpoints
+
+TERMINATED = 143
+
+
+class TrainState(NamedTuple):
+  """All that a step changes: `step` i32[] updates made; `state` what the stage carries besides parameters; `ema` {} if it is off."""
+
+  step: jax.Array
+  params: Any
+  opt_state: Any
+  state: Any
+  ema: Any
+
+
+def train(config, workdir) -> None:
+  """Trains the stage that `config` describes, from where `workdir` left off.
+
+  Args:
+    config: a page of `configs/`, locked.
+    workdir: receives checkpoints/, metrics.jsonl, tensorboard/, pictures/ and, at the end, export/.
+  Raises:
+    UserError: anything the user can mend: earlier stages missing, another run's checkpoint, a full disk, a loss that is not finite.
+    SystemExit: 143 after SIGTERM, with everything saved.
+  """
+  workdir = pathlib.Path(workdir)
+  mesh = sharding.make_mesh(config.mesh)
+  if config.batch_size % sharding.batch_shards(mesh):
+    raise UserError(f'batch_size={config.batch_size} must be a multiple of the {sharding.batch_shards(mesh)} pieces that the mesh makes of it')
+  with Interrupt() as interrupt, jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+    model = lavit.build(config.variant, config.dtype, config.remat)
+    stage = stages.build(config, model, sharding.batch_shards(mesh))
+    checkpoints = Checkpoints(workdir, config, config.keep)
+    stack.callback(checkpoints.close)
+    latest = checkpoints.latest()
+    parts = sharding.put_tree(load_parts(config, stage), mesh)
+    frozen = {name: parts[name] for name in stage.needs}
+    interrupt.check()
+
+    data = iter(mixtures.batches(config.data, split='train', batch_size=local(config.batch_size), seed=config.seed))
+    init, tx = initialiser(config, stage, parts)
+    shapes = jax.eval_shape(init, jax.random.key(config.seed), parts)
+    places = sharding.shardings(shapes, mesh)
+    if latest is None:
+      state = jax.jit(init, out_shardings=places)(jax.random.key(config.seed), parts)
+    else:
+      abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
+      state = checkpoints.restore(latest, abstract, data)
+    first = latest or 0
+    del parts
+    interrupt.check()
+
+    log = metrics.Log(workdir, first, config.num_steps, config.batch_size, peak_tflops=config.peak_tflops)
+    stack.callback(log.close)
+    count = sum(x.size for x in jax.tree.leaves(shapes.params))
+    log.say(f'{config.stage}:{config.variant}  {count / 1e6:.2f} M parameters  mesh {dict(mesh.shape)}  '
+            + (f'continuing from step {first}' if first else f'starting in {workdir}'))
+    write_config(config, workdir)
+
+    if first < config.num_steps:
+      batch = sharding.put_batch(next(data), mesh)
+      train_step = make_train_step(config, stage, tx, places, NamedSharding(mesh, P()))
+      train_step = train_step.lower(state, frozen, batch).compile()
+      log.flops = (train_step.cost_analysis() or {}).get('flops', 0.0)
+      look = Look(config, stage, mesh, frozen)
+      interrupt.check()
+      log.restart_clock()
+
+    for step in range(first + 1, config.num_steps + 1):
+      if step > first + 1:
+        batch = sharding.put_batch(next(data), mesh)
+      state, values = train_step(state, frozen, batch)
+      log.step(step, values)
+
+      last, stop = step == config.num_steps, interrupt.requested(step)
+      if step % config.log_every == 0 or last:
+        means = log.report()
+        checkpoints.check()
+        if not math.isfinite(means['loss']):
+          raise UserError(f'the loss is {means["loss"]} at step {step}; lower optim.learning_rate or optim.clip_norm, and start again: '
+                          'it goes on from the last checkpoint')
+      if every(config.eval_every, step, last) and not stop:
+        stop = look.evaluate(state, step, log, interrupt)
+      if every(config.picture_every, step, last) and stage.draw and not stop:
+        look.draw(state, step, log)
+        stop = interrupt.requested(step)
+      if every(config.checkpoint_every, step, last) or stop:
+        log.flush()
+        checkpoints.save(step, state, data)
+      if stop:
+        checkpoints.wait()
+        log.say(f'stopped at step {step} as asked; the same command goes on from here')
+        raise SystemExit(TERMINATED)
+
+    checkpoints.wait()
+    export(config, stage, state, workdir)
+    log.say(f'done; the weights are in {workdir / "export"}')
+
+
+# --------------------------------------------------------------------------------------------------------------- the step
+
+def initialiser(config, stage, parts):
+  """-> (init(key, parts) -> TrainState, the optimizer)."""
+  params, _ = jax.eval_shape(stage.init, jax.random.key(0), parts)
+  tx = optim.make(config.optim, config.num_steps, params, stage.hold)
+
+  def init(key, parts):
+    params, state = stage.init(key, parts)
+    ema = jax.tree.map(jnp.copy, params) if config.optim.ema_decay else {}
+    return TrainState(jnp.zeros([], jnp.int32), params, tx.init(params), state, ema)
+
+  return init, tx
+
+
+def make_train_step(config, stage, tx, places, replicated):
+  """jit of (TrainState, frozen parts, batch) -> (TrainState, metrics); the old state's memory becomes the new one's."""
+  rate = optim.learning_rate(config.optim, config.num_steps)
+
+  @functools.partial(jax.jit, donate_argnums=0, out_shardings=(places, replicated))
+  def train_step(train_state, frozen, batch):
+    step, params, opt_state, state, ema = train_state
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+
+    def loss(params):
+      return stage.loss(optim.stop_frozen(config.optim, params), frozen, state, batch, key, True)
+
+    (value, (state, values)), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+    updates, opt_state = tx.update(gradient, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    if config.optim.ema_decay:
+      ema = optim.ema_update(ema, params, config.optim.ema_decay, step)
+    values = dict(loss=value, **values, grad_norm=optax.global_norm(gradient), learning_rate=rate(step))
+    return TrainState(step + 1, params, opt_state, state, ema), values
+
+  return train_step
+
+
+class Look:
+  """Held-out metrics and pictures; always of the same examples and the same noise, with the averaged weights if there are any."""
+
+  def __init__(self, config, stage, mesh, frozen):
+    self.config, self.frozen, self.mesh = config, frozen, mesh
+    self.key = jax.random.key(config.seed + 1)
+
+    @jax.jit
+    def metrics_of(train_state, frozen, batch, key):
+      value, (_, values) = stage.loss(train_state.ema or train_state.params, frozen, train_state.state, batch, key, False)
+      return dict(loss=value, **values)
+
+    @jax.jit
+    def pictures_of(train_state, frozen, batch, key):
+      return stage.draw(train_state.ema or train_state.params, frozen, train_state.state, batch, key)
+
+    self.metrics_of, self.pictures_of = metrics_of, pictures_of
+
+  def batches(self, count: int):
+    config = self.config
+    data = iter(mixtures.batches(config.data, split='heldout', batch_size=local(config.batch_size), seed=config.seed))
+    for i in range(count):
+      yield jax.random.fold_in(self.key, i), sharding.put_batch(next(data), self.mesh)
+
+  def evaluate(self, state, step, log, interrupt) -> bool:
+    """Logs the mean over `eval_batches` held-out batches; gives up, and returns True, when the run is asked to stop."""
+    start, rows = time.monotonic(), []
+    for key, batch in self.batches(self.config.eval_batches):
+      rows.append(jax.device_get(self.metrics_of(state, self.frozen, batch, key)))
+      if interrupt.requested(step):
+        return True
+    log.evaluation(step, metrics.mean(rows))
+    log.pause(time.monotonic() - start)
+    return False
+
+  def draw(self, state, step, log) -> None:
+    start = time.monotonic()
+    (key, batch), = self.batches(1)
+    rows = jax.device_get(self.pictures_of(state, self.frozen, batch, key))
+    log.pictures(step, {self.config.stage: metrics.sheet(*rows)})
+    log.pause(time.monotonic() - start)
+
+
+# ------------------------------------------------------------------------------------------------------------- in and out
+
+def load_parts(config, stage) -> dict:
+  """Parts of the model from the folders `frozen` (what the stage asks for) and `init_from` (all they have); the last one wins.
+
+  Raises:
+    UserError: a part that the stage needs is in none of the `frozen` folders.
+  """
+  parts, wanted = {}, stage.needs + stage.starts
+  for path in split_folders(config.frozen):
+    names = [name for name in folder.read_config(path)['parts'] if name in wanted]
+    parts |= folder.load_parts(path, names, config.variant)
+  for path in split_folders(config.init_from):
+    parts |= {name: tree for name, tree in folder.load_parts(path, None, config.variant).items() if name not in stage.needs}
+  missing = [name for name in wanted if name not in parts]
+  if missing:
+    raise UserError(f'stage {config.stage} needs {", ".join(missing)}: name the folders that earlier stages '
+                    f'exported, --config.frozen=RUN/export,RUN/export (now {config.frozen!r})')
+  return parts
+
+
+def split_folders(text: str) -> list[str]:
+  """'a,b' -> ['a', 'b']."""
+  return [path.strip() for path in text.split(',') if path.strip()]
+
+
+def export(config, stage, train_state, workdir) -> None:
+  """Writes the parts that this stage made to WORKDIR/export, averaged over the last steps if there is an average."""
+  parts = stage.export(train_state.ema or train_state.params, train_state.state)
+  if jax.process_count() > 1:
+    parts = multihost_utils.process_allgather(parts, tiled=True)
+  if jax.process_index() == 0:
+    about = dict(stage=config.stage, steps=int(train_state.step), config=json.loads(config.to_json_best_effort()))
+    folder.save_parts(workdir / 'export', config.variant, jax.device_get(parts), metadata=about)
+
+
+def write_config(config, workdir) -> None:
+  if jax.process_index() == 0:
+    (workdir / 'config.json').write_text(json.dumps(json.loads(config.to_json_best_effort()), indent=1) + '\n')
+
+
+def local(batch_size: int) -> int:
+  """How much of a batch this process reads."""
+  return batch_size // jax.process_count()
+
+
+def every(interval: int, step: int, last: bool) -> bool:
+  """Whether something due each `interval` steps (0: never), and at the last one, is due."""
+  return bool(interval) and (step % interval == 0 or last)
+
+
+class Interrupt:
+  """Turns SIGTERM into a flag that the loop polls. All processes of a job see it at the same step."""
+
+  def __enter__(self):
+    self.flag = threading.Event()
+    self.previous = None
+    if threading.current_thread() is threading.main_thread():
+      self.previous = signal.signal(signal.SIGTERM, lambda *_: self.flag.set())
+    return self
+
+  def __exit__(self, *_):
+    if self.previous is not None:
+      signal.signal(signal.SIGTERM, self.previous)
+
+  def requested(self, step: int) -> bool:
+    if jax.process_count() > 1:
+      return multihost_utils.reached_preemption_sync_point(step)
+    return self.flag.is_set()
+
+  def check(self) -> None:
+    """Ends the run while there is nothing to save yet."""
+    if self.flag.is_set():
+      raise SystemExit(TERMINATED)

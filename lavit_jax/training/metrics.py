@@ -1,0 +1,156 @@
+"""What a run says about itself: a line on the terminal, TensorBoard, `metrics.jsonl`, and pictures.
+
+`metrics.jsonl` has one line for every training step, with all digits, and one for every evaluation (keys 'heldout/...'); the
+terminal and TensorBoard show the mean since the last report. Values wait on the device until a report, so a step never waits for them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import time
+
+import jax
+import numpy as np
+from PIL import Image
+from tensorboardX import SummaryWriter
+
+
+class Log:
+  """The record of one run in `workdir`. Only process 0 writes.
+
+  Args:
+    workdir: receives metrics.jsonl, tensorboard/ and pictures/.
+    first_step: the steps done so far; a previous run's lines beyond it are dropped, since those steps will be made again.
+    num_steps, batch_size: for the estimate of the time left and for examples/s.
+    flops: floating-point operations of one step, if known; peak_tflops: of all devices together (0 = unknown), for the MFU.
+  """
+
+  def __init__(self, workdir, first_step: int, num_steps: int, batch_size: int, flops: float = 0.0, peak_tflops: float = 0.0):
+    self.workdir = pathlib.Path(workdir)
+    self.num_steps, self.batch_size, self.flops, self.peak = num_steps, batch_size, flops, 1e12 * peak_tflops
+    self.pending: list[tuple[int, dict]] = []  # on the device
+    self.since: list[dict] = []  # in metrics.jsonl already, and not yet shown
+    self.writes = jax.process_index() == 0
+    self.clock, self.last_step = time.monotonic(), first_step
+    if self.writes:
+      self.workdir.mkdir(parents=True, exist_ok=True)
+      file = self.workdir / 'metrics.jsonl'
+      keep_lines(file, first_step)
+      self.jsonl = file.open('a')
+      self.board = SummaryWriter(str(self.workdir / 'tensorboard'), purge_step=first_step + 1)
+
+  def step(self, step: int, values: dict) -> None:
+    """Takes the metrics of training step `step` (1 is the first), still on the device."""
+    self.pending.append((step, values))
+    if len(self.pending) > 2:  # the host may run two steps ahead, not a whole report: every step in flight holds a batch
+      jax.block_until_ready(self.pending[-3][1])
+
+  def flush(self) -> dict[str, float]:
+    """Writes what is pending to metrics.jsonl; returns the mean of each value since the last report."""
+    pending, self.pending = jax.device_get(self.pending), []
+    rows = [{'step': step, **{k: float(v) for k, v in values.items()}} for step, values in pending]
+    if self.writes:
+      self.jsonl.writelines(json.dumps(row) + '\n' for row in rows)
+      self.jsonl.flush()
+    self.since += rows
+    return mean(self.since)
+
+  def report(self) -> dict[str, float]:
+    """Flushes, and shows the mean since the last report on the terminal and in TensorBoard."""
+    means = self.flush()
+    if not means:
+      return means
+    step, self.since = self.since[-1]['step'], []
+    means.pop('step')
+    speed = (step - self.last_step) / max(time.monotonic() - self.clock, 1e-9)
+    self.last_step, self.clock = step, time.monotonic()
+    rates = {'steps_per_s': speed, 'examples_per_s': speed * self.batch_size}
+    if self.flops:
+      rates['tflops'] = self.flops * speed / 1e12
+    if self.flops and self.peak:
+      rates['mfu'] = self.flops * speed / self.peak
+    self.scalars(step, {**means, **rates})
+    left = (self.num_steps - step) / speed
+    self.say(f'step {step}/{self.num_steps}  {speed:.2f} steps/s  {speed * self.batch_size:.0f} examples/s  '
+             f'ETA {duration(left)}  ' + '  '.join(f'{k} {v:.4g}' for k, v in means.items()))
+    return means
+
+  def evaluation(self, step: int, values: dict[str, float]) -> None:
+    """Records held-out metrics everywhere."""
+    values = {f'heldout/{k}': float(v) for k, v in values.items()}
+    if self.writes:
+      self.jsonl.write(json.dumps({'step': step, **values}) + '\n')
+      self.jsonl.flush()
+    self.scalars(step, values)
+    self.say(f'step {step} held-out  ' + '  '.join(f'{k.removeprefix("heldout/")} {v:.4g}' for k, v in values.items()))
+
+  def scalars(self, step: int, values: dict[str, float]) -> None:
+    if self.writes:
+      for name, value in values.items():
+        self.board.add_scalar(name, value, step)
+
+  def pictures(self, step: int, images: dict[str, np.ndarray]) -> None:
+    """Pictures uint8[H, W, 3], to TensorBoard and to pictures/<name>_<step>.png."""
+    if not self.writes:
+      return
+    (self.workdir / 'pictures').mkdir(exist_ok=True)
+    for name, image in images.items():
+      self.board.add_image(name, image, step, dataformats='HWC')
+      Image.fromarray(image).save(self.workdir / 'pictures' / f'{name}_{step:07d}.png')
+
+  def restart_clock(self) -> None:
+    """Begins to measure the speed: what was compiled until now does not count."""
+    self.clock = time.monotonic()
+
+  def pause(self, seconds: float) -> None:
+    """Takes time that was not spent on training steps out of the speed."""
+    self.clock += seconds
+
+  def say(self, line: str) -> None:
+    if self.writes:
+      print(line, flush=True)
+
+  def close(self) -> None:
+    self.flush()
+    if self.writes:
+      self.jsonl.close()
+      self.board.close()
+
+
+def mean(rows: list[dict]) -> dict[str, float]:
+  """The mean of each key, where a nan says "nothing to measure here"; but one nan in 'loss' makes its mean nan, so that it is seen."""
+
+  def average(key):
+    values = np.array([row[key] for row in rows], np.float64)
+    return float(values.mean() if key == 'loss' or np.isnan(values).all() else np.nanmean(values))
+
+  return {key: average(key) for key in rows[0]} if rows else {}
+
+
+def sheet(*rows: np.ndarray) -> np.ndarray:
+  """Rows of pictures uint8[n, H, W, 3] -> one picture uint8[rows * H, n * W, 3]."""
+  return np.concatenate([np.concatenate(list(np.asarray(row)), axis=1) for row in rows], axis=0)
+
+
+def keep_lines(file: pathlib.Path, last_step: int) -> None:
+  """Drops the lines of steps after `last_step`, and a last line that was cut short, from a JSONL file; atomically."""
+  if not file.exists():
+    return
+  kept = []
+  for line in file.read_text().splitlines():
+    try:
+      if json.loads(line)['step'] <= last_step:
+        kept.append(line)
+    except ValueError:
+      pass
+  scratch = file.with_suffix('.tmp')
+  scratch.write_text(''.join(line + '\n' for line in kept))
+  os.replace(scratch, file)
+
+
+def duration(seconds: float) -> str:
+  """3725 -> '1:02:05'."""
+  minutes, seconds = divmod(int(seconds), 60)
+  return f'{minutes // 60}:{minutes % 60:02d}:{seconds:02d}'

@@ -1,0 +1,112 @@
+"""What a training is made of, and what every training does with the parts of the model.
+
+Axes: B images, N patches, D width of the features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from lavit_jax.errors import UserError
+from lavit_jax.models import vit
+from lavit_jax.models.lavit import Lavit
+from lavit_jax.models.tokenizer import l2_normalise
+
+Tree = Any
+
+
+class Stage(NamedTuple):
+  """One training. `parts` are trees of parameters by part name.
+
+  needs: parts of earlier stages that stay as they are; `frozen` below.
+  starts: parts of earlier stages that this one goes on with.
+  init(key, parts) -> (params, state): `parts` holds `needs`, `starts`, and whatever `init_from` offers.
+  loss(params, frozen, state, batch, key, train) -> (loss, (state, metrics)): `train` False leaves one-time events alone.
+  export(params, state) -> parts.
+  draw(params, frozen, state, batch, key) -> rows of pictures, uint8[n, H, W, 3] each; None if there is nothing to see.
+  hold: (regex, step) pairs of parameters that stop moving at that step.
+  """
+
+  needs: tuple[str, ...]
+  starts: tuple[str, ...]
+  init: Callable
+  loss: Callable
+  export: Callable
+  draw: Callable | None = None
+  hold: tuple[tuple[str, int], ...] = ()
+
+
+def apply(module, params: Tree, *args, **kwargs):
+  """`module.apply` on a bare tree of parameters."""
+  return module.apply({'params': params}, *args, **kwargs)
+
+
+def blank(model: Lavit) -> Array:
+  """One black picture, f32[1, H, W, 3]."""
+  return jnp.zeros((1, model.image_size, model.image_size, 3))
+
+
+def features(model: Lavit, params: Tree, images: Array) -> Array:
+  """uint8[B, H, W, 3] of any square size -> the ViT's features [B, 1 + N, D]."""
+  x = vit.preprocess(images)
+  if x.shape[1] != model.image_size:
+    x = jax.image.resize(x, (len(x), model.image_size, model.image_size, 3), 'cubic')
+  return apply(model.vit, params, x)
+
+
+def cosine_similarity(x: Array, y: Array) -> Array:
+  """[..., D] twice -> f32[...]."""
+  return (l2_normalise(x) * l2_normalise(y)).sum(-1)
+
+
+def begin(params: Tree, parts: dict) -> Tree:
+  """`params` with the parts that earlier stages (or `init_from`) offer in place of fresh ones.
+
+  A language model with a smaller vocabulary keeps its rows and gets fresh ones for [IMG], [/IMG] and the codes.
+
+  Raises:
+    UserError: a leaf is missing, unknown or of another shape.
+  """
+
+  def fit(path, fresh, given):
+    if fresh.shape == given.shape:
+      return jnp.asarray(given, fresh.dtype)
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    if name in ('embedding', 'head') and all(g <= f for g, f in zip(given.shape, fresh.shape)):
+      return fresh.at[tuple(slice(n) for n in given.shape)].set(given)
+    raise UserError(f'{name}: the given weights are {list(given.shape)}, the model wants {list(fresh.shape)}')
+
+  def take(name):
+    if name not in parts:
+      return params[name]
+    if jax.tree.structure(params[name]) != jax.tree.structure(parts[name]):
+      ours, theirs = (set(jax.tree_util.keystr(p, simple=True, separator='/') for p, _ in jax.tree_util.tree_leaves_with_path(t))
+                      for t in (params[name], parts[name]))
+      raise UserError(f'{name}: missing {sorted(ours - theirs)[:5]}, unexpected {sorted(theirs - ours)[:5]} in the given weights')
+    return jax.tree_util.tree_map_with_path(fit, params[name], parts[name])
+
+  return {name: take(name) for name in params}
+
+
+def shade_dropped(images: Array, keep: Array) -> Array:
+  """Pictures uint8[B, H, W, 3] with the patches that keep f32[B, N] drops washed out."""
+  side = round(keep.shape[1] ** 0.5)
+  mask = keep.reshape(-1, side, side, 1)
+  mask = mask.repeat(images.shape[1] // side, 1).repeat(images.shape[2] // side, 2)
+  return (images * (0.15 + 0.85 * mask) + 217 * (1 - mask)).clip(0, 255).astype(jnp.uint8)
+
+
+def feature_colours(x: Array, y: Array, size: int) -> list[Array]:
+  """Features and their reconstruction f32[B, N, D] as colours: the first three principal axes of x, uint8[B, size, size, 3]."""
+  side = round(x.shape[1] ** 0.5)
+  mean = x.mean((0, 1))
+  _, _, axes = jnp.linalg.svd((x - mean).reshape(-1, x.shape[-1]), full_matrices=False)
+  shown = [(f - mean) @ axes[:3].T for f in (x, y)]
+  scale = 2 * shown[0].std((0, 1))
+  return [((127.5 + 127.5 * (s / scale).clip(-1, 1)).astype(jnp.uint8).reshape(-1, side, side, 3)
+           .repeat(size // side, 1).repeat(size // side, 2)) for s in shown]

@@ -1,0 +1,263 @@
+"""The trainings (REFERENCE section 3): what each learns, from what, and how well it does.
+
+    encoder       pictures, captions             -> vit                   contrastive     } tiny variants only
+    autoencoder   pictures                       -> vae                   L1, a little KL } (foundations.py)
+    tokenizer     vit                            -> tokenizer, decoder    stage 1
+    detokenizer   vit, tokenizer, decoder, vae   -> unet, decoder         stage 1b
+    lm            vit, tokenizer                 -> llama, understanding  stage 2
+
+A stage is a handful of pure functions (stage.py); the loop (loop.py) is the same for all. Axes: B images, N patches, D width of the
+features, C of the codes, R packed rows of S slots, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from lavit_jax.errors import UserError
+from lavit_jax.models import noise as diffusion
+from lavit_jax.models import vae as pixels
+from lavit_jax.models.decoder import null_context
+from lavit_jax.models.lavit import Lavit
+from lavit_jax.models.sequence import compact, embed_sources, pack, segment_mask
+from lavit_jax.models.tokenizer import gumbel_keep
+from lavit_jax.training import codebook
+from lavit_jax.training.foundations import autoencoder, encoder
+from lavit_jax.training.stage import Stage, apply, begin, cosine_similarity, feature_colours, features, shade_dropped
+
+
+def build(config, model: Lavit, shards: int) -> Stage:
+  """The stage that `config.stage` names; `shards` is the number of pieces that a batch is split into."""
+  stages = dict(encoder=encoder, autoencoder=autoencoder, tokenizer=tokenizer, detokenizer=detokenizer, lm=lm)
+  if config.stage not in stages:
+    raise UserError(f'unknown stage {config.stage!r}; known: {", ".join(stages)}')
+  return stages[config.stage](config, model, shards)
+
+
+def tokenizer(config, model: Lavit, shards: int) -> Stage:
+  """Stage 1: as few tokens as needed to reconstruct the features, first continuous, from `quantize_from` on quantised.
+
+  The codebook is state: k-means on the first quantised batch, then moving averages. At `freeze_selector_from` (-1: when
+  quantisation begins) the selector stops: still training, it would buy back with more tokens what quantisation costs.
+  """
+  del shards
+  c = config.tokenizer
+  code_dim = model.tokenizer.code_dim
+  freeze_from = c.quantize_from if c.freeze_selector_from < 0 else c.freeze_selector_from
+
+  def init(key, parts):
+    k1, k2, k3 = jax.random.split(key, 3)
+    x = jnp.zeros((1, model.num_patches, model.vit.hidden_size))
+    codes, mask = jnp.zeros((1, model.num_patches, code_dim)), jnp.ones((1, model.num_patches), bool)
+    params = dict(tokenizer=model.tokenizer.init(k1, x)['params'], decoder=model.decoder.init(k2, codes, mask)['params'])
+    params = begin(params, parts)
+    quantizer = dict(params['tokenizer']['quantizer'])
+    book = codebook.create(k3, *quantizer.pop('embedding').shape)
+    if 'tokenizer' in parts:
+      book = book._replace(embedding=parts['tokenizer']['quantizer']['embedding'])
+    return {**params, 'tokenizer': {**params['tokenizer'], 'quantizer': quantizer}}, book
+
+  def whole(params, book):
+    """The tokenizer's parameters with the codebook in its place."""
+    return {**params['tokenizer'], 'quantizer': {**params['tokenizer']['quantizer'], 'embedding': book.embedding}}
+
+  def reconstruct(params, codes, keep):
+    """codes [B, N, C] * keep f32[B, N], through which the gradient reaches the selector -> features [B, N, D]."""
+    return apply(model.decoder, params['decoder'], *compact(codes * keep[..., None], keep))
+
+  def loss(params, frozen, book, batch, key, train):
+    k1, k2, k3 = jax.random.split(key, 3)
+    x = features(model, frozen['vit'], batch['image'])[:, 1:].astype(jnp.float32)
+    tok = whole(params, book)
+    keep = gumbel_keep(apply(model.tokenizer, tok, x, method='select'), key=k1)
+    merged = apply(model.tokenizer, tok, x, keep, method='merge')
+    z = apply(model.tokenizer, tok, merged, method=lambda m, merged: m.quantizer.project(merged))
+
+    flat, weight = jax.lax.stop_gradient((z.reshape(-1, code_dim), keep.reshape(-1)))
+    if train:  # the first quantised batch of the training, never one that is only looked at
+      book = jax.lax.cond(book.step == c.quantize_from, lambda b: codebook.start(k2, b, flat, weight), lambda b: b, book)
+    quantizing = book.step >= c.quantize_from if train else book.step > c.quantize_from
+    ids = codebook.nearest_code(flat, book.embedding)
+    e = book.embedding[ids].reshape(z.shape)
+    commitment = (keep * jnp.square(z - e).sum(-1)).sum() / keep.sum()
+    codes = jnp.where(quantizing, z + jax.lax.stop_gradient(e - z), z)
+
+    cosine = 1 - cosine_similarity(x, reconstruct(params, codes, keep)).mean()
+    ratio = jnp.square(c.keep_ratio - keep.mean(-1)).mean()
+    value = cosine + c.ratio_weight * ratio + jnp.where(quantizing, c.commitment_weight * commitment, 0.0)
+
+    moved = codebook.update(k3, book, flat, weight, ids, c.decay, c.revive_after)
+    book = jax.tree.map(lambda new, old: jnp.where(quantizing, new, old), moved, book)._replace(step=book.step + 1)
+    metrics = dict(cosine=cosine, ratio=ratio, commitment=commitment, keep_ratio=keep.mean(), **codebook.usage(moved))
+    metrics['batch_codes'] = (codebook.tally(flat, weight, ids, len(book.embedding))[0] > 0).mean()
+    return value, (book, metrics)
+
+  def export(params, book):
+    return dict(tokenizer=whole(params, book), decoder=params['decoder'])
+
+  def draw(params, frozen, book, batch, key):
+    images = batch['image'][:8]
+    x = features(model, frozen['vit'], images)[:, 1:].astype(jnp.float32)
+    out = apply(model.tokenizer, whole(params, book), x, key)
+    return [images, shade_dropped(images, out.keep), *feature_colours(x, reconstruct(params, out.codes, out.keep), images.shape[1])]
+
+  hold = ((r'^tokenizer/selector/', freeze_from),)
+  return Stage(('vit',), (), init, loss, export, draw, hold)
+
+
+def detokenizer(config, model: Lavit, shards: int) -> Stage:
+  """Stage 1b: the U-Net learns to denoise latents under the reconstructed features, sometimes under none (for guidance).
+
+  Of the decoder only the context heads train (the page's `optim.freeze`): the features stay what stage 1 made them.
+  """
+  del shards
+  schedule = diffusion.scaled_linear()
+  context_dim, num_rows = sum(model.decoder.context_dims), model.num_patches
+
+  def init(key, parts):
+    k1, k2 = jax.random.split(key)
+    codes, mask = jnp.zeros((1, num_rows, model.tokenizer.code_dim)), jnp.ones((1, num_rows), bool)
+    side = 2 ** len(model.unet.block_out_channels)
+    latents, context = jnp.zeros((1, side, side, model.unet.in_channels)), jnp.zeros((1, num_rows, context_dim))
+    params = dict(decoder=model.decoder.init(k1, codes, mask)['params'],
+                  unet=model.unet.init(k2, latents, jnp.zeros(1), context)['params'])
+    uncond = parts.get('uncond_embeddings', jnp.zeros((model.uncond_rows, context_dim)))
+    return begin(params, parts), dict(uncond_embeddings=uncond)
+
+  def condition(params, frozen, images, key):
+    x = features(model, frozen['vit'], images)[:, 1:]
+    out = apply(model.tokenizer, frozen['tokenizer'], x, key)
+    rebuilt = apply(model.decoder, params['decoder'], *compact(out.codes, out.keep))
+    context, _ = apply(model.decoder, params['decoder'], jax.lax.stop_gradient(rebuilt), method='context')
+    return context, out.keep
+
+  def unconditional(state, batch_size):
+    context, mask = null_context(state['uncond_embeddings'], num_rows)
+    return jnp.broadcast_to(context, (batch_size, *context.shape)), jnp.broadcast_to(mask, (batch_size, num_rows))
+
+  def loss(params, frozen, state, batch, key, train):
+    del train
+    keys = jax.random.split(key, 5)
+    images = batch['image']
+    mean, logvar = apply(model.vae, frozen['vae'], pixels.preprocess(images), method='encode')
+    latents = model.vae.scaling_factor * pixels.sample_latents(mean, logvar, keys[0])
+    context, keep = condition(params, frozen, images, keys[1])
+    drop = jax.random.bernoulli(keys[2], config.detokenizer.drop_condition, (len(images), 1))
+    null, null_mask = unconditional(state, len(images))
+    context, mask = jnp.where(drop[..., None], null, context), jnp.where(drop, null_mask, True)
+    t = jax.random.randint(keys[3], (len(images),), 0, len(schedule.betas))
+    target = jax.random.normal(keys[4], latents.shape)
+    predicted = apply(model.unet, params['unet'], diffusion.add_noise(schedule, latents, target, t), t, context, mask)
+    value = jnp.square(predicted - target).mean()
+    return value, (state, dict(keep_ratio=keep.mean(), latent_std=latents.std()))
+
+  def draw(params, frozen, state, batch, key, num_steps=20):
+    """Pictures, kept patches, and what the tokens alone give: DDIM, deterministic, with guidance."""
+    images = batch['image'][:8]
+    k1, k2 = jax.random.split(key)
+    context, keep = condition(params, frozen, images, k1)
+    null, null_mask = unconditional(state, len(images))
+    context, mask = jnp.concatenate([context, null]), jnp.concatenate([jnp.ones_like(null_mask), null_mask])
+    side = images.shape[1] // model.vae.factor
+    steps = len(schedule.betas) // num_steps
+
+    def step(i, x):
+      t = (num_steps - 1 - i) * steps + 1
+      both = apply(model.unet, params['unet'], jnp.concatenate([x, x]), jnp.full(2 * len(x), t), context, mask)
+      given, free = jnp.split(both, 2)
+      epsilon = free + config.detokenizer.guidance_scale * (given - free)
+      now, before = schedule.alphas_cumprod[t], schedule.alphas_cumprod[jnp.maximum(t - steps, 0)]
+      clean = (x - jnp.sqrt(1 - now) * epsilon) / jnp.sqrt(now)
+      return jnp.sqrt(before) * clean + jnp.sqrt(1 - before) * epsilon
+
+    x = jax.lax.fori_loop(0, num_steps, step, jax.random.normal(k2, (len(images), side, side, model.vae.latent_channels)))
+    drawn = apply(model.vae, frozen['vae'], x / model.vae.scaling_factor, method='decode')
+    return [images, shade_dropped(images, keep), pixels.postprocess(drawn)]
+
+  def export(params, state):
+    return dict(unet=params['unet'], decoder=params['decoder'], uncond_embeddings=state['uncond_embeddings'])
+
+  return Stage(('vit', 'tokenizer', 'vae'), ('decoder',), init, loss, export, draw)
+
+
+def lm(config, model: Lavit, shards: int) -> Stage:
+  """Stage 2: the next word or code, over one head. [image, text] reads continuous features, [text, image] code embeddings.
+
+  The merger that understands starts as a copy of the tokenizer's and trains along; the codes stay stage 1's. Each shard
+  packs its own pairs.
+  """
+  c = config.lm
+  if c.num_rows % shards:
+    raise UserError(f'lm.num_rows={c.num_rows} must be a multiple of the {shards} pieces of a batch')
+  if c.row_length % c.loss_chunks:
+    raise UserError(f'lm.row_length={c.row_length} must be a multiple of lm.loss_chunks={c.loss_chunks}')
+
+  def init(key, parts):
+    k1, k2 = jax.random.split(key)
+    x, keep = jnp.zeros((1, model.num_patches, model.vit.hidden_size)), jnp.ones((1, model.num_patches))
+    understanding = model.understanding.init(k1, x, keep)['params']
+    one = jnp.zeros((1, 1), jnp.int32)
+    llama = model.llama.init(k2, jnp.zeros((1, 1, model.llama.hidden_size)), one, jnp.ones((1, 1, 1, 1), bool))['params']
+    params = dict(understanding={**understanding, 'merger': parts['tokenizer']['merger']}, llama=llama)
+    return begin(params, parts), {}
+
+  def packed_rows(batch, codes, visual_length):
+    """Packs within each shard, then numbers pairs and features through the whole batch."""
+    fields = (batch['text'], batch['text_length'], batch['text_weight'], batch['kind'], codes, visual_length)
+
+    def pack_shard(*fields):
+      return pack(*fields, model.vocabulary, num_rows=c.num_rows // shards, row_length=c.row_length, image_loss=c.image_loss)
+
+    out = jax.vmap(pack_shard)(*(x.reshape(shards, -1, *x.shape[1:]) for x in fields))
+    pairs = len(codes) // shards
+    shard = jnp.arange(shards)[:, None, None]
+    out = out._replace(source=jnp.where(out.source >= 0, out.source + shard * pairs * model.num_patches, -1),
+                       segments=jnp.where(out.segments > 0, out.segments + shard * pairs, 0),
+                       overflow=out.overflow.sum(), used=out.used.mean())
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]) if x.ndim > 1 else x, out)
+
+  def next_token(llama, hidden, targets):
+    """Negative log-likelihood and correctness f32[R, S] each, some slots at a time: logits are V wide."""
+
+    @jax.checkpoint
+    def chunk(_, inputs):
+      hidden, targets = inputs
+      logits = apply(model.llama, llama, hidden, method='logits')
+      chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+      return None, (jax.nn.logsumexp(logits, axis=-1) - chosen, (logits.argmax(-1) == targets).astype(jnp.float32))
+
+    def split(x):
+      return jnp.moveaxis(x.reshape(len(x), c.loss_chunks, -1, *x.shape[2:]), 1, 0)
+
+    _, out = jax.lax.scan(chunk, None, (split(hidden), split(targets)))
+    return (jnp.moveaxis(x, 0, 1).reshape(targets.shape) for x in out)
+
+  def loss(params, frozen, state, batch, key, train):
+    del train
+    x = features(model, frozen['vit'], batch['image'])[:, 1:]
+    out = apply(model.tokenizer, frozen['tokenizer'], x, key)
+    visual, mask = compact(apply(model.understanding, params['understanding'], x, out.keep), out.keep)
+    codes, _ = compact(out.ids, out.keep)
+    rows = packed_rows(batch, codes, mask.sum(-1))
+    embedded = embed_sources(apply(model.llama, params['llama'], rows.ids, method='embed'), rows.source, visual)
+    hidden, _ = apply(model.llama, params['llama'], embedded, rows.positions, segment_mask(rows.segments))
+    nll, correct = next_token(params['llama'], hidden, rows.targets)
+
+    def mean(values, weights):
+      return (values * weights).sum() / weights.sum()  # nan where nothing counts: that is what it is
+
+    value = (nll * rows.weights).sum() / jnp.maximum(rows.weights.sum(), 1e-6)
+    kind = jnp.where(rows.segments > 0, batch['kind'][jnp.maximum(rows.segments - 1, 0)], -1)
+    metrics = dict(token_accuracy=mean(correct, rows.weights), packed_share=rows.used, overflow=rows.overflow.astype(jnp.float32),
+                   loss_tokens=(rows.weights > 0).sum().astype(jnp.float32), keep_ratio=out.keep.mean())
+    for i, name in enumerate(('image_to_text', 'text_to_image', 'text_only')):
+      weights = rows.weights * (kind == i)
+      metrics |= {f'loss_{name}': mean(nll, weights), f'accuracy_{name}': mean(correct, weights)}
+    return value, (state, metrics)
+
+  def export(params, state):
+    del state
+    return dict(llama=params['llama'], understanding=params['understanding'])
+
+  return Stage(('vit', 'tokenizer'), (), init, loss, export)

@@ -1,0 +1,123 @@
+"""Every kind of picture reads as RGB; every kind of broken one is named."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lavit_jax.errors import UserError
+from lavit_jax.inference import images
+
+RED = (200, 40, 30)
+
+
+def encode(image, kind='PNG', **kwargs):
+  buffer = io.BytesIO()
+  image.save(buffer, kind, **kwargs)
+  return buffer.getvalue()
+
+
+def solid(mode='RGB', color=RED, size=(9, 7)):
+  return Image.new(mode, size, color)
+
+
+@pytest.mark.parametrize('data, expected', [
+    (encode(solid()), RED),
+    (encode(solid(size=(1, 1))), RED),
+    (encode(solid().quantize(4)), RED),
+    (encode(solid('L', 77)), (77,) * 3),
+    (encode(solid('1', 1)), (255,) * 3),
+    (encode(solid('RGBA', RED + (255,))), RED),
+    (encode(solid('RGBA', RED + (0,))), (255,) * 3),
+    (encode(solid('RGBA', (0, 0, 0, 51))), (204,) * 3),
+    (encode(solid('LA', (0, 0))), (255,) * 3),
+    (encode(solid('P', 0), transparency=0), (255,) * 3),
+    (encode(solid(), transparency=RED), (255,) * 3),
+    (encode(Image.fromarray(np.full((7, 9), 257 * 120, np.uint16))), (120,) * 3),
+    (encode(Image.fromarray(np.full((7, 9), 257 * 120, np.int32)), 'TIFF'), (120,) * 3),
+    (encode(Image.fromarray(np.full((7, 9), 0.2, np.float32)), 'TIFF'), (51,) * 3),
+], ids='rgb 1x1 palette grey bit alpha clear half grey-clear palette-clear rgb-clear 16bit 32bit float'.split())
+def test_every_mode_reads_as_rgb(data, expected):
+  image = images.read_image(data)
+  assert image.dtype == np.uint8 and image.shape[-1] == 3
+  np.testing.assert_array_equal(image, np.broadcast_to(np.uint8(expected), image.shape))
+
+
+@pytest.mark.parametrize('kind', ['JPEG', 'TIFF'])
+def test_cmyk_is_near_its_rgb(kind):
+  image = images.read_image(encode(solid().convert('CMYK'), kind))
+  assert image.shape == (7, 9, 3)
+  assert np.abs(image - np.array(RED, float)).max() < 8
+
+
+def test_exif_turns_the_picture():
+  exif = Image.Exif()
+  exif[0x0112] = 6  # rotate by 90 degrees to show
+  assert images.read_image(encode(solid(), 'JPEG', exif=exif)).shape == (9, 7, 3)
+
+
+def test_sources_agree(tmp_path):
+  pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 3), np.uint8)
+  path = tmp_path / 'picture.png'
+  Image.fromarray(pixels).save(path)
+  for source in (path, str(path), path.read_bytes(), Image.open(path), pixels, pixels.astype(np.uint16) * 257,
+                 pixels / np.float32(255)):
+    np.testing.assert_array_equal(images.read_image(source), pixels)
+  np.testing.assert_array_equal(images.read_image(pixels[..., 0])[..., 1], pixels[..., 0])
+
+
+def test_batches_are_square_and_bicubic():
+  pixels = np.random.default_rng(0).integers(0, 256, (2, 40, 20, 3), np.uint8)
+  batch = images.read_images(pixels, 16)
+  expected = Image.fromarray(pixels[1]).resize((16, 16), Image.Resampling.BICUBIC)
+  np.testing.assert_array_equal(batch[1], np.asarray(expected))
+  assert images.read_images(pixels[0], 16).shape == (1, 16, 16, 3)
+  assert images.read_images([], 16).shape == (0, 16, 16, 3)
+  np.testing.assert_array_equal(images.resize(batch[0], 16), batch[0])
+
+
+def huge_png():
+  """A few bytes that promise 100,000 x 100,000 pixels."""
+  def chunk(kind, data):
+    return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+  header = struct.pack('>IIBBBBB', 100_000, 100_000, 8, 2, 0, 0, 0)
+  return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', b'') + chunk(b'IEND', b'')
+
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+
+
+@pytest.mark.parametrize('data, message', [
+    (b'', 'empty'),
+    (b'these are words', 'not a picture'),
+    (encode(NOISE, 'JPEG')[:-900], 'truncated'),
+    (encode(NOISE)[:-900], 'truncated'),
+    (encode(NOISE, 'JPEG')[:30], 'not a picture'),
+    (huge_png(), 'too large'),
+    (encode(solid(size=(10_001, 10_000), mode='1', color=0)), 'too large'),
+], ids=['empty', 'text', 'jpeg', 'png', 'header', 'bomb', 'huge'])
+def test_broken_files_are_named_in_one_line(tmp_path, data, message):
+  path = tmp_path / 'broken.jpg'
+  path.write_bytes(data)
+  with pytest.raises(UserError, match=message) as error:
+    images.read_image(path)
+  assert str(path) in str(error.value) and '\n' not in str(error.value)
+  with pytest.raises(UserError, match='image 1: .*' + message):
+    images.read_images([solid(), data], 8)
+
+
+@pytest.mark.parametrize('source, message', [
+    ('nowhere/cat.png', 'nowhere/cat.png: no such file'),
+    ('.', 'a folder'),
+    (np.zeros((4, 4, 2), np.uint8), 'shape'),
+    (np.zeros((0, 4, 3), np.uint8), 'no pixels'),
+    (np.zeros((4, 4, 3), np.int64), 'int64'),
+    (np.full((4, 4, 3), 200.0), 'outside'),
+    (np.full((4, 4, 3), np.nan), 'outside'),
+])
+def test_other_bad_sources(source, message):
+  with pytest.raises(UserError, match=message):
+    images.read_image(source)

@@ -1,0 +1,71 @@
+"""The golden case (REFERENCE section 6): small random weights under the published names, with an independent forward pass."""
+
+import json
+import pathlib
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from lavit_jax.models.decoder import Decoder
+from lavit_jax.models.tokenizer import DynamicTokenizer, Understanding
+from lavit_jax.models.vit import ViT
+from lavit_jax.porting import tables_visual as tables
+from lavit_jax.porting.engine import from_torch
+
+FOLDER = pathlib.Path(__file__).parents[1] / 'data' / 'golden'
+
+
+@pytest.fixture(scope='session')
+def golden():
+  """`modules` and `params` by part, `io` the inputs and outputs, `features` the ViT's without CLS, `size` the config."""
+  size = json.loads((FOLDER / 'config.json').read_text())
+  io = dict(np.load(FOLDER / 'io.npz'))
+  width, heads, patches = size['width'], size['heads'], (size['image_size'] // size['patch_size']) ** 2
+  mlp_dim = int(width * 4.3637)
+  merger = (width, size['merger_depth'], heads, mlp_dim)
+  decoder = (width, size['decoder_depth'], heads, mlp_dim, patches, size['code_dim'])
+  modules = dict(
+      vit=ViT(size['image_size'], size['patch_size'], width, size['vit_depth'], size['vit_heads'],
+              width // size['vit_heads'], mlp_dim, size['vit_head_dim']),
+      tokenizer=DynamicTokenizer(*merger, size['codebook_size'], size['code_dim']),
+      understanding=Understanding(*merger, size['llm_dim']),
+      decoder=Decoder(*decoder, (size['cross_attention_dim'],)),
+      highres_decoder=Decoder(
+          *decoder, (size['cross_attention_dim_1'], size['cross_attention_dim_2']), size['pooled_dim']
+      ),
+  )
+  side, x = size['image_size'], jnp.zeros((1, patches, width))
+  inputs = dict(
+      vit=(jnp.zeros((1, side, side, 3)),), tokenizer=(x,), understanding=(x, x[..., 0]),
+      decoder=(x[..., : size['code_dim']], x[..., 0] == 0),
+  )
+  inputs['highres_decoder'] = inputs['decoder']
+  files = dict(
+      vit=('eva_vit', tables.vit_rows()),
+      tokenizer=('tokenizer_encoder', tables.tokenizer_rows()),
+      understanding=('tokenizer_encoder', tables.understanding_rows()),
+      decoder=('tokenizer_decoder', tables.decoder_rows(1)),
+      highres_decoder=('highres_tokenizer_decoder', tables.decoder_rows(2)),
+  )
+  params = {}
+  for part, (file, rows) in files.items():
+    like = jax.eval_shape(modules[part].init, jax.random.key(0), *inputs[part])['params']
+    params[part] = jax.tree.map(jnp.asarray, from_torch(rows, load_file(FOLDER / f'{file}.safetensors'), like))
+  return types.SimpleNamespace(modules=modules, params=params, io=io, features=io['vit_features'][:, 1:], size=size, inputs=inputs)
+
+
+@pytest.fixture(scope='session')
+def run(golden):
+  """run(part, *inputs, method=None, dtype=None): one part of the golden model, jitted."""
+
+  def call(part, *args, method=None, dtype=jnp.float32, **kwargs):
+    module = golden.modules[part].clone(dtype=dtype)
+    return jax.jit(lambda params, *args: module.apply({'params': params}, *args, method=method, **kwargs))(
+        golden.params[part], *args
+    )
+
+  return call

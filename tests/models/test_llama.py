@@ -1,0 +1,145 @@
+"""The language model against golden logits and transformers, and its cache against its full forward."""
+
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from lavit_jax.models.llama import Llama
+from lavit_jax.models.sequence import prompt_mask, prompt_positions
+from lavit_jax.porting import engine
+from lavit_jax.porting.tables_language import llama_rows
+
+GOLDEN = pathlib.Path(__file__).parents[1] / 'data/golden'
+TINY = Llama(vocab_size=97, hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64)
+LAVIT_7B = Llama(vocab_size=48386, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128, mlp_dim=11008)
+
+
+def init(llama, key=0):
+  """Parameters of the model."""
+  example = jnp.zeros((1, 2, llama.hidden_size)), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 1, 2, 2), bool)
+  return llama.init(jax.random.key(key), *example)['params']
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(llama, params, ids, mask):
+  """Logits of (left-padded) ids without a cache."""
+  apply = functools.partial(llama.apply, {'params': params})
+  hidden, cache = apply(apply(ids, method='embed'), prompt_positions(mask), prompt_mask(mask))
+  assert cache is None
+  return apply(hidden, method='logits')
+
+
+def test_golden_logits():
+  sizes = json.loads((GOLDEN / 'language_model.json').read_text())
+  golden = np.load(GOLDEN / 'language_model_io.npz')
+  heads = sizes['num_attention_heads']
+  llama = Llama(
+      vocab_size=sizes['vocab_size'], hidden_size=sizes['hidden_size'], num_layers=sizes['num_hidden_layers'], num_heads=heads,
+      num_kv_heads=heads, head_dim=sizes['hidden_size'] // heads, mlp_dim=sizes['intermediate_size'],
+      rms_norm_eps=sizes['rms_norm_eps'], rope_theta=sizes['rope_theta'])
+  like = jax.eval_shape(lambda: init(llama))
+  params = engine.from_torch(llama_rows(), load_file(GOLDEN / 'language_model.safetensors'), like)
+  ids = jnp.asarray(golden['forward_ids'], jnp.int32)
+  logits = forward(llama, params, ids, jnp.ones(ids.shape, bool))
+  assert logits.dtype == jnp.float32
+  np.testing.assert_allclose(logits, golden['forward_logits'], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize('padding', [0, 3])
+def test_matches_transformers_with_grouped_heads(padding):
+  torch = pytest.importorskip('torch')
+  peer = _peer(TINY).eval()
+  with torch.no_grad():
+    for p in peer.parameters():
+      p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+  params = engine.from_torch(llama_rows(), {k: v.numpy() for k, v in peer.state_dict().items()}, jax.eval_shape(lambda: init(TINY)))
+  ids = np.random.default_rng(0).integers(0, 97, (2, 12))
+  mask = np.ones(ids.shape, bool)
+  mask[1, :padding] = False
+  with torch.no_grad():
+    positions = torch.from_numpy(np.array(prompt_positions(jnp.asarray(mask))))
+    expected = peer(torch.from_numpy(ids), attention_mask=torch.from_numpy(mask).long(), position_ids=positions).logits.numpy()
+  logits = forward(TINY, params, jnp.asarray(ids), jnp.asarray(mask))
+  np.testing.assert_allclose(np.where(mask[..., None], logits - expected, 0), 0, atol=1e-4)
+  assert expected.std() > 0.3  # not a comparison of zeros
+
+
+def _peer(llama):
+  """transformers' model of the same sizes."""
+  transformers = pytest.importorskip('transformers')
+  config = transformers.LlamaConfig(
+      vocab_size=llama.vocab_size, hidden_size=llama.hidden_size, intermediate_size=llama.mlp_dim,
+      num_hidden_layers=llama.num_layers, num_attention_heads=llama.num_heads, num_key_value_heads=llama.num_kv_heads,
+      head_dim=llama.head_dim, rms_norm_eps=llama.rms_norm_eps, tie_word_embeddings=False, attn_implementation='eager')
+  return transformers.LlamaForCausalLM(config)
+
+
+def test_cached_steps_equal_full_forward():
+  """A prompt of 6 at once, then single tokens, then two together, with stale rubbish in the unwritten slots."""
+  params = init(TINY)
+  ids = jax.random.randint(jax.random.key(1), (2, 12), 0, 97)
+  mask = jnp.ones((2, 12), bool).at[1, :4].set(False)
+  expected = forward(TINY, params, ids, mask)
+
+  apply = functools.partial(TINY.apply, {'params': params})
+  slots, positions = 15, prompt_positions(mask)
+  seen = jnp.pad(prompt_mask(mask), ((0, 0), (0, 0), (0, 0), (0, slots - 12)))
+  cache = TINY.init_cache(2, slots)
+  cache = cache._replace(k=cache.k + 9.0, v=cache.v - 9.0)
+  logits = []
+  for start, end in [(0, 6), (6, 7), (7, 8), (8, 9), (9, 10), (10, 12)]:
+    hidden, cache = apply(apply(ids[:, start:end], method='embed'), positions[:, start:end], seen[:, :, start:end], cache)
+    assert cache.length == end
+    logits.append(apply(hidden, method='logits'))
+  difference = jnp.where(mask[..., None], jnp.concatenate(logits, 1) - expected, 0)
+  np.testing.assert_allclose(difference, 0, atol=1e-5)
+
+
+def test_the_mask_decides_what_is_seen():
+  params, mask = init(TINY), jnp.ones((1, 8), bool)
+  ids = jnp.arange(8)[None]
+  logits = forward(TINY, params, ids, mask)
+  later = forward(TINY, params, ids.at[0, 5].set(60), mask)
+  np.testing.assert_array_equal(logits[:, :5], later[:, :5])
+  assert jnp.abs(logits[:, 5:] - later[:, 5:]).max(-1).min() > 1e-5
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_padding_is_finite_and_harmless(dtype):
+  """Padded queries see nothing at all; neither they nor the gradients may turn into NaN, nor touch the rest."""
+  llama, params = TINY.clone(dtype=dtype), init(TINY)
+  ids = jax.random.randint(jax.random.key(2), (1, 6), 0, 97)
+  padded = jnp.pad(ids, ((0, 0), (5, 0)), constant_values=2)
+  mask = jnp.arange(11)[None] >= 5
+  logits = forward(llama, params, padded, mask)
+  assert logits.dtype == jnp.float32 and bool(jnp.isfinite(logits).all())
+  gradient = jax.grad(lambda p: jnp.square(forward(llama, p, padded, mask)).sum())(params)
+  assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(gradient))
+  np.testing.assert_allclose(logits[:, 5:], forward(TINY, params, ids, mask[:, 5:]), atol=1e-5 if dtype == jnp.float32 else 2e-2)
+
+
+@pytest.mark.parametrize('remat', ['full', 'dots'])
+def test_remat_changes_no_gradient(remat):
+  params, ids = init(TINY), jnp.arange(8)[None]
+
+  def loss(llama, params):
+    return jax.nn.logsumexp(forward(llama, params, ids, jnp.ones((1, 8), bool))).sum()
+
+  expected, gradient = (jax.grad(functools.partial(loss, TINY.clone(remat=r)))(params) for r in ('none', remat))
+  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), gradient, expected)
+
+
+def test_full_size():
+  """LaVIT-7B has 6,872,649,728 parameters in its language model, under the names and shapes of transformers."""
+  torch = pytest.importorskip('torch')
+  shapes = jax.eval_shape(lambda: init(LAVIT_7B))
+  assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 6_872_649_728
+  with torch.device('meta'):
+    expected = {name: tuple(p.shape) for name, p in _peer(LAVIT_7B).state_dict().items()}
+  assert engine.torch_shapes(llama_rows(), shapes) == expected

@@ -1,0 +1,74 @@
+"""Our own folder of weights: what goes in comes out, and what is damaged is named."""
+
+import errno
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from lavit_jax.errors import UserError
+from lavit_jax.porting.folder import load_parts, read_config, save_parts
+
+PARTS = {
+    'vit': {'blocks': {'kernel': np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3)}, 'ids': np.arange(3, dtype=np.int32)},
+    'uncond_embeddings': np.ones((1, 4), np.float32),
+}
+
+
+def test_float32_comes_back_as_it_was(tmp_path):
+  save_parts(tmp_path / 'model', 'tiny', PARTS, {'step': 7})
+  parts = load_parts(tmp_path / 'model', variant='tiny')
+  np.testing.assert_array_equal(parts['vit']['blocks']['kernel'], PARTS['vit']['blocks']['kernel'])
+  np.testing.assert_array_equal(parts['uncond_embeddings'], PARTS['uncond_embeddings'])
+  config = read_config(tmp_path / 'model')
+  assert config['metadata'] == {'step': 7} and config['parts']['vit']['parameters'] == 9
+
+
+def test_bfloat16_rounds_once_and_integers_stay(tmp_path):
+  save_parts(tmp_path / 'model', 'tiny', PARTS, dtype='bfloat16')
+  stored = safetensors.numpy.load_file(tmp_path / 'model' / 'vit.safetensors')
+  assert stored['blocks/kernel'].dtype == ml_dtypes.bfloat16 and stored['ids'].dtype == np.int32
+  kernel = load_parts(tmp_path / 'model', ['vit'])['vit']['blocks']['kernel']
+  np.testing.assert_array_equal(kernel, PARTS['vit']['blocks']['kernel'].astype(ml_dtypes.bfloat16).astype(np.float32))
+
+
+def test_a_second_save_replaces_the_first(tmp_path):
+  save_parts(tmp_path / 'model', 'tiny', PARTS)
+  save_parts(tmp_path / 'model', 'tiny', {'vae': {'w': np.zeros(2, np.float32)}})
+  assert sorted(x.name for x in (tmp_path / 'model').iterdir()) == ['config.json', 'vae.safetensors']
+  assert [x.name for x in tmp_path.iterdir()] == ['model']
+
+
+def test_full_disk_leaves_the_old_folder_and_nothing_else(tmp_path, monkeypatch):
+  save_parts(tmp_path / 'model', 'tiny', PARTS)
+
+  def full(*_):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  monkeypatch.setattr(safetensors.numpy, 'save_file', full)
+  with pytest.raises(UserError, match='No space left on device'):
+    save_parts(tmp_path / 'model', 'tiny', PARTS)
+  assert [x.name for x in tmp_path.iterdir()] == ['model']
+  assert set(read_config(tmp_path / 'model')['parts']) == set(PARTS)
+
+
+def test_damage_is_named(tmp_path):
+  folder = save_parts(tmp_path / 'model', 'tiny', PARTS)
+  with pytest.raises(UserError, match="holds variant 'tiny', but 'lavit_7b'"):
+    load_parts(folder, variant='lavit_7b')
+  with pytest.raises(UserError, match="no part 'llama'; it holds vit, uncond_embeddings"):
+    load_parts(folder, ['llama'])
+  file = folder / 'vit.safetensors'
+  file.write_bytes(file.read_bytes()[:-5])
+  with pytest.raises(UserError, match='vit.safetensors is truncated or damaged'):
+    load_parts(folder, ['vit'])
+  file.unlink()
+  with pytest.raises(UserError, match='vit.safetensors is missing'):
+    load_parts(folder)
+  (folder / 'config.json').write_text(json.dumps({'format': 99, 'parts': {}}))
+  with pytest.raises(UserError, match='format 1'):
+    load_parts(folder)
+  with pytest.raises(UserError, match='config.json is missing'):
+    load_parts(tmp_path / 'nowhere')
