@@ -8,16 +8,18 @@ Exports `vae`, whose latents have mean 0 and deviation 1.
 from ml_collections import ConfigDict
 
 from lavit_jax.errors import UserError
+from lavit_jax.models import lavit
 
 
 def get_config(variant: str = 'tiny') -> ConfigDict:
+  lavit.row(variant)  # names the nearest one if there is none
   if variant != 'tiny':
     raise UserError(f'configs/autoencoder.py trains tiny only, not {variant!r}: the autoencoders of larger variants are ported')
   config = ConfigDict(dict(
       stage='autoencoder', variant=variant, seed=0, batch_size=32, num_steps=8_000,
       dtype='float32', remat='none', mesh=dict(data=-1, fsdp=1, tensor=1), peak_tflops=0.0,
       frozen='', init_from='',
-      data=dict(source='emoji', tokenizer='lavit_jax/assets/tiny', text_length=48, shares=dict(caption=1.0)),
+      data=dict(task='images', source='data', image_size=64, scene_share=0.3, num_threads=2),
       kl_weight=1e-4, edge_weight=0.5,
       optim=dict(
           learning_rate=1e-3, warmup_steps=200, final_fraction=0.01, weight_decay=0.0, b1=0.9, b2=0.99, clip_norm=1.0,

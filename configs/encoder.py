@@ -8,16 +8,19 @@ Exports `vit`.
 from ml_collections import ConfigDict
 
 from lavit_jax.errors import UserError
+from lavit_jax.models import lavit
 
 
 def get_config(variant: str = 'tiny') -> ConfigDict:
+  lavit.row(variant)  # names the nearest one if there is none
   if variant != 'tiny':
     raise UserError(f'configs/encoder.py trains tiny only, not {variant!r}: the encoders of larger variants are ported')
   config = ConfigDict(dict(
       stage='encoder', variant=variant, seed=0, batch_size=128, num_steps=10_000,
       dtype='float32', remat='none', mesh=dict(data=-1, fsdp=1, tensor=1), peak_tflops=0.0,
       frozen='', init_from='',
-      data=dict(source='emoji', tokenizer='lavit_jax/assets/tiny', text_length=48, shares=dict(caption=1.0)),
+      data=dict(task='contrastive', source='data', tokenizer_folder='lavit_jax/assets/tiny/tokenizer', text_length=48, image_size=64,
+                scene_share=0.3, num_threads=2),
       text_tower=dict(hidden_size=128, num_layers=3, num_heads=4, num_kv_heads=4, head_dim=32, mlp_dim=384),
       optim=dict(
           learning_rate=1e-3, warmup_steps=500, final_fraction=0.01, weight_decay=0.1, b1=0.9, b2=0.98, clip_norm=1.0,

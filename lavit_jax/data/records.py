@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import tensorflow_datasets as tfds
+from PIL import Image
 
 from lavit_jax.data import colours, drawing
 
@@ -34,7 +35,8 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self.dataset_info_from_configs(
-            description='Emoji as 96 px RGBA sprites in three styles, with names, keywords and groups.',
+            description='Emoji as 96 px RGBA sprites in three styles, with names, keywords and groups. Changes to the art: '
+                        'rasterised, cropped to the ink, centred; in the sample, at most 128 colours.',
             features=tfds.features.FeaturesDict({
                 'image': tfds.features.Image(shape=(drawing.SPRITE_SIZE, drawing.SPRITE_SIZE, 4), encoding_format='png'),
                 'codepoint': tfds.features.Text(), 'style': tfds.features.Text(), 'name': tfds.features.Text(),
@@ -55,11 +57,14 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
                 'toned': self._generate_examples([concept for concept in chosen if concept.skin_tone])}
 
     def _generate_examples(self, chosen: list[drawing.Concept]) -> Iterator[tuple[str, dict]]:
+        sample = self.builder_config.name == 'sample'
         for concept in chosen:
             for style in drawing.STYLES:
                 sprite = drawing.draw(concept, style)
+                if sample:  # Half the bytes, to travel with the package.
+                    sprite = sprite.quantize(128, Image.Quantize.FASTOCTREE).convert('RGBA')
                 png = io.BytesIO()
-                sprite.save(png, 'PNG')
+                sprite.save(png, 'PNG', optimize=sample)
                 yield f'{concept.codepoint} {style}', {
                     'image': png.getvalue(), 'style': style, 'colour': colours.dominant(np.asarray(sprite)),
                     **concept._asdict(),

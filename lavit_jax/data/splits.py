@@ -3,6 +3,7 @@
 Each rule is a pure function of names, so that no list has to be kept, and any machine and any subset agree.
 """
 
+import functools
 from hashlib import blake2b
 
 # Of the salts below 200,000 that hold out exactly 80 of the 1,898 concepts, this is the one for which no held-out name is part
@@ -25,6 +26,7 @@ def heldout_pair(style: str, codepoint: str) -> bool:
     return _fraction(f'pair {style} {codepoint}') < _PAIR_SHARE
 
 
+@functools.cache
 def heldout_combination(group: str, background: str) -> bool:
     """Whether members of a group never stand on this background in training."""
     return _fraction(f'combination {group} {background}') < _COMBINATION_SHARE

@@ -32,7 +32,7 @@ VARIANTS = {
         llama=dict(hidden_size=160, num_layers=4, num_heads=5, num_kv_heads=5, head_dim=32, mlp_dim=432),
         unet=dict(block_out_channels=(48, 72), layers_per_block=1, down_block_attention=(False, True), transformer_layers=(1, 1),
                   num_heads=(4, 4), cross_attention_dim=64, norm_num_groups=8),
-        vae=dict(block_out_channels=(24, 48, 48), layers_per_block=1, norm_num_groups=8, scaling_factor=1.0),
+        vae=dict(block_out_channels=(16, 32, 48), layers_per_block=1, norm_num_groups=8, scaling_factor=1.0),
         uncond_rows=1,
     ),
     'small': dict(

@@ -5,80 +5,80 @@ B batch, h and w height and width, C channels; images are NHWC. Convolutions run
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
+import flax.linen as nn
 
 from lavit_jax.models.layers import Dtype
 
 
 class GroupNorm(nn.Module):
-    """Normalises each of `num_groups` runs of channels over space, in float32; [B, h, w, C] -> `dtype`[B, h, w, C].
+  """Normalises each of `num_groups` runs of channels over space, in float32; [B, h, w, C] -> `dtype`[B, h, w, C].
 
-    Two passes for the variance: the one-pass E[x^2] - E[x]^2 loses what a large mean leaves of float32.
-    """
+  Two passes for the variance: the one-pass E[x^2] - E[x]^2 loses what a large mean leaves of float32.
+  """
 
-    num_groups: int
-    epsilon: float
-    dtype: Dtype = jnp.float32
+  num_groups: int
+  epsilon: float
+  dtype: Dtype = jnp.float32
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        batch, *space, channels = x.shape
-        if channels % self.num_groups:
-            raise ValueError(f'{channels} channels do not divide into norm_num_groups={self.num_groups}')
-        scale = self.param('scale', nn.initializers.ones, (channels,))
-        bias = self.param('bias', nn.initializers.zeros, (channels,))
-        groups = x.astype(jnp.float32).reshape(batch, -1, self.num_groups, channels // self.num_groups)
-        centred = groups - groups.mean((1, 3), keepdims=True)
-        normed = centred * jax.lax.rsqrt(jnp.square(centred).mean((1, 3), keepdims=True) + self.epsilon)
-        return (normed.reshape(batch, *space, channels) * scale + bias).astype(self.dtype)
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    batch, *space, channels = x.shape
+    if channels % self.num_groups:
+      raise ValueError(f'{channels} channels do not divide into norm_num_groups={self.num_groups}')
+    scale = self.param('scale', nn.initializers.ones, (channels,))
+    bias = self.param('bias', nn.initializers.zeros, (channels,))
+    groups = x.astype(jnp.float32).reshape(batch, -1, self.num_groups, channels // self.num_groups)
+    centred = groups - groups.mean((1, 3), keepdims=True)
+    normed = centred * jax.lax.rsqrt(jnp.square(centred).mean((1, 3), keepdims=True) + self.epsilon)
+    return (normed.reshape(batch, *space, channels) * scale + bias).astype(self.dtype)
 
 
 class ResnetBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x))) + time))) (diffusers' ResnetBlock2D); [B, h, w, C] -> [B, h, w, channels].
+  """x + conv(silu(norm(conv(silu(norm(x))) + time))) (diffusers' ResnetBlock2D); [B, h, w, C] -> [B, h, w, channels].
 
-    `time` [B, T] is the time embedding, or None where there is none (the VAE). A 1x1 convolution carries the residual
-    when the width changes.
-    """
+  `time` [B, T] is the time embedding, or None where there is none (the VAE). A 1x1 convolution carries the residual
+  when the width changes.
+  """
 
-    channels: int
-    num_groups: int
-    epsilon: float
-    dtype: Dtype = jnp.float32
+  channels: int
+  num_groups: int
+  epsilon: float
+  dtype: Dtype = jnp.float32
 
-    @nn.compact
-    def __call__(self, x: jax.Array, time: jax.Array | None = None) -> jax.Array:
-        y = nn.silu(GroupNorm(self.num_groups, self.epsilon, self.dtype, name='norm1')(x))
-        y = nn.Conv(self.channels, (3, 3), padding=1, dtype=self.dtype, name='conv1')(y)
-        if time is not None:
-            y += nn.Dense(self.channels, dtype=self.dtype, name='time_emb_proj')(nn.silu(time))[:, None, None]
-        y = nn.silu(GroupNorm(self.num_groups, self.epsilon, self.dtype, name='norm2')(y))
-        y = nn.Conv(self.channels, (3, 3), padding=1, dtype=self.dtype, name='conv2')(y)
-        if x.shape[-1] != self.channels:
-            x = nn.Conv(self.channels, (1, 1), dtype=self.dtype, name='conv_shortcut')(x)
-        return x + y
+  @nn.compact
+  def __call__(self, x: jax.Array, time: jax.Array | None = None) -> jax.Array:
+    y = nn.silu(GroupNorm(self.num_groups, self.epsilon, self.dtype, name='norm1')(x))
+    y = nn.Conv(self.channels, (3, 3), padding=1, dtype=self.dtype, name='conv1')(y)
+    if time is not None:
+      y += nn.Dense(self.channels, dtype=self.dtype, name='time_emb_proj')(nn.silu(time))[:, None, None]
+    y = nn.silu(GroupNorm(self.num_groups, self.epsilon, self.dtype, name='norm2')(y))
+    y = nn.Conv(self.channels, (3, 3), padding=1, dtype=self.dtype, name='conv2')(y)
+    if x.shape[-1] != self.channels:
+      x = nn.Conv(self.channels, (1, 1), dtype=self.dtype, name='conv_shortcut')(x)
+    return x + y
 
 
 class Downsample(nn.Module):
-    """Strided 3x3 convolution, [B, h, w, C] -> [B, h/2, w/2, C]; `padding` before and after each axis.
+  """Strided 3x3 convolution, [B, h, w, C] -> [B, h/2, w/2, C]; `padding` before and after each axis.
 
-    The U-Net pads (1, 1); the VAE (0, 1), only below and to the right.
-    """
+  The U-Net pads (1, 1); the VAE (0, 1), only below and to the right.
+  """
 
-    padding: tuple[int, int]
-    dtype: Dtype = jnp.float32
+  padding: tuple[int, int]
+  dtype: Dtype = jnp.float32
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return nn.Conv(x.shape[-1], (3, 3), strides=2, padding=(self.padding,) * 2, dtype=self.dtype, name='conv')(x)
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return nn.Conv(x.shape[-1], (3, 3), strides=2, padding=(self.padding,) * 2, dtype=self.dtype, name='conv')(x)
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour doubling, then a 3x3 convolution; [B, h, w, C] -> [B, 2h, 2w, C]."""
+  """Nearest-neighbour doubling, then a 3x3 convolution; [B, h, w, C] -> [B, 2h, 2w, C]."""
 
-    dtype: Dtype = jnp.float32
+  dtype: Dtype = jnp.float32
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        b, h, w, c = x.shape
-        x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
-        return nn.Conv(c, (3, 3), padding=1, dtype=self.dtype, name='conv')(x)
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    b, h, w, c = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+    return nn.Conv(c, (3, 3), padding=1, dtype=self.dtype, name='conv')(x)

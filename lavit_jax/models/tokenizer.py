@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lavit_jax.models.layers import (
-    CrossAttention, Dtype, LayerNorm, Mlp, SelfAttention, policy_attention, scan_blocks,
+    CrossAttention, Dtype, LayerNorm, Mlp, SelfAttention, gelu, policy_attention, scan_blocks,
 )
 
 
@@ -82,7 +82,6 @@ class Selector(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    gelu = partial(nn.gelu, approximate=False)
     half = self.hidden_size // 2
     x = gelu(nn.Dense(self.hidden_size, name='fc_in')(LayerNorm(name='norm')(x)))
     local, context = x[..., :half], x[..., half:].mean(1, keepdims=True)

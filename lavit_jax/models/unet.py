@@ -6,11 +6,9 @@ B batch, h and w latents, Z latent channels, C channels, M condition rows, E con
 H heads, d head width; latents are NHWC.
 """
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
+import flax.linen as nn
 
 from lavit_jax.models.layers import (REMAT_POLICIES, Dtype, LayerNorm, attention, merge_heads, scan_blocks,
                                      split_heads)
@@ -20,191 +18,191 @@ MASKED = -10000.  # what diffusers adds to the scores of condition rows that do 
 
 
 def sinusoids(values: jax.Array, width: int) -> jax.Array:
-    """[...] -> f32[..., width]: cosines then sines of the values times 10000^(-2i/width) (flip_sin_to_cos, shift 0)."""
-    half = width // 2
-    angles = values[..., None].astype(jnp.float32) * jnp.exp(-jnp.log(10000.) * jnp.arange(half) / half)
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+  """[...] -> f32[..., width]: cosines then sines of the values times 10000^(-2i/width) (flip_sin_to_cos, shift 0)."""
+  half = width // 2
+  angles = values[..., None].astype(jnp.float32) * jnp.exp(-jnp.log(10000.) * jnp.arange(half) / half)
+  return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 class Embedding(nn.Module):
-    """Linear, SiLU, Linear; [B, any] -> [B, T]."""
+  """Linear, SiLU, Linear; [B, any] -> [B, T]."""
 
-    width: int
-    dtype: Dtype = jnp.float32
+  width: int
+  dtype: Dtype = jnp.float32
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.silu(nn.Dense(self.width, dtype=self.dtype, name='linear_1')(x))
-        return nn.Dense(self.width, dtype=self.dtype, name='linear_2')(x)
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = nn.silu(nn.Dense(self.width, dtype=self.dtype, name='linear_1')(x))
+    return nn.Dense(self.width, dtype=self.dtype, name='linear_2')(x)
 
 
 class Attention(nn.Module):
-    """Multi-head attention from x [B, N, C] to source [B, M, any], only the output with a bias; -> [B, N, C]."""
+  """Multi-head attention from x [B, N, C] to source [B, M, any], only the output with a bias; -> [B, N, C]."""
 
-    num_heads: int
-    dtype: Dtype = jnp.float32
+  num_heads: int
+  dtype: Dtype = jnp.float32
 
-    @nn.compact
-    def __call__(self, x: jax.Array, source: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-        q, k, v = (split_heads(nn.Dense(x.shape[-1], use_bias=False, dtype=self.dtype, name=name)(y), self.num_heads)
-                   for name, y in (('to_q', x), ('to_k', source), ('to_v', source)))
-        return nn.Dense(x.shape[-1], dtype=self.dtype, name='to_out')(merge_heads(attention(q, k, v, bias=bias)))
+  @nn.compact
+  def __call__(self, x: jax.Array, source: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    q, k, v = (split_heads(nn.Dense(x.shape[-1], use_bias=False, dtype=self.dtype, name=name)(y), self.num_heads)
+               for name, y in (('to_q', x), ('to_k', source), ('to_v', source)))
+    return nn.Dense(x.shape[-1], dtype=self.dtype, name='to_out')(merge_heads(attention(q, k, v, bias=bias)))
 
 
 class GEGLU(nn.Module):
-    """Linear to 4C values and 4C gates, value * gelu(gate) with the exact GELU, Linear back to C."""
+  """Linear to 4C values and 4C gates, value * gelu(gate) with the exact GELU, Linear back to C."""
 
-    dtype: Dtype = jnp.float32
+  dtype: Dtype = jnp.float32
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        value, gate = jnp.split(nn.Dense(8 * x.shape[-1], dtype=self.dtype, name='proj')(x), 2, axis=-1)
-        return nn.Dense(x.shape[-1], dtype=self.dtype, name='out')(value * nn.gelu(gate, approximate=False))
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    value, gate = jnp.split(nn.Dense(8 * x.shape[-1], dtype=self.dtype, name='fc1')(x), 2, axis=-1)
+    return nn.Dense(x.shape[-1], dtype=self.dtype, name='fc2')(value * nn.gelu(gate, approximate=False))
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, attention to the condition, GEGLU, each pre-norm with a residual; [B, N, C] -> ([B, N, C], None)."""
+  """Self-attention, attention to the condition, GEGLU, each pre-norm with a residual; [B, N, C] -> ([B, N, C], None)."""
 
-    num_heads: int
-    dtype: Dtype = jnp.float32
+  num_heads: int
+  dtype: Dtype = jnp.float32
 
-    @nn.compact
-    def __call__(self, x: jax.Array, context: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, None]:
-        norm1, norm2, norm3 = (LayerNorm(1e-5, self.dtype, name=f'norm{i}') for i in (1, 2, 3))
-        y = norm1(x)
-        x += Attention(self.num_heads, self.dtype, name='attn1')(y, y)
-        x += Attention(self.num_heads, self.dtype, name='attn2')(norm2(x), context, bias)
-        return x + GEGLU(self.dtype, name='ff')(norm3(x)), None
+  @nn.compact
+  def __call__(self, x: jax.Array, context: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, None]:
+    norm1, norm2, norm3 = (LayerNorm(1e-5, self.dtype, name=f'norm{i}') for i in (1, 2, 3))
+    y = norm1(x)
+    x += Attention(self.num_heads, self.dtype, name='attn1')(y, y)
+    x += Attention(self.num_heads, self.dtype, name='attn2')(norm2(x), context, bias)
+    return x + GEGLU(self.dtype, name='ff')(norm3(x)), None
 
 
 class Transformer(nn.Module):
-    """Transformer blocks over all h*w positions, between two projections, with a residual; [B, h, w, C] -> same."""
+  """Transformer blocks over all h*w positions, between two projections, with a residual; [B, h, w, C] -> same."""
 
-    num_layers: int
-    num_heads: int
-    num_groups: int
-    dtype: Dtype = jnp.float32
-    remat: str = 'none'
+  num_layers: int
+  num_heads: int
+  num_groups: int
+  dtype: Dtype = jnp.float32
+  remat: str = 'none'
 
-    @nn.compact
-    def __call__(self, x: jax.Array, context: jax.Array, bias: jax.Array | None) -> jax.Array:
-        batch, h, w, channels = x.shape
-        y = GroupNorm(self.num_groups, 1e-6, self.dtype, name='norm')(x).reshape(batch, h * w, channels)
-        y = nn.Dense(channels, dtype=self.dtype, name='proj_in')(y)
-        blocks = scan_blocks(TransformerBlock, self.num_layers, self.remat)
-        y, _ = blocks(self.num_heads, self.dtype, name='blocks')(y, context, bias)
-        return x + nn.Dense(channels, dtype=self.dtype, name='proj_out')(y).reshape(x.shape)
+  @nn.compact
+  def __call__(self, x: jax.Array, context: jax.Array, bias: jax.Array | None) -> jax.Array:
+    batch, h, w, channels = x.shape
+    y = GroupNorm(self.num_groups, 1e-6, self.dtype, name='norm')(x).reshape(batch, h * w, channels)
+    y = nn.Dense(channels, dtype=self.dtype, name='proj_in')(y)
+    blocks = scan_blocks(TransformerBlock, self.num_layers, self.remat)
+    y, _ = blocks(self.num_heads, self.dtype, name='blocks')(y, context, bias)
+    return x + nn.Dense(channels, dtype=self.dtype, name='proj_out')(y).reshape(x.shape)
 
 
 class UNet(nn.Module):
-    """The noise prediction network.
+  """The noise prediction network.
 
-    Fields with one entry a resolution go from the finest to the coarsest, as diffusers' configs do; `num_heads` is what
-    those call attention_head_dim. The middle is as the coarsest resolution, and has attention always.
+  Fields with one entry a resolution go from the finest to the coarsest, as diffusers' configs do; `num_heads` is what
+  those call attention_head_dim. The middle is as the coarsest resolution, and has attention always.
 
-    `use_linear_projection` says only how diffusers stores proj_in and proj_out: a matrix, or a 1x1 convolution.
-    `addition_time_embed_dim` turns on SDXL's conditioning on size and crop; `pooled_dim` is then the width of the pooled
-    condition.
+  `use_linear_projection` says only how diffusers stores proj_in and proj_out: a matrix, or a 1x1 convolution.
+  `addition_time_embed_dim` turns on SDXL's conditioning on size and crop; `pooled_dim` is then the width of the pooled
+  condition.
+  """
+
+  in_channels: int = 4
+  out_channels: int = 4
+  block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+  layers_per_block: int = 2
+  down_block_attention: tuple[bool, ...] = (True, True, True, False)
+  transformer_layers: tuple[int, ...] = (1, 1, 1, 1)
+  num_heads: tuple[int, ...] = (8, 8, 8, 8)
+  cross_attention_dim: int = 768
+  norm_num_groups: int = 32
+  use_linear_projection: bool = False
+  addition_time_embed_dim: int | None = None
+  pooled_dim: int | None = None
+  dtype: Dtype = jnp.float32
+  remat: str = 'none'
+
+  @nn.compact
+  def __call__(
+      self, latents: jax.Array, timesteps: jax.Array, context: jax.Array, context_mask: jax.Array | None = None,
+      added: tuple[jax.Array, jax.Array] | None = None,
+  ) -> jax.Array:
+    """Predicts the noise (or the velocity: the same network).
+
+    Args:
+      latents: f32[B, h, w, in_channels], x_t.
+      timesteps: i32 or f32[B].
+      context: [B, M, E], the condition.
+      context_mask: bool[B, M], True for rows that count; all do if it is None.
+      added: SDXL's pooled condition [B, pooled_dim] and f32[B, 6] original size, crop corner, target size, each
+        (height, width).
+
+    Returns:
+      f32[B, h, w, out_channels].
+
+    Raises:
+      ValueError: fields of different lengths; latents that cannot be halved often enough; a condition of the wrong
+        width; `added` missing, or given to a network without it.
     """
+    widths = self.block_out_channels
+    self._check(latents, context, added)
+    if context_mask is not None:
+      context_mask = jnp.where(context_mask, 0., MASKED)[:, None, None]  # [B, H, Q, M]
 
-    in_channels: int = 4
-    out_channels: int = 4
-    block_out_channels: Sequence[int] = (320, 640, 1280, 1280)
-    layers_per_block: int = 2
-    down_block_attention: Sequence[bool] = (True, True, True, False)
-    transformer_layers: Sequence[int] = (1, 1, 1, 1)
-    num_heads: Sequence[int] = (8, 8, 8, 8)
-    cross_attention_dim: int = 768
-    norm_num_groups: int = 32
-    use_linear_projection: bool = False
-    addition_time_embed_dim: int | None = None
-    pooled_dim: int | None = None
-    dtype: Dtype = jnp.float32
-    remat: str = 'none'
+    # 1. time
+    time = Embedding(4 * widths[0], self.dtype, name='time_embedding')(sinusoids(timesteps, widths[0]))
+    if added is not None:
+      pooled, time_ids = added
+      sizes = sinusoids(time_ids, self.addition_time_embed_dim).reshape(len(pooled), -1)
+      time += Embedding(4 * widths[0], self.dtype, name='add_embedding')(jnp.concatenate([pooled, sizes], axis=-1))
 
-    @nn.compact
-    def __call__(
-        self, latents: jax.Array, timesteps: jax.Array, context: jax.Array, context_mask: jax.Array | None = None,
-        added: tuple[jax.Array, jax.Array] | None = None,
-    ) -> jax.Array:
-        """Predicts the noise (or the velocity: the same network).
+    resnet_cls = ResnetBlock if self.remat == 'none' else nn.remat(ResnetBlock, policy=REMAT_POLICIES[self.remat])
 
-        Args:
-          latents: f32[B, h, w, in_channels], x_t.
-          timesteps: i32 or f32[B].
-          context: [B, M, E], the condition.
-          context_mask: bool[B, M], True for rows that count; all do if it is None.
-          added: SDXL's pooled condition [B, pooled_dim] and f32[B, 6] original size, crop corner, target size, each
-            (height, width).
+    def resnet(x, level, name):
+      return resnet_cls(widths[level], self.norm_num_groups, 1e-5, self.dtype, name=name)(x, time)
 
-        Returns:
-          f32[B, h, w, out_channels].
+    def transformer(x, level, name):
+      return Transformer(self.transformer_layers[level], self.num_heads[level], self.norm_num_groups, self.dtype,
+                         self.remat, name=name)(x, context, context_mask)
 
-        Raises:
-          ValueError: fields of different lengths; latents that cannot be halved often enough; a condition of the wrong
-            width; `added` missing, or given to a network without it.
-        """
-        widths = self.block_out_channels
-        self._check(latents, context, added)
-        if context_mask is not None:
-            context_mask = jnp.where(context_mask, 0., MASKED)[:, None, None]  # [B, H, Q, M]
+    # 2. down
+    x = nn.Conv(widths[0], (3, 3), padding=1, dtype=self.dtype, name='conv_in')(latents)
+    skips = [x]
+    for i in range(len(widths)):
+      if i:
+        x = Downsample((1, 1), self.dtype, name=f'down_{i - 1}_downsample')(x)
+        skips.append(x)
+      for j in range(self.layers_per_block):
+        x = resnet(x, i, f'down_{i}_resnet_{j}')
+        if self.down_block_attention[i]:
+          x = transformer(x, i, f'down_{i}_attention_{j}')
+        skips.append(x)
 
-        # 1. time
-        time = Embedding(4 * widths[0], self.dtype, name='time_embedding')(sinusoids(timesteps, widths[0]))
-        if added is not None:
-            pooled, time_ids = added
-            sizes = sinusoids(time_ids, self.addition_time_embed_dim).reshape(len(pooled), -1)
-            time += Embedding(4 * widths[0], self.dtype, name='add_embedding')(jnp.concatenate([pooled, sizes], axis=-1))
+    # 3. mid
+    x = resnet(x, -1, 'mid_resnet_0')
+    x = transformer(x, -1, 'mid_attention_0')
+    x = resnet(x, -1, 'mid_resnet_1')
 
-        resnet_cls = ResnetBlock if self.remat == 'none' else nn.remat(ResnetBlock, policy=REMAT_POLICIES[self.remat])
+    # 4. up, one resnet more than down: for the skip that each resolution begins with
+    for i, level in enumerate(reversed(range(len(widths)))):
+      if i:
+        x = Upsample(self.dtype, name=f'up_{i - 1}_upsample')(x)
+      for j in range(self.layers_per_block + 1):
+        x = resnet(jnp.concatenate([x, skips.pop()], axis=-1), level, f'up_{i}_resnet_{j}')
+        if self.down_block_attention[level]:
+          x = transformer(x, level, f'up_{i}_attention_{j}')
 
-        def resnet(x, level, name):
-            return resnet_cls(widths[level], self.norm_num_groups, 1e-5, self.dtype, name=name)(x, time)
+    x = nn.silu(GroupNorm(self.norm_num_groups, 1e-5, self.dtype, name='conv_norm_out')(x))
+    return nn.Conv(self.out_channels, (3, 3), padding=1, dtype=self.dtype, name='conv_out')(x).astype(jnp.float32)
 
-        def transformer(x, level, name):
-            return Transformer(self.transformer_layers[level], self.num_heads[level], self.norm_num_groups, self.dtype,
-                               self.remat, name=name)(x, context, context_mask)
-
-        # 2. down
-        x = nn.Conv(widths[0], (3, 3), padding=1, dtype=self.dtype, name='conv_in')(latents)
-        skips = [x]
-        for i in range(len(widths)):
-            if i:
-                x = Downsample((1, 1), self.dtype, name=f'down_{i - 1}_downsample')(x)
-                skips.append(x)
-            for j in range(self.layers_per_block):
-                x = resnet(x, i, f'down_{i}_resnet_{j}')
-                if self.down_block_attention[i]:
-                    x = transformer(x, i, f'down_{i}_attention_{j}')
-                skips.append(x)
-
-        # 3. mid
-        x = resnet(x, -1, 'mid_resnet_0')
-        x = transformer(x, -1, 'mid_attention_0')
-        x = resnet(x, -1, 'mid_resnet_1')
-
-        # 4. up, one resnet more than down: for the skip that each resolution begins with
-        for i, level in enumerate(reversed(range(len(widths)))):
-            if i:
-                x = Upsample(self.dtype, name=f'up_{i - 1}_upsample')(x)
-            for j in range(self.layers_per_block + 1):
-                x = resnet(jnp.concatenate([x, skips.pop()], axis=-1), level, f'up_{i}_resnet_{j}')
-                if self.down_block_attention[level]:
-                    x = transformer(x, level, f'up_{i}_attention_{j}')
-
-        x = nn.silu(GroupNorm(self.norm_num_groups, 1e-5, self.dtype, name='conv_norm_out')(x))
-        return nn.Conv(self.out_channels, (3, 3), padding=1, dtype=self.dtype, name='conv_out')(x).astype(jnp.float32)
-
-    def _check(self, latents, context, added):
-        levels = len(self.block_out_channels)
-        for name in ('down_block_attention', 'transformer_layers', 'num_heads'):
-            if len(getattr(self, name)) != levels:
-                raise ValueError(f'{name}={getattr(self, name)} must have {levels} entries, as block_out_channels has')
-        if any(side % 2 ** (levels - 1) for side in latents.shape[1:3]):
-            raise ValueError(f'latent sides {latents.shape[1:3]} must be multiples of {2 ** (levels - 1)}')
-        if context.shape[-1] != self.cross_attention_dim:
-            raise ValueError(f'context is {context.shape[-1]} wide, cross_attention_dim={self.cross_attention_dim}')
-        if (added is None) != (self.addition_time_embed_dim is None):
-            raise ValueError('added=(pooled, time_ids) and addition_time_embed_dim go together: one is missing')
-        if added is not None and added[0].shape[-1] != self.pooled_dim:
-            raise ValueError(f'pooled condition is {added[0].shape[-1]} wide, pooled_dim={self.pooled_dim}')
+  def _check(self, latents, context, added):
+    levels = len(self.block_out_channels)
+    for name in ('down_block_attention', 'transformer_layers', 'num_heads'):
+      if len(getattr(self, name)) != levels:
+        raise ValueError(f'{name}={getattr(self, name)} must have {levels} entries, as block_out_channels has')
+    if any(side % 2 ** (levels - 1) for side in latents.shape[1:3]):
+      raise ValueError(f'latent sides {latents.shape[1:3]} must be multiples of {2 ** (levels - 1)}')
+    if context.shape[-1] != self.cross_attention_dim:
+      raise ValueError(f'context is {context.shape[-1]} wide, cross_attention_dim={self.cross_attention_dim}')
+    if (added is None) != (self.addition_time_embed_dim is None):
+      raise ValueError('added=(pooled, time_ids) and addition_time_embed_dim go together: one is missing')
+    if added is not None and added[0].shape[-1] != self.pooled_dim:
+      raise ValueError(f'pooled condition is {added[0].shape[-1]} wide, pooled_dim={self.pooled_dim}')

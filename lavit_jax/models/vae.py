@@ -6,11 +6,9 @@ A latent is `scaling_factor` times what the encoder gives, so that a U-Net sees 
 `decode` work on the encoder's own scale and leave that factor to the caller.
 """
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
+import flax.linen as nn
 
 from lavit_jax.models.layers import Dtype, attention
 from lavit_jax.models.resnet import Downsample, GroupNorm, ResnetBlock, Upsample
@@ -19,132 +17,132 @@ EPSILON = 1e-6
 
 
 class SpatialAttention(nn.Module):
-    """One head over all h*w positions, with a residual; [B, h, w, C] -> [B, h, w, C]."""
+  """One head over all h*w positions, with a residual; [B, h, w, C] -> [B, h, w, C]."""
 
-    num_groups: int
-    dtype: Dtype = jnp.float32
+  num_groups: int
+  dtype: Dtype = jnp.float32
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        batch, h, w, channels = x.shape
-        y = GroupNorm(self.num_groups, EPSILON, self.dtype, name='group_norm')(x).reshape(batch, h * w, channels)
-        q, k, v = (nn.Dense(channels, dtype=self.dtype, name=f'to_{n}')(y)[:, :, None] for n in 'qkv')
-        y = nn.Dense(channels, dtype=self.dtype, name='to_out')(attention(q, k, v)[:, :, 0])
-        return x + y.reshape(x.shape)
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    batch, h, w, channels = x.shape
+    y = GroupNorm(self.num_groups, EPSILON, self.dtype, name='group_norm')(x).reshape(batch, h * w, channels)
+    q, k, v = (nn.Dense(channels, dtype=self.dtype, name=f'to_{n}')(y)[:, :, None] for n in 'qkv')
+    y = nn.Dense(channels, dtype=self.dtype, name='to_out')(attention(q, k, v)[:, :, 0])
+    return x + y.reshape(x.shape)
 
 
 class Middle(nn.Module):
-    """Resnet, attention, resnet at the lowest resolution."""
+  """Resnet, attention, resnet at the lowest resolution."""
 
-    num_groups: int
-    dtype: Dtype = jnp.float32
+  num_groups: int
+  dtype: Dtype = jnp.float32
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = ResnetBlock(x.shape[-1], self.num_groups, EPSILON, self.dtype, name='resnet_0')(x)
-        x = SpatialAttention(self.num_groups, self.dtype, name='attention_0')(x)
-        return ResnetBlock(x.shape[-1], self.num_groups, EPSILON, self.dtype, name='resnet_1')(x)
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = ResnetBlock(x.shape[-1], self.num_groups, EPSILON, self.dtype, name='resnet_0')(x)
+    x = SpatialAttention(self.num_groups, self.dtype, name='attention_0')(x)
+    return ResnetBlock(x.shape[-1], self.num_groups, EPSILON, self.dtype, name='resnet_1')(x)
 
 
 class Encoder(nn.Module):
-    """Pixels [B, H, W, 3] -> moments [B, h, w, 2Z]."""
+  """Pixels [B, H, W, 3] -> moments [B, h, w, 2Z]."""
 
-    block_out_channels: Sequence[int]
-    layers_per_block: int
-    latent_channels: int
-    num_groups: int
-    dtype: Dtype = jnp.float32
+  block_out_channels: tuple[int, ...]
+  layers_per_block: int
+  latent_channels: int
+  num_groups: int
+  dtype: Dtype = jnp.float32
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.Conv(self.block_out_channels[0], (3, 3), padding=1, dtype=self.dtype, name='conv_in')(x)
-        for i, channels in enumerate(self.block_out_channels):
-            if i:
-                x = Downsample((0, 1), self.dtype, name=f'down_{i - 1}_downsample')(x)
-            for j in range(self.layers_per_block):
-                x = ResnetBlock(channels, self.num_groups, EPSILON, self.dtype, name=f'down_{i}_resnet_{j}')(x)
-        x = Middle(self.num_groups, self.dtype, name='mid')(x)
-        x = nn.silu(GroupNorm(self.num_groups, EPSILON, self.dtype, name='conv_norm_out')(x))
-        return nn.Conv(2 * self.latent_channels, (3, 3), padding=1, dtype=self.dtype, name='conv_out')(x)
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = nn.Conv(self.block_out_channels[0], (3, 3), padding=1, dtype=self.dtype, name='conv_in')(x)
+    for i, channels in enumerate(self.block_out_channels):
+      if i:
+        x = Downsample((0, 1), self.dtype, name=f'down_{i - 1}_downsample')(x)
+      for j in range(self.layers_per_block):
+        x = ResnetBlock(channels, self.num_groups, EPSILON, self.dtype, name=f'down_{i}_resnet_{j}')(x)
+    x = Middle(self.num_groups, self.dtype, name='mid')(x)
+    x = nn.silu(GroupNorm(self.num_groups, EPSILON, self.dtype, name='conv_norm_out')(x))
+    return nn.Conv(2 * self.latent_channels, (3, 3), padding=1, dtype=self.dtype, name='conv_out')(x)
 
 
 class Decoder(nn.Module):
-    """Latents [B, h, w, Z] -> pixels [B, H, W, 3]."""
+  """Latents [B, h, w, Z] -> pixels [B, H, W, 3]."""
 
-    block_out_channels: Sequence[int]
-    layers_per_block: int
-    num_groups: int
-    dtype: Dtype = jnp.float32
+  block_out_channels: tuple[int, ...]
+  layers_per_block: int
+  num_groups: int
+  dtype: Dtype = jnp.float32
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.Conv(self.block_out_channels[-1], (3, 3), padding=1, dtype=self.dtype, name='conv_in')(x)
-        x = Middle(self.num_groups, self.dtype, name='mid')(x)
-        for i, channels in enumerate(reversed(self.block_out_channels)):
-            if i:
-                x = Upsample(self.dtype, name=f'up_{i - 1}_upsample')(x)
-            for j in range(self.layers_per_block + 1):
-                x = ResnetBlock(channels, self.num_groups, EPSILON, self.dtype, name=f'up_{i}_resnet_{j}')(x)
-        x = nn.silu(GroupNorm(self.num_groups, EPSILON, self.dtype, name='conv_norm_out')(x))
-        return nn.Conv(3, (3, 3), padding=1, dtype=self.dtype, name='conv_out')(x)
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = nn.Conv(self.block_out_channels[-1], (3, 3), padding=1, dtype=self.dtype, name='conv_in')(x)
+    x = Middle(self.num_groups, self.dtype, name='mid')(x)
+    for i, channels in enumerate(reversed(self.block_out_channels)):
+      if i:
+        x = Upsample(self.dtype, name=f'up_{i - 1}_upsample')(x)
+      for j in range(self.layers_per_block + 1):
+        x = ResnetBlock(channels, self.num_groups, EPSILON, self.dtype, name=f'up_{i}_resnet_{j}')(x)
+    x = nn.silu(GroupNorm(self.num_groups, EPSILON, self.dtype, name='conv_norm_out')(x))
+    return nn.Conv(3, (3, 3), padding=1, dtype=self.dtype, name='conv_out')(x)
 
 
 class AutoencoderKL(nn.Module):
-    """The variational autoencoder; `AutoencoderKL.init` takes pixels and makes both halves.
+  """The variational autoencoder; `AutoencoderKL.init` takes pixels and makes both halves.
 
-    `scaling_factor` (0.18215 in SD 1.5, 0.13025 in SDXL) is only kept here, next to the weights that it belongs to.
+  `scaling_factor` (0.18215 in SD 1.5, 0.13025 in SDXL) is only kept here, next to the weights that it belongs to.
+  """
+
+  block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+  layers_per_block: int = 2
+  latent_channels: int = 4
+  norm_num_groups: int = 32
+  scaling_factor: float = 0.18215
+  dtype: Dtype = jnp.float32
+
+  def setup(self):
+    sizes = dict(block_out_channels=self.block_out_channels, layers_per_block=self.layers_per_block,
+                 num_groups=self.norm_num_groups, dtype=self.dtype)
+    self.encoder = Encoder(latent_channels=self.latent_channels, **sizes)
+    self.quant_conv = nn.Conv(2 * self.latent_channels, (1, 1), dtype=self.dtype)
+    self.post_quant_conv = nn.Conv(self.latent_channels, (1, 1), dtype=self.dtype)
+    self.decoder = Decoder(**sizes)
+
+  @property
+  def factor(self) -> int:
+    """Pixels per latent along one side."""
+    return 2 ** (len(self.block_out_channels) - 1)
+
+  def encode(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """f32[B, H, W, 3] in -1..1 -> mean and log-variance f32[B, h, w, Z], unscaled.
+
+    Raises ValueError for sides that `factor` does not divide.
     """
+    if pixels.shape[1] % self.factor or pixels.shape[2] % self.factor:
+      raise ValueError(f'image sides {pixels.shape[1:3]} must be multiples of {self.factor}')
+    mean, logvar = jnp.split(self.quant_conv(self.encoder(pixels)).astype(jnp.float32), 2, axis=-1)
+    return mean, jnp.clip(logvar, -30., 20.)
 
-    block_out_channels: Sequence[int] = (128, 256, 512, 512)
-    layers_per_block: int = 2
-    latent_channels: int = 4
-    norm_num_groups: int = 32
-    scaling_factor: float = 0.18215
-    dtype: Dtype = jnp.float32
+  def decode(self, latents: jax.Array) -> jax.Array:
+    """f32[B, h, w, Z], unscaled -> pixels f32[B, H, W, 3], about -1..1."""
+    return self.decoder(self.post_quant_conv(latents)).astype(jnp.float32)
 
-    def setup(self):
-        sizes = dict(block_out_channels=self.block_out_channels, layers_per_block=self.layers_per_block,
-                     num_groups=self.norm_num_groups, dtype=self.dtype)
-        self.encoder = Encoder(latent_channels=self.latent_channels, **sizes)
-        self.quant_conv = nn.Conv(2 * self.latent_channels, (1, 1), dtype=self.dtype)
-        self.post_quant_conv = nn.Conv(self.latent_channels, (1, 1), dtype=self.dtype)
-        self.decoder = Decoder(**sizes)
-
-    @property
-    def factor(self) -> int:
-        """Pixels per latent along one side."""
-        return 2 ** (len(self.block_out_channels) - 1)
-
-    def encode(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """f32[B, H, W, 3] in -1..1 -> mean and log-variance f32[B, h, w, Z], unscaled.
-
-        Raises ValueError for sides that `factor` does not divide.
-        """
-        if pixels.shape[1] % self.factor or pixels.shape[2] % self.factor:
-            raise ValueError(f'image sides {pixels.shape[1:3]} must be multiples of {self.factor}')
-        mean, logvar = jnp.split(self.quant_conv(self.encoder(pixels)).astype(jnp.float32), 2, axis=-1)
-        return mean, jnp.clip(logvar, -30., 20.)
-
-    def decode(self, latents: jax.Array) -> jax.Array:
-        """f32[B, h, w, Z], unscaled -> pixels f32[B, H, W, 3], about -1..1."""
-        return self.decoder(self.post_quant_conv(latents)).astype(jnp.float32)
-
-    def __call__(self, pixels: jax.Array, key: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The autoencoder as it trains: (reconstruction, mean, logvar), from a sampled latent when there is a key."""
-        mean, logvar = self.encode(pixels)
-        return self.decode(sample_latents(mean, logvar, key)), mean, logvar
+  def __call__(self, pixels: jax.Array, key: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The autoencoder as it trains: (reconstruction, mean, logvar), from a sampled latent when there is a key."""
+    mean, logvar = self.encode(pixels)
+    return self.decode(sample_latents(mean, logvar, key)), mean, logvar
 
 
 def sample_latents(mean: jax.Array, logvar: jax.Array, key: jax.Array | None = None) -> jax.Array:
-    """A draw from the encoder's Gaussian, or its mean without a key; f32[B, h, w, Z] throughout."""
-    return mean if key is None else mean + jnp.exp(logvar / 2) * jax.random.normal(key, mean.shape)
+  """A draw from the encoder's Gaussian, or its mean without a key; f32[B, h, w, Z] throughout."""
+  return mean if key is None else mean + jnp.exp(logvar / 2) * jax.random.normal(key, mean.shape)
 
 
 def preprocess(images: jax.Array) -> jax.Array:
-    """uint8[B, H, W, 3] -> f32 in -1..1."""
-    return images.astype(jnp.float32) / 127.5 - 1
+  """uint8[B, H, W, 3] -> f32 in -1..1."""
+  return images.astype(jnp.float32) / 127.5 - 1
 
 
 def postprocess(pixels: jax.Array) -> jax.Array:
-    """f32[B, H, W, 3] in -1..1 -> uint8, clipped and rounded."""
-    return jnp.round(jnp.clip(pixels * 127.5 + 127.5, 0, 255)).astype(jnp.uint8)
+  """f32[B, H, W, 3] in -1..1 -> uint8, clipped and rounded."""
+  return jnp.round(jnp.clip(pixels * 127.5 + 127.5, 0, 255)).astype(jnp.uint8)

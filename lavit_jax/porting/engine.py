@@ -49,8 +49,8 @@ TRANSFORMS = {
     'linear': Transform(lambda x: x.T, lambda x: x.T),  # [out, in] <-> [in, out]
     'conv': Transform(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)),  # OIHW <-> HWIO
     'conv1x1_to_linear': Transform(lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None]),
-    'qkv': Transform(  # [3 * out, in] <-> [in, 3, out]
-        lambda x: x.reshape(3, -1, x.shape[1]).transpose(2, 0, 1), lambda x: x.transpose(1, 2, 0).reshape(-1, x.shape[0])
+    'qkv': Transform(  # [3 * out, in] <-> [3, in, out]
+        lambda x: x.reshape(3, -1, x.shape[1]).swapaxes(1, 2), lambda x: x.swapaxes(1, 2).reshape(-1, x.shape[1])
     ),
     'qkv_bias': Transform(lambda x: x.reshape(3, -1), lambda x: x.reshape(-1)),
     'unbatch': Transform(lambda x: x[0], lambda x: x[None]),  # [1, ...] <-> [...]
@@ -90,7 +90,7 @@ def from_torch(rows: Iterable[Row], state: Mapping[str, np.ndarray], like: Mappi
   absent = {s.leaf for name, s in slots.items() if s.row.optional and name not in state}
   absent -= {s.leaf for name, s in slots.items() if name in state}  # a stack is there as a whole or not at all
   wanted = {name: slot for name, slot in slots.items() if slot.leaf not in absent}
-  problems += _strangers(rows, slots, state) + _missing(wanted, state)
+  problems += _strangers(rows, slots, state) + _missing(wanted, slots, state)
   blank = {path: np.broadcast_to(np.zeros((), x.dtype), x.shape) for path, x in like.items()}  # shapes without memory
   for name in wanted.keys() & state.keys():
     shape, expected = tuple(state[name].shape), wanted[name].array(blank).shape
@@ -169,9 +169,10 @@ def _pattern(rows: list[Row]) -> re.Pattern:
   return re.compile('|'.join(re.escape(row.name).replace(re.escape('{i}'), r'\d+') for row in rows))
 
 
-def _missing(wanted: Mapping, state: Mapping) -> list[str]:
-  names = [name for name in wanted if name not in state]
-  return [f'missing: {name}' + (_nearest(name, state) if n < MAX_HINTS else '') for n, name in enumerate(names)]
+def _missing(wanted: Mapping, slots: Mapping, state: Mapping) -> list[str]:
+  """Names that a leaf waits for; the nearest of the file's names that nothing takes may be a misspelling."""
+  names, free = [name for name in wanted if name not in state], [name for name in state if name not in slots]
+  return [f'missing: {name}' + (_nearest(name, free) if n < MAX_HINTS else '') for n, name in enumerate(names)]
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -24,7 +24,7 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from lavit_jax.data import mixtures
+from lavit_jax.data import mixtures, text
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.porting import folder
@@ -68,7 +68,7 @@ def train(config, workdir) -> None:
     frozen = {name: parts[name] for name in stage.needs}
     interrupt.check()
 
-    data = iter(mixtures.batches(config.data, split='train', batch_size=local(config.batch_size), seed=config.seed))
+    data = open_data(config, model, 'train')
     init, tx = initialiser(config, stage, parts)
     shapes = jax.eval_shape(init, jax.random.key(config.seed), parts)
     places = sharding.shardings(shapes, mesh)
@@ -93,7 +93,7 @@ def train(config, workdir) -> None:
       train_step = make_train_step(config, stage, tx, places, NamedSharding(mesh, P()))
       train_step = train_step.lower(state, frozen, batch).compile()
       log.flops = (train_step.cost_analysis() or {}).get('flops', 0.0)
-      look = Look(config, stage, mesh, frozen)
+      look = Look(config, model, stage, mesh, frozen)
       interrupt.check()
       log.restart_clock()
 
@@ -169,8 +169,8 @@ def make_train_step(config, stage, tx, places, replicated):
 class Look:
   """Held-out metrics and pictures; always of the same examples and the same noise, with the averaged weights if there are any."""
 
-  def __init__(self, config, stage, mesh, frozen):
-    self.config, self.frozen, self.mesh = config, frozen, mesh
+  def __init__(self, config, model, stage, mesh, frozen):
+    self.config, self.model, self.frozen, self.mesh = config, model, frozen, mesh
     self.key = jax.random.key(config.seed + 1)
 
     @jax.jit
@@ -185,8 +185,7 @@ class Look:
     self.metrics_of, self.pictures_of = metrics_of, pictures_of
 
   def batches(self, count: int):
-    config = self.config
-    data = iter(mixtures.batches(config.data, split='heldout', batch_size=local(config.batch_size), seed=config.seed))
+    data = open_data(self.config, self.model, 'heldout')
     for i in range(count):
       yield jax.random.fold_in(self.key, i), sharding.put_batch(next(data), self.mesh)
 
@@ -250,9 +249,24 @@ def write_config(config, workdir) -> None:
     (workdir / 'config.json').write_text(json.dumps(json.loads(config.to_json_best_effort()), indent=1) + '\n')
 
 
-def local(batch_size: int) -> int:
-  """How much of a batch this process reads."""
-  return batch_size // jax.process_count()
+def open_data(config, model, split: str):
+  """An iterator over this process's share of the batches of a split.
+
+  Raises:
+    UserError: the data set or the tokenizer is not there, or is of another vocabulary than the model.
+  """
+  options = config.data.to_dict()
+  try:
+    if options.get('tokenizer_folder'):
+      size = text.TextTokenizer.load(options['tokenizer_folder']).vocab_size
+      if size != model.vocabulary.text_size:
+        raise UserError(f'data.tokenizer_folder={options["tokenizer_folder"]} has {size} ids, the text vocabulary of '
+                        f'{model.variant} has {model.vocabulary.text_size}')
+    return mixtures.batches(
+        **options, split=split, seed=config.seed, batch_size=config.batch_size // jax.process_count(),
+        shard_index=jax.process_index(), shard_count=jax.process_count())
+  except (FileNotFoundError, ValueError) as error:
+    raise UserError(f'data: {error}') from error
 
 
 def every(interval: int, step: int, last: bool) -> bool:

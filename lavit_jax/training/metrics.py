@@ -50,7 +50,7 @@ class Log:
   def flush(self) -> dict[str, float]:
     """Writes what is pending to metrics.jsonl; returns the mean of each value since the last report."""
     pending, self.pending = jax.device_get(self.pending), []
-    rows = [{'step': step, **{k: float(v) for k, v in values.items()}} for step, values in pending]
+    rows = [{'step': step, 'loss': 0.0, **{k: float(v) for k, v in values.items()}} for step, values in pending]  # in this order
     if self.writes:
       self.jsonl.writelines(json.dumps(row) + '\n' for row in rows)
       self.jsonl.flush()

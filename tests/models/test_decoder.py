@@ -35,11 +35,10 @@ def test_padded_slots_do_not_matter(golden, run):
   assert np.abs(run('decoder', other, np.ones_like(mask)) - run('decoder', codes, mask)).max() > 1e-2
 
 
-@pytest.mark.parametrize('part', ['decoder', 'highres_decoder'])
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
-def test_finite_at_the_extremes(golden, part, dtype):
+def test_finite_at_the_extremes(golden, dtype):
   codes, mask = prefix(golden)  # row 0 keeps all, row 1 one
-  module = golden.modules[part].clone(dtype=dtype)
+  module = golden.modules['highres_decoder'].clone(dtype=dtype)
 
   def loss(params, codes, mask):
     features = module.apply({'params': params}, codes, mask)
@@ -47,7 +46,7 @@ def test_finite_at_the_extremes(golden, part, dtype):
     assert features.dtype == dtype
     return sum(jnp.square(x.astype(jnp.float32)).mean() for x in jax.tree.leaves((features, context)))
 
-  value, grads = jax.jit(jax.value_and_grad(loss))(golden.params[part], codes, mask)
+  value, grads = jax.jit(jax.value_and_grad(loss))(golden.params['highres_decoder'], codes, mask)
   assert np.isfinite(value) and all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 

@@ -20,10 +20,11 @@ TINY = Llama(vocab_size=97, hidden_size=32, num_layers=3, num_heads=4, num_kv_he
 LAVIT_7B = Llama(vocab_size=48386, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128, mlp_dim=11008)
 
 
-def init(llama, key=0):
+@functools.partial(jax.jit, static_argnums=0)
+def init(llama):
   """Parameters of the model."""
   example = jnp.zeros((1, 2, llama.hidden_size)), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 1, 2, 2), bool)
-  return llama.init(jax.random.key(key), *example)['params']
+  return llama.init(jax.random.key(0), *example)['params']
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -87,16 +88,21 @@ def test_cached_steps_equal_full_forward():
   mask = jnp.ones((2, 12), bool).at[1, :4].set(False)
   expected = forward(TINY, params, ids, mask)
 
-  apply = functools.partial(TINY.apply, {'params': params})
+  @jax.jit
+  def step(ids, positions, mask, cache):
+    apply = functools.partial(TINY.apply, {'params': params})
+    hidden, cache = apply(apply(ids, method='embed'), positions, mask, cache)
+    return apply(hidden, method='logits'), cache
+
   slots, positions = 15, prompt_positions(mask)
   seen = jnp.pad(prompt_mask(mask), ((0, 0), (0, 0), (0, 0), (0, slots - 12)))
   cache = TINY.init_cache(2, slots)
   cache = cache._replace(k=cache.k + 9.0, v=cache.v - 9.0)
   logits = []
   for start, end in [(0, 6), (6, 7), (7, 8), (8, 9), (9, 10), (10, 12)]:
-    hidden, cache = apply(apply(ids[:, start:end], method='embed'), positions[:, start:end], seen[:, :, start:end], cache)
+    part, cache = step(ids[:, start:end], positions[:, start:end], seen[:, :, start:end], cache)
     assert cache.length == end
-    logits.append(apply(hidden, method='logits'))
+    logits.append(part)
   difference = jnp.where(mask[..., None], jnp.concatenate(logits, 1) - expected, 0)
   np.testing.assert_allclose(difference, 0, atol=1e-5)
 
@@ -119,7 +125,7 @@ def test_padding_is_finite_and_harmless(dtype):
   mask = jnp.arange(11)[None] >= 5
   logits = forward(llama, params, padded, mask)
   assert logits.dtype == jnp.float32 and bool(jnp.isfinite(logits).all())
-  gradient = jax.grad(lambda p: jnp.square(forward(llama, p, padded, mask)).sum())(params)
+  gradient = jax.jit(jax.grad(lambda p: jnp.square(forward(llama, p, padded, mask)).sum()))(params)
   assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(gradient))
   np.testing.assert_allclose(logits[:, 5:], forward(TINY, params, ids, mask[:, 5:]), atol=1e-5 if dtype == jnp.float32 else 2e-2)
 
@@ -131,7 +137,7 @@ def test_remat_changes_no_gradient(remat):
   def loss(llama, params):
     return jax.nn.logsumexp(forward(llama, params, ids, jnp.ones((1, 8), bool))).sum()
 
-  expected, gradient = (jax.grad(functools.partial(loss, TINY.clone(remat=r)))(params) for r in ('none', remat))
+  expected, gradient = (jax.jit(jax.grad(functools.partial(loss, TINY.clone(remat=r))))(params) for r in ('none', remat))
   jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), gradient, expected)
 
 

@@ -64,7 +64,7 @@ def test_pack_equals_plain_python(seed, num_rows, row_length, image_loss):
 def test_packed_losses_equal_those_of_each_pair_alone():
   llama = Llama(VOCABULARY.size, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=8, mlp_dim=48)
   example = jnp.zeros((1, 2, 32)), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 1, 2, 2), bool)
-  params = llama.init(jax.random.key(0), *example)
+  params = jax.jit(llama.init)(jax.random.key(0), *example)
   params['params']['embedding'] *= 50.0  # as loud as the features
   features = jax.random.normal(jax.random.key(1), (BATCH, VISUAL, 32))
   pairs = {k: jnp.asarray(v) for k, v in batch(3).items()}
@@ -80,8 +80,9 @@ def test_packed_losses_equal_those_of_each_pair_alone():
   together = losses(packed, features)
   assert packed.overflow == 0
   assert any(len(set(np.asarray(row)) - {0}) > 1 for row in packed.segments)  # rows are shared
+  pack_one = jax.jit(functools.partial(pack, vocabulary=VOCABULARY, num_rows=1, row_length=17, image_loss=True))
   for b in range(BATCH):
-    alone = pack(**{k: v[b : b + 1] for k, v in pairs.items()}, vocabulary=VOCABULARY, num_rows=1, row_length=17, image_loss=True)
+    alone = pack_one(**{k: v[b : b + 1] for k, v in pairs.items()})
     expected = losses(alone, features[b : b + 1])[alone.segments > 0]
     np.testing.assert_allclose(together[packed.segments == b + 1], expected, atol=1e-5)
 

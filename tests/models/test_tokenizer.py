@@ -16,11 +16,12 @@ def test_golden_selector(golden, run):
   np.testing.assert_allclose(log_probs, golden.io['selector_log_probs'], atol=1e-4, rtol=0)
 
 
-def test_golden_merger_at_every_block(golden, run):
-  def merge(module, x, keep):
-    return module.merger(x, keep, all_blocks=True)
+def merge_at_every_block(module, x, keep):
+  return module.merger(x, keep, all_blocks=True)
 
-  merged, vision, streams = run('tokenizer', golden.features, golden.io['keep_mask'], method=merge)
+
+def test_golden_merger_at_every_block(golden, run):
+  merged, vision, streams = run('tokenizer', golden.features, golden.io['keep_mask'], method=merge_at_every_block)
   np.testing.assert_allclose(vision, golden.io['ln_vision'], atol=1e-4, rtol=0)
   assert streams.shape == golden.io['merger_blocks'].shape
   np.testing.assert_allclose(streams, golden.io['merger_blocks'], atol=1e-4, rtol=0)

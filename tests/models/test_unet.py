@@ -1,5 +1,6 @@
 """The U-Net against diffusers, on random weights."""
 
+import functools
 import re
 
 import jax
@@ -9,13 +10,15 @@ import pytest
 
 from lavit_jax.models.unet import UNet
 from lavit_jax.porting import engine
-from lavit_jax.porting.tables_pixels import rows_unet
+from lavit_jax.porting.tables_pixels import unet_rows, unet_shapes
 
 torch = pytest.importorskip('torch')
 diffusers = pytest.importorskip('diffusers')
 
 SD15 = UNet(block_out_channels=(16, 32, 32), layers_per_block=2, down_block_attention=(True, True, False),
             transformer_layers=(1, 1, 1), num_heads=(4, 4, 4), cross_attention_dim=24, norm_num_groups=8)
+TINY = UNet(block_out_channels=(8, 16), layers_per_block=1, down_block_attention=(False, True), transformer_layers=(1, 1),
+            num_heads=(2, 2), cross_attention_dim=12, norm_num_groups=4)
 SDXL = UNet(block_out_channels=(16, 32, 48), layers_per_block=1, down_block_attention=(False, True, True),
             transformer_layers=(1, 2, 3), num_heads=(2, 4, 6), cross_attention_dim=24, norm_num_groups=8,
             use_linear_projection=True, addition_time_embed_dim=8, pooled_dim=20)
@@ -25,43 +28,45 @@ SDXL_FULL = UNet(block_out_channels=(320, 640, 1280), down_block_attention=(Fals
 
 
 def peer(module):
-    """diffusers' model of the same config."""
-    def blocks(direction, attention):
-        return tuple(f'CrossAttn{direction}Block2D' if has else f'{direction}Block2D' for has in attention)
+  """diffusers' model of the same config."""
+  def blocks(direction, attention):
+    return tuple(f'CrossAttn{direction}Block2D' if has else f'{direction}Block2D' for has in attention)
 
-    added = {}
-    if module.addition_time_embed_dim is not None:
-        added = dict(addition_embed_type='text_time', addition_time_embed_dim=module.addition_time_embed_dim,
-                     projection_class_embeddings_input_dim=module.pooled_dim + 6 * module.addition_time_embed_dim)
-    return diffusers.UNet2DConditionModel(
-        block_out_channels=module.block_out_channels, layers_per_block=module.layers_per_block,
-        down_block_types=blocks('Down', module.down_block_attention),
-        up_block_types=blocks('Up', module.down_block_attention[::-1]),
-        transformer_layers_per_block=module.transformer_layers, attention_head_dim=module.num_heads,
-        cross_attention_dim=module.cross_attention_dim, norm_num_groups=module.norm_num_groups,
-        use_linear_projection=module.use_linear_projection, **added).eval()
+  added = {}
+  if module.addition_time_embed_dim is not None:
+    added = dict(addition_embed_type='text_time', addition_time_embed_dim=module.addition_time_embed_dim,
+                 projection_class_embeddings_input_dim=module.pooled_dim + 6 * module.addition_time_embed_dim)
+  return diffusers.UNet2DConditionModel(
+      block_out_channels=module.block_out_channels, layers_per_block=module.layers_per_block,
+      down_block_types=blocks('Down', module.down_block_attention),
+      up_block_types=blocks('Up', module.down_block_attention[::-1]),
+      transformer_layers_per_block=module.transformer_layers, attention_head_dim=module.num_heads,
+      cross_attention_dim=module.cross_attention_dim, norm_num_groups=module.norm_num_groups,
+      use_linear_projection=module.use_linear_projection, **added).eval()
 
 
-def randomise(model, seed=0):
-    """Moves every parameter off its initial value (norms start at exactly one and zero); returns its state as numpy."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.05 * torch.randn(p.shape, generator=generator)
-    return {name: p.numpy() for name, p in model.state_dict().items()}
+@functools.cache
+def ported(module):
+  """(diffusers' model with every parameter moved off its initial value, its state, our parameters)."""
+  model, generator = peer(module), torch.Generator().manual_seed(0)
+  with torch.no_grad():
+    for p in model.parameters():
+      p += 0.05 * torch.randn(p.shape, generator=generator)
+  state = {name: p.numpy() for name, p in model.state_dict().items()}
+  return model, state, {'params': engine.from_torch(unet_rows(module), state, unet_shapes(module))}
 
 
 def inputs(module, batch=2, height=8, width=12, rows=7):
-    rng = np.random.default_rng(0)
-    normal = lambda *shape: rng.standard_normal(shape, np.float32)
-    added = None
-    if module.addition_time_embed_dim is not None:
-        added = normal(batch, module.pooled_dim), rng.integers(0, 1024, (batch, 6)).astype(np.float32)
-    return normal(batch, height, width, 4), np.array([3, 741]), normal(batch, rows, module.cross_attention_dim), added
+  rng = np.random.default_rng(0)
+  normal = lambda *shape: rng.standard_normal(shape, np.float32)
+  added = None
+  if module.addition_time_embed_dim is not None:
+    added = normal(batch, module.pooled_dim), rng.integers(0, 1024, (batch, 6)).astype(np.float32)
+  return normal(batch, height, width, 4), np.array([3, 741]), normal(batch, rows, module.cross_attention_dim), added
 
 
 def nchw(x):
-    return torch.from_numpy(np.moveaxis(np.asarray(x), -1, 1).copy())
+  return torch.from_numpy(np.moveaxis(np.asarray(x), -1, 1).copy())
 
 
 MASK = np.array([[1, 1, 1, 1, 1, 1, 1], [1, 1, 0, 1, 0, 0, 0]], bool)
@@ -70,77 +75,69 @@ MASK = np.array([[1, 1, 1, 1, 1, 1, 1], [1, 1, 0, 1, 0, 0, 0]], bool)
 @pytest.mark.parametrize('module,mask', [(SD15, None), (SD15, MASK), (SDXL, None), (SDXL, MASK)],
                          ids=['sd15', 'sd15-mask', 'sdxl', 'sdxl-mask'])
 def test_parity_with_diffusers(module, mask):
-    model = peer(module)
-    params = engine.from_torch(rows_unet(module), randomise(model), None)
-    latents, t, context, added = inputs(module)
-    condition = added and dict(text_embeds=torch.from_numpy(added[0]), time_ids=torch.from_numpy(added[1]))
-    with torch.no_grad():
-        want = model(nchw(latents), torch.from_numpy(t), torch.from_numpy(context), added_cond_kwargs=condition,
-                     encoder_attention_mask=None if mask is None else torch.from_numpy(mask)).sample
-    got = jax.jit(module.apply)({'params': params}, latents, t, context, mask, added)
-    assert got.dtype == jnp.float32
-    assert np.std(want.numpy()) > 0.1
-    np.testing.assert_allclose(got, np.moveaxis(want.numpy(), 1, -1), rtol=0, atol=1e-4)
+  model, _, params = ported(module)
+  latents, t, context, added = inputs(module)
+  condition = added and dict(text_embeds=torch.from_numpy(added[0]), time_ids=torch.from_numpy(added[1]))
+  with torch.no_grad():
+    want = model(nchw(latents), torch.from_numpy(t), torch.from_numpy(context), added_cond_kwargs=condition,
+                 encoder_attention_mask=None if mask is None else torch.from_numpy(mask)).sample
+  got = jax.jit(module.apply)(params, latents, t, context, mask, added)
+  assert got.dtype == jnp.float32
+  assert np.std(want.numpy()) > 0.1
+  np.testing.assert_allclose(got, np.moveaxis(want.numpy(), 1, -1), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize('module', [SD15, SDXL], ids=['sd15', 'sdxl'])
 def test_weights_return_to_diffusers_bit_for_bit(module):
-    state = randomise(peer(module))
-    rows = rows_unet(module)
-    back = engine.to_torch(rows, engine.from_torch(rows, state, None))
-    assert back.keys() == state.keys()
-    for name in state:
-        np.testing.assert_array_equal(back[name], state[name], err_msg=name, strict=True)
+  _, state, params = ported(module)
+  back = engine.to_torch(unet_rows(module), params['params'])
+  assert back.keys() == state.keys()
+  for name in state:
+    np.testing.assert_array_equal(back[name], state[name], err_msg=name, strict=True)
 
 
 @pytest.mark.parametrize('module,size', [(UNet(), 859_520_964), (SDXL_FULL, 2_567_463_684)], ids=['sd15', 'sdxl'])
 def test_full_size_covers_every_weight_of_diffusers(module, size):
-    added = module.pooled_dim and (jnp.zeros((1, module.pooled_dim)), jnp.zeros((1, 6)))
-    params = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 8, 8, 4)), jnp.zeros(1),
-                            jnp.zeros((1, 1, module.cross_attention_dim)), None, added)['params']
-    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == size
-    sizes = {}
-    for name, path, _ in rows_unet(module):
-        leaf = params
-        for key in path.split('/'):
-            leaf = leaf[key]
-        layers = leaf.shape[0] if '{i}' in name else 1
-        for i in range(layers):
-            sizes[name.replace('{i}', str(i))] = leaf.size // layers
-    with torch.device('meta'):
-        assert sizes == {name: p.numel() for name, p in peer(module).state_dict().items()}
+  shapes = unet_shapes(module)
+  assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == size
+  with torch.device('meta'):
+    want = {name: tuple(p.shape) for name, p in peer(module).state_dict().items()}
+  assert engine.torch_shapes(unet_rows(module), shapes) == want
 
 
 def test_masked_rows_have_no_influence():
-    latents, t, context, _ = inputs(SD15)
-    params = SD15.init(jax.random.key(0), latents, t, context)
-    apply = jax.jit(SD15.apply)
-    changed = np.where(MASK[..., None], context, 100.)
-    np.testing.assert_array_equal(apply(params, latents, t, context, MASK), apply(params, latents, t, changed, MASK))
-    assert not np.allclose(apply(params, latents, t, context), apply(params, latents, t, changed))
-    np.testing.assert_allclose(apply(params, latents, t, context, MASK)[1],
-                               apply(params, latents[1:], t[1:], context[1:, MASK[1]])[0], atol=1e-5)
+  latents, t, context, _ = inputs(SD15)
+  _, _, params = ported(SD15)
+  apply = jax.jit(SD15.apply)
+  changed = np.where(MASK[..., None], context, 100.)
+  np.testing.assert_array_equal(apply(params, latents, t, context, MASK), apply(params, latents, t, changed, MASK))
+  assert not np.allclose(apply(params, latents, t, context), apply(params, latents, t, changed))
+  np.testing.assert_allclose(apply(params, latents, t, context, MASK)[1],
+                             apply(params, latents[1:], t[1:], context[1:, MASK[1]])[0], atol=1e-5)
 
 
 def test_bfloat16_follows_float32():
-    module = SDXL.clone(dtype=jnp.bfloat16)
-    latents, t, context, added = inputs(module)
-    params = module.init(jax.random.key(0), latents, t, context, None, added)
-    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype('float32')}
-    got = jax.jit(module.apply)(params, latents, t, context, MASK, added)
-    want = jax.jit(SDXL.apply)(params, latents, t, context, MASK, added)
-    assert got.dtype == jnp.float32 and np.isfinite(got).all()
-    assert 0 < np.abs(got - want).max() < 0.1 * np.abs(want).max()
+  module = SDXL.clone(dtype=jnp.bfloat16)
+  latents, t, context, added = inputs(module)
+  assert {leaf.dtype for leaf in jax.tree.leaves(unet_shapes(module))} == {jnp.dtype('float32')}
+  _, _, params = ported(SDXL)
+  got = jax.jit(module.apply)(params, latents, t, context, MASK, added)
+  want = jax.jit(SDXL.apply)(params, latents, t, context, MASK, added)
+  assert got.dtype == jnp.float32 and np.isfinite(got).all()
+  assert 0 < np.abs(got - want).max() < 0.1 * np.abs(want).max()
 
 
 @pytest.mark.parametrize('remat', ['full', 'dots'])
 def test_remat_changes_no_gradient(remat):
-    module = SD15.clone(layers_per_block=1)
-    latents, t, context, _ = inputs(module)
-    params = module.init(jax.random.key(0), latents, t, context)
-    loss = lambda module: jax.jit(jax.grad(lambda p: jnp.square(module.apply(p, latents, t, context)).sum()))
-    for a, b in zip(*(jax.tree.leaves(loss(m)(params)) for m in (module, module.clone(remat=remat)))):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(a).max())
+  _, _, params = ported(TINY)
+  latents, t, context, _ = inputs(TINY, height=2, width=2)
+
+  def gradient(module):
+    return jax.jit(jax.grad(lambda params: jnp.square(module.apply(params, latents, t, context)).sum()))(params)
+
+  assert 'remat' in str(jax.make_jaxpr(lambda: TINY.clone(remat=remat).apply(params, latents, t, context))())
+  for a, b in zip(*(jax.tree.leaves(gradient(module)) for module in (TINY, TINY.clone(remat=remat)))):
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.abs(a).max())
 
 
 @pytest.mark.parametrize('change,message', [
@@ -150,12 +147,12 @@ def test_remat_changes_no_gradient(remat):
     (dict(norm_num_groups=5), '16 channels do not divide'),
 ])
 def test_errors_name_the_field(change, message):
-    latents, t, context, _ = inputs(SD15)
-    with pytest.raises(ValueError, match=re.escape(message)):
-        jax.eval_shape(SD15.clone(**change).init, jax.random.key(0), latents, t, context)
+  latents, t, context, _ = inputs(SD15)
+  with pytest.raises(ValueError, match=re.escape(message)):
+    jax.eval_shape(SD15.clone(**change).init, jax.random.key(0), latents, t, context)
 
 
 def test_latents_must_halve():
-    latents, t, context, _ = inputs(SD15, height=6)
-    with pytest.raises(ValueError, match='multiples of 4'):
-        jax.eval_shape(SD15.init, jax.random.key(0), latents, t, context)
+  latents, t, context, _ = inputs(SD15, height=6)
+  with pytest.raises(ValueError, match='multiples of 4'):
+    jax.eval_shape(SD15.init, jax.random.key(0), latents, t, context)

@@ -1,7 +1,9 @@
-"""The golden case (REFERENCE section 6): small random weights under the published names, with an independent forward pass."""
+"""The golden case of the visual parts (REFERENCE section 6): small random weights under the published names, with an independent forward pass."""
 
+import functools
 import json
 import pathlib
+import shutil
 import types
 
 import jax
@@ -10,18 +12,21 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from lavit_jax.models import lavit
 from lavit_jax.models.decoder import Decoder
+from lavit_jax.models.initial import initial_parts
 from lavit_jax.models.tokenizer import DynamicTokenizer, Understanding
 from lavit_jax.models.vit import ViT
 from lavit_jax.porting import tables_visual as tables
 from lavit_jax.porting.engine import from_torch
+from lavit_jax.porting.folder import save_parts
 
-FOLDER = pathlib.Path(__file__).parents[1] / 'data' / 'golden'
+FOLDER = pathlib.Path(__file__).parent / 'data' / 'golden'
 
 
 @pytest.fixture(scope='session')
 def golden():
-  """`modules` and `params` by part, `io` the inputs and outputs, `features` the ViT's without CLS, `size` the config."""
+  """By part: `modules`, `params`, `files` (name, rows). And `size` the config, `io` inputs and outputs, `features` without CLS."""
   size = json.loads((FOLDER / 'config.json').read_text())
   io = dict(np.load(FOLDER / 'io.npz'))
   width, heads, patches = size['width'], size['heads'], (size['image_size'] // size['patch_size']) ** 2
@@ -55,17 +60,41 @@ def golden():
   for part, (file, rows) in files.items():
     like = jax.eval_shape(modules[part].init, jax.random.key(0), *inputs[part])['params']
     params[part] = jax.tree.map(jnp.asarray, from_torch(rows, load_file(FOLDER / f'{file}.safetensors'), like))
-  return types.SimpleNamespace(modules=modules, params=params, io=io, features=io['vit_features'][:, 1:], size=size, inputs=inputs)
+  return types.SimpleNamespace(
+      modules=modules, params=params, files=files, io=io, features=io['vit_features'][:, 1:], size=size
+  )
 
 
 @pytest.fixture(scope='session')
 def run(golden):
-  """run(part, *inputs, method=None, dtype=None): one part of the golden model, jitted."""
+  """run(part, *inputs, method=None, dtype=float32): one part of the golden model, compiled once a kind of call."""
 
-  def call(part, *args, method=None, dtype=jnp.float32, **kwargs):
-    module = golden.modules[part].clone(dtype=dtype)
-    return jax.jit(lambda params, *args: module.apply({'params': params}, *args, method=method, **kwargs))(
-        golden.params[part], *args
-    )
+  @functools.cache
+  def compiled(part, method, dtype):
+    return jax.jit(functools.partial(golden.modules[part].clone(dtype=dtype).apply, method=method))
+
+  def call(part, *args, method=None, dtype=jnp.float32):
+    return compiled(part, method, dtype)({'params': golden.params[part]}, *args)
 
   return call
+
+
+@pytest.fixture(scope='session')
+def tiny_parts():
+  """All parts of the tiny variant with random weights, drawn by numpy: nothing compiles."""
+  rng = np.random.default_rng(0)
+
+  def draw(leaf):
+    fan_in = np.prod(leaf.shape[-2:-1] if leaf.ndim < 4 else leaf.shape[:3])
+    return jnp.asarray(rng.normal(0, fan_in**-0.5, leaf.shape), jnp.float32)
+
+  return jax.tree.map(draw, jax.eval_shape(functools.partial(initial_parts, lavit.build('tiny')), jax.random.key(0)))
+
+
+@pytest.fixture(scope='session')
+def tiny_folder(tiny_parts, tmp_path_factory):
+  """These parts as a checkpoint folder with its tokenizer."""
+  folder = tmp_path_factory.mktemp('checkpoint') / 'tiny'
+  save_parts(folder, 'tiny', tiny_parts)
+  shutil.copytree(pathlib.Path(lavit.__file__).parents[1] / 'assets' / 'tiny' / 'tokenizer', folder / 'tokenizer')
+  return folder

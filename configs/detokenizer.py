@@ -1,0 +1,35 @@
+"""Stage 1b: the U-Net learns to draw what the tokens say.
+
+    lavit train --config configs/detokenizer.py:tiny --workdir runs/detokenizer \\
+        --config.frozen=runs/encoder/export,runs/autoencoder/export,runs/tokenizer/export
+
+Needs `vit`, `tokenizer`, `decoder` (of which only the context heads go on learning) and `vae`; exports `unet`, `decoder` and
+`uncond_embeddings`. The large variants start from Stable Diffusion: --config.init_from=FOLDER with `unet` and `uncond_embeddings`.
+"""
+
+from ml_collections import ConfigDict
+
+from lavit_jax.models import lavit
+
+SCHEDULES = {  # the large ones as published: 20 K steps
+    'tiny': dict(batch_size=32, num_steps=12_000, image_size=64, learning_rate=5e-4, warmup_steps=300),
+    'small': dict(batch_size=512, num_steps=20_000, image_size=512, learning_rate=1e-4, warmup_steps=1_000),
+    'lavit_7b': dict(batch_size=512, num_steps=20_000, image_size=512, learning_rate=1e-4, warmup_steps=1_000),
+}
+
+
+def get_config(variant: str = 'tiny') -> ConfigDict:
+  lavit.row(variant)  # names the nearest one if there is none
+  row, large = SCHEDULES[variant], variant != 'tiny'
+  config = ConfigDict(dict(
+      stage='detokenizer', variant=variant, seed=0, batch_size=row['batch_size'], num_steps=row['num_steps'],
+      dtype='bfloat16' if large else 'float32', remat='full' if large else 'none',
+      mesh=dict(data=-1, fsdp=1, tensor=1), peak_tflops=0.0,
+      frozen='', init_from='',
+      data=dict(task='images', source='data', image_size=row['image_size'], scene_share=0.3, num_threads=16 if large else 2),
+      detokenizer=dict(drop_condition=0.1, guidance_scale=3.0),
+      optim=dict(
+          learning_rate=row['learning_rate'], warmup_steps=row['warmup_steps'], final_fraction=0.05, weight_decay=0.01,
+          b1=0.9, b2=0.99, clip_norm=1.0, ema_decay=0.999, freeze=('^decoder/(?!context_proj|pool)',), lr_scale=()),
+      log_every=50, eval_every=1000, eval_batches=8, picture_every=1000, checkpoint_every=500, keep=2))
+  return config.lock()

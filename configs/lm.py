@@ -1,0 +1,41 @@
+"""Stage 2: the language model learns the next word or code, of [image, text], [text, image] and plain text.
+
+    lavit train --config configs/lm.py:tiny --workdir runs/lm --config.frozen=runs/encoder/export,runs/tokenizer/export
+
+Needs `vit` and `tokenizer`; exports `llama` and `understanding`. The large variants start from LLaMA: --config.init_from=FOLDER with
+`llama`, whose vocabulary may lack the visual ids. `data.shares` are the shares of captions and answers ([image, text]), drawings
+([text, image]) and plain text; a row of the packed batch holds `row_length` tokens, and `overflow` counts pairs that found no room.
+"""
+
+from ml_collections import ConfigDict
+
+from lavit_jax.models import lavit
+
+SCHEDULES = {
+    'tiny': dict(batch_size=64, num_steps=15_000, text_length=48, num_rows=36, row_length=128, loss_chunks=1,
+                 learning_rate=1e-3, warmup_steps=500),
+    'small': dict(batch_size=1024, num_steps=100_000, text_length=128, num_rows=320, row_length=1024, loss_chunks=8,
+                  learning_rate=3e-4, warmup_steps=2_000),
+    'lavit_7b': dict(batch_size=2048, num_steps=100_000, text_length=128, num_rows=320, row_length=2048, loss_chunks=16,
+                     learning_rate=5e-5, warmup_steps=2_000),
+}
+
+
+def get_config(variant: str = 'tiny') -> ConfigDict:
+  size, row = lavit.row(variant)['vit']['image_size'], SCHEDULES[variant]
+  large = variant != 'tiny'
+  config = ConfigDict(dict(
+      stage='lm', variant=variant, seed=0, batch_size=row['batch_size'], num_steps=row['num_steps'],
+      dtype='bfloat16' if large else 'float32', remat='full' if large else 'none',
+      mesh=dict(data=1, fsdp=-1, tensor=1) if large else dict(data=-1, fsdp=1, tensor=1), peak_tflops=0.0,
+      frozen='', init_from='',
+      data=dict(
+          task='lm', source='data', tokenizer_folder='lavit_jax/assets/tiny/tokenizer' if not large else 'tokenizer',
+          image_size=size, text_length=row['text_length'], shares=dict(caption=0.35, answer=0.3, draw=0.3, text=0.05),
+          draw_text_weight=0.1, scene_share=0.3, num_threads=16 if large else 2),
+      lm=dict(num_rows=row['num_rows'], row_length=row['row_length'], image_loss=False, loss_chunks=row['loss_chunks']),
+      optim=dict(
+          learning_rate=row['learning_rate'], warmup_steps=row['warmup_steps'], final_fraction=0.05, weight_decay=0.05,
+          b1=0.9, b2=0.95, clip_norm=1.0, ema_decay=0.0, freeze=(), lr_scale=()),
+      log_every=50, eval_every=1000, eval_batches=8, picture_every=0, checkpoint_every=500, keep=2))
+  return config.lock()

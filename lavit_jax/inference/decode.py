@@ -1,0 +1,270 @@
+"""Continuing sequences: one compiled prefill and one compiled loop over a cache of fixed size.
+
+The prompt is left-padded embeddings, since it mixes words and visual features; the new tokens are ids. Parameters are an
+argument, never baked in. What changes a shape or the program is static (the model, `max_new_tokens`, `top_k`, beams); all
+other settings are data, so that turning them compiles nothing.
+
+Axis letters: B rows, S prompt slots, T new tokens at most, M slots of the cache, K beams, V vocabulary.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from lavit_jax.inference import sampling
+from lavit_jax.models.llama import KVCache, Llama
+from lavit_jax.models.sequence import prompt_mask, prompt_positions
+
+NEVER = -1e9  # The score of a beam that is not there: finite, so that it may be divided and compared.
+
+
+class GenerateOutput(NamedTuple):
+  """The new tokens of each row."""
+
+  ids: Array  # i32[B, T], with eos where one was reached, then padding.
+  lengths: Array  # i32[B], eos included.
+  scores: Array  # f32[B]; see the function that made it.
+
+
+def _prefill(llama: Llama, params: dict, embeddings: Array, mask: Array, new_slots: int) -> tuple[Array, KVCache]:
+  """Reads the prompts: logits f32[B, V] of what comes next, and a cache with `new_slots` free."""
+  cache = llama.init_cache(mask.shape[0], mask.shape[1] + new_slots)
+  seen = jnp.pad(prompt_mask(mask), ((0, 0), (0, 0), (0, 0), (0, new_slots)))
+  hidden, cache = llama.apply({'params': params}, embeddings, prompt_positions(mask), seen, cache)
+  return llama.apply({'params': params}, hidden[:, -1], method='logits'), cache
+
+
+def _extend(
+    llama: Llama, params: dict, tokens: Array, positions: Array, seen: Array, cache: KVCache
+) -> tuple[Array, KVCache]:
+  """Reads tokens i32[B, Q] at positions i32[B], which see bool[B, Q, M]: logits f32[B, Q, V], and the longer cache."""
+  embeddings = llama.apply({'params': params}, tokens, method='embed')
+  positions = jnp.broadcast_to(positions[:, None], tokens.shape)
+  hidden, cache = llama.apply({'params': params}, embeddings, positions, seen[:, None], cache)
+  return llama.apply({'params': params}, hidden, method='logits'), cache
+
+
+def _forbidden(suppress: Array | None, vocab_size: int, eos_id: int, too_early: Array) -> Array:
+  """bool[V]: the suppressed ids, and eos while it is too early to stop."""
+  forbidden = (jnp.arange(vocab_size) == eos_id) & too_early
+  return forbidden if suppress is None else forbidden | suppress
+
+
+@functools.partial(jax.jit, static_argnames=('llama', 'max_new_tokens', 'top_k'))
+def generate(
+    llama: Llama,
+    params: dict,
+    embeddings: Array,
+    mask: Array,
+    *,
+    key: Array | None = None,
+    max_new_tokens: int,
+    min_new_tokens: int = 0,
+    eos_id: int,
+    pad_id: int = 2,
+    suppress: Array | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    guidance_scale: float | None = None,
+    uncond_embeddings: Array | None = None,
+    uncond_mask: Array | None = None,
+) -> GenerateOutput:
+  """Continues each prompt token by token: the most probable one without a key, a drawn one with.
+
+  Args:
+    llama: the model; params: its 'params' subtree.
+    embeddings: [B, S, H], left-padded prompts; mask: bool[B, S], False in padding (`sequence.assemble`).
+    key: one typed key, or keys[B]: a row's tokens depend on its own key only. None: greedy, and temperature, top_k and
+      top_p play no part.
+    eos_id: stops a row, but not among its first `min_new_tokens`.
+    suppress: bool[V], ids never chosen.
+    guidance_scale: None, or the scale of classifier-free guidance against `uncond_embeddings` [B, S, H] and `uncond_mask`
+      bool[B, S], which run in the same batch.
+
+  Returns:
+    GenerateOutput; its scores are the summed log-probabilities of the tokens before any id was forbidden (under guidance: of
+    the guided distribution), so that greedy and sampled results compare.
+
+  Raises:
+    ValueError: guidance without an unconditional prompt of the shape of the prompt, or the other way round.
+  """
+  batch, length = mask.shape
+  guided = guidance_scale is not None
+  if guided != (uncond_embeddings is not None) or guided != (uncond_mask is not None):
+    raise ValueError('guidance_scale, uncond_embeddings and uncond_mask come together or not at all')
+  if guided:
+    if uncond_embeddings.shape != embeddings.shape or uncond_mask.shape != mask.shape:
+      raise ValueError(f'uncond_embeddings {uncond_embeddings.shape} must have the shape of embeddings, {embeddings.shape}')
+    embeddings, mask = jnp.concatenate([embeddings, uncond_embeddings]), jnp.concatenate([mask, uncond_mask])
+  keys = None if key is None else sampling.row_keys(key, batch)
+
+  def choose(logits: Array, step: Array) -> tuple[Array, Array]:
+    """Token i32[B] number `step` and its log-probability f32[B]."""
+    if guided:
+      logits = sampling.guide(*jnp.split(logits, 2), guidance_scale)
+    allowed = sampling.suppress(logits, _forbidden(suppress, llama.vocab_size, eos_id, step < min_new_tokens))
+    if keys is None:
+      token = jnp.argmax(allowed, axis=-1).astype(jnp.int32)
+    else:
+      step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+      token = sampling.sample(step_keys, sampling.filter_logits(allowed, temperature, top_k, top_p))
+    return token, jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
+
+  class State(NamedTuple):
+    step: Array  # tokens chosen
+    token: Array  # i32[B], the last of them
+    done: Array  # bool[B]
+    out: GenerateOutput
+    cache: KVCache
+
+  def commit(state: State, logits: Array, cache: KVCache) -> State:
+    token, log_prob = choose(logits, state.step)
+    token = jnp.where(state.done, pad_id, token)
+    out = GenerateOutput(
+        ids=state.out.ids.at[:, state.step].set(token),
+        lengths=state.out.lengths + ~state.done,
+        scores=state.out.scores + jnp.where(state.done, 0.0, log_prob),
+    )
+    return State(state.step + 1, token, state.done | (token == eos_id), out, cache)
+
+  def unfinished(state: State) -> Array:
+    return (state.step < max_new_tokens) & ~state.done.all()
+
+  def advance(state: State) -> State:
+    written = jnp.broadcast_to(jnp.arange(max_new_tokens) < state.step, (mask.shape[0], max_new_tokens))
+    seen = jnp.concatenate([mask, written], axis=1)[:, None]
+    tokens = jnp.tile(state.token, 2 if guided else 1)[:, None]
+    logits, cache = _extend(llama, params, tokens, mask.sum(1) + state.step - 1, seen, state.cache)
+    return commit(state, logits[:, 0], cache)
+
+  logits, cache = _prefill(llama, params, embeddings, mask, max_new_tokens)
+  nothing = GenerateOutput(
+      jnp.full((batch, max_new_tokens), pad_id, jnp.int32), jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.float32)
+  )
+  start = State(jnp.int32(0), jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool), nothing, cache)
+  return jax.lax.while_loop(unfinished, advance, commit(start, logits, cache)).out
+
+
+class _Beams(NamedTuple):
+  """K hypotheses a row, best first."""
+
+  ids: Array  # i32[B, K, T]
+  scores: Array  # f32[B, K]: of live ones the summed log-probabilities, of finished ones those under the length penalty.
+
+
+def _take(tree, index: Array):
+  """Beams index i32[B, K'] of every [B, K, ...] in a tree."""
+  return jax.tree.map(lambda x: jax.vmap(lambda row, i: row[i])(x, index), tree)
+
+
+@functools.partial(jax.jit, static_argnames=('llama', 'num_beams', 'early_stopping', 'max_new_tokens'))
+def beam_search(
+    llama: Llama,
+    params: dict,
+    embeddings: Array,
+    mask: Array,
+    *,
+    num_beams: int,
+    length_penalty: float = 1.0,
+    early_stopping: bool = False,
+    max_new_tokens: int,
+    min_new_tokens: int = 0,
+    eos_id: int,
+    pad_id: int = 2,
+    suppress: Array | None = None,
+) -> GenerateOutput:
+  """The best continuation by beam search, with the semantics of transformers' `generate`.
+
+  Beams need neither copies of the prompt nor a shuffled cache. The K beams of a row are K queries over one cache that holds
+  the prompt once and K slots a step, and the mask lets each see its own ancestors. With K = 2, after the second step, when
+  both live beams descend from beam 0 of the first:
+
+                prompt    step 0   step 1
+      beam 0    x x x x    x .      x .
+      beam 1    x x x x    x .      . x
+
+  Args:
+    llama, params, embeddings, mask, eos_id, suppress: as in `generate`.
+    num_beams: K.
+    length_penalty: finished beams compare by summed log-probability / length ** length_penalty, eos counted in the length.
+    early_stopping: stop a row once K beams are finished; else once the best live one, at its present length, cannot beat the
+      worst of K finished ones.
+
+  Returns:
+    GenerateOutput of the best beam; its score is the one it was ranked by.
+  """
+  batch, rows = mask.shape[0], jnp.arange(num_beams)
+
+  class State(NamedTuple):
+    step: Array  # tokens chosen
+    live: _Beams
+    ancestry: Array  # bool[B, K, T * K], the new slots of the cache that each live beam sees
+    finished: _Beams
+    count: Array  # i32[B], finished beams, up to K
+    open: Array  # bool[B], finished beams may still improve
+    cache: KVCache
+
+  def commit(state: State, logits: Array, cache: KVCache) -> State:
+    """Chooses token number `step` of all beams from logits f32[B, K, V]."""
+    log_probs = sampling.suppress(
+        jax.nn.log_softmax(logits), _forbidden(suppress, llama.vocab_size, eos_id, state.step < min_new_tokens)
+    )
+    scores = (state.live.scores[..., None] + log_probs).reshape(batch, -1)
+    # Each beam offers one eos at most, so that among 2K candidates K can go on.
+    scores, index = jax.lax.top_k(scores, 2 * num_beams)
+    parent, token = index // llama.vocab_size, (index % llama.vocab_size).astype(jnp.int32)
+    ids = _take(state.live.ids, parent).at[:, :, state.step].set(token)
+    step = state.step + 1
+    ends = (token == eos_id) | (step == max_new_tokens)
+
+    live_scores, chosen = jax.lax.top_k(jnp.where(ends, NEVER, scores), num_beams)
+    live = _Beams(_take(ids, chosen), live_scores)
+    own = (jnp.arange(state.ancestry.shape[-1]) == state.step * num_beams + rows[:, None])
+    ancestry = _take(state.ancestry, _take(parent, chosen)) | own
+
+    # Only the K best candidates may finish: the others are there to keep the search alive.
+    ends &= (jnp.arange(2 * num_beams) < num_beams) & state.open[:, None]
+    ranked = jnp.where(ends, scores / step**length_penalty, NEVER)
+    pool = _Beams(*(jnp.concatenate(x, axis=1) for x in zip(state.finished, (ids, ranked))))
+    finished_scores, best = jax.lax.top_k(pool.scores, num_beams)
+    finished = _Beams(_take(pool.ids, best), finished_scores)
+    count = jnp.minimum(state.count + ends.sum(1), num_beams)
+    full = count == num_beams
+    improvable = ~full if early_stopping else ~full | (live_scores[:, 0] / step**length_penalty > finished_scores[:, -1])
+    return State(step, live, ancestry, finished, count, state.open & improvable, cache)
+
+  def unfinished(state: State) -> Array:
+    return (state.step < max_new_tokens) & state.open.any()
+
+  def advance(state: State) -> State:
+    prompt = jnp.broadcast_to(mask[:, None], (batch, num_beams, mask.shape[1]))
+    seen = jnp.concatenate([prompt, state.ancestry], axis=-1)
+    logits, cache = _extend(
+        llama, params, state.live.ids[:, :, state.step - 1], mask.sum(1) + state.step - 1, seen, state.cache
+    )
+    return commit(state, logits, cache)
+
+  new_slots = num_beams * max_new_tokens
+  logits, cache = _prefill(llama, params, embeddings, mask, new_slots)
+  ids = jnp.full((batch, num_beams, max_new_tokens), pad_id, jnp.int32)
+  absent = jnp.full((batch, num_beams), NEVER)
+  start = State(
+      step=jnp.int32(0),
+      live=_Beams(ids, absent.at[:, 0].set(0.0)),  # One beam to begin with, or all would choose the same.
+      ancestry=jnp.zeros((batch, num_beams, new_slots), bool),
+      finished=_Beams(ids, absent),
+      count=jnp.zeros(batch, jnp.int32),
+      open=jnp.ones(batch, bool),
+      cache=cache,
+  )
+  logits = jnp.broadcast_to(logits[:, None], (batch, num_beams, llama.vocab_size))
+  state = jax.lax.while_loop(unfinished, advance, commit(start, logits, cache))
+  ids, scores = _take(state.finished, jnp.zeros((batch, 1), jnp.int32))
+  ids, scores = ids[:, 0], scores[:, 0]
+  ends = ids == eos_id
+  lengths = jnp.where(ends.any(1), jnp.argmax(ends, 1) + 1, max_new_tokens).astype(jnp.int32)
+  return GenerateOutput(ids, lengths, scores)

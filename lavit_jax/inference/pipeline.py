@@ -1,0 +1,309 @@
+"""The user's API: pictures and words in, words and pictures out.
+
+    model = Lavit.from_pretrained('lavit_jax/assets/tiny')
+    model.caption(['cat.png', photo])                       # ['cat on a red background', ...]
+    model.answer(['cat.png'], ['What is this?'])            # ['cat']
+    model.generate(['pizza on a blue background'])          # uint8[1, 64, 64, 3]
+    model.synthesize([[Path('cat.png'), 'on a red background']])
+    model.reconstruct(['cat.png'])
+
+Every arrow is one compiled program (`read`, `tokenize`, `draw` here; `generate`, `beam_search` in decode.py), batches are padded
+to powers of two and prompts to multiples of 32, so that few shapes are ever compiled. A part of the model is loaded when
+a task first needs it. Settings are those of the published results (REFERENCE section 4).
+
+Axes: B images, N patches, H width of the language model, S prompt slots.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import flax.errors
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from lavit_jax.data.text import TextTokenizer
+from lavit_jax.errors import UserError
+from lavit_jax.inference import decode
+from lavit_jax.inference.images import read_images
+from lavit_jax.models import lavit, noise, sequence, tokenizer, vae, vit
+from lavit_jax.models.decoder import null_context
+from lavit_jax.porting.folder import load_parts, read_config
+
+QUESTION = 'Question: {} Answer:'
+EOS = 2
+MAX_LENGTH = 2048  # prompt and answer together: what LLaMA reads
+MAX_BATCH = 16
+
+
+class Settings(NamedTuple):
+  """What depends on how long the texts and codes of a model are: (fewest, most) new tokens, and the side of what it draws."""
+
+  caption_tokens: tuple[int, int] = (8, 36)
+  answer_tokens: tuple[int, int] = (2, 10)
+  image_tokens: tuple[int, int] = (20, 200)
+  drawn_size: int = 512
+
+
+SETTINGS = {'tiny': Settings((4, 36), (2, 16), (5, 50), 64)}
+
+
+class Tokens(NamedTuple):
+  """The visual tokens of B images."""
+
+  ids: list[np.ndarray]  # i32[n] codes of each image, in the order of its patches
+  keep: np.ndarray  # bool[B, N], the patches that they stand for
+  counts: np.ndarray  # i32[B]
+
+
+# --------------------------------------------------------------------------------------------------- the compiled programs
+
+@functools.partial(jax.jit, static_argnums=0)
+def read(model: lavit.Lavit, parts: dict, images: Array, key: Array | None) -> tuple[Array, Array]:
+  """uint8[B, H, W, 3] -> what the language model reads: features compacted to a prefix [B, N, H], and their number i32[B]."""
+  x = _features(model, parts, images)
+  log_probs = _apply(model.tokenizer, parts['tokenizer'], x, method='select')
+  keep = tokenizer.gumbel_keep(log_probs, key=key)
+  features, mask = sequence.compact(_apply(model.understanding, parts['understanding'], x, keep), keep)
+  return features, mask.sum(-1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def tokenize(model: lavit.Lavit, parts: dict, images: Array, key: Array | None) -> tuple[Array, Array]:
+  """uint8[B, H, W, 3] -> codes i32[B, N] in the place of their patches, and keep bool[B, N]."""
+  out = _apply(model.tokenizer, parts['tokenizer'], _features(model, parts, images), key)
+  return out.ids, out.keep > 0.5
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def embed(model: lavit.Lavit, parts: dict, ids: Array, source: Array, features: Array | None) -> Array:
+  """Prompts, ids and source i32[B, S] (`sequence.lay_out_prompts`), with features [B, N, H] if any -> embeddings [B, S, H]."""
+  embeddings = _apply(model.llama, parts['llama'], ids, method='embed')
+  return embeddings if features is None else sequence.embed_sources(embeddings, source, features)
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'size', 'steps'))
+def draw(model: lavit.Lavit, parts: dict, ids: Array, mask: Array, guidance: float, key: Array, *, size: int, steps: int) -> Array:
+  """Codes i32[B, N] in a prefix, mask bool[B, N] of it -> pictures uint8[B, size, size, 3] by DDIM under guidance."""
+  codes = _apply(model.tokenizer, parts['tokenizer'], ids, method='lookup')
+  features = _apply(model.decoder, parts['decoder'], codes, mask)
+  context, _ = _apply(model.decoder, parts['decoder'], features, method='context')
+  null, null_mask = null_context(parts['uncond_embeddings'], model.num_patches)
+  raise NotImplementedError
+
+
+def _generate(model: lavit.Lavit, parts: dict, *args, **kwargs) -> decode.GenerateOutput:
+  return decode.generate(model.llama, parts['llama'], *args, **kwargs)
+
+
+def _beam_search(model: lavit.Lavit, parts: dict, *args, **kwargs) -> decode.GenerateOutput:
+  return decode.beam_search(model.llama, parts['llama'], *args, **kwargs)
+
+
+def _features(model: lavit.Lavit, parts: dict, images: Array) -> Array:
+  return _apply(model.vit, parts['vit'], vit.preprocess(images))[:, 1:]
+
+
+def _apply(module, params, *args, **kwargs):
+  return module.apply({'params': params}, *args, **kwargs)
+
+
+# ------------------------------------------------------------------------------------------------------------ for the user
+
+class Lavit:
+  """A model with its parameters and its words.
+
+  Pictures are whatever `images.read_image` reads: paths, bytes, PIL images, arrays. Wrong input raises UserError. A `seed` of
+  None keeps the most probable patches; a number samples them, as was published.
+  """
+
+  def __init__(self, model: lavit.Lavit, parts: Mapping[str, dict], words: TextTokenizer):
+    """`parts`: part name -> parameters, at least of the parts that the tasks at hand need."""
+    self.model, self.parts, self.words = model, parts, words
+    self.settings = SETTINGS.get(model.variant, Settings())
+
+  @classmethod
+  def from_pretrained(cls, folder, dtype: str = 'float32', variant: str | None = None) -> Lavit:
+    """Opens a checkpoint folder (porting/folder.py) that also holds `tokenizer/`; parts are read when first needed.
+
+    Raises:
+      UserError: the folder is missing, damaged, or not of `variant`.
+    """
+    config = read_config(folder)
+    if variant not in (None, config['variant']):
+      raise UserError(f'{folder} holds variant {config["variant"]!r}, but {variant!r} was asked for')
+    words = pathlib.Path(folder) / 'tokenizer'
+    try:
+      return cls(lavit.build(config['variant'], dtype), _Folder(folder), TextTokenizer.load(words))
+    except FileNotFoundError as error:
+      raise UserError(f'{words} is missing; copy the tokenizer into the checkpoint ({error})') from None
+
+  # Pictures to codes and back.
+
+  def tokenize(self, images, seed: int | None = None) -> Tokens:
+    """Pictures -> their visual tokens."""
+    images, out = read_images(images, self.model.image_size), []
+    for start, n, rows in _batches(len(images)):
+      out.append([x[:n] for x in self._run(tokenize, ('vit', 'tokenizer'), images[rows], _key(seed, start))])
+    ids, keep = (np.concatenate(x) for x in zip(*out))
+    return Tokens([row[kept] for row, kept in zip(ids, keep)], keep, keep.sum(-1))
+
+  def draw(self, codes: Sequence[np.ndarray], guidance: float = 5.0, steps: int = 50, seed: int = 0) -> np.ndarray:
+    """Codes of each picture, i32[n] with n <= N -> uint8[B, H, W, 3]."""
+    slots = np.arange(self.model.num_patches)
+    ids = np.stack([np.resize(np.append(row, 0), slots.shape) for row in codes]).astype(np.int32)
+    mask = slots < np.array([max(1, len(row)) for row in codes])[:, None]  # drawing wants one code at least
+    parts, out = ('tokenizer', 'decoder', 'unet', 'vae', 'uncond_embeddings'), []
+    program = functools.partial(draw, size=self.settings.drawn_size, steps=steps)
+    for start, n, rows in _batches(len(ids)):
+      out.append(self._run(program, parts, ids[rows], mask[rows], guidance, _key(seed, start))[:n])
+    return np.concatenate(out)
+
+  def reconstruct(self, images, guidance: float = 5.0, steps: int = 50, seed: int = 0) -> np.ndarray:
+    """Pictures -> visual tokens -> pictures, uint8[B, H, W, 3]; what is lost is what the tokens do not say."""
+    return self.draw(self.tokenize(images, seed).ids, guidance, steps, seed)
+
+  # Pictures to words.
+
+  def caption(self, images, beams: int = 2, seed: int | None = None) -> list[str]:
+    """What is in each picture: [IMG] features [/IMG] and no further prompt; cut at the first full stop."""
+    images = read_images(images, self.model.image_size)
+    texts = self._tell(images, [()] * len(images), self.settings.caption_tokens, seed, num_beams=beams)
+    return [text.split('.')[0].strip() for text in texts]
+
+  def answer(self, images, questions: Sequence[str], beams: int = 5, seed: int | None = None) -> list[str]:
+    """The answer to a question about each picture, lower case, cut at the first newline, comma or full stop.
+
+    The published evaluation lemmatises it too.
+    """
+    images = read_images(images, self.model.image_size)
+    questions = [questions] if isinstance(questions, str) else list(questions)
+    if len(images) != len(questions):
+      raise UserError(f'{len(images)} pictures but {len(questions)} questions; give one question for each picture')
+    asked = [self._encode(question, QUESTION) for question in questions]
+    texts = self._tell(images, asked, self.settings.answer_tokens, seed, num_beams=beams, length_penalty=0.0, early_stopping=True)
+    return [re.split(r'[\n,.]', text.strip())[0].strip().lower() for text in texts]
+
+  # Words and pictures to pictures.
+
+  def generate(self, prompts: Sequence[str], *, guidance: float = 4.0, decoder_guidance: float = 5.0, steps: int = 50,
+               temperature: float = 1.0, top_k: int = 50, negative: str = '', seed: int = 0) -> np.ndarray:
+    """A picture of each text, uint8[B, H, W, 3]. The settings are those of `sample_codes` and `draw`."""
+    prompts = [[text] for text in ([prompts] if isinstance(prompts, str) else prompts)]
+    codes = self.sample_codes(prompts, guidance=guidance, temperature=temperature, top_k=top_k, negative=negative, seed=seed)
+    return self.draw(codes, decoder_guidance, steps, seed)
+
+  def synthesize(self, prompts: Sequence[Sequence], *, guidance: float = 5.0, decoder_guidance: float = 5.0, steps: int = 50,
+                 temperature: float = 1.0, top_k: int = 50, negative: str = '', seed: int = 0) -> np.ndarray:
+    """A picture from each sequence of pictures and words, in any order, uint8[B, H, W, 3].
+
+    A `str` is words; a picture on disk is a `pathlib.Path`.
+    """
+    codes = self.sample_codes(prompts, guidance=guidance, temperature=temperature, top_k=top_k, negative=negative, seed=seed)
+    return self.draw(codes, decoder_guidance, steps, seed)
+
+  def sample_codes(self, prompts: Sequence[Sequence], *, guidance: float = 4.0, temperature: float = 1.0, top_k: int = 50,
+                   negative: str = '', seed: int = 0) -> list[np.ndarray]:
+    """The codes that the language model continues each prompt with, i32[n].
+
+    Pictures in a prompt are put as their discrete codes, [IMG] codes [/IMG]: this is the generating side, which knows pictures by
+    the codes it writes itself. Then [IMG] asks for one more.
+
+    Args:
+      prompts: sequences of words (`str`) and pictures.
+      guidance: of the language model, against the context `negative` [IMG].
+      temperature, top_k: of the sampling.
+    """
+    words = self.model.vocabulary
+    pictures = [part for prompt in prompts for part in prompt if not isinstance(part, str)]
+    codes = iter(self.tokenize(pictures, seed).ids if pictures else ())
+    start, end = [words.image_start], [words.image_end]
+
+    def pieces(prompt):
+      if not prompt:
+        raise UserError('the prompt is empty; give it words or pictures')
+      for part in prompt:
+        yield from [self._encode(part)] if isinstance(part, str) else [start, next(codes) + words.code_offset, end]
+      yield start
+
+    prompts = [list(pieces(prompt)) for prompt in prompts]
+    against = [self._encode(negative), start] if negative else [start]
+    fewest, most = self.settings.image_tokens
+    forbidden = (np.arange(words.size) >= 3) & (np.arange(words.size) < words.text_size)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(len(prompts)))
+    out = []
+    for _, n, rows in _batches(len(prompts)):
+      embeddings, mask = self._embed([prompts[i] for i in rows] + [against] * len(rows), most)
+      b = len(rows)
+      found = self._run(_generate, ('llama',), embeddings[:b], mask[:b], key=keys[rows], min_new_tokens=fewest,
+                        max_new_tokens=most, eos_id=words.image_end, suppress=forbidden, temperature=temperature, top_k=top_k,
+                        guidance_scale=guidance, uncond_embeddings=embeddings[b:], uncond_mask=mask[b:])
+      out += [ids[:length] for ids, length in zip(np.asarray(found.ids[:n]), found.lengths)]
+    return [ids[ids >= words.code_offset] - words.code_offset for ids in out]
+
+  # What the tasks share.
+
+  def _tell(self, images: np.ndarray, asked: Sequence[Sequence[int]], tokens: tuple[int, int], seed, **search) -> list[str]:
+    """Continues [IMG] features [/IMG] asked, for each picture, in words alone."""
+    words, slots = self.model.vocabulary, self.model.num_patches
+    forbidden = np.arange(words.size) >= words.text_size
+    out = []
+    for start, n, rows in _batches(len(images)):
+      features, counts = self._run(read, ('vit', 'tokenizer', 'understanding'), images[rows], _key(seed, start))
+      prompts = [[[words.image_start], range(i * slots, i * slots + int(count)), [words.image_end], asked[row]]
+                 for i, (row, count) in enumerate(zip(rows, np.asarray(counts)))]
+      embeddings, mask = self._embed(prompts, tokens[1], features)
+      found = self._run(_beam_search, ('llama',), embeddings, mask, min_new_tokens=tokens[0], max_new_tokens=tokens[1],
+                        eos_id=EOS, suppress=forbidden, **search)
+      out += [self.words.decode(ids[:length]) for ids, length in zip(np.asarray(found.ids[:n]), found.lengths)]
+    return out
+
+  def _encode(self, text: str, form: str = '{}') -> Sequence[int]:
+    if not text.strip():
+      raise UserError('the text is empty; say what to draw or what to ask')
+    return self.words.encode(form.format(text))
+
+  def _embed(self, prompts, new_tokens: int, features: Array | None = None) -> tuple[Array, np.ndarray]:
+    """Lists of pieces -> embeddings [B, S, H] and mask bool[B, S], left-padded."""
+    longest = max(sum(map(len, pieces)) for pieces in prompts)
+    if longest + new_tokens > MAX_LENGTH:
+      raise UserError(f'the prompt is {longest} tokens long; shorten it to {MAX_LENGTH - new_tokens}')
+    laid = sequence.lay_out_prompts(prompts)
+    return self._run(embed, ('llama',), laid.ids, laid.source, features), laid.mask
+
+  def _run(self, program, names: tuple[str, ...], *args, **kwargs):
+    """Calls a program with the parts that it needs, loading them first."""
+    parts = {name: self.parts[name] for name in names}
+    try:
+      return program(self.model, parts, *args, **kwargs)
+    except (flax.errors.ScopeParamShapeError, flax.errors.ScopeParamNotFoundError) as error:
+      raise UserError(f'the weights of {" or ".join(names)} are not of variant {self.model.variant!r}; '
+                      f'export the checkpoint again ({error})') from error
+
+
+class _Folder(dict):
+  """The parts of a checkpoint folder, each read when first asked for."""
+
+  def __init__(self, folder):
+    self.folder = folder
+
+  def __missing__(self, name: str) -> dict:
+    self[name] = jax.tree.map(jnp.asarray, load_parts(self.folder, [name])[name])
+    return self[name]
+
+
+def _batches(count: int) -> Iterator[tuple[int, int, np.ndarray]]:
+  """Covers range(count) by (start, n, rows): n rows from start, padded to a power of two by repeating the last."""
+  for start in range(0, count, MAX_BATCH):
+    n = min(MAX_BATCH, count - start)
+    yield start, n, start + np.minimum(np.arange(1 << (n - 1).bit_length()), n - 1)
+
+
+def _key(seed: int | None, start: int) -> Array | None:
+  return None if seed is None else jax.random.fold_in(jax.random.key(seed), start)

@@ -1,0 +1,32 @@
+"""Fresh parameters of a whole model: for its shapes and counts (by `jax.eval_shape`), for tests, and for timing without a checkpoint."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from lavit_jax.models.lavit import Lavit
+
+
+def initial_parts(model: Lavit, key: jax.Array) -> dict:
+  """Part name -> parameters, float32, as `porting.folder` stores them."""
+  side, patches, width = model.image_size, model.num_patches, model.vit.hidden_size
+  context_dim = sum(model.decoder.context_dims)
+  latent = 2 ** len(model.unet.block_out_channels)
+  x, keep = jnp.zeros((1, patches, width)), jnp.ones((1, patches))
+  codes = jnp.zeros((1, patches, model.tokenizer.code_dim)), keep > 0
+  one = jnp.zeros((1, 1), jnp.int32)
+  inputs = dict(
+      vit=(jnp.zeros((1, side, side, 3)),),
+      tokenizer=(x,),
+      understanding=(x, keep),
+      decoder=codes,
+      llama=(jnp.zeros((1, 1, model.llama.hidden_size)), one, jnp.ones((1, 1, 1, 1), bool)),
+      unet=(jnp.zeros((1, latent, latent, model.unet.in_channels)), jnp.zeros(1), jnp.zeros((1, patches, context_dim))),
+      vae=(jnp.zeros((1, 2 * model.vae.factor, 2 * model.vae.factor, 3)),),
+  )
+  if model.highres_decoder is not None:
+    inputs['highres_decoder'] = codes
+  keys = dict(zip(inputs, jax.random.split(key, len(inputs))))
+  parts = {name: getattr(model, name).init(keys[name], *args)['params'] for name, args in inputs.items()}
+  return parts | dict(uncond_embeddings=jnp.zeros((model.uncond_rows, context_dim)))

@@ -1,0 +1,132 @@
+"""The user's API on random weights: shapes, prompts, determinism, lazy parts, and what it says to bad input."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from lavit_jax.errors import UserError
+from lavit_jax.inference import pipeline
+from lavit_jax.inference.pipeline import Lavit
+
+PICTURES = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
+
+
+@pytest.fixture(scope='module')
+def model(tiny_folder):
+  return Lavit.from_pretrained(tiny_folder)
+
+
+def test_tokenize(model):
+  ids, keep, counts = model.tokenize(PICTURES)
+  assert keep.shape == (3, 64) and keep.dtype == bool
+  np.testing.assert_array_equal(counts, keep.sum(-1))
+  assert [len(row) for row in ids] == counts.tolist() and min(counts) > 0
+  assert all(0 <= row.min() and row.max() < 1024 for row in ids)
+  again = model.tokenize([Image.fromarray(PICTURES[1])])
+  np.testing.assert_array_equal(again.ids[0], ids[1])
+  sampled = [model.tokenize(PICTURES, seed=seed).keep for seed in (0, 0, 1)]
+  np.testing.assert_array_equal(sampled[0], sampled[1])
+  assert (sampled[0] != sampled[2]).any()
+
+
+def test_words_from_pictures(model):
+  captions = model.caption(PICTURES)
+  assert len(captions) == 3 and all(isinstance(text, str) and '.' not in text for text in captions)
+  assert model.caption(PICTURES[1]) == captions[1:2]
+  answers = model.answer(PICTURES, ['What is this?', 'Is this an owl?', 'Where is the rather long question about the picture?'])
+  assert len(answers) == 3 and all(text == text.lower() and not set(text) & set('\n,.') for text in answers)
+
+
+def test_the_prompt_is_picture_then_question(model, monkeypatch):
+  seen = []
+  monkeypatch.setattr(model, '_embed', lambda prompts, *_: seen.append(prompts) or (_ for _ in ()).throw(StopIteration))
+  with pytest.raises(StopIteration):
+    model.answer(PICTURES[:1], ['What is {this}?'])
+  (start, features, end, question), = seen[0]
+  counts = model.tokenize(PICTURES[:1]).counts
+  assert (start, features, end) == ([2048], range(counts[0]), [2049])
+  assert model.words.decode(question) == 'Question: What is {this}? Answer:'
+
+
+def test_synthesis_prompts_hold_codes(model, monkeypatch):
+  seen = []
+  monkeypatch.setattr(model, '_embed', lambda prompts, *_: seen.append(prompts) or (_ for _ in ()).throw(StopIteration))
+  with pytest.raises(StopIteration):
+    model.synthesize([[PICTURES[0], 'owl', PICTURES[1]]], seed=3)
+  ids = model.tokenize(PICTURES[:2], seed=3).ids
+  prompt, against = seen[0]
+  flat = [list(piece) for piece in prompt]
+  assert flat == [[2048], list(ids[0] + 2050), [2049], list(model.words.encode('owl')), [2048], list(ids[1] + 2050), [2049], [2048]]
+  assert against == [[2048]]
+
+
+def test_generated_codes(model):
+  codes = model.sample_codes([['an owl'], ['two pizzas on a white background']], seed=1)
+  fewest, most = model.settings.image_tokens
+  assert all(len(row) <= most and ((0 <= row) & (row < 1024)).all() for row in codes)
+  again = model.sample_codes([['an owl'], ['a key'], ['a key']], seed=1)
+  np.testing.assert_array_equal(again[0], codes[0])
+  other = model.sample_codes([['an owl']], seed=2)
+  assert other[0].tolist() != codes[0].tolist()
+
+
+def test_pictures(model):
+  drawn = model.draw([np.arange(7), np.array([], int), np.arange(64)], steps=2)
+  assert drawn.shape == (3, 64, 64, 3) and drawn.dtype == np.uint8
+  assert (drawn[0] != drawn[2]).any()
+  np.testing.assert_array_equal(model.draw([np.arange(7)], steps=2), model.draw([np.arange(7)], steps=2))
+  kept = model.reconstruct(PICTURES, steps=2, seed=5)
+  np.testing.assert_array_equal(kept, model.draw(model.tokenize(PICTURES, seed=5).ids, steps=2, seed=5))
+  assert model.generate('an owl', steps=2).shape == (1, 64, 64, 3)
+  assert model.synthesize([[PICTURES[0], 'an owl'], [PICTURES[1], PICTURES[2]]], steps=2).shape == (2, 64, 64, 3)
+
+
+@pytest.mark.parametrize('call, message', [
+    (lambda m: m.generate(['  ']), 'empty'),
+    (lambda m: m.synthesize([[]]), 'empty'),
+    (lambda m: m.answer(PICTURES[:1], ['']), 'empty'),
+    (lambda m: m.answer(PICTURES[:2], ['What is this?']), '2 pictures but 1 question'),
+    (lambda m: m.generate(['owl ' * 3000]), 'prompt is .* tokens long; shorten it to 1998'),
+    (lambda m: m.caption(['nowhere.png']), 'nowhere.png'),
+])
+def test_bad_input(model, call, message):
+  with pytest.raises(UserError, match=message):
+    call(model)
+
+
+def test_only_the_parts_of_a_task_are_read(tiny_folder, tmp_path):
+  folder = shutil.copytree(tiny_folder, tmp_path / 'tiny')
+  (folder / 'understanding.safetensors').write_bytes((folder / 'vit.safetensors').read_bytes()[:1000])
+  (folder / 'llama.safetensors').unlink()
+  model = Lavit.from_pretrained(folder)
+  assert not model.parts
+  model.tokenize(PICTURES)
+  assert set(model.parts) == {'vit', 'tokenizer'}
+  with pytest.raises(UserError, match='understanding.safetensors is truncated'):
+    model.caption(PICTURES)
+  with pytest.raises(UserError, match='llama.safetensors is missing'):
+    model.generate(['an owl'])
+  with pytest.raises(UserError, match="holds variant 'tiny'"):
+    Lavit.from_pretrained(folder, variant='small')
+  with pytest.raises(UserError, match='nowhere is not a lavit_jax checkpoint'):
+    Lavit.from_pretrained('nowhere')
+  shutil.rmtree(folder / 'tokenizer')
+  with pytest.raises(UserError, match='tokenizer is missing'):
+    Lavit.from_pretrained(folder)
+
+
+def test_weights_of_another_variant_are_named(model, tiny_parts):
+  parts = dict(tiny_parts, vit=jax.tree.map(lambda x: jnp.zeros((*x.shape[:-1], 2 * x.shape[-1])), tiny_parts['vit']))
+  with pytest.raises(UserError, match="vit.* not of variant 'tiny'"):
+    Lavit(model.model, parts, model.words).tokenize(PICTURES)
+
+
+def test_batches_cover_everything_in_few_shapes():
+  for count in (0, 1, 5, 16, 17, 40):
+    rows = [row for _, n, rows in pipeline._batches(count) for row in rows[:n]]
+    assert rows == list(range(count))
+  assert [len(rows) for _, _, rows in pipeline._batches(21)] == [16, 8]

@@ -1,0 +1,159 @@
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from lavit_jax.errors import UserError
+from lavit_jax.porting import torch_files
+from lavit_jax.porting.engine import TRANSFORMS, PortingError, Row, from_torch, to_torch, torch_shapes
+
+ROWS = [
+    Row('embed', 'embed', 'unbatch'),
+    Row('layers.{i}.fc.weight', 'blocks/fc/kernel', 'linear'),
+    Row('layers.{i}.fc.bias', 'blocks/fc/bias'),
+    Row('head.weight', 'head/kernel', 'linear', optional=True),
+    Row('other.weight', None),
+]
+LIKE = {
+    'embed': jax.ShapeDtypeStruct((5, 4), np.float32),
+    'blocks': {'fc': {'kernel': jax.ShapeDtypeStruct((3, 4, 6), np.float32), 'bias': jax.ShapeDtypeStruct((3, 6), np.float32)}},
+    'head': {'kernel': jax.ShapeDtypeStruct((4, 2), np.float32)},
+}
+
+
+def file(drop=(), **extra):
+  """A file that fits, less some names, plus others."""
+  rng = np.random.default_rng(0)
+  shapes = {'embed': (1, 5, 4), 'head.weight': (2, 4)}
+  for n in range(3):
+    shapes |= {f'layers.{n}.fc.weight': (6, 4), f'layers.{n}.fc.bias': (6,)}
+  state = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items() if name not in drop}
+  return state | extra
+
+
+def problems(state, rows=ROWS, like=LIKE):
+  with pytest.raises(PortingError) as error:
+    from_torch(rows, state, like)
+  return str(error.value)
+
+
+def test_both_directions():
+  state = file()
+  tree = from_torch(ROWS, state, LIKE)
+  assert jax.tree.map(np.shape, tree) == jax.tree.map(lambda x: x.shape, LIKE)
+  assert np.array_equal(tree['blocks']['fc']['kernel'][2], state['layers.2.fc.weight'].T)
+  assert np.array_equal(tree['embed'], state['embed'][0])
+  back = to_torch(ROWS, tree)
+  assert back.keys() == state.keys() and all(np.array_equal(back[k], state[k]) for k in state)
+  assert torch_shapes(ROWS, LIKE) == {k: x.shape for k, x in state.items()}
+
+
+@pytest.mark.parametrize('name', TRANSFORMS)
+def test_transforms_are_bijections(name):
+  shape = {'copy': (6, 4), 'linear': (6, 4), 'conv': (6, 4, 3, 2), 'conv1x1_to_linear': (6, 4, 1, 1), 'qkv': (6, 4), 'qkv_bias': (6,), 'unbatch': (1, 5, 4)}[name]
+  x = np.arange(np.prod(shape)).reshape(shape)
+  leaf = TRANSFORMS[name].to_flax(x)
+  assert np.array_equal(TRANSFORMS[name].to_torch(leaf), x)
+  expected = {'copy': (6, 4), 'linear': (4, 6), 'conv': (3, 2, 4, 6), 'conv1x1_to_linear': (4, 6), 'qkv': (3, 4, 2), 'qkv_bias': (3, 2), 'unbatch': (5, 4)}
+  assert leaf.shape == expected[name]
+  if name == 'qkv':
+    assert np.array_equal(leaf[1], x[2:4].T)  # the keys' projection
+
+
+def test_types_follow_the_model():
+  state = {name: x.astype(ml_dtypes.bfloat16) for name, x in file().items()}
+  assert {x.dtype for x in jax.tree.leaves(from_torch(ROWS, state, LIKE))} == {np.dtype(np.float32)}
+
+
+def test_optional_rows_and_names_of_other_parts():
+  tree = from_torch(ROWS, file(drop=['head.weight'], **{'other.weight': np.ones(1)}), LIKE)
+  assert 'head' not in tree and 'embed' in tree
+  assert 'head.weight' not in to_torch(ROWS, tree)
+
+
+def test_an_optional_stack_is_whole_or_absent():
+  rows = [row._replace(optional=True) for row in ROWS[:4]]
+  assert list(from_torch(rows, {'embed': np.ones((1, 5, 4))}, LIKE)) == ['embed']
+  told = problems(file(drop=['layers.1.fc.bias']), rows)
+  assert 'missing: layers.1.fc.bias' in told
+  assert 'fills no leaf at all' in problems({}, rows)
+
+
+def test_every_offender_is_named_with_its_nearest():
+  state = file(
+      drop=['layers.1.fc.weight', 'embed'],
+      **{'layers.1.fc.wieght': np.ones((6, 4)), 'layers.3.fc.bias': np.ones(6), 'head.weight': np.ones((3, 4)), 'stranger': np.ones(1)},
+  )
+  told = problems(state).splitlines()
+  assert '(6 problems)' in told[0]
+  assert {line.strip() for line in told[1:]} == {
+      'unmapped: no row names layers.1.fc.wieght (nearest known: layers.1.fc.weight)',
+      'unmapped: no row names stranger',
+      'unexpected: the model has no place for layers.3.fc.bias (fewer layers?)',
+      'missing: embed',
+      'missing: layers.1.fc.weight (nearest known: layers.1.fc.wieght)',
+      'wrong shape: head.weight is [3, 4], the model wants [2, 4]',
+  }
+  assert issubclass(PortingError, UserError)
+
+
+def test_a_leaf_that_the_model_lacks_is_unexpected():
+  like = {k: v for k, v in LIKE.items() if k not in ('head', 'embed')}
+  told = problems(file(), like=like)
+  assert 'unexpected: the model has no place for head.weight' in told
+  assert 'unexpected: embed belongs to leaf embed, which the model does not have' in told
+
+
+def test_tables_are_checked_too():
+  assert 'duplicate: leaf embed is claimed by embed and twin' in problems(file(), [*ROWS, Row('twin', 'embed')])
+  like = LIKE | {'extra': LIKE['embed']}
+  assert 'duplicate: embed is claimed by leaves embed and extra' in problems(file(), [*ROWS, Row('embed', 'extra')], like)
+  assert 'unmapped: no row names leaf extra' in problems(file(), like=like)
+  tree = from_torch(ROWS, file(), LIKE)
+  with pytest.raises(PortingError, match='no row names leaf extra'):
+    to_torch(ROWS, tree | {'extra': np.ones(1)})
+  del tree['embed']
+  with pytest.raises(PortingError, match='embed belongs to leaf embed'):
+    to_torch(ROWS, tree)
+
+
+def test_files_of_every_kind_read_alike(tmp_path):
+  torch = pytest.importorskip('torch')
+  state = file()
+  torch_files.save(tmp_path / 'a.safetensors', state)
+  torch.save({k: torch.from_numpy(x) for k, x in state.items()}, tmp_path / 'b.bin')
+  shards = tmp_path / 'shards'
+  shards.mkdir()
+  names = sorted(state)
+  torch_files.save(shards / 'x-1.safetensors', {k: state[k] for k in names[:4]})
+  torch_files.save(shards / 'x-2.safetensors', {k: state[k] for k in names[4:]})
+  index = ', '.join(f'"{k}": "x-{1 + (n > 3)}.safetensors"' for n, k in enumerate(names))
+  (shards / 'x.safetensors.index.json').write_text(f'{{"weight_map": {{{index}}}}}')
+  for path in (tmp_path / 'a.safetensors', tmp_path / 'b.bin', shards):
+    read = torch_files.load(path)
+    assert read.keys() == state.keys() and all(np.array_equal(read[k], state[k]) for k in state), path
+  half = {'x': torch.tensor([1.5, 2.5], dtype=torch.bfloat16)}
+  torch.save(half, tmp_path / 'half.bin')
+  assert torch_files.load(tmp_path / 'half.bin')['x'].tolist() == [1.5, 2.5]
+  torch.save(half['x'], tmp_path / 'bare.bin')
+  assert list(torch_files.load(tmp_path / 'bare.bin')) == ['bare']
+
+
+def test_bad_files_are_told_in_one_line(tmp_path):
+  torch_files.save(tmp_path / 'a.safetensors', file())
+  for name, content in {
+      'cut.safetensors': (tmp_path / 'a.safetensors').read_bytes()[:-50], 'junk.bin': b'not a pickle', 'junk.safetensors': b'x'
+  }.items():
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match='is truncated or damaged') as error:
+      torch_files.load(tmp_path / name)
+    assert name in str(error.value) and '\n' not in str(error.value)
+  with pytest.raises(UserError, match='does not exist'):
+    torch_files.load(tmp_path / 'nothing')
+  with pytest.raises(UserError, match='holds 3 .safetensors files and no index'):
+    torch_files.load(tmp_path)
+  (tmp_path / 'empty').mkdir()
+  with pytest.raises(UserError, match='holds no .safetensors and no .bin'):
+    torch_files.load(tmp_path / 'empty')
+  with pytest.raises(UserError, match='cannot write'):
+    torch_files.save(tmp_path / 'no' / 'folder.safetensors', file())
