@@ -64,7 +64,7 @@ def train(args):
 
 def demo(args):
   from lavit_jax.inference.demo import run
-  run(args.folder, args.inputs, args.out, seed=args.seed)
+  run(_model(args), args.inputs, args.out, seed=args.seed)
 
 
 def caption(args):
@@ -101,8 +101,8 @@ def tokenize(args):
 
 
 def data_build(args):
-  from lavit_jax.data.build import build
-  build(args.out)
+  from lavit_jax.data.emoji import build
+  print(build(args.data_dir, args.sample))
 
 
 def evaluate(args):
@@ -216,7 +216,8 @@ def build_parser():
 
   data = commands.add_parser('data', help='build the data set').add_subparsers(dest='action', required=True, metavar='ACTION')
   sub = command('build', data_build, 'draw and write the emoji data set (needs the extra [emoji])', data)
-  sub.add_argument('--out', required=True, metavar='DIR')
+  sub.add_argument('--data_dir', required=True, metavar='DIR', help='gets DIR/emoji/...')
+  sub.add_argument('--sample', action='store_true', help='only the two dozen concepts that travel with the package')
 
   sub = model_command('evaluate', evaluate, 'measure a checkpoint on the held-out splits', 0)
   sub.add_argument('--source', required=True, metavar='DIR', help='the data set that `lavit data build` wrote')

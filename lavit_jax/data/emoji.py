@@ -9,18 +9,18 @@ import os
 
 
 def build(data_dir: str, sample: bool = False) -> str:
-    """Draws and writes the data set as ArrayRecord; returns its folder. Nothing happens if it is already there.
+  """Draws and writes the data set as ArrayRecord; returns its folder. Nothing happens if it is already there.
 
-    Raises ImportError, naming the remedy, when the extra `[emoji]` is not installed.
-    """
-    from lavit_jax.data import records  # Here, because tensorflow-datasets refuses builders defined in __main__'s file.
-    builder = records.Emoji(data_dir=data_dir, config='sample' if sample else 'full', file_format='array_record')
-    builder.download_and_prepare()
-    return os.fspath(builder.data_path)
+  Raises ImportError, naming the remedy, when the extra `[emoji]` is not installed.
+  """
+  from lavit_jax.data import records  # Here, because tensorflow-datasets refuses builders defined in __main__'s file.
+  builder = records.Emoji(data_dir=data_dir, config='sample' if sample else 'full', file_format='array_record')
+  builder.download_and_prepare()
+  return os.fspath(builder.data_path)
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description='Draw the emoji data set.')
-    parser.add_argument('--data_dir', required=True)
-    parser.add_argument('--sample', action='store_true')
-    print(build(**vars(parser.parse_args())))
+  parser = argparse.ArgumentParser(description='Draw the emoji data set.')
+  parser.add_argument('--data_dir', required=True)
+  parser.add_argument('--sample', action='store_true')
+  print(build(**vars(parser.parse_args())))

@@ -19,117 +19,117 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
             batch_size: int, image_size: int = 64, text_length: int = 48, tokenizer_folder: str | None = None,
             shares: Mapping[str, float] | None = None, draw_text_weight: float = 0.1, scene_share: float = 0.3,
             shard_index: int = 0, shard_count: int = 1, num_threads: int = 2) -> grain.DatasetIterator:
-    """An endless iterator over batches of numpy arrays, with `get_state` / `set_state`.
+  """An endless iterator over batches of numpy arrays, with `get_state` / `set_state`.
 
-    Row r of batch b of shard s is example (b * batch_size + r) * shard_count + s, so that shards never overlap and the global
-    order does not depend on their number. `batch_size` counts the rows of one shard.
+  Row r of batch b of shard s is example (b * batch_size + r) * shard_count + s, so that shards never overlap and the global
+  order does not depend on their number. `batch_size` counts the rows of one shard.
 
-    task 'images':      image uint8[B, H, W, 3]
-    task 'contrastive': image, text int32[B, T] (captions, padded with 0), text_length int32[B]
-    task 'lm':          these, and text_weight float32[B, T], the weight of each text token in the loss, and kind int32[B]:
-                        0 image to text, 1 text to image, 2 text only. `shares` says how often a row is a 'caption', an
-                        'answer' (kind 0; only the answer's tokens weigh), a 'draw' (kind 1; tokens weigh
-                        `draw_text_weight`) or a 'text' (kind 2). Begin and end tokens are the packer's business.
+  task 'images':      image uint8[B, H, W, 3]
+  task 'contrastive': image, text int32[B, T] (captions, padded with 0), text_length int32[B]
+  task 'lm':          these, and text_weight float32[B, T], the weight of each text token in the loss, and kind int32[B]:
+                      0 image to text, 1 text to image, 2 text only. `shares` says how often a row is a 'caption', an
+                      'answer' (kind 0; only the answer's tokens weigh), a 'draw' (kind 1; tokens weigh
+                      `draw_text_weight`) or a 'text' (kind 2). Begin and end tokens are the packer's business.
 
-    Raises ValueError for an unknown task, share or split, and for a text of more than `text_length` tokens.
-    """
-    composer = Composer(sprites.load(source), split, scene_share, image_size)
-    match task:
-        case 'images':
-            def row(index):
-                return {'image': composer(seed, index).image}
-        case 'contrastive':
-            write = _Writer(tokenizer_folder, text_length)
+  Raises ValueError for an unknown task, share or split, and for a text of more than `text_length` tokens.
+  """
+  composer = Composer(sprites.load(source), split, scene_share, image_size)
+  match task:
+    case 'images':
+      def row(index):
+        return {'image': composer(seed, index).image}
+    case 'contrastive':
+      write = _Writer(tokenizer_folder, text_length)
 
-            def row(index):
-                example = composer(seed, index)
-                text = write(('', example.caption, 1.0))
-                return {'image': example.image, 'text': text['text'], 'text_length': text['text_length']}
-        case 'lm':
-            write = _Writer(tokenizer_folder, text_length)
-            kinds, cumulative = _cumulative(DEFAULT_SHARES if shares is None else shares)
+      def row(index):
+        example = composer(seed, index)
+        text = write(('', example.caption, 1.0))
+        return {'image': example.image, 'text': text['text'], 'text_length': text['text_length']}
+    case 'lm':
+      write = _Writer(tokenizer_folder, text_length)
+      kinds, cumulative = _cumulative(DEFAULT_SHARES if shares is None else shares)
 
-            def row(index):
-                example = composer(seed, index)
-                rng = np.random.default_rng((seed, index, 1))
-                kind = kinds[np.searchsorted(cumulative, rng.random(), side='right')]
-                text = write(_texts(kind, example, composer, rng, draw_text_weight))
-                return {'image': example.image, **text, 'kind': np.int32(_KINDS[kind])}
-        case _:
-            raise ValueError(f"unknown task {task!r}; choose 'images', 'contrastive' or 'lm'")
-    indices = grain.MapDataset.range(shard_index, _ENDLESS, shard_count)
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * batch_size)
-    return iter(indices.map(row).to_iter_dataset(options).batch(batch_size, drop_remainder=True))
+      def row(index):
+        example = composer(seed, index)
+        rng = np.random.default_rng((seed, index, 1))
+        kind = kinds[np.searchsorted(cumulative, rng.random(), side='right')]
+        text = write(_texts(kind, example, composer, rng, draw_text_weight))
+        return {'image': example.image, **text, 'kind': np.int32(_KINDS[kind])}
+    case _:
+      raise ValueError(f"unknown task {task!r}; choose 'images', 'contrastive' or 'lm'")
+  indices = grain.MapDataset.range(shard_index, _ENDLESS, shard_count)
+  options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * batch_size)
+  return iter(indices.map(row).to_iter_dataset(options).batch(batch_size, drop_remainder=True))
 
 
 def examples(source: str = 'embedded', split: str = 'heldout', seed: int = 0, count: int = 8,
              kind: Literal['single', 'scene'] = 'single', image_size: int = 64) -> list[Example]:
-    """The first `count` examples of a split that show one sprite each, or a scene each; for evaluation and the demo."""
-    composer = Composer(sprites.load(source), split, {'single': 0.0, 'scene': 1.0}[kind], image_size)
-    return [composer(seed, index) for index in range(count)]
+  """The first `count` examples of a split that show one sprite each, or a scene each; for evaluation and the demo."""
+  composer = Composer(sprites.load(source), split, {'single': 0.0, 'scene': 1.0}[kind], image_size)
+  return [composer(seed, index) for index in range(count)]
 
 
 def sentences(composer: Composer, sprite: int) -> str:
-    """What the data set says of an emoji in words: 'owl: bird of prey. Kind: nature, animal bird.'"""
-    row = composer.sprites.rows[sprite]
-    unspoken = composer.heldout_names - {row.name}  # 'information desk person' would tell of 'information'.
-    keywords = ', '.join([keyword for keyword in row.keywords.split(', ')
-                          if not any(f' {name} ' in f' {keyword} ' for name in unspoken)][:2])
-    kind = f'{questions.CATEGORIES[row.group]}, {row.subgroup.replace("-", " ")}'
-    return f'{row.name}: {keywords}. Kind: {kind}.' if keywords else f'{row.name}. Kind: {kind}.'
+  """What the data set says of an emoji in words: 'owl: bird of prey. Kind: nature, animal bird.'"""
+  row = composer.sprites.rows[sprite]
+  unspoken = composer.heldout_names - {row.name}  # 'information desk person' would tell of 'information'.
+  keywords = ', '.join([keyword for keyword in row.keywords.split(', ')
+                        if not any(f' {name} ' in f' {keyword} ' for name in unspoken)][:2])
+  kind = f'{questions.CATEGORIES[row.group]}, {row.subgroup.replace("-", " ")}'
+  return f'{row.name}: {keywords}. Kind: {kind}.' if keywords else f'{row.name}. Kind: {kind}.'
 
 
 def corpus(source: str = 'embedded', count: int = 20_000, seed: int = 0) -> Iterator[str]:
-    """Training text for the tokenizer: captions, questions, answers and sentences of the training split only."""
-    composer = Composer(sprites.load(source), 'train')
-    for index in range(count):
-        example = composer(seed, index)
-        yield example.caption
-        yield sentences(composer, example.facts.things[0].sprite)
-        for _, question, answer in example.questions:
-            yield f'{questions.prompt(question)} {answer}'
+  """Training text for the tokenizer: captions, questions, answers and sentences of the training split only."""
+  composer = Composer(sprites.load(source), 'train')
+  for index in range(count):
+    example = composer(seed, index)
+    yield example.caption
+    yield sentences(composer, example.facts.things[0].sprite)
+    for _, question, answer in example.questions:
+      yield f'{questions.prompt(question)} {answer}'
 
 
 _KINDS = {'caption': IMAGE_TO_TEXT, 'answer': IMAGE_TO_TEXT, 'draw': TEXT_TO_IMAGE, 'text': TEXT_ONLY}
 
 
 def _texts(kind: str, example: Example, composer: Composer, rng, draw_text_weight: float) -> tuple[str, str, float]:
-    """(context without weight, text, weight of the text's tokens)."""
-    match kind:
-        case 'caption':
-            return '', example.caption, 1.0
-        case 'answer':
-            _, question, answer = example.questions[rng.integers(len(example.questions))]
-            return questions.prompt(question), f' {answer}', 1.0
-        case 'draw':
-            return '', example.caption, draw_text_weight
-        case _:
-            return '', sentences(composer, example.facts.things[0].sprite), 1.0
+  """(context without weight, text, weight of the text's tokens)."""
+  match kind:
+    case 'caption':
+      return '', example.caption, 1.0
+    case 'answer':
+      _, question, answer = example.questions[rng.integers(len(example.questions))]
+      return questions.prompt(question), f' {answer}', 1.0
+    case 'draw':
+      return '', example.caption, draw_text_weight
+    case _:
+      return '', sentences(composer, example.facts.things[0].sprite), 1.0
 
 
 class _Writer:
-    """Texts to padded rows of ids."""
+  """Texts to padded rows of ids."""
 
-    def __init__(self, tokenizer_folder: str | None, length: int):
-        if tokenizer_folder is None:
-            raise ValueError('this task has text: give tokenizer_folder')
-        self._tokenizer, self._length = TextTokenizer.load(tokenizer_folder), length
+  def __init__(self, tokenizer_folder: str | None, length: int):
+    if tokenizer_folder is None:
+      raise ValueError('this task has text: give tokenizer_folder')
+    self._tokenizer, self._length = TextTokenizer.load(tokenizer_folder), length
 
-    def __call__(self, texts: tuple[str, str, float]) -> dict[str, np.ndarray]:
-        context, text, weight = texts
-        given, told = self._tokenizer.encode(context) if context else (), self._tokenizer.encode(text)
-        ids = given + told
-        if len(ids) > self._length:
-            raise ValueError(f'text_length is {self._length}, but this text has {len(ids)} tokens: {context + text!r}')
-        padded, weights = np.zeros(self._length, np.int32), np.zeros(self._length, np.float32)
-        padded[:len(ids)], weights[len(given):len(ids)] = ids, weight
-        return {'text': padded, 'text_length': np.int32(len(ids)), 'text_weight': weights}
+  def __call__(self, texts: tuple[str, str, float]) -> dict[str, np.ndarray]:
+    context, text, weight = texts
+    given, told = self._tokenizer.encode(context) if context else (), self._tokenizer.encode(text)
+    ids = given + told
+    if len(ids) > self._length:
+      raise ValueError(f'text_length is {self._length}, but this text has {len(ids)} tokens: {context + text!r}')
+    padded, weights = np.zeros(self._length, np.int32), np.zeros(self._length, np.float32)
+    padded[:len(ids)], weights[len(given):len(ids)] = ids, weight
+    return {'text': padded, 'text_length': np.int32(len(ids)), 'text_weight': weights}
 
 
 def _cumulative(shares: Mapping[str, float]) -> tuple[tuple[str, ...], np.ndarray]:
-    unknown, values = set(shares) - set(_KINDS), np.array(list(shares.values()), np.float64)
-    if unknown or (values < 0).any() or not values.sum() > 0:
-        raise ValueError(f'shares must be non-negative numbers, not all 0, for any of {", ".join(_KINDS)}; got {dict(shares)}')
-    kinds = tuple(kind for kind in _KINDS if shares.get(kind))
-    cumulative = np.cumsum([shares[kind] for kind in kinds])
-    return kinds, cumulative / cumulative[-1]
+  unknown, values = set(shares) - set(_KINDS), np.array(list(shares.values()), np.float64)
+  if unknown or (values < 0).any() or not values.sum() > 0:
+    raise ValueError(f'shares must be non-negative numbers, not all 0, for any of {", ".join(_KINDS)}; got {dict(shares)}')
+  kinds = tuple(kind for kind in _KINDS if shares.get(kind))
+  cumulative = np.cumsum([shares[kind] for kind in kinds])
+  return kinds, cumulative / cumulative[-1]

@@ -25,47 +25,47 @@ SAMPLE = (  # Common things of every category; the last four are held out altoge
 
 
 class Emoji(tfds.core.GeneratorBasedBuilder):
-    """RGBA sprites with names. Splits: `plain` (without skin tones) and `toned`; train / held out is `splits.py`."""
+  """RGBA sprites with names. Splits: `plain` (without skin tones) and `toned`; train / held out is `splits.py`."""
 
-    VERSION = tfds.core.Version('1.0.0')
-    BUILDER_CONFIGS = [
-        tfds.core.BuilderConfig(name='full', description='Every emoji in three styles.'),
-        tfds.core.BuilderConfig(name='sample', description='Two dozen emoji in three styles, for tests and the demo.'),
-    ]
+  VERSION = tfds.core.Version('1.0.0')
+  BUILDER_CONFIGS = [
+      tfds.core.BuilderConfig(name='full', description='Every emoji in three styles.'),
+      tfds.core.BuilderConfig(name='sample', description='Two dozen emoji in three styles, for tests and the demo.'),
+  ]
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return self.dataset_info_from_configs(
-            description='Emoji as 96 px RGBA sprites in three styles, with names, keywords and groups. Changes to the art: '
-                        'rasterised, cropped to the ink, centred; in the sample, at most 128 colours.',
-            features=tfds.features.FeaturesDict({
-                'image': tfds.features.Image(shape=(drawing.SPRITE_SIZE, drawing.SPRITE_SIZE, 4), encoding_format='png'),
-                'codepoint': tfds.features.Text(), 'style': tfds.features.Text(), 'name': tfds.features.Text(),
-                'keywords': tfds.features.Text(doc='comma separated'), 'group': tfds.features.Text(),
-                'subgroup': tfds.features.Text(), 'colour': tfds.features.Text(doc='empty when no colour dominates'),
-                'skin_tone': tfds.features.Scalar(np.bool_),
-            }),
-            license='\n'.join(LICENCES.values()),
-            homepage='https://www.unicode.org/emoji/',
-        )
+  def _info(self) -> tfds.core.DatasetInfo:
+    return self.dataset_info_from_configs(
+        description='Emoji as 96 px RGBA sprites in three styles, with names, keywords and groups. Changes to the art: '
+                    'rasterised, cropped to the ink, centred; in the sample, at most 128 colours.',
+        features=tfds.features.FeaturesDict({
+            'image': tfds.features.Image(shape=(drawing.SPRITE_SIZE, drawing.SPRITE_SIZE, 4), encoding_format='png'),
+            'codepoint': tfds.features.Text(), 'style': tfds.features.Text(), 'name': tfds.features.Text(),
+            'keywords': tfds.features.Text(doc='comma separated'), 'group': tfds.features.Text(),
+            'subgroup': tfds.features.Text(), 'colour': tfds.features.Text(doc='empty when no colour dominates'),
+            'skin_tone': tfds.features.Scalar(np.bool_),
+        }),
+        license='\n'.join(LICENCES.values()),
+        homepage='https://www.unicode.org/emoji/',
+    )
 
-    def _split_generators(self, dl_manager):
-        del dl_manager  # Nothing is downloaded: the art comes with the pip packages.
-        chosen = drawing.concepts()
-        if self.builder_config.name == 'sample':
-            return {'plain': self._generate_examples([concept for concept in chosen if concept.name in SAMPLE])}
-        return {'plain': self._generate_examples([concept for concept in chosen if not concept.skin_tone]),
-                'toned': self._generate_examples([concept for concept in chosen if concept.skin_tone])}
+  def _split_generators(self, dl_manager):
+    del dl_manager  # Nothing is downloaded: the art comes with the pip packages.
+    chosen = drawing.concepts()
+    if self.builder_config.name == 'sample':
+      return {'plain': self._generate_examples([concept for concept in chosen if concept.name in SAMPLE])}
+    return {'plain': self._generate_examples([concept for concept in chosen if not concept.skin_tone]),
+            'toned': self._generate_examples([concept for concept in chosen if concept.skin_tone])}
 
-    def _generate_examples(self, chosen: list[drawing.Concept]) -> Iterator[tuple[str, dict]]:
-        sample = self.builder_config.name == 'sample'
-        for concept in chosen:
-            for style in drawing.STYLES:
-                sprite = drawing.draw(concept, style)
-                if sample:  # Half the bytes, to travel with the package.
-                    sprite = sprite.quantize(128, Image.Quantize.FASTOCTREE).convert('RGBA')
-                png = io.BytesIO()
-                sprite.save(png, 'PNG', optimize=sample)
-                yield f'{concept.codepoint} {style}', {
-                    'image': png.getvalue(), 'style': style, 'colour': colours.dominant(np.asarray(sprite)),
-                    **concept._asdict(),
-                }
+  def _generate_examples(self, chosen: list[drawing.Concept]) -> Iterator[tuple[str, dict]]:
+    sample = self.builder_config.name == 'sample'
+    for concept in chosen:
+      for style in drawing.STYLES:
+        sprite = drawing.draw(concept, style)
+        if sample:  # Half the bytes, to travel with the package.
+          sprite = sprite.quantize(128, Image.Quantize.FASTOCTREE).convert('RGBA')
+        png = io.BytesIO()
+        sprite.save(png, 'PNG', optimize=sample)
+        yield f'{concept.codepoint} {style}', {
+            'image': png.getvalue(), 'style': style, 'colour': colours.dominant(np.asarray(sprite)),
+            **concept._asdict(),
+        }

@@ -16,30 +16,30 @@ _REASONS = ('concept', 'pair', 'combination')
 
 
 def heldout_concept(codepoint: str) -> bool:
-    """Whether a concept ('1F44D-1F3FB') is held out in every style; its skin tones share its fate."""
-    codes = [code for code in codepoint.split('-') if code != 'FE0F' and not '1F3FB' <= code <= '1F3FF']
-    return _fraction(f'{_CONCEPT_SALT} concept {"-".join(codes)}') < _CONCEPT_SHARE
+  """Whether a concept ('1F44D-1F3FB') is held out in every style; its skin tones share its fate."""
+  codes = [code for code in codepoint.split('-') if code != 'FE0F' and not '1F3FB' <= code <= '1F3FF']
+  return _fraction(f'{_CONCEPT_SALT} concept {"-".join(codes)}') < _CONCEPT_SHARE
 
 
 def heldout_pair(style: str, codepoint: str) -> bool:
-    """Whether a concept is held out in this style, though it may be trained on in others."""
-    return _fraction(f'pair {style} {codepoint}') < _PAIR_SHARE
+  """Whether a concept is held out in this style, though it may be trained on in others."""
+  return _fraction(f'pair {style} {codepoint}') < _PAIR_SHARE
 
 
 @functools.cache
 def heldout_combination(group: str, background: str) -> bool:
-    """Whether members of a group never stand on this background in training."""
-    return _fraction(f'combination {group} {background}') < _COMBINATION_SHARE
+  """Whether members of a group never stand on this background in training."""
+  return _fraction(f'combination {group} {background}') < _COMBINATION_SHARE
 
 
 def parse(split: str) -> tuple[str, ...]:
-    """Reasons for which examples of a split are held out: 'train' -> (), 'heldout' -> all three, 'heldout/pair' -> one."""
-    known = {'train': (), 'heldout': _REASONS, **{f'heldout/{reason}': (reason,) for reason in _REASONS}}
-    if split not in known:
-        raise ValueError(f'unknown split {split!r}; choose one of {", ".join(known)}')
-    return known[split]
+  """Reasons for which examples of a split are held out: 'train' -> (), 'heldout' -> all three, 'heldout/pair' -> one."""
+  known = {'train': (), 'heldout': _REASONS, **{f'heldout/{reason}': (reason,) for reason in _REASONS}}
+  if split not in known:
+    raise ValueError(f'unknown split {split!r}; choose one of {", ".join(known)}')
+  return known[split]
 
 
 def _fraction(text: str) -> float:
-    """A uniform number in [0, 1) that depends on the text alone."""
-    return int.from_bytes(blake2b(text.encode(), digest_size=4).digest(), 'big') / 2**32
+  """A uniform number in [0, 1) that depends on the text alone."""
+  return int.from_bytes(blake2b(text.encode(), digest_size=4).digest(), 'big') / 2**32

@@ -19,63 +19,63 @@ _FILE = 'tokenizer.json'
 
 
 class TextTokenizer:
-    """Words to ids and back. `vocab_size` ids; the visual ids of a model follow after them."""
+  """Words to ids and back. `vocab_size` ids; the visual ids of a model follow after them."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self.vocab_size = tokenizer.get_vocab_size()
-        self.encode = functools.lru_cache(maxsize=1 << 16)(self._encode)
+  def __init__(self, tokenizer: Tokenizer):
+    self._tokenizer = tokenizer
+    self.vocab_size = tokenizer.get_vocab_size()
+    self.encode = functools.lru_cache(maxsize=1 << 16)(self._encode)
 
-    @classmethod
-    def load(cls, folder: str | os.PathLike) -> 'TextTokenizer':
-        """Reads a Hugging Face tokenizer folder. Raises FileNotFoundError when `tokenizer.json` is not in it."""
-        path = os.path.join(folder, _FILE)
-        if not os.path.exists(path):
-            raise FileNotFoundError(f'{path} does not exist; give the folder of a Hugging Face (fast) tokenizer')
-        return cls(Tokenizer.from_file(path))
+  @classmethod
+  def load(cls, folder: str | os.PathLike) -> 'TextTokenizer':
+    """Reads a Hugging Face tokenizer folder. Raises FileNotFoundError when `tokenizer.json` is not in it."""
+    path = os.path.join(folder, _FILE)
+    if not os.path.exists(path):
+      raise FileNotFoundError(f'{path} does not exist; give the folder of a Hugging Face (fast) tokenizer')
+    return cls(Tokenizer.from_file(path))
 
-    def _encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+  def _encode(self, text: str) -> tuple[int, ...]:
+    return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens left out, without the space that precedes every first word."""
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+  def decode(self, ids: Sequence[int]) -> str:
+    """The text of ids, special tokens left out, without the space that precedes every first word."""
+    return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
 def train(corpus: Iterable[str], vocab_size: int = 2048) -> Tokenizer:
-    """Learns the merges: ids 0-2 special, then the 256 bytes, then merges. A word has the same ids wherever it stands."""
-    tokenizer = Tokenizer(models.BPE(unk_token='<unk>'))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(' ', 1, 0)])
-    special = [AddedToken(token, special=True, normalized=False) for token in _SPECIAL]
-    tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False))
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single='<s> $A', pair='<s> $A $B', special_tokens=[('<s>', BEGIN)])  # As LLaMA's: begin, never end.
-    return tokenizer
+  """Learns the merges: ids 0-2 special, then the 256 bytes, then merges. A word has the same ids wherever it stands."""
+  tokenizer = Tokenizer(models.BPE(unk_token='<unk>'))
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+  tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(' ', 1, 0)])
+  special = [AddedToken(token, special=True, normalized=False) for token in _SPECIAL]
+  tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(
+      vocab_size=vocab_size, special_tokens=special, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+      show_progress=False))
+  tokenizer.post_processor = processors.TemplateProcessing(
+      single='<s> $A', pair='<s> $A $B', special_tokens=[('<s>', BEGIN)])  # As LLaMA's: begin, never end.
+  return tokenizer
 
 
 def save(tokenizer: Tokenizer, folder: str | os.PathLike) -> None:
-    """Writes the folder that `TextTokenizer.load` and transformers read."""
-    os.makedirs(folder, exist_ok=True)
-    tokenizer.save(os.path.join(folder, _FILE))
-    unknown, begin, end = _SPECIAL
-    files = {
-        'tokenizer_config.json': {
-            'tokenizer_class': 'PreTrainedTokenizerFast', 'unk_token': unknown, 'bos_token': begin, 'eos_token': end,
-            'pad_token': unknown, 'clean_up_tokenization_spaces': False, 'model_max_length': 2048},
-        'special_tokens_map.json': {'unk_token': unknown, 'bos_token': begin, 'eos_token': end, 'pad_token': unknown},
-    }
-    for name, content in files.items():
-        with open(os.path.join(folder, name), 'w', encoding='utf-8') as file:
-            json.dump(content, file, indent=2)
+  """Writes the folder that `TextTokenizer.load` and transformers read."""
+  os.makedirs(folder, exist_ok=True)
+  tokenizer.save(os.path.join(folder, _FILE))
+  unknown, begin, end = _SPECIAL
+  files = {
+      'tokenizer_config.json': {
+          'tokenizer_class': 'PreTrainedTokenizerFast', 'unk_token': unknown, 'bos_token': begin, 'eos_token': end,
+          'pad_token': unknown, 'clean_up_tokenization_spaces': False, 'model_max_length': 2048},
+      'special_tokens_map.json': {'unk_token': unknown, 'bos_token': begin, 'eos_token': end, 'pad_token': unknown},
+  }
+  for name, content in files.items():
+    with open(os.path.join(folder, name), 'w', encoding='utf-8') as file:
+      json.dump(content, file, indent=2)
 
 
 if __name__ == '__main__':
-    from lavit_jax.data import mixtures
-    parser = argparse.ArgumentParser(description='Train the tokenizer on the training captions.')
-    parser.add_argument('--source', default='embedded', help="'embedded' or the data_dir of the emoji data set")
-    parser.add_argument('--output', required=True)
-    arguments = parser.parse_args()
-    save(train(mixtures.corpus(arguments.source)), arguments.output)
+  from lavit_jax.data import mixtures
+  parser = argparse.ArgumentParser(description='Train the tokenizer on the training captions.')
+  parser.add_argument('--source', default='embedded', help="'embedded' or the data_dir of the emoji data set")
+  parser.add_argument('--output', required=True)
+  arguments = parser.parse_args()
+  save(train(mixtures.corpus(arguments.source)), arguments.output)

@@ -31,7 +31,7 @@ def timesteps(num_train_steps: int, steps: int, spacing: str = 'leading', steps_
   T - 1 (Lin et al. 2023, arXiv 2305.08891, table 2).
 
   Raises:
-    ValueError: no such spacing; more steps than T.
+    ValueError: no such spacing; more steps than T, or a first step beyond T - 1.
   """
   if not 0 < steps <= num_train_steps:
     raise ValueError(f'steps={steps} must be in 1..{num_train_steps}')
@@ -41,6 +41,8 @@ def timesteps(num_train_steps: int, steps: int, spacing: str = 'leading', steps_
     visited = np.round(np.arange(num_train_steps, 0, -num_train_steps / steps)) - 1
   else:
     raise ValueError(f"spacing={spacing!r} is not 'leading' or 'trailing'")
+  if visited[0] >= num_train_steps:
+    raise ValueError(f'steps={steps} with steps_offset={steps_offset} begins at {visited[0]}, past the {num_train_steps} trained')
   return visited.astype(np.int32)
 
 

@@ -8,7 +8,7 @@
     model.reconstruct(['cat.png'])
 
 Every arrow is one compiled program (`read`, `tokenize`, `draw` here; `generate`, `beam_search` in decode.py), batches are padded
-to powers of two and prompts to multiples of 32, so that few shapes are ever compiled. A part of the model is loaded when
+to powers of two and prompts to multiples of N, so that few shapes are ever compiled. A part of the model is loaded when
 a task first needs it. Settings are those of the published results (REFERENCE section 4).
 
 Axes: B images, N patches, H width of the language model, S prompt slots.
@@ -31,9 +31,11 @@ from jax import Array
 from lavit_jax.data.text import TextTokenizer
 from lavit_jax.errors import UserError
 from lavit_jax.inference import decode
+from lavit_jax.inference.diffusion import ddim_sample, initial_latents
 from lavit_jax.inference.images import read_images
-from lavit_jax.models import lavit, noise, sequence, tokenizer, vae, vit
+from lavit_jax.models import lavit, noise, sequence, vae, vit
 from lavit_jax.models.decoder import null_context
+from lavit_jax.models.tokenizer import gumbel_keep
 from lavit_jax.porting.folder import load_parts, read_config
 
 QUESTION = 'Question: {} Answer:'
@@ -65,20 +67,20 @@ class Tokens(NamedTuple):
 # --------------------------------------------------------------------------------------------------- the compiled programs
 
 @functools.partial(jax.jit, static_argnums=0)
-def read(model: lavit.Lavit, parts: dict, images: Array, key: Array | None) -> tuple[Array, Array]:
+def read(model: lavit.Lavit, parts: dict, images: Array, keys: Array | None) -> tuple[Array, Array]:
   """uint8[B, H, W, 3] -> what the language model reads: features compacted to a prefix [B, N, H], and their number i32[B]."""
-  x = _features(model, parts, images)
-  log_probs = _apply(model.tokenizer, parts['tokenizer'], x, method='select')
-  keep = tokenizer.gumbel_keep(log_probs, key=key)
+  x, keep = _select(model, parts, images, keys)
   features, mask = sequence.compact(_apply(model.understanding, parts['understanding'], x, keep), keep)
   return features, mask.sum(-1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def tokenize(model: lavit.Lavit, parts: dict, images: Array, key: Array | None) -> tuple[Array, Array]:
+def tokenize(model: lavit.Lavit, parts: dict, images: Array, keys: Array | None) -> tuple[Array, Array]:
   """uint8[B, H, W, 3] -> codes i32[B, N] in the place of their patches, and keep bool[B, N]."""
-  out = _apply(model.tokenizer, parts['tokenizer'], _features(model, parts, images), key)
-  return out.ids, out.keep > 0.5
+  x, keep = _select(model, parts, images, keys)
+  merged = _apply(model.tokenizer, parts['tokenizer'], x, keep, method='merge')
+  ids, _ = _apply(model.tokenizer, parts['tokenizer'], merged, method='quantize')
+  return ids, keep > 0.5
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -89,13 +91,17 @@ def embed(model: lavit.Lavit, parts: dict, ids: Array, source: Array, features: 
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'size', 'steps'))
-def draw(model: lavit.Lavit, parts: dict, ids: Array, mask: Array, guidance: float, key: Array, *, size: int, steps: int) -> Array:
+def draw(model: lavit.Lavit, parts: dict, ids: Array, mask: Array, guidance: float, keys: Array, *, size: int, steps: int) -> Array:
   """Codes i32[B, N] in a prefix, mask bool[B, N] of it -> pictures uint8[B, size, size, 3] by DDIM under guidance."""
   codes = _apply(model.tokenizer, parts['tokenizer'], ids, method='lookup')
   features = _apply(model.decoder, parts['decoder'], codes, mask)
   context, _ = _apply(model.decoder, parts['decoder'], features, method='context')
-  null, null_mask = null_context(parts['uncond_embeddings'], model.num_patches)
-  raise NotImplementedError
+  null = null_context(parts['uncond_embeddings'], model.num_patches)
+  side = size // model.vae.factor
+  latents = ddim_sample(
+      functools.partial(_apply, model.unet, parts['unet']), initial_latents(keys, (side, side, model.vae.latent_channels)),
+      (context, jnp.ones_like(mask)), null, steps=steps, guidance_scale=guidance, schedule=noise.scaled_linear())
+  return vae.postprocess(_apply(model.vae, parts['vae'], latents / model.vae.scaling_factor, method='decode'))
 
 
 def _generate(model: lavit.Lavit, parts: dict, *args, **kwargs) -> decode.GenerateOutput:
@@ -106,8 +112,13 @@ def _beam_search(model: lavit.Lavit, parts: dict, *args, **kwargs) -> decode.Gen
   return decode.beam_search(model.llama, parts['llama'], *args, **kwargs)
 
 
-def _features(model: lavit.Lavit, parts: dict, images: Array) -> Array:
-  return _apply(model.vit, parts['vit'], vit.preprocess(images))[:, 1:]
+def _select(model: lavit.Lavit, parts: dict, images: Array, keys: Array | None) -> tuple[Array, Array]:
+  """uint8[B, H, W, 3] -> patch features [B, N, D] and keep f32[B, N]: sampled with keys [B], the most probable without."""
+  x = _apply(model.vit, parts['vit'], vit.preprocess(images))[:, 1:]
+  log_probs = _apply(model.tokenizer, parts['tokenizer'], x, method='select')
+  if keys is None:
+    return x, gumbel_keep(log_probs)
+  return x, jax.vmap(lambda row, key: gumbel_keep(row[None], key=key)[0])(log_probs, keys)
 
 
 def _apply(module, params, *args, **kwargs):
@@ -119,8 +130,8 @@ def _apply(module, params, *args, **kwargs):
 class Lavit:
   """A model with its parameters and its words.
 
-  Pictures are whatever `images.read_image` reads: paths, bytes, PIL images, arrays. Wrong input raises UserError. A `seed` of
-  None keeps the most probable patches; a number samples them, as was published.
+  Pictures are whatever `images.read_image` reads: paths, bytes, PIL images, arrays. Wrong input raises UserError. Of a picture
+  the most probable patches are kept; `tokenize`, `caption` and `answer` take a seed to sample them, as was published.
   """
 
   def __init__(self, model: lavit.Lavit, parts: Mapping[str, dict], words: TextTokenizer):
@@ -149,8 +160,9 @@ class Lavit:
   def tokenize(self, images, seed: int | None = None) -> Tokens:
     """Pictures -> their visual tokens."""
     images, out = read_images(images, self.model.image_size), []
-    for start, n, rows in _batches(len(images)):
-      out.append([x[:n] for x in self._run(tokenize, ('vit', 'tokenizer'), images[rows], _key(seed, start))])
+    keys = _keys(seed, len(images))
+    for n, rows in _batches(len(images)):
+      out.append([x[:n] for x in self._run(tokenize, ('vit', 'tokenizer'), images[rows], _take(keys, rows))])
     ids, keep = (np.concatenate(x) for x in zip(*out))
     return Tokens([row[kept] for row, kept in zip(ids, keep)], keep, keep.sum(-1))
 
@@ -161,13 +173,14 @@ class Lavit:
     mask = slots < np.array([max(1, len(row)) for row in codes])[:, None]  # drawing wants one code at least
     parts, out = ('tokenizer', 'decoder', 'unet', 'vae', 'uncond_embeddings'), []
     program = functools.partial(draw, size=self.settings.drawn_size, steps=steps)
-    for start, n, rows in _batches(len(ids)):
-      out.append(self._run(program, parts, ids[rows], mask[rows], guidance, _key(seed, start))[:n])
+    keys = _keys(seed, len(ids))
+    for n, rows in _batches(len(ids)):
+      out.append(self._run(program, parts, ids[rows], mask[rows], guidance, keys[rows])[:n])
     return np.concatenate(out)
 
   def reconstruct(self, images, guidance: float = 5.0, steps: int = 50, seed: int = 0) -> np.ndarray:
     """Pictures -> visual tokens -> pictures, uint8[B, H, W, 3]; what is lost is what the tokens do not say."""
-    return self.draw(self.tokenize(images, seed).ids, guidance, steps, seed)
+    return self.draw(self.tokenize(images).ids, guidance, steps, seed)
 
   # Pictures to words.
 
@@ -222,7 +235,7 @@ class Lavit:
     """
     words = self.model.vocabulary
     pictures = [part for prompt in prompts for part in prompt if not isinstance(part, str)]
-    codes = iter(self.tokenize(pictures, seed).ids if pictures else ())
+    codes = iter(self.tokenize(pictures).ids if pictures else ())
     start, end = [words.image_start], [words.image_end]
 
     def pieces(prompt):
@@ -236,9 +249,8 @@ class Lavit:
     against = [self._encode(negative), start] if negative else [start]
     fewest, most = self.settings.image_tokens
     forbidden = (np.arange(words.size) >= 3) & (np.arange(words.size) < words.text_size)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(len(prompts)))
-    out = []
-    for _, n, rows in _batches(len(prompts)):
+    keys, out = _keys(seed, len(prompts)), []
+    for n, rows in _batches(len(prompts)):
       embeddings, mask = self._embed([prompts[i] for i in rows] + [against] * len(rows), most)
       b = len(rows)
       found = self._run(_generate, ('llama',), embeddings[:b], mask[:b], key=keys[rows], min_new_tokens=fewest,
@@ -253,9 +265,9 @@ class Lavit:
     """Continues [IMG] features [/IMG] asked, for each picture, in words alone."""
     words, slots = self.model.vocabulary, self.model.num_patches
     forbidden = np.arange(words.size) >= words.text_size
-    out = []
-    for start, n, rows in _batches(len(images)):
-      features, counts = self._run(read, ('vit', 'tokenizer', 'understanding'), images[rows], _key(seed, start))
+    keys, out = _keys(seed, len(images)), []
+    for n, rows in _batches(len(images)):
+      features, counts = self._run(read, ('vit', 'tokenizer', 'understanding'), images[rows], _take(keys, rows))
       prompts = [[[words.image_start], range(i * slots, i * slots + int(count)), [words.image_end], asked[row]]
                  for i, (row, count) in enumerate(zip(rows, np.asarray(counts)))]
       embeddings, mask = self._embed(prompts, tokens[1], features)
@@ -274,7 +286,7 @@ class Lavit:
     longest = max(sum(map(len, pieces)) for pieces in prompts)
     if longest + new_tokens > MAX_LENGTH:
       raise UserError(f'the prompt is {longest} tokens long; shorten it to {MAX_LENGTH - new_tokens}')
-    laid = sequence.lay_out_prompts(prompts)
+    laid = sequence.lay_out_prompts(prompts, multiple=self.model.num_patches)
     return self._run(embed, ('llama',), laid.ids, laid.source, features), laid.mask
 
   def _run(self, program, names: tuple[str, ...], *args, **kwargs):
@@ -298,12 +310,17 @@ class _Folder(dict):
     return self[name]
 
 
-def _batches(count: int) -> Iterator[tuple[int, int, np.ndarray]]:
-  """Covers range(count) by (start, n, rows): n rows from start, padded to a power of two by repeating the last."""
+def _batches(count: int) -> Iterator[tuple[int, np.ndarray]]:
+  """Covers range(count) by (n, rows): n rows that count, filled up to a power of two by repeating the last."""
   for start in range(0, count, MAX_BATCH):
     n = min(MAX_BATCH, count - start)
-    yield start, n, start + np.minimum(np.arange(1 << (n - 1).bit_length()), n - 1)
+    yield n, start + np.minimum(np.arange(1 << (n - 1).bit_length()), n - 1)
 
 
-def _key(seed: int | None, start: int) -> Array | None:
-  return None if seed is None else jax.random.fold_in(jax.random.key(seed), start)
+def _keys(seed: int | None, count: int) -> Array | None:
+  """A key for each row, so that what a row becomes does not depend on its batch."""
+  return None if seed is None else jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(count))
+
+
+def _take(keys: Array | None, rows: np.ndarray) -> Array | None:
+  return None if keys is None else keys[rows]

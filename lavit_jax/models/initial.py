@@ -1,4 +1,4 @@
-"""Fresh parameters of a whole model: for its shapes and counts (by `jax.eval_shape`), for tests, and for timing without a checkpoint."""
+"""Fresh parameters of a whole model: what a training starts from; shapes and counts (by `jax.eval_shape`); tests."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from lavit_jax.models.lavit import Lavit
 
 
-def initial_parts(model: Lavit, key: jax.Array) -> dict:
-  """Part name -> parameters, float32, as `porting.folder` stores them."""
+def initial_parts(model: Lavit, key: jax.Array, names: tuple[str, ...] | None = None) -> dict:
+  """Part name -> parameters, float32, as `porting.folder` stores them; of all parts or of those in `names`."""
   side, patches, width = model.image_size, model.num_patches, model.vit.hidden_size
   context_dim = sum(model.decoder.context_dims)
   latent = 2 ** len(model.unet.block_out_channels)
@@ -28,5 +28,7 @@ def initial_parts(model: Lavit, key: jax.Array) -> dict:
   if model.highres_decoder is not None:
     inputs['highres_decoder'] = codes
   keys = dict(zip(inputs, jax.random.split(key, len(inputs))))
-  parts = {name: getattr(model, name).init(keys[name], *args)['params'] for name, args in inputs.items()}
-  return parts | dict(uncond_embeddings=jnp.zeros((model.uncond_rows, context_dim)))
+  parts = {name: getattr(model, name).init(keys[name], *args)['params'] for name, args in inputs.items() if names is None or name in names}
+  if names is None or 'uncond_embeddings' in names:
+    parts['uncond_embeddings'] = jnp.zeros((model.uncond_rows, context_dim))
+  return parts

@@ -27,9 +27,9 @@ class Codebook(NamedTuple):
   step: Array
 
 
-def create(key: Array, num_codes: int, code_dim: int) -> Codebook:
-  """Random unit rows, all of them alive."""
-  embedding = l2_normalise(jax.random.normal(key, (num_codes, code_dim)))
+def create(embedding: Array) -> Codebook:
+  """A codebook of these unit rows f32[K, C], all of them alive."""
+  num_codes = len(embedding)
   return Codebook(embedding, jnp.ones(num_codes), jnp.zeros(num_codes, jnp.int32), jnp.zeros([], jnp.int32))
 
 

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from lavit_jax.models import vae as pixels
+from lavit_jax.models.initial import initial_parts
 from lavit_jax.models.lavit import Lavit
 from lavit_jax.models.llama import Llama
 from lavit_jax.models.sequence import segment_mask
 from lavit_jax.models.tokenizer import l2_normalise
-from lavit_jax.training.stage import Stage, Tree, apply, begin, blank, features
+from lavit_jax.training.stage import Stage, Tree, apply, begin, features
 
 
 def encoder(config, model: Lavit, shards: int) -> Stage:
@@ -29,7 +30,7 @@ def encoder(config, model: Lavit, shards: int) -> Stage:
     width = tower.hidden_size
     mask, positions = jnp.ones((1, 1, 1, 1), bool), jnp.zeros((1, 1), jnp.int32)
     params = dict(
-        vit=model.vit.init(k1, blank(model))['params'],
+        **initial_parts(model, k1, ('vit',)),
         text=tower.init(k2, jnp.zeros((1, 1, width)), positions, mask)['params'],
         text_proj=dict(kernel=jax.random.normal(k3, (width, model.vit.output_dim)) * width**-0.5),
         temperature=jnp.log(1 / 0.07))
@@ -81,10 +82,8 @@ def autoencoder(config, model: Lavit, shards: int) -> Stage:
   del shards
 
   def init(key, parts):
-    size = model.vae.factor * 2
-    params = dict(vae=model.vae.init(key, jnp.zeros((1, size, size, 3)))['params'])
     zeros = jnp.zeros(model.vae.latent_channels)
-    return begin(params, parts), Moments(zeros, zeros, jnp.zeros([]))
+    return begin(initial_parts(model, key, ('vae',)), parts), Moments(zeros, zeros, jnp.zeros([]))
 
   def loss(params, frozen, state, batch, key, train):
     del frozen, train

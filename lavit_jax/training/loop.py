@@ -73,7 +73,8 @@ def train(config, workdir) -> None:
     shapes = jax.eval_shape(init, jax.random.key(config.seed), parts)
     places = sharding.shardings(shapes, mesh)
     if latest is None:
-      state = jax.jit(init, out_shardings=places)(jax.random.key(config.seed), parts)
+      once = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None  # compiling costs more than running
+      state = jax.jit(init, out_shardings=places, compiler_options=once)(jax.random.key(config.seed), parts)
     else:
       abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
       state = checkpoints.restore(latest, abstract, data)

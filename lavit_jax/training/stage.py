@@ -46,11 +46,6 @@ def apply(module, params: Tree, *args, **kwargs):
   return module.apply({'params': params}, *args, **kwargs)
 
 
-def blank(model: Lavit) -> Array:
-  """One black picture, f32[1, H, W, 3]."""
-  return jnp.zeros((1, model.image_size, model.image_size, 3))
-
-
 def features(model: Lavit, params: Tree, images: Array) -> Array:
   """uint8[B, H, W, 3] of any square size -> the ViT's features [B, 1 + N, D]."""
   x = vit.preprocess(images)

@@ -19,6 +19,7 @@ from lavit_jax.errors import UserError
 from lavit_jax.models import noise as diffusion
 from lavit_jax.models import vae as pixels
 from lavit_jax.models.decoder import null_context
+from lavit_jax.models.initial import initial_parts
 from lavit_jax.models.lavit import Lavit
 from lavit_jax.models.sequence import compact, embed_sources, pack, segment_mask
 from lavit_jax.models.tokenizer import gumbel_keep
@@ -47,15 +48,9 @@ def tokenizer(config, model: Lavit, shards: int) -> Stage:
   freeze_from = c.quantize_from if c.freeze_selector_from < 0 else c.freeze_selector_from
 
   def init(key, parts):
-    k1, k2, k3 = jax.random.split(key, 3)
-    x = jnp.zeros((1, model.num_patches, model.vit.hidden_size))
-    codes, mask = jnp.zeros((1, model.num_patches, code_dim)), jnp.ones((1, model.num_patches), bool)
-    params = dict(tokenizer=model.tokenizer.init(k1, x)['params'], decoder=model.decoder.init(k2, codes, mask)['params'])
-    params = begin(params, parts)
+    params = begin(initial_parts(model, key, ('tokenizer', 'decoder')), parts)
     quantizer = dict(params['tokenizer']['quantizer'])
-    book = codebook.create(k3, *quantizer.pop('embedding').shape)
-    if 'tokenizer' in parts:
-      book = book._replace(embedding=parts['tokenizer']['quantizer']['embedding'])
+    book = codebook.create(quantizer.pop('embedding'))
     return {**params, 'tokenizer': {**params['tokenizer'], 'quantizer': quantizer}}, book
 
   def whole(params, book):
@@ -113,17 +108,12 @@ def detokenizer(config, model: Lavit, shards: int) -> Stage:
   """
   del shards
   schedule = diffusion.scaled_linear()
-  context_dim, num_rows = sum(model.decoder.context_dims), model.num_patches
+  num_rows = model.num_patches
 
   def init(key, parts):
-    k1, k2 = jax.random.split(key)
-    codes, mask = jnp.zeros((1, num_rows, model.tokenizer.code_dim)), jnp.ones((1, num_rows), bool)
-    side = 2 ** len(model.unet.block_out_channels)
-    latents, context = jnp.zeros((1, side, side, model.unet.in_channels)), jnp.zeros((1, num_rows, context_dim))
-    params = dict(decoder=model.decoder.init(k1, codes, mask)['params'],
-                  unet=model.unet.init(k2, latents, jnp.zeros(1), context)['params'])
-    uncond = parts.get('uncond_embeddings', jnp.zeros((model.uncond_rows, context_dim)))
-    return begin(params, parts), dict(uncond_embeddings=uncond)
+    fresh = initial_parts(model, key, ('decoder', 'unet', 'uncond_embeddings'))
+    uncond = parts.get('uncond_embeddings', fresh.pop('uncond_embeddings'))
+    return begin(fresh, parts), dict(uncond_embeddings=uncond)
 
   def condition(params, frozen, images, key):
     x = features(model, frozen['vit'], images)[:, 1:]
@@ -194,12 +184,8 @@ def lm(config, model: Lavit, shards: int) -> Stage:
     raise UserError(f'lm.row_length={c.row_length} must be a multiple of lm.loss_chunks={c.loss_chunks}')
 
   def init(key, parts):
-    k1, k2 = jax.random.split(key)
-    x, keep = jnp.zeros((1, model.num_patches, model.vit.hidden_size)), jnp.ones((1, model.num_patches))
-    understanding = model.understanding.init(k1, x, keep)['params']
-    one = jnp.zeros((1, 1), jnp.int32)
-    llama = model.llama.init(k2, jnp.zeros((1, 1, model.llama.hidden_size)), one, jnp.ones((1, 1, 1, 1), bool))['params']
-    params = dict(understanding={**understanding, 'merger': parts['tokenizer']['merger']}, llama=llama)
+    params = initial_parts(model, key, ('llama', 'understanding'))
+    params['understanding'] = {**params['understanding'], 'merger': parts['tokenizer']['merger']}
     return begin(params, parts), {}
 
   def packed_rows(batch, codes, visual_length):

@@ -12,100 +12,100 @@ batches = functools.partial(mixtures.batches, batch_size=8, tokenizer_folder=FOL
 
 
 def take(iterator, count):
-    return list(itertools.islice(iterator, count))
+  return list(itertools.islice(iterator, count))
 
 
 def equal(one, other):
-    assert one.keys() == other.keys()
-    for key in one:
-        np.testing.assert_array_equal(one[key], other[key], err_msg=key)
+  assert one.keys() == other.keys()
+  for key in one:
+    np.testing.assert_array_equal(one[key], other[key], err_msg=key)
 
 
 @pytest.mark.parametrize('task, keys', [('images', {'image'}), ('contrastive', {'image', 'text', 'text_length'}),
                                         ('lm', {'image', 'text', 'text_length', 'text_weight', 'kind'})])
 def test_shapes_and_dtypes(task, keys):
-    batch = next(batches(task, text_length=40))
-    assert batch.keys() == keys
-    shapes = {'image': ((8, 64, 64, 3), 'uint8'), 'text': ((8, 40), 'int32'), 'text_length': ((8,), 'int32'),
-              'text_weight': ((8, 40), 'float32'), 'kind': ((8,), 'int32')}
-    assert {key: (value.shape, str(value.dtype)) for key, value in batch.items()} == {key: shapes[key] for key in keys}
+  batch = next(batches(task, text_length=40))
+  assert batch.keys() == keys
+  shapes = {'image': ((8, 64, 64, 3), 'uint8'), 'text': ((8, 40), 'int32'), 'text_length': ((8,), 'int32'),
+            'text_weight': ((8, 40), 'float32'), 'kind': ((8,), 'int32')}
+  assert {key: (value.shape, str(value.dtype)) for key, value in batch.items()} == {key: shapes[key] for key in keys}
 
 
 @pytest.mark.parametrize('num_threads', [0, 1, 5])
 def test_threads_change_nothing(num_threads):
-    for one, other in zip(take(batches('lm', num_threads=2), 4), take(batches('lm', num_threads=num_threads), 4)):
-        equal(one, other)
+  for one, other in zip(take(batches('lm', num_threads=2), 4), take(batches('lm', num_threads=num_threads), 4)):
+    equal(one, other)
 
 
 @pytest.mark.parametrize('shards', [2, 4])
 def test_shards_interleave_to_the_unsharded_batches(shards):
-    whole = take(batches('lm'), 3)
-    parts = [take(batches('lm', batch_size=8 // shards, shard_index=shard, shard_count=shards), 3) for shard in range(shards)]
-    for step, batch in enumerate(whole):
-        equal(batch, {key: np.stack([part[step][key] for part in parts], 1).reshape(value.shape) for key, value in batch.items()})
+  whole = take(batches('lm'), 3)
+  parts = [take(batches('lm', batch_size=8 // shards, shard_index=shard, shard_count=shards), 3) for shard in range(shards)]
+  for step, batch in enumerate(whole):
+    equal(batch, {key: np.stack([part[step][key] for part in parts], 1).reshape(value.shape) for key, value in batch.items()})
 
 
 def test_state_resumes_bit_for_bit():
-    first = batches('lm')
-    take(first, 3)
-    state = first.get_state()
-    expected = take(first, 3)
-    resumed = batches('lm')
-    resumed.set_state(state)
-    for one, other in zip(expected, take(resumed, 3)):
-        equal(one, other)
+  first = batches('lm')
+  take(first, 3)
+  state = first.get_state()
+  expected = take(first, 3)
+  resumed = batches('lm')
+  resumed.set_state(state)
+  for one, other in zip(expected, take(resumed, 3)):
+    equal(one, other)
 
 
 def test_seed_and_split_change_the_batch():
-    reference = next(batches('images'))['image']
-    assert (next(batches('images', seed=1))['image'] != reference).any()
-    assert (next(batches('images', split='heldout'))['image'] != reference).any()
+  reference = next(batches('images'))['image']
+  assert (next(batches('images', seed=1))['image'] != reference).any()
+  assert (next(batches('images', split='heldout'))['image'] != reference).any()
 
 
 def test_tasks_show_the_same_pictures():
-    equal({'image': next(batches('images'))['image']}, {'image': next(batches('lm'))['image']})
+  equal({'image': next(batches('images'))['image']}, {'image': next(batches('lm'))['image']})
 
 
 def test_weights_and_kinds_of_each_share():
-    tokenizer = text.TextTokenizer.load(FOLDER)
+  tokenizer = text.TextTokenizer.load(FOLDER)
 
-    def rows(**shares):
-        batch = next(batches('lm', batch_size=64, shares=shares, draw_text_weight=0.25))
-        inside = np.arange(48) < batch['text_length'][:, None]
-        assert (batch['text'][~inside] == 0).all() and (batch['text_weight'][~inside] == 0).all()
-        assert not np.isin(batch['text'][inside], (text.UNKNOWN, text.BEGIN, text.END)).any()
-        return batch, inside, [tokenizer.decode(ids[:n]) for ids, n in zip(batch['text'], batch['text_length'])]
+  def rows(**shares):
+    batch = next(batches('lm', batch_size=64, shares=shares, draw_text_weight=0.25))
+    inside = np.arange(48) < batch['text_length'][:, None]
+    assert (batch['text'][~inside] == 0).all() and (batch['text_weight'][~inside] == 0).all()
+    assert not np.isin(batch['text'][inside], (text.UNKNOWN, text.BEGIN, text.END)).any()
+    return batch, inside, [tokenizer.decode(ids[:n]) for ids, n in zip(batch['text'], batch['text_length'])]
 
-    batch, inside, texts = rows(caption=1)
-    assert (batch['kind'] == 0).all() and (batch['text_weight'][inside] == 1).all()
-    assert all(words.endswith('background') for words in texts)
+  batch, inside, texts = rows(caption=1)
+  assert (batch['kind'] == 0).all() and (batch['text_weight'][inside] == 1).all()
+  assert all(words.endswith('background') for words in texts)
 
-    batch, inside, texts = rows(draw=1)
-    assert (batch['kind'] == 1).all() and (batch['text_weight'][inside] == 0.25).all()
+  batch, inside, texts = rows(draw=1)
+  assert (batch['kind'] == 1).all() and (batch['text_weight'][inside] == 0.25).all()
 
-    batch, inside, texts = rows(text=1)
-    assert (batch['kind'] == 2).all() and (batch['text_weight'][inside] == 1).all()
-    assert all('Kind:' in words for words in texts)
+  batch, inside, texts = rows(text=1)
+  assert (batch['kind'] == 2).all() and (batch['text_weight'][inside] == 1).all()
+  assert all('Kind:' in words for words in texts)
 
-    batch, inside, texts = rows(answer=1)
-    assert (batch['kind'] == 0).all()
-    for ids, weight, words in zip(batch['text'], batch['text_weight'], texts):
-        answer = words.split(' Answer: ')[1]
-        assert tokenizer.decode(ids[weight == 1]) == answer
-        assert words.startswith('Question: ') and set(np.unique(weight)) == {0, 1}
+  batch, inside, texts = rows(answer=1)
+  assert (batch['kind'] == 0).all()
+  for ids, weight, words in zip(batch['text'], batch['text_weight'], texts):
+    answer = words.split(' Answer: ')[1]
+    assert tokenizer.decode(ids[weight == 1]) == answer
+    assert words.startswith('Question: ') and set(np.unique(weight)) == {0, 1}
 
 
 def test_shares_are_met():
-    kinds = np.concatenate([batch['kind'] for batch in take(batches('lm', batch_size=200, shares={'caption': 1, 'draw': 3}), 5)])
-    assert set(kinds) == {0, 1}
-    assert abs((kinds == 1).mean() - 0.75) < 4 * (0.75 * 0.25 / 1000) ** 0.5
+  kinds = np.concatenate([batch['kind'] for batch in take(batches('lm', batch_size=200, shares={'caption': 1, 'draw': 3}), 5)])
+  assert set(kinds) == {0, 1}
+  assert abs((kinds == 1).mean() - 0.75) < 4 * (0.75 * 0.25 / 1000) ** 0.5
 
 
 def test_examples_are_singles_or_scenes():
-    assert all(example.facts.things[0].count == len(example.facts.things) == 1 for example in mixtures.examples(count=20))
-    scenes = mixtures.examples(count=20, kind='scene')
-    assert all(2 <= sum(thing.count for thing in example.facts.things) <= 4 for example in scenes)
-    assert {example.facts.heldout for example in scenes} == {'concept', 'pair', 'combination'}
+  assert all(example.facts.things[0].count == len(example.facts.things) == 1 for example in mixtures.examples(count=20))
+  scenes = mixtures.examples(count=20, kind='scene')
+  assert all(2 <= sum(thing.count for thing in example.facts.things) <= 4 for example in scenes)
+  assert {example.facts.heldout for example in scenes} == {'concept', 'pair', 'combination'}
 
 
 @pytest.mark.parametrize('options, message', [
@@ -113,15 +113,15 @@ def test_examples_are_singles_or_scenes():
     ({'shares': {'captions': 1}}, 'shares must be.*captions'), ({'shares': {'caption': 0}}, 'shares must be'),
     ({'tokenizer_folder': None}, 'tokenizer_folder')])
 def test_bad_options_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        batches(**{'task': 'lm', **options})
+  with pytest.raises(ValueError, match=message):
+    batches(**{'task': 'lm', **options})
 
 
 def test_a_text_that_is_too_long_is_named():
-    with pytest.raises(ValueError, match='text_length is 4.*background'):
-        next(batches('lm', text_length=4, shares={'caption': 1}))
+  with pytest.raises(ValueError, match='text_length is 4.*background'):
+    next(batches('lm', text_length=4, shares={'caption': 1}))
 
 
 def test_missing_data_set_names_folder_and_remedy(tmp_path):
-    with pytest.raises(FileNotFoundError, match=f'{tmp_path}.*lavit data build'):
-        batches('images', source=str(tmp_path))
+  with pytest.raises(FileNotFoundError, match=f'{tmp_path}.*lavit data build'):
+    batches('images', source=str(tmp_path))

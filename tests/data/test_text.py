@@ -11,68 +11,68 @@ FOLDER = Path(text.__file__).parent.parent / 'assets/tiny/tokenizer'
 
 @pytest.fixture(scope='module')
 def tokenizer():
-    return text.TextTokenizer.load(FOLDER)
+  return text.TextTokenizer.load(FOLDER)
 
 
 def test_ids_are_laid_out_as_llama_lays_them_out(tokenizer):
-    ids = tokenizer._tokenizer.get_vocab()
-    assert tokenizer.vocab_size == len(ids) == 2048
-    assert (ids['<unk>'], ids['<s>'], ids['</s>']) == (text.UNKNOWN, text.BEGIN, text.END) == (0, 1, 2)
-    assert sorted(ids.values()) == list(range(2048))
+  ids = tokenizer._tokenizer.get_vocab()
+  assert tokenizer.vocab_size == len(ids) == 2048
+  assert (ids['<unk>'], ids['<s>'], ids['</s>']) == (text.UNKNOWN, text.BEGIN, text.END) == (0, 1, 2)
+  assert sorted(ids.values()) == list(range(2048))
 
 
 @pytest.mark.parametrize('words', ['red apple on a blue background', 'Question: What is this? Answer: owl', "côte d'ivoire", '東京 ☕', 'a  b',
                                    'UPPER, and\nlines', '&#*!'])
 def test_any_text_comes_back(tokenizer, words):
-    ids = tokenizer.encode(words)
-    assert tokenizer.decode(ids) == words
-    assert not set(ids) & {text.UNKNOWN, text.BEGIN, text.END}
+  ids = tokenizer.encode(words)
+  assert tokenizer.decode(ids) == words
+  assert not set(ids) & {text.UNKNOWN, text.BEGIN, text.END}
 
 
 def test_an_answer_has_the_same_ids_in_its_context(tokenizer):
-    context, answer = 'Question: What is this? Answer:', ' red apple'
-    assert tokenizer.encode(context) + tokenizer.encode(answer) == tokenizer.encode(context + answer)
-    assert tokenizer.decode(tokenizer.encode(answer)) == 'red apple'
+  context, answer = 'Question: What is this? Answer:', ' red apple'
+  assert tokenizer.encode(context) + tokenizer.encode(answer) == tokenizer.encode(context + answer)
+  assert tokenizer.decode(tokenizer.encode(answer)) == 'red apple'
 
 
 def test_captions_are_short(tokenizer):
-    lengths = [len(tokenizer.encode(example.caption)) for example in mixtures.examples(split='train', count=200)]
-    assert sum(lengths) / len(lengths) < 12
+  lengths = [len(tokenizer.encode(example.caption)) for example in mixtures.examples(split='train', count=200)]
+  assert sum(lengths) / len(lengths) < 12
 
 
 def test_special_tokens_in_a_text_end_nothing(tokenizer):
-    assert tokenizer.decode([text.BEGIN, *tokenizer.encode('a star'), text.END]) == 'a star'
+  assert tokenizer.decode([text.BEGIN, *tokenizer.encode('a star'), text.END]) == 'a star'
 
 
 def test_transformers_loads_the_same_folder(tokenizer):
-    transformers = pytest.importorskip('transformers')
-    theirs = transformers.AutoTokenizer.from_pretrained(FOLDER)
-    words = 'two red hearts above an owl, noto style, on a pink background'
-    assert theirs(words)['input_ids'] == [text.BEGIN, *tokenizer.encode(words)]
-    assert theirs.decode(tokenizer.encode(words)) == words
-    assert (theirs.unk_token_id, theirs.bos_token_id, theirs.eos_token_id) == (0, 1, 2)
+  transformers = pytest.importorskip('transformers')
+  theirs = transformers.AutoTokenizer.from_pretrained(FOLDER)
+  words = 'two red hearts above an owl, noto style, on a pink background'
+  assert theirs(words)['input_ids'] == [text.BEGIN, *tokenizer.encode(words)]
+  assert theirs.decode(tokenizer.encode(words)) == words
+  assert (theirs.unk_token_id, theirs.bos_token_id, theirs.eos_token_id) == (0, 1, 2)
 
 
 def test_a_new_tokenizer_can_be_trained_saved_and_loaded(tmp_path):
-    text.save(text.train(['the cat sat on the mat'] * 20, vocab_size=280), tmp_path / 'tokenizer')
-    loaded = text.TextTokenizer.load(tmp_path / 'tokenizer')
-    assert loaded.vocab_size <= 280
-    assert loaded.decode(loaded.encode('the cat')) == 'the cat'
-    assert len(loaded.encode('the cat')) < len('the cat')
+  text.save(text.train(['the cat sat on the mat'] * 20, vocab_size=280), tmp_path / 'tokenizer')
+  loaded = text.TextTokenizer.load(tmp_path / 'tokenizer')
+  assert loaded.vocab_size <= 280
+  assert loaded.decode(loaded.encode('the cat')) == 'the cat'
+  assert len(loaded.encode('the cat')) < len('the cat')
 
 
 def test_missing_folder_names_the_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match='tokenizer.json.*Hugging Face'):
-        text.TextTokenizer.load(tmp_path)
+  with pytest.raises(FileNotFoundError, match='tokenizer.json.*Hugging Face'):
+    text.TextTokenizer.load(tmp_path)
 
 
 def test_data_import_neither_torch_nor_tensorflow():
-    """Even where TensorFlow is installed, reading records must not load it."""
-    program = '''
+  program = '''
 import sys
-sys.modules['tensorflow'] = sys.modules['torch'] = None  # Importing them raises.
 from lavit_jax.data import mixtures
 batch = next(mixtures.batches('lm', batch_size=2, tokenizer_folder=sys.argv[1]))
 assert batch['image'].shape == (2, 64, 64, 3)
+assert not {'tensorflow', 'torch', 'transformers'} & sys.modules.keys()
 '''
-    subprocess.run([sys.executable, '-c', program, str(FOLDER)], check=True, timeout=120, capture_output=True)
+  done = subprocess.run([sys.executable, '-c', program, str(FOLDER)], timeout=120, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr

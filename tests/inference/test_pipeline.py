@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lavit_jax.data import questions
 from lavit_jax.errors import UserError
 from lavit_jax.inference import pipeline
 from lavit_jax.inference.pipeline import Lavit
@@ -41,10 +42,21 @@ def test_words_from_pictures(model):
   assert len(answers) == 3 and all(text == text.lower() and not set(text) & set('\n,.') for text in answers)
 
 
+class Intercepted(Exception):
+  pass
+
+
+def intercept(seen):
+  def embed(prompts, *_):
+    seen.append(prompts)
+    raise Intercepted
+  return embed
+
+
 def test_the_prompt_is_picture_then_question(model, monkeypatch):
   seen = []
-  monkeypatch.setattr(model, '_embed', lambda prompts, *_: seen.append(prompts) or (_ for _ in ()).throw(StopIteration))
-  with pytest.raises(StopIteration):
+  monkeypatch.setattr(model, '_embed', intercept(seen))
+  with pytest.raises(Intercepted):
     model.answer(PICTURES[:1], ['What is {this}?'])
   (start, features, end, question), = seen[0]
   counts = model.tokenize(PICTURES[:1]).counts
@@ -54,10 +66,10 @@ def test_the_prompt_is_picture_then_question(model, monkeypatch):
 
 def test_synthesis_prompts_hold_codes(model, monkeypatch):
   seen = []
-  monkeypatch.setattr(model, '_embed', lambda prompts, *_: seen.append(prompts) or (_ for _ in ()).throw(StopIteration))
-  with pytest.raises(StopIteration):
+  monkeypatch.setattr(model, '_embed', intercept(seen))
+  with pytest.raises(Intercepted):
     model.synthesize([[PICTURES[0], 'owl', PICTURES[1]]], seed=3)
-  ids = model.tokenize(PICTURES[:2], seed=3).ids
+  ids = model.tokenize(PICTURES[:2]).ids
   prompt, against = seen[0]
   flat = [list(piece) for piece in prompt]
   assert flat == [[2048], list(ids[0] + 2050), [2049], list(model.words.encode('owl')), [2048], list(ids[1] + 2050), [2049], [2048]]
@@ -80,7 +92,7 @@ def test_pictures(model):
   assert (drawn[0] != drawn[2]).any()
   np.testing.assert_array_equal(model.draw([np.arange(7)], steps=2), model.draw([np.arange(7)], steps=2))
   kept = model.reconstruct(PICTURES, steps=2, seed=5)
-  np.testing.assert_array_equal(kept, model.draw(model.tokenize(PICTURES, seed=5).ids, steps=2, seed=5))
+  np.testing.assert_array_equal(kept, model.draw(model.tokenize(PICTURES).ids, steps=2, seed=5))
   assert model.generate('an owl', steps=2).shape == (1, 64, 64, 3)
   assert model.synthesize([[PICTURES[0], 'an owl'], [PICTURES[1], PICTURES[2]]], steps=2).shape == (2, 64, 64, 3)
 
@@ -127,6 +139,10 @@ def test_weights_of_another_variant_are_named(model, tiny_parts):
 
 def test_batches_cover_everything_in_few_shapes():
   for count in (0, 1, 5, 16, 17, 40):
-    rows = [row for _, n, rows in pipeline._batches(count) for row in rows[:n]]
+    rows = [row for n, rows in pipeline._batches(count) for row in rows[:n]]
     assert rows == list(range(count))
-  assert [len(rows) for _, _, rows in pipeline._batches(21)] == [16, 8]
+  assert [len(rows) for _, rows in pipeline._batches(21)] == [16, 8]
+
+
+def test_questions_are_put_as_in_training():
+  assert pipeline.QUESTION.format('What is this?') == questions.prompt('What is this?')

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from lavit_jax.models.layers import (
-    LayerNorm, Mlp, RMSNorm, SwiGLU, attention, policy_attention, rotary, scan_blocks,
+    LayerNorm, Mlp, RMSNorm, SwiGLU, attention, gelu, policy_attention, rotary, scan_blocks,
 )
 
 
@@ -31,8 +31,9 @@ def test_attention_matches_torch(kv_heads, extra):
   mask, bias = normal(2, 1, 5, 7, seed=3) > -0.5, normal(1, 4, 5, 7, seed=4)
   mask[..., 0] = True
   ours = {'none': {}, 'mask': {'mask': mask}, 'bias': {'bias': bias}, 'scale': {'scale': 0.3}}[extra]
-  theirs = {'none': {}, 'mask': {'attn_mask': torch.from_numpy(mask)}, 'bias': {'attn_mask': torch.from_numpy(bias)}, 'scale': {'scale': 0.3}}
-  expected = F.scaled_dot_product_attention(heads(q), heads(k), heads(v), enable_gqa=True, **theirs[extra])
+  theirs = {'attn_mask' if name in ('mask', 'bias') else name: x for name, x in ours.items()}
+  theirs = {name: torch.from_numpy(x) if name == 'attn_mask' else x for name, x in theirs.items()}
+  expected = F.scaled_dot_product_attention(heads(q), heads(k), heads(v), enable_gqa=True, **theirs)
   np.testing.assert_allclose(attention(q, k, v, **ours), expected.numpy().swapaxes(1, 2), atol=1e-5)
 
 
@@ -88,6 +89,17 @@ def test_norms_match_torch(ours, theirs):
   np.testing.assert_allclose(ours.apply({'params': params}, x), expected, atol=2e-4)
   low = ours.clone(dtype=jnp.bfloat16).apply({'params': params}, x.astype(jnp.bfloat16))
   assert low.dtype == jnp.bfloat16
+
+
+def test_gelu_matches_torch():
+  x = np.linspace(-8, 8, 401, dtype=np.float32)
+  np.testing.assert_allclose(gelu(x), F.gelu(torch.from_numpy(x)), atol=1e-6)
+  low = torch.from_numpy(x).bfloat16()
+  np.testing.assert_allclose(np.float32(gelu(x.astype(jnp.bfloat16))), F.gelu(low).float(), rtol=1e-2, atol=1e-6)
+  slope = jax.vmap(jax.grad(gelu))(x)
+  leaf = torch.from_numpy(x).requires_grad_()
+  F.gelu(leaf).sum().backward()
+  np.testing.assert_allclose(slope, leaf.grad, atol=1e-6)
 
 
 def test_mlps_match_torch():

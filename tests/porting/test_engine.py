@@ -48,14 +48,24 @@ def test_both_directions():
   assert torch_shapes(ROWS, LIKE) == {k: x.shape for k, x in state.items()}
 
 
+SHAPES = {  # of one torch array, and of its leaf
+    'copy': ((6, 4), (6, 4)),
+    'linear': ((6, 4), (4, 6)),
+    'conv': ((6, 4, 3, 2), (3, 2, 4, 6)),
+    'conv1x1_to_linear': ((6, 4, 1, 1), (4, 6)),
+    'qkv': ((6, 4), (3, 4, 2)),
+    'qkv_bias': ((6,), (3, 2)),
+    'unbatch': ((1, 5, 4), (5, 4)),
+}
+
+
 @pytest.mark.parametrize('name', TRANSFORMS)
 def test_transforms_are_bijections(name):
-  shape = {'copy': (6, 4), 'linear': (6, 4), 'conv': (6, 4, 3, 2), 'conv1x1_to_linear': (6, 4, 1, 1), 'qkv': (6, 4), 'qkv_bias': (6,), 'unbatch': (1, 5, 4)}[name]
+  shape, expected = SHAPES[name]
   x = np.arange(np.prod(shape)).reshape(shape)
   leaf = TRANSFORMS[name].to_flax(x)
   assert np.array_equal(TRANSFORMS[name].to_torch(leaf), x)
-  expected = {'copy': (6, 4), 'linear': (4, 6), 'conv': (3, 2, 4, 6), 'conv1x1_to_linear': (4, 6), 'qkv': (3, 4, 2), 'qkv_bias': (3, 2), 'unbatch': (5, 4)}
-  assert leaf.shape == expected[name]
+  assert leaf.shape == expected
   if name == 'qkv':
     assert np.array_equal(leaf[1], x[2:4].T)  # the keys' projection
 

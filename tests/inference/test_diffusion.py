@@ -1,0 +1,135 @@
+"""The DDIM sampler against diffusers' scheduler, over whole trajectories."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lavit_jax.inference.diffusion import ddim_sample, guided, initial_latents, timesteps
+from lavit_jax.models.noise import add_noise, scaled_linear, velocity
+from lavit_jax.models.unet import UNet
+from lavit_jax.porting import engine
+from lavit_jax.porting.tables_pixels import unet_rows, unet_shapes
+
+torch = pytest.importorskip('torch')
+diffusers = pytest.importorskip('diffusers')
+
+SCHEDULE = scaled_linear()
+SETTINGS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear', clip_sample=False, set_alpha_to_one=False,
+                steps_offset=1)
+RNG = np.random.default_rng(0)
+LATENTS = RNG.standard_normal((2, 4, 4, 4), np.float32)
+CONTEXT, NULL = RNG.standard_normal((2, 3, 12), np.float32), RNG.standard_normal((3, 12), np.float32)
+MASK, NULL_MASK = np.array([[1, 1, 0], [1, 0, 0]], bool), np.array([1, 0, 0], bool)
+
+
+def peer_sample(denoise, latents, *, steps, guidance_scale, **settings):
+  """denoise(latents, t) -> (conditional, unconditional), numpy throughout; the trajectory is diffusers'."""
+  scheduler = diffusers.DDIMScheduler(**SETTINGS, **settings)
+  scheduler.set_timesteps(steps)
+  x = torch.from_numpy(latents)
+  for t in scheduler.timesteps:
+    given, null = (torch.from_numpy(np.array(p)) for p in denoise(x.numpy(), int(t)))
+    x = scheduler.step(null + guidance_scale * (given - null), t, x).prev_sample
+  return x.numpy()
+
+
+def toy(latents, t, context, mask):
+  """A smooth prediction that depends on every input."""
+  level = (context * mask[..., None]).sum((1, 2))[:, None, None, None]
+  return jnp.tanh(latents + 0.1 * level) * (0.5 + t[:, None, None, None] / 2000)
+
+
+@pytest.mark.parametrize('prediction', ['epsilon', 'v_prediction'])
+@pytest.mark.parametrize('spacing', ['leading', 'trailing'])
+@pytest.mark.parametrize('steps', [7, 50])
+def test_trajectory_matches_diffusers(prediction, spacing, steps):
+  def both(latents, t):
+    t = jnp.full(2, t)
+    return toy(latents, t, CONTEXT, MASK), toy(latents, t, np.stack([NULL, NULL]), np.stack([NULL_MASK, NULL_MASK]))
+
+  want = peer_sample(both, LATENTS, steps=steps, guidance_scale=3., prediction_type=prediction, timestep_spacing=spacing)
+  got = ddim_sample(toy, LATENTS, (CONTEXT, MASK), (NULL, NULL_MASK), steps=steps, guidance_scale=3., schedule=SCHEDULE,
+                    prediction=prediction, spacing=spacing)
+  assert np.abs(want - LATENTS).max() > 0.5
+  np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+
+
+def test_tiny_unet_trajectory_matches_diffusers():
+  module = UNet(block_out_channels=(8, 16), layers_per_block=1, down_block_attention=(False, True), transformer_layers=(1, 1),
+                num_heads=(2, 2), cross_attention_dim=12, norm_num_groups=4)
+  torch.manual_seed(0)
+  model = diffusers.UNet2DConditionModel(
+      block_out_channels=(8, 16), layers_per_block=1, down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D'),
+      up_block_types=('CrossAttnUpBlock2D', 'UpBlock2D'), attention_head_dim=2, cross_attention_dim=12, norm_num_groups=4).eval()
+  state = {name: p.numpy() for name, p in model.state_dict().items()}
+  params = {'params': engine.from_torch(unet_rows(module), state, unet_shapes(module))}
+
+  @torch.no_grad()
+  def both(latents, t):
+    x = torch.from_numpy(np.moveaxis(latents, -1, 1).copy())
+    for context, mask in ((CONTEXT, MASK), (np.stack([NULL, NULL]), np.stack([NULL_MASK, NULL_MASK]))):
+      y = model(x, t, torch.from_numpy(context), encoder_attention_mask=torch.from_numpy(mask)).sample
+      yield np.moveaxis(y.numpy(), 1, -1)
+
+  @jax.jit
+  def sample(params, scale):
+    return ddim_sample(lambda *inputs: module.apply(params, *inputs), LATENTS, (CONTEXT, MASK), (NULL, NULL_MASK), steps=10,
+                       guidance_scale=scale, schedule=SCHEDULE)
+
+  want = peer_sample(both, LATENTS, steps=10, guidance_scale=5.)
+  np.testing.assert_allclose(sample(params, 5.), want, rtol=0, atol=1e-4)
+
+
+def test_an_image_does_not_depend_on_its_batch():
+  keys = jax.random.split(jax.random.key(0), 3)
+
+  def sample(rows):
+    return ddim_sample(toy, initial_latents(keys[rows], (4, 4, 4)), (CONTEXT[:1].repeat(len(rows), 0), MASK[:1].repeat(len(rows), 0)),
+                       steps=5, schedule=SCHEDULE)
+
+  together = sample(np.arange(3))
+  np.testing.assert_allclose(sample(np.array([2]))[0], together[2], atol=1e-6)
+  assert not np.allclose(together[0], together[1])
+
+
+def test_guidance_interpolates_and_extrapolates():
+  t = jnp.array([5, 5])
+  given = toy(LATENTS, t, CONTEXT, MASK)
+  null = toy(LATENTS, t, np.stack([NULL, NULL]), np.stack([NULL_MASK, NULL_MASK]))
+  for scale, want in ((0., null), (1., given), (3., 3 * given - 2 * null)):
+    got = guided(toy, (CONTEXT, MASK), (NULL, NULL_MASK), scale)(LATENTS, t)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+  np.testing.assert_array_equal(guided(toy, (CONTEXT, MASK), None, 3.)(LATENTS, t), given)
+
+
+def test_bfloat16_denoiser_is_finite():
+  def denoise(latents, t, *condition):
+    return toy(latents, t, *condition).astype(jnp.bfloat16)
+
+  got = ddim_sample(denoise, LATENTS, (CONTEXT, MASK), (NULL, NULL_MASK), steps=10, guidance_scale=3., schedule=SCHEDULE)
+  assert got.dtype == jnp.float32 and np.isfinite(got).all()
+
+
+def test_schedule_and_training_targets_match_diffusers():
+  scheduler = diffusers.DDIMScheduler(**SETTINGS)
+  np.testing.assert_allclose(SCHEDULE.betas, scheduler.betas, rtol=1e-5)
+  np.testing.assert_allclose(SCHEDULE.alphas_cumprod, scheduler.alphas_cumprod, rtol=2e-5)
+  noise, t = LATENTS[::-1].copy(), np.array([0, 999])
+  arrays = [torch.from_numpy(x) for x in (LATENTS, noise, t)]
+  np.testing.assert_allclose(add_noise(SCHEDULE, LATENTS, noise, t), scheduler.add_noise(*arrays), atol=1e-5)
+  np.testing.assert_allclose(velocity(SCHEDULE, LATENTS, noise, t), scheduler.get_velocity(*arrays), atol=1e-5)
+
+
+@pytest.mark.parametrize('change,message', [
+    (dict(spacing='linspace'), "spacing='linspace'"), (dict(steps=0), 'steps=0'), (dict(steps=1001), 'steps=1001'),
+    (dict(steps=1000), 'begins at 1000'),
+])
+def test_bad_settings_are_named(change, message):
+  with pytest.raises(ValueError, match=message):
+    timesteps(**(dict(num_train_steps=1000, steps=10) | change))
+
+
+def test_bad_prediction_is_named():
+  with pytest.raises(ValueError, match="prediction='sample'"):
+    ddim_sample(toy, LATENTS, (CONTEXT, MASK), steps=2, schedule=SCHEDULE, prediction='sample')

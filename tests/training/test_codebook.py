@@ -1,0 +1,81 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lavit_jax.models.tokenizer import l2_normalise, nearest_code
+from lavit_jax.training import codebook
+
+
+def tokens(seed, shape):
+  return l2_normalise(jax.random.normal(jax.random.key(seed), shape))
+
+
+def test_tally_counts_only_what_weighs():
+  z, ids = tokens(0, (5, 3)), jnp.array([1, 0, 1, 1, 2])
+  count, total = codebook.tally(z, jnp.array([1.0, 1, 1, 0, 0]), ids, 4)
+  np.testing.assert_allclose(count, [1, 2, 0, 0])
+  np.testing.assert_allclose(total[1], z[0] + z[2], rtol=1e-6)
+  np.testing.assert_array_equal(total[2:], 0)
+
+
+def test_kmeans_finds_the_clusters_and_ignores_what_does_not_weigh():
+  centres = jnp.eye(4)
+  z = l2_normalise(jnp.repeat(centres, 20, axis=0) + 0.05 * jax.random.normal(jax.random.key(0), (80, 4)))
+  weight = jnp.repeat(jnp.array([1.0, 1, 1, 0]), 20)
+  embedding, count = jax.jit(codebook.kmeans, static_argnums=3)(jax.random.key(3), z, weight, 8)
+  assert float(count.sum()) == 60
+  nearest = (embedding @ centres.T)[count > 0]
+  assert (nearest.max(-1) > 0.95).all() and set(np.asarray(nearest.argmax(-1))) == {0, 1, 2}
+  np.testing.assert_allclose(jnp.square(embedding).sum(-1), 1, rtol=1e-5)
+
+
+def test_draw_repeats_only_when_there_are_too_few():
+  z = jnp.arange(6.0)[:, None]
+  weight = jnp.array([1.0, 0, 1, 1, 0, 1])
+  four = codebook.draw(jax.random.key(0), z, weight, 4)[:, 0]
+  assert sorted(four.tolist()) == [0, 2, 3, 5]
+  assert set(codebook.draw(jax.random.key(0), z, weight, 9)[:, 0].tolist()) == {0, 2, 3, 5}
+
+
+def test_update_is_the_moving_average_of_beit_v2():
+  z, weight = tokens(0, (12, 4)), jnp.array([1.0] * 9 + [0.0] * 3)
+  book = codebook.create(tokens(1, (5, 4)))
+  ids = nearest_code(z, book.embedding)
+  new = codebook.update(jax.random.key(0), book, z, weight, ids, decay=0.9, revive_after=0)
+  for k in range(5):
+    mine = np.asarray(z)[(np.asarray(ids) == k) & (np.asarray(weight) > 0)]
+    np.testing.assert_allclose(new.cluster_size[k], 0.9 + 0.1 * len(mine), rtol=1e-6)
+    expected = np.asarray(book.embedding[k])
+    if len(mine):
+      mean = mine.sum(0) / np.linalg.norm(mine.sum(0))
+      expected = 0.9 * expected + 0.1 * mean
+      expected /= np.linalg.norm(expected)
+    np.testing.assert_allclose(new.embedding[k], expected, rtol=1e-5, atol=1e-6)
+    assert new.idle[k] == (0 if len(mine) else 1)
+
+
+@pytest.mark.parametrize('revive_after', [0, 3])
+def test_dead_codes_come_back_to_life_on_tokens_they_describe_badly(revive_after):
+  z = tokens(0, (20, 4))
+  book = codebook.create(tokens(1, (5, 4)))
+  for i in range(3):
+    ids = nearest_code(z, book.embedding[:4])  # nobody chooses the last one
+    before, book = book, codebook.update(jax.random.key(i), book, z, jnp.ones(20), ids, 0.99, revive_after)
+  distance = jnp.square(book.embedding[4] - z).sum(-1)
+  if revive_after:
+    error = jnp.square(z - before.embedding[ids]).sum(-1)
+    assert distance.min() < 1e-9 and error[distance.argmin()] > 0 and book.idle[4] == 0
+    assert book.cluster_size[4] == pytest.approx(float(before.cluster_size.mean()), rel=0.5)
+  else:
+    np.testing.assert_array_equal(book.embedding[4], tokens(1, (5, 4))[4])
+    assert book.idle[4] == 3
+
+
+def test_usage():
+  book = codebook.create(jnp.eye(8))
+  assert codebook.usage(book)['perplexity'] == pytest.approx(8, rel=1e-5)
+  book = book._replace(cluster_size=jnp.array([1.0, 1] + [0] * 6), idle=jnp.array([0, 99] + [100] * 6))
+  usage = codebook.usage(book)
+  assert usage['perplexity'] == pytest.approx(2, rel=1e-5)
+  assert usage['dead_codes'] == 6 and usage['code_usage'] == 0.25

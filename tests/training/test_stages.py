@@ -1,0 +1,209 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import nano
+import numpy as np
+import pytest
+
+from lavit_jax.errors import UserError
+from lavit_jax.models import lavit
+from lavit_jax.models.initial import initial_parts
+from lavit_jax.models.sequence import compact
+from lavit_jax.training import foundations, stages
+from lavit_jax.training.stage import apply, begin, features
+
+nano.install()
+MODEL = lavit.build('nano')
+
+
+@pytest.fixture(scope='module')
+def parts():
+  return jax.jit(functools.partial(initial_parts, MODEL), compiler_options={'xla_backend_optimization_level': 0})(jax.random.key(0))
+
+
+@pytest.fixture(scope='module')
+def batch():
+  rng = np.random.default_rng(0)
+  length = np.array([3, 5, 2, 4, 6, 1, 4, 4], np.int32)
+  text = np.where(np.arange(8) < length[:, None], rng.integers(3, 2048, (8, 8)), 0).astype(np.int32)
+  text[7], length[7] = text[6], length[6]  # two equal captions
+  return dict(image=rng.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8), text=text, text_length=length,
+              text_weight=(np.arange(8) < length[:, None]).astype(np.float32), kind=np.array([0, 1, 2, 0, 1, 0, 1, 2], np.int32))
+
+
+def build(name, **changes):
+  return stages.build(nano.config(name, **changes), MODEL, changes.pop('shards', 1))
+
+
+def test_unknown_stage():
+  config = nano.config('encoder')
+  with config.unlocked():
+    config.stage = 'decoder'
+  with pytest.raises(UserError, match='unknown stage .decoder.'):
+    stages.build(config, MODEL, 1)
+
+
+def test_equal_captions_are_no_negatives(batch):
+  stage = build('encoder')
+  params, state = jax.jit(stage.init)(jax.random.key(0), {})
+  params['temperature'] = jnp.log(jnp.float32(100.0))
+  params = {**params, 'text_proj': {'kernel': jnp.zeros_like(params['text_proj']['kernel'])}}  # all captions look the same
+  value, (_, metrics) = jax.jit(stage.loss, static_argnums=5)(params, {}, state, batch, None, True)
+  assert value == pytest.approx(np.log(8), rel=1e-5)  # whatever the targets, a uniform guess costs log 8
+  assert metrics['accuracy'] in (1 / 8, 2 / 8)
+
+
+def test_standardised_autoencoder_is_the_same_with_unit_latents(parts):
+  images = jax.random.uniform(jax.random.key(1), (16, 16, 16, 3), minval=-1, maxval=1)
+  mean, logvar = apply(MODEL.vae, parts['vae'], images, method='encode')
+  one = jnp.float32(0.5)
+  moments = foundations.Moments(one * mean.mean((0, 1, 2)), one * jnp.square(mean).mean((0, 1, 2)), one)
+  new = foundations.standardise(parts['vae'], moments, 0.25)
+  new_mean, new_logvar = apply(MODEL.vae, new, images, method='encode')
+  np.testing.assert_allclose(0.25 * new_mean.std((0, 1, 2)), 1, rtol=1e-3)
+  np.testing.assert_allclose(new_mean.mean((0, 1, 2)), 0, atol=1e-3)
+  deviation = mean.std((0, 1, 2))
+  np.testing.assert_allclose(jnp.exp(new_logvar / 2) * 0.25 * deviation, jnp.exp(logvar / 2), rtol=1e-3)
+  np.testing.assert_allclose(apply(MODEL.vae, new, new_mean, method='decode'), apply(MODEL.vae, parts['vae'], mean, method='decode'),
+                             atol=1e-4)
+
+
+@pytest.fixture(scope='module')
+def tokenizer(parts):
+  """(stage, params, codebook, jit'd loss and gradient of (params, codebook, batch, key, train)); quantisation begins at step 1."""
+  stage = build('tokenizer', tokenizer__quantize_from=1)
+  params, book = stage.init(jax.random.key(0), {name: parts[name] for name in ('vit', 'tokenizer', 'decoder')})
+  frozen = {'vit': parts['vit']}
+
+  @functools.partial(jax.jit, static_argnums=4)
+  def step(params, book, batch, key, train):
+    (value, (book, metrics)), gradient = jax.value_and_grad(stage.loss, has_aux=True)(params, frozen, book, batch, key, train)
+    return value, book, metrics, gradient
+
+  return stage, params, book, step
+
+
+def test_tokenizer_schedule(tokenizer, batch):
+  stage, params, book, step = tokenizer
+  key = jax.random.key(1)
+  assert 'embedding' not in params['tokenizer']['quantizer']
+  value, first, metrics, gradient = step(params, book, batch, key, True)
+  np.testing.assert_array_equal(first.embedding, book.embedding)  # without quantisation the codebook waits
+  assert value == pytest.approx(float(metrics['cosine'] + 2 * metrics['ratio']), rel=1e-5)
+  assert jnp.abs(gradient['tokenizer']['selector']['fc_in']['kernel']).max() > 0  # through the keep mask alone
+  assert jnp.abs(gradient['tokenizer']['merger']['vit_proj' if 'vit_proj' in params['tokenizer'] else 'norm']['scale']).max() > 0
+
+  looked, same, _, _ = step(params, first, batch, key, False)
+  np.testing.assert_array_equal(same.embedding, first.embedding)  # evaluation starts nothing
+  assert looked == pytest.approx(float(value), rel=1e-5)
+
+  value, second, metrics, gradient = step(params, first, batch, key, True)
+  assert value == pytest.approx(float(metrics['cosine'] + 2 * metrics['ratio'] + metrics['commitment']), rel=1e-5)
+  assert np.abs(second.embedding - first.embedding).max() > 0.1  # k-means
+  assert metrics['commitment'] < 0.5 < 2 * (1 - 0.5)  # far below that of random codes
+  assert jnp.abs(gradient['tokenizer']['quantizer']['fc1']['kernel']).max() > 0  # straight through
+  value, third, _, _ = step(params, second, batch, key, True)
+  assert 0 < np.abs(third.embedding - second.embedding).max() < 0.1  # a moving average, no second k-means
+  assert third.step == 3
+  assert stage.hold == (('^tokenizer/selector/', 1),)
+  np.testing.assert_array_equal(stage.export(params, third)['tokenizer']['quantizer']['embedding'], third.embedding)
+
+
+def test_tokenizer_metrics_are_those_of_the_dashboard(tokenizer, batch):
+  _, params, book, step = tokenizer
+  metrics = step(params, book, batch, jax.random.key(1), True)[2]
+  assert {'cosine', 'ratio', 'commitment', 'code_usage', 'perplexity', 'dead_codes', 'keep_ratio'} <= set(metrics)
+
+
+@pytest.fixture(scope='module')
+def detokenizer(parts):
+  def losses(drop):
+    stage = build('detokenizer', detokenizer__drop_condition=drop)
+    params, state = stage.init(jax.random.key(0), parts)
+    return stage, params, jax.jit(lambda params, batch: stage.loss(params, parts, state, batch, jax.random.key(1), True)[0])
+
+  return losses
+
+
+def test_the_condition_is_dropped(detokenizer, batch):
+  """With the condition always dropped, the context head cannot matter; with it never dropped, it does."""
+  for drop, matters in ((1.0, False), (0.0, True)):
+    _, params, loss = detokenizer(drop)
+    head = jax.tree.map(jnp.zeros_like, params['decoder']['context_proj_0'])
+    other = {**params, 'decoder': {**params['decoder'], 'context_proj_0': head}}
+    assert (loss(params, batch) != loss(other, batch)) == matters
+
+
+def test_detokenizer_draws(parts, batch):
+  stage = build('detokenizer')
+  params, state = stage.init(jax.random.key(0), parts)
+  rows = jax.jit(lambda: stage.draw(params, parts, state, batch, jax.random.key(1), num_steps=2))()
+  assert [(row.shape, row.dtype) for row in rows] == [((8, 32, 32, 3), jnp.uint8)] * 3
+
+
+def lm_loss(parts, batch, shards=1, **changes):
+  config = nano.config('lm', **changes)
+  stage = stages.build(config, MODEL, shards)
+  params, state = stage.init(jax.random.key(0), parts)
+  value, (_, metrics) = jax.jit(lambda params, batch: stage.loss(params, parts, state, batch, jax.random.key(1), True))(params, batch)
+  return params, value, metrics
+
+
+def test_lm_loss_is_that_of_the_pairs_one_by_one(parts, batch):
+  params, value, metrics = lm_loss({k: parts[k] for k in ('vit', 'tokenizer')}, batch)
+  assert metrics['overflow'] == 0
+  np.testing.assert_array_equal(params['understanding']['merger']['norm']['scale'], parts['tokenizer']['merger']['norm']['scale'])
+  x = features(MODEL, parts['vit'], batch['image'])[:, 1:]
+  out = apply(MODEL.tokenizer, parts['tokenizer'], x, jax.random.key(1))
+  visual, mask = compact(apply(MODEL.understanding, params['understanding'], x, out.keep), out.keep)
+  codes, _ = compact(out.ids, out.keep)
+  words = MODEL.vocabulary
+  total = {0: [0.0, 0.0], 1: [0.0, 0.0], 2: [0.0, 0.0]}
+  for i in range(8):
+    text, n = list(batch['text'][i, : batch['text_length'][i]]), int(mask[i].sum())
+    image = [int(c) + words.code_offset for c in codes[i, :n]]
+    bracketed = [words.image_start, *image, words.image_end]
+    kind = int(batch['kind'][i])
+    ids, first = {0: (bracketed + text + [2], n + 2), 1: (text + bracketed + [2], 1), 2: ([1] + text + [2], 1)}[kind]
+    ids = jnp.array([ids])
+    embedded = apply(MODEL.llama, params['llama'], ids, method='embed')
+    if kind == 0:
+      embedded = embedded.at[0, 1 : n + 1].set(visual[i, :n])
+    causal = jnp.tril(jnp.ones((1, 1, ids.shape[1], ids.shape[1]), bool))
+    hidden, _ = apply(MODEL.llama, params['llama'], embedded, jnp.arange(ids.shape[1])[None], causal)
+    log_probs = jax.nn.log_softmax(apply(MODEL.llama, params['llama'], hidden, method='logits'))
+    nll = -log_probs[0, jnp.arange(ids.shape[1] - 1), ids[0, 1:]][first - 1 :]
+    total[kind][0] += float(nll.sum())
+    total[kind][1] += len(nll)
+  for kind, name in enumerate(('image_to_text', 'text_to_image', 'text_only')):
+    assert metrics[f'loss_{name}'] == pytest.approx(total[kind][0] / total[kind][1], rel=1e-4)
+  assert value == pytest.approx(sum(t[0] for t in total.values()) / sum(t[1] for t in total.values()), rel=1e-4)
+
+
+def test_lm_loss_does_not_depend_on_shards_or_chunks(parts, batch):
+  reference = lm_loss(parts, batch)[1]
+  assert lm_loss(parts, batch, shards=4, lm__loss_chunks=4)[1] == pytest.approx(float(reference), rel=1e-5)
+
+
+def test_lm_counts_what_overflows(parts, batch):
+  metrics = lm_loss(parts, batch, lm__num_rows=1, lm__row_length=32)[2]
+  assert metrics['overflow'] > 0 and metrics['packed_share'] > 0.3
+
+
+@pytest.mark.parametrize('changes, message', [(dict(lm__num_rows=6), 'num_rows=6'), (dict(lm__loss_chunks=5), 'loss_chunks=5')])
+def test_lm_sizes_that_do_not_divide(changes, message):
+  with pytest.raises(UserError, match=message):
+    stages.build(nano.config('lm', **changes), MODEL, 4)
+
+
+def test_begin_takes_parts_strictly_and_lets_a_vocabulary_grow():
+  fresh = {'llama': {'embedding': jnp.zeros((5, 2)), 'head': jnp.zeros((2, 5)), 'norm': {'scale': jnp.zeros(2)}}}
+  given = {'llama': {'embedding': jnp.ones((3, 2)), 'head': jnp.ones((2, 3)), 'norm': {'scale': jnp.ones(2)}}, 'other': {}}
+  grown = begin(fresh, given)['llama']
+  np.testing.assert_array_equal(grown['embedding'][:, 0], [1, 1, 1, 0, 0])
+  np.testing.assert_array_equal(grown['head'][0], [1, 1, 1, 0, 0])
+  with pytest.raises(UserError, match='norm/scale: the given weights are'):
+    begin(fresh, {'llama': {**given['llama'], 'norm': {'scale': jnp.ones(1)}}})
+  with pytest.raises(UserError, match="missing .'head'.*unexpected .'foot'"):
+    begin(fresh, {'llama': {'embedding': given['llama']['embedding'], 'foot': jnp.ones(1), 'norm': given['llama']['norm']}})
