@@ -32,7 +32,7 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
       data=dict(
           task='lm', source='data', tokenizer_folder='lavit_jax/assets/tiny/tokenizer' if not large else 'tokenizer',
           image_size=size, text_length=row['text_length'], shares=dict(caption=0.35, answer=0.3, draw=0.3, text=0.05),
-          draw_text_weight=0.1, scene_share=0.3, num_threads=16 if large else 2),
+          draw_text_weight=0.1, drop_text=0.1, scene_share=0.3, num_threads=16 if large else 2),
       lm=dict(num_rows=row['num_rows'], row_length=row['row_length'], image_loss=False, loss_chunks=row['loss_chunks']),
       optim=dict(
           learning_rate=row['learning_rate'], warmup_steps=row['warmup_steps'], final_fraction=0.05, weight_decay=0.05,

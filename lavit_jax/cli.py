@@ -22,8 +22,8 @@ def main(argv=None):
   """Runs one command; returns its exit status: 0, or 2 after one line on stderr that names the fault and the remedy."""
   check_python()
   from lavit_jax.errors import UserError
-  args, rest = build_parser().parse_known_args(argv)
   try:
+    args, rest = build_parser().parse_known_args(argv)
     if args.run is train:
       from lavit_jax.training.config import split_overrides
       args.overrides, rest = split_overrides(rest)
@@ -32,6 +32,10 @@ def main(argv=None):
     args.run(args)
   except UserError as error:
     return _fail(error)
+  except FileNotFoundError as error:
+    if error.errno is not None:
+      raise
+    return _fail(error)  # raised by the data package with the remedy
   except OSError as error:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
       raise
@@ -102,12 +106,16 @@ def tokenize(args):
 
 def data_build(args):
   from lavit_jax.data.emoji import build
-  print(build(args.data_dir, args.sample))
+  from lavit_jax.errors import UserError
+  try:
+    print(build(args.data_dir, args.sample))
+  except ImportError as error:
+    raise UserError(error) from error
 
 
 def evaluate(args):
   from lavit_jax.evaluation.report import evaluate as run
-  run(args.folder, args.source, args.count, args.out, seed=args.seed)
+  run(_model(args), args.source, args.count, args.out, drawn=args.drawn, seed=args.seed)
 
 
 def variants(args):
@@ -152,9 +160,31 @@ def _save(args, names, pictures):
 
 # ----------------------------------------------------------------------------------------------------------------- options
 
+class Parser(argparse.ArgumentParser):
+  """Says what is wrong in one line, as everything here does."""
+
+  def error(self, message):
+    from lavit_jax.errors import UserError
+    raise UserError('%s; see %s --help' % (message, self.prog))
+
+
+def number(kind, low, high=float('inf')):
+  """The type of an option: an int or a float from `low` to `high`."""
+  def parse(text):
+    try:
+      value = kind(text)
+    except ValueError:
+      value = float('nan')
+    if not low <= value <= high:
+      raise argparse.ArgumentTypeError('%r is not %s from %g%s' % (
+          text, 'an integer' if kind is int else 'a number', low, ' to %g' % high if high < float('inf') else ' up'))
+    return value
+  return parse
+
+
 def build_parser():
   """The options of every command."""
-  parser = argparse.ArgumentParser(prog='lavit', description='LaVIT in JAX: one language model that reads and draws pictures.')
+  parser = Parser(prog='lavit', description='LaVIT in JAX: one language model that reads and draws pictures.')
   commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
 
   def command(name, run, text, parent=commands):
@@ -166,22 +196,22 @@ def build_parser():
     sub = command(name, run, text)
     sub.add_argument('--folder', default=TINY, metavar='DIR', help='the checkpoint (default: %(default)s)')
     sub.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'), help='compute dtype (default: %(default)s)')
-    sub.add_argument('--seed', default=seed, type=int, help='of all random choices (default: %s)' % (
+    sub.add_argument('--seed', default=seed, type=number(int, 0, 2**32 - 1), help='of all random choices (default: %s)' % (
         seed if seed is not None else 'none is made at random, the most probable patches are kept'))
     return sub
 
   def drawing_command(name, run, text):
     sub = model_command(name, run, text, seed=0)
     sub.add_argument('--out', default='drawn', metavar='DIR', help='where the PNGs go (default: %(default)s)')
-    sub.add_argument('--steps', type=int, default=50, help='DDIM steps (default: %(default)s)')
-    sub.add_argument('--decoder-guidance', type=float, default=5.0, metavar='G', help='of the U-Net (default: %(default)s)')
+    sub.add_argument('--steps', type=number(int, 1, 1000), default=50, help='DDIM steps (default: %(default)s)')
+    sub.add_argument('--decoder-guidance', type=number(float, 0), default=5.0, metavar='G', help='of the U-Net (default: %(default)s)')
     return sub
 
   def sampling_command(name, run, text, guidance):
     sub = drawing_command(name, run, text)
-    sub.add_argument('--guidance', type=float, default=guidance, metavar='G', help='of the language model (default: %(default)s)')
-    sub.add_argument('--top-k', type=int, default=50, metavar='K', help='codes to choose among (default: %(default)s)')
-    sub.add_argument('--temperature', type=float, default=1.0, metavar='T', help='(default: %(default)s)')
+    sub.add_argument('--guidance', type=number(float, 0), default=guidance, metavar='G', help='of the language model (default: %(default)s)')
+    sub.add_argument('--top-k', type=number(int, 1), default=50, metavar='K', help='codes to choose among (default: %(default)s)')
+    sub.add_argument('--temperature', type=number(float, 1e-3), default=1.0, metavar='T', help='(default: %(default)s)')
     return sub
 
   sub = command('train', train, 'train one stage; every value of its page can be set with --config.KEY=VALUE')
@@ -221,7 +251,8 @@ def build_parser():
 
   sub = model_command('evaluate', evaluate, 'measure a checkpoint on the held-out splits', 0)
   sub.add_argument('--source', required=True, metavar='DIR', help='the data set that `lavit data build` wrote')
-  sub.add_argument('--count', type=int, default=512, metavar='N', help='examples a split (default: %(default)s)')
+  sub.add_argument('--count', type=number(int, 2), default=512, metavar='N', help='examples a split (default: %(default)s)')
+  sub.add_argument('--drawn', type=number(int, 1), default=256, metavar='N', help='texts drawn a split (default: %(default)s)')
   sub.add_argument('--out', default='report.json', metavar='FILE.json', help='(default: %(default)s)')
 
   command('variants', variants, 'list the model sizes')

@@ -9,7 +9,6 @@ import os
 from importlib import resources, util
 from typing import NamedTuple
 
-import numpy as np
 from PIL import Image
 
 STYLES = ('twemoji', 'openmoji', 'noto')

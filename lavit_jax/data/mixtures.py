@@ -17,7 +17,7 @@ _ENDLESS = 1 << 62
 
 def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embedded', split: str = 'train', seed: int = 0,
             batch_size: int, image_size: int = 64, text_length: int = 48, tokenizer_folder: str | None = None,
-            shares: Mapping[str, float] | None = None, draw_text_weight: float = 0.1, scene_share: float = 0.3,
+            shares: Mapping[str, float] | None = None, draw_text_weight: float = 0.1, drop_text: float = 0.1, scene_share: float = 0.3,
             shard_index: int = 0, shard_count: int = 1, num_threads: int = 2) -> grain.DatasetIterator:
   """An endless iterator over batches of numpy arrays, with `get_state` / `set_state`.
 
@@ -29,7 +29,7 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
   task 'lm':          these, and text_weight float32[B, T], the weight of each text token in the loss, and kind int32[B]:
                       0 image to text, 1 text to image, 2 text only. `shares` says how often a row is a 'caption', an
                       'answer' (kind 0; only the answer's tokens weigh), a 'draw' (kind 1; tokens weigh
-                      `draw_text_weight`) or a 'text' (kind 2). Begin and end tokens are the packer's business.
+                      `draw_text_weight`, and a share `drop_text` has no text) or a 'text' (kind 2). Begin and end tokens are the packer's business.
 
   Raises ValueError for an unknown task, share or split, and for a text of more than `text_length` tokens.
   """
@@ -53,7 +53,7 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
         example = composer(seed, index)
         rng = np.random.default_rng((seed, index, 1))
         kind = kinds[np.searchsorted(cumulative, rng.random(), side='right')]
-        text = write(_texts(kind, example, composer, rng, draw_text_weight))
+        text = write(_texts(kind, example, composer, rng, draw_text_weight, drop_text))
         return {'image': example.image, **text, 'kind': np.int32(_KINDS[kind])}
     case _:
       raise ValueError(f"unknown task {task!r}; choose 'images', 'contrastive' or 'lm'")
@@ -74,7 +74,7 @@ def sentences(composer: Composer, sprite: int) -> str:
   row = composer.sprites.rows[sprite]
   unspoken = composer.heldout_names - {row.name}  # 'information desk person' would tell of 'information'.
   keywords = ', '.join([keyword for keyword in row.keywords.split(', ')
-                        if not any(f' {name} ' in f' {keyword} ' for name in unspoken)][:2])
+                        if len(keyword) <= 24 and not any(f' {name} ' in f' {keyword} ' for name in unspoken)][:2])
   kind = f'{questions.CATEGORIES[row.group]}, {row.subgroup.replace("-", " ")}'
   return f'{row.name}: {keywords}. Kind: {kind}.' if keywords else f'{row.name}. Kind: {kind}.'
 
@@ -93,7 +93,7 @@ def corpus(source: str = 'embedded', count: int = 20_000, seed: int = 0) -> Iter
 _KINDS = {'caption': IMAGE_TO_TEXT, 'answer': IMAGE_TO_TEXT, 'draw': TEXT_TO_IMAGE, 'text': TEXT_ONLY}
 
 
-def _texts(kind: str, example: Example, composer: Composer, rng, draw_text_weight: float) -> tuple[str, str, float]:
+def _texts(kind: str, example: Example, composer: Composer, rng, draw_text_weight: float, drop_text: float) -> tuple[str, str, float]:
   """(context without weight, text, weight of the text's tokens)."""
   match kind:
     case 'caption':
@@ -101,8 +101,8 @@ def _texts(kind: str, example: Example, composer: Composer, rng, draw_text_weigh
     case 'answer':
       _, question, answer = example.questions[rng.integers(len(example.questions))]
       return questions.prompt(question), f' {answer}', 1.0
-    case 'draw':
-      return '', example.caption, draw_text_weight
+    case 'draw':  # Now and then of nothing: what guidance compares with.
+      return '', '' if rng.random() < drop_text else example.caption, draw_text_weight
     case _:
       return '', sentences(composer, example.facts.things[0].sprite), 1.0
 

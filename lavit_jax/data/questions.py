@@ -7,7 +7,6 @@ CATEGORIES = {
     'Smileys & Emotion': 'emotion', 'People & Body': 'people', 'Animals & Nature': 'nature', 'Food & Drink': 'food',
     'Travel & Places': 'travel', 'Activities': 'activity', 'Objects': 'object', 'Symbols': 'symbol', 'Flags': 'flag',
 }
-STYLES = ('twemoji', 'openmoji', 'noto')
 OPPOSITE = {'left': 'right', 'right': 'left', 'above': 'below', 'below': 'above'}
 PREPOSITION = {'left': 'to the left of', 'right': 'to the right of', 'above': 'above', 'below': 'below'}
 

@@ -6,8 +6,8 @@ Each rule is a pure function of names, so that no list has to be kept, and any m
 import functools
 from hashlib import blake2b
 
-# Of the salts below 200,000 that hold out exactly 80 of the 1,898 concepts, this is the one for which no held-out name is part
-# of another concept's name ('cow' would be part of 'cowboy hat face' only by letters, but 'drum' is a word of 'oil drum').
+# Of the salts below 200,000 that hold out exactly 80 of the 1,898 concepts, the one for which no held-out name is a part of
+# another concept's name, as 'drum' is of 'oil drum': it would be read in training after all.
 _CONCEPT_SALT = 173414
 _CONCEPT_SHARE = 0.042
 _PAIR_SHARE = 0.05

@@ -161,7 +161,7 @@ def _take(tree, index: Array):
   return jax.tree.map(lambda x: jax.vmap(lambda row, i: row[i])(x, index), tree)
 
 
-@functools.partial(jax.jit, static_argnames=('llama', 'num_beams', 'early_stopping', 'max_new_tokens'))
+@functools.partial(jax.jit, static_argnames=('llama', 'num_beams', 'max_new_tokens'))
 def beam_search(
     llama: Llama,
     params: dict,
@@ -233,8 +233,8 @@ def beam_search(
     finished_scores, best = jax.lax.top_k(pool.scores, num_beams)
     finished = _Beams(_take(pool.ids, best), finished_scores)
     count = jnp.minimum(state.count + ends.sum(1), num_beams)
-    full = count == num_beams
-    improvable = ~full if early_stopping else ~full | (live_scores[:, 0] / step**length_penalty > finished_scores[:, -1])
+    promising = live_scores[:, 0] / step**length_penalty > finished_scores[:, -1]
+    improvable = (count < num_beams) | (promising & ~jnp.asarray(early_stopping))
     return State(step, live, ancestry, finished, count, state.open & improvable, cache)
 
   def unfinished(state: State) -> Array:

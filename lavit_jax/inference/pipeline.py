@@ -91,7 +91,7 @@ def embed(model: lavit.Lavit, parts: dict, ids: Array, source: Array, features: 
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'size', 'steps'))
-def draw(model: lavit.Lavit, parts: dict, ids: Array, mask: Array, guidance: float, keys: Array, *, size: int, steps: int) -> Array:
+def draw(model: lavit.Lavit, parts: dict, ids: Array, mask: Array, keys: Array, *, guidance: float, size: int, steps: int) -> Array:
   """Codes i32[B, N] in a prefix, mask bool[B, N] of it -> pictures uint8[B, size, size, 3] by DDIM under guidance."""
   codes = _apply(model.tokenizer, parts['tokenizer'], ids, method='lookup')
   features = _apply(model.decoder, parts['decoder'], codes, mask)
@@ -159,24 +159,15 @@ class Lavit:
 
   def tokenize(self, images, seed: int | None = None) -> Tokens:
     """Pictures -> their visual tokens."""
-    images, out = read_images(images, self.model.image_size), []
-    keys = _keys(seed, len(images))
-    for n, rows in _batches(len(images)):
-      out.append([x[:n] for x in self._run(tokenize, ('vit', 'tokenizer'), images[rows], _take(keys, rows))])
-    ids, keep = (np.concatenate(x) for x in zip(*out))
+    images = read_images(images, self.model.image_size)
+    ids, keep = self.in_batches(tokenize, ('vit', 'tokenizer'), images, _keys(seed, len(images)))
     return Tokens([row[kept] for row, kept in zip(ids, keep)], keep, keep.sum(-1))
 
   def draw(self, codes: Sequence[np.ndarray], guidance: float = 5.0, steps: int = 50, seed: int = 0) -> np.ndarray:
     """Codes of each picture, i32[n] with n <= N -> uint8[B, H, W, 3]."""
-    slots = np.arange(self.model.num_patches)
-    ids = np.stack([np.resize(np.append(row, 0), slots.shape) for row in codes]).astype(np.int32)
-    mask = slots < np.array([max(1, len(row)) for row in codes])[:, None]  # drawing wants one code at least
-    parts, out = ('tokenizer', 'decoder', 'unet', 'vae', 'uncond_embeddings'), []
-    program = functools.partial(draw, size=self.settings.drawn_size, steps=steps)
-    keys = _keys(seed, len(ids))
-    for n, rows in _batches(len(ids)):
-      out.append(self._run(program, parts, ids[rows], mask[rows], guidance, keys[rows])[:n])
-    return np.concatenate(out)
+    ids, mask = self.in_slots(codes)
+    return self.in_batches(draw, ('tokenizer', 'decoder', 'unet', 'vae', 'uncond_embeddings'), ids, mask, _keys(seed, len(ids)),
+                           guidance=guidance, size=self.settings.drawn_size, steps=steps)
 
   def reconstruct(self, images, guidance: float = 5.0, steps: int = 50, seed: int = 0) -> np.ndarray:
     """Pictures -> visual tokens -> pictures, uint8[B, H, W, 3]; what is lost is what the tokens do not say."""
@@ -267,7 +258,7 @@ class Lavit:
     forbidden = np.arange(words.size) >= words.text_size
     keys, out = _keys(seed, len(images)), []
     for n, rows in _batches(len(images)):
-      features, counts = self._run(read, ('vit', 'tokenizer', 'understanding'), images[rows], _take(keys, rows))
+      features, counts = self._run(read, ('vit', 'tokenizer', 'understanding'), images[rows], None if keys is None else keys[rows])
       prompts = [[[words.image_start], range(i * slots, i * slots + int(count)), [words.image_end], asked[row]]
                  for i, (row, count) in enumerate(zip(rows, np.asarray(counts)))]
       embeddings, mask = self._embed(prompts, tokens[1], features)
@@ -288,6 +279,21 @@ class Lavit:
       raise UserError(f'the prompt is {longest} tokens long; shorten it to {MAX_LENGTH - new_tokens}')
     laid = sequence.lay_out_prompts(prompts, multiple=self.model.num_patches)
     return self._run(embed, ('llama',), laid.ids, laid.source, features), laid.mask
+
+  def in_slots(self, codes: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Codes of each picture, i32[n] with n <= N -> ids i32[B, N] in a prefix, and the mask bool[B, N] of it."""
+    slots = np.arange(self.model.num_patches)
+    ids = [np.resize(np.append(row, 0), slots.shape) for row in codes]
+    mask = slots < np.array([max(1, len(row)) for row in codes])[:, None]  # no code at all would leave nothing to attend to
+    return np.stack(ids).astype(np.int32), mask
+
+  def in_batches(self, program, names: tuple[str, ...], *rows, **same):
+    """program(model, parts, *rows, **same) over batches of `rows`, arrays [B, ...] or None; the results as numpy arrays."""
+    out = []
+    for n, index in _batches(len(rows[0])):
+      found = self._run(program, names, *(None if x is None else x[index] for x in rows), **same)
+      out.append(jax.tree.map(lambda x: np.asarray(x)[:n], found))
+    return jax.tree.map(lambda *x: np.concatenate(x), *out)
 
   def _run(self, program, names: tuple[str, ...], *args, **kwargs):
     """Calls a program with the parts that it needs, loading them first."""
@@ -321,6 +327,3 @@ def _keys(seed: int | None, count: int) -> Array | None:
   """A key for each row, so that what a row becomes does not depend on its batch."""
   return None if seed is None else jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(count))
 
-
-def _take(keys: Array | None, rows: np.ndarray) -> Array | None:
-  return None if keys is None else keys[rows]

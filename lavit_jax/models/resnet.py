@@ -3,9 +3,11 @@
 B batch, h and w height and width, C channels; images are NHWC. Convolutions run in `dtype`, statistics in float32.
 """
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import flax.linen as nn
+from jax import Array
+
 from lavit_jax.models.layers import Dtype
 
 
@@ -21,12 +23,12 @@ class GroupNorm(nn.Module):
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: Array) -> Array:
     channels, width = x.shape[-1], x.shape[-1] // self.num_groups
     if channels % self.num_groups:
       raise ValueError(f'{channels} channels do not divide into norm_num_groups={self.num_groups}')
 
-    def mean(x: jax.Array) -> jax.Array:  # [B, h, w, C] -> [B, 1, 1, C]
+    def mean(x: Array) -> Array:  # [B, h, w, C] -> [B, 1, 1, C]
       groups = x.mean((1, 2)).reshape(len(x), self.num_groups, width).mean(-1)
       return jnp.repeat(groups, width, axis=-1)[:, None, None]
 
@@ -50,7 +52,7 @@ class ResnetBlock(nn.Module):
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array, time: jax.Array | None = None) -> jax.Array:
+  def __call__(self, x: Array, time: Array | None = None) -> Array:
     y = nn.silu(GroupNorm(self.num_groups, self.epsilon, self.dtype, name='norm1')(x))
     y = nn.Conv(self.channels, (3, 3), padding=1, dtype=self.dtype, name='conv1')(y)
     if time is not None:
@@ -72,7 +74,7 @@ class Downsample(nn.Module):
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: Array) -> Array:
     return nn.Conv(x.shape[-1], (3, 3), strides=2, padding=(self.padding,) * 2, dtype=self.dtype, name='conv')(x)
 
 
@@ -82,7 +84,7 @@ class Upsample(nn.Module):
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: Array) -> Array:
     b, h, w, c = x.shape
     x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
     return nn.Conv(c, (3, 3), padding=1, dtype=self.dtype, name='conv')(x)

@@ -6,18 +6,18 @@ B batch, h and w latents, Z latent channels, C channels, M condition rows, E con
 H heads, d head width; latents are NHWC.
 """
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import flax.linen as nn
+from jax import Array
 
-from lavit_jax.models.layers import (REMAT_POLICIES, Dtype, LayerNorm, attention, merge_heads, scan_blocks,
-                                     split_heads)
+from lavit_jax.models.layers import REMAT_POLICIES, Dtype, LayerNorm, attention, merge_heads, scan_blocks, split_heads
 from lavit_jax.models.resnet import Downsample, GroupNorm, ResnetBlock, Upsample
 
 MASKED = -10000.  # what diffusers adds to the scores of condition rows that do not count
 
 
-def sinusoids(values: jax.Array, width: int) -> jax.Array:
+def sinusoids(values: Array, width: int) -> Array:
   """[...] -> f32[..., width]: cosines then sines of the values times 10000^(-2i/width) (flip_sin_to_cos, shift 0)."""
   half = width // 2
   angles = values[..., None].astype(jnp.float32) * jnp.exp(-jnp.log(10000.) * jnp.arange(half) / half)
@@ -31,7 +31,7 @@ class Embedding(nn.Module):
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: Array) -> Array:
     x = nn.silu(nn.Dense(self.width, dtype=self.dtype, name='linear_1')(x))
     return nn.Dense(self.width, dtype=self.dtype, name='linear_2')(x)
 
@@ -43,7 +43,7 @@ class Attention(nn.Module):
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array, source: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+  def __call__(self, x: Array, source: Array, bias: Array | None = None) -> Array:
     q, k, v = (split_heads(nn.Dense(x.shape[-1], use_bias=False, dtype=self.dtype, name=name)(y), self.num_heads)
                for name, y in (('to_q', x), ('to_k', source), ('to_v', source)))
     return nn.Dense(x.shape[-1], dtype=self.dtype, name='to_out')(merge_heads(attention(q, k, v, bias=bias)))
@@ -55,7 +55,7 @@ class GEGLU(nn.Module):
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: Array) -> Array:
     value, gate = jnp.split(nn.Dense(8 * x.shape[-1], dtype=self.dtype, name='fc1')(x), 2, axis=-1)
     return nn.Dense(x.shape[-1], dtype=self.dtype, name='fc2')(value * nn.gelu(gate, approximate=False))
 
@@ -67,7 +67,7 @@ class TransformerBlock(nn.Module):
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array, context: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, None]:
+  def __call__(self, x: Array, context: Array, bias: Array | None) -> tuple[Array, None]:
     norm1, norm2, norm3 = (LayerNorm(1e-5, self.dtype, name=f'norm{i}') for i in (1, 2, 3))
     y = norm1(x)
     x += Attention(self.num_heads, self.dtype, name='attn1')(y, y)
@@ -85,7 +85,7 @@ class Transformer(nn.Module):
   remat: str = 'none'
 
   @nn.compact
-  def __call__(self, x: jax.Array, context: jax.Array, bias: jax.Array | None) -> jax.Array:
+  def __call__(self, x: Array, context: Array, bias: Array | None) -> Array:
     batch, h, w, channels = x.shape
     y = GroupNorm(self.num_groups, 1e-6, self.dtype, name='norm')(x).reshape(batch, h * w, channels)
     y = nn.Dense(channels, dtype=self.dtype, name='proj_in')(y)
@@ -122,9 +122,9 @@ class UNet(nn.Module):
 
   @nn.compact
   def __call__(
-      self, latents: jax.Array, timesteps: jax.Array, context: jax.Array, context_mask: jax.Array | None = None,
-      added: tuple[jax.Array, jax.Array] | None = None,
-  ) -> jax.Array:
+      self, latents: Array, timesteps: Array, context: Array, context_mask: Array | None = None,
+      added: tuple[Array, Array] | None = None,
+  ) -> Array:
     """Predicts the noise (or the velocity: the same network).
 
     Args:

@@ -6,9 +6,10 @@ A latent is `scaling_factor` times what the encoder gives, so that a U-Net sees 
 `decode` work on the encoder's own scale and leave that factor to the caller.
 """
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import flax.linen as nn
+from jax import Array
 
 from lavit_jax.models.layers import Dtype, attention
 from lavit_jax.models.resnet import Downsample, GroupNorm, ResnetBlock, Upsample
@@ -23,7 +24,7 @@ class SpatialAttention(nn.Module):
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: Array) -> Array:
     batch, h, w, channels = x.shape
     y = GroupNorm(self.num_groups, EPSILON, self.dtype, name='group_norm')(x).reshape(batch, h * w, channels)
     q, k, v = (nn.Dense(channels, dtype=self.dtype, name=f'to_{n}')(y)[:, :, None] for n in 'qkv')
@@ -38,7 +39,7 @@ class Middle(nn.Module):
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: Array) -> Array:
     x = ResnetBlock(x.shape[-1], self.num_groups, EPSILON, self.dtype, name='resnet_0')(x)
     x = SpatialAttention(self.num_groups, self.dtype, name='attention_0')(x)
     return ResnetBlock(x.shape[-1], self.num_groups, EPSILON, self.dtype, name='resnet_1')(x)
@@ -54,7 +55,7 @@ class Encoder(nn.Module):
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: Array) -> Array:
     x = nn.Conv(self.block_out_channels[0], (3, 3), padding=1, dtype=self.dtype, name='conv_in')(x)
     for i, channels in enumerate(self.block_out_channels):
       if i:
@@ -75,7 +76,7 @@ class Decoder(nn.Module):
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: Array) -> Array:
     x = nn.Conv(self.block_out_channels[-1], (3, 3), padding=1, dtype=self.dtype, name='conv_in')(x)
     x = Middle(self.num_groups, self.dtype, name='mid')(x)
     for i, channels in enumerate(reversed(self.block_out_channels)):
@@ -113,7 +114,7 @@ class AutoencoderKL(nn.Module):
     """Pixels per latent along one side."""
     return 2 ** (len(self.block_out_channels) - 1)
 
-  def encode(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def encode(self, pixels: Array) -> tuple[Array, Array]:
     """f32[B, H, W, 3] in -1..1 -> mean and log-variance f32[B, h, w, Z], unscaled.
 
     Raises ValueError for sides that `factor` does not divide.
@@ -123,26 +124,26 @@ class AutoencoderKL(nn.Module):
     mean, logvar = jnp.split(self.quant_conv(self.encoder(pixels)).astype(jnp.float32), 2, axis=-1)
     return mean, jnp.clip(logvar, -30., 20.)
 
-  def decode(self, latents: jax.Array) -> jax.Array:
+  def decode(self, latents: Array) -> Array:
     """f32[B, h, w, Z], unscaled -> pixels f32[B, H, W, 3], about -1..1."""
     return self.decoder(self.post_quant_conv(latents)).astype(jnp.float32)
 
-  def __call__(self, pixels: jax.Array, key: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def __call__(self, pixels: Array, key: Array | None = None) -> tuple[Array, Array, Array]:
     """The autoencoder as it trains: (reconstruction, mean, logvar), from a sampled latent when there is a key."""
     mean, logvar = self.encode(pixels)
     return self.decode(sample_latents(mean, logvar, key)), mean, logvar
 
 
-def sample_latents(mean: jax.Array, logvar: jax.Array, key: jax.Array | None = None) -> jax.Array:
+def sample_latents(mean: Array, logvar: Array, key: Array | None = None) -> Array:
   """A draw from the encoder's Gaussian, or its mean without a key; f32[B, h, w, Z] throughout."""
   return mean if key is None else mean + jnp.exp(logvar / 2) * jax.random.normal(key, mean.shape)
 
 
-def preprocess(images: jax.Array) -> jax.Array:
+def preprocess(images: Array) -> Array:
   """uint8[B, H, W, 3] -> f32 in -1..1."""
   return images.astype(jnp.float32) / 127.5 - 1
 
 
-def postprocess(pixels: jax.Array) -> jax.Array:
+def postprocess(pixels: Array) -> Array:
   """f32[B, H, W, 3] in -1..1 -> uint8, clipped and rounded."""
   return jnp.round(jnp.clip(pixels * 127.5 + 127.5, 0, 255)).astype(jnp.uint8)

@@ -36,7 +36,8 @@ class Checkpoints:
     self.folder = pathlib.Path(os.path.abspath(workdir)) / 'checkpoints'
     self.identity = dict(stage=config.stage, variant=config.variant, sizes=json.loads(json.dumps(lavit.row(config.variant))))
     self.config = json.loads(config.to_json_best_effort())
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True)
+    self.clear_half_written()
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
     self.manager = ocp.CheckpointManager(self.folder, options=options, item_names=('state', 'data', 'config'), item_handlers={
         'state': ocp.StandardCheckpointHandler(), 'data': grain.checkpoint.CheckpointHandler(), 'config': ocp.JsonCheckpointHandler()})
 
@@ -76,26 +77,30 @@ class Checkpoints:
     """
     if step == self.manager.latest_step():
       return
-    with self._disk_full():
+    with _DiskFull(self):
       self.manager.save(step, args=ocp.args.Composite(
           state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(data),
           config=ocp.args.JsonSave({**self.identity, 'config': self.config})))
 
   def check(self) -> None:
     """Raises what went wrong behind us, if anything did."""
-    with self._disk_full():
+    with _DiskFull(self):
       self.manager.check_for_errors()
 
   def wait(self) -> None:
     """Returns when everything is on the disk."""
-    with self._disk_full():
+    with _DiskFull(self):
       self.manager.wait_until_finished()
 
   def close(self) -> None:
-    self.manager.close()
+    with _DiskFull(self):
+      self.manager.close()
 
-  def _disk_full(self):
-    return _DiskFull(self)
+  def clear_half_written(self) -> None:
+    """Deletes what a killed or failed save left; it never became a step."""
+    if jax.process_index() == 0:
+      for half in self.folder.glob('*.orbax-checkpoint-tmp*'):
+        shutil.rmtree(half, ignore_errors=True)
 
   def _damaged(self, step: int, error: Exception) -> UserError:
     reason = ' '.join(str(error).split())[:300]
@@ -122,9 +127,7 @@ class _DiskFull:
     else:
       return False
     folder = self.checkpoints.folder
-    if jax.process_index() == 0:
-      for half in folder.glob('*orbax-checkpoint-tmp*'):
-        shutil.rmtree(half, ignore_errors=True)
+    self.checkpoints.clear_half_written()
     steps = self.checkpoints.manager.all_steps(read=True)
     remedy = f'it goes on from step {max(steps)}' if steps else 'it begins anew'
     raise UserError(f'the disk is full while saving to {folder}; free some space and start the same command again: {remedy}') from error

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lavit_jax.models import vae as pixels
+from lavit_jax.models import vit
 from lavit_jax.models.initial import initial_parts
 from lavit_jax.models.lavit import Lavit
 from lavit_jax.models.llama import Llama
@@ -21,34 +22,49 @@ from lavit_jax.training.stage import Stage, Tree, apply, begin, features
 
 
 def encoder(config, model: Lavit, shards: int) -> Stage:
-  """Contrastive image-text training of the ViT: symmetric cross-entropy over the batch, learned temperature (CLIP)."""
+  """Contrastive image-text training of the ViT: symmetric cross-entropy over the batch, learned temperature (CLIP).
+
+  And a patch must tell its own pixels: EVA's features come from masked image modelling and stay local, while those of the contrastive
+  loss alone become the same at every patch of a picture, and then no token could say where a thing is.
+  """
   del shards
   tower = Llama(vocab_size=model.vocabulary.text_size, dtype=model.vit.dtype, remat=model.vit.remat, **config.text_tower)
 
   def init(key, parts):
-    k1, k2, k3 = jax.random.split(key, 3)
+    k1, k2, k3, k4 = jax.random.split(key, 4)
     width = tower.hidden_size
     mask, positions = jnp.ones((1, 1, 1, 1), bool), jnp.zeros((1, 1), jnp.int32)
     params = dict(
         **initial_parts(model, k1, ('vit',)),
         text=tower.init(k2, jnp.zeros((1, 1, width)), positions, mask)['params'],
         text_proj=dict(kernel=jax.random.normal(k3, (width, model.vit.output_dim)) * width**-0.5),
+        to_pixels=jax.random.normal(k4, (model.vit.hidden_size, 3 * model.vit.patch_size**2)),
         temperature=jnp.log(1 / 0.07))
     return begin(params, parts), {}
 
   def embed(params, batch):
-    image = apply(model.vit, params['vit'], features(model, params['vit'], batch['image']), method='pooled')
+    x = features(model, params['vit'], batch['image'])
+    image = apply(model.vit, params['vit'], x, method='pooled')
     ids, length = batch['text'], batch['text_length']
     slots = jnp.arange(ids.shape[1])
     mask = segment_mask((slots < length[:, None]).astype(jnp.int32))
     positions = jnp.broadcast_to(slots, ids.shape)
     hidden, _ = apply(tower, params['text'], apply(tower, params['text'], ids, method='embed'), positions, mask)
     last = jnp.take_along_axis(hidden, jnp.maximum(length - 1, 0)[:, None, None], axis=1)[:, 0]
-    return l2_normalise(image), l2_normalise(last.astype(jnp.float32) @ params['text_proj']['kernel'])
+    return x, l2_normalise(image), l2_normalise(last.astype(jnp.float32) @ params['text_proj']['kernel'])
+
+  def pixel_error(params, x, images):
+    """Mean squared error of a linear read-out of the patches' pixels. Its columns are short, so that x [B, 1 + N, D] cannot hide the
+    picture in components that are too small to survive the tokenizer."""
+    kernel = 0.5 * l2_normalise(params['to_pixels'].T).T
+    said = jax.nn.standardize(x[:, 1:].astype(jnp.float32)) @ kernel
+    side, patch = model.image_size // model.vit.patch_size, model.vit.patch_size
+    true = vit.preprocess(images).reshape(-1, side, patch, side, patch, 3).swapaxes(2, 3)
+    return jnp.square(said - true.reshape(said.shape)).mean()
 
   def loss(params, frozen, state, batch, key, train):
     del frozen, key, train
-    image, text = embed(params, batch)
+    x, image, text = embed(params, batch)
     logits = jnp.exp(jnp.minimum(params['temperature'], jnp.log(100.0))) * image @ text.T
     same = (batch['text'][:, None] == batch['text']).all(-1)  # equal captions are no negatives of each other
     target = same / same.sum(-1, keepdims=True)
@@ -56,13 +72,15 @@ def encoder(config, model: Lavit, shards: int) -> Stage:
     def cross_entropy(logits):
       return -(target * jax.nn.log_softmax(logits)).sum(-1).mean()
 
-    value = (cross_entropy(logits) + cross_entropy(logits.T)) / 2
+    contrastive = (cross_entropy(logits) + cross_entropy(logits.T)) / 2
+    pixel = pixel_error(params, x, batch['image'])
     hit = jnp.take_along_axis(same, logits.argmax(-1)[:, None], axis=-1)
-    return value, (state, dict(accuracy=hit.mean(), temperature=jnp.exp(-params['temperature'])))
+    values = dict(contrastive=contrastive, pixel=pixel, accuracy=hit.mean(), temperature=jnp.exp(-params['temperature']))
+    return contrastive + config.pixel_weight * pixel, (state, values)
 
   def draw(params, frozen, state, batch, key):
     del frozen, state, key
-    image, text = embed(params, batch)
+    _, image, text = embed(params, batch)
     grey = (jnp.clip(image @ text.T, 0, 1) * 255).astype(jnp.uint8).repeat(8, 0).repeat(8, 1)
     return [jnp.stack([grey] * 3, -1)[None]]  # similarities: pictures down, captions across; the diagonal should shine
 

@@ -106,18 +106,15 @@ def train(config, workdir) -> None:
 
       last, stop = step == config.num_steps, interrupt.requested(step)
       if step % config.log_every == 0 or last:
-        means = log.report()
+        check_finite(log.report(), step)
         checkpoints.check()
-        if not math.isfinite(means['loss']):
-          raise UserError(f'the loss is {means["loss"]} at step {step}; lower optim.learning_rate or optim.clip_norm, and start again: '
-                          'it goes on from the last checkpoint')
       if every(config.eval_every, step, last) and not stop:
         stop = look.evaluate(state, step, log, interrupt)
       if every(config.picture_every, step, last) and stage.draw and not stop:
         look.draw(state, step, log)
         stop = interrupt.requested(step)
       if every(config.checkpoint_every, step, last) or stop:
-        log.flush()
+        check_finite(log.flush(), step)
         checkpoints.save(step, state, data)
       if stop:
         checkpoints.wait()
@@ -268,6 +265,13 @@ def open_data(config, model, split: str):
         shard_index=jax.process_index(), shard_count=jax.process_count())
   except (FileNotFoundError, ValueError) as error:
     raise UserError(f'data: {error}') from error
+
+
+def check_finite(means: dict[str, float], step: int) -> None:
+  """Raises UserError, before a checkpoint is written, if the loss has been lost."""
+  if not math.isfinite(means.get('loss', 0.0)):
+    raise UserError(f'the loss is {means["loss"]} at step {step}; lower optim.learning_rate or optim.clip_norm, and start again: '
+                    'it goes on from the last checkpoint')
 
 
 def every(interval: int, step: int, last: bool) -> bool:

@@ -79,6 +79,7 @@ class Log:
 
   def evaluation(self, step: int, values: dict[str, float]) -> None:
     """Records held-out metrics everywhere."""
+    self.flush()
     values = {f'heldout/{k}': float(v) for k, v in values.items()}
     if self.writes:
       self.jsonl.write(json.dumps({'step': step, **values}) + '\n')

@@ -18,18 +18,17 @@ from lavit_jax.errors import UserError
 
 AXES = ('data', 'fsdp', 'tensor')
 BATCH = P(('data', 'fsdp'))
-LARGE = 1 << 22  # elements; a leaf below this may go without a row, and every device keeps a copy
+LARGE = 1 << 20  # elements; a leaf below this may go without a row, and every device keeps a copy
 
-# The last axes of a leaf: into a block -> split the output over `tensor`; out of a block -> split the input.
+# The last axes of a leaf. Into a block: the output is split over `tensor`; out of a block: the input is.
 RULES = (
-    (r'qkv/kernel$', P('fsdp', None, 'tensor')),                                 # [D, 3, H d]
-    (r'(q|k|v|query|key|value|to_q|to_k|to_v|gate|up|fc1|proj_in)/kernel$', P('fsdp', 'tensor')),  # [D, F]
-    (r'(o|proj|to_out|down|fc2|proj_out)/kernel$', P('tensor', 'fsdp')),         # [F, D]
-    (r'embed(ding)?(/embedding)?$', P('tensor', 'fsdp')),                        # [V, D]
-    (r'(head|lm_head|vit_proj|text_proj|unet_proj\w*)/kernel$', P('fsdp', 'tensor')),
-    (r'kernel$', P('fsdp', 'tensor')),                                           # other products and convolutions [.., I, O]
-    (r'(bias|scale)$', P()),
-    (r'(pos_embed|cls_token|uncond_embeddings|positions?|queries)$', P()),
+    (r'/(qkv|query|key|value|to_[qkv]|gate|up|fc1|fc_in|proj_in|linear_1)/kernel$', P('fsdp', 'tensor')),  # [.., D, F]
+    (r'/(proj|to_out|down|fc2|proj_out|linear_2)/kernel$', P('tensor', 'fsdp')),                           # [.., F, D]
+    (r'/(vit_proj|text_proj|context_proj_\d+|time_emb_proj|head)/kernel$', P('fsdp', 'tensor')),
+    (r'/(conv\w*|patch_embed)/kernel$', P('fsdp', 'tensor')),                                             # [h, w, in, out]
+    (r'(^state|/quantizer)/embedding$', P()),                                                             # the codebook, [K, C]
+    (r'/embedding$', P('tensor', 'fsdp')),                                                                # [V, D]
+    (r'/head$', P('fsdp', 'tensor')),                                                                     # [D, V]
 )
 
 

@@ -97,8 +97,9 @@ def shade_dropped(images: Array, keep: Array) -> Array:
 
 
 def feature_colours(x: Array, y: Array, size: int) -> list[Array]:
-  """Features and their reconstruction f32[B, N, D] as colours: the first three principal axes of x, uint8[B, size, size, 3]."""
-  side = round(x.shape[1] ** 0.5)
+  """Directions of features and of their reconstruction f32[B, N, D] as colours: the first three principal axes of the former,
+  uint8[B, size, size, 3] each. The length is left out: the loss does not see it."""
+  side, x, y = round(x.shape[1] ** 0.5), l2_normalise(x), l2_normalise(y)
   mean = x.mean((0, 1))
   _, _, axes = jnp.linalg.svd((x - mean).reshape(-1, x.shape[-1]), full_matrices=False)
   shown = [(f - mean) @ axes[:3].T for f in (x, y)]

@@ -57,6 +57,13 @@ def tokenizer(config, model: Lavit, shards: int) -> Stage:
     """The tokenizer's parameters with the codebook in its place."""
     return {**params['tokenizer'], 'quantizer': {**params['tokenizer']['quantizer'], 'embedding': book.embedding}}
 
+  def encode(params, book, x, key):
+    """Features [B, N, D] -> (keep f32[B, N], unit vectors before quantisation f32[B, N, C])."""
+    tok = whole(params, book)
+    keep = gumbel_keep(apply(model.tokenizer, tok, x, method='select'), key=key)
+    merged = apply(model.tokenizer, tok, x, keep, method='merge')
+    return keep, apply(model.tokenizer, tok, merged, method='quantize')[1]
+
   def reconstruct(params, codes, keep):
     """codes [B, N, C] * keep f32[B, N], through which the gradient reaches the selector -> features [B, N, D]."""
     return apply(model.decoder, params['decoder'], *compact(codes * keep[..., None], keep))
@@ -64,11 +71,7 @@ def tokenizer(config, model: Lavit, shards: int) -> Stage:
   def loss(params, frozen, book, batch, key, train):
     k1, k2, k3 = jax.random.split(key, 3)
     x = features(model, frozen['vit'], batch['image'])[:, 1:].astype(jnp.float32)
-    tok = whole(params, book)
-    keep = gumbel_keep(apply(model.tokenizer, tok, x, method='select'), key=k1)
-    merged = apply(model.tokenizer, tok, x, keep, method='merge')
-    z = apply(model.tokenizer, tok, merged, method=lambda m, merged: m.quantizer.project(merged))
-
+    keep, z = encode(params, book, x, k1)
     flat, weight = jax.lax.stop_gradient((z.reshape(-1, code_dim), keep.reshape(-1)))
     if train:  # the first quantised batch of the training, never one that is only looked at
       book = jax.lax.cond(book.step == c.quantize_from, lambda b: codebook.start(k2, b, flat, weight), lambda b: b, book)
@@ -83,8 +86,8 @@ def tokenizer(config, model: Lavit, shards: int) -> Stage:
     value = cosine + c.ratio_weight * ratio + jnp.where(quantizing, c.commitment_weight * commitment, 0.0)
 
     moved = codebook.update(k3, book, flat, weight, ids, c.decay, c.revive_after)
-    book = jax.tree.map(lambda new, old: jnp.where(quantizing, new, old), moved, book)._replace(step=book.step + 1)
-    metrics = dict(cosine=cosine, ratio=ratio, commitment=commitment, keep_ratio=keep.mean(), **codebook.usage(moved))
+    book = moved._replace(embedding=jnp.where(quantizing, moved.embedding, book.embedding), step=book.step + 1)
+    metrics = dict(cosine=cosine, ratio=ratio, commitment=commitment, keep_ratio=keep.mean(), **codebook.usage(book))
     metrics['batch_codes'] = (codebook.tally(flat, weight, ids, len(book.embedding))[0] > 0).mean()
     return value, (book, metrics)
 
@@ -94,8 +97,9 @@ def tokenizer(config, model: Lavit, shards: int) -> Stage:
   def draw(params, frozen, book, batch, key):
     images = batch['image'][:8]
     x = features(model, frozen['vit'], images)[:, 1:].astype(jnp.float32)
-    out = apply(model.tokenizer, whole(params, book), x, key)
-    return [images, shade_dropped(images, out.keep), *feature_colours(x, reconstruct(params, out.codes, out.keep), images.shape[1])]
+    keep, z = encode(params, book, x, key)
+    codes = jnp.where(book.step > c.quantize_from, book.embedding[codebook.nearest_code(z, book.embedding)], z)
+    return [images, shade_dropped(images, keep), *feature_colours(x, reconstruct(params, codes, keep), images.shape[1])]
 
   hold = ((r'^tokenizer/selector/', freeze_from),)
   return Stage(('vit',), (), init, loss, export, draw, hold)

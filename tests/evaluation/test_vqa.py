@@ -1,0 +1,35 @@
+"""Answers are scored by type, beside the usual answer of the training split."""
+
+import pytest
+
+from lavit_jax.data import mixtures
+from lavit_jax.evaluation import vqa
+
+
+@pytest.mark.parametrize('answer, same', [
+    ('Yes', 'yes'), ('an owl.', 'owl'), ('  The owl\nQuestion: what', 'owl'), ('red, I think', 'red'), ('', ''), ('theatre', 'theatre')])
+def test_normalise(answer, same):
+  assert vqa.normalise(answer) == same
+
+
+def test_majority_and_score_by_type():
+  train = [vqa.Asked(0, 'colour', 'q', 'red'), vqa.Asked(0, 'colour', 'q', 'Red'), vqa.Asked(1, 'colour', 'q', 'blue'),
+           vqa.Asked(1, 'yes/no', 'q', 'no')]
+  usual = vqa.majority(train)
+  assert usual == {'colour': 'red', 'yes/no': 'no'}
+  asked = [vqa.Asked(0, 'colour', 'q', 'red'), vqa.Asked(0, 'colour', 'q', 'blue'), vqa.Asked(0, 'yes/no', 'q', 'yes'),
+           vqa.Asked(0, 'what', 'q', 'owl')]
+  scores = vqa.score(['blue', 'Blue.', 'yes', 'an owl'], asked, usual)
+  assert scores['colour'] == dict(accuracy=0.5, majority=0.5, count=2)
+  assert scores['yes/no'] == dict(accuracy=1.0, majority=0.0, count=1)
+  assert scores['what'] == dict(accuracy=1.0, majority=0.0, count=1)
+  assert scores['all'] == dict(accuracy=0.75, majority=0.25, count=4)
+  with pytest.raises(ValueError):
+    vqa.score(['one'], asked, usual)
+
+
+def test_true_answers_score_one():
+  asked = vqa.ask(mixtures.examples('embedded', 'heldout', 1, 10, 'scene') + mixtures.examples('embedded', 'heldout', 1, 10))
+  scores = vqa.score([each.answer for each in asked], asked, vqa.majority(asked))
+  assert {kind: row['accuracy'] for kind, row in scores.items()} == dict.fromkeys(scores, 1.0)
+  assert scores['all']['count'] == len(asked) and 0 < scores['all']['majority'] < 1

@@ -1,0 +1,191 @@
+"""The command line: every bad input is one clear line and a non-zero exit, and leaves nothing half-written."""
+
+import errno
+import io
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lavit_jax import cli
+from lavit_jax.inference import output
+
+ROOT = pathlib.Path(cli.__file__).parents[1]
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+
+
+@pytest.fixture
+def fails(capsys):
+  """fails(arguments, pattern): the command ends with 2 after one line on stderr that matches."""
+
+  def run(arguments, pattern):
+    assert cli.main([str(argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith('lavit: error: ') and error.count('\n') == 1 and re.search(pattern, error), error
+
+  return run
+
+
+def jpeg(**kwargs):
+  buffer = io.BytesIO()
+  NOISE.save(buffer, 'JPEG', **kwargs)
+  return buffer.getvalue()
+
+
+@pytest.mark.parametrize('data, message', [
+    (b'words', 'not a picture'), (b'', 'empty'), (jpeg()[:-800], 'truncated'), (None, 'no such file')])
+@pytest.mark.parametrize('command', ['caption', 'reconstruct', 'tokenize', 'answer', 'synthesize'])
+def test_pictures_that_are_none(tiny_folder, tmp_path, fails, command, data, message):
+  path, out = tmp_path / 'picture.jpg', tmp_path / 'out'
+  if data is not None:
+    path.write_bytes(data)
+  more = ['What is this?'] if command in ('answer', 'synthesize') else []
+  fails([command, path, *more, '--folder', tiny_folder, '--out', out], f'picture.jpg: .*{message}')
+  assert not out.exists()
+
+
+def test_pictures_of_every_mode_are_tokenized(tiny_folder, tmp_path, capsys):
+  pictures = {
+      'one.png': NOISE.resize((1, 1)), 'palette.png': NOISE.quantize(16), 'cmyk.jpg': NOISE.convert('CMYK'),
+      'deep.png': Image.fromarray(np.asarray(NOISE)[..., 0].astype(np.uint16) * 257), 'alpha.png': NOISE.convert('RGBA')}
+  for name, picture in pictures.items():
+    picture.save(tmp_path / name)
+  out = tmp_path / 'tokens.json'
+  assert cli.main(['tokenize', *[str(tmp_path / name) for name in pictures], '--folder', str(tiny_folder), '--out', str(out)]) == 0
+  rows = json.loads(out.read_text())
+  assert [os.path.basename(row['image']) for row in rows] == list(pictures)
+  assert all(len(row['ids']) == len(row['patches']) == row['count'] > 0 for row in rows)
+  assert len(capsys.readouterr().out.splitlines()) == 5
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['generate', ' '], 'text is empty'),
+    (['generate', 'owl ' * 3000], 'tokens long; shorten it to'),
+    (['answer', 'PICTURE', ''], 'text is empty'),
+    (['synthesize', ''], 'text is empty'),
+    (['generate', 'owl', '--steps', '0'], '--steps'),
+    (['generate', 'owl', '--steps', '2000'], '--steps'),
+    (['generate', 'owl', '--top-k', '0'], '--top-k'),
+    (['generate', 'owl', '--temperature', '0'], '--temperature'),
+    (['generate', 'owl', '--seed', '-1'], "--seed: '-1' is not an integer from 0"),
+    (['generate', 'owl', '--guidance', 'much'], "--guidance: 'much' is not a number from 0 up; see lavit generate --help"),
+    (['generate', 'owl', '--sped', '1'], '--sped'),
+    (['generate'], 'required: TEXT'),
+    (['draw', 'owl'], "'draw'.*generate"),
+])
+def test_prompts_and_options(tiny_folder, tmp_path, fails, arguments, message):
+  picture, out = tmp_path / 'picture.png', tmp_path / 'out'
+  NOISE.save(picture)
+  arguments = [picture if argument == 'PICTURE' else argument for argument in arguments]
+  fails([*arguments, '--folder', tiny_folder, '--out', out], message)
+  assert not out.exists()
+
+
+def test_checkpoints(tiny_folder, tmp_path, fails):
+  fails(['generate', 'owl', '--folder', tmp_path / 'nowhere'], 'nowhere is not a lavit_jax checkpoint')
+  folder = shutil.copytree(tiny_folder, tmp_path / 'broken')
+  whole = (folder / 'llama.safetensors').read_bytes()
+  (folder / 'llama.safetensors').write_bytes(whole[:len(whole) // 2])
+  fails(['generate', 'owl', '--folder', folder, '--out', tmp_path / 'out'], r'llama\.safetensors is truncated')
+  (folder / 'llama.safetensors').unlink()
+  fails(['generate', 'owl', '--folder', folder, '--out', tmp_path / 'out'], r'llama\.safetensors is missing')
+  config = json.loads((folder / 'config.json').read_text())
+  (folder / 'config.json').write_text(json.dumps(config | dict(variant='tinny')))
+  fails(['generate', 'owl', '--folder', folder], "unknown variant 'tinny'.*'tiny'")
+  (folder / 'config.json').write_text('{')
+  fails(['generate', 'owl', '--folder', folder], r'config\.json cannot be read')
+  assert not (tmp_path / 'out').exists()
+
+
+def test_training_options(tmp_path, fails):
+  workdir = tmp_path / 'run'
+  page = ROOT / 'configs' / 'tokenizer.py'
+  fails(['train', '--config', 'configs/nowhere.py:tiny', '--workdir', workdir], 'no file configs/nowhere.py')
+  fails(['train', '--config', f'{page}:tinny', '--workdir', workdir], 'tinny.*tiny')
+  fails(['train', '--config', page, '--workdir', workdir, '--config.batchsize=1'], 'did you mean --config.batch_size')
+  fails(['train', '--config', page, '--workdir', workdir, '--config.batch_size=few'], 'type int')
+  fails(['train', '--config', page, '--workdir', workdir, '--workdirs', 'x'], 'does not know --workdirs x')
+  assert not workdir.exists()
+
+
+def test_overrides_reach_the_loop(tmp_path, monkeypatch):
+  from lavit_jax.training import loop
+  seen = []
+  monkeypatch.setattr(loop, 'train', lambda config, workdir: seen.append((config, workdir)))
+  assert cli.main(['train', '--config', str(ROOT / 'configs/tokenizer.py') + ':tiny', '--workdir', 'runs/x',
+                   '--config.batch_size=3', '--config.seed', '7']) == 0
+  (config, workdir), = seen
+  assert (config.batch_size, config.seed, config.variant, workdir) == (3, 7, 'tiny', 'runs/x')
+
+
+def test_a_missing_data_set(tiny_folder, tmp_path, fails):
+  fails(['evaluate', '--folder', tiny_folder, '--source', tmp_path, '--out', tmp_path / 'report.json'], 'no emoji data set; build one')
+  assert not list(tmp_path.iterdir())
+
+
+def full(*_args, **_kwargs):
+  raise OSError(errno.ENOSPC, 'No space left on device', 'runs/x/state')
+
+
+def test_a_full_disk(tmp_path, monkeypatch, fails):
+  from lavit_jax.training import loop
+  monkeypatch.setattr(loop, 'train', full)
+  fails(['train', '--config', ROOT / 'configs/tokenizer.py', '--workdir', tmp_path], 'disk is full at runs/x/state; free some space')
+  old = output.write(tmp_path / 'report.json', 'old')
+
+  class Full(io.BytesIO):
+    write = full
+
+  monkeypatch.setattr(output.os, 'fdopen', lambda *_: Full())
+  with pytest.raises(output.UserError, match='cannot write .*report.json: No space left'):
+    output.write(old, 'new')
+  assert [path.name for path in tmp_path.iterdir()] == ['report.json'] and old.read_text() == 'old'
+
+
+def test_output_is_whole_and_readable(tmp_path):
+  path = output.write(tmp_path / 'a' / 'b.txt', 'words')
+  assert path.read_text() == 'words' and path.stat().st_mode & 0o777 == 0o644
+  assert output.slug('Two owls, on a RED background!.png') == 'two-owls-on-a-red-background' and output.slug('???') == 'picture'
+  with pytest.raises(output.UserError, match='cannot write .*b.txt/c'):
+    output.write(path / 'c', 'words')
+
+
+def test_other_errors_are_not_hidden(monkeypatch):
+  from lavit_jax.training import loop
+  monkeypatch.setattr(loop, 'train', lambda *_: 1 // 0)
+  with pytest.raises(ZeroDivisionError):
+    cli.main(['train', '--config', str(ROOT / 'configs/tokenizer.py'), '--workdir', 'x'])
+
+
+def test_the_python_version(capsys):
+  cli.check_python((3, 11, 0))
+  cli.check_python((3, 14))
+  with pytest.raises(SystemExit) as error:
+    cli.check_python((3, 10, 9))
+  assert error.value.code == 2
+  assert capsys.readouterr().err == (
+      'lavit: error: Python 3.10 is too old; make the virtual environment with Python 3.11 or newer\n')
+
+
+def test_the_help_needs_nothing_heavy():
+  code = 'import sys; from lavit_jax.cli import main\ntry: main(["--help"])\nexcept SystemExit: print(sorted(sys.modules))'
+  start = time.monotonic()
+  out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+  assert time.monotonic() - start < 10  # a fifth of a second on an idle machine
+  assert not {'jax', 'numpy', 'flax', 'PIL', 'ml_collections'} & set(eval(out.splitlines()[-1]))
+  for command in ('train', 'demo', 'caption', 'answer', 'generate', 'synthesize', 'reconstruct', 'tokenize', 'data', 'evaluate', 'variants'):
+    assert command in out
+
+
+def test_variants_are_listed(capsys):
+  assert cli.main(['variants']) == 0
+  table = capsys.readouterr().out
+  assert 'tiny' in table and 'lavit_7b' in table and '16384' in table

@@ -1,0 +1,149 @@
+import errno
+import json
+import shutil
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from ml_collections import ConfigDict
+
+from lavit_jax.errors import UserError
+from lavit_jax.models import lavit
+from lavit_jax.training.checkpoint import Checkpoints
+
+
+def config(**changes):
+  return ConfigDict({'stage': 'lm', 'variant': 'tiny', 'optim': {'learning_rate': 0.1}, **changes})
+
+
+def numbers():
+  return iter(grain.MapDataset.range(1000).to_iter_dataset().batch(4))
+
+
+def state(value):
+  return {'params': {'kernel': jnp.full((4, 3), value, jnp.float32)}, 'step': jnp.array(int(value), jnp.int32)}
+
+
+def abstract(tree):
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+@pytest.fixture
+def saved(tmp_path):
+  """A run with checkpoints of steps 1, 2, 3, of which it keeps two."""
+  checkpoints, data = Checkpoints(tmp_path, config(), keep=2), numbers()
+  for step in (1, 2, 3):
+    next(data)
+    checkpoints.save(step, state(step), data)
+  checkpoints.wait()
+  checkpoints.close()
+  return tmp_path
+
+
+def test_state_and_data_go_on_where_they_were(saved):
+  checkpoints, data = Checkpoints(saved, config(), keep=2), numbers()
+  assert sorted(p.name for p in (saved / 'checkpoints').iterdir()) == ['2', '3']
+  assert checkpoints.latest() == 3
+  restored = checkpoints.restore(3, abstract(state(0)), data)
+  jax.tree.map(np.testing.assert_array_equal, restored, state(3))
+  np.testing.assert_array_equal(next(data), [12, 13, 14, 15])
+
+
+def test_it_keeps_the_config_and_the_sizes_of_the_variant(saved):
+  about = json.loads((saved / 'checkpoints' / '3' / 'config' / 'metadata').read_text())
+  assert about['config']['optim']['learning_rate'] == 0.1
+  assert about['sizes']['vit']['hidden_size'] == lavit.VARIANTS['tiny']['vit']['hidden_size']
+
+
+def test_donated_memory_does_not_reach_the_file(tmp_path):
+  """Saving goes on behind the next steps, which write over the memory of the state."""
+  step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+  checkpoints, data, now = Checkpoints(tmp_path, config(), keep=1), numbers(), {'x': jnp.zeros(1 << 20)}
+  checkpoints.save(1, now, data)
+  for _ in range(20):
+    now = step(now)
+  checkpoints.wait()
+  assert not checkpoints.restore(1, {'x': jax.ShapeDtypeStruct((1 << 20,), jnp.float32, sharding=now['x'].sharding)}, data)['x'].any()
+
+
+def test_half_written_checkpoints_are_ignored_and_cleared(saved):
+  half = saved / 'checkpoints' / '4.orbax-checkpoint-tmp-123'
+  (half / 'state').mkdir(parents=True)
+  checkpoints = Checkpoints(saved, config(), keep=2)
+  assert checkpoints.latest() == 3
+  assert not half.exists()
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'variant': 'small'}, r'lm:tiny, and this run is lm:small; choose another --workdir'),
+    ({'stage': 'tokenizer'}, r'lm:tiny, and this run is tokenizer:tiny; choose another --workdir')])
+def test_a_checkpoint_of_another_run(saved, change, message):
+  with pytest.raises(UserError, match=message):
+    Checkpoints(saved, config(**change), keep=2).latest()
+
+
+def test_a_checkpoint_of_other_sizes(saved, monkeypatch):
+  monkeypatch.setitem(lavit.VARIANTS, 'tiny', {**lavit.VARIANTS['tiny'], 'text_vocab_size': 7})
+  with pytest.raises(UserError, match='with other sizes than the variants table has now'):
+    Checkpoints(saved, config(), keep=2).latest()
+
+
+def test_a_config_that_changes_the_state_is_told(saved):
+  checkpoints = Checkpoints(saved, config(), keep=2)
+  with pytest.raises(UserError, match=r'checkpoints/3 is damaged or does not fit this config'):
+    checkpoints.restore(3, abstract({**state(0), 'ema': jnp.zeros(3)}), numbers())
+
+
+def test_a_truncated_checkpoint_is_told(saved):
+  folder = saved / 'checkpoints' / '3' / 'state'
+  for file in folder.rglob('*'):
+    if file.is_file() and file.stat().st_size > 100:
+      file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+  checkpoints = Checkpoints(saved, config(), keep=2)
+  with pytest.raises(UserError, match=r'checkpoints/3 is damaged .*; delete that folder to go on from the one before'):
+    checkpoints.restore(checkpoints.latest(), abstract(state(0)), numbers())
+
+
+@pytest.mark.parametrize('error', [OSError(errno.ENOSPC, 'No space left on device'),
+                                   ValueError('UNKNOWN: Error writing "d/1": No space left on device [errno 28]')])
+def test_a_full_disk_leaves_nothing_half_written(saved, monkeypatch, error):
+  """Whether Python says it or, in other words, TensorStore."""
+  async def fail(self, directory, *args, **kwargs):
+    (directory / 'half').write_text('half')
+    raise error
+
+  checkpoints, data = Checkpoints(saved, config(), keep=2), numbers()
+  with monkeypatch.context() as patch:
+    patch.setattr(ocp.StandardCheckpointHandler, 'async_save', fail)
+    with pytest.raises(UserError, match=r'disk is full while saving to .*checkpoints; .*: it goes on from step 3'):
+      checkpoints.save(4, state(4), data)
+      checkpoints.wait()
+  checkpoints.close()
+  assert sorted(p.name for p in (saved / 'checkpoints').iterdir()) == ['2', '3']
+  again = Checkpoints(saved, config(), keep=2)
+  assert again.latest() == 3
+  jax.tree.map(np.testing.assert_array_equal, again.restore(3, abstract(state(0)), data), state(3))
+
+
+def test_a_disk_that_really_is_full(tmp_path):
+  """On a file system of a megabyte, where one can be mounted."""
+  import subprocess
+  disk = tmp_path / 'disk'
+  disk.mkdir()
+  if not shutil.which('mount') or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', disk], capture_output=True).returncode:
+    pytest.skip('cannot mount a small file system here')
+  try:
+    checkpoints, data = Checkpoints(disk, config(), keep=2), numbers()
+    checkpoints.save(1, state(1), data)
+    checkpoints.wait()
+    large = {'x': jax.random.normal(jax.random.key(0), (1 << 20,))}
+    with pytest.raises(UserError, match='disk is full .* goes on from step 1'):
+      checkpoints.save(2, large, data)
+      checkpoints.wait()
+    assert [p.name for p in (disk / 'checkpoints').iterdir()] == ['1']
+    jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(1, abstract(state(0)), data), state(1))
+  finally:
+    subprocess.run(['umount', '-l', disk], check=False)

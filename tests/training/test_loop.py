@@ -1,0 +1,194 @@
+"""The loop as it is run: in processes of their own, killed, continued, on one device and on eight."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import nano
+import numpy as np
+import pytest
+
+from lavit_jax.errors import UserError
+from lavit_jax.porting import folder
+from lavit_jax.training.loop import train
+
+SCRIPT = pathlib.Path(nano.__file__)
+nano.install()
+
+
+@pytest.fixture(scope='session')
+def cache(tmp_path_factory):
+  """Where the processes share what they compile; the computations are the same."""
+  return tmp_path_factory.mktemp('compiled')
+
+
+@pytest.fixture
+def start(cache):
+  """start(stage, workdir, key=value ...) -> the running process of one training."""
+  running = []
+
+  def begin(stage, workdir, devices=1, **changes):
+    env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+           'JAX_COMPILATION_CACHE_DIR': str(cache), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+           'PYTHONPATH': str(nano.ROOT), 'TF_CPP_MIN_LOG_LEVEL': '3'}
+    command = [sys.executable, str(SCRIPT), stage, str(workdir), *(f'{key}={value!r}' for key, value in changes.items())]
+    running.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    return running[-1]
+
+  yield begin
+  for process in running:
+    if process.poll() is None:
+      process.kill()
+    process.communicate()
+
+
+def finish(process, status=0):
+  out, _ = process.communicate()
+  assert process.returncode == status, out
+  return out
+
+
+def rows(workdir):
+  file = workdir / 'metrics.jsonl'
+  found = []
+  for line in file.read_text().splitlines() if file.exists() else ():
+    try:
+      found.append(json.loads(line))
+    except ValueError:
+      pass  # being written
+  return found
+
+
+def until(process, workdir, step):
+  """Waits for the process to log a step."""
+  while process.poll() is None and not any(row['step'] >= step for row in rows(workdir)):
+    time.sleep(0.01)
+  assert process.poll() is None, process.communicate()[0]
+
+
+def test_killed_at_any_step_it_repeats_itself_bit_for_bit(start, tmp_path):
+  """SIGKILL before the first checkpoint, between two, and once more; then the same losses as without."""
+  options = dict(num_steps=40, checkpoint_every=5, eval_every=10, eval_batches=1, optim__ema_decay=0.9)
+  finish(start('encoder', tmp_path / 'whole', **options))
+  for step in (2, 8, 23):
+    process = start('encoder', tmp_path / 'broken', **options)
+    until(process, tmp_path / 'broken', step)
+    process.kill()
+    process.communicate()
+  out = finish(start('encoder', tmp_path / 'broken', **options))
+  assert 'continuing from step' in out
+  whole, broken = rows(tmp_path / 'whole'), rows(tmp_path / 'broken')
+  assert [row['step'] for row in whole if 'loss' in row] == list(range(1, 41))
+  assert whole == broken  # all metrics, those of the held-out split among them, all digits
+  assert len({row['loss'] for row in whole if 'loss' in row}) == 40
+  exports = [folder.load_parts(tmp_path / name / 'export', variant='nano')['vit'] for name in ('whole', 'broken')]
+  jax.tree.map(np.testing.assert_array_equal, *exports)
+
+
+def test_sigterm_saves_and_ends(start, tmp_path):
+  process = start('encoder', tmp_path, num_steps=100_000, checkpoint_every=0)
+  until(process, tmp_path, 3)
+  process.send_signal(signal.SIGTERM)
+  out = finish(process, 143)
+  last = rows(tmp_path)[-1]['step']
+  assert f'stopped at step {last} as asked' in out
+  assert [p.name for p in (tmp_path / 'checkpoints').iterdir()] == [str(last)]
+  assert not (tmp_path / 'export').exists()
+  out = finish(start('encoder', tmp_path, num_steps=last + 1))
+  assert f'continuing from step {last}' in out
+  assert [row['step'] for row in rows(tmp_path)] == list(range(1, last + 2))
+
+
+def test_sigterm_while_it_compiles(start, tmp_path):
+  process = start('encoder', tmp_path, num_steps=100_000)
+  while not (tmp_path / 'checkpoints').exists():
+    assert process.poll() is None, process.communicate()[0]
+    time.sleep(0.01)
+  process.send_signal(signal.SIGTERM)
+  finish(process, 143)
+  assert len(rows(tmp_path)) <= 2
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """Every stage in turn, each from the exports of those before it; stage -> workdir."""
+  runs = tmp_path_factory.mktemp('runs')
+  frozen = {'tokenizer': ('encoder',), 'detokenizer': ('encoder', 'autoencoder', 'tokenizer'), 'lm': ('encoder', 'tokenizer')}
+  for stage in ('encoder', 'autoencoder', 'tokenizer', 'detokenizer', 'lm'):
+    changes = dict(frozen=','.join(str(runs / name / 'export') for name in frozen.get(stage, ())), eval_every=2, eval_batches=1)
+    if stage == 'tokenizer':
+      changes |= dict(tokenizer__quantize_from=2, picture_every=4)
+    train(nano.config(stage, **changes), runs / stage)
+  return {p.name: p for p in runs.iterdir()}
+
+
+def test_every_stage_exports_its_parts(finished):
+  parts = {stage: sorted(folder.load_parts(run / 'export', variant='nano')) for stage, run in finished.items()}
+  assert parts == dict(encoder=['vit'], autoencoder=['vae'], tokenizer=['decoder', 'tokenizer'],
+                       detokenizer=['decoder', 'uncond_embeddings', 'unet'], lm=['llama', 'understanding'])
+
+
+def test_what_is_frozen_stays(finished):
+  before = folder.load_parts(finished['tokenizer'] / 'export', ['decoder'])['decoder']
+  after = folder.load_parts(finished['detokenizer'] / 'export', ['decoder'])['decoder']
+  np.testing.assert_array_equal(before['fc1']['kernel'], after['fc1']['kernel'])
+  assert np.abs(before['context_proj_0']['kernel'] - after['context_proj_0']['kernel']).max() > 0
+  first = folder.load_parts(finished['tokenizer'] / 'export', ['tokenizer'])['tokenizer']['merger']
+  copy = folder.load_parts(finished['lm'] / 'export', ['understanding'])['understanding']['merger']
+  difference = np.abs(first['blocks']['mlp']['fc1']['kernel'] - copy['blocks']['mlp']['fc1']['kernel'])
+  assert 0 < difference.max() < 0.05  # it began as a copy and trains along
+
+
+def test_metrics_and_pictures_are_there(finished):
+  for stage, run in finished.items():
+    logged = rows(run)
+    assert [row['step'] for row in logged if 'loss' in row] == [1, 2, 3, 4], stage
+    assert [row['step'] for row in logged if 'heldout/loss' in row] == [2, 4], stage
+  assert (finished['tokenizer'] / 'pictures' / 'tokenizer_0000004.png').exists()
+
+
+def test_a_missing_stage_is_named(finished, tmp_path):
+  with pytest.raises(UserError, match=r'stage lm needs tokenizer: name the folders .*--config.frozen='):
+    train(nano.config('lm', frozen=str(finished['encoder'] / 'export')), tmp_path)
+
+
+def test_another_runs_checkpoint_is_refused(tmp_path):
+  train(nano.config('encoder', checkpoint_every=4), tmp_path / 'run')
+  with pytest.raises(UserError, match='checkpoint of encoder:nano, and this run is autoencoder:nano; choose another --workdir'):
+    train(nano.config('autoencoder'), tmp_path / 'run')
+
+
+def test_a_lost_loss_ends_the_run(tmp_path):
+  with pytest.raises(UserError, match=r'the loss is (nan|inf) at step \d+; lower optim.learning_rate'):
+    train(nano.config('autoencoder', optim__learning_rate=1e30, optim__clip_norm=0.0, num_steps=8, checkpoint_every=1), tmp_path)
+
+
+@pytest.mark.parametrize('changes, message', [
+    (dict(data__source='/nowhere'), 'data: /nowhere has no emoji data set'),
+    (dict(data__tokenizer_folder='/nowhere'), 'data: /nowhere/tokenizer.json does not exist'),
+    (dict(mesh__tensor=3), 'mesh: data=-1, fsdp=1, tensor=3 does not fit')])
+def test_bad_options_are_named(changes, message, tmp_path):
+  with pytest.raises(UserError, match=message):
+    train(nano.config('encoder', **changes), tmp_path)
+
+
+@pytest.mark.parametrize('stage', ['encoder', 'tokenizer', 'lm'])
+@pytest.mark.parametrize('mesh', [dict(mesh__data=-1), dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)])
+def test_eight_devices_give_the_losses_of_one(start, finished, tmp_path, stage, mesh):
+  frozen = ','.join(str(finished[name] / 'export') for name in ('encoder', 'tokenizer'))
+  options = dict(num_steps=3, frozen=frozen)
+  if stage == 'tokenizer':
+    options |= dict(frozen=str(finished['encoder'] / 'export'), tokenizer__quantize_from=1)
+  one = start(stage, tmp_path / 'one', **options)
+  eight = start(stage, tmp_path / 'eight', devices=8, **options, **mesh)
+  assert "'data'" in finish(one)
+  out = finish(eight)
+  assert sum(int(n) > 1 for n in out.split('mesh {')[1].split('}')[0].replace(',', ' ').split() if n.isdigit()) == len(mesh)
+  losses = [[row['loss'] for row in rows(tmp_path / name)] for name in ('one', 'eight')]
+  assert len(losses[0]) == 3
+  np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)

@@ -1,0 +1,64 @@
+import json
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from lavit_jax.training import metrics
+
+
+def lines(folder):
+  return [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+
+
+def test_every_step_is_in_the_jsonl_and_the_terminal_shows_means(tmp_path, capsys):
+  log = metrics.Log(tmp_path, 0, num_steps=10, batch_size=4, flops=2e9, peak_tflops=1.0)
+  for step in (1, 2, 3):
+    log.step(step, {'keep_ratio': jnp.float32(0.1), 'loss': jnp.float32(step)})
+  means = log.report()
+  log.step(4, {'keep_ratio': jnp.float32(0.1), 'loss': jnp.float32(7)})
+  log.evaluation(4, {'loss': 0.5})
+  log.close()
+  assert means == {'loss': 2.0, 'keep_ratio': pytest.approx(0.1)}
+  assert [(row['step'], row.get('loss'), row.get('heldout/loss')) for row in lines(tmp_path)] == [
+      (1, 1, None), (2, 2, None), (3, 3, None), (4, 7, None), (4, None, 0.5)]
+  assert lines(tmp_path)[0]['keep_ratio'] == float(np.float32(0.1))  # all digits
+  out = capsys.readouterr().out
+  assert 'step 3/10' in out and 'loss 2 ' in out and 'ETA' in out and 'examples/s' in out and 'step 4 held-out  loss 0.5' in out
+  assert list((tmp_path / 'tensorboard').iterdir())
+
+
+def test_a_continued_run_drops_the_steps_that_it_makes_again(tmp_path):
+  log = metrics.Log(tmp_path, 0, 10, 4)
+  for step in range(1, 6):
+    log.step(step, {'loss': jnp.float32(step)})
+  log.close()
+  with (tmp_path / 'metrics.jsonl').open('a') as file:
+    file.write('{"step": 6, "los')  # killed in the middle of a line
+  log = metrics.Log(tmp_path, 3, 10, 4)
+  log.step(4, {'loss': jnp.float32(40)})
+  log.close()
+  assert [(row['step'], row['loss']) for row in lines(tmp_path)] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+
+
+def test_mean_skips_what_was_not_measured_but_shows_a_lost_loss():
+  rows = [{'loss': 1.0, 'a': math.nan, 'b': math.nan}, {'loss': math.nan, 'a': 2.0, 'b': math.nan}]
+  mean = metrics.mean(rows)
+  assert math.isnan(mean['loss']) and mean['a'] == 2.0 and math.isnan(mean['b'])
+  assert metrics.mean([]) == {}
+
+
+def test_pictures(tmp_path):
+  rows = [np.full((3, 4, 4, 3), value, np.uint8) for value in (10, 200)]
+  log = metrics.Log(tmp_path, 0, 10, 4)
+  log.pictures(5, {'tokenizer': metrics.sheet(*rows)})
+  log.close()
+  with Image.open(tmp_path / 'pictures' / 'tokenizer_0000005.png') as image:
+    pixels = np.asarray(image)
+  assert pixels.shape == (8, 12, 3) and (pixels[:4] == 10).all() and (pixels[4:] == 200).all()
+
+
+def test_duration():
+  assert [metrics.duration(s) for s in (5, 3725, 90061)] == ['0:00:05', '1:02:05', '25:01:01']

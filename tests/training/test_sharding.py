@@ -1,0 +1,83 @@
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, PartitionSpec as P
+
+from lavit_jax.errors import UserError
+from lavit_jax.models import lavit
+from lavit_jax.models.initial import initial_parts
+from lavit_jax.training import optim, sharding
+
+MESH = AbstractMesh((2, 4, 2), sharding.AXES)
+
+
+@pytest.mark.parametrize('sizes, shape', [((-1, 1, 1), 1), ((1, -1, 1), 1), ((1, 1, 1), 1)])
+def test_mesh_takes_what_is_left(sizes, shape):
+  if jax.device_count() == 1:
+    assert math.prod(sharding.make_mesh(dict(zip(sharding.AXES, sizes))).shape.values()) == shape
+
+
+@pytest.mark.parametrize('sizes', [(3, -1, 1), (-1, -1, 1), (2, 1, 1), (0, -1, 1)])
+def test_mesh_that_does_not_fit(sizes):
+  with pytest.raises(UserError, match=r'mesh: data=.* does not fit \d+ device'):
+    sharding.make_mesh(dict(zip(sharding.AXES, sizes)))
+
+
+def test_specs_are_right_aligned_and_leave_out_what_does_not_divide():
+  assert sharding.spec('params/llama/layers/mlp/up/kernel', (32, 64, 128), MESH) == P(None, 'fsdp', 'tensor')
+  assert sharding.spec('params/llama/layers/mlp/down/kernel', (32, 128, 64), MESH) == P(None, 'tensor', 'fsdp')
+  assert sharding.spec('params/unet/conv_in/kernel', (3, 3, 4, 320), MESH) == P(None, None, 'fsdp', 'tensor')
+  assert sharding.spec('params/llama/embedding', (48387, 64), MESH) == P(None, 'fsdp')
+  assert sharding.spec('params/vit/norm/scale', (64,), MESH) == P()
+
+
+def test_a_large_leaf_without_a_rule_is_an_error():
+  with pytest.raises(ValueError, match='params/new/table .* no row of sharding.RULES names it'):
+    sharding.spec('params/new/table', (1024, 1024), MESH)
+  assert sharding.spec('params/new/table', (1024, 1023), MESH) == P()
+
+
+@pytest.fixture(scope='module')
+def seven_b():
+  return jax.eval_shape(functools.partial(initial_parts, lavit.build('lavit_7b')), jax.random.key(0))
+
+
+def test_every_large_leaf_of_the_7b_model_is_split(seven_b):
+  """No device of 16 holds more than a share of it, and what everybody holds is next to nothing."""
+  held = whole = 0
+  for path, leaf in jax.tree_util.tree_leaves_with_path(seven_b):
+    name = sharding.path_name(path)
+    spec = sharding.spec(f'params/{name}', leaf.shape, MESH)
+    pieces = math.prod(MESH.shape[axis] for axis in spec if axis)
+    held, whole = held + leaf.size / pieces, whole + leaf.size
+    if leaf.size >= sharding.LARGE:
+      assert pieces >= 4, f'{name} {leaf.shape} {spec}'
+  assert held < whole / 7
+
+
+def test_optimizer_moments_lie_with_their_parameters(seven_b):
+  params = {'llama': seven_b['llama']}
+  config = type('Optim', (), dict(learning_rate=1.0, warmup_steps=1, final_fraction=0.1, weight_decay=0.1, b1=0.9, b2=0.95,
+                                  clip_norm=1.0, freeze=(), lr_scale=()))
+  state = jax.eval_shape(optim.make(config, 10, params).init, params)
+  specs = {sharding.path_name(path): s.spec for path, s in jax.tree_util.tree_leaves_with_path(sharding.shardings(state, MESH))}
+  for moment in ('mu', 'nu'):
+    mine = {re.sub(f'.*/{moment}/', '', name): spec for name, spec in specs.items() if f'/{moment}/' in name}
+    assert mine == {sharding.path_name(path): s.spec for path, s in
+                    jax.tree_util.tree_leaves_with_path(sharding.shardings(params, MESH))}
+  assert P(None, 'fsdp', 'tensor') in specs.values()
+
+
+def test_batches_and_trees_arrive_as_they_were():
+  mesh = sharding.make_mesh(dict(data=-1, fsdp=1, tensor=1))
+  rows = {'image': np.arange(24 * 8, dtype=np.uint8).reshape(8, 24)}
+  batch = sharding.put_batch(rows, mesh)
+  assert batch['image'].sharding.spec == sharding.BATCH
+  np.testing.assert_array_equal(batch['image'], rows['image'])
+  tree = {'fc1': {'kernel': np.ones((4, 2), np.float32)}, 'uncond_embeddings': jnp.zeros((1, 3))}
+  jax.tree.map(np.testing.assert_array_equal, sharding.put_tree(tree, mesh), tree)
