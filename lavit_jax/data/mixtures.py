@@ -29,7 +29,8 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
   task 'lm':          these, and text_weight float32[B, T], the weight of each text token in the loss, and kind int32[B]:
                       0 image to text, 1 text to image, 2 text only. `shares` says how often a row is a 'caption', an
                       'answer' (kind 0; only the answer's tokens weigh), a 'draw' (kind 1; tokens weigh
-                      `draw_text_weight`, and a share `drop_text` has no text) or a 'text' (kind 2). Begin and end tokens are the packer's business.
+                      `draw_text_weight`, and a share `drop_text` has no text) or a 'text' (kind 2).
+                      Begin and end tokens are the packer's business.
 
   Raises ValueError for an unknown task, share or split, and for a text of more than `text_length` tokens.
   """

@@ -59,7 +59,7 @@ class Parrot(Oracle):
 
 def test_an_oracle_is_right_and_a_parrot_is_not(tmp_path, capsys):
   count = 24
-  settings = dict(source='embedded', count=count, out=tmp_path / 'report.json', drawn=16, train=256)
+  settings = dict(source='embedded', count=count, out=tmp_path / 'report.json', drawn=16, train=128)
   right = report.evaluate(Oracle(count), **settings)
   assert json.loads((tmp_path / 'report.json').read_text()) == json.loads(json.dumps(right))
   printed = capsys.readouterr().out

@@ -114,7 +114,7 @@ def test_masked_rows_have_no_influence():
   np.testing.assert_array_equal(got, apply(params, latents, t, changed, MASK))
   seen = np.ones_like(MASK)
   assert not np.allclose(apply(params, latents, t, context, seen), apply(params, latents, t, changed, seen))
-  short = apply(params, latents, t, context[:, MASK[1]], np.ones((2, 2), bool))
+  short = apply(params, latents, t, context[:, MASK[1]], np.ones((2, MASK[1].sum()), bool))
   np.testing.assert_allclose(got[1], short[1], atol=1e-5)
 
 

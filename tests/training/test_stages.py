@@ -156,9 +156,8 @@ def test_detokenizer_draws(parts, batch):
 
 
 def lm_loss(parts, batch, shards=1, **changes):
-  config = nano.config('lm', **changes)
-  stage = stages.build(config, MODEL, shards)
-  params, state = stage.init(jax.random.key(0), parts)
+  stage = stages.build(nano.config('lm', **changes), MODEL, shards)
+  params, state = stage.init(jax.random.key(0), parts)  # `parts` has its llama and understanding: nothing is drawn at random
   value, (_, metrics) = jax.jit(lambda params, batch: stage.loss(params, parts, state, batch, jax.random.key(1), True))(params, batch)
   return params, value, metrics
 
@@ -167,26 +166,36 @@ def test_lm_loss_is_that_of_the_pairs_one_by_one(parts, batch):
   params, value, metrics = lm_loss({k: parts[k] for k in ('vit', 'tokenizer')}, batch)
   assert metrics['overflow'] == 0
   np.testing.assert_array_equal(params['understanding']['merger']['norm']['scale'], parts['tokenizer']['merger']['norm']['scale'])
-  x = features(MODEL, parts['vit'], batch['image'])[:, 1:]
-  out = apply(MODEL.tokenizer, parts['tokenizer'], x, jax.random.key(1))
-  visual, mask = compact(apply(MODEL.understanding, params['understanding'], x, out.keep), out.keep)
-  codes, _ = compact(out.ids, out.keep)
+
+  @jax.jit
+  def tokens(images):
+    x = features(MODEL, parts['vit'], images)[:, 1:]
+    out = apply(MODEL.tokenizer, parts['tokenizer'], x, jax.random.key(1))
+    return *compact(apply(MODEL.understanding, params['understanding'], x, out.keep), out.keep), compact(out.ids, out.keep)[0]
+
+  visual, mask, codes = tokens(batch['image'])
   words = MODEL.vocabulary
+
+  @jax.jit
+  def costs(ids, continuous):
+    """-log p of ids[1:], where `continuous` f32[S, H] is not nan instead of the embeddings; S is padded, which causality ignores."""
+    embedded = apply(MODEL.llama, params['llama'], ids[None], method='embed')
+    embedded = jnp.where(jnp.isnan(continuous), embedded, continuous)
+    causal = jnp.tril(jnp.ones((1, 1, len(ids), len(ids)), bool))
+    hidden, _ = apply(MODEL.llama, params['llama'], embedded, jnp.arange(len(ids))[None], causal)
+    log_probs = jax.nn.log_softmax(apply(MODEL.llama, params['llama'], hidden, method='logits'))
+    return -log_probs[0, jnp.arange(len(ids) - 1), ids[1:]]
+
   total = {0: [0.0, 0.0], 1: [0.0, 0.0], 2: [0.0, 0.0]}
   for i in range(8):
     text, n = list(batch['text'][i, : batch['text_length'][i]]), int(mask[i].sum())
-    image = [int(c) + words.code_offset for c in codes[i, :n]]
-    bracketed = [words.image_start, *image, words.image_end]
+    image = [words.image_start, *(int(c) + words.code_offset for c in codes[i, :n]), words.image_end]
     kind = int(batch['kind'][i])
-    ids, first = {0: (bracketed + text + [2], n + 2), 1: (text + bracketed + [2], 1), 2: ([1] + text + [2], 1)}[kind]
-    ids = jnp.array([ids])
-    embedded = apply(MODEL.llama, params['llama'], ids, method='embed')
+    ids, first = {0: (image + text + [2], n + 2), 1: (text + image + [2], 1), 2: ([1] + text + [2], 1)}[kind]
+    continuous = np.full((32, 32), np.nan, np.float32)
     if kind == 0:
-      embedded = embedded.at[0, 1 : n + 1].set(visual[i, :n])
-    causal = jnp.tril(jnp.ones((1, 1, ids.shape[1], ids.shape[1]), bool))
-    hidden, _ = apply(MODEL.llama, params['llama'], embedded, jnp.arange(ids.shape[1])[None], causal)
-    log_probs = jax.nn.log_softmax(apply(MODEL.llama, params['llama'], hidden, method='logits'))
-    nll = -log_probs[0, jnp.arange(ids.shape[1] - 1), ids[0, 1:]][first - 1 :]
+      continuous[1 : n + 1] = visual[i, :n]
+    nll = np.asarray(costs(jnp.array(ids + [0] * (32 - len(ids))), continuous))[first - 1 : len(ids) - 1]
     total[kind][0] += float(nll.sum())
     total[kind][1] += len(nll)
   for kind, name in enumerate(('image_to_text', 'text_to_image', 'text_only')):
