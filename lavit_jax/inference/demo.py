@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import collections
 import html
 import json
 import pathlib
@@ -146,13 +147,14 @@ class Page:
 def make(source: str, out, seed: int = 7) -> pathlib.Path:
   """Writes the inputs from the held-out split of a data set: six pictures of one thing and two scenes, texts, mixed prompts."""
   from lavit_jax.data import mixtures  # here, because reading the data set takes seconds that the demo need not spend
-  out, rng = pathlib.Path(out), np.random.default_rng(seed)
+  out, asked = pathlib.Path(out), collections.Counter()
   single = mixtures.examples(source, 'heldout', seed, 10, 'single')
   scenes = mixtures.examples(source, 'heldout', seed, 2, 'scene')
   shown = single[:6] + scenes
   rows = []
   for i, example in enumerate(shown):
-    _, question, answer = example.questions[rng.integers(len(example.questions))]
+    kind, question, answer = min(example.questions, key=lambda each: asked[each[0]])  # of every type once, before any comes again
+    asked[kind] += 1
     rows.append(dict(file=f'{i:02}.png', caption=example.caption, question=question, answer=answer))
     write(out / rows[-1]['file'], png(example.image))
   texts = []

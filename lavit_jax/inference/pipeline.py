@@ -53,7 +53,7 @@ class Settings(NamedTuple):
   drawn_size: int = 512
 
 
-SETTINGS = {'tiny': Settings((4, 36), (2, 16), (5, 50), 64)}
+SETTINGS = {'tiny': Settings((4, 36), (1, 16), (5, 50), 64)}
 
 
 class Tokens(NamedTuple):

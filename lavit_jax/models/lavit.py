@@ -127,7 +127,7 @@ def build(variant: str, dtype: str = 'float32', remat: str = 'none') -> Lavit:
       decoder=decoder(sizes['decoder']),
       highres_decoder=decoder(sizes['highres_decoder']) if 'highres_decoder' in sizes else None,
       llama=Llama(vocab_size=vocabulary.size, **sizes['llama'], **common),
-      unet=UNet(**sizes['unet'], dtype=jnp.dtype(dtype)),
+      unet=UNet(**sizes['unet'], **common),
       vae=AutoencoderKL(**sizes['vae']),
       uncond_rows=sizes['uncond_rows'],
   )

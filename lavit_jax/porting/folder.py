@@ -44,11 +44,12 @@ def save_parts(folder, variant: str, parts: dict, metadata: dict | None = None, 
   try:
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = pathlib.Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
-    os.chmod(scratch, 0o755)  # mkdtemp is private; a published folder is not
+    os.chmod(scratch, 0o755)  # both libraries write what only its owner may read; a published folder is not private
     config = dict(format=FORMAT, variant=variant, parts={}, metadata=metadata or {})
     for name, tree in parts.items():
       flat = {key: _stored(leaf, dtype) for key, leaf in _flatten(tree).items()}
       safetensors.numpy.save_file(flat, scratch / f'{name}.safetensors')
+      os.chmod(scratch / f'{name}.safetensors', 0o644)
       config['parts'][name] = dict(file=f'{name}.safetensors', parameters=sum(x.size for x in flat.values()), dtype=dtype)
     (scratch / 'config.json').write_text(json.dumps(config, indent=1) + '\n')
     _swap(scratch, folder)

@@ -108,7 +108,7 @@ def map_masked(fn, updates, tree):
 def ema_update(ema, params, decay: float, step: jax.Array):
   """Moving average of the parameters; early on it follows faster: decay at most (1 + step) / (10 + step)."""
   decay = jnp.minimum(decay, (1 + step) / (10 + step))
-  return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
+  return jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)  # what stands still has itself as its average, to the bit
 
 
 def _check(option: str, regex: str, names) -> None:

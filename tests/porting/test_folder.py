@@ -22,6 +22,7 @@ def test_float32_comes_back_as_it_was(tmp_path):
   parts = load_parts(tmp_path / 'model', variant='tiny')
   np.testing.assert_array_equal(parts['vit']['blocks']['kernel'], PARTS['vit']['blocks']['kernel'])
   np.testing.assert_array_equal(parts['uncond_embeddings'], PARTS['uncond_embeddings'])
+  assert {x.stat().st_mode & 0o044 for x in (tmp_path / 'model').iterdir()} == {0o044}  # anyone may read them
   config = read_config(tmp_path / 'model')
   assert config['metadata'] == {'step': 7} and config['parts']['vit']['parameters'] == 9
 
