@@ -33,7 +33,8 @@ def start(cache):
   running = []
 
   def begin(stage, workdir, devices=1, **changes):
-    env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0',
+    env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 '
+                        '--xla_cpu_use_fusion_emitters=false',
            'JAX_COMPILATION_CACHE_DIR': str(cache), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
            'PYTHONPATH': str(nano.ROOT), 'TF_CPP_MIN_LOG_LEVEL': '3'}
     command = [sys.executable, str(SCRIPT), stage, str(workdir), *(f'{key}={value!r}' for key, value in changes.items())]
