@@ -66,6 +66,11 @@ def train(args):
   run(config, args.workdir)
 
 
+def bundle(args):
+  from lavit_jax.porting.folder import bundle as run
+  print(run(args.out, args.exports, args.tokenizer, args.dtype))
+
+
 def demo(args):
   from lavit_jax.inference.demo import run
   run(_model(args), args.inputs, args.out, seed=args.seed)
@@ -217,6 +222,12 @@ def build_parser():
   sub = command('train', train, 'train one stage; every value of its page can be set with --config.KEY=VALUE')
   sub.add_argument('--config', required=True, metavar='PAGE.py:VARIANT', help='such as configs/tokenizer.py:tiny')
   sub.add_argument('--workdir', required=True, metavar='DIR', help='checkpoints, logs, exports; a run found there goes on')
+
+  sub = command('bundle', bundle, 'make one checkpoint of what the stages exported')
+  sub.add_argument('exports', nargs='+', metavar='RUN/export', help='of a part that several hold, the last one counts')
+  sub.add_argument('--tokenizer', default=os.path.join(TINY, 'tokenizer'), metavar='DIR', help='(default: %(default)s)')
+  sub.add_argument('--dtype', default='bfloat16', choices=('float32', 'float16', 'bfloat16'), help='(default: %(default)s)')
+  sub.add_argument('--out', required=True, metavar='DIR', help='replaced if it exists')
 
   sub = model_command('demo', demo, 'caption, answer, draw and reconstruct, with the tiny checkpoint, into one HTML page', 0)
   sub.add_argument('--inputs', default=DEMO, metavar='DIR', help='pictures and their manifest (default: %(default)s)')

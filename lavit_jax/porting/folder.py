@@ -1,5 +1,6 @@
 """Our own folder of weights: `config.json` and one safetensors file a part, leaves named by their flax paths.
 
+    folder/tokenizer/               of a whole model: its words, as a Hugging Face tokenizer
     folder/config.json              {"format": 1, "variant": "tiny", "parts": {"vit": {"file", "parameters", "dtype"}}, "metadata": {}}
     folder/vit.safetensors          'blocks/attn/qkv/kernel' ...
 
@@ -27,7 +28,8 @@ FORMAT = 1
 DTYPES = {'float32': np.float32, 'float16': np.float16, 'bfloat16': ml_dtypes.bfloat16}
 
 
-def save_parts(folder, variant: str, parts: dict, metadata: dict | None = None, dtype: str = 'float32') -> pathlib.Path:
+def save_parts(folder, variant: str, parts: dict, metadata: dict | None = None, dtype: str = 'float32',
+               tokenizer=None) -> pathlib.Path:
   """Writes the parameters of some parts of a model.
 
   Args:
@@ -36,6 +38,7 @@ def save_parts(folder, variant: str, parts: dict, metadata: dict | None = None, 
     parts: part name -> parameter tree (or one bare array); floating leaves are stored in `dtype`.
     metadata: anything JSON can say about where the weights come from.
     dtype: 'float32', 'float16' or 'bfloat16'.
+    tokenizer: a Hugging Face tokenizer folder to put beside them, as `tokenizer/`.
   Raises:
     UserError: the disk is full or the folder cannot be written; nothing half-written is left.
   """
@@ -51,6 +54,8 @@ def save_parts(folder, variant: str, parts: dict, metadata: dict | None = None, 
       safetensors.numpy.save_file(flat, scratch / f'{name}.safetensors')
       os.chmod(scratch / f'{name}.safetensors', 0o644)
       config['parts'][name] = dict(file=f'{name}.safetensors', parameters=sum(x.size for x in flat.values()), dtype=dtype)
+    if tokenizer is not None:
+      shutil.copytree(tokenizer, scratch / 'tokenizer')
     (scratch / 'config.json').write_text(json.dumps(config, indent=1) + '\n')
     _swap(scratch, folder)
   except OSError as error:
@@ -104,6 +109,28 @@ def load_parts(folder, names=None, variant: str | None = None) -> dict:
       raise UserError(f'{file} is truncated or damaged ({error}); copy or export it again') from None
     parts[name] = _unflatten({key: np.asarray(x, np.float32) for key, x in flat.items()})
   return parts
+
+
+def bundle(folder, sources, tokenizer, dtype: str = 'bfloat16') -> pathlib.Path:
+  """Makes one model of what the stages exported: a folder for `Lavit.from_pretrained`.
+
+  Args:
+    folder: where; replaced as a whole if it exists.
+    sources: the stages' export folders, all of one variant; of a part that several hold, the last one's is taken.
+    tokenizer: the tokenizer folder of the language model.
+    dtype: as in `save_parts`.
+  Raises:
+    UserError: a source is missing, damaged or of another variant, or the folder cannot be written.
+  """
+  parts, about, variant = {}, {}, read_config(sources[0])['variant']
+  if not (pathlib.Path(tokenizer) / 'tokenizer.json').is_file():
+    raise UserError(f'{tokenizer} is not a tokenizer folder: tokenizer.json is missing')
+  for source in sources:
+    made = load_parts(source, variant=variant)
+    metadata = read_config(source)['metadata']
+    parts |= made
+    about |= {name: {key: metadata[key] for key in ('stage', 'steps') if key in metadata} for name in made}
+  return save_parts(folder, variant, parts, about, dtype, tokenizer)
 
 
 def _flatten(tree) -> dict:

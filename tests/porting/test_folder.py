@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from lavit_jax.errors import UserError
-from lavit_jax.porting.folder import load_parts, read_config, save_parts
+from lavit_jax.porting.folder import bundle, load_parts, read_config, save_parts
 
 PARTS = {
     'vit': {'blocks': {'kernel': np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3)}, 'ids': np.arange(3, dtype=np.int32)},
@@ -73,3 +73,19 @@ def test_damage_is_named(tmp_path):
     load_parts(folder)
   with pytest.raises(UserError, match='config.json is missing'):
     load_parts(tmp_path / 'nowhere')
+
+
+def test_bundle_takes_the_last_of_each_part_and_the_words(tmp_path):
+  first = save_parts(tmp_path / 'first', 'tiny', PARTS, {'stage': 'encoder', 'steps': 1})
+  second = save_parts(tmp_path / 'second', 'tiny', {'vit': {'w': np.ones(2, np.float32)}}, {'stage': 'encoder', 'steps': 2})
+  (tmp_path / 'words').mkdir()
+  with pytest.raises(UserError, match='words is not a tokenizer folder'):
+    bundle(tmp_path / 'model', [first, second], tmp_path / 'words')
+  (tmp_path / 'words' / 'tokenizer.json').write_text('{}')
+  model = bundle(tmp_path / 'model', [first, second], tmp_path / 'words')
+  assert sorted(load_parts(model)) == ['uncond_embeddings', 'vit'] and list(load_parts(model)['vit']) == ['w']
+  assert read_config(model)['metadata']['vit'] == {'stage': 'encoder', 'steps': 2}
+  assert (model / 'tokenizer' / 'tokenizer.json').read_text() == '{}'
+  other = save_parts(tmp_path / 'other', 'small', PARTS)
+  with pytest.raises(UserError, match="holds variant 'small', but 'tiny'"):
+    bundle(tmp_path / 'model', [first, other], tmp_path / 'words')
