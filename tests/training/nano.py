@@ -1,7 +1,14 @@
-"""A variant that trains in a second, and its config for each stage; as a script, one training: nano.py STAGE WORKDIR [key=value ...]."""
+"""A variant that trains in a second, and its config for each stage.
 
+As a script, one training, `nano.py STAGE WORKDIR [key=value ...]`, or all five, `nano.py all FOLDER`.
+"""
+
+import ast
+import functools
 import pathlib
 import sys
+
+import jax
 
 ROOT = pathlib.Path(__file__).parents[2]
 NANO = dict(
@@ -15,6 +22,11 @@ NANO = dict(
     vae=dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, scaling_factor=1.0),
     uncond_rows=1,
 )
+
+
+# Nearly everything here is compiled to run once.
+QUICK_TO_COMPILE = dict(xla_backend_optimization_level=0, xla_cpu_use_fusion_emitters=False)
+jit = functools.partial(jax.jit, compiler_options=QUICK_TO_COMPILE)
 
 
 def install() -> None:
@@ -41,10 +53,25 @@ def config(stage: str, **changes):
   return config
 
 
-if __name__ == '__main__':
-  import ast
+def train_all(folder: pathlib.Path) -> None:
+  """Every stage in turn, each from the exports of those before it, into folder/STAGE."""
+  from lavit_jax.training.loop import train
+  earlier = {'tokenizer': ('encoder',), 'detokenizer': ('encoder', 'autoencoder', 'tokenizer'), 'lm': ('encoder', 'tokenizer')}
+  for stage in ('encoder', 'autoencoder', 'tokenizer', 'detokenizer', 'lm'):
+    changes = dict(checkpoint_every=4, frozen=','.join(str(folder / name / 'export') for name in earlier.get(stage, ())))
+    if stage == 'tokenizer':
+      changes |= dict(tokenizer__quantize_from=2, eval_every=2, eval_batches=1, picture_every=4)
+    train(config(stage, **changes), folder / stage)
 
+
+def main() -> None:
   from lavit_jax.training.loop import train
   install()
   stage, workdir, *pairs = sys.argv[1:]
+  if stage == 'all':
+    return train_all(pathlib.Path(workdir))
   train(config(stage, **{key: ast.literal_eval(value) for key, _, value in (pair.partition('=') for pair in pairs)}), workdir)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,8 +1,10 @@
 """The loop as it is run: in processes of their own, killed, continued, on one device and on eight."""
 
 import json
+import math
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +19,6 @@ from lavit_jax.errors import UserError
 from lavit_jax.porting import folder
 from lavit_jax.training.loop import train
 
-QUICK_TO_COMPILE = '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
 SCRIPT = pathlib.Path(nano.__file__)
 nano.install()
 
@@ -28,18 +29,23 @@ def cache(tmp_path_factory):
   return tmp_path_factory.mktemp('compiled')
 
 
+def launch(stage, workdir, cache, devices=1, **changes):
+  """One training as a process of its own."""
+  flags = {'xla_force_host_platform_device_count': devices, **nano.QUICK_TO_COMPILE}
+  env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ' '.join(f'--{key}={value}'.lower() for key, value in flags.items()),
+         'JAX_COMPILATION_CACHE_DIR': str(cache), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+         'PYTHONPATH': str(nano.ROOT), 'TF_CPP_MIN_LOG_LEVEL': '3'}
+  command = [sys.executable, str(SCRIPT), stage, str(workdir), *(f'{key}={value!r}' for key, value in changes.items())]
+  return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
 @pytest.fixture
 def start(cache):
   """start(stage, workdir, key=value ...) -> the running process of one training."""
   running = []
 
-  def begin(stage, workdir, devices=1, **changes):
-    flags = f'--xla_force_host_platform_device_count={devices} {QUICK_TO_COMPILE}'
-    env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags,
-           'JAX_COMPILATION_CACHE_DIR': str(cache), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-           'PYTHONPATH': str(nano.ROOT), 'TF_CPP_MIN_LOG_LEVEL': '3'}
-    command = [sys.executable, str(SCRIPT), stage, str(workdir), *(f'{key}={value!r}' for key, value in changes.items())]
-    running.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+  def begin(stage, workdir, **changes):
+    running.append(launch(stage, workdir, cache, **changes))
     return running[-1]
 
   yield begin
@@ -116,16 +122,11 @@ def test_sigterm_while_it_compiles(start, tmp_path):
   assert len(rows(tmp_path)) <= 2
 
 
-@pytest.fixture(scope='module')
-def finished(tmp_path_factory):
-  """Every stage in turn, each from the exports of those before it; stage -> workdir."""
+@pytest.fixture(scope='session')
+def finished(tmp_path_factory, cache):
+  """Every stage in turn; stage -> workdir."""
   runs = tmp_path_factory.mktemp('runs')
-  frozen = {'tokenizer': ('encoder',), 'detokenizer': ('encoder', 'autoencoder', 'tokenizer'), 'lm': ('encoder', 'tokenizer')}
-  for stage in ('encoder', 'autoencoder', 'tokenizer', 'detokenizer', 'lm'):
-    changes = dict(frozen=','.join(str(runs / name / 'export') for name in frozen.get(stage, ())), eval_every=2, eval_batches=1)
-    if stage == 'tokenizer':
-      changes |= dict(tokenizer__quantize_from=2, picture_every=4)
-    train(nano.config(stage, **changes), runs / stage)
+  finish(launch('all', runs, cache))
   return {p.name: p for p in runs.iterdir()}
 
 
@@ -150,7 +151,7 @@ def test_metrics_and_pictures_are_there(finished):
   for stage, run in finished.items():
     logged = rows(run)
     assert [row['step'] for row in logged if 'loss' in row] == [1, 2, 3, 4], stage
-    assert [row['step'] for row in logged if 'heldout/loss' in row] == [2, 4], stage
+  assert [row['step'] for row in rows(finished['tokenizer']) if 'heldout/loss' in row] == [2, 4]
   assert (finished['tokenizer'] / 'pictures' / 'tokenizer_0000004.png').exists()
 
 
@@ -159,15 +160,17 @@ def test_a_missing_stage_is_named(finished, tmp_path):
     train(nano.config('lm', frozen=str(finished['encoder'] / 'export')), tmp_path)
 
 
-def test_another_runs_checkpoint_is_refused(tmp_path):
-  train(nano.config('encoder', checkpoint_every=4), tmp_path / 'run')
+def test_another_runs_checkpoint_is_refused(finished):
   with pytest.raises(UserError, match='checkpoint of encoder:nano, and this run is autoencoder:nano; choose another --workdir'):
-    train(nano.config('autoencoder'), tmp_path / 'run')
+    train(nano.config('autoencoder'), finished['encoder'])
 
 
-def test_a_lost_loss_ends_the_run(tmp_path):
-  with pytest.raises(UserError, match=r'the loss is (nan|inf) at step \d+; lower optim.learning_rate'):
-    train(nano.config('autoencoder', optim__learning_rate=1e30, optim__clip_norm=0.0, num_steps=8, checkpoint_every=1), tmp_path)
+def test_a_lost_loss_ends_the_run(start, tmp_path):
+  run = start('autoencoder', tmp_path, optim__learning_rate=1e30, optim__clip_norm=0.0, num_steps=8, checkpoint_every=1)
+  assert re.search(r'UserError: the loss is (nan|inf) at step \d; lower optim.learning_rate', finish(run, status=1))
+  saved = [int(p.name) for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit()]
+  lost = next(row['step'] for row in rows(tmp_path) if not math.isfinite(row['loss']))
+  assert saved and max(saved) < lost
 
 
 @pytest.mark.parametrize('changes, message', [

@@ -50,7 +50,7 @@ def build(name, **changes):
 
 def start(stage, parts):
   """`stage.init`, of which little is computed where `parts` has it all."""
-  return jax.jit(stage.init, compiler_options={'xla_backend_optimization_level': 0})(jax.random.key(0), parts)
+  return nano.jit(stage.init)(jax.random.key(0), parts)
 
 
 def test_unknown_stage():
@@ -66,7 +66,7 @@ def test_equal_captions_are_no_negatives(batch):
   params, state = start(stage, {})
   params['temperature'] = jnp.log(jnp.float32(100.0))
   params = {**params, 'text_proj': {'kernel': jnp.zeros_like(params['text_proj']['kernel'])}}  # all captions look the same
-  value, (_, metrics) = jax.jit(stage.loss, static_argnums=5)(params, {}, state, batch, None, True)
+  value, (_, metrics) = nano.jit(stage.loss, static_argnums=5)(params, {}, state, batch, None, True)
   assert value == pytest.approx(np.log(8), rel=1e-5)  # whatever the targets, a uniform guess costs log 8
   assert metrics['accuracy'] in (1 / 8, 2 / 8)
 
@@ -93,7 +93,7 @@ def tokenizer(parts):
   params, book = start(stage, {name: parts[name] for name in ('vit', 'tokenizer', 'decoder')})
   frozen = {'vit': parts['vit']}
 
-  @functools.partial(jax.jit, static_argnums=4)
+  @functools.partial(nano.jit, static_argnums=4)
   def step(params, book, batch, key, train):
     (value, (book, metrics)), gradient = jax.value_and_grad(stage.loss, has_aux=True)(params, frozen, book, batch, key, train)
     return value, book, metrics, gradient
@@ -139,7 +139,7 @@ def detokenizer(parts):
   def losses(drop):
     stage = build('detokenizer', detokenizer__drop_condition=drop)
     params, state = start(stage, parts)
-    return stage, params, jax.jit(lambda params, batch: stage.loss(params, parts, state, batch, jax.random.key(1), True)[0])
+    return stage, params, nano.jit(lambda params, batch: stage.loss(params, parts, state, batch, jax.random.key(1), True)[0])
 
   return losses
 
@@ -156,14 +156,14 @@ def test_the_condition_is_dropped(detokenizer, batch):
 def test_detokenizer_draws(parts, batch):
   stage = build('detokenizer')
   params, state = start(stage, parts)
-  rows = jax.jit(lambda: stage.draw(params, parts, state, batch, jax.random.key(1), num_steps=2))()
+  rows = nano.jit(lambda: stage.draw(params, parts, state, batch, jax.random.key(1), num_steps=2))()
   assert [(row.shape, row.dtype) for row in rows] == [((8, 32, 32, 3), jnp.uint8)] * 3
 
 
 def lm_loss(parts, batch, shards=1, **changes):
   stage = stages.build(nano.config('lm', **changes), MODEL, shards)
   params, state = start(stage, parts)
-  value, (_, metrics) = jax.jit(lambda params, batch: stage.loss(params, parts, state, batch, jax.random.key(1), True))(params, batch)
+  value, (_, metrics) = nano.jit(lambda params, batch: stage.loss(params, parts, state, batch, jax.random.key(1), True))(params, batch)
   return params, value, metrics
 
 
@@ -172,7 +172,7 @@ def test_lm_loss_is_that_of_the_pairs_one_by_one(parts, batch):
   assert metrics['overflow'] == 0
   np.testing.assert_array_equal(params['understanding']['merger']['norm']['scale'], parts['tokenizer']['merger']['norm']['scale'])
 
-  @jax.jit
+  @nano.jit
   def tokens(images):
     x = features(MODEL, parts['vit'], images)[:, 1:]
     out = apply(MODEL.tokenizer, parts['tokenizer'], x, jax.random.key(1))
@@ -181,7 +181,7 @@ def test_lm_loss_is_that_of_the_pairs_one_by_one(parts, batch):
   visual, mask, codes = tokens(batch['image'])
   words = MODEL.vocabulary
 
-  @jax.jit
+  @nano.jit
   def costs(ids, continuous):
     """-log p of ids[1:], where `continuous` f32[S, H] is not nan instead of the embeddings; S is padded, which causality ignores."""
     embedded = apply(MODEL.llama, params['llama'], ids[None], method='embed')
