@@ -3,7 +3,5 @@
 set -euo pipefail
 source "$(dirname "$0")/install.sh" '[test,torch]'
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
-# The tests compile much and compute little: without optimisation the compiler takes about half the time (seen on the tiny U-Net).
-export XLA_FLAGS="${XLA_FLAGS:---xla_backend_optimization_level=0}"
 case " $* " in *" -m "*) ;; *) set -- -m 'not slow' "$@" ;; esac
 exec .venv/bin/python -m pytest "$@"
