@@ -4,6 +4,7 @@ Axes: B rows, Q queries, K keys, N tokens, H heads, d head width, D model width.
 Parameters are float32; `dtype` is the compute dtype. Norms and softmax always run in float32.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec as P
 
 Dtype = Any
+BATCH_AXES = ('data', 'fsdp')  # the mesh axes that a batch is split over
 REMAT_POLICIES = {
     'full': jax.checkpoint_policies.nothing_saveable,
     'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -224,6 +227,17 @@ def rotary(x: Array, positions: Array, base: float = 10000.0) -> Array:
   sin, cos = jnp.sin(angle), jnp.cos(angle)
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def split_batch(x: Array) -> Array:
+  """Keeps activations [B, ...] split by rows over `BATCH_AXES`; does nothing without such a mesh, or where B does not divide.
+
+  Blocks begin with it. Left to itself, the compiler may split activations by width, as the weights are, and then move them about.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if not set(BATCH_AXES) <= set(mesh.axis_names) or x.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
+    return x
+  return jax.lax.with_sharding_constraint(x, P(BATCH_AXES))
 
 
 def scan_blocks(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lavit_jax.models.layers import RMSNorm, SwiGLU, attention, merge_heads, rotary, scan_blocks, split_heads
+from lavit_jax.models.layers import RMSNorm, SwiGLU, attention, merge_heads, rotary, scan_blocks, split_batch, split_heads
 
 Dtype = Any
 
@@ -77,7 +77,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, carry: tuple[Array, KVCache | None], layer: Array, positions: Array, mask: Array):
-    x, cache = carry
+    x, cache = split_batch(carry[0]), carry[1]
     attend = SelfAttention(
       self.num_heads, self.num_kv_heads, self.head_dim, self.rope_theta, self.dtype, name='attention'
     )

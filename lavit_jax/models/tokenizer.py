@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lavit_jax.models.layers import (
-    CrossAttention, Dtype, LayerNorm, Mlp, SelfAttention, gelu, policy_attention, scan_blocks,
+    CrossAttention, Dtype, LayerNorm, Mlp, SelfAttention, gelu, policy_attention, scan_blocks, split_batch,
 )
 
 
@@ -106,6 +106,7 @@ class MergerBlock(nn.Module):
 
     causal = SelfAttention(self.num_heads, x.shape[-1] // self.num_heads, dtype=self.dtype, name='self_attn')
     cross = CrossAttention(self.num_heads, self.dtype, name='cross_attn')
+    x = split_batch(x)
     x = x + causal(norm('norm0')(x), partial(policy_attention, policy=kept_policy))
     x = x + cross(norm('norm1')(x), dropped, partial(policy_attention, policy=dropped_policy))
     x = x + Mlp(self.mlp_dim, self.dtype, name='mlp')(norm('norm2')(x))

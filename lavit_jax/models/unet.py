@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lavit_jax.models.layers import REMAT_POLICIES, Dtype, LayerNorm, attention, merge_heads, scan_blocks, split_heads
+from lavit_jax.models.layers import REMAT_POLICIES, Dtype, LayerNorm, attention, merge_heads, scan_blocks, split_batch, split_heads
 from lavit_jax.models.resnet import Downsample, GroupNorm, ResnetBlock, Upsample
 
 MASKED = -10000.  # what diffusers adds to the scores of condition rows that do not count
@@ -157,7 +157,7 @@ class UNet(nn.Module):
     resnet_cls = ResnetBlock if self.remat == 'none' else nn.remat(ResnetBlock, policy=REMAT_POLICIES[self.remat])
 
     def resnet(x, level, name):
-      return resnet_cls(widths[level], self.norm_num_groups, 1e-5, self.dtype, name=name)(x, time)
+      return resnet_cls(widths[level], self.norm_num_groups, 1e-5, self.dtype, name=name)(split_batch(x), time)
 
     def transformer(x, level, name):
       return Transformer(self.transformer_layers[level], self.num_heads[level], self.norm_num_groups, self.dtype,

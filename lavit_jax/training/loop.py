@@ -28,7 +28,7 @@ from lavit_jax.data import mixtures, text
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.porting import folder
-from lavit_jax.training import metrics, optim, sharding, stages
+from lavit_jax.training import flops, metrics, optim, sharding, stages
 from lavit_jax.training.checkpoint import Checkpoints
 
 TERMINATED = 143
@@ -56,11 +56,12 @@ def train(config, workdir) -> None:
   """
   workdir = pathlib.Path(workdir)
   mesh = sharding.make_mesh(config.mesh)
-  if config.batch_size % sharding.batch_shards(mesh):
-    raise UserError(f'batch_size={config.batch_size} must be a multiple of the {sharding.batch_shards(mesh)} pieces that the mesh makes of it')
+  shards = sharding.batch_shards(mesh)
+  if config.batch_size % shards:
+    raise UserError(f'batch_size={config.batch_size} must be a multiple of the {shards} pieces that the mesh makes of it')
   with Interrupt() as interrupt, jax.set_mesh(mesh), contextlib.ExitStack() as stack:
     model = lavit.build(config.variant, config.dtype, config.remat)
-    stage = stages.build(config, model, sharding.batch_shards(mesh))
+    stage = stages.build(config, model, shards)
     checkpoints = Checkpoints(workdir, config, config.keep)
     stack.callback(checkpoints.close)
     latest = checkpoints.latest()
@@ -92,8 +93,8 @@ def train(config, workdir) -> None:
     if first < config.num_steps:
       batch = sharding.put_batch(next(data), mesh)
       train_step = make_train_step(config, stage, tx, places, NamedSharding(mesh, P()))
-      train_step = train_step.lower(state, frozen, batch).compile()
-      log.flops = (train_step.cost_analysis() or {}).get('flops', 0.0)
+      traced = train_step.trace(state, frozen, batch)
+      log.flops, train_step = flops.count(traced.jaxpr), traced.lower().compile()
       look = Look(config, model, stage, mesh, frozen)
       interrupt.check()
       log.restart_clock()

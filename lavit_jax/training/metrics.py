@@ -24,7 +24,7 @@ class Log:
     workdir: receives metrics.jsonl, tensorboard/ and pictures/.
     first_step: the steps done so far; a previous run's lines beyond it are dropped, since those steps will be made again.
     num_steps, batch_size: for the estimate of the time left and for examples/s.
-    flops: floating-point operations of one step, if known; peak_tflops: of all devices together (0 = unknown), for the MFU.
+    flops: floating-point operations of one step, if known (flops.py); peak_tflops: of all devices together (0 = unknown), for the MFU.
   """
 
   def __init__(self, workdir, first_step: int, num_steps: int, batch_size: int, flops: float = 0.0, peak_tflops: float = 0.0):

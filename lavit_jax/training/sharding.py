@@ -15,9 +15,10 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from lavit_jax.errors import UserError
+from lavit_jax.models.layers import BATCH_AXES
 
 AXES = ('data', 'fsdp', 'tensor')
-BATCH = P(('data', 'fsdp'))
+BATCH = P(BATCH_AXES)
 LARGE = 1 << 20  # elements; a leaf below this may go without a row, and every device keeps a copy
 
 # The last axes of a leaf. Into a block: the output is split over `tensor`; out of a block: the input is.
@@ -55,7 +56,7 @@ def make_mesh(sizes) -> Mesh:
 
 def batch_shards(mesh: Mesh) -> int:
   """Into how many pieces a batch is split."""
-  return mesh.shape['data'] * mesh.shape['fsdp']
+  return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def spec(name: str, shape: tuple[int, ...], mesh: Mesh, rules=RULES) -> P:

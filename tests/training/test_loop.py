@@ -1,5 +1,6 @@
 """The loop as it is run: in processes of their own, killed, continued, on one device and on eight."""
 
+import functools
 import json
 import math
 import os
@@ -182,18 +183,27 @@ def test_bad_options_are_named(changes, message, tmp_path):
     train(nano.config('encoder', **changes), tmp_path)
 
 
+@pytest.fixture(scope='session')
+def three_losses(finished, cache, tmp_path_factory):
+  """three_losses(stage, devices, mesh sizes ...): the first losses of a training, and what it prints."""
+
+  @functools.cache
+  def run(stage, devices=1, **mesh):
+    earlier = {'encoder': (), 'tokenizer': ('encoder',), 'lm': ('encoder', 'tokenizer')}[stage]
+    options = dict(num_steps=3, frozen=','.join(str(finished[name] / 'export') for name in earlier)) | (dict(tokenizer__quantize_from=1) if stage == 'tokenizer' else {})
+    workdir = tmp_path_factory.mktemp(stage)
+    out = finish(launch(stage, workdir, cache, devices, **options, **mesh))
+    return [row['loss'] for row in rows(workdir)], out
+
+  return run
+
+
 @pytest.mark.parametrize('stage', ['encoder', 'tokenizer', 'lm'])
 @pytest.mark.parametrize('mesh', [dict(mesh__data=-1), dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)])
-def test_eight_devices_give_the_losses_of_one(start, finished, tmp_path, stage, mesh):
-  frozen = ','.join(str(finished[name] / 'export') for name in ('encoder', 'tokenizer'))
-  options = dict(num_steps=3, frozen=frozen)
-  if stage == 'tokenizer':
-    options |= dict(frozen=str(finished['encoder'] / 'export'), tokenizer__quantize_from=1)
-  one = start(stage, tmp_path / 'one', **options)
-  eight = start(stage, tmp_path / 'eight', devices=8, **options, **mesh)
-  assert "'data'" in finish(one)
-  out = finish(eight)
-  assert sum(int(n) > 1 for n in out.split('mesh {')[1].split('}')[0].replace(',', ' ').split() if n.isdigit()) == len(mesh)
-  losses = [[row['loss'] for row in rows(tmp_path / name)] for name in ('one', 'eight')]
-  assert len(losses[0]) == 3
-  np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+def test_eight_devices_give_the_losses_of_one(three_losses, stage, mesh):
+  one, _ = three_losses(stage)
+  eight, out = three_losses(stage, devices=8, **mesh)
+  sizes = [8, 1, 1] if len(mesh) == 1 else [2, 2, 2]
+  assert 'mesh {' + ', '.join(f"'{axis}': {n}" for axis, n in zip(('data', 'fsdp', 'tensor'), sizes)) + '}' in out
+  assert len(one) == 3
+  np.testing.assert_allclose(eight, one, rtol=1e-4)

@@ -1,6 +1,10 @@
 import functools
 import math
+import os
+import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -81,3 +85,31 @@ def test_batches_and_trees_arrive_as_they_were():
   np.testing.assert_array_equal(batch['image'], rows['image'])
   tree = {'fc1': {'kernel': np.ones((4, 2), np.float32)}, 'uncond_embeddings': jnp.zeros((1, 3))}
   jax.tree.map(np.testing.assert_array_equal, sharding.put_tree(tree, mesh), tree)
+
+
+EIGHT_DEVICES = '''
+import sys
+import jax, jax.numpy as jnp
+from lavit_jax.models import layers, vit
+from lavit_jax.training import sharding
+
+layers.BATCH_AXES = sys.argv[1].split(',')
+mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
+model, images = vit.ViT(16, 8, 32, 2, 2, 16, 64, 8), jnp.zeros((8, 16, 16, 3))
+params = jax.eval_shape(model.init, jax.random.key(0), images)
+params = sharding.put_tree(jax.tree.map(lambda x: jnp.ones(x.shape), params), mesh)
+print('weights', params['params']['blocks']['mlp']['fc1']['kernel'].sharding.spec)
+with jax.set_mesh(mesh):
+  print('rows a device', jax.jit(model.apply)(params, images).addressable_shards[0].data.shape[0])
+'''
+
+
+@pytest.mark.parametrize('axes, rows', [('data,fsdp', 2), ('nothing,like_it', 8)])
+def test_activations_are_split_by_rows_whatever_the_input(axes, rows):
+  """The constraint at block boundaries binds: a batch that is whole on every device leaves the blocks split; without it, whole."""
+  env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
+         'PYTHONPATH': str(pathlib.Path(lavit.__file__).parents[2])}
+  out = subprocess.run([sys.executable, '-c', EIGHT_DEVICES, axes], env=env, capture_output=True, text=True)
+  assert out.returncode == 0, out.stderr
+  assert "(None, 'fsdp', 'tensor')" in out.stdout
+  assert f'rows a device {rows}' in out.stdout

@@ -1,0 +1,57 @@
+"""The config pages, at every variant: they load, their stage builds, and their regexes name parameters."""
+
+import functools
+import pathlib
+
+import jax
+import pytest
+
+from lavit_jax.errors import UserError
+from lavit_jax.models import lavit
+from lavit_jax.models.initial import initial_parts
+from lavit_jax.training import loop, sharding, stages
+from lavit_jax.training.config import load_config
+
+ROOT = pathlib.Path(__file__).parents[2]
+PAGES = [('encoder', 'tiny'), ('autoencoder', 'tiny')] + [
+    (stage, variant) for stage in ('tokenizer', 'detokenizer', 'lm') for variant in lavit.VARIANTS if variant != 'nano']
+
+
+@functools.cache
+def shapes(variant):
+  return jax.eval_shape(functools.partial(initial_parts, lavit.build(variant)), jax.random.key(0))
+
+
+@pytest.mark.parametrize('stage, variant', PAGES)
+def test_page(stage, variant):
+  config = load_config(f'{ROOT}/configs/{stage}.py:{variant}')
+  assert (config.stage, config.variant, config.is_locked) == (stage, variant, True)
+  page = (ROOT / 'configs' / f'{stage}.py').read_text()
+  assert f'lavit train --config configs/{stage}.py:tiny --workdir' in page
+  assert len(page.splitlines()) < 60
+  model = lavit.build(variant, config.dtype, config.remat)
+  built = stages.build(config, model, shards=16 if variant != 'tiny' else 1)
+  parts = {name: shapes(variant)[name] for name in built.needs + built.starts}
+  init, _ = loop.initialiser(config, built, parts)  # raises if a regex of the page names nothing
+  state = jax.eval_shape(init, jax.random.key(0), parts)
+  mesh = jax.sharding.AbstractMesh((1, 16, 1), sharding.AXES)
+  sharding.shardings(state, mesh)  # raises for a large leaf without a rule
+
+
+def test_published_sizes():
+  config = load_config(f'{ROOT}/configs/tokenizer.py:lavit_7b')
+  assert (config.batch_size, config.num_steps) == (2048, 50_000)
+  assert config.tokenizer.keep_ratio == pytest.approx(1 / 3) and config.tokenizer.ratio_weight == 2 and config.tokenizer.decay == 0.99
+  assert load_config(f'{ROOT}/configs/detokenizer.py:lavit_7b').num_steps == 20_000
+
+
+@pytest.mark.parametrize('stage', ['encoder', 'autoencoder', 'tokenizer', 'detokenizer', 'lm'])
+def test_unknown_variant_names_the_nearest(stage):
+  with pytest.raises(UserError, match='tinny.*did you mean .tiny'):
+    load_config(f'{ROOT}/configs/{stage}.py:tinny')
+
+
+@pytest.mark.parametrize('stage', ['encoder', 'autoencoder'])
+def test_large_foundations_are_ported(stage):
+  with pytest.raises(UserError, match='lavit_7b.*are ported'):
+    load_config(f'{ROOT}/configs/{stage}.py:lavit_7b')
