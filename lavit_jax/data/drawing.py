@@ -3,6 +3,7 @@
 Everything here needs the extra `[emoji]`, pip packages that carry the art and the rasterisers; nothing else in lavit_jax does.
 """
 
+import functools
 import io
 import json
 import os
@@ -122,12 +123,6 @@ def _noto(concept: Concept) -> Image.Image:
   return Image.fromarray(surface.toarray(colorType=skia.kRGBA_8888_ColorType))
 
 
+@functools.cache
 def _noto_typeface():
-  global _TYPEFACE
-  if _TYPEFACE is None:
-    path = os.path.join(_folder('dynamic_font'), 'assets', 'fonts', 'NotoColorEmoji-Regular.ttf')
-    _TYPEFACE = _extra('skia').Typeface.MakeFromFile(path)
-  return _TYPEFACE
-
-
-_TYPEFACE = None
+  return _extra('skia').Typeface.MakeFromFile(os.path.join(_folder('dynamic_font'), 'assets', 'fonts', 'NotoColorEmoji-Regular.ttf'))

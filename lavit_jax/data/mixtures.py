@@ -9,8 +9,8 @@ import numpy as np
 from lavit_jax.data import questions, sprites
 from lavit_jax.data.scenes import Composer, Example
 from lavit_jax.data.text import TextTokenizer
+from lavit_jax.models.sequence import IMAGE_TO_TEXT, TEXT_ONLY, TEXT_TO_IMAGE
 
-IMAGE_TO_TEXT, TEXT_TO_IMAGE, TEXT_ONLY = range(3)
 DEFAULT_SHARES = {'caption': 0.35, 'answer': 0.3, 'draw': 0.3, 'text': 0.05}
 _ENDLESS = 1 << 62
 

@@ -10,12 +10,9 @@ CATEGORIES = {
 OPPOSITE = {'left': 'right', 'right': 'left', 'above': 'below', 'below': 'above'}
 PREPOSITION = {'left': 'to the left of', 'right': 'to the right of', 'above': 'above', 'below': 'below'}
 
-_PROMPT = 'Question: {} Answer:'
-
-
 def prompt(question: str) -> str:
-  """The form in which a question is put to the model; the answer follows after a space."""
-  return _PROMPT.format(question)
+  """The form in which a question is put to the model; the answer follows after a space (REFERENCE section 4)."""
+  return f'Question: {question} Answer:'
 
 
 def ask(rng, facts, names: list[str]) -> tuple[tuple[str, str, str], ...]:

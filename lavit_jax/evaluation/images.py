@@ -48,6 +48,11 @@ def cosine(x: np.ndarray, y: np.ndarray) -> float:
   return float((l2_normalise(jnp.asarray(x)) * l2_normalise(jnp.asarray(y))).sum(-1).mean())
 
 
+def own_mean(x: np.ndarray) -> np.ndarray:
+  """The mean direction f32[B, 1, D] of the patches of each picture, x [B, N, D]."""
+  return np.asarray(l2_normalise(jnp.asarray(x))).mean(1, keepdims=True)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _features(model: lavit.Lavit, parts: dict, images: Array) -> Array:
   return model.vit.apply({'params': parts['vit']}, vit.preprocess(images))[:, 1:].astype(jnp.float32)

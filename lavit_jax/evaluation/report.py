@@ -66,9 +66,11 @@ def kinds(examples) -> np.ndarray:
 
 
 def measure_tokens(model: Lavit, examples, mean_features: np.ndarray) -> dict[str, float]:
-  """How much the tokens say: cosine of the features rebuilt from them, beside that of the mean training features."""
+  """How much the tokens say: cosine of the features rebuilt from them, beside that of the mean training features, and that of
+  the mean of a picture's own: above it, tokens say where things are."""
   tokens, x = model.tokenize(pixels(examples)), images.features(model, pixels(examples))
   return dict(cosine=images.cosine(x, images.rebuilt_features(model, tokens)), cosine_of_mean=images.cosine(x, mean_features),
+              cosine_of_own_mean=images.cosine(x, images.own_mean(x)),
               **images.usage(tokens, model.model.vocabulary.codebook_size))
 
 
@@ -123,6 +125,7 @@ def tables(report: dict) -> list[Table]:
   return [
       table('visual tokens', [
           ('cosine of rebuilt features (of the mean)', *[f'{t["cosine"]:.3f} ({t["cosine_of_mean"]:.3f})' for t in tokens]),
+          ("cosine of a picture's own mean", *[f'{t["cosine_of_own_mean"]:.3f}' for t in tokens]),
           ('tokens an image', *[f'{t["tokens"]:.1f}' for t in tokens]),
           ('codes in use, perplexity', *[f'{t["codes"]}, {t["perplexity"]:.0f}' for t in tokens])]),
       table('captions, % (majority)', [

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import flax.errors
@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from lavit_jax.data.questions import prompt
 from lavit_jax.data.text import TextTokenizer
 from lavit_jax.errors import UserError
 from lavit_jax.inference import decode
@@ -38,7 +39,6 @@ from lavit_jax.models.decoder import null_context
 from lavit_jax.models.tokenizer import gumbel_keep
 from lavit_jax.porting.folder import load_parts, read_config
 
-QUESTION = 'Question: {} Answer:'
 EOS = 2
 MAX_LENGTH = 2048  # prompt and answer together: what LLaMA reads
 MAX_BATCH = 16
@@ -190,7 +190,7 @@ class Lavit:
     questions = [questions] if isinstance(questions, str) else list(questions)
     if len(images) != len(questions):
       raise UserError(f'{len(images)} pictures but {len(questions)} questions; give one question for each picture')
-    asked = [self._encode(question, QUESTION) for question in questions]
+    asked = [self._encode(question, prompt) for question in questions]
     texts = self._tell(images, asked, self.settings.answer_tokens, seed, num_beams=beams, length_penalty=0.0, early_stopping=True)
     return [re.split(r'[\n,.]', text.strip())[0].strip().lower() for text in texts]
 
@@ -267,10 +267,10 @@ class Lavit:
       out += [self.words.decode(ids[:length]) for ids, length in zip(np.asarray(found.ids[:n]), found.lengths)]
     return out
 
-  def _encode(self, text: str, form: str = '{}') -> Sequence[int]:
+  def _encode(self, text: str, form: Callable[[str], str] = str) -> Sequence[int]:
     if not text.strip():
       raise UserError('the text is empty; say what to draw or what to ask')
-    return self.words.encode(form.format(text))
+    return self.words.encode(form(text))
 
   def _embed(self, prompts, new_tokens: int, features: Array | None = None) -> tuple[Array, np.ndarray]:
     """Lists of pieces -> embeddings [B, S, H] and mask bool[B, S], left-padded."""

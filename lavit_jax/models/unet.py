@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lavit_jax.models.layers import REMAT_POLICIES, Dtype, LayerNorm, attention, merge_heads, scan_blocks, split_batch, split_heads
+from lavit_jax.models.layers import REMAT_POLICIES, Dtype, LayerNorm, attention, gelu, merge_heads, scan_blocks, split_batch, split_heads
 from lavit_jax.models.resnet import Downsample, GroupNorm, ResnetBlock, Upsample
 
 MASKED = -10000.  # what diffusers adds to the scores of condition rows that do not count
@@ -57,7 +57,7 @@ class GEGLU(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     value, gate = jnp.split(nn.Dense(8 * x.shape[-1], dtype=self.dtype, name='fc1')(x), 2, axis=-1)
-    return nn.Dense(x.shape[-1], dtype=self.dtype, name='fc2')(value * nn.gelu(gate, approximate=False))
+    return nn.Dense(x.shape[-1], dtype=self.dtype, name='fc2')(value * gelu(gate))
 
 
 class TransformerBlock(nn.Module):

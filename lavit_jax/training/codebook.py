@@ -89,7 +89,8 @@ def update(key: Array, book: Codebook, z: Array, weight: Array, ids: Array, deca
   if revive_after:
     error = weight * jnp.square(z - book.embedding[ids]).sum(-1)
     dead = idle >= revive_after
-    embedding = jnp.where(dead[:, None], draw(key, z, error, num_codes), embedding)
+    # Only then: to draw sorts all tokens.
+    embedding = jax.lax.cond(dead.any(), lambda e: jnp.where(dead[:, None], draw(key, z, error, num_codes), e), lambda e: e, embedding)
     cluster_size = jnp.where(dead, cluster_size.mean(), cluster_size)
     idle = jnp.where(dead, 0, idle)
   return book._replace(embedding=embedding, cluster_size=cluster_size, idle=idle)

@@ -12,10 +12,13 @@ features, C of the codes, R packed rows of S slots, V vocabulary.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from lavit_jax.errors import UserError
+from lavit_jax.inference.diffusion import ddim_sample
 from lavit_jax.models import noise as diffusion
 from lavit_jax.models import vae as pixels
 from lavit_jax.models.decoder import null_context
@@ -152,20 +155,10 @@ def detokenizer(config, model: Lavit, shards: int) -> Stage:
     k1, k2 = jax.random.split(key)
     context, keep = condition(params, frozen, images, k1)
     null, null_mask = unconditional(state, len(images))
-    context, mask = jnp.concatenate([context, null]), jnp.concatenate([jnp.ones_like(null_mask), null_mask])
     side = images.shape[1] // model.vae.factor
-    steps = len(schedule.betas) // num_steps
-
-    def step(i, x):
-      t = (num_steps - 1 - i) * steps + 1
-      both = apply(model.unet, params['unet'], jnp.concatenate([x, x]), jnp.full(2 * len(x), t), context, mask)
-      given, free = jnp.split(both, 2)
-      epsilon = free + config.detokenizer.guidance_scale * (given - free)
-      now, before = schedule.alphas_cumprod[t], schedule.alphas_cumprod[jnp.maximum(t - steps, 0)]
-      clean = (x - jnp.sqrt(1 - now) * epsilon) / jnp.sqrt(now)
-      return jnp.sqrt(before) * clean + jnp.sqrt(1 - before) * epsilon
-
-    x = jax.lax.fori_loop(0, num_steps, step, jax.random.normal(k2, (len(images), side, side, model.vae.latent_channels)))
+    latents = jax.random.normal(k2, (len(images), side, side, model.vae.latent_channels))
+    x = ddim_sample(functools.partial(apply, model.unet, params['unet']), latents, (context, jnp.ones_like(null_mask)), (null, null_mask),
+                    steps=num_steps, guidance_scale=config.detokenizer.guidance_scale, schedule=schedule)
     drawn = apply(model.vae, frozen['vae'], x / model.vae.scaling_factor, method='decode')
     return [images, shade_dropped(images, keep), pixels.postprocess(drawn)]
 

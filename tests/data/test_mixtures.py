@@ -82,6 +82,7 @@ def test_weights_and_kinds_of_each_share():
 
   batch, inside, texts = rows(draw=1)
   assert (batch['kind'] == 1).all() and (batch['text_weight'][inside] == 0.25).all()
+  assert all(not words or words.endswith('background') for words in texts)
 
   batch, inside, texts = rows(text=1)
   assert (batch['kind'] == 2).all() and (batch['text_weight'][inside] == 1).all()
@@ -99,6 +100,15 @@ def test_shares_are_met():
   kinds = np.concatenate([batch['kind'] for batch in take(batches('lm', batch_size=200, shares={'caption': 1, 'draw': 3}), 5)])
   assert set(kinds) == {0, 1}
   assert abs((kinds == 1).mean() - 0.75) < 4 * (0.75 * 0.25 / 1000) ** 0.5
+
+
+@pytest.mark.parametrize('drop_text', [0.0, 0.3, 1.0])
+def test_pictures_to_draw_are_without_text_now_and_then(drop_text):
+  rows = take(batches('lm', batch_size=200, shares={'caption': 1, 'draw': 3}, drop_text=drop_text), 3)
+  kind, length = (np.concatenate([batch[key] for batch in rows]) for key in ('kind', 'text_length'))
+  assert (length[kind == 0] > 0).all()  # nothing else loses its text
+  drawn = (kind == 1).sum()
+  assert abs((length[kind == 1] == 0).mean() - drop_text) <= 4 * (drop_text * (1 - drop_text) / drawn) ** 0.5
 
 
 def test_examples_are_singles_or_scenes():

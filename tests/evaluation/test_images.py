@@ -51,3 +51,9 @@ def test_the_classifier_learns_from_pixels_alone():
   classify = images.train_classifier(pictures[:192], kinds[:192], 3, epochs=4, batch_size=32)
   assert (classify(pictures[192:]) == kinds[192:]).mean() > 0.9
   assert (classify(pictures[192:]) == rng.permutation(kinds[192:])).mean() < 0.6
+
+
+def test_own_mean_is_the_direction_that_fits_a_picture_best():
+  x = np.array([[[3.0, 0], [0, 1]], [[2, 0], [5, 0]]], np.float32)
+  np.testing.assert_allclose(images.own_mean(x), [[[0.5, 0.5]], [[1, 0]]])  # lengths do not count
+  assert images.cosine(x, images.own_mean(x)) == pytest.approx((2**-0.5 + 1) / 2)

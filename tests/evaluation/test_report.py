@@ -69,6 +69,7 @@ def test_an_oracle_is_right_and_a_parrot_is_not(tmp_path, capsys):
   wrong = report.evaluate(Parrot(count), **settings)
   for split in report.SPLITS:
     good, bad = right['splits'][split], wrong['splits'][split]
+    assert good['tokens']['cosine_of_own_mean'] == pytest.approx(1)
     assert good['tokens']['cosine'] == pytest.approx(1) and good['tokens']['tokens'] == 2 and good['tokens']['codes'] == 2
     assert good['captions']['name'] == good['captions']['background'] == 1 and bad['captions']['background'] == 0
     assert {row['accuracy'] for row in good['questions'].values()} == {1.0}

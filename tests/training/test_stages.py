@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lavit_jax.errors import UserError
-from lavit_jax.models import lavit
+from lavit_jax.models import lavit, vit
 from lavit_jax.models.initial import initial_parts
 from lavit_jax.models.sequence import compact
 from lavit_jax.models.tokenizer import l2_normalise
@@ -75,6 +75,23 @@ def test_equal_captions_are_no_negatives(batch):
   value = float(loss(batch['image']))
   assert swapped(6, 7) == pytest.approx(value, rel=1e-5)
   assert swapped(5, 6) != pytest.approx(value, rel=1e-4)
+
+
+def test_a_patch_must_tell_its_own_pixels(batch):
+  """The read-out is that of the definition, patch by patch, and a picture with other patches is told wrongly."""
+  stage = build('encoder', pixel_weight=3.0)
+  params, state = start(stage, {})
+  value, (_, metrics) = nano.jit(stage.loss, static_argnums=5)(params, {}, state, batch, None, True)
+  assert value == pytest.approx(float(metrics['contrastive'] + 3 * metrics['pixel']), rel=1e-5)
+
+  x = np.asarray(nano.jit(lambda: features(MODEL, params['vit'], batch['image']))())[:, 1:]
+  x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+  kernel = np.asarray(params['to_pixels'])
+  kernel = 0.5 * kernel / np.linalg.norm(kernel, axis=0)  # columns of length 1/2
+  pixels = np.asarray(vit.preprocess(batch['image']))
+  errors = [np.square(x[:, 4 * i + j] @ kernel - pixels[:, 8 * i:8 * i + 8, 8 * j:8 * j + 8].reshape(8, -1)).mean()
+            for i in range(4) for j in range(4)]
+  assert float(metrics['pixel']) == pytest.approx(np.mean(errors), rel=1e-4)
 
 
 def test_standardised_autoencoder_is_the_same_with_unit_latents(parts):
