@@ -77,7 +77,7 @@ def update(key: Array, book: Codebook, z: Array, weight: Array, ids: Array, deca
     z: f32[T, C] unit rows; weight f32[T]; ids i32[T] their codes.
     decay: of the moving averages (0.99).
     revive_after: a code that this many batches have passed by moves onto a token that its code describes badly (chances
-      proportional to the squared distance, as in k-means++). 0: never.
+      proportional to the squared distance, as in k-means++), and again after as many more. 0: never.
   """
   num_codes = len(book.embedding)
   count, total = tally(z, weight, ids, num_codes)
@@ -88,11 +88,9 @@ def update(key: Array, book: Codebook, z: Array, weight: Array, ids: Array, deca
   idle = jnp.where(used, 0, book.idle + 1)
   if revive_after:
     error = weight * jnp.square(z - book.embedding[ids]).sum(-1)
-    dead = idle >= revive_after
+    moves = (idle > 0) & (idle % revive_after == 0)  # its place changes; alive it is only when a token chooses it
     # Only then: to draw sorts all tokens.
-    embedding = jax.lax.cond(dead.any(), lambda e: jnp.where(dead[:, None], draw(key, z, error, num_codes), e), lambda e: e, embedding)
-    cluster_size = jnp.where(dead, cluster_size.mean(), cluster_size)
-    idle = jnp.where(dead, 0, idle)
+    embedding = jax.lax.cond(moves.any(), lambda e: jnp.where(moves[:, None], draw(key, z, error, num_codes), e), lambda e: e, embedding)
   return book._replace(embedding=embedding, cluster_size=cluster_size, idle=idle)
 
 

@@ -7,6 +7,7 @@ terminal and TensorBoard show the mean since the last report. Values wait on the
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 import time
@@ -52,7 +53,7 @@ class Log:
     pending, self.pending = jax.device_get(self.pending), []
     rows = [{'step': step, 'loss': 0.0, **{k: float(v) for k, v in values.items()}} for step, values in pending]  # in this order
     if self.writes:
-      self.jsonl.writelines(json.dumps(row) + '\n' for row in rows)
+      self.jsonl.writelines(json_line(row) for row in rows)
       self.jsonl.flush()
     self.since += rows
     return mean(self.since)
@@ -82,7 +83,7 @@ class Log:
     self.flush()
     values = {f'heldout/{k}': float(v) for k, v in values.items()}
     if self.writes:
-      self.jsonl.write(json.dumps({'step': step, **values}) + '\n')
+      self.jsonl.write(json_line({'step': step, **values}))
       self.jsonl.flush()
     self.scalars(step, values)
     self.say(f'step {step} held-out  ' + '  '.join(f'{k.removeprefix("heldout/")} {v:.4g}' for k, v in values.items()))
@@ -118,6 +119,11 @@ class Log:
     if self.writes:
       self.jsonl.close()
       self.board.close()
+
+
+def json_line(row: dict) -> str:
+  """A line of metrics.jsonl. JSON knows neither nan nor infinity: null stands for "nothing to measure here"."""
+  return json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}, allow_nan=False) + '\n'
 
 
 def mean(rows: list[dict]) -> dict[str, float]:

@@ -243,4 +243,11 @@ def lm(config, model: Lavit, shards: int) -> Stage:
     del state
     return dict(llama=params['llama'], understanding=params['understanding'])
 
-  return Stage(('vit', 'tokenizer'), (), init, loss, export)
+  def draw(params, frozen, state, batch, key):
+    """Pictures, and the patches that the language model gets to see."""
+    del params, state
+    images = batch['image'][:8]
+    x = features(model, frozen['vit'], images)[:, 1:]
+    return [images, shade_dropped(images, apply(model.tokenizer, frozen['tokenizer'], x, key).keep)]
+
+  return Stage(('vit', 'tokenizer'), (), init, loss, export, draw)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lavit_jax.data import questions
 from lavit_jax.errors import UserError
 from lavit_jax.inference import pipeline
 from lavit_jax.inference.pipeline import Lavit
@@ -145,7 +144,3 @@ def test_batches_cover_everything_in_few_shapes():
     rows = [row for n, rows in pipeline._batches(count) for row in rows[:n]]
     assert rows == list(range(count))
   assert [len(rows) for _, rows in pipeline._batches(21)] == [16, 8]
-
-
-def test_questions_are_put_as_in_training():
-  assert pipeline.QUESTION.format('What is this?') == questions.prompt('What is this?')

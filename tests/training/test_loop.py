@@ -189,8 +189,11 @@ def three_losses(finished, cache, tmp_path_factory):
 
   @functools.cache
   def run(stage, devices=1, **mesh):
-    earlier = {'encoder': (), 'tokenizer': ('encoder',), 'lm': ('encoder', 'tokenizer')}[stage]
-    options = dict(num_steps=3, frozen=','.join(str(finished[name] / 'export') for name in earlier)) | (dict(tokenizer__quantize_from=1) if stage == 'tokenizer' else {})
+    earlier = dict(encoder=(), autoencoder=(), tokenizer=('encoder',), detokenizer=('encoder', 'autoencoder', 'tokenizer'),
+                   lm=('encoder', 'tokenizer'))[stage]
+    options = dict(num_steps=3, frozen=','.join(str(finished[name] / 'export') for name in earlier))
+    if stage == 'tokenizer':
+      options['tokenizer__quantize_from'] = 1
     workdir = tmp_path_factory.mktemp(stage)
     out = finish(launch(stage, workdir, cache, devices, **options, **mesh))
     return [row['loss'] for row in rows(workdir)], out
@@ -198,7 +201,8 @@ def three_losses(finished, cache, tmp_path_factory):
   return run
 
 
-@pytest.mark.parametrize('stage', ['encoder', 'tokenizer', 'lm'])
+@pytest.mark.parametrize('stage', ['encoder', 'tokenizer', 'lm', *(
+    pytest.param(stage, marks=pytest.mark.slow) for stage in ('autoencoder', 'detokenizer'))])
 @pytest.mark.parametrize('mesh', [dict(mesh__data=-1), dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)])
 def test_eight_devices_give_the_losses_of_one(three_losses, stage, mesh):
   one, _ = three_losses(stage)

@@ -43,6 +43,15 @@ def test_a_continued_run_drops_the_steps_that_it_makes_again(tmp_path):
   assert [(row['step'], row['loss']) for row in lines(tmp_path)] == [(1, 1), (2, 2), (3, 3), (4, 40)]
 
 
+def test_the_jsonl_is_json_even_where_nothing_was_measured(tmp_path):
+  log = metrics.Log(tmp_path, 0, 10, 4)
+  log.step(1, {'loss': jnp.float32(1), 'accuracy_text_only': jnp.float32(math.nan)})
+  log.evaluation(1, {'loss': math.inf})
+  log.close()
+  assert 'NaN' not in (tmp_path / 'metrics.jsonl').read_text()
+  assert lines(tmp_path) == [{'step': 1, 'loss': 1, 'accuracy_text_only': None}, {'step': 1, 'heldout/loss': None}]
+
+
 def test_mean_skips_what_was_not_measured_but_shows_a_lost_loss():
   rows = [{'loss': 1.0, 'a': math.nan, 'b': math.nan}, {'loss': math.nan, 'a': 2.0, 'b': math.nan}]
   mean = metrics.mean(rows)

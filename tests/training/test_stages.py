@@ -183,6 +183,14 @@ def test_detokenizer_draws(parts, batch):
   assert [(row.shape, row.dtype) for row in rows] == [((8, 32, 32, 3), jnp.uint8)] * 3
 
 
+def test_lm_draws_what_it_sees(parts, batch):
+  stage = build('lm')
+  params, state = start(stage, parts)
+  images, kept = nano.jit(lambda: stage.draw(params, parts, state, batch, jax.random.key(1)))()
+  np.testing.assert_array_equal(images, batch['image'][:8])
+  assert kept.shape == images.shape and 0 < (kept == images).all(-1).mean() < 1  # dropped patches are shaded, the others as they were
+
+
 def lm_loss(parts, batch, shards=1, **changes):
   stage = stages.build(nano.config('lm', **changes), MODEL, shards)
   params, state = start(stage, parts)
