@@ -19,18 +19,19 @@ LIVE = 100  # a code is dead once this many batches have passed it by
 
 class Codebook(NamedTuple):
   """`embedding` f32[K, C] unit rows; `cluster_size` f32[K] moving average of the tokens a batch gives each code; `idle` i32[K]
-  batches since it was last chosen; `step` i32[], updates seen, whatever they did."""
+  batches since it was last chosen; `step` i32[], updates seen, whatever they did; `started` bool[], whether k-means has begun it."""
 
   embedding: Array
   cluster_size: Array
   idle: Array
   step: Array
+  started: Array
 
 
 def create(embedding: Array) -> Codebook:
   """A codebook of these unit rows f32[K, C], all of them alive."""
   num_codes = len(embedding)
-  return Codebook(embedding, jnp.ones(num_codes), jnp.zeros(num_codes, jnp.int32), jnp.zeros([], jnp.int32))
+  return Codebook(embedding, jnp.ones(num_codes), jnp.zeros(num_codes, jnp.int32), jnp.zeros([], jnp.int32), jnp.zeros([], bool))
 
 
 def tally(z: Array, weight: Array, ids: Array, num_codes: int) -> tuple[Array, Array]:
@@ -66,7 +67,7 @@ def kmeans(key: Array, z: Array, weight: Array, num_codes: int, iterations: int 
 def start(key: Array, book: Codebook, z: Array, weight: Array) -> Codebook:
   """The codebook that k-means finds in the first quantised batch."""
   embedding, count = kmeans(key, z, weight, len(book.embedding))
-  return book._replace(embedding=embedding, cluster_size=count, idle=jnp.zeros_like(book.idle))
+  return book._replace(embedding=embedding, cluster_size=count, idle=jnp.zeros_like(book.idle), started=jnp.ones([], bool))
 
 
 def update(key: Array, book: Codebook, z: Array, weight: Array, ids: Array, decay: float, revive_after: int) -> Codebook:
@@ -89,16 +90,20 @@ def update(key: Array, book: Codebook, z: Array, weight: Array, ids: Array, deca
   if revive_after:
     error = weight * jnp.square(z - book.embedding[ids]).sum(-1)
     moves = (idle > 0) & (idle % revive_after == 0)  # its place changes; alive it is only when a token chooses it
+    order = jnp.maximum(jnp.cumsum(moves) - 1, 0)  # the first token drawn is the likeliest to be badly described: none goes to waste
     # Only then: to draw sorts all tokens.
-    embedding = jax.lax.cond(moves.any(), lambda e: jnp.where(moves[:, None], draw(key, z, error, num_codes), e), lambda e: e, embedding)
+    embedding = jax.lax.cond(
+        moves.any(), lambda e: jnp.where(moves[:, None], draw(key, z, error, num_codes)[order], e), lambda e: e, embedding)
   return book._replace(embedding=embedding, cluster_size=cluster_size, idle=idle)
 
 
 def usage(book: Codebook) -> dict[str, Array]:
-  """What collapse looks like: the share of codes alive, how many are dead, and the perplexity of their use (1..K)."""
-  share = book.cluster_size / jnp.maximum(book.cluster_size.sum(), 1e-9)
+  """What collapse looks like, over the last steps: the share of codes alive, how many are dead, the perplexity of their use (1..K)."""
   dead = book.idle >= LIVE
-  return dict(
-      code_usage=1 - dead.mean(),
-      dead_codes=dead.sum().astype(jnp.float32),
-      perplexity=jnp.exp(-(share * jnp.log(jnp.maximum(share, 1e-12))).sum()))
+  return dict(code_usage=1 - dead.mean(), dead_codes=dead.sum().astype(jnp.float32), perplexity=perplexity(book.cluster_size))
+
+
+def perplexity(count: Array) -> Array:
+  """The exponential of the entropy of a distribution given by counts f32[K]: 1 for a single code, K for equal use."""
+  share = count / jnp.maximum(count.sum(), 1e-9)
+  return jnp.exp(-(share * jnp.log(jnp.maximum(share, 1e-12))).sum())

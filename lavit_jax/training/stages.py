@@ -77,8 +77,9 @@ def tokenizer(config, model: Lavit, shards: int) -> Stage:
     keep, z = encode(params, book, x, k1)
     flat, weight = jax.lax.stop_gradient((z.reshape(-1, code_dim), keep.reshape(-1)))
     if train:  # the first quantised batch of the training, never one that is only looked at
-      book = jax.lax.cond(book.step == c.quantize_from, lambda b: codebook.start(k2, b, flat, weight), lambda b: b, book)
-    quantizing = book.step >= c.quantize_from if train else book.step > c.quantize_from
+      due = (book.step >= c.quantize_from) & ~book.started
+      book = jax.lax.cond(due, lambda b: codebook.start(k2, b, flat, weight), lambda b: b, book)
+    quantizing = book.started
     ids = codebook.nearest_code(flat, book.embedding)
     e = book.embedding[ids].reshape(z.shape)
     commitment = (keep * jnp.square(z - e).sum(-1)).sum() / keep.sum()
@@ -90,9 +91,10 @@ def tokenizer(config, model: Lavit, shards: int) -> Stage:
 
     moved = codebook.update(k3, book, flat, weight, ids, c.decay, c.revive_after)
     book = moved._replace(embedding=jnp.where(quantizing, moved.embedding, book.embedding), step=book.step + 1)
-    metrics = dict(cosine=cosine, ratio=ratio, commitment=commitment, keep_ratio=keep.mean(), **codebook.usage(book))
-    metrics['batch_codes'] = (codebook.tally(flat, weight, ids, len(book.embedding))[0] > 0).mean()
-    return value, (book, metrics)
+    metrics = dict(cosine=cosine, ratio=ratio, commitment=commitment, keep_ratio=keep.mean())
+    count, _ = codebook.tally(flat, weight, ids, len(book.embedding))
+    metrics |= dict(batch_codes=(count > 0).mean(), batch_perplexity=codebook.perplexity(count))
+    return value, (book, metrics | codebook.usage(book) if train else metrics)  # a held-out batch is all that it can tell of
 
   def export(params, book):
     return dict(tokenizer=whole(params, book), decoder=params['decoder'])
@@ -101,7 +103,7 @@ def tokenizer(config, model: Lavit, shards: int) -> Stage:
     images = batch['image'][:8]
     x = features(model, frozen['vit'], images)[:, 1:].astype(jnp.float32)
     keep, z = encode(params, book, x, key)
-    codes = jnp.where(book.step > c.quantize_from, book.embedding[codebook.nearest_code(z, book.embedding)], z)
+    codes = jnp.where(book.started, book.embedding[codebook.nearest_code(z, book.embedding)], z)
     return [images, shade_dropped(images, keep), *feature_colours(x, reconstruct(params, codes, keep), images.shape[1])]
 
   hold = ((r'^tokenizer/selector/', freeze_from),)

@@ -84,6 +84,19 @@ def test_a_code_moves_again_only_after_as_many_batches_more():
   assert moved == [False, False, True, False, False, True, False]
 
 
+def test_a_dead_code_goes_where_the_error_is_whatever_its_index():
+  z, num_codes = tokens(0, (200, 4)), 180
+  book = codebook.create(tokens(1, (num_codes, 4)))._replace(idle=jnp.zeros(num_codes, jnp.int32).at[num_codes - 1].set(2))
+  ids = nearest_code(z, book.embedding[:-1])
+  error = np.asarray(jnp.square(z - book.embedding[ids]).sum(-1))
+  chances = error / error.sum()
+  revive = jax.jit(jax.vmap(lambda key: codebook.update(key, book, z, jnp.ones(200), ids, 0.99, 3).embedding[-1]))
+  places = revive(jax.random.split(jax.random.key(2), 40))
+  found = error[jnp.square(z - places[:, None]).sum(-1).argmin(-1)]
+  expected, spread = chances @ error, np.sqrt(chances @ error**2 - (chances @ error)**2)
+  assert abs(np.mean(found) - expected) < 3.5 * spread / np.sqrt(40) and expected > 1.3 * error.mean()
+
+
 def test_usage():
   book = codebook.create(jnp.eye(8))
   assert codebook.usage(book)['perplexity'] == pytest.approx(8, rel=1e-5)
