@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from lavit_jax.models import lavit
 
 SCHEDULES = {  # the large ones as published: 20 K steps
-    'tiny': dict(batch_size=32, num_steps=12_000, image_size=64, learning_rate=5e-4, warmup_steps=300),
+    'tiny': dict(batch_size=32, num_steps=1_650, image_size=64, learning_rate=1e-3, warmup_steps=50),
     'small': dict(batch_size=512, num_steps=20_000, image_size=512, learning_rate=1e-4, warmup_steps=1_000),
     'lavit_7b': dict(batch_size=512, num_steps=20_000, image_size=512, learning_rate=1e-4, warmup_steps=1_000),
 }
@@ -30,6 +30,6 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
       detokenizer=dict(drop_condition=0.1, guidance_scale=3.0),
       optim=dict(
           learning_rate=row['learning_rate'], warmup_steps=row['warmup_steps'], final_fraction=0.05, weight_decay=0.01,
-          b1=0.9, b2=0.99, clip_norm=1.0, ema_decay=0.999, freeze=('^decoder/(?!context_proj|pool)',), lr_scale=()),
-      log_every=50, eval_every=1000, eval_batches=8, picture_every=1000, checkpoint_every=500, keep=2))
+          b1=0.9, b2=0.99, clip_norm=1.0, ema_decay=0.999 if large else 0.99, freeze=('^decoder/(?!context_proj|pool)',), lr_scale=()),
+      log_every=50, eval_every=1000 if large else 250, eval_batches=8, picture_every=1000 if large else 500, checkpoint_every=500, keep=2))
   return config.lock()

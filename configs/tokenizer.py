@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from lavit_jax.models import lavit
 
 SCHEDULES = {  # the large ones as published: 50 K steps of 2048 images
-    'tiny': dict(batch_size=64, num_steps=12_000, learning_rate=5e-4, warmup_steps=300, quantize_from=3_000, revive_after=100),
+    'tiny': dict(batch_size=64, num_steps=1_000, learning_rate=1e-3, warmup_steps=60, quantize_from=300, revive_after=100),
     'small': dict(batch_size=2048, num_steps=50_000, learning_rate=2e-4, warmup_steps=2_000, quantize_from=10_000, revive_after=100),
     'lavit_7b': dict(batch_size=2048, num_steps=50_000, learning_rate=2e-4, warmup_steps=2_000, quantize_from=10_000, revive_after=100),
 }
@@ -33,5 +33,5 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
       optim=dict(
           learning_rate=row['learning_rate'], warmup_steps=row['warmup_steps'], final_fraction=0.05, weight_decay=0.05,
           b1=0.9, b2=0.98, clip_norm=1.0, ema_decay=0.0, freeze=('^decoder/(context_proj|pool)',), lr_scale=()),
-      log_every=50, eval_every=1000, eval_batches=8, picture_every=1000, checkpoint_every=500, keep=2))
+      log_every=50, eval_every=1000 if large else 250, eval_batches=8, picture_every=1000 if large else 500, checkpoint_every=500, keep=2))
   return config.lock()

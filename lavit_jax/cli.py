@@ -32,14 +32,14 @@ def main(argv=None):
     args.run(args)
   except UserError as error:
     return _fail(error)
-  except FileNotFoundError as error:
+  except OSError as error:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+      return _fail('the disk is full%s; free some space or write elsewhere' % (' at %s' % error.filename if error.filename else ''))
+    if error.filename:
+      return _fail('%s: %s; choose another path or mend this one' % (error.filename, error.strerror))
     if error.errno is not None:
       raise
     return _fail(error)  # raised by the data package with the remedy
-  except OSError as error:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-      raise
-    return _fail('the disk is full%s; free some space or write elsewhere' % (' at %s' % error.filename if error.filename else ''))
   except KeyboardInterrupt:
     return _fail('interrupted') + 128
   return 0
@@ -208,7 +208,7 @@ def build_parser():
   def drawing_command(name, run, text):
     sub = model_command(name, run, text, seed=0)
     sub.add_argument('--out', default='drawn', metavar='DIR', help='where the PNGs go (default: %(default)s)')
-    sub.add_argument('--steps', type=number(int, 1, 1000), default=50, help='DDIM steps (default: %(default)s)')
+    sub.add_argument('--steps', type=number(int, 1, 999), default=50, help='DDIM steps (default: %(default)s)')
     sub.add_argument('--decoder-guidance', type=number(float, 0), default=5.0, metavar='G', help='of the U-Net (default: %(default)s)')
     return sub
 
@@ -227,7 +227,7 @@ def build_parser():
   sub.add_argument('exports', nargs='+', metavar='RUN/export', help='of a part that several hold, the last one counts')
   sub.add_argument('--tokenizer', default=os.path.join(TINY, 'tokenizer'), metavar='DIR', help='(default: %(default)s)')
   sub.add_argument('--dtype', default='bfloat16', choices=('float32', 'float16', 'bfloat16'), help='(default: %(default)s)')
-  sub.add_argument('--out', required=True, metavar='DIR', help='replaced if it exists')
+  sub.add_argument('--out', required=True, metavar='DIR', help='a checkpoint there is replaced')
 
   sub = model_command('demo', demo, 'caption, answer, draw and reconstruct, with the tiny checkpoint, into one HTML page', 0)
   sub.add_argument('--inputs', default=DEMO, metavar='DIR', help='pictures and their manifest (default: %(default)s)')

@@ -1,6 +1,6 @@
 """Questions about a composed picture, with answers that follow from its facts."""
 
-from lavit_jax.data import colours, grammar
+from lavit_jax.data import colours, grammar, splits
 
 TYPES = ('what', 'category', 'style', 'colour', 'background', 'how many', 'position', 'yes/no')
 CATEGORIES = {
@@ -9,6 +9,7 @@ CATEGORIES = {
 }
 OPPOSITE = {'left': 'right', 'right': 'left', 'above': 'below', 'below': 'above'}
 PREPOSITION = {'left': 'to the left of', 'right': 'to the right of', 'above': 'above', 'below': 'below'}
+
 
 def prompt(question: str) -> str:
   """The form in which a question is put to the model; the answer follows after a space (REFERENCE section 4)."""
@@ -44,7 +45,9 @@ def _about_one(rng, facts, names):
 
 
 def _about_scene(rng, facts, names):
-  thing = facts.things[rng.integers(len(facts.things))]
+  unseen = [thing for thing in facts.things if splits.heldout_concept(thing.codepoint) or splits.heldout_pair(facts.style, thing.codepoint)]
+  asked_about = unseen or facts.things  # of a held-out thing and its companion, which is a training one, ask about the former
+  thing = asked_about[rng.integers(len(asked_about))]
   asked = [('how many', 'How many things are there?', grammar.NUMBERS[sum(each.count for each in facts.things)])]
   if len(facts.things) == 1:
     kind = 'What are these?', thing.name

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from lavit_jax.errors import UserError
+
 UNKNOWN, BEGIN, END = 0, 1, 2
 _SPECIAL = ('<unk>', '<s>', '</s>')
 _FILE = 'tokenizer.json'
@@ -27,12 +29,21 @@ class TextTokenizer:
     self.encode = functools.lru_cache(maxsize=1 << 16)(self._encode)
 
   @classmethod
-  def load(cls, folder: str | os.PathLike) -> 'TextTokenizer':
-    """Reads a Hugging Face tokenizer folder. Raises FileNotFoundError when `tokenizer.json` is not in it."""
+  def load(cls, folder: str | os.PathLike, vocab_size: int | None = None) -> 'TextTokenizer':
+    """Reads a Hugging Face tokenizer folder.
+
+    Raises UserError when `tokenizer.json` is not in it or is damaged, or when it has not `vocab_size` ids.
+    """
     path = os.path.join(folder, _FILE)
     if not os.path.exists(path):
-      raise FileNotFoundError(f'{path} does not exist; give the folder of a Hugging Face (fast) tokenizer')
-    return cls(Tokenizer.from_file(path))
+      raise UserError(f'{path} does not exist; give the folder of a Hugging Face (fast) tokenizer')
+    try:
+      words = cls(Tokenizer.from_file(path))
+    except Exception as error:  # tokenizers raises nothing narrower
+      raise UserError(f'{path} is damaged ({error}); copy it again') from None
+    if vocab_size not in (None, words.vocab_size):
+      raise UserError(f'{path} has {words.vocab_size} ids, but the text vocabulary of the model has {vocab_size}; give the model\'s own')
+    return words
 
   def _encode(self, text: str) -> tuple[int, ...]:
     return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)

@@ -16,6 +16,7 @@ from jax import Array
 from PIL import Image
 
 from lavit_jax.data import colours
+from lavit_jax.inference.images import read_images
 from lavit_jax.inference.pipeline import Lavit, Tokens
 from lavit_jax.models import lavit, vit
 from lavit_jax.models.tokenizer import l2_normalise
@@ -35,7 +36,7 @@ def usage(tokens: Tokens, codebook_size: int) -> dict[str, float]:
 
 def features(model: Lavit, images: np.ndarray) -> np.ndarray:
   """Patch features f32[B, N, D] of pictures uint8[B, H, W, 3]."""
-  return model.in_batches(_features, ('vit',), images)
+  return model.in_batches(_features, ('vit',), read_images(images, model.model.image_size))
 
 
 def rebuilt_features(model: Lavit, tokens: Tokens) -> np.ndarray:
@@ -48,9 +49,9 @@ def cosine(x: np.ndarray, y: np.ndarray) -> float:
   return float((l2_normalise(jnp.asarray(x)) * l2_normalise(jnp.asarray(y))).sum(-1).mean())
 
 
-def own_mean(x: np.ndarray) -> np.ndarray:
-  """The mean direction f32[B, 1, D] of the patches of each picture, x [B, N, D]."""
-  return np.asarray(l2_normalise(jnp.asarray(x))).mean(1, keepdims=True)
+def mean_direction(x: np.ndarray, axis: int) -> np.ndarray:
+  """The mean of x f32[B, N, D] as unit vectors over `axis`, which stays with length 1: the constant with the highest mean cosine."""
+  return np.asarray(l2_normalise(jnp.asarray(x))).mean(axis, keepdims=True)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -39,7 +39,7 @@ def evaluate(model: Lavit, source: str, count: int, out, *, drawn: int = 256, tr
   scenes = mixtures.examples(source, 'train', seed, train // 4, 'scene')
   classify = images.train_classifier(pixels(taught), kinds(taught), len(KINDS), seed=seed)
   usual = vqa.majority(vqa.ask(taught + scenes))
-  mean_features = images.features(model, pixels(taught[:256])).mean(0)
+  mean_features = images.mean_direction(images.features(model, pixels(taught[:256])), 0)
 
   report = dict(variant=model.model.variant, source=str(source), count=count, drawn=min(drawn, count), seed=seed, splits={})
   for split in SPLITS:
@@ -70,11 +70,11 @@ def measure_tokens(model: Lavit, examples, mean_features: np.ndarray) -> dict[st
   the mean of a picture's own: above it, tokens say where things are."""
   tokens, x = model.tokenize(pixels(examples)), images.features(model, pixels(examples))
   return dict(cosine=images.cosine(x, images.rebuilt_features(model, tokens)), cosine_of_mean=images.cosine(x, mean_features),
-              cosine_of_own_mean=images.cosine(x, images.own_mean(x)),
+              cosine_of_own_mean=images.cosine(x, images.mean_direction(x, 1)),
               **images.usage(tokens, model.model.vocabulary.codebook_size))
 
 
-def measure_answers(model: Lavit, examples, usual: dict[str, str]) -> dict:
+def measure_answers(model: Lavit, examples, usual: vqa.Usual) -> dict:
   """Every question of every example."""
   asked, shown = vqa.ask(examples), pixels(examples)
   answers = model.answer(shown[[each.index for each in asked]], [each.question for each in asked])
@@ -117,8 +117,8 @@ def tables(report: dict) -> list[Table]:
       return f'{100 * tree[key]:.1f}' if key in tree else '-'
     return [dig(splits[split]) for split in SPLITS]
 
-  def beside(path, key, other):
-    return [f'{a} ({b})' for a, b in zip(percent(path, key), percent(path, other))]
+  def beside(path, key, *others):
+    return [f'{a} ({"; ".join(rest)})' for a, *rest in zip(percent(path, key), *(percent(path, other) for other in others))]
 
   tokens = [splits[split]['tokens'] for split in SPLITS]
   asked = dict.fromkeys(kind for split in SPLITS for kind in splits[split]['questions'])
@@ -130,7 +130,8 @@ def tables(report: dict) -> list[Table]:
           ('codes in use, perplexity', *[f'{t["codes"]}, {t["perplexity"]:.0f}' for t in tokens])]),
       table('captions, % (majority)', [
           (key, *beside(('captions',), key, f'{key}_majority')) for key in ('name', 'category', 'background')]),
-      table('answers, % (majority)', [(kind, *beside(('questions', kind), 'accuracy', 'majority')) for kind in asked]),
+      table('answers, % (majority of the type; of the question)', [
+          (kind, *beside(('questions', kind), 'accuracy', 'majority', 'blind')) for kind in asked]),
       table('pictures, % right category, background', [
           (kind, *[f'{a}, {b}' for a, b in zip(percent(('drawings', kind), 'category'), percent(('drawings', kind), 'background'))])
           for kind in ('drawn', 'reconstructed', 'real', 'shuffled', 'noise')]),

@@ -1,10 +1,10 @@
-"""Accuracy of answers by type of question, beside what the most frequent training answer would score."""
+"""Accuracy of answers by type of question, beside what answers without a look at the picture would score."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from lavit_jax.data.scenes import Example
@@ -29,21 +29,36 @@ def normalise(answer: str) -> str:
   return re.sub(r'^(a|an|the) ', '', re.split(r'[\n,.]', answer.strip())[0].strip().lower())
 
 
-def majority(asked: Iterable[Asked]) -> dict[str, str]:
-  """The most frequent answer to each type of question."""
-  answers = defaultdict(Counter)
-  for each in asked:
-    answers[each.type][normalise(each.answer)] += 1
-  return {kind: counter.most_common(1)[0][0] for kind, counter in answers.items()}
+class Usual(NamedTuple):
+  """The most frequent training answers, by the type of a question and by its very words."""
+
+  by_type: dict[str, str]
+  by_question: dict[str, str]
+
+  def blind(self, asked: Asked) -> str | None:
+    """The best answer for who reads the question and does not see the picture."""
+    return self.by_question.get(asked.question, self.by_type.get(asked.type))
 
 
-def score(answers: Sequence[str], asked: Sequence[Asked], usual: dict[str, str]) -> dict[str, dict[str, float]]:
-  """By type, and over all ('all'): accuracy, majority (the accuracy of the answers `usual`), and count."""
+def majority(asked: Sequence[Asked]) -> Usual:
+  """The most frequent answer to each type of question and to each question."""
+
+  def most_common(keys):
+    answers = defaultdict(Counter)
+    for key, each in zip(keys, asked):
+      answers[key][normalise(each.answer)] += 1
+    return {key: counter.most_common(1)[0][0] for key, counter in answers.items()}
+
+  return Usual(most_common(each.type for each in asked), most_common(each.question for each in asked))
+
+
+def score(answers: Sequence[str], asked: Sequence[Asked], usual: Usual) -> dict[str, dict[str, float]]:
+  """By type, and over all ('all'): accuracy; majority and blind, the accuracies of the usual answers to the type and to the question; count."""
   rows = defaultdict(list)
   for answer, each in zip(answers, asked, strict=True):
     truth = normalise(each.answer)
-    row = normalise(answer) == truth, usual.get(each.type) == truth
+    row = normalise(answer) == truth, usual.by_type.get(each.type) == truth, usual.blind(each) == truth
     rows[each.type].append(row)
     rows['all'].append(row)
-  return {kind: dict(accuracy=sum(a for a, _ in row) / len(row), majority=sum(b for _, b in row) / len(row), count=len(row))
+  return {kind: dict(zip(('accuracy', 'majority', 'blind'), (sum(column) / len(row) for column in zip(*row))), count=len(row))
           for kind, row in sorted(rows.items())}

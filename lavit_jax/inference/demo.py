@@ -16,6 +16,7 @@ import base64
 import collections
 import html
 import json
+import os
 import pathlib
 import time
 
@@ -44,6 +45,7 @@ def run(model: Lavit, inputs, out, seed: int = 0) -> pathlib.Path:
 
   size, rows = model.model.image_size, manifest['pictures']
   pictures = read_images([inputs / row['file'] for row in rows], size)
+  expected = read_images([inputs / row['file'] for row in manifest['texts']], size)
   say(f'tokenize: {len(rows)} pictures of {model.model.num_patches} patches')
   tokens = model.tokenize(pictures)
   say(f'  kept {", ".join(map(str, tokens.counts))} patches')
@@ -60,7 +62,7 @@ def run(model: Lavit, inputs, out, seed: int = 0) -> pathlib.Path:
 
   say('draw from text, from picture and text, from picture and picture')
   texts = [[row['text']] for row in manifest['texts']]
-  mixed = [[inputs / part if (inputs / part).is_file() else part for part in parts] for parts in manifest['mixed']]
+  mixed = [[inputs / part if os.path.isfile(inputs / part) else part for part in parts] for parts in manifest['mixed']]
   codes = model.sample_codes(texts, guidance=4.0, seed=seed) + model.sample_codes(mixed, guidance=5.0, seed=seed)
   for parts, ids in zip(manifest['texts'] + manifest['mixed'], codes):
     say(f'  {" + ".join(parts) if isinstance(parts, list) else parts["text"]}: {len(ids)} tokens')
@@ -78,9 +80,8 @@ def run(model: Lavit, inputs, out, seed: int = 0) -> pathlib.Path:
         [(pictures[i], 'input'), (show_kept(pictures[i], tokens.keep[i]), f'{tokens.counts[i]} tokens'), (rebuilt[i], 'reconstructed')],
         [('caption', captions[i], row['caption']), (row['question'], answers[i], row['answer'])])
   page.section('Words to pictures', 'Drawn from the text alone, beside the held-out picture that has this caption.')
-  for row, ids, picture in zip(manifest['texts'], codes, drawn):
-    expected, = read_images(inputs / row['file'], size)
-    page.card([(picture, f'drawn, {len(ids)} tokens'), (expected, 'such as')], [('text', row['text'], None)])
+  for row, ids, picture, such in zip(manifest['texts'], codes, drawn, expected):
+    page.card([(picture, f'drawn, {len(ids)} tokens'), (such, 'such as')], [('text', row['text'], None)])
   page.section('Pictures and words to pictures', 'The prompt holds the visual tokens of its pictures; the last picture is drawn.')
   for parts, names, ids, picture in zip(mixed, manifest['mixed'], codes[len(texts):], drawn[len(texts):]):
     given = [(read_images(part, size)[0], 'input') for part in parts if not isinstance(part, str)]
@@ -97,7 +98,10 @@ def read_manifest(inputs: pathlib.Path) -> dict:
   path = inputs / 'manifest.json'
   try:
     manifest = json.loads(path.read_text())
-    return {key: manifest[key] for key in ('pictures', 'texts', 'mixed')}
+    return dict(
+        pictures=[{key: str(row[key]) for key in ('file', 'caption', 'question', 'answer')} for row in manifest['pictures']],
+        texts=[{key: str(row[key]) for key in ('text', 'file')} for row in manifest['texts']],
+        mixed=[[str(part) for part in parts] for parts in manifest['mixed']])
   except FileNotFoundError:
     raise UserError(f'{path} is missing; give --inputs a folder that `python -m lavit_jax.inference.demo --make` wrote') from None
   except (OSError, ValueError, KeyError, TypeError) as error:

@@ -38,7 +38,7 @@ def timesteps(num_train_steps: int, steps: int, spacing: str = 'leading', steps_
   if spacing == 'leading':
     visited = np.arange(steps)[::-1] * (num_train_steps // steps) + steps_offset
   elif spacing == 'trailing':
-    visited = np.round(np.arange(num_train_steps, 0, -num_train_steps / steps)) - 1
+    visited = np.round(num_train_steps - np.arange(steps) * (num_train_steps / steps)) - 1
   else:
     raise ValueError(f"spacing={spacing!r} is not 'leading' or 'trailing'")
   if visited[0] >= num_train_steps:

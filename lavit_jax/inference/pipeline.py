@@ -22,7 +22,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +35,7 @@ from lavit_jax.inference.diffusion import ddim_sample, initial_latents
 from lavit_jax.inference.images import read_images
 from lavit_jax.models import lavit, noise, sequence, vae, vit
 from lavit_jax.models.decoder import null_context
+from lavit_jax.models.initial import initial_parts
 from lavit_jax.models.tokenizer import gumbel_keep
 from lavit_jax.porting.folder import load_parts, read_config
 
@@ -138,6 +138,7 @@ class Lavit:
     """`parts`: part name -> parameters, at least of the parts that the tasks at hand need."""
     self.model, self.parts, self.words = model, parts, words
     self.settings = SETTINGS.get(model.variant, Settings())
+    self._fitting = set()  # names of the parts that have been looked at
 
   @classmethod
   def from_pretrained(cls, folder, dtype: str = 'float32', variant: str | None = None) -> Lavit:
@@ -150,16 +151,16 @@ class Lavit:
     if variant not in (None, config['variant']):
       raise UserError(f'{folder} holds variant {config["variant"]!r}, but {variant!r} was asked for')
     words = pathlib.Path(folder) / 'tokenizer'
-    try:
-      return cls(lavit.build(config['variant'], dtype), _Folder(folder), TextTokenizer.load(words))
-    except FileNotFoundError as error:
-      raise UserError(f'{words} is missing; copy the tokenizer into the checkpoint ({error})') from None
+    model = lavit.build(config['variant'], dtype)
+    return cls(model, _Folder(folder), TextTokenizer.load(words, model.vocabulary.text_size))
 
   # Pictures to codes and back.
 
   def tokenize(self, images, seed: int | None = None) -> Tokens:
     """Pictures -> their visual tokens."""
     images = read_images(images, self.model.image_size)
+    if len(images) == 0:
+      raise UserError('there is no picture to tokenize; give at least one')
     ids, keep = self.in_batches(tokenize, ('vit', 'tokenizer'), images, _keys(seed, len(images)))
     return Tokens([row[kept] for row, kept in zip(ids, keep)], keep, keep.sum(-1))
 
@@ -225,6 +226,8 @@ class Lavit:
       temperature, top_k: of the sampling.
     """
     words = self.model.vocabulary
+    if isinstance(prompts, (str, bytes)) or any(isinstance(each, (str, bytes, np.ndarray)) or not hasattr(each, '__len__') for each in prompts):
+      raise UserError('prompts are lists of parts, [[picture, words], [words], ...]; put each prompt in brackets')
     pictures = [part for prompt in prompts for part in prompt if not isinstance(part, str)]
     codes = iter(self.tokenize(pictures).ids if pictures else ())
     start, end = [words.image_start], [words.image_end]
@@ -282,7 +285,12 @@ class Lavit:
 
   def in_slots(self, codes: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Codes of each picture, i32[n] with n <= N -> ids i32[B, N] in a prefix, and the mask bool[B, N] of it."""
-    slots = np.arange(self.model.num_patches)
+    slots, size = np.arange(self.model.num_patches), self.model.vocabulary.codebook_size
+    if len(codes) == 0:
+      raise UserError('there is nothing to draw; give at least one prompt or picture')
+    for row in codes:
+      if len(row) > len(slots) or not all(0 <= code < size for code in row):
+        raise UserError(f'the codes of a picture are at most {len(slots)} numbers in 0..{size - 1}; got {len(row)}: {list(row[:4])} ...')
     ids = [np.resize(np.append(row, 0), slots.shape) for row in codes]
     mask = slots < np.array([max(1, len(row)) for row in codes])[:, None]  # no code at all would leave nothing to attend to
     return np.stack(ids).astype(np.int32), mask
@@ -297,12 +305,23 @@ class Lavit:
 
   def _run(self, program, names: tuple[str, ...], *args, **kwargs):
     """Calls a program with the parts that it needs, loading them first."""
-    parts = {name: self.parts[name] for name in names}
-    try:
-      return program(self.model, parts, *args, **kwargs)
-    except (flax.errors.ScopeParamShapeError, flax.errors.ScopeParamNotFoundError) as error:
-      raise UserError(f'the weights of {" or ".join(names)} are not of variant {self.model.variant!r}; '
-                      f'export the checkpoint again ({error})') from error
+    return program(self.model, {name: self._part(name) for name in names}, *args, **kwargs)
+
+  def _part(self, name: str):
+    """The parameters of a part; a UserError if they are another model's."""
+    params = self.parts[name]
+    if name not in self._fitting:
+      expected = jax.eval_shape(lambda: initial_parts(self.model, jax.random.key(0), (name,)))[name]
+      want, have = ({jax.tree_util.keystr(path, simple=True, separator='/'): x.shape for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+                    for tree in (expected, params))
+      wrong = [f'{key or name}: {have.get(key, "missing")} instead of {want.get(key, "nothing")}'
+               for key in sorted(want.keys() | have.keys()) if want.get(key) != have.get(key)]
+      if wrong:
+        more = f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''
+        raise UserError(f'the weights of {name} are not of variant {self.model.variant!r}, export the checkpoint again; '
+                        f'{"; ".join(wrong[:3])}{more}')
+      self._fitting.add(name)
+    return params
 
 
 class _Folder(dict):

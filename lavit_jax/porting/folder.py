@@ -4,7 +4,8 @@
     folder/config.json              {"format": 1, "variant": "tiny", "parts": {"vit": {"file", "parameters", "dtype"}}, "metadata": {}}
     folder/vit.safetensors          'blocks/attn/qkv/kernel' ...
 
-A folder appears whole or not at all: it is written beside its place and renamed.
+A folder appears whole or not at all: it is written beside its place and renamed. (Between the two renames that replace an older one
+a kill leaves that one as `.NAME.old`.)
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from lavit_jax.data.text import TextTokenizer
 from lavit_jax.errors import UserError
+from lavit_jax.models import lavit
 
 FORMAT = 1
 DTYPES = {'float32': np.float32, 'float16': np.float16, 'bfloat16': ml_dtypes.bfloat16}
@@ -33,16 +36,20 @@ def save_parts(folder, variant: str, parts: dict, metadata: dict | None = None, 
   """Writes the parameters of some parts of a model.
 
   Args:
-    folder: where; replaced as a whole if it exists.
+    folder: where; a checkpoint or an empty folder that stands there is replaced as a whole, anything else is left alone.
     variant: the row of the variants table that the parts belong to.
     parts: part name -> parameter tree (or one bare array); floating leaves are stored in `dtype`.
     metadata: anything JSON can say about where the weights come from.
     dtype: 'float32', 'float16' or 'bfloat16'.
     tokenizer: a Hugging Face tokenizer folder to put beside them, as `tokenizer/`.
   Raises:
-    UserError: the disk is full or the folder cannot be written; nothing half-written is left.
+    UserError: something else stands there, the disk is full or the folder cannot be written; nothing half-written is left.
   """
-  folder = pathlib.Path(folder)
+  folder = pathlib.Path(folder).resolve()  # of a link, what it points to
+  if folder.exists() and not (folder.is_dir() and ((folder / 'config.json').exists() or not any(folder.iterdir()))):
+    raise UserError(f'{folder} exists and is not a checkpoint; choose another folder, or remove it first')
+  if folder.exists() and any(folder.iterdir()):
+    read_config(folder)  # a config.json of somebody else's is not ours to replace
   scratch = None
   try:
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -58,8 +65,8 @@ def save_parts(folder, variant: str, parts: dict, metadata: dict | None = None, 
       shutil.copytree(tokenizer, scratch / 'tokenizer')
     (scratch / 'config.json').write_text(json.dumps(config, indent=1) + '\n')
     _swap(scratch, folder)
-  except OSError as error:
-    raise UserError(f'cannot write {folder}: {error.strerror or error}; free some space or choose another folder') from error
+  except (OSError, safetensors.SafetensorError) as error:  # safetensors wraps what the system says
+    raise UserError(f'cannot write {folder}: {getattr(error, "strerror", None) or error}; free some space or choose another folder') from error
   finally:
     if scratch is not None:
       shutil.rmtree(scratch, ignore_errors=True)
@@ -75,7 +82,7 @@ def read_config(folder) -> dict:
     raise UserError(f'{folder} is not a lavit_jax checkpoint: {file} is missing') from None
   except (OSError, ValueError) as error:
     raise UserError(f'{file} cannot be read ({error}); export the checkpoint again') from None
-  if not isinstance(config, dict) or config.get('format') != FORMAT or 'parts' not in config:
+  if not isinstance(config, dict) or config.get('format') != FORMAT or not config.keys() >= {'variant', 'parts', 'metadata'}:
     raise UserError(f'{file} is not a lavit_jax checkpoint of format {FORMAT}')
   return config
 
@@ -100,7 +107,7 @@ def load_parts(folder, names=None, variant: str | None = None) -> dict:
   for name in config['parts'] if names is None else names:
     if name not in config['parts']:
       raise UserError(f'{folder} has no part {name!r}; it holds {", ".join(config["parts"])}')
-    file = folder / config['parts'][name]['file']
+    file = folder / f'{name}.safetensors'
     try:
       flat = safetensors.numpy.load_file(file)
     except FileNotFoundError:
@@ -115,16 +122,15 @@ def bundle(folder, sources, tokenizer, dtype: str = 'bfloat16') -> pathlib.Path:
   """Makes one model of what the stages exported: a folder for `Lavit.from_pretrained`.
 
   Args:
-    folder: where; replaced as a whole if it exists.
+    folder: where; as in `save_parts`.
     sources: the stages' export folders, all of one variant; of a part that several hold, the last one's is taken.
     tokenizer: the tokenizer folder of the language model.
     dtype: as in `save_parts`.
   Raises:
-    UserError: a source is missing, damaged or of another variant, or the folder cannot be written.
+    UserError: a source is missing, damaged or of another variant, the tokenizer is another model's, or the folder cannot be written.
   """
   parts, about, variant = {}, {}, read_config(sources[0])['variant']
-  if not (pathlib.Path(tokenizer) / 'tokenizer.json').is_file():
-    raise UserError(f'{tokenizer} is not a tokenizer folder: tokenizer.json is missing')
+  TextTokenizer.load(tokenizer, lavit.row(variant)['text_vocab_size'])
   for source in sources:
     made = load_parts(source, variant=variant)
     metadata = read_config(source)['metadata']
@@ -153,7 +159,11 @@ def _swap(scratch: pathlib.Path, folder: pathlib.Path) -> None:
     old = folder.with_name(f'.{folder.name}.old')
     shutil.rmtree(old, ignore_errors=True)
     os.rename(folder, old)
-    os.rename(scratch, folder)
+    try:
+      os.rename(scratch, folder)
+    except OSError:
+      os.rename(old, folder)
+      raise
     shutil.rmtree(old)
   else:
     os.rename(scratch, folder)

@@ -47,6 +47,7 @@ def save(path: str | os.PathLike, state: dict[str, np.ndarray]) -> None:
   part = path.with_name(f'.{path.name}.part')
   try:
     safetensors.numpy.save_file({name: np.ascontiguousarray(x) for name, x in state.items()}, part, {'format': 'pt'})
+    os.chmod(part, 0o644)  # safetensors makes files that only their owner may read
     os.replace(part, path)
   except (OSError, safetensors.SafetensorError) as error:
     raise UserError(f'cannot write {path}: {error}; free some space or choose another place') from error
@@ -61,7 +62,10 @@ def _files(path: pathlib.Path) -> list[pathlib.Path]:
     raise UserError(f'{path} does not exist')
   for suffix in ('.safetensors', '.bin'):  # both may lie side by side, with the same content
     for index in sorted(path.glob(f'*{suffix}.index.json')):
-      return sorted({path / name for name in json.loads(index.read_text())['weight_map'].values()})
+      try:
+        return sorted({path / name for name in json.loads(index.read_text())['weight_map'].values()})
+      except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f'{index} is damaged ({error!r}); download it again') from None
     if found := sorted(path.glob(f'*{suffix}')):
       if len(found) > 1:
         raise UserError(f'{path} holds {len(found)} {suffix} files and no index; name the one to read')
@@ -90,6 +94,6 @@ def _load_pickle(path: pathlib.Path) -> dict[str, np.ndarray]:
   except Exception as error:  # pickle, zip and torch each have their own for a damaged file
     raise UserError(f'{path} is truncated or damaged ({type(error).__name__}); download it again') from None
   tensors = {path.stem: content} if isinstance(content, torch.Tensor) else content
-  if not all(isinstance(x, torch.Tensor) for x in tensors.values()):
+  if not isinstance(tensors, dict) or not all(isinstance(x, torch.Tensor) for x in tensors.values()):
     raise UserError(f'{path} is not a flat dict of tensors')
-  return {name: (x.float() if x.dtype == torch.bfloat16 else x).numpy() for name, x in tensors.items()}
+  return {name: (x.float() if x.dtype == torch.bfloat16 else x).detach().numpy() for name, x in tensors.items()}

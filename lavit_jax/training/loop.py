@@ -27,6 +27,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from lavit_jax.data import mixtures, text
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
+from lavit_jax.models.layers import REMAT_POLICIES
 from lavit_jax.porting import folder
 from lavit_jax.training import flops, metrics, optim, sharding, stages
 from lavit_jax.training.checkpoint import Checkpoints
@@ -57,6 +58,7 @@ def train(config, workdir) -> None:
   workdir = pathlib.Path(workdir)
   mesh = sharding.make_mesh(config.mesh)
   shards = sharding.batch_shards(mesh)
+  check_options(config)
   if config.batch_size % shards:
     raise UserError(f'batch_size={config.batch_size} must be a multiple of the {shards} pieces that the mesh makes of it')
   with Interrupt() as interrupt, jax.set_mesh(mesh), contextlib.ExitStack() as stack:
@@ -91,7 +93,7 @@ def train(config, workdir) -> None:
     write_config(config, workdir)
 
     if first < config.num_steps:
-      batch = sharding.put_batch(next(data), mesh)
+      batch = sharding.put_batch(next_batch(data), mesh)
       train_step = make_train_step(config, stage, tx, places, NamedSharding(mesh, P()))
       traced = train_step.trace(state, frozen, batch)
       log.flops, train_step = flops.count(traced.jaxpr), traced.lower().compile()
@@ -101,7 +103,7 @@ def train(config, workdir) -> None:
 
     for step in range(first + 1, config.num_steps + 1):
       if step > first + 1:
-        batch = sharding.put_batch(next(data), mesh)
+        batch = sharding.put_batch(next_batch(data), mesh)
       state, values = train_step(state, frozen, batch)
       log.step(step, values)
 
@@ -228,6 +230,17 @@ def load_parts(config, stage) -> dict:
   return parts
 
 
+def check_options(config) -> None:
+  """Raises UserError for values that would fail later, in the middle of something."""
+  known = dict(dtype=('float32', 'bfloat16'), remat=('none', *REMAT_POLICIES))
+  for key, values in known.items():
+    if config[key] not in values:
+      raise UserError(f'{key}={config[key]!r} is unknown; choose {" or ".join(values)}')
+  for key, least in dict(seed=0, batch_size=1, num_steps=1, log_every=1, eval_every=0, picture_every=0, checkpoint_every=0, keep=1).items():
+    if config[key] < least:
+      raise UserError(f'{key}={config[key]} must be at least {least}')
+
+
 def split_folders(text: str) -> list[str]:
   """'a,b' -> ['a', 'b']."""
   return [path.strip() for path in text.split(',') if path.strip()]
@@ -257,21 +270,27 @@ def open_data(config, model, split: str):
   options = config.data.to_dict()
   try:
     if options.get('tokenizer_folder'):
-      size = text.TextTokenizer.load(options['tokenizer_folder']).vocab_size
-      if size != model.vocabulary.text_size:
-        raise UserError(f'data.tokenizer_folder={options["tokenizer_folder"]} has {size} ids, the text vocabulary of '
-                        f'{model.variant} has {model.vocabulary.text_size}')
+      text.TextTokenizer.load(options['tokenizer_folder'], model.vocabulary.text_size)
     return mixtures.batches(
         **options, split=split, seed=config.seed, batch_size=config.batch_size // jax.process_count(),
         shard_index=jax.process_index(), shard_count=jax.process_count())
-  except (FileNotFoundError, ValueError) as error:
+  except (FileNotFoundError, ValueError, UserError) as error:
+    raise UserError(f'data: {error}') from error
+
+
+def next_batch(data) -> dict:
+  """The next batch; a UserError if an example does not fit the options."""
+  try:
+    return next(data)
+  except ValueError as error:
     raise UserError(f'data: {error}') from error
 
 
 def check_finite(means: dict[str, float], step: int) -> None:
-  """Raises UserError, before a checkpoint is written, if the loss has been lost."""
-  if not math.isfinite(means.get('loss', 0.0)):
-    raise UserError(f'the loss is {means["loss"]} at step {step}; lower optim.learning_rate or optim.clip_norm, and start again: '
+  """Raises UserError, before a checkpoint is written, if the loss has been lost, or the gradient that made the new parameters."""
+  lost = {key: means[key] for key in metrics.VITAL if not math.isfinite(means.get(key, 0.0))}
+  for key, value in lost.items():
+    raise UserError(f'the {key} is {value} at step {step}; lower optim.learning_rate or optim.clip_norm, and start again: '
                     'it goes on from the last checkpoint')
 
 
@@ -286,7 +305,7 @@ class Interrupt:
   def __enter__(self):
     self.flag = threading.Event()
     self.previous = None
-    if threading.current_thread() is threading.main_thread():
+    if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:  # else jax.distributed listens
       self.previous = signal.signal(signal.SIGTERM, lambda *_: self.flag.set())
     return self
 

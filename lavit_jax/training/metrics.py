@@ -17,6 +17,8 @@ import numpy as np
 from PIL import Image
 from tensorboardX import SummaryWriter
 
+VITAL = ('loss', 'grad_norm')
+
 
 class Log:
   """The record of one run in `workdir`. Only process 0 writes.
@@ -127,11 +129,11 @@ def json_line(row: dict) -> str:
 
 
 def mean(rows: list[dict]) -> dict[str, float]:
-  """The mean of each key, where a nan says "nothing to measure here"; but one nan in 'loss' makes its mean nan, so that it is seen."""
+  """The mean of each key, where a nan says "nothing to measure here"; but one nan in what is VITAL makes its mean nan, to be seen."""
 
   def average(key):
     values = np.array([row[key] for row in rows], np.float64)
-    return float(values.mean() if key == 'loss' or np.isnan(values).all() else np.nanmean(values))
+    return float(values.mean() if key in VITAL or np.isnan(values).all() else np.nanmean(values))
 
   return {key: average(key) for key in rows[0]} if rows else {}
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from lavit_jax.data import colours, grammar, questions, sprites
+from lavit_jax.data import colours, grammar, mixtures, questions, splits, sprites
 from lavit_jax.data.scenes import CANVAS, Composer
 
 
@@ -210,3 +210,16 @@ def test_backgrounds_are_named_as_they_look():
   for name, rgb in colours.BACKGROUNDS.items():
     assert colours.name_pixels(np.array([rgb], np.uint8))[0] == name
     assert all(colours.JITTER <= channel <= 255 - colours.JITTER for channel in rgb)
+
+
+@pytest.mark.parametrize('split', ['heldout/concept', 'heldout/pair'])
+def test_held_out_questions_ask_about_what_is_held_out(split):
+  examples = mixtures.examples('embedded', split, 3, 40, 'scene')
+  told = 0
+  for example in examples:
+    unseen = {thing.name for thing in example.facts.things
+              if splits.heldout_concept(thing.codepoint) or splits.heldout_pair(example.facts.style, thing.codepoint)}
+    names = [answer for kind, _, answer in example.questions if kind == 'what']
+    assert names and set(names) <= unseen
+    told += len(example.facts.things) > 1
+  assert told > 5  # in pictures that hold a training concept too

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from lavit_jax.data import mixtures, text
+from lavit_jax.errors import UserError
 
 FOLDER = Path(text.__file__).parent.parent / 'assets/tiny/tokenizer'
 
@@ -62,8 +63,13 @@ def test_a_new_tokenizer_can_be_trained_saved_and_loaded(tmp_path):
 
 
 def test_missing_folder_names_the_file(tmp_path):
-  with pytest.raises(FileNotFoundError, match='tokenizer.json.*Hugging Face'):
+  with pytest.raises(UserError, match='tokenizer.json.*Hugging Face'):
     text.TextTokenizer.load(tmp_path)
+  (tmp_path / 'tokenizer.json').write_text('{"version": "1.0", ')
+  with pytest.raises(UserError, match='tokenizer.json is damaged'):
+    text.TextTokenizer.load(tmp_path)
+  with pytest.raises(UserError, match='has 2048 ids, but the text vocabulary of the model has 32000'):
+    text.TextTokenizer.load(FOLDER, 32000)
 
 
 def test_data_import_neither_torch_nor_tensorflow():

@@ -53,7 +53,7 @@ def test_the_classifier_learns_from_pixels_alone():
   assert (classify(pictures[192:]) == rng.permutation(kinds[192:])).mean() < 0.6
 
 
-def test_own_mean_is_the_direction_that_fits_a_picture_best():
+def test_mean_direction_is_what_fits_a_picture_best():
   x = np.array([[[3.0, 0], [0, 1]], [[2, 0], [5, 0]]], np.float32)
-  np.testing.assert_allclose(images.own_mean(x), [[[0.5, 0.5]], [[1, 0]]])  # lengths do not count
-  assert images.cosine(x, images.own_mean(x)) == pytest.approx((2**-0.5 + 1) / 2)
+  np.testing.assert_allclose(images.mean_direction(x, 1), [[[0.5, 0.5]], [[1, 0]]])  # lengths do not count
+  assert images.cosine(x, images.mean_direction(x, 1)) == pytest.approx((2**-0.5 + 1) / 2)

@@ -14,16 +14,16 @@ def test_normalise(answer, same):
 
 def test_majority_and_score_by_type():
   train = [vqa.Asked(0, 'colour', 'q', 'red'), vqa.Asked(0, 'colour', 'q', 'Red'), vqa.Asked(1, 'colour', 'q', 'blue'),
-           vqa.Asked(1, 'yes/no', 'q', 'no')]
+           vqa.Asked(1, 'colour', 'the sky?', 'blue'), vqa.Asked(2, 'colour', 'q', 'red'), vqa.Asked(1, 'yes/no', 'q?', 'no')]
   usual = vqa.majority(train)
-  assert usual == {'colour': 'red', 'yes/no': 'no'}
-  asked = [vqa.Asked(0, 'colour', 'q', 'red'), vqa.Asked(0, 'colour', 'q', 'blue'), vqa.Asked(0, 'yes/no', 'q', 'yes'),
-           vqa.Asked(0, 'what', 'q', 'owl')]
+  assert usual == ({'colour': 'red', 'yes/no': 'no'}, {'q': 'red', 'the sky?': 'blue', 'q?': 'no'})
+  asked = [vqa.Asked(0, 'colour', 'q', 'red'), vqa.Asked(0, 'colour', 'the sky?', 'blue'), vqa.Asked(0, 'yes/no', 'new', 'yes'),
+           vqa.Asked(0, 'what', 'what?', 'owl')]
   scores = vqa.score(['blue', 'Blue.', 'yes', 'an owl'], asked, usual)
-  assert scores['colour'] == dict(accuracy=0.5, majority=0.5, count=2)
-  assert scores['yes/no'] == dict(accuracy=1.0, majority=0.0, count=1)
-  assert scores['what'] == dict(accuracy=1.0, majority=0.0, count=1)
-  assert scores['all'] == dict(accuracy=0.75, majority=0.25, count=4)
+  assert scores['colour'] == dict(accuracy=0.5, majority=0.5, blind=1.0, count=2)
+  assert scores['yes/no'] == dict(accuracy=1.0, majority=0.0, blind=0.0, count=1)
+  assert scores['what'] == dict(accuracy=1.0, majority=0.0, blind=0.0, count=1)
+  assert scores['all'] == dict(accuracy=0.75, majority=0.25, blind=0.5, count=4)
   with pytest.raises(ValueError):
     vqa.score(['one'], asked, usual)
 

@@ -97,7 +97,7 @@ def test_kept_patches_stay_and_dropped_ones_fade():
 def test_bad_inputs(tmp_path, inputs):
   with pytest.raises(UserError, match='manifest.json is missing'):
     demo.run(Stub(), tmp_path, tmp_path)
-  for text in ('{', '{}', '[]'):
+  for text in ('{', '{}', '[]', '{"pictures": [{}], "texts": [], "mixed": []}', '{"pictures": [], "texts": [], "mixed": [5]}'):
     (tmp_path / 'manifest.json').write_text(text)
     with pytest.raises(UserError, match='manifest.json is damaged'):
       demo.run(Stub(), tmp_path, tmp_path)

@@ -55,6 +55,12 @@ def test_trajectory_matches_diffusers(prediction, spacing, steps):
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize('steps', [1, 60, 61, 103, 201, 999, 1000])
+def test_trailing_timesteps_stay_in_range(steps):
+  visited = timesteps(1000, steps, 'trailing')
+  assert len(visited) == steps and visited[0] == 999 and visited[-1] >= 0 and (np.diff(visited) < 0).all()
+
+
 def test_tiny_unet_trajectory_matches_diffusers():
   module = UNet(block_out_channels=(8, 16), layers_per_block=1, down_block_attention=(False, True), transformer_layers=(1, 1),
                 num_heads=(2, 2), cross_attention_dim=12, norm_num_groups=4)

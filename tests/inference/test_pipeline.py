@@ -1,5 +1,6 @@
 """The user's API on random weights: shapes, prompts, determinism, lazy parts, and what it says to bad input."""
 
+import pathlib
 import shutil
 
 import jax
@@ -106,6 +107,14 @@ def test_pictures(model):
     (lambda m: m.answer(PICTURES, ['What is this?']), '2 pictures but 1 question'),
     (lambda m: m.generate(['owl ' * 3000]), 'prompt is .* tokens long; shorten it to 1998'),
     (lambda m: m.caption(['nowhere.png']), 'nowhere.png'),
+    (lambda m: m.tokenize([]), 'no picture'),
+    (lambda m: m.reconstruct([]), 'no picture'),
+    (lambda m: m.generate([]), 'nothing to draw'),
+    (lambda m: m.synthesize(['on a red background']), 'each prompt in brackets'),
+    (lambda m: m.synthesize([pathlib.Path('owl.png'), 'red']), 'each prompt in brackets'),
+    (lambda m: m.synthesize([PICTURES[0]]), 'each prompt in brackets'),
+    (lambda m: m.draw([np.arange(65)]), 'at most 64 numbers in 0..1023'),
+    (lambda m: m.draw([np.array([1024])]), 'at most 64 numbers in 0..1023'),
 ])
 def test_bad_input(model, call, message):
   with pytest.raises(UserError, match=message):
@@ -129,14 +138,17 @@ def test_only_the_parts_of_a_task_are_read(tiny_folder, tmp_path):
   with pytest.raises(UserError, match='nowhere is not a lavit_jax checkpoint'):
     Lavit.from_pretrained('nowhere')
   shutil.rmtree(folder / 'tokenizer')
-  with pytest.raises(UserError, match='tokenizer is missing'):
+  with pytest.raises(UserError, match='tokenizer/tokenizer.json does not exist'):
     Lavit.from_pretrained(folder)
 
 
 def test_weights_of_another_variant_are_named(model, tiny_parts):
-  parts = dict(tiny_parts, vit=jax.tree.map(lambda x: jnp.zeros((*x.shape[:-1], 2 * x.shape[-1])), tiny_parts['vit']))
-  with pytest.raises(UserError, match="vit.* not of variant 'tiny'"):
-    Lavit(model.model, parts, model.words).tokenize(PICTURES)
+  wide = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-1], 2 * x.shape[-1])), tiny_parts['vit'])
+  deep = {**tiny_parts['vit'], 'blocks': jax.tree.map(lambda x: jnp.concatenate([x, x]), tiny_parts['vit']['blocks'])}
+  less = {key: value for key, value in tiny_parts['vit'].items() if key != 'blocks'}
+  for vit, fault in ((wide, 'instead of'), (deep, r'blocks/.*: \(8, .*instead of \(4, '), (less, 'blocks/.*: missing')):
+    with pytest.raises(UserError, match=f"weights of vit are not of variant 'tiny', .*{fault}"):
+      Lavit(model.model, dict(tiny_parts, vit=vit), model.words).tokenize(PICTURES)
 
 
 def test_batches_cover_everything_in_few_shapes():

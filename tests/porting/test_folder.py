@@ -2,15 +2,19 @@
 
 import errno
 import json
+import pathlib
 
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors
 import safetensors.numpy
 
+import lavit_jax
 from lavit_jax.errors import UserError
 from lavit_jax.porting.folder import bundle, load_parts, read_config, save_parts
 
+WORDS = pathlib.Path(lavit_jax.__file__).parent / 'assets' / 'tiny' / 'tokenizer'
 PARTS = {
     'vit': {'blocks': {'kernel': np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3)}, 'ids': np.arange(3, dtype=np.int32)},
     'uncond_embeddings': np.ones((1, 4), np.float32),
@@ -42,17 +46,37 @@ def test_a_second_save_replaces_the_first(tmp_path):
   assert [x.name for x in tmp_path.iterdir()] == ['model']
 
 
-def test_full_disk_leaves_the_old_folder_and_nothing_else(tmp_path, monkeypatch):
+@pytest.mark.parametrize('error', [
+    OSError(errno.ENOSPC, 'No space left on device'),
+    safetensors.SafetensorError('Error while serializing: I/O error: No space left on device (os error 28)')])
+def test_full_disk_leaves_the_old_folder_and_nothing_else(tmp_path, monkeypatch, error):
   save_parts(tmp_path / 'model', 'tiny', PARTS)
 
   def full(*_):
-    raise OSError(errno.ENOSPC, 'No space left on device')
+    raise error
 
   monkeypatch.setattr(safetensors.numpy, 'save_file', full)
   with pytest.raises(UserError, match='No space left on device'):
     save_parts(tmp_path / 'model', 'tiny', PARTS)
   assert [x.name for x in tmp_path.iterdir()] == ['model']
   assert set(read_config(tmp_path / 'model')['parts']) == set(PARTS)
+
+
+def test_what_is_no_checkpoint_is_left_alone(tmp_path, monkeypatch):
+  (tmp_path / 'runs' / 'encoder').mkdir(parents=True)
+  (tmp_path / 'notes').write_text('mine')
+  (tmp_path / 'theirs').mkdir()
+  (tmp_path / 'theirs' / 'config.json').write_text('{"model_type": "llama"}')
+  for name, fault in (('runs', 'is not a checkpoint'), ('notes', 'is not a checkpoint'), ('theirs', 'not a lavit_jax checkpoint')):
+    with pytest.raises(UserError, match=fault):
+      save_parts(tmp_path / name, 'tiny', PARTS)
+  assert sorted(x.name for x in tmp_path.iterdir()) == ['notes', 'runs', 'theirs'] and (tmp_path / 'runs' / 'encoder').is_dir()
+  (tmp_path / 'here').mkdir()
+  monkeypatch.chdir(tmp_path / 'here')
+  save_parts('.', 'tiny', PARTS)  # empty: nothing is lost
+  (tmp_path / 'link').symlink_to(tmp_path / 'here')
+  save_parts(tmp_path / 'link', 'small', PARTS)
+  assert (tmp_path / 'link').is_symlink() and read_config(tmp_path / 'here')['variant'] == 'small'
 
 
 def test_damage_is_named(tmp_path):
@@ -68,9 +92,10 @@ def test_damage_is_named(tmp_path):
   file.unlink()
   with pytest.raises(UserError, match='vit.safetensors is missing'):
     load_parts(folder)
-  (folder / 'config.json').write_text(json.dumps({'format': 99, 'parts': {}}))
-  with pytest.raises(UserError, match='format 1'):
-    load_parts(folder)
+  for config in ({'format': 99, 'variant': 'tiny', 'parts': {}, 'metadata': {}}, {'format': 1, 'parts': {}}):
+    (folder / 'config.json').write_text(json.dumps(config))
+    with pytest.raises(UserError, match='format 1'):
+      load_parts(folder)
   with pytest.raises(UserError, match='config.json is missing'):
     load_parts(tmp_path / 'nowhere')
 
@@ -78,14 +103,14 @@ def test_damage_is_named(tmp_path):
 def test_bundle_takes_the_last_of_each_part_and_the_words(tmp_path):
   first = save_parts(tmp_path / 'first', 'tiny', PARTS, {'stage': 'encoder', 'steps': 1})
   second = save_parts(tmp_path / 'second', 'tiny', {'vit': {'w': np.ones(2, np.float32)}}, {'stage': 'encoder', 'steps': 2})
-  (tmp_path / 'words').mkdir()
-  with pytest.raises(UserError, match='words is not a tokenizer folder'):
+  with pytest.raises(UserError, match='words/tokenizer.json does not exist'):
     bundle(tmp_path / 'model', [first, second], tmp_path / 'words')
-  (tmp_path / 'words' / 'tokenizer.json').write_text('{}')
-  model = bundle(tmp_path / 'model', [first, second], tmp_path / 'words')
+  model = bundle(tmp_path / 'model', [first, second], WORDS)
   assert sorted(load_parts(model)) == ['uncond_embeddings', 'vit'] and list(load_parts(model)['vit']) == ['w']
   assert read_config(model)['metadata']['vit'] == {'stage': 'encoder', 'steps': 2}
-  assert (model / 'tokenizer' / 'tokenizer.json').read_text() == '{}'
+  assert (model / 'tokenizer' / 'tokenizer.json').read_bytes() == (WORDS / 'tokenizer.json').read_bytes()
   other = save_parts(tmp_path / 'other', 'small', PARTS)
   with pytest.raises(UserError, match="holds variant 'small', but 'tiny'"):
-    bundle(tmp_path / 'model', [first, other], tmp_path / 'words')
+    bundle(tmp_path / 'model', [first, other], WORDS)
+  with pytest.raises(UserError, match='2048 ids, but the text vocabulary of the model has 32000'):
+    bundle(tmp_path / 'model', [other], WORDS)

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import math
 import os
 import pathlib
 import re
@@ -168,15 +167,19 @@ def test_another_runs_checkpoint_is_refused(finished):
 
 def test_a_lost_loss_ends_the_run(start, tmp_path):
   run = start('autoencoder', tmp_path, optim__learning_rate=1e30, optim__clip_norm=0.0, num_steps=8, checkpoint_every=1)
-  assert re.search(r'UserError: the loss is (nan|inf) at step \d; lower optim.learning_rate', finish(run, status=1))
+  assert re.search(r'UserError: the (loss|grad_norm) is (nan|inf) at step \d; lower optim.learning_rate', finish(run, status=1))
   saved = [int(p.name) for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit()]
-  lost = next(row['step'] for row in rows(tmp_path) if not math.isfinite(row['loss']))
+  lost = next(row['step'] for row in rows(tmp_path) if None in (row['loss'], row['grad_norm']))
   assert saved and max(saved) < lost
 
 
 @pytest.mark.parametrize('changes, message', [
     (dict(data__source='/nowhere'), 'data: /nowhere has no emoji data set'),
     (dict(data__tokenizer_folder='/nowhere'), 'data: /nowhere/tokenizer.json does not exist'),
+    (dict(data__text_length=8), 'data: text_length is 8, but this text has'),
+    (dict(dtype='float33'), "dtype='float33' is unknown; choose float32 or bfloat16"),
+    (dict(remat='most'), "remat='most' is unknown; choose none or"),
+    (dict(log_every=0), 'log_every=0 must be at least 1'),
     (dict(mesh__tensor=3), 'mesh: data=-1, fsdp=1, tensor=3 does not fit')])
 def test_bad_options_are_named(changes, message, tmp_path):
   with pytest.raises(UserError, match=message):

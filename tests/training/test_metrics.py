@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lavit_jax.training import metrics
+from lavit_jax.errors import UserError
+from lavit_jax.training import loop, metrics
 
 
 def lines(folder):
@@ -57,6 +58,14 @@ def test_mean_skips_what_was_not_measured_but_shows_a_lost_loss():
   mean = metrics.mean(rows)
   assert math.isnan(mean['loss']) and mean['a'] == 2.0 and math.isnan(mean['b'])
   assert metrics.mean([]) == {}
+
+
+@pytest.mark.parametrize('row', [{'loss': math.nan, 'grad_norm': 1.0}, {'loss': 1.0, 'grad_norm': math.inf}, {'loss': 1.0, 'grad_norm': math.nan}])
+def test_nothing_is_saved_after_a_lost_loss_or_gradient(row):
+  fine = {'loss': 1.0, 'grad_norm': 2.0}
+  loop.check_finite(metrics.mean([fine, fine]), 2)
+  with pytest.raises(UserError, match=r'the (loss|grad_norm) is (nan|inf) at step 2'):
+    loop.check_finite(metrics.mean([row, fine]), 2)
 
 
 def test_pictures(tmp_path):
