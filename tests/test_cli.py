@@ -116,6 +116,12 @@ def test_training_options(tmp_path, fails):
   assert not workdir.exists()
 
 
+def test_a_workdir_that_is_a_file(tmp_path, fails):
+  (tmp_path / 'notes').write_text('mine')
+  fails(['train', '--config', f'{ROOT}/configs/encoder.py:tiny', '--workdir', tmp_path / 'notes', '--config.data.source=embedded'], 'notes.*Not a directory')
+  assert (tmp_path / 'notes').read_text() == 'mine'
+
+
 def test_overrides_reach_the_loop(tmp_path, monkeypatch):
   from lavit_jax.training import loop
   seen = []

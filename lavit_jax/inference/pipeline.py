@@ -84,10 +84,9 @@ def tokenize(model: lavit.Lavit, parts: dict, images: Array, keys: Array | None)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def embed(model: lavit.Lavit, parts: dict, ids: Array, source: Array, features: Array | None) -> Array:
-  """Prompts, ids and source i32[B, S] (`sequence.lay_out_prompts`), with features [B, N, H] if any -> embeddings [B, S, H]."""
-  embeddings = _apply(model.llama, parts['llama'], ids, method='embed')
-  return embeddings if features is None else sequence.embed_sources(embeddings, source, features)
+def embed(model: lavit.Lavit, parts: dict, ids: Array) -> Array:
+  """Words and codes, ids i32[B, S] -> embeddings [B, S, H]."""
+  return _apply(model.llama, parts['llama'], ids, method='embed')
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'size', 'steps'))
@@ -275,13 +274,14 @@ class Lavit:
       raise UserError('the text is empty; say what to draw or what to ask')
     return self.words.encode(form(text))
 
-  def _embed(self, prompts, new_tokens: int, features: Array | None = None) -> tuple[Array, np.ndarray]:
+  def _embed(self, prompts, new_tokens: int, features: Array | None = None) -> tuple[Array, Array]:
     """Lists of pieces -> embeddings [B, S, H] and mask bool[B, S], left-padded."""
     longest = max(sum(map(len, pieces)) for pieces in prompts)
     if longest + new_tokens > MAX_LENGTH:
       raise UserError(f'the prompt is {longest} tokens long; shorten it to {MAX_LENGTH - new_tokens}')
-    laid = sequence.lay_out_prompts(prompts, multiple=self.model.num_patches)
-    return self._run(embed, ('llama',), laid.ids, laid.source, features), laid.mask
+    embeddings, mask, _ = sequence.assemble(
+        prompts, functools.partial(self._run, embed, ('llama',)), features, multiple=self.model.num_patches)
+    return embeddings, mask
 
   def in_slots(self, codes: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Codes of each picture, i32[n] with n <= N -> ids i32[B, N] in a prefix, and the mask bool[B, N] of it."""

@@ -76,19 +76,23 @@ def most_probable(p: Array) -> Array:
 
 
 class Selector(nn.Module):
-  """Log-probabilities f32[B, N, 2] of keeping (class 0) and dropping each patch of x [B, N, D]. Float32 throughout."""
+  """Log-probabilities f32[B, N, 2] of keeping (class 0) and dropping each patch of x [B, N, D].
+
+  Float32 throughout, the products too, which accelerators would make of bfloat16 pieces: decisions near a tie depend on it.
+  """
 
   hidden_size: int
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     half = self.hidden_size // 2
-    x = gelu(nn.Dense(self.hidden_size, name='fc_in')(LayerNorm(name='norm')(x)))
+    dense = partial(nn.Dense, precision=jax.lax.Precision.HIGHEST)
+    x = gelu(dense(self.hidden_size, name='fc_in')(LayerNorm(name='norm')(x)))
     local, context = x[..., :half], x[..., half:].mean(1, keepdims=True)
     x = jnp.concatenate([local, jnp.broadcast_to(context, (*x.shape[:2], context.shape[-1]))], axis=-1)
-    x = gelu(nn.Dense(half, name='fc1')(x))
-    x = gelu(nn.Dense(self.hidden_size // 4, name='fc2')(x))
-    return nn.log_softmax(nn.Dense(2, name='fc_out')(x))
+    x = gelu(dense(half, name='fc1')(x))
+    x = gelu(dense(self.hidden_size // 4, name='fc2')(x))
+    return nn.log_softmax(dense(2, name='fc_out')(x))
 
 
 class MergerBlock(nn.Module):

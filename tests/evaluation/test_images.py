@@ -1,5 +1,7 @@
 """Token statistics by hand, and judges of drawn pictures that tell what is plain to see."""
 
+import types
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -51,6 +53,14 @@ def test_the_classifier_learns_from_pixels_alone():
   classify = images.train_classifier(pictures[:192], kinds[:192], 3, epochs=4, batch_size=32)
   assert (classify(pictures[192:]) == kinds[192:]).mean() > 0.9
   assert (classify(pictures[192:]) == rng.permutation(kinds[192:])).mean() < 0.6
+
+
+def test_features_are_of_pictures_of_the_size_that_the_model_reads():
+  seen = []
+  model = types.SimpleNamespace(
+      model=types.SimpleNamespace(image_size=32), in_batches=lambda program, names, rows: seen.append((names, rows.shape, rows.dtype)))
+  images.features(model, np.zeros((2, 64, 64, 3), np.uint8))
+  assert seen == [(('vit',), (2, 32, 32, 3), np.uint8)]
 
 
 def test_mean_direction_is_what_fits_a_picture_best():

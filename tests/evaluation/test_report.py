@@ -17,7 +17,7 @@ DRAWN = 16
 class Oracle:
   """Looks every picture, question and text up among the held-out examples."""
 
-  model = types.SimpleNamespace(variant='oracle', vocabulary=types.SimpleNamespace(codebook_size=8))
+  model = types.SimpleNamespace(variant='oracle', image_size=64, vocabulary=types.SimpleNamespace(codebook_size=8))
 
   def __init__(self, count):
     single, scenes = ([mixtures.examples('embedded', split, 0, count, kind) for split in report.SPLITS] for kind in ('single', 'scene'))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lavit_jax.models.tokenizer import gumbel, gumbel_keep, l2_normalise, nearest_code
+from lavit_jax.models.tokenizer import Selector, gumbel, gumbel_keep, l2_normalise, nearest_code
 
 
 def normal(*shape, seed=0):
@@ -14,6 +14,14 @@ def normal(*shape, seed=0):
 def test_golden_selector(golden, run):
   log_probs = run('tokenizer', golden.features, method='select')
   np.testing.assert_allclose(log_probs, golden.io['selector_log_probs'], atol=1e-4, rtol=0)
+
+
+def test_the_selector_multiplies_in_float32_wherever_it_runs():
+  selector = Selector(hidden_size=8)
+  params = selector.init(jax.random.key(0), jnp.zeros((1, 4, 8)))
+  jaxpr = jax.make_jaxpr(selector.apply)(params, jnp.zeros((1, 4, 8)))
+  products = [eqn.params['precision'] for eqn in jaxpr.eqns if eqn.primitive.name == 'dot_general']
+  assert len(products) == 4 and all(set(precision) == {jax.lax.Precision.HIGHEST} for precision in products)
 
 
 def merge_at_every_block(module, x, keep):
