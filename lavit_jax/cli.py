@@ -197,16 +197,22 @@ def build_parser():
     sub.set_defaults(run=run)
     return sub
 
-  def model_command(name, run, text, seed=None):
+  def model_command(name, run, text):
     sub = command(name, run, text)
     sub.add_argument('--folder', default=TINY, metavar='DIR', help='the checkpoint (default: %(default)s)')
     sub.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'), help='compute dtype (default: %(default)s)')
-    sub.add_argument('--seed', default=seed, type=number(int, 0, 2**32 - 1), help='of all random choices (default: %s)' % (
-        seed if seed is not None else 'none is made at random, the most probable patches are kept'))
+    sub.add_argument('--seed', default=0, type=number(int, 0, 2**32 - 1), help='of all random choices (default: %(default)s)')
+    return sub
+
+  def reading_command(name, run, text):
+    sub = model_command(name, run, text)
+    sub.add_argument('--most-probable', dest='seed', action='store_const', const=None,
+                     help='keep the most probable patches instead of sampling which become tokens')
+    sub.add_argument('--out', metavar='FILE.json')
     return sub
 
   def drawing_command(name, run, text):
-    sub = model_command(name, run, text, seed=0)
+    sub = model_command(name, run, text)
     sub.add_argument('--out', default='drawn', metavar='DIR', help='where the PNGs go (default: %(default)s)')
     sub.add_argument('--steps', type=number(int, 1, 999), default=50, help='DDIM steps (default: %(default)s)')
     sub.add_argument('--decoder-guidance', type=number(float, 0), default=5.0, metavar='G', help='of the U-Net (default: %(default)s)')
@@ -229,18 +235,16 @@ def build_parser():
   sub.add_argument('--dtype', default='bfloat16', choices=('float32', 'float16', 'bfloat16'), help='(default: %(default)s)')
   sub.add_argument('--out', required=True, metavar='DIR', help='a checkpoint there is replaced')
 
-  sub = model_command('demo', demo, 'caption, answer, draw and reconstruct, with the tiny checkpoint, into one HTML page', 0)
+  sub = model_command('demo', demo, 'caption, answer, draw and reconstruct, with the tiny checkpoint, into one HTML page')
   sub.add_argument('--inputs', default=DEMO, metavar='DIR', help='pictures and their manifest (default: %(default)s)')
   sub.add_argument('--out', default='demo_out', metavar='DIR', help='gets index.html (default: %(default)s)')
 
-  sub = model_command('caption', caption, 'say what is in pictures')
+  sub = reading_command('caption', caption, 'say what is in pictures')
   sub.add_argument('images', nargs='+', metavar='IMAGE')
-  sub.add_argument('--out', metavar='FILE.json')
 
-  sub = model_command('answer', answer, 'answer questions about a picture')
+  sub = reading_command('answer', answer, 'answer questions about a picture')
   sub.add_argument('image', metavar='IMAGE')
   sub.add_argument('questions', nargs='+', metavar='QUESTION')
-  sub.add_argument('--out', metavar='FILE.json')
 
   sub = sampling_command('generate', generate, 'draw a picture from each text', 4.0)
   sub.add_argument('prompts', nargs='+', metavar='TEXT')
@@ -251,16 +255,15 @@ def build_parser():
   sub = drawing_command('reconstruct', reconstruct, 'draw pictures again from their visual tokens alone')
   sub.add_argument('images', nargs='+', metavar='IMAGE')
 
-  sub = model_command('tokenize', tokenize, 'print the visual tokens of pictures')
+  sub = reading_command('tokenize', tokenize, 'print the visual tokens of pictures')
   sub.add_argument('images', nargs='+', metavar='IMAGE')
-  sub.add_argument('--out', metavar='FILE.json')
 
   data = commands.add_parser('data', help='build the data set').add_subparsers(dest='action', required=True, metavar='ACTION')
   sub = command('build', data_build, 'draw and write the emoji data set (needs the extra [emoji])', data)
   sub.add_argument('--data_dir', required=True, metavar='DIR', help='gets DIR/emoji/...')
   sub.add_argument('--sample', action='store_true', help='only the two dozen concepts that travel with the package')
 
-  sub = model_command('evaluate', evaluate, 'measure a checkpoint on the held-out splits', 0)
+  sub = model_command('evaluate', evaluate, 'measure a checkpoint on the held-out splits')
   sub.add_argument('--source', required=True, metavar='DIR', help='the data set that `lavit data build` wrote')
   sub.add_argument('--count', type=number(int, 2), default=512, metavar='N', help='examples a split (default: %(default)s)')
   sub.add_argument('--drawn', type=number(int, 1), default=256, metavar='N', help='texts drawn a split (default: %(default)s)')

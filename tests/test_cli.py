@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -114,6 +115,15 @@ def test_training_options(tmp_path, fails):
   fails(['train', '--config', page, '--workdir', workdir, '--config.batch_size=few'], 'type int')
   fails(['train', '--config', page, '--workdir', workdir, '--workdirs', 'x'], 'does not know --workdirs x')
   assert not workdir.exists()
+
+
+def test_patches_are_sampled_unless_the_most_probable_are_asked_for(monkeypatch, tmp_path):
+  seen = []
+  model = types.SimpleNamespace(caption=lambda images, seed: seen.append(seed) or ['owl'])
+  monkeypatch.setattr(cli, '_model', lambda args: model)
+  for options in ([], ['--seed', '3'], ['--most-probable']):
+    assert cli.main(['caption', 'owl.png', *options]) == 0
+  assert seen == [0, 3, None]
 
 
 def test_a_workdir_that_is_a_file(tmp_path, fails):

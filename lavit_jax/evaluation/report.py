@@ -46,9 +46,9 @@ def evaluate(model: Lavit, source: str, count: int, out, *, drawn: int = 256, tr
     single = mixtures.examples(source, split, seed, count, 'single')
     asked = single[:count // 2] + mixtures.examples(source, split, seed, count // 2, 'scene')
     report['splits'][split] = dict(
-        tokens=measure_tokens(model, single, mean_features),
-        captions=captioning.score(model.caption(pixels(single)), single, captioning.groups_by_name(known), taught),
-        questions=measure_answers(model, asked, usual),
+        tokens=measure_tokens(model, single, mean_features, seed),
+        captions=captioning.score(model.caption(pixels(single), seed=seed), single, captioning.groups_by_name(known), taught),
+        questions=measure_answers(model, asked, usual, seed),
         drawings=measure_drawings(model, single[:drawn], classify, seed))
   write_json(out, report)
   Console().print(*tables(report))
@@ -65,19 +65,19 @@ def kinds(examples) -> np.ndarray:
   return np.array([KINDS.index(example.facts.things[0].group) for example in examples])
 
 
-def measure_tokens(model: Lavit, examples, mean_features: np.ndarray) -> dict[str, float]:
+def measure_tokens(model: Lavit, examples, mean_features: np.ndarray, seed: int) -> dict[str, float]:
   """How much the tokens say: cosine of the features rebuilt from them, beside that of the mean training features, and that of
   the mean of a picture's own: above it, tokens say where things are."""
-  tokens, x = model.tokenize(pixels(examples)), images.features(model, pixels(examples))
+  tokens, x = model.tokenize(pixels(examples), seed=seed), images.features(model, pixels(examples))
   return dict(cosine=images.cosine(x, images.rebuilt_features(model, tokens)), cosine_of_mean=images.cosine(x, mean_features),
               cosine_of_own_mean=images.cosine(x, images.mean_direction(x, 1)),
               **images.usage(tokens, model.model.vocabulary.codebook_size))
 
 
-def measure_answers(model: Lavit, examples, usual: vqa.Usual) -> dict:
+def measure_answers(model: Lavit, examples, usual: vqa.Usual, seed: int) -> dict:
   """Every question of every example."""
   asked, shown = vqa.ask(examples), pixels(examples)
-  answers = model.answer(shown[[each.index for each in asked]], [each.question for each in asked])
+  answers = model.answer(shown[[each.index for each in asked]], [each.question for each in asked], seed=seed)
   return vqa.score(answers, asked, usual)
 
 

@@ -47,16 +47,16 @@ def run(model: Lavit, inputs, out, seed: int = 0) -> pathlib.Path:
   pictures = read_images([inputs / row['file'] for row in rows], size)
   expected = read_images([inputs / row['file'] for row in manifest['texts']], size)
   say(f'tokenize: {len(rows)} pictures of {model.model.num_patches} patches')
-  tokens = model.tokenize(pictures)
+  tokens = model.tokenize(pictures, seed=seed)
   say(f'  kept {", ".join(map(str, tokens.counts))} patches')
 
   say('caption')
-  captions = model.caption(pictures)
+  captions = model.caption(pictures, seed=seed)
   for row, caption in zip(rows, captions):
     say(f'  {caption!r}; it is {row["caption"]!r}')
 
   say('answer')
-  answers = model.answer(pictures, [row['question'] for row in rows])
+  answers = model.answer(pictures, [row['question'] for row in rows], seed=seed)
   for row, answer in zip(rows, answers):
     say(f'  {row["question"]} {answer!r}; it is {row["answer"]!r}')
 

@@ -129,8 +129,9 @@ def _apply(module, params, *args, **kwargs):
 class Lavit:
   """A model with its parameters and its words.
 
-  Pictures are whatever `images.read_image` reads: paths, bytes, PIL images, arrays. Wrong input raises UserError. Of a picture
-  the most probable patches are kept; `tokenize`, `caption` and `answer` take a seed to sample them, as was published.
+  Pictures are whatever `images.read_image` reads: paths, bytes, PIL images, arrays. Wrong input raises UserError. Which patches of
+  a picture become tokens is sampled, as it is in training and was in the published results, by a key made of `seed` and the place
+  among the pictures; `tokenize`, `caption` and `answer` take seed=None to keep the most probable ones instead.
   """
 
   def __init__(self, model: lavit.Lavit, parts: Mapping[str, dict], words: TextTokenizer):
@@ -155,7 +156,7 @@ class Lavit:
 
   # Pictures to codes and back.
 
-  def tokenize(self, images, seed: int | None = None) -> Tokens:
+  def tokenize(self, images, seed: int | None = 0) -> Tokens:
     """Pictures -> their visual tokens."""
     images = read_images(images, self.model.image_size)
     if len(images) == 0:
@@ -171,17 +172,17 @@ class Lavit:
 
   def reconstruct(self, images, guidance: float = 5.0, steps: int = 50, seed: int = 0) -> np.ndarray:
     """Pictures -> visual tokens -> pictures, uint8[B, H, W, 3]; what is lost is what the tokens do not say."""
-    return self.draw(self.tokenize(images).ids, guidance, steps, seed)
+    return self.draw(self.tokenize(images, seed).ids, guidance, steps, seed)
 
   # Pictures to words.
 
-  def caption(self, images, beams: int = 2, seed: int | None = None) -> list[str]:
+  def caption(self, images, beams: int = 2, seed: int | None = 0) -> list[str]:
     """What is in each picture: [IMG] features [/IMG] and no further prompt; cut at the first full stop."""
     images = read_images(images, self.model.image_size)
     texts = self._tell(images, [()] * len(images), self.settings.caption_tokens, seed, num_beams=beams)
     return [text.split('.')[0].strip() for text in texts]
 
-  def answer(self, images, questions: Sequence[str], beams: int = 5, seed: int | None = None) -> list[str]:
+  def answer(self, images, questions: Sequence[str], beams: int = 5, seed: int | None = 0) -> list[str]:
     """The answer to a question about each picture, lower case, cut at the first newline, comma or full stop.
 
     The published evaluation lemmatises it too.
@@ -228,7 +229,7 @@ class Lavit:
     if isinstance(prompts, (str, bytes)) or any(isinstance(each, (str, bytes, np.ndarray)) or not hasattr(each, '__len__') for each in prompts):
       raise UserError('prompts are lists of parts, [[picture, words], [words], ...]; put each prompt in brackets')
     pictures = [part for prompt in prompts for part in prompt if not isinstance(part, str)]
-    codes = iter(self.tokenize(pictures).ids if pictures else ())
+    codes = iter(self.tokenize(pictures, seed).ids if pictures else ())
     start, end = [words.image_start], [words.image_end]
 
     def pieces(prompt):

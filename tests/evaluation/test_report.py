@@ -24,7 +24,7 @@ class Oracle:
     self.by_image = {e.image.tobytes(): e for examples in single + scenes for e in examples}
     self.by_captions = {tuple(e.caption for e in examples[:DRAWN]): [e.image for e in examples[:DRAWN]] for examples in single}
 
-  def tokenize(self, images):
+  def tokenize(self, images, seed):
     return Tokens([np.array([1, 2])] * len(images), None, np.full(len(images), 2))
 
   def in_slots(self, codes):
@@ -33,10 +33,10 @@ class Oracle:
   def in_batches(self, program, names, rows, *_):
     return np.ones((len(rows), 4, 3), np.float32)
 
-  def caption(self, images):
+  def caption(self, images, seed):
     return [self.by_image[image.tobytes()].caption for image in images]
 
-  def answer(self, images, questions):
+  def answer(self, images, questions, seed):
     found = [{q: a for _, q, a in self.by_image[image.tobytes()].questions} for image in images]
     return [answers[question] for answers, question in zip(found, questions)]
 
@@ -49,10 +49,10 @@ class Oracle:
 
 class Parrot(Oracle):
 
-  def caption(self, images):
+  def caption(self, images, seed):
     return ['pizza'] * len(images)
 
-  def answer(self, images, questions):
+  def answer(self, images, questions, seed):
     return ['no'] * len(images)
 
   def generate(self, captions, **_):

@@ -25,15 +25,15 @@ class Stub:
 
   model = types.SimpleNamespace(image_size=64, num_patches=64, variant='stub')
 
-  def tokenize(self, images):
+  def tokenize(self, images, seed):
     keep = np.zeros((len(images), 64), bool)
     keep[:, :21] = True
     return Tokens([np.arange(21)] * len(images), keep, keep.sum(-1))
 
-  def caption(self, images):
+  def caption(self, images, seed):
     return [f'<caption {i}>' for i in range(len(images))]
 
-  def answer(self, images, questions):
+  def answer(self, images, questions, seed):
     assert len(images) == len(questions)
     return [f'answer {i}' for i in range(len(images))]
 

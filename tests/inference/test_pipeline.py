@@ -22,22 +22,23 @@ def model(tiny_folder):
 
 
 def test_tokenize(model):
-  ids, keep, counts = model.tokenize(PICTURES)
+  ids, keep, counts = model.tokenize(PICTURES, seed=None)
   assert keep.shape == (2, 64) and keep.dtype == bool
   np.testing.assert_array_equal(counts, keep.sum(-1))
   assert [len(row) for row in ids] == counts.tolist() and min(counts) > 0
   assert all(0 <= row.min() and row.max() < 1024 for row in ids)
-  again = model.tokenize([Image.fromarray(PICTURES[1])])  # alone, it is what it is in a batch
+  again = model.tokenize([Image.fromarray(PICTURES[1])], seed=None)  # alone, it is what it is in a batch
   np.testing.assert_array_equal(again.ids[0], ids[1])
   sampled = [model.tokenize(PICTURES, seed=seed).keep for seed in (0, 0, 1)]
   np.testing.assert_array_equal(sampled[0], sampled[1])
   assert (sampled[0] != sampled[2]).any()
+  np.testing.assert_array_equal(model.tokenize(PICTURES).keep, sampled[0])  # sampled, unless asked otherwise
 
 
 def test_words_from_pictures(model):
-  captions = model.caption(PICTURES)
+  captions = model.caption(PICTURES, seed=None)
   assert len(captions) == 2 and all(isinstance(text, str) and '.' not in text for text in captions)
-  assert model.caption(PICTURES[::-1]) == captions[::-1]
+  assert model.caption(PICTURES[::-1], seed=None) == captions[::-1]
   answers = model.answer(PICTURES, ['What is this?', 'Where is the rather long question about the picture?'])
   assert len(answers) == 2 and all(text == text.lower() and not set(text) & set('\n,.') for text in answers)
 
@@ -69,7 +70,7 @@ def test_synthesis_prompts_hold_codes(model, monkeypatch):
   monkeypatch.setattr(model, '_embed', intercept(seen))
   with pytest.raises(Intercepted):
     model.synthesize([[PICTURES[0], 'owl', PICTURES[1]]], seed=3)
-  ids = model.tokenize(PICTURES[:2]).ids
+  ids = model.tokenize(PICTURES[:2], seed=3).ids
   prompt, against = seen[0]
   flat = [list(piece) for piece in prompt]
   assert flat == [[2048], list(ids[0] + 2050), [2049], list(model.words.encode('owl')), [2048], list(ids[1] + 2050), [2049], [2048]]
@@ -92,7 +93,7 @@ def test_pictures(model):
   np.testing.assert_array_equal(model.draw([np.array([], int), np.arange(7)], steps=2)[0], drawn[0])
   assert (model.draw([np.array([], int), np.arange(64)], steps=2, seed=1)[0] != drawn[0]).any()
   rebuilt = model.reconstruct(PICTURES, steps=2, seed=5)
-  np.testing.assert_array_equal(rebuilt, model.draw(model.tokenize(PICTURES).ids, steps=2, seed=5))
+  np.testing.assert_array_equal(rebuilt, model.draw(model.tokenize(PICTURES, seed=5).ids, steps=2, seed=5))
   prompts = [['an owl'], ['a key']]
   generated = model.generate(['an owl', 'a key'], steps=2, seed=3)
   np.testing.assert_array_equal(generated, model.draw(model.sample_codes(prompts, seed=3), steps=2, seed=3))
