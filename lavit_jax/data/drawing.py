@@ -7,6 +7,7 @@ import functools
 import io
 import json
 import os
+import re
 from importlib import resources, util
 from typing import NamedTuple
 
@@ -84,9 +85,10 @@ def _folder(package: str) -> str:
 
 
 def _plain(name: str) -> str:
-  """':woman_health_worker:' -> 'woman health worker'; lower case, so that a word has one spelling."""
+  """':woman_health_worker:' -> 'woman health worker'; lower case, so that a word has one spelling, and no full stop or comma
+  ('flag of st lucia'), at which captions and answers are cut (REFERENCE section 4)."""
   words = name.strip(':').replace('_', ' ').replace('-', ' ').replace('’', "'").lower()
-  return ' '.join(words.replace(':', '').replace('“', '').replace('”', '').replace('(', '').replace(')', '').split())
+  return ' '.join(re.sub('[:“”().,]', '', words).split())
 
 
 def _twemoji(concept: Concept) -> Image.Image:

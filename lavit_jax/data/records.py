@@ -27,7 +27,7 @@ SAMPLE = (  # Common things of every category; the last four are held out altoge
 class Emoji(tfds.core.GeneratorBasedBuilder):
   """RGBA sprites with names. Splits: `plain` (without skin tones) and `toned`; train / held out is `splits.py`."""
 
-  VERSION = tfds.core.Version('1.0.0')
+  VERSION = tfds.core.Version('1.0.1')
   BUILDER_CONFIGS = [
       tfds.core.BuilderConfig(name='full', description='Every emoji in three styles.'),
       tfds.core.BuilderConfig(name='sample', description='Two dozen emoji in three styles, for tests and the demo.'),

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from lavit_jax.data import emoji, sprites
+from lavit_jax.data import drawing, emoji, sprites
 
 
 def test_embedded_sprites():
@@ -40,3 +40,7 @@ def test_newest_version_and_the_full_set_are_preferred(tmp_path):
     (tmp_path / 'emoji' / name).mkdir(parents=True)
     (tmp_path / 'emoji' / name / 'dataset_info.json').touch()
   assert sprites.find(str(tmp_path)).endswith('full/1.10.0')
+
+
+def test_names_hold_nothing_at_which_answers_are_cut():
+  assert drawing._plain(':flag_of_St._Lucia:') == 'flag of st lucia' and drawing._plain('Woman, “Kitchen” (U.S.)') == 'woman kitchen us'
