@@ -40,7 +40,8 @@ def panel(title: str, lines: list[tuple[str, list, list]]) -> str:
   out = [f'<text x="{LEFT}" y="16">{title}</text>']
   for y in (low, (low + high) / 2, high):
     level = place(0, y)[1]
-    out.append(f'<path d="M{LEFT} {level:.1f}H{WIDTH - 10}" stroke="#ddd"/><text x="{LEFT - 4}" y="{level + 4:.1f}" text-anchor="end">{y:.3g}</text>')
+    out.append(f'<path d="M{LEFT} {level:.1f}H{WIDTH - 10}" stroke="#ddd"/>')
+    out.append(f'<text x="{LEFT - 4}" y="{level + 4:.1f}" text-anchor="end">{y:.3g}</text>')
   out += [f'<text x="{LEFT}" y="{HEIGHT - 8}">0</text><text x="{WIDTH - 10}" y="{HEIGHT - 8}" text-anchor="end">{right:.0f} steps</text>']
   for colour, training, heldout in lines:
     path = ' '.join(f'{x:.1f},{y:.1f}' for x, y in (place(*point) for point in training))

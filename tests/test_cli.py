@@ -128,7 +128,8 @@ def test_patches_are_sampled_unless_the_most_probable_are_asked_for(monkeypatch,
 
 def test_a_workdir_that_is_a_file(tmp_path, fails):
   (tmp_path / 'notes').write_text('mine')
-  fails(['train', '--config', f'{ROOT}/configs/encoder.py:tiny', '--workdir', tmp_path / 'notes', '--config.data.source=embedded'], 'notes.*Not a directory')
+  fails(['train', '--config', f'{ROOT}/configs/encoder.py:tiny', '--workdir', tmp_path / 'notes', '--config.data.source=embedded'],
+        'notes.*Not a directory')
   assert (tmp_path / 'notes').read_text() == 'mine'
 
 

@@ -53,7 +53,7 @@ def majority(asked: Sequence[Asked]) -> Usual:
 
 
 def score(answers: Sequence[str], asked: Sequence[Asked], usual: Usual) -> dict[str, dict[str, float]]:
-  """By type, and over all ('all'): accuracy; majority and blind, the accuracies of the usual answers to the type and to the question; count."""
+  """By type, and over all ('all'): accuracy; count; majority and blind, which the usual answers to the type and to the question score."""
   rows = defaultdict(list)
   for answer, each in zip(answers, asked, strict=True):
     truth = normalise(each.answer)

@@ -226,7 +226,7 @@ class Lavit:
       temperature, top_k: of the sampling.
     """
     words = self.model.vocabulary
-    if isinstance(prompts, (str, bytes)) or any(isinstance(each, (str, bytes, np.ndarray)) or not hasattr(each, '__len__') for each in prompts):
+    if isinstance(prompts, str) or not all(isinstance(each, Sequence) and not isinstance(each, (str, bytes)) for each in prompts):
       raise UserError('prompts are lists of parts, [[picture, words], [words], ...]; put each prompt in brackets')
     pictures = [part for prompt in prompts for part in prompt if not isinstance(part, str)]
     codes = iter(self.tokenize(pictures, seed).ids if pictures else ())
@@ -313,8 +313,7 @@ class Lavit:
     params = self.parts[name]
     if name not in self._fitting:
       expected = jax.eval_shape(lambda: initial_parts(self.model, jax.random.key(0), (name,)))[name]
-      want, have = ({jax.tree_util.keystr(path, simple=True, separator='/'): x.shape for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-                    for tree in (expected, params))
+      want, have = _shapes(expected), _shapes(params)
       wrong = [f'{key or name}: {have.get(key, "missing")} instead of {want.get(key, "nothing")}'
                for key in sorted(want.keys() | have.keys()) if want.get(key) != have.get(key)]
       if wrong:
@@ -323,6 +322,12 @@ class Lavit:
                         f'{"; ".join(wrong[:3])}{more}')
       self._fitting.add(name)
     return params
+
+
+def _shapes(tree) -> dict[str, tuple[int, ...]]:
+  """'blocks/attn/qkv/kernel' -> its shape."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): x.shape for path, x in leaves}
 
 
 class _Folder(dict):

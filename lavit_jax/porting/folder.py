@@ -66,7 +66,8 @@ def save_parts(folder, variant: str, parts: dict, metadata: dict | None = None, 
     (scratch / 'config.json').write_text(json.dumps(config, indent=1) + '\n')
     _swap(scratch, folder)
   except (OSError, safetensors.SafetensorError) as error:  # safetensors wraps what the system says
-    raise UserError(f'cannot write {folder}: {getattr(error, "strerror", None) or error}; free some space or choose another folder') from error
+    fault = getattr(error, 'strerror', None) or error
+    raise UserError(f'cannot write {folder}: {fault}; free some space or choose another folder') from error
   finally:
     if scratch is not None:
       shutil.rmtree(scratch, ignore_errors=True)

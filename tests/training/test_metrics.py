@@ -60,7 +60,8 @@ def test_mean_skips_what_was_not_measured_but_shows_a_lost_loss():
   assert metrics.mean([]) == {}
 
 
-@pytest.mark.parametrize('row', [{'loss': math.nan, 'grad_norm': 1.0}, {'loss': 1.0, 'grad_norm': math.inf}, {'loss': 1.0, 'grad_norm': math.nan}])
+@pytest.mark.parametrize('row', [
+    {'loss': math.nan, 'grad_norm': 1.0}, {'loss': 1.0, 'grad_norm': math.inf}, {'loss': 1.0, 'grad_norm': math.nan}])
 def test_nothing_is_saved_after_a_lost_loss_or_gradient(row):
   fine = {'loss': 1.0, 'grad_norm': 2.0}
   loop.check_finite(metrics.mean([fine, fine]), 2)
