@@ -94,12 +94,12 @@ def synthesize(args):
   import pathlib
   from lavit_jax.inference.images import SUFFIXES
   parts = [pathlib.Path(p) if os.path.isfile(p) or p.lower().endswith(SUFFIXES) else p for p in args.parts]
-  _save(args, [' and '.join(args.parts)], _model(args).synthesize([parts], **_drawing(args)))
+  _save(args, [' and '.join(p if isinstance(p, str) else p.name for p in parts)], _model(args).synthesize([parts], **_drawing(args)))
 
 
 def reconstruct(args):
   pictures = _model(args).reconstruct(args.images, guidance=args.decoder_guidance, steps=args.steps, seed=args.seed)
-  _save(args, args.images, pictures)
+  _save(args, [os.path.basename(image) for image in args.images], pictures)
 
 
 def tokenize(args):
@@ -160,7 +160,7 @@ def _save(args, names, pictures):
   """Writes the pictures into --out, each named by what it was made from."""
   from lavit_jax.inference.output import png, slug, write
   for i, (name, picture) in enumerate(zip(names, pictures)):
-    print(write(os.path.join(args.out, '%d-%s.png' % (i, slug(os.path.basename(name)))), png(picture)))
+    print(write(os.path.join(args.out, '%d-%s.png' % (i, slug(name))), png(picture)))
 
 
 # ----------------------------------------------------------------------------------------------------------------- options

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from lavit_jax.errors import UserError
+from lavit_jax.inference.images import SUFFIXES
 
 
 def write(path, data: bytes | str) -> pathlib.Path:
@@ -48,5 +49,6 @@ def png(image: np.ndarray) -> bytes:
 
 
 def slug(text: str) -> str:
-  """A short, safe file name that still says what it is."""
-  return re.sub('[^a-z0-9]+', '-', os.path.splitext(text)[0].lower()).strip('-')[:60] or 'picture'
+  """A short, safe file name that still says what it is: the words, without the endings of pictures' names."""
+  ending = f'({"|".join(map(re.escape, SUFFIXES))})(?= |$)'
+  return re.sub('[^a-z0-9]+', '-', re.sub(ending, '', text.lower())).strip('-')[:60] or 'picture'

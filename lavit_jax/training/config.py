@@ -42,8 +42,9 @@ def override(config: ConfigDict, key: str, text: str) -> None:
   """Sets the dotted `key` to `text`, read in the type of the value that is there. Raises UserError as `load_config`."""
   known = dict(_leaves(config))
   if key not in known:
-    near = [k for k in known if k.startswith(f'{key}.')][:3] or difflib.get_close_matches(key, known, n=1, cutoff=0)
-    raise UserError(f'--config.{key}: no such key; did you mean {" or ".join("--config." + k for k in near)}?')
+    near = [k for k in known if k.startswith(f'{key}.')][:3] or difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+    hint = f'did you mean {" or ".join("--config." + k for k in near)}?' if near else 'the page names them all'
+    raise UserError(f'--config.{key}: no such key; {hint}')
   *parents, name = key.split('.')
   node = config
   for parent in parents:

@@ -64,14 +64,14 @@ def train(config, workdir) -> None:
   with Interrupt() as interrupt, jax.set_mesh(mesh), contextlib.ExitStack() as stack:
     model = lavit.build(config.variant, config.dtype, config.remat)
     stage = stages.build(config, model, shards)
-    checkpoints = Checkpoints(workdir, config, config.keep)
-    stack.callback(checkpoints.close)
-    latest = checkpoints.latest()
     parts = sharding.put_tree(load_parts(config, stage), mesh)
     frozen = {name: parts[name] for name in stage.needs}
+    data = open_data(config, model, 'train')
+    checkpoints = Checkpoints(workdir, config, config.keep)  # the first to write: what is missing has been told by now
+    stack.callback(checkpoints.close)
+    latest = checkpoints.latest()
     interrupt.check()
 
-    data = open_data(config, model, 'train')
     init, tx = initialiser(config, stage, parts)
     shapes = jax.eval_shape(init, jax.random.key(config.seed), parts)
     places = sharding.shardings(shapes, mesh)
