@@ -289,9 +289,9 @@ class Lavit:
     slots, size = np.arange(self.model.num_patches), self.model.vocabulary.codebook_size
     if len(codes) == 0:
       raise UserError('there is nothing to draw; give at least one prompt or picture')
-    for row in codes:
-      if len(row) > len(slots) or not all(0 <= code < size for code in row):
-        raise UserError(f'the codes of a picture are at most {len(slots)} numbers in 0..{size - 1}; got {len(row)}: {list(row[:4])} ...')
+    for row in map(np.asarray, codes):
+      if len(row) > len(slots) or ((row < 0) | (row >= size)).any():
+        raise UserError(f'the codes of a picture are at most {len(slots)} numbers in 0..{size - 1}; got {len(row)}: {row[:4].tolist()} ...')
     ids = [np.resize(np.append(row, 0), slots.shape) for row in codes]
     mask = slots < np.array([max(1, len(row)) for row in codes])[:, None]  # no code at all would leave nothing to attend to
     return np.stack(ids).astype(np.int32), mask

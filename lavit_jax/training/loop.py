@@ -288,10 +288,10 @@ def next_batch(data) -> dict:
 
 def check_finite(means: dict[str, float], step: int) -> None:
   """Raises UserError, before a checkpoint is written, if the loss has been lost, or the gradient that made the new parameters."""
-  lost = {key: means[key] for key in metrics.VITAL if not math.isfinite(means.get(key, 0.0))}
-  for key, value in lost.items():
-    raise UserError(f'the {key} is {value} at step {step}; lower optim.learning_rate or optim.clip_norm, and start again: '
-                    'it goes on from the last checkpoint')
+  for key in metrics.VITAL:
+    if not math.isfinite(means.get(key, 0.0)):
+      raise UserError(f'the {key} is {means[key]} at step {step}; lower optim.learning_rate or optim.clip_norm, and start again: '
+                      'it goes on from the last checkpoint')
 
 
 def every(interval: int, step: int, last: bool) -> bool:

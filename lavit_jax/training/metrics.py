@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from tensorboardX import SummaryWriter
 
-VITAL = ('loss', 'grad_norm')
+VITAL = ('loss', 'grad_norm')  # never without a number: if one of these is lost, so are the parameters of the next step
 
 
 class Log:
