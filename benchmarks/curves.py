@@ -1,6 +1,6 @@
 """Draws the training curves of the README from the runs' metrics.jsonl: lines for training (means of 2% of the steps), dots for held-out.
 
-    python benchmarks/curves.py runs --out lavit_jax/assets/tiny/curves.svg
+    python benchmarks/curves.py runs --out lavit_jax/assets/curves.svg
 """
 
 import argparse

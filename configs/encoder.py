@@ -19,7 +19,7 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
       stage='encoder', variant=variant, seed=0, batch_size=96, num_steps=2_400,
       dtype='float32', remat='none', mesh=dict(data=-1, fsdp=1, tensor=1), peak_tflops=0.0,
       frozen='', init_from='',
-      data=dict(task='contrastive', source='data', tokenizer_folder='lavit_jax/assets/tiny/tokenizer', text_length=48, image_size=64,
+      data=dict(task='contrastive', source='data', tokenizer_folder='lavit_jax/assets/tiny/language_model', text_length=48, image_size=64,
                 scene_share=0.3, num_threads=2),
       text_tower=dict(hidden_size=128, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=32, mlp_dim=384),
       pixel_weight=2.0,

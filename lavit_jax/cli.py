@@ -109,6 +109,19 @@ def tokenize(args):
   _tell(args, rows, '{image}: {count} tokens {ids}')
 
 
+def convert(args):
+  from lavit_jax.porting.convert import prepare
+  from lavit_jax.porting.show import run
+  job = prepare(args.src, args.dst, variant=args.variant, dtype=args.dtype, allow_missing=args.allow_missing, force=args.force,
+                pickles=args.bin, grow=not args.keep_vocabulary)
+  run(job, args.dry_run)
+
+
+def inspect(args):
+  from lavit_jax.porting.show import inspect as run
+  run(args.folder)
+
+
 def data_build(args):
   from lavit_jax.data.emoji import build
   from lavit_jax.errors import UserError
@@ -231,9 +244,23 @@ def build_parser():
 
   sub = command('bundle', bundle, 'make one checkpoint of what the stages exported')
   sub.add_argument('exports', nargs='+', metavar='RUN/export', help='of a part that several hold, the last one counts')
-  sub.add_argument('--tokenizer', default=os.path.join(TINY, 'tokenizer'), metavar='DIR', help='(default: %(default)s)')
+  sub.add_argument('--tokenizer', default=os.path.join(TINY, 'language_model'), metavar='DIR', help='(default: %(default)s)')
   sub.add_argument('--dtype', default='bfloat16', choices=('float32', 'float16', 'bfloat16'), help='(default: %(default)s)')
   sub.add_argument('--out', required=True, metavar='DIR', help='a checkpoint there is replaced')
+
+  sub = command('convert', convert, 'turn a PyTorch folder into one of ours, or one of ours into a PyTorch folder')
+  sub.add_argument('--src', required=True, metavar='DIR', help='LaVIT, LLaMA, Stable Diffusion, SDXL, an EVA-CLIP file, or a folder of ours')
+  sub.add_argument('--dst', required=True, metavar='DIR')
+  sub.add_argument('--dry-run', action='store_true', help='print the plan, write nothing')
+  sub.add_argument('--variant', metavar='NAME', help='(default: the largest whose shapes the files have)')
+  sub.add_argument('--dtype', choices=('float32', 'float16', 'bfloat16'), help='of the result (default: as in the source)')
+  sub.add_argument('--allow-missing', default='', metavar='REGEX', help='names that may be missing; recorded in the result')
+  sub.add_argument('--force', action='store_true', help='replace what an earlier conversion left at --dst')
+  sub.add_argument('--bin', action='store_true', help='write .bin files, which the published inference code asks for, in place of safetensors')
+  sub.add_argument('--keep-vocabulary', action='store_true', help='do not give a LLaMA the rows of the visual tokens')
+
+  sub = command('inspect', inspect, 'print what a folder of weights holds and where it is from')
+  sub.add_argument('folder', metavar='DIR')
 
   sub = model_command('demo', demo, 'caption, answer, draw and reconstruct, with the tiny checkpoint, into one HTML page')
   sub.add_argument('--inputs', default=DEMO, metavar='DIR', help='pictures and their manifest (default: %(default)s)')

@@ -3,7 +3,6 @@
 import functools
 import json
 import pathlib
-import shutil
 import types
 
 import jax
@@ -95,6 +94,5 @@ def tiny_parts():
 def tiny_folder(tiny_parts, tmp_path_factory):
   """These parts as a checkpoint folder with its tokenizer."""
   folder = tmp_path_factory.mktemp('checkpoint') / 'tiny'
-  save_parts(folder, 'tiny', tiny_parts)
-  shutil.copytree(pathlib.Path(lavit.__file__).parents[1] / 'assets' / 'tiny' / 'tokenizer', folder / 'tokenizer')
+  save_parts(folder, 'tiny', tiny_parts, tokenizer=pathlib.Path(lavit.__file__).parents[1] / 'assets' / 'tiny' / 'language_model')
   return folder

@@ -37,6 +37,7 @@ from lavit_jax.models import lavit, noise, sequence, vae, vit
 from lavit_jax.models.decoder import null_context
 from lavit_jax.models.initial import initial_parts
 from lavit_jax.models.tokenizer import gumbel_keep
+from lavit_jax.porting import from_torch, layouts
 from lavit_jax.porting.folder import load_parts, read_config
 
 EOS = 2
@@ -53,7 +54,7 @@ class Settings(NamedTuple):
   drawn_size: int = 512
 
 
-SETTINGS = {'tiny': Settings((4, 36), (1, 16), (5, 50), 64)}
+SETTINGS = {'tiny': Settings((4, 36), (1, 16), (16, 50), 64)}
 
 
 class Tokens(NamedTuple):
@@ -142,17 +143,26 @@ class Lavit:
 
   @classmethod
   def from_pretrained(cls, folder, dtype: str = 'float32', variant: str | None = None) -> Lavit:
-    """Opens a checkpoint folder (porting/folder.py) that also holds `tokenizer/`; parts are read when first needed.
+    """Opens a checkpoint: a folder of ours (porting/folder.py) or a PyTorch one (porting/layouts.py); parts are read when first needed.
 
     Raises:
       UserError: the folder is missing, damaged, or not of `variant`.
     """
-    config = read_config(folder)
-    if variant not in (None, config['variant']):
-      raise UserError(f'{folder} holds variant {config["variant"]!r}, but {variant!r} was asked for')
-    words = pathlib.Path(folder) / 'tokenizer'
-    model = lavit.build(config['variant'], dtype)
-    return cls(model, _Folder(folder), TextTokenizer.load(words, model.vocabulary.text_size))
+    folder = pathlib.Path(folder)
+    if layouts.kind_of(folder) == 'LaVIT':
+      words, known = folder / 'language_model', layouts.read_json(folder / layouts.ABOUT).get('variant')
+      known = known or variant or layouts.find_variant(layouts.recognise(folder)[1])
+      read_part = functools.partial(from_torch, folder, variant=known)
+    else:
+      words, known = folder / 'tokenizer', read_config(folder)['variant']
+
+      def read_part(name):
+        return load_parts(folder, [name])[name]
+
+    if variant not in (None, known):
+      raise UserError(f'{folder} holds variant {known!r}, but {variant!r} was asked for')
+    model = lavit.build(known, dtype)
+    return cls(model, _Parts(read_part), TextTokenizer.load(words, model.vocabulary.text_size))
 
   # Pictures to codes and back.
 
@@ -330,14 +340,14 @@ def _shapes(tree) -> dict[str, tuple[int, ...]]:
   return {jax.tree_util.keystr(path, simple=True, separator='/'): x.shape for path, x in leaves}
 
 
-class _Folder(dict):
-  """The parts of a checkpoint folder, each read when first asked for."""
+class _Parts(dict):
+  """The parts of a checkpoint, each read when first asked for."""
 
-  def __init__(self, folder):
-    self.folder = folder
+  def __init__(self, read_part):
+    self.read_part = read_part
 
   def __missing__(self, name: str) -> dict:
-    self[name] = jax.tree.map(jnp.asarray, load_parts(self.folder, [name])[name])
+    self[name] = jax.tree.map(jnp.asarray, self.read_part(name))
     return self[name]
 
 

@@ -27,6 +27,13 @@ def initial_parts(model: Lavit, key: jax.Array, names: tuple[str, ...] | None = 
   )
   if model.highres_decoder is not None:
     inputs['highres_decoder'] = codes
+  if model.highres_unet is not None:
+    unet, latent = model.highres_unet, 2 ** len(model.highres_unet.block_out_channels)
+    added = None if unet.pooled_dim is None else (jnp.zeros((1, unet.pooled_dim)), jnp.zeros((1, 6)))
+    inputs['highres_unet'] = (jnp.zeros((1, latent, latent, unet.in_channels)), jnp.zeros(1),
+                              jnp.zeros((1, patches, unet.cross_attention_dim)), None, added)
+  if model.highres_vae is not None:
+    inputs['highres_vae'] = (jnp.zeros((1, 2 * model.highres_vae.factor, 2 * model.highres_vae.factor, 3)),)
   keys = dict(zip(inputs, jax.random.split(key, len(inputs))))
   parts = {name: getattr(model, name).init(keys[name], *args)['params'] for name, args in inputs.items() if names is None or name in names}
   if names is None or 'uncond_embeddings' in names:

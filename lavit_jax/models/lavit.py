@@ -56,6 +56,10 @@ VARIANTS = {
         unet=dict(block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, down_block_attention=(True, True, True, False),
                   transformer_layers=(1, 1, 1, 1), num_heads=(8, 8, 8, 8), cross_attention_dim=768),
         vae=dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, scaling_factor=0.18215),
+        highres_unet=dict(block_out_channels=(320, 640, 1280), layers_per_block=2, down_block_attention=(False, True, True),
+                          transformer_layers=(1, 2, 10), num_heads=(5, 10, 20), cross_attention_dim=2048, use_linear_projection=True,
+                          addition_time_embed_dim=256, pooled_dim=1280),
+        highres_vae=dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, scaling_factor=0.13025),
         uncond_rows=77,
     ),
 }
@@ -75,6 +79,8 @@ class Lavit:
   llama: Llama
   unet: UNet
   vae: AutoencoderKL
+  highres_unet: UNet | None
+  highres_vae: AutoencoderKL | None
   uncond_rows: int  # rows of the stored null-text embedding of the U-Net
 
   @property
@@ -129,5 +135,7 @@ def build(variant: str, dtype: str = 'float32', remat: str = 'none') -> Lavit:
       llama=Llama(vocab_size=vocabulary.size, **sizes['llama'], **common),
       unet=UNet(**sizes['unet'], **common),
       vae=AutoencoderKL(**sizes['vae']),
+      highres_unet=UNet(**sizes['highres_unet'], **common) if 'highres_unet' in sizes else None,
+      highres_vae=AutoencoderKL(**sizes['highres_vae']) if 'highres_vae' in sizes else None,
       uncond_rows=sizes['uncond_rows'],
   )

@@ -12,11 +12,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lavit_jax.errors import UserError
 
+STRIP = 16  # columns; a few cache lines of the source
 MAX_HINTS = 20  # a foreign file may have a thousand strange names; looking up a nearest one takes milliseconds
 
 
@@ -57,6 +59,16 @@ TRANSFORMS = {
 }
 
 
+def contiguous(view: np.ndarray) -> np.ndarray:
+  """The array as it lies in C order; a transposed view is copied in strips, which takes a seventh of numpy's time on large matrices."""
+  if view.flags.c_contiguous or view.ndim < 2:
+    return view
+  out = np.empty(view.shape, view.dtype)
+  for start in range(0, view.shape[-1], STRIP):
+    out[..., start:start + STRIP] = view[..., start:start + STRIP]
+  return out
+
+
 class Slot(NamedTuple):
   """Where one torch array belongs: a leaf, the layer of it (None: not stacked), and the row that says so."""
 
@@ -67,43 +79,88 @@ class Slot(NamedTuple):
   def array(self, leaves: Mapping) -> np.ndarray:
     """The torch array, made of the leaves; a view where that is possible."""
     leaf = leaves[self.leaf]
-    return TRANSFORMS[self.row.transform].to_torch(leaf if self.layer is None else leaf[self.layer])
+    return self.tensor_of(leaf if self.layer is None else leaf[self.layer])
+
+  def tensor_of(self, array: np.ndarray) -> np.ndarray:
+    """The torch array that the leaf, or the layer of it, is; a view where that is possible."""
+    return TRANSFORMS[self.row.transform].to_torch(array)
+
+  def row_of(self, array: np.ndarray) -> np.ndarray:
+    """The leaf, or the layer of it, that the torch array is."""
+    return TRANSFORMS[self.row.transform].to_flax(array)
 
 
-def from_torch(rows: Iterable[Row], state: Mapping[str, np.ndarray], like: Mapping) -> dict:
-  """Torch arrays -> parameter tree of numpy arrays.
+class Plan(NamedTuple):
+  """What becomes of a file: torch name -> slot, path -> shape and dtype of each leaf, and the leaves that are stacks."""
+
+  slots: dict[str, Slot]
+  leaves: dict[str, jax.ShapeDtypeStruct]
+  stacked: frozenset[str]
+
+
+def plan(rows: Iterable[Row], state: Mapping, like: Mapping, allow_missing: str = '') -> Plan:
+  """Matches a file with a model, without touching any array.
 
   Args:
     rows: the table.
-    state: torch name -> array, of any float type. Overlay one file on another by merging their dicts.
-    like: the tree wanted, of arrays or `jax.eval_shape`'s structs; gives number of layers, shapes and dtypes.
+    state: torch name -> anything with a shape and a dtype. Overlay one file on another by merging their dicts.
+    like: the tree wanted, of arrays or `jax.eval_shape`'s structs; gives number of layers and shapes. The types are the file's.
+    allow_missing: regex of torch names that may be missing; a leaf is then absent, if it is missing as a whole.
+
+  Raises:
+    PortingError: a name is unmapped (no row knows it), unexpected (the model has no such layer or leaf) or missing, a name or
+      leaf is claimed twice, a shape is wrong, or a type (integers for numbers, or several types in one stack).
+  """
+  rows, like = [Row(*row) for row in rows], flatten_dict(like, sep='/')
+  slots, problems = _slots(rows, like)
+  try:
+    allowed = re.compile(allow_missing) if allow_missing else None
+  except re.error as error:
+    raise PortingError(f'{allow_missing!r} is not a regular expression ({error})') from None
+  absent = {s.leaf for name, s in slots.items() if name not in state and (s.row.optional or allowed and allowed.search(name))}
+  absent -= {s.leaf for name, s in slots.items() if name in state}  # a stack is there as a whole or not at all
+  wanted = {name: slot for name, slot in slots.items() if slot.leaf not in absent}
+  problems += _strangers(rows, slots, state) + _missing(wanted, slots, state)
+  blank = {path: np.broadcast_to(np.zeros((), x.dtype), x.shape) for path, x in like.items()}  # shapes without memory
+  dtypes = {}
+  for name in [name for name in state if name in wanted]:
+    shape, expected = tuple(state[name].shape), wanted[name].array(blank).shape
+    leaf, dtype = wanted[name].leaf, np.dtype(state[name].dtype)
+    if shape != expected:
+      problems.append(f'wrong shape: {name} is {list(shape)}, the model wants {list(expected)}')
+    if _floating(dtype) != _floating(like[leaf].dtype):
+      problems.append(f'wrong dtype: {name} is {dtype}, the model wants {np.dtype(like[leaf].dtype)}')
+    elif dtypes.setdefault(leaf, dtype) != dtype:
+      problems.append(f'wrong dtype: {name} is {dtype}, other layers of it are {dtypes[leaf]}')
+  if not wanted:
+    problems.append('the file fills no leaf at all')
+  _check(problems)
+  return Plan(wanted, {leaf: jax.ShapeDtypeStruct(like[leaf].shape, dtype) for leaf, dtype in dtypes.items()},
+              frozenset(slot.leaf for slot in wanted.values() if slot.layer is not None))
+
+
+def from_torch(rows: Iterable[Row], state: Mapping, like: Mapping, place: Callable | None = None) -> dict:
+  """Torch arrays -> parameter tree of numpy arrays, in the types of `like`.
+
+  Args:
+    rows, state, like: as for `plan`; `np.asarray` reads the arrays of `state`, when their turn comes.
+    place: (path, array) -> what to put in the tree; one leaf at a time is in memory.
 
   Returns:
     A tree like `like`, less the leaves of optional rows that the file lacks.
 
   Raises:
-    PortingError: a name is unmapped (no row knows it), unexpected (the model has no such layer or leaf) or missing, a name or
-      leaf is claimed twice, or a shape is wrong.
+    PortingError: as `plan`.
   """
-  rows, like = [Row(*row) for row in rows], flatten_dict(like, sep='/')
-  slots, problems = _slots(rows, like)
-  absent = {s.leaf for name, s in slots.items() if s.row.optional and name not in state}
-  absent -= {s.leaf for name, s in slots.items() if name in state}  # a stack is there as a whole or not at all
-  wanted = {name: slot for name, slot in slots.items() if slot.leaf not in absent}
-  problems += _strangers(rows, slots, state) + _missing(wanted, slots, state)
-  blank = {path: np.broadcast_to(np.zeros((), x.dtype), x.shape) for path, x in like.items()}  # shapes without memory
-  for name in wanted.keys() & state.keys():
-    shape, expected = tuple(state[name].shape), wanted[name].array(blank).shape
-    if shape != expected:
-      problems.append(f'wrong shape: {name} is {list(shape)}, the model wants {list(expected)}')
-  if not wanted:
-    problems.append('the file fills no leaf at all')
-  _check(problems)
-
-  leaves = {slot.leaf: np.empty(like[slot.leaf].shape, like[slot.leaf].dtype) for slot in wanted.values()}
-  for name, slot in wanted.items():
-    leaves[slot.leaf][... if slot.layer is None else slot.layer] = TRANSFORMS[slot.row.transform].to_flax(state[name])
-  return unflatten_dict(leaves, sep='/')
+  slots, leaves, _ = plan(rows, state, like)
+  like, tree = flatten_dict(like, sep='/'), {}
+  for leaf in leaves:
+    array = np.empty(like[leaf].shape, like[leaf].dtype)
+    for name, slot in slots.items():
+      if slot.leaf == leaf:
+        array[... if slot.layer is None else slot.layer] = contiguous(slot.row_of(np.asarray(state[name])))
+    tree[leaf] = array if place is None else place(leaf, array)
+  return unflatten_dict(tree, sep='/')
 
 
 def to_torch(rows: Iterable[Row], params: Mapping) -> dict[str, np.ndarray]:
@@ -113,16 +170,25 @@ def to_torch(rows: Iterable[Row], params: Mapping) -> dict[str, np.ndarray]:
     PortingError: a leaf has no row, a row that is not optional has no leaf, or something is claimed twice.
   """
   leaves = {path: np.asarray(x) for path, x in flatten_dict(params, sep='/').items()}
+  slots = slots_of(rows, leaves)
+  return {name: contiguous(slot.array(leaves)) for name, slot in slots.items()}
+
+
+def slots_of(rows: Iterable[Row], leaves: Mapping) -> dict[str, Slot]:
+  """torch name -> slot, for these leaves (path -> anything with a shape) and no others.
+
+  Raises:
+    PortingError: as `to_torch`.
+  """
   slots, problems = _slots([Row(*row) for row in rows], leaves)
   _check(problems)
-  return {name: np.ascontiguousarray(slot.array(leaves)) for name, slot in slots.items()}
+  return slots
 
 
 def torch_shapes(rows: Iterable[Row], like: Mapping) -> dict[str, tuple[int, ...]]:
   """The torch name and shape of everything in a tree of arrays or structs, without computing on any."""
   blank = {path: np.broadcast_to(np.float32(0), x.shape) for path, x in flatten_dict(like, sep='/').items()}
-  slots, problems = _slots([Row(*row) for row in rows], blank)
-  _check(problems)
+  slots = slots_of(rows, blank)
   return {name: slot.array(blank).shape for name, slot in slots.items()}
 
 
@@ -178,6 +244,10 @@ def _missing(wanted: Mapping, slots: Mapping, state: Mapping) -> list[str]:
 def _nearest(name: str, known: Iterable[str]) -> str:
   near = difflib.get_close_matches(name, known, 1)
   return f' (nearest known: {near[0]})' if near else ''
+
+
+def _floating(dtype) -> bool:
+  return np.dtype(dtype).kind in 'fV'
 
 
 def _check(problems: list[str]) -> None:

@@ -1,8 +1,10 @@
-"""Our own folder of weights: `config.json` and one safetensors file a part, leaves named by their flax paths.
+"""Our own folder of weights: a description, and one Orbax checkpoint a part.
 
-    folder/tokenizer/               of a whole model: its words, as a Hugging Face tokenizer
-    folder/config.json              {"format": 1, "variant": "tiny", "parts": {"vit": {"file", "parameters", "dtype"}}, "metadata": {}}
-    folder/vit.safetensors          'blocks/attn/qkv/kernel' ...
+    folder/config.json      {"format": 2, "variant": "tiny", "parts": {"vit": {"parameters", "dtype"}}, "metadata": {}}
+    folder/checksums.json   {"vit": {"blocks/attn/qkv/kernel": 123, ...}}, as leaves.checksum counts them
+    folder/parts/vit/       Orbax; leaves by their flax paths
+    folder/tokenizer/       of a whole model: its words, as a Hugging Face tokenizer
+    folder/torch/           of a converted one: what the PyTorch folder held beside the weights (convert.py)
 
 A folder appears whole or not at all: it is written beside its place and renamed. (Between the two renames that replace an older one
 a kill leaves that one as `.NAME.old`.)
@@ -10,25 +12,91 @@ a kill leaves that one as `.NAME.old`.)
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
 import shutil
-import tempfile
+from collections.abc import Callable, Iterator, Mapping
 
-import flax.traverse_util
 import jax
 import ml_dtypes  # registers bfloat16 with numpy
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from lavit_jax.data.text import TextTokenizer
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
+from lavit_jax.porting import leaves
+from lavit_jax.porting.leaves import flatten, unflatten
 
-FORMAT = 1
+FORMAT = 2
+WORDS = ('tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json')
 DTYPES = {'float32': np.float32, 'float16': np.float16, 'bfloat16': ml_dtypes.bfloat16}
+
+
+class Building:
+  """A folder in the making: its parts go into `path`, side by side."""
+
+  def __init__(self, path: pathlib.Path, variant: str, metadata: dict):
+    self.path, self.sums = path, {}
+    self.config = dict(format=FORMAT, variant=variant, parts={}, metadata=metadata)
+
+  @contextlib.contextmanager
+  def part(self, name: str, structs: Mapping, stacked=()) -> Iterator[leaves.Writer]:
+    """A writer of one part, whose leaves are described by `structs`: path -> shape and dtype."""
+    with leaves.Writer(self.path / 'parts' / name, structs, stacked) as writer:
+      yield writer
+    self.sums[name] = writer.sums
+    dtypes = {str(x.dtype) for x in structs.values()}
+    self.config['parts'][name] = dict(
+        parameters=sum(int(np.prod(x.shape)) for x in structs.values()), dtype=dtypes.pop() if len(dtypes) == 1 else 'mixed')
+
+
+@contextlib.contextmanager
+def building(folder, variant: str, metadata: dict | None = None, tokenizer=None) -> Iterator[Building]:
+  """Makes a checkpoint folder, which takes its place when the block ends well.
+
+  Args:
+    folder: where; a checkpoint or an empty folder that stands there is replaced as a whole, anything else is left alone.
+    variant: the row of the variants table that the parts belong to.
+    metadata: anything JSON can say about where the weights come from.
+    tokenizer: a Hugging Face tokenizer folder to put beside them, as `tokenizer/`.
+  Raises:
+    UserError: something else stands there, the disk is full or the folder cannot be written; nothing half-written is left.
+  """
+  with replacing(folder) as scratch:
+    (scratch / 'parts').mkdir()
+    made = Building(scratch, variant, metadata or {})
+    yield made
+    if tokenizer is not None:
+      copy_words(pathlib.Path(tokenizer), scratch / 'tokenizer')
+    (scratch / 'checksums.json').write_text(json.dumps(made.sums, indent=0) + '\n')
+    (scratch / 'config.json').write_text(json.dumps(made.config, indent=1) + '\n')
+
+
+@contextlib.contextmanager
+def replacing(folder, mark: str = 'config.json') -> Iterator[pathlib.Path]:
+  """A new folder, which takes the place of `folder` when the block ends well; what a killed run left of one is cleared away.
+
+  Raises:
+    UserError: as `building`; a folder that stands there is replaced if it holds the file `mark`.
+  """
+  folder = pathlib.Path(folder).resolve()  # of a link, what it points to
+  check_place(folder, mark)
+  scratch = folder.with_name(f'.{folder.name}.partial')
+  try:
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    yield scratch
+    swap(scratch, folder)
+  except OSError as error:
+    raise UserError(f'cannot write {folder}: {error.strerror or error}; free some space or choose another folder') from error
+  except ValueError as error:  # TensorStore reports a full disk in words
+    if not leaves.disk_full(error):
+      raise
+    raise UserError(f'cannot write {folder}: No space left on device; free some space or choose another folder') from error
+  finally:
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def save_parts(folder, variant: str, parts: dict, metadata: dict | None = None, dtype: str = 'float32',
@@ -36,41 +104,17 @@ def save_parts(folder, variant: str, parts: dict, metadata: dict | None = None, 
   """Writes the parameters of some parts of a model.
 
   Args:
-    folder: where; a checkpoint or an empty folder that stands there is replaced as a whole, anything else is left alone.
-    variant: the row of the variants table that the parts belong to.
     parts: part name -> parameter tree (or one bare array); floating leaves are stored in `dtype`.
-    metadata: anything JSON can say about where the weights come from.
     dtype: 'float32', 'float16' or 'bfloat16'.
-    tokenizer: a Hugging Face tokenizer folder to put beside them, as `tokenizer/`.
-  Raises:
-    UserError: something else stands there, the disk is full or the folder cannot be written; nothing half-written is left.
+    folder, variant, metadata, tokenizer, and what is raised: as in `building`.
   """
-  folder = pathlib.Path(folder).resolve()  # of a link, what it points to
-  if folder.exists() and not (folder.is_dir() and ((folder / 'config.json').exists() or not any(folder.iterdir()))):
-    raise UserError(f'{folder} exists and is not a checkpoint; choose another folder, or remove it first')
-  if folder.exists() and any(folder.iterdir()):
-    read_config(folder)  # a config.json of somebody else's is not ours to replace
-  scratch = None
-  try:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = pathlib.Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
-    os.chmod(scratch, 0o755)  # both libraries write what only its owner may read; a published folder is not private
-    config = dict(format=FORMAT, variant=variant, parts={}, metadata=metadata or {})
+  folder = pathlib.Path(folder).resolve()  # now: the folder one stands in may be replaced
+  with building(folder, variant, metadata, tokenizer) as made:
     for name, tree in parts.items():
-      flat = {key: _stored(leaf, dtype) for key, leaf in _flatten(tree).items()}
-      safetensors.numpy.save_file(flat, scratch / f'{name}.safetensors')
-      os.chmod(scratch / f'{name}.safetensors', 0o644)
-      config['parts'][name] = dict(file=f'{name}.safetensors', parameters=sum(x.size for x in flat.values()), dtype=dtype)
-    if tokenizer is not None:
-      shutil.copytree(tokenizer, scratch / 'tokenizer')
-    (scratch / 'config.json').write_text(json.dumps(config, indent=1) + '\n')
-    _swap(scratch, folder)
-  except (OSError, safetensors.SafetensorError) as error:  # safetensors wraps what the system says
-    fault = getattr(error, 'strerror', None) or error
-    raise UserError(f'cannot write {folder}: {fault}; free some space or choose another folder') from error
-  finally:
-    if scratch is not None:
-      shutil.rmtree(scratch, ignore_errors=True)
+      flat = {path: _stored(leaf, dtype) for path, leaf in flatten(tree).items()}
+      with made.part(name, flat) as writer:
+        for path, array in flat.items():
+          writer.write(path, None, array)
   return folder
 
 
@@ -88,13 +132,24 @@ def read_config(folder) -> dict:
   return config
 
 
-def load_parts(folder, names=None, variant: str | None = None) -> dict:
-  """Reads parameter trees, as float32 numpy arrays.
+def read_checksums(folder, name: str) -> dict[str, int]:
+  """path -> checksum of each leaf of a part."""
+  file = pathlib.Path(folder) / 'checksums.json'
+  try:
+    return json.loads(file.read_text())[name]
+  except (OSError, ValueError, KeyError) as error:
+    raise UserError(f'{file} is missing or damaged ({error!r}); copy or export the checkpoint again') from None
+
+
+def load_parts(folder, names=None, variant: str | None = None, shardings: Callable | None = None) -> dict:
+  """Reads parameter trees, floating leaves as float32.
 
   Args:
-    folder: a folder that `save_parts` wrote.
+    folder: a folder that `save_parts` or `lavit convert` wrote.
     names: the parts to read; None reads all.
     variant: if given, the variant that the folder must be of.
+    shardings: {part: tree of ShapeDtypeStructs} -> the same tree of shardings; the leaves then go straight onto the devices, each
+      of which gets its own piece only. Without it they are numpy arrays, and their checksums are looked at.
   Returns:
     part name -> parameter tree.
   Raises:
@@ -108,15 +163,23 @@ def load_parts(folder, names=None, variant: str | None = None) -> dict:
   for name in config['parts'] if names is None else names:
     if name not in config['parts']:
       raise UserError(f'{folder} has no part {name!r}; it holds {", ".join(config["parts"])}')
-    file = folder / f'{name}.safetensors'
-    try:
-      flat = safetensors.numpy.load_file(file)
-    except FileNotFoundError:
-      raise UserError(f'{file} is missing; the checkpoint is incomplete') from None
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-      raise UserError(f'{file} is truncated or damaged ({error}); copy or export it again') from None
-    parts[name] = _unflatten({key: np.asarray(x, np.float32) for key, x in flat.items()})
+    with reading(folder / 'parts' / name):
+      flat = _load(folder, name) if shardings is None else _restore(folder, name, shardings)
+    parts[name] = unflatten(flat)
   return parts
+
+
+@contextlib.contextmanager
+def reading(path: pathlib.Path):
+  """Turns what Orbax and TensorStore say of a bad part into a UserError."""
+  if not path.is_dir():
+    raise UserError(f'{path} is missing; the checkpoint is incomplete')
+  try:
+    yield
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    if leaves.disk_full(error):  # of what is written meanwhile
+      raise
+    raise UserError(f'{path} is truncated or damaged ({" ".join(str(error).split())[:200]}); copy or export it again') from None
 
 
 def bundle(folder, sources, tokenizer, dtype: str = 'bfloat16') -> pathlib.Path:
@@ -136,25 +199,28 @@ def bundle(folder, sources, tokenizer, dtype: str = 'bfloat16') -> pathlib.Path:
     made = load_parts(source, variant=variant)
     metadata = read_config(source)['metadata']
     parts |= made
-    about |= {name: {key: metadata[key] for key in ('stage', 'steps') if key in metadata} for name in made}
+    of_part = {name: metadata.get(name, metadata) for name in made}  # a bundle says it of each part
+    about |= {name: {key: told[key] for key in ('stage', 'steps') if key in told} for name, told in of_part.items()}
   return save_parts(folder, variant, parts, about, dtype, tokenizer)
 
 
-def _flatten(tree) -> dict:
-  """A nested dict by '/'-joined paths; a bare array goes by the name 'value'."""
-  return flax.traverse_util.flatten_dict(tree, sep='/') if isinstance(tree, dict) else {'value': tree}
+def copy_words(src: pathlib.Path, dst: pathlib.Path) -> None:
+  """Copies a tokenizer's files from among others; those that are there already stay."""
+  for name in WORDS:
+    if (src / name).is_file() and not (dst / name).exists():
+      dst.mkdir(parents=True, exist_ok=True)
+      shutil.copyfile(src / name, dst / name)
 
 
-def _unflatten(flat: dict):
-  return flat['value'] if list(flat) == ['value'] else flax.traverse_util.unflatten_dict(flat, sep='/')
+def check_place(folder: pathlib.Path, mark: str = 'config.json') -> None:
+  """Raises UserError unless the folder is free, empty, or one of ours, as the file `mark` in it shows."""
+  if folder.exists() and not (folder.is_dir() and ((folder / mark).exists() or not any(folder.iterdir()))):
+    raise UserError(f'{folder} exists and is not a checkpoint of lavit_jax; choose another folder, or remove it first')
+  if mark == 'config.json' and folder.exists() and any(folder.iterdir()):
+    read_config(folder)  # a config.json of somebody else's is not ours to replace
 
 
-def _stored(leaf, dtype: str) -> np.ndarray:
-  array = np.asarray(jax.device_get(leaf))
-  return np.ascontiguousarray(array.astype(DTYPES[dtype]) if array.dtype.kind in 'fV' else array)
-
-
-def _swap(scratch: pathlib.Path, folder: pathlib.Path) -> None:
+def swap(scratch: pathlib.Path, folder: pathlib.Path) -> None:
   """Puts the finished folder in its place; the old one goes only once the new one can stand there."""
   if folder.exists():
     old = folder.with_name(f'.{folder.name}.old')
@@ -168,3 +234,29 @@ def _swap(scratch: pathlib.Path, folder: pathlib.Path) -> None:
     shutil.rmtree(old)
   else:
     os.rename(scratch, folder)
+
+
+def _load(folder: pathlib.Path, name: str) -> dict[str, np.ndarray]:
+  flat, sums = {}, read_checksums(folder, name)
+  for path, array in leaves.read(folder / 'parts' / name, sums):
+    if leaves.checksum(array) != sums[path]:
+      raise ValueError(f'the checksum of {path} is another')
+    flat[path] = array.astype(np.float32) if _floating(array.dtype) else array
+  return flat
+
+
+def _restore(folder: pathlib.Path, name: str, shardings: Callable) -> dict[str, jax.Array]:
+  arrays = leaves.open_leaves(folder / 'parts' / name, read_checksums(folder, name))
+  structs = {path: jax.ShapeDtypeStruct(x.shape, np.float32 if _floating(x.dtype.numpy_dtype) else x.dtype.numpy_dtype)
+             for path, x in arrays.items()}
+  places = flatten(shardings({name: unflatten(structs)})[name])
+  return leaves.restore(folder / 'parts' / name, {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[path]) for path, x in structs.items()})
+
+
+def _floating(dtype) -> bool:
+  return np.dtype(dtype).kind in 'fV'
+
+
+def _stored(leaf, dtype: str) -> np.ndarray:
+  array = np.asarray(jax.device_get(leaf))
+  return array.astype(DTYPES[dtype]) if _floating(array.dtype) else array

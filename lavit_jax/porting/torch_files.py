@@ -1,99 +1,292 @@
-"""Weight files of the PyTorch family as plain dicts of numpy arrays: `.safetensors`, and `.bin` where torch is installed."""
+"""Weight files of the PyTorch family, a tensor at a time: `.safetensors`, and `.bin` / `.pt` where torch is installed.
+
+Nothing here has a whole file in memory. What is read is checked as far as its format allows: safetensors against its own header,
+torch's zip files against their CRCs; a pickle that would run code is refused.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import pathlib
+import pickle
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
-import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
+import ml_dtypes
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from lavit_jax.errors import UserError
 
+DTYPES = {  # safetensors' names
+    'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16, 'I64': np.int64, 'I32': np.int32,
+    'I16': np.int16, 'I8': np.int8, 'U8': np.uint8, 'BOOL': np.bool_,
+}
+REOPEN_BYTES = 1 << 30  # what a mapped file may hold of memory before it is mapped anew
 
-def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
-  """Reads a file, or all the shards of a folder.
+
+class Tensor(NamedTuple):
+  """One tensor of a file: its shape and type, and how to read it; `np.asarray(tensor)` does."""
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  read: Callable[[], np.ndarray]
+  file: pathlib.Path
+
+  def __array__(self, dtype=None, copy=None):
+    return np.asarray(self.read(), dtype)
+
+
+def load(path: str | os.PathLike, stem: str | None = None) -> dict[str, Tensor]:
+  """Opens a file, or all the shards of a folder.
 
   Args:
     path: a `.safetensors` or pickled (`.bin`, `.pth`, `.pt`) file; or a folder with one such file, or with shards and the
       `*.index.json` that names them.
+    stem: of a folder, only files whose name begins so.
 
   Returns:
-    torch name -> array, in the type stored (bfloat16 from pickles: float32). A pickle of one bare tensor goes by the stem of
-    its file.
+    torch name -> tensor, in the order of the files. A pickle of one bare tensor goes by the stem of its file.
 
   Raises:
-    UserError: the path is missing, damaged or ambiguous, or torch is needed and not installed.
+    UserError: the path is missing, damaged or ambiguous, a pickle would run code, or torch is needed and not installed.
   """
   state = {}
-  for file in _files(pathlib.Path(path)):
-    shard = _load_safetensors(file) if file.suffix == '.safetensors' else _load_pickle(file)
+  for file in files(path, stem):
+    shard = _open_safetensors(file) if file.suffix == '.safetensors' else _open_pickle(file)
     if twice := shard.keys() & state.keys():
       raise UserError(f'{file} repeats names of another shard: {", ".join(sorted(twice))}; remove the stale file')
     state |= shard
   return state
 
 
-def save(path: str | os.PathLike, state: dict[str, np.ndarray]) -> None:
-  """Writes a `.safetensors` file that torch, transformers and diffusers read; the whole of it or nothing.
-
-  Raises:
-    UserError: the file cannot be written.
-  """
-  path = pathlib.Path(path)
-  part = path.with_name(f'.{path.name}.part')
-  try:
-    safetensors.numpy.save_file({name: np.ascontiguousarray(x) for name, x in state.items()}, part, {'format': 'pt'})
-    os.chmod(part, 0o644)  # safetensors makes files that only their owner may read
-    os.replace(part, path)
-  except (OSError, safetensors.SafetensorError) as error:
-    raise UserError(f'cannot write {path}: {error}; free some space or choose another place') from error
-  finally:
-    part.unlink(missing_ok=True)
-
-
-def _files(path: pathlib.Path) -> list[pathlib.Path]:
+def files(path: str | os.PathLike, stem: str | None = None) -> list[pathlib.Path]:
+  """The file, or the shards in order, that `load` reads."""
+  path, stem = pathlib.Path(path), stem or ''
+  for exact in (path / f'{stem}.safetensors', path / f'{stem}.bin'):
+    if stem and exact.is_file():
+      return [exact]
   if path.is_file():
     return [path]
   if not path.is_dir():
     raise UserError(f'{path} does not exist')
   for suffix in ('.safetensors', '.bin'):  # both may lie side by side, with the same content
-    for index in sorted(path.glob(f'*{suffix}.index.json')):
+    for index in sorted(path.glob(f'{stem}*{suffix}.index.json')):
       try:
-        return sorted({path / name for name in json.loads(index.read_text())['weight_map'].values()})
+        found = sorted({path / name for name in json.loads(index.read_text())['weight_map'].values()})
       except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f'{index} is damaged ({error!r}); download it again') from None
-    if found := sorted(path.glob(f'*{suffix}')):
+      if missing := [file.name for file in found if not file.is_file()]:
+        raise UserError(f'{path} lacks {", ".join(missing)}, which {index.name} names; download the checkpoint again')
+      return found
+    if found := sorted(path.glob(f'{stem}*{suffix}')):
       if len(found) > 1:
         raise UserError(f'{path} holds {len(found)} {suffix} files and no index; name the one to read')
       return found
   raise UserError(f'{path} holds no .safetensors and no .bin file')
 
 
-def _load_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+def sha256(file: pathlib.Path) -> str:
+  """Hex digest of a file; of a torch zip file, its own CRCs are looked at too.
+
+  Raises:
+    UserError: a CRC is another.
+  """
+  with open(file, 'rb') as stream:
+    digest = hashlib.file_digest(stream, 'sha256').hexdigest()
+  if file.suffix != '.safetensors' and zipfile.is_zipfile(file):
+    try:
+      bad = zipfile.ZipFile(file).testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, struct.error) as error:
+      bad = str(error)
+    if bad is not None:
+      raise _damaged(file, f'the checksum of {bad} is another')
+  return digest
+
+
+class Writer:
+  """A new `.safetensors` file, or shards of one with their index, whose tensors may come in any order.
+
+  Args:
+    folder, stem: `folder/stem.safetensors`, or `stem-00001-of-00002.safetensors` and so on, and `stem.safetensors.index.json`.
+    specs: name -> anything with a shape and a dtype, in the order wanted.
+    shard_bytes: how large a shard may be.
+  """
+
+  def __init__(self, folder: pathlib.Path, stem: str, specs: Mapping, shard_bytes: int = 5 * 10**9):
+    self.sums, self._streams, self._places = {}, [], {}
+    shards = list(_shards(specs, shard_bytes))
+    names = [f'{stem}.safetensors' if len(shards) == 1 else f'{stem}-{n:05}-of-{len(shards):05}.safetensors'
+             for n in range(1, len(shards) + 1)]
+    self.files = [folder / name for name in names]
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, shard in zip(self.files, shards):
+      header, at = {'__metadata__': {'format': 'pt'}}, 0
+      for name in shard:
+        header[name] = dict(dtype=_code(specs[name].dtype), shape=list(specs[name].shape), data_offsets=[at, at + nbytes(specs[name])])
+        at += nbytes(specs[name])
+      text = json.dumps(header, separators=(',', ':')).encode()
+      text += b' ' * (-len(text) % 8)
+      stream = open(file, 'wb')
+      self._streams.append(stream)
+      stream.write(struct.pack('<Q', len(text)) + text)
+      stream.truncate(8 + len(text) + at)
+      self._places |= {name: (stream, 8 + len(text) + header[name]['data_offsets'][0], specs[name]) for name in shard}
+    if len(shards) > 1:
+      index = dict(metadata=dict(total_size=sum(nbytes(x) for x in specs.values())),
+                   weight_map={name: file for file, shard in zip(names, shards) for name in shard})
+      (folder / f'{stem}.safetensors.index.json').write_text(json.dumps(index, indent=2) + '\n')
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, error, traceback):
+    for stream in self._streams:
+      stream.flush()
+      if error is None:
+        os.fsync(stream.fileno())
+      stream.close()
+    if error is None and (missing := self._places.keys() - self.sums.keys()):
+      raise ValueError(f'never written: {", ".join(sorted(missing))}')
+
+  def write(self, name: str, array: np.ndarray) -> None:
+    """Puts a tensor in its place."""
+    stream, offset, spec = self._places[name]
+    if array.shape != tuple(spec.shape) or array.dtype != spec.dtype:
+      raise ValueError(f'{name} is {array.dtype}{list(array.shape)}, announced was {spec.dtype}{list(spec.shape)}')
+    data = np.asarray(array, order='C').reshape(-1).view(np.uint8)
+    self.sums[name] = zlib.crc32(data)
+    stream.seek(offset)
+    stream.write(data)
+
+
+def to_pickle(file: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:
+  """Writes a `.bin` as torch.save does; a tensor named as the file's stem, if it is the only one, goes bare."""
+  import torch
+  state = {name: _to_torch(np.asarray(tensor)) for name, tensor in tensors.items()}
+  torch.save(state[file.stem] if list(state) == [file.stem] else state, file)
+
+
+def to_pickles(written: list[pathlib.Path]) -> None:
+  """Replaces the files of a `Writer`, and their index, by `.bin` files of the same tensors; transformers calls its own pytorch_model."""
+  def renamed(name):
+    return re.sub(r'^model(?=[-.])', 'pytorch_model', name).replace('.safetensors', '.bin')
+
+  for file in written:
+    to_pickle(file.with_name(renamed(file.name)), load(file))
+    file.unlink()
+  index = written[0].with_name(re.sub(r'-\d+-of-\d+', '', written[0].name) + '.index.json')
+  if len(written) > 1:
+    index.with_name(renamed(index.name)).write_text(renamed_index(index.read_text(), renamed))
+    index.unlink()
+
+
+def renamed_index(text: str, renamed: Callable[[str], str]) -> str:
+  """An index of shards, for shards of other names."""
+  index = json.loads(text)
+  return json.dumps({**index, 'weight_map': {name: renamed(file) for name, file in index['weight_map'].items()}}, indent=2) + '\n'
+
+
+def nbytes(spec) -> int:
+  """Bytes of an array of this shape and type."""
+  return math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
+
+
+def _shards(specs: Mapping, shard_bytes: int) -> Iterator[list[str]]:
+  shard, size = [], 0
+  for name, spec in specs.items():
+    if shard and size + nbytes(spec) > shard_bytes:
+      yield shard
+      shard, size = [], 0
+    shard.append(name)
+    size += nbytes(spec)
+  yield shard
+
+
+def _code(dtype) -> str:
+  return next(code for code, known in DTYPES.items() if np.dtype(known) == dtype)
+
+
+def _open_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
+  def read(name):
+    with safetensors.safe_open(path, 'numpy') as file:  # for each anew: what is mapped counts as memory in use
+      return file.get_tensor(name)
+
+  def tensor(name, piece):
+    if piece.get_dtype() not in DTYPES:
+      raise UserError(f'{path}: {name} is of type {piece.get_dtype()}, which is not read here; known: {", ".join(DTYPES)}')
+    return Tensor(tuple(piece.get_shape()), np.dtype(DTYPES[piece.get_dtype()]), lambda: read(name), path)
+
   try:
-    return safetensors.numpy.load_file(path)
+    with safetensors.safe_open(path, 'numpy') as file:
+      return {name: tensor(name, file.get_slice(name)) for name in file.offset_keys()}
   except FileNotFoundError:
     raise UserError(f'{path} is missing; download the checkpoint again') from None
   except (OSError, ValueError, safetensors.SafetensorError) as error:
-    raise UserError(f'{path} is truncated or damaged ({error}); download it again') from None
+    raise _damaged(path, error) from None
 
 
-def _load_pickle(path: pathlib.Path) -> dict[str, np.ndarray]:
+class _Pickle:
+  """A torch file, mapped where it can be; mapped anew now and then, since what has been read counts as memory in use."""
+
+  def __init__(self, path: pathlib.Path):
+    self.path, self.tensors, self.touched = path, None, 0
+
+  def open(self) -> dict:
+    import torch
+    if self.tensors is None:
+      content = torch.load(self.path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(self.path))
+      self.tensors, self.touched = {self.path.stem: content} if isinstance(content, torch.Tensor) else content, 0
+    return self.tensors
+
+  def read(self, name: str) -> np.ndarray:
+    array = _from_torch(self.open()[name]).copy()
+    self.touched += array.nbytes
+    if self.touched > REOPEN_BYTES and zipfile.is_zipfile(self.path):
+      self.tensors = None
+    return array
+
+
+def _open_pickle(path: pathlib.Path) -> dict[str, Tensor]:
   try:
     import torch
   except ImportError:
     raise UserError(f'{path} is a PyTorch pickle; to read it: pip install "lavit_jax[torch]"') from None
   if not path.is_file():
     raise UserError(f'{path} is missing; download the checkpoint again')
+  file = _Pickle(path)
   try:
-    content = torch.load(path, map_location='cpu', weights_only=True)
-  except Exception as error:  # pickle, zip and torch each have their own for a damaged file
-    raise UserError(f'{path} is truncated or damaged ({type(error).__name__}); download it again') from None
-  tensors = {path.stem: content} if isinstance(content, torch.Tensor) else content
-  if not isinstance(tensors, dict) or not all(isinstance(x, torch.Tensor) for x in tensors.values()):
+    tensors = file.open()
+  except pickle.UnpicklingError as error:
+    if re.search('(?i)unsupported (global|class)|unrecognized function', str(error)):
+      raise UserError(f'{path} holds more than tensors and would run code; it is refused. Ask for it as .safetensors') from None
+    raise _damaged(path, type(error).__name__) from None
+  except Exception as error:  # zip and torch each have their own for a damaged file
+    raise _damaged(path, type(error).__name__) from None
+  if not isinstance(tensors, dict) or not tensors or not all(isinstance(x, torch.Tensor) for x in tensors.values()):
     raise UserError(f'{path} is not a flat dict of tensors')
-  return {name: (x.float() if x.dtype == torch.bfloat16 else x).detach().numpy() for name, x in tensors.items()}
+  return {name: Tensor(tuple(x.shape), _from_torch(x[:0] if x.ndim else x).dtype, lambda name=name: file.read(name), path)
+          for name, x in tensors.items()}
+
+
+def _from_torch(x) -> np.ndarray:
+  import torch
+  x = x.detach()
+  return x.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16) if x.dtype == torch.bfloat16 else x.numpy()
+
+
+def _to_torch(x: np.ndarray):
+  import torch
+  x = np.array(x)  # torch wants to be able to write to it
+  return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16) if x.dtype == ml_dtypes.bfloat16 else torch.from_numpy(x)
+
+
+def _damaged(path: pathlib.Path, reason) -> UserError:
+  return UserError(f'{path} is truncated or damaged ({reason}); download it again')

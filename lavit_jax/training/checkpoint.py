@@ -8,7 +8,6 @@ of it makes the next losses the same, bit for bit, as without the interruption.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import pathlib
@@ -21,6 +20,7 @@ import orbax.checkpoint as ocp
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
+from lavit_jax.porting.leaves import disk_full
 
 
 class Checkpoints:
@@ -118,13 +118,7 @@ class _DiskFull:
     return self
 
   def __exit__(self, kind, error, traceback):
-    chain = error
-    while chain is not None:
-      full = isinstance(chain, OSError) and chain.errno in (errno.ENOSPC, errno.EDQUOT)
-      if full or 'No space left on device' in str(chain) or 'Disk quota exceeded' in str(chain):
-        break
-      chain = chain.__cause__ or chain.__context__
-    else:
+    if not disk_full(error):
       return False
     folder = self.checkpoints.folder
     self.checkpoints.clear_half_written()

@@ -64,7 +64,7 @@ def train(config, workdir) -> None:
   with Interrupt() as interrupt, jax.set_mesh(mesh), contextlib.ExitStack() as stack:
     model = lavit.build(config.variant, config.dtype, config.remat)
     stage = stages.build(config, model, shards)
-    parts = sharding.put_tree(load_parts(config, stage), mesh)
+    parts = load_parts(config, stage, mesh)
     frozen = {name: parts[name] for name in stage.needs}
     data = open_data(config, model, 'train')
     checkpoints = Checkpoints(workdir, config, config.keep)  # the first to write: what is missing has been told by now
@@ -211,18 +211,22 @@ class Look:
 
 # ------------------------------------------------------------------------------------------------------------- in and out
 
-def load_parts(config, stage) -> dict:
-  """Parts of the model from the folders `frozen` (what the stage asks for) and `init_from` (all they have); the last one wins.
+def load_parts(config, stage, mesh) -> dict:
+  """Parts of the model from the folders `frozen` (what the stage asks for) and `init_from` (all they have), on the mesh; the last one wins.
 
   Raises:
     UserError: a part that the stage needs is in none of the `frozen` folders.
   """
   parts, wanted = {}, stage.needs + stage.starts
+
+  def load(path, names):
+    return folder.load_parts(path, names, config.variant, lambda tree: sharding.shardings(tree, mesh))
+
   for path in split_folders(config.frozen):
     names = [name for name in folder.read_config(path)['parts'] if name in wanted]
-    parts |= folder.load_parts(path, names, config.variant)
+    parts |= load(path, names)
   for path in split_folders(config.init_from):
-    parts |= {name: tree for name, tree in folder.load_parts(path, None, config.variant).items() if name not in stage.needs}
+    parts |= {name: tree for name, tree in load(path, None).items() if name not in stage.needs}
   missing = [name for name in wanted if name not in parts]
   if missing:
     raise UserError(f'stage {config.stage} needs {", ".join(missing)}: name the folders that earlier stages '

@@ -86,9 +86,3 @@ def shardings(tree, mesh: Mesh, rules=RULES):
 def put_batch(batch: dict, mesh: Mesh) -> dict:
   """This process's rows (numpy) as global arrays, split over `data` and `fsdp`."""
   return {key: jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH), x) for key, x in batch.items()}
-
-
-def put_tree(tree, mesh: Mesh):
-  """Host arrays onto the mesh by the same table; each device receives its own piece only."""
-  return jax.tree.map(
-      lambda x, s: jax.make_array_from_callback(np.shape(x), s, lambda index: np.asarray(x)[index]), tree, shardings(tree, mesh))

@@ -7,7 +7,7 @@ import pytest
 
 from lavit_jax.data import mixtures, text
 
-FOLDER = str(Path(text.__file__).parent.parent / 'assets/tiny/tokenizer')
+FOLDER = str(Path(text.__file__).parent.parent / 'assets/tiny/language_model')
 batches = functools.partial(mixtures.batches, batch_size=8, tokenizer_folder=FOLDER)
 
 

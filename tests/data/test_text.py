@@ -7,7 +7,7 @@ import pytest
 from lavit_jax.data import mixtures, text
 from lavit_jax.errors import UserError
 
-FOLDER = Path(text.__file__).parent.parent / 'assets/tiny/tokenizer'
+FOLDER = Path(text.__file__).parent.parent / 'assets/tiny/language_model'
 
 
 @pytest.fixture(scope='module')

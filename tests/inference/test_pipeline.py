@@ -12,6 +12,7 @@ from PIL import Image
 from lavit_jax.errors import UserError
 from lavit_jax.inference import pipeline
 from lavit_jax.inference.pipeline import Lavit
+from lavit_jax.porting import convert
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
 
@@ -124,15 +125,16 @@ def test_bad_input(model, call, message):
 
 def test_only_the_parts_of_a_task_are_read(tiny_folder, tmp_path):
   folder = shutil.copytree(tiny_folder, tmp_path / 'tiny')
-  (folder / 'understanding.safetensors').write_bytes((folder / 'vit.safetensors').read_bytes()[:1000])
-  (folder / 'llama.safetensors').unlink()
+  data = max((folder / 'parts' / 'understanding').rglob('*/d/*'), key=lambda x: x.stat().st_size)
+  data.write_bytes(data.read_bytes()[:1000])
+  shutil.rmtree(folder / 'parts' / 'llama')
   model = Lavit.from_pretrained(folder)
   assert not model.parts
   model.tokenize(PICTURES)
   assert set(model.parts) == {'vit', 'tokenizer'}
-  with pytest.raises(UserError, match='understanding.safetensors is truncated'):
+  with pytest.raises(UserError, match='/understanding is truncated'):
     model.caption(PICTURES)
-  with pytest.raises(UserError, match='llama.safetensors is missing'):
+  with pytest.raises(UserError, match='/llama is missing'):
     model.generate(['an owl'])
   with pytest.raises(UserError, match="holds variant 'tiny'"):
     Lavit.from_pretrained(folder, variant='small')
@@ -141,6 +143,19 @@ def test_only_the_parts_of_a_task_are_read(tiny_folder, tmp_path):
   shutil.rmtree(folder / 'tokenizer')
   with pytest.raises(UserError, match='tokenizer/tokenizer.json does not exist'):
     Lavit.from_pretrained(folder)
+
+
+def test_a_folder_of_pytorch_names_says_the_same(tmp_path):
+  theirs = pathlib.Path(pipeline.__file__).parents[1] / 'assets' / 'tiny'
+  convert.prepare(theirs, tmp_path / 'ours').run(lambda size: None)
+  first, second = (Lavit.from_pretrained(path) for path in (theirs, tmp_path / 'ours'))
+  assert first.caption(PICTURES) == second.caption(PICTURES)
+  np.testing.assert_array_equal(first.reconstruct(PICTURES, steps=2), second.reconstruct(PICTURES, steps=2))
+  for name in second.parts:
+    jax.tree.map(np.testing.assert_array_equal, first.parts[name], second.parts[name])
+  (tmp_path / 'theirs' / 'language_model').mkdir(parents=True)
+  with pytest.raises(UserError, match='holds no weights'):
+    Lavit.from_pretrained(tmp_path / 'theirs')
 
 
 def test_weights_of_another_variant_are_named(model, tiny_parts):

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from lavit_jax.errors import UserError
-from lavit_jax.porting import torch_files
-from lavit_jax.porting.engine import TRANSFORMS, PortingError, Row, from_torch, to_torch, torch_shapes
+from lavit_jax.porting.engine import TRANSFORMS, PortingError, Row, contiguous, from_torch, plan, to_torch, torch_shapes
 
 ROWS = [
     Row('embed', 'embed', 'unbatch'),
@@ -70,6 +69,12 @@ def test_transforms_are_bijections(name):
     assert np.array_equal(leaf[1], x[2:4].T)  # the keys' projection
 
 
+@pytest.mark.parametrize('shape', [(), (5,), (40, 3), (3, 40, 5), (2, 3, 17, 33)])
+def test_views_are_laid_out(shape):
+  x = np.arange(np.prod(shape, dtype=int)).reshape(shape)
+  assert contiguous(x.T).flags.c_contiguous and np.array_equal(contiguous(x.T), x.T)
+
+
 def test_types_follow_the_model():
   state = {name: x.astype(ml_dtypes.bfloat16) for name, x in file().items()}
   assert {x.dtype for x in jax.tree.leaves(from_torch(ROWS, state, LIKE))} == {np.dtype(np.float32)}
@@ -107,6 +112,30 @@ def test_every_offender_is_named_with_its_nearest():
   assert issubclass(PortingError, UserError)
 
 
+def test_types_are_one_a_stack_and_of_the_right_kind():
+  half = {name: x.astype(np.float16) if name.endswith('bias') else x for name, x in file().items()}
+  assert {path: x.dtype for path, x in plan(ROWS, half, LIKE).leaves.items()} == {
+      'embed': np.float32, 'blocks/fc/kernel': np.float32, 'blocks/fc/bias': np.float16, 'head/kernel': np.float32}
+  assert plan(ROWS, half, LIKE).stacked == {'blocks/fc/kernel', 'blocks/fc/bias'}
+  told = problems(half | {'layers.1.fc.bias': np.ones(6, np.float32), 'embed': np.ones((1, 5, 4), np.int32)})
+  assert 'wrong dtype: layers.1.fc.bias is float32, other layers of it are float16' in told
+  assert 'wrong dtype: embed is int32, the model wants float32' in told
+
+
+def test_what_may_be_missing_is_said_by_pattern():
+  state = file(drop=['embed', 'layers.1.fc.bias'])
+  with pytest.raises(PortingError, match='missing: layers.1.fc.bias') as error:
+    plan(ROWS, state, LIKE, allow_missing='embed|bias')  # of a stack only the whole
+  assert 'missing: embed' not in str(error.value)
+  state = {name: x for name, x in state.items() if 'bias' not in name}
+  assert sorted(plan(ROWS, state, LIKE, allow_missing='embed|bias').leaves) == ['blocks/fc/kernel', 'head/kernel']
+
+
+def test_leaves_are_placed_one_by_one():
+  tree = from_torch(ROWS, file(), LIKE, place=lambda path, array: (path, array.shape))
+  assert tree['blocks']['fc']['bias'] == ('blocks/fc/bias', (3, 6))
+
+
 def test_a_leaf_that_the_model_lacks_is_unexpected():
   like = {k: v for k, v in LIKE.items() if k not in ('head', 'embed')}
   told = problems(file(), like=like)
@@ -125,45 +154,3 @@ def test_tables_are_checked_too():
   del tree['embed']
   with pytest.raises(PortingError, match='embed belongs to leaf embed'):
     to_torch(ROWS, tree)
-
-
-def test_files_of_every_kind_read_alike(tmp_path):
-  torch = pytest.importorskip('torch')
-  state = file()
-  torch_files.save(tmp_path / 'a.safetensors', state)
-  torch.save({k: torch.from_numpy(x) for k, x in state.items()}, tmp_path / 'b.bin')
-  shards = tmp_path / 'shards'
-  shards.mkdir()
-  names = sorted(state)
-  torch_files.save(shards / 'x-1.safetensors', {k: state[k] for k in names[:4]})
-  torch_files.save(shards / 'x-2.safetensors', {k: state[k] for k in names[4:]})
-  index = ', '.join(f'"{k}": "x-{1 + (n > 3)}.safetensors"' for n, k in enumerate(names))
-  (shards / 'x.safetensors.index.json').write_text(f'{{"weight_map": {{{index}}}}}')
-  for path in (tmp_path / 'a.safetensors', tmp_path / 'b.bin', shards):
-    read = torch_files.load(path)
-    assert read.keys() == state.keys() and all(np.array_equal(read[k], state[k]) for k in state), path
-  half = {'x': torch.tensor([1.5, 2.5], dtype=torch.bfloat16)}
-  torch.save(half, tmp_path / 'half.bin')
-  assert torch_files.load(tmp_path / 'half.bin')['x'].tolist() == [1.5, 2.5]
-  torch.save(half['x'], tmp_path / 'bare.bin')
-  assert list(torch_files.load(tmp_path / 'bare.bin')) == ['bare']
-
-
-def test_bad_files_are_told_in_one_line(tmp_path):
-  torch_files.save(tmp_path / 'a.safetensors', file())
-  for name, content in {
-      'cut.safetensors': (tmp_path / 'a.safetensors').read_bytes()[:-50], 'junk.bin': b'not a pickle', 'junk.safetensors': b'x'
-  }.items():
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match='is truncated or damaged') as error:
-      torch_files.load(tmp_path / name)
-    assert name in str(error.value) and '\n' not in str(error.value)
-  with pytest.raises(UserError, match='does not exist'):
-    torch_files.load(tmp_path / 'nothing')
-  with pytest.raises(UserError, match='holds 3 .safetensors files and no index'):
-    torch_files.load(tmp_path)
-  (tmp_path / 'empty').mkdir()
-  with pytest.raises(UserError, match='holds no .safetensors and no .bin'):
-    torch_files.load(tmp_path / 'empty')
-  with pytest.raises(UserError, match='cannot write'):
-    torch_files.save(tmp_path / 'no' / 'folder.safetensors', file())

@@ -3,20 +3,22 @@
 import errno
 import json
 import pathlib
+import shutil
 
+import jax
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
-import safetensors
-import safetensors.numpy
 
 import lavit_jax
 from lavit_jax.errors import UserError
+from lavit_jax.porting import leaves
 from lavit_jax.porting.folder import bundle, load_parts, read_config, save_parts
 
-WORDS = pathlib.Path(lavit_jax.__file__).parent / 'assets' / 'tiny' / 'tokenizer'
+WORDS = pathlib.Path(lavit_jax.__file__).parent / 'assets' / 'tiny' / 'language_model'
 PARTS = {
-    'vit': {'blocks': {'kernel': np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3)}, 'ids': np.arange(3, dtype=np.int32)},
+    'vit': {'blocks': {'kernel': np.linspace(-1, 1, 1200, dtype=np.float32).reshape(40, 30)}, 'ids': np.arange(3, dtype=np.int32)},
     'uncond_embeddings': np.ones((1, 4), np.float32),
 }
 
@@ -26,15 +28,15 @@ def test_float32_comes_back_as_it_was(tmp_path):
   parts = load_parts(tmp_path / 'model', variant='tiny')
   np.testing.assert_array_equal(parts['vit']['blocks']['kernel'], PARTS['vit']['blocks']['kernel'])
   np.testing.assert_array_equal(parts['uncond_embeddings'], PARTS['uncond_embeddings'])
-  assert {x.stat().st_mode & 0o044 for x in (tmp_path / 'model').iterdir()} == {0o044}  # anyone may read them
+  assert {x.stat().st_mode & 0o044 for x in (tmp_path / 'model').rglob('*')} == {0o044}  # anyone may read them
   config = read_config(tmp_path / 'model')
-  assert config['metadata'] == {'step': 7} and config['parts']['vit']['parameters'] == 9
+  assert config['metadata'] == {'step': 7} and config['parts']['vit']['parameters'] == 1203
 
 
 def test_bfloat16_rounds_once_and_integers_stay(tmp_path):
   save_parts(tmp_path / 'model', 'tiny', PARTS, dtype='bfloat16')
-  stored = safetensors.numpy.load_file(tmp_path / 'model' / 'vit.safetensors')
-  assert stored['blocks/kernel'].dtype == ml_dtypes.bfloat16 and stored['ids'].dtype == np.int32
+  stored = ocp.PyTreeCheckpointer().restore(tmp_path / 'model' / 'parts' / 'vit')  # anyone's Orbax reads it
+  assert stored['blocks']['kernel'].dtype == ml_dtypes.bfloat16 and stored['ids'].dtype == np.int32
   kernel = load_parts(tmp_path / 'model', ['vit'])['vit']['blocks']['kernel']
   np.testing.assert_array_equal(kernel, PARTS['vit']['blocks']['kernel'].astype(ml_dtypes.bfloat16).astype(np.float32))
 
@@ -42,24 +44,68 @@ def test_bfloat16_rounds_once_and_integers_stay(tmp_path):
 def test_a_second_save_replaces_the_first(tmp_path):
   save_parts(tmp_path / 'model', 'tiny', PARTS)
   save_parts(tmp_path / 'model', 'tiny', {'vae': {'w': np.zeros(2, np.float32)}})
-  assert sorted(x.name for x in (tmp_path / 'model').iterdir()) == ['config.json', 'vae.safetensors']
+  assert sorted(x.name for x in (tmp_path / 'model').iterdir()) == ['checksums.json', 'config.json', 'parts']
   assert [x.name for x in tmp_path.iterdir()] == ['model']
 
 
-@pytest.mark.parametrize('error', [
-    OSError(errno.ENOSPC, 'No space left on device'),
-    safetensors.SafetensorError('Error while serializing: I/O error: No space left on device (os error 28)')])
+@pytest.mark.parametrize('error', [OSError(errno.ENOSPC, 'No space left on device'), ValueError('...: No space left on device [...]')])
 def test_full_disk_leaves_the_old_folder_and_nothing_else(tmp_path, monkeypatch, error):
   save_parts(tmp_path / 'model', 'tiny', PARTS)
 
   def full(*_):
     raise error
 
-  monkeypatch.setattr(safetensors.numpy, 'save_file', full)
+  monkeypatch.setattr(leaves.Writer, 'write', full)
   with pytest.raises(UserError, match='No space left on device'):
     save_parts(tmp_path / 'model', 'tiny', PARTS)
   assert [x.name for x in tmp_path.iterdir()] == ['model']
   assert set(read_config(tmp_path / 'model')['parts']) == set(PARTS)
+
+
+def test_leaves_come_in_any_order_and_as_large_as_they_like(tmp_path, monkeypatch):
+  for name in ('SMALL_BYTES', 'COMMIT_BYTES', 'CHUNK_BYTES'):
+    monkeypatch.setattr(leaves, name, 64)
+  rng = np.random.default_rng(0)
+  arrays = {'layers/kernel': rng.normal(size=(5, 6, 7)).astype(ml_dtypes.bfloat16), 'layers/scale': rng.normal(size=(5, 3)).astype(np.float32),
+            'table': rng.normal(size=(40, 3)).astype(np.float16), 'step': np.array(3, np.int64)}
+  stacked = ('layers/kernel', 'layers/scale')
+  with leaves.Writer(tmp_path / 'part', arrays, stacked) as writer:
+    for row in (3, 0, 4, 1, 2):
+      for path in stacked:
+        writer.write(path, row, arrays[path][row])
+    for path in ('table', 'step'):
+      writer.write(path, None, arrays[path])
+  restored = leaves.flatten(ocp.PyTreeCheckpointer().restore(tmp_path / 'part'))
+  for path, array in leaves.read(tmp_path / 'part', arrays):
+    assert array.dtype == arrays[path].dtype == restored[path].dtype
+    np.testing.assert_array_equal(array, arrays[path])
+    np.testing.assert_array_equal(restored[path], arrays[path])
+    assert leaves.checksum(array) == writer.sums[path] != leaves.checksum(array + array.dtype.type(1))
+
+
+def test_a_part_with_a_slice_missing_is_no_part(tmp_path):
+  with pytest.raises(ValueError, match='never written: b'):
+    with leaves.Writer(tmp_path / 'part', dict(a=np.zeros(2), b=np.zeros((2, 3))), ['b']) as writer:
+      writer.write('a', None, np.zeros(2))
+      writer.write('b', 1, np.zeros(3))
+  assert not (tmp_path / 'part').exists()
+
+
+def test_parts_go_straight_onto_a_mesh(tmp_path):
+  save_parts(tmp_path / 'model', 'tiny', PARTS, dtype='bfloat16')
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[-1])
+  seen = []
+
+  def shardings(tree):
+    seen.append(tree)
+    return jax.tree.map(lambda _: place, tree)
+
+  parts = load_parts(tmp_path / 'model', shardings=shardings)
+  host = load_parts(tmp_path / 'model')
+  assert jax.tree.structure(parts) == jax.tree.structure(host) == jax.tree.structure(PARTS)
+  jax.tree.map(np.testing.assert_array_equal, parts, host)
+  assert {(x.sharding, x.dtype) for x in jax.tree.leaves(parts)} == {(place, np.dtype('float32')), (place, np.dtype('int32'))}
+  assert [list(tree) for tree in seen] == [['vit'], ['uncond_embeddings']]
 
 
 def test_what_is_no_checkpoint_is_left_alone(tmp_path, monkeypatch):
@@ -67,7 +113,7 @@ def test_what_is_no_checkpoint_is_left_alone(tmp_path, monkeypatch):
   (tmp_path / 'notes').write_text('mine')
   (tmp_path / 'theirs').mkdir()
   (tmp_path / 'theirs' / 'config.json').write_text('{"model_type": "llama"}')
-  for name, fault in (('runs', 'is not a checkpoint'), ('notes', 'is not a checkpoint'), ('theirs', 'not a lavit_jax checkpoint')):
+  for name, fault in (('runs', 'is not a checkpoint of'), ('notes', 'is not a checkpoint of'), ('theirs', 'not a lavit_jax checkpoint')):
     with pytest.raises(UserError, match=fault):
       save_parts(tmp_path / name, 'tiny', PARTS)
   assert sorted(x.name for x in tmp_path.iterdir()) == ['notes', 'runs', 'theirs'] and (tmp_path / 'runs' / 'encoder').is_dir()
@@ -85,16 +131,24 @@ def test_damage_is_named(tmp_path):
     load_parts(folder, variant='lavit_7b')
   with pytest.raises(UserError, match="no part 'llama'; it holds vit, uncond_embeddings"):
     load_parts(folder, ['llama'])
-  file = folder / 'vit.safetensors'
-  file.write_bytes(file.read_bytes()[:-5])
-  with pytest.raises(UserError, match='vit.safetensors is truncated or damaged'):
+  data = max((folder / 'parts' / 'vit').rglob('*/d/*'), key=lambda x: x.stat().st_size)
+  content = data.read_bytes()
+  at = content.index(PARTS['vit']['blocks']['kernel'].tobytes())
+  data.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1:])
+  with pytest.raises(UserError, match='model/parts/vit is truncated or damaged .the checksum of blocks/kernel is another'):
     load_parts(folder, ['vit'])
-  file.unlink()
-  with pytest.raises(UserError, match='vit.safetensors is missing'):
+  data.write_bytes(content[:1000])
+  with pytest.raises(UserError, match='model/parts/vit is truncated or damaged'):
+    load_parts(folder, ['vit'])
+  shutil.rmtree(folder / 'parts' / 'vit')
+  with pytest.raises(UserError, match='model/parts/vit is missing'):
     load_parts(folder)
-  for config in ({'format': 99, 'variant': 'tiny', 'parts': {}, 'metadata': {}}, {'format': 1, 'parts': {}}):
+  (folder / 'checksums.json').write_text('{}')
+  with pytest.raises(UserError, match='checksums.json is missing or damaged'):
+    load_parts(folder, ['uncond_embeddings'])
+  for config in ({'format': 99, 'variant': 'tiny', 'parts': {}, 'metadata': {}}, {'format': 2, 'parts': {}}):
     (folder / 'config.json').write_text(json.dumps(config))
-    with pytest.raises(UserError, match='format 1'):
+    with pytest.raises(UserError, match='format 2'):
       load_parts(folder)
   with pytest.raises(UserError, match='config.json is missing'):
     load_parts(tmp_path / 'nowhere')

@@ -41,7 +41,7 @@ def config(stage: str, **changes):
   config = load_config(f'{ROOT}/configs/{stage}.py:tiny')
   data = dict(data__source='embedded', data__image_size=32)
   if config.data.task != 'images':
-    data['data__tokenizer_folder'] = f'{ROOT}/lavit_jax/assets/tiny/tokenizer'
+    data['data__tokenizer_folder'] = f'{ROOT}/lavit_jax/assets/tiny/language_model'
   small = dict(variant='nano', batch_size=8, num_steps=4, log_every=1, eval_every=0, picture_every=0, checkpoint_every=0,
                optim__warmup_steps=2, **data)
   if stage == 'encoder':

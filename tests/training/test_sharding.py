@@ -84,7 +84,7 @@ def test_batches_and_trees_arrive_as_they_were():
   assert batch['image'].sharding.spec == sharding.BATCH
   np.testing.assert_array_equal(batch['image'], rows['image'])
   tree = {'fc1': {'kernel': np.ones((4, 2), np.float32)}, 'uncond_embeddings': jnp.zeros((1, 3))}
-  jax.tree.map(np.testing.assert_array_equal, sharding.put_tree(tree, mesh), tree)
+  jax.tree.map(np.testing.assert_array_equal, jax.device_put(tree, sharding.shardings(tree, mesh)), tree)
 
 
 EIGHT_DEVICES = '''
@@ -97,7 +97,8 @@ layers.BATCH_AXES = sys.argv[1].split(',')
 mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
 model, images = vit.ViT(16, 8, 32, 2, 2, 16, 64, 8), jnp.zeros((8, 16, 16, 3))
 params = jax.eval_shape(model.init, jax.random.key(0), images)
-params = sharding.put_tree(jax.tree.map(lambda x: jnp.ones(x.shape), params), mesh)
+params = jax.tree.map(lambda x: jnp.ones(x.shape), params)
+params = jax.device_put(params, sharding.shardings(params, mesh))
 print('weights', params['params']['blocks']['mlp']['fc1']['kernel'].sharding.spec)
 with jax.set_mesh(mesh):
   print('rows a device', jax.jit(model.apply)(params, images).addressable_shards[0].data.shape[0])

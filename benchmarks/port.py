@@ -1,0 +1,105 @@
+"""`lavit convert` at full size, both ways, beside `cp` of the same bytes: seconds, speed, and peak memory of each.
+
+    python benchmarks/port.py --scratch /tmp/port [--variant lavit_7b] [--json FILE]
+
+Writes a LaVIT folder of random 16-bit weights (26 GB for lavit_7b), copies it, converts it to Orbax, and that back; needs three times
+that much disk, and removes what it wrote. The page cache is emptied before each, where the system lets us; each ends with `sync`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import resource
+import shutil
+import subprocess
+import sys
+import time
+import zlib
+
+import jax
+import numpy as np
+
+from lavit_jax.models import lavit
+from lavit_jax.porting import layouts, torch_files
+from lavit_jax.porting.engine import torch_shapes
+
+BLOCK = 1 << 25  # numbers
+
+
+def write_folder(folder: pathlib.Path, variant: str) -> None:
+  """All parts, each tensor another stretch of one block of random numbers; a tensor at a time."""
+  model = lavit.build(variant)
+  block = np.tile(np.random.default_rng(0).standard_normal(BLOCK // 4, np.float32).astype(np.float16), 8)
+  start = 0
+  for place in layouts.PUBLISHED:
+    like = layouts.shapes(model, [place.part])
+    if not like:
+      continue
+    shapes = torch_shapes(layouts.tables(model, place.part)[0], layouts.like_of(like[place.part]))
+    where, stem = place.overlay or (place.folder, place.stems[0])
+    specs = {name: jax.ShapeDtypeStruct(shape, np.float16) for name, shape in shapes.items()}
+    with torch_files.Writer(folder / where, stem, specs) as writer:
+      for name, spec in specs.items():
+        size, start = int(np.prod(spec.shape)), (start + 7919) % BLOCK
+        pieces = [block[start:start + min(BLOCK, size - at)] for at in range(0, size, BLOCK)]
+        writer.write(name, np.concatenate(pieces).reshape(spec.shape) if len(pieces) > 1 else pieces[0].reshape(spec.shape))
+
+
+def digest(folder: pathlib.Path) -> dict:
+  """(file's folder, name, shape, type, CRC-32) of every tensor."""
+  found = layouts.recognise(folder)[1]
+  return {(each.place.part, name): (tensor.shape, str(tensor.dtype), zlib.crc32(np.asarray(tensor).reshape(-1).view(np.uint8)))
+          for each in found for name, tensor in each.merged.items()}
+
+
+def timed(command: list[str]) -> tuple[float, float]:
+  """(seconds to the last byte on the disk, peak resident GB) of a command, from a cold page cache."""
+  subprocess.run(['sync'], check=True)
+  try:
+    pathlib.Path('/proc/sys/vm/drop_caches').write_text('3')
+  except OSError:
+    print('the page cache stays warm: not permitted to empty it', file=sys.stderr)
+  start = time.monotonic()
+  child = subprocess.Popen(command)
+  _, status, usage = os.wait4(child.pid, 0)
+  if status:
+    raise SystemExit(f'{command[0]} failed')
+  subprocess.run(['sync'], check=True)
+  return time.monotonic() - start, usage.ru_maxrss * 1024 / 1e9
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--scratch', type=pathlib.Path, required=True)
+  parser.add_argument('--variant', default='lavit_7b')
+  parser.add_argument('--json', type=pathlib.Path)
+  args = parser.parse_args()
+  scratch = args.scratch
+  source, copy, ours, back = (scratch / name for name in ('source', 'copy', 'ours', 'back'))
+  convert = [sys.executable, '-m', 'lavit_jax', 'convert', '--variant', args.variant]
+  scratch.mkdir(parents=True)
+  try:
+    write_folder(source, args.variant)
+    size = sum(file.stat().st_size for file in source.rglob('*') if file.is_file())
+    rows = {'cp': timed(['cp', '-r', str(source), str(copy)])}
+    shutil.rmtree(copy)
+    rows['torch -> orbax'] = timed([*convert, '--src', str(source), '--dst', str(ours)])
+    wanted = digest(source)
+    shutil.rmtree(source)
+    rows['orbax -> torch'] = timed([*convert, '--src', str(ours), '--dst', str(back)])
+    same = digest(back) == wanted
+  finally:
+    shutil.rmtree(scratch, ignore_errors=True)
+  result = {name: dict(seconds=round(seconds, 1), mb_per_second=round(size / seconds / 1e6), peak_gb=round(peak, 2),
+                       of_cp=round(rows['cp'][0] / seconds, 2)) for name, (seconds, peak) in rows.items()}
+  result |= dict(bytes=size, tensors=len(wanted), same=same, this_process_peak_gb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2))
+  print(json.dumps(result, indent=1))
+  if args.json:
+    args.json.write_text(json.dumps(result) + '\n')
+
+
+if __name__ == '__main__':
+  main()

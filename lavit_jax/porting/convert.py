@@ -1,0 +1,302 @@
+"""`lavit convert`: a PyTorch folder <-> our folder of Orbax checkpoints, a tensor at a time, checked at the end.
+
+What a PyTorch folder holds beside the weights of the model (tokenizer, schedulers, descriptions, other models) travels in `torch/`, with
+the tensors that our model computes itself or has no use for, so that the way back gives every tensor again, bit for bit.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import pathlib
+import shutil
+import zlib
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from lavit_jax.errors import UserError
+from lavit_jax.models import lavit
+from lavit_jax.porting import folder, layouts, leaves, torch_files
+from lavit_jax.porting.engine import contiguous, slots_of
+from lavit_jax.porting.layouts import Fit, Found
+
+VERSION = 1  # of the tables: counts their changes
+GROWTH = "new rows: the mean of the text's rows, plus 0.1 of their standard deviation times numpy's default_rng(0).standard_normal"
+
+
+class Item(NamedTuple):
+  """A line of the plan: what becomes of one part. `place`: where the PyTorch folder has it; dtype, bytes: of the result."""
+
+  part: str
+  place: str
+  tensors: int
+  parameters: int
+  dtype: str
+  bytes: int
+
+
+class Job(NamedTuple):
+  """A conversion that has been looked at: `items` says what `run(tell)` will do; it calls tell(bytes) as it moves and checks them."""
+
+  direction: str
+  kind: str
+  variant: str
+  items: list[Item]
+  run: Callable[[Callable[[int], None]], None]
+
+
+def prepare(src, dst, *, variant: str | None = None, dtype: str | None = None, allow_missing: str = '', force: bool = False,
+            pickles: bool = False, grow: bool = True) -> Job:
+  """Looks at a folder and says how it would be converted; nothing is written.
+
+  Args:
+    src: a PyTorch folder or file (layouts.py), or one of ours; decides the direction.
+    dst: where the other one goes.
+    variant: the row of the variants table; None finds the largest whose shapes the files have.
+    dtype: of floating tensors in the result; None keeps the types.
+    allow_missing: regex of torch names that may be missing; recorded in the result.
+    force: what stands at `dst` may be replaced, if a conversion wrote it.
+    pickles: write `.bin` files in place of safetensors.
+    grow: a language model with the text's rows only gets those for [IMG], [/IMG] and the codes, by the rule `GROWTH`.
+
+  Raises:
+    UserError: `src` is unknown or damaged, or `dst` is in the way. PortingError: the files and the variant do not fit.
+  """
+  src, dst = pathlib.Path(src).resolve(), pathlib.Path(dst).resolve()
+  if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())) and not force:
+    raise UserError(f'{dst} exists; choose another place, or --force to replace it')
+  if dst == src or src in dst.parents or dst in src.parents:
+    raise UserError(f'{dst} and {src} lie within each other; choose another place')
+  if 'variant' in layouts.read_json(src / 'config.json'):
+    return _to_torch(src, dst, dtype, pickles)
+  return _to_orbax(src, dst, variant, dtype, allow_missing, grow)
+
+
+# ------------------------------------------------------------------------------------------------------------ torch -> orbax
+
+def _to_orbax(src: pathlib.Path, dst: pathlib.Path, variant: str | None, dtype: str | None, allow_missing: str, grow: bool) -> Job:
+  kind, found = layouts.recognise(src)
+  variant = variant or layouts.find_variant(found)
+  model = lavit.build(variant)
+  fits = layouts.fit(model, found, allow_missing)
+  rows = {part: model.vocabulary.size for part in fits if part == 'llama' and grow}
+  structs = {part: {path: _grown(path, _cast(x, dtype), rows.get(part)) for path, x in fit.plan.leaves.items()} for part, fit in fits.items()}
+  items = [_item(each, len(fits[each.place.part].plan.slots), structs[each.place.part]) for each in found]
+
+  def run(tell):
+    sources = sorted({tensor.file for each in found for tensor in each.merged.values()})
+    with folder.building(dst, variant) as made, contextlib.ExitStack() as stack:
+      beside = concurrent.futures.ThreadPoolExecutor(1)
+      stack.callback(beside.shutdown, cancel_futures=True)  # who gives up waits for one file at most
+      digests = {file: beside.submit(torch_files.sha256, file) for file in sources}
+      for part, fit in fits.items():
+        with made.part(part, structs[part], fit.plan.stacked) as writer:
+          _fill(writer, fit, structs[part], tell)
+      _keep_the_rest(src, found, fits, made.path)
+      made.config['metadata'] = dict(
+          source=dict(kind=kind, files={_within(src, file): f'sha256:{digest.result()}' for file, digest in digests.items()}),
+          tables=dict(version=VERSION, chosen={part: fit.table for part, fit in fits.items() if fit.table}),
+          overlay=next((list(each.overlay) for each in found if each.place.part == 'understanding'), None),
+          dtype=dtype, allow_missing=allow_missing or None,
+          grown=GROWTH if any(x.shape != fits['llama'].plan.leaves[path].shape for path, x in structs.get('llama', {}).items()) else None)
+      _check_leaves(made, tell)
+
+  return Job('torch -> orbax', kind, variant, items, run)
+
+
+def _fill(writer: leaves.Writer, fit: Fit, structs: Mapping, tell) -> None:
+  for name, tensor in fit.state.items():  # in the order of the files
+    if name not in fit.plan.slots:
+      continue
+    slot = fit.plan.slots[name]
+    struct = structs[slot.leaf]
+    array = contiguous(slot.row_of(np.asarray(tensor).astype(struct.dtype, copy=False)))
+    if slot.layer is None and array.shape != struct.shape:
+      array = grow_rows(array, struct.shape)
+    writer.write(slot.leaf, slot.layer, array)
+    tell(array.nbytes)
+
+
+def grow_rows(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+  """An embedding [V, H] or a head [H, V] with more rows (columns), by the rule `GROWTH`."""
+  axis = next(axis for axis, (have, want) in enumerate(zip(array.shape, shape)) if have != want)
+  known = np.moveaxis(array, axis, 0).astype(np.float32)
+  noise = np.random.default_rng(0).standard_normal((shape[axis] - len(known), known.shape[1]), np.float32)
+  new = known.mean(0) + 0.1 * known.std(0) * noise
+  return np.concatenate([array, np.moveaxis(new, 0, axis).astype(array.dtype)], axis)
+
+
+def _keep_the_rest(src: pathlib.Path, found: list[Found], fits: Mapping[str, Fit], scratch: pathlib.Path) -> None:
+  """Into `torch/`: tensors that no leaf takes, and the files that hold no weights of ours; its words also into `tokenizer/`."""
+  if not src.is_dir():
+    return
+  taken, groups = {}, {}
+  for each in found:
+    for place, state in (((each.place.folder, each.place.stems[0]), each.state), (each.place.overlay, each.overlay)):
+      if state:
+        groups[place] = state
+        used = {name for name in fits[each.place.part].plan.slots if fits[each.place.part].state[name] is state.get(name)}
+        taken[place] = taken.get(place, set()) | used
+  for place, state in groups.items():
+    if rest := {name: tensor for name, tensor in state.items() if name not in taken[place]}:
+      with torch_files.Writer(scratch / 'torch' / place[0], f'{place[1]}.extras', rest) as writer:
+        for name, tensor in rest.items():
+          writer.write(name, np.asarray(tensor))
+  weights = [(src / place.folder, stem) for each in found for place in [each.place] for stem in place.stems]
+  weights += [(src / each.place.overlay[0], each.place.overlay[1]) for each in found if each.place.overlay]
+  for file in sorted(src.rglob('*')):
+    if not file.is_file() or file == src / layouts.ABOUT or any(file.parent == parent and layouts.is_weights(file.name, stem) for parent, stem in weights):
+      continue
+    target = scratch / 'torch' / file.relative_to(src)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(file, target)
+  for where in (src, src / 'language_model'):
+    folder.copy_words(where, scratch / 'tokenizer')
+
+
+def _check_leaves(made: folder.Building, tell) -> None:
+  """Reads all of it back."""
+  for part, sums in made.sums.items():
+    for path, total, size in leaves.checksums(made.path / 'parts' / part, sums):
+      if total != sums[path]:
+        raise UserError(f'{part}/{path} is not on the disk as it was written; the disk is at fault, convert again to another one')
+      tell(size)
+
+
+# ------------------------------------------------------------------------------------------------------------ orbax -> torch
+
+def _to_torch(src: pathlib.Path, dst: pathlib.Path, dtype: str | None, pickles: bool) -> Job:
+  config = folder.read_config(src)
+  metadata, model = config['metadata'], lavit.build(config['variant'])
+  kind = metadata.get('source', {}).get('kind', 'LaVIT')
+  chosen = metadata.get('tables', {}).get('chosen', {})
+  files, jobs, items = {}, [], []  # files: (folder, stem) -> name -> shape and dtype
+  places = layouts.places(kind)
+  for part in (part for part in places if part in config['parts']):  # the tokenizer before the part that shares its file
+    place = places[part]
+    with folder.reading(src / 'parts' / part):
+      arrays = leaves.open_leaves(src / 'parts' / part, folder.read_checksums(src, part))
+    structs = {path: jax.ShapeDtypeStruct(x.shape, x.dtype.numpy_dtype) for path, x in arrays.items()}
+    slots, writes = slots_of(layouts.tables(model, part)[chosen.get(part, 0)], structs), {}
+    for name, slot in slots.items():
+      file = place.folder, place.stems[0]
+      if place.overlay and (metadata.get('overlay') is None or name in metadata['overlay']):
+        file = place.overlay
+      elif name in files.get(file, {}):
+        continue  # the two parts share it
+      shape = slot.array({slot.leaf: layouts.blank(structs[slot.leaf])}).shape
+      files.setdefault(file, {})[name] = _cast(jax.ShapeDtypeStruct(shape, structs[slot.leaf].dtype), dtype)
+      writes[name] = file, slot
+    jobs.append((part, arrays, writes))
+    items.append(_item(Found(place, {}, {}), len(writes), {name: files[file][name] for name, (file, _) in writes.items()}))
+  if not jobs:
+    raise UserError(f'{src} holds {", ".join(config["parts"])}: nothing that a {kind} folder has a place for')
+  extras = {}
+  for file, specs in files.items():
+    kept = src / 'torch' / file[0] / f'{file[1]}.extras.safetensors'
+    if kept.is_file():
+      extras[file] = torch_files.load(kept)
+      specs |= extras[file]
+
+  def run(tell):
+    with folder.replacing(dst, layouts.ABOUT) as scratch:
+      with contextlib.ExitStack() as stack:
+        writers = {file: stack.enter_context(torch_files.Writer(scratch / file[0], file[1], specs)) for file, specs in files.items()}
+        for part, arrays, writes in jobs:
+          with folder.reading(src / 'parts' / part):
+            _pour(arrays, writes, writers, folder.read_checksums(src, part), dtype, tell)
+        for file, tensors in extras.items():
+          for name, tensor in tensors.items():
+            writers[file].write(name, np.asarray(tensor))
+      for writer in writers.values():
+        _check_tensors(writer, tell)
+        if pickles:
+          torch_files.to_pickles(writer.files)
+      _describe(src, scratch, kind, model, config, files, dtype)
+
+  return Job('orbax -> torch', kind, config['variant'], items, run)
+
+
+def _pour(arrays: Mapping, writes: Mapping, writers: Mapping, sums: Mapping, dtype: str | None, tell) -> None:
+  """Leaf by leaf, layer by layer, into the files."""
+  by_leaf = {}
+  for name, (file, slot) in writes.items():
+    by_leaf.setdefault(slot.leaf, []).append((name, writers[file], slot))
+  for path, targets in by_leaf.items():
+    total = 0
+    for name, writer, slot in targets:
+      array = (arrays[path] if slot.layer is None else arrays[path][slot.layer]).read().result()
+      total ^= leaves.checksum(array) if slot.layer is None else leaves.checksum(array[None], slot.layer)
+      writer.write(name, contiguous(slot.tensor_of(_as(array, dtype))))
+      tell(array.nbytes)
+    if total != sums[path]:
+      raise ValueError(f'the checksum of {path} is another')
+
+
+def _check_tensors(writer: torch_files.Writer, tell) -> None:
+  """Reads all of it back."""
+  for file in writer.files:
+    for name, tensor in torch_files.load(file).items():
+      array = np.asarray(tensor)
+      if zlib.crc32(array.reshape(-1).view(np.uint8)) != writer.sums[name]:
+        raise UserError(f'{name} of {file.name} is not on the disk as it was written; the disk is at fault, convert again to another one')
+      tell(array.nbytes)
+
+
+def _describe(src: pathlib.Path, scratch: pathlib.Path, kind: str, model: lavit.Lavit, config: dict, files: Mapping, dtype: str | None) -> None:
+  """The files beside the weights: those that came along, the descriptions that are missing, and where all this is from."""
+  if (src / 'torch').is_dir():
+    shutil.copytree(src / 'torch', scratch, dirs_exist_ok=True, ignore=shutil.ignore_patterns('*.extras.safetensors'))
+  places = layouts.places(kind)
+  language = scratch / places['llama'].folder if 'llama' in places and 'llama' in config['parts'] else None
+  rows = 0
+  if language is not None:
+    rows = files[places['llama'].folder, places['llama'].stems[0]]['model.embed_tokens.weight'].shape[0]
+    folder.copy_words(src / 'tokenizer', language)
+  if 'source' not in config['metadata']:  # trained here
+    for path, content in layouts.descriptions(model, config['parts'], rows).items():
+      if not (scratch / path).exists():
+        (scratch / path).parent.mkdir(parents=True, exist_ok=True)
+        (scratch / path).write_text(json.dumps(content, indent=2) + '\n')
+  if language is not None:
+    about = layouts.read_json(language / 'config.json')
+    about['vocab_size'] = rows
+    for key in ('dtype', 'torch_dtype'):
+      if key in about and dtype:
+        about[key] = dtype
+    (language / 'config.json').write_text(json.dumps(about, indent=2) + '\n')
+  about = dict(variant=config['variant'], tables=VERSION, dtype=dtype, source=dict(
+      kind='lavit_jax', files={'checksums.json': f'sha256:{torch_files.sha256(src / "checksums.json")}'}, metadata=config['metadata']))
+  (scratch / layouts.ABOUT).write_text(json.dumps(about, indent=1) + '\n')
+
+
+# ------------------------------------------------------------------------------------------------------------------- details
+
+def _item(found: Found, tensors: int, structs: Mapping) -> Item:
+  dtypes = sorted({str(np.dtype(x.dtype)) for x in structs.values()})
+  return Item(found.place.part, str(pathlib.PurePosixPath(found.place.folder, found.place.stems[0])), tensors,
+              sum(int(np.prod(x.shape)) for x in structs.values()), ', '.join(dtypes), sum(torch_files.nbytes(x) for x in structs.values()))
+
+
+def _cast(struct, dtype: str | None) -> jax.ShapeDtypeStruct:
+  floating = np.dtype(struct.dtype).kind in 'fV'
+  return jax.ShapeDtypeStruct(struct.shape, folder.DTYPES[dtype] if dtype and floating else struct.dtype)
+
+
+def _as(array: np.ndarray, dtype: str | None) -> np.ndarray:
+  return array.astype(_cast(array, dtype).dtype, copy=False)
+
+
+def _grown(path: str, struct, rows: int | None) -> jax.ShapeDtypeStruct:
+  if rows is None or path not in ('embedding', 'head'):
+    return struct
+  width = struct.shape[path == 'embedding']
+  return jax.ShapeDtypeStruct((rows, width) if path == 'embedding' else (width, rows), struct.dtype)
+
+
+def _within(src: pathlib.Path, file: pathlib.Path) -> str:
+  return file.name if src.is_file() else file.relative_to(src).as_posix()

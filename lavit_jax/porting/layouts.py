@@ -1,0 +1,308 @@
+"""Folders of the PyTorch family: which of their files hold which part of the model, and under which names (REFERENCE section 5).
+
+    a LaVIT folder     visual_tokenizer/, language_model/, pixel_decoding/, highres_pixel_decoding/; any part of it may be absent
+    a LLaMA folder     config.json and model*.safetensors or pytorch_model*.bin
+    a diffusers folder unet/ and vae/ of Stable Diffusion 1.5 or of SDXL
+    a file             the EVA-CLIP image encoder
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import pathlib
+import re
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from lavit_jax.errors import UserError
+from lavit_jax.models import lavit
+from lavit_jax.models.initial import initial_parts
+from lavit_jax.porting import torch_files
+from lavit_jax.porting.engine import Plan, PortingError, Row, plan, torch_shapes
+from lavit_jax.porting.tables_language import llama_rows
+from lavit_jax.porting.tables_pixels import unet_rows, vae_rows
+from lavit_jax.porting.tables_visual import decoder_rows, tokenizer_rows, understanding_rows, vit_rows
+
+DIFFUSERS = ('diffusion_pytorch_model',)
+VOCABULARY = ('model.embed_tokens.weight', 'lm_head.weight')  # the two that may have fewer rows
+ABOUT = 'lavit_jax.json'  # in a folder that we wrote: where it is from
+TABLES: dict[str, Callable[[lavit.Lavit], list[list[Row]]]] = {  # by part: the names that its files may use, the usual ones first
+    'vit': lambda model: [vit_rows()],
+    'tokenizer': lambda model: [tokenizer_rows()],
+    'understanding': lambda model: [understanding_rows()],
+    'decoder': lambda model: [decoder_rows(1)],
+    'highres_decoder': lambda model: [decoder_rows(2)],
+    'llama': lambda model: [llama_rows()],
+    'unet': lambda model: [unet_rows(model.unet)],
+    'highres_unet': lambda model: [unet_rows(model.highres_unet)],
+    'vae': lambda model: [vae_rows(model.vae), vae_rows(model.vae, old_attention=True)],
+    'highres_vae': lambda model: [vae_rows(model.highres_vae), vae_rows(model.highres_vae, old_attention=True)],
+    'uncond_embeddings': lambda model: [[Row('uncond_embeddings', 'value', 'unbatch')], [Row('uncond_embeddings', 'value')]],
+}
+
+
+@functools.cache
+def tables(model: lavit.Lavit, part: str) -> list[list[Row]]:
+  """The tables of one part."""
+  return TABLES[part](model)
+
+
+class Place(NamedTuple):
+  """Where a part lies: files that begin with one of `stems` (the first is the one we write), in a folder. An `overlay` replaces some of it."""
+
+  part: str
+  folder: str
+  stems: tuple[str, ...]
+  overlay: tuple[str, str] | None = None  # folder, stem
+
+
+PUBLISHED = (
+    Place('vit', 'visual_tokenizer', ('eva_vitg_psz14',)),
+    Place('tokenizer', 'visual_tokenizer', ('tokenizer_encoder',)),
+    Place('understanding', 'visual_tokenizer', ('tokenizer_encoder',), overlay=('language_model', 'visual_weight')),
+    Place('decoder', 'visual_tokenizer', ('tokenizer_decoder',)),
+    Place('highres_decoder', 'visual_tokenizer', ('highres_tokenizer_decoder',)),
+    Place('llama', 'language_model', ('model', 'pytorch_model')),
+    Place('unet', 'pixel_decoding/unet', DIFFUSERS),
+    Place('vae', 'pixel_decoding/vae', DIFFUSERS),
+    Place('uncond_embeddings', 'pixel_decoding', ('uncond_embeddings',)),
+    Place('highres_unet', 'highres_pixel_decoding/unet', DIFFUSERS),
+    Place('highres_vae', 'highres_pixel_decoding/vae', DIFFUSERS),
+)
+
+
+class Found(NamedTuple):
+  """A part in a folder: the tensors of its files, those that an overlay puts over them, and the files."""
+
+  place: Place
+  state: dict[str, torch_files.Tensor]
+  overlay: dict[str, torch_files.Tensor]
+
+  @property
+  def merged(self) -> dict[str, torch_files.Tensor]:
+    return self.state | self.overlay
+
+
+def kind_of(src: pathlib.Path) -> str | None:
+  """What kind of folder this is, by the names in it; None if none that is known."""
+  if any((src / folder).is_dir() for folder in ('visual_tokenizer', 'language_model')):
+    return 'LaVIT'
+  if (src / 'unet').is_dir() or (src / 'vae').is_dir():
+    return 'SDXL' if read_json(src / 'unet' / 'config.json').get('addition_embed_type') == 'text_time' else 'Stable Diffusion'
+  return 'LLaMA' if read_json(src / 'config.json').get('model_type') == 'llama' else None
+
+
+def recognise(src: pathlib.Path, only: str | None = None) -> tuple[str, list[Found]]:
+  """What kind of folder (or file) this is, and the parts that it holds; with `only`, that part and nothing else is looked at.
+
+  Raises:
+    UserError: none that is known, or a damaged one.
+  """
+  if src.is_file():
+    return 'EVA-CLIP image encoder', [Found(Place('vit', '', (src.stem,)), _visual(torch_files.load(src)), {})]
+  if not src.is_dir():
+    raise UserError(f'{src} does not exist')
+  kind, found = kind_of(src), []
+  if kind is None:
+    raise UserError(f'{src} is no folder that is known: no visual_tokenizer/, language_model/, unet/ or vae/ in it, and no config.json of a '
+                    'LLaMA or of lavit_jax')
+  for place in places(kind).values():
+    if only not in (None, place.part):
+      continue
+    stem = stem_of(src / place.folder, place.stems)
+    overlay = place.overlay and stem_of(src / place.overlay[0], place.overlay[1:])
+    if stem is not None and (place.part != 'understanding' or overlay or 'vit_proj.weight' in torch_files.load(src / place.folder, stem)):
+      found.append(Found(place, torch_files.load(src / place.folder, stem),
+                         torch_files.load(src / place.overlay[0], overlay) if overlay else {}))
+  if not found:
+    raise UserError(f'{src} is a {kind} folder, but holds no weights{f" of {only}" if only else ""}')
+  return kind, found
+
+
+def places(kind: str) -> dict[str, Place]:
+  """By part: where a folder of this kind has it."""
+  if kind == 'LLaMA':
+    return {'llama': Place('llama', '', ('model', 'pytorch_model'))}
+  if kind in ('Stable Diffusion', 'SDXL'):
+    prefix = 'highres_' if kind == 'SDXL' else ''
+    return {prefix + name: Place(prefix + name, name, DIFFUSERS) for name in ('unet', 'vae')}
+  return {place.part: place for place in PUBLISHED}
+
+
+def is_weights(name: str, stem: str) -> bool:
+  """Whether a file of this name is one of those that hold, or list, the weights called `stem`."""
+  return re.fullmatch(re.escape(stem) + r'(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?', name) is not None
+
+
+def blank(struct) -> np.ndarray:
+  """An array of zeros that takes no memory."""
+  return np.broadcast_to(np.zeros((), struct.dtype), struct.shape)
+
+
+def stem_of(folder: pathlib.Path, stems) -> str | None:
+  """The stem under which weights lie in a folder, if any do."""
+  return next((stem for stem in stems for suffix in ('.safetensors', '.bin') if folder.is_dir() and (
+      any(folder.glob(f'{stem}{suffix}')) or any(folder.glob(f'{stem}*{suffix}.index.json')))), None)
+
+
+def shapes(model: lavit.Lavit, parts) -> dict:
+  """part -> tree of ShapeDtypeStructs, of those parts that the model has."""
+  return {part: _shape(model, part) for part in parts if part == 'uncond_embeddings' or getattr(model, part) is not None}
+
+
+@functools.cache
+def _shape(model: lavit.Lavit, part: str):
+  return jax.eval_shape(lambda: initial_parts(model, jax.random.key(0), (part,)))[part]
+
+
+def like_of(tree):
+  """A tree for the engine: a bare array goes by the name 'value'."""
+  return tree if isinstance(tree, Mapping) else {'value': tree}
+
+
+def table_of(model: lavit.Lavit, part: str, names) -> int:
+  """Which of the part's tables a file uses: the one that knows most of its names."""
+  known = [{row.name for row in rows} for rows in tables(model, part)]
+  return max(range(len(known)), key=lambda n: len(known[n] & names.keys()))
+
+
+class Fit(NamedTuple):
+  """A part that fits: how its tensors become leaves, the tensors, and which of the part's tables says so."""
+
+  plan: Plan
+  state: dict[str, torch_files.Tensor]
+  table: int
+
+
+def fit(model: lavit.Lavit, found: list[Found], allow_missing: str = '') -> dict[str, Fit]:
+  """Matches every part with the model.
+
+  A language model may have the text's rows only: it then stays as it is, and a training gives it the others.
+
+  Raises:
+    PortingError: all that is wrong with any of the parts.
+  """
+  wanted, fits, problems = shapes(model, [each.place.part for each in found]), {}, []
+  for part, each in ((each.place.part, each) for each in found):
+    if part not in wanted:
+      problems.append(f'{part}: the variant {model.variant!r} has no such part')
+      continue
+    like, state = like_of(wanted[part]), each.merged
+    rows = state['model.embed_tokens.weight'].shape[:1] if 'model.embed_tokens.weight' in state else ()
+    if part == 'llama' and rows == (model.vocabulary.text_size,):
+      like = {**like, **text_only(like, rows[0])}
+    table = table_of(model, part, state)
+    try:
+      fits[part] = Fit(plan(tables(model, part)[table], state, like, allow_missing), state, table)
+    except PortingError as error:
+      problems += [f'{part}: {line.strip()}' for line in str(error).splitlines()[1:]]
+  if problems:
+    raise PortingError('\n  '.join([f'checkpoint and variant {model.variant!r} do not fit ({len(problems)} problems):', *problems]))
+  return fits
+
+
+def text_only(like: Mapping, rows: int) -> dict:
+  """Embedding and head of a language model with this many rows."""
+  (_, width), dtype = like['embedding'].shape, like['embedding'].dtype
+  return dict(embedding=jax.ShapeDtypeStruct((rows, width), dtype), head=jax.ShapeDtypeStruct((width, rows), dtype))
+
+
+def find_variant(found: list[Found]) -> str:
+  """The variant whose shapes most of the parts have; the larger one if several do. `fit` says what is wrong with it, if anything is."""
+
+  def alike(model, each):
+    part, state = each.place.part, each.merged
+    wanted = shapes(model, [part])
+    if not wanted:
+      return False
+    expected = torch_shapes(tables(model, part)[table_of(model, part, state)], like_of(wanted[part]))
+    return all(state[name].shape == shape for name, shape in expected.items() if name in state and name not in VOCABULARY)
+
+  def fitting(variant):
+    model = lavit.build(variant)
+    return sum(1 for _ in itertools.takewhile(lambda each: alike(model, each), found))
+
+  return max(reversed(lavit.VARIANTS), key=fitting)
+
+
+def read_json(file: pathlib.Path) -> dict:
+  """A JSON object; {} if there is none."""
+  try:
+    content = json.loads(file.read_text())
+  except (OSError, ValueError):
+    return {}
+  return content if isinstance(content, dict) else {}
+
+
+# ------------------------------------------------------------------------------- the descriptions that other libraries want
+
+def llama_config(model: lavit.Lavit, rows: int) -> dict:
+  """transformers' LlamaConfig."""
+  llama = model.llama
+  return dict(
+      architectures=['LlamaForCausalLM'], model_type='llama', hidden_act='silu', hidden_size=llama.hidden_size,
+      intermediate_size=llama.mlp_dim, num_hidden_layers=llama.num_layers, num_attention_heads=llama.num_heads,
+      num_key_value_heads=llama.num_kv_heads, head_dim=llama.head_dim, vocab_size=rows, rms_norm_eps=llama.rms_norm_eps,
+      rope_theta=llama.rope_theta, max_position_embeddings=4096, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2)
+
+
+def unet_config(unet) -> dict:
+  """diffusers' UNet2DConditionModel."""
+  def blocks(direction, attention):
+    return [f'CrossAttn{direction}Block2D' if has else f'{direction}Block2D' for has in attention]
+
+  added = {}
+  if unet.addition_time_embed_dim is not None:
+    added = dict(addition_embed_type='text_time', addition_time_embed_dim=unet.addition_time_embed_dim,
+                 projection_class_embeddings_input_dim=unet.pooled_dim + 6 * unet.addition_time_embed_dim)
+  return dict(
+      _class_name='UNet2DConditionModel', in_channels=unet.in_channels, out_channels=unet.out_channels,
+      block_out_channels=unet.block_out_channels, layers_per_block=unet.layers_per_block,
+      down_block_types=blocks('Down', unet.down_block_attention), up_block_types=blocks('Up', unet.down_block_attention[::-1]),
+      transformer_layers_per_block=unet.transformer_layers, attention_head_dim=unet.num_heads,
+      cross_attention_dim=unet.cross_attention_dim, norm_num_groups=unet.norm_num_groups,
+      use_linear_projection=unet.use_linear_projection, sample_size=64, **added)
+
+
+def vae_config(vae) -> dict:
+  """diffusers' AutoencoderKL."""
+  levels = len(vae.block_out_channels)
+  return dict(
+      _class_name='AutoencoderKL', in_channels=3, out_channels=3, block_out_channels=vae.block_out_channels,
+      layers_per_block=vae.layers_per_block, latent_channels=vae.latent_channels, norm_num_groups=vae.norm_num_groups,
+      down_block_types=['DownEncoderBlock2D'] * levels, up_block_types=['UpDecoderBlock2D'] * levels,
+      scaling_factor=vae.scaling_factor, sample_size=512)
+
+
+SCHEDULER = dict(_class_name='DDIMScheduler', beta_schedule='scaled_linear', beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000,
+                 clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type='epsilon')
+
+
+def descriptions(model: lavit.Lavit, parts, rows: int) -> dict[str, dict]:
+  """path -> content of the JSON files that a published folder has for these parts. `rows`: of the language model's vocabulary."""
+  files = {}
+  if 'llama' in parts:
+    files['language_model/config.json'] = llama_config(model, rows)
+  for prefix, unet, vae in (('', 'unet', 'vae'), ('highres_', 'highres_unet', 'highres_vae')):
+    folder = f'{prefix}pixel_decoding'
+    if unet in parts:
+      files[f'{folder}/unet/config.json'] = unet_config(getattr(model, unet))
+      files[f'{folder}/scheduler/scheduler_config.json'] = SCHEDULER
+    if vae in parts:
+      files[f'{folder}/vae/config.json'] = vae_config(getattr(model, vae))
+  return files
+
+
+# ------------------------------------------------------------------------------------------------------------------ details
+
+def _visual(state: dict) -> dict:
+  """The image encoder of an EVA-CLIP file, which may hold the text encoder too; that is another model."""
+  if not any(name.startswith('visual.') for name in state):
+    return state
+  other = re.compile(r'text\.|logit_scale$')
+  return {name.removeprefix('visual.'): tensor for name, tensor in state.items() if not other.match(name)}

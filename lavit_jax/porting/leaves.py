@@ -1,0 +1,207 @@
+"""One part of a model on disk: an Orbax checkpoint whose leaves can be written and read a slice at a time.
+
+Orbax lays the folder out, and any Orbax restores it, onto a mesh too. The arrays in it belong to TensorStore and are filled and read
+here by rows (indices on axis 0, the layers of a stack), so that a leaf of gigabytes need never be in memory as a whole.
+
+A leaf goes by its '/'-joined path; a part that is one bare array by the name 'value'.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import errno
+import logging
+import pathlib
+import zlib
+from collections.abc import Iterator, Mapping
+
+import jax
+import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+COMMIT_BYTES = 256 << 20  # what may wait in memory to be written
+CHUNK_BYTES = 32 << 20  # the largest piece that a reader of a few rows must read
+SMALL_BYTES = 1 << 20  # a leaf up to this size is one chunk, written when it is complete
+
+
+class Writer:
+  """A new part, whose slices may come in any order.
+
+    with Writer(folder, leaves) as writer: ...
+
+  At the end of the block it is on the disk, whole; ValueError if a slice never came.
+
+  Args:
+    folder: where; it must not exist, and does not before the end.
+    leaves: path -> anything with a shape and a dtype.
+    stacked: the leaves that come by rows.
+  """
+
+  def __init__(self, folder: pathlib.Path, leaves: Mapping[str, jax.ShapeDtypeStruct], stacked=()):
+    self.sums = dict.fromkeys(leaves, 0)
+    self._stacked, self._pending, self._transaction, self._small = set(stacked), 0, None, {}
+    self._left = {path: leaves[path].shape[0] if path in self._stacked else 1 for path in leaves}
+    blank = {path: np.broadcast_to(np.zeros((), x.dtype), x.shape) for path, x in leaves.items()}
+    self._handler = _Handler({id(x): path for path, x in blank.items()})
+    save_args = {path: _chunks(x, path in self._stacked) for path, x in blank.items()}
+    self._thread = concurrent.futures.ThreadPoolExecutor(1)
+    self._saved = self._thread.submit(_save, pathlib.Path(folder).absolute(), self._handler, unflatten_dict(blank, sep='/'), unflatten_dict(save_args, sep='/'))
+    concurrent.futures.wait([self._saved, self._handler.opened], return_when=concurrent.futures.FIRST_COMPLETED)
+    if self._saved.done():
+      self._thread.shutdown()
+      self._saved.result()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, error, traceback):
+    try:
+      if error is None:
+        self._complete()
+        self._handler.filled.set_result(None)
+    finally:
+      if not self._handler.filled.done():  # Orbax waits in its thread, and logs at length that it was given up
+        logging.getLogger('absl').addFilter(_silent)
+        self._handler.filled.set_exception(RuntimeError('given up'))
+      self._thread.shutdown()
+      logging.getLogger('absl').removeFilter(_silent)
+    if error is None:
+      self._saved.result()
+
+  def write(self, path: str, row: int | None, array: np.ndarray) -> None:
+    """Writes a whole leaf (row None) or one row of a stacked one."""
+    store, array = self._handler.arrays[path], np.asarray(array, order='C')
+    self.sums[path] ^= checksum(array) if row is None else checksum(array[None], row)
+    self._left[path] -= 1
+    size = int(np.prod(store.shape)) * array.itemsize
+    if row is not None and size <= SMALL_BYTES:
+      whole = self._small.setdefault(path, np.empty(store.shape, array.dtype))
+      whole[row] = array
+      if self._left[path]:
+        return
+      row, array = None, self._small.pop(path)
+    if self._transaction is None:
+      self._transaction = ts.Transaction()
+    target = store.with_transaction(self._transaction)
+    (target if row is None else target[row]).write(array).result()
+    self._pending += array.nbytes
+    if self._pending >= COMMIT_BYTES:
+      self._commit()
+
+  def _complete(self) -> None:
+    if missing := [path for path, left in self._left.items() if left]:
+      raise ValueError(f'never written: {", ".join(missing)}')
+    self._commit()
+
+  def _commit(self) -> None:
+    if self._transaction is not None:
+      self._transaction.commit_async().result()
+    self._transaction, self._pending = None, 0
+
+
+def open_leaves(folder: pathlib.Path, paths) -> dict[str, ts.TensorStore]:
+  """path -> array, to be read by `array[row].read().result()` or whole."""
+  base = {'driver': 'file', 'path': f'{pathlib.Path(folder).absolute()}/'}
+  waiting = {path: ts.open({'driver': 'zarr', 'kvstore': {'driver': 'ocdbt', 'base': base, 'path': path.replace('/', '.') + '/'}}, open=True)
+             for path in paths}
+  return {path: future.result() for path, future in waiting.items()}
+
+
+def restore(folder: pathlib.Path, like: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+  """Leaves straight onto the devices that the shardings of `like` name, in its dtypes; each device reads its own piece."""
+  tree = unflatten_dict(like, sep='/')
+  args = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(dtype=x.dtype, sharding=x.sharding, global_shape=x.shape), tree)
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    restored = checkpointer.restore(pathlib.Path(folder).absolute(), args=ocp.args.PyTreeRestore(tree, restore_args=args))
+  return flatten_dict(restored, sep='/')
+
+
+def read(folder: pathlib.Path, paths) -> Iterator[tuple[str, np.ndarray]]:
+  """(path, array) of each leaf, one after the other."""
+  for path, array in open_leaves(folder, paths).items():
+    yield path, array.read().result()
+
+
+def checksums(folder: pathlib.Path, paths) -> Iterator[tuple[str, int, int]]:
+  """(path, checksum, bytes) of each leaf, read a piece at a time."""
+  for path, array in open_leaves(folder, paths).items():
+    size = int(np.prod(array.shape)) * array.dtype.numpy_dtype.itemsize
+    if not array.ndim or not size:
+      yield path, checksum(array.read().result()), size
+      continue
+    total, step = 0, max(array.shape[0] * CHUNK_BYTES // size, 1)
+    for row in range(0, array.shape[0], step):
+      total ^= checksum(array[row:min(row + step, array.shape[0])].read().result(), row)
+    yield path, total, size
+
+
+def checksum(array: np.ndarray, first_row: int = 0) -> int:
+  """Of a leaf, or of the rows of it from `first_row` on: CRC-32 of each row, begun with its number, and all of them by exclusive or."""
+  rows = array if array.ndim else array[None]
+  rows = np.ascontiguousarray(rows).view(np.uint8).reshape(len(rows), -1) if rows.size else np.zeros((len(rows), 0), np.uint8)
+  total = 0
+  for number, row in enumerate(rows, first_row):
+    total ^= zlib.crc32(row, number)
+  return total
+
+
+def flatten(tree) -> dict:
+  """A nested dict by '/'-joined paths; a bare array goes by the name 'value'."""
+  return flatten_dict(tree, sep='/') if isinstance(tree, dict) else {'value': tree}
+
+
+def unflatten(flat: Mapping):
+  """The inverse of `flatten`."""
+  return flat['value'] if list(flat) == ['value'] else unflatten_dict(flat, sep='/')
+
+
+def disk_full(error: BaseException | None) -> bool:
+  """Whether a full disk is behind an error; TensorStore says so in words only."""
+  while error is not None:
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or 'No space left on device' in str(error) or 'Disk quota exceeded' in str(error):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
+
+
+class _Handler(ocp.type_handlers.NumpyHandler):
+  """Opens the arrays, hands them out, and lets Orbax finish when they are filled. `names`: id of the blank array -> path."""
+
+  def __init__(self, names: dict[int, str]):
+    super().__init__(deepcopy_host_arrays=False)
+    self.names, self.arrays = names, {}
+    self.opened, self.filled = concurrent.futures.Future(), concurrent.futures.Future()
+
+  async def _open_and_write(self, value, tspec, ts_context):
+    self.arrays[self.names[id(value)]] = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+    if len(self.arrays) == len(self.names):
+      self.opened.set_result(None)
+    await asyncio.wrap_future(self.filled)
+
+
+def _silent(_) -> bool:
+  return False
+
+
+def _save(folder: pathlib.Path, handler: _Handler, tree, save_args) -> None:
+  """Orbax's own save, by this process alone: another one may have nothing to write."""
+  alone = ocp.options.MultiprocessingOptions(
+      primary_host=jax.process_index(), active_processes={jax.process_index()}, barrier_sync_key_prefix='lavit')
+  registry = ocp.type_handlers.create_type_handler_registry(
+      (np.ndarray, handler), (jax.Array, ocp.type_handlers.ArrayHandler()))  # it asks for the second, to warn without
+  pytrees = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry, multiprocessing_options=alone)
+  with ocp.Checkpointer(pytrees, multiprocessing_options=alone) as checkpointer:
+    checkpointer.save(folder, args=ocp.args.PyTreeSave(tree, save_args=save_args))
+
+
+def _chunks(x: np.ndarray, stacked: bool) -> ocp.SaveArgs:
+  if x.size * x.itemsize <= SMALL_BYTES:
+    return ocp.SaveArgs()
+  return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if stacked else ())
+
+
