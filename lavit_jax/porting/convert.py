@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 import json
 import pathlib
 import shutil
-import zlib
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import numpy as np
+import xxhash
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
@@ -109,14 +110,13 @@ def _to_orbax(src: pathlib.Path, dst: pathlib.Path, variant: str | None, dtype: 
 
 
 def _fill(writer: leaves.Writer, fit: Fit, structs: Mapping, tell) -> None:
-  for name, tensor in fit.state.items():  # in the order of the files
-    if name not in fit.plan.slots:
-      continue
-    slot = fit.plan.slots[name]
+  def prepare_one(slot, tensor):
     struct = structs[slot.leaf]
     array = contiguous(slot.row_of(np.asarray(tensor).astype(struct.dtype, copy=False)))
-    if slot.layer is None and array.shape != struct.shape:
-      array = grow_rows(array, struct.shape)
+    return slot, grow_rows(array, struct.shape) if slot.layer is None and array.shape != struct.shape else array
+
+  tasks = (functools.partial(prepare_one, fit.plan.slots[name], tensor) for name, tensor in fit.state.items() if name in fit.plan.slots)
+  for slot, array in leaves.ahead(tasks):  # in the order of the files
     writer.write(slot.leaf, slot.layer, array)
     tell(array.nbytes)
 
@@ -161,10 +161,12 @@ def _keep_the_rest(src: pathlib.Path, found: list[Found], fits: Mapping[str, Fit
 def _check_leaves(made: folder.Building, tell) -> None:
   """Reads all of it back."""
   for part, sums in made.sums.items():
+    left = dict(sums)
     for path, total, size in leaves.checksums(made.path / 'parts' / part, sums):
-      if total != sums[path]:
-        raise UserError(f'{part}/{path} is not on the disk as it was written; the disk is at fault, convert again to another one')
+      left[path] ^= total
       tell(size)
+    if wrong := [path for path, rest in left.items() if rest]:
+      raise UserError(f'{part}/{wrong[0]} is not on the disk as it was written; the disk is at fault, convert again to another one')
 
 
 # ------------------------------------------------------------------------------------------------------------ orbax -> torch
@@ -223,28 +225,33 @@ def _to_torch(src: pathlib.Path, dst: pathlib.Path, dtype: str | None, pickles: 
 
 def _pour(arrays: Mapping, writes: Mapping, writers: Mapping, sums: Mapping, dtype: str | None, tell) -> None:
   """Leaf by leaf, layer by layer, into the files."""
-  by_leaf = {}
-  for name, (file, slot) in writes.items():
-    by_leaf.setdefault(slot.leaf, []).append((name, writers[file], slot))
-  for path, targets in by_leaf.items():
-    total = 0
-    for name, writer, slot in targets:
-      array = (arrays[path] if slot.layer is None else arrays[path][slot.layer]).read().result()
-      total ^= leaves.checksum(array) if slot.layer is None else leaves.checksum(array[None], slot.layer)
-      writer.write(name, contiguous(slot.tensor_of(_as(array, dtype))))
-      tell(array.nbytes)
-    if total != sums[path]:
-      raise ValueError(f'the checksum of {path} is another')
+  left = {slot.leaf: sums[slot.leaf] for _, slot in writes.values()}
+
+  def read(name, file, slot):
+    array = (arrays[slot.leaf] if slot.layer is None else arrays[slot.leaf][slot.layer]).read().result()
+    total = leaves.checksum(array) if slot.layer is None else leaves.checksum(array[None], slot.layer)
+    return name, file, slot.leaf, total, contiguous(slot.tensor_of(_as(array, dtype)))
+
+  tasks = (functools.partial(read, name, file, slot) for name, (file, slot) in sorted(writes.items(), key=lambda item: item[1][1].leaf))
+  for name, file, path, total, array in leaves.ahead(tasks):
+    left[path] ^= total
+    writers[file].write(name, array)
+    tell(array.nbytes)
+  if wrong := [path for path, rest in left.items() if rest]:
+    raise ValueError(f'the checksum of {wrong[0]} is another')
 
 
 def _check_tensors(writer: torch_files.Writer, tell) -> None:
   """Reads all of it back."""
-  for file in writer.files:
-    for name, tensor in torch_files.load(file).items():
-      array = np.asarray(tensor)
-      if zlib.crc32(array.reshape(-1).view(np.uint8)) != writer.sums[name]:
-        raise UserError(f'{name} of {file.name} is not on the disk as it was written; the disk is at fault, convert again to another one')
-      tell(array.nbytes)
+  def read(file, name, tensor):
+    array = np.asarray(tensor)
+    return file, name, xxhash.xxh3_64_intdigest(array.reshape(-1).view(np.uint8)), array.nbytes
+
+  tasks = (functools.partial(read, file, name, tensor) for file in writer.files for name, tensor in torch_files.load(file).items())
+  for file, name, total, size in leaves.ahead(tasks):
+    if total != writer.sums[name]:
+      raise UserError(f'{name} of {file.name} is not on the disk as it was written; the disk is at fault, convert again to another one')
+    tell(size)
 
 
 def _describe(src: pathlib.Path, scratch: pathlib.Path, kind: str, model: lavit.Lavit, config: dict, files: Mapping, dtype: str | None) -> None:

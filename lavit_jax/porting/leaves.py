@@ -9,18 +9,20 @@ A leaf goes by its '/'-joined path; a part that is one bare array by the name 'v
 from __future__ import annotations
 
 import asyncio
+import collections
 import concurrent.futures
 import errno
+import functools
 import logging
 import pathlib
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+import xxhash
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 COMMIT_BYTES = 256 << 20  # what may wait in memory to be written
@@ -127,25 +129,45 @@ def read(folder: pathlib.Path, paths) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def checksums(folder: pathlib.Path, paths) -> Iterator[tuple[str, int, int]]:
-  """(path, checksum, bytes) of each leaf, read a piece at a time."""
-  for path, array in open_leaves(folder, paths).items():
-    size = int(np.prod(array.shape)) * array.dtype.numpy_dtype.itemsize
-    if not array.ndim or not size:
-      yield path, checksum(array.read().result()), size
-      continue
-    total, step = 0, max(array.shape[0] * CHUNK_BYTES // size, 1)
-    for row in range(0, array.shape[0], step):
-      total ^= checksum(array[row:min(row + step, array.shape[0])].read().result(), row)
-    yield path, total, size
+  """(path, checksum, bytes) of pieces of the leaves; those of one leaf, by exclusive or, are its checksum."""
+
+  def piece(path, array, start, stop):
+    rows = (array[start:stop] if array.ndim else array).read().result()
+    return path, checksum(rows, start), rows.nbytes
+
+  def pieces():
+    for path, array in open_leaves(folder, paths).items():
+      length, size = array.shape[0] if array.ndim else 1, int(np.prod(array.shape)) * array.dtype.numpy_dtype.itemsize
+      step = max(length * CHUNK_BYTES // max(size, 1), 1)
+      for start in range(0, length, step):
+        yield functools.partial(piece, path, array, start, min(start + step, length))
+
+  return ahead(pieces())
+
+
+def ahead(tasks: Iterable[Callable], depth: int = 3) -> Iterator:
+  """The results of the tasks in order, worked at by two threads; at most `depth` wait, so that memory stays bounded."""
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    waiting = collections.deque()
+    try:
+      for task in tasks:
+        waiting.append(pool.submit(task))
+        if len(waiting) > depth:
+          yield waiting.popleft().result()
+      while waiting:
+        yield waiting.popleft().result()
+    finally:
+      for future in waiting:
+        future.cancel()
 
 
 def checksum(array: np.ndarray, first_row: int = 0) -> int:
-  """Of a leaf, or of the rows of it from `first_row` on: CRC-32 of each row, begun with its number, and all of them by exclusive or."""
+  """Of a leaf, or of the rows of it from `first_row` on: XXH3-64 of each row, seeded with its number, and all of them by exclusive or."""
   rows = array if array.ndim else array[None]
   rows = np.ascontiguousarray(rows).view(np.uint8).reshape(len(rows), -1) if rows.size else np.zeros((len(rows), 0), np.uint8)
   total = 0
   for number, row in enumerate(rows, first_row):
-    total ^= zlib.crc32(row, number)
+    total ^= xxhash.xxh3_64_intdigest(row, number)
   return total
 
 

@@ -14,6 +14,7 @@ import pathlib
 import pickle
 import re
 import struct
+import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 import safetensors
+import xxhash
 
 from lavit_jax.errors import UserError
 
@@ -162,7 +164,7 @@ class Writer:
     if array.shape != tuple(spec.shape) or array.dtype != spec.dtype:
       raise ValueError(f'{name} is {array.dtype}{list(array.shape)}, announced was {spec.dtype}{list(spec.shape)}')
     data = np.asarray(array, order='C').reshape(-1).view(np.uint8)
-    self.sums[name] = zlib.crc32(data)
+    self.sums[name] = xxhash.xxh3_64_intdigest(data)
     stream.seek(offset)
     stream.write(data)
 
@@ -237,7 +239,7 @@ class _Pickle:
   """A torch file, mapped where it can be; mapped anew now and then, since what has been read counts as memory in use."""
 
   def __init__(self, path: pathlib.Path):
-    self.path, self.tensors, self.touched = path, None, 0
+    self.path, self.tensors, self.touched, self.lock = path, None, 0, threading.Lock()
 
   def open(self) -> dict:
     import torch
@@ -247,10 +249,11 @@ class _Pickle:
     return self.tensors
 
   def read(self, name: str) -> np.ndarray:
-    array = _from_torch(self.open()[name]).copy()
-    self.touched += array.nbytes
-    if self.touched > REOPEN_BYTES and zipfile.is_zipfile(self.path):
-      self.tensors = None
+    with self.lock:
+      array = _from_torch(self.open()[name]).copy()
+      self.touched += array.nbytes
+      if self.touched > REOPEN_BYTES and zipfile.is_zipfile(self.path):
+        self.tensors = None
     return array
 
 

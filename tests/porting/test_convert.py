@@ -211,7 +211,7 @@ def test_an_interrupted_conversion_leaves_nothing_that_looks_complete(published,
 
 
 def test_a_disk_that_forgets_is_found_out(published, tmp_path, monkeypatch):
-  monkeypatch.setattr(convert.leaves, 'checksums', lambda where, paths: ((path, 0, 0) for path in paths))
+  monkeypatch.setattr(convert.leaves, 'checksums', lambda where, paths: ((path, 1, 0) for path in paths))
   with pytest.raises(UserError, match='is not on the disk as it was written'):
     run(published, tmp_path / 'ours')
   assert not (tmp_path / 'ours').exists()
