@@ -4,11 +4,13 @@
 
 Needs `vit` and `tokenizer`; exports `llama` and `understanding`. The large variants start from LLaMA: --config.init_from=FOLDER with
 `llama`, whose vocabulary may lack the visual ids. `data.shares` are the shares of captions and answers ([image, text]), drawings
-([text, image]) and plain text; a row of the packed batch holds `row_length` tokens, and `overflow` counts pairs that found no room.
+([text, image]) and plain text, `data.question_weights` how often a question of each type is asked against a picture's others; a row of
+the packed batch holds `row_length` tokens, and `overflow` counts pairs that found no room.
 """
 
 from ml_collections import ConfigDict
 
+from lavit_jax.data import questions
 from lavit_jax.models import lavit
 
 SCHEDULES = {
@@ -32,7 +34,8 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
       data=dict(
           task='lm', source='data', tokenizer_folder='lavit_jax/assets/tiny/language_model' if not large else 'tokenizer',
           image_size=size, text_length=row['text_length'], shares=dict(caption=0.38, answer=0.34, draw=0.26, text=0.02),
-          draw_text_weight=0.1, drop_text=0.1, scene_share=0.3, num_threads=16 if large else 2),
+          question_weights=dict.fromkeys(questions.TYPES, 1.0), draw_text_weight=0.1, drop_text=0.1, scene_share=0.3,
+          num_threads=16 if large else 2),
       lm=dict(num_rows=row['num_rows'], row_length=row['row_length'], image_loss=False, loss_chunks=row['loss_chunks']),
       optim=dict(
           learning_rate=row['learning_rate'], warmup_steps=row['warmup_steps'], final_fraction=0.05, weight_decay=0.05,

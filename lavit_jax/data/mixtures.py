@@ -17,8 +17,9 @@ _ENDLESS = 1 << 62
 
 def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embedded', split: str = 'train', seed: int = 0,
             batch_size: int, image_size: int = 64, text_length: int = 48, tokenizer_folder: str | None = None,
-            shares: Mapping[str, float] | None = None, draw_text_weight: float = 0.1, drop_text: float = 0.1, scene_share: float = 0.3,
-            shard_index: int = 0, shard_count: int = 1, num_threads: int = 2) -> grain.DatasetIterator:
+            shares: Mapping[str, float] | None = None, question_weights: Mapping[str, float] | None = None,
+            draw_text_weight: float = 0.1, drop_text: float = 0.1, scene_share: float = 0.3, shard_index: int = 0, shard_count: int = 1,
+            num_threads: int = 2) -> grain.DatasetIterator:
   """An endless iterator over batches of numpy arrays, with `get_state` / `set_state`.
 
   Row r of batch b of shard s is example (b * batch_size + r) * shard_count + s, so that shards never overlap and the global
@@ -28,11 +29,12 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
   task 'contrastive': image, text int32[B, T] (captions, padded with 0), text_length int32[B]
   task 'lm':          these, and text_weight float32[B, T], the weight of each text token in the loss, and kind int32[B]:
                       0 image to text, 1 text to image, 2 text only. `shares` says how often a row is a 'caption', an
-                      'answer' (kind 0; only the answer's tokens weigh), a 'draw' (kind 1; tokens weigh
+                      'answer' (kind 0; only the answer's tokens weigh; which of the picture's questions is asked goes
+                      by `question_weights`, 1 for a type that it does not name), a 'draw' (kind 1; tokens weigh
                       `draw_text_weight`, and a share `drop_text` has no text) or a 'text' (kind 2).
                       Begin and end tokens are the packer's business.
 
-  Raises ValueError for an unknown task, share or split, and for a text of more than `text_length` tokens.
+  Raises ValueError for an unknown task, share, question type or split, and for a text of more than `text_length` tokens.
   """
   composer = Composer(sprites.load(source), split, scene_share, image_size)
   match task:
@@ -49,12 +51,13 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
     case 'lm':
       write = _Writer(tokenizer_folder, text_length)
       kinds, cumulative = _cumulative(DEFAULT_SHARES if shares is None else shares)
+      weights = _weights(question_weights or {})
 
       def row(index):
         example = composer(seed, index)
         rng = np.random.default_rng((seed, index, 1))
         kind = kinds[np.searchsorted(cumulative, rng.random(), side='right')]
-        text = write(_texts(kind, example, composer, rng, draw_text_weight, drop_text))
+        text = write(_texts(kind, example, composer, rng, weights, draw_text_weight, drop_text))
         return {'image': example.image, **text, 'kind': np.int32(_KINDS[kind])}
     case _:
       raise ValueError(f"unknown task {task!r}; choose 'images', 'contrastive' or 'lm'")
@@ -94,13 +97,15 @@ def corpus(source: str = 'embedded', count: int = 20_000, seed: int = 0) -> Iter
 _KINDS = {'caption': IMAGE_TO_TEXT, 'answer': IMAGE_TO_TEXT, 'draw': TEXT_TO_IMAGE, 'text': TEXT_ONLY}
 
 
-def _texts(kind: str, example: Example, composer: Composer, rng, draw_text_weight: float, drop_text: float) -> tuple[str, str, float]:
+def _texts(kind: str, example: Example, composer: Composer, rng, weights: Mapping[str, float], draw_text_weight: float,
+           drop_text: float) -> tuple[str, str, float]:
   """(context without weight, text, weight of the text's tokens)."""
   match kind:
     case 'caption':
       return '', example.caption, 1.0
     case 'answer':
-      _, question, answer = example.questions[rng.integers(len(example.questions))]
+      cumulative = np.cumsum([weights[kind] for kind, _, _ in example.questions])
+      _, question, answer = example.questions[np.searchsorted(cumulative, rng.random() * cumulative[-1], side='right')]
       return questions.prompt(question), f' {answer}', 1.0
     case 'draw':  # Now and then of nothing: what guidance compares with.
       return '', '' if rng.random() < drop_text else example.caption, draw_text_weight
@@ -125,6 +130,12 @@ class _Writer:
     padded, weights = np.zeros(self._length, np.int32), np.zeros(self._length, np.float32)
     padded[:len(ids)], weights[len(given):len(ids)] = ids, weight
     return {'text': padded, 'text_length': np.int32(len(ids)), 'text_weight': weights}
+
+
+def _weights(given: Mapping[str, float]) -> dict[str, float]:
+  if set(given) - set(questions.TYPES) or not all(weight > 0 for weight in given.values()):
+    raise ValueError(f'question_weights must be positive numbers for any of {", ".join(questions.TYPES)}; got {dict(given)}')
+  return dict.fromkeys(questions.TYPES, 1.0) | dict(given)
 
 
 def _cumulative(shares: Mapping[str, float]) -> tuple[tuple[str, ...], np.ndarray]:

@@ -102,6 +102,23 @@ def test_shares_are_met():
   assert abs((kinds == 1).mean() - 0.75) < 4 * (0.75 * 0.25 / 1000) ** 0.5
 
 
+def test_questions_are_asked_by_weight():
+  def kinds(weights):
+    iterator = batches('lm', batch_size=400, shares={'answer': 1}, scene_share=1.0, question_weights=weights)
+    tokenizer, batch = text.TextTokenizer.load(FOLDER), next(iterator)
+    asked = [tokenizer.decode(ids[:n]).split(' Answer: ') for ids, n in zip(batch['text'], batch['text_length'])]
+    return np.array(['yes/no' if answer in ('yes', 'no') else 'position' if ', seen from' in question else 'other'
+                     for question, answer in asked])
+
+  def close(found, share):
+    return abs(found.mean() - share) < 4 * (share * (1 - share) / len(found)) ** 0.5
+
+  even, weighted = kinds(None), kinds({'yes/no': 1000.0})
+  assert 0.1 < (even == 'yes/no').mean() < 0.25  # one of the five to seven questions of a scene
+  assert close(weighted == 'yes/no', 1000 / 1006)
+  assert (kinds({'position': 4.0}) == 'position').mean() > 2 * (even == 'position').mean()
+
+
 @pytest.mark.parametrize('drop_text', [0.0, 0.3, 1.0])
 def test_pictures_to_draw_are_without_text_now_and_then(drop_text):
   rows = take(batches('lm', batch_size=200, shares={'caption': 1, 'draw': 3}, drop_text=drop_text), 3)
@@ -121,7 +138,8 @@ def test_examples_are_singles_or_scenes():
 @pytest.mark.parametrize('options, message', [
     ({'task': 'pictures'}, "unknown task 'pictures'"), ({'split': 'test'}, "unknown split 'test'"),
     ({'shares': {'captions': 1}}, 'shares must be.*captions'), ({'shares': {'caption': 0}}, 'shares must be'),
-    ({'tokenizer_folder': None}, 'tokenizer_folder')])
+    ({'question_weights': {'where': 1}}, "question_weights must be.*position.*'where'"),
+    ({'question_weights': {'what': 0}}, 'question_weights must be'), ({'tokenizer_folder': None}, 'tokenizer_folder')])
 def test_bad_options_are_named(options, message):
   with pytest.raises(ValueError, match=message):
     batches(**{'task': 'lm', **options})
