@@ -3,7 +3,8 @@
     python benchmarks/port.py --scratch /tmp/port [--variant lavit_7b] [--json FILE]
 
 Writes a LaVIT folder of random 16-bit weights (26 GB for lavit_7b), copies it, converts it to Orbax, and that back; needs three times
-that much disk, and removes what it wrote. The page cache is emptied before each, where the system lets us; each ends with `sync`.
+that much disk, and removes what it wrote. Before each the page cache is emptied, where the system lets us, and half a minute passes:
+a virtual machine hands freed memory back to its host, and is slow with the first use of it again. Each ends with `sync`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from lavit_jax.porting import layouts, torch_files
 from lavit_jax.porting.engine import torch_shapes
 
 BLOCK = 1 << 25  # numbers
+REST = 30  # seconds
 
 
 def write_folder(folder: pathlib.Path, variant: str) -> None:
@@ -62,6 +64,7 @@ def timed(command: list[str]) -> tuple[float, float]:
     pathlib.Path('/proc/sys/vm/drop_caches').write_text('3')
   except OSError:
     print('the page cache stays warm: not permitted to empty it', file=sys.stderr)
+  time.sleep(REST)
   start = time.monotonic()
   child = subprocess.Popen(command)
   _, status, usage = os.wait4(child.pid, 0)

@@ -34,6 +34,9 @@ def initial_parts(model: Lavit, key: jax.Array, names: tuple[str, ...] | None = 
                               jnp.zeros((1, patches, unet.cross_attention_dim)), None, added)
   if model.highres_vae is not None:
     inputs['highres_vae'] = (jnp.zeros((1, 2 * model.highres_vae.factor, 2 * model.highres_vae.factor, 3)),)
+  if model.safety_checker is not None:
+    side = model.safety_checker.image_size
+    inputs['safety_checker'] = (jnp.zeros((1, side, side, 3)),)
   keys = dict(zip(inputs, jax.random.split(key, len(inputs))))
   parts = {name: getattr(model, name).init(keys[name], *args)['params'] for name, args in inputs.items() if names is None or name in names}
   if names is None or 'uncond_embeddings' in names:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from lavit_jax.errors import UserError
 from lavit_jax.models.decoder import Decoder
 from lavit_jax.models.llama import Llama
+from lavit_jax.models.safety import SafetyChecker
 from lavit_jax.models.sequence import Vocabulary
 from lavit_jax.models.tokenizer import DynamicTokenizer, Understanding
 from lavit_jax.models.unet import UNet
@@ -44,6 +45,7 @@ VARIANTS = {
         unet=dict(block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, down_block_attention=(True, True, True, False),
                   transformer_layers=(1, 1, 1, 1), num_heads=(8, 8, 8, 8), cross_attention_dim=768),
         vae=dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, scaling_factor=0.18215),
+        safety_checker=dict(image_size=224, patch_size=14, hidden_size=1024, num_layers=24, num_heads=16, mlp_dim=4096, output_dim=768),
         uncond_rows=77,
     ),
     'lavit_7b': dict(
@@ -60,6 +62,7 @@ VARIANTS = {
                           transformer_layers=(1, 2, 10), num_heads=(5, 10, 20), cross_attention_dim=2048, use_linear_projection=True,
                           addition_time_embed_dim=256, pooled_dim=1280),
         highres_vae=dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, scaling_factor=0.13025),
+        safety_checker=dict(image_size=224, patch_size=14, hidden_size=1024, num_layers=24, num_heads=16, mlp_dim=4096, output_dim=768),
         uncond_rows=77,
     ),
 }
@@ -81,6 +84,7 @@ class Lavit:
   vae: AutoencoderKL
   highres_unet: UNet | None
   highres_vae: AutoencoderKL | None
+  safety_checker: SafetyChecker | None
   uncond_rows: int  # rows of the stored null-text embedding of the U-Net
 
   @property
@@ -137,5 +141,6 @@ def build(variant: str, dtype: str = 'float32', remat: str = 'none') -> Lavit:
       vae=AutoencoderKL(**sizes['vae']),
       highres_unet=UNet(**sizes['highres_unet'], **common) if 'highres_unet' in sizes else None,
       highres_vae=AutoencoderKL(**sizes['highres_vae']) if 'highres_vae' in sizes else None,
+      safety_checker=SafetyChecker(**sizes['safety_checker'], **common) if 'safety_checker' in sizes else None,
       uncond_rows=sizes['uncond_rows'],
   )

@@ -59,14 +59,15 @@ def gelu(x: Array) -> Array:
 
 
 class Mlp(nn.Module):
-  """Linear - exact (erf) GELU - Linear; [..., D] -> dtype[..., D]."""
+  """Linear - activation, exact (erf) GELU unless another is given - Linear; [..., D] -> dtype[..., D]."""
 
   mlp_dim: int
   dtype: Dtype = jnp.float32
+  activation: Callable[[Array], Array] = gelu
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    hidden = gelu(nn.Dense(self.mlp_dim, dtype=self.dtype, name='fc1')(x))
+    hidden = self.activation(nn.Dense(self.mlp_dim, dtype=self.dtype, name='fc1')(x))
     return nn.Dense(x.shape[-1], dtype=self.dtype, name='fc2')(hidden)
 
 

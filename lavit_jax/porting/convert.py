@@ -89,17 +89,23 @@ def _to_orbax(src: pathlib.Path, dst: pathlib.Path, variant: str | None, dtype: 
   items = [_item(each, len(fits[each.place.part].plan.slots), structs[each.place.part]) for each in found]
 
   def run(tell):
-    sources = sorted({tensor.file for each in found for tensor in each.merged.values()})
+    sources, digests = sorted({tensor.file for each in found for tensor in each.merged.values()}), {}
     with folder.building(dst, variant) as made, contextlib.ExitStack() as stack:
       beside = concurrent.futures.ThreadPoolExecutor(1)
       stack.callback(beside.shutdown, cancel_futures=True)  # who gives up waits for one file at most
-      digests = {file: beside.submit(torch_files.sha256, file) for file in sources}
+
+      def digest(file):
+        if file not in digests:
+          digests[file] = beside.submit(torch_files.sha256, file)
+
       for part, fit in fits.items():
         with made.part(part, structs[part], fit.plan.stacked) as writer:
-          _fill(writer, fit, structs[part], tell)
+          _fill(writer, fit, structs[part], digest, tell)
+      for file in sources:
+        digest(file)
       _keep_the_rest(src, found, fits, made.path)
       made.config['metadata'] = dict(
-          source=dict(kind=kind, files={_within(src, file): f'sha256:{digest.result()}' for file, digest in digests.items()}),
+          source=dict(kind=kind, files={_within(src, file): f'sha256:{digests[file].result()}' for file in sources}),
           tables=dict(version=VERSION, chosen={part: fit.table for part, fit in fits.items() if fit.table}),
           overlay=next((list(each.overlay) for each in found if each.place.part == 'understanding'), None),
           dtype=dtype, allow_missing=allow_missing or None,
@@ -109,14 +115,20 @@ def _to_orbax(src: pathlib.Path, dst: pathlib.Path, variant: str | None, dtype: 
   return Job('torch -> orbax', kind, variant, items, run)
 
 
-def _fill(writer: leaves.Writer, fit: Fit, structs: Mapping, tell) -> None:
+def _fill(writer: leaves.Writer, fit: Fit, structs: Mapping, digest: Callable[[pathlib.Path], None], tell) -> None:
+  """Writes a part; `digest` begins with a file's first tensor, so that the disk reads it once for both."""
   def prepare_one(slot, tensor):
     struct = structs[slot.leaf]
     array = contiguous(slot.row_of(np.asarray(tensor).astype(struct.dtype, copy=False)))
     return slot, grow_rows(array, struct.shape) if slot.layer is None and array.shape != struct.shape else array
 
-  tasks = (functools.partial(prepare_one, fit.plan.slots[name], tensor) for name, tensor in fit.state.items() if name in fit.plan.slots)
-  for slot, array in leaves.ahead(tasks):  # in the order of the files
+  def tasks():
+    for name, tensor in fit.state.items():  # in the order of the files
+      if name in fit.plan.slots:
+        digest(tensor.file)
+        yield functools.partial(prepare_one, fit.plan.slots[name], tensor)
+
+  for slot, array in leaves.ahead(tasks()):
     writer.write(slot.leaf, slot.layer, array)
     tell(array.nbytes)
 

@@ -20,15 +20,16 @@ import jax
 import numpy as np
 
 from lavit_jax.errors import UserError
-from lavit_jax.models import lavit
+from lavit_jax.models import lavit, vit
 from lavit_jax.models.initial import initial_parts
 from lavit_jax.porting import torch_files
 from lavit_jax.porting.engine import Plan, PortingError, Row, plan, torch_shapes
 from lavit_jax.porting.tables_language import llama_rows
 from lavit_jax.porting.tables_pixels import unet_rows, vae_rows
-from lavit_jax.porting.tables_visual import decoder_rows, tokenizer_rows, understanding_rows, vit_rows
+from lavit_jax.porting.tables_visual import decoder_rows, safety_rows, tokenizer_rows, understanding_rows, vit_rows
 
-DIFFUSERS = ('diffusion_pytorch_model',)
+DIFFUSERS = ('diffusion_pytorch_model', 'diffusion_pytorch_model.fp16')
+TRANSFORMERS = ('model', 'pytorch_model')
 VOCABULARY = ('model.embed_tokens.weight', 'lm_head.weight')  # the two that may have fewer rows
 ABOUT = 'lavit_jax.json'  # in a folder that we wrote: where it is from
 TABLES: dict[str, Callable[[lavit.Lavit], list[list[Row]]]] = {  # by part: the names that its files may use, the usual ones first
@@ -42,6 +43,7 @@ TABLES: dict[str, Callable[[lavit.Lavit], list[list[Row]]]] = {  # by part: the 
     'highres_unet': lambda model: [unet_rows(model.highres_unet)],
     'vae': lambda model: [vae_rows(model.vae), vae_rows(model.vae, old_attention=True)],
     'highres_vae': lambda model: [vae_rows(model.highres_vae), vae_rows(model.highres_vae, old_attention=True)],
+    'safety_checker': lambda model: [safety_rows(), safety_rows(nested=False)],
     'uncond_embeddings': lambda model: [[Row('uncond_embeddings', 'value', 'unbatch')], [Row('uncond_embeddings', 'value')]],
 }
 
@@ -67,9 +69,10 @@ PUBLISHED = (
     Place('understanding', 'visual_tokenizer', ('tokenizer_encoder',), overlay=('language_model', 'visual_weight')),
     Place('decoder', 'visual_tokenizer', ('tokenizer_decoder',)),
     Place('highres_decoder', 'visual_tokenizer', ('highres_tokenizer_decoder',)),
-    Place('llama', 'language_model', ('model', 'pytorch_model')),
+    Place('llama', 'language_model', TRANSFORMERS),
     Place('unet', 'pixel_decoding/unet', DIFFUSERS),
     Place('vae', 'pixel_decoding/vae', DIFFUSERS),
+    Place('safety_checker', 'pixel_decoding/safety_checker', TRANSFORMERS),
     Place('uncond_embeddings', 'pixel_decoding', ('uncond_embeddings',)),
     Place('highres_unet', 'highres_pixel_decoding/unet', DIFFUSERS),
     Place('highres_vae', 'highres_pixel_decoding/vae', DIFFUSERS),
@@ -90,7 +93,7 @@ class Found(NamedTuple):
 
 def kind_of(src: pathlib.Path) -> str | None:
   """What kind of folder this is, by the names in it; None if none that is known."""
-  if any((src / folder).is_dir() for folder in ('visual_tokenizer', 'language_model')):
+  if any((src / place.folder).is_dir() for place in PUBLISHED):
     return 'LaVIT'
   if (src / 'unet').is_dir() or (src / 'vae').is_dir():
     return 'SDXL' if read_json(src / 'unet' / 'config.json').get('addition_embed_type') == 'text_time' else 'Stable Diffusion'
@@ -109,7 +112,7 @@ def recognise(src: pathlib.Path, only: str | None = None) -> tuple[str, list[Fou
     raise UserError(f'{src} does not exist')
   kind, found = kind_of(src), []
   if kind is None:
-    raise UserError(f'{src} is no folder that is known: no visual_tokenizer/, language_model/, unet/ or vae/ in it, and no config.json of a '
+    raise UserError(f'{src} is no folder that is known: no visual_tokenizer/, language_model/, pixel_decoding/, unet/ or vae/ in it, and no config.json of a '
                     'LLaMA or of lavit_jax')
   for place in places(kind).values():
     if only not in (None, place.part):
@@ -127,16 +130,17 @@ def recognise(src: pathlib.Path, only: str | None = None) -> tuple[str, list[Fou
 def places(kind: str) -> dict[str, Place]:
   """By part: where a folder of this kind has it."""
   if kind == 'LLaMA':
-    return {'llama': Place('llama', '', ('model', 'pytorch_model'))}
+    return {'llama': Place('llama', '', TRANSFORMERS)}
   if kind in ('Stable Diffusion', 'SDXL'):
     prefix = 'highres_' if kind == 'SDXL' else ''
-    return {prefix + name: Place(prefix + name, name, DIFFUSERS) for name in ('unet', 'vae')}
+    pixels = [Place(prefix + name, name, DIFFUSERS) for name in ('unet', 'vae')]
+    return {place.part: place for place in (*pixels, *[Place('safety_checker', 'safety_checker', TRANSFORMERS)] * (not prefix))}
   return {place.part: place for place in PUBLISHED}
 
 
 def is_weights(name: str, stem: str) -> bool:
-  """Whether a file of this name is one of those that hold, or list, the weights called `stem`."""
-  return re.fullmatch(re.escape(stem) + r'(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?', name) is not None
+  """Whether a file of this name is one of those that hold, or list, the weights called `stem`, or another edition of them (`stem.fp16`)."""
+  return re.fullmatch(re.escape(stem) + r'(\.\w+)?(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?', name) is not None
 
 
 def blank(struct) -> np.ndarray:
@@ -279,6 +283,24 @@ def vae_config(vae) -> dict:
       scaling_factor=vae.scaling_factor, sample_size=512)
 
 
+def safety_config(checker) -> dict:
+  """diffusers' StableDiffusionSafetyChecker, which is a CLIPConfig."""
+  vision = dict(
+      model_type='clip_vision_model', hidden_size=checker.hidden_size, intermediate_size=checker.mlp_dim, hidden_act='quick_gelu',
+      num_hidden_layers=checker.num_layers, num_attention_heads=checker.num_heads, image_size=checker.image_size,
+      patch_size=checker.patch_size, projection_dim=checker.output_dim, layer_norm_eps=1e-5)
+  return dict(architectures=['StableDiffusionSafetyChecker'], model_type='clip', projection_dim=checker.output_dim, vision_config=vision)
+
+
+def extractor_config(checker) -> dict:
+  """transformers' CLIPImageProcessor: what the safety checker wants done to its pictures."""
+  side = checker.image_size
+  return dict(
+      image_processor_type='CLIPImageProcessor', do_resize=True, size=dict(shortest_edge=side), resample=3, do_center_crop=True,
+      crop_size=dict(height=side, width=side), do_rescale=True, rescale_factor=1 / 255, do_normalize=True, image_mean=vit.MEAN,
+      image_std=vit.STD, do_convert_rgb=True)
+
+
 SCHEDULER = dict(_class_name='DDIMScheduler', beta_schedule='scaled_linear', beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000,
                  clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type='epsilon')
 
@@ -295,6 +317,9 @@ def descriptions(model: lavit.Lavit, parts, rows: int) -> dict[str, dict]:
       files[f'{folder}/scheduler/scheduler_config.json'] = SCHEDULER
     if vae in parts:
       files[f'{folder}/vae/config.json'] = vae_config(getattr(model, vae))
+  if 'safety_checker' in parts:
+    files['pixel_decoding/safety_checker/config.json'] = safety_config(model.safety_checker)
+    files['pixel_decoding/feature_extractor/preprocessor_config.json'] = extractor_config(model.safety_checker)
   return files
 
 

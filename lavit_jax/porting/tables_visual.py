@@ -1,4 +1,4 @@
-"""Names of the published visual files (REFERENCE section 5) <-> leaves of the ViT, the tokenizer and the decoders."""
+"""Names of the published visual files (REFERENCE section 5) <-> leaves of the ViT, the tokenizer, the decoders and the safety checker."""
 
 from lavit_jax.porting.engine import Row
 
@@ -45,6 +45,22 @@ def decoder_rows(num_contexts: int) -> list[Row]:
       *linear('v_proj', 'value'), *linear('c_proj', 'proj'),
   ]
   return [*trunk, *heads, *under('unet_attnpool.', 'pool/', pool)]
+
+
+def safety_rows(nested: bool = True) -> list[Row]:
+  """The safety checker; up to version 4 transformers' image encoder was a module within a module (`nested`). The buffer of positions is computed here."""
+  encoder = 'vision_model.vision_model.' if nested else 'vision_model.'
+  attention = [row for theirs, ours in (('q', 'query'), ('k', 'key'), ('v', 'value'), ('out', 'proj'))
+               for row in linear(f'self_attn.{theirs}_proj', f'attn/{ours}')]
+  block = [*norm('layer_norm1', 'norm1'), *attention, *norm('layer_norm2', 'norm2'), *mlp()]
+  return [
+      Row(f'{encoder}embeddings.class_embedding', 'cls_token'), Row(f'{encoder}embeddings.position_embedding.weight', 'pos_embed'),
+      Row(f'{encoder}embeddings.patch_embedding.weight', 'patch_embed/kernel', 'conv'), Row(f'{encoder}embeddings.position_ids', None),
+      *norm(f'{encoder}pre_layrnorm', 'norm_in'), *under(f'{encoder}encoder.layers.{{i}}.', 'blocks/', block),
+      *norm(f'{encoder}post_layernorm', 'norm'), Row('visual_projection.weight', 'proj/kernel', 'linear'),
+      Row('concept_embeds', 'concepts'), Row('concept_embeds_weights', 'concepts_thresholds'),
+      Row('special_care_embeds', 'special'), Row('special_care_embeds_weights', 'special_thresholds'),
+  ]
 
 
 def merger_rows() -> list[Row]:

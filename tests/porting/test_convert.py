@@ -13,7 +13,7 @@ import safetensors.numpy
 from nano import NANO
 
 from lavit_jax.errors import UserError
-from lavit_jax.models import lavit
+from lavit_jax.models import lavit, vit
 from lavit_jax.porting import convert, folder, layouts, torch_files
 from lavit_jax.porting.engine import PortingError, to_torch
 
@@ -25,6 +25,7 @@ WHOLE = {  # every part that a published folder may have
                          num_heads=(2, 2), cross_attention_dim=40, norm_num_groups=4, use_linear_projection=True,
                          addition_time_embed_dim=8, pooled_dim=20),
     'highres_vae': dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, scaling_factor=0.5),
+    'safety_checker': dict(image_size=16, patch_size=8, hidden_size=16, num_layers=2, num_heads=2, mlp_dim=24, output_dim=12),
     'uncond_rows': 3,
 }
 DTYPES = {'vit': np.float16, 'llama': ml_dtypes.bfloat16, 'unet': np.float16}
@@ -65,7 +66,10 @@ def published(states, tmp_path_factory):
       write(src / f'{prefix}pixel_decoding' / part, 'diffusion_pytorch_model', states[prefix + part])
       (src / f'{prefix}pixel_decoding' / part / 'config.json').write_text('{"_class_name": "%s"}' % part)
   write(src / 'pixel_decoding', 'uncond_embeddings', states['uncond_embeddings'])
-  write(src / 'pixel_decoding' / 'safety_checker', 'model', {'concept_embeds': np.ones((2, 3)), 'position_ids': np.arange(4)})
+  write(src / 'pixel_decoding' / 'safety_checker', 'model',
+        {**states['safety_checker'], 'vision_model.vision_model.embeddings.position_ids': np.arange(5)[None]})
+  (src / 'pixel_decoding' / 'feature_extractor').mkdir()
+  (src / 'pixel_decoding' / 'feature_extractor' / 'preprocessor_config.json').write_text('{"crop_size": 224}')
   (src / 'pixel_decoding' / 'scheduler').mkdir()
   (src / 'pixel_decoding' / 'scheduler' / 'scheduler_config.json').write_text('{"_class_name": "DDIMScheduler"}')
   (src / 'language_model' / 'config.json').write_text('{"model_type": "llama", "vocab_size": 2066}')
@@ -393,6 +397,47 @@ def test_transformers_and_diffusers_load_our_folders(tmp_path):
       wanted = vae.decode(torch.from_numpy(latents.transpose(0, 3, 1, 2))).sample.numpy()
     ours = getattr(model, f'{prefix}vae').apply({'params': parts[f'{prefix}vae']}, latents, method='decode')
     np.testing.assert_allclose(ours, wanted.transpose(0, 2, 3, 1), atol=1e-4)
+
+
+@pytest.mark.parametrize('nested', [True, False])
+def test_the_safety_checker_judges_as_theirs(tmp_path, nested):
+  torch, transformers = (pytest.importorskip(name) for name in ('torch', 'transformers'))
+  peers = pytest.importorskip('diffusers.pipelines.stable_diffusion.safety_checker')
+  model, rng = lavit.build('whole').safety_checker, np.random.default_rng(0)
+  tree = layouts.shapes(lavit.build('whole'), ['safety_checker'])['safety_checker']
+  params = jax.tree.map(lambda x: (0.5 * rng.normal(size=x.shape)).astype(np.float32), tree)
+  images = rng.normal(size=(32, 16, 16, 3)).astype(np.float32)
+
+  def cosines(concepts):
+    off = {'concepts': concepts, 'concepts_thresholds': np.zeros(17, np.float32), 'special_thresholds': np.ones(3, np.float32)}
+    return model.apply({'params': params | off}, images)[1]
+
+  # Each list finds some of the pictures, but not all.
+  params['special_thresholds'] = np.quantile(cosines(np.resize(params['special'], (17, 12)))[:, :3], 0.9, axis=0).astype(np.float32)
+  params['concepts_thresholds'] = np.quantile(cosines(params['concepts']), 0.98, axis=0).astype(np.float32)
+  folder.save_parts(tmp_path / 'ours', 'whole', {'safety_checker': params})
+  run(tmp_path / 'ours', tmp_path / 'theirs')
+  place = tmp_path / 'theirs' / 'pixel_decoding'
+  if not nested:  # as transformers 5 writes it
+    file = place / 'safety_checker' / 'model.safetensors'
+    state = {name.replace('vision_model.vision_model.', 'vision_model.'): x for name, x in safetensors.numpy.load_file(file).items()}
+    write(place / 'safety_checker', 'model', state)
+    run(tmp_path / 'theirs', tmp_path / 'again')
+    jax.tree.map(np.testing.assert_array_equal, folder.load_parts(tmp_path / 'again')['safety_checker'], params)
+
+  peer = peers.StableDiffusionSafetyChecker.from_pretrained(place / 'safety_checker').eval()
+  extractor = transformers.CLIPImageProcessor.from_pretrained(place / 'feature_extractor')
+  assert extractor.crop_size['height'] == 16 and list(extractor.image_mean) == list(vit.MEAN)
+  pixels = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+  unsafe, scores = model.apply({'params': params}, images)
+  _, found = peer(pixels, images.copy())
+  with torch.no_grad():
+    embedded = peer.visual_projection(peer.vision_model(pixels)[1])
+    cosines = peers.cosine_distance(embedded, peer.concept_embeds).numpy()
+    special = peers.cosine_distance(embedded, peer.special_care_embeds).numpy() - params['special_thresholds']
+  wanted = cosines - params['concepts_thresholds'] + 0.01 * (special.round(3) > 0).any(-1, keepdims=True)
+  np.testing.assert_allclose(scores, wanted, atol=5e-4 + 1e-4)  # ours are rounded to three places
+  assert list(unsafe) == found and 4 < sum(found) < 28 and 4 < (special > 0).any(-1).sum() < 28
 
 
 # ------------------------------------------------------------------------------------------------------------ from a script
