@@ -25,7 +25,7 @@ FOLDER = pathlib.Path(__file__).parent / 'data' / 'golden'
 
 @pytest.fixture(scope='session')
 def golden():
-  """By part: `modules`, `params`, `files` (name, rows). And `size` the config, `io` inputs and outputs, `features` without CLS."""
+  """By part: `modules`, `params`. And `size` the config, `io` inputs and outputs, `features` without CLS."""
   size = json.loads((FOLDER / 'config.json').read_text())
   io = dict(np.load(FOLDER / 'io.npz'))
   width, heads, patches = size['width'], size['heads'], (size['image_size'] // size['patch_size']) ** 2
@@ -60,7 +60,7 @@ def golden():
     like = jax.eval_shape(modules[part].init, jax.random.key(0), *inputs[part])['params']
     params[part] = jax.tree.map(jnp.asarray, from_torch(rows, load_file(FOLDER / f'{file}.safetensors'), like))
   return types.SimpleNamespace(
-      modules=modules, params=params, files=files, io=io, features=io['vit_features'][:, 1:], size=size
+      modules=modules, params=params, io=io, features=io['vit_features'][:, 1:], size=size
   )
 
 

@@ -14,10 +14,12 @@ from nano import NANO
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit, vit
-from lavit_jax.porting import convert, folder, layouts, torch_files
+from lavit_jax.porting import convert, folder, from_torch, layouts, torch_files
+from lavit_jax.porting import to_torch as write_torch
 from lavit_jax.porting.engine import PortingError, to_torch
 
 WORDS = pathlib.Path(lavit.__file__).parents[1] / 'assets' / 'tiny' / 'language_model'
+GOLDEN_FOLDER = pathlib.Path(__file__).parents[1] / 'data' / 'golden'
 WHOLE = {  # every part that a published folder may have
     **NANO,
     'highres_decoder': dict(num_layers=1, context_dims=(16, 24), pooled_dim=20),
@@ -31,11 +33,34 @@ WHOLE = {  # every part that a published folder may have
 DTYPES = {'vit': np.float16, 'llama': ml_dtypes.bfloat16, 'unet': np.float16}
 
 
+GOLDEN = {  # of tests/data/golden: config.json and language_model.json
+    'text_vocab_size': 100,
+    'unet': {**NANO['unet'], 'cross_attention_dim': 24},
+    'vae': NANO['vae'],
+    'uncond_rows': NANO['uncond_rows'],
+    'vit': dict(image_size=56, patch_size=14, hidden_size=64, num_layers=3, num_heads=4, head_dim=16, mlp_dim=279, output_dim=32),
+    'tokenizer': dict(hidden_size=64, num_layers=2, num_heads=4, mlp_dim=279, codebook_size=128, code_dim=8),
+    'decoder': dict(num_layers=2, context_dims=(24,)),
+    'highres_decoder': dict(num_layers=2, context_dims=(24, 40), pooled_dim=40),
+    'llama': dict(hidden_size=48, num_layers=3, num_heads=4, num_kv_heads=4, head_dim=12, mlp_dim=128),
+}
+GOLDEN_FILES = {  # part: file of the published folder, its name among the golden ones
+    'vit': ('visual_tokenizer/eva_vitg_psz14', 'eva_vit'),
+    'tokenizer': ('visual_tokenizer/tokenizer_encoder', 'tokenizer_encoder'),
+    'understanding': ('visual_tokenizer/tokenizer_encoder', 'tokenizer_encoder'),
+    'decoder': ('visual_tokenizer/tokenizer_decoder', 'tokenizer_decoder'),
+    'highres_decoder': ('visual_tokenizer/highres_tokenizer_decoder', 'highres_tokenizer_decoder'),
+    'llama': ('language_model/model', 'language_model'),
+}
+
+
 @pytest.fixture(scope='module', autouse=True)
 def variant():
-  lavit.VARIANTS['whole'] = WHOLE
+  known = {'whole': WHOLE, 'golden': GOLDEN}
+  lavit.VARIANTS.update(known)
   yield
-  del lavit.VARIANTS['whole']
+  for name in known:
+    del lavit.VARIANTS[name]
 
 
 @pytest.fixture(scope='module')
@@ -103,6 +128,12 @@ def contents(where):
   return weights, others
 
 
+def same(state, wanted):
+  assert state.keys() == wanted.keys()
+  for name, x in wanted.items():
+    assert state[name].dtype == x.dtype and np.array_equal(state[name], x), name
+
+
 def test_a_whole_folder_there_and_back_to_the_bit(published, tmp_path):
   job = run(published, tmp_path / 'ours', variant=None)
   assert (job.direction, job.kind, job.variant) == ('torch -> orbax', 'LaVIT', 'whole')
@@ -114,9 +145,7 @@ def test_a_whole_folder_there_and_back_to_the_bit(published, tmp_path):
   assert about['variant'] == 'whole' and others == beside
   assert weights.keys() == wanted.keys()
   for file, state in wanted.items():
-    assert weights[file].keys() == state.keys(), file
-    for name, array in state.items():
-      assert weights[file][name].dtype == array.dtype and np.array_equal(weights[file][name], array), (file, name)
+    same(weights[file], state)
 
 
 def test_what_our_folder_says_of_itself(published, states, tmp_path):
@@ -302,8 +331,7 @@ def test_a_llama_as_it_is(llama_folder, tmp_path):
   assert folder.read_config(tmp_path / 'ours')['metadata']['grown'] is None
   run(tmp_path / 'ours', tmp_path / 'theirs')
   (weights, _), (wanted, _) = contents(tmp_path / 'theirs'), contents(llama_folder)
-  assert weights['model'].keys() == wanted['model'].keys()
-  assert all(np.array_equal(weights['model'][name], x) and weights['model'][name].dtype == x.dtype for name, x in wanted['model'].items())
+  same(weights['model'], wanted['model'])
 
 
 @pytest.mark.parametrize(('kind', 'prefix'), [('Stable Diffusion', ''), ('SDXL', 'highres_')])
@@ -319,7 +347,8 @@ def test_a_diffusers_folder(states, tmp_path, kind, prefix):
   back, wanted = contents(tmp_path / 'theirs'), contents(tmp_path / 'sd')
   back[1].pop(layouts.ABOUT)
   assert back[1] == wanted[1]
-  assert all(np.array_equal(back[0][file][name], x) for file, state in wanted[0].items() for name, x in state.items())
+  for file, state in wanted[0].items():
+    same(back[0][file], state)
 
 
 def test_old_names_of_the_autoencoder_come_back(states, tmp_path):
@@ -339,8 +368,7 @@ def test_an_image_encoder_with_its_text_tower(states, tmp_path):
   write(tmp_path, 'eva', state)
   run(tmp_path / 'eva.safetensors', tmp_path / 'ours')
   run(tmp_path / 'ours', tmp_path / 'theirs')
-  back = contents(tmp_path / 'theirs')[0]['visual_tokenizer/eva_vitg_psz14']
-  assert back.keys() == states['vit'].keys() and all(np.array_equal(back[name], x) for name, x in states['vit'].items())
+  same(contents(tmp_path / 'theirs')[0]['visual_tokenizer/eva_vitg_psz14'], states['vit'])
 
 
 def test_what_was_trained_here_gets_its_descriptions(tmp_path):
@@ -442,9 +470,30 @@ def test_the_safety_checker_judges_as_theirs(tmp_path, nested):
 
 # ------------------------------------------------------------------------------------------------------------ from a script
 
+def test_golden_files_from_python(tmp_path):
+  back = {}
+  for part, (_, file) in GOLDEN_FILES.items():
+    params = from_torch(GOLDEN_FOLDER / f'{file}.safetensors', part, variant='golden')
+    written = write_torch(params, tmp_path / f'{part}.safetensors', part, variant='golden')
+    back.setdefault(file, {}).update(safetensors.numpy.load_file(written))
+  for file, state in back.items():
+    same(state, safetensors.numpy.load_file(GOLDEN_FOLDER / f'{file}.safetensors'))
+
+
+def test_golden_files_as_a_folder(tmp_path):
+  for target, file in GOLDEN_FILES.values():
+    (tmp_path / 'LaVIT' / target).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(GOLDEN_FOLDER / f'{file}.safetensors', tmp_path / 'LaVIT' / f'{target}.safetensors')
+  job = run(tmp_path / 'LaVIT', tmp_path / 'ours', variant=None)
+  assert job.variant == 'golden' and {item.part for item in job.items} == GOLDEN_FILES.keys()
+  run(tmp_path / 'ours', tmp_path / 'theirs')
+  weights, _ = contents(tmp_path / 'theirs')
+  assert weights.keys() == {target for target, _ in GOLDEN_FILES.values()}
+  for target, file in GOLDEN_FILES.values():
+    same(weights[target], safetensors.numpy.load_file(GOLDEN_FOLDER / f'{file}.safetensors'))
+
+
 def test_from_python(published, states, tmp_path):
-  from lavit_jax.porting import from_torch
-  from lavit_jax.porting import to_torch as write_torch
   parts = from_torch(published, variant='whole')
   run(published, tmp_path / 'ours')
   jax.tree.map(np.testing.assert_array_equal, parts, folder.load_parts(tmp_path / 'ours'))
@@ -454,7 +503,6 @@ def test_from_python(published, states, tmp_path):
   assert {x.sharding for x in jax.tree.leaves(vit)} == {place}
   jax.tree.map(np.testing.assert_array_equal, vit, parts['vit'])
   file = write_torch(vit, tmp_path / 'vit.safetensors', 'vit', variant='whole')
-  back = safetensors.numpy.load_file(file)
-  assert back.keys() == states['vit'].keys() and all(np.array_equal(back[name], x.astype(np.float32)) for name, x in states['vit'].items())
+  same(safetensors.numpy.load_file(file), {name: x.astype(np.float32) for name, x in states['vit'].items()})
   with pytest.raises(UserError, match="unknown part 'vitt'"):
     from_torch(published, 'vitt', variant='whole')
