@@ -35,7 +35,7 @@ class Writer:
 
     with Writer(folder, leaves) as writer: ...
 
-  At the end of the block it is on the disk, whole; ValueError if a slice never came.
+  At the end of the block it is on the disk, whole; ValueError if a slice never came. Of several processes the first one writes.
 
   Args:
     folder: where; it must not exist, and does not before the end.
@@ -44,6 +44,8 @@ class Writer:
   """
 
   def __init__(self, folder: pathlib.Path, leaves: Mapping[str, jax.ShapeDtypeStruct], stacked=()):
+    if jax.process_index():  # Orbax leaves arrays of the host to process 0
+      raise ValueError(f'process 0 writes parts, not process {jax.process_index()}')
     self.sums = dict.fromkeys(leaves, 0)
     self._stacked, self._pending, self._transaction, self._small = set(stacked), 0, None, {}
     self._left = {path: leaves[path].shape[0] if path in self._stacked else 1 for path in leaves}
@@ -211,9 +213,8 @@ def _silent(_) -> bool:
 
 
 def _save(folder: pathlib.Path, handler: _Handler, tree, save_args) -> None:
-  """Orbax's own save, by this process alone: another one may have nothing to write."""
-  alone = ocp.options.MultiprocessingOptions(
-      primary_host=jax.process_index(), active_processes={jax.process_index()}, barrier_sync_key_prefix='lavit')
+  """Orbax's own save, by this process alone: it waits for no other."""
+  alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix='lavit')
   registry = ocp.type_handlers.create_type_handler_registry(
       (np.ndarray, handler), (jax.Array, ocp.type_handlers.ArrayHandler()))  # it asks for the second, to warn without
   pytrees = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry, multiprocessing_options=alone)
