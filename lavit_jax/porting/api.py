@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 from collections.abc import Callable
 
@@ -10,21 +11,24 @@ import numpy as np
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
-from lavit_jax.porting import engine, layouts, torch_files
+from lavit_jax.porting import engine, folder, growth, layouts, torch_files
 from lavit_jax.porting.leaves import flatten, unflatten
 
 
-def from_torch(path, part: str | None = None, *, variant: str | None = None, shardings: Callable | None = None, allow_missing: str = ''):
+def from_torch(path, part: str | None = None, *, variant: str | None = None, dtype: str | None = 'float32', grow: bool = False,
+               shardings: Callable | None = None, allow_missing: str = ''):
   """Reads the weights of a PyTorch folder or file (porting/layouts.py), one leaf in memory at a time beside the result.
 
   Args:
     path: a LaVIT, LLaMA, Stable Diffusion or SDXL folder, or an EVA-CLIP file; with `part`, any folder or file that holds that part alone.
     part: what to read; None reads all there is.
     variant: a row of the variants table; None finds the largest whose shapes the files have.
+    dtype: of the floating leaves; None keeps those of the files.
+    grow: a language model with the text's rows only gets those of the visual tokens (porting/growth.py).
     shardings: {part: tree of ShapeDtypeStructs} -> the same tree of shardings: leaves then go straight onto the devices.
     allow_missing: regex of torch names that may be missing.
   Returns:
-    {part: tree of float32 arrays}, or the tree of `part`.
+    {part: tree of arrays}, or the tree of `part`.
   Raises:
     UserError: unknown or damaged files; PortingError: they do not fit the variant.
   """
@@ -33,37 +37,43 @@ def from_torch(path, part: str | None = None, *, variant: str | None = None, sha
   model = lavit.build(variant or layouts.find_variant(found))
   parts = {}
   for name, fit in layouts.fit(model, found, allow_missing).items():
-    rows = layouts.tables(model, name)[fit.table]
-    like = {leaf: jax.ShapeDtypeStruct(x.shape, np.float32) for leaf, x in fit.plan.leaves.items()}
-    place = None
-    if shardings is not None:
-      where = flatten(shardings({name: unflatten(like)})[name])
+    rows = model.vocabulary.size if grow and name == 'llama' else None
+    like = {leaf: folder.cast(x, dtype) for leaf, x in fit.plan.leaves.items()}
+    shapes = {leaf: growth.grown(leaf, x, rows) for leaf, x in like.items()}
+    where = None if shardings is None else flatten(shardings({name: unflatten(shapes)})[name])
 
-      def place(leaf, array, where=where):
-        return jax.make_array_from_callback(array.shape, where[leaf], lambda index: array[index])
+    def place(leaf, array, shapes=shapes, where=where):
+      array = growth.grow(array, shapes[leaf].shape)
+      return array if where is None else jax.make_array_from_callback(array.shape, where[leaf], lambda index: array[index])
 
-    tree = engine.from_torch(rows, {n: fit.state[n] for n in fit.plan.slots}, like, place)
-    parts[name] = unflatten(flatten(tree))
+    state = {torch_name: fit.state[torch_name] for torch_name in fit.plan.slots}
+    parts[name] = unflatten(flatten(engine.from_torch(layouts.tables(model, name)[fit.table], state, like, place)))
   return parts[part] if part else parts
 
 
 def to_torch(params, path, part: str, *, variant: str) -> pathlib.Path:
-  """Writes one part as a safetensors file under its PyTorch names, in the types of its arrays; returns the file.
+  """Writes one part under its PyTorch names, in the types of its arrays.
 
   Args:
     params: the tree.
-    path: `FOLDER/NAME.safetensors`.
+    path: `FOLDER/NAME.safetensors` for one file; else a folder, that `from_pretrained` of transformers or diffusers loads: shards of
+      5 GB under the published name, and the `config.json` of the language model, a U-Net, a VAE or the safety checker.
+  Returns:
+    The file, or the folder.
   Raises:
-    UserError: the file cannot be written; PortingError: the tree is not of this part.
+    UserError: it cannot be written; PortingError: the tree is not of this part.
   """
-  path = pathlib.Path(path)
-  if path.suffix != '.safetensors':
-    raise UserError(f'{path}: give a name that ends in .safetensors')
-  state = engine.to_torch(layouts.tables(lavit.build(variant), part)[0], layouts.like_of(params))
+  path, model = pathlib.Path(path), lavit.build(variant)
+  file = path.suffix == '.safetensors'
+  leaves = {name: np.asarray(x) for name, x in flatten(params).items()}
+  tensors = {name: slot.array(leaves) for name, slot in engine.slots_of(layouts.tables(model, part)[0], leaves).items()}  # views
+  where = (path.parent, path.stem, tensors, 1 << 62) if file else (path, layouts.places('LaVIT')[part].stems[0], tensors)
   try:
-    with torch_files.Writer(path.parent, path.stem, state, shard_bytes=1 << 62) as writer:
-      for name, array in state.items():
-        writer.write(name, array)
+    with torch_files.Writer(*where) as writer:
+      for name, array in tensors.items():
+        writer.write(name, engine.contiguous(array))
+    if not file and (about := layouts.description(model, part, len(params['embedding']) if part == 'llama' else None)):
+      (path / 'config.json').write_text(json.dumps(about, indent=2) + '\n')
   except OSError as error:
     raise UserError(f'cannot write {path}: {error.strerror}; free some space or choose another place') from error
   return path

@@ -21,12 +21,11 @@ import xxhash
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
-from lavit_jax.porting import folder, layouts, leaves, torch_files
+from lavit_jax.porting import folder, growth, layouts, leaves, torch_files
 from lavit_jax.porting.engine import contiguous, slots_of
 from lavit_jax.porting.layouts import Fit, Found
 
 VERSION = 1  # of the tables: counts their changes
-GROWTH = "new rows: the mean of the text's rows, plus 0.1 of their standard deviation times numpy's default_rng(0).standard_normal"
 
 
 class Item(NamedTuple):
@@ -62,7 +61,7 @@ def prepare(src, dst, *, variant: str | None = None, dtype: str | None = None, a
     allow_missing: regex of torch names that may be missing; recorded in the result.
     force: what stands at `dst` may be replaced, if a conversion wrote it.
     pickles: write `.bin` files in place of safetensors.
-    grow: a language model with the text's rows only gets those for [IMG], [/IMG] and the codes, by the rule `GROWTH`.
+    grow: a language model with the text's rows only gets those for [IMG], [/IMG] and the codes, by the rule of growth.py.
 
   Raises:
     UserError: `src` is unknown or damaged, or `dst` is in the way. PortingError: the files and the variant do not fit.
@@ -85,7 +84,7 @@ def _to_orbax(src: pathlib.Path, dst: pathlib.Path, variant: str | None, dtype: 
   model = lavit.build(variant)
   fits = layouts.fit(model, found, allow_missing)
   rows = {part: model.vocabulary.size for part in fits if part == 'llama' and grow}
-  structs = {part: {path: _grown(path, _cast(x, dtype), rows.get(part)) for path, x in fit.plan.leaves.items()} for part, fit in fits.items()}
+  structs = {part: {path: growth.grown(path, folder.cast(x, dtype), rows.get(part)) for path, x in fit.plan.leaves.items()} for part, fit in fits.items()}
   items = [_item(each, len(fits[each.place.part].plan.slots), structs[each.place.part]) for each in found]
 
   def run(tell):
@@ -109,7 +108,7 @@ def _to_orbax(src: pathlib.Path, dst: pathlib.Path, variant: str | None, dtype: 
           tables=dict(version=VERSION, chosen={part: fit.table for part, fit in fits.items() if fit.table}),
           overlay=next((list(each.overlay) for each in found if each.place.part == 'understanding'), None),
           dtype=dtype, allow_missing=allow_missing or None,
-          grown=GROWTH if any(x.shape != fits['llama'].plan.leaves[path].shape for path, x in structs.get('llama', {}).items()) else None)
+          grown=growth.RULE if any(x.shape != fits['llama'].plan.leaves[path].shape for path, x in structs.get('llama', {}).items()) else None)
       _check_leaves(made, tell)
 
   return Job('torch -> orbax', kind, variant, items, run)
@@ -120,7 +119,7 @@ def _fill(writer: leaves.Writer, fit: Fit, structs: Mapping, digest: Callable[[p
   def prepare_one(slot, tensor):
     struct = structs[slot.leaf]
     array = contiguous(slot.row_of(np.asarray(tensor).astype(struct.dtype, copy=False)))
-    return slot, grow_rows(array, struct.shape) if slot.layer is None and array.shape != struct.shape else array
+    return slot, growth.grow(array, struct.shape) if slot.layer is None else array
 
   def tasks():
     for name, tensor in fit.state.items():  # in the order of the files
@@ -131,15 +130,6 @@ def _fill(writer: leaves.Writer, fit: Fit, structs: Mapping, digest: Callable[[p
   for slot, array in leaves.ahead(tasks()):
     writer.write(slot.leaf, slot.layer, array)
     tell(array.nbytes)
-
-
-def grow_rows(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-  """An embedding [V, H] or a head [H, V] with more rows (columns), by the rule `GROWTH`."""
-  axis = next(axis for axis, (have, want) in enumerate(zip(array.shape, shape)) if have != want)
-  known = np.moveaxis(array, axis, 0).astype(np.float32)
-  noise = np.random.default_rng(0).standard_normal((shape[axis] - len(known), known.shape[1]), np.float32)
-  new = known.mean(0) + 0.1 * known.std(0) * noise
-  return np.concatenate([array, np.moveaxis(new, 0, axis).astype(array.dtype)], axis)
 
 
 def _keep_the_rest(src: pathlib.Path, found: list[Found], fits: Mapping[str, Fit], scratch: pathlib.Path) -> None:
@@ -203,7 +193,7 @@ def _to_torch(src: pathlib.Path, dst: pathlib.Path, dtype: str | None, pickles: 
       elif name in files.get(file, {}):
         continue  # the two parts share it
       shape = slot.array({slot.leaf: layouts.blank(structs[slot.leaf])}).shape
-      files.setdefault(file, {})[name] = _cast(jax.ShapeDtypeStruct(shape, structs[slot.leaf].dtype), dtype)
+      files.setdefault(file, {})[name] = folder.cast(jax.ShapeDtypeStruct(shape, structs[slot.leaf].dtype), dtype)
       writes[name] = file, slot
     jobs.append((part, arrays, writes))
     items.append(_item(Found(place, {}, {}), len(writes), {name: files[file][name] for name, (file, _) in writes.items()}))
@@ -301,20 +291,8 @@ def _item(found: Found, tensors: int, structs: Mapping) -> Item:
               sum(int(np.prod(x.shape)) for x in structs.values()), ', '.join(dtypes), sum(torch_files.nbytes(x) for x in structs.values()))
 
 
-def _cast(struct, dtype: str | None) -> jax.ShapeDtypeStruct:
-  floating = np.dtype(struct.dtype).kind in 'fV'
-  return jax.ShapeDtypeStruct(struct.shape, folder.DTYPES[dtype] if dtype and floating else struct.dtype)
-
-
 def _as(array: np.ndarray, dtype: str | None) -> np.ndarray:
-  return array.astype(_cast(array, dtype).dtype, copy=False)
-
-
-def _grown(path: str, struct, rows: int | None) -> jax.ShapeDtypeStruct:
-  if rows is None or path not in ('embedding', 'head'):
-    return struct
-  width = struct.shape[path == 'embedding']
-  return jax.ShapeDtypeStruct((rows, width) if path == 'embedding' else (width, rows), struct.dtype)
+  return array.astype(folder.cast(array, dtype).dtype, copy=False)
 
 
 def _within(src: pathlib.Path, file: pathlib.Path) -> str:

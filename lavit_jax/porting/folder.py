@@ -141,8 +141,8 @@ def read_checksums(folder, name: str) -> dict[str, int]:
     raise UserError(f'{file} is missing or damaged ({error!r}); copy or export the checkpoint again') from None
 
 
-def load_parts(folder, names=None, variant: str | None = None, shardings: Callable | None = None) -> dict:
-  """Reads parameter trees, floating leaves as float32.
+def load_parts(folder, names=None, variant: str | None = None, shardings: Callable | None = None, dtype: str | None = 'float32') -> dict:
+  """Reads parameter trees.
 
   Args:
     folder: a folder that `save_parts` or `lavit convert` wrote.
@@ -150,6 +150,7 @@ def load_parts(folder, names=None, variant: str | None = None, shardings: Callab
     variant: if given, the variant that the folder must be of.
     shardings: {part: tree of ShapeDtypeStructs} -> the same tree of shardings; the leaves then go straight onto the devices, each
       of which gets its own piece only. Without it they are numpy arrays, and their checksums are looked at.
+    dtype: of the floating leaves; None keeps those of the folder.
   Returns:
     part name -> parameter tree.
   Raises:
@@ -164,7 +165,7 @@ def load_parts(folder, names=None, variant: str | None = None, shardings: Callab
     if name not in config['parts']:
       raise UserError(f'{folder} has no part {name!r}; it holds {", ".join(config["parts"])}')
     with reading(folder / 'parts' / name):
-      flat = _load(folder, name) if shardings is None else _restore(folder, name, shardings)
+      flat = _load(folder, name, dtype) if shardings is None else _restore(folder, name, dtype, shardings)
     parts[name] = unflatten(flat)
   return parts
 
@@ -236,21 +237,25 @@ def swap(scratch: pathlib.Path, folder: pathlib.Path) -> None:
     os.rename(scratch, folder)
 
 
-def _load(folder: pathlib.Path, name: str) -> dict[str, np.ndarray]:
+def _load(folder: pathlib.Path, name: str, dtype: str | None) -> dict[str, np.ndarray]:
   flat, sums = {}, read_checksums(folder, name)
   for path, array in leaves.read(folder / 'parts' / name, sums):
     if leaves.checksum(array) != sums[path]:
       raise ValueError(f'the checksum of {path} is another')
-    flat[path] = array.astype(np.float32) if _floating(array.dtype) else array
+    flat[path] = array.astype(cast(array, dtype).dtype, copy=False)
   return flat
 
 
-def _restore(folder: pathlib.Path, name: str, shardings: Callable) -> dict[str, jax.Array]:
+def _restore(folder: pathlib.Path, name: str, dtype: str | None, shardings: Callable) -> dict[str, jax.Array]:
   arrays = leaves.open_leaves(folder / 'parts' / name, read_checksums(folder, name))
-  structs = {path: jax.ShapeDtypeStruct(x.shape, np.float32 if _floating(x.dtype.numpy_dtype) else x.dtype.numpy_dtype)
-             for path, x in arrays.items()}
+  structs = {path: cast(jax.ShapeDtypeStruct(x.shape, x.dtype.numpy_dtype), dtype) for path, x in arrays.items()}
   places = flatten(shardings({name: unflatten(structs)})[name])
   return leaves.restore(folder / 'parts' / name, {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[path]) for path, x in structs.items()})
+
+
+def cast(struct, dtype: str | None) -> jax.ShapeDtypeStruct:
+  """Of an array or a struct: the shape, and the type that it has once floating leaves are `dtype`; None keeps them."""
+  return jax.ShapeDtypeStruct(struct.shape, DTYPES[dtype] if dtype and _floating(struct.dtype) else struct.dtype)
 
 
 def _floating(dtype) -> bool:

@@ -305,20 +305,21 @@ SCHEDULER = dict(_class_name='DDIMScheduler', beta_schedule='scaled_linear', bet
                  clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type='epsilon')
 
 
+def description(model: lavit.Lavit, part: str, rows: int | None = None) -> dict | None:
+  """The `config.json` by which transformers or diffusers know a part; None if neither has it. `rows`: of the vocabulary, if not the whole."""
+  makers = dict(llama=lambda _: llama_config(model, rows or model.vocabulary.size), unet=unet_config, vae=vae_config,
+                highres_unet=unet_config, highres_vae=vae_config, safety_checker=safety_config)
+  return makers[part](getattr(model, part)) if part in makers else None
+
+
 def descriptions(model: lavit.Lavit, parts, rows: int) -> dict[str, dict]:
-  """path -> content of the JSON files that a published folder has for these parts. `rows`: of the language model's vocabulary."""
-  files = {}
-  if 'llama' in parts:
-    files['language_model/config.json'] = llama_config(model, rows)
-  for prefix, unet, vae in (('', 'unet', 'vae'), ('highres_', 'highres_unet', 'highres_vae')):
-    folder = f'{prefix}pixel_decoding'
-    if unet in parts:
-      files[f'{folder}/unet/config.json'] = unet_config(getattr(model, unet))
-      files[f'{folder}/scheduler/scheduler_config.json'] = SCHEDULER
-    if vae in parts:
-      files[f'{folder}/vae/config.json'] = vae_config(getattr(model, vae))
-  if 'safety_checker' in parts:
-    files['pixel_decoding/safety_checker/config.json'] = safety_config(model.safety_checker)
+  """path -> content of the JSON files that a published folder has for these parts."""
+  places = {place.part: place.folder for place in PUBLISHED if place.part in parts}
+  files = {f'{folder}/config.json': about for part, folder in places.items() if (about := description(model, part, rows))}
+  for part in ('unet', 'highres_unet'):
+    if part in places:
+      files[str(pathlib.PurePath(places[part]).with_name('scheduler') / 'scheduler_config.json')] = SCHEDULER
+  if 'safety_checker' in places:
     files['pixel_decoding/feature_extractor/preprocessor_config.json'] = extractor_config(model.safety_checker)
   return files
 

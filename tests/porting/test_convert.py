@@ -14,7 +14,7 @@ from nano import NANO
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit, vit
-from lavit_jax.porting import convert, folder, from_torch, layouts, torch_files
+from lavit_jax.porting import convert, folder, from_torch, growth, layouts, torch_files
 from lavit_jax.porting import to_torch as write_torch
 from lavit_jax.porting.engine import PortingError, to_torch
 
@@ -315,7 +315,7 @@ def test_a_llama_keeps_its_words_and_gets_the_visual_ones(llama_folder, states, 
   tree = folder.load_parts(tmp_path / 'ours')['llama']
   words, total = WHOLE['text_vocab_size'], lavit.build('whole').vocabulary.size
   assert tree['embedding'].shape == (total, 32) and tree['head'].shape == (32, total)
-  assert folder.read_config(tmp_path / 'ours')['metadata']['grown'] == convert.GROWTH
+  assert folder.read_config(tmp_path / 'ours')['metadata']['grown'] == growth.RULE
   for array, name in ((tree['embedding'], 'model.embed_tokens.weight'), (tree['head'].T, 'lm_head.weight')):
     known = states['llama'][name][:words].astype(np.float32)
     np.testing.assert_array_equal(array[:words], known)
@@ -469,6 +469,25 @@ def test_the_safety_checker_judges_as_theirs(tmp_path, nested):
 
 
 # ------------------------------------------------------------------------------------------------------------ from a script
+
+def test_a_llama_from_python(llama_folder, states, tmp_path):
+  torch, transformers = (pytest.importorskip(name) for name in ('torch', 'transformers'))
+  total, words = lavit.build('whole').vocabulary.size, WHOLE['text_vocab_size']
+  run(llama_folder, tmp_path / 'ours')
+  params = from_torch(llama_folder, 'llama', variant='whole', dtype=None, grow=True)
+  kept = folder.load_parts(tmp_path / 'ours', ['llama'], dtype=None)['llama']  # by the command, which grows too
+  jax.tree.map(np.testing.assert_array_equal, params, kept)
+  assert {x.dtype for x in jax.tree.leaves([params, kept])} == {np.dtype(ml_dtypes.bfloat16)}
+  assert from_torch(llama_folder, 'llama', variant='whole')['embedding'].shape == (words, 32)
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[-1])
+  placed = from_torch(llama_folder, 'llama', variant='whole', dtype='float16', grow=True, shardings=lambda tree: jax.tree.map(lambda _: place, tree))
+  assert placed['head'].shape == (32, total) and {x.dtype for x in jax.tree.leaves(placed)} == {np.dtype(np.float16)}
+
+  write_torch(params, tmp_path / 'theirs', 'llama', variant='whole')
+  peer = transformers.LlamaForCausalLM.from_pretrained(tmp_path / 'theirs', dtype=torch.bfloat16)
+  assert peer.config.vocab_size == total
+  assert torch.equal(peer.lm_head.weight[:words].view(torch.int16), torch.from_numpy(states['llama']['lm_head.weight'][:words].view(np.int16)))
+
 
 def test_golden_files_from_python(tmp_path):
   back = {}
