@@ -14,6 +14,7 @@ import concurrent.futures
 import errno
 import functools
 import logging
+import math
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -116,12 +117,34 @@ def open_leaves(folder: pathlib.Path, paths) -> dict[str, ts.TensorStore]:
 
 
 def restore(folder: pathlib.Path, like: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-  """Leaves straight onto the devices that the shardings of `like` name, in its dtypes; each device reads its own piece."""
-  tree = unflatten_dict(like, sep='/')
-  args = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(dtype=x.dtype, sharding=x.sharding, global_shape=x.shape), tree)
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-    restored = checkpointer.restore(pathlib.Path(folder).absolute(), args=ocp.args.PyTreeRestore(tree, restore_args=args))
-  return flatten_dict(restored, sep='/')
+  """Leaves straight onto the devices that the shardings of `like` name, in its dtypes.
+
+  A process reads what its own devices hold, each stretch once, and one leaf at a time is on the host. (Orbax would read each device's
+  share apart, in whole chunks, and all leaves at once.)
+  """
+  return {path: _place(array, like[path]) for path, array in open_leaves(folder, like).items()}
+
+
+def _place(store: ts.TensorStore, like: jax.ShapeDtypeStruct) -> jax.Array:
+  if not like.shape:
+    return jax.device_put(store.read().result().astype(like.dtype), like.sharding)
+  places = {device: tuple(each.indices(size)[:2] for each, size in zip(index, like.shape))  # (start, stop) by axis
+            for device, index in like.sharding.addressable_devices_indices_map(like.shape).items()}
+  shards = {index: np.empty([stop - start for start, stop in index], like.dtype) for index in set(places.values())}
+  (top, bottom), *sides = [(min(starts), max(stops)) for starts, stops in (zip(*axis) for axis in zip(*shards))]
+  step = max(CHUNK_BYTES // max(math.prod(stop - start for start, stop in sides) * store.dtype.numpy_dtype.itemsize, 1), 1)
+
+  def stretch(start, stop):
+    return start, stop, store[(slice(start, stop), *(slice(*side) for side in sides))].read().result()
+
+  for start, stop, block in ahead(functools.partial(stretch, start, min(start + step, bottom)) for start in range(top, bottom, step)):
+    for ((first, last), *rest), shard in shards.items():
+      low, high = max(start, first), min(stop, last)
+      if low < high:
+        inside = [slice(begin - side, end - side) for (begin, end), (side, _) in zip(rest, sides)]
+        shard[low - first:high - first] = block[(slice(low - start, high - start), *inside)]
+  pieces = [jax.device_put(shards[index], device) for device, index in places.items()]
+  return jax.make_array_from_single_device_arrays(like.shape, like.sharding, pieces).block_until_ready()
 
 
 def read(folder: pathlib.Path, paths) -> Iterator[tuple[str, np.ndarray]]:
