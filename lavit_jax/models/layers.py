@@ -241,6 +241,17 @@ def split_batch(x: Array) -> Array:
   return jax.lax.with_sharding_constraint(x, P(BATCH_AXES))
 
 
+def per_shard(function: Callable, shards: int, *arrays: Array) -> Any:
+  """function(*arrays) of each of `shards` equal pieces of the arrays [B, ...] alone; its results joined again, all [B', ...] too.
+
+  Over a mesh a piece is what lies on one place of `BATCH_AXES`, and nothing is sent; without one the pieces are mapped over.
+  """
+  if set(BATCH_AXES) <= set(jax.sharding.get_abstract_mesh().axis_names):
+    return jax.shard_map(function, in_specs=P(BATCH_AXES), out_specs=P(BATCH_AXES), axis_names=set(BATCH_AXES), check_vma=False)(*arrays)
+  pieces = [x.reshape(shards, -1, *x.shape[1:]) for x in arrays]
+  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.vmap(function)(*pieces))
+
+
 def scan_blocks(
   block: type[nn.Module], length: int, remat: str = 'none', in_axes: Any = nn.broadcast
 ) -> Callable[..., nn.Module]:

@@ -24,6 +24,7 @@ from lavit_jax.models import vae as pixels
 from lavit_jax.models.decoder import null_context
 from lavit_jax.models.initial import initial_parts
 from lavit_jax.models.lavit import Lavit
+from lavit_jax.models.layers import per_shard
 from lavit_jax.models.sequence import compact, embed_sources, pack, segment_mask
 from lavit_jax.models.tokenizer import gumbel_keep
 from lavit_jax.training import codebook
@@ -187,20 +188,12 @@ def lm(config, model: Lavit, shards: int) -> Stage:
     params['understanding'] = {**params['understanding'], 'merger': parts['tokenizer']['merger']}
     return begin(params, parts), {}
 
-  def packed_rows(batch, codes, visual_length):
-    """Packs within each shard, then numbers pairs and features through the whole batch."""
-    fields = (batch['text'], batch['text_length'], batch['text_weight'], batch['kind'], codes, visual_length)
-
-    def pack_shard(*fields):
-      return pack(*fields, model.vocabulary, num_rows=c.num_rows // shards, row_length=c.row_length, image_loss=c.image_loss)
-
-    out = jax.vmap(pack_shard)(*(x.reshape(shards, -1, *x.shape[1:]) for x in fields))
-    pairs = len(codes) // shards
-    shard = jnp.arange(shards)[:, None, None]
-    out = out._replace(source=jnp.where(out.source >= 0, out.source + shard * pairs * model.num_patches, -1),
-                       segments=jnp.where(out.segments > 0, out.segments + shard * pairs, 0),
-                       overflow=out.overflow.sum(), used=out.used.mean())
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]) if x.ndim > 1 else x, out)
+  def pack_shard(text, text_length, text_weight, kind, codes, visual_length):
+    """The pairs of one shard -> their rows, numbered within the shard, and the kind i32[R, S] of each slot's pair, -1 if it is empty."""
+    rows = pack(text, text_length, text_weight, kind, codes, visual_length, model.vocabulary, num_rows=c.num_rows // shards,
+                row_length=c.row_length, image_loss=c.image_loss)
+    kinds = jnp.where(rows.segments > 0, kind[jnp.maximum(rows.segments - 1, 0)], -1)
+    return rows._replace(overflow=rows.overflow[None], used=rows.used[None]), kinds
 
   def next_token(llama, hidden, targets):
     """Negative log-likelihood and correctness f32[R, S] each, some slots at a time: logits are V wide."""
@@ -224,8 +217,10 @@ def lm(config, model: Lavit, shards: int) -> Stage:
     out = apply(model.tokenizer, frozen['tokenizer'], x, key)
     visual, mask = compact(apply(model.understanding, params['understanding'], x, out.keep), out.keep)
     codes, _ = compact(out.ids, out.keep)
-    rows = packed_rows(batch, codes, mask.sum(-1))
-    embedded = embed_sources(apply(model.llama, params['llama'], rows.ids, method='embed'), rows.source, visual)
+    pairs = (batch['text'], batch['text_length'], batch['text_weight'], batch['kind'], codes, mask.sum(-1))
+    rows, kind = per_shard(pack_shard, shards, *pairs)
+    embedded = apply(model.llama, params['llama'], rows.ids, method='embed')
+    embedded = per_shard(embed_sources, shards, embedded, rows.source, visual)
     hidden, _ = apply(model.llama, params['llama'], embedded, rows.positions, segment_mask(rows.segments))
     nll, correct = next_token(params['llama'], hidden, rows.targets)
 
@@ -233,8 +228,7 @@ def lm(config, model: Lavit, shards: int) -> Stage:
       return (values * weights).sum() / weights.sum()  # nan where nothing counts: that is what it is
 
     value = (nll * rows.weights).sum() / jnp.maximum(rows.weights.sum(), 1e-6)
-    kind = jnp.where(rows.segments > 0, batch['kind'][jnp.maximum(rows.segments - 1, 0)], -1)
-    metrics = dict(token_accuracy=mean(correct, rows.weights), packed_share=rows.used, overflow=rows.overflow.astype(jnp.float32),
+    metrics = dict(token_accuracy=mean(correct, rows.weights), packed_share=rows.used.mean(), overflow=rows.overflow.sum().astype(jnp.float32),
                    loss_tokens=(rows.weights > 0).sum().astype(jnp.float32), keep_ratio=out.keep.mean())
     for i, name in enumerate(('image_to_text', 'text_to_image', 'text_only')):
       weights = rows.weights * (kind == i)
