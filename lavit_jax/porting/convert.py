@@ -103,7 +103,8 @@ def _to_orbax(src: pathlib.Path, dst: pathlib.Path, variant: str | None, dtype: 
       for file in sources:
         digest(file)
       _keep_the_rest(src, found, fits, made.path)
-      made.config['metadata'] = dict(
+      trained = layouts.read_json(src / layouts.ABOUT).get('source', {}).get('metadata', {})  # of a folder that came from one of ours
+      made.config['metadata'] = trained | dict(
           source=dict(kind=kind, files={_within(src, file): f'sha256:{digests[file].result()}' for file in sources}),
           tables=dict(version=VERSION, chosen={part: fit.table for part, fit in fits.items() if fit.table}),
           overlay=next((list(each.overlay) for each in found if each.place.part == 'understanding'), None),

@@ -374,13 +374,14 @@ def test_an_image_encoder_with_its_text_tower(states, tmp_path):
 def test_what_was_trained_here_gets_its_descriptions(tmp_path):
   model, rng = lavit.build('whole'), np.random.default_rng(0)
   parts = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), layouts.shapes(model, layouts.TABLES))
-  folder.save_parts(tmp_path / 'ours', 'whole', parts, {'stage': 'lm'}, tokenizer=WORDS)
+  folder.save_parts(tmp_path / 'ours', 'whole', parts, {'llama': {'stage': 'lm', 'steps': 7}}, tokenizer=WORDS)
   run(tmp_path / 'ours', tmp_path / 'theirs')
   assert json.loads((tmp_path / 'theirs' / 'language_model' / 'config.json').read_text())['vocab_size'] == model.vocabulary.size
   assert (tmp_path / 'theirs' / 'language_model' / 'tokenizer.json').is_file()
   assert (tmp_path / 'theirs' / 'highres_pixel_decoding' / 'scheduler' / 'scheduler_config.json').is_file()
   run(tmp_path / 'theirs', tmp_path / 'again')
   jax.tree.map(np.testing.assert_array_equal, folder.load_parts(tmp_path / 'again'), parts)
+  assert folder.read_config(tmp_path / 'again')['metadata']['llama'] == {'stage': 'lm', 'steps': 7}
 
 
 # ---------------------------------------------------------------------------------------------- other people's code reads it
