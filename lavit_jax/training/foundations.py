@@ -24,14 +24,14 @@ from lavit_jax.training.stage import Stage, Tree, apply, begin, features
 def encoder(config, model: Lavit, shards: int) -> Stage:
   """Contrastive image-text training of the ViT: symmetric cross-entropy over the batch, learned temperature (CLIP).
 
-  And a patch must tell its own pixels: EVA's features come from masked image modelling and stay local, while those of the contrastive
-  loss alone become the same at every patch of a picture, and then no token could say where a thing is.
+  And a patch must tell its own pixels and its place: EVA's features come from masked image modelling and stay local, while those of the
+  contrastive loss alone become the same at every patch of a picture, and then no token could say what is where.
   """
   del shards
   tower = Llama(vocab_size=model.vocabulary.text_size, dtype=model.vit.dtype, remat=model.vit.remat, **config.text_tower)
 
   def init(key, parts):
-    k1, k2, k3, k4 = jax.random.split(key, 4)
+    k1, k2, k3, k4, k5 = jax.random.split(key, 5)
     width = tower.hidden_size
     mask, positions = jnp.ones((1, 1, 1, 1), bool), jnp.zeros((1, 1), jnp.int32)
     params = dict(
@@ -39,6 +39,7 @@ def encoder(config, model: Lavit, shards: int) -> Stage:
         text=tower.init(k2, jnp.zeros((1, 1, width)), positions, mask)['params'],
         text_proj=dict(kernel=jax.random.normal(k3, (width, model.vit.output_dim)) * width**-0.5),
         to_pixels=jax.random.normal(k4, (model.vit.hidden_size, 3 * model.vit.patch_size**2)),
+        to_place=jax.random.normal(k5, (model.vit.hidden_size, 2)),
         temperature=jnp.log(1 / 0.07))
     return begin(params, parts), {}
 
@@ -62,6 +63,12 @@ def encoder(config, model: Lavit, shards: int) -> Stage:
     true = vit.preprocess(images).reshape(-1, side, patch, side, patch, 3).swapaxes(2, 3)
     return jnp.square(said - true.reshape(said.shape)).mean()
 
+  def place_error(params, x):
+    """Mean squared error of a linear read-out of the patches' rows and columns, from -1 to 1."""
+    said = jax.nn.standardize(x[:, 1:].astype(jnp.float32)) @ l2_normalise(params['to_place'].T).T
+    side = jnp.linspace(-1, 1, model.image_size // model.vit.patch_size)
+    return jnp.square(said - jnp.stack(jnp.meshgrid(side, side, indexing='ij'), -1).reshape(-1, 2)).mean()
+
   def loss(params, frozen, state, batch, key, train):
     del frozen, key, train
     x, image, text = embed(params, batch)
@@ -73,10 +80,10 @@ def encoder(config, model: Lavit, shards: int) -> Stage:
       return -(target * jax.nn.log_softmax(logits)).sum(-1).mean()
 
     contrastive = (cross_entropy(logits) + cross_entropy(logits.T)) / 2
-    pixel = pixel_error(params, x, batch['image'])
+    pixel, place = pixel_error(params, x, batch['image']), place_error(params, x)
     hit = jnp.take_along_axis(same, logits.argmax(-1)[:, None], axis=-1)
-    values = dict(contrastive=contrastive, pixel=pixel, accuracy=hit.mean(), temperature=jnp.exp(-params['temperature']))
-    return contrastive + config.pixel_weight * pixel, (state, values)
+    values = dict(contrastive=contrastive, pixel=pixel, place=place, accuracy=hit.mean(), temperature=jnp.exp(-params['temperature']))
+    return contrastive + config.pixel_weight * pixel + config.place_weight * place, (state, values)
 
   def draw(params, frozen, state, batch, key):
     del frozen, state, key

@@ -77,12 +77,12 @@ def test_equal_captions_are_no_negatives(batch):
   assert swapped(5, 6) != pytest.approx(value, rel=1e-4)
 
 
-def test_a_patch_must_tell_its_own_pixels(batch):
+def test_a_patch_must_tell_its_own_pixels_and_place(batch):
   """The read-out is that of the definition, patch by patch, and a picture with other patches is told wrongly."""
-  stage = build('encoder', pixel_weight=3.0)
+  stage = build('encoder', pixel_weight=3.0, place_weight=5.0)
   params, state = start(stage, {})
   value, (_, metrics) = nano.jit(stage.loss, static_argnums=5)(params, {}, state, batch, None, True)
-  assert value == pytest.approx(float(metrics['contrastive'] + 3 * metrics['pixel']), rel=1e-5)
+  assert value == pytest.approx(float(metrics['contrastive'] + 3 * metrics['pixel'] + 5 * metrics['place']), rel=1e-5)
 
   x = np.asarray(nano.jit(lambda: features(MODEL, params['vit'], batch['image']))())[:, 1:]
   x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
@@ -92,6 +92,10 @@ def test_a_patch_must_tell_its_own_pixels(batch):
   errors = [np.square(x[:, 4 * i + j] @ kernel - pixels[:, 8 * i:8 * i + 8, 8 * j:8 * j + 8].reshape(8, -1)).mean()
             for i in range(4) for j in range(4)]
   assert float(metrics['pixel']) == pytest.approx(np.mean(errors), rel=1e-4)
+  kernel = np.asarray(params['to_place'])
+  said = x @ (kernel / np.linalg.norm(kernel, axis=0))
+  true = np.array([(row, column) for row in np.linspace(-1, 1, 4) for column in np.linspace(-1, 1, 4)])
+  assert float(metrics['place']) == pytest.approx(np.square(said - true).mean(), rel=1e-4)
 
 
 def test_standardised_autoencoder_is_the_same_with_unit_latents(parts):
