@@ -156,7 +156,7 @@ def load_parts(folder, names=None, variant: str | None = None, shardings: Callab
   Raises:
     UserError: a part is missing or damaged, or the folder is of another variant.
   """
-  folder = pathlib.Path(folder)
+  folder = pathlib.Path(folder).resolve()  # TensorStore takes no '..'
   config = read_config(folder)
   if variant is not None and config['variant'] != variant:
     raise UserError(f'{folder} holds variant {config["variant"]!r}, but {variant!r} was asked for')

@@ -108,6 +108,16 @@ def test_parts_go_straight_onto_a_mesh(tmp_path):
   assert [list(tree) for tree in seen] == [['vit'], ['uncond_embeddings']]
 
 
+def test_a_folder_may_be_named_by_a_way_around(tmp_path, monkeypatch):
+  save_parts(tmp_path / 'model', 'tiny', {'vae': {'kernel': np.arange(6.0)}})
+  (tmp_path / 'runs').mkdir()
+  monkeypatch.chdir(tmp_path / 'runs')
+  assert load_parts('../model')['vae']['kernel'].tolist() == list(range(6))
+  mesh = jax.make_mesh((1,), ('x',))
+  places = lambda tree: jax.tree.map(lambda _: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()), tree)  # noqa: E731
+  assert load_parts('../model', shardings=places)['vae']['kernel'].tolist() == list(range(6))
+
+
 def test_what_is_no_checkpoint_is_left_alone(tmp_path, monkeypatch):
   (tmp_path / 'runs' / 'encoder').mkdir(parents=True)
   (tmp_path / 'notes').write_text('mine')
