@@ -18,7 +18,7 @@ SCHEDULES = {
                  learning_rate=2e-3, warmup_steps=100),
     'small': dict(batch_size=1024, num_steps=100_000, text_length=128, num_rows=320, row_length=1024, loss_chunks=8,
                   learning_rate=3e-4, warmup_steps=2_000),
-    'lavit_7b': dict(batch_size=2048, num_steps=100_000, text_length=128, num_rows=320, row_length=2048, loss_chunks=16,
+    'lavit_7b': dict(batch_size=34_816, num_steps=100_000, text_length=128, num_rows=2048, row_length=2048, loss_chunks=16,
                      learning_rate=5e-5, warmup_steps=2_000),
 }
 
@@ -27,9 +27,9 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
   size, row = lavit.row(variant)['vit']['image_size'], SCHEDULES[variant]
   large = variant != 'tiny'
   config = ConfigDict(dict(
-      stage='lm', variant=variant, seed=0, batch_size=row['batch_size'], num_steps=row['num_steps'],
+      stage='lm', variant=variant, seed=0, batch_size=row['batch_size'], num_steps=row['num_steps'], accumulate=1,
       dtype='bfloat16' if large else 'float32', remat='full' if large else 'none',
-      mesh=dict(data=1, fsdp=-1, tensor=1) if large else dict(data=-1, fsdp=1, tensor=1), peak_tflops=0.0,
+      mesh=dict(data=-1, fsdp=128, tensor=1) if large else dict(data=-1, fsdp=1, tensor=1), peak_tflops=0.0,
       frozen='', init_from='',
       data=dict(
           task='lm', source='data', tokenizer_folder='lavit_jax/assets/tiny/language_model' if not large else 'tokenizer',
@@ -39,6 +39,6 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
       lm=dict(num_rows=row['num_rows'], row_length=row['row_length'], image_loss=False, loss_chunks=row['loss_chunks']),
       optim=dict(
           learning_rate=row['learning_rate'], warmup_steps=row['warmup_steps'], final_fraction=0.05, weight_decay=0.05,
-          b1=0.9, b2=0.95, clip_norm=1.0, ema_decay=0.0, freeze=(), lr_scale=()),
+          b1=0.9, b2=0.95, mu_dtype='float32', clip_norm=1.0, ema_decay=0.0, freeze=(), lr_scale=()),
       log_every=50, eval_every=1000 if large else 250, eval_batches=8, picture_every=1000 if large else 500, checkpoint_every=500, keep=2))
   return config.lock()

@@ -22,8 +22,8 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
   size, row = lavit.row(variant)['vit']['image_size'], SCHEDULES[variant]
   large = variant != 'tiny'
   config = ConfigDict(dict(
-      stage='tokenizer', variant=variant, seed=0, batch_size=row['batch_size'], num_steps=row['num_steps'],
-      dtype='bfloat16' if large else 'float32', remat='dots' if large else 'none',
+      stage='tokenizer', variant=variant, seed=0, batch_size=row['batch_size'], num_steps=row['num_steps'], accumulate=1,
+      dtype='bfloat16' if large else 'float32', remat='minimal' if large else 'none',
       mesh=dict(data=-1, fsdp=1, tensor=1), peak_tflops=0.0,
       frozen='', init_from='',
       data=dict(task='images', source='data', image_size=size, scene_share=0.3, num_threads=16 if large else 2),
@@ -32,6 +32,6 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
           freeze_selector_from=-1, revive_after=row['revive_after']),
       optim=dict(
           learning_rate=row['learning_rate'], warmup_steps=row['warmup_steps'], final_fraction=0.05, weight_decay=0.05,
-          b1=0.9, b2=0.98, clip_norm=1.0, ema_decay=0.0, freeze=('^decoder/(context_proj|pool)',), lr_scale=()),
+          b1=0.9, b2=0.98, mu_dtype='float32', clip_norm=1.0, ema_decay=0.0, freeze=('^decoder/(context_proj|pool)',), lr_scale=()),
       log_every=50, eval_every=1000 if large else 250, eval_batches=8, picture_every=1000 if large else 500, checkpoint_every=500, keep=2))
   return config.lock()

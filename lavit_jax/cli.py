@@ -24,7 +24,7 @@ def main(argv=None):
   from lavit_jax.errors import UserError
   try:
     args, rest = build_parser().parse_known_args(argv)
-    if args.run is train:
+    if args.run in (train, compile_step):
       from lavit_jax.training.config import split_overrides
       args.overrides, rest = split_overrides(rest)
     if rest:
@@ -64,6 +64,14 @@ def train(args):
   config = load_config(args.config, args.overrides)
   from lavit_jax.training.loop import train as run
   run(config, args.workdir)
+
+
+def compile_step(args):
+  os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # the pod's chips are elsewhere
+  from lavit_jax.training.config import load_config
+  config = load_config(args.config, args.overrides)
+  from lavit_jax.training.aot import run
+  run(config, os.path.basename(args.config), args.topology, args.slices, args.json)
 
 
 def bundle(args):
@@ -241,6 +249,12 @@ def build_parser():
   sub = command('train', train, 'train one stage; every value of its page can be set with --config.KEY=VALUE')
   sub.add_argument('--config', required=True, metavar='PAGE.py:VARIANT', help='such as configs/tokenizer.py:tiny')
   sub.add_argument('--workdir', required=True, metavar='DIR', help='checkpoints, logs, exports; a run found there goes on')
+
+  sub = command('compile', compile_step, 'compile the train step of a page for a TPU pod that is not there: memory, operations, traffic')
+  sub.add_argument('--config', required=True, metavar='PAGE.py:VARIANT', help='as for train; --config.KEY=VALUE too')
+  sub.add_argument('--topology', required=True, metavar='CHIP:SHAPE', help='such as v5e:16x16 or v5p:4x4x8')
+  sub.add_argument('--slices', type=number(int, 1), default=1, metavar='N', help='pods of that shape, joined (default: %(default)s)')
+  sub.add_argument('--json', action='store_true', help='print one JSON object')
 
   sub = command('bundle', bundle, 'make one checkpoint of what the stages exported')
   sub.add_argument('exports', nargs='+', metavar='RUN/export', help='of a part that several hold, the last one counts')

@@ -66,6 +66,16 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
   return iter(indices.map(row).to_iter_dataset(options).batch(batch_size, drop_remainder=True))
 
 
+def shapes(task: str, batch_size: int, image_size: int, text_length: int = 0) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+  """What `batches` yields for a task: name -> (shape, dtype)."""
+  made = {'image': ((batch_size, image_size, image_size, 3), np.uint8)}
+  if task != 'images':
+    made |= {'text': ((batch_size, text_length), np.int32), 'text_length': ((batch_size,), np.int32)}
+  if task == 'lm':
+    made |= {'text_weight': ((batch_size, text_length), np.float32), 'kind': ((batch_size,), np.int32)}
+  return {name: (shape, np.dtype(dtype)) for name, (shape, dtype) in made.items()}
+
+
 def examples(source: str = 'embedded', split: str = 'heldout', seed: int = 0, count: int = 8,
              kind: Literal['single', 'scene'] = 'single', image_size: int = 64) -> list[Example]:
   """The first `count` examples of a split that show one sprite each, or a scene each; for evaluation and the demo."""

@@ -113,7 +113,7 @@ def build(variant: str, dtype: str = 'float32', remat: str = 'none') -> Lavit:
   Args:
     variant: a key of `VARIANTS`.
     dtype: the compute dtype; parameters are float32 whatever it is, and the VAE computes in float32 (REFERENCE 2).
-    remat: rematerialisation policy of the scanned stacks: 'none', 'full' or 'dots'.
+    remat: rematerialisation policy of the scanned stacks: 'none' or a key of `layers.REMAT_POLICIES`.
   Raises:
     UserError: no such variant.
   """

@@ -12,13 +12,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 Dtype = Any
 BATCH_AXES = ('data', 'fsdp')  # the mesh axes that a batch is split over
+TENSOR_AXIS = 'tensor'  # and the one that heads and hidden units are
+
+# What backward keeps of a block besides its input, by the names below; the rest it computes again. From the least memory to the least work.
+SAVED_QKV, SAVED_ATTENTION, SAVED_PROJ, SAVED_MLP_OUT = 'qkv', 'attention', 'proj', 'mlp_out'
+_policies = jax.checkpoint_policies
 REMAT_POLICIES = {
-    'full': jax.checkpoint_policies.nothing_saveable,
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    'full': _policies.nothing_saveable,
+    'save_qkv_proj': _policies.save_only_these_names(SAVED_QKV, SAVED_ATTENTION, SAVED_PROJ),
+    'save_all_but_mlp_in': _policies.save_only_these_names(SAVED_QKV, SAVED_ATTENTION, SAVED_PROJ, SAVED_MLP_OUT),
+    'minimal': _policies.save_from_both_policies(  # every product with weights
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(SAVED_QKV, SAVED_ATTENTION)),
 }
 
 
@@ -68,7 +77,7 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     hidden = self.activation(nn.Dense(self.mlp_dim, dtype=self.dtype, name='fc1')(x))
-    return nn.Dense(x.shape[-1], dtype=self.dtype, name='fc2')(hidden)
+    return checkpoint_name(nn.Dense(x.shape[-1], dtype=self.dtype, name='fc2')(hidden), SAVED_MLP_OUT)
 
 
 class SwiGLU(nn.Module):
@@ -83,7 +92,7 @@ class SwiGLU(nn.Module):
       return nn.Dense(features, use_bias=False, dtype=self.dtype, name=name)
 
     gate, up = linear(self.mlp_dim, 'gate')(x), linear(self.mlp_dim, 'up')(x)
-    return linear(x.shape[-1], 'down')(nn.silu(gate) * up)
+    return checkpoint_name(linear(x.shape[-1], 'down')(nn.silu(gate) * up), SAVED_MLP_OUT)
 
 
 def _scores(q: Array, k: Array, scale: float | None) -> Array:
@@ -185,8 +194,7 @@ class SelfAttention(nn.Module):
     if not self.key_bias:
       q = q + self.param('q_bias', nn.initializers.zeros, (width,)).astype(self.dtype)
       v = v + self.param('v_bias', nn.initializers.zeros, (width,)).astype(self.dtype)
-    heads = attend(*(split_heads(t, self.num_heads) for t in (q, k, v)))
-    return nn.Dense(x.shape[-1], dtype=self.dtype, name='proj')(merge_heads(heads))
+    return attend_and_project(q, k, v, self.num_heads, attend, nn.Dense(x.shape[-1], dtype=self.dtype, name='proj'))
 
 
 class CrossAttention(nn.Module):
@@ -203,8 +211,14 @@ class CrossAttention(nn.Module):
       return nn.Dense(x.shape[-1], dtype=self.dtype, name=name)
 
     q, k, v = linear('query')(x), linear('key')(memory), linear('value')(memory)
-    heads = attend(*(split_heads(t, self.num_heads) for t in (q, k, v)))
-    return linear('proj')(merge_heads(heads))
+    return attend_and_project(q, k, v, self.num_heads, attend, linear('proj'))
+
+
+def attend_and_project(q: Array, k: Array, v: Array, num_heads: int, attend: Callable, proj: Callable) -> Array:
+  """Queries, keys and values [B, N, W] through `attend`, head by head, and `proj`."""
+  q, k, v = (checkpoint_name(x, SAVED_QKV) for x in (q, k, v))
+  heads = attend(*(split_heads(x, num_heads) for x in (q, k, v)))
+  return checkpoint_name(proj(merge_heads(heads)), SAVED_PROJ)
 
 
 def split_heads(x: Array, num_heads: int) -> Array:
@@ -262,7 +276,7 @@ def scan_blocks(
   Args:
     block: a module whose call takes (carry, *inputs) and returns (carry, out).
     length: number of blocks.
-    remat: 'none', or what backward recomputes: 'full' everything, 'dots' all but the products with weights.
+    remat: 'none', or what backward recomputes, a key of `REMAT_POLICIES`.
     in_axes: for each input, `nn.broadcast` (all blocks see it) or the axis that holds one slice a block.
 
   Raises:

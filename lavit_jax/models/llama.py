@@ -10,8 +10,21 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
-from lavit_jax.models.layers import RMSNorm, SwiGLU, attention, merge_heads, rotary, scan_blocks, split_batch, split_heads
+from lavit_jax.models.layers import (
+  SAVED_PROJ,
+  SAVED_QKV,
+  RMSNorm,
+  SwiGLU,
+  attention,
+  merge_heads,
+  rotary,
+  scan_blocks,
+  split_batch,
+  split_heads,
+)
+from lavit_jax.models.packed_attention import packed_attention
 
 Dtype = Any
 
@@ -60,8 +73,9 @@ class SelfAttention(nn.Module):
     q, k = rotary(q, positions, self.rope_theta), rotary(k, positions, self.rope_theta)
     if cache is not None:
       cache, k, v = cache.append(layer, k, v)
-    heads = attention(q, k.astype(self.dtype), v.astype(self.dtype), mask)
-    return linear(x.shape[-1], 'proj')(merge_heads(heads)), cache
+    q, k, v = (checkpoint_name(x.astype(self.dtype), SAVED_QKV) for x in (q, k, v))
+    heads = attention(q, k, v, mask) if mask.dtype == bool else packed_attention(q, k, v, mask)
+    return checkpoint_name(linear(x.shape[-1], 'proj')(merge_heads(heads)), SAVED_PROJ), cache
 
 
 class Block(nn.Module):
@@ -132,8 +146,8 @@ class Llama(nn.Module):
     Args:
       embeddings: [B, S, H].
       positions: i32[B, S], rotary positions.
-      mask: bool[B, 1, S, K], what each query may see; causality is in it too (`sequence.segment_mask`,
-        `sequence.prompt_mask`). A query that may see nothing gets something finite and meaningless.
+      mask: bool[B, 1, S, K], what each query may see; causality is in it too (`sequence.prompt_mask`). A query that
+        may see nothing gets something finite and meaningless. Or, of packed rows, their segments i32[B, S].
       cache: the new tokens are written at its `length`, and must fit: M >= length + S.
 
     Returns:

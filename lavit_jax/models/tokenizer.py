@@ -4,6 +4,7 @@ Axes: B images, N patches, D feature width, K codes, C code width, H language-mo
 `keep` f32[B, N] is 1 where a patch becomes a token and 0 where it is dropped and merged; all N slots travel with it.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ from jax import Array
 from lavit_jax.models.layers import (
     CrossAttention, Dtype, LayerNorm, Mlp, SelfAttention, gelu, policy_attention, scan_blocks, split_batch,
 )
+
+CODE_BLOCK = 2048  # codes whose distances are in memory at once
 
 
 class TokenizerOutput(NamedTuple):
@@ -164,10 +167,25 @@ def l2_normalise(x: Array) -> Array:
 
 
 def nearest_code(z: Array, codebook: Array) -> Array:
-  """Index i32[...] of the row of codebook f32[K, C] nearest to z [..., C] by Euclidean distance; the first among equals."""
-  z, codebook = z.astype(jnp.float32), codebook.astype(jnp.float32)
-  product = jnp.matmul(z, codebook.T, precision=jax.lax.Precision.HIGHEST)
-  return (jnp.square(codebook).sum(-1) - 2 * product).argmin(-1).astype(jnp.int32)  # |z|^2 is the same for all
+  """Index i32[...] of the row of codebook f32[K, C] nearest to z [..., C] by Euclidean distance; the first among equals.
+
+  `CODE_BLOCK` codes at a time: all distances at once would be the largest array of a training step.
+  """
+  z, codebook = jax.lax.stop_gradient((z.astype(jnp.float32), codebook.astype(jnp.float32)))
+  block = math.gcd(len(codebook), CODE_BLOCK)
+
+  def look(nearest, inputs):
+    first, codes = inputs
+    product = jnp.matmul(z, codes.T, precision=jax.lax.Precision.HIGHEST)
+    distance = jnp.square(codes).sum(-1) - 2 * product  # |z|^2 is the same for all
+    least = distance.min(-1)
+    closer = least < nearest[0]
+    return (jnp.where(closer, least, nearest[0]), jnp.where(closer, first + distance.argmin(-1), nearest[1])), None
+
+  starts = jnp.arange(0, len(codebook), block, dtype=jnp.int32)
+  none = jnp.full(z.shape[:-1], jnp.inf), jnp.zeros(z.shape[:-1], jnp.int32)
+  (_, ids), _ = jax.lax.scan(look, none, (starts, codebook.reshape(-1, block, codebook.shape[-1])))
+  return ids
 
 
 def unit_rows(key: Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> Array:

@@ -29,7 +29,7 @@ from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.models.layers import REMAT_POLICIES
 from lavit_jax.porting import folder
-from lavit_jax.training import flops, metrics, optim, sharding, stages
+from lavit_jax.training import chips, flops, metrics, optim, sharding, stages
 from lavit_jax.training.checkpoint import Checkpoints
 
 TERMINATED = 143
@@ -57,13 +57,11 @@ def train(config, workdir) -> None:
   """
   workdir = pathlib.Path(workdir)
   mesh = sharding.make_mesh(config.mesh)
-  shards = sharding.batch_shards(mesh)
-  check_options(config)
-  if config.batch_size % shards:
-    raise UserError(f'batch_size={config.batch_size} must be a multiple of the {shards} pieces that the mesh makes of it')
+  check_options(config, mesh)
+  flops_a_step = flops.model_flops(config)
   with Interrupt() as interrupt, jax.set_mesh(mesh), contextlib.ExitStack() as stack:
     model = lavit.build(config.variant, config.dtype, config.remat)
-    stage = stages.build(config, model, shards)
+    stage = stages.build(config, model, sharding.batch_shards(mesh))
     parts = load_parts(config, stage, mesh)
     frozen = {name: parts[name] for name in stage.needs}
     data = open_data(config, model, 'train')
@@ -85,7 +83,8 @@ def train(config, workdir) -> None:
     del parts
     interrupt.check()
 
-    log = metrics.Log(workdir, first, config.num_steps, config.batch_size, peak_tflops=config.peak_tflops)
+    peak = config.peak_tflops or chips.peak_tflops(jax.devices())
+    log = metrics.Log(workdir, first, config.num_steps, config.batch_size, flops=flops_a_step, peak_tflops=peak)
     stack.callback(log.close)
     count = sum(x.size for x in jax.tree.leaves(shapes.params))
     log.say(f'{config.stage}:{config.variant}  {count / 1e6:.2f} M parameters  mesh {dict(mesh.shape)}  '
@@ -94,9 +93,8 @@ def train(config, workdir) -> None:
 
     if first < config.num_steps:
       batch = sharding.put_batch(next_batch(data), mesh)
-      train_step = make_train_step(config, stage, tx, places, NamedSharding(mesh, P()))
-      traced = train_step.trace(state, frozen, batch)
-      log.flops, train_step = flops.count(traced.jaxpr), traced.lower().compile()
+      train_step = make_train_step(config, stage, tx, places, mesh)
+      train_step = train_step.lower(state, frozen, batch).compile()
       look = Look(config, model, stage, mesh, frozen)
       interrupt.check()
       log.restart_clock()
@@ -144,24 +142,49 @@ def initialiser(config, stage, parts):
   return init, tx
 
 
-def make_train_step(config, stage, tx, places, replicated):
-  """jit of (TrainState, frozen parts, batch) -> (TrainState, metrics); the old state's memory becomes the new one's."""
+def make_train_step(config, stage, tx, places, mesh):
+  """jit of (TrainState, frozen parts, batch) -> (TrainState, metrics); the old state's memory becomes the new one's.
+
+  With `config.accumulate` > 1 the batch goes through in that many pieces, whose gradients are averaged: less memory, the same update
+  but that each piece's mean counts alike.
+  """
   rate = optim.learning_rate(config.optim, config.num_steps)
+  pieces, shards = config.accumulate, sharding.batch_shards(mesh)
 
-  @functools.partial(jax.jit, donate_argnums=0, out_shardings=(places, replicated))
-  def train_step(train_state, frozen, batch):
-    step, params, opt_state, state, ema = train_state
-    key = jax.random.fold_in(jax.random.key(config.seed), step)
-
+  def gradient_of(params, frozen, state, batch, key):
     def loss(params):
       return stage.loss(optim.stop_frozen(config.optim, params), frozen, state, batch, key, True)
 
     (value, (state, values)), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+    gradient = jax.lax.with_sharding_constraint(gradient, places.params)
+    return gradient, state, dict(loss=value, **values)
+
+  def accumulated(params, frozen, state, batch, key):
+    def add(carry, inputs):
+      total, state = carry
+      gradient, state, values = gradient_of(params, frozen, state, *inputs)
+      return (jax.tree.map(jnp.add, total, gradient), state), values
+
+    def split(x):
+      """[B, ...] -> [pieces, B / pieces, ...]: of each shard's examples an equal share goes into each piece, so none is sent."""
+      x = jnp.moveaxis(x.reshape(shards, pieces, -1, *x.shape[1:]), 1, 0)
+      return jax.lax.with_sharding_constraint(x.reshape(pieces, -1, *x.shape[3:]), NamedSharding(mesh, P(None, *sharding.BATCH)))
+
+    zeros = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, params), places.params)
+    (total, state), values = jax.lax.scan(add, (zeros, state), (jax.tree.map(split, batch), jax.random.split(key, pieces)))
+    values = {name: x.sum() if name in stages.COUNTS else x.mean() for name, x in values.items()}
+    return jax.tree.map(lambda x: x / pieces, total), state, values
+
+  @functools.partial(jax.jit, donate_argnums=0, out_shardings=(places, NamedSharding(mesh, P())))
+  def train_step(train_state, frozen, batch):
+    step, params, opt_state, state, ema = train_state
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    gradient, state, values = (gradient_of if pieces == 1 else accumulated)(params, frozen, state, batch, key)
     updates, opt_state = tx.update(gradient, opt_state, params)
     params = optax.apply_updates(params, updates)
     if config.optim.ema_decay:
       ema = optim.ema_update(ema, params, config.optim.ema_decay, step)
-    values = dict(loss=value, **values, grad_norm=optax.global_norm(gradient), learning_rate=rate(step))
+    values |= dict(grad_norm=optax.global_norm(gradient), learning_rate=rate(step))
     return TrainState(step + 1, params, opt_state, state, ema), values
 
   return train_step
@@ -234,15 +257,22 @@ def load_parts(config, stage, mesh) -> dict:
   return parts
 
 
-def check_options(config) -> None:
+def check_options(config, mesh) -> None:
   """Raises UserError for values that would fail later, in the middle of something."""
-  known = dict(dtype=('float32', 'bfloat16'), remat=('none', *REMAT_POLICIES))
-  for key, values in known.items():
-    if config[key] not in values:
-      raise UserError(f'{key}={config[key]!r} is unknown; choose {" or ".join(values)}')
-  for key, least in dict(seed=0, batch_size=1, num_steps=1, log_every=1, eval_every=0, picture_every=0, checkpoint_every=0, keep=1).items():
+  dtypes = ('float32', 'bfloat16')
+  known = {'dtype': (config.dtype, dtypes), 'optim.mu_dtype': (config.optim.mu_dtype, dtypes), 'remat': (config.remat, ('none', *REMAT_POLICIES))}
+  for key, (value, values) in known.items():
+    if value not in values:
+      raise UserError(f'{key}={value!r} is unknown; choose {" or ".join(values)}')
+  for key, least in dict(seed=0, batch_size=1, num_steps=1, accumulate=1, log_every=1, eval_every=0, picture_every=0, checkpoint_every=0, keep=1).items():
     if config[key] < least:
       raise UserError(f'{key}={config[key]} must be at least {least}')
+  if config.accumulate > 1 and config.stage in ('encoder', 'tokenizer'):
+    raise UserError(f'accumulate={config.accumulate}: stage {config.stage} learns from whole batches; use more devices or another remat policy')
+  shards = sharding.batch_shards(mesh)
+  if config.batch_size % (shards * config.accumulate):
+    pieces = f'{config.accumulate} x {shards}' if config.accumulate > 1 else shards
+    raise UserError(f'batch_size={config.batch_size} must be a multiple of the {pieces} pieces that the mesh makes of it')
 
 
 def split_folders(text: str) -> list[str]:

@@ -29,7 +29,8 @@ def make(config, num_steps: int, params, hold=()) -> optax.GradientTransformatio
 
   Args:
     config: the page's `optim`: learning_rate, warmup_steps, final_fraction, weight_decay (on kernels only), b1, b2,
-      clip_norm (global, 0 = off), freeze (regexes), lr_scale ((regex, factor) pairs, the first match counts).
+      mu_dtype (of the first moment: bfloat16 halves it), clip_norm (global, 0 = off), freeze (regexes), lr_scale ((regex, factor)
+      pairs, the first match counts).
     num_steps: where the cosine ends.
     params: the parameters, or their shapes.
     hold: (regex, step) pairs; the parameters stop moving, decay included, once `step` updates were made.
@@ -52,7 +53,7 @@ def make(config, num_steps: int, params, hold=()) -> optax.GradientTransformatio
   trained = optax.chain(
       *holds,  # before the clipping, so that what no longer moves does not count in the norm
       optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
-      optax.scale_by_adam(config.b1, config.b2, eps=1e-8),
+      optax.scale_by_adam(config.b1, config.b2, eps=1e-8, mu_dtype=config.mu_dtype),
       optax.add_decayed_weights(config.weight_decay, mask=match('kernel$')),
       scaled(jax.tree.map(scale, names)),
       optax.scale_by_learning_rate(learning_rate(config, num_steps)),

@@ -12,12 +12,13 @@ import re
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from lavit_jax.errors import UserError
-from lavit_jax.models.layers import BATCH_AXES
+from lavit_jax.models.layers import BATCH_AXES, TENSOR_AXIS
 
-AXES = ('data', 'fsdp', 'tensor')
+AXES = (*BATCH_AXES, TENSOR_AXIS)
 BATCH = P(BATCH_AXES)
 LARGE = 1 << 20  # elements; a leaf below this may go without a row, and every device keeps a copy
 
@@ -38,20 +39,33 @@ def path_name(path) -> str:
   return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
-def make_mesh(sizes) -> Mesh:
+def make_mesh(sizes, devices=None) -> Mesh:
   """A mesh with `sizes` = {data, fsdp, tensor} over all devices; -1 (at most once) takes what is left.
 
+  Neighbours in the mesh are neighbours in the pod. Over several slices, `data` runs across them: it alone can bear the slow network between.
+
+  Args:
+    devices: those of a pod that is not here; None takes this machine's (or job's).
   Raises:
-    UserError: the sizes do not multiply to the number of devices.
+    UserError: the sizes do not multiply to the number of devices, or `data` not to that of slices.
   """
-  shape, count = [sizes[axis] for axis in AXES], jax.device_count()
+  devices = jax.devices() if devices is None else devices
+  shape, count = [sizes[axis] for axis in AXES], len(devices)
   known = math.prod(n for n in shape if n != -1)
   if shape.count(-1) == 1 and known > 0 and count % known == 0:
     shape[shape.index(-1)] = count // known
+  asked = ', '.join(f'{axis}={sizes[axis]}' for axis in AXES)
   if math.prod(shape) != count or min(shape) < 1:
-    asked = ', '.join(f'{axis}={sizes[axis]}' for axis in AXES)
     raise UserError(f'mesh: {asked} does not fit {count} device(s); the product must be {count} (-1 takes what is left)')
-  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  slices = len({getattr(device, 'slice_index', None) for device in devices})
+  if shape[0] % slices:
+    raise UserError(f'mesh: {asked} does not fit {slices} slices; data must be a multiple of {slices}')
+  if slices > 1:
+    across = (slices, 1, 1)
+    array = mesh_utils.create_hybrid_device_mesh([n // s for n, s in zip(shape, across)], across, devices, allow_split_physical_axes=True)
+  else:
+    array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -60,7 +74,10 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 def spec(name: str, shape: tuple[int, ...], mesh: Mesh, rules=RULES) -> P:
-  """The first rule that names the leaf, right-aligned to its axes; an axis that does not divide its dimension is left out.
+  """The first rule that names the leaf, right-aligned to its axes.
+
+  A mesh axis that does not divide its dimension goes to another one of the rule's that it divides, and is left out if there is none:
+  1408 is no multiple of 256.
 
   Raises:
     ValueError: a leaf of `LARGE` elements or more that no rule names.
@@ -70,8 +87,18 @@ def spec(name: str, shape: tuple[int, ...], mesh: Mesh, rules=RULES) -> P:
     if math.prod(shape) >= LARGE:
       raise ValueError(f'{name} {list(shape)} is large, and no row of sharding.RULES names it')
     return P()
-  axes = (None,) * max(len(shape) - len(rule), 0) + tuple(rule)[max(len(rule) - len(shape), 0):]
-  return P(*(axis if axis and n % mesh.shape[axis] == 0 else None for axis, n in zip(axes, shape)))
+  width = min(len(rule), len(shape))
+  sizes, wanted, axes = shape[len(shape) - width:], rule[len(rule) - width:], [None] * width
+
+  def divides(axis, n):
+    return axis and mesh.shape[axis] > 1 and sizes[n] % mesh.shape[axis] == 0
+
+  for n, axis in enumerate(wanted):
+    axes[n] = axis if divides(axis, n) else None
+  for axis in wanted:
+    if axis not in axes and (free := [n for n in range(width) if axes[n] is None and divides(axis, n)]):
+      axes[free[0]] = axis
+  return P(*(None,) * (len(shape) - width), *axes)
 
 
 def shardings(tree, mesh: Mesh, rules=RULES):

@@ -17,6 +17,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from lavit_jax.data import mixtures
 from lavit_jax.errors import UserError
 from lavit_jax.inference.diffusion import ddim_sample
 from lavit_jax.models import noise as diffusion
@@ -25,11 +26,14 @@ from lavit_jax.models.decoder import null_context
 from lavit_jax.models.initial import initial_parts
 from lavit_jax.models.lavit import Lavit
 from lavit_jax.models.layers import per_shard
-from lavit_jax.models.sequence import compact, embed_sources, pack, segment_mask
+from lavit_jax.models.sequence import compact, embed_sources, pack
 from lavit_jax.models.tokenizer import gumbel_keep
 from lavit_jax.training import codebook
 from lavit_jax.training.foundations import autoencoder, encoder
 from lavit_jax.training.stage import Stage, apply, begin, cosine_similarity, feature_colours, features, shade_dropped
+
+
+COUNTS = ('overflow', 'loss_tokens')  # metrics that add up over the pieces of a batch; the others are averaged
 
 
 def build(config, model: Lavit, shards: int) -> Stage:
@@ -38,6 +42,14 @@ def build(config, model: Lavit, shards: int) -> Stage:
   if config.stage not in stages:
     raise UserError(f'unknown stage {config.stage!r}; known: {", ".join(stages)}')
   return stages[config.stage](config, model, shards)
+
+
+def abstract_inputs(config, model: Lavit, stage: Stage) -> tuple[dict, dict]:
+  """(the parts that the stage needs or starts from, a batch of all processes) as ShapeDtypeStructs."""
+  parts = jax.eval_shape(lambda: initial_parts(model, jax.random.key(0), stage.needs + stage.starts))
+  data = config.data
+  batch = mixtures.shapes(data.task, config.batch_size, data.image_size, data.get('text_length', 0))
+  return parts, {name: jax.ShapeDtypeStruct(*like) for name, like in batch.items()}
 
 
 def tokenizer(config, model: Lavit, shards: int) -> Stage:
@@ -178,8 +190,9 @@ def lm(config, model: Lavit, shards: int) -> Stage:
   packs its own pairs.
   """
   c = config.lm
-  if c.num_rows % shards:
-    raise UserError(f'lm.num_rows={c.num_rows} must be a multiple of the {shards} pieces of a batch')
+  pieces = shards * config.accumulate
+  if c.num_rows % pieces:
+    raise UserError(f'lm.num_rows={c.num_rows} must be a multiple of the {pieces} pieces of a batch')
   if c.row_length % c.loss_chunks:
     raise UserError(f'lm.row_length={c.row_length} must be a multiple of lm.loss_chunks={c.loss_chunks}')
 
@@ -190,7 +203,7 @@ def lm(config, model: Lavit, shards: int) -> Stage:
 
   def pack_shard(text, text_length, text_weight, kind, codes, visual_length):
     """The pairs of one shard -> their rows, numbered within the shard, and the kind i32[R, S] of each slot's pair, -1 if it is empty."""
-    rows = pack(text, text_length, text_weight, kind, codes, visual_length, model.vocabulary, num_rows=c.num_rows // shards,
+    rows = pack(text, text_length, text_weight, kind, codes, visual_length, model.vocabulary, num_rows=c.num_rows * len(text) // config.batch_size,
                 row_length=c.row_length, image_loss=c.image_loss)
     kinds = jnp.where(rows.segments > 0, kind[jnp.maximum(rows.segments - 1, 0)], -1)
     return rows._replace(overflow=rows.overflow[None], used=rows.used[None]), kinds
@@ -198,7 +211,6 @@ def lm(config, model: Lavit, shards: int) -> Stage:
   def next_token(llama, hidden, targets):
     """Negative log-likelihood and correctness f32[R, S] each, some slots at a time: logits are V wide."""
 
-    @jax.checkpoint
     def chunk(_, inputs):
       hidden, targets = inputs
       logits = apply(model.llama, llama, hidden, method='logits')
@@ -208,6 +220,7 @@ def lm(config, model: Lavit, shards: int) -> Stage:
     def split(x):
       return jnp.moveaxis(x.reshape(len(x), c.loss_chunks, -1, *x.shape[2:]), 1, 0)
 
+    chunk = chunk if config.remat == 'none' else jax.checkpoint(chunk)
     _, out = jax.lax.scan(chunk, None, (split(hidden), split(targets)))
     return (jnp.moveaxis(x, 0, 1).reshape(targets.shape) for x in out)
 
@@ -221,7 +234,7 @@ def lm(config, model: Lavit, shards: int) -> Stage:
     rows, kind = per_shard(pack_shard, shards, *pairs)
     embedded = apply(model.llama, params['llama'], rows.ids, method='embed')
     embedded = per_shard(embed_sources, shards, embedded, rows.source, visual)
-    hidden, _ = apply(model.llama, params['llama'], embedded, rows.positions, segment_mask(rows.segments))
+    hidden, _ = apply(model.llama, params['llama'], embedded, rows.positions, rows.segments)
     nll, correct = next_token(params['llama'], hidden, rows.targets)
 
     def mean(values, weights):

@@ -132,7 +132,7 @@ class Block(nn.Module):
     return x, x
 
 
-@pytest.mark.parametrize('remat', ['none', 'full', 'dots'])
+@pytest.mark.parametrize('remat', ['none', 'full', 'minimal'])
 def test_scan_blocks_is_a_loop(remat):
   x, slices = normal(2, 4), normal(3, 2, 4, seed=1)
   stack = scan_blocks(Block, 3, remat, in_axes=(nn.broadcast, 0))()
@@ -154,5 +154,5 @@ def test_scan_blocks_is_a_loop(remat):
 
 
 def test_scan_blocks_names_its_policies():
-  with pytest.raises(ValueError, match="remat='al' is not one of 'none', 'full', 'dots'"):
+  with pytest.raises(ValueError, match="remat='al' is not one of 'none', 'full', 'save_qkv_proj'"):
     scan_blocks(Block, 2, 'al')

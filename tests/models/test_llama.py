@@ -130,7 +130,7 @@ def test_padding_is_finite_and_harmless(dtype):
   np.testing.assert_allclose(logits[:, 5:], forward(TINY, params, ids, mask[:, 5:]), atol=1e-5 if dtype == jnp.float32 else 2e-2)
 
 
-@pytest.mark.parametrize('remat', ['full', 'dots'])
+@pytest.mark.parametrize('remat', ['full', 'save_qkv_proj', 'save_all_but_mlp_in', 'minimal'])
 def test_remat_changes_no_gradient(remat):
   params, ids = init(TINY), jnp.arange(8)[None]
 

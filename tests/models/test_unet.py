@@ -141,7 +141,7 @@ def plain_gradient():
   return gradient(TINY)
 
 
-@pytest.mark.parametrize('remat', ['full', 'dots'])
+@pytest.mark.parametrize('remat', ['full', 'minimal'])
 def test_remat_changes_no_gradient(remat, plain_gradient):
   want, plain = plain_gradient
   got, program = gradient(TINY.clone(remat=remat))

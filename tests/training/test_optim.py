@@ -10,7 +10,7 @@ from lavit_jax.training import optim
 
 
 def options(**changes):
-  return ConfigDict({**dict(learning_rate=0.1, warmup_steps=0, final_fraction=1.0, weight_decay=0.0, b1=0.9, b2=0.99, clip_norm=0.0,
+  return ConfigDict({**dict(learning_rate=0.1, warmup_steps=0, final_fraction=1.0, weight_decay=0.0, b1=0.9, b2=0.99, mu_dtype='float32', clip_norm=0.0,
                             ema_decay=0.0, freeze=(), lr_scale=()), **changes})
 
 

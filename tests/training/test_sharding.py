@@ -38,6 +38,16 @@ def test_specs_are_right_aligned_and_leave_out_what_does_not_divide():
   assert sharding.spec('params/unet/conv_in/kernel', (3, 3, 4, 320), MESH) == P(None, None, 'fsdp', 'tensor')
   assert sharding.spec('params/llama/embedding', (48387, 64), MESH) == P(None, 'fsdp')
   assert sharding.spec('params/vit/norm/scale', (64,), MESH) == P()
+  assert sharding.spec('params/conv/kernel', (3, 3, 5, 5), MESH) == P(None, None, None, None)
+
+
+def test_an_axis_goes_where_it_divides():
+  """1408 is no multiple of 256, and each of 256 devices would hold the whole of the merger."""
+  wide = AbstractMesh((1, 256, 1), sharding.AXES)
+  assert sharding.spec('params/understanding/merger/blocks/mlp/fc1/kernel', (12, 1408, 6144), wide) == P(None, None, 'fsdp')
+  assert sharding.spec('params/understanding/merger/blocks/mlp/fc2/kernel', (12, 6144, 1408), wide) == P(None, 'fsdp', None)
+  both = AbstractMesh((1, 256, 2), sharding.AXES)  # what another axis of the mesh lies on is taken
+  assert sharding.spec('params/understanding/merger/blocks/mlp/fc1/kernel', (12, 1408, 6144), both) == P(None, None, 'tensor')
 
 
 def test_a_large_leaf_without_a_rule_is_an_error():
@@ -67,7 +77,7 @@ def test_every_large_leaf_of_the_7b_model_is_split(seven_b):
 def test_optimizer_moments_lie_with_their_parameters(seven_b):
   params = {'llama': seven_b['llama']}
   config = type('Optim', (), dict(learning_rate=1.0, warmup_steps=1, final_fraction=0.1, weight_decay=0.1, b1=0.9, b2=0.95,
-                                  clip_norm=1.0, freeze=(), lr_scale=()))
+                                  mu_dtype='float32', clip_norm=1.0, freeze=(), lr_scale=()))
   state = jax.eval_shape(optim.make(config, 10, params).init, params)
   specs = {sharding.path_name(path): s.spec for path, s in jax.tree_util.tree_leaves_with_path(sharding.shardings(state, MESH))}
   for moment in ('mu', 'nu'):

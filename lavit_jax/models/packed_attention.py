@@ -1,0 +1,65 @@
+"""Causal attention inside the segments of packed rows: on TPUs by JAX's splash kernel, elsewhere by products and a mask.
+
+The kernel never holds the scores [S, S] and skips the half of them that causality forbids.
+
+Axes: R rows, S slots of a row, H heads, G key-value heads, d head width.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import PartitionSpec as P
+
+from lavit_jax.models.layers import BATCH_AXES, SAVED_ATTENTION, TENSOR_AXIS, attention
+from lavit_jax.models.sequence import segment_mask
+
+LANES = 128  # the kernel's blocks and head widths are multiples of this
+BLOCK = 512  # slots of a block, at most
+
+
+def packed_attention(q: Array, k: Array, v: Array, segments: Array) -> Array:
+  """Attention of each slot to the slots of its own segment up to itself, softmax in float32.
+
+  Args:
+    q: [R, S, H, d]. k, v: [R, S, G, d], where G divides H. All rotated and unscaled.
+    segments: i32[R, S] (`sequence.Packed.segments`).
+
+  Returns:
+    [R, S, H, d] in the dtype of v.
+  """
+  if _for_tpu() and q.shape[1] % LANES == 0 and q.shape[3] % LANES == 0:
+    return _over_mesh(splash_attention, q, k, v, segments)
+  return attention(q, k, v, segment_mask(segments))
+
+
+def splash_attention(q: Array, k: Array, v: Array, segments: Array, interpret: bool = False) -> Array:
+  """`packed_attention` by the kernel, on one device; `interpret` runs it where there is no TPU. S and d are multiples of 128."""
+  length, heads = q.shape[1], q.shape[2]
+  block = math.gcd(length, BLOCK)
+  sizes = splash.BlockSizes(block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, use_fused_bwd_kernel=True)
+  mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * heads)
+  kernel = splash.make_splash_mha_single_device(mask, block_sizes=sizes, residual_checkpoint_name=SAVED_ATTENTION, interpret=interpret)
+  q = q * q.shape[3] ** -0.5
+  heads_first = (x.swapaxes(1, 2) for x in (q, k, v))
+  return jax.vmap(kernel)(*heads_first, splash.SegmentIds(segments, segments)).swapaxes(1, 2).astype(v.dtype)
+
+
+def _for_tpu() -> bool:
+  """Whether the program being traced is for TPUs: its mesh says, else the machine."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return (jax.default_backend() if device is None else device.platform) == 'tpu'
+
+
+def _over_mesh(kernel, q: Array, k: Array, v: Array, segments: Array) -> Array:
+  """The kernel on each device's rows and heads: the compiler cannot split a kernel by itself."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if not {*BATCH_AXES, TENSOR_AXIS} <= set(mesh.axis_names):
+    return kernel(q, k, v, segments)
+  heads = TENSOR_AXIS if k.shape[2] % mesh.shape[TENSOR_AXIS] == 0 else None
+  spec = P(BATCH_AXES, None, heads)
+  split = functools.partial(jax.shard_map, in_specs=(spec, spec, spec, P(BATCH_AXES)), out_specs=spec, check_vma=False)
+  return split(kernel)(q, k, v, segments)

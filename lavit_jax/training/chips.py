@@ -1,0 +1,29 @@
+"""Datasheet figures of the accelerators: what a roofline is made of, and what the MFU is a share of."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Chip(NamedTuple):
+  """Of one chip: bfloat16 TFLOP/s, HBM in GiB and TB/s, all links to other chips in Gbit/s; `kind` is JAX's `device_kind`."""
+
+  kind: str
+  tflops: float
+  hbm_gib: float
+  hbm_tbps: float
+  ici_gbps: float
+
+
+TPUS = {
+    'v4': Chip('TPU v4', 275, 32, 1.2, 2400),
+    'v5e': Chip('TPU v5 lite', 197, 16, 0.82, 1600),
+    'v5p': Chip('TPU v5', 459, 95, 2.77, 4800),
+    'v6e': Chip('TPU v6 lite', 918, 32, 1.64, 3584),
+}
+
+
+def peak_tflops(devices) -> float:
+  """bfloat16 TFLOP/s of all devices together, 0 if their kind is unknown."""
+  known = {chip.kind: chip.tflops for chip in TPUS.values()}
+  return sum(known.get(device.device_kind, 0.0) for device in devices)
