@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 from lavit_jax.models import lavit
 
 SCHEDULES = {  # the large ones as published: 20 K steps
-    'tiny': dict(batch_size=32, num_steps=9_000, image_size=64, learning_rate=1e-3, warmup_steps=100),
-    'small': dict(batch_size=512, num_steps=20_000, image_size=512, learning_rate=1e-4, warmup_steps=1_000),
-    'lavit_7b': dict(batch_size=512, num_steps=20_000, image_size=512, learning_rate=1e-4, warmup_steps=1_000),
+    'tiny': dict(batch_size=32, num_steps=9_000, image_size=64, learning_rate=1e-3, warmup_steps=100, fsdp=1),
+    'small': dict(batch_size=512, num_steps=20_000, image_size=512, learning_rate=1e-4, warmup_steps=1_000, fsdp=8),
+    'lavit_7b': dict(batch_size=2048, num_steps=20_000, image_size=512, learning_rate=1e-4, warmup_steps=1_000, fsdp=64),
 }
 
 
@@ -24,7 +24,7 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
   config = ConfigDict(dict(
       stage='detokenizer', variant=variant, seed=0, batch_size=row['batch_size'], num_steps=row['num_steps'], accumulate=1,
       dtype='bfloat16' if large else 'float32', remat='full' if large else 'none',
-      mesh=dict(data=-1, fsdp=1, tensor=1), peak_tflops=0.0,
+      mesh=dict(data=-1, fsdp=row['fsdp'], tensor=1), peak_tflops=0.0,
       frozen='', init_from='',
       data=dict(task='images', source='data', image_size=row['image_size'], scene_share=0.3, num_threads=16 if large else 2),
       detokenizer=dict(drop_condition=0.1, guidance_scale=3.0),

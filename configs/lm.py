@@ -18,7 +18,7 @@ SCHEDULES = {
                  learning_rate=2e-3, warmup_steps=100),
     'small': dict(batch_size=1024, num_steps=100_000, text_length=128, num_rows=320, row_length=1024, loss_chunks=8,
                   learning_rate=3e-4, warmup_steps=2_000),
-    'lavit_7b': dict(batch_size=34_816, num_steps=100_000, text_length=128, num_rows=2048, row_length=2048, loss_chunks=16,
+    'lavit_7b': dict(batch_size=34_816, num_steps=100_000, text_length=128, num_rows=2048, row_length=2048, loss_chunks=4,
                      learning_rate=5e-5, warmup_steps=2_000),
 }
 

@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 from lavit_jax.models import lavit
 
 SCHEDULES = {  # the large ones as published: 50 K steps of 2048 images
-    'tiny': dict(batch_size=64, num_steps=1_000, learning_rate=1e-3, warmup_steps=60, quantize_from=300, revive_after=100),
-    'small': dict(batch_size=2048, num_steps=50_000, learning_rate=2e-4, warmup_steps=2_000, quantize_from=10_000, revive_after=100),
-    'lavit_7b': dict(batch_size=2048, num_steps=50_000, learning_rate=2e-4, warmup_steps=2_000, quantize_from=10_000, revive_after=100),
+    'tiny': dict(batch_size=64, num_steps=1_000, learning_rate=1e-3, warmup_steps=60, quantize_from=300, revive_after=100, fsdp=1),
+    'small': dict(batch_size=2048, num_steps=50_000, learning_rate=2e-4, warmup_steps=2_000, quantize_from=10_000, revive_after=100, fsdp=8),
+    'lavit_7b': dict(batch_size=2048, num_steps=50_000, learning_rate=2e-4, warmup_steps=2_000, quantize_from=10_000, revive_after=100, fsdp=64),
 }
 
 
@@ -24,7 +24,7 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
   config = ConfigDict(dict(
       stage='tokenizer', variant=variant, seed=0, batch_size=row['batch_size'], num_steps=row['num_steps'], accumulate=1,
       dtype='bfloat16' if large else 'float32', remat='minimal' if large else 'none',
-      mesh=dict(data=-1, fsdp=1, tensor=1), peak_tflops=0.0,
+      mesh=dict(data=-1, fsdp=row['fsdp'], tensor=1), peak_tflops=0.0,
       frozen='', init_from='',
       data=dict(task='images', source='data', image_size=size, scene_share=0.3, num_threads=16 if large else 2),
       tokenizer=dict(

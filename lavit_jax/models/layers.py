@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 Dtype = Any
 BATCH_AXES = ('data', 'fsdp')  # the mesh axes that a batch is split over
 TENSOR_AXIS = 'tensor'  # and the one that heads and hidden units are
+QUERY_BLOCK = 1024  # queries whose scores are in memory at once, where nothing is masked
 
 # What backward keeps of a block besides its input, by the names below; the rest it computes again. From the least memory to the least work.
 SAVED_QKV, SAVED_ATTENTION, SAVED_PROJ, SAVED_MLP_OUT = 'qkv', 'attention', 'proj', 'mlp_out'
@@ -127,12 +128,26 @@ def attention(
   Returns:
     [B, Q, H, d] in the dtype of v.
   """
+  if q.shape[1] > QUERY_BLOCK and q.shape[1] % QUERY_BLOCK == 0 and mask is None and bias is None:
+    return _attention_by_blocks(q, k, v, scale)
   scores = _scores(q, k, scale)
   if bias is not None:
     scores = scores + bias
   if mask is not None:
     scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
   return _mix(jax.nn.softmax(scores), v)
+
+
+def _attention_by_blocks(q: Array, k: Array, v: Array, scale: float | None) -> Array:
+  """`QUERY_BLOCK` queries at a time, forward and backward: the scores of the 4,096 positions of a latent picture would not fit."""
+
+  @jax.checkpoint
+  def block(_, queries):
+    return None, _mix(jax.nn.softmax(_scores(queries, k, scale)), v)
+
+  b, n, h, d = q.shape
+  blocks = q.reshape(b, n // QUERY_BLOCK, QUERY_BLOCK, h, d).swapaxes(0, 1)
+  return jax.lax.scan(block, None, blocks)[1].swapaxes(0, 1).reshape(b, n, h, v.shape[-1])
 
 
 def policy_attention(q: Array, k: Array, v: Array, policy: Array) -> Array:

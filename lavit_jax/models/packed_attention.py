@@ -7,6 +7,7 @@ Axes: R rows, S slots of a row, H heads, G key-value heads, d head width.
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,15 @@ def splash_attention(q: Array, k: Array, v: Array, segments: Array, interpret: b
   q = q * q.shape[3] ** -0.5
   heads_first = (x.swapaxes(1, 2) for x in (q, k, v))
   return jax.vmap(kernel)(*heads_first, splash.SegmentIds(segments, segments)).swapaxes(1, 2).astype(v.dtype)
+
+
+def kernel_flops(name: str, shapes: Sequence[tuple[int, ...]]) -> float:
+  """Operations of one call of the kernel in a compiled program, by its name there and the shapes of its operands: forward has two
+  products of [S, d] and [d, S], backward five (the scores again among them), all of them in the blocks that causality does not forbid."""
+  rows, heads, length, width = next(shape for shape in shapes if len(shape) == 4)
+  blocks = length // math.gcd(length, BLOCK)
+  products = 2 if 'fwd' in name else 5
+  return products * 2 * rows * heads * length**2 * width * (blocks + 1) / (2 * blocks)
 
 
 def _for_tpu() -> bool:

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
+from lavit_jax.models.packed_attention import kernel_flops
 from lavit_jax.training import flops, hlo, loop, sharding, stages
 from lavit_jax.training.chips import TPUS
 
@@ -108,7 +109,7 @@ def compile_step(config, page: str, topology: str, slices: int = 1) -> Report:
   seconds = time.monotonic() - start
 
   state, frozen, _ = inputs
-  memory, cost = compiled.memory_analysis(), hlo.cost(compiled.as_text())
+  memory, cost = compiled.memory_analysis(), hlo.cost(compiled.as_text(), kernel_flops)
   total = (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
            + memory.generated_code_size_in_bytes)
   parameters = _bytes_a_chip((state.params, state.ema, state.state, frozen))

@@ -10,6 +10,7 @@ import functools
 import math
 import re
 from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -52,28 +53,31 @@ class Instruction(NamedTuple):
 
 
 class Cost(NamedTuple):
-  """Of one run: floating-point operations of products and convolutions, bytes to and from HBM, bytes a chip sends by kind of collective,
-  custom calls by target (whose operations are not known here)."""
+  """Of one run: floating-point operations of products, convolutions and kernels, bytes to and from HBM, bytes a chip sends by kind of
+  collective."""
 
   flops: float
   bytes: float
   network: Counter
-  calls: Counter
 
   def __add__(self, other: Cost) -> Cost:
-    return Cost(self.flops + other.flops, self.bytes + other.bytes, self.network + other.network, self.calls + other.calls)
+    return Cost(self.flops + other.flops, self.bytes + other.bytes, self.network + other.network)
 
   def times(self, n: int) -> Cost:
-    return Cost(n * self.flops, n * self.bytes, _times(self.network, n), _times(self.calls, n))
+    return Cost(n * self.flops, n * self.bytes, Counter({kind: n * size for kind, size in self.network.items()}))
 
 
-NOTHING = Cost(0.0, 0.0, Counter(), Counter())
+NOTHING = Cost(0.0, 0.0, Counter())
 
 
-def cost(text: str) -> Cost:
-  """Of a program as `compiled.as_text()` gives it."""
+def cost(text: str, kernel_flops: Callable[[str, Sequence[tuple[int, ...]]], float] = lambda name, shapes: 0.0) -> Cost:
+  """Of a program as `compiled.as_text()` gives it.
+
+  Args:
+    kernel_flops: operations of one call of a kernel, whose inside the text does not show, by its name and the shapes of its operands.
+  """
   computations, entry = parse(text)
-  return _Walk(computations).of(entry)
+  return _Walk(computations, kernel_flops).of(entry)
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
@@ -113,21 +117,31 @@ def _arrays(text: str) -> tuple[Array, ...]:
                for dtype, shape, layout in ARRAY.findall(text))
 
 
-def _times(counter: Counter, n: int) -> Counter:
-  return Counter({key: n * value for key, value in counter.items()})
-
-
 class _Walk:
   """Adds up a program, each computation once."""
 
-  def __init__(self, computations):
-    self.computations = computations
+  def __init__(self, computations, kernel_flops):
+    self.computations, self.kernel_flops = computations, kernel_flops
     self.of = functools.cache(self._of)
 
   def _of(self, name: str) -> Cost:
     lines = self.computations[name]
     made = {line.name: line for line in lines}
-    return sum((self._cost(line, made) for line in lines), NOTHING)
+    total, seen = NOTHING, set()
+    for line in lines:
+      cost = self._cost(line, made)
+      channel = self._channel(line)
+      if channel in seen:  # the pieces of one collective that runs beside other work, each written as the whole of it
+        cost = cost._replace(network=Counter())
+      seen |= {channel} - {None}
+      total += cost
+    return total
+
+  def _channel(self, line: Instruction) -> str | None:
+    """Which collective a line is, or a fusion holds."""
+    lines = self.computations[_called(line, 'calls')] if line.opcode == 'fusion' else [line]
+    channels = [re.search(r'channel_id=(\d+)', each.attributes) for each in lines if each.opcode.removesuffix('-start') in COLLECTIVES]
+    return channels[0][1] if channels and channels[0] else None
 
   def _cost(self, line: Instruction, made: dict[str, Instruction]) -> Cost:
     if line.opcode == 'while':
@@ -139,21 +153,28 @@ class _Walk:
     kind = line.opcode.removesuffix('-start')
     if kind in COLLECTIVES:
       size, group = sum(x.nbytes for name in line.operands for x in made[name].arrays), _group(line.attributes)
-      return Cost(0.0, 2.0 * size, Counter({kind: _sent(kind, size, group)}), Counter())
+      return Cost(0.0, 2.0 * size, Counter({kind: _sent(kind, size, group)}))
     if line.opcode in SILENT or line.opcode.endswith('-done'):
       return NOTHING
     if line.opcode == 'fusion' or line.opcode == 'async-start':
-      inner = self.of(_called(line, 'calls'))
-      return Cost(inner.flops, float(self._fusion_bytes(line, made)), inner.network, inner.calls)
-    moved = float(sum(x.traffic for x in line.arrays) + sum(x.traffic for name in line.operands for x in made[name].arrays))
+      called = _called(line, 'calls')
+      inner = self.of(called)
+      if called.startswith('all-reduce-scatter'):  # TPUs' reduce-scatter: of the sum a chip is sent its share only
+        inner = inner._replace(network=Counter({'reduce-scatter': sum(inner.network.values()) / 2}))
+      return Cost(inner.flops, float(self._fusion_bytes(line, made)), inner.network)
+    if line.opcode == 'custom-call':
+      if 'custom_call_target="tpu_custom_call"' not in line.attributes:
+        return NOTHING  # the compiler's own marks
+      shapes = [x.shape for name in line.operands for x in made[name].arrays]
+      return Cost(self.kernel_flops(line.name, shapes), _moved(line, made), Counter())
+    moved = _moved(line, made)
     if line.opcode == 'dynamic-update-slice':
       moved = 2.0 * made[line.operands[1]].arrays[0].traffic
     elif line.opcode in ('dynamic-slice', 'slice', 'gather'):
       moved = 2.0 * sum(x.traffic for x in line.arrays)
     elif line.opcode == 'copy-start':  # its result is (there, here, a flag)
       moved = float(sum(x.traffic for x in line.arrays[:2]))
-    calls = Counter({re.search(r'custom_call_target="([^"]*)"', line.attributes)[1]: 1}) if line.opcode == 'custom-call' else Counter()
-    return Cost(_flops(line, made), moved, Counter(), calls)
+    return Cost(_flops(line, made), moved, Counter())
 
   def _fusion_bytes(self, line: Instruction, made: dict[str, Instruction]) -> int:
     """What a fusion reads and writes: of an array that it only takes slices of, the slices; of one that it updates in place, the update."""
@@ -187,6 +208,11 @@ class _Walk:
                 if line.opcode == 'constant' and line.arrays[0].dtype in ('s32', 'u32')), default=1)
 
 
+def _moved(line: Instruction, made: dict[str, Instruction]) -> float:
+  """Bytes of what a line reads and writes."""
+  return float(sum(x.traffic for x in line.arrays) + sum(x.traffic for name in line.operands for x in made[name].arrays))
+
+
 def _called(line: Instruction, attribute: str) -> str:
   return re.search(rf'{attribute}=%?([\w.\-]+)', line.attributes)[1]
 
@@ -208,7 +234,7 @@ def _group(attributes: str) -> int:
     return len(listed[1].split(','))
   if iota := re.search(r'replica_groups=\[(\d+),(\d+)\]', attributes):
     return int(iota[2])
-  if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+  if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))? \{([^}]*)\}", attributes):
     sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
     return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
   return 2  # a permutation

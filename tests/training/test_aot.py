@@ -1,0 +1,46 @@
+"""The train step compiled for TPUs that are not here; libtpu is in the extra [tpu]."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lavit_jax.training.chips import TPUS
+
+KEYS = ('topology', 'chips', 'hbm_per_chip_gib', 'hbm_limit_gib', 'fits', 'flops_per_chip', 'model_flops_per_chip', 'collective_bytes_per_chip',
+        'mfu_bound', 'compile_seconds')
+
+
+def compile_page(page, topology, *options):
+  """(status, output, errors) of `lavit compile`, in a process of its own: libtpu cannot be unloaded."""
+  env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'TPU_WORKER_HOSTNAMES': 'localhost'}
+  done = subprocess.run([sys.executable, '-m', 'lavit_jax', 'compile', '--config', page, '--topology', topology, *options],
+                        env=env, capture_output=True, text=True, timeout=1500)
+  return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize('topology', ['v9:2x2', 'v5e', 'v5e:'])
+def test_a_topology_that_is_none(topology):
+  status, _, errors = compile_page('configs/tokenizer.py:tiny', topology)
+  assert status == 2 and 'write CHIP:SHAPE such as v5e:16x16; known chips: v4, v5e, v5p, v6e' in errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('page, topology, options', [
+    ('tokenizer.py:tiny', 'v5e:2x2', ()), ('lm.py:tiny', 'v5e:2x2', ('--config.batch_size=64', '--config.lm.num_rows=16')),
+    ('tokenizer.py:lavit_7b', 'v5e:8x8', ()), ('detokenizer.py:lavit_7b', 'v5p:4x4x8', ()), ('lm.py:lavit_7b', 'v5p:4x4x8', ())])
+@pytest.mark.timeout(1600)
+def test_fits_and_is_accounted_for(page, topology, options):
+  """Of each stage the smallest pod of the README's table, and two that compile in seconds."""
+  pytest.importorskip('libtpu')
+  status, output, errors = compile_page(f'configs/{page}', topology, '--json', *options)
+  assert status == 0, errors
+  report = json.loads(output)
+  assert not set(KEYS) - set(report)
+  chip = TPUS[topology.split(':')[0]]
+  assert report['fits'] and report['hbm_per_chip_gib'] < 0.9 * chip.hbm_gib
+  assert report['flops_per_chip'] > 0.98 * report['model_flops_per_chip']  # nothing of the model is missing from the program
+  seconds = max(report[f'{what}_seconds'] for what in ('compute', 'memory', 'network'))
+  assert report['mfu_bound'] == pytest.approx(report['model_flops_per_chip'] / (chip.tflops * 1e12 * seconds))
