@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from lavit_jax.models import lavit
 
 SCHEDULES = {  # the large ones as published: 20 K steps
-    'tiny': dict(batch_size=32, num_steps=9_000, image_size=64, learning_rate=1e-3, warmup_steps=100, fsdp=1),
+    'tiny': dict(batch_size=32, num_steps=3_000, image_size=64, learning_rate=1e-3, warmup_steps=100, fsdp=1),
     'small': dict(batch_size=512, num_steps=20_000, image_size=512, learning_rate=1e-4, warmup_steps=1_000, fsdp=8),
     'lavit_7b': dict(batch_size=2048, num_steps=20_000, image_size=512, learning_rate=1e-4, warmup_steps=1_000, fsdp=64),
 }

@@ -16,7 +16,7 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
   if variant != 'tiny':
     raise UserError(f'configs/encoder.py trains tiny only, not {variant!r}: the encoders of larger variants are ported')
   config = ConfigDict(dict(
-      stage='encoder', variant=variant, seed=0, batch_size=96, num_steps=2_400, accumulate=1,
+      stage='encoder', variant=variant, seed=0, batch_size=96, num_steps=4_000, accumulate=1,
       dtype='float32', remat='none', mesh=dict(data=-1, fsdp=1, tensor=1), peak_tflops=0.0,
       frozen='', init_from='',
       data=dict(task='contrastive', source='data', tokenizer_folder='lavit_jax/assets/tiny/language_model', text_length=48, image_size=64,

@@ -14,7 +14,7 @@ from lavit_jax.data import questions
 from lavit_jax.models import lavit
 
 SCHEDULES = {
-    'tiny': dict(batch_size=64, num_steps=5_000, text_length=48, num_rows=12, row_length=256, loss_chunks=1,
+    'tiny': dict(batch_size=64, num_steps=4_600, text_length=48, num_rows=10, row_length=256, loss_chunks=1,
                  learning_rate=2e-3, warmup_steps=100),
     'small': dict(batch_size=1024, num_steps=100_000, text_length=128, num_rows=320, row_length=1024, loss_chunks=8,
                   learning_rate=3e-4, warmup_steps=2_000),
@@ -33,8 +33,9 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
       frozen='', init_from='',
       data=dict(
           task='lm', source='data', tokenizer_folder='lavit_jax/assets/tiny/language_model' if not large else 'tokenizer',
-          image_size=size, text_length=row['text_length'], shares=dict(caption=0.38, answer=0.34, draw=0.26, text=0.02),
-          question_weights=dict.fromkeys(questions.TYPES, 1.0), draw_text_weight=0.1, drop_text=0.1, scene_share=0.3,
+          image_size=size, text_length=row['text_length'], shares=dict(caption=0.36, answer=0.38, draw=0.24, text=0.02),
+          question_weights=dict.fromkeys(questions.TYPES, 1.0) | {'what': 2.0, 'position': 3.0, 'yes/no': 2.0},
+          draw_text_weight=0.1, drop_text=0.1, scene_share=0.45,
           num_threads=16 if large else 2),
       lm=dict(num_rows=row['num_rows'], row_length=row['row_length'], image_loss=False, loss_chunks=row['loss_chunks']),
       optim=dict(
