@@ -65,6 +65,8 @@ def train_all(folder: pathlib.Path) -> None:
 
 
 def main() -> None:
+  from lavit_jax.training import processes
+  processes.connect()  # by the environment
   from lavit_jax.training.loop import train
   install()
   stage, workdir, *pairs = sys.argv[1:]

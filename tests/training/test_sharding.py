@@ -90,7 +90,7 @@ def test_optimizer_moments_lie_with_their_parameters(seven_b):
 def test_batches_and_trees_arrive_as_they_were():
   mesh = sharding.make_mesh(dict(data=-1, fsdp=1, tensor=1))
   rows = {'image': np.arange(24 * 8, dtype=np.uint8).reshape(8, 24)}
-  batch = sharding.put_batch(rows, mesh)
+  batch = sharding.put_batch(rows, mesh, sharding.share(mesh, 8))
   assert batch['image'].sharding.spec == sharding.BATCH
   np.testing.assert_array_equal(batch['image'], rows['image'])
   tree = {'fc1': {'kernel': np.ones((4, 2), np.float32)}, 'uncond_embeddings': jnp.zeros((1, 3))}
