@@ -65,7 +65,8 @@ def train(args):
   from lavit_jax.training import processes
   processes.connect(args.coordinator, args.processes, args.process, args.timeout)
   from lavit_jax.training.loop import train as run
-  run(config, args.workdir)
+  with processes.together():
+    run(config, args.workdir)
 
 
 def compile_step(args):

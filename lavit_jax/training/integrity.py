@@ -22,8 +22,8 @@ def digests(tree) -> dict[str, int]:
   always shows, any other but once in 2^32 times.
   """
   digest = _program()
-  values = [digest(leaf) for leaf in jax.tree.leaves(tree)]  # each shape is compiled once
-  return dict(zip(names(tree), map(int, values), strict=True))
+  values = [int(digest(leaf)) for leaf in jax.tree.leaves(tree)]  # a shape is compiled once; one at a time: on CPU, many sums at once deadlock
+  return dict(zip(names(tree), values, strict=True))
 
 
 def names(tree) -> list[str]:

@@ -6,11 +6,17 @@ through the coordinator, which is process 0.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import glob
 import importlib.util
 import os
+import re
 import signal
+import sys
 import threading
+import time
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -19,6 +25,7 @@ from jax.experimental import multihost_utils
 from lavit_jax.errors import UserError
 
 TERMINATED = 143  # 128 + SIGTERM
+LOST = re.compile(r'Gloo [^\n]{,80}failed|Connection (closed|reset|refused)|NCCL [^\n]{,80}|Socket closed|heartbeat timeout|(UNAVAILABLE|DEADLINE_EXCEEDED)[^\n]{,80}')
 TIMEOUT = 60  # seconds of silence after which a process is given up
 
 
@@ -56,6 +63,35 @@ def connect(coordinator: str | None = None, processes: int | None = None, proces
     reason = ' '.join(str(error).split())[:300]
     raise UserError(f'the {processes or ""} processes of the job did not meet at {coordinator or "their coordinator"} ({reason}); '
                     'start all of them, with the same --coordinator and --processes') from error
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+  """Around the work of a job: a process that fails ends without waiting for the others, who learn of it by its silence.
+
+  Raises:
+    UserError: in place of what JAX says when another process is gone. (Where no transfer was under way JAX itself ends the process:
+      'another task died', status 134.)
+  """
+  try:
+    yield
+  except Exception as error:
+    if jax.process_count() == 1:
+      raise
+    lost = not isinstance(error, UserError) and LOST.search(f'{error} {error.__context__ or ""}')
+    atexit.register(_leave, 2 if lost or isinstance(error, UserError) else 1)  # runs before JAX's, which waits for all
+    if lost:
+      raise UserError(f'process {jax.process_index()} of {jax.process_count()} has lost another one ({" ".join(lost[0].split())}); look at '
+                      'what the others say, and start all of them again: the run goes on from its last checkpoint') from error
+    raise
+
+
+def _leave(status: int) -> None:
+  if jax.process_index() == 0:  # its end ends the others: who fails alike may say so first
+    time.sleep(1)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(status)
 
 
 def in_a_cluster() -> bool:
