@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on the GPUs of this machine: by one process that has all of them, or with PROCESSES=N by N that share them out.
 # EXTRAS= PROCESSES=2 JAX_PLATFORMS=cpu tries it out without GPUs.
-# usage: [PROCESSES=8] launch/gpus.sh --config configs/lm.py:small --workdir runs/lm [--config.KEY=VALUE ...]
+# usage: [PROCESSES=8] bash launch/gpus.sh --config configs/lm.py:small --workdir runs/lm [--config.KEY=VALUE ...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export EXTRAS="${EXTRAS-[cuda]}"

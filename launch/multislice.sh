@@ -4,7 +4,7 @@
 #     --runtime-version v2-alpha-tpuv5
 # Its nodes are NAME-0, NAME-1, ... and have been told of each other. Only `data` runs across slices: --config.mesh.data must be a
 # multiple of their number, or -1.
-# usage: ZONE=us-east5-a SLICES=2 launch/multislice.sh NAME --config configs/lm.py:lavit_7b --workdir /mnt/shared/runs/lm [--config.KEY=VALUE ...]
+# usage: ZONE=us-east5-a SLICES=2 bash launch/multislice.sh NAME --config configs/lm.py:lavit_7b --workdir /mnt/shared/runs/lm [--config.KEY=VALUE ...]
 set -euo pipefail
 name=$1
 shift

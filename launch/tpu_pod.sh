@@ -2,7 +2,7 @@
 # Trains on all workers of a Cloud TPU VM pod, which find each other by themselves. Needs gcloud and a pod, such as
 #   gcloud compute tpus tpu-vm create NAME --zone ZONE --accelerator-type v5p-128 --version v2-alpha-tpuv5
 # The workers fetch this branch as it was pushed. Ctrl-C here leaves them running; start it again and the old run saves first.
-# usage: ZONE=us-east5-a launch/tpu_pod.sh NAME --config configs/lm.py:lavit_7b --workdir /mnt/shared/runs/lm [--config.KEY=VALUE ...]
+# usage: ZONE=us-east5-a bash launch/tpu_pod.sh NAME --config configs/lm.py:lavit_7b --workdir /mnt/shared/runs/lm [--config.KEY=VALUE ...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name=$1

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What every machine of a job runs: installs lavit_jax in .venv and trains. The other scripts start it where it is needed.
 # --workdir must be a folder that all machines share (Filestore, Lustre, NFS, a mounted bucket). Started again, the run goes on.
-# usage: [EXTRAS='[tpu]'] launch/train.sh --config configs/lm.py:lavit_7b --workdir DIR [--config.KEY=VALUE ...]
+# usage: [EXTRAS='[tpu]'] bash launch/train.sh --config configs/lm.py:lavit_7b --workdir DIR [--config.KEY=VALUE ...]
 set -euo pipefail
 source "$(dirname "$0")/install.sh" "${EXTRAS:-}"
 

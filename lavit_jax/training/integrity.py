@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import xxhash
 
+from lavit_jax.errors import UserError
+
 BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
@@ -61,16 +63,21 @@ class PositionHandler(ocp.CheckpointHandler):
     self._file(directory).write_text(json.dumps({'state': text, 'sum': xxhash.xxh3_64_hexdigest(text.encode())}))
 
   def restore(self, directory, args: PositionRestore):
-    file = self._file(directory)
-    others = sorted(directory.glob('process_*.json'))
-    if not (file.exists() or others):
+    files = sorted(directory.glob('process_*.json'))
+    if not files:
       raise ValueError(f'{directory} holds no position in the data')
-    saved = json.loads((file if file.exists() else others[0]).read_text())
+    file = self._file(directory)
+    mine = file in files
+    file = file if mine else files[0]
+    saved = json.loads(file.read_text())
+    if 'next_index' in saved:  # as earlier versions counted, by examples; a step is a batch
+      args.item.set_state({'batches': int(directory.parent.name)})
+      return args.item
     if xxhash.xxh3_64_hexdigest(saved['state'].encode()) != saved['sum']:
       raise ValueError(f'{file.name} is not what was saved')
     state = json.loads(saved['state'])
-    if not file.exists() and set(state) != {'batches'}:
-      raise ValueError(f'the position in this data is one of {len(others)} processes; start as many, not {jax.process_count()}')
+    if not mine and set(state) != {'batches'}:
+      raise UserError(f'{directory}: the position in this data is one of {len(files)} process(es); start as many, not {jax.process_count()}')
     args.item.set_state(state)
     return args.item
 

@@ -25,7 +25,8 @@ from jax.experimental import multihost_utils
 from lavit_jax.errors import UserError
 
 TERMINATED = 143  # 128 + SIGTERM
-LOST = re.compile(r'Gloo [^\n]{,80}failed|Connection (closed|reset|refused)|NCCL [^\n]{,80}|Socket closed|heartbeat timeout|(UNAVAILABLE|DEADLINE_EXCEEDED)[^\n]{,80}')
+LOST = re.compile(r'Gloo [^\n]{,80}failed|Connection (closed|reset|refused)|NCCL [^\n]{,80}|Socket closed|heartbeat timeout|'
+                  r'(UNAVAILABLE|DEADLINE_EXCEEDED)[^\n]{,80}')
 TIMEOUT = 60  # seconds of silence after which a process is given up
 
 

@@ -175,11 +175,19 @@ def test_a_position_of_many_processes(saved):
   np.testing.assert_array_equal(next(data), [12, 13, 14, 15])
   text = json.dumps({'window': [1, 2]})
   other.write_text(json.dumps({'state': text, 'sum': xxhash.xxh3_64_hexdigest(text.encode())}))
-  with pytest.raises(UserError, match='the position in this data is one of 1 processes; start as many, not 1'):
+  with pytest.raises(UserError, match=r'^[^ ]*/data: the position in this data is one of 1 process\(es\); start as many, not 1'):
     Checkpoints(saved, config(), keep=2).restore(3, abstract(state(0)), numbers())
   other.write_text(other.read_text().replace('[1, 2]', '[1, 3]'))
   with pytest.raises(UserError, match='process_0-of-2.json is not what was saved'):
     Checkpoints(saved, config(), keep=2).restore(3, abstract(state(0)), numbers())
+
+
+def test_the_position_of_an_earlier_version(saved):
+  file, = (saved / 'checkpoints' / '3' / 'data').glob('process_*')
+  file.write_text('{"next_index": 12}')
+  data = numbers()
+  Checkpoints(saved, config(), keep=2).restore(3, abstract(state(0)), data)
+  np.testing.assert_array_equal(next(data), [12, 13, 14, 15])
 
 
 @pytest.mark.parametrize('error', [OSError(errno.ENOSPC, 'No space left on device'),

@@ -117,7 +117,8 @@ def test_another_number_of_processes_or_another_mesh_goes_on(start, alone, kille
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('stage, mesh', [('autoencoder', {}), ('autoencoder', dict(mesh__data=1, mesh__fsdp=4)), ('encoder', dict(mesh__data=1, mesh__fsdp=4))])
+@pytest.mark.parametrize('stage, mesh', [
+    ('autoencoder', {}), ('autoencoder', dict(mesh__data=1, mesh__fsdp=4)), ('encoder', dict(mesh__data=1, mesh__fsdp=4))])
 def test_four_processes_have_the_losses_of_one(start, tmp_path, cache, stage, mesh):
   finish(launch(stage, tmp_path / 'one', cache, 4, num_steps=6, **mesh))
   list(map(finish, start(stage, tmp_path / 'four', 4, 1, num_steps=6, **mesh)))
@@ -190,3 +191,18 @@ def test_a_variable_that_is_no_number(monkeypatch):
   monkeypatch.setenv('JAX_NUM_PROCESSES', 'two')
   with pytest.raises(UserError, match="JAX_NUM_PROCESSES='two' is no number"):
     processes.connect()
+
+
+@pytest.mark.parametrize('error, status, message', [
+    (RuntimeError('UNKNOWN: Gloo all-reduce failed: Connection reset by peer'), 2, r'process 1 of 3 has lost another one .Gloo all-reduce'),
+    (UserError('the disk is full'), 2, '^the disk is full$'),
+    (RuntimeError('RESOURCE_EXHAUSTED: Out of memory'), 1, '^RESOURCE_EXHAUSTED')])
+def test_a_process_that_fails_does_not_wait_for_the_others(monkeypatch, error, status, message):
+  at_exit = []
+  monkeypatch.setattr(processes.jax, 'process_count', lambda: 3)
+  monkeypatch.setattr(processes.jax, 'process_index', lambda: 1)
+  monkeypatch.setattr(processes.atexit, 'register', lambda *call: at_exit.append(call))
+  with pytest.raises(UserError if status == 2 else RuntimeError, match=message):
+    with processes.together():
+      raise error
+  assert at_exit == [(processes._leave, status)]
