@@ -148,8 +148,11 @@ class Checkpoints:
   def _set_aside(self, step: int, error: Damaged) -> None:
     if jax.process_index() == 0:
       print(f'lavit: {error}', flush=True)
-    with contextlib.suppress(FileNotFoundError):  # another process was first
-      (self.folder / str(step)).rename(self.folder / f'{step}.damaged')
+    damaged, aside = self.folder / str(step), self.folder / f'{step}.damaged'
+    if damaged.exists():  # else another process was first
+      shutil.rmtree(aside, ignore_errors=True)
+      with contextlib.suppress(FileNotFoundError):
+        damaged.rename(aside)
     self.manager.reload()
 
 

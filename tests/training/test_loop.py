@@ -141,6 +141,7 @@ def test_a_lost_loss_ends_the_run(start, tmp_path):
     (dict(dtype='float33'), "dtype='float33' is unknown; choose float32 or bfloat16"),
     (dict(remat='most'), "remat='most' is unknown; choose none or"),
     (dict(log_every=0), 'log_every=0 must be at least 1'),
+    (dict(profile='5'), "profile='5': give the first and the last step"),
     (dict(mesh__tensor=3), 'mesh: data=-1, fsdp=1, tensor=3 does not fit')])
 def test_bad_options_are_named(changes, message, tmp_path):
   with pytest.raises(UserError, match=message):

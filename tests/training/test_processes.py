@@ -66,7 +66,8 @@ def losses(workdir):
 
 
 def test_two_processes_have_the_losses_of_one(start, alone, tmp_path):
-  first, second = map(finish, start('encoder', tmp_path, 2, 1, **STEPS))
+  first, second = map(finish, start('encoder', tmp_path, 2, 1, profile='2:3', **STEPS))
+  assert len(list((tmp_path / 'profile').rglob('*.xplane.pb'))) == 1
   assert 'step 16/16' in first and 'step' not in second  # one of them speaks
   assert len(losses(tmp_path)) == 18
   np.testing.assert_allclose(losses(tmp_path), losses(alone), rtol=1e-5)
@@ -124,6 +125,20 @@ def test_four_processes_have_the_losses_of_one(start, tmp_path, cache, stage, me
   list(map(finish, start(stage, tmp_path / 'four', 4, 1, num_steps=6, **mesh)))
   assert len(losses(tmp_path / 'one')) == 6
   np.testing.assert_allclose(losses(tmp_path / 'four'), losses(tmp_path / 'one'), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one_in_the_stages_with_noise(start, tmp_path, cache):
+  """Which row has which noise matters here, and in the language model which pairs share a shard."""
+  finish(launch('encoder', tmp_path / 'encoder', cache, num_steps=1))
+  frozen = dict(frozen=f'{tmp_path}/encoder/export')
+  for stage in ('tokenizer', 'lm'):
+    options = dict(num_steps=4, **frozen, **(dict(tokenizer__quantize_from=2) if stage == 'tokenizer' else {}))
+    finish(launch(stage, tmp_path / stage, cache, 2, **options))
+    list(map(finish, start(stage, tmp_path / f'{stage}-two', 2, 1, **options)))
+    assert len(losses(tmp_path / stage)) == 4
+    np.testing.assert_allclose(losses(tmp_path / f'{stage}-two'), losses(tmp_path / stage), rtol=1e-5)
+    frozen['frozen'] += f',{tmp_path}/{stage}/export'
 
 
 @pytest.mark.parametrize('phase, options', [
