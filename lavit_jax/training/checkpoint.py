@@ -69,8 +69,10 @@ class Checkpoints:
 
     With `skip_damaged`, a damaged checkpoint is set aside, as STEP.damaged, and the one before is taken.
     """
-    while (step := self.latest()) is not None:
+    begin = data.get_state()
+    while (step := self.manager.latest_step()) is not None:
       try:
+        self.latest()
         return step, self.restore(step, abstract, data)
       except Damaged as error:
         if not skip_damaged:
@@ -78,6 +80,7 @@ class Checkpoints:
         self._set_aside(step, error)
         if jax.process_count() > 1 and error.__cause__:  # perhaps this process alone could not read it
           raise UserError(f'{error}; it is set aside: start again') from error
+        data.set_state(begin)
     return 0, None
 
   def restore(self, step: int, abstract, data):

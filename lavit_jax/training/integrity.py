@@ -24,13 +24,14 @@ def digests(tree) -> dict[str, int]:
   always shows, any other but once in 2^32 times.
   """
   digest = _program()
-  values = [int(digest(leaf)) for leaf in jax.tree.leaves(tree)]  # a shape is compiled once; one at a time: on CPU, many sums at once deadlock
+  values = [int(digest(leaf)) for leaf in jax.tree.leaves(tree)]  # one at a time: on CPU, sums that overtake each other deadlock
   return dict(zip(names(tree), values, strict=True))
 
 
 def names(tree) -> list[str]:
   """'path [shape]' of each array, or ShapeDtypeStruct, of a tree."""
-  return [f'{jax.tree_util.keystr(path, simple=True, separator="/")} {list(leaf.shape)}' for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return [f'{jax.tree_util.keystr(path, simple=True, separator="/")} {list(leaf.shape)}' for path, leaf in leaves]
 
 
 @functools.cache

@@ -65,7 +65,6 @@ def train(config, workdir) -> None:
     data = open_data(config, model, share, 'train')
     checkpoints = Checkpoints(workdir, config, config.keep)  # the first to write: what is missing has been told by now
     stack.callback(checkpoints.close)
-    checkpoints.latest()  # refuses another run's
     interrupt.check()
 
     init, tx = initialiser(config, stage, parts)

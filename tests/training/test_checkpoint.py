@@ -154,7 +154,20 @@ def test_on_request_the_checkpoint_before_a_damaged_one_is_used(flipped, capsys)
 
 def test_when_all_are_damaged_it_begins_anew(flipped):
   flip(max((flipped / 'checkpoints' / '1' / 'state').rglob('*'), key=lambda file: file.is_file() * file.stat().st_size))
-  assert Checkpoints(flipped, config(), keep=2).restore_latest(abstract(noise(0)), numbers(), skip_damaged=True) == (0, None)
+  data = numbers()
+  assert Checkpoints(flipped, config(), keep=2).restore_latest(abstract(noise(0)), data, skip_damaged=True) == (0, None)
+  np.testing.assert_array_equal(next(data), [0, 1, 2, 3])
+
+
+def test_a_damaged_config_is_skipped_too(flipped):
+  (flipped / 'checkpoints' / '2' / 'config' / 'metadata').write_text('{"stage": ')
+  assert Checkpoints(flipped, config(), keep=2).restore_latest(abstract(noise(0)), numbers(), skip_damaged=True)[0] == 1
+
+
+def test_a_checkpoint_that_does_not_fit_is_not_taken_for_a_damaged_one(flipped):
+  with pytest.raises(UserError, match='does not fit this config'):
+    Checkpoints(flipped, config(), keep=2).restore_latest(abstract({**noise(0), 'ema': jnp.zeros(3)}), numbers(), skip_damaged=True)
+  assert sorted(p.name for p in (flipped / 'checkpoints').iterdir()) == ['1', '2']
 
 
 def test_digests_see_one_bit_and_an_exchange():
