@@ -79,13 +79,16 @@ def launch(stage, workdir, cache, devices=1, env=(), **changes):
   return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def launch_job(stage, workdir, cache, processes, devices, timeout=5, **changes):
-  """One training as a job of several processes, which have `devices` each and give up one that is silent for `timeout` seconds."""
+def launch_job(stage, workdir, cache, processes, devices, timeout=5, own=(), **changes):
+  """One training as a job of several processes, which have `devices` each and give up one that is silent for `timeout` seconds.
+
+  `own`: process -> changes for it alone.
+  """
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     address = '127.0.0.1:%d' % free.getsockname()[1]
   env = dict(JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES=str(processes), JAX_HEARTBEAT_TIMEOUT=str(timeout))
-  return [launch(stage, workdir, cache, devices, {**env, 'JAX_PROCESS_ID': str(i)}, **changes) for i in range(processes)]
+  return [launch(stage, workdir, cache, devices, {**env, 'JAX_PROCESS_ID': str(i)}, **changes | dict(own).get(i, {})) for i in range(processes)]
 
 
 def finish(process, status=0):

@@ -179,6 +179,15 @@ def test_a_process_that_falls_silent_ends_the_others(start, tmp_path, silent):
 
 
 @pytest.mark.slow
+def test_a_fault_of_one_process_is_told_and_ends_the_others(start, tmp_path):
+  begin = time.monotonic()
+  first, second = start('encoder', tmp_path, 2, 1, own={1: dict(data__source='/nowhere')})
+  assert 'UserError: data: /nowhere has no emoji data set' in finish(second, 2)
+  first.communicate(timeout=60)
+  assert first.returncode in (2, -signal.SIGABRT) and time.monotonic() - begin < 60
+
+
+@pytest.mark.slow
 def test_two_processes_go_on_from_the_checkpoint_before_a_damaged_one(start, killed, tmp_path):
   shutil.copytree(killed[0], tmp_path, dirs_exist_ok=True)
   steps = sorted(int(p.name) for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit())
