@@ -26,5 +26,6 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
       optim=dict(
           learning_rate=1e-3, warmup_steps=100, final_fraction=0.01, weight_decay=0.1, b1=0.9, b2=0.98, mu_dtype='float32', clip_norm=1.0,
           ema_decay=0.99, freeze=('^text/head$',), lr_scale=()),
-      log_every=50, eval_every=600, eval_batches=8, picture_every=1200, checkpoint_every=500, keep=2))
+      log_every=50, eval_every=600, eval_batches=8, picture_every=1200, checkpoint_every=500, keep=2,
+      skip_damaged=False, profile=''))
   return config.lock()

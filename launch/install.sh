@@ -1,4 +1,5 @@
-# Sourced by the other scripts: makes .venv in the repository root and installs this package with the named extras, at pinned versions.
+# shellcheck shell=bash
+# Run or sourced by the other scripts: makes .venv in the repository root and installs this package with the named extras, at pinned versions.
 # usage: source launch/install.sh EXTRAS   (e.g. '' or '[test,torch]')
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 

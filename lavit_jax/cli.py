@@ -62,8 +62,11 @@ def _fail(message):
 def train(args):
   from lavit_jax.training.config import load_config
   config = load_config(args.config, args.overrides)
+  from lavit_jax.training import processes
+  processes.connect(args.coordinator, args.processes, args.process, args.timeout)
   from lavit_jax.training.loop import train as run
-  run(config, args.workdir)
+  with processes.together():
+    run(config, args.workdir)
 
 
 def compile_step(args):
@@ -249,6 +252,11 @@ def build_parser():
   sub = command('train', train, 'train one stage; every value of its page can be set with --config.KEY=VALUE')
   sub.add_argument('--config', required=True, metavar='PAGE.py:VARIANT', help='such as configs/tokenizer.py:tiny')
   sub.add_argument('--workdir', required=True, metavar='DIR', help='checkpoints, logs, exports; a run found there goes on')
+  several = sub.add_argument_group('several processes', 'TPU pods, GKE and SLURM need none of these')
+  several.add_argument('--coordinator', metavar='HOST:PORT', help='where process 0 listens (default: $JAX_COORDINATOR_ADDRESS)')
+  several.add_argument('--processes', type=number(int, 1), metavar='N', help='how many there are (default: $JAX_NUM_PROCESSES)')
+  several.add_argument('--process', type=number(int, 0), metavar='I', help='which this is, from 0 (default: $JAX_PROCESS_ID)')
+  several.add_argument('--timeout', type=number(int, 1), metavar='SECONDS', help='after which a silent process ends the others (default: 60)')
 
   sub = command('compile', compile_step, 'compile the train step of a page for a TPU pod that is not there: memory, operations, traffic')
   sub.add_argument('--config', required=True, metavar='PAGE.py:VARIANT', help='as for train; --config.KEY=VALUE too')

@@ -1,6 +1,6 @@
 """What a training step sees: batches of composed examples, endless, seeded, sharded and resumable (grain)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import grain
@@ -19,11 +19,12 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
             batch_size: int, image_size: int = 64, text_length: int = 48, tokenizer_folder: str | None = None,
             shares: Mapping[str, float] | None = None, question_weights: Mapping[str, float] | None = None,
             draw_text_weight: float = 0.1, drop_text: float = 0.1, scene_share: float = 0.3, shard_index: int = 0, shard_count: int = 1,
-            num_threads: int = 2) -> grain.DatasetIterator:
+            rows: Sequence[int] | None = None, num_threads: int = 2) -> 'Batches':
   """An endless iterator over batches of numpy arrays, with `get_state` / `set_state`.
 
-  Row r of batch b of shard s is example (b * batch_size + r) * shard_count + s, so that shards never overlap and the global
-  order does not depend on their number. `batch_size` counts the rows of one shard.
+  `batch_size` counts the rows of one shard; all shards together make a global batch of B = batch_size * shard_count, whose row r in
+  batch b is example b * B + r, however many shards there are. `rows` says which of them are this shard's; None: the shard_index'th
+  block of batch_size.
 
   task 'images':      image uint8[B, H, W, 3]
   task 'contrastive': image, text int32[B, T] (captions, padded with 0), text_length int32[B]
@@ -61,9 +62,43 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
         return {'image': example.image, **text, 'kind': np.int32(_KINDS[kind])}
     case _:
       raise ValueError(f"unknown task {task!r}; choose 'images', 'contrastive' or 'lm'")
-  indices = grain.MapDataset.range(shard_index, _ENDLESS, shard_count)
   options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * batch_size)
-  return iter(indices.map(row).to_iter_dataset(options).batch(batch_size, drop_remainder=True))
+  rows = list(range(shard_index * batch_size, (shard_index + 1) * batch_size) if rows is None else rows)
+  if len(rows) != batch_size:
+    raise ValueError(f'{len(rows)} rows make no batch of {batch_size}')
+
+  def example_of(position):
+    batch, r = divmod(position, batch_size)
+    return batch * batch_size * shard_count + int(rows[r])
+
+  def pipeline(first):
+    positions = grain.MapDataset.range(first * batch_size, _ENDLESS)
+    return iter(positions.map(example_of).map(row).to_iter_dataset(options).batch(batch_size, drop_remainder=True))
+
+  return Batches(pipeline)
+
+
+class Batches(Iterator):
+  """Batches that are found by their number: `pipeline(first)` begins at any.
+
+  The state, {'batches': those given}, is the same in every process, and so means the same to another number of processes.
+  """
+
+  def __init__(self, pipeline: Callable[[int], Iterator]):
+    self._pipeline, self._given, self._iterator = pipeline, 0, None
+
+  def __next__(self) -> dict[str, np.ndarray]:
+    if self._iterator is None:
+      self._iterator = self._pipeline(self._given)
+    batch = next(self._iterator)
+    self._given += 1
+    return batch
+
+  def get_state(self) -> dict[str, int]:
+    return {'batches': self._given}
+
+  def set_state(self, state: dict[str, int]) -> None:
+    self._given, self._iterator = state['batches'], None
 
 
 def shapes(task: str, batch_size: int, image_size: int, text_length: int = 0) -> dict[str, tuple[tuple[int, ...], np.dtype]]:

@@ -118,7 +118,7 @@ def compile_step(config, page: str, topology: str, slices: int = 1) -> Report:
   sent = sum(cost.network.values())
   times = cost.flops / (chip.tflops * 1e12), cost.bytes / (chip.hbm_tbps * 1e12), sent / (chip.ici_gbps * 1e9 / 8)
   return Report(
-      page, topology if slices == 1 else f'{slices} x {topology}', mesh.size, dict(mesh.shape), tokens(config), parameters / GIB,
+      page, topology if slices == 1 else f'{slices} x {topology}', mesh.size, dict(mesh.shape), stages.tokens(config), parameters / GIB,
       optimizer / GIB, (total - parameters - optimizer) / GIB, total / GIB, chip.hbm_gib, total <= (1 - SPARE) * chip.hbm_gib * GIB,
       cost.flops, model_flops, cost.bytes, sent, dict(cost.network), *times, model_flops / (chip.tflops * 1e12 * max(times)), seconds)
 
@@ -139,13 +139,6 @@ def abstract_step(config, mesh):
   frozen = {name: parts[name] for name in stage.needs}
   inputs = put(state, places), put(frozen, sharding.shardings(frozen, mesh)), put(batch, dict.fromkeys(batch, NamedSharding(mesh, sharding.BATCH)))
   return loop.make_train_step(config, stage, tx, places, mesh), inputs
-
-
-def tokens(config) -> int:
-  """What a step reads: slots of packed rows of the language model, patches of the others."""
-  if config.stage == 'lm':
-    return config.lm.num_rows * config.lm.row_length
-  return config.batch_size * lavit.build(config.variant).num_patches
 
 
 def _devices(topology: str, slices: int) -> list:

@@ -3,24 +3,31 @@
     WORKDIR/checkpoints/<step>/{state, data, config}
 
 A step's folder appears by a rename when it is complete, so a run that was killed while saving finds the previous one. Restoring all
-of it makes the next losses the same, bit for bit, as without the interruption.
+of it makes the next losses the same, bit for bit, as without the interruption; on another mesh or another number of processes too, but for
+the order in which sums are made.
+
+A digest of every array is saved beside it and compared after reading: Orbax would take a flipped bit for a number.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
 import shutil
 
-import grain
-import grain.checkpoint
 import jax
 import orbax.checkpoint as ocp
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.porting.leaves import disk_full
+from lavit_jax.training import integrity
+
+
+class Damaged(UserError):
+  """A checkpoint that cannot be used."""
 
 
 class Checkpoints:
@@ -39,7 +46,7 @@ class Checkpoints:
     self.clear_half_written()
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
     self.manager = ocp.CheckpointManager(self.folder, options=options, item_names=('state', 'data', 'config'), item_handlers={
-        'state': ocp.StandardCheckpointHandler(), 'data': grain.checkpoint.CheckpointHandler(), 'config': ocp.JsonCheckpointHandler()})
+        'state': ocp.StandardCheckpointHandler(), 'data': integrity.PositionHandler(), 'config': ocp.JsonCheckpointHandler()})
 
   def latest(self) -> int | None:
     """The last complete step, after checking that it is of this stage and variant.
@@ -49,10 +56,7 @@ class Checkpoints:
     """
     step = self.manager.latest_step()
     if step is not None:
-      try:
-        saved = self.manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))['config']
-      except (OSError, ValueError, KeyError) as error:
-        raise self._damaged(step, error) from error
+      saved = self._about(step)
       for key in ('stage', 'variant', 'sizes'):
         if saved[key] != self.identity[key]:
           was, now = (f'{d["stage"]}:{d["variant"]}' for d in (saved, self.identity))
@@ -60,13 +64,44 @@ class Checkpoints:
           raise UserError(f'{self.folder / str(step)} is a checkpoint of {difference}; choose another --workdir')
     return step
 
+  def restore_latest(self, abstract, data, skip_damaged: bool = False):
+    """`restore` of the last step -> (step, train state); (0, None) if there is none.
+
+    With `skip_damaged`, a damaged checkpoint is set aside, as STEP.damaged, and the one before is taken.
+    """
+    begin = data.get_state()
+    while (step := self.manager.latest_step()) is not None:
+      try:
+        self.latest()
+        return step, self.restore(step, abstract, data)
+      except Damaged as error:
+        if not skip_damaged:
+          raise
+        self._set_aside(step, error)
+        if jax.process_count() > 1 and error.__cause__:  # perhaps this process alone could not read it
+          raise UserError(f'{error}; it is set aside: start again') from error
+        data.set_state(begin)
+    return 0, None
+
   def restore(self, step: int, abstract, data):
-    """The train state of `step`, placed as `abstract` (ShapeDtypeStructs with shardings) says; moves the iterator `data`."""
+    """The train state of `step`, placed as `abstract` (ShapeDtypeStructs with shardings) says; moves the iterator `data`.
+
+    Raises:
+      Damaged: it cannot be read, or is not what was saved.
+      UserError: the position in the data means nothing to this number of processes.
+    """
+    wanted, saved = integrity.names(abstract), self._about(step).get('digests')  # none in runs of before there were any
+    if saved and (odd := sorted(saved.keys() ^ set(wanted))):
+      raise UserError(f'the checkpoint {self.folder / str(step)} does not fit this config ({len(odd)} arrays differ: {", ".join(odd[:3])}); '
+                      'give the options that it was made with, or choose another --workdir')
     try:
       restored = self.manager.restore(step, args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(abstract), data=grain.checkpoint.CheckpointRestore(data)))
+          state=ocp.args.StandardRestore(abstract), data=integrity.PositionRestore(data)))
     except (OSError, ValueError, KeyError, TypeError) as error:
       raise self._damaged(step, error) from error
+    now = integrity.digests(restored['state']) if saved else {}
+    if wrong := [name for name in now if saved[name] != now[name]]:
+      raise self._damaged(step, f'{len(wrong)} of {len(saved)} arrays are not what was saved: {", ".join(wrong[:3])}')
     return restored['state']
 
   def save(self, step: int, state, data) -> None:
@@ -79,8 +114,8 @@ class Checkpoints:
       return
     with _DiskFull(self):
       self.manager.save(step, args=ocp.args.Composite(
-          state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(data),
-          config=ocp.args.JsonSave({**self.identity, 'config': self.config})))
+          state=ocp.args.StandardSave(state), data=integrity.PositionSave(data),
+          config=ocp.args.JsonSave({**self.identity, 'config': self.config, 'digests': integrity.digests(state)})))
 
   def check(self) -> None:
     """Raises what went wrong behind us, if anything did."""
@@ -102,10 +137,26 @@ class Checkpoints:
       for half in self.folder.glob('*.orbax-checkpoint-tmp*'):
         shutil.rmtree(half, ignore_errors=True)
 
-  def _damaged(self, step: int, error: Exception) -> UserError:
+  def _about(self, step: int) -> dict:
+    try:
+      return self.manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))['config']
+    except (OSError, ValueError, KeyError) as error:
+      raise self._damaged(step, error) from error
+
+  def _damaged(self, step: int, error) -> Damaged:
     reason = ' '.join(str(error).split())[:300]
-    return UserError(f'the checkpoint {self.folder / str(step)} is damaged or does not fit this config ({reason}); '
-                     'delete that folder to go on from the one before, or choose another --workdir')
+    return Damaged(f'the checkpoint {self.folder / str(step)} is damaged or does not fit this config ({reason}); '
+                   '--config.skip_damaged=true goes on from the one before, or choose another --workdir')
+
+  def _set_aside(self, step: int, error: Damaged) -> None:
+    if jax.process_index() == 0:
+      print(f'lavit: {error}', flush=True)
+    damaged, aside = self.folder / str(step), self.folder / f'{step}.damaged'
+    if damaged.exists():  # else another process was first
+      shutil.rmtree(aside, ignore_errors=True)
+      with contextlib.suppress(FileNotFoundError):
+        damaged.rename(aside)
+    self.manager.reload()
 
 
 class _DiskFull:

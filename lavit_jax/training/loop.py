@@ -13,15 +13,12 @@ import functools
 import json
 import math
 import pathlib
-import signal
-import threading
 import time
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from lavit_jax.data import mixtures, text
@@ -29,10 +26,9 @@ from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.models.layers import REMAT_POLICIES
 from lavit_jax.porting import folder
-from lavit_jax.training import chips, flops, metrics, optim, sharding, stages
+from lavit_jax.training import chips, flops, metrics, optim, processes, sharding, stages
 from lavit_jax.training.checkpoint import Checkpoints
-
-TERMINATED = 143
+from lavit_jax.training.processes import TERMINATED, Interrupt
 
 
 class TrainState(NamedTuple):
@@ -58,54 +54,57 @@ def train(config, workdir) -> None:
   workdir = pathlib.Path(workdir)
   mesh = sharding.make_mesh(config.mesh)
   check_options(config, mesh)
+  trace = metrics.Trace(config.profile, workdir)
   flops_a_step = flops.model_flops(config)
   with Interrupt() as interrupt, jax.set_mesh(mesh), contextlib.ExitStack() as stack:
     model = lavit.build(config.variant, config.dtype, config.remat)
     stage = stages.build(config, model, sharding.batch_shards(mesh))
     parts = load_parts(config, stage, mesh)
     frozen = {name: parts[name] for name in stage.needs}
-    data = open_data(config, model, 'train')
+    share = sharding.share(mesh, config.batch_size)
+    data = open_data(config, model, share, 'train')
     checkpoints = Checkpoints(workdir, config, config.keep)  # the first to write: what is missing has been told by now
     stack.callback(checkpoints.close)
-    latest = checkpoints.latest()
     interrupt.check()
 
     init, tx = initialiser(config, stage, parts)
     shapes = jax.eval_shape(init, jax.random.key(config.seed), parts)
     places = sharding.shardings(shapes, mesh)
-    if latest is None:
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
+    first, state = checkpoints.restore_latest(abstract, data, config.skip_damaged)
+    if state is None:
       once = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None  # compiling costs more than running
       state = jax.jit(init, out_shardings=places, compiler_options=once)(jax.random.key(config.seed), parts)
-    else:
-      abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
-      state = checkpoints.restore(latest, abstract, data)
-    first = latest or 0
     del parts
     interrupt.check()
 
     peak = config.peak_tflops or chips.peak_tflops(jax.devices())
-    log = metrics.Log(workdir, first, config.num_steps, config.batch_size, flops=flops_a_step, peak_tflops=peak)
+    log = metrics.Log(workdir, first, config.num_steps, config.batch_size, flops=flops_a_step, peak_tflops=peak,
+                      tokens=stages.tokens(config))
     stack.callback(log.close)
+    stack.callback(trace.close)
     count = sum(x.size for x in jax.tree.leaves(shapes.params))
     log.say(f'{config.stage}:{config.variant}  {count / 1e6:.2f} M parameters  mesh {dict(mesh.shape)}  '
             + (f'continuing from step {first}' if first else f'starting in {workdir}'))
     write_config(config, workdir)
 
     if first < config.num_steps:
-      batch = sharding.put_batch(next_batch(data), mesh)
+      batch = sharding.put_batch(next_batch(data), mesh, share)
       train_step = make_train_step(config, stage, tx, places, mesh)
       train_step = train_step.lower(state, frozen, batch).compile()
-      look = Look(config, model, stage, mesh, frozen)
+      look = Look(config, model, stage, mesh, share, frozen)
       interrupt.check()
       log.restart_clock()
 
     for step in range(first + 1, config.num_steps + 1):
       if step > first + 1:
-        batch = sharding.put_batch(next_batch(data), mesh)
+        batch = sharding.put_batch(next_batch(data), mesh, share)
+      trace.before(step)
       state, values = train_step(state, frozen, batch)
+      trace.after(step, values)
       log.step(step, values)
 
-      last, stop = step == config.num_steps, interrupt.requested(step)
+      last, stop = step == config.num_steps, interrupt.requested()
       if step % config.log_every == 0 or last:
         check_finite(log.report(), step)
         checkpoints.check()
@@ -113,7 +112,7 @@ def train(config, workdir) -> None:
         stop = look.evaluate(state, step, log, interrupt)
       if every(config.picture_every, step, last) and stage.draw and not stop:
         look.draw(state, step, log)
-        stop = interrupt.requested(step)
+        stop = interrupt.requested()
       if every(config.checkpoint_every, step, last) or stop:
         check_finite(log.flush(), step)
         checkpoints.save(step, state, data)
@@ -193,32 +192,33 @@ def make_train_step(config, stage, tx, places, mesh):
 class Look:
   """Held-out metrics and pictures; always of the same examples and the same noise, with the averaged weights if there are any."""
 
-  def __init__(self, config, model, stage, mesh, frozen):
-    self.config, self.model, self.frozen, self.mesh = config, model, frozen, mesh
+  def __init__(self, config, model, stage, mesh, share, frozen):
+    self.config, self.model, self.frozen, self.mesh, self.share = config, model, frozen, mesh, share
     self.key = jax.random.key(config.seed + 1)
+    jit = functools.partial(jax.jit, out_shardings=NamedSharding(mesh, P()))  # every process sees all of it
 
-    @jax.jit
+    @jit
     def metrics_of(train_state, frozen, batch, key):
       value, (_, values) = stage.loss(train_state.ema or train_state.params, frozen, train_state.state, batch, key, False)
       return dict(loss=value, **values)
 
-    @jax.jit
+    @jit
     def pictures_of(train_state, frozen, batch, key):
       return stage.draw(train_state.ema or train_state.params, frozen, train_state.state, batch, key)
 
     self.metrics_of, self.pictures_of = metrics_of, pictures_of
 
   def batches(self, count: int):
-    data = open_data(self.config, self.model, 'heldout')
+    data = open_data(self.config, self.model, self.share, 'heldout')
     for i in range(count):
-      yield jax.random.fold_in(self.key, i), sharding.put_batch(next(data), self.mesh)
+      yield jax.random.fold_in(self.key, i), sharding.put_batch(next(data), self.mesh, self.share)
 
   def evaluate(self, state, step, log, interrupt) -> bool:
     """Logs the mean over `eval_batches` held-out batches; gives up, and returns True, when the run is asked to stop."""
     start, rows = time.monotonic(), []
     for key, batch in self.batches(self.config.eval_batches):
       rows.append(jax.device_get(self.metrics_of(state, self.frozen, batch, key)))
-      if interrupt.requested(step):
+      if interrupt.requested():
         return True
     log.evaluation(step, metrics.mean(rows))
     log.pause(time.monotonic() - start)
@@ -282,12 +282,11 @@ def split_folders(text: str) -> list[str]:
 
 def export(config, stage, train_state, workdir) -> None:
   """Writes the parts that this stage made to WORKDIR/export, averaged over the last steps if there is an average."""
-  parts = stage.export(train_state.ema or train_state.params, train_state.state)
-  if jax.process_count() > 1:
-    parts = multihost_utils.process_allgather(parts, tiled=True)
+  parts = processes.to_host(stage.export(train_state.ema or train_state.params, train_state.state))
   if jax.process_index() == 0:
     about = dict(stage=config.stage, steps=int(train_state.step), config=json.loads(config.to_json_best_effort()))
-    folder.save_parts(workdir / 'export', config.variant, jax.device_get(parts), metadata=about)
+    folder.save_parts(workdir / 'export', config.variant, parts, metadata=about)
+  processes.wait_for_all('exported')
 
 
 def write_config(config, workdir) -> None:
@@ -295,7 +294,7 @@ def write_config(config, workdir) -> None:
     (workdir / 'config.json').write_text(json.dumps(json.loads(config.to_json_best_effort()), indent=1) + '\n')
 
 
-def open_data(config, model, split: str):
+def open_data(config, model, share, split: str):
   """An iterator over this process's share of the batches of a split.
 
   Raises:
@@ -306,8 +305,8 @@ def open_data(config, model, split: str):
     if options.get('tokenizer_folder'):
       text.TextTokenizer.load(options['tokenizer_folder'], model.vocabulary.text_size)
     return mixtures.batches(
-        **options, split=split, seed=config.seed, batch_size=config.batch_size // jax.process_count(),
-        shard_index=jax.process_index(), shard_count=jax.process_count())
+        **options, split=split, seed=config.seed, batch_size=len(share.rows), shard_index=share.index, shard_count=share.count,
+        rows=share.rows)
   except (FileNotFoundError, ValueError, UserError) as error:
     raise UserError(f'data: {error}') from error
 
@@ -331,28 +330,3 @@ def check_finite(means: dict[str, float], step: int) -> None:
 def every(interval: int, step: int, last: bool) -> bool:
   """Whether something due each `interval` steps (0: never), and at the last one, is due."""
   return bool(interval) and (step % interval == 0 or last)
-
-
-class Interrupt:
-  """Turns SIGTERM into a flag that the loop polls. All processes of a job see it at the same step."""
-
-  def __enter__(self):
-    self.flag = threading.Event()
-    self.previous = None
-    if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:  # else jax.distributed listens
-      self.previous = signal.signal(signal.SIGTERM, lambda *_: self.flag.set())
-    return self
-
-  def __exit__(self, *_):
-    if self.previous is not None:
-      signal.signal(signal.SIGTERM, self.previous)
-
-  def requested(self, step: int) -> bool:
-    if jax.process_count() > 1:
-      return multihost_utils.reached_preemption_sync_point(step)
-    return self.flag.is_set()
-
-  def check(self) -> None:
-    """Ends the run while there is nothing to save yet."""
-    if self.flag.is_set():
-      raise SystemExit(TERMINATED)

@@ -17,6 +17,9 @@ import numpy as np
 from PIL import Image
 from tensorboardX import SummaryWriter
 
+from lavit_jax.errors import UserError
+
+SHOWN = {'tokens_per_s': 'tokens/s', 'mfu': 'MFU', 'hbm_gib': 'HBM GiB'}  # on the terminal, where they are known
 VITAL = ('loss', 'grad_norm')  # never without a number: if one of these is lost, so are the parameters of the next step
 
 
@@ -28,11 +31,14 @@ class Log:
     first_step: the steps done so far; a previous run's lines beyond it are dropped, since those steps will be made again.
     num_steps, batch_size: for the estimate of the time left and for examples/s.
     flops: floating-point operations of one step, if known (flops.py); peak_tflops: of all devices together (0 = unknown), for the MFU.
+    tokens: what one step reads (stages.tokens), for tokens/s.
   """
 
-  def __init__(self, workdir, first_step: int, num_steps: int, batch_size: int, flops: float = 0.0, peak_tflops: float = 0.0):
+  def __init__(self, workdir, first_step: int, num_steps: int, batch_size: int, flops: float = 0.0, peak_tflops: float = 0.0,
+               tokens: int = 0):
     self.workdir = pathlib.Path(workdir)
-    self.num_steps, self.batch_size, self.flops, self.peak = num_steps, batch_size, flops, 1e12 * peak_tflops
+    self.num_steps, self.batch_size, self.tokens = num_steps, batch_size, tokens
+    self.flops, self.peak = flops, 1e12 * peak_tflops
     self.pending: list[tuple[int, dict]] = []  # on the device
     self.since: list[dict] = []  # in metrics.jsonl already, and not yet shown
     self.writes = jax.process_index() == 0
@@ -69,7 +75,9 @@ class Log:
     means.pop('step')
     speed = (step - self.last_step) / max(time.monotonic() - self.clock, 1e-9)
     self.last_step, self.clock = step, time.monotonic()
-    rates = {'steps_per_s': speed, 'examples_per_s': speed * self.batch_size}
+    rates = {'steps_per_s': speed, 'examples_per_s': speed * self.batch_size, **memory_in_use()}
+    if self.tokens:
+      rates['tokens_per_s'] = speed * self.tokens
     if self.flops:
       rates['tflops'] = self.flops * speed / 1e12
     if self.flops and self.peak:
@@ -77,7 +85,8 @@ class Log:
     self.scalars(step, {**means, **rates})
     left = (self.num_steps - step) / speed
     self.say(f'step {step}/{self.num_steps}  {speed:.2f} steps/s  {speed * self.batch_size:.0f} examples/s  '
-             f'ETA {duration(left)}  ' + '  '.join(f'{k} {v:.4g}' for k, v in means.items()))
+             + ''.join(f'{shown} {rates[k]:.3g}  ' for k, shown in SHOWN.items() if k in rates) + f'ETA {duration(left)}  '
+             + '  '.join(f'{k} {v:.4g}' for k, v in means.items()))
     return means
 
   def evaluation(self, step: int, values: dict[str, float]) -> None:
@@ -121,6 +130,43 @@ class Log:
     if self.writes:
       self.jsonl.close()
       self.board.close()
+
+
+def memory_in_use() -> dict[str, float]:
+  """GiB of device memory in use now and at most so far, on the fullest device of this process; {} where it is not told (CPU)."""
+  known = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
+  keys = {'hbm_gib': 'bytes_in_use', 'hbm_peak_gib': 'peak_bytes_in_use'}
+  return {name: max(stats[key] for stats in known) / 2**30 for name, key in keys.items() if known and all(key in stats for stats in known)}
+
+
+class Trace:
+  """An xprof trace of some steps in WORKDIR/profile, by process 0. `steps`: 'FIRST:LAST', or '' for none.
+
+  Raises:
+    UserError: `steps` are none.
+  """
+
+  def __init__(self, steps: str, workdir):
+    self.folder, self.running = str(pathlib.Path(workdir) / 'profile'), False
+    first, colon, last = steps.partition(':')
+    if steps and not (colon and first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+      raise UserError(f'profile={steps!r}: give the first and the last step to trace, such as 10:12')
+    self.first, self.last = (int(first), int(last)) if steps and jax.process_index() == 0 else (0, 0)
+
+  def before(self, step: int) -> None:
+    if self.first <= step <= self.last and not self.running:  # a run may be continued in the middle
+      jax.profiler.start_trace(self.folder)
+      self.running = True
+
+  def after(self, step: int, values) -> None:
+    if self.running and step >= self.last:
+      jax.block_until_ready(values)
+      self.close()
+
+  def close(self) -> None:
+    if self.running:
+      jax.profiler.stop_trace()
+      self.running = False
 
 
 def json_line(row: dict) -> str:

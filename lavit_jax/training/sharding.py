@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -110,6 +111,40 @@ def shardings(tree, mesh: Mesh, rules=RULES):
   return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def put_batch(batch: dict, mesh: Mesh) -> dict:
+class Share(NamedTuple):
+  """`rows` of a global batch that the devices of one process hold, ascending; of all shares this is number `index` of `count`."""
+
+  rows: np.ndarray
+  index: int
+  count: int
+
+
+def share(mesh: Mesh, batch_size: int) -> Share:
+  """What this process must read. Processes whose devices differ along `tensor` alone have the same share.
+
+  Raises:
+    UserError: two processes would hold some rows in common and others not.
+  """
+  held = {}
+  for device, (rows,) in NamedSharding(mesh, BATCH).devices_indices_map((batch_size,)).items():
+    held.setdefault(device.process_index, set()).update(range(*rows.indices(batch_size)))
+  shares = sorted({tuple(sorted(rows)) for rows in held.values()})
+  if sum(map(len, shares)) != batch_size or len({len(rows) for rows in shares}) != 1:
+    raise UserError('mesh: the pieces of a batch do not fall evenly to the processes; tensor must divide their devices, or be a multiple of them')
+  mine = tuple(sorted(held[jax.process_index()]))
+  return Share(np.array(mine), shares.index(mine), len(shares))
+
+
+def put_batch(batch: dict, mesh: Mesh, share: Share) -> dict:
   """This process's rows (numpy) as global arrays, split over `data` and `fsdp`."""
-  return {key: jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH), x) for key, x in batch.items()}
+  batch_size = len(share.rows) * share.count
+
+  def put(x):
+    def piece(index):
+      start, stop, _ = index[0].indices(batch_size)
+      first = int(np.searchsorted(share.rows, start))
+      return x[first:first + stop - start]
+
+    return jax.make_array_from_callback((batch_size, *x.shape[1:]), NamedSharding(mesh, BATCH), piece)
+
+  return {key: put(x) for key, x in batch.items()}

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from lavit_jax.data import mixtures
 from lavit_jax.errors import UserError
 from lavit_jax.inference.diffusion import ddim_sample
+from lavit_jax.models import lavit
 from lavit_jax.models import noise as diffusion
 from lavit_jax.models import vae as pixels
 from lavit_jax.models.decoder import null_context
@@ -50,6 +51,13 @@ def abstract_inputs(config, model: Lavit, stage: Stage) -> tuple[dict, dict]:
   data = config.data
   batch = mixtures.shapes(data.task, config.batch_size, data.image_size, data.get('text_length', 0))
   return parts, {name: jax.ShapeDtypeStruct(*like) for name, like in batch.items()}
+
+
+def tokens(config) -> int:
+  """What a step reads: slots of packed rows of the language model, patches of the others."""
+  if config.stage == 'lm':
+    return config.lm.num_rows * config.lm.row_length
+  return config.batch_size * lavit.build(config.variant).num_patches
 
 
 def tokenizer(config, model: Lavit, shards: int) -> Stage:

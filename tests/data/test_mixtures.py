@@ -38,11 +38,27 @@ def test_threads_change_nothing(num_threads):
 
 
 @pytest.mark.parametrize('shards', [2, 4])
-def test_shards_interleave_to_the_unsharded_batches(shards):
+def test_shards_are_the_blocks_of_the_unsharded_batches(shards):
   whole = take(batches('lm'), 3)
   parts = [take(batches('lm', batch_size=8 // shards, shard_index=shard, shard_count=shards), 3) for shard in range(shards)]
   for step, batch in enumerate(whole):
-    equal(batch, {key: np.stack([part[step][key] for part in parts], 1).reshape(value.shape) for key, value in batch.items()})
+    equal(batch, {key: np.concatenate([part[step][key] for part in parts]) for key in batch})
+
+
+def test_rows_of_a_shard_may_lie_apart():
+  whole, some = take(batches('lm'), 3), take(batches('lm', batch_size=4, shard_count=2, rows=[0, 1, 4, 5]), 3)
+  for batch, part in zip(whole, some):
+    equal({key: value[[0, 1, 4, 5]] for key, value in batch.items()}, part)
+
+
+def test_a_position_serves_any_number_of_shards():
+  whole = batches('lm')
+  expected = take(whole, 5)[3:]
+  take(first := batches('lm', batch_size=2, shard_index=1, shard_count=4), 3)
+  second = batches('lm', batch_size=4, shard_index=1, shard_count=2)
+  second.set_state(first.get_state())
+  for one, other in zip(expected, take(second, 2)):
+    equal({key: value[4:] for key, value in one.items()}, other)
 
 
 def test_state_resumes_bit_for_bit():

@@ -1,12 +1,17 @@
-"""A variant that trains in a second, and its config for each stage.
+"""A variant that trains in a second, its config for each stage, and trainings as processes of their own.
 
 As a script, one training, `nano.py STAGE WORKDIR [key=value ...]`, or all five, `nano.py all FOLDER`.
 """
 
 import ast
 import functools
+import json
+import os
 import pathlib
+import socket
+import subprocess
 import sys
+import time
 
 import jax
 
@@ -64,13 +69,64 @@ def train_all(folder: pathlib.Path) -> None:
     train(config(stage, **changes), folder / stage)
 
 
+def launch(stage, workdir, cache, devices=1, env=(), **changes):
+  """One training as a process of its own; `cache` is where processes share what they compile."""
+  flags = {'xla_force_host_platform_device_count': devices, **QUICK_TO_COMPILE}
+  env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ' '.join(f'--{key}={value}'.lower() for key, value in flags.items()),
+         'JAX_COMPILATION_CACHE_DIR': str(cache), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+         'PYTHONPATH': str(ROOT), 'TF_CPP_MIN_LOG_LEVEL': '3', **dict(env)}
+  command = [sys.executable, __file__, stage, str(workdir), *(f'{key}={value!r}' for key, value in changes.items())]
+  return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def launch_job(stage, workdir, cache, processes, devices, timeout=5, own=(), **changes):
+  """One training as a job of several processes, which have `devices` each and give up one that is silent for `timeout` seconds.
+
+  `own`: process -> changes for it alone.
+  """
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    address = '127.0.0.1:%d' % free.getsockname()[1]
+  env = dict(JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES=str(processes), JAX_HEARTBEAT_TIMEOUT=str(timeout))
+  return [launch(stage, workdir, cache, devices, {**env, 'JAX_PROCESS_ID': str(i)}, **changes | dict(own).get(i, {})) for i in range(processes)]
+
+
+def finish(process, status=0):
+  """What the process printed, when it has ended as it should."""
+  out, _ = process.communicate()
+  assert process.returncode == status, out
+  return out
+
+
+def rows(workdir):
+  """The lines of metrics.jsonl."""
+  file = workdir / 'metrics.jsonl'
+  found = []
+  for line in file.read_text().splitlines() if file.exists() else ():
+    try:
+      found.append(json.loads(line))
+    except ValueError:
+      pass  # being written
+  return found
+
+
+def until(process, workdir, step):
+  """Waits for the process to log a step."""
+  while process.poll() is None and not any(row['step'] >= step for row in rows(workdir)):
+    time.sleep(0.01)
+  assert process.poll() is None, process.communicate()[0]
+
+
 def main() -> None:
+  from lavit_jax.training import processes
+  processes.connect()  # by the environment
   from lavit_jax.training.loop import train
   install()
   stage, workdir, *pairs = sys.argv[1:]
   if stage == 'all':
     return train_all(pathlib.Path(workdir))
-  train(config(stage, **{key: ast.literal_eval(value) for key, _, value in (pair.partition('=') for pair in pairs)}), workdir)
+  with processes.together():
+    train(config(stage, **{key: ast.literal_eval(value) for key, _, value in (pair.partition('=') for pair in pairs)}), workdir)
 
 
 if __name__ == '__main__':

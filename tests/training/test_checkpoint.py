@@ -8,10 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import xxhash
 from ml_collections import ConfigDict
 
+from lavit_jax.data.mixtures import Batches
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
+from lavit_jax.training import integrity
 from lavit_jax.training.checkpoint import Checkpoints
 
 
@@ -20,7 +23,7 @@ def config(**changes):
 
 
 def numbers():
-  return iter(grain.MapDataset.range(1000).to_iter_dataset().batch(4))
+  return Batches(lambda first: iter(grain.MapDataset.range(4 * first, 1000).to_iter_dataset().batch(4)))
 
 
 def state(value):
@@ -93,7 +96,7 @@ def test_a_checkpoint_of_other_sizes(saved, monkeypatch):
 
 def test_a_config_that_changes_the_state_is_told(saved):
   checkpoints = Checkpoints(saved, config(), keep=2)
-  with pytest.raises(UserError, match=r'checkpoints/3 is damaged or does not fit this config'):
+  with pytest.raises(UserError, match=r'checkpoints/3 does not fit this config .1 arrays differ: ema .3..; give the options'):
     checkpoints.restore(3, abstract({**state(0), 'ema': jnp.zeros(3)}), numbers())
 
 
@@ -103,8 +106,101 @@ def test_a_truncated_checkpoint_is_told(saved):
     if file.is_file() and file.stat().st_size > 100:
       file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
   checkpoints = Checkpoints(saved, config(), keep=2)
-  with pytest.raises(UserError, match=r'checkpoints/3 is damaged .*; delete that folder to go on from the one before'):
+  with pytest.raises(UserError, match=r'checkpoints/3 is damaged .*; --config.skip_damaged=true goes on from the one before'):
     checkpoints.restore(checkpoints.latest(), abstract(state(0)), numbers())
+
+
+def flip(file, place=0.5):
+  """One bit, in the middle of the file."""
+  content = bytearray(file.read_bytes())
+  content[int(place * len(content))] ^= 1
+  file.write_bytes(content)
+
+
+@pytest.fixture
+def flipped(tmp_path):
+  """A run with checkpoints of steps 1 and 2, the last of which has lost a bit; its numbers do not compress."""
+  checkpoints, data = Checkpoints(tmp_path, config(), keep=2), numbers()
+  for step in (1, 2):
+    next(data)
+    checkpoints.save(step, noise(step), data)
+  checkpoints.close()
+  flip(max((tmp_path / 'checkpoints' / '2' / 'state').rglob('*'), key=lambda file: file.is_file() * file.stat().st_size))
+  return tmp_path
+
+
+def noise(seed):
+  return {'kernel': jax.random.normal(jax.random.key(seed), (64, 128)), 'half': jnp.ones((3, 5), jnp.bfloat16) * seed, 'on': jnp.array(True)}
+
+
+def test_a_flipped_bit_is_told(flipped):
+  checkpoints = Checkpoints(flipped, config(), keep=2)
+  with pytest.raises(UserError, match=r'checkpoints/2 is damaged .*; --config.skip_damaged=true goes on from the one before') as error:
+    checkpoints.restore_latest(abstract(noise(0)), numbers())
+  assert '\n' not in str(error.value)
+
+
+def test_on_request_the_checkpoint_before_a_damaged_one_is_used(flipped, capsys):
+  checkpoints, data = Checkpoints(flipped, config(), keep=2), numbers()
+  step, restored = checkpoints.restore_latest(abstract(noise(0)), data, skip_damaged=True)
+  assert step == 1 and 'checkpoints/2 is damaged' in capsys.readouterr().out
+  jax.tree.map(np.testing.assert_array_equal, restored, noise(1))
+  np.testing.assert_array_equal(next(data), [4, 5, 6, 7])
+  assert sorted(p.name for p in (flipped / 'checkpoints').iterdir()) == ['1', '2.damaged']
+  checkpoints.save(2, noise(2), data)
+  checkpoints.close()
+  assert Checkpoints(flipped, config(), keep=2).restore_latest(abstract(noise(0)), numbers(), skip_damaged=True)[0] == 2
+
+
+def test_when_all_are_damaged_it_begins_anew(flipped):
+  flip(max((flipped / 'checkpoints' / '1' / 'state').rglob('*'), key=lambda file: file.is_file() * file.stat().st_size))
+  data = numbers()
+  assert Checkpoints(flipped, config(), keep=2).restore_latest(abstract(noise(0)), data, skip_damaged=True) == (0, None)
+  np.testing.assert_array_equal(next(data), [0, 1, 2, 3])
+
+
+def test_a_damaged_config_is_skipped_too(flipped):
+  (flipped / 'checkpoints' / '2' / 'config' / 'metadata').write_text('{"stage": ')
+  assert Checkpoints(flipped, config(), keep=2).restore_latest(abstract(noise(0)), numbers(), skip_damaged=True)[0] == 1
+
+
+def test_a_checkpoint_that_does_not_fit_is_not_taken_for_a_damaged_one(flipped):
+  with pytest.raises(UserError, match='does not fit this config'):
+    Checkpoints(flipped, config(), keep=2).restore_latest(abstract({**noise(0), 'ema': jnp.zeros(3)}), numbers(), skip_damaged=True)
+  assert sorted(p.name for p in (flipped / 'checkpoints').iterdir()) == ['1', '2']
+
+
+def test_digests_see_one_bit_and_an_exchange():
+  x = noise(0)['kernel']
+  plain, = integrity.digests({'x': x}).values()
+  bits = x.view(jnp.int32)
+  changed = [bits.at[63, 127].set(bits[63, 127] ^ 1 << bit).view(jnp.float32) for bit in (0, 30)] + [x[::-1], x.at[:2].set(x[1::-1])]
+  assert len({plain, *(integrity.digests({'x': y})['x [64, 128]'] for y in changed)}) == 5
+
+
+def test_a_position_of_many_processes(saved):
+  """{'batches': n} serves any number of them, another state only as many; a flipped bit is told."""
+  file, = (saved / 'checkpoints' / '3' / 'data').glob('process_*')
+  other = file.with_name('process_0-of-2.json')
+  file.rename(other)
+  data = numbers()
+  Checkpoints(saved, config(), keep=2).restore(3, abstract(state(0)), data)
+  np.testing.assert_array_equal(next(data), [12, 13, 14, 15])
+  text = json.dumps({'window': [1, 2]})
+  other.write_text(json.dumps({'state': text, 'sum': xxhash.xxh3_64_hexdigest(text.encode())}))
+  with pytest.raises(UserError, match=r'^[^ ]*/data: the position in this data is one of 1 process\(es\); start as many, not 1'):
+    Checkpoints(saved, config(), keep=2).restore(3, abstract(state(0)), numbers())
+  other.write_text(other.read_text().replace('[1, 2]', '[1, 3]'))
+  with pytest.raises(UserError, match='process_0-of-2.json is not what was saved'):
+    Checkpoints(saved, config(), keep=2).restore(3, abstract(state(0)), numbers())
+
+
+def test_the_position_of_an_earlier_version(saved):
+  file, = (saved / 'checkpoints' / '3' / 'data').glob('process_*')
+  file.write_text('{"next_index": 12}')
+  data = numbers()
+  Checkpoints(saved, config(), keep=2).restore(3, abstract(state(0)), data)
+  np.testing.assert_array_equal(next(data), [12, 13, 14, 15])
 
 
 @pytest.mark.parametrize('error', [OSError(errno.ENOSPC, 'No space left on device'),

@@ -1,25 +1,20 @@
 """The loop as it is run: in processes of their own, killed, continued, on one device and on eight."""
 
 import functools
-import json
-import os
-import pathlib
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import jax
 import nano
 import numpy as np
 import pytest
+from nano import finish, launch, rows, until
 
 from lavit_jax.errors import UserError
 from lavit_jax.porting import folder
 from lavit_jax.training.loop import train
 
-SCRIPT = pathlib.Path(nano.__file__)
 nano.install()
 
 
@@ -27,16 +22,6 @@ nano.install()
 def cache(tmp_path_factory):
   """Where the processes share what they compile; the computations are the same."""
   return tmp_path_factory.mktemp('compiled')
-
-
-def launch(stage, workdir, cache, devices=1, **changes):
-  """One training as a process of its own."""
-  flags = {'xla_force_host_platform_device_count': devices, **nano.QUICK_TO_COMPILE}
-  env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ' '.join(f'--{key}={value}'.lower() for key, value in flags.items()),
-         'JAX_COMPILATION_CACHE_DIR': str(cache), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-         'PYTHONPATH': str(nano.ROOT), 'TF_CPP_MIN_LOG_LEVEL': '3'}
-  command = [sys.executable, str(SCRIPT), stage, str(workdir), *(f'{key}={value!r}' for key, value in changes.items())]
-  return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 @pytest.fixture
@@ -53,30 +38,6 @@ def start(cache):
     if process.poll() is None:
       process.kill()
       process.communicate()
-
-
-def finish(process, status=0):
-  out, _ = process.communicate()
-  assert process.returncode == status, out
-  return out
-
-
-def rows(workdir):
-  file = workdir / 'metrics.jsonl'
-  found = []
-  for line in file.read_text().splitlines() if file.exists() else ():
-    try:
-      found.append(json.loads(line))
-    except ValueError:
-      pass  # being written
-  return found
-
-
-def until(process, workdir, step):
-  """Waits for the process to log a step."""
-  while process.poll() is None and not any(row['step'] >= step for row in rows(workdir)):
-    time.sleep(0.01)
-  assert process.poll() is None, process.communicate()[0]
 
 
 def test_killed_at_any_step_it_repeats_itself_bit_for_bit(start, tmp_path):
@@ -180,6 +141,7 @@ def test_a_lost_loss_ends_the_run(start, tmp_path):
     (dict(dtype='float33'), "dtype='float33' is unknown; choose float32 or bfloat16"),
     (dict(remat='most'), "remat='most' is unknown; choose none or"),
     (dict(log_every=0), 'log_every=0 must be at least 1'),
+    (dict(profile='5'), "profile='5': give the first and the last step"),
     (dict(mesh__tensor=3), 'mesh: data=-1, fsdp=1, tensor=3 does not fit')])
 def test_bad_options_are_named(changes, message, tmp_path):
   with pytest.raises(UserError, match=message):

@@ -15,7 +15,7 @@ def lines(folder):
 
 
 def test_every_step_is_in_the_jsonl_and_the_terminal_shows_means(tmp_path, capsys):
-  log = metrics.Log(tmp_path, 0, num_steps=10, batch_size=4, flops=2e9, peak_tflops=1.0)
+  log = metrics.Log(tmp_path, 0, num_steps=10, batch_size=4, flops=2e9, peak_tflops=1.0, tokens=7)
   for step in (1, 2, 3):
     log.step(step, {'keep_ratio': jnp.float32(0.1), 'loss': jnp.float32(step)})
   means = log.report()
@@ -27,7 +27,7 @@ def test_every_step_is_in_the_jsonl_and_the_terminal_shows_means(tmp_path, capsy
       (1, 1, None), (2, 2, None), (3, 3, None), (4, 7, None), (4, None, 0.5)]
   assert lines(tmp_path)[0]['keep_ratio'] == float(np.float32(0.1))  # all digits
   out = capsys.readouterr().out
-  assert 'step 3/10' in out and 'loss 2 ' in out and 'ETA' in out and 'examples/s' in out and 'step 4 held-out  loss 0.5' in out
+  assert 'step 3/10' in out and 'loss 2 ' in out and 'ETA' in out and 'examples/s' in out and 'tokens/s' in out and 'MFU' in out and 'step 4 held-out  loss 0.5' in out
   assert list((tmp_path / 'tensorboard').iterdir())
 
 
@@ -77,6 +77,38 @@ def test_pictures(tmp_path):
   with Image.open(tmp_path / 'pictures' / 'tokenizer_0000005.png') as image:
     pixels = np.asarray(image)
   assert pixels.shape == (8, 12, 3) and (pixels[:4] == 10).all() and (pixels[4:] == 200).all()
+
+
+class Device:
+  def __init__(self, stats):
+    self.memory_stats = lambda: stats
+
+
+def test_memory_in_use_is_that_of_the_fullest_device(monkeypatch):
+  one, other = dict(bytes_in_use=2**30, peak_bytes_in_use=2**31), dict(bytes_in_use=3 * 2**30, peak_bytes_in_use=0)
+  monkeypatch.setattr(metrics.jax, 'local_devices', lambda: [Device(one), Device(other)])
+  assert metrics.memory_in_use() == {'hbm_gib': 3.0, 'hbm_peak_gib': 2.0}
+  monkeypatch.setattr(metrics.jax, 'local_devices', lambda: [Device(None)])
+  assert metrics.memory_in_use() == {}
+
+
+def test_a_trace_of_chosen_steps(tmp_path):
+  trace = metrics.Trace('2:3', tmp_path)
+  for step in range(1, 5):
+    trace.before(step)
+    assert trace.running == (step in (2, 3))
+    trace.after(step, jnp.ones(3) + step)
+  assert not trace.running and len(list((tmp_path / 'profile').rglob('*.xplane.pb'))) == 1
+  trace = metrics.Trace('', tmp_path / 'other')
+  trace.before(1)
+  trace.after(1, None)
+  assert not (tmp_path / 'other').exists()
+
+
+@pytest.mark.parametrize('steps', ['3', '3:2', '0:1', 'a:b', '1:', '-1:2'])
+def test_steps_that_cannot_be_traced(steps, tmp_path):
+  with pytest.raises(UserError, match=f"profile='{steps}': give the first and the last step to trace, such as 10:12"):
+    metrics.Trace(steps, tmp_path)
 
 
 def test_duration():

@@ -90,11 +90,55 @@ def test_optimizer_moments_lie_with_their_parameters(seven_b):
 def test_batches_and_trees_arrive_as_they_were():
   mesh = sharding.make_mesh(dict(data=-1, fsdp=1, tensor=1))
   rows = {'image': np.arange(24 * 8, dtype=np.uint8).reshape(8, 24)}
-  batch = sharding.put_batch(rows, mesh)
+  batch = sharding.put_batch(rows, mesh, sharding.share(mesh, 8))
   assert batch['image'].sharding.spec == sharding.BATCH
   np.testing.assert_array_equal(batch['image'], rows['image'])
   tree = {'fc1': {'kernel': np.ones((4, 2), np.float32)}, 'uncond_embeddings': jnp.zeros((1, 3))}
   jax.tree.map(np.testing.assert_array_equal, jax.device_put(tree, sharding.shardings(tree, mesh)), tree)
+
+
+class Device:
+  def __init__(self, number, process):
+    self.id, self.process_index = number, process
+
+
+@pytest.mark.parametrize('sizes, processes, rows, index, count', [
+    ((4, 1, 1), [0, 0, 1, 1], [0, 1, 2, 3], 0, 2),
+    ((4, 1, 1), [1, 1, 0, 0], [4, 5, 6, 7], 1, 2),
+    ((4, 1, 1), [0, 1, 0, 1], [0, 1, 4, 5], 0, 2),  # as on a pod, whose hosts hold squares of it
+    ((2, 1, 2), [0, 1, 2, 3], [0, 1, 2, 3], 0, 2),  # 0 and 1 split `tensor`, not the batch
+    ((1, 2, 2), [2, 3, 0, 1], [4, 5, 6, 7], 1, 2),
+    ((1, 1, 4), [0, 1, 2, 3], list(range(8)), 0, 1)])
+def test_a_process_reads_the_rows_that_its_devices_hold(monkeypatch, sizes, processes, rows, index, count):
+  held = {}
+
+  class Places:
+    def __init__(self, mesh, spec):
+      del mesh, spec
+
+    def devices_indices_map(self, shape):
+      pieces = np.repeat(np.arange(sizes[0] * sizes[1]), sizes[2])
+      step = shape[0] // (sizes[0] * sizes[1])
+      held.update({Device(i, process): (slice(piece * step, piece * step + step),) for i, (piece, process) in enumerate(zip(pieces, processes))})
+      return held
+
+  monkeypatch.setattr(sharding, 'NamedSharding', Places)
+  share = sharding.share(None, 8)
+  assert (share.rows.tolist(), share.index, share.count) == (rows, index, count)
+
+
+def test_rows_that_two_processes_hold_in_part(monkeypatch):
+  class Places:
+    def __init__(self, mesh, spec):
+      del mesh, spec
+
+    def devices_indices_map(self, shape):
+      del shape
+      return {Device(i, process): (slice(2 * (i // 2), 2 * (i // 2) + 2),) for i, process in enumerate([0, 0, 0, 1, 1, 1])}
+
+  monkeypatch.setattr(sharding, 'NamedSharding', Places)
+  with pytest.raises(UserError, match='do not fall evenly to the processes'):
+    sharding.share(None, 6)
 
 
 EIGHT_DEVICES = '''

@@ -1,0 +1,98 @@
+"""Whether what comes back from a checkpoint is what went in: digests of arrays, and positions in the data that know their processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+import xxhash
+
+from lavit_jax.errors import UserError
+
+BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+
+
+def digests(tree) -> dict[str, int]:
+  """'path [shape]' -> 32 bits for each array, made where the arrays are, the same on any mesh.
+
+  Each element's bits are multiplied with an odd number that its place gives, and all are added modulo 2^32: a change of one element
+  always shows, any other but once in 2^32 times.
+  """
+  digest = _program()
+  values = [int(digest(leaf)) for leaf in jax.tree.leaves(tree)]  # one at a time: on CPU, sums that overtake each other deadlock
+  return dict(zip(names(tree), values, strict=True))
+
+
+def names(tree) -> list[str]:
+  """'path [shape]' of each array, or ShapeDtypeStruct, of a tree."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return [f'{jax.tree_util.keystr(path, simple=True, separator="/")} {list(leaf.shape)}' for path, leaf in leaves]
+
+
+@functools.cache
+def _program():
+  quick = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None  # compiling costs more than running
+  return jax.jit(_digest, compiler_options=quick)
+
+
+def _digest(x):
+  if x.dtype == bool:
+    x = x.astype(jnp.uint8)
+  bits = jax.lax.bitcast_convert_type(x, BITS[x.dtype.itemsize]).astype(jnp.uint32)
+  place, stride = jnp.zeros(x.shape, jnp.uint32), 1
+  for axis in reversed(range(x.ndim)):
+    place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
+    stride *= x.shape[axis]
+  mixed = (place ^ place >> 16) * jnp.uint32(0x7FEB352D)
+  mixed = (mixed ^ mixed >> 15) * jnp.uint32(0x846CA68B)
+  return (bits * (mixed | 1)).sum(dtype=jnp.uint32)
+
+
+class PositionHandler(ocp.CheckpointHandler):
+  """The state of a data iterator, a file a process: {'state': what `get_state` gave, 'sum': of its text}.
+
+  A state that is {'batches': n} alone means the same in every process, and is restored in any number of them.
+  """
+
+  def save(self, directory, args: PositionSave) -> None:
+    text = json.dumps(args.item.get_state())
+    self._file(directory).write_text(json.dumps({'state': text, 'sum': xxhash.xxh3_64_hexdigest(text.encode())}))
+
+  def restore(self, directory, args: PositionRestore):
+    files = sorted(directory.glob('process_*.json'))
+    if not files:
+      raise ValueError(f'{directory} holds no position in the data')
+    file = self._file(directory)
+    mine = file in files
+    file = file if mine else files[0]
+    saved = json.loads(file.read_text())
+    if 'next_index' in saved:  # as earlier versions counted, by examples; a step is a batch
+      args.item.set_state({'batches': int(directory.parent.name)})
+      return args.item
+    if xxhash.xxh3_64_hexdigest(saved['state'].encode()) != saved['sum']:
+      raise ValueError(f'{file.name} is not what was saved')
+    state = json.loads(saved['state'])
+    if not mine and set(state) != {'batches'}:
+      raise UserError(f'{directory}: the position in this data is one of {len(files)} process(es); start as many, not {jax.process_count()}')
+    args.item.set_state(state)
+    return args.item
+
+  def _file(self, directory):
+    return directory / f'process_{jax.process_index()}-of-{jax.process_count()}.json'
+
+
+@ocp.args.register_with_handler(PositionHandler, for_save=True)
+@dataclasses.dataclass
+class PositionSave(ocp.args.CheckpointArgs):
+  item: Any
+
+
+@ocp.args.register_with_handler(PositionHandler, for_restore=True)
+@dataclasses.dataclass
+class PositionRestore(ocp.args.CheckpointArgs):
+  item: Any

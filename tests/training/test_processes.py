@@ -1,0 +1,232 @@
+"""Jobs of several processes on loopback: the losses of one process, whoever is killed, whatever they are continued on."""
+
+import shutil
+import signal
+import time
+
+import jax
+import nano
+import numpy as np
+import pytest
+from nano import finish, launch, launch_job, rows, until
+
+from lavit_jax.errors import UserError
+from lavit_jax.porting import folder
+from lavit_jax.training import processes
+
+nano.install()
+STEPS = dict(num_steps=16, checkpoint_every=3, eval_every=8, eval_batches=1, picture_every=16)
+TIMEOUT = 5  # seconds until a silent process is given up
+
+
+@pytest.fixture(scope='session')
+def cache(tmp_path_factory):
+  return tmp_path_factory.mktemp('compiled')
+
+
+@pytest.fixture
+def start(cache):
+  """start(stage, workdir, processes, devices of each, key=value ...) -> the running processes of one job."""
+  running = []
+
+  def begin(stage, workdir, count, devices, **changes):
+    running.extend(job := launch_job(stage, workdir, cache, count, devices, TIMEOUT, **changes))
+    return job
+
+  yield begin
+  for process in running:
+    if process.poll() is None:
+      process.kill()
+      process.communicate()
+
+
+@pytest.fixture(scope='session')
+def alone(tmp_path_factory, cache):
+  """The run of one process on two devices."""
+  workdir = tmp_path_factory.mktemp('alone')
+  finish(launch('encoder', workdir, cache, 2, **STEPS))
+  return workdir
+
+
+@pytest.fixture(scope='session')
+def killed(tmp_path_factory, cache):
+  """A run of two processes of which one was killed on the way: (workdir, what the other said, its status, the seconds it took to end)."""
+  workdir = tmp_path_factory.mktemp('killed')
+  job = launch_job('encoder', workdir, cache, 2, 1, TIMEOUT, **STEPS)
+  until(job[0], workdir, 7)
+  job[1].kill()
+  start = time.monotonic()
+  out, _ = job[0].communicate(timeout=60)
+  job[1].communicate()
+  return workdir, out, job[0].returncode, time.monotonic() - start
+
+
+def losses(workdir):
+  return [[row['step'], row.get('loss', row.get('heldout/loss'))] for row in rows(workdir)]
+
+
+def test_two_processes_have_the_losses_of_one(start, alone, tmp_path):
+  first, second = map(finish, start('encoder', tmp_path, 2, 1, profile='2:3', **STEPS))
+  assert len(list((tmp_path / 'profile').rglob('*.xplane.pb'))) == 1
+  assert 'step 16/16' in first and 'step' not in second  # one of them speaks
+  assert len(losses(tmp_path)) == 18
+  np.testing.assert_allclose(losses(tmp_path), losses(alone), rtol=1e-5)
+  assert (tmp_path / 'pictures' / 'encoder_0000016.png').exists()
+  exports = [folder.load_parts(run / 'export', variant='nano') for run in (tmp_path, alone)]
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), *exports)
+
+
+def test_a_killed_process_ends_the_others(killed):
+  _, out, status, seconds = killed
+  assert status in (2, -signal.SIGABRT)
+  assert 'process 0 of 2 has lost another one' in out or 'another task died' in out
+  assert seconds < TIMEOUT + 10
+
+
+def test_started_again_they_repeat_themselves_bit_for_bit(start, alone, killed, tmp_path):
+  """What was half-written is not taken for a checkpoint."""
+  shutil.copytree(killed[0], tmp_path, dirs_exist_ok=True)
+  half = tmp_path / 'checkpoints' / '15.orbax-checkpoint-tmp-7'
+  shutil.copytree(next((tmp_path / 'checkpoints').glob('[0-9]*')) / 'config', half / 'config')
+  before = losses(tmp_path)
+  first, _ = map(finish, start('encoder', tmp_path, 2, 1, **STEPS))
+  assert 'continuing from step' in first and not half.exists()
+  after = losses(tmp_path)
+  assert before == after[:len(before)] and len(after) == 18
+  np.testing.assert_allclose(after, losses(alone), rtol=1e-5)
+
+
+@pytest.mark.parametrize('count, devices, mesh', [
+    (1, 2, dict(mesh__data=1, mesh__fsdp=1, mesh__tensor=2)),
+    pytest.param(1, 1, {}, marks=pytest.mark.slow),
+    pytest.param(4, 1, {}, marks=pytest.mark.slow),
+    pytest.param(4, 2, dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2), marks=pytest.mark.slow),
+    pytest.param(2, 2, dict(mesh__data=2, mesh__fsdp=1, mesh__tensor=2), marks=pytest.mark.slow),
+    pytest.param(4, 1, dict(mesh__data=2, mesh__fsdp=1, mesh__tensor=2), marks=pytest.mark.slow)])  # two processes read the same rows
+def test_another_number_of_processes_or_another_mesh_goes_on(start, alone, killed, tmp_path, cache, count, devices, mesh):
+  shutil.copytree(killed[0], tmp_path, dirs_exist_ok=True)
+  if count == 1:
+    out = finish(launch('encoder', tmp_path, cache, devices, **STEPS, **mesh))
+  else:
+    out, *_ = map(finish, start('encoder', tmp_path, count, devices, **STEPS, **mesh))
+  first = int(out.split('continuing from step ')[1].split()[0])
+  assert 3 <= first < 16
+  now, before = losses(tmp_path), losses(alone)
+  assert [step for step, _ in now] == [step for step, _ in before]
+  np.testing.assert_allclose(now[:first + 3], before[:first + 3], rtol=1e-4)  # another batch would be off by a hundredth at least
+  np.testing.assert_allclose(now, before, rtol=0.05)  # rounding grows as it trains
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('stage, mesh', [
+    ('autoencoder', {}), ('autoencoder', dict(mesh__data=1, mesh__fsdp=4)), ('encoder', dict(mesh__data=1, mesh__fsdp=4))])
+def test_four_processes_have_the_losses_of_one(start, tmp_path, cache, stage, mesh):
+  finish(launch(stage, tmp_path / 'one', cache, 4, num_steps=6, **mesh))
+  list(map(finish, start(stage, tmp_path / 'four', 4, 1, num_steps=6, **mesh)))
+  assert len(losses(tmp_path / 'one')) == 6
+  np.testing.assert_allclose(losses(tmp_path / 'four'), losses(tmp_path / 'one'), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one_in_the_stages_with_noise(start, tmp_path, cache):
+  """Which row has which noise matters here, and in the language model which pairs share a shard."""
+  finish(launch('encoder', tmp_path / 'encoder', cache, num_steps=1))
+  frozen = dict(frozen=f'{tmp_path}/encoder/export')
+  for stage in ('tokenizer', 'lm'):
+    options = dict(num_steps=4, **frozen, **(dict(tokenizer__quantize_from=2) if stage == 'tokenizer' else {}))
+    finish(launch(stage, tmp_path / stage, cache, 2, **options))
+    list(map(finish, start(stage, tmp_path / f'{stage}-two', 2, 1, **options)))
+    assert len(losses(tmp_path / stage)) == 4
+    np.testing.assert_allclose(losses(tmp_path / f'{stage}-two'), losses(tmp_path / stage), rtol=1e-5)
+    frozen['frozen'] += f',{tmp_path}/{stage}/export'
+
+
+@pytest.mark.parametrize('phase, options', [
+    pytest.param('steps', dict(eval_every=0), marks=pytest.mark.slow),
+    ('evaluation', dict(eval_every=3, eval_batches=1 << 20)), ('compilation', {})])
+def test_sigterm_to_one_of_two_stops_both(start, tmp_path, phase, options):
+  """At the same step, with everything saved; status 143."""
+  job = start('encoder', tmp_path, 2, 1, num_steps=100_000, **options)
+  if phase == 'compilation':
+    while not (tmp_path / 'checkpoints').exists():
+      assert job[0].poll() is None, job[0].communicate()[0]
+      time.sleep(0.01)
+  else:
+    until(job[0], tmp_path, 3)
+  job[1].send_signal(signal.SIGTERM)
+  out, _ = (finish(process, 143) for process in job)
+  saved = [int(p.name) for p in (tmp_path / 'checkpoints').iterdir()]
+  if phase == 'evaluation':
+    assert saved == [3]
+  if rows(tmp_path):
+    last = rows(tmp_path)[-1]['step']
+    assert saved == [last] and f'stopped at step {last} as asked' in out
+  else:
+    assert phase == 'compilation' and not saved
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('silent', [0, 1])
+def test_a_process_that_falls_silent_ends_the_others(start, tmp_path, silent):
+  """Its connections stay open, as those of a machine that hangs."""
+  job = start('encoder', tmp_path, 2, 1, num_steps=100_000)
+  until(job[0], tmp_path, 3)
+  job[silent].send_signal(signal.SIGSTOP)
+  begin = time.monotonic()
+  out, _ = job[1 - silent].communicate(timeout=60)
+  assert time.monotonic() - begin < 2 * TIMEOUT + 10
+  assert job[1 - silent].returncode in (2, -signal.SIGABRT) and ('has lost another one' in out or 'another task died' in out)
+
+
+@pytest.mark.slow
+def test_a_fault_of_one_process_is_told_and_ends_the_others(start, tmp_path):
+  begin = time.monotonic()
+  first, second = start('encoder', tmp_path, 2, 1, own={1: dict(data__source='/nowhere')})
+  assert 'UserError: data: /nowhere has no emoji data set' in finish(second, 2)
+  first.communicate(timeout=60)
+  assert first.returncode in (2, -signal.SIGABRT) and time.monotonic() - begin < 60
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_from_the_checkpoint_before_a_damaged_one(start, killed, tmp_path):
+  shutil.copytree(killed[0], tmp_path, dirs_exist_ok=True)
+  steps = sorted(int(p.name) for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit())
+  assert len(steps) == 2
+  largest = max((tmp_path / 'checkpoints' / str(steps[1]) / 'state').rglob('*'), key=lambda file: file.is_file() * file.stat().st_size)
+  content = bytearray(largest.read_bytes())
+  content[len(content) // 2] ^= 1
+  largest.write_bytes(content)
+  out = ''.join(process.communicate(timeout=100)[0] for process in start('encoder', tmp_path, 2, 1, **STEPS))
+  assert f'checkpoints/{steps[1]} is damaged' in out and 'step 16/16' not in out
+  out, _ = map(finish, start('encoder', tmp_path, 2, 1, skip_damaged=True, **STEPS))
+  assert f'continuing from step {steps[0]}' in out and 'step 16/16' in out
+
+
+@pytest.mark.parametrize('given, message', [
+    (('10.0.0.1:99', 2, None), r'needs --coordinator HOST:PORT, --processes N and --process I .*there is 10.0.0.1:99, 2, None'),
+    (('10.0.0.1:99', 2, 2), r'--process 2: of 2 processes the first is 0 and the last 1'),
+    (('10.0.0.1', 2, 0), r'--coordinator 10.0.0.1: give host and port')])
+def test_a_job_that_is_not_described_well(given, message):
+  with pytest.raises(UserError, match=message):
+    processes.connect(*given)
+
+
+def test_a_variable_that_is_no_number(monkeypatch):
+  monkeypatch.setenv('JAX_NUM_PROCESSES', 'two')
+  with pytest.raises(UserError, match="JAX_NUM_PROCESSES='two' is no number"):
+    processes.connect()
+
+
+@pytest.mark.parametrize('error, status, message', [
+    (RuntimeError('UNKNOWN: Gloo all-reduce failed: Connection reset by peer'), 2, r'process 1 of 3 has lost another one .Gloo all-reduce'),
+    (UserError('the disk is full'), 2, '^the disk is full$'),
+    (RuntimeError('RESOURCE_EXHAUSTED: Out of memory'), 1, '^RESOURCE_EXHAUSTED')])
+def test_a_process_that_fails_does_not_wait_for_the_others(monkeypatch, error, status, message):
+  at_exit = []
+  monkeypatch.setattr(processes.jax, 'process_count', lambda: 3)
+  monkeypatch.setattr(processes.jax, 'process_index', lambda: 1)
+  monkeypatch.setattr(processes.atexit, 'register', lambda *call: at_exit.append(call))
+  with pytest.raises(UserError if status == 2 else RuntimeError, match=message):
+    with processes.together():
+      raise error
+  assert at_exit == [(processes._leave, status)]
