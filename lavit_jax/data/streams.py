@@ -1,0 +1,208 @@
+"""Endless, seeded, sharded streams of records that stop and go on at any place, and the threads that make examples of them (grain).
+
+A `Ticket` says how to get a record; the pictures of stores are read where they are decoded, in parallel. States are a few integers:
+a stream's is the start of a window and a place in it, and going on reads that window again.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from lavit_jax.data.formats import Record, Skip
+from lavit_jax.errors import UserError
+
+_INLINE = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+_LEAST = {'records': 1000, 'files': 20}  # seen before their share of skipped ones means something
+_TOLD = 3  # of each reason, by name
+_AHEAD = 64  # tickets in the threads at least
+
+
+class Ticket(NamedTuple):
+  """A record to come. `key` is the same in every run, whatever the number of processes: it seeds what is random about the example."""
+
+  key: tuple[int, ...]
+  use: str
+  read: Callable[[], Record | Skip]
+
+
+class Skipped:
+  """Counts what was left out by reason, names the first few, and raises UserError when their share passes `limit`.
+
+  Records and files (tars, row groups) are judged apart: a tar that breaks off takes an unknown number of records along.
+  """
+
+  def __init__(self, limit: float = 0.05):
+    self.limit, self.seen, self.skipped, self.reasons = limit, collections.Counter(), collections.Counter(), collections.Counter()
+
+  def add(self, made: dict | Skip) -> None:
+    unit = made.unit if isinstance(made, Skip) else 'records'
+    self.seen[unit] += 1
+    if not isinstance(made, Skip) or not made.reason:
+      return
+    self.skipped[unit] += 1
+    self.reasons[made.reason] += 1
+    if self.reasons[made.reason] <= _TOLD:
+      logging.getLogger(__name__).warning('skipped: %s, %s', made.reason, made.origin)
+    if self.seen[unit] >= _LEAST[unit] and self.skipped[unit] > self.limit * self.seen[unit]:
+      reasons = ', '.join(f'{reason} {count}' for reason, count in self.reasons.most_common())
+      raise UserError(f'{self.skipped[unit]} of {self.seen[unit]} {unit} were skipped ({reasons}), the last one {made.origin}; '
+                      f'mend the data or raise data.max_skipped={self.limit}')
+
+  def metrics(self) -> dict[str, int]:
+    """{'data/skipped_corrupt_image': 3, ...}, since this process started."""
+    return {f'data/skipped_{reason.replace(" ", "_")}': count for reason, count in sorted(self.reasons.items())}
+
+
+def store(records, number: int, use: str, seed: int | None, shard_index: int, shard_count: int) -> grain.IterDataset:
+  """Tickets of a store (formats.py), shuffled anew each epoch (seed None: in order); a process takes every `shard_count`-th.
+
+  So the order of all of them does not depend on the number of processes.
+  """
+  def ticket(position, index):
+    return Ticket((number, position), use, functools.partial(records.read, index))
+
+  indices = grain.MapDataset.range(len(records))
+  indices = indices if seed is None else indices.shuffle(seed)
+  return indices.repeat().map_with_index(ticket)[shard_index::shard_count].to_iter_dataset(_INLINE)
+
+
+class Windows(grain.IterDataset):
+  """Tickets of a stream (formats.py): its units in a new order each epoch, records shuffled within windows of `window` of them.
+
+  Process s of S takes every S-th unit of that order, so no tar is read by two; if there are fewer units than processes, each reads
+  them all and takes every S-th record. While one window is used up, the next one is read. `seed` None: in order.
+  """
+
+  def __init__(self, records, number: int, use: str, seed: int | None, shard_index: int, shard_count: int, window: int):
+    super().__init__()
+    self.records, self.number, self.use, self.seed, self.window = records, number, use, seed, window
+    self.deal = slice(shard_index, None, shard_count)
+    self.by_unit = len(records) >= shard_count
+
+  def __iter__(self):
+    return _WindowsIterator(self)
+
+  def order(self, epoch: int) -> np.ndarray:
+    """The units of an epoch, for this process."""
+    units = np.arange(len(self.records))
+    if self.seed is not None:
+      np.random.default_rng((self.seed, self.number, epoch)).shuffle(units)
+    return units[self.deal] if self.by_unit else units
+
+  def read(self, epoch: int, place: int, start: int) -> tuple[list[Ticket], tuple[int, int, int]]:
+    """The window that starts at `start` in the unit at `place` of the epoch's order, and where the next one starts.
+
+    Raises UserError if a whole epoch holds nothing.
+    """
+    order, tickets, here = self.order(epoch), [], (epoch, place, start)
+    while place < len(order):
+      unit = int(order[place])
+      for start, end, record in self.records.read(unit, start):
+        tickets.append(Ticket((self.number, epoch, unit, start), self.use, functools.partial(_same, record)))
+        last = isinstance(record, Skip) and record.unit == 'files'
+        if len(tickets) >= self.window and not last:
+          return self._dealt(tickets, here), (epoch, place, end)
+      place, start = place + 1, 0
+    if here[1:] == (0, 0) and all(isinstance(ticket.read(), Skip) for ticket in tickets):
+      raise UserError(f'no record in {len(order)} files ({tickets[0].read().reason}: {tickets[0].read().origin}); check the path'
+                      if tickets else 'a data source has no files for this process; give more, or fewer processes')
+    return self._dealt(tickets, here), (epoch + 1, 0, 0)
+
+  def _dealt(self, tickets: list[Ticket], here: tuple[int, int, int]) -> list[Ticket]:
+    if self.seed is not None:
+      np.random.default_rng((self.seed, self.number, *here)).shuffle(order := np.arange(len(tickets)))
+      tickets = [tickets[i] for i in order]
+    return tickets if self.by_unit else tickets[self.deal]
+
+
+class _WindowsIterator(grain.DatasetIterator):
+
+  def __init__(self, windows: Windows):
+    super().__init__()
+    self._windows, self._pool = windows, ThreadPoolExecutor(1)
+    self.set_state({'window': [0, 0, 0], 'index': 0})
+
+  def __next__(self) -> Ticket:
+    while True:
+      if self._tickets is None:
+        self._tickets, self._after = (self._next or self._submit(self._start)).result()
+        self._next = self._submit(self._after)
+      if self._index < len(self._tickets):
+        self._index += 1
+        return self._tickets[self._index - 1]
+      self._start, self._index, self._tickets = self._after, 0, None
+
+  def get_state(self):
+    return {'window': list(self._start), 'index': self._index}
+
+  def set_state(self, state):
+    self._start, self._index = tuple(state['window']), state['index']
+    self._tickets = self._next = None
+
+  def close(self):
+    super().close()
+    self._pool.shutdown(wait=False, cancel_futures=True)
+
+  def _submit(self, start: tuple[int, int, int]) -> Future:
+    return self._pool.submit(self._windows.read, *start)
+
+
+class Made(grain.IterDataset):
+  """What `make` makes of each ticket, in order, by `num_threads` threads (0: none); what it skips is counted in `skipped`."""
+
+  def __init__(self, tickets: grain.IterDataset, make: Callable[[Ticket], dict | Skip], skipped: Skipped, num_threads: int, ahead: int):
+    super().__init__(tickets)
+    self.make, self.skipped, self.num_threads, self.ahead = make, skipped, num_threads, max(ahead, _AHEAD)
+
+  def __iter__(self):
+    return _MadeIterator(self._parent.__iter__(), self)
+
+
+class _MadeIterator(grain.DatasetIterator):
+
+  def __init__(self, tickets: grain.DatasetIterator, made: Made):
+    super().__init__(tickets)
+    self._made, self._waiting, self._state = made, collections.deque(), tickets.get_state()
+    self._pool = ThreadPoolExecutor(made.num_threads) if made.num_threads else None
+
+  def __next__(self) -> dict:
+    while True:
+      example, self._state = self._take()
+      self._made.skipped.add(example)
+      if not isinstance(example, Skip):
+        return example
+
+  def _take(self) -> tuple[dict | Skip, dict]:
+    """The next example, and the state of the tickets behind it."""
+    if self._pool is None:
+      return self._made.make(next(self._parent)), self._parent.get_state()
+    while len(self._waiting) < self._made.ahead:
+      ticket = next(self._parent)
+      self._waiting.append((self._pool.submit(self._made.make, ticket), self._parent.get_state()))
+    future, state = self._waiting.popleft()
+    return future.result(), state
+
+  def get_state(self):
+    return self._state
+
+  def set_state(self, state):
+    self._waiting.clear()
+    self._parent.set_state(state)
+    self._state = state
+
+  def close(self):
+    super().close()
+    if self._pool:
+      self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _same(record):
+  return record
