@@ -17,6 +17,12 @@ SCHEDULES = {  # the large ones as published: 20 K steps
     'lavit_7b': dict(batch_size=512, num_steps=20_000, image_size=512, learning_rate=1e-4, warmup_steps=1_000),
 }
 
+SOURCES = (  # data/sources.py
+    dict(format='tars', path='gs://BUCKET/laion400m/{00000..41407}.tar', weight=3.0),
+    dict(format='tars', path='gs://BUCKET/cc12m/{00000..01242}.tar', weight=1.0),
+)
+HELDOUT = (dict(format='tars', path='gs://BUCKET/laion400m/{41408..41454}.tar'),)
+
 
 def get_config(variant: str = 'tiny') -> ConfigDict:
   lavit.row(variant)  # names the nearest one if there is none
@@ -26,7 +32,9 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
       dtype='bfloat16' if large else 'float32', remat='full' if large else 'none',
       mesh=dict(data=-1, fsdp=1, tensor=1), peak_tflops=0.0,
       frozen='', init_from='',
-      data=dict(task='images', source='data', image_size=row['image_size'], scene_share=0.3, num_threads=16 if large else 2),
+      data=dict(
+          task='images', source='data', image_size=row['image_size'], scene_share=0.3, num_threads=16 if large else 2,
+          sources=SOURCES if large else (), heldout=HELDOUT if large else (), crop='none', max_skipped=0.05),
       detokenizer=dict(drop_condition=0.1, guidance_scale=3.0),
       optim=dict(
           learning_rate=row['learning_rate'], warmup_steps=row['warmup_steps'], final_fraction=0.05, weight_decay=0.01,

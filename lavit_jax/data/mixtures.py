@@ -8,8 +8,8 @@ import grain.experimental
 import numpy as np
 
 from lavit_jax.data import pairs, questions, splits, sprites, streams
-from lavit_jax.data import sources as lists
 from lavit_jax.data.scenes import Composer, Example
+from lavit_jax.data.sources import mix
 from lavit_jax.data.text import TextTokenizer
 from lavit_jax.models.sequence import IMAGE_TO_TEXT, TEXT_ONLY, TEXT_TO_IMAGE
 
@@ -40,7 +40,7 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
 
   With `sources` (sources.py), and `heldout` for the held-out splits, rows come from these in place of the composer: pictures go through
   `pairs.decode` with `crop`, texts are cleaned and cut at `text_length`, `shares` chooses between 'caption' and 'draw' where the source
-  does not say, and what is no example is left out and counted in `skipped`, which raises UserError above `max_skipped`.
+  does not say, and what is no example is left out and counted in `skipped`; a larger share than `max_skipped` raises UserError.
 
   Raises ValueError for an unknown task, share, question type, crop or split, and for a composed text of more than `text_length` tokens.
   """
@@ -56,9 +56,9 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
       write = _write_pair(_Writer(tokenizer_folder, text_length), DEFAULT_SHARES if shares is None else shares, draw_text_weight, drop_text)
     elif task != 'images' or any(source.get('use') == 'text' for source in chosen):
       raise ValueError(f"sources are for the tasks 'images' and 'lm', those of use 'text' for 'lm' only; the task is {task!r}")
-    tickets = lists.tickets(chosen, seed if split == 'train' else None, shard_index, shard_count)
+    tickets = mix(chosen, seed if split == 'train' else None, shard_index, shard_count)
     make = pairs.make_row(seed, image_size, crop if split == 'train' or crop == 'none' else 'center', write)
-    made = streams.Made(tickets, make, skipped or streams.Skipped(max_skipped), num_threads, batch_size)
+    made = streams.Made(tickets, make, skipped or streams.Skipped(), max_skipped, num_threads, batch_size)
     return iter(grain.experimental.ThreadPrefetchIterDataset(
         made.batch(batch_size, drop_remainder=True), prefetch_buffer_size=2 if num_threads else 0))
   composer = Composer(sprites.load(source), split, scene_share, image_size)
@@ -182,6 +182,7 @@ class _Writer:
 def _write_pair(write: _Writer, shares: Mapping[str, float], draw_text_weight: float, drop_text: float) -> Callable:
   """The texts of a record, the use of its source, an rng -> text fields and kind of its row; None if there is no text."""
   pictures = {kind: shares[kind] for kind in ('caption', 'draw') if shares.get(kind)}
+  _cumulative(shares)  # raises for a wrong one
   kinds, cumulative = _cumulative(pictures or {'caption': 1.0})
 
   def write_pair(texts, use, rng):

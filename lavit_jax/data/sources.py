@@ -24,7 +24,7 @@ _COMMON = ('format', 'path', 'weight', 'use', 'image', 'text')
 _WINDOW, _HELDOUT_WINDOW = 2048, 64
 
 
-def tickets(sources: Sequence[Mapping], seed: int | None, shard_index: int, shard_count: int) -> grain.IterDataset:
+def mix(sources: Sequence[Mapping], seed: int | None, shard_index: int, shard_count: int) -> grain.IterDataset:
   """Tickets of all sources, mixed by weight; endless. `seed` None: every source in its order.
 
   Raises:

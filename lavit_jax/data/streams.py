@@ -34,15 +34,16 @@ class Ticket(NamedTuple):
 
 
 class Skipped:
-  """Counts what was left out by reason, names the first few, and raises UserError when their share passes `limit`.
+  """Counts what was left out by reason, since this process started, and names the first few."""
 
-  Records and files (tars, row groups) are judged apart: a tar that breaks off takes an unknown number of records along.
-  """
+  def __init__(self):
+    self.seen, self.skipped, self.reasons = collections.Counter(), collections.Counter(), collections.Counter()
 
-  def __init__(self, limit: float = 0.05):
-    self.limit, self.seen, self.skipped, self.reasons = limit, collections.Counter(), collections.Counter(), collections.Counter()
+  def add(self, made: dict | Skip, limit: float) -> None:
+    """Counts an example, or a Skip. Raises UserError when more than the share `limit` was skipped.
 
-  def add(self, made: dict | Skip) -> None:
+    Records and files (tars, row groups) are judged apart: a tar that breaks off takes an unknown number of records along.
+    """
     unit = made.unit if isinstance(made, Skip) else 'records'
     self.seen[unit] += 1
     if not isinstance(made, Skip) or not made.reason:
@@ -51,13 +52,13 @@ class Skipped:
     self.reasons[made.reason] += 1
     if self.reasons[made.reason] <= _TOLD:
       logging.getLogger(__name__).warning('skipped: %s, %s', made.reason, made.origin)
-    if self.seen[unit] >= _LEAST[unit] and self.skipped[unit] > self.limit * self.seen[unit]:
+    if self.seen[unit] >= _LEAST[unit] and self.skipped[unit] > limit * self.seen[unit]:
       reasons = ', '.join(f'{reason} {count}' for reason, count in self.reasons.most_common())
       raise UserError(f'{self.skipped[unit]} of {self.seen[unit]} {unit} were skipped ({reasons}), the last one {made.origin}; '
-                      f'mend the data or raise data.max_skipped={self.limit}')
+                      f'mend the data or raise data.max_skipped={limit}')
 
   def metrics(self) -> dict[str, int]:
-    """{'data/skipped_corrupt_image': 3, ...}, since this process started."""
+    """{'data/skipped_corrupt_image': 3, ...}."""
     return {f'data/skipped_{reason.replace(" ", "_")}': count for reason, count in sorted(self.reasons.items())}
 
 
@@ -84,7 +85,7 @@ class Windows(grain.IterDataset):
   def __init__(self, records, number: int, use: str, seed: int | None, shard_index: int, shard_count: int, window: int):
     super().__init__()
     self.records, self.number, self.use, self.seed, self.window = records, number, use, seed, window
-    self.deal = slice(shard_index, None, shard_count)
+    self.shard_index, self.shard_count = shard_index, shard_count
     self.by_unit = len(records) >= shard_count
 
   def __iter__(self):
@@ -95,32 +96,34 @@ class Windows(grain.IterDataset):
     units = np.arange(len(self.records))
     if self.seed is not None:
       np.random.default_rng((self.seed, self.number, epoch)).shuffle(units)
-    return units[self.deal] if self.by_unit else units
+    return units[self.shard_index::self.shard_count] if self.by_unit else units
 
   def read(self, epoch: int, place: int, start: int) -> tuple[list[Ticket], tuple[int, int, int]]:
     """The window that starts at `start` in the unit at `place` of the epoch's order, and where the next one starts.
 
-    Raises UserError if a whole epoch holds nothing.
+    Raises UserError if a whole epoch holds nothing for this process.
     """
-    order, tickets, here = self.order(epoch), [], (epoch, place, start)
+    order, tickets, count, here = self.order(epoch), [], 0, (epoch, place, start)
+    first, step = (0, 1) if self.by_unit else (self.shard_index, self.shard_count)
     while place < len(order):
       unit = int(order[place])
       for start, end, record in self.records.read(unit, start):
-        tickets.append(Ticket((self.number, epoch, unit, start), self.use, functools.partial(_same, record)))
         last = isinstance(record, Skip) and record.unit == 'files'
-        if len(tickets) >= self.window and not last:
-          return self._dealt(tickets, here), (epoch, place, end)
+        if last or count % step == first:
+          tickets.append(Ticket((self.number, epoch, unit, start), self.use, functools.partial(_same, record)))
+        count += not last
+        if count == self.window * step:
+          return self._shuffled(tickets, here), (epoch, place, end)
       place, start = place + 1, 0
     if here[1:] == (0, 0) and all(isinstance(ticket.read(), Skip) for ticket in tickets):
-      raise UserError(f'no record in {len(order)} files ({tickets[0].read().reason}: {tickets[0].read().origin}); check the path'
-                      if tickets else 'a data source has no files for this process; give more, or fewer processes')
-    return self._dealt(tickets, here), (epoch + 1, 0, 0)
+      raise UserError(f'{len(order)} files have no record for process {self.shard_index} of {self.shard_count} '
+                      f'({tickets[-1].read().reason or "read to its end"}: {tickets[-1].read().origin}); check the path, or give more')
+    return self._shuffled(tickets, here), (epoch + 1, 0, 0)
 
-  def _dealt(self, tickets: list[Ticket], here: tuple[int, int, int]) -> list[Ticket]:
-    if self.seed is not None:
-      np.random.default_rng((self.seed, self.number, *here)).shuffle(order := np.arange(len(tickets)))
-      tickets = [tickets[i] for i in order]
-    return tickets if self.by_unit else tickets[self.deal]
+  def _shuffled(self, tickets: list[Ticket], here: tuple[int, int, int]) -> list[Ticket]:
+    if self.seed is None:
+      return tickets
+    return [tickets[i] for i in np.random.default_rng((self.seed, self.number, *here)).permutation(len(tickets))]
 
 
 class _WindowsIterator(grain.DatasetIterator):
@@ -156,11 +159,16 @@ class _WindowsIterator(grain.DatasetIterator):
 
 
 class Made(grain.IterDataset):
-  """What `make` makes of each ticket, in order, by `num_threads` threads (0: none); what it skips is counted in `skipped`."""
+  """What `make` makes of each ticket, in order, by `num_threads` threads (0: none); what it skips is counted in `skipped`.
 
-  def __init__(self, tickets: grain.IterDataset, make: Callable[[Ticket], dict | Skip], skipped: Skipped, num_threads: int, ahead: int):
+  Raises UserError, as Skipped.add, when more than the share `limit` was skipped.
+  """
+
+  def __init__(self, tickets: grain.IterDataset, make: Callable[[Ticket], dict | Skip], skipped: Skipped, limit: float, num_threads: int,
+               ahead: int):
     super().__init__(tickets)
-    self.make, self.skipped, self.num_threads, self.ahead = make, skipped, num_threads, max(ahead, _AHEAD)
+    self.make, self.skipped, self.limit = make, skipped, limit
+    self.num_threads, self.ahead = num_threads, max(ahead, _AHEAD)
 
   def __iter__(self):
     return _MadeIterator(self._parent.__iter__(), self)
@@ -176,7 +184,7 @@ class _MadeIterator(grain.DatasetIterator):
   def __next__(self) -> dict:
     while True:
       example, self._state = self._take()
-      self._made.skipped.add(example)
+      self._made.skipped.add(example, self._made.limit)
       if not isinstance(example, Skip):
         return example
 

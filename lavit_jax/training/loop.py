@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from lavit_jax.data import mixtures, text
+from lavit_jax.data.streams import Skipped
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.models.layers import REMAT_POLICIES
@@ -64,7 +65,8 @@ def train(config, workdir) -> None:
     stage = stages.build(config, model, sharding.batch_shards(mesh))
     parts = load_parts(config, stage, mesh)
     frozen = {name: parts[name] for name in stage.needs}
-    data = open_data(config, model, 'train')
+    skipped = Skipped()
+    data = open_data(config, model, 'train', skipped)
     checkpoints = Checkpoints(workdir, config, config.keep)  # the first to write: what is missing has been told by now
     stack.callback(checkpoints.close)
     latest = checkpoints.latest()
@@ -101,13 +103,13 @@ def train(config, workdir) -> None:
 
     for step in range(first + 1, config.num_steps + 1):
       if step > first + 1:
-        batch = sharding.put_batch(next_batch(data), mesh)
+        batch = sharding.put_batch(log.fetch(next_batch, data), mesh)
       state, values = train_step(state, frozen, batch)
       log.step(step, values)
 
       last, stop = step == config.num_steps, interrupt.requested(step)
       if step % config.log_every == 0 or last:
-        check_finite(log.report(), step)
+        check_finite(log.report(skipped.metrics()), step)
         checkpoints.check()
       if every(config.eval_every, step, last) and not stop:
         stop = look.evaluate(state, step, log, interrupt)
@@ -269,6 +271,8 @@ def check_options(config, mesh) -> None:
       raise UserError(f'{key}={config[key]} must be at least {least}')
   if config.accumulate > 1 and config.stage in ('encoder', 'tokenizer'):
     raise UserError(f'accumulate={config.accumulate}: stage {config.stage} learns from whole batches; use more devices or another remat policy')
+  if config.data.get('sources') and not config.data.heldout and (config.eval_every or config.picture_every):
+    raise UserError('data.sources without data.heldout: give held-out sources too, or eval_every=0 and picture_every=0')
   shards = sharding.batch_shards(mesh)
   if config.batch_size % (shards * config.accumulate):
     pieces = f'{config.accumulate} x {shards}' if config.accumulate > 1 else shards
@@ -295,7 +299,7 @@ def write_config(config, workdir) -> None:
     (workdir / 'config.json').write_text(json.dumps(json.loads(config.to_json_best_effort()), indent=1) + '\n')
 
 
-def open_data(config, model, split: str):
+def open_data(config, model, split: str, skipped: Skipped | None = None):
   """An iterator over this process's share of the batches of a split.
 
   Raises:
@@ -307,7 +311,7 @@ def open_data(config, model, split: str):
       text.TextTokenizer.load(options['tokenizer_folder'], model.vocabulary.text_size)
     return mixtures.batches(
         **options, split=split, seed=config.seed, batch_size=config.batch_size // jax.process_count(),
-        shard_index=jax.process_index(), shard_count=jax.process_count())
+        shard_index=jax.process_index(), shard_count=jax.process_count(), skipped=skipped)
   except (FileNotFoundError, ValueError, UserError) as error:
     raise UserError(f'data: {error}') from error
 
