@@ -53,14 +53,15 @@ def decode(data: bytes, size: int, crop: str = 'none', rng: np.random.Generator 
   """The bytes of a picture's file -> uint8[size, size, 3] RGB, bicubic.
 
   `crop` 'none': the whole picture straight to the square, as published; 'center': the largest square; 'random': a square of half its area
-  at least. JPEGs are decoded at 1/2, 1/4 or 1/8 when that is still no smaller than the result (libjpeg averages blocks).
+  at least. JPEGs are decoded at 1/2, 1/4 or 1/8 as long as that leaves twice the pixels a side that the result has: PSNR 34 to 43 dB against
+  decoding them whole, on photographs; with no more than as many pixels it would be 25 to 35, which is as much as another JPEG coding costs.
 
   Raises:
     UserError: nothing that Pillow can read, truncated, or too large.
   """
   try:
     image = Image.open(io.BytesIO(data))
-    least = math.ceil(size / math.sqrt(LEAST_AREA)) if crop == 'random' else size
+    least = 2 * math.ceil(size / math.sqrt(LEAST_AREA)) if crop == 'random' else 2 * size
     image.draft(None, (least, least))
     plain = image.format == 'JPEG' and image.mode == 'RGB' and 'exif' not in image.info and image.width * image.height <= MAX_PIXELS
     if not plain:  # turned, transparent, grey, of a palette ...
