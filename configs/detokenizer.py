@@ -38,6 +38,7 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
       detokenizer=dict(drop_condition=0.1, guidance_scale=3.0),
       optim=dict(
           learning_rate=row['learning_rate'], warmup_steps=row['warmup_steps'], final_fraction=0.05, weight_decay=0.01,
-          b1=0.9, b2=0.99, mu_dtype='float32', clip_norm=1.0, ema_decay=0.999 if large else 0.99, freeze=('^decoder/(?!context_proj|pool)',), lr_scale=()),
+          b1=0.9, b2=0.99, mu_dtype='float32', clip_norm=1.0, ema_decay=0.999 if large else 0.99,
+          freeze=('^decoder/(?!context_proj|pool)',), lr_scale=()),
       log_every=50, eval_every=1000 if large else 250, eval_batches=8, picture_every=1000 if large else 500, checkpoint_every=500, keep=2))
   return config.lock()

@@ -42,7 +42,8 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
           task='lm', source='data', tokenizer_folder='lavit_jax/assets/tiny/language_model' if not large else 'tokenizer',
           image_size=size, text_length=row['text_length'], shares=dict(caption=0.38, answer=0.34, draw=0.26, text=0.02),
           question_weights=dict.fromkeys(questions.TYPES, 1.0), draw_text_weight=0.1, drop_text=0.1, scene_share=0.3,
-          num_threads=16 if large else 2, sources=SOURCES if large else (), heldout=HELDOUT if large else (), crop='none', max_skipped=0.05),
+          num_threads=16 if large else 2,
+          sources=SOURCES if large else (), heldout=HELDOUT if large else (), crop='none', max_skipped=0.05),
       lm=dict(num_rows=row['num_rows'], row_length=row['row_length'], image_loss=False, loss_chunks=row['loss_chunks']),
       optim=dict(
           learning_rate=row['learning_rate'], warmup_steps=row['warmup_steps'], final_fraction=0.05, weight_decay=0.05,

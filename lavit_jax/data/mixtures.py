@@ -56,11 +56,11 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
       write = _write_pair(_Writer(tokenizer_folder, text_length), DEFAULT_SHARES if shares is None else shares, draw_text_weight, drop_text)
     elif task != 'images' or any(source.get('use') == 'text' for source in chosen):
       raise ValueError(f"sources are for the tasks 'images' and 'lm', those of use 'text' for 'lm' only; the task is {task!r}")
-    tickets = mix(chosen, seed if split == 'train' else None, shard_index, shard_count)
+    tickets, of = mix(chosen, seed if split == 'train' else None, shard_index, shard_count)
     make = pairs.make_row(seed, image_size, crop if split == 'train' or crop == 'none' else 'center', write)
-    made = streams.Made(tickets, make, skipped or streams.Skipped(), max_skipped, num_threads, batch_size)
-    return iter(grain.experimental.ThreadPrefetchIterDataset(
-        made.batch(batch_size, drop_remainder=True), prefetch_buffer_size=2 if num_threads else 0))
+    made = streams.Made(tickets, of, make, skipped or streams.Skipped(), max_skipped, num_threads, batch_size)
+    made = made.batch(batch_size, drop_remainder=True)
+    return streams.closed_at_exit(iter(grain.experimental.ThreadPrefetchIterDataset(made, prefetch_buffer_size=2 if num_threads else 0)))
   composer = Composer(sprites.load(source), split, scene_share, image_size)
   match task:
     case 'images':

@@ -1,4 +1,4 @@
-"""`lavit data pack`: tars -> ArrayRecord, which can be shuffled globally. One file a tar, many at a time, and going on where it was stopped.
+"""`lavit data pack`: tars -> ArrayRecord, which can be shuffled globally; one file a tar, many at a time, and on from where it stopped.
 
     OUT/<tar's name>.array_record         records as `formats.pack_record` lays them out, each a group of its own
     OUT/<tar's name>.array_record.json    how many records, and what was skipped for which reason

@@ -52,9 +52,9 @@ def make_row(seed: int, image_size: int, crop: str, write: Callable | None) -> C
 def decode(data: bytes, size: int, crop: str = 'none', rng: np.random.Generator | None = None) -> np.ndarray:
   """The bytes of a picture's file -> uint8[size, size, 3] RGB, bicubic.
 
-  `crop` 'none': the whole picture straight to the square, as published; 'center': the largest square; 'random': a square of half its area
-  at least. JPEGs are decoded at 1/2, 1/4 or 1/8 as long as that leaves twice the pixels a side that the result has: PSNR 34 to 43 dB against
-  decoding them whole, on photographs; with no more than as many pixels it would be 25 to 35, which is as much as another JPEG coding costs.
+  `crop` 'none': the whole picture straight to the square, as published; 'center': the largest square; 'random': a square of at least half
+  its area. JPEGs are decoded at 1/2, 1/4 or 1/8 as long as that leaves twice the pixels a side that the result has. Against decoding
+  them whole this is a PSNR of 34 to 43 dB, of two photographs at three sizes; with only as many pixels it would be 25 to 35.
 
   Raises:
     UserError: nothing that Pillow can read, truncated, or too large.

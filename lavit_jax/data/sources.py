@@ -3,9 +3,9 @@
     sources=(dict(format='tars', path='gs://BUCKET/laion400m/{00000..41407}.tar', weight=3.0, use='caption'),
              dict(format='parquet', path='hf://datasets/OWNER/NAME/data/*.parquet', text=('caption', 'recaption')))
 
-`format` and `path` are in formats.py, with what `image`, `text`, `split`, `data_dir` and `captions` mean. `weight` (1): how often a record is
-of this source, against the others. `use` (''): 'caption', 'draw', 'text' (which needs no picture), or by `data.shares`. `window` (2048):
-records of a stream that are shuffled together, and held in memory.
+`format` and `path` are in formats.py, with what `image`, `text`, `split`, `data_dir` and `captions` mean. `weight` (1): how often a
+record is of this source, against the others. `use` (''): 'caption', 'draw', 'text' (which needs no picture), or by `data.shares`.
+`window` (2048): records of a stream that are shuffled together; these and the next as many are held in memory.
 """
 
 from __future__ import annotations
@@ -24,17 +24,21 @@ _COMMON = ('format', 'path', 'weight', 'use', 'image', 'text')
 _WINDOW, _HELDOUT_WINDOW = 2048, 64
 
 
-def mix(sources: Sequence[Mapping], seed: int | None, shard_index: int, shard_count: int) -> grain.IterDataset:
-  """Tickets of all sources, mixed by weight; endless. `seed` None: every source in its order.
+def mix(sources: Sequence[Mapping], seed: int | None, shard_index: int, shard_count: int) -> tuple[grain.IterDataset, list[int]]:
+  """Tickets of all sources, mixed by weight, endless; and the number of units of each source and of processes.
+
+  `seed` None: every source in its order.
 
   Raises:
     UserError: an option that is unknown or wrong, files that are not there, an empty source.
   """
   opened = [_open(number, dict(source), seed, shard_index, shard_count) for number, source in enumerate(sources)]
-  return opened[0] if len(opened) == 1 else grain.IterDataset.mix(opened, [float(source.get('weight', 1.0)) for source in sources])
+  tickets, units = zip(*opened)
+  weights = [float(source.get('weight', 1.0)) for source in sources]
+  return tickets[0] if len(tickets) == 1 else grain.IterDataset.mix(tickets, weights), [*units, shard_count]
 
 
-def _open(number: int, options: dict, seed: int | None, shard_index: int, shard_count: int) -> grain.IterDataset:
+def _open(number: int, options: dict, seed: int | None, shard_index: int, shard_count: int) -> tuple[grain.IterDataset, int]:
   name = f'sources[{number}]'
   kind = options.get('format')
   if kind not in formats.FORMATS:
@@ -43,7 +47,8 @@ def _open(number: int, options: dict, seed: int | None, shard_index: int, shard_
   for key in options:
     if key not in known:
       near = difflib.get_close_matches(key, known, n=1)
-      raise UserError(f'{name} ({kind}) does not know {key!r}; ' + (f'did you mean {near[0]!r}?' if near else f'it knows {", ".join(known)}'))
+      hint = f'did you mean {near[0]!r}?' if near else f'it knows {", ".join(known)}'
+      raise UserError(f'{name} ({kind}) does not know {key!r}; {hint}')
   if not options.get('path'):
     raise UserError(f'{name} has no path')
   if options.get('use', '') not in USES:
@@ -63,8 +68,8 @@ def _open(number: int, options: dict, seed: int | None, shard_index: int, shard_
   use = options.get('use', '')
   if 'window' in known:
     window = options.get('window', _WINDOW) if seed is not None else _HELDOUT_WINDOW
-    return streams.Windows(records, number, use, seed, shard_index, shard_count, window)
-  return streams.store(records, number, use, seed, shard_index, shard_count)
+    return streams.Windows(records, number, use, seed, shard_index, shard_count, window), len(records)
+  return streams.store(records, number, use, seed, shard_index, shard_count), len(records)
 
 
 def _names(value: str | Sequence[str]) -> tuple[str, ...]:

@@ -6,9 +6,11 @@ a stream's is the start of a window and a place in it, and going on reads that w
 
 from __future__ import annotations
 
+import atexit
 import collections
 import functools
 import logging
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
@@ -23,6 +25,7 @@ _INLINE = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 _LEAST = {'records': 1000, 'files': 20}  # seen before their share of skipped ones means something
 _TOLD = 3  # of each reason, by name
 _AHEAD = 64  # tickets in the threads at least
+_alive = weakref.WeakSet()
 
 
 class Ticket(NamedTuple):
@@ -152,7 +155,9 @@ class _WindowsIterator(grain.DatasetIterator):
 
   def close(self):
     super().close()
-    self._pool.shutdown(wait=False, cancel_futures=True)
+    if self._next:
+      self._next.cancel()
+    self._pool.shutdown(wait=False)
 
   def _submit(self, start: tuple[int, int, int]) -> Future:
     return self._pool.submit(self._windows.read, *start)
@@ -161,13 +166,15 @@ class _WindowsIterator(grain.DatasetIterator):
 class Made(grain.IterDataset):
   """What `make` makes of each ticket, in order, by `num_threads` threads (0: none); what it skips is counted in `skipped`.
 
+  `of` says in the state what it is a state of: nothing goes on with other files, or with another number of processes.
+
   Raises UserError, as Skipped.add, when more than the share `limit` was skipped.
   """
 
-  def __init__(self, tickets: grain.IterDataset, make: Callable[[Ticket], dict | Skip], skipped: Skipped, limit: float, num_threads: int,
-               ahead: int):
+  def __init__(self, tickets: grain.IterDataset, of: list[int], make: Callable[[Ticket], dict | Skip], skipped: Skipped, limit: float,
+               num_threads: int, ahead: int):
     super().__init__(tickets)
-    self.make, self.skipped, self.limit = make, skipped, limit
+    self.of, self.make, self.skipped, self.limit = of, make, skipped, limit
     self.num_threads, self.ahead = num_threads, max(ahead, _AHEAD)
 
   def __iter__(self):
@@ -199,17 +206,36 @@ class _MadeIterator(grain.DatasetIterator):
     return future.result(), state
 
   def get_state(self):
-    return self._state
+    return {'tickets': self._state, 'of': self._made.of}
 
   def set_state(self, state):
-    self._waiting.clear()
-    self._parent.set_state(state)
-    self._state = state
+    if state['of'] != self._made.of:
+      raise ValueError(f'it has read data of {state["of"]} units and processes, but the list of sources has {self._made.of} now')
+    self._drop()
+    self._parent.set_state(state['tickets'])
+    self._state = state['tickets']
 
   def close(self):
     super().close()
+    self._drop()
     if self._pool:
-      self._pool.shutdown(wait=False, cancel_futures=True)
+      self._pool.shutdown(wait=False)
+
+  def _drop(self):
+    while self._waiting:
+      self._waiting.pop()[0].cancel()
+
+
+def closed_at_exit(iterator: grain.DatasetIterator) -> grain.DatasetIterator:
+  """The iterator itself, whose thread ends before the interpreter does; grain's is a daemon, which would be torn out of native code."""
+  _alive.add(iterator)
+  return iterator
+
+
+@atexit.register
+def _close():
+  for iterator in list(_alive):
+    iterator.close()
 
 
 def _same(record):

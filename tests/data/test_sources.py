@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -23,9 +25,9 @@ def written(tmp_path_factory):
   return {name: write(tmp_path_factory.mktemp(name)) for name, write in WRITERS.items()}
 
 
-def batches(*sources, task='lm', batch_size=3, seed=1, **options):
+def batches(*given, sources=(), task='lm', batch_size=3, seed=1, **options):
   options = dict(shares={'caption': 1}, num_threads=2) | options
-  return mixtures.batches(task, sources=sources, batch_size=batch_size, image_size=SIZE, text_length=24, tokenizer_folder=FOLDER, seed=seed,
+  return mixtures.batches(task, sources=given or sources, batch_size=batch_size, image_size=SIZE, text_length=24, tokenizer_folder=FOLDER, seed=seed,
                           **options)
 
 
@@ -83,6 +85,28 @@ def test_goes_on_exactly_where_it_stopped(written, name, threads):
     for row in rows[position:position + 3]:
       for key, value in next(other).items():
         np.testing.assert_array_equal(value, row[key], err_msg=f'{key} after {position}')
+
+
+def test_nothing_goes_on_with_other_files(written):
+  state = batches(written['tars']).get_state()
+  for other in (dict(sources=(written['folder'],)), dict(sources=(written['tars'], written['folder'])), dict(shard_count=2)):
+    with pytest.raises(ValueError, match='has read data of .4, 1. units'):
+      batches(**{'sources': (written['tars'],)} | other).set_state(state)
+  batches(written['tars'] | {'weight': 2.0}).set_state(state)
+
+
+def test_a_process_ends_with_its_own_status_while_threads_read_on(written):
+  program = f'''
+import sys
+from lavit_jax.data import mixtures
+def main():
+  iterator = mixtures.batches('images', sources=({written['tars']!r},), batch_size=4, image_size=8)
+  next(iterator)
+  sys.exit(3)
+main()
+'''
+  done = subprocess.run([sys.executable, '-c', program], timeout=60, capture_output=True, text=True)
+  assert (done.returncode, done.stderr) == (3, '')
 
 
 @pytest.mark.parametrize('name', STORES)
