@@ -19,6 +19,7 @@ import pathlib
 import tarfile
 import tempfile
 import time
+import warnings
 
 import numpy as np
 from PIL import Image
@@ -66,6 +67,7 @@ def theirs(folder: pathlib.Path, workers: int, decode):
   import torch
   import webdataset as wds
   torch.set_num_threads(1)
+  warnings.filterwarnings('ignore', 'The given NumPy array is not writable')  # Pillow's; collate copies it
   files = sorted(map(str, folder.glob('*.tar')))
   data = wds.WebDataset(files, shardshuffle=len(files), resampled=False, empty_check=False).repeat().shuffle(512)
   data = data.to_tuple('jpg', 'txt').map_tuple(decode, bytes.decode)
@@ -116,7 +118,8 @@ def main() -> None:
   for name, value in best.items():
     print(f'| {name} | {value:.0f} | {value / reference:.2f} |')
   if args.json:
-    pathlib.Path(args.json).write_text(json.dumps(dict(pictures=args.pictures, size=SIZE, batch=BATCH, pictures_per_s=best), indent=1) + '\n')
+    result = dict(pictures=args.pictures, size=SIZE, batch=BATCH, pictures_per_s=best)
+    pathlib.Path(args.json).write_text(json.dumps(result, indent=1) + '\n')
 
 
 if __name__ == '__main__':
