@@ -28,11 +28,14 @@ def make_row(seed: int, image_size: int, crop: str, write: Callable | None) -> C
 
   What is random depends on (seed, ticket.key) alone. Without `write` a row is a picture; with it, rows of use 'text' have a black one.
   """
+  random = write is not None or crop == 'random'  # a generator is not made for nothing: it takes a hundredth of the time
+
   def make(ticket: Ticket) -> dict | Skip:
     record = ticket.read()
     if isinstance(record, Skip):
       return record
-    rng, row = np.random.default_rng((seed, *ticket.key)), {}
+    rng = np.random.default_rng((seed, *ticket.key)) if random else None
+    row = {}
     if write is not None:
       row = write(record.texts, ticket.use, rng)
       if row is None:

@@ -42,26 +42,42 @@ def _members(file: BinaryIO, offset: int) -> Iterator[tuple[int, int, str, bytes
   """(start, end, name, content) of each regular file; `start` is that of the long-name headers before it, if there are any."""
   start, given = offset, {}  # what pax and GNU headers say of the next member
   while True:
-    try:
-      info = tarfile.TarInfo.frombuf(file.read(BLOCK), 'utf-8', 'surrogateescape')
-    except tarfile.EOFHeaderError:
-      return
-    except tarfile.HeaderError as error:
-      raise Broken(f'{error} at byte {offset}') from None
-    size = int(given.get('size', info.size))
-    padded = -(-size // BLOCK) * BLOCK
-    content = file.read(padded)
-    if len(content) < size:
-      raise Broken(f'ends in the middle of {info.name}')
-    offset += BLOCK + padded
-    if info.type == tarfile.XHDTYPE:
-      given |= _pax(content[:size])
-    elif info.type == tarfile.GNUTYPE_LONGNAME:
-      given['path'] = content[:size].rstrip(b'\0').decode('utf-8', 'surrogateescape')
+    header = file.read(BLOCK)
+    plain = _plain(header)
+    if plain:
+      kind, name, size = tarfile.REGTYPE, *plain
     else:
-      if info.isreg():
-        yield start, offset, given.get('path', info.name), content[:size]
+      try:
+        info = tarfile.TarInfo.frombuf(header, 'utf-8', 'surrogateescape')
+      except tarfile.EOFHeaderError:
+        return
+      except tarfile.HeaderError as error:
+        raise Broken(f'{error} at byte {offset}') from None
+      kind, name, size = tarfile.REGTYPE if info.isreg() else info.type, info.name, info.size
+    size = int(given.get('size', size))
+    content = file.read(size)
+    if len(content) < size:
+      raise Broken(f'ends in the middle of {name}')
+    file.read(-size % BLOCK)
+    offset += BLOCK + size + -size % BLOCK
+    if kind == tarfile.XHDTYPE:
+      given |= _pax(content)
+    elif kind == tarfile.GNUTYPE_LONGNAME:
+      given['path'] = content.rstrip(b'\0').decode('utf-8', 'surrogateescape')
+    else:
+      if kind == tarfile.REGTYPE:
+        yield start, offset, given.get('path', name), content
       start, given = offset, {}
+
+
+def _plain(header: bytes) -> tuple[str, int] | None:
+  """Name and size of a regular file with an ordinary, sound header, in a tenth of tarfile's time; None: ask tarfile."""
+  try:
+    if header[156:157] != b'0' or header[345] or int(header[148:155].rstrip(b'\0 '), 8) != sum(header) - sum(header[148:156]) + 256:
+      return None
+    return header[:100].partition(b'\0')[0].decode('utf-8', 'surrogateescape'), int(header[124:136].rstrip(b'\0 '), 8)
+  except (ValueError, IndexError):
+    return None
 
 
 def _pax(content: bytes) -> dict[str, str]:
