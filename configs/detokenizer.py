@@ -17,6 +17,12 @@ SCHEDULES = {  # the large ones as published: 20 K steps
     'lavit_7b': dict(batch_size=2048, num_steps=20_000, image_size=512, learning_rate=1e-4, warmup_steps=1_000, fsdp=64),
 }
 
+SOURCES = (  # data/sources.py
+    dict(format='tars', path='gs://BUCKET/laion400m/{00000..41407}.tar', weight=3.0),
+    dict(format='tars', path='gs://BUCKET/cc12m/{00000..01242}.tar', weight=1.0),
+)
+HELDOUT = (dict(format='tars', path='gs://BUCKET/laion400m/{41408..41454}.tar'),)
+
 
 def get_config(variant: str = 'tiny') -> ConfigDict:
   lavit.row(variant)  # names the nearest one if there is none
@@ -26,11 +32,14 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
       dtype='bfloat16' if large else 'float32', remat='full' if large else 'none',
       mesh=dict(data=-1, fsdp=row['fsdp'], tensor=1), peak_tflops=0.0,
       frozen='', init_from='',
-      data=dict(task='images', source='data', image_size=row['image_size'], scene_share=0.3, num_threads=16 if large else 2),
+      data=dict(
+          task='images', source='data', image_size=row['image_size'], scene_share=0.3, num_threads=16 if large else 2,
+          sources=SOURCES if large else (), heldout=HELDOUT if large else (), crop='none', max_skipped=0.05),
       detokenizer=dict(drop_condition=0.1, guidance_scale=3.0),
       optim=dict(
           learning_rate=row['learning_rate'], warmup_steps=row['warmup_steps'], final_fraction=0.05, weight_decay=0.01,
-          b1=0.9, b2=0.99, mu_dtype='float32', clip_norm=1.0, ema_decay=0.999 if large else 0.99, freeze=('^decoder/(?!context_proj|pool)',), lr_scale=()),
+          b1=0.9, b2=0.99, mu_dtype='float32', clip_norm=1.0, ema_decay=0.999 if large else 0.99,
+          freeze=('^decoder/(?!context_proj|pool)',), lr_scale=()),
       log_every=50, eval_every=1000 if large else 250, eval_batches=8, picture_every=1000 if large else 500, checkpoint_every=500, keep=2,
       skip_damaged=False, profile=''))
   return config.lock()

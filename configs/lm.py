@@ -22,6 +22,13 @@ SCHEDULES = {
                      learning_rate=5e-5, warmup_steps=2_000),
 }
 
+SOURCES = (  # data/sources.py; `shares` chooses between caption and draw
+    dict(format='tars', path='gs://BUCKET/laion400m/{00000..41407}.tar', weight=0.7),
+    dict(format='tars', path='gs://BUCKET/cc12m/{00000..01242}.tar', weight=0.2),
+    dict(format='parquet', path='gs://BUCKET/c4/*.parquet', weight=0.1, use='text'),
+)
+HELDOUT = (dict(format='tars', path='gs://BUCKET/laion400m/{41408..41454}.tar'),)
+
 
 def get_config(variant: str = 'tiny') -> ConfigDict:
   size, row = lavit.row(variant)['vit']['image_size'], SCHEDULES[variant]
@@ -35,8 +42,8 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
           task='lm', source='data', tokenizer_folder='lavit_jax/assets/tiny/language_model' if not large else 'tokenizer',
           image_size=size, text_length=row['text_length'], shares=dict(caption=0.36, answer=0.38, draw=0.24, text=0.02),
           question_weights=dict.fromkeys(questions.TYPES, 1.0) | {'what': 2.0, 'position': 3.0, 'yes/no': 2.0},
-          draw_text_weight=0.1, drop_text=0.1, scene_share=0.45,
-          num_threads=16 if large else 2),
+          draw_text_weight=0.1, drop_text=0.1, scene_share=0.45, num_threads=16 if large else 2,
+          sources=SOURCES if large else (), heldout=HELDOUT if large else (), crop='none', max_skipped=0.05),
       lm=dict(num_rows=row['num_rows'], row_length=row['row_length'], image_loss=False, loss_chunks=row['loss_chunks']),
       optim=dict(
           learning_rate=row['learning_rate'], warmup_steps=row['warmup_steps'], final_fraction=0.05, weight_decay=0.05,

@@ -17,6 +17,12 @@ SCHEDULES = {  # the large ones as published: 50 K steps of 2048 images
     'lavit_7b': dict(batch_size=2048, num_steps=50_000, learning_rate=2e-4, warmup_steps=2_000, quantize_from=10_000, revive_after=100, fsdp=64),
 }
 
+SOURCES = (  # data/sources.py
+    dict(format='tars', path='gs://BUCKET/laion400m/{00000..41407}.tar', weight=3.0),
+    dict(format='tars', path='gs://BUCKET/cc12m/{00000..01242}.tar', weight=1.0),
+)
+HELDOUT = (dict(format='tars', path='gs://BUCKET/laion400m/{41408..41454}.tar'),)
+
 
 def get_config(variant: str = 'tiny') -> ConfigDict:
   size, row = lavit.row(variant)['vit']['image_size'], SCHEDULES[variant]
@@ -26,7 +32,9 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
       dtype='bfloat16' if large else 'float32', remat='minimal' if large else 'none',
       mesh=dict(data=-1, fsdp=row['fsdp'], tensor=1), peak_tflops=0.0,
       frozen='', init_from='',
-      data=dict(task='images', source='data', image_size=size, scene_share=0.3, num_threads=16 if large else 2),
+      data=dict(
+          task='images', source='data', image_size=size, scene_share=0.3, num_threads=16 if large else 2,
+          sources=SOURCES if large else (), heldout=HELDOUT if large else (), crop='none', max_skipped=0.05),
       tokenizer=dict(
           keep_ratio=1 / 3, ratio_weight=2.0, commitment_weight=1.0, decay=0.99, quantize_from=row['quantize_from'],
           freeze_selector_from=-1, revive_after=row['revive_after']),

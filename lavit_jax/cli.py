@@ -142,6 +142,17 @@ def data_build(args):
     raise UserError(error) from error
 
 
+def data_pack(args):
+  from lavit_jax.data.packing import pack
+  packed = pack(args.sources, args.out, args.workers)
+  reasons = ''.join(', %s %d' % pair for pair in sorted(packed.skipped.items()))
+  print('%d records in %s; skipped: %d%s; tars done before: %d' % (
+      packed.records, args.out, sum(packed.skipped.values()), reasons, packed.found))
+  if packed.failed:
+    from lavit_jax.errors import UserError
+    raise UserError('%d tars could not be opened, the first %s; the same command tries them again' % (len(packed.failed), packed.failed[0]))
+
+
 def evaluate(args):
   from lavit_jax.evaluation.report import evaluate as run
   run(_model(args), args.source, args.count, args.out, drawn=args.drawn, seed=args.seed)
@@ -307,10 +318,15 @@ def build_parser():
   sub = reading_command('tokenize', tokenize, 'print the visual tokens of pictures')
   sub.add_argument('images', nargs='+', metavar='IMAGE')
 
-  data = commands.add_parser('data', help='build the data set').add_subparsers(dest='action', required=True, metavar='ACTION')
+  data = commands.add_parser('data', help='build or pack data sets').add_subparsers(dest='action', required=True, metavar='ACTION')
   sub = command('build', data_build, 'draw and write the emoji data set (needs the extra [emoji])', data)
   sub.add_argument('--data_dir', required=True, metavar='DIR', help='gets DIR/emoji/...')
   sub.add_argument('--sample', action='store_true', help='only the two dozen concepts that travel with the package')
+
+  sub = command('pack', data_pack, 'turn WebDataset or img2dataset tars into ArrayRecord; started again, it goes on', data)
+  sub.add_argument('sources', nargs='+', metavar='TAR', help="a path, a glob or braces, local or remote: 'gs://BUCKET/{00000..00999}.tar'")
+  sub.add_argument('--out', required=True, metavar='DIR', help='gets one file a tar')
+  sub.add_argument('--workers', type=number(int, 1), default=1, metavar='N', help='processes (default: %(default)s)')
 
   sub = model_command('evaluate', evaluate, 'measure a checkpoint on the held-out splits')
   sub.add_argument('--source', required=True, metavar='DIR', help='the data set that `lavit data build` wrote')

@@ -1,25 +1,29 @@
-"""What a training step sees: batches of composed examples, endless, seeded, sharded and resumable (grain)."""
+"""What a training step sees: batches of composed examples or of a list of sources, endless, seeded, sharded and resumable (grain)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import grain
+import grain.experimental
 import numpy as np
 
-from lavit_jax.data import questions, sprites
+from lavit_jax.data import pairs, questions, splits, sprites, streams
 from lavit_jax.data.scenes import Composer, Example
+from lavit_jax.data.sources import mix
 from lavit_jax.data.text import TextTokenizer
 from lavit_jax.models.sequence import IMAGE_TO_TEXT, TEXT_ONLY, TEXT_TO_IMAGE
 
 DEFAULT_SHARES = {'caption': 0.35, 'answer': 0.3, 'draw': 0.3, 'text': 0.05}
 _ENDLESS = 1 << 62
+_LONG = 16  # characters for each token that there is room for: more than any language needs
 
 
 def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embedded', split: str = 'train', seed: int = 0,
             batch_size: int, image_size: int = 64, text_length: int = 48, tokenizer_folder: str | None = None,
             shares: Mapping[str, float] | None = None, question_weights: Mapping[str, float] | None = None,
             draw_text_weight: float = 0.1, drop_text: float = 0.1, scene_share: float = 0.3, shard_index: int = 0, shard_count: int = 1,
-            rows: Sequence[int] | None = None, num_threads: int = 2) -> 'Batches':
+            rows: Sequence[int] | None = None, num_threads: int = 2, sources: Sequence[Mapping] = (), heldout: Sequence[Mapping] = (),
+            crop: str = 'none', max_skipped: float = 0.05, skipped: streams.Skipped | None = None) -> Iterator[dict[str, np.ndarray]]:
   """An endless iterator over batches of numpy arrays, with `get_state` / `set_state`.
 
   `batch_size` counts the rows of one shard; all shards together make a global batch of B = batch_size * shard_count, whose row r in
@@ -35,8 +39,29 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
                       `draw_text_weight`, and a share `drop_text` has no text) or a 'text' (kind 2).
                       Begin and end tokens are the packer's business.
 
-  Raises ValueError for an unknown task, share, question type or split, and for a text of more than `text_length` tokens.
+  With `sources` (sources.py), and `heldout` for the held-out splits, rows come from these in place of the composer: pictures go through
+  `pairs.decode` with `crop`, texts are cleaned and cut at `text_length`, `shares` chooses between 'caption' and 'draw' where the source
+  does not say, and what is no example is left out and counted in `skipped`; a larger share than `max_skipped` raises UserError.
+
+  Raises ValueError for an unknown task, share, question type, crop or split, and for a composed text of more than `text_length` tokens.
   """
+  if sources:
+    splits.parse(split)
+    chosen = sources if split == 'train' else heldout
+    if not chosen:
+      raise ValueError('there are sources, but none that are held out: give data.heldout, or eval_every=0 and picture_every=0')
+    if crop not in pairs.CROPS:
+      raise ValueError(f'unknown crop {crop!r}; choose one of {", ".join(pairs.CROPS)}')
+    write = None
+    if task == 'lm':
+      write = _write_pair(_Writer(tokenizer_folder, text_length), DEFAULT_SHARES if shares is None else shares, draw_text_weight, drop_text)
+    elif task != 'images' or any(source.get('use') == 'text' for source in chosen):
+      raise ValueError(f"sources are for the tasks 'images' and 'lm', those of use 'text' for 'lm' only; the task is {task!r}")
+    tickets, of = mix(chosen, seed if split == 'train' else None, shard_index, shard_count)
+    make = pairs.make_row(seed, image_size, crop if split == 'train' or crop == 'none' else 'center', write)
+    made = streams.Made(tickets, of, make, skipped or streams.Skipped(), max_skipped, num_threads, batch_size)
+    made = made.batch(batch_size, drop_remainder=True)
+    return streams.closed_at_exit(iter(grain.experimental.ThreadPrefetchIterDataset(made, prefetch_buffer_size=2 if num_threads else 0)))
   composer = Composer(sprites.load(source), split, scene_share, image_size)
   match task:
     case 'images':
@@ -172,9 +197,41 @@ class _Writer:
     ids = given + told
     if len(ids) > self._length:
       raise ValueError(f'text_length is {self._length}, but this text has {len(ids)} tokens: {context + text!r}')
+    return self._row(ids, len(given), weight)
+
+  def cut(self, text: str, weight: float) -> dict[str, np.ndarray]:
+    """As much of the text as there is room for."""
+    return self._row(self._tokenizer.encode_once(text[:_LONG * self._length])[:self._length], 0, weight)
+
+  def part(self, text: str, rng: np.random.Generator) -> str:
+    """A part of a long text that starts somewhere in it, at a word, so that more than the beginnings is read."""
+    excess = len(text) - _LONG * self._length
+    return text if excess <= 0 else text[rng.integers(excess + 1):].partition(' ')[2] or text
+
+  def _row(self, ids: Sequence[int], given: int, weight: float) -> dict[str, np.ndarray]:
     padded, weights = np.zeros(self._length, np.int32), np.zeros(self._length, np.float32)
-    padded[:len(ids)], weights[len(given):len(ids)] = ids, weight
+    padded[:len(ids)], weights[given:len(ids)] = ids, weight
     return {'text': padded, 'text_length': np.int32(len(ids)), 'text_weight': weights}
+
+
+def _write_pair(write: _Writer, shares: Mapping[str, float], draw_text_weight: float, drop_text: float) -> Callable:
+  """The texts of a record, the use of its source, an rng -> text fields and kind of its row; None if there is no text."""
+  pictures = {kind: shares[kind] for kind in ('caption', 'draw') if shares.get(kind)}
+  _cumulative(shares)  # raises for a wrong one
+  kinds, cumulative = _cumulative(pictures or {'caption': 1.0})
+
+  def write_pair(texts, use, rng):
+    text = pairs.choose(texts, rng)
+    if not text:
+      return None
+    kind = use or kinds[np.searchsorted(cumulative, rng.random(), side='right')]
+    if kind == 'text':
+      text = write.part(text, rng)
+    elif kind == 'draw' and rng.random() < drop_text:
+      text = ''
+    return {**write.cut(text, draw_text_weight if kind == 'draw' else 1.0), 'kind': np.int32(_KINDS[kind])}
+
+  return write_pair
 
 
 def _weights(given: Mapping[str, float]) -> dict[str, float]:

@@ -45,6 +45,10 @@ class TextTokenizer:
       raise UserError(f'{path} has {words.vocab_size} ids, but the text vocabulary of the model has {vocab_size}; give the model\'s own')
     return words
 
+  def encode_once(self, text: str) -> tuple[int, ...]:
+    """`encode` without its cache, for texts that hardly come again."""
+    return self._encode(text)
+
   def _encode(self, text: str) -> tuple[int, ...]:
     return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
 

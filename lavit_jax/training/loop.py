@@ -22,6 +22,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from lavit_jax.data import mixtures, text
+from lavit_jax.data.streams import Skipped
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.models.layers import REMAT_POLICIES
@@ -61,8 +62,8 @@ def train(config, workdir) -> None:
     stage = stages.build(config, model, sharding.batch_shards(mesh))
     parts = load_parts(config, stage, mesh)
     frozen = {name: parts[name] for name in stage.needs}
-    share = sharding.share(mesh, config.batch_size)
-    data = open_data(config, model, share, 'train')
+    share, skipped = sharding.share(mesh, config.batch_size), Skipped()
+    data = open_data(config, model, share, 'train', skipped)
     checkpoints = Checkpoints(workdir, config, config.keep)  # the first to write: what is missing has been told by now
     stack.callback(checkpoints.close)
     interrupt.check()
@@ -98,7 +99,7 @@ def train(config, workdir) -> None:
 
     for step in range(first + 1, config.num_steps + 1):
       if step > first + 1:
-        batch = sharding.put_batch(next_batch(data), mesh, share)
+        batch = sharding.put_batch(log.fetch(next_batch, data), mesh, share)
       trace.before(step)
       state, values = train_step(state, frozen, batch)
       trace.after(step, values)
@@ -106,7 +107,7 @@ def train(config, workdir) -> None:
 
       last, stop = step == config.num_steps, interrupt.requested()
       if step % config.log_every == 0 or last:
-        check_finite(log.report(), step)
+        check_finite(log.report(skipped.metrics()), step)
         checkpoints.check()
       if every(config.eval_every, step, last) and not stop:
         stop = look.evaluate(state, step, log, interrupt)
@@ -269,6 +270,8 @@ def check_options(config, mesh) -> None:
       raise UserError(f'{key}={config[key]} must be at least {least}')
   if config.accumulate > 1 and config.stage in ('encoder', 'tokenizer'):
     raise UserError(f'accumulate={config.accumulate}: stage {config.stage} learns from whole batches; use more devices or another remat policy')
+  if config.data.get('sources') and not config.data.heldout and (config.eval_every or config.picture_every):
+    raise UserError('data.sources without data.heldout: give held-out sources too, or eval_every=0 and picture_every=0')
   shards = sharding.batch_shards(mesh)
   if config.batch_size % (shards * config.accumulate):
     pieces = f'{config.accumulate} x {shards}' if config.accumulate > 1 else shards
@@ -294,7 +297,7 @@ def write_config(config, workdir) -> None:
     (workdir / 'config.json').write_text(json.dumps(json.loads(config.to_json_best_effort()), indent=1) + '\n')
 
 
-def open_data(config, model, share, split: str):
+def open_data(config, model, share, split: str, skipped: Skipped | None = None):
   """An iterator over this process's share of the batches of a split.
 
   Raises:
@@ -306,7 +309,7 @@ def open_data(config, model, share, split: str):
       text.TextTokenizer.load(options['tokenizer_folder'], model.vocabulary.text_size)
     return mixtures.batches(
         **options, split=split, seed=config.seed, batch_size=len(share.rows), shard_index=share.index, shard_count=share.count,
-        rows=share.rows)
+        rows=share.rows, skipped=skipped)
   except (FileNotFoundError, ValueError, UserError) as error:
     raise UserError(f'data: {error}') from error
 

@@ -42,7 +42,7 @@ class Log:
     self.pending: list[tuple[int, dict]] = []  # on the device
     self.since: list[dict] = []  # in metrics.jsonl already, and not yet shown
     self.writes = jax.process_index() == 0
-    self.clock, self.last_step = time.monotonic(), first_step
+    self.clock, self.last_step, self.waited = time.monotonic(), first_step, 0.0
     if self.writes:
       self.workdir.mkdir(parents=True, exist_ok=True)
       file = self.workdir / 'metrics.jsonl'
@@ -66,16 +66,25 @@ class Log:
     self.since += rows
     return mean(self.since)
 
-  def report(self) -> dict[str, float]:
-    """Flushes, and shows the mean since the last report on the terminal and in TensorBoard."""
+  def fetch(self, source, *args):
+    """source(*args), the next batch; what it takes counts as waiting for data if the device is idle by then."""
+    start = time.monotonic()
+    batch = source(*args)
+    if not self.pending or all(x.is_ready() for x in jax.tree.leaves(self.pending[-1][1])):
+      self.waited += time.monotonic() - start
+    return batch
+
+  def report(self, counts: dict[str, int] | None = None) -> dict[str, float]:
+    """Flushes, and shows the mean since the last report, and `counts`, on the terminal and in TensorBoard."""
     means = self.flush()
     if not means:
       return means
     step, self.since = self.since[-1]['step'], []
     means.pop('step')
-    speed = (step - self.last_step) / max(time.monotonic() - self.clock, 1e-9)
-    self.last_step, self.clock = step, time.monotonic()
-    rates = {'steps_per_s': speed, 'examples_per_s': speed * self.batch_size, **memory_in_use()}
+    seconds = max(time.monotonic() - self.clock, 1e-9)
+    speed, wait = (step - self.last_step) / seconds, self.waited / seconds
+    self.last_step, self.clock, self.waited = step, time.monotonic(), 0.0
+    rates = {'steps_per_s': speed, 'examples_per_s': speed * self.batch_size, 'data_wait': wait, **memory_in_use(), **(counts or {})}
     if self.tokens:
       rates['tokens_per_s'] = speed * self.tokens
     if self.flops:
@@ -85,8 +94,8 @@ class Log:
     self.scalars(step, {**means, **rates})
     left = (self.num_steps - step) / speed
     self.say(f'step {step}/{self.num_steps}  {speed:.2f} steps/s  {speed * self.batch_size:.0f} examples/s  '
-             + ''.join(f'{shown} {rates[k]:.3g}  ' for k, shown in SHOWN.items() if k in rates) + f'ETA {duration(left)}  '
-             + '  '.join(f'{k} {v:.4g}' for k, v in means.items()))
+             + ''.join(f'{shown} {rates[k]:.3g}  ' for k, shown in SHOWN.items() if k in rates)
+             + f'ETA {duration(left)}  data_wait {wait:.1%}  ' + '  '.join(f'{k} {v:.4g}' for k, v in {**means, **(counts or {})}.items()))
     return means
 
   def evaluation(self, step: int, values: dict[str, float]) -> None:
@@ -115,7 +124,7 @@ class Log:
 
   def restart_clock(self) -> None:
     """Begins to measure the speed: what was compiled until now does not count."""
-    self.clock = time.monotonic()
+    self.clock, self.waited = time.monotonic(), 0.0
 
   def pause(self, seconds: float) -> None:
     """Takes time that was not spent on training steps out of the speed."""

@@ -1,0 +1,277 @@
+"""What a record is in each format. Stores are read by index, streams from front to back.
+
+| format        | kind   | `path`                                     | `image`              | `text`                    |
+|---------------|--------|--------------------------------------------|----------------------|---------------------------|
+| 'arrayrecord' | store  | files of `lavit data pack`, not remote     | (whatever was packed)| fields, as of tars        |
+| 'tfds'        | store  | name, or the folder of a version           | feature              | features                  |
+| 'folder'      | store  | folder with captions.{jsonl,csv,tsv,json}  | (in the captions)    | (in the captions)         |
+| 'tars'        | stream | WebDataset or img2dataset tars             | extensions           | extensions, 'json.key'    |
+| 'parquet'     | stream | files, a row group the unit                | column of bytes      | columns                   |
+
+`text` names one field or several, of which one is chosen each time; a dot goes down into JSON, structs and lists ('json.caption',
+'captions.text'). Whatever is not a record becomes a `Skip` with the reason.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import struct
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import pyarrow.parquet
+
+from lavit_jax.data import paths, tars
+from lavit_jax.errors import UserError
+
+IMAGE_EXTENSIONS = ('jpg', 'jpeg', 'png', 'webp', 'gif', 'bmp', 'tif', 'tiff')
+CAPTIONS = ('captions.jsonl', 'captions.csv', 'captions.tsv', 'captions.json', 'metadata.jsonl', 'metadata.csv')
+_LENGTH = struct.Struct('<I')
+
+
+class Record(NamedTuple):
+  """One example as it is stored: the bytes of a picture's file (b'': none), and its texts."""
+
+  image: bytes
+  texts: tuple[str, ...]
+  origin: str  # for messages
+
+
+class Skip(NamedTuple):
+  """What was no record and why. With an empty `reason` and unit 'files': a file that was read to its end."""
+
+  reason: str
+  origin: str
+  unit: str = 'records'
+
+
+# ------------------------------------------------------------------------------------------------------------------ stores
+
+class ArrayRecords:
+  """Files that `pack_record` filled, one record behind the other."""
+
+  def __init__(self, path, image, text):
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+    files = paths.expand(path)
+    for file in files:
+      if paths.is_remote(file):
+        raise UserError(f'{file}: ArrayRecord reads local files only; mount the bucket (gcsfuse), or read the tars as they are')
+      if not os.path.isfile(file):
+        raise UserError(f'{file}: no such file; make it with lavit data pack')
+    self.text, self.source = text, ArrayRecordDataSource(files)
+    self.name = files[0] if len(files) == 1 else f'{files[0]} ... {files[-1]}'
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+  def read(self, index: int) -> Record | Skip:
+    origin = f'{self.name}: record {index}'
+    try:
+      head, image = unpack_record(self.source[index])
+    except (ValueError, struct.error, RuntimeError):
+      return Skip('broken record', origin)
+    return Record(image, find_texts(head['fields'], self.text), origin)
+
+
+def pack_record(key: str, fields: Mapping[str, str], image: bytes) -> bytes:
+  """The layout of our ArrayRecords: u32 length (little endian), JSON {"key", "fields"} of that length, the picture's file."""
+  head = json.dumps({'key': key, 'fields': dict(fields)}, ensure_ascii=False).encode('utf-8', 'replace')
+  return _LENGTH.pack(len(head)) + head + image
+
+
+def unpack_record(record: bytes) -> tuple[dict, bytes]:
+  (length,), start = _LENGTH.unpack_from(record), _LENGTH.size
+  return json.loads(record[start:start + length]), record[start + length:]
+
+
+class Tfds:
+  """A data set of tensorflow-datasets in a format with random access; TensorFlow is not needed."""
+
+  def __init__(self, path, image, text, split='train', data_dir=None):
+    import tensorflow_datasets as tfds  # Here, because it takes seconds.
+    try:
+      builder = tfds.builder_from_directory(path) if os.path.isdir(path) else tfds.builder(path, data_dir=data_dir)
+      decoders = {image: tfds.decode.SkipDecoding()} if image in builder.info.features else None
+      self.source = builder.as_data_source(split, decoders=decoders)
+    except Exception as error:  # of many kinds, all about what was asked for
+      reason = ' '.join(str(error).split())[:300]
+      raise UserError(f'tfds {path!r}, split {split!r}: {reason}; prepare it as array_record with tfds build, and give data_dir') from error
+    self.name, self.image, self.text = path, image, text
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+  def read(self, index: int) -> Record | Skip:
+    record = self.source[index]
+    return Record(bytes(record.get(self.image, b'')), find_texts(record, self.text), f'{self.name}: record {index}')
+
+
+class Folder:
+  """Pictures and one file of captions beside them: lines {"file_name", "text"}, a table with these columns, or COCO's JSON."""
+
+  def __init__(self, path, image, text, captions=None):
+    files, inside = paths.store(path)
+    names = [captions] if captions else CAPTIONS
+    found = next((name for name in names if files.exists(f'{inside}/{name}')), None)
+    if found is None:
+      raise UserError(f'{path} has no {" or ".join(names)}; write one with file_name and text of each picture, or give captions=NAME')
+    self.path, self.rows = path.rstrip('/'), {}
+    with paths.open_file(f'{self.path}/{found}') as file:
+      try:
+        for name, words in _captions(found, io.TextIOWrapper(file, 'utf-8')):
+          self.rows.setdefault(name, []).append(words)
+      except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{self.path}/{found}: no captions in it ({error!r}); it needs file_name and text of each picture') from error
+    self.rows = list(self.rows.items())
+
+  def __len__(self) -> int:
+    return len(self.rows)
+
+  def read(self, index: int) -> Record | Skip:
+    name, texts = self.rows[index]
+    origin = f'{self.path}/{name}'
+    try:
+      with paths.open_file(origin) as file:
+        return Record(file.read(), tuple(texts), origin)
+    except OSError:
+      return Skip('no image', origin)
+
+
+def _captions(name: str, file) -> Iterator[tuple[str, str]]:
+  if name.endswith('.jsonl'):
+    rows = (json.loads(line) for line in file if line.strip())
+  elif name.endswith('.json'):
+    coco = json.load(file)
+    files = {row['id']: row['file_name'] for row in coco['images']}
+    rows = ({'file_name': files[row['image_id']], 'text': row['caption']} for row in coco['annotations'])
+  else:
+    rows = csv.DictReader(file, delimiter='\t' if name.endswith('.tsv') else ',')
+  for row in rows:
+    yield row['file_name'], row['text'] or ''
+
+
+# ----------------------------------------------------------------------------------------------------------------- streams
+
+class Tars:
+  """Tars as they are. A unit is a tar, a position in it a byte."""
+
+  def __init__(self, path, image, text):
+    self.files, self.text = paths.expand(path), text
+    self.image = IMAGE_EXTENSIONS if image is None else image
+
+  def __len__(self) -> int:
+    return len(self.files)
+
+  def read(self, unit: int, start: int = 0) -> Iterator[tuple[int, int, Record | Skip]]:
+    """(start, end, record) of each sample from byte `start` on; at last a Skip of unit 'files'."""
+    path, end = self.files[unit], start
+    last = Skip('', path, 'files')
+    try:
+      with paths.open_file(path) as file:
+        for start, end, key, sample in tars.samples(file, start):
+          yield start, end, self.record(f'{path}: {key}', sample)
+    except FileNotFoundError:
+      last = Skip('missing tar', path, 'files')
+    except (tars.Broken, OSError, EOFError) as error:
+      last = Skip('broken tar', f'{path} ({error})', 'files')
+    yield end, end, last
+
+  def record(self, origin: str, sample: Mapping[str, bytes]) -> Record | Skip:
+    image = next((sample[extension] for extension in self.image if extension in sample), b'')
+    return Record(image, find_texts(sample, self.text), origin)
+
+
+class Parquets:
+  """Parquet files with the bytes of pictures in a column, or in a struct {bytes, path} as the Hugging Face hub has it.
+
+  A unit is a row group, because less cannot be read; a position in it a row.
+  """
+
+  def __init__(self, path, image, text):
+    self.image, self.text, self._open = image, text, threading.local()
+    files = paths.expand(path)
+    with ThreadPoolExecutor(16) as pool:  # a store far away answers slowly, not seldom
+      counts, columns = zip(*pool.map(self._look, files))
+    self.columns = [name for name in dict.fromkeys((image, *(name.split('.')[0] for name in text))) if name in columns[0]]
+    if not self.columns:
+      raise UserError(f'{files[0]} has the columns {", ".join(columns[0])}; name those of picture and text with image= and text=')
+    self.units = [(file, group) for file, count in zip(files, counts) for group in range(count)]
+
+  def __len__(self) -> int:
+    return len(self.units)
+
+  def read(self, unit: int, start: int = 0) -> Iterator[tuple[int, int, Record | Skip]]:
+    path, group = self.units[unit]
+    last, row = Skip('', path, 'files'), start
+    try:
+      for batch in self._file(path).iter_batches(64, [group], self.columns):
+        if start >= batch.num_rows:
+          start -= batch.num_rows
+          continue
+        for values in batch.slice(start).to_pylist():
+          image = values.get(self.image) or b''
+          image = (image.get('bytes') or b'') if isinstance(image, dict) else image
+          yield row, row + 1, Record(image, find_texts(values, self.text), f'{path}, row group {group}, row {row}')
+          row += 1
+        start = 0
+    except (OSError, ValueError) as error:
+      last = Skip('broken parquet', f'{path}, row group {group} ({error})', 'files')
+    yield row, row, last
+
+  def _look(self, path: str) -> tuple[int, list[str]]:
+    try:
+      file = self._file(path)
+    except (OSError, ValueError) as error:
+      raise UserError(f'{path}: not a Parquet file that can be read ({error}); check the path') from error
+    return file.num_row_groups, file.schema_arrow.names
+
+  def _file(self, path: str):
+    if getattr(self._open, 'path', None) != path:  # one open file a thread
+      self._open.file, self._open.path = pyarrow.parquet.ParquetFile(paths.open_file(path)), path
+    return self._open.file
+
+
+# ------------------------------------------------------------------------------------------------------------------- texts
+
+def find_texts(fields: Mapping[str, Any], names: Sequence[str]) -> tuple[str, ...]:
+  """All texts that the dotted names lead to; a list on the way means each of its items."""
+  found = []
+  for name in names:
+    field, _, rest = name.partition('.')
+    if field in fields:
+      _dig(fields[field], rest, found)
+  return tuple(found)
+
+
+def _dig(value, path: str, found: list[str]) -> None:
+  if hasattr(value, 'tolist'):  # numpy's strings and arrays
+    value = value.tolist()
+  if isinstance(value, bytes):
+    value = value.decode('utf-8', 'replace')
+  if isinstance(value, (list, tuple)):
+    for item in value:
+      _dig(item, path, found)
+  elif path and isinstance(value, str):
+    _dig(_json(value), path, found)
+  elif path and isinstance(value, Mapping):
+    name, _, rest = path.partition('.')
+    _dig(value.get(name), rest, found)
+  elif isinstance(value, str):
+    found.append(value)
+
+
+def _json(value: str):
+  try:
+    return json.loads(value)
+  except ValueError:
+    return None
+
+
+FORMATS = {'arrayrecord': ArrayRecords, 'tfds': Tfds, 'folder': Folder, 'tars': Tars, 'parquet': Parquets}
+DEFAULTS = {  # of image and text
+    'arrayrecord': (None, 'txt'), 'tfds': ('image', 'text'), 'folder': (None, ''), 'tars': (None, 'txt'), 'parquet': ('image', 'text')}

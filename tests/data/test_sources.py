@@ -1,0 +1,277 @@
+"""Every format, read as it was written; order, shards, exact resumption; what is skipped."""
+
+import itertools
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lavit_jax.data import formats, mixtures, paths, streams, text
+from lavit_jax.errors import UserError
+from things import SIZE, WRITERS, caption, number, picture, sample, write_parquet, write_tar, write_tars
+
+FOLDER = str(Path(text.__file__).parent.parent / 'assets/tiny/language_model')
+TOKENS = text.TextTokenizer.load(FOLDER)
+SEQUENTIAL, STORES = ('tars', 'parquet'), ('arrayrecord', 'folder', 'tfds')
+
+
+@pytest.fixture(scope='module')
+def written(tmp_path_factory):
+  """format -> a source of 24 things."""
+  return {name: write(tmp_path_factory.mktemp(name)) for name, write in WRITERS.items()}
+
+
+def batches(*given, sources=(), task='lm', batch_size=3, seed=1, **options):
+  options = dict(shares={'caption': 1}, num_threads=2) | options
+  return mixtures.batches(task, sources=given or sources, batch_size=batch_size, image_size=SIZE, text_length=24, tokenizer_folder=FOLDER, seed=seed,
+                          **options)
+
+
+def numbers(iterator, count) -> list[int]:
+  """The things of so many batches, each checked to have its own caption."""
+  found = []
+  for batch in itertools.islice(iterator, count):
+    for i, image in enumerate(batch['image']):
+      found.append(number(image))
+      if 'text' in batch:
+        assert TOKENS.decode(batch['text'][i][:batch['text_length'][i]]) in (caption(found[-1]), f'again {found[-1]}')
+  return found
+
+
+@pytest.mark.parametrize('name', WRITERS)
+def test_each_epoch_has_every_thing_once_in_another_order(written, name):
+  iterator = batches(written[name])
+  first, second, third = (numbers(iterator, 8) for _ in range(3))
+  assert sorted(first) == sorted(second) == sorted(third) == list(range(24))
+  assert len({tuple(epoch) for epoch in (first, second, third, range(24))}) == 4
+  assert numbers(batches(written[name]), 8) == first != numbers(batches(written[name], seed=2), 8)
+
+
+@pytest.mark.parametrize('name', WRITERS)
+def test_held_out_sources_come_in_order(written, name):
+  iterator = batches(written[name], heldout=(written[name],), split='heldout')
+  found = numbers(iterator, 8)
+  assert sorted(found) == list(range(24)) and numbers(iterator, 8) == found
+  assert name == 'tfds' or found == list(range(24))  # tensorflow-datasets writes in an order of its own
+
+
+def test_fields_are_those_of_the_composer(written):
+  for task in ('images', 'lm'):
+    batch = next(batches(written['tars'], task=task))
+    shapes = mixtures.shapes(task, 3, SIZE, 24)
+    assert {name: (value.shape, value.dtype) for name, value in batch.items()} == shapes
+
+
+@pytest.mark.parametrize('name', [*WRITERS, 'mix'])
+@pytest.mark.parametrize('threads', [0, 3])
+def test_goes_on_exactly_where_it_stopped(written, name, threads):
+  sources = [written[name]] if name != 'mix' else [written['tars'] | {'weight': 3.0}, written['folder'], written['parquet']]
+
+  def fresh():
+    return batches(*sources, num_threads=threads, shares={'caption': 1, 'draw': 1}, crop='random')
+
+  iterator, states, rows = fresh(), [], []
+  for _ in range(18):
+    states.append(json.loads(json.dumps(iterator.get_state())))
+    rows.append(next(iterator))
+  assert len(json.dumps(states[-1])) < 500
+  other = fresh()
+  for position in (17, 0, 1, 5, 8, 12):
+    other.set_state(states[position])
+    for row in rows[position:position + 3]:
+      for key, value in next(other).items():
+        np.testing.assert_array_equal(value, row[key], err_msg=f'{key} after {position}')
+
+
+def test_nothing_goes_on_with_other_files(written):
+  state = batches(written['tars']).get_state()
+  for other in (dict(sources=(written['folder'],)), dict(sources=(written['tars'], written['folder'])), dict(shard_count=2)):
+    with pytest.raises(ValueError, match='has read data of .4, 1. units'):
+      batches(**{'sources': (written['tars'],)} | other).set_state(state)
+  batches(written['tars'] | {'weight': 2.0}).set_state(state)
+
+
+def test_a_process_ends_with_its_own_status_while_threads_read_on(written):
+  program = f'''
+import sys
+from lavit_jax.data import mixtures
+def main():
+  iterator = mixtures.batches('images', sources=({written['tars']!r},), batch_size=4, image_size=8)
+  next(iterator)
+  sys.exit(3)
+main()
+'''
+  done = subprocess.run([sys.executable, '-c', program], timeout=60, capture_output=True, text=True)
+  assert (done.returncode, done.stderr) == (3, '')
+
+
+@pytest.mark.parametrize('name', STORES)
+@pytest.mark.parametrize('count', [2, 4])
+def test_the_order_of_a_store_does_not_depend_on_the_processes(written, name, count):
+  whole = numbers(batches(written[name], batch_size=4), 6)
+  parts = [numbers(batches(written[name], batch_size=4 // count, shard_index=i, shard_count=count), 6) for i in range(count)]
+  assert [number for row in zip(*parts) for number in row] == whole
+
+
+@pytest.mark.parametrize('name', SEQUENTIAL)
+@pytest.mark.parametrize('count', [2, 4])
+def test_no_unit_of_a_stream_is_read_by_two(written, name, count):
+  parts = [numbers(batches(written[name], shard_index=i, shard_count=count), 8 // count) for i in range(count)]
+  assert sorted(number for part in parts for number in part) == list(range(24))
+  unit = 6 if name == 'tars' else 3
+  units = [{number // unit for number in part} for part in parts]
+  assert sum(map(len, units)) == len(set.union(*units)) == 24 // unit
+
+
+def test_fewer_tars_than_processes_are_read_by_all_and_shared(written):
+  records, keys = formats.Tars(written['tars']['path'], None, ('txt',)), []
+  for shard in range(6):
+    windows, start = streams.Windows(records, 0, '', 1, shard, 6, window=10), (0, 0, 0)
+    while start[0] == 0:  # the first epoch
+      tickets, start = windows.read(*start)
+      keys += [ticket.key for ticket in tickets if isinstance(ticket.read(), formats.Record)]
+  assert len(keys) == len(set(keys)) == 24
+  assert len(numbers(batches(written['tars'], batch_size=1, shard_index=5, shard_count=6), 9)) == 9
+
+
+def test_weights(written, tmp_path):
+  other = tmp_path / 'other'
+  other.mkdir()
+  write_tar(other / 'a.tar', [(f'{i}', {'png': picture(i), 'txt': caption(i).encode()}) for i in range(1000, 1040)])
+  found = numbers(batches(written['folder'] | {'weight': 3.0}, dict(format='tars', path=f'{other}/a.tar'), batch_size=40), 5)
+  assert abs(np.mean(np.array(found) >= 1000) - 0.25) < 0.02
+
+
+def test_uses(written, tmp_path):
+  texts = tmp_path / 'texts.tar'
+  write_tar(texts, [(str(i), {'txt': f'only words {i}'.encode()}) for i in range(9)])
+  batch = next(batches(written['tars'] | {'use': 'draw'}, dict(format='tars', path=str(texts), use='text'), batch_size=64,
+                       drop_text=0.5, draw_text_weight=0.25))
+  kind, length = batch['kind'], batch['text_length']
+  assert set(kind) == {1, 2} and (length[kind == 2] > 0).all() and 0.2 < (length[kind == 1] == 0).mean() < 0.8
+  assert (batch['image'][kind == 2] == 0).all() and TOKENS.decode(batch['text'][kind == 2][0]).startswith('only words')
+  assert set(np.unique(batch['text_weight'][kind == 1])) == {0, 0.25}
+  shared = next(batches(written['tars'], batch_size=200, shares={'caption': 1, 'draw': 3, 'answer': 5}))['kind']
+  assert set(shared) == {0, 1} and abs(shared.mean() - 0.75) < 0.12
+
+
+def test_one_caption_of_several_is_chosen(written):
+  batch = next(batches(written['tars'] | {'text': ('json.caption', 'json.again')}, batch_size=96))
+  words = [TOKENS.decode(ids[:n]).split()[0] for ids, n in zip(batch['text'], batch['text_length'])]
+  assert 24 < words.count('again') < 72 and words.count('again') + words.count('thing') == 96
+
+
+# ------------------------------------------------------------------------------------------------------- what is skipped
+
+def test_skipped_by_reason(tmp_path, caplog):
+  good = [sample(i) for i in range(40)]
+  bad = [('a', {'png': b'no picture', 'txt': b'words'}), ('b', {'png': picture(1)[:45], 'txt': b'words'}), ('c', {'txt': b'words'}),
+         ('d', {'png': picture(1), 'txt': b' \n<br> '}), ('e', {'png': picture(1)})]
+  write_tar(tmp_path / '0.tar', good[:20] + bad + good[20:])
+  whole = (tmp_path / '0.tar').read_bytes()
+  (tmp_path / '1.tar').write_bytes(whole[:len(whole) // 4])  # breaks off
+  (tmp_path / '2.tar').write_bytes(whole[:len(whole) // 4 - 100] + b'?' * 600 + whole[len(whole) // 4 + 500:])  # a damaged header
+  skipped, read = streams.Skipped(), formats.Tars(f'{tmp_path}/{{0..3}}.tar', None, ('txt',))
+  source = dict(format='tars', path=f'{tmp_path}/{{0..3}}.tar')
+  iterator = batches(source, heldout=(source,), split='heldout', skipped=skipped, num_threads=0, batch_size=1, max_skipped=1.0)
+  before = [sum(isinstance(item, formats.Record) for *_, item in read.read(unit)) for unit in (0, 1, 2)]
+  assert before[0] == 45 and 5 < before[1] < 15 and 5 < before[2] < 15
+  for found in range(40 + before[1] + before[2]):
+    next(iterator)
+  assert number(next(iterator)['image'][0]) == 0  # the next epoch: all of the first has been seen
+  assert skipped.reasons == {'corrupt image': 2, 'no image': 1, 'empty caption': 2, 'broken tar': 2, 'missing tar': 1}
+  assert skipped.metrics()['data/skipped_broken_tar'] == 2 and skipped.seen == {'records': 46 + before[1] + before[2], 'files': 4}
+  assert '3.tar' in caplog.text and '0.tar: a' in caplog.text
+
+
+@pytest.mark.parametrize('threads', [0, 2])
+def test_too_many_skipped_is_an_error(tmp_path, threads):
+  samples = [(str(i), {'png': picture(i) if i % 10 else b'', 'txt': b'words'}) for i in range(100)]
+  write_tar(tmp_path / '0.tar', samples)
+  source = dict(format='tars', path=f'{tmp_path}/0.tar')
+  numbers_of = batches(source, task='images', batch_size=50, num_threads=threads, max_skipped=0.09)
+  with pytest.raises(UserError, match=r'of 10\d\d records were skipped \(no image \d+\).*0.tar.*data.max_skipped=0.09'):
+    for _ in range(30):
+      next(numbers_of)
+  assert len(list(itertools.islice(batches(source, task='images', batch_size=50, num_threads=threads, max_skipped=0.11), 30))) == 30
+
+
+def test_broken_tars_have_a_share_of_their_own(tmp_path):
+  write_tar(tmp_path / '0.tar', [sample(i) for i in range(30)])
+  iterator = batches(dict(format='tars', path=f'{tmp_path}/{{0..1}}.tar'), task='images', batch_size=10)
+  with pytest.raises(UserError, match=r'10 of 20 files were skipped \(missing tar 10\).*1.tar'):
+    for _ in range(100):
+      next(iterator)
+  with pytest.raises(UserError, match='3 files have no record for process 0 of 1 .missing tar.*check the path'):
+    next(batches(dict(format='tars', path=f'{tmp_path}/{{7..9}}.tar'), task='images'))
+
+
+@pytest.mark.parametrize('source, message', [
+    (dict(format='zip', path='x'), r"sources\[0\] has format 'zip'; choose one of arrayrecord, tfds"),
+    (dict(format='tars', path='x', wieght=1), "does not know 'wieght'; did you mean 'weight'"),
+    (dict(format='tars'), 'no path'), (dict(format='tars', path='nowhere/*.tar'), 'nowhere/.*matches no file'),
+    (dict(format='tars', path='x', use='look'), "use 'look'"), (dict(format='tars', path='x', weight=0), 'weight must be above 0'),
+    (dict(format='arrayrecord', path='gs://a/b.array_record'), 'local files only'),
+    (dict(format='arrayrecord', path='nowhere.array_record'), 'no such file; make it with lavit data pack'),
+    (dict(format='folder', path='.'), 'has no captions.jsonl'), (dict(format='parquet', path='nowhere.parquet'), 'not a Parquet file'),
+    (dict(format='tfds', path='nothing_of_this_name'), 'tfds .nothing_of_this_name'),
+])
+def test_a_bad_source_is_named(source, message):
+  with pytest.raises(UserError, match=message):
+    batches(source)
+
+
+@pytest.mark.parametrize('options, message', [
+    (dict(task='contrastive'), "tasks 'images' and 'lm'"), (dict(split='heldout'), 'data.heldout'), (dict(crop='round'), "unknown crop 'round'"),
+    (dict(split='test'), "unknown split 'test'"), (dict(shares={'captions': 1}), 'shares must be')])
+def test_bad_options_with_sources(options, message):
+  with pytest.raises(ValueError, match=message):
+    batches(dict(format='tars', path='x'), **options)
+
+
+# --------------------------------------------------------------------------------------------------------- files and names
+
+def test_braces_and_globs(tmp_path):
+  assert paths.expand('a/{08..11}/{x,y}.tar') == [f'a/{i}/{c}.tar' for i in ('08', '09', '10', '11') for c in 'xy']
+  assert paths.expand(['b', 'a{1..2}']) == ['b', 'a1', 'a2']
+  for name in ('b.tar', 'a.tar', 'c.txt'):
+    (tmp_path / name).touch()
+  assert paths.expand(f'{tmp_path}/*.tar') == [f'{tmp_path}/a.tar', f'{tmp_path}/b.tar']
+
+
+def test_remote_paths(tmp_path):
+  import fsspec
+  memory = fsspec.filesystem('memory')
+  for file in sorted(Path(write_tars(tmp_path)['path']).parent.glob('*.tar')):
+    memory.pipe(f'/bucket/{file.name}', file.read_bytes())
+  assert sorted(numbers(batches(dict(format='tars', path='memory://bucket/*.tar')), 8)) == list(range(24))
+  write_parquet(tmp_path)
+  memory.pipe('/bucket/0.parquet', (tmp_path / '0.parquet').read_bytes())
+  assert sorted(numbers(batches(dict(format='parquet', path='memory://bucket/0.parquet')), 4)) == list(range(12))
+  with pytest.raises(UserError, match='nowhere://a.*pip install'):
+    next(batches(dict(format='tars', path='nowhere://a/*.tar')))
+
+
+@pytest.mark.parametrize('options', [dict(format=tarfile.PAX_FORMAT), dict(format=tarfile.GNU_FORMAT), dict(format=tarfile.USTAR_FORMAT)])
+def test_tars_of_every_dialect(tmp_path, options):
+  long = ('folder/' if options['format'] == tarfile.USTAR_FORMAT else 'ü' * 40 + '/') + 'x' * 90
+  write_tar(tmp_path / 'a.tar', [('first', {'png': picture(0), 'txt': b'zero'}), (long, {'png': picture(1), 'TXT': b'one'})], **options)
+  rows = list(formats.Tars(str(tmp_path / 'a.tar'), None, ('txt',)).read(0))
+  assert [record.texts for *_, record in rows[:-1]] == [('zero',), ('one',)] and rows[-1][2].reason == ''
+  again = list(formats.Tars(str(tmp_path / 'a.tar'), None, ('txt',)).read(0, rows[0][1]))  # from the end of the first one on
+  assert again == rows[1:]
+
+
+@pytest.mark.parametrize('name, content', [
+    ('captions.csv', 'file_name,text\n0.png,"a, b"\n1.png,c\n0.png,d\n'), ('captions.tsv', 'file_name\ttext\n0.png\ta, b\n1.png\tc\n0.png\td\n'),
+    ('coco.json', json.dumps({'images': [{'id': 5, 'file_name': '0.png'}, {'id': 6, 'file_name': '1.png'}], 'annotations': [
+        {'image_id': 5, 'caption': 'a, b'}, {'image_id': 6, 'caption': 'c'}, {'image_id': 5, 'caption': 'd'}]}))])
+def test_captions_of_a_folder(tmp_path, name, content):
+  (tmp_path / name).write_text(content)
+  (tmp_path / '0.png').write_bytes(picture(0))
+  folder = formats.Folder(str(tmp_path), None, (), captions=name)
+  assert len(folder) == 2 and folder.read(0)[:2] == (picture(0), ('a, b', 'd')) and folder.read(1).reason == 'no image'
