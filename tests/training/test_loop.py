@@ -6,6 +6,7 @@ import signal
 import time
 
 import jax
+import jax.numpy as jnp
 import nano
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from nano import finish, launch, rows, until
 
 from lavit_jax.errors import UserError
 from lavit_jax.porting import folder
-from lavit_jax.training.loop import train
+from lavit_jax.training import sharding
+from lavit_jax.training.loop import initialiser, make_train_step, train
+from lavit_jax.training.stage import Stage
 
 nano.install()
 
@@ -176,3 +179,29 @@ def test_eight_devices_give_the_losses_of_one(three_losses, stage, mesh):
   assert 'mesh {' + ', '.join(f"'{axis}': {n}" for axis, n in zip(('data', 'fsdp', 'tensor'), sizes)) + '}' in out
   assert len(one) == 3
   np.testing.assert_allclose(eight, one, rtol=1e-4)
+
+
+def test_pieces_of_a_batch_give_the_step_of_the_whole():
+  """Accumulation: the same update and metrics, counts added up, the state handed on from piece to piece."""
+  x = jax.random.normal(jax.random.key(0), (8, 3))
+
+  def loss(params, frozen, state, batch, key, train):
+    value = jnp.square(batch['x'] @ params['w'] - 1).mean()
+    return value, (state + batch['x'].sum(), dict(overflow=jnp.float32(len(batch['x'])), mean=batch['x'].mean()))
+
+  stage = Stage((), (), lambda key, parts: (dict(w=jnp.ones((3, 2))), jnp.zeros([])), loss, None)
+  mesh = sharding.make_mesh(dict(data=-1, fsdp=1, tensor=1), jax.devices()[:1])
+  results = []
+  for pieces in (1, 4):
+    config = nano.config('autoencoder', accumulate=pieces, optim__clip_norm=0.0, optim__ema_decay=0.0, optim__warmup_steps=0)
+    init, tx = initialiser(config, stage, {})
+    state = init(jax.random.key(0), {})
+    step = make_train_step(config, stage, tx, sharding.shardings(state, mesh), mesh)
+    with jax.set_mesh(mesh):
+      results.append(step(state, {}, {'x': x}))
+  (whole, values), (pieces, of_pieces) = results
+  np.testing.assert_allclose(pieces.params['w'], whole.params['w'], atol=1e-6)
+  np.testing.assert_allclose(pieces.state, whole.state, rtol=1e-5)
+  for name in ('loss', 'mean', 'grad_norm', 'overflow'):
+    np.testing.assert_allclose(of_pieces[name], values[name], rtol=1e-5, atol=1e-7)
+  assert values['overflow'] == 8 and not np.allclose(whole.params['w'], 1)
