@@ -51,9 +51,10 @@ def panel(title: str, lines: list[tuple[str, list, list]]) -> str:
 
 
 def chart(runs: pathlib.Path) -> str:
-  """The panels as one SVG, two side by side."""
+  """The panels of the runs that are there as one SVG, two side by side."""
   cells = []
-  for i, (stage, title, keys) in enumerate(PANELS):
+  there = [each for each in PANELS if (runs / each[0] / 'metrics.jsonl').is_file()]
+  for i, (stage, title, keys) in enumerate(there):
     rows = [json.loads(line) for line in (runs / stage / 'metrics.jsonl').read_text().splitlines()]
     lines = [(colour, smooth(series(rows, key)), series(rows, f'heldout/{key}')) for key, colour in keys]
     cells.append(f'<g transform="translate({i % 2 * WIDTH} {i // 2 * HEIGHT})">{panel(f"{stage}: {title}", lines)}</g>')

@@ -21,28 +21,6 @@ from lavit_jax.training.stage import Stage
 nano.install()
 
 
-@pytest.fixture(scope='session')
-def cache(tmp_path_factory):
-  """Where the processes share what they compile; the computations are the same."""
-  return tmp_path_factory.mktemp('compiled')
-
-
-@pytest.fixture
-def start(cache):
-  """start(stage, workdir, key=value ...) -> the running process of one training."""
-  running = []
-
-  def begin(stage, workdir, **changes):
-    running.append(launch(stage, workdir, cache, **changes))
-    return running[-1]
-
-  yield begin
-  for process in running:
-    if process.poll() is None:
-      process.kill()
-      process.communicate()
-
-
 def test_killed_at_any_step_it_repeats_itself_bit_for_bit(start, tmp_path):
   """SIGKILL before the first checkpoint and between two; then the same losses as without."""
   options = dict(num_steps=40, checkpoint_every=5, eval_every=10, eval_batches=1, optim__ema_decay=0.9)

@@ -19,25 +19,15 @@ STEPS = dict(num_steps=16, checkpoint_every=3, eval_every=8, eval_batches=1, pic
 TIMEOUT = 5  # seconds until a silent process is given up
 
 
-@pytest.fixture(scope='session')
-def cache(tmp_path_factory):
-  return tmp_path_factory.mktemp('compiled')
-
-
 @pytest.fixture
-def start(cache):
-  """start(stage, workdir, processes, devices of each, key=value ...) -> the running processes of one job."""
-  running = []
+def start_job(cache, running):
+  """start_job(stage, workdir, processes, devices of each, key=value ...) -> the running processes of one job."""
 
   def begin(stage, workdir, count, devices, **changes):
     running.extend(job := launch_job(stage, workdir, cache, count, devices, TIMEOUT, **changes))
     return job
 
-  yield begin
-  for process in running:
-    if process.poll() is None:
-      process.kill()
-      process.communicate()
+  return begin
 
 
 @pytest.fixture(scope='session')
@@ -65,8 +55,8 @@ def losses(workdir):
   return [[row['step'], row.get('loss', row.get('heldout/loss'))] for row in rows(workdir)]
 
 
-def test_two_processes_have_the_losses_of_one(start, alone, tmp_path):
-  first, second = map(finish, start('encoder', tmp_path, 2, 1, profile='2:3', **STEPS))
+def test_two_processes_have_the_losses_of_one(start_job, alone, tmp_path):
+  first, second = map(finish, start_job('encoder', tmp_path, 2, 1, profile='2:3', **STEPS))
   assert len(list((tmp_path / 'profile').rglob('*.xplane.pb'))) == 1
   assert 'step 16/16' in first and 'step' not in second  # one of them speaks
   assert len(losses(tmp_path)) == 18
@@ -83,13 +73,13 @@ def test_a_killed_process_ends_the_others(killed):
   assert seconds < TIMEOUT + 10
 
 
-def test_started_again_they_repeat_themselves_bit_for_bit(start, alone, killed, tmp_path):
+def test_started_again_they_repeat_themselves_bit_for_bit(start_job, alone, killed, tmp_path):
   """What was half-written is not taken for a checkpoint."""
   shutil.copytree(killed[0], tmp_path, dirs_exist_ok=True)
   half = tmp_path / 'checkpoints' / '15.orbax-checkpoint-tmp-7'
   shutil.copytree(next((tmp_path / 'checkpoints').glob('[0-9]*')) / 'config', half / 'config')
   before = losses(tmp_path)
-  first, _ = map(finish, start('encoder', tmp_path, 2, 1, **STEPS))
+  first, _ = map(finish, start_job('encoder', tmp_path, 2, 1, **STEPS))
   assert 'continuing from step' in first and not half.exists()
   after = losses(tmp_path)
   assert before == after[:len(before)] and len(after) == 18
@@ -103,12 +93,12 @@ def test_started_again_they_repeat_themselves_bit_for_bit(start, alone, killed, 
     pytest.param(4, 2, dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2), marks=pytest.mark.slow),
     pytest.param(2, 2, dict(mesh__data=2, mesh__fsdp=1, mesh__tensor=2), marks=pytest.mark.slow),
     pytest.param(4, 1, dict(mesh__data=2, mesh__fsdp=1, mesh__tensor=2), marks=pytest.mark.slow)])  # two processes read the same rows
-def test_another_number_of_processes_or_another_mesh_goes_on(start, alone, killed, tmp_path, cache, count, devices, mesh):
+def test_another_number_of_processes_or_another_mesh_goes_on(start_job, alone, killed, tmp_path, cache, count, devices, mesh):
   shutil.copytree(killed[0], tmp_path, dirs_exist_ok=True)
   if count == 1:
     out = finish(launch('encoder', tmp_path, cache, devices, **STEPS, **mesh))
   else:
-    out, *_ = map(finish, start('encoder', tmp_path, count, devices, **STEPS, **mesh))
+    out, *_ = map(finish, start_job('encoder', tmp_path, count, devices, **STEPS, **mesh))
   first = int(out.split('continuing from step ')[1].split()[0])
   assert 3 <= first < 16
   now, before = losses(tmp_path), losses(alone)
@@ -120,22 +110,22 @@ def test_another_number_of_processes_or_another_mesh_goes_on(start, alone, kille
 @pytest.mark.slow
 @pytest.mark.parametrize('stage, mesh', [
     ('autoencoder', {}), ('autoencoder', dict(mesh__data=1, mesh__fsdp=4)), ('encoder', dict(mesh__data=1, mesh__fsdp=4))])
-def test_four_processes_have_the_losses_of_one(start, tmp_path, cache, stage, mesh):
+def test_four_processes_have_the_losses_of_one(start_job, tmp_path, cache, stage, mesh):
   finish(launch(stage, tmp_path / 'one', cache, 4, num_steps=6, **mesh))
-  list(map(finish, start(stage, tmp_path / 'four', 4, 1, num_steps=6, **mesh)))
+  list(map(finish, start_job(stage, tmp_path / 'four', 4, 1, num_steps=6, **mesh)))
   assert len(losses(tmp_path / 'one')) == 6
   np.testing.assert_allclose(losses(tmp_path / 'four'), losses(tmp_path / 'one'), rtol=1e-5)
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_losses_of_one_in_the_stages_with_noise(start, tmp_path, cache):
+def test_two_processes_have_the_losses_of_one_in_the_stages_with_noise(start_job, tmp_path, cache):
   """Which row has which noise matters here, and in the language model which pairs share a shard."""
   finish(launch('encoder', tmp_path / 'encoder', cache, num_steps=1))
   frozen = dict(frozen=f'{tmp_path}/encoder/export')
   for stage in ('tokenizer', 'lm'):
     options = dict(num_steps=4, **frozen, **(dict(tokenizer__quantize_from=2) if stage == 'tokenizer' else {}))
     finish(launch(stage, tmp_path / stage, cache, 2, **options))
-    list(map(finish, start(stage, tmp_path / f'{stage}-two', 2, 1, **options)))
+    list(map(finish, start_job(stage, tmp_path / f'{stage}-two', 2, 1, **options)))
     assert len(losses(tmp_path / stage)) == 4
     np.testing.assert_allclose(losses(tmp_path / f'{stage}-two'), losses(tmp_path / stage), rtol=1e-5)
     frozen['frozen'] += f',{tmp_path}/{stage}/export'
@@ -144,9 +134,9 @@ def test_two_processes_have_the_losses_of_one_in_the_stages_with_noise(start, tm
 @pytest.mark.parametrize('phase, options', [
     pytest.param('steps', dict(eval_every=0), marks=pytest.mark.slow),
     ('evaluation', dict(eval_every=3, eval_batches=1 << 20)), ('compilation', {})])
-def test_sigterm_to_one_of_two_stops_both(start, tmp_path, phase, options):
+def test_sigterm_to_one_of_two_stops_both(start_job, tmp_path, phase, options):
   """At the same step, with everything saved; status 143."""
-  job = start('encoder', tmp_path, 2, 1, num_steps=100_000, **options)
+  job = start_job('encoder', tmp_path, 2, 1, num_steps=100_000, **options)
   if phase == 'compilation':
     while not (tmp_path / 'checkpoints').exists():
       assert job[0].poll() is None, job[0].communicate()[0]
@@ -167,9 +157,9 @@ def test_sigterm_to_one_of_two_stops_both(start, tmp_path, phase, options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('silent', [0, 1])
-def test_a_process_that_falls_silent_ends_the_others(start, tmp_path, silent):
+def test_a_process_that_falls_silent_ends_the_others(start_job, tmp_path, silent):
   """Its connections stay open, as those of a machine that hangs."""
-  job = start('encoder', tmp_path, 2, 1, num_steps=100_000)
+  job = start_job('encoder', tmp_path, 2, 1, num_steps=100_000)
   until(job[0], tmp_path, 3)
   job[silent].send_signal(signal.SIGSTOP)
   begin = time.monotonic()
@@ -179,16 +169,16 @@ def test_a_process_that_falls_silent_ends_the_others(start, tmp_path, silent):
 
 
 @pytest.mark.slow
-def test_a_fault_of_one_process_is_told_and_ends_the_others(start, tmp_path):
+def test_a_fault_of_one_process_is_told_and_ends_the_others(start_job, tmp_path):
   begin = time.monotonic()
-  first, second = start('encoder', tmp_path, 2, 1, own={1: dict(data__source='/nowhere')})
+  first, second = start_job('encoder', tmp_path, 2, 1, own={1: dict(data__source='/nowhere')})
   assert 'UserError: data: /nowhere has no emoji data set' in finish(second, 2)
   first.communicate(timeout=60)
   assert first.returncode in (2, -signal.SIGABRT) and time.monotonic() - begin < 60
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_from_the_checkpoint_before_a_damaged_one(start, killed, tmp_path):
+def test_two_processes_go_on_from_the_checkpoint_before_a_damaged_one(start_job, killed, tmp_path):
   shutil.copytree(killed[0], tmp_path, dirs_exist_ok=True)
   steps = sorted(int(p.name) for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit())
   assert len(steps) == 2
@@ -196,9 +186,9 @@ def test_two_processes_go_on_from_the_checkpoint_before_a_damaged_one(start, kil
   content = bytearray(largest.read_bytes())
   content[len(content) // 2] ^= 1
   largest.write_bytes(content)
-  out = ''.join(process.communicate(timeout=100)[0] for process in start('encoder', tmp_path, 2, 1, **STEPS))
+  out = ''.join(process.communicate(timeout=100)[0] for process in start_job('encoder', tmp_path, 2, 1, **STEPS))
   assert f'checkpoints/{steps[1]} is damaged' in out and 'step 16/16' not in out
-  out, _ = map(finish, start('encoder', tmp_path, 2, 1, skip_damaged=True, **STEPS))
+  out, _ = map(finish, start_job('encoder', tmp_path, 2, 1, skip_damaged=True, **STEPS))
   assert f'continuing from step {steps[0]}' in out and 'step 16/16' in out
 
 
