@@ -12,7 +12,7 @@ from things import sample, write_tar
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
-from lavit_jax.training import loop, metrics
+from lavit_jax.training import loop, metrics, sharding
 
 nano.install()
 
@@ -48,7 +48,8 @@ def test_held_out_rows_are_of_the_held_out_sources(tmp_path):
     write_tar(tmp_path / f'{name}.tar', [sample(i) for i in range(start, start + 20)])
   sources = {f'data__{key}': (dict(format='tars', path=f'{tmp_path}/{name}.tar'),) for key, name in (('sources', 'a'), ('heldout', 'b'))}
   config, model = nano.config('lm', **sources), lavit.build('nano')
-  red = {split: loop.next_batch(loop.open_data(config, model, split))['image'][:, 0, 0, 0] for split in ('train', 'heldout')}
+  share = sharding.share(sharding.make_mesh(config.mesh), config.batch_size)
+  red = {split: loop.next_batch(loop.open_data(config, model, share, split))['image'][:, 0, 0, 0] for split in ('train', 'heldout')}
   assert red['train'].max() < 20 and red['heldout'].tolist() == list(range(100, 108))
 
 
