@@ -103,7 +103,7 @@ def generate(args):
 
 def synthesize(args):
   import pathlib
-  from lavit_jax.inference.images import SUFFIXES
+  from lavit_jax.data.images import SUFFIXES
   parts = [pathlib.Path(p) if os.path.isfile(p) or p.lower().endswith(SUFFIXES) else p for p in args.parts]
   _save(args, [' and '.join(p if isinstance(p, str) else p.name for p in parts)], _model(args).synthesize([parts], **_drawing(args)))
 

@@ -59,7 +59,7 @@ def pack(sources: str | Sequence[str], out: str, workers: int = 1, say: Callable
     run = pool.map if pool else map
     for i, (file, error) in enumerate(run(_pack_one, waiting.values(), waiting.keys()), 1):
       failed += [f'{file}: {error}'] if error else []
-      say(f'{i}/{len(waiting)}  {file}' + (f'  cannot be opened: {error}' if error else ''))
+      say(f'{i}/{len(waiting)}  {file}' + (f'  cannot be read: {error}' if error else ''))
   except concurrent.futures.process.BrokenProcessPool:
     raise UserError('a process that packed was killed (out of memory?); the same command goes on, with fewer --workers') from None
   finally:
@@ -76,7 +76,7 @@ def pack(sources: str | Sequence[str], out: str, workers: int = 1, say: Callable
 
 
 def _pack_one(file: str, target: str) -> tuple[str, str]:
-  """(the tar, '' or why it could not be opened). `target` appears when it is complete."""
+  """(the tar, '' or why it could not be read). `target` appears when it is complete: of a broken tar, with what comes before the break."""
   from array_record.python.array_record_module import ArrayRecordWriter
   skipped, records = collections.Counter(), 0
   half = os.path.join(os.path.dirname(target), f'.{os.path.basename(target)}.half')
@@ -94,8 +94,10 @@ def _pack_one(file: str, target: str) -> tuple[str, str]:
       else:
         writer.write(formats.pack_record(key, _texts(sample), image))
         records += 1
-  except (tars.Broken, OSError):
+  except tars.Broken:
     skipped['broken tar'] += 1
+  except OSError as error:  # of the network or the disk, not of the tar: the next run tries again
+    return file, str(error)
   finally:
     writer.close()
     opened.close()

@@ -15,7 +15,7 @@ from PIL import Image
 from lavit_jax.data.formats import Record, Skip
 from lavit_jax.data.streams import Ticket
 from lavit_jax.errors import UserError
-from lavit_jax.inference.images import MAX_PIXELS, read_image
+from lavit_jax.data.images import MAX_PIXELS, read_image
 
 CROPS = ('none', 'center', 'random')
 LEAST_AREA = 0.5  # of the largest square, of a random crop

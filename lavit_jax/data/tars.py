@@ -54,7 +54,7 @@ def _members(file: BinaryIO, offset: int) -> Iterator[tuple[int, int, str, bytes
       except tarfile.HeaderError as error:
         raise Broken(f'{error} at byte {offset}') from None
       kind, name, size = tarfile.REGTYPE if info.isreg() else info.type, info.name, info.size
-    size = int(given.get('size', size))
+    size = given.get('size', size)
     content = file.read(size)
     if len(content) < size:
       raise Broken(f'ends in the middle of {name}')
@@ -80,15 +80,17 @@ def _plain(header: bytes) -> tuple[str, int] | None:
     return None
 
 
-def _pax(content: bytes) -> dict[str, str]:
-  """'21 path=name of a file\\n' and so on."""
+def _pax(content: bytes) -> dict[str, str | int]:
+  """'21 path=name of a file\\n' and so on; of these the path and the size."""
   found = {}
   try:
     while content.strip(b'\0'):
       length, _ = content.split(b' ', 1)
+      if not len(length) < int(length) <= len(content):
+        raise ValueError(length)
       record, content = content[len(length) + 1:int(length) - 1], content[int(length):]
       name, _, value = record.decode('utf-8', 'surrogateescape').partition('=')
-      found[name] = value
+      found[name] = int(value) if name == 'size' else value
   except ValueError:
     raise Broken('a pax header is damaged') from None
   return {name: found[name] for name in ('path', 'size') if name in found}

@@ -16,7 +16,7 @@ from jax import Array
 from PIL import Image
 
 from lavit_jax.data import colours
-from lavit_jax.inference.images import read_images
+from lavit_jax.data.images import read_images
 from lavit_jax.inference.pipeline import Lavit, Tokens
 from lavit_jax.models import lavit, vit
 from lavit_jax.models.tokenizer import l2_normalise

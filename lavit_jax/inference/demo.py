@@ -23,7 +23,7 @@ import time
 import numpy as np
 
 from lavit_jax.errors import UserError
-from lavit_jax.inference.images import read_images
+from lavit_jax.data.images import read_images
 from lavit_jax.inference.output import png, write, write_json
 from lavit_jax.inference.pipeline import Lavit
 

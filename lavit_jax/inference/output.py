@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from lavit_jax.errors import UserError
-from lavit_jax.inference.images import SUFFIXES
+from lavit_jax.data.images import SUFFIXES
 
 
 def write(path, data: bytes | str) -> pathlib.Path:

@@ -32,7 +32,7 @@ from lavit_jax.data.text import TextTokenizer
 from lavit_jax.errors import UserError
 from lavit_jax.inference import decode
 from lavit_jax.inference.diffusion import ddim_sample, initial_latents
-from lavit_jax.inference.images import read_images
+from lavit_jax.data.images import read_images
 from lavit_jax.models import lavit, noise, sequence, vae, vit
 from lavit_jax.models.decoder import null_context
 from lavit_jax.models.initial import initial_parts

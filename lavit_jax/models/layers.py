@@ -128,7 +128,7 @@ def attention(
   Returns:
     [B, Q, H, d] in the dtype of v.
   """
-  if q.shape[1] > QUERY_BLOCK and q.shape[1] % QUERY_BLOCK == 0 and mask is None and bias is None:
+  if q.shape[1] > QUERY_BLOCK and mask is None and bias is None:
     return _attention_by_blocks(q, k, v, scale)
   scores = _scores(q, k, scale)
   if bias is not None:
@@ -139,14 +139,15 @@ def attention(
 
 
 def _attention_by_blocks(q: Array, k: Array, v: Array, scale: float | None) -> Array:
-  """`QUERY_BLOCK` queries at a time, forward and backward: the scores of the 4,096 positions of a latent picture would not fit."""
+  """At most `QUERY_BLOCK` queries at a time, forward and backward: the scores of the 4,096 positions of a latent picture would not fit."""
 
   @jax.checkpoint
   def block(_, queries):
     return None, _mix(jax.nn.softmax(_scores(queries, k, scale)), v)
 
   b, n, h, d = q.shape
-  blocks = q.reshape(b, n // QUERY_BLOCK, QUERY_BLOCK, h, d).swapaxes(0, 1)
+  size = max(size for size in range(1, QUERY_BLOCK + 1) if n % size == 0)
+  blocks = q.reshape(b, n // size, size, h, d).swapaxes(0, 1)
   return jax.lax.scan(block, None, blocks)[1].swapaxes(0, 1).reshape(b, n, h, v.shape[-1])
 
 

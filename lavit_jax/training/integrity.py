@@ -79,7 +79,10 @@ class PositionHandler(ocp.CheckpointHandler):
     state = json.loads(saved['state'])
     if not mine and set(state) != {'batches'}:
       raise UserError(f'{directory}: the position in this data is one of {len(files)} process(es); start as many, not {jax.process_count()}')
-    args.item.set_state(state)
+    try:
+      args.item.set_state(state)
+    except (ValueError, KeyError) as error:  # sound, so it is no damage that an earlier checkpoint could mend
+      raise UserError(f'{directory}: the position in the data is one in other data than data.sources or data.source name now ({error})') from error
     return args.item
 
   def _file(self, directory):

@@ -172,7 +172,8 @@ def make_train_step(config, stage, tx, places, mesh):
 
     zeros = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, params), places.params)
     (total, state), values = jax.lax.scan(add, (zeros, state), (jax.tree.map(split, batch), jax.random.split(key, pieces)))
-    values = {name: x.sum() if name in stages.COUNTS else x.mean() for name, x in values.items()}
+    # Of a kind that a piece does not hold it has no loss (nan); the loss itself must not hide one.
+    values = {name: x.sum() if name in stages.COUNTS else x.mean() if name in metrics.VITAL else jnp.nanmean(x) for name, x in values.items()}
     return jax.tree.map(lambda x: x / pieces, total), state, values
 
   @functools.partial(jax.jit, donate_argnums=0, out_shardings=(places, NamedSharding(mesh, P())))

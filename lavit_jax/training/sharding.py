@@ -58,7 +58,7 @@ def make_mesh(sizes, devices=None) -> Mesh:
   asked = ', '.join(f'{axis}={sizes[axis]}' for axis in AXES)
   if math.prod(shape) != count or min(shape) < 1:
     raise UserError(f'mesh: {asked} does not fit {count} device(s); the product must be {count} (-1 takes what is left)')
-  slices = len({getattr(device, 'slice_index', None) for device in devices})
+  slices = len({getattr(device, 'slice_index', None) for device in devices}) if devices[0].platform == 'tpu' else 1
   if shape[0] % slices:
     raise UserError(f'mesh: {asked} does not fit {slices} slices; data must be a multiple of {slices}')
   if slices > 1:

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from lavit_jax import cli
-from lavit_jax.data import formats, packing
+from lavit_jax.data import formats, packing, tars
 from lavit_jax.errors import UserError
 from things import caption, picture, sample, write_tar, write_tars
 
@@ -79,3 +79,20 @@ def test_two_tars_of_one_name_are_refused(tmp_path):
     write_tar(tmp_path / name / '0.tar', [sample(1)])
   with pytest.raises(UserError, match='a/0.tar and .*b/0.tar would both become'):
     packing.pack(f'{tmp_path}/{{a,b}}/0.tar', str(tmp_path / 'out'))
+
+
+def test_a_failure_to_read_is_no_broken_tar(tmp_path, monkeypatch):
+  """What came before it is not taken for the whole; the next run reads the tar again."""
+  source, whole = write_tars(tmp_path), tars.samples
+
+  def samples(file):
+    for n, each in enumerate(whole(file)):
+      if n == 2:
+        raise ConnectionResetError('the network is gone')
+      yield each
+
+  monkeypatch.setattr(tars, 'samples', samples)
+  packed = packing.pack(source['path'], str(tmp_path / 'out'), 1, say=lambda line: None)
+  assert packed.records == 0 and len(packed.failed) == 4 and 'the network is gone' in packed.failed[0]
+  monkeypatch.undo()
+  assert packing.pack(source['path'], str(tmp_path / 'out'), 1, say=lambda line: None) == (24, {}, 0, [])

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lavit_jax.data import formats, mixtures, paths, streams, text
+from lavit_jax.data import formats, mixtures, paths, streams, tars, text
 from lavit_jax.errors import UserError
 from things import SIZE, WRITERS, caption, number, picture, sample, write_parquet, write_tar, write_tars
 
@@ -275,3 +275,9 @@ def test_captions_of_a_folder(tmp_path, name, content):
   (tmp_path / '0.png').write_bytes(picture(0))
   folder = formats.Folder(str(tmp_path), None, (), captions=name)
   assert len(folder) == 2 and folder.read(0)[:2] == (picture(0), ('a, b', 'd')) and folder.read(1).reason == 'no image'
+
+
+@pytest.mark.parametrize('content', [b'0 path=x\n', b'99 path=x\n', b'-3 path=x\n', b'11 size=ten\n', b'path'])
+def test_a_damaged_pax_header_ends_the_tar(content):
+  with pytest.raises(tars.Broken):
+    tars._pax(content)

@@ -159,6 +159,24 @@ def test_when_all_are_damaged_it_begins_anew(flipped):
   np.testing.assert_array_equal(next(data), [0, 1, 2, 3])
 
 
+def test_a_position_in_other_data_is_no_damage(tmp_path):
+  """However many checkpoints are set aside, none would fit."""
+  class Other:
+    def get_state(self):
+      return {'of': 2}
+
+    def set_state(self, state):
+      if state != {'of': 2}:
+        raise ValueError('other data')
+
+  checkpoints, data = Checkpoints(tmp_path, config(), keep=2), numbers()
+  checkpoints.save(1, noise(1), data)
+  checkpoints.close()
+  with pytest.raises(UserError, match='the position in the data is one in other data') as error:
+    Checkpoints(tmp_path, config(), keep=2).restore_latest(abstract(noise(0)), Other(), skip_damaged=True)
+  assert type(error.value) is UserError and (tmp_path / 'checkpoints' / '1').exists()
+
+
 def test_a_damaged_config_is_skipped_too(flipped):
   (flipped / 'checkpoints' / '2' / 'config' / 'metadata').write_text('{"stage": ')
   assert Checkpoints(flipped, config(), keep=2).restore_latest(abstract(noise(0)), numbers(), skip_damaged=True)[0] == 1

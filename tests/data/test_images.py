@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from lavit_jax.errors import UserError
-from lavit_jax.inference import images
+from lavit_jax.data import images
 
 RED = (200, 40, 30)
 
