@@ -15,7 +15,7 @@ fi
 # The stamp names what is installed, so that a second run starts at once and a changed pin installs again.
 stamp=".venv/installed-$(cat setup.cfg launch/constraints.txt | cksum | cut -d' ' -f1)-${1//[^a-z]/_}"
 if [ ! -e "$stamp" ]; then
-  echo "installing lavit_jax$1 into .venv; this takes a minute or two"
+  echo "installing lavit_jax$1 into .venv; this takes some minutes"
   [ -x .venv/bin/python ] || "$python" -m venv .venv || exit 1
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -c launch/constraints.txt --editable ".$1" || exit 1
   touch "$stamp"
