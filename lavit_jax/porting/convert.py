@@ -88,24 +88,15 @@ def _to_orbax(src: pathlib.Path, dst: pathlib.Path, variant: str | None, dtype: 
   items = [_item(each, len(fits[each.place.part].plan.slots), structs[each.place.part]) for each in found]
 
   def run(tell):
-    sources, digests = sorted({tensor.file for each in found for tensor in each.merged.values()}), {}
-    with folder.building(dst, variant) as made, contextlib.ExitStack() as stack:
-      beside = concurrent.futures.ThreadPoolExecutor(1)
-      stack.callback(beside.shutdown, cancel_futures=True)  # who gives up waits for one file at most
-
-      def digest(file):
-        if file not in digests:
-          digests[file] = beside.submit(torch_files.sha256, file)
-
+    sources = sorted({tensor.file for each in found for tensor in each.merged.values()})
+    with folder.building(dst, variant) as made, torch_files.Digests() as digests:
       for part, fit in fits.items():
         with made.part(part, structs[part], fit.plan.stacked) as writer:
-          _fill(writer, fit, structs[part], digest, tell)
-      for file in sources:
-        digest(file)
+          _fill(writer, fit, structs[part], digests, tell)
       _keep_the_rest(src, found, fits, made.path)
       trained = layouts.read_json(src / layouts.ABOUT).get('source', {}).get('metadata', {})  # of a folder that came from one of ours
       made.config['metadata'] = trained | dict(
-          source=dict(kind=kind, files={_within(src, file): f'sha256:{digests[file].result()}' for file in sources}),
+          source=dict(kind=kind, files={_within(src, file): f'sha256:{digests.of(file)}' for file in sources}),
           tables=dict(version=VERSION, chosen={part: fit.table for part, fit in fits.items() if fit.table}),
           overlay=next((list(each.overlay) for each in found if each.place.part == 'understanding'), None),
           dtype=dtype, allow_missing=allow_missing or None,
@@ -115,20 +106,22 @@ def _to_orbax(src: pathlib.Path, dst: pathlib.Path, variant: str | None, dtype: 
   return Job('torch -> orbax', kind, variant, items, run)
 
 
-def _fill(writer: leaves.Writer, fit: Fit, structs: Mapping, digest: Callable[[pathlib.Path], None], tell) -> None:
-  """Writes a part; `digest` begins with a file's first tensor, so that the disk reads it once for both."""
-  def prepare_one(slot, tensor):
+def _fill(writer: leaves.Writer, fit: Fit, structs: Mapping, digests: torch_files.Digests, tell) -> None:
+  """Writes a part, tensor by tensor in the order of the files."""
+  def read(slot, tensor):
+    return slot, tensor, np.asarray(tensor)
+
+  def turn(slot, array, counted):
     struct = structs[slot.leaf]
-    array = contiguous(slot.row_of(np.asarray(tensor).astype(struct.dtype, copy=False)))
-    return slot, growth.grow(array, struct.shape) if slot.layer is None else array
+    turned = contiguous(slot.row_of(array.astype(struct.dtype, copy=False)))
+    if counted is not None:
+      counted.result()
+    return slot, growth.grow(turned, struct.shape) if slot.layer is None else turned
 
-  def tasks():
-    for name, tensor in fit.state.items():  # in the order of the files
-      if name in fit.plan.slots:
-        digest(tensor.file)
-        yield functools.partial(prepare_one, fit.plan.slots[name], tensor)
-
-  for slot, array in leaves.ahead(tasks()):
+  slots = fit.plan.slots
+  reads = leaves.ahead(functools.partial(read, slots[name], tensor) for name, tensor in fit.state.items() if name in slots)
+  turns = leaves.ahead(functools.partial(turn, slot, array, digests.add(tensor, array)) for slot, tensor, array in reads)
+  for slot, array in turns:
     writer.write(slot.leaf, slot.layer, array)
     tell(array.nbytes)
 
@@ -184,7 +177,7 @@ def _to_torch(src: pathlib.Path, dst: pathlib.Path, dtype: str | None, pickles: 
   for part in (part for part in places if part in config['parts']):  # the tokenizer before the part that shares its file
     place = places[part]
     with folder.reading(src / 'parts' / part):
-      arrays = leaves.open_leaves(src / 'parts' / part, folder.read_checksums(src, part))
+      arrays = leaves.open_leaves(src / 'parts' / part, folder.read_checksums(src, part), leaves.DIRECT)
     structs = {path: jax.ShapeDtypeStruct(x.shape, x.dtype.numpy_dtype) for path, x in arrays.items()}
     slots, writes = slots_of(layouts.tables(model, part)[chosen.get(part, 0)], structs), {}
     for name, slot in slots.items():

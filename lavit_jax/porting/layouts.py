@@ -22,10 +22,12 @@ import numpy as np
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit, vit
 from lavit_jax.models.initial import initial_parts
+from lavit_jax.models.unet import UNet
+from lavit_jax.models.vae import AutoencoderKL
 from lavit_jax.porting import torch_files
 from lavit_jax.porting.engine import Plan, PortingError, Row, plan, torch_shapes
 from lavit_jax.porting.tables_language import llama_rows
-from lavit_jax.porting.tables_pixels import unet_rows, vae_rows
+from lavit_jax.porting.tables_pixels import unet_rows, unet_shapes, vae_rows, vae_shapes
 from lavit_jax.porting.tables_visual import decoder_rows, safety_rows, tokenizer_rows, understanding_rows, vit_rows
 
 DIFFUSERS = ('diffusion_pytorch_model', 'diffusion_pytorch_model.fp16')
@@ -161,6 +163,8 @@ def shapes(model: lavit.Lavit, parts) -> dict:
 
 @functools.cache
 def _shape(model: lavit.Lavit, part: str):
+  if isinstance(module := getattr(model, part, None), UNet | AutoencoderKL):  # their tables have been made of these
+    return unet_shapes(module) if isinstance(module, UNet) else vae_shapes(module)
   return jax.eval_shape(lambda: initial_parts(model, jax.random.key(0), (part,)))[part]
 
 

@@ -26,8 +26,10 @@ import tensorstore as ts
 import xxhash
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-COMMIT_BYTES = 256 << 20  # what may wait in memory to be written
+from lavit_jax.porting import disk
+
 CHUNK_BYTES = 32 << 20  # the largest piece that a reader of a few rows must read
+DIRECT = ts.Context({'file_io_mode': {'mode': 'direct'}})  # past the page cache, as disk.py says
 SMALL_BYTES = 1 << 20  # a leaf up to this size is one chunk, written when it is complete
 
 
@@ -53,8 +55,9 @@ class Writer:
     blank = {path: np.broadcast_to(np.zeros((), x.dtype), x.shape) for path, x in leaves.items()}
     self._handler = _Handler({id(x): path for path, x in blank.items()})
     save_args = {path: _chunks(x, path in self._stacked) for path, x in blank.items()}
-    self._thread = concurrent.futures.ThreadPoolExecutor(1)
-    self._saved = self._thread.submit(_save, pathlib.Path(folder).absolute(), self._handler, unflatten_dict(blank, sep='/'), unflatten_dict(save_args, sep='/'))
+    self._thread, self._flusher = concurrent.futures.ThreadPoolExecutor(1), disk.Flusher()
+    self._folder = pathlib.Path(folder).absolute()
+    self._saved = self._thread.submit(_save, self._folder, self._handler, unflatten_dict(blank, sep='/'), unflatten_dict(save_args, sep='/'))
     concurrent.futures.wait([self._saved, self._handler.opened], return_when=concurrent.futures.FIRST_COMPLETED)
     if self._saved.done():
       self._thread.shutdown()
@@ -76,6 +79,8 @@ class Writer:
       logging.getLogger('absl').removeFilter(_silent)
     if error is None:
       self._saved.result()
+      self._flusher.flush(filter(pathlib.Path.is_file, self._folder.rglob('*')))
+      self._flusher.wait()
 
   def write(self, path: str, row: int | None, array: np.ndarray) -> None:
     """Writes a whole leaf (row None) or one row of a stacked one."""
@@ -94,24 +99,27 @@ class Writer:
     target = store.with_transaction(self._transaction)
     (target if row is None else target[row]).write(array).result()
     self._pending += array.nbytes
-    if self._pending >= COMMIT_BYTES:
+    if self._pending >= disk.FLUSH_BYTES:
       self._commit()
 
   def _complete(self) -> None:
     if missing := [path for path, left in self._left.items() if left]:
       raise ValueError(f'never written: {", ".join(missing)}')
     self._commit()
+    self._flusher.wait()
 
   def _commit(self) -> None:
     if self._transaction is not None:
       self._transaction.commit_async().result()
+      data = self._folder.parent.glob(f'{self._folder.name}*/*/d/*')  # under another name, until Orbax is done
+      self._flusher.flush(file for file in data if not file.suffix)  # no locks
     self._transaction, self._pending = None, 0
 
 
-def open_leaves(folder: pathlib.Path, paths) -> dict[str, ts.TensorStore]:
+def open_leaves(folder: pathlib.Path, paths, context: ts.Context | None = None) -> dict[str, ts.TensorStore]:
   """path -> array, to be read by `array[row].read().result()` or whole."""
   base = {'driver': 'file', 'path': f'{pathlib.Path(folder).absolute()}/'}
-  waiting = {path: ts.open({'driver': 'zarr', 'kvstore': {'driver': 'ocdbt', 'base': base, 'path': path.replace('/', '.') + '/'}}, open=True)
+  waiting = {path: ts.open({'driver': 'zarr', 'kvstore': {'driver': 'ocdbt', 'base': base, 'path': path.replace('/', '.') + '/'}}, open=True, context=context)
              for path in paths}
   return {path: future.result() for path, future in waiting.items()}
 
@@ -161,7 +169,7 @@ def checksums(folder: pathlib.Path, paths) -> Iterator[tuple[str, int, int]]:
     return path, checksum(rows, start), rows.nbytes
 
   def pieces():
-    for path, array in open_leaves(folder, paths).items():
+    for path, array in open_leaves(folder, paths, DIRECT).items():
       length, size = array.shape[0] if array.ndim else 1, int(np.prod(array.shape)) * array.dtype.numpy_dtype.itemsize
       step = max(length * CHUNK_BYTES // max(size, 1), 1)
       for start in range(0, length, step):
@@ -221,11 +229,13 @@ class _Handler(ocp.type_handlers.NumpyHandler):
 
   def __init__(self, names: dict[int, str]):
     super().__init__(deepcopy_host_arrays=False)
-    self.names, self.arrays = names, {}
+    self.names, self.arrays, self.context = names, {}, None
     self.opened, self.filled = concurrent.futures.Future(), concurrent.futures.Future()
 
   async def _open_and_write(self, value, tspec, ts_context):
-    self.arrays[self.names[id(value)]] = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+    if self.context is None:  # the disk gets what is written when it likes; `Writer` waits for it once, at the end
+      self.context = ts.Context({'file_io_sync': False}, parent=ts_context)
+    self.arrays[self.names[id(value)]] = await ts.open(ts.Spec(tspec), create=True, open=True, context=self.context)
     if len(self.arrays) == len(self.names):
       self.opened.set_result(None)
     await asyncio.wrap_future(self.filled)

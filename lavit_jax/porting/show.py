@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import pathlib
 import sys
@@ -27,11 +28,22 @@ def run(job: convert.Job, dry_run: bool) -> None:
   console.print(table)
   if dry_run:
     return
+  _keep_memory()
   columns = ('{task.description}', BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
   with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
     task = progress.add_task('convert and check', total=2 * total)
     job.run(lambda size: progress.advance(task, size))
   console.print(f'{total:,} bytes written, read back and found right')
+
+
+def _keep_memory() -> None:
+  """Has glibc keep what is freed, for the next tensor: fresh pages cost the kernel as much time as the tensor itself takes."""
+  try:
+    mallopt = ctypes.CDLL(None).mallopt
+  except (AttributeError, OSError, TypeError):  # another C library
+    return
+  for option, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
+    mallopt(option, value)
 
 
 def inspect(path) -> None:

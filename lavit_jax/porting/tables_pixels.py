@@ -4,6 +4,7 @@ Our names follow diffusers' closely enough for one list of substitutions; the ro
 config makes, so every size of both is covered.
 """
 
+import functools
 import re
 
 import jax
@@ -29,6 +30,7 @@ NAMES = (
 OLD_ATTENTION = (('to_q', 'query'), ('to_k', 'key'), ('to_v', 'value'), ('to_out/0', 'proj_attn'))
 
 
+@functools.cache
 def unet_shapes(module: UNet) -> dict:
   """The parameter tree of a U-Net as `jax.eval_shape`'s structs."""
   side, added = 2 ** (len(module.block_out_channels) - 1), None
@@ -38,6 +40,7 @@ def unet_shapes(module: UNet) -> dict:
   return jax.eval_shape(module.init, jax.random.key(0), latents, jnp.zeros(1), context, None, added)['params']
 
 
+@functools.cache
 def vae_shapes(module: AutoencoderKL) -> dict:
   """The parameter tree of a VAE as `jax.eval_shape`'s structs."""
   return jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, module.factor, module.factor, 3)))['params']

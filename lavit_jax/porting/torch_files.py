@@ -6,6 +6,7 @@ torch's zip files against their CRCs; a pickle that would run code is refused.
 
 from __future__ import annotations
 
+import concurrent.futures
 import hashlib
 import json
 import math
@@ -20,18 +21,21 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
+import jax
 import ml_dtypes
 import numpy as np
 import safetensors
 import xxhash
 
 from lavit_jax.errors import UserError
+from lavit_jax.porting import disk
 
 DTYPES = {  # safetensors' names
     'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16, 'I64': np.int64, 'I32': np.int32,
     'I16': np.int16, 'I8': np.int8, 'U8': np.uint8, 'BOOL': np.bool_,
 }
 REOPEN_BYTES = 1 << 30  # what a mapped file may hold of memory before it is mapped anew
+GAP_BYTES = 32 << 20  # read at once, where no tensor is wanted
 
 
 class Tensor(NamedTuple):
@@ -41,6 +45,7 @@ class Tensor(NamedTuple):
   dtype: np.dtype
   read: Callable[[], np.ndarray]
   file: pathlib.Path
+  offset: int | None = None  # its bytes lie in the file as they are, from here on
 
   def __array__(self, dtype=None, copy=None):
     return np.asarray(self.read(), dtype)
@@ -113,6 +118,43 @@ def sha256(file: pathlib.Path) -> str:
   return digest
 
 
+class Digests:
+  """SHA-256 of files, counted from their tensors on the way, so that the disk reads a file once. Use as a context."""
+
+  def __init__(self):
+    self._thread, self._sums, self._whole = concurrent.futures.ThreadPoolExecutor(1), {}, {}
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self._thread.shutdown(cancel_futures=True)  # who gives up waits for one file at most
+
+  def add(self, tensor: Tensor, array: np.ndarray) -> concurrent.futures.Future | None:
+    """Counts a tensor that has been read; what is returned is done when `array` may change. Of a pickle, begins with the whole file."""
+    if tensor.offset is not None:
+      return self._thread.submit(self._count, tensor.file, tensor.offset, array)
+    if tensor.file not in self._whole:
+      self._whole[tensor.file] = self._thread.submit(sha256, tensor.file)
+    return None
+
+  def of(self, file: pathlib.Path) -> str:
+    """Hex digest of a file; reads what has not been counted."""
+    if file in self._sums:
+      self._thread.submit(self._count, file, file.stat().st_size, np.empty(0, np.uint8)).result()
+      return self._sums[file][0].hexdigest()
+    return self._whole[file].result() if file in self._whole else sha256(file)
+
+  def _count(self, file: pathlib.Path, offset: int, array: np.ndarray) -> None:
+    digest, done = self._sums.get(file, (hashlib.sha256(), 0))
+    if offset < done:
+      return  # out of order: it was read again where its turn was
+    for start in range(done, offset, GAP_BYTES):
+      digest.update(_read(file, start, min(GAP_BYTES, offset - start)))
+    digest.update(array.reshape(-1).view(np.uint8))
+    self._sums[file] = digest, offset + array.nbytes
+
+
 class Writer:
   """A new `.safetensors` file, or shards of one with their index, whose tensors may come in any order.
 
@@ -123,7 +165,7 @@ class Writer:
   """
 
   def __init__(self, folder: pathlib.Path, stem: str, specs: Mapping, shard_bytes: int = 5 * 10**9):
-    self.sums, self._streams, self._places = {}, [], {}
+    self.sums, self._streams, self._places, self._flusher, self._pending = {}, [], {}, disk.Flusher(), 0
     shards = list(_shards(specs, shard_bytes))
     names = [f'{stem}.safetensors' if len(shards) == 1 else f'{stem}-{n:05}-of-{len(shards):05}.safetensors'
              for n in range(1, len(shards) + 1)]
@@ -151,10 +193,10 @@ class Writer:
 
   def __exit__(self, kind, error, traceback):
     for stream in self._streams:
-      stream.flush()
-      if error is None:
-        os.fsync(stream.fileno())
       stream.close()
+    if error is None:
+      self._flusher.flush(self.files)
+      self._flusher.wait()
     if error is None and (missing := self._places.keys() - self.sums.keys()):
       raise ValueError(f'never written: {", ".join(sorted(missing))}')
 
@@ -167,6 +209,10 @@ class Writer:
     self.sums[name] = xxhash.xxh3_64_intdigest(data)
     stream.seek(offset)
     stream.write(data)
+    self._pending += len(data)
+    if self._pending >= disk.FLUSH_BYTES:
+      self._flusher.flush(self.files)
+      self._pending = 0
 
 
 def to_pickle(file: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:
@@ -217,22 +263,31 @@ def _code(dtype) -> str:
 
 
 def _open_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
-  def read(name):
-    with safetensors.safe_open(path, 'numpy') as file:  # for each anew: what is mapped counts as memory in use
-      return file.get_tensor(name)
-
-  def tensor(name, piece):
-    if piece.get_dtype() not in DTYPES:
-      raise UserError(f'{path}: {name} is of type {piece.get_dtype()}, which is not read here; known: {", ".join(DTYPES)}')
-    return Tensor(tuple(piece.get_shape()), np.dtype(DTYPES[piece.get_dtype()]), lambda: read(name), path)
-
   try:
-    with safetensors.safe_open(path, 'numpy') as file:
-      return {name: tensor(name, file.get_slice(name)) for name in file.offset_keys()}
+    with safetensors.safe_open(path, 'numpy') as file:  # it knows a bad header and a file of another length
+      names = file.offset_keys()
+    with open(path, 'rb') as stream:
+      start = 8 + int.from_bytes(stream.read(8), 'little')
+      header = json.loads(stream.read(start - 8))
   except FileNotFoundError:
     raise UserError(f'{path} is missing; download the checkpoint again') from None
   except (OSError, ValueError, safetensors.SafetensorError) as error:
     raise _damaged(path, error) from None
+
+  def tensor(name, code, shape, begin):
+    if code not in DTYPES:
+      raise UserError(f'{path}: {name} is of type {code}, which is not read here; known: {", ".join(DTYPES)}')
+    spec = jax.ShapeDtypeStruct(shape, np.dtype(DTYPES[code]))
+    return Tensor(spec.shape, spec.dtype, lambda: _read(path, begin, nbytes(spec)).view(spec.dtype).reshape(shape), path, begin)
+
+  return {name: tensor(name, header[name]['dtype'], tuple(header[name]['shape']), start + header[name]['data_offsets'][0]) for name in names}
+
+
+def _read(path: pathlib.Path, start: int, size: int) -> np.ndarray:
+  data = disk.read_bytes(path, start, size)
+  if len(data) < size:
+    raise _damaged(path, f'it ends at {start + len(data)}')
+  return data
 
 
 class _Pickle:

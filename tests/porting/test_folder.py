@@ -13,7 +13,7 @@ import pytest
 
 import lavit_jax
 from lavit_jax.errors import UserError
-from lavit_jax.porting import leaves
+from lavit_jax.porting import disk, leaves
 from lavit_jax.porting.folder import bundle, load_parts, read_config, save_parts
 
 WORDS = pathlib.Path(lavit_jax.__file__).parent / 'assets' / 'tiny' / 'language_model'
@@ -63,8 +63,8 @@ def test_full_disk_leaves_the_old_folder_and_nothing_else(tmp_path, monkeypatch,
 
 
 def test_leaves_come_in_any_order_and_as_large_as_they_like(tmp_path, monkeypatch):
-  for name in ('SMALL_BYTES', 'COMMIT_BYTES', 'CHUNK_BYTES'):
-    monkeypatch.setattr(leaves, name, 64)
+  for module, name in ((leaves, 'SMALL_BYTES'), (leaves, 'CHUNK_BYTES'), (disk, 'FLUSH_BYTES')):
+    monkeypatch.setattr(module, name, 64)
   rng = np.random.default_rng(0)
   arrays = {'layers/kernel': rng.normal(size=(5, 6, 7)).astype(ml_dtypes.bfloat16), 'layers/scale': rng.normal(size=(5, 3)).astype(np.float32),
             'table': rng.normal(size=(40, 3)).astype(np.float16), 'step': np.array(3, np.int64)}
