@@ -6,7 +6,6 @@ the tensors that our model computes itself or has no use for, so that the way ba
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import functools
 import json

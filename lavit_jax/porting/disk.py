@@ -50,29 +50,25 @@ class Flusher:
   """Sees written files onto the disk and out of the page cache, in a thread of its own."""
 
   def __init__(self):
-    self._thread, self._last, self._done = concurrent.futures.ThreadPoolExecutor(1), None, {}
+    self._thread, self._last = concurrent.futures.ThreadPoolExecutor(1), None
 
   def flush(self, files: Iterable[pathlib.Path]) -> None:
     """Begins with these files, when those of the last call are done: what has not reached the disk is bounded so."""
     self.wait()
-    self._last = self._thread.submit(self._flush, list(files))
+    self._last = self._thread.submit(_flush, list(files))
 
   def wait(self) -> None:
     """Returns when all is on the disk; raises what went wrong."""
     if self._last is not None:
       self._last.result()
 
-  def _flush(self, files: list[pathlib.Path]) -> None:
-    for path in files:
-      stat = path.stat()
-      state = stat.st_size, stat.st_mtime_ns
-      if self._done.get(path) == state:
-        continue
-      file = os.open(path, os.O_RDONLY)
-      try:
-        os.fsync(file)
-        if hasattr(os, 'posix_fadvise'):
-          os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-      finally:
-        os.close(file)
-      self._done[path] = state
+
+def _flush(files: list[pathlib.Path]) -> None:
+  for path in files:
+    file = os.open(path, os.O_RDONLY)
+    try:
+      os.fsync(file)
+      if hasattr(os, 'posix_fadvise'):
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+      os.close(file)

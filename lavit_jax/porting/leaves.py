@@ -55,7 +55,7 @@ class Writer:
     blank = {path: np.broadcast_to(np.zeros((), x.dtype), x.shape) for path, x in leaves.items()}
     self._handler = _Handler({id(x): path for path, x in blank.items()})
     save_args = {path: _chunks(x, path in self._stacked) for path, x in blank.items()}
-    self._thread, self._flusher = concurrent.futures.ThreadPoolExecutor(1), disk.Flusher()
+    self._thread, self._flusher, self._flushed = concurrent.futures.ThreadPoolExecutor(1), disk.Flusher(), set()
     self._folder = pathlib.Path(folder).absolute()
     self._saved = self._thread.submit(_save, self._folder, self._handler, unflatten_dict(blank, sep='/'), unflatten_dict(save_args, sep='/'))
     concurrent.futures.wait([self._saved, self._handler.opened], return_when=concurrent.futures.FIRST_COMPLETED)
@@ -112,7 +112,9 @@ class Writer:
     if self._transaction is not None:
       self._transaction.commit_async().result()
       data = self._folder.parent.glob(f'{self._folder.name}*/*/d/*')  # under another name, until Orbax is done
-      self._flusher.flush(file for file in data if not file.suffix)  # no locks
+      new = {file for file in data if not file.suffix} - self._flushed  # no locks; each is written once
+      self._flusher.flush(new)
+      self._flushed |= new
     self._transaction, self._pending = None, 0
 
 

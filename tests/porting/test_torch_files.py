@@ -1,5 +1,6 @@
 """Weight files: of every kind, in and out, and the bad ones."""
 
+import hashlib
 import json
 import os
 import pathlib
@@ -134,3 +135,30 @@ def test_a_flipped_bit_of_a_zip_is_found(tmp_path):
   assert zipfile.is_zipfile(file)
   with pytest.raises(UserError, match='a.bin is truncated or damaged .the checksum of a/data/0'):
     torch_files.sha256(pathlib.Path(file))
+
+
+def test_a_file_counts_to_its_digest_in_whatever_order_it_is_read(tmp_path, monkeypatch):
+  arrays = {name: np.random.default_rng(n).normal(size=40 + n) for n, name in enumerate('abcdef')}
+  save_file(arrays, tmp_path / 'm.safetensors')
+  file, tensors = tmp_path / 'm.safetensors', torch_files.load(tmp_path / 'm.safetensors')
+  wanted = hashlib.sha256(file.read_bytes()).hexdigest()
+  monkeypatch.setattr(torch_files, 'GAP_BYTES', 100)
+  read = []
+  monkeypatch.setattr(torch_files, '_read', lambda *args, real=torch_files._read: (read.append(args[1:]), real(*args))[1])
+  for order, gaps in (('abcdef', 1), ('acbedf', None), ('f', None), ('bb', None), ('', 0)):
+    with torch_files.Digests() as digests:
+      arrived = {name: np.asarray(tensors[name]) for name in order}
+      read.clear()
+      for name in order:
+        digests.add(tensors[name], arrived[name]).result()
+      assert digests.of(file) == wanted, order
+      if gaps == 1:  # nothing but the header was read again
+        assert sum(size for _, size in read) == tensors['a'].offset
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path):
+  save_file({'x': np.ones(5000)}, tmp_path / 'm.safetensors')
+  tensor = torch_files.load(tmp_path / 'm.safetensors')['x']
+  os.truncate(tmp_path / 'm.safetensors', 6000)
+  with pytest.raises(UserError, match='is truncated or damaged'):
+    np.asarray(tensor)
