@@ -73,7 +73,7 @@ def compile_step(args):
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # the pod's chips are elsewhere
   from lavit_jax.training.config import load_config
   config = load_config(args.config, args.overrides)
-  from lavit_jax.training.aot import run
+  from lavit_jax.aot.train import run
   run(config, os.path.basename(args.config), args.topology, args.slices, args.json)
 
 

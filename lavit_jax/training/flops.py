@@ -11,8 +11,9 @@ import jax
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+from lavit_jax import sharding
 from lavit_jax.models import lavit
-from lavit_jax.training import optim, sharding, stages
+from lavit_jax.training import optim, stages
 
 ONE_CPU = AbstractMesh((1, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=AbstractDevice('cpu', 1, 'cpu'))
 

@@ -21,13 +21,14 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec as P
 
+from lavit_jax import chips, sharding
 from lavit_jax.data import mixtures, text
 from lavit_jax.data.streams import Skipped
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.models.layers import REMAT_POLICIES
 from lavit_jax.porting import folder
-from lavit_jax.training import chips, flops, metrics, optim, processes, sharding, stages
+from lavit_jax.training import flops, metrics, optim, processes, stages
 from lavit_jax.training.checkpoint import Checkpoints
 from lavit_jax.training.processes import TERMINATED, Interrupt
 

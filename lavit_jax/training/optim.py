@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from lavit_jax.errors import UserError
-from lavit_jax.training.sharding import path_name
+from lavit_jax.sharding import path_name
 
 
 def learning_rate(config, num_steps: int) -> optax.Schedule:

@@ -14,7 +14,7 @@ from nano import finish, launch, rows, until
 
 from lavit_jax.errors import UserError
 from lavit_jax.porting import folder
-from lavit_jax.training import sharding
+from lavit_jax import sharding
 from lavit_jax.training.loop import initialiser, make_train_step, train
 from lavit_jax.training.stage import Stage
 

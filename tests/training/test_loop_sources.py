@@ -12,7 +12,8 @@ from things import sample, write_tar
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
-from lavit_jax.training import loop, metrics, sharding
+from lavit_jax import sharding
+from lavit_jax.training import loop, metrics
 
 nano.install()
 

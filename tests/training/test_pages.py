@@ -9,7 +9,8 @@ import pytest
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.models.initial import initial_parts
-from lavit_jax.training import loop, sharding, stages
+from lavit_jax import sharding
+from lavit_jax.training import loop, stages
 from lavit_jax.training.config import load_config
 
 ROOT = pathlib.Path(__file__).parents[2]

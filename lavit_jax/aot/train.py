@@ -20,11 +20,13 @@ from jax.sharding import NamedSharding
 from rich.console import Console
 from rich.table import Table
 
+from lavit_jax import sharding
+from lavit_jax.aot import hlo
+from lavit_jax.chips import TPUS
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.models.packed_attention import kernel_flops
-from lavit_jax.training import flops, hlo, loop, sharding, stages
-from lavit_jax.training.chips import TPUS
+from lavit_jax.training import flops, loop, stages
 
 GIB = 1 << 30
 SPARE = 0.1  # of the memory, which a program must leave

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lavit_jax.training import hlo
+from lavit_jax.aot import hlo
 
 
 def compiled(fn, *args):

@@ -15,7 +15,8 @@ from jax.sharding import AbstractMesh, PartitionSpec as P
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.models.initial import initial_parts
-from lavit_jax.training import optim, sharding
+from lavit_jax import sharding
+from lavit_jax.training import optim
 
 MESH = AbstractMesh((2, 4, 2), sharding.AXES)
 
@@ -145,7 +146,7 @@ EIGHT_DEVICES = '''
 import sys
 import jax, jax.numpy as jnp
 from lavit_jax.models import layers, vit
-from lavit_jax.training import sharding
+from lavit_jax import sharding
 
 layers.BATCH_AXES = sys.argv[1].split(',')
 mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))

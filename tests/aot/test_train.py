@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from lavit_jax.training.chips import TPUS
+from lavit_jax.chips import TPUS
 
 KEYS = ('topology', 'chips', 'hbm_per_chip_gib', 'hbm_limit_gib', 'fits', 'flops_per_chip', 'model_flops_per_chip', 'collective_bytes_per_chip',
         'mfu_bound', 'compile_seconds')
