@@ -115,13 +115,9 @@ class Folder:
   """Pictures and one file of captions beside them: lines {"file_name", "text"}, a table with these columns, or COCO's JSON."""
 
   def __init__(self, path, image, text, captions=None):
-    files, inside = paths.store(path)
-    names = [captions] if captions else CAPTIONS
-    found = next((name for name in names if files.exists(f'{inside}/{name}')), None)
-    if found is None:
-      raise UserError(f'{path} has no {" or ".join(names)}; write one with file_name and text of each picture, or give captions=NAME')
     self.path, self.rows = path.rstrip('/'), {}
-    with paths.open_file(f'{self.path}/{found}') as file:
+    found, file = self._open([captions] if captions else CAPTIONS)
+    with file:
       try:
         for name, words in _captions(found, io.TextIOWrapper(file, 'utf-8')):
           self.rows.setdefault(name, []).append(words)
@@ -138,8 +134,16 @@ class Folder:
     try:
       with paths.open_file(origin) as file:
         return Record(file.read(), tuple(texts), origin)
-    except OSError:
+    except paths.NO_FILE:
       return Skip('no image', origin)
+
+  def _open(self, names: Sequence[str]):
+    for name in names:
+      try:
+        return name, paths.open_file(f'{self.path}/{name}')
+      except paths.NO_FILE:
+        pass
+    raise UserError(f'{self.path} has no {" or ".join(names)}; write one with file_name and text of each picture, or give captions=NAME')
 
 
 def _captions(name: str, file) -> Iterator[tuple[str, str]]:
@@ -175,9 +179,9 @@ class Tars:
       with paths.open_file(path) as file:
         for start, end, key, sample in tars.samples(file, start):
           yield start, end, self.record(f'{path}: {key}', sample)
-    except FileNotFoundError:
+    except paths.NO_FILE:
       last = Skip('missing tar', path, 'files')
-    except (tars.Broken, OSError, EOFError) as error:
+    except tars.Broken as error:
       last = Skip('broken tar', f'{path} ({error})', 'files')
     yield end, end, last
 

@@ -266,6 +266,23 @@ def test_tars_of_every_dialect(tmp_path, options):
   assert again == rows[1:]
 
 
+def test_a_tar_without_an_end_mark_keeps_its_last_sample(tmp_path):
+  """But not half of it: a sample that lacks what the one before it has is counted with the tar that breaks off."""
+  write_tar(tmp_path / 'whole.tar', [sample(i) for i in range(3)])
+  whole = (tmp_path / 'whole.tar').read_bytes()
+  with tarfile.open(tmp_path / 'whole.tar') as tar:
+    ends = [member.offset_data + -(-member.size // 512) * 512 for member in tar]
+  rows = list(formats.Tars(str(tmp_path / 'whole.tar'), None, ('txt',)).read(0))
+  for cut, left, reason in ((ends[-1], 3, ''), (ends[-2], 2, 'broken tar'), (ends[-5], 2, ''), (ends[-1] + 100, 2, 'broken tar'), (0, 0, 'broken tar')):
+    (tmp_path / 'cut.tar').write_bytes(whole[:cut])
+    *found, last = formats.Tars(str(tmp_path / 'cut.tar'), None, ('txt',)).read(0)
+    assert ([row[2][:2] for row in found], last[2].reason) == ([row[2][:2] for row in rows[:left]], reason), cut
+  (tmp_path / 'cut.tar').write_bytes(whole[:ends[-1]])
+  cut = formats.Tars(str(tmp_path / 'cut.tar'), None, ('txt',))
+  for (_, end, _), left in zip(rows[:3], (3, 2, 1)):  # from the end of each sample on
+    assert len(list(cut.read(0, end))) == left and list(cut.read(0, end))[-1][2].reason == ''
+
+
 @pytest.mark.parametrize('name, content', [
     ('captions.csv', 'file_name,text\n0.png,"a, b"\n1.png,c\n0.png,d\n'), ('captions.tsv', 'file_name\ttext\n0.png\ta, b\n1.png\tc\n0.png\td\n'),
     ('coco.json', json.dumps({'images': [{'id': 5, 'file_name': '0.png'}, {'id': 6, 'file_name': '1.png'}], 'annotations': [
