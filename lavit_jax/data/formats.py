@@ -9,7 +9,8 @@
 | 'parquet'     | stream | files, a row group the unit                | column of bytes      | columns                   |
 
 `text` names one field or several, of which one is chosen each time; a dot goes down into JSON, structs and lists ('json.caption',
-'captions.text'). Whatever is not a record becomes a `Skip` with the reason.
+'captions.text'). Whatever is not a record becomes a `Skip` with the reason. `names()` are what tells a source from another one, as JSON:
+the files with their sizes, as far as they are cheap to have.
 """
 
 from __future__ import annotations
@@ -63,11 +64,14 @@ class ArrayRecords:
         raise UserError(f'{file}: ArrayRecord reads local files only; mount the bucket (gcsfuse), or read the tars as they are')
       if not os.path.isfile(file):
         raise UserError(f'{file}: no such file; make it with lavit data pack')
-    self.text, self.source = text, ArrayRecordDataSource(files)
+    self.files, self.text, self.source = files, text, ArrayRecordDataSource(files)
     self.name = files[0] if len(files) == 1 else f'{files[0]} ... {files[-1]}'
 
   def __len__(self) -> int:
     return len(self.source)
+
+  def names(self) -> list:
+    return paths.names_and_sizes(self.files)
 
   def read(self, index: int) -> Record | Skip:
     origin = f'{self.name}: record {index}'
@@ -101,10 +105,13 @@ class Tfds:
     except Exception as error:  # of many kinds, all about what was asked for
       reason = ' '.join(str(error).split())[:300]
       raise UserError(f'tfds {path!r}, split {split!r}: {reason}; prepare it as array_record with tfds build, and give data_dir') from error
-    self.name, self.image, self.text = path, image, text
+    self.name, self.image, self.text, self.split, self.info = path, image, text, split, builder.info
 
   def __len__(self) -> int:
     return len(self.source)
+
+  def names(self) -> list:
+    return [self.info.full_name, int(self.info.dataset_size), self.split]
 
   def read(self, index: int) -> Record | Skip:
     record = self.source[index]
@@ -127,6 +134,9 @@ class Folder:
 
   def __len__(self) -> int:
     return len(self.rows)
+
+  def names(self) -> list:
+    return [name for name, _ in self.rows]
 
   def read(self, index: int) -> Record | Skip:
     name, texts = self.rows[index]
@@ -171,6 +181,9 @@ class Tars:
   def __len__(self) -> int:
     return len(self.files)
 
+  def names(self) -> list:
+    return paths.names_and_sizes(self.files)
+
   def read(self, unit: int, start: int = 0) -> Iterator[tuple[int, int, Record | Skip]]:
     """(start, end, record) of each sample from byte `start` on; at last a Skip of unit 'files'."""
     path, end = self.files[unit], start
@@ -198,7 +211,7 @@ class Parquets:
 
   def __init__(self, path, image, text):
     self.image, self.text, self._open = image, text, threading.local()
-    files = paths.expand(path)
+    self.files = files = paths.expand(path)
     with ThreadPoolExecutor(16) as pool:  # a store far away answers slowly, not seldom
       counts, columns = zip(*pool.map(self._look, files))
     self.columns = [name for name in dict.fromkeys((image, *(name.split('.')[0] for name in text))) if name in columns[0]]
@@ -208,6 +221,9 @@ class Parquets:
 
   def __len__(self) -> int:
     return len(self.units)
+
+  def names(self) -> list:
+    return paths.names_and_sizes(self.files)
 
   def read(self, unit: int, start: int = 0) -> Iterator[tuple[int, int, Record | Skip]]:
     path, group = self.units[unit]

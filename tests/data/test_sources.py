@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -87,12 +89,46 @@ def test_goes_on_exactly_where_it_stopped(written, name, threads):
         np.testing.assert_array_equal(value, row[key], err_msg=f'{key} after {position}')
 
 
-def test_nothing_goes_on_with_other_files(written):
-  state = batches(written['tars']).get_state()
-  for other in (dict(sources=(written['folder'],)), dict(sources=(written['tars'], written['folder'])), dict(shard_count=2)):
-    with pytest.raises(ValueError, match='has read data of .4, 1. units'):
-      batches(**{'sources': (written['tars'],)} | other).set_state(state)
-  batches(written['tars'] | {'weight': 2.0}).set_state(state)
+def test_nothing_goes_on_with_other_data(written):
+  """Where a position would mean another place; what it is told by is what has changed."""
+  tars = written['tars']
+  state = json.loads(json.dumps(batches(tars).get_state()))
+  for other, message in (
+      (dict(sources=(written['folder'],)), r'are sources\[0\].format tars -> folder, sources\[0\].units 4 -> 24, '),
+      (dict(sources=(tars, written['folder'])), r'are sources\[1\].format \(none\) -> folder, '), (dict(shard_count=2), 'are processes 1 -> 2$'),
+      (dict(seed=7), 'are seed 1 -> 7$'), (dict(sources=(tars | {'window': 6},)), r'are sources\[0\].window 5 -> 6$')):
+    with pytest.raises(ValueError, match=message):
+      batches(**{'sources': (tars,)} | other).set_state(state)
+  batches(tars | {'weight': 2.0, 'text': 'json.again', 'use': 'draw'}, max_skipped=0.5, batch_size=4).set_state(state)
+  # What earlier versions wrote: units of each source, and processes.
+  assert streams.changed([4, 1], {'seed': 1, 'processes': 1, 'sources': [{'units': 4, 'files': 'x'}]}) == []
+  assert streams.changed([4, 2], {'seed': 1, 'processes': 1, 'sources': [{'units': 5}]}) == ['processes 2 -> 1', 'sources[0].units 4 -> 5']
+
+
+@pytest.mark.parametrize('name', WRITERS)
+def test_a_source_is_known_by_its_files(written, tmp_path, name):
+  """Another name or size is another one, at the same number of them; another folder is not."""
+  state = batches(written[name]).get_state()
+  if name == 'tfds':  # which will not be written twice
+    again = written[name] | {'path': shutil.copytree(written[name]['path'], tmp_path / 'things' / '1.0.0').as_posix()}
+  else:
+    again = WRITERS[name](tmp_path)
+  batches(again).set_state(state)
+  if name == 'tfds':
+    about, = tmp_path.glob('**/dataset_info.json')
+    about.write_text(re.sub(r'"numBytes": "\d+"', '"numBytes": "7"', about.read_text()))
+    others = [again]
+  elif name == 'folder':
+    captions = tmp_path / 'captions.jsonl'
+    captions.write_text(captions.read_text().replace('/7.png', '/77.png'))
+    others = [again]
+  else:
+    files = paths.expand(again['path'])
+    Path(files[-1]).rename(tmp_path / 'other')
+    others = [again | {'path': [*files[:-1], f'{tmp_path}/other']}, again | {'path': [*files[:-1], files[0]]}]
+  for other in others:
+    with pytest.raises(ValueError, match=r'^changed are sources\[0\].files [0-9a-f]{8} -> [0-9a-f]{8}$'):
+      batches(other).set_state(state)
 
 
 def test_a_process_ends_with_its_own_status_while_threads_read_on(written):
