@@ -37,7 +37,7 @@ class Ticket(NamedTuple):
 
 
 class Skipped:
-  """Counts what was left out by reason, since this process started, and names the first few."""
+  """Counts what this process left out by reason, since it started, and names the first few."""
 
   def __init__(self):
     self.seen, self.skipped, self.reasons = collections.Counter(), collections.Counter(), collections.Counter()
