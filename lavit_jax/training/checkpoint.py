@@ -76,7 +76,6 @@ class Checkpoints:
     Raises:
       UserError: as `latest` and `restore`; or all were set aside.
     """
-    begin = data.get_state()
     while (step := self.manager.latest_step()) is not None:
       if skip_damaged and (marks := sorted((self.folder / str(step)).glob(f'{MARK}-*'))):
         self._set_aside(step, marks[0].read_text())
@@ -91,7 +90,6 @@ class Checkpoints:
           (self.folder / str(step) / f'{MARK}-{jax.process_index()}').write_text(str(error))
           raise UserError(f'{error}; start again: it will be skipped') from error
         self._set_aside(step, error)
-        data.set_state(begin)
     if aside := sorted(self.folder.glob('*.damaged')):
       raise UserError(f'all checkpoints in {self.folder} are damaged ({", ".join(path.name for path in aside)}): there is nothing to go on from; '
                       'begin in another --workdir, or delete these to begin anew in this one')
@@ -132,8 +130,6 @@ class Checkpoints:
     Raises:
       UserError: the disk is full, now or while the previous checkpoint was written. Nothing half-written stays.
     """
-    if step == self.manager.latest_step():
-      return
     with _DiskFull(self):
       self.manager.save(step, args=ocp.args.Composite(
           state=ocp.args.StandardSave(state), data=integrity.PositionSave(data),

@@ -1,5 +1,6 @@
 """Every format, read as it was written; order, shards, exact resumption; what is skipped."""
 
+import functools
 import itertools
 import json
 import re
@@ -10,6 +11,8 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lavit_jax.data import formats, mixtures, paths, streams, tars, text
@@ -126,6 +129,11 @@ def test_a_source_is_known_by_its_files(written, tmp_path, name):
     files = paths.expand(again['path'])
     Path(files[-1]).rename(tmp_path / 'other')
     others = [again | {'path': [*files[:-1], f'{tmp_path}/other']}, again | {'path': [*files[:-1], files[0]]}]
+  if name == 'tars':
+    longer = tmp_path / 'longer' / Path(files[-1]).name
+    longer.parent.mkdir()
+    longer.write_bytes((tmp_path / 'other').read_bytes() + bytes(512))
+    others.append(again | {'path': [*files[:-1], str(longer)]})
   for other in others:
     with pytest.raises(ValueError, match=r'^changed are sources\[0\].files [0-9a-f]{8} -> [0-9a-f]{8}$'):
       batches(other).set_state(state)
@@ -172,6 +180,54 @@ def test_fewer_tars_than_processes_are_read_by_all_and_shared(written):
       keys += [ticket.key for ticket in tickets if isinstance(ticket.read(), formats.Record)]
   assert len(keys) == len(set(keys)) == 24
   assert len(numbers(batches(written['tars'], batch_size=1, shard_index=5, shard_count=6), 9)) == 9
+
+
+class Counted:
+  """A store of 24 records, or a stream of 24 units of 40."""
+
+  def __len__(self):
+    return 24
+
+  def read(self, unit, start=0):
+    for i in range(start, 40):
+      yield i, i + 1, formats.Record(b'', (), f'{unit} {i}')
+    yield 40, 40, formats.Skip('', str(unit), 'files')
+
+
+def dealt(dataset, count) -> list[tuple]:
+  return [ticket.key for ticket in itertools.islice(iter(dataset), count)]
+
+
+def test_each_example_of_each_epoch_and_source_has_a_key_of_its_own():
+  """It seeds crop and caption. It is the same on any number of processes."""
+  records = Counted()
+  for make in (streams.store, functools.partial(streams.Windows, window=7)):
+    count = 48 if make is streams.store else 2 * 24 * 41
+    whole, other = (dealt(make(records, number, '', 1, 0, 1), count) for number in (0, 1))
+    assert len({*whole, *other}) == 2 * count
+    parts = [dealt(make(records, 0, '', 1, shard, 2), count // 2) for shard in (0, 1)]
+    assert sorted(parts[0] + parts[1]) == sorted(whole)
+    if make is streams.store:
+      assert [key for row in zip(*parts) for key in row] == whole
+
+
+def test_epochs_and_windows_are_shuffled_apart():
+  windows = streams.Windows(Counted(), 0, '', 1, 0, 1, window=20)
+  assert (windows.order(0) != windows.order(1)).any() and sorted(windows.order(1)) == list(range(24))
+  (first, after), (again, _) = windows.read(0, 0, 0), windows.read(0, 0, 0)
+  second, _ = windows.read(*after)
+  places = [[ticket.key[3] % 20 for ticket in tickets if ticket.key[3] < 40] for tickets in (first, second, again)]
+  assert places[0] == places[2] != places[1] and sorted(places[0]) == sorted(places[1]) == list(range(20))
+
+
+def test_a_long_row_group_goes_on_at_any_row(tmp_path):
+  """It comes in pieces of 64 rows."""
+  pq.write_table(pa.table({'image': [picture(i) for i in range(150)], 'text': [caption(i) for i in range(150)]}), tmp_path / 'a.parquet')
+  records = formats.Parquets(str(tmp_path / 'a.parquet'), 'image', ('text',))
+  whole = list(records.read(0))
+  assert len(whole) == 151 and whole[140][2].texts == (caption(140),)
+  for start in (1, 63, 64, 65, 128, 149, 150):
+    assert list(records.read(0, start)) == whole[start:], start
 
 
 def test_weights(written, tmp_path):
@@ -225,7 +281,7 @@ def test_skipped_by_reason(tmp_path, caplog):
 
 
 @pytest.mark.parametrize('threads', [0, 2])
-def test_too_many_skipped_is_an_error(tmp_path, threads):
+def test_too_many_skipped_is_an_error(tmp_path, threads, caplog):
   samples = [(str(i), {'png': picture(i) if i % 10 else b'', 'txt': b'words'}) for i in range(100)]
   write_tar(tmp_path / '0.tar', samples)
   source = dict(format='tars', path=f'{tmp_path}/0.tar')
@@ -233,6 +289,7 @@ def test_too_many_skipped_is_an_error(tmp_path, threads):
   with pytest.raises(UserError, match=r'of 10\d\d records were skipped \(no image \d+\).*0.tar.*data.max_skipped=0.09'):
     for _ in range(30):
       next(numbers_of)
+  assert caplog.text.count('skipped: no image') == 3
   assert len(list(itertools.islice(batches(source, task='images', batch_size=50, num_threads=threads, max_skipped=0.11), 30))) == 30
 
 

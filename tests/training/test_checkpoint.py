@@ -271,6 +271,21 @@ def test_a_position_of_many_processes(saved):
     Checkpoints(saved, config(), keep=2).restore(3, abstract(state(0)), numbers())
 
 
+def test_each_process_goes_on_at_its_own_position(tmp_path, monkeypatch):
+  class Data:
+    def __init__(self, state):
+      self.get_state, self.set_state = lambda: state, lambda other: setattr(self, 'restored', other)
+
+  handler, states = integrity.PositionHandler(), [{'window': [0, process, 7]} for process in range(2)]
+  monkeypatch.setattr(integrity.jax, 'process_count', lambda: 2)
+  for process, state in enumerate(states):
+    monkeypatch.setattr(integrity.jax, 'process_index', lambda: process)
+    handler.save(tmp_path, integrity.PositionSave(Data(state)))
+  for process, state in enumerate(states):
+    monkeypatch.setattr(integrity.jax, 'process_index', lambda: process)
+    assert handler.restore(tmp_path, integrity.PositionRestore(Data(None))).restored == state
+
+
 def test_the_position_of_an_earlier_version(saved):
   file, = (saved / 'checkpoints' / '3' / 'data').glob('process_*')
   file.write_text('{"next_index": 12}')
