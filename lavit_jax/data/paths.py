@@ -1,7 +1,7 @@
 """Where data lies: braces and globs become lists of files; files are opened here or wherever fsspec reaches (gs://, s3://, hf://).
 
-A store that does not answer is asked again. What follows from that, a fault of the network never is one of the data: processes that read
-the same files see the same records, or end.
+A store that does not answer is asked again, and in the end it is an error: a fault of the network never passes for one of the data, so that
+processes which read the same files see the same records.
 """
 
 from __future__ import annotations

@@ -110,6 +110,7 @@ def train(config, workdir) -> None:
 
       last, stop = step == config.num_steps, interrupt.requested()
       if step % config.log_every == 0 or last:
+        log.flush()  # waits for the steps: on CPU, exchanges between processes that overtake each other deadlock
         check_finite(log.report(skips(config, skipped, share)), step)
         checkpoints.check()
       if every(config.eval_every, step, last) and not stop:
