@@ -41,13 +41,13 @@ def test_goes_on_to_the_bit_and_counts_what_is_skipped(tmp_path, capsys, monkeyp
     config.log_every, config.data.scene_share = 2, 0.5  # which composed data alone have
   with monkeypatch.context() as patch:
     next_batch = loop.next_batch
-    patch.setattr(loop, 'next_batch', lambda data: time.sleep(1) or next_batch(data))
+    patch.setattr(loop, 'next_batch', lambda data: time.sleep(2) or next_batch(data))
     loop.train(config, tmp_path / 'run')
   out = capsys.readouterr().out
   assert 'continuing from step 2' in out and lines(tmp_path / 'run') == first
   assert 'changed since then: log_every 1 -> 2\n' in out
   assert 'warning: changed since then, so the next examples are not those that it would have seen: data.scene_share 0.3 -> 0.5\n' in out
-  assert float(re.search(r'step 4/4 .* data_wait ([\d.]+)%', out)[1]) > 40
+  assert float(re.search(r'step 4/4 .* data_wait ([\d.]+)%', out)[1]) > 10  # of 2 s and two steps
 
 
 def test_sources_without_held_out_ones_are_told_at_once(tmp_path):
