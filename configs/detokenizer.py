@@ -11,35 +11,40 @@ from ml_collections import ConfigDict
 
 from lavit_jax.models import lavit
 
-SCHEDULES = {  # the large ones as published: 20 K steps
+SCHEDULES = {  # tiny and small: our choice
     'tiny': dict(batch_size=32, num_steps=3_000, image_size=64, learning_rate=1e-3, warmup_steps=100, fsdp=1),
     'small': dict(batch_size=512, num_steps=20_000, image_size=512, learning_rate=1e-4, warmup_steps=1_000, fsdp=8),
-    'lavit_7b': dict(batch_size=2048, num_steps=20_000, image_size=512, learning_rate=1e-4, warmup_steps=1_000, fsdp=64),
+    'lavit_7b': dict(
+        num_steps=20_000,  # paper, section 4.1
+        image_size=512,  # REFERENCE 2: what Stable Diffusion 1.5 draws
+        batch_size=2048, learning_rate=1e-4, warmup_steps=1_000, fsdp=64),  # our choice
 }
 
-SOURCES = (  # data/sources.py
-    dict(format='tars', path='gs://BUCKET/laion400m/{00000..41407}.tar', weight=3.0),
-    dict(format='tars', path='gs://BUCKET/cc12m/{00000..01242}.tar', weight=1.0),
+SOURCES = (  # data/sources.py; the pictures of stage 1: paper, section 4.1
+    dict(format='tars', path='gs://BUCKET/laion400m/{00000..41407}.tar', weight=3.0),  # paper, section 4.1
+    dict(format='tars', path='gs://BUCKET/cc12m/{00000..01242}.tar', weight=1.0),  # our choice, and the weights
 )
-HELDOUT = (dict(format='tars', path='gs://BUCKET/laion400m/{41408..41454}.tar'),)
+HELDOUT = (dict(format='tars', path='gs://BUCKET/laion400m/{41408..41454}.tar'),)  # our choice
 
 
 def get_config(variant: str = 'tiny') -> ConfigDict:
   lavit.row(variant)  # names the nearest one if there is none
   row, large = SCHEDULES[variant], variant != 'tiny'
   config = ConfigDict(dict(
-      stage='detokenizer', variant=variant, seed=0, batch_size=row['batch_size'], num_steps=row['num_steps'], accumulate=1,
-      dtype='bfloat16' if large else 'float32', remat='full' if large else 'none',
-      mesh=dict(data=-1, fsdp=row['fsdp'], tensor=1), peak_tflops=0.0,
-      frozen='', init_from='',
+      stage='detokenizer', variant=variant, batch_size=row['batch_size'], num_steps=row['num_steps'],  # above
+      seed=0, accumulate=1, dtype='bfloat16' if large else 'float32', remat='full' if large else 'none',  # our choice
+      mesh=dict(data=-1, fsdp=row['fsdp'], tensor=1), peak_tflops=0.0, frozen='', init_from='',  # our choice
       data=dict(
-          task='images', source='data', image_size=row['image_size'], scene_share=0.3, num_threads=16 if large else 2,
-          sources=SOURCES if large else (), heldout=HELDOUT if large else (), crop='none', max_skipped=0.05),
-      detokenizer=dict(drop_condition=0.1, guidance_scale=3.0),
+          task='images', image_size=row['image_size'], crop='none',  # REFERENCE 2: straight to the square
+          sources=SOURCES if large else (), heldout=HELDOUT if large else (),  # above
+          source='data', scene_share=0.3, num_threads=16 if large else 2, max_skipped=0.05),  # our choice
+      detokenizer=dict(
+          drop_condition=0.1,  # our choice; that it is dropped now and then: REFERENCE 3
+          guidance_scale=3.0),  # our choice, of the pictures that are looked at meanwhile
       optim=dict(
-          learning_rate=row['learning_rate'], warmup_steps=row['warmup_steps'], final_fraction=0.05, weight_decay=0.01,
-          b1=0.9, b2=0.99, mu_dtype='float32', clip_norm=1.0, ema_decay=0.999 if large else 0.99,
-          freeze=('^decoder/(?!context_proj|pool)',), lr_scale=()),
-      log_every=50, eval_every=1000 if large else 250, eval_batches=8, picture_every=1000 if large else 500, checkpoint_every=500, keep=2,
-      skip_damaged=False, profile=''))
+          learning_rate=row['learning_rate'], warmup_steps=row['warmup_steps'], final_fraction=0.05, weight_decay=0.01,  # our choice
+          b1=0.9, b2=0.99, mu_dtype='float32', clip_norm=1.0, ema_decay=0.999 if large else 0.99, lr_scale=(),  # our choice
+          freeze=('^decoder/(?!context_proj|pool)',)),  # REFERENCE 3: the tokenizer is frozen; that its context heads learn is our choice
+      log_every=50, eval_every=1000 if large else 250, eval_batches=8, picture_every=1000 if large else 500,  # our choice
+      checkpoint_every=500, keep=2, skip_damaged=False, profile=''))  # our choice
   return config.lock()

@@ -150,7 +150,8 @@ def data_pack(args):
       packed.records, args.out, sum(packed.skipped.values()), reasons, packed.found))
   if packed.failed:
     from lavit_jax.errors import UserError
-    raise UserError('%d tars could not be opened, the first %s; the same command tries them again' % (len(packed.failed), packed.failed[0]))
+    raise UserError('%d tars are not packed: %s; the same command tries them again' % (
+        len(packed.failed), packed.failed[0] + (', and others' if len(packed.failed) > 1 else '')))
 
 
 def evaluate(args):

@@ -88,6 +88,37 @@ def test_optimizer_moments_lie_with_their_parameters(seven_b):
   assert P(None, 'fsdp', 'tensor') in specs.values()
 
 
+class Chip:
+  """One of 2 x 2 of a slice of a TPU, as JAX describes it."""
+
+  platform, device_kind, core_on_chip, process_index = 'tpu', 'TPU v4', 0, 0
+
+  def __init__(self, number, slice_index):
+    self.id, self.slice_index, self.coords = number, slice_index, (number % 2, number // 2 % 2, 0)
+
+
+@pytest.mark.parametrize('slices, sizes, rows', [
+    (2, (2, -1, 1), [[0] * 4, [1] * 4]),
+    (2, (-1, 2, 1), [[0] * 2, [0] * 2, [1] * 2, [1] * 2]),
+    (2, (4, 1, 2), [[0] * 2, [0] * 2, [1] * 2, [1] * 2]),
+    (4, (4, 2, 2), [[n] * 4 for n in range(4)]),
+    (1, (2, 2, 1), [[0] * 2, [0] * 2])])
+def test_over_slices_only_data_runs_across(slices, sizes, rows):
+  """The chips of one row of `data` are all of one slice, whichever order they are told in."""
+  chips = [Chip(n, n // 4) for n in range(4 * slices)]
+  mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes)), chips[1::2] + chips[::2])
+  assert mesh.axis_names == sharding.AXES and {chip.id for chip in mesh.devices.flat} == set(range(4 * slices))
+  assert [[chip.slice_index for chip in row.flat] for row in mesh.devices] == rows
+
+
+@pytest.mark.parametrize('sizes', [(1, -1, 1), (1, 4, 2), (-1, 4, 3)])
+def test_slices_that_data_does_not_run_across(sizes):
+  chips = [Chip(n, n // 4) for n in range(12 if sizes[2] == 3 else 8)]
+  count = len(chips) // 4
+  with pytest.raises(UserError, match=f'mesh: .* does not fit {count} slices; data must be a multiple of {count}'):
+    sharding.make_mesh(dict(zip(sharding.AXES, sizes)), chips)
+
+
 def test_batches_and_trees_arrive_as_they_were():
   mesh = sharding.make_mesh(dict(data=-1, fsdp=1, tensor=1))
   rows = {'image': np.arange(24 * 8, dtype=np.uint8).reshape(8, 24)}

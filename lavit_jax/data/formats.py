@@ -9,7 +9,8 @@
 | 'parquet'     | stream | files, a row group the unit                | column of bytes      | columns                   |
 
 `text` names one field or several, of which one is chosen each time; a dot goes down into JSON, structs and lists ('json.caption',
-'captions.text'). Whatever is not a record becomes a `Skip` with the reason.
+'captions.text'). Whatever is not a record becomes a `Skip` with the reason. `names()` are what tells a source from another one, as JSON:
+the files with their sizes, as far as they are cheap to have.
 """
 
 from __future__ import annotations
@@ -63,11 +64,14 @@ class ArrayRecords:
         raise UserError(f'{file}: ArrayRecord reads local files only; mount the bucket (gcsfuse), or read the tars as they are')
       if not os.path.isfile(file):
         raise UserError(f'{file}: no such file; make it with lavit data pack')
-    self.text, self.source = text, ArrayRecordDataSource(files)
+    self.files, self.text, self.source = files, text, ArrayRecordDataSource(files)
     self.name = files[0] if len(files) == 1 else f'{files[0]} ... {files[-1]}'
 
   def __len__(self) -> int:
     return len(self.source)
+
+  def names(self) -> list:
+    return paths.names_and_sizes(self.files)
 
   def read(self, index: int) -> Record | Skip:
     origin = f'{self.name}: record {index}'
@@ -101,10 +105,13 @@ class Tfds:
     except Exception as error:  # of many kinds, all about what was asked for
       reason = ' '.join(str(error).split())[:300]
       raise UserError(f'tfds {path!r}, split {split!r}: {reason}; prepare it as array_record with tfds build, and give data_dir') from error
-    self.name, self.image, self.text = path, image, text
+    self.name, self.image, self.text, self.split, self.info = path, image, text, split, builder.info
 
   def __len__(self) -> int:
     return len(self.source)
+
+  def names(self) -> list:
+    return [self.info.full_name, int(self.info.dataset_size), self.split]
 
   def read(self, index: int) -> Record | Skip:
     record = self.source[index]
@@ -115,13 +122,9 @@ class Folder:
   """Pictures and one file of captions beside them: lines {"file_name", "text"}, a table with these columns, or COCO's JSON."""
 
   def __init__(self, path, image, text, captions=None):
-    files, inside = paths.store(path)
-    names = [captions] if captions else CAPTIONS
-    found = next((name for name in names if files.exists(f'{inside}/{name}')), None)
-    if found is None:
-      raise UserError(f'{path} has no {" or ".join(names)}; write one with file_name and text of each picture, or give captions=NAME')
     self.path, self.rows = path.rstrip('/'), {}
-    with paths.open_file(f'{self.path}/{found}') as file:
+    found, file = self._open([captions] if captions else CAPTIONS)
+    with file:
       try:
         for name, words in _captions(found, io.TextIOWrapper(file, 'utf-8')):
           self.rows.setdefault(name, []).append(words)
@@ -132,14 +135,25 @@ class Folder:
   def __len__(self) -> int:
     return len(self.rows)
 
+  def names(self) -> list:
+    return [name for name, _ in self.rows]
+
   def read(self, index: int) -> Record | Skip:
     name, texts = self.rows[index]
     origin = f'{self.path}/{name}'
     try:
       with paths.open_file(origin) as file:
         return Record(file.read(), tuple(texts), origin)
-    except OSError:
+    except paths.NO_FILE:
       return Skip('no image', origin)
+
+  def _open(self, names: Sequence[str]):
+    for name in names:
+      try:
+        return name, paths.open_file(f'{self.path}/{name}')
+      except paths.NO_FILE:
+        pass
+    raise UserError(f'{self.path} has no {" or ".join(names)}; write one with file_name and text of each picture, or give captions=NAME')
 
 
 def _captions(name: str, file) -> Iterator[tuple[str, str]]:
@@ -167,6 +181,9 @@ class Tars:
   def __len__(self) -> int:
     return len(self.files)
 
+  def names(self) -> list:
+    return paths.names_and_sizes(self.files)
+
   def read(self, unit: int, start: int = 0) -> Iterator[tuple[int, int, Record | Skip]]:
     """(start, end, record) of each sample from byte `start` on; at last a Skip of unit 'files'."""
     path, end = self.files[unit], start
@@ -175,9 +192,9 @@ class Tars:
       with paths.open_file(path) as file:
         for start, end, key, sample in tars.samples(file, start):
           yield start, end, self.record(f'{path}: {key}', sample)
-    except FileNotFoundError:
+    except paths.NO_FILE:
       last = Skip('missing tar', path, 'files')
-    except (tars.Broken, OSError, EOFError) as error:
+    except tars.Broken as error:
       last = Skip('broken tar', f'{path} ({error})', 'files')
     yield end, end, last
 
@@ -194,7 +211,7 @@ class Parquets:
 
   def __init__(self, path, image, text):
     self.image, self.text, self._open = image, text, threading.local()
-    files = paths.expand(path)
+    self.files = files = paths.expand(path)
     with ThreadPoolExecutor(16) as pool:  # a store far away answers slowly, not seldom
       counts, columns = zip(*pool.map(self._look, files))
     self.columns = [name for name in dict.fromkeys((image, *(name.split('.')[0] for name in text))) if name in columns[0]]
@@ -204,6 +221,9 @@ class Parquets:
 
   def __len__(self) -> int:
     return len(self.units)
+
+  def names(self) -> list:
+    return paths.names_and_sizes(self.files)
 
   def read(self, unit: int, start: int = 0) -> Iterator[tuple[int, int, Record | Skip]]:
     path, group = self.units[unit]

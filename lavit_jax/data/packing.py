@@ -28,7 +28,7 @@ SUFFIX = '.array_record'
 
 
 class Packed(NamedTuple):
-  """`records` written, `skipped` by reason, tars `found` done already, tars `failed` that could not be opened: the next run tries again."""
+  """`records` written, `skipped` by reason, tars `found` done already, tars that `failed`, with what happened: the next run tries again."""
 
   records: int
   skipped: dict[str, int]
@@ -58,8 +58,8 @@ def pack(sources: str | Sequence[str], out: str, workers: int = 1, say: Callable
   try:
     run = pool.map if pool else map
     for i, (file, error) in enumerate(run(_pack_one, waiting.values(), waiting.keys()), 1):
-      failed += [f'{file}: {error}'] if error else []
-      say(f'{i}/{len(waiting)}  {file}' + (f'  cannot be read: {error}' if error else ''))
+      failed += [f'{file} {error}'] if error else []
+      say(f'{i}/{len(waiting)}  {file}' + (f'  {error}' if error else ''))
   except concurrent.futures.process.BrokenProcessPool:
     raise UserError('a process that packed was killed (out of memory?); the same command goes on, with fewer --workers') from None
   finally:
@@ -76,14 +76,14 @@ def pack(sources: str | Sequence[str], out: str, workers: int = 1, say: Callable
 
 
 def _pack_one(file: str, target: str) -> tuple[str, str]:
-  """(the tar, '' or why it could not be read). `target` appears when it is complete: of a broken tar, with what comes before the break."""
+  """(the tar, '' or what happened to it). `target` appears when it is complete: of a broken tar, with what comes before the break."""
   from array_record.python.array_record_module import ArrayRecordWriter
   skipped, records = collections.Counter(), 0
   half = os.path.join(os.path.dirname(target), f'.{os.path.basename(target)}.half')
   try:
     opened = paths.open_file(file)
-  except OSError as error:
-    return file, str(error)
+  except (OSError, UserError) as error:
+    return file, f'could not be opened: {error}'
   writer = ArrayRecordWriter(half, 'group_size:1')
   try:
     for _, _, key, sample in tars.samples(opened):
@@ -96,8 +96,8 @@ def _pack_one(file: str, target: str) -> tuple[str, str]:
         records += 1
   except tars.Broken:
     skipped['broken tar'] += 1
-  except OSError as error:  # of the network or the disk, not of the tar: the next run tries again
-    return file, str(error)
+  except (OSError, UserError) as error:  # of the network or the disk, not of the tar: the next run tries again
+    return file, f'failed after {records + skipped.total()} samples: {error}'
   finally:
     writer.close()
     opened.close()

@@ -1,19 +1,32 @@
-"""Where data lies: braces and globs become lists of files; files are opened here or wherever fsspec reaches (gs://, s3://, hf://)."""
+"""Where data lies: braces and globs become lists of files; files are opened here or wherever fsspec reaches (gs://, s3://, hf://).
+
+A store that does not answer is asked again, and in the end it is an error: a fault of the network never passes for one of the data, so that
+processes which read the same files see the same records.
+"""
 
 from __future__ import annotations
 
+import io
 import itertools
+import logging
 import os
 import re
-from collections.abc import Sequence
-from typing import BinaryIO
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, BinaryIO
 
 import fsspec
+import numpy as np
 
 from lavit_jax.errors import UserError
 
 _BRACES = re.compile(r'\{([^{}]*)\}')
 _AHEAD = 8 << 20  # bytes asked of a remote store at a time
+_BUFFER = 1 << 20
+NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)  # no matter of patience
+_WAITS = (1.0, 4.0, 16.0)  # seconds before another try
+_SIZED = 512  # files of a source whose sizes are asked for, at most
 
 
 def expand(path: str | Sequence[str]) -> list[str]:
@@ -35,10 +48,104 @@ def is_remote(path: str) -> bool:
 
 
 def open_file(path: str) -> BinaryIO:
-  """Opens for reading and seeking. Raises OSError, and UserError if a package is missing for such a path."""
-  if not is_remote(path):
-    return open(path.removeprefix('file://'), 'rb', buffering=1 << 20)
-  return store(path)[0].open(path, 'rb', block_size=_AHEAD)
+  """Opens for reading and seeking; what fails is tried again, in longer and longer intervals.
+
+  Raises:
+    NO_FILE: when opening.
+    UserError: when opening and reading: it does not work in the end, or a package is missing for such a path.
+  """
+  return io.BufferedReader(_Patient(path), _BUFFER)
+
+
+class _Patient(io.RawIOBase):
+  """A file that is opened anew, at the same place, when reading fails."""
+
+  def __init__(self, path: str):
+    self._path, self._at, self._file = path, 0, None
+    self._do(lambda file: None)
+
+  def readable(self) -> bool:
+    return True
+
+  def seekable(self) -> bool:
+    return True
+
+  def readinto(self, buffer) -> int:
+    count = self._do(lambda file: file.readinto(buffer))
+    self._at += count
+    return count
+
+  def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+    self._at = self._do(lambda file: file.seek(offset, whence))
+    return self._at
+
+  def tell(self) -> int:
+    return self._at
+
+  def close(self) -> None:
+    self._drop()
+    super().close()
+
+  def _do(self, act: Callable[[BinaryIO], int | None]) -> int | None:
+    def once():
+      try:
+        if self._file is None:
+          self._file = _open(self._path)
+          self._file.seek(self._at)
+        return act(self._file)
+      except Exception:
+        self._drop()
+        raise
+
+    return _patiently(self._path, once)
+
+  def _drop(self) -> None:
+    file, self._file = self._file, None
+    try:
+      if file is not None:
+        file.close()
+    except Exception:  # it is of no use any more
+      pass
+
+
+def _open(path: str) -> BinaryIO:
+  if is_remote(path):
+    return store(path)[0].open(path, 'rb', block_size=_AHEAD)
+  return open(path.removeprefix('file://'), 'rb', buffering=0)
+
+
+def _patiently(path: str, act: Callable[[], Any]) -> Any:
+  """act(), tried a few times. Raises NO_FILE at once, and UserError in the end."""
+  for wait in (*_WAITS, None):
+    try:
+      return act()
+    except (*NO_FILE, UserError):
+      raise
+    except Exception as error:  # not all that the packages of remote stores raise is an OSError
+      reason = ' '.join(str(error).split())[:200] or type(error).__name__
+      if wait is None:
+        raise UserError(f'{path} cannot be read ({reason}; tried {1 + len(_WAITS)} times); see to the network or the disk, and start the '
+                        'same command again: it goes on from where it was saved') from error
+      logging.getLogger(__name__).warning('%s cannot be read (%s); again in %g s', path, reason, wait)
+      time.sleep(wait)
+
+
+def names_and_sizes(files: Sequence[str]) -> list[tuple[str, int | None]]:
+  """What tells files from others without reading them: of each its name, without folders, for they may be moved, and the size in bytes.
+
+  Not the size of all, where there are many: a question to a store takes its time. None: not asked; -1: there is no such file.
+  """
+  def size(file: str) -> int:
+    files, inside = store(file)
+    try:
+      return _patiently(file, lambda: files.size(inside))
+    except NO_FILE:
+      return -1
+
+  asked = np.unique(np.linspace(0, len(files) - 1, min(len(files), _SIZED)).astype(int)).tolist()
+  with ThreadPoolExecutor(16) as pool:
+    sizes = dict(zip(asked, pool.map(lambda i: size(files[i]), asked)))
+  return [(os.path.basename(file), sizes.get(i)) for i, file in enumerate(files)]
 
 
 def store(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -64,7 +171,7 @@ def _braces(path: str) -> list[str]:
 
 def _glob(path: str) -> list[str]:
   files, inside = store(path)
-  found = sorted(files.glob(inside))
+  found = sorted(_patiently(path, lambda: files.glob(inside)))
   if not found:
     raise UserError(f'{path} matches no file; check the path')
   return [files.unstrip_protocol(name) for name in found] if is_remote(path) else found

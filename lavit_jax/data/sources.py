@@ -11,9 +11,11 @@ record is of this source, against the others. `use` (''): 'caption', 'draw', 'te
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping, Sequence
 
 import grain
+import xxhash
 
 from lavit_jax.data import formats, streams
 from lavit_jax.errors import UserError
@@ -24,21 +26,22 @@ _COMMON = ('format', 'path', 'weight', 'use', 'image', 'text')
 _WINDOW, _HELDOUT_WINDOW = 2048, 64
 
 
-def mix(sources: Sequence[Mapping], seed: int | None, shard_index: int, shard_count: int) -> tuple[grain.IterDataset, list[int]]:
-  """Tickets of all sources, mixed by weight, endless; and the number of units of each source and of processes.
+def mix(sources: Sequence[Mapping], seed: int | None, shard_index: int, shard_count: int) -> tuple[grain.IterDataset, dict]:
+  """Tickets of all sources, mixed by weight, endless; and all that a position among them depends on, for `streams.Made`.
 
-  `seed` None: every source in its order.
+  `seed` None: every source in its order, and no such account.
 
   Raises:
     UserError: an option that is unknown or wrong, files that are not there, an empty source.
   """
   opened = [_open(number, dict(source), seed, shard_index, shard_count) for number, source in enumerate(sources)]
-  tickets, units = zip(*opened)
+  tickets, accounts = zip(*opened)
   weights = [float(source.get('weight', 1.0)) for source in sources]
-  return tickets[0] if len(tickets) == 1 else grain.IterDataset.mix(tickets, weights), [*units, shard_count]
+  of = {} if seed is None else {'seed': seed, 'processes': shard_count, 'sources': list(accounts)}
+  return tickets[0] if len(tickets) == 1 else grain.IterDataset.mix(tickets, weights), of
 
 
-def _open(number: int, options: dict, seed: int | None, shard_index: int, shard_count: int) -> tuple[grain.IterDataset, int]:
+def _open(number: int, options: dict, seed: int | None, shard_index: int, shard_count: int) -> tuple[grain.IterDataset, dict]:
   name = f'sources[{number}]'
   kind = options.get('format')
   if kind not in formats.FORMATS:
@@ -65,11 +68,13 @@ def _open(number: int, options: dict, seed: int | None, shard_index: int, shard_
     raise UserError(f'{name}: {error}') from error
   if not len(records):
     raise UserError(f'{name}: {options["path"]} holds no records')
-  use = options.get('use', '')
+  use, account = options.get('use', ''), {'format': kind, 'units': len(records)}
+  if seed is not None:
+    account['files'] = xxhash.xxh32_hexdigest(json.dumps(records.names()).encode())
   if 'window' in known:
-    window = options.get('window', _WINDOW) if seed is not None else _HELDOUT_WINDOW
-    return streams.Windows(records, number, use, seed, shard_index, shard_count, window), len(records)
-  return streams.store(records, number, use, seed, shard_index, shard_count), len(records)
+    window = account['window'] = options.get('window', _WINDOW) if seed is not None else _HELDOUT_WINDOW
+    return streams.Windows(records, number, use, seed, shard_index, shard_count, window), account
+  return streams.store(records, number, use, seed, shard_index, shard_count), account
 
 
 def _names(value: str | Sequence[str]) -> tuple[str, ...]:

@@ -37,7 +37,7 @@ class Ticket(NamedTuple):
 
 
 class Skipped:
-  """Counts what was left out by reason, since this process started, and names the first few."""
+  """Counts what this process left out by reason, since it started, and names the first few."""
 
   def __init__(self):
     self.seen, self.skipped, self.reasons = collections.Counter(), collections.Counter(), collections.Counter()
@@ -166,12 +166,12 @@ class _WindowsIterator(grain.DatasetIterator):
 class Made(grain.IterDataset):
   """What `make` makes of each ticket, in order, by `num_threads` threads (0: none); what it skips is counted in `skipped`.
 
-  `of` says in the state what it is a state of: nothing goes on with other files, or with another number of processes.
+  `of` says in the state what it is a state of (sources.mix): nothing goes on with other files, or with another number of processes.
 
   Raises UserError, as Skipped.add, when more than the share `limit` was skipped.
   """
 
-  def __init__(self, tickets: grain.IterDataset, of: list[int], make: Callable[[Ticket], dict | Skip], skipped: Skipped, limit: float,
+  def __init__(self, tickets: grain.IterDataset, of: dict, make: Callable[[Ticket], dict | Skip], skipped: Skipped, limit: float,
                num_threads: int, ahead: int):
     super().__init__(tickets)
     self.of, self.make, self.skipped, self.limit = of, make, skipped, limit
@@ -209,8 +209,8 @@ class _MadeIterator(grain.DatasetIterator):
     return {'tickets': self._state, 'of': self._made.of}
 
   def set_state(self, state):
-    if state['of'] != self._made.of:
-      raise ValueError(f'it has read data of {state["of"]} units and processes, but the list of sources has {self._made.of} now')
+    if changes := changed(state['of'], self._made.of):
+      raise ValueError(f'changed are {", ".join(changes)}')
     self._drop()
     self._parent.set_state(state['tickets'])
     self._state = state['tickets']
@@ -224,6 +224,20 @@ class _MadeIterator(grain.DatasetIterator):
   def _drop(self):
     while self._waiting:
       self._waiting.pop()[0].cancel()
+
+
+def changed(was: dict, now: dict) -> list[str]:
+  """What differs between two accounts `of` data: 'sources[0].window 5 -> 7', 'seed 1 -> 2' ..."""
+  if isinstance(was, list):  # as earlier versions had it: units of each source, and processes
+    was = {'processes': was[-1], 'sources': [{'units': units} for units in was[:-1]]}
+    now = {'processes': now['processes'], 'sources': [{'units': source['units']} for source in now['sources']]}
+  was, now = _flat(was), _flat(now)
+  return [f'{key} {was.get(key, "(none)")} -> {now.get(key, "(none)")}' for key in {**was, **now} if was.get(key) != now.get(key)]
+
+
+def _flat(of: dict) -> dict:
+  rest = {key: value for key, value in of.items() if key != 'sources'}
+  return rest | {f'sources[{i}].{key}': value for i, source in enumerate(of['sources']) for key, value in source.items()}
 
 
 def closed_at_exit(iterator: grain.DatasetIterator) -> grain.DatasetIterator:

@@ -15,25 +15,35 @@ BLOCK = 512
 
 
 class Broken(Exception):
-  """The tar ends before its end mark, or a header is damaged; what follows is lost."""
+  """The tar ends in the middle of a sample, or a header is damaged; what follows is lost."""
+
+
+class _Unmarked(Broken):
+  """It ends at the end of a member, but without an end mark."""
 
 
 def samples(file: BinaryIO, start: int = 0) -> Iterator[tuple[int, int, str, dict[str, bytes]]]:
   """Yields (start, end, key, {extension: content}) of each sample from byte `start` on, which is where a sample starts.
 
+  A tar may lack its end mark. Then its last sample is taken for whole if it has all the extensions of the one before it.
+
   Raises:
     Broken: after the last sample that is whole.
   """
   file.seek(start)
-  key, sample, end = None, {}, start
-  for offset, end, name, content in _members(file, start):
-    folder, slash, base = name.rpartition('/')
-    stem, _, extension = base.partition('.')
-    if key not in (None, folder + slash + stem):
-      yield start, offset, key, sample
-      start, sample = offset, {}
-    key = folder + slash + stem
-    sample[extension.lower()] = content
+  key, sample, end, before = None, {}, start, set()
+  try:
+    for offset, end, name, content in _members(file, start):
+      folder, slash, base = name.rpartition('/')
+      stem, _, extension = base.partition('.')
+      if key not in (None, folder + slash + stem):
+        yield start, offset, key, sample
+        start, sample, before = offset, {}, set(sample)
+      key = folder + slash + stem
+      sample[extension.lower()] = content
+  except _Unmarked:
+    if before - set(sample):
+      raise
   if key is not None:
     yield start, end, key, sample
 
@@ -43,6 +53,8 @@ def _members(file: BinaryIO, offset: int) -> Iterator[tuple[int, int, str, bytes
   start, given = offset, {}  # what pax and GNU headers say of the next member
   while True:
     header = file.read(BLOCK)
+    if not header and not given and offset:
+      raise _Unmarked('ends without an end mark')
     plain = _plain(header)
     if plain:
       kind, name, size = tarfile.REGTYPE, *plain

@@ -11,7 +11,6 @@ A digest of every array is saved beside it and compared after reading: Orbax wou
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pathlib
@@ -24,6 +23,11 @@ from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.porting.leaves import disk_full
 from lavit_jax.training import integrity
+from lavit_jax.training.processes import wait_for_all
+
+MARK = 'damaged'  # in a step's folder: a file of a process that could not read it, with the reason
+INEXACT = ('data.', 'batch_size', 'seed')  # options after whose change a run sees other examples than it would have seen
+HARMLESS = ('data.num_threads', 'data.max_skipped', 'data.heldout')
 
 
 class Damaged(UserError):
@@ -65,23 +69,39 @@ class Checkpoints:
     return step
 
   def restore_latest(self, abstract, data, skip_damaged: bool = False):
-    """`restore` of the last step -> (step, train state); (0, None) if there is none.
+    """`restore` of the last step -> (step, train state); (0, None) if there never was one.
 
     With `skip_damaged`, a damaged checkpoint is set aside, as STEP.damaged, and the one before is taken.
+
+    Raises:
+      UserError: as `latest` and `restore`; or all were set aside.
     """
-    begin = data.get_state()
     while (step := self.manager.latest_step()) is not None:
+      if skip_damaged and (marks := sorted((self.folder / str(step)).glob(f'{MARK}-*'))):
+        self._set_aside(step, marks[0].read_text())
+        continue
       try:
         self.latest()
         return step, self.restore(step, abstract, data)
       except Damaged as error:
         if not skip_damaged:
           raise
+        if jax.process_count() > 1 and error.__cause__:  # perhaps this process alone could not read it, and the others wait elsewhere
+          (self.folder / str(step) / f'{MARK}-{jax.process_index()}').write_text(str(error))
+          raise UserError(f'{error}; start again: it will be skipped') from error
         self._set_aside(step, error)
-        if jax.process_count() > 1 and error.__cause__:  # perhaps this process alone could not read it
-          raise UserError(f'{error}; it is set aside: start again') from error
-        data.set_state(begin)
+    if aside := sorted(self.folder.glob('*.damaged')):
+      raise UserError(f'all checkpoints in {self.folder} are damaged ({", ".join(path.name for path in aside)}): there is nothing to go on from; '
+                      'begin in another --workdir, or delete these to begin anew in this one')
     return 0, None
+
+  def changes(self, step: int) -> tuple[list[str], list[str]]:
+    """'key was -> is' of the options that differ from those `step` was saved with: the harmless ones, and those that change what data come."""
+    was, now = _leaves(self._about(step)['config']), _leaves(self.config)
+    keys = [key for key in {**was, **now} if was.get(key) != now.get(key)]
+    inexact = [key for key in keys if key.startswith(INEXACT) and key not in HARMLESS]
+    told = {key: f'{key} {_short(was.get(key))} -> {_short(now.get(key))}' for key in keys}
+    return [told[key] for key in keys if key not in inexact], [told[key] for key in inexact]
 
   def restore(self, step: int, abstract, data):
     """The train state of `step`, placed as `abstract` (ShapeDtypeStructs with shardings) says; moves the iterator `data`.
@@ -110,8 +130,6 @@ class Checkpoints:
     Raises:
       UserError: the disk is full, now or while the previous checkpoint was written. Nothing half-written stays.
     """
-    if step == self.manager.latest_step():
-      return
     with _DiskFull(self):
       self.manager.save(step, args=ocp.args.Composite(
           state=ocp.args.StandardSave(state), data=integrity.PositionSave(data),
@@ -148,15 +166,29 @@ class Checkpoints:
     return Damaged(f'the checkpoint {self.folder / str(step)} is damaged or does not fit this config ({reason}); '
                    '--config.skip_damaged=true goes on from the one before, or choose another --workdir')
 
-  def _set_aside(self, step: int, error: Damaged) -> None:
+  def _set_aside(self, step: int, reason) -> None:
+    """By process 0, while no other one reads it; all call this."""
+    wait_for_all('a damaged checkpoint was found')
     if jax.process_index() == 0:
-      print(f'lavit: {error}', flush=True)
-    damaged, aside = self.folder / str(step), self.folder / f'{step}.damaged'
-    if damaged.exists():  # else another process was first
+      print(f'lavit: {reason}', flush=True)
+      aside = self.folder / f'{step}.damaged'
       shutil.rmtree(aside, ignore_errors=True)
-      with contextlib.suppress(FileNotFoundError):
-        damaged.rename(aside)
+      (self.folder / str(step)).rename(aside)
+    wait_for_all('a damaged checkpoint is set aside')
     self.manager.reload()
+
+
+def _leaves(config: dict, prefix: str = '') -> dict:
+  """{'optim.learning_rate': 0.1, ...}."""
+  found = {}
+  for key, value in config.items():
+    found |= _leaves(value, f'{prefix}{key}.') if isinstance(value, dict) else {prefix + key: value}
+  return found
+
+
+def _short(value) -> str:
+  text = repr(value)
+  return text if len(text) <= 60 else f'{text[:57]}...'
 
 
 class _DiskFull:

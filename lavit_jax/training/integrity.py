@@ -82,7 +82,8 @@ class PositionHandler(ocp.CheckpointHandler):
     try:
       args.item.set_state(state)
     except (ValueError, KeyError) as error:  # sound, so it is no damage that an earlier checkpoint could mend
-      raise UserError(f'{directory}: the position in the data is one in other data than data.sources or data.source name now ({error})') from error
+      raise UserError(f'{directory}: the position in the data is one in other data than data.sources or data.source name now ({error}); give '
+                      'what it began with, or begin in another --workdir, with --config.init_from=RUN/export of a finished run') from error
     return args.item
 
   def _file(self, directory):

@@ -14,6 +14,7 @@ import json
 import math
 import pathlib
 import time
+from collections import Counter
 from typing import Any, NamedTuple
 
 import jax
@@ -88,6 +89,8 @@ def train(config, workdir) -> None:
     count = sum(x.size for x in jax.tree.leaves(shapes.params))
     log.say(f'{config.stage}:{config.variant}  {count / 1e6:.2f} M parameters  mesh {dict(mesh.shape)}  '
             + (f'continuing from step {first}' if first else f'starting in {workdir}'))
+    if first:
+      tell_changes(log, *checkpoints.changes(first))
     write_config(config, workdir)
 
     if first < config.num_steps:
@@ -108,7 +111,8 @@ def train(config, workdir) -> None:
 
       last, stop = step == config.num_steps, interrupt.requested()
       if step % config.log_every == 0 or last:
-        check_finite(log.report(skipped.metrics()), step)
+        log.flush()  # waits for the steps: on CPU, exchanges between processes that overtake each other deadlock
+        check_finite(log.report(skips(config, skipped, share)), step)
         checkpoints.check()
       if every(config.eval_every, step, last) and not stop:
         stop = look.evaluate(state, step, log, interrupt)
@@ -294,6 +298,14 @@ def export(config, stage, train_state, workdir) -> None:
   processes.wait_for_all('exported')
 
 
+def tell_changes(log, others: list[str], inexact: list[str]) -> None:
+  """One line for options that have changed since the checkpoint, and a warning for those that give the run other examples."""
+  if others:
+    log.say(f'changed since then: {", ".join(others)}')
+  if inexact:
+    log.say(f'warning: changed since then, so the next examples are not those that it would have seen: {", ".join(inexact)}')
+
+
 def write_config(config, workdir) -> None:
   if jax.process_index() == 0:
     (workdir / 'config.json').write_text(json.dumps(json.loads(config.to_json_best_effort()), indent=1) + '\n')
@@ -314,6 +326,14 @@ def open_data(config, model, share, split: str, skipped: Skipped | None = None):
         rows=share.rows, skipped=skipped)
   except (FileNotFoundError, ValueError, UserError) as error:
     raise UserError(f'data: {error}') from error
+
+
+def skips(config, skipped: Skipped, share) -> dict[str, int]:
+  """What all processes together skipped; those that read the same rows count once."""
+  if not config.data.get('sources'):
+    return {}
+  told = {each.pop('share'): each for each in processes.gather({'share': share.index, **skipped.metrics()})}
+  return dict(sum(map(Counter, told.values()), Counter()))
 
 
 def next_batch(data) -> dict:

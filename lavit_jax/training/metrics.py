@@ -11,6 +11,7 @@ import math
 import os
 import pathlib
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -43,6 +44,8 @@ class Log:
     self.since: list[dict] = []  # in metrics.jsonl already, and not yet shown
     self.writes = jax.process_index() == 0
     self.clock, self.last_step, self.waited = time.monotonic(), first_step, 0.0
+    self.watch = ThreadPoolExecutor(1)
+    self.ready: Future | None = None  # when the last step was done
     if self.writes:
       self.workdir.mkdir(parents=True, exist_ok=True)
       file = self.workdir / 'metrics.jsonl'
@@ -53,6 +56,7 @@ class Log:
   def step(self, step: int, values: dict) -> None:
     """Takes the metrics of training step `step` (1 is the first), still on the device."""
     self.pending.append((step, values))
+    self.ready = self.watch.submit(_when_ready, values)
     if len(self.pending) > 2:  # the host may run two steps ahead, not a whole report: every step in flight holds a batch
       jax.block_until_ready(self.pending[-3][1])
 
@@ -67,11 +71,11 @@ class Log:
     return mean(self.since)
 
   def fetch(self, source, *args):
-    """source(*args), the next batch; what it takes counts as waiting for data if the device is idle by then."""
+    """source(*args), the next batch; how long the device is idle meanwhile counts as waiting for data."""
     start = time.monotonic()
     batch = source(*args)
-    if not self.pending or all(x.is_ready() for x in jax.tree.leaves(self.pending[-1][1])):
-      self.waited += time.monotonic() - start
+    if self.ready is None or self.ready.done():
+      self.waited += time.monotonic() - max(start, self.ready.result() if self.ready else start)
     return batch
 
   def report(self, counts: dict[str, int] | None = None) -> dict[str, float]:
@@ -136,9 +140,15 @@ class Log:
 
   def close(self) -> None:
     self.flush()
+    self.watch.shutdown()
     if self.writes:
       self.jsonl.close()
       self.board.close()
+
+
+def _when_ready(values: dict) -> float:
+  jax.block_until_ready(values)
+  return time.monotonic()
 
 
 def memory_in_use() -> dict[str, float]:

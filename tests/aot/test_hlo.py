@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from lavit_jax.aot import hlo
+from lavit_jax.models.packed_attention import BLOCK, kernel_flops
 
 
 def compiled(fn, *args):
@@ -66,3 +67,16 @@ def test_kernels_are_told_and_marks_cost_nothing():
   assert seen == [('splash.1', [(4, 8), (4, 8)])]
   assert hlo.cost(kernel).bytes == 2 * 64 + 512
   assert hlo.cost(program('  ROOT %m = bf16[32,8]{1,0} custom-call(%a), custom_call_target="AllocateBuffer"')) == hlo.NOTHING
+
+
+@pytest.mark.parametrize('length, pairs, side', [(BLOCK // 4, 1, BLOCK // 4), (BLOCK, 1, BLOCK), (2 * BLOCK, 3, BLOCK), (4 * BLOCK, 10, BLOCK),
+                                                 (384, 6, 128)])
+@pytest.mark.parametrize('name, products', [('splash_mha_fwd_segmented_residuals.3', 2), ('splash_mha_dkv_segmented_no_residuals.1', 5)])
+def test_the_attention_kernel_by_hand(length, pairs, side, name, products):
+  """Of R rows and H heads each pair of blocks (queries, keys before or at them) is `products` products of [side, d] and [d, side]."""
+  rows, heads, width = 3, 5, 128
+  shape = f'bf16[{rows},{heads},{length},{width}]{{3,2,1,0}}'
+  lines = ['ENTRY %main (q: bf16[1]) -> bf16[1] {', '  %m = s32[1,4]{1,0} parameter(0)', f'  %q = {shape} parameter(1)',
+           f'  ROOT %{name} = {shape} custom-call(%m, %q, %q, %q), custom_call_target="tpu_custom_call"', '}']
+  by_hand = rows * heads * pairs * products * 2 * side * side * width
+  assert hlo.cost('\n'.join(lines), kernel_flops).flops == by_hand

@@ -1,13 +1,18 @@
 """Every format, read as it was written; order, shards, exact resumption; what is skipped."""
 
+import functools
 import itertools
 import json
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lavit_jax.data import formats, mixtures, paths, streams, tars, text
@@ -87,12 +92,51 @@ def test_goes_on_exactly_where_it_stopped(written, name, threads):
         np.testing.assert_array_equal(value, row[key], err_msg=f'{key} after {position}')
 
 
-def test_nothing_goes_on_with_other_files(written):
-  state = batches(written['tars']).get_state()
-  for other in (dict(sources=(written['folder'],)), dict(sources=(written['tars'], written['folder'])), dict(shard_count=2)):
-    with pytest.raises(ValueError, match='has read data of .4, 1. units'):
-      batches(**{'sources': (written['tars'],)} | other).set_state(state)
-  batches(written['tars'] | {'weight': 2.0}).set_state(state)
+def test_nothing_goes_on_with_other_data(written):
+  """Where a position would mean another place; what it is told by is what has changed."""
+  tars = written['tars']
+  state = json.loads(json.dumps(batches(tars).get_state()))
+  for other, message in (
+      (dict(sources=(written['folder'],)), r'are sources\[0\].format tars -> folder, sources\[0\].units 4 -> 24, '),
+      (dict(sources=(tars, written['folder'])), r'are sources\[1\].format \(none\) -> folder, '), (dict(shard_count=2), 'are processes 1 -> 2$'),
+      (dict(seed=7), 'are seed 1 -> 7$'), (dict(sources=(tars | {'window': 6},)), r'are sources\[0\].window 5 -> 6$')):
+    with pytest.raises(ValueError, match=message):
+      batches(**{'sources': (tars,)} | other).set_state(state)
+  batches(tars | {'weight': 2.0, 'text': 'json.again', 'use': 'draw'}, max_skipped=0.5, batch_size=4).set_state(state)
+  # What earlier versions wrote: units of each source, and processes.
+  assert streams.changed([4, 1], {'seed': 1, 'processes': 1, 'sources': [{'units': 4, 'files': 'x'}]}) == []
+  assert streams.changed([4, 2], {'seed': 1, 'processes': 1, 'sources': [{'units': 5}]}) == ['processes 2 -> 1', 'sources[0].units 4 -> 5']
+
+
+@pytest.mark.parametrize('name', WRITERS)
+def test_a_source_is_known_by_its_files(written, tmp_path, name):
+  """Another name or size is another one, at the same number of them; another folder is not."""
+  state = batches(written[name]).get_state()
+  if name == 'tfds':  # which will not be written twice
+    again = written[name] | {'path': shutil.copytree(written[name]['path'], tmp_path / 'things' / '1.0.0').as_posix()}
+  else:
+    again = WRITERS[name](tmp_path)
+  batches(again).set_state(state)
+  if name == 'tfds':
+    about, = tmp_path.glob('**/dataset_info.json')
+    about.write_text(re.sub(r'"numBytes": "\d+"', '"numBytes": "7"', about.read_text()))
+    others = [again]
+  elif name == 'folder':
+    captions = tmp_path / 'captions.jsonl'
+    captions.write_text(captions.read_text().replace('/7.png', '/77.png'))
+    others = [again]
+  else:
+    files = paths.expand(again['path'])
+    Path(files[-1]).rename(tmp_path / 'other')
+    others = [again | {'path': [*files[:-1], f'{tmp_path}/other']}, again | {'path': [*files[:-1], files[0]]}]
+  if name == 'tars':
+    longer = tmp_path / 'longer' / Path(files[-1]).name
+    longer.parent.mkdir()
+    longer.write_bytes((tmp_path / 'other').read_bytes() + bytes(512))
+    others.append(again | {'path': [*files[:-1], str(longer)]})
+  for other in others:
+    with pytest.raises(ValueError, match=r'^changed are sources\[0\].files [0-9a-f]{8} -> [0-9a-f]{8}$'):
+      batches(other).set_state(state)
 
 
 def test_a_process_ends_with_its_own_status_while_threads_read_on(written):
@@ -136,6 +180,54 @@ def test_fewer_tars_than_processes_are_read_by_all_and_shared(written):
       keys += [ticket.key for ticket in tickets if isinstance(ticket.read(), formats.Record)]
   assert len(keys) == len(set(keys)) == 24
   assert len(numbers(batches(written['tars'], batch_size=1, shard_index=5, shard_count=6), 9)) == 9
+
+
+class Counted:
+  """A store of 24 records, or a stream of 24 units of 40."""
+
+  def __len__(self):
+    return 24
+
+  def read(self, unit, start=0):
+    for i in range(start, 40):
+      yield i, i + 1, formats.Record(b'', (), f'{unit} {i}')
+    yield 40, 40, formats.Skip('', str(unit), 'files')
+
+
+def dealt(dataset, count) -> list[tuple]:
+  return [ticket.key for ticket in itertools.islice(iter(dataset), count)]
+
+
+def test_each_example_of_each_epoch_and_source_has_a_key_of_its_own():
+  """It seeds crop and caption. It is the same on any number of processes."""
+  records = Counted()
+  for make in (streams.store, functools.partial(streams.Windows, window=7)):
+    count = 48 if make is streams.store else 2 * 24 * 41
+    whole, other = (dealt(make(records, number, '', 1, 0, 1), count) for number in (0, 1))
+    assert len({*whole, *other}) == 2 * count
+    parts = [dealt(make(records, 0, '', 1, shard, 2), count // 2) for shard in (0, 1)]
+    assert sorted(parts[0] + parts[1]) == sorted(whole)
+    if make is streams.store:
+      assert [key for row in zip(*parts) for key in row] == whole
+
+
+def test_epochs_and_windows_are_shuffled_apart():
+  windows = streams.Windows(Counted(), 0, '', 1, 0, 1, window=20)
+  assert (windows.order(0) != windows.order(1)).any() and sorted(windows.order(1)) == list(range(24))
+  (first, after), (again, _) = windows.read(0, 0, 0), windows.read(0, 0, 0)
+  second, _ = windows.read(*after)
+  places = [[ticket.key[3] % 20 for ticket in tickets if ticket.key[3] < 40] for tickets in (first, second, again)]
+  assert places[0] == places[2] != places[1] and sorted(places[0]) == sorted(places[1]) == list(range(20))
+
+
+def test_a_long_row_group_goes_on_at_any_row(tmp_path):
+  """It comes in pieces of 64 rows."""
+  pq.write_table(pa.table({'image': [picture(i) for i in range(150)], 'text': [caption(i) for i in range(150)]}), tmp_path / 'a.parquet')
+  records = formats.Parquets(str(tmp_path / 'a.parquet'), 'image', ('text',))
+  whole = list(records.read(0))
+  assert len(whole) == 151 and whole[140][2].texts == (caption(140),)
+  for start in (1, 63, 64, 65, 128, 149, 150):
+    assert list(records.read(0, start)) == whole[start:], start
 
 
 def test_weights(written, tmp_path):
@@ -189,7 +281,7 @@ def test_skipped_by_reason(tmp_path, caplog):
 
 
 @pytest.mark.parametrize('threads', [0, 2])
-def test_too_many_skipped_is_an_error(tmp_path, threads):
+def test_too_many_skipped_is_an_error(tmp_path, threads, caplog):
   samples = [(str(i), {'png': picture(i) if i % 10 else b'', 'txt': b'words'}) for i in range(100)]
   write_tar(tmp_path / '0.tar', samples)
   source = dict(format='tars', path=f'{tmp_path}/0.tar')
@@ -197,6 +289,7 @@ def test_too_many_skipped_is_an_error(tmp_path, threads):
   with pytest.raises(UserError, match=r'of 10\d\d records were skipped \(no image \d+\).*0.tar.*data.max_skipped=0.09'):
     for _ in range(30):
       next(numbers_of)
+  assert caplog.text.count('skipped: no image') == 3
   assert len(list(itertools.islice(batches(source, task='images', batch_size=50, num_threads=threads, max_skipped=0.11), 30))) == 30
 
 
@@ -264,6 +357,23 @@ def test_tars_of_every_dialect(tmp_path, options):
   assert [record.texts for *_, record in rows[:-1]] == [('zero',), ('one',)] and rows[-1][2].reason == ''
   again = list(formats.Tars(str(tmp_path / 'a.tar'), None, ('txt',)).read(0, rows[0][1]))  # from the end of the first one on
   assert again == rows[1:]
+
+
+def test_a_tar_without_an_end_mark_keeps_its_last_sample(tmp_path):
+  """But not half of it: a sample that lacks what the one before it has is counted with the tar that breaks off."""
+  write_tar(tmp_path / 'whole.tar', [sample(i) for i in range(3)])
+  whole = (tmp_path / 'whole.tar').read_bytes()
+  with tarfile.open(tmp_path / 'whole.tar') as tar:
+    ends = [member.offset_data + -(-member.size // 512) * 512 for member in tar]
+  rows = list(formats.Tars(str(tmp_path / 'whole.tar'), None, ('txt',)).read(0))
+  for cut, left, reason in ((ends[-1], 3, ''), (ends[-2], 2, 'broken tar'), (ends[-5], 2, ''), (ends[-1] + 100, 2, 'broken tar'), (0, 0, 'broken tar')):
+    (tmp_path / 'cut.tar').write_bytes(whole[:cut])
+    *found, last = formats.Tars(str(tmp_path / 'cut.tar'), None, ('txt',)).read(0)
+    assert ([row[2][:2] for row in found], last[2].reason) == ([row[2][:2] for row in rows[:left]], reason), cut
+  (tmp_path / 'cut.tar').write_bytes(whole[:ends[-1]])
+  cut = formats.Tars(str(tmp_path / 'cut.tar'), None, ('txt',))
+  for (_, end, _), left in zip(rows[:3], (3, 2, 1)):  # from the end of each sample on
+    assert len(list(cut.read(0, end))) == left and list(cut.read(0, end))[-1][2].reason == ''
 
 
 @pytest.mark.parametrize('name, content', [

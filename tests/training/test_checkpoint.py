@@ -1,6 +1,7 @@
 import errno
 import json
 import shutil
+import types
 
 import grain
 import jax
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 from lavit_jax.data.mixtures import Batches
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
-from lavit_jax.training import integrity
+from lavit_jax.training import checkpoint, integrity
 from lavit_jax.training.checkpoint import Checkpoints
 
 
@@ -152,11 +153,68 @@ def test_on_request_the_checkpoint_before_a_damaged_one_is_used(flipped, capsys)
   assert Checkpoints(flipped, config(), keep=2).restore_latest(abstract(noise(0)), numbers(), skip_damaged=True)[0] == 2
 
 
-def test_when_all_are_damaged_it_begins_anew(flipped):
+def test_when_all_are_damaged_it_does_not_begin_anew(flipped):
+  """Nor when it is started again, by a scheduler; but when nothing of them is left."""
   flip(max((flipped / 'checkpoints' / '1' / 'state').rglob('*'), key=lambda file: file.is_file() * file.stat().st_size))
+  for skip_damaged in (True, True, False):
+    with pytest.raises(UserError, match=r'all checkpoints in .*checkpoints are damaged .1.damaged, 2.damaged.: .* another --workdir, or delete'):
+      Checkpoints(flipped, config(), keep=2).restore_latest(abstract(noise(0)), numbers(), skip_damaged=skip_damaged)
+  for name in ('1.damaged', '2.damaged'):
+    shutil.rmtree(flipped / 'checkpoints' / name)
   data = numbers()
   assert Checkpoints(flipped, config(), keep=2).restore_latest(abstract(noise(0)), data, skip_damaged=True) == (0, None)
   np.testing.assert_array_equal(next(data), [0, 1, 2, 3])
+
+
+@pytest.fixture
+def second_of_two(monkeypatch):
+  """What the checkpoints' own code sees in process 1 of 2; the barriers that it comes to."""
+  barriers = []
+  monkeypatch.setattr(checkpoint, 'jax', types.SimpleNamespace(process_count=lambda: 2, process_index=lambda: 1))
+  monkeypatch.setattr(checkpoint, 'wait_for_all', barriers.append)
+  return barriers
+
+
+def test_only_the_first_process_sets_a_checkpoint_aside(flipped, second_of_two, monkeypatch):
+  """The others wait before, for it may not be moved while one reads it, and after."""
+  checkpoints, steps = Checkpoints(flipped, config(), keep=2), flipped / 'checkpoints'
+
+  def first_process(what):
+    second_of_two.append(what)
+    if len(second_of_two) == 1:
+      assert sorted(p.name for p in steps.iterdir()) == ['1', '2']
+    else:
+      (steps / '2').rename(steps / '2.damaged')
+
+  monkeypatch.setattr(checkpoint, 'wait_for_all', first_process)
+  step, restored = checkpoints.restore_latest(abstract(noise(0)), numbers(), skip_damaged=True)
+  assert step == 1 and len(second_of_two) == 2 and (steps / '2.damaged' / 'state').exists()
+  jax.tree.map(np.testing.assert_array_equal, restored, noise(1))
+
+
+def test_what_one_process_alone_cannot_read_is_skipped_at_the_next_start(saved, second_of_two, monkeypatch, capsys):
+  """The others may be anywhere, so nothing is moved."""
+  steps, file = saved / 'checkpoints', next((saved / 'checkpoints' / '3' / 'data').glob('process_*'))
+  file.write_text(file.read_text().replace('batches', 'botches'))
+  with pytest.raises(UserError, match=r'checkpoints/3 is damaged .*process_0-of-1.json is not what was saved.*; start again: it will be skipped'):
+    Checkpoints(saved, config(), keep=2).restore_latest(abstract(state(0)), numbers(), skip_damaged=True)
+  assert not second_of_two and sorted(p.name for p in steps.iterdir()) == ['2', '3']
+  monkeypatch.undo()
+  file.write_text(file.read_text().replace('botches', 'batches'))  # this process has no reason to complain
+  with monkeypatch.context() as patch:
+    patch.setattr(Checkpoints, '_set_aside', None)  # without the option the mark means nothing
+    assert Checkpoints(saved, config(), keep=2).restore_latest(abstract(state(0)), numbers())[0] == 3
+  assert Checkpoints(saved, config(), keep=2).restore_latest(abstract(state(0)), numbers(), skip_damaged=True)[0] == 2
+  assert 'process_0-of-1.json is not what was saved' in capsys.readouterr().out
+
+
+def test_options_that_have_changed_are_told(saved):
+  """In one line; those that give it other data in another, as a warning."""
+  now = config(optim={'learning_rate': 0.2, 'clip_norm': 1.0}, batch_size=4, data={'sources': [{'path': 'x' * 80}], 'num_threads': 3})
+  others, inexact = Checkpoints(saved, now, keep=2).changes(3)
+  assert others == ['optim.learning_rate 0.1 -> 0.2', 'optim.clip_norm None -> 1.0', 'data.num_threads None -> 3']
+  assert inexact == ['batch_size None -> 4', "data.sources None -> [{'path': '" + 'x' * 46 + '...']
+  assert Checkpoints(saved, config(), keep=2).changes(3) == ([], [])
 
 
 def test_a_position_in_other_data_is_no_damage(tmp_path):
@@ -211,6 +269,21 @@ def test_a_position_of_many_processes(saved):
   other.write_text(other.read_text().replace('[1, 2]', '[1, 3]'))
   with pytest.raises(UserError, match='process_0-of-2.json is not what was saved'):
     Checkpoints(saved, config(), keep=2).restore(3, abstract(state(0)), numbers())
+
+
+def test_each_process_goes_on_at_its_own_position(tmp_path, monkeypatch):
+  class Data:
+    def __init__(self, state):
+      self.get_state, self.set_state = lambda: state, lambda other: setattr(self, 'restored', other)
+
+  handler, states = integrity.PositionHandler(), [{'window': [0, process, 7]} for process in range(2)]
+  monkeypatch.setattr(integrity.jax, 'process_count', lambda: 2)
+  for process, state in enumerate(states):
+    monkeypatch.setattr(integrity.jax, 'process_index', lambda: process)
+    handler.save(tmp_path, integrity.PositionSave(Data(state)))
+  for process, state in enumerate(states):
+    monkeypatch.setattr(integrity.jax, 'process_index', lambda: process)
+    assert handler.restore(tmp_path, integrity.PositionRestore(Data(None))).restored == state
 
 
 def test_the_position_of_an_earlier_version(saved):

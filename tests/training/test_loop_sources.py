@@ -1,8 +1,10 @@
 """The loop on a list of sources: it goes on to the bit, counts what is skipped, and tells how long it waits for data."""
 
 import json
+import re
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import nano
 import pytest
 from things import sample, write_tar
 
+from lavit_jax.data import formats, streams
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax import sharding
@@ -34,8 +37,18 @@ def test_goes_on_to_the_bit_and_counts_what_is_skipped(tmp_path, capsys, monkeyp
   out, first = capsys.readouterr().out, lines(tmp_path / 'run')
   assert 'data/skipped_corrupt_image' in out and 'data_wait' in out and [row['step'] for row in first] == [1, 2, 3, 4]
   shutil.rmtree(tmp_path / 'run' / 'checkpoints' / '4')
-  loop.train(config, tmp_path / 'run')
-  assert 'continuing from step 2' in capsys.readouterr().out and lines(tmp_path / 'run') == first
+  assert 'changed since' not in out
+  with config.unlocked():
+    config.log_every, config.data.scene_share = 2, 0.5  # which composed data alone have
+  with monkeypatch.context() as patch:
+    next_batch = loop.next_batch
+    patch.setattr(loop, 'next_batch', lambda data: time.sleep(2) or next_batch(data))
+    loop.train(config, tmp_path / 'run')
+  out = capsys.readouterr().out
+  assert 'continuing from step 2' in out and lines(tmp_path / 'run') == first
+  assert 'changed since then: log_every 1 -> 2\n' in out
+  assert 'warning: changed since then, so the next examples are not those that it would have seen: data.scene_share 0.3 -> 0.5\n' in out
+  assert float(re.search(r'step 4/4 .* data_wait ([\d.]+)%', out)[1]) > 10  # of 2 s and two steps
 
 
 def test_sources_without_held_out_ones_are_told_at_once(tmp_path):
@@ -54,27 +67,64 @@ def test_held_out_rows_are_of_the_held_out_sources(tmp_path):
   assert red['train'].max() < 20 and red['heldout'].tolist() == list(range(100, 108))
 
 
-def test_waiting_is_what_the_device_waits(tmp_path, capsys):
-  class Computing:
-    ready = False
+class Computing(float):
+  """The loss of a step that the device is done with when `work` is."""
 
-    def is_ready(self):
-      return self.ready
+  def __new__(cls, work):
+    self = super().__new__(cls, 1.0)
+    self.block_until_ready = work.result
+    return self
 
-  log, computing = metrics.Log(tmp_path, 0, num_steps=10, batch_size=4), Computing()
-  log.pending = [(0, {'loss': computing})]
-  assert log.fetch(lambda seconds: time.sleep(seconds) or 'batch', 0.1) == 'batch' and log.waited == 0
-  computing.ready = True
+
+@pytest.mark.parametrize('source, step, least, most', [
+    (0.05, 0.0, 0.7, 1.0),  # a slow source
+    (0.0, 0.05, 0.0, 0.2),  # a fast one
+    (0.08, 0.06, 0.05, 0.6)])  # a little slower than the device, which waits for the difference only
+def test_data_wait_is_the_share_of_time_that_the_device_waits(tmp_path, capsys, monkeypatch, source, step, least, most):
+  """Seconds that the source and the device take for each step, beside each other; the terminal and TensorBoard say the same."""
+  log, shown = metrics.Log(tmp_path, 0, num_steps=12, batch_size=4), {}
+  monkeypatch.setattr(log, 'scalars', lambda step, values: shown.update(values))
+  with ThreadPoolExecutor(1) as device:
+    for i in range(1, 13):
+      assert log.fetch(lambda seconds: time.sleep(seconds) or 'batch', source) == 'batch'
+      log.step(i, {'loss': Computing(device.submit(time.sleep, step))})
+    log.report({'data/skipped_no_image': 3})
+  out = capsys.readouterr().out
+  assert least <= shown['data_wait'] <= most
+  assert f'data_wait {shown["data_wait"]:.1%}' in out and 'data/skipped_no_image 3' in out and log.waited == 0
+  log.restart_clock()
+  log.close()
+
+
+def test_what_the_device_did_before_is_no_waiting(tmp_path):
+  log = metrics.Log(tmp_path, 0, num_steps=10, batch_size=4)
+  log.step(1, {'loss': jnp.float32(1)})
+  log.flush()
+  time.sleep(0.5)  # looking at pictures, saving
   log.fetch(time.sleep, 0.1)
-  assert 0.1 <= log.waited < 0.3
+  assert 0.1 <= log.waited < 0.4
   log.restart_clock()
   assert log.waited == 0
-  log.pending = []
-  log.fetch(time.sleep, 0.1)
-  time.sleep(0.1)
-  log.step(1, {'loss': jnp.float32(1)})
-  log.report({'data/skipped_no_image': 3})
-  out = capsys.readouterr().out
-  share = float(out.split('data_wait ')[1].split('%')[0])
-  assert 25 < share < 60 and 'data/skipped_no_image 3' in out and log.waited == 0
   log.close()
+
+
+def test_skips_of_all_processes_are_counted(running, cache, tmp_path):
+  """The first process, which alone writes, meets none; the other one has its own tar first, with two."""
+  source = dict(format='tars', path=f'{tmp_path}/{{0..1}}.tar', window=4)
+  second, = streams.Windows(formats.Tars(source['path'], None, ('txt',)), 0, '', 0, 1, 2, 4).order(0)
+  for t in range(2):
+    bad = [(f'x{n}', {'png': b'no picture', 'txt': b'words'}) for n in range(2 * (t == second))]
+    write_tar(tmp_path / f'{t}.tar', bad + [sample(i) for i in range(300)])
+  job = nano.launch_job('autoencoder', tmp_path / 'run', cache, 2, 1, timeout=20, num_steps=2, data__sources=(source,))
+  running.extend(job)
+  first, other = map(nano.finish, job)
+  assert 'data/skipped_corrupt_image 2' in first and 'skipped: ' not in first and 'skipped: corrupt image' in other
+  (metrics_of,) = (tmp_path / 'run' / 'tensorboard').iterdir()
+  assert b'data/skipped_corrupt_image' in metrics_of.read_bytes()
+
+
+def test_processes_with_the_same_rows_count_once(monkeypatch):
+  told = [{'share': 0, 'a': 1}, {'share': 1, 'a': 2, 'b': 5}, {'share': 0, 'a': 1}]
+  monkeypatch.setattr(loop.processes, 'gather', lambda values: told)
+  config = nano.config('autoencoder', data__sources=(dict(format='tars', path='x'),))
+  assert loop.skips(config, streams.Skipped(), sharding.Share(None, 0, 2)) == {'a': 3, 'b': 5}

@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import re
 
 import jax
 import pytest
@@ -37,6 +38,15 @@ def test_page(stage, variant):
   state = jax.eval_shape(init, jax.random.key(0), parts)
   mesh = jax.sharding.AbstractMesh((1, 16, 1), sharding.AXES)
   sharding.shardings(state, mesh)  # raises for a large leaf without a rule
+
+
+@pytest.mark.parametrize('stage', ['tokenizer', 'detokenizer', 'lm'])
+def test_values_of_the_large_variant_have_a_source(stage):
+  """Or are our choice; the line says which."""
+  page = (ROOT / 'configs' / f'{stage}.py').read_text()
+  lines = [line for line in page[page.index("'lavit_7b': dict("):].splitlines() if re.search(r'^    .*\w=(?!dict\($)', line)]
+  assert len(lines) > 15
+  assert not [line for line in lines if not re.search(r'# .*(our choice|paper, section|REFERENCE \d|above|stage 1b)', line)]
 
 
 def test_published_sizes():

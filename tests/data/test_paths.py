@@ -1,0 +1,123 @@
+"""A store that does not answer now and then: the same records, or an error that names the file; never less data."""
+
+import io
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from lavit_jax.data import formats, mixtures, paths, streams
+from lavit_jax.errors import UserError
+from things import SIZE, write_folder, write_parquet, write_tars
+
+
+class NoAnswer(Exception):
+  """No OSError, as aiohttp's are not."""
+
+
+class Flaky(MemoryFileSystem):
+  """A store whose every `failing`-th call fails; 1: all do. A read that fails has written to the buffer by then."""
+
+  protocol, store, pseudo_dirs = 'flaky', {}, ['']
+  failing, calls = 0, 0
+
+  @classmethod
+  def _strip_protocol(cls, path):
+    return super()._strip_protocol(path.replace('flaky://', 'memory://'))
+
+  @classmethod
+  def fail(cls, buffer=None):
+    cls.calls += 1
+    if cls.failing and cls.calls % cls.failing == 0:
+      if buffer is not None:
+        buffer[:] = b'?' * len(buffer)
+      raise (NoAnswer if cls.calls % 2 else ConnectionResetError)('the line is dead')
+
+  def _open(self, path, mode='rb', **options):
+    self.fail()
+    file = super()._open(path, mode, **options)
+    return File(file.getvalue()) if mode == 'rb' else file
+
+  def info(self, path, **options):
+    self.fail()
+    return super().info(path, **options)
+
+
+class File(io.BytesIO):
+
+  def readinto(self, buffer):
+    Flaky.fail(memoryview(buffer))
+    return super().readinto(buffer)
+
+
+@pytest.fixture
+def flaky(monkeypatch):
+  """The class. Nothing waits; the seconds that would have been waited are in `waited`."""
+  fsspec.register_implementation('flaky', Flaky, clobber=True)
+  monkeypatch.setattr(Flaky, 'store', {})
+  monkeypatch.setattr(Flaky, 'failing', 0)
+  monkeypatch.setattr(paths, '_BUFFER', 512)
+  Flaky.waited = []
+  monkeypatch.setattr(paths.time, 'sleep', Flaky.waited.append)
+  return Flaky
+
+
+@pytest.mark.parametrize('write', [write_tars, write_parquet, write_folder])
+def test_what_fails_now_and_then_is_read_whole(tmp_path, flaky, write, caplog):
+  source, files = write(tmp_path), fsspec.filesystem('flaky')
+  for file in tmp_path.rglob('*'):
+    if file.is_file():
+      files.pipe(f'/bucket/{file.relative_to(tmp_path)}', file.read_bytes())
+  source['path'] = source['path'].replace(str(tmp_path), 'flaky://bucket')
+
+  def rows():
+    skipped = streams.Skipped()
+    data = mixtures.batches('images', sources=(source,), batch_size=4, image_size=SIZE, num_threads=0, seed=1, skipped=skipped)
+    found = [next(data)['image'].tobytes() for _ in range(6)]
+    assert not skipped.reasons
+    return found
+
+  whole = rows()
+  assert not flaky.waited
+  flaky.failing = 7
+  assert rows() == whole and len(flaky.waited) > 5
+  assert 'the line is dead' in caplog.text and 'again in 1 s' in caplog.text
+
+
+def test_what_never_answers_is_an_error_with_its_name(tmp_path, flaky):
+  """And no tar, row group or picture that is skipped: other processes would have read it."""
+  files = fsspec.filesystem('flaky')
+  write_tars(tmp_path)
+  for file in tmp_path.glob('*.tar'):
+    files.pipe(f'/bucket/{file.name}', file.read_bytes())
+  rows = formats.Tars('flaky://bucket/{00000..00001}.tar', None, ('txt',)).read(1)
+  next(rows)
+  flaky.failing = 1
+  with pytest.raises(UserError, match=r'^flaky://bucket/00001.tar cannot be read \(the line is dead; tried 4 times\); see to the network'):
+    list(rows)
+  assert flaky.waited == [1, 4, 16]
+  flaky.failing = 0
+  write_parquet(tmp_path)
+  files.pipe('/bucket/0.parquet', (tmp_path / '0.parquet').read_bytes())
+  rows = formats.Parquets('flaky://bucket/0.parquet', 'image', ('text',))
+  flaky.failing = 1
+  with pytest.raises(UserError, match='^flaky://bucket/0.parquet cannot be read'):
+    list(rows.read(1))
+  with pytest.raises(UserError, match='00001.tar cannot be read'):
+    paths.names_and_sizes(['flaky://bucket/00001.tar'])
+
+
+def test_a_missing_file_is_not_waited_for(tmp_path, flaky):
+  for path in (f'{tmp_path}/nothing', 'flaky://bucket/nothing', str(tmp_path)):
+    with pytest.raises(paths.NO_FILE):
+      paths.open_file(path)
+  assert not flaky.waited
+
+
+def test_names_and_sizes(tmp_path, monkeypatch):
+  for i in range(5):
+    (tmp_path / str(i)).write_bytes(b'x' * i)
+  files = [f'{tmp_path}/{i}' for i in range(6)]
+  assert paths.names_and_sizes(files) == [('0', 0), ('1', 1), ('2', 2), ('3', 3), ('4', 4), ('5', -1)]
+  monkeypatch.setattr(paths, '_SIZED', 3)
+  assert paths.names_and_sizes(files) == [('0', 0), ('1', None), ('2', 2), ('3', None), ('4', None), ('5', -1)]
