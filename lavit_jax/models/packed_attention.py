@@ -52,7 +52,7 @@ def splash_attention(q: Array, k: Array, v: Array, segments: Array, interpret: b
 def kernel_flops(name: str, shapes: Sequence[tuple[int, ...]]) -> float:
   """Operations of one call of the kernel in a compiled program, by its name there and the shapes of its operands: forward has two
   products of [S, d] and [d, S], backward five (the scores again among them), all of them in the blocks that causality does not forbid."""
-  *rows, heads, length, width = max(shapes, key=len)  # of one row, the compiler leaves that axis out
+  *rows, heads, length, width = max(shapes, key=math.prod)  # queries; of one row, the compiler leaves that axis out
   blocks = length // math.gcd(length, BLOCK)
   products = 2 if 'fwd' in name else 5
   return products * 2 * math.prod(rows) * heads * length**2 * width * (blocks + 1) / (2 * blocks)

@@ -72,11 +72,12 @@ def test_kernels_are_told_and_marks_cost_nothing():
 @pytest.mark.parametrize('length, pairs, side', [(BLOCK // 4, 1, BLOCK // 4), (BLOCK, 1, BLOCK), (2 * BLOCK, 3, BLOCK), (4 * BLOCK, 10, BLOCK),
                                                  (384, 6, 128)])
 @pytest.mark.parametrize('name, products', [('splash_mha_fwd_segmented_residuals.3', 2), ('splash_mha_dkv_segmented_no_residuals.1', 5)])
-def test_the_attention_kernel_by_hand(length, pairs, side, name, products):
+@pytest.mark.parametrize('rows, text', [(3, '3,'), (1, '')])
+def test_the_attention_kernel_by_hand(length, pairs, side, name, products, rows, text):
   """Of R rows and H heads each pair of blocks (queries, keys before or at them) is `products` products of [side, d] and [d, side]."""
-  rows, heads, width = 3, 5, 128
-  shape = f'bf16[{rows},{heads},{length},{width}]{{3,2,1,0}}'
-  lines = ['ENTRY %main (q: bf16[1]) -> bf16[1] {', '  %m = s32[1,4]{1,0} parameter(0)', f'  %q = {shape} parameter(1)',
+  heads, width = 5, 128
+  shape = f'bf16[{text}{heads},{length},{width}]'
+  lines = ['ENTRY %main (q: bf16[1]) -> bf16[1] {', '  %m = s32[1,1,4]{2,1,0} parameter(0)', f'  %q = {shape} parameter(1)',
            f'  ROOT %{name} = {shape} custom-call(%m, %q, %q, %q), custom_call_target="tpu_custom_call"', '}']
   by_hand = rows * heads * pairs * products * 2 * side * side * width
   assert hlo.cost('\n'.join(lines), kernel_flops).flops == by_hand
