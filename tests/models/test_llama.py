@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from lavit_jax.models.llama import Llama
+from lavit_jax.models.llama import Llama, unroll, unstack
 from lavit_jax.models.sequence import prompt_mask, prompt_positions
 from lavit_jax.porting import engine
 from lavit_jax.porting.tables_language import llama_rows
