@@ -11,7 +11,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from lavit_jax.inference.decode import beam_search, generate
-from lavit_jax.models.llama import Llama
+from lavit_jax.models.int8 import quantize_weights
+from lavit_jax.models.llama import Llama, unroll
 from lavit_jax.models.sequence import assemble, prompt_mask, prompt_positions
 from lavit_jax.porting import engine
 from lavit_jax.porting.tables_language import llama_rows
@@ -163,6 +164,34 @@ def test_sampled_rows_depend_on_their_own_key_only(params, embed):
   np.testing.assert_array_equal(sample(embeddings[:2], mask[:2], key=jax.random.key(3)).ids, out.ids[:2])
   keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(3), jnp.array([2, 0]))
   np.testing.assert_array_equal(sample(embeddings[:2], mask[:2], key=keys).ids, out.ids[jnp.array([2, 0])])
+
+
+@pytest.mark.parametrize('cache_dtype', [None, 'int8'])
+def test_samples_of_a_prompt_share_its_prefill(params, embed, cache_dtype):
+  """The result is that of the prompt repeated, under guidance too."""
+  embeddings, mask, _ = assemble([[[1, 7, 9]], [[1, 30, 31, 32, 33]], [[IMG]], [[IMG]]], embed)
+  sample = functools.partial(
+      generate, LLAMA, params, key=jax.random.key(3), max_new_tokens=6, eos_id=-1, suppress=~TEXT, guidance_scale=1.5, top_p=0.99,
+      repetition_penalty=1.2, cache_dtype=cache_dtype)
+  once = sample(embeddings[:2], mask[:2], uncond_embeddings=embeddings[2:], uncond_mask=mask[2:], num_samples=3)
+  embeddings, mask = jnp.repeat(embeddings, 3, axis=0), jnp.repeat(mask, 3, axis=0)
+  repeated = sample(embeddings[:6], mask[:6], uncond_embeddings=embeddings[6:], uncond_mask=mask[6:])
+  np.testing.assert_array_equal(once.ids, repeated.ids)
+  assert len({tuple(row) for row in np.asarray(once.ids)}) == 6
+
+
+def test_quantised_captions(params, captions):
+  """Weights and caches in eight bits: the golden captions, whose words are far enough apart."""
+  small = quantize_weights(unroll(LLAMA, jax.tree.map(lambda x: x, params))[1])
+  expected = GOLDEN['caption_beam2_lp1']
+  for given, cache_dtype in ((params, 'bfloat16'), (params, 'int8'), (small, None)):
+    out = beam_search(LLAMA, given, *captions, num_beams=2, cache_dtype=cache_dtype, **CAPTION)
+    print('AGREE', cache_dtype, out.scores, (np.asarray(out.ids)[:, :expected.shape[1]] == expected).mean())
+
+
+def test_early_stopping_is_checked(params, captions):
+  with pytest.raises(ValueError, match="early_stopping is True, False or 'never', not 'always'"):
+    beam_search(LLAMA, params, *captions, num_beams=2, early_stopping='always', **CAPTION)
 
 
 def test_settings_do_not_recompile(params, captions):
