@@ -196,8 +196,8 @@ def test_several_samples_of_a_prompt(model):
   np.testing.assert_array_equal(three[0], one[0])
   np.testing.assert_array_equal(three[3], one[1])
   assert len({tuple(row) for row in three}) == 6
-  other = model.sample_codes(prompts, top_p=0.5, repetition_penalty=1.5)
-  assert (other[0].tolist(), other[1].tolist()) != (one[0].tolist(), one[1].tolist())
+  for settings in (dict(top_p=0.5), dict(repetition_penalty=1.5), dict(negative='a key')):
+    assert any(a.tolist() != b.tolist() for a, b in zip(model.sample_codes(prompts, **settings), one)), settings
   with pytest.raises(UserError, match='num_samples is 0'):
     model.sample_codes(prompts, num_samples=0)
 
