@@ -104,8 +104,7 @@ def generate(
 
   Returns:
     GenerateOutput of B * num_samples rows; its scores are the summed log-probabilities of the tokens before any id was penalised or
-    forbidden (under guidance: of
-    the guided distribution), so that greedy and sampled results compare.
+    forbidden (under guidance: of the guided distribution), so that greedy and sampled results compare.
 
   Raises:
     ValueError: guidance without an unconditional prompt of the shape of the prompt, or the other way round.

@@ -97,6 +97,9 @@ def _on_cpu(x: Array, values: Array) -> Array:
 
   Of one or two rows (decoding), O x `width` partial sums run over I in a single pass over the integers, and a product with ones adds
   them up. Of more, blocks of the weights are converted that stay in the cache.
+
+  A token of 12 layers of width 768 and a head of 48,386 on two cores took 9.4 ms by partial sums of 32 (11.3 of 16, 11.4 of 64), 18.8 by
+  blocks, 63 by converting whole matrices, over 500 by a multiplication and a sum, which are not vectorised; 21.9 with float32 weights.
   """
   (n, inputs), outputs = x.shape, values.shape[0]
   width = next((w for w in range(LANES, inputs + 1, LANES) if inputs % w == 0 and inputs // w <= TERMS), None)
