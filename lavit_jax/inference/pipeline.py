@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import pathlib
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -26,6 +27,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from rich.console import Console
+from rich.progress import Progress
 
 from lavit_jax.data.questions import prompt
 from lavit_jax.data.text import TextTokenizer
@@ -36,6 +39,8 @@ from lavit_jax.data.images import read_images
 from lavit_jax.models import lavit, noise, sequence, vae, vit
 from lavit_jax.models.decoder import null_context
 from lavit_jax.models.initial import initial_parts
+from lavit_jax.models.int8 import quantize_weights
+from lavit_jax.models.llama import unstack
 from lavit_jax.models.tokenizer import gumbel_keep
 from lavit_jax.porting import from_torch, layouts
 from lavit_jax.porting.folder import load_parts, read_config
@@ -55,6 +60,22 @@ class Settings(NamedTuple):
 
 
 SETTINGS = {'tiny': Settings((4, 36), (1, 16), (16, 50), 64)}
+
+
+class Told(NamedTuple):
+  """What `caption` or `answer` found, in detail."""
+
+  text: str  # as they return it
+  ids: np.ndarray  # i32[n], the new tokens, the end of the sequence included where it was reached
+  score: float  # by which the beam was ranked: summed log-probability / n ** length_penalty
+
+
+class Sampled(NamedTuple):
+  """What `sample_codes` found, in detail."""
+
+  codes: np.ndarray  # i32[n], as it returns them
+  ids: np.ndarray  # i32[m], the new tokens of the language model, the end of the picture included where it was reached
+  score: float  # their summed log-probability under guidance, before any id was forbidden
 
 
 class Tokens(NamedTuple):
@@ -135,18 +156,29 @@ class Lavit:
   among the pictures; `tokenize`, `caption` and `answer` take seed=None to keep the most probable ones instead.
   """
 
-  def __init__(self, model: lavit.Lavit, parts: Mapping[str, dict], words: TextTokenizer):
-    """`parts`: part name -> parameters, at least of the parts that the tasks at hand need."""
-    self.model, self.parts, self.words = model, parts, words
+  def __init__(self, model: lavit.Lavit, parts: Mapping[str, dict], words: TextTokenizer, weights: str | None = None,
+               cache: str | None = None):
+    """`parts`: part name -> parameters, at least of the parts that the tasks at hand need. `weights`, `cache`: see `from_pretrained`."""
+    for name, value, known in (('weights', weights, (None, 'int8')), ('cache', cache, (None, 'bfloat16', 'int8'))):
+      if value not in known:
+        raise UserError(f'{name}={value!r} is not known; choose one of {", ".join(map(repr, known))}')
+    self.model, self.words, self.weights, self.cache = model, words, weights, cache
+    self.parts = parts if isinstance(parts, _Parts) else jax.tree.map(lambda x: x, dict(parts))  # trees of our own, to be taken apart
     self.settings = SETTINGS.get(model.variant, Settings())
     self._fitting = set()  # names of the parts that have been looked at
 
   @classmethod
-  def from_pretrained(cls, folder, dtype: str = 'float32', variant: str | None = None) -> Lavit:
+  def from_pretrained(cls, folder, dtype: str = 'float32', variant: str | None = None, weights: str | None = None,
+                      cache: str | None = None) -> Lavit:
     """Opens a checkpoint: a folder of ours (porting/folder.py) or a PyTorch one (porting/layouts.py); parts are read when first needed.
 
+    Args:
+      dtype: the compute dtype.
+      weights: of the language model: as they are stored (None), or 'int8': a byte a weight (models/int8.py).
+      cache: keys and values of the language model: in the compute dtype (None), 'bfloat16' or 'int8'.
+
     Raises:
-      UserError: the folder is missing, damaged, or not of `variant`.
+      UserError: the folder is missing, damaged, or not of `variant`; an option is not known.
     """
     folder = pathlib.Path(folder)
     if layouts.kind_of(folder) == 'LaVIT':
@@ -162,7 +194,7 @@ class Lavit:
     if variant not in (None, known):
       raise UserError(f'{folder} holds variant {known!r}, but {variant!r} was asked for')
     model = lavit.build(known, dtype)
-    return cls(model, _Parts(read_part), TextTokenizer.load(words, model.vocabulary.text_size))
+    return cls(model, _Parts(read_part), TextTokenizer.load(words, model.vocabulary.text_size), weights, cache)
 
   # Pictures to codes and back.
 
@@ -186,24 +218,24 @@ class Lavit:
 
   # Pictures to words.
 
-  def caption(self, images, beams: int = 2, seed: int | None = 0) -> list[str]:
-    """What is in each picture: [IMG] features [/IMG] and no further prompt; cut at the first full stop."""
+  def caption(self, images, beams: int = 2, seed: int | None = 0, details: bool = False) -> list[str] | list[Told]:
+    """What is in each picture: [IMG] features [/IMG] and no further prompt; cut at the first full stop. `details` asks for `Told`."""
     images = read_images(images, self.model.image_size)
-    texts = self._tell(images, [()] * len(images), self.settings.caption_tokens, seed, num_beams=beams)
-    return [text.split('.')[0].strip() for text in texts]
+    told = self._tell(images, [()] * len(images), self.settings.caption_tokens, seed, num_beams=beams)
+    return _as_asked([each._replace(text=each.text.split('.')[0].strip()) for each in told], details)
 
-  def answer(self, images, questions: Sequence[str], beams: int = 5, seed: int | None = 0) -> list[str]:
+  def answer(self, images, questions: Sequence[str], beams: int = 5, seed: int | None = 0, details: bool = False) -> list[str] | list[Told]:
     """The answer to a question about each picture, lower case, cut at the first newline, comma or full stop.
 
-    The published evaluation lemmatises it too.
+    The published evaluation lemmatises it too. `details` asks for `Told`.
     """
     images = read_images(images, self.model.image_size)
     questions = [questions] if isinstance(questions, str) else list(questions)
     if len(images) != len(questions):
       raise UserError(f'{len(images)} pictures but {len(questions)} questions; give one question for each picture')
     asked = [self._encode(question, prompt) for question in questions]
-    texts = self._tell(images, asked, self.settings.answer_tokens, seed, num_beams=beams, length_penalty=0.0, early_stopping=True)
-    return [re.split(r'[\n,.]', text.strip())[0].strip().lower() for text in texts]
+    told = self._tell(images, asked, self.settings.answer_tokens, seed, num_beams=beams, length_penalty=0.0, early_stopping=True)
+    return _as_asked([each._replace(text=re.split(r'[\n,.]', each.text.strip())[0].strip().lower()) for each in told], details)
 
   # Words and pictures to pictures.
 
@@ -224,7 +256,8 @@ class Lavit:
     return self.draw(codes, decoder_guidance, steps, seed)
 
   def sample_codes(self, prompts: Sequence[Sequence], *, guidance: float = 4.0, temperature: float = 1.0, top_k: int = 50,
-                   negative: str = '', seed: int = 0) -> list[np.ndarray]:
+                   top_p: float | None = None, repetition_penalty: float | None = None, negative: str = '', num_samples: int = 1,
+                   seed: int = 0, details: bool = False) -> list[np.ndarray] | list[Sampled]:
     """The codes that the language model continues each prompt with, i32[n].
 
     Pictures in a prompt are put as their discrete codes, [IMG] codes [/IMG]: this is the generating side, which knows pictures by
@@ -233,11 +266,15 @@ class Lavit:
     Args:
       prompts: sequences of words (`str`) and pictures.
       guidance: of the language model, against the context `negative` [IMG].
-      temperature, top_k: of the sampling.
+      temperature, top_k, top_p, repetition_penalty: of the sampling (`decode.generate`).
+      num_samples: pictures of each prompt, all of the first one's before the second's; the first of each is what one alone would be.
+      details: return `Sampled`.
     """
     words = self.model.vocabulary
     if isinstance(prompts, str) or not all(isinstance(each, Sequence) and not isinstance(each, (str, bytes)) for each in prompts):
       raise UserError('prompts are lists of parts, [[picture, words], [words], ...]; put each prompt in brackets')
+    if num_samples < 1:
+      raise UserError(f'num_samples is {num_samples}; ask for at least one')
     pictures = [part for prompt in prompts for part in prompt if not isinstance(part, str)]
     codes = iter(self.tokenize(pictures, seed).ids if pictures else ())
     start, end = [words.image_start], [words.image_end]
@@ -253,31 +290,33 @@ class Lavit:
     against = [self._encode(negative), start] if negative else [start]
     fewest, most = self.settings.image_tokens
     forbidden = (np.arange(words.size) >= 3) & (np.arange(words.size) < words.text_size)
-    keys, out = _keys(seed, len(prompts)), []
-    for n, rows in _batches(len(prompts)):
+    keys, out = _sample_keys(_keys(seed, len(prompts)), num_samples), []
+    for n, rows in _batches(len(prompts), max(1, MAX_BATCH // num_samples), 'codes'):
       embeddings, mask = self._embed([prompts[i] for i in rows] + [against] * len(rows), most)
       b = len(rows)
-      found = self._run(_generate, ('llama',), embeddings[:b], mask[:b], key=keys[rows], min_new_tokens=fewest,
+      found = self._run(_generate, ('llama',), embeddings[:b], mask[:b], key=keys[rows].reshape(-1), min_new_tokens=fewest,
                         max_new_tokens=most, eos_id=words.image_end, suppress=forbidden, temperature=temperature, top_k=top_k,
+                        top_p=top_p, repetition_penalty=repetition_penalty, num_samples=num_samples, cache_dtype=self.cache,
                         guidance_scale=guidance, uncond_embeddings=embeddings[b:], uncond_mask=mask[b:])
-      out += [ids[:length] for ids, length in zip(np.asarray(found.ids[:n]), found.lengths)]
-    return [ids[ids >= words.code_offset] - words.code_offset for ids in out]
+      out += _rows_of(found, n * num_samples)
+    sampled = [Sampled(ids[ids >= words.code_offset] - words.code_offset, ids, score) for ids, score in out]
+    return sampled if details else [each.codes for each in sampled]
 
   # What the tasks share.
 
-  def _tell(self, images: np.ndarray, asked: Sequence[Sequence[int]], tokens: tuple[int, int], seed, **search) -> list[str]:
+  def _tell(self, images: np.ndarray, asked: Sequence[Sequence[int]], tokens: tuple[int, int], seed, **search) -> list[Told]:
     """Continues [IMG] features [/IMG] asked, for each picture, in words alone."""
     words, slots = self.model.vocabulary, self.model.num_patches
     forbidden = np.arange(words.size) >= words.text_size
     keys, out = _keys(seed, len(images)), []
-    for n, rows in _batches(len(images)):
+    for n, rows in _batches(len(images), what='words'):
       features, counts = self._run(read, ('vit', 'tokenizer', 'understanding'), images[rows], None if keys is None else keys[rows])
       prompts = [[[words.image_start], range(i * slots, i * slots + int(count)), [words.image_end], asked[row]]
                  for i, (row, count) in enumerate(zip(rows, np.asarray(counts)))]
       embeddings, mask = self._embed(prompts, tokens[1], features)
       found = self._run(_beam_search, ('llama',), embeddings, mask, min_new_tokens=tokens[0], max_new_tokens=tokens[1],
-                        eos_id=EOS, suppress=forbidden, **search)
-      out += [self.words.decode(ids[:length]) for ids, length in zip(np.asarray(found.ids[:n]), found.lengths)]
+                        eos_id=EOS, suppress=forbidden, cache_dtype=self.cache, **search)
+      out += [Told(self.words.decode(ids), ids, score) for ids, score in _rows_of(found, n)]
     return out
 
   def _encode(self, text: str, form: Callable[[str], str] = str) -> Sequence[int]:
@@ -330,8 +369,15 @@ class Lavit:
         more = f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''
         raise UserError(f'the weights of {name} are not of variant {self.model.variant!r}, export the checkpoint again; '
                         f'{"; ".join(wrong[:3])}{more}')
+      if name == 'llama':  # once, and not at each call
+        params = self.parts[name] = self._for_decoding(self.parts.pop(name))
       self._fitting.add(name)
     return params
+
+  def _for_decoding(self, params: dict) -> dict:
+    """The language model's parameters with their layers apart, quantised if that was asked for; takes the tree `params` to pieces."""
+    params = unstack(params)
+    return quantize_weights(params) if self.weights == 'int8' else params
 
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:
@@ -351,11 +397,33 @@ class _Parts(dict):
     return self[name]
 
 
-def _batches(count: int) -> Iterator[tuple[int, np.ndarray]]:
-  """Covers range(count) by (n, rows): n rows that count, filled up to a power of two by repeating the last."""
-  for start in range(0, count, MAX_BATCH):
-    n = min(MAX_BATCH, count - start)
-    yield n, start + np.minimum(np.arange(1 << (n - 1).bit_length()), n - 1)
+def _batches(count: int, size: int = MAX_BATCH, what: str = 'pictures') -> Iterator[tuple[int, np.ndarray]]:
+  """Covers range(count) by (n, rows): n rows that count, at most `size`, filled up to a power of two by repeating the last.
+
+  On a terminal a bar shows how many are done, unless one batch is all.
+  """
+  with Progress(console=Console(stderr=True), transient=True, disable=count <= size or not sys.stderr.isatty()) as bar:
+    task = bar.add_task(what, total=count)
+    for start in range(0, count, size):
+      n = min(size, count - start)
+      yield n, start + np.minimum(np.arange(1 << (n - 1).bit_length()), n - 1)
+      bar.advance(task, n)
+
+
+def _rows_of(found: decode.GenerateOutput, n: int) -> list[tuple[np.ndarray, float]]:
+  """The new tokens i32[length] and the score of each of the first n rows."""
+  ids, lengths, scores = jax.device_get(found)
+  return [(row[:length], float(score)) for row, length, score in zip(ids[:n], lengths, scores)]
+
+
+def _as_asked(told: list[Told], details: bool) -> list[Told] | list[str]:
+  return told if details else [each.text for each in told]
+
+
+def _sample_keys(keys: Array, count: int) -> Array:
+  """keys [B] -> [B, count]: the first of each is its own, so that more samples change no earlier one."""
+  more = jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(1, count)))(keys)
+  return jnp.concatenate([keys[:, None], more], axis=1)
 
 
 def _keys(seed: int | None, count: int) -> Array | None:

@@ -23,6 +23,14 @@ def guide(conditional: Array, unconditional: Array, scale: float | Array) -> Arr
   return scale * (conditional - unconditional) + unconditional
 
 
+def penalise(logits: Array, used: Array, penalty: float | Array) -> Array:
+  """Repetition penalty: makes the ids where `used`, bool[B, V], is true less probable, if `penalty` > 1.
+
+  Positive logits are divided by it and negative ones multiplied (Keskar et al. 2019, arXiv 1909.05858, section 4.1).
+  """
+  return jnp.where(used, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
 def keep_top_k(logits: Array, k: int) -> Array:
   """Keeps the k greatest of each row, all of them if V <= k, and whatever ties with the last."""
   threshold = jax.lax.top_k(logits, min(k, logits.shape[-1]))[0][..., -1:]

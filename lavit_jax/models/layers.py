@@ -15,6 +15,8 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
+from lavit_jax.models.int8 import Linear
+
 Dtype = Any
 BATCH_AXES = ('data', 'fsdp')  # the mesh axes that a batch is split over
 TENSOR_AXIS = 'tensor'  # and the one that heads and hidden units are
@@ -89,8 +91,8 @@ class SwiGLU(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    def linear(features: int, name: str) -> nn.Dense:
-      return nn.Dense(features, use_bias=False, dtype=self.dtype, name=name)
+    def linear(features: int, name: str) -> Linear:
+      return Linear(features, self.dtype, name=name)
 
     gate, up = linear(self.mlp_dim, 'gate')(x), linear(self.mlp_dim, 'up')(x)
     return checkpoint_name(linear(x.shape[-1], 'down')(nn.silu(gate) * up), SAVED_MLP_OUT)

@@ -1,4 +1,7 @@
-"""The language model: LLaMA over embeddings, with scanned layers and an explicit cache (REFERENCE section 2).
+"""The language model: LLaMA over embeddings (REFERENCE section 2), in two forms that share every block.
+
+Training scans over stacked layers, which compiles one of them. Decoding has the layers one by one (`unroll`), each with its own
+parameters and cache: a scan would copy them from the stack at every token.
 
 Axis letters: L layers, B rows, S new tokens, M slots of the cache, K keys (S without a cache, M with one), H width,
 G key-value heads, d head width, V vocabulary.
@@ -12,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from lavit_jax.models.int8 import Int8, Linear, dequantize, product, quantize, weight
 from lavit_jax.models.layers import (
   SAVED_PROJ,
   SAVED_QKV,
@@ -29,26 +33,30 @@ from lavit_jax.models.packed_attention import packed_attention
 Dtype = Any
 
 
+class LayerCache(NamedTuple):
+  """Keys (rotated) and values of one layer. Head-major: a step multiplies it as it lies in memory."""
+
+  k: Array | Int8  # [B, G, M, d]; the scale of an Int8 is f32[B, G, M]
+  v: Array | Int8
+
+  def append(self, start: Array, k: Array, v: Array) -> tuple['LayerCache', Array, Array]:
+    """Writes k, v [B, S, G, d] at slot `start`; returns all keys and values too, [B, M, G, d] in the dtype of k and v."""
+
+    def write(old: Array | Int8, new: Array) -> tuple[Array | Int8, Array]:
+      dtype, new = new.dtype, new.swapaxes(1, 2)
+      new = quantize(new) if isinstance(old, Int8) else new.astype(old.dtype)
+      old = jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, start, 2), old, new)
+      return old, dequantize(old, dtype).swapaxes(1, 2)
+
+    (self_k, k), (self_v, v) = write(self.k, k), write(self.v, v)
+    return LayerCache(self_k, self_v), k, v
+
+
 class KVCache(NamedTuple):
-  """Keys (rotated) and values of the tokens seen so far. Head-major: a step multiplies it as it lies in memory."""
+  """What the tokens seen so far have left behind."""
 
-  k: Array  # [L, B, G, M, d]
-  v: Array  # [L, B, G, M, d]
+  layers: tuple[LayerCache, ...]
   length: Array  # i32[]; slots written, the same for all rows: what a row may see is the mask's business.
-
-  def append(self, layer: Array, k: Array, v: Array) -> tuple['KVCache', Array, Array]:
-    """Writes k, v [B, S, G, d] of one layer at `length`; returns all of its keys and values, [B, M, G, d].
-
-    The stacked cache travels as the carry of the scan over layers, so that the write happens in place.
-    """
-
-    def write(stack: Array, new: Array) -> tuple[Array, Array]:
-      new = new.swapaxes(1, 2).astype(stack.dtype)
-      stack = jax.lax.dynamic_update_slice(stack, new[None], (layer, 0, 0, self.length, 0))
-      return stack, jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False).swapaxes(1, 2)
-
-    (stack_k, k), (stack_v, v) = write(self.k, k), write(self.v, v)
-    return self._replace(k=stack_k, v=stack_v), k, v
 
 
 class SelfAttention(nn.Module):
@@ -62,17 +70,17 @@ class SelfAttention(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Array, cache: KVCache | None, layer: Array, positions: Array, mask: Array
-  ) -> tuple[Array, KVCache | None]:
-    def linear(features: int, name: str) -> nn.Dense:
-      return nn.Dense(features, use_bias=False, dtype=self.dtype, name=name)
+    self, x: Array, positions: Array, mask: Array, cache: LayerCache | None, start: Array | None
+  ) -> tuple[Array, LayerCache | None]:
+    def linear(features: int, name: str) -> Linear:
+      return Linear(features, self.dtype, name=name)
 
     q = split_heads(linear(self.num_heads * self.head_dim, 'query')(x), self.num_heads)
     k = split_heads(linear(self.num_kv_heads * self.head_dim, 'key')(x), self.num_kv_heads)
     v = split_heads(linear(self.num_kv_heads * self.head_dim, 'value')(x), self.num_kv_heads)
     q, k = rotary(q, positions, self.rope_theta), rotary(k, positions, self.rope_theta)
     if cache is not None:
-      cache, k, v = cache.append(layer, k, v)
+      cache, k, v = cache.append(start, k, v)
     q, k, v = (checkpoint_name(x.astype(self.dtype), SAVED_QKV) for x in (q, k, v))
     heads = attention(q, k, v, mask) if mask.dtype == bool else packed_attention(q, k, v, mask)
     return checkpoint_name(linear(x.shape[-1], 'proj')(merge_heads(heads)), SAVED_PROJ), cache
@@ -90,17 +98,19 @@ class Block(nn.Module):
   dtype: Dtype
 
   @nn.compact
-  def __call__(self, carry: tuple[Array, KVCache | None], layer: Array, positions: Array, mask: Array):
-    x, cache = split_batch(carry[0]), carry[1]
+  def __call__(
+    self, x: Array, positions: Array, mask: Array, cache: LayerCache | None = None, start: Array | None = None
+  ) -> tuple[Array, LayerCache | None]:
+    x = split_batch(x)
     attend = SelfAttention(
       self.num_heads, self.num_kv_heads, self.head_dim, self.rope_theta, self.dtype, name='attention'
     )
     h = RMSNorm(self.rms_norm_eps, self.dtype, name='attention_norm')(x)
-    h, cache = attend(h, cache, layer, positions, mask)
+    h, cache = attend(h, positions, mask, cache, start)
     x = x + h
     h = RMSNorm(self.rms_norm_eps, self.dtype, name='mlp_norm')(x)
     x = x + SwiGLU(self.mlp_dim, self.dtype, name='mlp')(h)
-    return (x, cache), None
+    return x, cache
 
 
 class Llama(nn.Module):
@@ -117,14 +127,14 @@ class Llama(nn.Module):
   rope_theta: float = 1e4
   dtype: Dtype = jnp.float32
   remat: str = 'none'
+  scan: bool = True  # parameters 'layers' stacked [L, ...], or 'layers_0', 'layers_1', ...
 
   def setup(self):
     init = nn.initializers.normal(0.02)
     self.embedding = self.param('embedding', init, (self.vocab_size, self.hidden_size))
-    self.head = self.param('head', init, (self.hidden_size, self.vocab_size))
+    self.head = weight(self, 'head', init, (self.hidden_size, self.vocab_size))
     self.norm = RMSNorm(self.rms_norm_eps, self.dtype)
-    blocks = scan_blocks(Block, self.num_layers, self.remat, in_axes=(0, nn.broadcast, nn.broadcast))
-    self.layers = blocks(
+    sizes = dict(
       num_heads=self.num_heads,
       num_kv_heads=self.num_kv_heads,
       head_dim=self.head_dim,
@@ -133,6 +143,10 @@ class Llama(nn.Module):
       rope_theta=self.rope_theta,
       dtype=self.dtype,
     )
+    if self.scan:
+      self.layers = scan_blocks(Block, self.num_layers, self.remat)(**sizes)
+    else:
+      self.layers = [Block(**sizes) for _ in range(self.num_layers)]
 
   def embed(self, ids: Array) -> Array:
     """ids i32[...] in [0, V) -> dtype[..., H]."""
@@ -148,23 +162,57 @@ class Llama(nn.Module):
       positions: i32[B, S], rotary positions.
       mask: bool[B, 1, S, K], what each query may see; causality is in it too (`sequence.prompt_mask`). A query that
         may see nothing gets something finite and meaningless. Or, of packed rows, their segments i32[B, S].
-      cache: the new tokens are written at its `length`, and must fit: M >= length + S.
+      cache: the new tokens are written at its `length`, and must fit: M >= length + S. Only where layers are unrolled.
 
     Returns:
       dtype[B, S, H] after the final norm, and the cache with the new tokens (None without one).
+
+    Raises:
+      ValueError: a cache, but scanned layers.
     """
-    carry = (embeddings.astype(self.dtype), cache)
-    (x, cache), _ = self.layers(carry, jnp.arange(self.num_layers), positions, mask)
+    x = embeddings.astype(self.dtype)
+    if self.scan:
+      if cache is not None:
+        raise ValueError('a cache is for unrolled layers; see `unroll`')
+      return self.norm(self.layers(x, positions, mask)[0]), None
+    start, states = None if cache is None else cache.length, []
+    for i, block in enumerate(self.layers):
+      x, state = block(x, positions, mask, None if cache is None else cache.layers[i], start)
+      states.append(state)
     if cache is not None:
-      cache = cache._replace(length=cache.length + embeddings.shape[1])
+      cache = KVCache(tuple(states), start + embeddings.shape[1])
     return self.norm(x), cache
 
   def logits(self, hidden: Array) -> Array:
     """[..., H] -> f32[..., V]."""
-    return jnp.matmul(hidden, self.head.astype(self.dtype), preferred_element_type=jnp.float32)
+    return product(hidden, self.head, jnp.float32)
 
   def init_cache(self, batch: int, max_length: int, dtype: Dtype | None = None) -> KVCache:
-    """An empty cache of `max_length` slots a row, in the compute dtype unless told otherwise."""
-    shape = (self.num_layers, batch, self.num_kv_heads, max_length, self.head_dim)
-    zeros = jnp.zeros(shape, self.dtype if dtype is None else dtype)
-    return KVCache(zeros, zeros, jnp.zeros((), jnp.int32))
+    """An empty cache of `max_length` slots a row, in the compute dtype unless told otherwise; int8 has a scale a head and slot."""
+    dtype = jnp.dtype(self.dtype if dtype is None else dtype)
+    empty = jnp.zeros((batch, self.num_kv_heads, max_length, self.head_dim), dtype)
+    if dtype == jnp.int8:
+      empty = Int8(empty, jnp.zeros(empty.shape[:-1]))
+    return KVCache((LayerCache(empty, empty),) * self.num_layers, jnp.zeros((), jnp.int32))
+
+
+def unroll(llama: Llama, params: dict) -> tuple[Llama, dict]:
+  """The same model with its layers one by one, as decoding wants it, and its parameters in that form (`unstack`)."""
+  return llama.clone(scan=False), unstack(params) if 'layers' in params else params
+
+
+def unstack(params: dict) -> dict:
+  """Parameters of scanned layers -> of unrolled ones: 'layers', stacked [L, ...], becomes 'layers_0', 'layers_1', ...
+
+  Leaves are removed from `params['layers']` as they are taken apart, so that memory never holds two models.
+  """
+
+  def apart(stacked: dict) -> list[dict]:
+    columns = {}
+    for name in list(stacked):
+      leaf = stacked.pop(name)
+      columns[name] = apart(leaf) if isinstance(leaf, dict) else list(leaf)
+    return [dict(zip(columns, row)) for row in zip(*columns.values(), strict=True)]
+
+  rest = {name: leaf for name, leaf in params.items() if name != 'layers'}
+  return rest | {f'layers_{i}': layer for i, layer in enumerate(apart(params['layers']))}

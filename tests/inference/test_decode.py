@@ -165,6 +165,25 @@ def test_sampled_rows_depend_on_their_own_key_only(params, embed):
   np.testing.assert_array_equal(sample(embeddings[:2], mask[:2], key=keys).ids, out.ids[jnp.array([2, 0])])
 
 
+@pytest.mark.parametrize('cache_dtype', [None, 'int8'])
+def test_samples_of_a_prompt_share_its_prefill(params, embed, cache_dtype):
+  """The result is that of the prompt repeated, under guidance too."""
+  embeddings, mask, _ = assemble([[[1, 7, 9]], [[1, 30, 31, 32, 33]], [[IMG]], [[IMG]]], embed)
+  sample = functools.partial(
+      generate, LLAMA, params, key=jax.random.key(3), max_new_tokens=6, eos_id=-1, suppress=~TEXT, guidance_scale=1.5, top_p=0.99,
+      repetition_penalty=1.2, cache_dtype=cache_dtype)
+  once = sample(embeddings[:2], mask[:2], uncond_embeddings=embeddings[2:], uncond_mask=mask[2:], num_samples=3)
+  embeddings, mask = jnp.repeat(embeddings, 3, axis=0), jnp.repeat(mask, 3, axis=0)
+  repeated = sample(embeddings[:6], mask[:6], uncond_embeddings=embeddings[6:], uncond_mask=mask[6:])
+  np.testing.assert_array_equal(once.ids, repeated.ids)
+  assert len({tuple(row) for row in np.asarray(once.ids)}) == 6
+
+
+def test_early_stopping_is_checked(params, captions):
+  with pytest.raises(ValueError, match="early_stopping is True, False or 'never', not 'always'"):
+    beam_search(LLAMA, params, *captions, num_beams=2, early_stopping='always', **CAPTION)
+
+
 def test_settings_do_not_recompile(params, captions):
   settings = dict(max_new_tokens=3, eos_id=2, top_k=7)
   for n, (temperature, top_p, minimum) in enumerate([(1.0, 0.9, 0), (0.5, 0.3, 2)]):

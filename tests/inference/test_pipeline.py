@@ -1,5 +1,6 @@
 """The user's API on random weights: shapes, prompts, determinism, lazy parts, and what it says to bad input."""
 
+import io
 import pathlib
 import shutil
 
@@ -172,3 +173,77 @@ def test_batches_cover_everything_in_few_shapes():
     rows = [row for n, rows in pipeline._batches(count) for row in rows[:n]]
     assert rows == list(range(count))
   assert [len(rows) for _, rows in pipeline._batches(21)] == [16, 8]
+
+
+def test_details(model):
+  told = model.caption(PICTURES, seed=None, details=True)
+  assert [each.text for each in told] == model.caption(PICTURES, seed=None)
+  least, most = model.settings.caption_tokens
+  assert all(model.words.decode(each.ids).split('.')[0].strip() == each.text and each.score < 0 for each in told)
+  assert all(least <= len(each.ids) <= most for each in told)
+  questions = ['What is this?', 'Where is it?']
+  assert [each.text for each in model.answer(PICTURES, questions, details=True)] == model.answer(PICTURES, questions)
+  sampled = model.sample_codes([['an owl']], details=True)[0]
+  np.testing.assert_array_equal(sampled.codes, model.sample_codes([['an owl']])[0])
+  np.testing.assert_array_equal(sampled.ids[sampled.ids >= 2050] - 2050, sampled.codes)
+  assert sampled.score < 0
+
+
+def test_several_samples_of_a_prompt(model):
+  prompts = [['an owl'], [PICTURES[0], 'and', PICTURES[1], 'on a red background', PICTURES[0]]]  # none, and several pictures
+  one, three = model.sample_codes(prompts), model.sample_codes(prompts, num_samples=3)
+  assert len(three) == 6
+  np.testing.assert_array_equal(three[0], one[0])
+  np.testing.assert_array_equal(three[3], one[1])
+  assert len({tuple(row) for row in three}) == 6
+  for settings in (dict(top_p=0.5), dict(repetition_penalty=1.5), dict(negative='a key')):
+    assert any(a.tolist() != b.tolist() for a, b in zip(model.sample_codes(prompts, **settings), one)), settings
+  with pytest.raises(UserError, match='num_samples is 0'):
+    model.sample_codes(prompts, num_samples=0)
+
+
+def test_interleaved_prompts_do_not_depend_on_their_batch(model):
+  prompts = [[PICTURES[0], 'an owl', PICTURES[1]], ['a key'], [PICTURES[1], PICTURES[0], 'red', PICTURES[1], 'blue']]
+  keep = model.sample_codes(prompts, seed=4)
+  np.testing.assert_array_equal(model.sample_codes(prompts[:1], seed=4)[0], keep[0])
+  np.testing.assert_array_equal(model.sample_codes([prompts[0], ['a rather long text about a key'], ['a key']], seed=4)[0], keep[0])
+
+
+def test_prompts_of_the_same_bucket_compile_once(model):
+  model.answer(PICTURES, ['What is this?'] * 2, seed=None)
+  model.sample_codes([['an owl'], ['a key']])
+  compiled = []
+  jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event) if 'backend_compile' in event else None)
+  model.answer(PICTURES, ['What is the colour of the background?', 'How many?'], seed=None)
+  model.answer(PICTURES, ['Is it red?', 'Where is the owl in this picture?'], seed=None)
+  model.sample_codes([['three pizzas and a key on a white background'], ['a']], temperature=0.7, guidance=2.0, seed=9)
+  assert not compiled
+  jax.jit(lambda x: x + 1)(jnp.ones(3))
+  assert compiled  # the listener listens
+
+
+def test_small_weights_and_caches(tiny_folder, tiny_parts, model):
+  expected = model.caption(PICTURES, seed=None, details=True)
+  for settings in (dict(weights='int8'), dict(cache='int8'), dict(cache='bfloat16')):
+    small = Lavit.from_pretrained(tiny_folder, **settings)
+    told = small.caption(PICTURES, seed=None, details=True)
+    assert 0 < max(abs(one.score - other.score) for one, other in zip(told, expected)) < 0.5, settings
+    types = {x.dtype.name for x in jax.tree.leaves(small.parts['llama'])}
+    assert types == ({'int8', 'float32'} if 'weights' in settings else {'float32'})
+    assert {x.dtype.name for x in jax.tree.leaves(small.parts['vit'])} == {'float32'}
+  mine = dict(tiny_parts)
+  Lavit(model.model, mine, model.words, weights='int8').caption(PICTURES)
+  assert mine['llama']['layers']['mlp']['up']['kernel'].dtype == jnp.float32  # what was given is not taken to pieces
+  for settings in (dict(weights='int4'), dict(cache='float64')):
+    with pytest.raises(UserError, match="is not known; choose one of None, .*'int8'"):
+      Lavit.from_pretrained(tiny_folder, **settings)
+
+
+def test_a_bar_only_on_terminals_and_for_long_work(monkeypatch):
+  for terminal, count, shown in ((True, 40, True), (False, 40, False), (True, 16, False)):
+    screen = io.StringIO()
+    screen.isatty = lambda: terminal
+    monkeypatch.setattr('sys.stderr', screen)
+    monkeypatch.setenv('TERM', 'xterm')
+    assert sum(n for n, _ in pipeline._batches(count, what='codes')) == count
+    assert ('codes' in screen.getvalue()) == shown

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from lavit_jax.models.llama import Llama
+from lavit_jax.models.llama import Llama, unroll
 from lavit_jax.models.sequence import prompt_mask, prompt_positions
 from lavit_jax.porting import engine
 from lavit_jax.porting.tables_language import llama_rows
@@ -83,21 +83,13 @@ def _peer(llama):
 
 def test_cached_steps_equal_full_forward():
   """A prompt of 6 at once, then single tokens, then two together, with stale rubbish in the unwritten slots."""
-  params = init(TINY)
   ids = jax.random.randint(jax.random.key(1), (2, 12), 0, 97)
   mask = jnp.ones((2, 12), bool).at[1, :4].set(False)
-  expected = forward(TINY, params, ids, mask)
-
-  @jax.jit
-  def step(ids, positions, mask, cache):
-    apply = functools.partial(TINY.apply, {'params': params})
-    hidden, cache = apply(apply(ids, method='embed'), positions, mask, cache)
-    return apply(hidden, method='logits'), cache
-
-  slots, positions = 15, prompt_positions(mask)
-  seen = jnp.pad(prompt_mask(mask), ((0, 0), (0, 0), (0, 0), (0, slots - 12)))
+  expected = forward(TINY, init(TINY), ids, mask)
+  slots, step = 15, stepper(TINY)
+  positions, seen = prompt_positions(mask), jnp.pad(prompt_mask(mask), ((0, 0), (0, 0), (0, 0), (0, slots - 12)))
   cache = TINY.init_cache(2, slots)
-  cache = cache._replace(k=cache.k + 9.0, v=cache.v - 9.0)
+  cache = cache._replace(layers=tuple(layer._replace(k=layer.k + 9.0, v=layer.v - 9.0) for layer in cache.layers))
   logits = []
   for start, end in [(0, 6), (6, 7), (7, 8), (8, 9), (9, 10), (10, 12)]:
     part, cache = step(ids[:, start:end], positions[:, start:end], seen[:, :, start:end], cache)
@@ -105,6 +97,56 @@ def test_cached_steps_equal_full_forward():
     logits.append(part)
   difference = jnp.where(mask[..., None], jnp.concatenate(logits, 1) - expected, 0)
   np.testing.assert_allclose(difference, 0, atol=1e-5)
+
+
+def stepper(llama):
+  """(ids, positions, mask, cache) -> (logits, cache), of the unrolled model."""
+  unrolled, params = unroll(llama, init(llama))
+
+  @jax.jit
+  def step(ids, positions, mask, cache):
+    apply = functools.partial(unrolled.apply, {'params': params})
+    hidden, cache = apply(apply(ids, method='embed'), positions, mask, cache)
+    return apply(hidden, method='logits'), cache
+
+  return step
+
+
+def test_appending_to_caches():
+  """Each slot and head as NumPy rounds it, the rest untouched."""
+  k, v = np.random.default_rng(0).standard_normal((2, 1, 3, 2, 8), np.float32)  # [B, S, G, d]
+  steps = np.abs(k).max(-1, keepdims=True) / 127
+  rounded = dict(float32=k, bfloat16=k.astype(jnp.bfloat16).astype(np.float32), int8=np.rint(k / steps) * steps)
+  for dtype, expected in rounded.items():
+    cache, keys, _ = TINY.init_cache(1, 6, dtype).layers[0].append(jnp.int32(2), k, v)
+    np.testing.assert_allclose(keys[:, 2:5], expected, rtol=1e-6)
+    assert not keys[:, jnp.array([0, 1, 5])].any() and keys.dtype == jnp.float32
+    assert {x.dtype.name for x in jax.tree.leaves(cache)} == ({dtype, 'float32'} if dtype == 'int8' else {dtype})
+
+
+@pytest.mark.parametrize('dtype, least, most', [('bfloat16', 1e-5, 0.02), ('int8', 1e-5, 0.06)])
+def test_small_caches_lose_little(dtype, least, most):
+  """The worst logit of a prompt and then single tokens, in units of their spread; float32 would lose less than `least`."""
+  ids, mask = jax.random.randint(jax.random.key(1), (2, 12), 0, 97), jnp.ones((2, 12), bool)
+  expected, step, cache, logits = forward(TINY, init(TINY), ids, mask), stepper(TINY), TINY.init_cache(2, 12, dtype), []
+  for start, end in [(0, 6), *((n, n + 1) for n in range(6, 12))]:
+    part, cache = step(ids[:, start:end], prompt_positions(mask)[:, start:end], prompt_mask(mask)[:, :, start:end], cache)
+    logits.append(part)
+  assert jax.tree.leaves(cache.layers)[0].dtype == dtype
+  error = jnp.abs(jnp.concatenate(logits, 1) - expected).max() / expected.std()
+  assert least < error < most
+
+
+def test_unrolled_layers_are_the_scanned_ones():
+  ids, mask, params = jnp.arange(8)[None], jnp.ones((1, 8), bool), init(TINY)
+  expected, size = forward(TINY, params, ids, mask), sum(x.size for x in jax.tree.leaves(params))
+  unrolled, apart = unroll(TINY, params)
+  np.testing.assert_allclose(forward(unrolled, apart, ids, mask), expected, atol=1e-6)
+  assert not jax.tree.leaves(params['layers'])  # nothing is held twice
+  assert sum(x.size for x in jax.tree.leaves(apart)) == size
+  assert jax.tree.map(jnp.shape, init(unrolled)) == jax.tree.map(jnp.shape, apart)
+  with pytest.raises(ValueError, match='unroll'):
+    TINY.apply({'params': init(TINY)}, jnp.zeros((1, 1, 32)), jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1, 1, 1), bool), TINY.init_cache(1, 1))
 
 
 def test_the_mask_decides_what_is_seen():
