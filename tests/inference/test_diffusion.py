@@ -67,7 +67,7 @@ def assert_same_trajectory(prediction='epsilon', spacing='leading', **settings):
   want = peer_sample(toy_pair, LATENTS, guidance_scale=3., prediction_type=prediction, timestep_spacing=spacing, **settings)
   got = sample(toy, LATENTS, (CONTEXT, MASK), (NULL, NULL_MASK), guidance_scale=3., schedule=SCHEDULE, prediction=prediction,
                spacing=spacing, **settings)
-  assert np.abs(want - LATENTS).max() > 0.03  # one leading step is small
+  assert np.abs(want - LATENTS).max() > 0.5
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
   return got
 
@@ -81,9 +81,9 @@ def test_trajectory_matches_diffusers(sampler, prediction, spacing, steps):
 
 
 @pytest.mark.parametrize('sampler', SAMPLERS)
-@pytest.mark.parametrize('steps', [1, 2])
+@pytest.mark.parametrize('steps', [1, 2, 3])
 def test_short_trajectories_match_too(sampler, steps):
-  assert_same_trajectory(sampler=sampler, steps=steps)
+  assert_same_trajectory(sampler=sampler, steps=steps, spacing='trailing')
 
 
 def test_the_samplers_differ():
