@@ -46,14 +46,15 @@ def initial_latents(keys: Array, shape: tuple[int, int, int]) -> Array:
   return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
-def timesteps(num_train_steps: int, steps: int, spacing: str = 'leading', steps_offset: int = 1, sampler: str = 'ddim') -> np.ndarray:
-  """The timesteps to visit, from noise to image; i32[steps].
+def timesteps(num_train_steps: int, steps: int, spacing: str = 'leading', steps_offset: int = 1, sampler: str = 'ddim',
+              strength: float = 1.0) -> np.ndarray:
+  """The timesteps to visit, from noise to image: the last int(steps * strength) of i32[steps].
 
   'leading' counts up from `steps_offset` in strides of T // steps, and never sees pure noise; 'trailing' counts down from
   T - 1 (Lin et al. 2023, arXiv 2305.08891, table 2). Leading DPM-Solver++ has strides of T // (steps + 1) and leaves the first out.
 
   Raises:
-    ValueError: no such sampler or spacing; more steps than T, or a first step beyond T - 1.
+    ValueError: no such sampler or spacing; more steps than T, or a first step beyond T - 1; a strength that leaves no step.
   """
   if sampler not in SAMPLERS:
     raise ValueError(f'sampler={sampler!r} is not one of {", ".join(map(repr, SAMPLERS))}')
@@ -68,24 +69,22 @@ def timesteps(num_train_steps: int, steps: int, spacing: str = 'leading', steps_
     raise ValueError(f"spacing={spacing!r} is not 'leading' or 'trailing'")
   if visited[0] >= num_train_steps:
     raise ValueError(f'steps={steps} with steps_offset={steps_offset} begins at {visited[0]}, past the {num_train_steps} trained')
+  visited = visited[steps - min(int(steps * strength), steps):]
+  if not len(visited):
+    raise ValueError(f'strength={strength} leaves none of {steps} steps; raise one of them')
   return visited.astype(np.int32)
 
 
 def plan(schedule: NoiseSchedule, steps: int, *, sampler: str = 'ddim', spacing: str = 'leading', steps_offset: int = 1,
          strength: float = 1.0) -> Plan:
-  """The steps of a sampler, or with a `strength` below 1 the last int(steps * strength) of them.
+  """The steps of a sampler, at the `timesteps` of these arguments.
 
   DDIM (Song et al. 2021, equation 12 with eta 0) goes T // steps back, and in the end to the schedule's first step, not to the
   clean image. Euler (Karras et al. 2022, algorithm 1: DDIM, but for where it goes) and DPM-Solver++ 2M (Lu et al. 2022,
   algorithm 2) go to the next timestep, and in the end to the clean image; 2M does not look ahead in its first step, for want of
   an earlier one, nor in its last.
-
-  Raises:
-    ValueError: as `timesteps`; a strength that leaves no step.
   """
-  t = timesteps(len(schedule.alphas_cumprod), steps, spacing, steps_offset, sampler)[steps - min(int(steps * strength), steps):]
-  if not len(t):
-    raise ValueError(f'strength={strength} leaves none of {steps} steps; raise one of them')
+  t = timesteps(len(schedule.alphas_cumprod), steps, spacing, steps_offset, sampler, strength)
   if sampler == 'ddim':
     alpha = schedule.alphas_cumprod[np.maximum(t - len(schedule.alphas_cumprod) // steps, 0)]
   else:
@@ -155,7 +154,7 @@ def sample(
     spacing, steps_offset: see `timesteps`.
     start: clean latents f32[B, h, w, Z] to begin from in place of pure noise (Meng et al. 2022, SDEdit); `latents` is then the noise
       that is laid over them, as much as the first step that is left expects.
-    strength: with `start`, the share of the steps that is made; see `plan`.
+    strength: with `start`, the share of the steps that is made.
 
   Returns:
     f32[B, h, w, Z].
