@@ -97,13 +97,14 @@ def plan(schedule: NoiseSchedule, steps: int, *, sampler: str = 'ddim', spacing:
   return Plan(t, jnp.sqrt(alpha), jnp.sqrt(1 - alpha), ahead)
 
 
-def guided(denoise: Denoiser, condition: tuple, null_condition: tuple | None, guidance_scale: float | Array, rescale: float = 0.0) -> Denoiser:
+def guided(denoise: Denoiser, condition: tuple, null_condition: tuple | None, guidance_scale: float | Array,
+           rescale: float = 0.0) -> Denoiser:
   """Classifier-free guidance (Ho & Salimans 2022): null + scale * (conditional - null), both in one batch of 2B.
 
   `condition` holds what `denoise` takes after the timesteps, any trees of arrays with leading axis B; `null_condition` the
   same trees for the unconditional branch, with or without that axis. Without it there is no guidance, and no second branch.
   With `rescale`, that share of the result has the deviation of the conditional prediction, image by image (Lin et al. 2023,
-  equations 15 and 16).
+  section 3.4).
   """
   if null_condition is None:
     return lambda latents, t: denoise(latents, t, *condition)

@@ -62,7 +62,8 @@ class Request(NamedTuple):
   options: dict[str, Any]  # of `draw`, by name
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'way', 'size', 'steps', 'sampler', 'rescale', 'strength', 'tile'), donate_argnames='start')
+@functools.partial(jax.jit, static_argnames=('model', 'way', 'size', 'steps', 'sampler', 'rescale', 'strength', 'tile'),
+                   donate_argnames='start')
 def draw(
     model: lavit.Lavit, parts: dict, ids: Array, mask: Array, keys: Array, start: Array | None, *, way: Way, size: tuple[int, int],
     guidance: float, steps: int, sampler: str = 'ddim', rescale: float = 0.0, strength: float = 1.0, tile: int | None = None,
@@ -137,7 +138,8 @@ def settle(
   size = own if size is None else tuple(np.ravel(size).tolist())
   way = LOWRES if size == own else HIGHRES
   if size not in (own, *highres_sizes):
-    raise UserError(f'pictures of {_by(size)} cannot be drawn; choose one of (height x width): {", ".join(map(_by, (own, *highres_sizes)))}')
+    known = ', '.join(map(_by, (own, *highres_sizes)))
+    raise UserError(f'pictures of {_by(size)} cannot be drawn; choose one of (height x width): {known}')
   missing = [name for name in way.parts if name not in held]
   if way is HIGHRES and missing:
     raise UserError(f'{_by(size)} is drawn by {", ".join(missing)}, which this checkpoint does not hold; draw at {_by(own)}, or take one '
@@ -159,7 +161,7 @@ def settle(
     start = as_list(start)
     if len(start) not in (1, count):
       raise UserError(f'{len(start)} pictures to start from, but {count} to draw; give one for each, or one for all')
-    start = np.repeat(read_images(start, size), count // len(start), 0)
+    start = np.repeat(read_images(start, size), count // max(1, len(start)), 0)
   if tile is None and math.prod(size) > WHOLE_PIXELS:
     tile = TILE
   return Request(start, dict(way=way, size=size, guidance=way.guidance if guidance is None else guidance, steps=steps, sampler=sampler,

@@ -7,8 +7,8 @@
     model.synthesize([[Path('cat.png'), 'on a red background']])
     model.reconstruct(['cat.png'])
 
-Every arrow is one compiled program (`read`, `tokenize` here; `generate`, `beam_search` in decode.py; `draw` in drawing.py), batches are padded
-to powers of two and prompts to multiples of N, so that few shapes are ever compiled. A part of the model is loaded when
+Every arrow is one compiled program (`read`, `tokenize` here; `generate`, `beam_search` in decode.py; `draw` in drawing.py), batches are
+padded to powers of two and prompts to multiples of N, so that few shapes are ever compiled. A part of the model is loaded when
 a task first needs it. Settings are those of the published results (REFERENCE section 4).
 
 Axes: B images, N patches, H width of the language model, S prompt slots.
@@ -169,7 +169,8 @@ class Lavit:
 
     Args:
       seed: of all pictures, each of which then depends on its place too; or one for each, and a picture is the same wherever it stands.
-      size: (height, width): the square of `settings.drawn_size` by Stable Diffusion 1.5 (default), or one of `settings.highres_sizes` by SDXL.
+      size: (height, width): the square of `settings.drawn_size` by Stable Diffusion 1.5 (default), or one of
+        `settings.highres_sizes` by SDXL.
       guidance, steps: of the U-Net; by default as published, 5 and 50, or 7 and 25 by SDXL.
       sampler: 'ddim' (default, as published), 'euler' or 'dpm++2m'.
       rescale: the share of rescaled guidance, against pictures too bright or dark (Lin et al. 2023, who take 0.7); by default 0.
@@ -181,7 +182,8 @@ class Lavit:
     request = self._settle(len(codes), options)
     ids, mask = self.in_slots(codes)
     way, checker = request.options['way'], drawing.checker(self.model, self.parts) if self.safety_checker else ()
-    drawn = self.in_batches(drawing.draw, way.parts + checker, ids, mask, _keys(seed, len(ids)), request.start, most=way.batch, **request.options)
+    drawn = self.in_batches(drawing.draw, way.parts + checker, ids, mask, _keys(seed, len(ids)), request.start, most=way.batch,
+                            **request.options)
     drawing.report_flagged(drawn.flagged)
     return drawn.pictures
 
@@ -214,7 +216,10 @@ class Lavit:
 
   def generate(self, prompts: Sequence[str], *, guidance: float = 4.0, decoder_guidance: float | None = None,
                temperature: float = 1.0, top_k: int = 50, negative: str = '', seed: int | Sequence[int] = 0, **options) -> np.ndarray:
-    """A picture of each text, uint8[B, H, W, 3]. The settings are those of `sample_codes` and `draw`, whose guidance is `decoder_guidance`."""
+    """A picture of each text, uint8[B, H, W, 3].
+
+    The settings are those of `sample_codes` and `draw`, whose guidance is called `decoder_guidance` here.
+    """
     options['guidance'] = decoder_guidance
     prompts = [[text] for text in ([prompts] if isinstance(prompts, str) else prompts)]
     options['start'] = self._settle(len(prompts), options).start  # what is wrong is told before anything runs
@@ -316,7 +321,7 @@ class Lavit:
     return np.stack(ids).astype(np.int32), mask
 
   def in_batches(self, program, names: tuple[str, ...], *rows, most: int = MAX_BATCH, **same):
-    """program(model, parts, *rows, **same) over batches of `rows`, arrays [B, ...] or None; the results as numpy arrays, in one transfer."""
+    """program(model, parts, *rows, **same) over batches of `rows`, arrays [B, ...] or None; numpy arrays, in one transfer."""
     out, counts = [], []
     for n, index in _batches(len(rows[0]), most):
       out.append(self._run(program, names, *(None if x is None else x[index] for x in rows), **same))

@@ -53,7 +53,7 @@ class SafetyChecker(nn.Module):
 
   @nn.compact
   def __call__(self, images: Array) -> tuple[Array, Array]:
-    """Pictures f32[B, H, W, 3], cut to `image_size` by `center_square` and normalised by `vit.preprocess` -> unsafe bool[B], scores f32[B, C].
+    """Pictures f32[B, H, W, 3], cut by `center_square` and normalised by `vit.preprocess` -> unsafe bool[B], scores f32[B, C].
 
     A score is the cosine to a concept less its threshold, rounded to three places; above zero, the picture is unsafe.
     """
@@ -102,7 +102,7 @@ def center_square(images: Array, size: int) -> Array:
 
 
 def _bicubic(length: int, new_length: int) -> np.ndarray:
-  """f32[new_length, length]: how much of each old pixel is in each new one, by Keys' cubic (a = -1/2), widened where the picture shrinks."""
+  """f32[new_length, length]: how much of each old pixel is in each new one, by Keys' cubic (a = -1/2), widened to shrink."""
   scale = length / new_length
   middle = (np.arange(new_length)[:, None] + 0.5) * scale
   pixels, wide = np.arange(length), max(scale, 1)
