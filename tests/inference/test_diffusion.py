@@ -180,7 +180,8 @@ def test_schedule_and_training_targets_match_diffusers():
 @pytest.mark.parametrize('change,message', [
     (dict(spacing='linspace'), "spacing='linspace'"), (dict(steps=0), 'steps=0'), (dict(steps=1001), 'steps=1001'),
     (dict(steps=1000), 'begins at 1000'), (dict(steps=999, sampler='dpm++2m'), 'begins at 1000'),
-    (dict(strength=0.05), 'strength=0.05 leaves none of 10 steps'), (dict(steps=1000, sampler='dpm++2m'), 'must be in 1..999'), (dict(sampler='heun'), "sampler='heun' is not one of 'ddim', 'euler'"),
+    (dict(strength=0.05), 'strength=0.05 leaves none of 10 steps'),
+    (dict(steps=1000, sampler='dpm++2m'), 'must be in 1..999'), (dict(sampler='heun'), "sampler='heun' is not one of 'ddim', 'euler'"),
 ])
 def test_bad_settings_are_named(change, message):
   with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Codes -> pictures: both ways against diffusers from the golden codes on, and what the user's API makes of sizes, starts and the safety checker."""
+"""Codes -> pictures: both ways against diffusers, from the golden codes on; sizes, starts and the safety checker in the user's API."""
 
 import logging
 import pathlib
@@ -81,7 +81,8 @@ def test_golden_codes_become_the_pictures_that_diffusers_draws(golden, tmp_path,
   torch, diffusers = pytest.importorskip('torch'), pytest.importorskip('diffusers')
   model, io, size, steps, strength = lavit.build('golden'), golden.io, (16, 24), 5, 0.6
   unet, vae = way.prefix + 'unet', way.prefix + 'vae'
-  parts = {name: golden.params[name] for name in ('tokenizer', 'decoder', 'highres_decoder')} | random_parts('golden', unet, vae, 'uncond_embeddings')
+  parts = random_parts('golden', unet, vae, 'uncond_embeddings')
+  parts |= {name: golden.params[name] for name in ('tokenizer', 'decoder', 'highres_decoder')}
   counts = io['kept_token_counts']
   mask = np.arange(16) < counts[:, None]
   ids = np.zeros((len(counts), 16), np.int32)
@@ -146,7 +147,7 @@ def test_defaults_are_those_published():
   held = (*drawing.LOWRES.parts, *drawing.HIGHRES.parts)
   for size, steps, guidance in ((None, 50, 5.), ((512, 512), 50, 5.), ((1024, 1024), 25, 7.), ((768, 1344), 25, 7.)):
     options = drawing.settle(2, 512, drawing.HIGHRES_SIZES, held, size=size).options
-    assert (options['steps'], options['guidance'], options['sampler'], options['rescale'], options['tile']) == (steps, guidance, 'ddim', 0., None)
+    assert [options[name] for name in ('steps', 'guidance', 'sampler', 'rescale', 'tile')] == [steps, guidance, 'ddim', 0., None]
   assert drawing.settle(2, 512, ((2048, 2048),), held, size=(2048, 2048)).options['tile'] == 1024
 
 
@@ -196,7 +197,7 @@ def test_bad_settings_are_told_before_anything_runs(parts, options, message):
 
 def test_a_checkpoint_without_the_highres_parts_says_so(parts):
   lowres = opened({name: part for name, part in parts.items() if not name.startswith('highres')})
-  with pytest.raises(UserError, match='16x24 is drawn by highres_decoder, highres_unet, highres_vae, which this checkpoint does not hold; draw at 16x16'):
+  with pytest.raises(UserError, match='16x24 is drawn by highres_decoder, highres_unet, highres_vae, which .* not hold; draw at 16x16'):
     lowres.generate(['an owl'], size=(16, 24))
 
 
