@@ -26,7 +26,7 @@ from lavit_jax.models.decoder import null_context
 
 LOG = logging.getLogger(__name__)
 HIGHRES_SIZES = ((1024, 1024), (896, 1152), (832, 1216), (768, 1344), (1216, 832), (1152, 896))  # (height, width), REFERENCE section 2
-WHOLE_PIXELS = 1024 * 1024  # what the VAE has in hand at once, some 4 GB: four pictures of 512, one of 1024; a larger one is cut into tiles
+WHOLE_PIXELS = 1024 * 1024  # what the VAE decodes at once, in 2.5 GiB: four pictures of 512 or one of 1024; a larger one is cut into tiles
 TILE = 1024  # side of these; that of SDXL's VAE in diffusers
 
 
