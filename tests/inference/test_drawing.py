@@ -170,7 +170,8 @@ def test_pieces_and_tiles_of_the_decoder(model, monkeypatch):
 
 def test_each_picture_begins_from_its_own_start(model):
   dark, light = (np.full((40, 60, 3), value, np.uint8) for value in (20, 220))  # scaled to the size that is drawn
-  apart, alike, one = (model.draw(CODES[:2], size=(16, 24), steps=5, start=start, strength=0.4) for start in ([dark, light], [dark, dark], dark))
+  apart, alike, one = (model.draw(CODES[:2], size=(16, 24), steps=5, start=start, strength=0.4)
+                       for start in ([dark, light], [dark, dark], dark))
   np.testing.assert_array_equal(alike, one)
   np.testing.assert_array_equal(apart[0], alike[0])
   assert np.abs(apart[1].astype(int) - alike[1]).mean() > 1
