@@ -20,13 +20,13 @@ MAX_PIXELS = 80_000_000  # 240 MB decoded; a larger header is a mistake or a dec
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.gif', '.bmp', '.tif', '.tiff')
 
 
-def read_images(sources, size: int) -> np.ndarray:
-  """One picture or a sequence of them -> uint8[B, size, size, 3].
+def read_images(sources, size: int | tuple[int, int]) -> np.ndarray:
+  """One picture or a sequence of them -> uint8[B, H, W, 3]; `size` is the side of a square, or (H, W).
 
-  The resize is bicubic and straight to the square, aspect ratio not kept (REFERENCE section 2). Raises UserError as `read_image`.
+  The resize is bicubic and straight to the size, aspect ratio not kept (REFERENCE section 2). Raises UserError as `read_image`.
   """
   images = [resize(read_image(source, f'image {i}'), size) for i, source in enumerate(as_list(sources))]
-  return np.stack(images) if images else np.zeros((0, size, size, 3), np.uint8)
+  return np.stack(images) if images else np.zeros((0, *_sides(size), 3), np.uint8)
 
 
 def as_list(sources) -> list:
@@ -35,11 +35,15 @@ def as_list(sources) -> list:
   return [sources] if one else list(sources)
 
 
-def resize(image: np.ndarray, size: int) -> np.ndarray:
-  """uint8[H, W, 3] -> uint8[size, size, 3], bicubic; untouched if it has that size already."""
-  if image.shape[:2] == (size, size):
+def resize(image: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
+  """uint8[H, W, 3] -> uint8[size, size, 3], or of (H, W), bicubic; untouched if it has that size already."""
+  if image.shape[:2] == _sides(size):
     return image
-  return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+  return np.asarray(Image.fromarray(image).resize(_sides(size)[::-1], Image.Resampling.BICUBIC))
+
+
+def _sides(size: int | tuple[int, int]) -> tuple[int, int]:
+  return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def read_image(source, name: str = 'image') -> np.ndarray:

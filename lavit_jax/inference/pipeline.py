@@ -7,8 +7,8 @@
     model.synthesize([[Path('cat.png'), 'on a red background']])
     model.reconstruct(['cat.png'])
 
-Every arrow is one compiled program (`read`, `tokenize`, `draw` here; `generate`, `beam_search` in decode.py), batches are padded
-to powers of two and prompts to multiples of N, so that few shapes are ever compiled. A part of the model is loaded when
+Every arrow is one compiled program (`read`, `tokenize` here; `generate`, `beam_search` in decode.py; `draw` in drawing.py), batches are
+padded to powers of two and prompts to multiples of N, so that few shapes are ever compiled. A part of the model is loaded when
 a task first needs it. Settings are those of the published results (REFERENCE section 4).
 
 Axes: B images, N patches, H width of the language model, S prompt slots.
@@ -33,11 +33,9 @@ from rich.progress import Progress
 from lavit_jax.data.questions import prompt
 from lavit_jax.data.text import TextTokenizer
 from lavit_jax.errors import UserError
-from lavit_jax.inference import decode
-from lavit_jax.inference.diffusion import ddim_sample, initial_latents
+from lavit_jax.inference import decode, drawing
 from lavit_jax.data.images import read_images
-from lavit_jax.models import lavit, noise, sequence, vae, vit
-from lavit_jax.models.decoder import null_context
+from lavit_jax.models import lavit, sequence, vit
 from lavit_jax.models.initial import initial_parts
 from lavit_jax.models.int8 import quantize_weights
 from lavit_jax.models.llama import unstack
@@ -51,12 +49,13 @@ MAX_BATCH = 16
 
 
 class Settings(NamedTuple):
-  """What depends on how long the texts and codes of a model are: (fewest, most) new tokens, and the side of what it draws."""
+  """What depends on how long the texts and codes of a model are: (fewest, most) new tokens, and the sizes of what it draws."""
 
   caption_tokens: tuple[int, int] = (8, 36)
   answer_tokens: tuple[int, int] = (2, 10)
   image_tokens: tuple[int, int] = (20, 200)
-  drawn_size: int = 512
+  drawn_size: int = 512  # side of the square
+  highres_sizes: tuple[tuple[int, int], ...] = drawing.HIGHRES_SIZES  # (height, width)
 
 
 SETTINGS = {'tiny': Settings((4, 36), (1, 16), (16, 50), 64)}
@@ -111,20 +110,6 @@ def embed(model: lavit.Lavit, parts: dict, ids: Array) -> Array:
   return _apply(model.llama, parts['llama'], ids, method='embed')
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'size', 'steps'))
-def draw(model: lavit.Lavit, parts: dict, ids: Array, mask: Array, keys: Array, *, guidance: float, size: int, steps: int) -> Array:
-  """Codes i32[B, N] in a prefix, mask bool[B, N] of it -> pictures uint8[B, size, size, 3] by DDIM under guidance."""
-  codes = _apply(model.tokenizer, parts['tokenizer'], ids, method='lookup')
-  features = _apply(model.decoder, parts['decoder'], codes, mask)
-  context, _ = _apply(model.decoder, parts['decoder'], features, method='context')
-  null = null_context(parts['uncond_embeddings'], model.num_patches)
-  side = size // model.vae.factor
-  latents = ddim_sample(
-      functools.partial(_apply, model.unet, parts['unet']), initial_latents(keys, (side, side, model.vae.latent_channels)),
-      (context, jnp.ones_like(mask)), null, steps=steps, guidance_scale=guidance, schedule=noise.scaled_linear())
-  return vae.postprocess(_apply(model.vae, parts['vae'], latents / model.vae.scaling_factor, method='decode'))
-
-
 def _generate(model: lavit.Lavit, parts: dict, *args, **kwargs) -> decode.GenerateOutput:
   return decode.generate(model.llama, parts['llama'], *args, **kwargs)
 
@@ -157,25 +142,27 @@ class Lavit:
   """
 
   def __init__(self, model: lavit.Lavit, parts: Mapping[str, dict], words: TextTokenizer, weights: str | None = None,
-               cache: str | None = None):
-    """`parts`: part name -> parameters, at least of the parts that the tasks at hand need. `weights`, `cache`: see `from_pretrained`."""
+               cache: str | None = None, safety_checker: bool = True):
+    """`parts`: part name -> parameters, at least of the parts that the tasks at hand need. The other arguments: see `from_pretrained`."""
     for name, value, known in (('weights', weights, (None, 'int8')), ('cache', cache, (None, 'bfloat16', 'int8'))):
       if value not in known:
         raise UserError(f'{name}={value!r} is not known; choose one of {", ".join(map(repr, known))}')
-    self.model, self.words, self.weights, self.cache = model, words, weights, cache
+    self.model, self.words, self.weights, self.cache, self.safety_checker = model, words, weights, cache, safety_checker
     self.parts = parts if isinstance(parts, _Parts) else jax.tree.map(lambda x: x, dict(parts))  # trees of our own, to be taken apart
     self.settings = SETTINGS.get(model.variant, Settings())
     self._fitting = set()  # names of the parts that have been looked at
 
   @classmethod
   def from_pretrained(cls, folder, dtype: str = 'float32', variant: str | None = None, weights: str | None = None,
-                      cache: str | None = None) -> Lavit:
+                      cache: str | None = None, safety_checker: bool = True) -> Lavit:
     """Opens a checkpoint: a folder of ours (porting/folder.py) or a PyTorch one (porting/layouts.py); parts are read when first needed.
 
     Args:
       dtype: the compute dtype.
       weights: of the language model: as they are stored (None), or 'int8': a byte a weight (models/int8.py).
       cache: keys and values of the language model: in the compute dtype (None), 'bfloat16' or 'int8'.
+      safety_checker: pictures that the safety checker of the folder finds fault with are returned black, and a log line says which;
+        False leaves it out. A warning says so where the variant has one and the folder does not.
 
     Raises:
       UserError: the folder is missing, damaged, or not of `variant`; an option is not known.
@@ -185,8 +172,10 @@ class Lavit:
       words, known = folder / 'language_model', layouts.read_json(folder / layouts.ABOUT).get('variant')
       known = known or variant or layouts.find_variant(layouts.recognise(folder)[1])
       read_part = functools.partial(from_torch, folder, variant=known)
+      held = {place.part for place in layouts.PUBLISHED if layouts.stem_of(folder / place.folder, place.stems)}
     else:
-      words, known = folder / 'tokenizer', read_config(folder)['variant']
+      config = read_config(folder)
+      words, known, held = folder / 'tokenizer', config['variant'], set(config['parts'])
 
       def read_part(name):
         return load_parts(folder, [name])[name]
@@ -194,7 +183,7 @@ class Lavit:
     if variant not in (None, known):
       raise UserError(f'{folder} holds variant {known!r}, but {variant!r} was asked for')
     model = lavit.build(known, dtype)
-    return cls(model, _Parts(read_part), TextTokenizer.load(words, model.vocabulary.text_size), weights, cache)
+    return cls(model, _Parts(read_part, held), TextTokenizer.load(words, model.vocabulary.text_size), weights, cache, safety_checker)
 
   # Pictures to codes and back.
 
@@ -206,15 +195,32 @@ class Lavit:
     ids, keep = self.in_batches(tokenize, ('vit', 'tokenizer'), images, _keys(seed, len(images)))
     return Tokens([row[kept] for row, kept in zip(ids, keep)], keep, keep.sum(-1))
 
-  def draw(self, codes: Sequence[np.ndarray], guidance: float = 5.0, steps: int = 50, seed: int = 0) -> np.ndarray:
-    """Codes of each picture, i32[n] with n <= N -> uint8[B, H, W, 3]."""
-    ids, mask = self.in_slots(codes)
-    return self.in_batches(draw, ('tokenizer', 'decoder', 'unet', 'vae', 'uncond_embeddings'), ids, mask, _keys(seed, len(ids)),
-                           guidance=guidance, size=self.settings.drawn_size, steps=steps)
+  def draw(self, codes: Sequence[np.ndarray], *, seed: int | Sequence[int] = 0, **options) -> np.ndarray:
+    """Codes of each picture, i32[n] with n <= N -> uint8[B, H, W, 3].
 
-  def reconstruct(self, images, guidance: float = 5.0, steps: int = 50, seed: int = 0) -> np.ndarray:
-    """Pictures -> visual tokens -> pictures, uint8[B, H, W, 3]; what is lost is what the tokens do not say."""
-    return self.draw(self.tokenize(images, seed).ids, guidance, steps, seed)
+    Args:
+      seed: of all pictures, each of which then depends on its place too; or one for each, and a picture is the same wherever it stands.
+      size: (height, width): the square of `settings.drawn_size` by Stable Diffusion 1.5 (default), or one of
+        `settings.highres_sizes` by SDXL.
+      guidance, steps: of the U-Net; by default as published, 5 and 50, or 7 and 25 by SDXL.
+      sampler: 'ddim' (default, as published), 'euler' or 'dpm++2m'.
+      rescale: the share of rescaled guidance, against pictures too bright or dark (Lin et al. 2023, who take 0.7); by default 0.
+      start: pictures to begin from in place of noise, one for each or one for all; they are scaled to `size`.
+      strength: of the change to `start`, the share of the steps that is made; by default 0.8, and 1 keeps nothing of it.
+      tile: side of the tiles that the VAE decodes one at a time, in pixels, for less memory and faint differences; by default pictures
+        are decoded whole up to a megapixel (all published sizes) and in tiles of 1024 beyond.
+    """
+    request = self._settle(len(codes), options)
+    ids, mask = self.in_slots(codes)
+    way, checker = request.options['way'], drawing.checker(self.model, self.parts) if self.safety_checker else ()
+    drawn = self.in_batches(drawing.draw, way.parts + checker, ids, mask, _keys(seed, len(ids)), request.start, most=way.batch,
+                            **request.options)
+    drawing.report_flagged(drawn.flagged)
+    return drawn.pictures
+
+  def reconstruct(self, images, *, seed: int | Sequence[int] = 0, **options) -> np.ndarray:
+    """Pictures -> visual tokens -> pictures, uint8[B, H, W, 3]; what is lost is what the tokens do not say. `options`: of `draw`."""
+    return self.draw(self.tokenize(images, seed).ids, seed=seed, **options)
 
   # Pictures to words.
 
@@ -239,21 +245,28 @@ class Lavit:
 
   # Words and pictures to pictures.
 
-  def generate(self, prompts: Sequence[str], *, guidance: float = 4.0, decoder_guidance: float = 5.0, steps: int = 50,
-               temperature: float = 1.0, top_k: int = 50, negative: str = '', seed: int = 0) -> np.ndarray:
-    """A picture of each text, uint8[B, H, W, 3]. The settings are those of `sample_codes` and `draw`."""
-    prompts = [[text] for text in ([prompts] if isinstance(prompts, str) else prompts)]
-    codes = self.sample_codes(prompts, guidance=guidance, temperature=temperature, top_k=top_k, negative=negative, seed=seed)
-    return self.draw(codes, decoder_guidance, steps, seed)
+  def generate(self, prompts: Sequence[str], *, guidance: float = 4.0, decoder_guidance: float | None = None,
+               temperature: float = 1.0, top_k: int = 50, negative: str = '', seed: int | Sequence[int] = 0, **options) -> np.ndarray:
+    """A picture of each text, uint8[B, H, W, 3].
 
-  def synthesize(self, prompts: Sequence[Sequence], *, guidance: float = 5.0, decoder_guidance: float = 5.0, steps: int = 50,
-                 temperature: float = 1.0, top_k: int = 50, negative: str = '', seed: int = 0) -> np.ndarray:
+    The settings are those of `sample_codes` and `draw`, whose guidance is called `decoder_guidance` here.
+    """
+    options['guidance'] = decoder_guidance
+    prompts = [[text] for text in ([prompts] if isinstance(prompts, str) else prompts)]
+    options['start'] = self._settle(len(prompts), options).start  # what is wrong is told before anything runs
+    codes = self.sample_codes(prompts, guidance=guidance, temperature=temperature, top_k=top_k, negative=negative, seed=seed)
+    return self.draw(codes, seed=seed, **options)
+
+  def synthesize(self, prompts: Sequence[Sequence], *, guidance: float = 5.0, decoder_guidance: float | None = None,
+                 temperature: float = 1.0, top_k: int = 50, negative: str = '', seed: int = 0, **options) -> np.ndarray:
     """A picture from each sequence of pictures and words, in any order, uint8[B, H, W, 3].
 
-    A `str` is words; a picture on disk is a `pathlib.Path`.
+    A `str` is words; a picture on disk is a `pathlib.Path`. The settings are those of `generate`.
     """
+    options['guidance'] = decoder_guidance
+    options['start'] = self._settle(len(prompts), options).start
     codes = self.sample_codes(prompts, guidance=guidance, temperature=temperature, top_k=top_k, negative=negative, seed=seed)
-    return self.draw(codes, decoder_guidance, steps, seed)
+    return self.draw(codes, seed=seed, **options)
 
   def sample_codes(self, prompts: Sequence[Sequence], *, guidance: float = 4.0, temperature: float = 1.0, top_k: int = 50,
                    top_p: float | None = None, repetition_penalty: float | None = None, negative: str = '', num_samples: int = 1,
@@ -345,13 +358,16 @@ class Lavit:
     mask = slots < np.array([max(1, len(row)) for row in codes])[:, None]  # no code at all would leave nothing to attend to
     return np.stack(ids).astype(np.int32), mask
 
-  def in_batches(self, program, names: tuple[str, ...], *rows, **same):
-    """program(model, parts, *rows, **same) over batches of `rows`, arrays [B, ...] or None; the results as numpy arrays."""
-    out = []
-    for n, index in _batches(len(rows[0])):
-      found = self._run(program, names, *(None if x is None else x[index] for x in rows), **same)
-      out.append(jax.tree.map(lambda x: np.asarray(x)[:n], found))
-    return jax.tree.map(lambda *x: np.concatenate(x), *out)
+  def in_batches(self, program, names: tuple[str, ...], *rows, most: int = MAX_BATCH, **same):
+    """program(model, parts, *rows, **same) over batches of `rows`, arrays [B, ...] or None; numpy arrays, in one transfer."""
+    out, counts = [], []
+    for n, index in _batches(len(rows[0]), most):
+      out.append(self._run(program, names, *(None if x is None else x[index] for x in rows), **same))
+      counts.append(n)
+    return jax.tree.map(lambda *x: np.concatenate([piece[:n] for piece, n in zip(x, counts)]), *jax.device_get(out))
+
+  def _settle(self, count: int, options: Mapping) -> drawing.Request:
+    return drawing.settle(count, self.settings.drawn_size, self.settings.highres_sizes, self.parts, **options)
 
   def _run(self, program, names: tuple[str, ...], *args, **kwargs):
     """Calls a program with the parts that it needs, loading them first."""
@@ -389,8 +405,12 @@ def _shapes(tree) -> dict[str, tuple[int, ...]]:
 class _Parts(dict):
   """The parts of a checkpoint, each read when first asked for."""
 
-  def __init__(self, read_part):
-    self.read_part = read_part
+  def __init__(self, read_part, held: set[str]):
+    self.read_part, self.held = read_part, held
+
+  def __contains__(self, name: str) -> bool:
+    """Whether the checkpoint holds it, read or not."""
+    return name in self.held
 
   def __missing__(self, name: str) -> dict:
     self[name] = jax.tree.map(jnp.asarray, self.read_part(name))
@@ -426,7 +446,11 @@ def _sample_keys(keys: Array, count: int) -> Array:
   return jnp.concatenate([keys[:, None], more], axis=1)
 
 
-def _keys(seed: int | None, count: int) -> Array | None:
-  """A key for each row, so that what a row becomes does not depend on its batch."""
+def _keys(seed: int | Sequence[int] | None, count: int) -> Array | None:
+  """A key for each row, so that what a row becomes does not depend on its batch; of its own seed, or of one seed and its place."""
+  if np.ndim(seed):
+    if len(seed) != count:
+      raise UserError(f'{len(seed)} seeds for {count}; give one for each, or one for all')
+    return jnp.stack([jax.random.key(int(each)) for each in seed])
   return None if seed is None else jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(count))
 

@@ -7,6 +7,7 @@ Axes: B pictures, N patches, D width, P width of CLIP's common space, C concepts
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from lavit_jax.models.layers import CrossAttention, Dtype, LayerNorm, Mlp, scan_blocks, split_batch
@@ -52,7 +53,7 @@ class SafetyChecker(nn.Module):
 
   @nn.compact
   def __call__(self, images: Array) -> tuple[Array, Array]:
-    """Pictures f32[B, H, W, 3], scaled and cut to `image_size`, normalised by `vit.preprocess` -> unsafe bool[B], scores f32[B, C].
+    """Pictures f32[B, H, W, 3], cut by `center_square` and normalised by `vit.preprocess` -> unsafe bool[B], scores f32[B, C].
 
     A score is the cosine to a concept less its threshold, rounded to three places; above zero, the picture is unsafe.
     """
@@ -79,3 +80,32 @@ class SafetyChecker(nn.Module):
 
 def _unit(x: Array) -> Array:
   return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def center_square(images: Array, size: int) -> Array:
+  """uint8[B, H, W, 3] -> uint8[B, size, size, 3]: the shorter side becomes `size`, bicubic, and the middle of the longer one stays.
+
+  As CLIPImageProcessor does it (transformers, by Pillow), which rounds to bytes after each of the two axes. Runs on the device.
+  """
+  height, width = images.shape[1:3]
+  short = min(height, width)
+
+  def axis(length: int) -> np.ndarray:
+    longer = int(size * length / short)
+    first = (longer - size) // 2
+    return _bicubic(length, longer)[first:first + size]
+
+  for axes, weights in (('bhwc,nw->bhnc', axis(width)), ('bhwc,nh->bnwc', axis(height))):
+    x = jnp.einsum(axes, images.astype(jnp.float32), weights, precision=jax.lax.Precision.HIGHEST)
+    images = jnp.floor(jnp.clip(x, 0, 255) + 0.5).astype(jnp.uint8)
+  return images
+
+
+def _bicubic(length: int, new_length: int) -> np.ndarray:
+  """f32[new_length, length]: how much of each old pixel is in each new one, by Keys' cubic (a = -1/2), widened to shrink."""
+  scale = length / new_length
+  middle = (np.arange(new_length)[:, None] + 0.5) * scale
+  pixels, wide = np.arange(length), max(scale, 1)
+  x = np.abs(pixels + 0.5 - middle) / wide
+  weights = np.where(x < 1, (1.5 * x - 2.5) * x**2 + 1, np.where(x < 2, ((-0.5 * x + 2.5) * x - 4) * x + 2, 0))
+  return (weights / weights.sum(1, keepdims=True)).astype(np.float32)

@@ -6,15 +6,20 @@ A latent is `scaling_factor` times what the encoder gives, so that a U-Net sees 
 `decode` work on the encoder's own scale and leave that factor to the caller.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from lavit_jax.models.layers import Dtype, attention
 from lavit_jax.models.resnet import Downsample, GroupNorm, ResnetBlock, Upsample
 
 EPSILON = 1e-6
+TILE_OVERLAP = 0.25  # share of a tile that the next one covers again, as in diffusers
 
 
 class SpatialAttention(nn.Module):
@@ -137,6 +142,60 @@ class AutoencoderKL(nn.Module):
 def sample_latents(mean: Array, logvar: Array, key: Array | None = None) -> Array:
   """A draw from the encoder's Gaussian, or its mean without a key; f32[B, h, w, Z] throughout."""
   return mean if key is None else mean + jnp.exp(logvar / 2) * jax.random.normal(key, mean.shape)
+
+
+def decode_tiled(decode: Callable[[Array], Array], latents: Array, factor: int, tile: int) -> Array:
+  """Latents f32[B, h, w, Z] -> pixels f32[B, H, W, 3], in overlapping tiles that fade linearly into each other, by a scan over tiles.
+
+  Memory is that of one tile and of the picture. Geometry and blending are those of diffusers' `tiled_decode`, with one difference:
+  the last tile of a row or column has the full size and ends at the border, where theirs is what remains, perhaps a sliver. So all
+  tiles are one compiled shape, and the same pixels come out everywhere but in the last tile's reach.
+
+  Args:
+    decode: [B, t, t, Z] -> [B, t * factor, t * factor, 3].
+    factor: pixels per latent.
+    tile: side of a tile, in latents.
+  """
+  rows, columns = (_tiles(side, tile, factor) for side in latents.shape[1:3])
+  batch, h, w, channels = latents.shape
+
+  def add(canvas: Array, now: tuple[_Tiles, _Tiles]) -> tuple[Array, None]:
+    row, column = now
+    pixels = decode(jax.lax.dynamic_slice(latents, (0, row.start, column.start, 0), (batch, min(tile, h), min(tile, w), channels)))
+    # Where a row fades into the next, diffusers fades its tiles sideways twice: once in this row, and again in the next.
+    weight = row.weight[:, None] * jnp.where(row.passing[:, None], column.weight_twice, column.weight)
+    at = (0, row.start * factor, column.start * factor, 0)
+    before = jax.lax.dynamic_slice(canvas, at, pixels.shape)
+    return jax.lax.dynamic_update_slice(canvas, before + pixels * weight[..., None], at), None
+
+  i, j = np.indices((len(rows.start), len(columns.start))).reshape(2, -1)
+  tiles = _Tiles(*(x[i] for x in rows)), _Tiles(*(x[j] for x in columns))
+  return jax.lax.scan(add, jnp.zeros((batch, h * factor, w * factor, 3)), tiles)[0]
+
+
+class _Tiles(NamedTuple):
+  """The n tiles along one side: where they begin, in latents, and of the pixels of each [n, p] how much they count."""
+
+  start: np.ndarray  # i32[n]
+  weight: np.ndarray  # f32[n, p]; over all tiles they add up to 1 at every pixel
+  weight_twice: np.ndarray  # f32[n, p], the same when every fade is made twice
+  passing: np.ndarray  # bool[n, p], whether the next tile has begun
+
+
+def _tiles(side: int, tile: int, factor: int) -> _Tiles:
+  """Covers `side` latents; a tile fades in over the overlap, and what came before it fades out."""
+  start = np.array([*range(0, side - tile, int(tile * (1 - TILE_OVERLAP))), max(0, side - tile)], np.int32)
+  pixels = np.arange(side * factor)
+  ramp = np.clip((pixels - start[:, None] * factor) / max(1, int(tile * factor * TILE_OVERLAP)), 0, 1)
+  ramp[0] = 1
+
+  def weights(ramp):
+    later = np.cumprod((1 - ramp)[:0:-1], 0)[::-1]  # what the tiles after each leave of it
+    return (ramp * np.concatenate([later, np.ones_like(ramp[:1])])).astype(np.float32)
+
+  passing = pixels >= np.append(start[1:], side)[:, None] * factor
+  own = start[:, None] * factor + np.arange(min(tile, side) * factor)  # the pixels of each tile
+  return _Tiles(start, *(np.take_along_axis(x, own, 1) for x in (weights(ramp), weights(ramp**2), passing)))
 
 
 def preprocess(images: Array) -> Array:

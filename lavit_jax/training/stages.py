@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from lavit_jax.data import mixtures
 from lavit_jax.errors import UserError
-from lavit_jax.inference.diffusion import ddim_sample
+from lavit_jax.inference.diffusion import sample
 from lavit_jax.models import lavit
 from lavit_jax.models import noise as diffusion
 from lavit_jax.models import vae as pixels
@@ -180,8 +180,8 @@ def detokenizer(config, model: Lavit, shards: int) -> Stage:
     null, null_mask = unconditional(state, len(images))
     side = images.shape[1] // model.vae.factor
     latents = jax.random.normal(k2, (len(images), side, side, model.vae.latent_channels))
-    x = ddim_sample(functools.partial(apply, model.unet, params['unet']), latents, (context, jnp.ones_like(null_mask)), (null, null_mask),
-                    steps=num_steps, guidance_scale=config.detokenizer.guidance_scale, schedule=schedule)
+    x = sample(functools.partial(apply, model.unet, params['unet']), latents, (context, jnp.ones_like(null_mask)), (null, null_mask),
+               steps=num_steps, guidance_scale=config.detokenizer.guidance_scale, schedule=schedule)
     drawn = apply(model.vae, frozen['vae'], x / model.vae.scaling_factor, method='decode')
     return [images, shade_dropped(images, keep), pixels.postprocess(drawn)]
 

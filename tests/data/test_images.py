@@ -76,6 +76,7 @@ def test_batches_are_square_and_bicubic():
   np.testing.assert_array_equal(batch[1], np.asarray(expected))
   assert images.read_images(pixels[0], 16).shape == (1, 16, 16, 3)
   assert images.read_images([], 16).shape == (0, 16, 16, 3)
+  assert images.read_images([pixels[0]] * 2, (16, 24)).shape == (2, 16, 24, 3)
   np.testing.assert_array_equal(images.resize(batch[0], 16), batch[0])
 
 

@@ -1,11 +1,15 @@
-"""The DDIM sampler against diffusers' scheduler, over whole trajectories."""
+"""The samplers against diffusers' schedulers, over whole trajectories."""
+
+import functools
+import itertools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lavit_jax.inference.diffusion import ddim_sample, guided, initial_latents, timesteps
+from lavit_jax.inference.diffusion import SAMPLERS, guided, initial_latents, sample, timesteps
 from lavit_jax.models.noise import add_noise, scaled_linear, velocity
 from lavit_jax.models.unet import UNet
 from lavit_jax.porting import engine
@@ -13,24 +17,38 @@ from lavit_jax.porting.tables_pixels import unet_rows, unet_shapes
 
 torch = pytest.importorskip('torch')
 diffusers = pytest.importorskip('diffusers')
+Img2Img = diffusers.StableDiffusionImg2ImgPipeline
+rescale_noise_cfg = pytest.importorskip('diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion').rescale_noise_cfg
 
 SCHEDULE = scaled_linear()
-SETTINGS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear', clip_sample=False, set_alpha_to_one=False,
-                steps_offset=1)
+SETTINGS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear', steps_offset=1)
+PEERS = {  # as the scheduler configs of Stable Diffusion 1.5 and SDXL have them
+    'ddim': functools.partial(diffusers.DDIMScheduler, **SETTINGS, clip_sample=False, set_alpha_to_one=False),
+    'euler': functools.partial(diffusers.EulerDiscreteScheduler, **SETTINGS, interpolation_type='linear', final_sigmas_type='zero'),
+    'dpm++2m': functools.partial(diffusers.DPMSolverMultistepScheduler, **SETTINGS, algorithm_type='dpmsolver++', solver_order=2,
+                                 solver_type='midpoint', lower_order_final=True, final_sigmas_type='zero'),
+}
 RNG = np.random.default_rng(0)
 LATENTS = RNG.standard_normal((2, 4, 4, 4), np.float32)
 CONTEXT, NULL = RNG.standard_normal((2, 3, 12), np.float32), RNG.standard_normal((3, 12), np.float32)
 MASK, NULL_MASK = np.array([[1, 1, 0], [1, 0, 0]], bool), np.array([1, 0, 0], bool)
 
 
-def peer_sample(denoise, latents, *, steps, guidance_scale, **settings):
-  """denoise(latents, t) -> (conditional, unconditional), numpy throughout; the trajectory is diffusers'."""
-  scheduler = diffusers.DDIMScheduler(**SETTINGS, **settings)
+def peer_sample(denoise, latents, *, steps, guidance_scale, sampler='ddim', rescale=0., start=None, strength=1., **settings):
+  """denoise(latents, t) -> (conditional, unconditional), numpy throughout; the trajectory is diffusers', as its pipelines drive it."""
+  scheduler = PEERS[sampler](**settings)
   scheduler.set_timesteps(steps)
-  x = torch.from_numpy(latents)
-  for t in scheduler.timesteps:
-    given, null = (torch.from_numpy(np.array(p)) for p in denoise(x.numpy(), int(t)))
-    x = scheduler.step(null + guidance_scale * (given - null), t, x).prev_sample
+  x, visited = torch.from_numpy(latents), scheduler.timesteps
+  if start is None:
+    x = x * scheduler.init_noise_sigma
+  else:
+    visited, _ = Img2Img.get_timesteps(types.SimpleNamespace(scheduler=scheduler), steps, strength, None)
+    x = scheduler.add_noise(torch.from_numpy(start), x, visited[:1].repeat(len(x)))
+  for t in visited:
+    seen = scheduler.scale_model_input(x, t)
+    given, null = (torch.from_numpy(np.array(p)) for p in denoise(seen.numpy(), int(t)))
+    found = null + guidance_scale * (given - null)
+    x = scheduler.step(rescale_noise_cfg(found, given, rescale) if rescale else found, t, x).prev_sample
   return x.numpy()
 
 
@@ -40,19 +58,51 @@ def toy(latents, t, context, mask):
   return jnp.tanh(latents + 0.1 * level) * (0.5 + t[:, None, None, None] / 2000)
 
 
+def toy_pair(latents, t):
+  t = jnp.full(2, t)
+  return toy(latents, t, CONTEXT, MASK), toy(latents, t, np.stack([NULL, NULL]), np.stack([NULL_MASK, NULL_MASK]))
+
+
+def assert_same_trajectory(prediction='epsilon', spacing='leading', **settings):
+  want = peer_sample(toy_pair, LATENTS, guidance_scale=3., prediction_type=prediction, timestep_spacing=spacing, **settings)
+  got = sample(toy, LATENTS, (CONTEXT, MASK), (NULL, NULL_MASK), guidance_scale=3., schedule=SCHEDULE, prediction=prediction,
+               spacing=spacing, **settings)
+  assert np.abs(want - LATENTS).max() > 0.5
+  np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+  return got
+
+
+@pytest.mark.parametrize('sampler', SAMPLERS)
 @pytest.mark.parametrize('prediction', ['epsilon', 'v_prediction'])
 @pytest.mark.parametrize('spacing', ['leading', 'trailing'])
 @pytest.mark.parametrize('steps', [7, 50])
-def test_trajectory_matches_diffusers(prediction, spacing, steps):
-  def both(latents, t):
-    t = jnp.full(2, t)
-    return toy(latents, t, CONTEXT, MASK), toy(latents, t, np.stack([NULL, NULL]), np.stack([NULL_MASK, NULL_MASK]))
+def test_trajectory_matches_diffusers(sampler, prediction, spacing, steps):
+  assert_same_trajectory(prediction, spacing, sampler=sampler, steps=steps)
 
-  want = peer_sample(both, LATENTS, steps=steps, guidance_scale=3., prediction_type=prediction, timestep_spacing=spacing)
-  got = ddim_sample(toy, LATENTS, (CONTEXT, MASK), (NULL, NULL_MASK), steps=steps, guidance_scale=3., schedule=SCHEDULE,
-                    prediction=prediction, spacing=spacing)
-  assert np.abs(want - LATENTS).max() > 0.5
-  np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+
+@pytest.mark.parametrize('sampler', SAMPLERS)
+@pytest.mark.parametrize('steps', [1, 2, 3])
+def test_short_trajectories_match_too(sampler, steps):
+  assert_same_trajectory(sampler=sampler, steps=steps, spacing='trailing')
+
+
+def test_the_samplers_differ():
+  results = [sample(toy, LATENTS, (CONTEXT, MASK), steps=7, schedule=SCHEDULE, sampler=sampler) for sampler in SAMPLERS]
+  assert min(np.abs(a - b).max() for a, b in itertools.combinations(results, 2)) > 1e-3
+
+
+@pytest.mark.parametrize('sampler', SAMPLERS)
+def test_rescaled_guidance_matches_diffusers(sampler):
+  plain, rescaled = (assert_same_trajectory(sampler=sampler, steps=10, rescale=rescale) for rescale in (0., 0.7))
+  assert np.abs(plain - rescaled).max() > 0.01
+
+
+@pytest.mark.parametrize('sampler', SAMPLERS)
+@pytest.mark.parametrize('spacing', ['leading', 'trailing'])
+@pytest.mark.parametrize('steps,strength', [(10, 0.6), (50, 0.58), (25, 0.05), (7, 1.)])  # int(50 * 0.58) is 28: it rounds down
+def test_a_noised_start_matches_diffusers_img2img(sampler, spacing, steps, strength):
+  start = RNG.standard_normal(LATENTS.shape, np.float32)
+  assert_same_trajectory(spacing=spacing, sampler=sampler, steps=steps, start=start, strength=strength)
 
 
 @pytest.mark.parametrize('steps', [1, 60, 61, 103, 201, 999, 1000])
@@ -79,23 +129,23 @@ def test_tiny_unet_trajectory_matches_diffusers():
       yield np.moveaxis(y.numpy(), 1, -1)
 
   @jax.jit
-  def sample(params, scale):
-    return ddim_sample(lambda *inputs: module.apply(params, *inputs), LATENTS, (CONTEXT, MASK), (NULL, NULL_MASK), steps=10,
-                       guidance_scale=scale, schedule=SCHEDULE)
+  def draw(params, scale):
+    return sample(lambda *inputs: module.apply(params, *inputs), LATENTS, (CONTEXT, MASK), (NULL, NULL_MASK), steps=10,
+                  guidance_scale=scale, schedule=SCHEDULE)
 
   want = peer_sample(both, LATENTS, steps=10, guidance_scale=5.)
-  np.testing.assert_allclose(sample(params, 5.), want, rtol=0, atol=1e-4)
+  np.testing.assert_allclose(draw(params, 5.), want, rtol=0, atol=1e-4)
 
 
 def test_an_image_does_not_depend_on_its_batch():
   keys = jax.random.split(jax.random.key(0), 3)
 
-  def sample(rows):
-    return ddim_sample(toy, initial_latents(keys[rows], (4, 4, 4)), (CONTEXT[:1].repeat(len(rows), 0), MASK[:1].repeat(len(rows), 0)),
-                       steps=5, schedule=SCHEDULE)
+  def draw(rows):
+    return sample(toy, initial_latents(keys[rows], (4, 4, 4)), (CONTEXT[:1].repeat(len(rows), 0), MASK[:1].repeat(len(rows), 0)),
+                  steps=5, schedule=SCHEDULE)
 
-  together = sample(np.arange(3))
-  np.testing.assert_allclose(sample(np.array([2]))[0], together[2], atol=1e-6)
+  together = draw(np.arange(3))
+  np.testing.assert_allclose(draw(np.array([2]))[0], together[2], atol=1e-6)
   assert not np.allclose(together[0], together[1])
 
 
@@ -113,12 +163,12 @@ def test_bfloat16_denoiser_is_finite():
   def denoise(latents, t, *condition):
     return toy(latents, t, *condition).astype(jnp.bfloat16)
 
-  got = ddim_sample(denoise, LATENTS, (CONTEXT, MASK), (NULL, NULL_MASK), steps=10, guidance_scale=3., schedule=SCHEDULE)
+  got = sample(denoise, LATENTS, (CONTEXT, MASK), (NULL, NULL_MASK), steps=10, guidance_scale=3., schedule=SCHEDULE)
   assert got.dtype == jnp.float32 and np.isfinite(got).all()
 
 
 def test_schedule_and_training_targets_match_diffusers():
-  scheduler = diffusers.DDIMScheduler(**SETTINGS)
+  scheduler = PEERS['ddim']()
   np.testing.assert_allclose(SCHEDULE.betas, scheduler.betas, rtol=1e-5)
   np.testing.assert_allclose(SCHEDULE.alphas_cumprod, scheduler.alphas_cumprod, rtol=2e-5)
   noise, t = LATENTS[::-1].copy(), np.array([0, 999])
@@ -129,7 +179,9 @@ def test_schedule_and_training_targets_match_diffusers():
 
 @pytest.mark.parametrize('change,message', [
     (dict(spacing='linspace'), "spacing='linspace'"), (dict(steps=0), 'steps=0'), (dict(steps=1001), 'steps=1001'),
-    (dict(steps=1000), 'begins at 1000'),
+    (dict(steps=1000), 'begins at 1000'), (dict(steps=999, sampler='dpm++2m'), 'begins at 1000'),
+    (dict(strength=0.05), 'strength=0.05 leaves none of 10 steps'),
+    (dict(steps=1000, sampler='dpm++2m'), 'must be in 1..999'), (dict(sampler='heun'), "sampler='heun' is not one of 'ddim', 'euler'"),
 ])
 def test_bad_settings_are_named(change, message):
   with pytest.raises(ValueError, match=message):
@@ -138,4 +190,4 @@ def test_bad_settings_are_named(change, message):
 
 def test_bad_prediction_is_named():
   with pytest.raises(ValueError, match="prediction='sample'"):
-    ddim_sample(toy, LATENTS, (CONTEXT, MASK), steps=2, schedule=SCHEDULE, prediction='sample')
+    sample(toy, LATENTS, (CONTEXT, MASK), steps=2, schedule=SCHEDULE, prediction='sample')

@@ -1,11 +1,13 @@
 """The VAE against diffusers, on random weights."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lavit_jax.models.vae import AutoencoderKL, postprocess, preprocess, sample_latents
+from lavit_jax.models.vae import AutoencoderKL, decode_tiled, postprocess, preprocess, sample_latents
 from lavit_jax.porting import engine
 from lavit_jax.porting.tables_pixels import vae_rows, vae_shapes
 
@@ -60,6 +62,41 @@ def test_decode_matches_diffusers(ported):
   got = decode(params, latents)
   assert got.shape == (2, 24, 16, 3) and np.std(got) > 0.1
   np.testing.assert_allclose(got, np.moveaxis(want.numpy(), 1, -1), rtol=0, atol=1e-4)
+
+
+def test_tiles_match_diffusers(ported):
+  model, _, params = ported
+  latents = np.random.default_rng(2).standard_normal((2, 20, 14, 4), np.float32)  # tiles begin at 0, 6, 12 and at 0, 6
+  model.tile_latent_min_size, model.tile_sample_min_size = 8, 32
+  got = jax.jit(lambda latents: decode_tiled(functools.partial(decode, params), latents, 4, 8))(latents)
+  with torch.no_grad():
+    model.enable_tiling()
+    want = np.moveaxis(model.decode(nchw(latents)).sample.numpy(), 1, -1)
+    model.disable_tiling()
+    whole, last = (np.moveaxis(model.decode(nchw(x)).sample.numpy(), 1, -1) for x in (latents, latents[:, 12:, 6:]))
+  assert np.abs(want - whole).max() > 0.05  # a tile knows nothing of the others
+  np.testing.assert_allclose(got[:, :72, :48], want[:, :72, :48], rtol=0, atol=1e-4)  # theirs has more tiles, from 18 and from 12 on
+  np.testing.assert_allclose(got[:, 56:, 32:], last[:, 8:, 8:], rtol=0, atol=1e-4)  # the last one, past its fade
+
+
+@pytest.mark.parametrize('side', [5, 8, 9, 14, 15, 26])
+def test_tiles_cover_a_picture_and_add_up_to_one(side):
+  ones = lambda latents: jnp.ones((1, latents.shape[1] * 2, latents.shape[2] * 2, 3))
+  np.testing.assert_allclose(decode_tiled(ones, jnp.zeros((1, side, 11, 4)), 2, 8), jnp.ones((1, 2 * side, 22, 3)), atol=1e-6)
+
+
+def test_tiles_hold_one_tile_at_a_time(ported):
+  _, _, params = ported
+  latents = jax.ShapeDtypeStruct((1, 64, 64, 4), jnp.float32)
+  tiled, whole = (jax.jit(f).lower(latents).compile().memory_analysis().temp_size_in_bytes for f in (
+      lambda x: decode_tiled(functools.partial(decode, params), x, 4, 16), functools.partial(decode, params)))
+  assert tiled < whole / 5
+
+
+def test_a_picture_of_one_tile_is_decoded_whole(ported):
+  _, _, params = ported
+  latents = np.random.default_rng(3).standard_normal((1, 6, 8, 4), np.float32)
+  np.testing.assert_allclose(decode_tiled(functools.partial(decode, params), latents, 4, 8), decode(params, latents), atol=1e-5)
 
 
 def test_weights_return_to_diffusers_bit_for_bit(ported):
