@@ -29,7 +29,7 @@ from jax import Array
 
 from lavit_jax.data.questions import prompt
 from lavit_jax.data.text import TextTokenizer
-from lavit_jax.errors import UserError
+from lavit_jax.errors import InputError, UserError
 from lavit_jax.inference import decode
 from lavit_jax.inference.diffusion import ddim_sample, initial_latents
 from lavit_jax.data.images import read_images
@@ -52,6 +52,13 @@ class Settings(NamedTuple):
   answer_tokens: tuple[int, int] = (2, 10)
   image_tokens: tuple[int, int] = (20, 200)
   drawn_size: int = 512
+
+
+class RowSeed(NamedTuple):
+  """A seed for some of many rows: given in place of a seed, row i of the call gets the key that row `rows[i]` has among all of them."""
+
+  seed: int
+  rows: Sequence[int]
 
 
 SETTINGS = {'tiny': Settings((4, 36), (1, 16), (16, 50), 64)}
@@ -132,7 +139,8 @@ class Lavit:
 
   Pictures are whatever `images.read_image` reads: paths, bytes, PIL images, arrays. Wrong input raises UserError. Which patches of
   a picture become tokens is sampled, as it is in training and was in the published results, by a key made of `seed` and the place
-  among the pictures; `tokenize`, `caption` and `answer` take seed=None to keep the most probable ones instead.
+  among the pictures; `tokenize`, `caption` and `answer` take seed=None to keep the most probable ones instead. Every `seed` may be a
+  RowSeed, for a part of a longer run.
   """
 
   def __init__(self, model: lavit.Lavit, parts: Mapping[str, dict], words: TextTokenizer):
@@ -239,7 +247,11 @@ class Lavit:
     if isinstance(prompts, str) or not all(isinstance(each, Sequence) and not isinstance(each, (str, bytes)) for each in prompts):
       raise UserError('prompts are lists of parts, [[picture, words], [words], ...]; put each prompt in brackets')
     pictures = [part for prompt in prompts for part in prompt if not isinstance(part, str)]
-    codes = iter(self.tokenize(pictures, seed).ids if pictures else ())
+    places = seed  # of a RowSeed, picture j of row i is put at i + j, so that it does not depend on the other rows of the call
+    if isinstance(seed, RowSeed):
+      counts = [sum(not isinstance(part, str) for part in prompt) for prompt in prompts]
+      places = RowSeed(seed.seed, [row + j for row, count in zip(seed.rows, counts) for j in range(count)])
+    codes = iter(self.tokenize(pictures, places).ids if pictures else ())
     start, end = [words.image_start], [words.image_end]
 
     def pieces(prompt):
@@ -282,14 +294,14 @@ class Lavit:
 
   def _encode(self, text: str, form: Callable[[str], str] = str) -> Sequence[int]:
     if not text.strip():
-      raise UserError('the text is empty; say what to draw or what to ask')
+      raise InputError('the text is empty; say what to draw or what to ask')
     return self.words.encode(form(text))
 
   def _embed(self, prompts, new_tokens: int, features: Array | None = None) -> tuple[Array, Array]:
     """Lists of pieces -> embeddings [B, S, H] and mask bool[B, S], left-padded."""
     longest = max(sum(map(len, pieces)) for pieces in prompts)
     if longest + new_tokens > MAX_LENGTH:
-      raise UserError(f'the prompt is {longest} tokens long; shorten it to {MAX_LENGTH - new_tokens}')
+      raise InputError(f'the prompt is {longest} tokens long; shorten it to {MAX_LENGTH - new_tokens}')
     embeddings, mask, _ = sequence.assemble(
         prompts, functools.partial(self._run, embed, ('llama',)), features, multiple=self.model.num_patches)
     return embeddings, mask
@@ -358,7 +370,10 @@ def _batches(count: int) -> Iterator[tuple[int, np.ndarray]]:
     yield n, start + np.minimum(np.arange(1 << (n - 1).bit_length()), n - 1)
 
 
-def _keys(seed: int | None, count: int) -> Array | None:
+def _keys(seed: int | RowSeed | None, count: int) -> Array | None:
   """A key for each row, so that what a row becomes does not depend on its batch."""
-  return None if seed is None else jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(count))
+  if seed is None:
+    return None
+  seed, rows = seed if isinstance(seed, RowSeed) else (seed, range(count))
+  return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.asarray(rows))
 
