@@ -201,8 +201,15 @@ def test_the_help_needs_nothing_heavy():
   out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
   assert time.monotonic() - start < 10  # a fifth of a second on an idle machine
   assert not {'jax', 'numpy', 'flax', 'PIL', 'ml_collections'} & set(eval(out.splitlines()[-1]))
-  for command in ('train', 'demo', 'caption', 'answer', 'generate', 'synthesize', 'reconstruct', 'tokenize', 'data', 'evaluate', 'variants'):
+  for command in ('train', 'demo', 'caption', 'answer', 'generate', 'synthesize', 'reconstruct', 'tokenize', 'data', 'evaluate', 'variants', 'app'):
     assert command in out
+
+
+def test_the_page_without_gradio(monkeypatch, fails):
+  monkeypatch.setitem(sys.modules, 'gradio', None)
+  monkeypatch.delitem(sys.modules, 'lavit_jax.inference.app', raising=False)
+  fails(['app'], r"needs Gradio; pip install -e '.\[app\]' -c launch/constraints.txt")
+  fails(['app', '--port', '0'], "--port: '0' is not an integer from 1 to 65535")
 
 
 def test_variants_are_listed(capsys):
