@@ -158,10 +158,10 @@ def told(function):
     try:
       return function(*args)
     except UserError as error:
-      raise gr.Error(html.escape(str(error)[0].upper() + str(error)[1:] + '.'), title='', print_exception=False) from None
+      raise gr.Error(html.escape(f'{error}.'), print_exception=False) from None
     except Exception:
       logging.getLogger(__name__).exception('%s failed', function.__name__)
-      raise gr.Error('This failed, and not by your doing. The log of the server says why.', title='', print_exception=False) from None
+      raise gr.Error('This failed, and not by your doing. The log of the server says why.', print_exception=False) from None
 
   return call
 
@@ -177,19 +177,27 @@ class Upload(gr.Image):
     return payload and payload.path
 
 
+ABOUT = 'A picture becomes a few dozen tokens, which one language model reads and writes as it does words.'
+TINY = ' This checkpoint is tiny, and has seen nothing but emoji on plain backgrounds.'
+
 STYLE = '''
-  .gradio-container { max-width: 44rem !important; margin: 0 auto !important; padding: 1.5rem 1rem 3rem !important }
-  #head h1 { font-size: 1.9rem; letter-spacing: -.02em; margin: 0 0 .3rem } #head p { margin: 0; color: var(--body-text-color-subdued) }
+  html { scrollbar-gutter: stable } .gradio-container { --soft: var(--neutral-500) } .dark .gradio-container { --soft: var(--neutral-400) }
+  .gradio-container { max-width: 44rem !important; margin: 0 auto !important; padding: 1.5rem 1rem 3rem !important } main.app { padding: 0 !important }
+  #head h1 { font-size: 1.9rem; letter-spacing: -.02em; margin: 0 0 .3rem } #head p { margin: 0; color: var(--soft) }
   .picture img { image-rendering: pixelated; object-fit: contain }
+  .html-container { padding: 0 !important } .label svg { display: none }
+  .gallery-item img, .gallery-item .container { width: 4rem !important; height: 4rem !important }
+  .gallery-item .container:has(p) { display: flex; align-items: center; gap: .5rem; width: auto !important; overflow: visible }
+  .gallery-item .container p { order: 1; min-width: 0 !important }
   .said textarea { font-size: 1.25rem; line-height: 1.4 }
   .kept { display: grid; grid-template-columns: 11rem 1fr; gap: 1.2rem; align-items: start }
   .kept > img { width: 100%; image-rendering: pixelated; border-radius: .5rem; border: 1px solid var(--border-color-primary) }
-  .tokens p { margin: 0 0 .6rem; color: var(--body-text-color-subdued); font-size: .875rem }
+  .tokens p { margin: 0 0 0.6rem; color: var(--soft); font-size: .875rem }
   .tokens ol { list-style: none; margin: 0; padding: 0; display: flex; flex-wrap: wrap; gap: .4rem }
   .tokens li { width: 2.1rem; text-align: center; line-height: 1 }
   .tokens img, .tokens i { display: block; width: 100%; height: 2.1rem; border-radius: .25rem; image-rendering: pixelated }
   .tokens b { display: block; font: .625rem/1 ui-monospace, monospace; padding: .25rem 0 .15rem; border-bottom: 3px solid }
-  @media (max-width: 34rem) { .kept { grid-template-columns: 1fr } .kept > img { max-width: 16rem } }
+  @media (max-width: 34rem) { button[role=tab] { padding: 0 .6rem !important } .kept { grid-template-columns: 1fr } .kept > img { max-width: 16rem } }
 '''
 
 
@@ -197,12 +205,13 @@ def build(tasks: Tasks) -> gr.Blocks:
   """The page: a tab for each task, in one column."""
   inputs = read_manifest(EXAMPLES)
   pictures = [str(EXAMPLES / row['file']) for row in inputs['pictures']]
+  questions = dict.fromkeys(row['question'] for row in inputs['pictures'])
   mixed = [[part for part in parts if not (EXAMPLES / part).is_file()] for parts in inputs['mixed']]
   mixed = [{'text': ' '.join(words), 'files': [str(EXAMPLES / part) for part in parts if part not in words]}
            for parts, words in zip(inputs['mixed'], mixed)]
 
   def upload():
-    return Upload(label='Picture', sources=['upload', 'clipboard'], type='filepath', height='15rem', elem_classes='picture', buttons=[])
+    return Upload(label='Picture', sources=['upload'], type='filepath', height='13rem', elem_classes='picture', buttons=[])
 
   def drawn(label='Drawn'):
     return gr.Image(label=label, format='png', interactive=False, height='20rem', elem_classes='picture', buttons=['download'])
@@ -217,8 +226,7 @@ def build(tasks: Tasks) -> gr.Blocks:
     gr.on(triggers, told(function), given, found, api_name=function.__name__, show_progress_on=found[0], concurrency_id='model', concurrency_limit=1)
 
   with gr.Blocks(title='LaVIT', analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as page:
-    gr.HTML('<h1>LaVIT</h1><p>A picture becomes a few dozen tokens, which one language model reads and writes as it does words.</p>',
-            elem_id='head')
+    gr.HTML(f'<h1>LaVIT</h1><p>{ABOUT}{TINY if tasks.model.model.variant == "tiny" else ""}</p>', elem_id='head')
     with gr.Tab('Caption'):
       picture = upload()
       gr.Examples([[path] for path in pictures], picture, label='Or one of these')
@@ -227,8 +235,9 @@ def build(tasks: Tasks) -> gr.Blocks:
       on(tasks.caption, [button.click], [picture], found)
     with gr.Tab('Ask'):
       picture = upload()
+      gr.Examples([[path] for path in pictures], picture, label='Or one of these')
       question = gr.Textbox(label='Question', placeholder='What is this?', max_length=MAX_LETTERS)
-      gr.Examples([[path, row['question']] for path, row in zip(pictures, inputs['pictures'])], [picture, question], label='Or one of these')
+      gr.Examples([[text] for text in questions], question, label='Or one of these')
       button = gr.Button('Answer', variant='primary')
       found = [gr.Textbox(label='Answer', elem_classes='said', interactive=False), gr.HTML()]
       on(tasks.ask, [button.click, question.submit], [picture, question], found)

@@ -172,6 +172,8 @@ from gradio.events import Dependency
 class Upload(gr.Image):
   """A picture that arrives as the path of its file, whatever is in it: Gradio's own would decode it before it could be measured."""
 
+  is_template = True  # looks in the browser as its parent does
+
   def preprocess(self, payload):
     return payload and payload.path
     from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
