@@ -182,13 +182,13 @@ TINY = ' This checkpoint is tiny, and has seen nothing but emoji on plain backgr
 
 STYLE = '''
   html { scrollbar-gutter: stable } .gradio-container { --soft: var(--neutral-500) } .dark .gradio-container { --soft: var(--neutral-400) }
-  .gradio-container { max-width: 44rem !important; margin: 0 auto !important; padding: 1.5rem 1rem 3rem !important } main.app { padding: 0 !important }
+  .gradio-container { max-width: 44rem !important; margin: 0 auto !important; padding: 1.5rem 1rem 3rem !important } .app { padding: 0 !important }
   #head h1 { font-size: 1.9rem; letter-spacing: -.02em; margin: 0 0 .3rem } #head p { margin: 0; color: var(--soft) }
   .picture img { image-rendering: pixelated; object-fit: contain }
   .html-container { padding: 0 !important } .label svg { display: none }
   .gallery-item img, .gallery-item .container { width: 4rem !important; height: 4rem !important }
   .gallery-item .container:has(p) { display: flex; align-items: center; gap: .5rem; width: auto !important; overflow: visible }
-  .gallery-item .container p { order: 1; min-width: 0 !important }
+  .gallery-item .container p { order: 1; min-width: 0 !important } .gallery-item .container p:empty { display: none }
   .said textarea { font-size: 1.25rem; line-height: 1.4 }
   .kept { display: grid; grid-template-columns: 11rem 1fr; gap: 1.2rem; align-items: start }
   .kept > img { width: 100%; image-rendering: pixelated; border-radius: .5rem; border: 1px solid var(--border-color-primary) }
@@ -219,7 +219,7 @@ def build(tasks: Tasks) -> gr.Blocks:
   def options(guidance):
     with gr.Accordion('Options', open=False):
       return [gr.Number(0, label='Seed', info='Another seed, another picture.', precision=0, minimum=0, maximum=2**32 - 1),
-              gr.Slider(1, 10, guidance, step=0.5, label='Guidance', info='How strictly the prompt is followed.'),
+              gr.Slider(1, 10, guidance, step=0.5, label='Guidance', info='How strictly the input is followed.'),
               gr.Slider(1, 100, STEPS, step=1, label='Steps', info='More take longer and look smoother.')]
 
   def on(function, triggers, given, found):

@@ -107,6 +107,16 @@ def test_an_interrupted_run_ends_as_one_that_was_not(stub, folder, tmp_path, cap
     assert '1 of 21 failed' in told.err
 
 
+def test_rows_that_are_alike_are_counted(stub, folder, tmp_path, capsys):
+  out = tmp_path / 'captions.jsonl'
+  arguments = 'caption', folder / '04.PNG', folder / '04.PNG', '--out', out
+  assert lavit(*arguments) == 0
+  whole = out.read_text()
+  assert [row['caption'] for row in lines(whole)] == ['4 at 0', '4 at 1']
+  out.write_text(whole.splitlines(keepends=True)[0])
+  assert lavit(*arguments) == 0 and out.read_text() == whole
+
+
 def test_a_folder_that_has_grown(stub, folder, tmp_path):
   out = tmp_path / 'captions.jsonl'
   (folder / '07.jpg').unlink()
