@@ -104,7 +104,7 @@ class Tasks:
     rows = model.model.tokenizer.apply({'params': model.parts['tokenizer']}, codes, method='lookup')
     rows = np.asarray(rows, np.float32) - np.mean(rows, 0)
     near = rows @ np.linalg.svd(rows.T @ rows)[0][:, :3]
-    near = 128 + 50 * np.tanh(near / near.std(0)) * np.array([1, 1, 1])
+    near = 128 + 80 * np.tanh(near / near.std(0))
     return ['rgb({},{},{})'.format(*row) for row in near.astype(int)]
 
 
@@ -168,15 +168,6 @@ def told(function):
 
 # -------------------------------------------------------------------------------------------------------------------- page
 
-class Upload(gr.Image):
-  """A picture that arrives as the path of its file, whatever is in it: Gradio's own would decode it before it could be measured."""
-
-  is_template = True  # looks in the browser as its parent does
-
-  def preprocess(self, payload):
-    return payload and payload.path
-
-
 ABOUT = 'A picture becomes a few dozen tokens, which one language model reads and writes as it does words.'
 TINY = ' This checkpoint is tiny, and has seen nothing but emoji on plain backgrounds.'
 
@@ -211,7 +202,9 @@ def build(tasks: Tasks) -> gr.Blocks:
            for parts, words in zip(inputs['mixed'], mixed)]
 
   def upload():
-    return Upload(label='Picture', sources=['upload'], type='filepath', height='13rem', elem_classes='picture', buttons=[])
+    picture = gr.Image(label='Picture', sources=['upload'], type='filepath', height='13rem', elem_classes='picture', buttons=[])
+    picture.preprocess = lambda payload: payload and payload.path  # Gradio's own would decode it before it could be measured
+    return picture
 
   def drawn(label='Drawn'):
     return gr.Image(label=label, format='png', interactive=False, height='20rem', elem_classes='picture', buttons=['download'])
@@ -220,10 +213,11 @@ def build(tasks: Tasks) -> gr.Blocks:
     with gr.Accordion('Options', open=False):
       return [gr.Number(0, label='Seed', info='Another seed, another picture.', precision=0, minimum=0, maximum=2**32 - 1),
               gr.Slider(1, 10, guidance, step=0.5, label='Guidance', info='How strictly the input is followed.'),
-              gr.Slider(1, 100, STEPS, step=1, label='Steps', info='More take longer and look smoother.')]
+              gr.Slider(5, 100, STEPS, step=5, label='Steps', info='More take longer and look smoother.')]
 
   def on(function, triggers, given, found):
-    gr.on(triggers, told(function), given, found, api_name=function.__name__, show_progress_on=found[0], concurrency_id='model', concurrency_limit=1)
+    gr.on(triggers, told(function), given, found, api_name=function.__name__, show_progress_on=found[0],
+          concurrency_id='model', concurrency_limit=1)
 
   with gr.Blocks(title='LaVIT', analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as page:
     gr.HTML(f'<h1>LaVIT</h1><p>{ABOUT}{TINY if tasks.model.model.variant == "tiny" else ""}</p>', elem_id='head')
@@ -280,7 +274,8 @@ class Policy:
 
 def launch(page: gr.Blocks, host: str, port: int) -> str:
   """Begins to serve the page in threads of its own; returns its address. Raises UserError if the port is taken."""
-  theme = gr.themes.Base(primary_hue='indigo', neutral_hue='slate', radius_size='lg', font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace'])
+  theme = gr.themes.Base(primary_hue='indigo', neutral_hue='slate', radius_size='lg', font=['system-ui', 'sans-serif'],
+                         font_mono=['ui-monospace', 'monospace'])
   try:
     _, url, _ = page.launch(
         server_name=host, server_port=port, share=False, inbrowser=False, prevent_thread_lock=True, quiet=True, ssr_mode=False, footer_links=[],
