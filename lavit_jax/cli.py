@@ -89,7 +89,7 @@ def demo(args):
 
 
 def task(args):
-  """caption, answer, generate, synthesize, reconstruct and tokenize; an option that is not of PLUMBING goes to the model's method by its name."""
+  """caption, answer, generate, synthesize, reconstruct and tokenize; an option not of PLUMBING goes to the model's method by its name."""
   from lavit_jax.inference import batch
   chosen = batch.TASKS[args.command]
   rows, base, many = batch.find_rows(chosen, args.inputs, args.input, args.out)
@@ -287,8 +287,8 @@ def build_parser():
   reading_command('answer', 'answer questions about a picture, or about each of a folder', 'IMAGE|DIR QUESTION',
                   '{"image": "cat.png", "question": "What is this?"}')
   sampling_command('generate', 'draw a picture from each text', 'TEXT', '{"prompt": "a cat"}', 4.0)
-  sampling_command('synthesize', 'draw one picture from pictures and words, in any order, or one with each picture of a folder', 'IMAGE|DIR|TEXT',
-                   '{"parts": ["cat.png", "on a red background"]}', 5.0)
+  sampling_command('synthesize', 'draw one picture from pictures and words, in any order, or one with each picture of a folder',
+                   'IMAGE|DIR|TEXT', '{"parts": ["cat.png", "on a red background"]}', 5.0)
   drawing_command('reconstruct', 'draw pictures again from their visual tokens alone', 'IMAGE|DIR')
   reading_command('tokenize', 'print the visual tokens of pictures', 'IMAGE|DIR')
 

@@ -194,7 +194,7 @@ def test_the_page_over_http(server, tasks, tmp_path):
   with pytest.raises(Exception, match='upload.png: not a picture'):
     client.predict(handle_file(words), api_name='/caption')
   with pytest.raises(Exception, match='there are no words; say what to draw'):
-    client.predict('', 0, 4, 2, api_name='/draw')
+    client.predict('', 0, 4, 5, api_name='/draw')
   with pytest.raises(Exception, match='log of the server'):
     client.predict(handle_file(PICTURE), 'fail', api_name='/ask')
   body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="big.png"\r\n\r\n' + bytes(app.MAX_BYTES + 1) + b'\r\n--x--\r\n'

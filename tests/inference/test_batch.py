@@ -76,7 +76,8 @@ def folder(tmp_path):
 def test_a_folder(stub, folder, capsys):
   assert lavit('caption', folder) == 2
   told = capsys.readouterr()
-  names = [f'{i:02}.PNG' for i in range(0, 8, 2)] + ['07.jpg'] + [f'{i:02}.PNG' for i in range(8, 20, 2)] + [f'deep/{i:02}.PNG' for i in range(1, 20, 2)]
+  even, odd = ([f'{i:02}.PNG' for i in range(first, 20, 2)] for first in (0, 1))
+  names = [*even[:4], '07.jpg', *even[4:], *(f'deep/{name}' for name in odd)]
   expected = [f'{folder}/{name}: {int(pathlib.Path(name).stem)} at {i}' for i, name in enumerate(names) if name != '07.jpg']
   assert told.out.splitlines() == expected
   first, last = told.err.splitlines()
