@@ -13,6 +13,8 @@ import html
 import logging
 import os
 import pathlib
+import signal
+import sys
 import tempfile
 
 import numpy as np
@@ -280,13 +282,14 @@ def launch(page: gr.Blocks, host: str, port: int) -> str:
     _, url, _ = page.launch(
         server_name=host, server_port=port, share=False, inbrowser=False, prevent_thread_lock=True, quiet=True, ssr_mode=False, footer_links=[],
         max_file_size=MAX_BYTES, enable_monitoring=False, mcp_server=False, theme=theme, css=STYLE, app_kwargs=dict(middleware=[(Policy, (), {})]))
-  except OSError as error:
-    raise UserError(f'cannot listen on {host}:{port} ({error}); choose another --port or --host') from None
+  except OSError:
+    raise UserError(f'cannot listen on {host}:{port}, which is taken or not of this machine; choose another --port or --host') from None
   return url
 
 
 def serve(model: Lavit, host: str, port: int):
-  """Serves the page until interrupted; uploads lie in a folder that goes with it. Raises as `launch`."""
+  """Serves the page until interrupted or terminated; uploads lie in a folder that goes with it. Raises as `launch`."""
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
   with tempfile.TemporaryDirectory(prefix='lavit-app-') as uploads:
     os.environ['GRADIO_TEMP_DIR'] = uploads
     page = build(Tasks(model))
