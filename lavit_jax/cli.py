@@ -16,6 +16,7 @@ MIN_PYTHON = (3, 11)
 ASSETS = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'assets')
 TINY = os.path.relpath(os.path.join(ASSETS, 'tiny'))
 DEMO = os.path.relpath(os.path.join(ASSETS, 'demo'))
+PLUMBING = ('command', 'run', 'inputs', 'input', 'out', 'json', 'folder', 'dtype', 'seed')  # of `task`
 
 
 def main(argv=None):
@@ -87,37 +88,29 @@ def demo(args):
   run(_model(args), args.inputs, args.out, seed=args.seed)
 
 
-def caption(args):
-  captions = _model(args).caption(args.images, seed=args.seed)
-  _tell(args, [dict(image=i, caption=c) for i, c in zip(args.images, captions)], '{image}: {caption}')
+def task(args):
+  """caption, answer, generate, synthesize, reconstruct and tokenize; an option not of PLUMBING goes to the model's method by its name."""
+  from lavit_jax.inference import batch
+  chosen = batch.TASKS[args.command]
+  rows, base, many = batch.find_rows(chosen, args.inputs, args.input, args.out)
+  options = {key: value for key, value in vars(args).items() if key not in PLUMBING}
+  settings = dict(options, command=args.command, folder=args.folder, dtype=args.dtype, seed=args.seed)
+  results, pictures = args.out, None
+  if 'file' in chosen.gives:
+    results, pictures = os.path.join(args.out, 'manifest.jsonl') if many else None, args.out
+  known = batch.Results(results, chosen.gives, settings) if results else None
+  batch.run(chosen, _model(args), rows, args.seed, options, base=base, many=many, as_json=args.json, results=known, pictures=pictures)
 
 
-def answer(args):
-  answers = _model(args).answer([args.image] * len(args.questions), args.questions, seed=args.seed)
-  _tell(args, [dict(question=q, answer=a) for q, a in zip(args.questions, answers)], '{question} {answer}')
-
-
-def generate(args):
-  _save(args, args.prompts, _model(args).generate(args.prompts, **_drawing(args)))
-
-
-def synthesize(args):
-  import pathlib
-  from lavit_jax.data.images import SUFFIXES
-  parts = [pathlib.Path(p) if os.path.isfile(p) or p.lower().endswith(SUFFIXES) else p for p in args.parts]
-  _save(args, [' and '.join(p if isinstance(p, str) else p.name for p in parts)], _model(args).synthesize([parts], **_drawing(args)))
-
-
-def reconstruct(args):
-  pictures = _model(args).reconstruct(args.images, guidance=args.decoder_guidance, steps=args.steps, seed=args.seed)
-  _save(args, [os.path.basename(image) for image in args.images], pictures)
-
-
-def tokenize(args):
-  tokens = zip(args.images, *_model(args).tokenize(args.images, seed=args.seed))
-  rows = [dict(image=image, count=int(count), ids=ids.tolist(), patches=keep.nonzero()[0].tolist())
-          for image, ids, keep, count in tokens]
-  _tell(args, rows, '{image}: {count} tokens {ids}')
+def app(args):
+  try:
+    from lavit_jax.inference.app import serve
+  except ImportError as error:
+    if (error.name or '').split('.')[0] != 'gradio':
+      raise
+    from lavit_jax.errors import UserError
+    raise UserError("the page needs Gradio; pip install -e '.[app]' -c launch/constraints.txt") from None
+  serve(_model(args), args.host, args.port)
 
 
 def convert(args):
@@ -178,27 +171,6 @@ def _model(args):
   return Lavit.from_pretrained(args.folder, dtype=args.dtype)
 
 
-def _drawing(args):
-  return dict(guidance=args.guidance, decoder_guidance=args.decoder_guidance, steps=args.steps, top_k=args.top_k,
-              temperature=args.temperature, seed=args.seed)
-
-
-def _tell(args, rows, line):
-  """Prints the results, one a line; --out has them as JSON."""
-  for row in rows:
-    print(line.format(**row))
-  if args.out:
-    from lavit_jax.inference.output import write_json
-    write_json(args.out, rows)
-
-
-def _save(args, names, pictures):
-  """Writes the pictures into --out, each named by what it was made from."""
-  from lavit_jax.inference.output import png, slug, write
-  for i, (name, picture) in enumerate(zip(names, pictures)):
-    print(write(os.path.join(args.out, '%d-%s.png' % (i, slug(name))), png(picture)))
-
-
 # ----------------------------------------------------------------------------------------------------------------- options
 
 class Parser(argparse.ArgumentParser):
@@ -240,22 +212,30 @@ def build_parser():
     sub.add_argument('--seed', default=0, type=number(int, 0, 2**32 - 1), help='of all random choices (default: %(default)s)')
     return sub
 
-  def reading_command(name, run, text):
-    sub = model_command(name, run, text)
-    sub.add_argument('--most-probable', dest='seed', action='store_const', const=None,
-                     help='keep the most probable patches instead of sampling which become tokens')
-    sub.add_argument('--out', metavar='FILE.json')
+  def task_command(name, text, metavar, row):
+    sub = model_command(name, task, text)
+    sub.add_argument('inputs', nargs='*', metavar=metavar)
+    sub.add_argument('--input', metavar='ROWS.jsonl', help='a row a line: %s; relative pictures are beside it' % row)
+    sub.add_argument('--json', action='store_true', help='print one JSON object a result')
     return sub
 
-  def drawing_command(name, run, text):
-    sub = model_command(name, run, text)
-    sub.add_argument('--out', default='drawn', metavar='DIR', help='where the PNGs go (default: %(default)s)')
+  def reading_command(name, text, metavar, row='{"image": "cat.png"}'):
+    sub = task_command(name, text, metavar, row)
+    sub.add_argument('--most-probable', dest='seed', action='store_const', const=None,
+                     help='keep the most probable patches instead of sampling which become tokens')
+    sub.add_argument('--out', metavar='FILE.jsonl', help='results are added to it, a line each; started again, the command goes on')
+    return sub
+
+  def drawing_command(name, text, metavar, row='{"image": "cat.png"}'):
+    sub = task_command(name, text, metavar, row)
+    sub.add_argument('--out', default='drawn', metavar='DIR', help='where the PNGs go (default: %(default)s); of a folder or --input also '
+                     'manifest.jsonl, by which the command goes on when started again')
     sub.add_argument('--steps', type=number(int, 1, 999), default=50, help='DDIM steps (default: %(default)s)')
     sub.add_argument('--decoder-guidance', type=number(float, 0), default=5.0, metavar='G', help='of the U-Net (default: %(default)s)')
     return sub
 
-  def sampling_command(name, run, text, guidance):
-    sub = drawing_command(name, run, text)
+  def sampling_command(name, text, metavar, row, guidance):
+    sub = drawing_command(name, text, metavar, row)
     sub.add_argument('--guidance', type=number(float, 0), default=guidance, metavar='G', help='of the language model (default: %(default)s)')
     sub.add_argument('--top-k', type=number(int, 1), default=50, metavar='K', help='codes to choose among (default: %(default)s)')
     sub.add_argument('--temperature', type=number(float, 1e-3), default=1.0, metavar='T', help='(default: %(default)s)')
@@ -300,24 +280,18 @@ def build_parser():
   sub.add_argument('--inputs', default=DEMO, metavar='DIR', help='pictures and their manifest (default: %(default)s)')
   sub.add_argument('--out', default='demo_out', metavar='DIR', help='gets index.html (default: %(default)s)')
 
-  sub = reading_command('caption', caption, 'say what is in pictures')
-  sub.add_argument('images', nargs='+', metavar='IMAGE')
+  sub = model_command('app', app, 'serve a web page on which all of it can be tried')
+  sub.add_argument('--host', default='127.0.0.1', help='0.0.0.0 lets other machines in (default: %(default)s)')
+  sub.add_argument('--port', type=number(int, 1, 65535), default=7860, help='(default: %(default)s)')
 
-  sub = reading_command('answer', answer, 'answer questions about a picture')
-  sub.add_argument('image', metavar='IMAGE')
-  sub.add_argument('questions', nargs='+', metavar='QUESTION')
-
-  sub = sampling_command('generate', generate, 'draw a picture from each text', 4.0)
-  sub.add_argument('prompts', nargs='+', metavar='TEXT')
-
-  sub = sampling_command('synthesize', synthesize, 'draw one picture from pictures and words, in any order', 5.0)
-  sub.add_argument('parts', nargs='+', metavar='IMAGE|TEXT')
-
-  sub = drawing_command('reconstruct', reconstruct, 'draw pictures again from their visual tokens alone')
-  sub.add_argument('images', nargs='+', metavar='IMAGE')
-
-  sub = reading_command('tokenize', tokenize, 'print the visual tokens of pictures')
-  sub.add_argument('images', nargs='+', metavar='IMAGE')
+  reading_command('caption', 'say what is in pictures', 'IMAGE|DIR')
+  reading_command('answer', 'answer questions about a picture, or about each of a folder', 'IMAGE|DIR QUESTION',
+                  '{"image": "cat.png", "question": "What is this?"}')
+  sampling_command('generate', 'draw a picture from each text', 'TEXT', '{"prompt": "a cat"}', 4.0)
+  sampling_command('synthesize', 'draw one picture from pictures and words, in any order, or one with each picture of a folder',
+                   'IMAGE|DIR|TEXT', '{"parts": ["cat.png", "on a red background"]}', 5.0)
+  drawing_command('reconstruct', 'draw pictures again from their visual tokens alone', 'IMAGE|DIR')
+  reading_command('tokenize', 'print the visual tokens of pictures', 'IMAGE|DIR')
 
   data = commands.add_parser('data', help='build or pack data sets').add_subparsers(dest='action', required=True, metavar='ACTION')
   sub = command('build', data_build, 'draw and write the emoji data set (needs the extra [emoji])', data)

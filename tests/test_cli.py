@@ -59,9 +59,9 @@ def test_pictures_of_every_mode_are_tokenized(tiny_folder, tmp_path, capsys):
       'deep.png': Image.fromarray(np.asarray(NOISE)[..., 0].astype(np.uint16) * 257), 'alpha.png': NOISE.convert('RGBA')}
   for name, picture in pictures.items():
     picture.save(tmp_path / name)
-  out = tmp_path / 'tokens.json'
+  out = tmp_path / 'tokens.jsonl'
   assert cli.main(['tokenize', *[str(tmp_path / name) for name in pictures], '--folder', str(tiny_folder), '--out', str(out)]) == 0
-  rows = json.loads(out.read_text())
+  rows = [json.loads(line) for line in out.read_text().splitlines()]
   assert [os.path.basename(row['image']) for row in rows] == list(pictures)
   assert all(len(row['ids']) == len(row['patches']) == row['count'] > 0 for row in rows)
   assert len(capsys.readouterr().out.splitlines()) == 5
@@ -118,12 +118,13 @@ def test_training_options(tmp_path, fails):
 
 
 def test_patches_are_sampled_unless_the_most_probable_are_asked_for(monkeypatch, tmp_path):
+  NOISE.save(tmp_path / 'owl.png')
   seen = []
-  model = types.SimpleNamespace(caption=lambda images, seed: seen.append(seed) or ['owl'])
+  model = types.SimpleNamespace(model=types.SimpleNamespace(image_size=8), caption=lambda images, seed: seen.append(seed) or ['owl'])
   monkeypatch.setattr(cli, '_model', lambda args: model)
   for options in ([], ['--seed', '3'], ['--most-probable']):
-    assert cli.main(['caption', 'owl.png', *options]) == 0
-  assert seen == [0, 3, None]
+    assert cli.main(['caption', str(tmp_path / 'owl.png'), *options]) == 0
+  assert seen == [(0, [0]), (3, [0]), None]
 
 
 def test_a_workdir_that_is_a_file(tmp_path, fails):
@@ -200,8 +201,15 @@ def test_the_help_needs_nothing_heavy():
   out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
   assert time.monotonic() - start < 10  # a fifth of a second on an idle machine
   assert not {'jax', 'numpy', 'flax', 'PIL', 'ml_collections'} & set(eval(out.splitlines()[-1]))
-  for command in ('train', 'demo', 'caption', 'answer', 'generate', 'synthesize', 'reconstruct', 'tokenize', 'data', 'evaluate', 'variants'):
+  for command in ('train', 'demo', 'caption', 'answer', 'generate', 'synthesize', 'reconstruct', 'tokenize', 'data', 'evaluate', 'variants', 'app'):
     assert command in out
+
+
+def test_the_page_without_gradio(monkeypatch, fails):
+  monkeypatch.setitem(sys.modules, 'gradio', None)
+  monkeypatch.delitem(sys.modules, 'lavit_jax.inference.app', raising=False)
+  fails(['app'], r"needs Gradio; pip install -e '.\[app\]' -c launch/constraints.txt")
+  fails(['app', '--port', '0'], "--port: '0' is not an integer from 1 to 65535")
 
 
 def test_variants_are_listed(capsys):

@@ -32,7 +32,7 @@ from rich.progress import Progress
 
 from lavit_jax.data.questions import prompt
 from lavit_jax.data.text import TextTokenizer
-from lavit_jax.errors import UserError
+from lavit_jax.errors import InputError, UserError
 from lavit_jax.inference import decode, drawing
 from lavit_jax.data.images import read_images
 from lavit_jax.models import lavit, sequence, vit
@@ -56,6 +56,13 @@ class Settings(NamedTuple):
   image_tokens: tuple[int, int] = (20, 200)
   drawn_size: int = 512  # side of the square
   highres_sizes: tuple[tuple[int, int], ...] = drawing.HIGHRES_SIZES  # (height, width)
+
+
+class RowSeed(NamedTuple):
+  """A seed for some of many rows: given in place of a seed, row i of the call gets the key that row `rows[i]` has among all of them."""
+
+  seed: int
+  rows: Sequence[int]
 
 
 SETTINGS = {'tiny': Settings((4, 36), (1, 16), (16, 50), 64)}
@@ -138,7 +145,8 @@ class Lavit:
 
   Pictures are whatever `images.read_image` reads: paths, bytes, PIL images, arrays. Wrong input raises UserError. Which patches of
   a picture become tokens is sampled, as it is in training and was in the published results, by a key made of `seed` and the place
-  among the pictures; `tokenize`, `caption` and `answer` take seed=None to keep the most probable ones instead.
+  among the pictures; `tokenize`, `caption` and `answer` take seed=None to keep the most probable ones instead. Every `seed` may be a
+  RowSeed, for a part of a longer run.
   """
 
   def __init__(self, model: lavit.Lavit, parts: Mapping[str, dict], words: TextTokenizer, weights: str | None = None,
@@ -289,7 +297,7 @@ class Lavit:
     if num_samples < 1:
       raise UserError(f'num_samples is {num_samples}; ask for at least one')
     pictures = [part for prompt in prompts for part in prompt if not isinstance(part, str)]
-    codes = iter(self.tokenize(pictures, seed).ids if pictures else ())
+    codes = iter(self.tokenize(pictures, _seed_of_pictures(seed, prompts)).ids if pictures else ())
     start, end = [words.image_start], [words.image_end]
 
     def pieces(prompt):
@@ -334,14 +342,14 @@ class Lavit:
 
   def _encode(self, text: str, form: Callable[[str], str] = str) -> Sequence[int]:
     if not text.strip():
-      raise UserError('the text is empty; say what to draw or what to ask')
+      raise InputError('the text is empty; say what to draw or what to ask')
     return self.words.encode(form(text))
 
   def _embed(self, prompts, new_tokens: int, features: Array | None = None) -> tuple[Array, Array]:
     """Lists of pieces -> embeddings [B, S, H] and mask bool[B, S], left-padded."""
     longest = max(sum(map(len, pieces)) for pieces in prompts)
     if longest + new_tokens > MAX_LENGTH:
-      raise UserError(f'the prompt is {longest} tokens long; shorten it to {MAX_LENGTH - new_tokens}')
+      raise InputError(f'the prompt is {longest} tokens long; shorten it to {MAX_LENGTH - new_tokens}')
     embeddings, mask, _ = sequence.assemble(
         prompts, functools.partial(self._run, embed, ('llama',)), features, multiple=self.model.num_patches)
     return embeddings, mask
@@ -446,11 +454,25 @@ def _sample_keys(keys: Array, count: int) -> Array:
   return jnp.concatenate([keys[:, None], more], axis=1)
 
 
-def _keys(seed: int | Sequence[int] | None, count: int) -> Array | None:
+def _seed_of_pictures(seed, prompts: Sequence[Sequence]) -> int | Sequence[int] | RowSeed | None:
+  """The seed for all pictures of the prompts, one after the other; where each row has its own, they do not depend on other rows."""
+  places = [(i, j) for i, prompt in enumerate(prompts) for j, _ in enumerate(part for part in prompt if not isinstance(part, str))]
+  if isinstance(seed, RowSeed):
+    return RowSeed(seed.seed, [seed.rows[i] + j for i, j in places])
+  return [seed[i] for i, _ in places] if np.ndim(seed) else seed
+
+
+def _keys(seed: int | Sequence[int] | RowSeed | None, count: int) -> Array | None:
   """A key for each row, so that what a row becomes does not depend on its batch; of its own seed, or of one seed and its place."""
-  if np.ndim(seed):
-    if len(seed) != count:
-      raise UserError(f'{len(seed)} seeds for {count}; give one for each, or one for all')
+  if seed is None:
+    return None
+  if isinstance(seed, RowSeed):
+    seed, rows = seed
+  elif np.ndim(seed) == 0:
+    rows = range(count)
+  elif len(seed) == count:
     return jnp.stack([jax.random.key(int(each)) for each in seed])
-  return None if seed is None else jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(count))
+  else:
+    raise UserError(f'{len(seed)} seeds for {count}; give one for each, or one for all')
+  return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.asarray(rows))
 

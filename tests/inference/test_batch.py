@@ -1,0 +1,254 @@
+"""Commands on many inputs: what is read, what is written, and that an interrupted run ends as one that was not."""
+
+import json
+import pathlib
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lavit_jax import cli
+from lavit_jax.errors import InputError, UserError
+from lavit_jax.inference import batch
+from lavit_jax.inference.pipeline import Lavit, RowSeed
+
+RNG = np.random.default_rng(0)
+
+
+class Stub:
+  """Tells of each row what it was given: the picture's first pixel, the text, the row's place, the options. Knows how often it was called."""
+
+  model = types.SimpleNamespace(image_size=8)
+
+  def __init__(self):
+    self.calls = 0
+
+  def caption(self, images, seed):
+    self.calls += 1
+    return [f'{image[0, 0, 0]} at {place}' for image, place in zip(images, seed.rows, strict=True)]
+
+  def answer(self, images, questions, seed):
+    if 'bad' in questions:
+      raise InputError('the text is bad')
+    return [f'{image[0, 0, 0]} {text}' for image, text in zip(images, questions, strict=True)]
+
+  def generate(self, prompts, seed, guidance, **options):
+    self.calls += 1
+    return np.stack([np.full((8, 8, 3), [place, len(text), guidance], np.uint8) for text, place in zip(prompts, seed.rows, strict=True)])
+
+  def synthesize(self, prompts, seed, **options):
+    self.seen = prompts
+    return np.zeros((len(prompts), 8, 8, 3), np.uint8)
+
+  def reconstruct(self, images, seed, guidance, steps):
+    return np.stack(images)
+
+
+@pytest.fixture
+def stub(monkeypatch):
+  stub = Stub()
+  monkeypatch.setattr(cli, '_model', lambda args: stub)
+  return stub
+
+
+def lavit(*arguments):
+  return cli.main([str(argument) for argument in arguments])
+
+
+def lines(text):
+  return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """Twenty pictures at two depths, each of one grey, and what is none: notes, a hidden file, a text by a picture's name."""
+  folder = tmp_path / 'pictures'
+  (folder / 'deep').mkdir(parents=True)
+  for i in range(20):
+    Image.new('RGB', (8, 8), (i, i, i)).save(folder / ('deep' if i % 2 else '') / f'{i:02}.PNG')
+  (folder / '07.jpg').write_text('words')
+  (folder / 'notes.txt').write_text('words')
+  (folder / '.hidden.png').write_text('words')
+  return folder
+
+
+def test_a_folder(stub, folder, capsys):
+  assert lavit('caption', folder) == 2
+  told = capsys.readouterr()
+  even, odd = ([f'{i:02}.PNG' for i in range(first, 20, 2)] for first in (0, 1))
+  names = [*even[:4], '07.jpg', *even[4:], *(f'deep/{name}' for name in odd)]
+  expected = [f'{folder}/{name}: {int(pathlib.Path(name).stem)} at {i}' for i, name in enumerate(names) if name != '07.jpg']
+  assert told.out.splitlines() == expected
+  first, last = told.err.splitlines()
+  assert first.startswith(f'lavit: {folder}/07.jpg: not a picture')
+  assert last.startswith('lavit: error: 1 of 21 failed, the first: ') and '07.jpg: not a picture' in last
+  assert lavit('caption', folder, '--json') == 2
+  rows = lines(capsys.readouterr().out)
+  assert [row['image'] for row in rows] == [f'{folder}/{name}' for name in names]
+  assert [set(row) - {'image'} for row in rows] == [{'error'} if name == '07.jpg' else {'caption'} for name in names]
+
+
+def test_an_interrupted_run_ends_as_one_that_was_not(stub, folder, tmp_path, capsys):
+  out = tmp_path / 'captions.jsonl'
+  arguments = 'caption', folder, '--out', out
+  assert lavit(*arguments) == 2
+  whole = out.read_bytes()
+  assert len(lines(whole.decode())) == 21
+  for keep in (0, 3, 16, 20, 21):  # complete lines, and half of the next
+    part = whole.splitlines(keepends=True)
+    out.write_bytes(b''.join(part[:keep]) + (part[keep][:-9] if keep < 21 else b''))
+    stub.calls = 0
+    capsys.readouterr()
+    assert lavit(*arguments) == 2
+    assert out.read_bytes() == whole
+    assert stub.calls == (2 if keep < 16 else 1 if keep < 21 else 0)
+    told = capsys.readouterr()
+    assert ('in ' + str(out) + ' already' in told.err) == (keep > 0) and len(told.out.splitlines()) == 21 - keep - (keep < 5)
+    assert '1 of 21 failed' in told.err
+
+
+def test_rows_that_are_alike_are_counted(stub, folder, tmp_path, capsys):
+  out = tmp_path / 'captions.jsonl'
+  arguments = 'caption', folder / '04.PNG', folder / '04.PNG', '--out', out
+  assert lavit(*arguments) == 0
+  whole = out.read_text()
+  assert [row['caption'] for row in lines(whole)] == ['4 at 0', '4 at 1']
+  out.write_text(whole.splitlines(keepends=True)[0])
+  assert lavit(*arguments) == 0 and out.read_text() == whole
+
+
+def test_a_folder_that_has_grown(stub, folder, tmp_path):
+  out = tmp_path / 'captions.jsonl'
+  (folder / '07.jpg').unlink()
+  assert lavit('caption', folder, '--out', out) == 0
+  before = out.read_text()
+  Image.new('RGB', (8, 8)).save(folder / '00a.png')
+  assert lavit('caption', folder, '--out', out) == 0
+  assert out.read_text().startswith(before)
+  assert [pathlib.Path(row['image']).name for row in lines(out.read_text())[20:]] == ['00a.png']
+
+
+def test_rows_travel_through(stub, folder, tmp_path, capsys):
+  rows = [dict(id=i, image=f'pictures/{i:02}.PNG', question=f'q{i}', truth='ä') for i in (4, 2, 4)] + [dict(image='nowhere.png', question='q')]
+  (tmp_path / 'rows.jsonl').write_text('\n'.join(map(json.dumps, rows)) + '\n\n')
+  out = tmp_path / 'answers.jsonl'
+  assert lavit('answer', '--input', tmp_path / 'rows.jsonl', '--json', '--out', out, '--seed', 5) == 2
+  told = lines(capsys.readouterr().out)
+  assert told[:3] == [dict(row, answer=f'{row["id"]} q{row["id"]}') for row in rows[:3]]
+  assert told[3].keys() == {'image', 'question', 'error'} and 'nowhere.png: no such file' in told[3]['error']
+  settings = dict(command='answer', folder=cli.TINY, dtype='float32', seed=5)
+  assert lines(out.read_text()) == [dict(row, settings=settings) for row in told]
+
+
+def test_a_text_at_fault_is_its_row(stub, folder, tmp_path, capsys):
+  rows = [dict(image='pictures/04.PNG', question=question) for question in ('a', 'bad', 'b')]
+  (tmp_path / 'rows.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  assert lavit('answer', '--input', tmp_path / 'rows.jsonl', '--json') == 2
+  told = capsys.readouterr()
+  assert [row.get('answer') for row in lines(told.out)] == ['4 a', None, '4 b']
+  assert '1 of 3 failed, the first: the text is bad' in told.err
+  assert lavit('answer', folder / '04.PNG', 'a', 'bad') == 2  # on arguments, it is the error as ever
+  assert capsys.readouterr().err == 'lavit: error: the text is bad\n'
+
+
+def test_drawings_have_a_manifest(stub, tmp_path, capsys):
+  (tmp_path / 'rows.jsonl').write_text('\n'.join(json.dumps(dict(prompt='owl ' * (i % 3 + 1), id=i)) for i in range(18)))
+  out = tmp_path / 'drawn'
+  arguments = 'generate', '--input', tmp_path / 'rows.jsonl', '--out', out, '--guidance', 2
+  assert lavit(*arguments) == 0
+  names = [f'{i}-{"-".join(["owl"] * (i % 3 + 1))}.png' for i in range(18)]
+  assert capsys.readouterr().out.splitlines() == [str(out / name) for name in names]
+  manifest = lines((out / 'manifest.jsonl').read_text())
+  assert [row['file'] for row in manifest] == names and [row['id'] for row in manifest] == list(range(18))
+  assert manifest[0]['settings'] == dict(
+      command='generate', folder=cli.TINY, dtype='float32', seed=0, steps=50, decoder_guidance=5.0, guidance=2.0, top_k=50, temperature=1.0)
+  pixels = [np.asarray(Image.open(out / name))[0, 0].tolist() for name in names]
+  assert pixels == [[i, 4 * (i % 3 + 1), 2] for i in range(18)]
+  whole = (out / 'manifest.jsonl').read_bytes()
+  (out / 'manifest.jsonl').write_bytes(b''.join(whole.splitlines(keepends=True)[:17]))
+  (out / names[17]).unlink()
+  stub.calls = 0
+  assert lavit(*arguments) == 0
+  assert stub.calls == 1 and (out / 'manifest.jsonl').read_bytes() == whole and (out / names[17]).exists()
+
+
+def test_drawings_of_arguments_have_none(stub, folder, tmp_path, capsys):
+  out = tmp_path / 'drawn'
+  assert lavit('generate', 'An owl', 'a key', '--out', out) == 0
+  assert lavit('generate', 'An owl', '--out', out, '--seed', 1) == 0
+  assert lavit('reconstruct', folder / '04.PNG', '--out', out, '--json') == 0
+  assert sorted(path.name for path in out.iterdir()) == ['0-04.png', '0-an-owl.png', '1-a-key.png']
+  told = capsys.readouterr().out.splitlines()
+  assert told[:3] == [f'{out}/0-an-owl.png', f'{out}/1-a-key.png', f'{out}/0-an-owl.png']
+  assert json.loads(told[3]) == dict(image=f'{folder}/04.PNG', file=f'{out}/0-04.png')
+
+
+def test_parts(stub, folder, tmp_path):
+  (tmp_path / 'rows.jsonl').write_text(json.dumps(dict(parts=['pictures/04.PNG', 'on red', 'pictures/06.PNG'])) + '\n'
+                                       + json.dumps(dict(parts=['nowhere.png', 'on red'])))
+  assert lavit('synthesize', '--input', tmp_path / 'rows.jsonl', '--out', tmp_path / 'drawn') == 2
+  (first, words, second), = stub.seen
+  assert (first[0, 0, 0], words, second[0, 0, 0]) == (4, 'on red', 6)
+  assert lavit('synthesize', 'on red', folder / 'deep', '--out', tmp_path / 'each') == 0
+  assert len(lines((tmp_path / 'each' / 'manifest.jsonl').read_text())) == 10 and {len(prompt) for prompt in stub.seen} == {2}
+  assert lavit('reconstruct', folder / 'deep', '--out', folder / 'deep' / 'again') == 0
+  assert lavit('reconstruct', folder / 'deep', '--out', folder / 'deep' / 'again') == 0  # what it drew is not drawn again
+  assert len(list((folder / 'deep' / 'again').iterdir())) == 11
+
+
+@pytest.mark.parametrize('arguments, text, message', [
+    (['caption'], None, 'required: IMAGE; name it, or give rows by --input ROWS.jsonl'),
+    (['answer', 'a.png'], None, 'required: QUESTION'),
+    (['caption', 'a.png', '--input', 'ROWS'], '{"image": "a.png"}', "both 'a.png' and --input .*rows.jsonl are given"),
+    (['caption', '--input', 'nowhere.jsonl'], None, r'nowhere.jsonl cannot be read \(No such file'),
+    (['caption', '--input', 'ROWS'], '', 'has no rows; give it lines such as {"image": "cat.png"}'),
+    (['caption', '--input', 'ROWS'], '{"image": "a.png"}\n{"image": "a.p', 'rows.jsonl:2 is not JSON'),
+    (['caption', '--input', 'ROWS'], '["a.png"]', "rows.jsonl:1 has no 'image'; give each line"),
+    (['caption', '--input', 'ROWS'], '{"image": 3}', "rows.jsonl:1 has no 'image'"),
+    (['answer', '--input', 'ROWS'], '{"image": "a.png"}', "no 'question'; give each line .*What is this"),
+    (['synthesize', '--input', 'ROWS'], '{"parts": []}', "no 'parts'"),
+    (['synthesize', '--input', 'ROWS'], '{"parts": ["a", 3]}', "no 'parts'"),
+    (['caption', '--input', 'ROWS'], '{"image": "a.png", "caption": "owl"}', "has the key 'caption'.*name it otherwise"),
+    (['caption', 'EMPTY'], None, 'empty: no pictures in this folder; their names end in .png'),
+    (['reconstruct', 'PICTURES', '--out', 'PICTURES'], None, 'pictures is both read and written'),
+    (['synthesize', 'PICTURES', 'PICTURES'], None, 'several folders'),
+])
+def test_inputs_that_are_none(stub, folder, tmp_path, capsys, arguments, text, message):
+  places = dict(ROWS=tmp_path / 'rows.jsonl', EMPTY=tmp_path / 'empty', PICTURES=folder)
+  places['EMPTY'].mkdir()
+  if text is not None:
+    places['ROWS'].write_text(text)
+  assert lavit(*[places.get(argument, argument) for argument in arguments]) == 2
+  with pytest.raises(UserError, match=message):
+    raise UserError(capsys.readouterr().err.strip())
+
+
+def test_results_that_are_others(stub, folder, tmp_path, capsys):
+  out = tmp_path / 'captions.jsonl'
+  out.write_text('my notes\n')
+  assert lavit('caption', folder, '--out', out) == 2
+  assert 'captions.jsonl:1 is no result of such a run' in capsys.readouterr().err and out.read_text() == 'my notes\n'
+  out.unlink()
+  lavit('caption', folder / '04.PNG', '--out', out)
+  capsys.readouterr()
+  assert lavit('caption', folder, '--out', out, '--seed', 1) == 2
+  assert 'holds results of seed 0, not of seed 1; give --out another name' in capsys.readouterr().err
+  assert lavit('answer', folder / '04.PNG', 'q', '--out', out) == 2
+  assert 'holds results of command "caption", not of command "answer"' in capsys.readouterr().err
+
+
+def test_a_row_is_drawn_alike_in_any_part_of_a_run(tiny_folder):
+  """With the model itself: the seed's key of a row, and of the pictures in it, follow the row."""
+  model = Lavit.from_pretrained(tiny_folder)
+  pictures = RNG.integers(0, 256, (3, 64, 64, 3), np.uint8)
+  part = RowSeed(4, [1, 2])
+  np.testing.assert_array_equal(model.tokenize(pictures, seed=4).keep[1:], model.tokenize(pictures[1:], seed=part).keep)
+  drawn = model.reconstruct(pictures, steps=1, seed=4)  # batches of one shape, for others may round otherwise
+  np.testing.assert_array_equal(drawn[[2, 0, 1]], model.reconstruct(pictures[[2, 0, 1]], steps=1, seed=RowSeed(4, [2, 0, 1])))
+  prompts = [[pictures[0], 'a'], [pictures[1], pictures[2]], [pictures[2], 'b']]
+  whole = model.sample_codes(prompts, seed=RowSeed(4, [0, 1, 2]))
+  for ours, again in zip(whole[1:], model.sample_codes(prompts[1:], seed=part), strict=True):
+    np.testing.assert_array_equal(ours, again)
+  first = model.sample_codes([prompts[1]], seed=4), model.sample_codes([prompts[1]], seed=RowSeed(4, [0]))
+  np.testing.assert_array_equal(*first)
