@@ -24,7 +24,8 @@ from lavit_jax.data import mixtures
 from lavit_jax.evaluation import captioning, vqa
 from lavit_jax.evaluation.report import pixels
 from lavit_jax.inference import decode
-from lavit_jax.inference.pipeline import EOS, read
+from lavit_jax.inference.pipeline import EOS
+from lavit_jax.inference.programs import read
 from lavit_jax.models import sequence
 from lavit_jax.models.int8 import quantize_weights
 from lavit_jax.models.llama import Llama, unroll
@@ -69,7 +70,7 @@ def keep(examples) -> dict:
 def losses(model: Lavit, examples) -> dict[str, float]:
   """Mean loss of the true captions after their pictures, and of the pictures' codes after their captions."""
   words, shown = model.model.vocabulary, pixels(examples)
-  llama, params = unroll(model.model.llama, model._part('llama'))
+  llama, params = unroll(model.model.llama, model.parts['llama'])
 
   @jax.jit
   def nll(embeddings, mask, ids):

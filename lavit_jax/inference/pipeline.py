@@ -7,17 +7,16 @@
     model.synthesize([[Path('cat.png'), 'on a red background']])
     model.reconstruct(['cat.png'])
 
-Every arrow is one compiled program (`read`, `tokenize` here; `generate`, `beam_search` in decode.py; `draw` in drawing.py), batches are
-padded to powers of two and prompts to multiples of N, so that few shapes are ever compiled. A part of the model is loaded when
-a task first needs it. Settings are those of the published results (REFERENCE section 4).
+Every arrow is one compiled program (programs.py, drawing.py), batches are padded to powers of two and prompts to multiples of N, so that
+few shapes are ever compiled. A part of the model is loaded when a task first needs it (parts.py). Settings are those of the published results (REFERENCE section 4).
 
 Axes: B images, N patches, H width of the language model, S prompt slots.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,21 +26,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import Progress
 
+from lavit_jax import sharding
+from lavit_jax.data.images import read_images
 from lavit_jax.data.questions import prompt
 from lavit_jax.data.text import TextTokenizer
 from lavit_jax.errors import InputError, UserError
-from lavit_jax.inference import decode, drawing
-from lavit_jax.data.images import read_images
-from lavit_jax.models import lavit, sequence, vit
-from lavit_jax.models.initial import initial_parts
-from lavit_jax.models.int8 import quantize_weights
-from lavit_jax.models.llama import unstack
-from lavit_jax.models.tokenizer import gumbel_keep
-from lavit_jax.porting import from_torch, layouts
-from lavit_jax.porting.folder import load_parts, read_config
+from lavit_jax.inference import decode, drawing, programs
+from lavit_jax.inference.parts import Checkpoint, Parts, open_checkpoint
+from lavit_jax.models import lavit, sequence
 
 EOS = 2
 MAX_LENGTH = 2048  # prompt and answer together: what LLaMA reads
@@ -92,54 +88,6 @@ class Tokens(NamedTuple):
   counts: np.ndarray  # i32[B]
 
 
-# --------------------------------------------------------------------------------------------------- the compiled programs
-
-@functools.partial(jax.jit, static_argnums=0)
-def read(model: lavit.Lavit, parts: dict, images: Array, keys: Array | None) -> tuple[Array, Array]:
-  """uint8[B, H, W, 3] -> what the language model reads: features compacted to a prefix [B, N, H], and their number i32[B]."""
-  x, keep = _select(model, parts, images, keys)
-  features, mask = sequence.compact(_apply(model.understanding, parts['understanding'], x, keep), keep)
-  return features, mask.sum(-1)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def tokenize(model: lavit.Lavit, parts: dict, images: Array, keys: Array | None) -> tuple[Array, Array]:
-  """uint8[B, H, W, 3] -> codes i32[B, N] in the place of their patches, and keep bool[B, N]."""
-  x, keep = _select(model, parts, images, keys)
-  merged = _apply(model.tokenizer, parts['tokenizer'], x, keep, method='merge')
-  ids, _ = _apply(model.tokenizer, parts['tokenizer'], merged, method='quantize')
-  return ids, keep > 0.5
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def embed(model: lavit.Lavit, parts: dict, ids: Array) -> Array:
-  """Words and codes, ids i32[B, S] -> embeddings [B, S, H]."""
-  return _apply(model.llama, parts['llama'], ids, method='embed')
-
-
-def _generate(model: lavit.Lavit, parts: dict, *args, **kwargs) -> decode.GenerateOutput:
-  return decode.generate(model.llama, parts['llama'], *args, **kwargs)
-
-
-def _beam_search(model: lavit.Lavit, parts: dict, *args, **kwargs) -> decode.GenerateOutput:
-  return decode.beam_search(model.llama, parts['llama'], *args, **kwargs)
-
-
-def _select(model: lavit.Lavit, parts: dict, images: Array, keys: Array | None) -> tuple[Array, Array]:
-  """uint8[B, H, W, 3] -> patch features [B, N, D] and keep f32[B, N]: sampled with keys [B], the most probable without."""
-  x = _apply(model.vit, parts['vit'], vit.preprocess(images))[:, 1:]
-  log_probs = _apply(model.tokenizer, parts['tokenizer'], x, method='select')
-  if keys is None:
-    return x, gumbel_keep(log_probs)
-  return x, jax.vmap(lambda row, key: gumbel_keep(row[None], key=key)[0])(log_probs, keys)
-
-
-def _apply(module, params, *args, **kwargs):
-  return module.apply({'params': params}, *args, **kwargs)
-
-
-# ------------------------------------------------------------------------------------------------------------ for the user
-
 class Lavit:
   """A model with its parameters and its words.
 
@@ -149,49 +97,39 @@ class Lavit:
   RowSeed, for a part of a longer run.
   """
 
-  def __init__(self, model: lavit.Lavit, parts: Mapping[str, dict], words: TextTokenizer, weights: str | None = None,
-               cache: str | None = None, safety_checker: bool = True):
+  def __init__(self, model: lavit.Lavit, parts: Mapping[str, dict] | Checkpoint, words: TextTokenizer, weights: str | None = None,
+               cache: str | None = None, safety_checker: bool = True, mesh: Mesh | Mapping[str, int] | None = None):
     """`parts`: part name -> parameters, at least of the parts that the tasks at hand need. The other arguments: see `from_pretrained`."""
     for name, value, known in (('weights', weights, (None, 'int8')), ('cache', cache, (None, 'bfloat16', 'int8'))):
       if value not in known:
         raise UserError(f'{name}={value!r} is not known; choose one of {", ".join(map(repr, known))}')
-    self.model, self.words, self.weights, self.cache, self.safety_checker = model, words, weights, cache, safety_checker
-    self.parts = parts if isinstance(parts, _Parts) else jax.tree.map(lambda x: x, dict(parts))  # trees of our own, to be taken apart
+    if mesh is not None and not isinstance(mesh, Mesh):
+      mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1) | dict(mesh))
+    self.model, self.words, self.cache, self.safety_checker, self.mesh = model, words, cache, safety_checker, mesh
+    self.parts = Parts(model, *((parts.read, parts.held) if isinstance(parts, Checkpoint) else (parts, parts)), weights, mesh)
     self.settings = SETTINGS.get(model.variant, Settings())
-    self._fitting = set()  # names of the parts that have been looked at
 
   @classmethod
-  def from_pretrained(cls, folder, dtype: str = 'float32', variant: str | None = None, weights: str | None = None,
-                      cache: str | None = None, safety_checker: bool = True) -> Lavit:
+  def from_pretrained(cls, folder, mesh: Mesh | Mapping[str, int] | None = None, dtype: str | None = None, variant: str | None = None,
+                      weights: str | None = None, cache: str | None = None, safety_checker: bool = True) -> Lavit:
     """Opens a checkpoint: a folder of ours (porting/folder.py) or a PyTorch one (porting/layouts.py); parts are read when first needed.
 
     Args:
-      dtype: the compute dtype.
+      mesh: the devices to spread the model over: a mesh with the axes of sharding.py, or the sizes of some of them, {'tensor': 8};
+        None uses one device.
+      dtype: the compute dtype, in which parameters are held too, but for the tokenizer and the VAEs; None is bfloat16 on accelerators
+        and float32 on CPUs, where that is faster.
       weights: of the language model: as they are stored (None), or 'int8': a byte a weight (models/int8.py).
       cache: keys and values of the language model: in the compute dtype (None), 'bfloat16' or 'int8'.
       safety_checker: pictures that the safety checker of the folder finds fault with are returned black, and a log line says which;
         False leaves it out. A warning says so where the variant has one and the folder does not.
 
     Raises:
-      UserError: the folder is missing, damaged, or not of `variant`; an option is not known.
+      UserError: the folder is missing, damaged, or not of `variant`; an option is not known; the mesh does not fit the devices.
     """
-    folder = pathlib.Path(folder)
-    if layouts.kind_of(folder) == 'LaVIT':
-      words, known = folder / 'language_model', layouts.read_json(folder / layouts.ABOUT).get('variant')
-      known = known or variant or layouts.find_variant(layouts.recognise(folder)[1])
-      read_part = functools.partial(from_torch, folder, variant=known)
-      held = {place.part for place in layouts.PUBLISHED if layouts.stem_of(folder / place.folder, place.stems)}
-    else:
-      config = read_config(folder)
-      words, known, held = folder / 'tokenizer', config['variant'], set(config['parts'])
-
-      def read_part(name):
-        return load_parts(folder, [name])[name]
-
-    if variant not in (None, known):
-      raise UserError(f'{folder} holds variant {known!r}, but {variant!r} was asked for')
-    model = lavit.build(known, dtype)
-    return cls(model, _Parts(read_part, held), TextTokenizer.load(words, model.vocabulary.text_size), weights, cache, safety_checker)
+    found = open_checkpoint(folder, variant)
+    model = lavit.build(found.variant, dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16'))
+    return cls(model, found, TextTokenizer.load(found.words, model.vocabulary.text_size), weights, cache, safety_checker, mesh)
 
   # Pictures to codes and back.
 
@@ -200,7 +138,7 @@ class Lavit:
     images = read_images(images, self.model.image_size)
     if len(images) == 0:
       raise UserError('there is no picture to tokenize; give at least one')
-    ids, keep = self.in_batches(tokenize, ('vit', 'tokenizer'), images, _keys(seed, len(images)))
+    ids, keep = self.in_batches(programs.tokenize, ('vit', 'tokenizer'), images, _keys(seed, len(images)))
     return Tokens([row[kept] for row, kept in zip(ids, keep)], keep, keep.sum(-1))
 
   def draw(self, codes: Sequence[np.ndarray], *, seed: int | Sequence[int] = 0, **options) -> np.ndarray:
@@ -315,7 +253,7 @@ class Lavit:
     for n, rows in _batches(len(prompts), max(1, MAX_BATCH // num_samples), 'codes'):
       embeddings, mask = self._embed([prompts[i] for i in rows] + [against] * len(rows), most)
       b = len(rows)
-      found = self._run(_generate, ('llama',), embeddings[:b], mask[:b], key=keys[rows].reshape(-1), min_new_tokens=fewest,
+      found = self._run(programs.generate, ('llama',), embeddings[:b], mask[:b], key=keys[rows].reshape(-1), min_new_tokens=fewest,
                         max_new_tokens=most, eos_id=words.image_end, suppress=forbidden, temperature=temperature, top_k=top_k,
                         top_p=top_p, repetition_penalty=repetition_penalty, num_samples=num_samples, cache_dtype=self.cache,
                         guidance_scale=guidance, uncond_embeddings=embeddings[b:], uncond_mask=mask[b:])
@@ -331,11 +269,11 @@ class Lavit:
     forbidden = np.arange(words.size) >= words.text_size
     keys, out = _keys(seed, len(images)), []
     for n, rows in _batches(len(images), what='words'):
-      features, counts = self._run(read, ('vit', 'tokenizer', 'understanding'), images[rows], None if keys is None else keys[rows])
+      features, counts = self._run(programs.read, ('vit', 'tokenizer', 'understanding'), images[rows], None if keys is None else keys[rows])
       prompts = [[[words.image_start], range(i * slots, i * slots + int(count)), [words.image_end], asked[row]]
                  for i, (row, count) in enumerate(zip(rows, np.asarray(counts)))]
       embeddings, mask = self._embed(prompts, tokens[1], features)
-      found = self._run(_beam_search, ('llama',), embeddings, mask, min_new_tokens=tokens[0], max_new_tokens=tokens[1],
+      found = self._run(programs.beam_search, ('llama',), embeddings, mask, min_new_tokens=tokens[0], max_new_tokens=tokens[1],
                         eos_id=EOS, suppress=forbidden, cache_dtype=self.cache, **search)
       out += [Told(self.words.decode(ids), ids, score) for ids, score in _rows_of(found, n)]
     return out
@@ -351,7 +289,7 @@ class Lavit:
     if longest + new_tokens > MAX_LENGTH:
       raise InputError(f'the prompt is {longest} tokens long; shorten it to {MAX_LENGTH - new_tokens}')
     embeddings, mask, _ = sequence.assemble(
-        prompts, functools.partial(self._run, embed, ('llama',)), features, multiple=self.model.num_patches)
+        prompts, functools.partial(self._run, programs.embed, ('llama',)), features, multiple=self.model.num_patches)
     return embeddings, mask
 
   def in_slots(self, codes: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -379,50 +317,9 @@ class Lavit:
 
   def _run(self, program, names: tuple[str, ...], *args, **kwargs):
     """Calls a program with the parts that it needs, loading them first."""
-    return program(self.model, {name: self._part(name) for name in names}, *args, **kwargs)
-
-  def _part(self, name: str):
-    """The parameters of a part; a UserError if they are another model's."""
-    params = self.parts[name]
-    if name not in self._fitting:
-      expected = jax.eval_shape(lambda: initial_parts(self.model, jax.random.key(0), (name,)))[name]
-      want, have = _shapes(expected), _shapes(params)
-      wrong = [f'{key or name}: {have.get(key, "missing")} instead of {want.get(key, "nothing")}'
-               for key in sorted(want.keys() | have.keys()) if want.get(key) != have.get(key)]
-      if wrong:
-        more = f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''
-        raise UserError(f'the weights of {name} are not of variant {self.model.variant!r}, export the checkpoint again; '
-                        f'{"; ".join(wrong[:3])}{more}')
-      if name == 'llama':  # once, and not at each call
-        params = self.parts[name] = self._for_decoding(self.parts.pop(name))
-      self._fitting.add(name)
-    return params
-
-  def _for_decoding(self, params: dict) -> dict:
-    """The language model's parameters with their layers apart, quantised if that was asked for; takes the tree `params` to pieces."""
-    params = unstack(params)
-    return quantize_weights(params) if self.weights == 'int8' else params
-
-
-def _shapes(tree) -> dict[str, tuple[int, ...]]:
-  """'blocks/attn/qkv/kernel' -> its shape."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(path, simple=True, separator='/'): x.shape for path, x in leaves}
-
-
-class _Parts(dict):
-  """The parts of a checkpoint, each read when first asked for."""
-
-  def __init__(self, read_part, held: set[str]):
-    self.read_part, self.held = read_part, held
-
-  def __contains__(self, name: str) -> bool:
-    """Whether the checkpoint holds it, read or not."""
-    return name in self.held
-
-  def __missing__(self, name: str) -> dict:
-    self[name] = jax.tree.map(jnp.asarray, self.read_part(name))
-    return self[name]
+    parts = {name: self.parts[name] for name in names}
+    with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+      return program(self.model, parts, *args, **kwargs)
 
 
 def _batches(count: int, size: int = MAX_BATCH, what: str = 'pictures') -> Iterator[tuple[int, np.ndarray]]:

@@ -130,9 +130,9 @@ def test_only_the_parts_of_a_task_are_read(tiny_folder, tmp_path):
   data.write_bytes(data.read_bytes()[:1000])
   shutil.rmtree(folder / 'parts' / 'llama')
   model = Lavit.from_pretrained(folder)
-  assert not model.parts
+  assert not model.parts.loaded
   model.tokenize(PICTURES)
-  assert set(model.parts) == {'vit', 'tokenizer'}
+  assert model.parts.loaded == {'vit', 'tokenizer'}
   with pytest.raises(UserError, match='/understanding is truncated'):
     model.caption(PICTURES)
   with pytest.raises(UserError, match='/llama is missing'):
@@ -152,7 +152,7 @@ def test_a_folder_of_pytorch_names_says_the_same(tmp_path):
   first, second = (Lavit.from_pretrained(path) for path in (theirs, tmp_path / 'ours'))
   assert first.caption(PICTURES) == second.caption(PICTURES)
   np.testing.assert_array_equal(first.reconstruct(PICTURES, steps=2), second.reconstruct(PICTURES, steps=2))
-  for name in second.parts:
+  for name in second.parts.loaded:
     jax.tree.map(np.testing.assert_array_equal, first.parts[name], second.parts[name])
   (tmp_path / 'theirs' / 'language_model').mkdir(parents=True)
   with pytest.raises(UserError, match='holds no weights'):

@@ -1,0 +1,63 @@
+"""The compiled programs between pictures, words and codes; drawing has its own room (drawing.py).
+
+Each takes the model, which is static, and the parameters that it needs by the names of their parts.
+
+Axes: B images, N patches, H width of the language model, S prompt slots.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+from jax import Array
+
+from lavit_jax.inference import decode
+from lavit_jax.models import lavit, sequence, vit
+from lavit_jax.models.tokenizer import gumbel_keep
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def read(model: lavit.Lavit, parts: dict, images: Array, keys: Array | None) -> tuple[Array, Array]:
+  """uint8[B, H, W, 3] -> what the language model reads: features compacted to a prefix [B, N, H], and their number i32[B]."""
+  x, keep = _select(model, parts, images, keys)
+  features, mask = sequence.compact(_apply(model.understanding, parts['understanding'], x, keep), keep)
+  return features, mask.sum(-1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def tokenize(model: lavit.Lavit, parts: dict, images: Array, keys: Array | None) -> tuple[Array, Array]:
+  """uint8[B, H, W, 3] -> codes i32[B, N] in the place of their patches, and keep bool[B, N]."""
+  x, keep = _select(model, parts, images, keys)
+  merged = _apply(model.tokenizer, parts['tokenizer'], x, keep, method='merge')
+  ids, _ = _apply(model.tokenizer, parts['tokenizer'], merged, method='quantize')
+  return ids, keep > 0.5
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def embed(model: lavit.Lavit, parts: dict, ids: Array) -> Array:
+  """Words and codes, ids i32[B, S] -> embeddings [B, S, H]."""
+  return _apply(model.llama, parts['llama'], ids, method='embed')
+
+
+def generate(model: lavit.Lavit, parts: dict, *args, **kwargs) -> decode.GenerateOutput:
+  """`decode.generate` by the language model."""
+  return decode.generate(model.llama, parts['llama'], *args, **kwargs)
+
+
+def beam_search(model: lavit.Lavit, parts: dict, *args, **kwargs) -> decode.GenerateOutput:
+  """`decode.beam_search` by the language model."""
+  return decode.beam_search(model.llama, parts['llama'], *args, **kwargs)
+
+
+def _select(model: lavit.Lavit, parts: dict, images: Array, keys: Array | None) -> tuple[Array, Array]:
+  """uint8[B, H, W, 3] -> patch features [B, N, D] and keep f32[B, N]: sampled with keys [B], the most probable without."""
+  x = _apply(model.vit, parts['vit'], vit.preprocess(images))[:, 1:]
+  log_probs = _apply(model.tokenizer, parts['tokenizer'], x, method='select')
+  if keys is None:
+    return x, gumbel_keep(log_probs)
+  return x, jax.vmap(lambda row, key: gumbel_keep(row[None], key=key)[0])(log_probs, keys)
+
+
+def _apply(module, params, *args, **kwargs):
+  return module.apply({'params': params}, *args, **kwargs)
