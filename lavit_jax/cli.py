@@ -16,7 +16,8 @@ MIN_PYTHON = (3, 11)
 ASSETS = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'assets')
 TINY = os.path.relpath(os.path.join(ASSETS, 'tiny'))
 DEMO = os.path.relpath(os.path.join(ASSETS, 'demo'))
-PLUMBING = ('command', 'run', 'inputs', 'input', 'out', 'json', 'folder', 'dtype', 'seed')  # of `task`
+LOADING = ('folder', 'dtype', 'weights', 'cache', 'safety_checker', 'seed')  # options that every result depends on
+PLUMBING = ('command', 'run', 'inputs', 'input', 'out', 'json', 'tensor', *LOADING)  # of `task`
 
 
 def main(argv=None):
@@ -94,7 +95,8 @@ def task(args):
   chosen = batch.TASKS[args.command]
   rows, base, many = batch.find_rows(chosen, args.inputs, args.input, args.out)
   options = {key: value for key, value in vars(args).items() if key not in PLUMBING}
-  settings = dict(options, command=args.command, folder=args.folder, dtype=args.dtype, seed=args.seed)
+  settings = dict(options, command=args.command, **{key: getattr(args, key) for key in LOADING})
+  settings = {key: value for key, value in settings.items() if value is not None}
   results, pictures = args.out, None
   if 'file' in chosen.gives:
     results, pictures = os.path.join(args.out, 'manifest.jsonl') if many else None, args.out
@@ -168,7 +170,8 @@ def variants(args):
 
 def _model(args):
   from lavit_jax.inference.pipeline import Lavit
-  return Lavit.from_pretrained(args.folder, dtype=args.dtype)
+  mesh = {'tensor': args.tensor} if args.tensor > 1 else None
+  return Lavit.from_pretrained(args.folder, mesh=mesh, dtype=args.dtype, weights=args.weights, cache=args.cache, safety_checker=args.safety_checker)
 
 
 # ----------------------------------------------------------------------------------------------------------------- options
@@ -195,6 +198,14 @@ def number(kind, low, high=float('inf')):
   return parse
 
 
+def size(text):
+  """The type of an option: HEIGHTxWIDTH as [height, width]."""
+  sides = text.lower().split('x')
+  if len(sides) != 2 or not all(side.isdigit() for side in sides):
+    raise argparse.ArgumentTypeError('%r is not HEIGHTxWIDTH, such as 1024x1024' % text)
+  return [int(side) for side in sides]
+
+
 def build_parser():
   """The options of every command."""
   parser = Parser(prog='lavit', description='LaVIT in JAX: one language model that reads and draws pictures.')
@@ -208,7 +219,11 @@ def build_parser():
   def model_command(name, run, text):
     sub = command(name, run, text)
     sub.add_argument('--folder', default=TINY, metavar='DIR', help='the checkpoint (default: %(default)s)')
-    sub.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'), help='compute dtype (default: %(default)s)')
+    sub.add_argument('--dtype', choices=('float32', 'bfloat16'), help='compute dtype (default: bfloat16 on accelerators, float32 on CPUs)')
+    sub.add_argument('--weights', choices=('int8',), help='of the language model, a byte a weight (default: as stored)')
+    sub.add_argument('--cache', choices=('bfloat16', 'int8'), help='keys and values of the language model (default: the compute dtype)')
+    sub.add_argument('--tensor', type=number(int, 1), default=1, metavar='N', help='devices to split the model over (default: %(default)s)')
+    sub.add_argument('--no-safety-checker', dest='safety_checker', action='store_false', help='do not look at what is drawn')
     sub.add_argument('--seed', default=0, type=number(int, 0, 2**32 - 1), help='of all random choices (default: %(default)s)')
     return sub
 
@@ -230,8 +245,12 @@ def build_parser():
     sub = task_command(name, text, metavar, row)
     sub.add_argument('--out', default='drawn', metavar='DIR', help='where the PNGs go (default: %(default)s); of a folder or --input also '
                      'manifest.jsonl, by which the command goes on when started again')
-    sub.add_argument('--steps', type=number(int, 1, 999), default=50, help='DDIM steps (default: %(default)s)')
-    sub.add_argument('--decoder-guidance', type=number(float, 0), default=5.0, metavar='G', help='of the U-Net (default: %(default)s)')
+    sub.add_argument('--size', type=size, metavar='HxW', help="one of SDXL's, such as 1024x1024 (default: Stable Diffusion's square)")
+    sub.add_argument('--steps', type=number(int, 1, 999), help='of the sampler (default: 50, of SDXL 25)')
+    sub.add_argument('--decoder-guidance', type=number(float, 0), metavar='G', help='of the U-Net (default: 5, of SDXL 7)')
+    sub.add_argument('--sampler', choices=('ddim', 'euler', 'dpm++2m'), default='ddim', help='(default: %(default)s)')
+    sub.add_argument('--rescale', type=number(float, 0, 1), default=0.0, metavar='R', help='share of rescaled guidance (default: %(default)s)')
+    sub.add_argument('--tile', type=number(int, 64), metavar='PIXELS', help='decode in tiles, for less memory (default: above a megapixel)')
     return sub
 
   def sampling_command(name, text, metavar, row, guidance):
@@ -239,6 +258,9 @@ def build_parser():
     sub.add_argument('--guidance', type=number(float, 0), default=guidance, metavar='G', help='of the language model (default: %(default)s)')
     sub.add_argument('--top-k', type=number(int, 1), default=50, metavar='K', help='codes to choose among (default: %(default)s)')
     sub.add_argument('--temperature', type=number(float, 1e-3), default=1.0, metavar='T', help='(default: %(default)s)')
+    sub.add_argument('--negative', default='', metavar='TEXT', help='what not to draw')
+    sub.add_argument('--start', metavar='IMAGE', help='begin from this picture in place of noise')
+    sub.add_argument('--strength', type=number(float, 0.01, 1), default=0.8, metavar='S', help='of the change to --start (default: %(default)s)')
     return sub
 
   sub = command('train', train, 'train one stage; every value of its page can be set with --config.KEY=VALUE')

@@ -1,6 +1,6 @@
 """Whatever people hand over as a picture -> uint8 RGB at the model's size.
 
-A path, the bytes of a file, a PIL image or an array; palette, CMYK, 16-bit, grey, with alpha (laid on white), turned by its
+A path or a file: URL, the bytes of a file, a PIL image or an array; palette, CMYK, 16-bit, grey, with alpha (laid on white), turned by its
 EXIF tag, one pixel large: all of these are pictures. What is not raises a UserError that names the file and the remedy.
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 import io
 import os
 import pathlib
+import urllib.parse
+import urllib.request
 import warnings
 
 import numpy as np
@@ -50,7 +52,7 @@ def read_image(source, name: str = 'image') -> np.ndarray:
   """One picture -> uint8[H, W, 3] RGB.
 
   Args:
-    source: a path, bytes, a PIL image, or an array [H, W], [H, W, 1 | 3 | 4] of uint8, uint16 or floats in [0, 1].
+    source: a path or a file: URL, bytes, a PIL image, or an array [H, W], [H, W, 1 | 3 | 4] of uint8, uint16 or floats in [0, 1].
     name: what to call a source that has no file name in messages.
   Raises:
     UserError: missing, empty, not a picture, truncated, too large, or an array of another shape or type.
@@ -65,6 +67,8 @@ def read_image(source, name: str = 'image') -> np.ndarray:
 
 
 def _read(path) -> bytes:
+  if str(path).startswith('file:'):
+    path = urllib.request.url2pathname(urllib.parse.urlsplit(str(path)).path)
   try:
     return pathlib.Path(path).read_bytes()
   except FileNotFoundError:

@@ -207,11 +207,14 @@ def unstack(params: dict) -> dict:
   Leaves are removed from `params['layers']` as they are taken apart, so that memory never holds two models.
   """
 
+  def rows(leaf: Array) -> list[Array]:  # not list(leaf), which moves a leaf of many devices to one
+    return [jax.lax.index_in_dim(leaf, i, keepdims=False) for i in range(len(leaf))]
+
   def apart(stacked: dict) -> list[dict]:
     columns = {}
     for name in list(stacked):
       leaf = stacked.pop(name)
-      columns[name] = apart(leaf) if isinstance(leaf, dict) else list(leaf)
+      columns[name] = apart(leaf) if isinstance(leaf, dict) else rows(leaf)
     return [dict(zip(columns, row)) for row in zip(*columns.values(), strict=True)]
 
   rest = {name: leaf for name, leaf in params.items() if name != 'layers'}

@@ -122,3 +122,10 @@ def test_broken_files_are_named_in_one_line(tmp_path, data, message):
 def test_other_bad_sources(source, message):
   with pytest.raises(UserError, match=message):
     images.read_image(source)
+
+
+def test_a_url_of_a_local_file(tmp_path):
+  (tmp_path / 'a cat.png').write_bytes(encode(Image.new('RGB', (3, 2), (9, 8, 7))))
+  assert images.read_image((tmp_path / 'a cat.png').as_uri()).tolist() == [[[9, 8, 7]] * 3] * 2
+  with pytest.raises(UserError, match='/no cat.png: no such file'):
+    images.read_image((tmp_path / 'no cat.png').as_uri())

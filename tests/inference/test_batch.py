@@ -41,7 +41,7 @@ class Stub:
     self.seen = prompts
     return np.zeros((len(prompts), 8, 8, 3), np.uint8)
 
-  def reconstruct(self, images, seed, guidance, steps):
+  def reconstruct(self, images, seed, guidance, **options):
     return np.stack(images)
 
 
@@ -137,7 +137,7 @@ def test_rows_travel_through(stub, folder, tmp_path, capsys):
   told = lines(capsys.readouterr().out)
   assert told[:3] == [dict(row, answer=f'{row["id"]} q{row["id"]}') for row in rows[:3]]
   assert told[3].keys() == {'image', 'question', 'error'} and 'nowhere.png: no such file' in told[3]['error']
-  settings = dict(command='answer', folder=cli.TINY, dtype='float32', seed=5)
+  settings = dict(command='answer', folder=cli.TINY, safety_checker=True, seed=5)
   assert lines(out.read_text()) == [dict(row, settings=settings) for row in told]
 
 
@@ -162,7 +162,8 @@ def test_drawings_have_a_manifest(stub, tmp_path, capsys):
   manifest = lines((out / 'manifest.jsonl').read_text())
   assert [row['file'] for row in manifest] == names and [row['id'] for row in manifest] == list(range(18))
   assert manifest[0]['settings'] == dict(
-      command='generate', folder=cli.TINY, dtype='float32', seed=0, steps=50, decoder_guidance=5.0, guidance=2.0, top_k=50, temperature=1.0)
+      command='generate', folder=cli.TINY, safety_checker=True, seed=0, sampler='ddim', rescale=0.0, guidance=2.0, top_k=50, temperature=1.0,
+      negative='', strength=0.8)
   pixels = [np.asarray(Image.open(out / name))[0, 0].tolist() for name in names]
   assert pixels == [[i, 4 * (i % 3 + 1), 2] for i in range(18)]
   whole = (out / 'manifest.jsonl').read_bytes()
