@@ -73,6 +73,12 @@ def train(args):
 
 def compile_step(args):
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # the pod's chips are elsewhere
+  from lavit_jax.errors import UserError
+  if (args.config is None) == (args.decode is None):
+    raise UserError('give either --config PAGE.py:VARIANT, for its train step, or --decode VARIANT, for its language model')
+  if args.decode:
+    from lavit_jax.aot.decode import run
+    return run(args.decode, args.topology, args.batch, args.prompt, args.new_tokens, args.weights, args.cache, args.json)
   from lavit_jax.training.config import load_config
   config = load_config(args.config, args.overrides)
   from lavit_jax.aot.train import run
@@ -272,10 +278,17 @@ def build_parser():
   several.add_argument('--process', type=number(int, 0), metavar='I', help='which this is, from 0 (default: $JAX_PROCESS_ID)')
   several.add_argument('--timeout', type=number(int, 1), metavar='SECONDS', help='after which a silent process ends the others (default: 60)')
 
-  sub = command('compile', compile_step, 'compile the train step of a page for a TPU pod that is not there: memory, operations, traffic')
-  sub.add_argument('--config', required=True, metavar='PAGE.py:VARIANT', help='as for train; --config.KEY=VALUE too')
+  sub = command('compile', compile_step, 'compile a train step, or decoding, for TPUs that are not there: memory, operations, traffic')
+  sub.add_argument('--config', metavar='PAGE.py:VARIANT', help='as for train; --config.KEY=VALUE too')
+  sub.add_argument('--decode', metavar='VARIANT', help="its language model: reading a prompt, writing a token")
   sub.add_argument('--topology', required=True, metavar='CHIP:SHAPE', help='such as v5e:16x16 or v5p:4x4x8')
   sub.add_argument('--slices', type=number(int, 1), default=1, metavar='N', help='pods of that shape, joined (default: %(default)s)')
+  decoding = sub.add_argument_group('with --decode')
+  decoding.add_argument('--batch', type=number(int, 1), default=8, metavar='N', help='rows (default: %(default)s)')
+  decoding.add_argument('--prompt', type=number(int, 1), default=512, metavar='N', help='tokens of a prompt (default: %(default)s)')
+  decoding.add_argument('--new-tokens', type=number(int, 1), default=256, metavar='N', help='(default: %(default)s)')
+  decoding.add_argument('--weights', choices=('int8',), help='(default: bfloat16)')
+  decoding.add_argument('--cache', choices=('int8',), help='(default: bfloat16)')
   sub.add_argument('--json', action='store_true', help='print one JSON object')
 
   sub = command('bundle', bundle, 'make one checkpoint of what the stages exported')

@@ -83,7 +83,10 @@ def spec(name: str, shape: tuple[int, ...], mesh: Mesh, rules=RULES) -> P:
   Raises:
     ValueError: a leaf of `LARGE` elements or more that no rule names.
   """
-  rule = next((rule for regex, rule in rules if re.search(regex, name)), None)
+  matrix = name.removesuffix('/values')  # of Int8, which keeps it the other way round
+  rule = next((rule for regex, rule in rules if re.search(regex, matrix)), None)
+  if rule is not None and matrix != name:
+    rule = P(*reversed(rule))
   if rule is None:
     if math.prod(shape) >= LARGE:
       raise ValueError(f'{name} {list(shape)} is large, and no row of sharding.RULES names it')

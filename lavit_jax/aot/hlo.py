@@ -174,6 +174,9 @@ class _Walk:
       moved = 2.0 * sum(x.traffic for x in line.arrays)
     elif line.opcode == 'copy-start':  # its result is (there, here, a flag)
       moved = float(sum(x.traffic for x in line.arrays[:2]))
+    elif line.opcode.endswith('slice-start'):  # (here, there, a flag), of which there is the slice
+      here, there = line.arrays[:2]
+      moved = float(there.nbytes * ((not here.fast) + (not there.fast)))
     return Cost(_flops(line, made), moved, Counter())
 
   def _fusion_bytes(self, line: Instruction, made: dict[str, Instruction]) -> int:

@@ -32,7 +32,7 @@ class GenerateOutput(NamedTuple):
   scores: Array  # f32[B]; see the function that made it.
 
 
-def _prefill(
+def prefill(
     llama: Llama, params: dict, embeddings: Array, mask: Array, new_slots: int, cache_dtype: str | None
 ) -> tuple[Array, KVCache]:
   """Reads the prompts: logits f32[B, V] of what comes next, and a cache with `new_slots` free."""
@@ -47,7 +47,7 @@ def _repeat(cache: KVCache, times: int) -> KVCache:
   return cache._replace(layers=jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), cache.layers))
 
 
-def _extend(
+def extend(
     llama: Llama, params: dict, tokens: Array, positions: Array, seen: Array, cache: KVCache
 ) -> tuple[Array, KVCache]:
   """Reads tokens i32[B, Q] at positions i32[B], which see bool[B, Q, M]: logits f32[B, Q, V], and the longer cache."""
@@ -160,10 +160,10 @@ def generate(
     written = jnp.broadcast_to(jnp.arange(max_new_tokens) < state.step, (mask.shape[0], max_new_tokens))
     seen = jnp.concatenate([mask, written], axis=1)[:, None]
     tokens = jnp.tile(state.token, 2 if guided else 1)[:, None]
-    logits, cache = _extend(llama, params, tokens, mask.sum(1) + state.step - 1, seen, state.cache)
+    logits, cache = extend(llama, params, tokens, mask.sum(1) + state.step - 1, seen, state.cache)
     return commit(state, logits[:, 0], cache)
 
-  logits, cache = _prefill(llama, params, embeddings, mask, max_new_tokens, cache_dtype)
+  logits, cache = prefill(llama, params, embeddings, mask, max_new_tokens, cache_dtype)
   logits, mask, cache = jnp.repeat(logits, num_samples, axis=0), jnp.repeat(mask, num_samples, axis=0), _repeat(cache, num_samples)
   used = None if repetition_penalty is None else jnp.zeros((batch, llama.vocab_size), bool)
   nothing = GenerateOutput(
@@ -286,13 +286,13 @@ def beam_search(
   def advance(state: State) -> State:
     prompt = jnp.broadcast_to(mask[:, None], (batch, num_beams, mask.shape[1]))
     seen = jnp.concatenate([prompt, state.ancestry], axis=-1)
-    logits, cache = _extend(
+    logits, cache = extend(
         llama, params, state.live.ids[:, :, state.step - 1], mask.sum(1) + state.step - 1, seen, state.cache
     )
     return commit(state, logits, cache)
 
   new_slots = num_beams * max_new_tokens
-  logits, cache = _prefill(llama, params, embeddings, mask, new_slots, cache_dtype)
+  logits, cache = prefill(llama, params, embeddings, mask, new_slots, cache_dtype)
   ids = jnp.full((batch, num_beams, max_new_tokens), pad_id, jnp.int32)
   absent = jnp.full((batch, num_beams), NEVER)
   start = State(

@@ -81,3 +81,10 @@ def test_the_attention_kernel_by_hand(length, pairs, side, name, products, rows,
            f'  ROOT %{name} = {shape} custom-call(%m, %q, %q, %q), custom_call_target="tpu_custom_call"', '}']
   by_hand = rows * heads * pairs * products * 2 * side * side * width
   assert hlo.cost('\n'.join(lines), kernel_flops).flops == by_hand
+
+
+def test_a_slice_brought_near_is_read_alone():
+  """Of bf16[4,8] in HBM the first row goes into the chip's own memory (S(1)): 8 numbers are read, none is written."""
+  near = program('  %s = ((bf16[4,8]{1,0}), bf16[1,8]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[0:1], [0:8]}',
+                 '  ROOT %d = bf16[1,8]{1,0:S(1)} slice-done(%s)')
+  assert hlo.cost(near).bytes == 8 * 2
