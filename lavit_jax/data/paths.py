@@ -6,6 +6,7 @@ processes which read the same files see the same records.
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 import logging
@@ -24,7 +25,7 @@ from lavit_jax.errors import UserError
 _BRACES = re.compile(r'\{([^{}]*)\}')
 _AHEAD = 8 << 20  # bytes asked of a remote store at a time
 _BUFFER = 1 << 20
-NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)  # no matter of patience
+NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)  # no matter of patience
 _WAITS = (1.0, 4.0, 16.0)  # seconds before another try
 _SIZED = 512  # files of a source whose sizes are asked for, at most
 
@@ -122,6 +123,8 @@ def _patiently(path: str, act: Callable[[], Any]) -> Any:
     except (*NO_FILE, UserError):
       raise
     except Exception as error:  # not all that the packages of remote stores raise is an OSError
+      if getattr(error, 'errno', None) in (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL):
+        raise FileNotFoundError(error.errno, os.strerror(error.errno), path) from error
       reason = ' '.join(str(error).split())[:200] or type(error).__name__
       if wait is None:
         raise UserError(f'{path} cannot be read ({reason}; tried {1 + len(_WAITS)} times); see to the network or the disk, and start the '

@@ -25,7 +25,8 @@ class _Unmarked(Broken):
 def samples(file: BinaryIO, start: int = 0) -> Iterator[tuple[int, int, str, dict[str, bytes]]]:
   """Yields (start, end, key, {extension: content}) of each sample from byte `start` on, which is where a sample starts.
 
-  A tar may lack its end mark. Then its last sample is taken for whole if it has all the extensions of the one before it.
+  A tar may lack its end mark. Then its last sample is taken for whole if it has all the extensions of the one before it, or
+  if there is none to compare it with.
 
   Raises:
     Broken: after the last sample that is whole.

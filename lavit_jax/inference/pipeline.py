@@ -97,7 +97,7 @@ class Lavit:
   RowSeed, for a part of a longer run.
   """
 
-  def __init__(self, model: lavit.Lavit, parts: Mapping[str, dict] | Checkpoint, words: TextTokenizer, weights: str | None = None,
+  def __init__(self, model: lavit.Lavit, parts: Mapping[str, dict] | Parts | Checkpoint, words: TextTokenizer, weights: str | None = None,
                cache: str | None = None, safety_checker: bool = True, mesh: Mesh | Mapping[str, int] | None = None):
     """`parts`: part name -> parameters, at least of the parts that the tasks at hand need. The other arguments: see `from_pretrained`."""
     for name, value, known in (('weights', weights, (None, 'int8')), ('cache', cache, (None, 'bfloat16', 'int8'))):
@@ -106,7 +106,10 @@ class Lavit:
     if mesh is not None and not isinstance(mesh, Mesh):
       mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1) | dict(mesh))
     self.model, self.words, self.cache, self.safety_checker, self.mesh = model, words, cache, safety_checker, mesh
-    self.parts = Parts(model, *((parts.read, parts.held) if isinstance(parts, Checkpoint) else (parts, parts)), weights, mesh)
+    if isinstance(parts, Parts):  # another model's, shared
+      self.parts = parts
+    else:
+      self.parts = Parts(model, *((parts.read, parts.held) if isinstance(parts, Checkpoint) else (parts, parts)), weights, mesh)
     self.settings = SETTINGS.get(model.variant, Settings())
 
   @classmethod
@@ -138,7 +141,10 @@ class Lavit:
     images = read_images(images, self.model.image_size)
     if len(images) == 0:
       raise UserError('there is no picture to tokenize; give at least one')
-    ids, keep = self.in_batches(programs.tokenize, ('vit', 'tokenizer'), images, _keys(seed, len(images)))
+    return self._tokens(images, _keys(seed, len(images)))
+
+  def _tokens(self, images: np.ndarray, keys: Array | None) -> Tokens:
+    ids, keep = self.in_batches(programs.tokenize, ('vit', 'tokenizer'), images, keys)
     return Tokens([row[kept] for row, kept in zip(ids, keep)], keep, keep.sum(-1))
 
   def draw(self, codes: Sequence[np.ndarray], *, seed: int | Sequence[int] = 0, **options) -> np.ndarray:
@@ -234,8 +240,12 @@ class Lavit:
       raise UserError('prompts are lists of parts, [[picture, words], [words], ...]; put each prompt in brackets')
     if num_samples < 1:
       raise UserError(f'num_samples is {num_samples}; ask for at least one')
-    pictures = [part for prompt in prompts for part in prompt if not isinstance(part, str)]
-    codes = iter(self.tokenize(pictures, _seed_of_pictures(seed, prompts)).ids if pictures else ())
+    keys, places = _keys(seed, len(prompts)), [(i, part) for i, prompt in enumerate(prompts) for part in prompt if not isinstance(part, str)]
+    codes = iter(())
+    if places:  # the j-th picture of a prompt has the j-th key of its row's, whatever the other rows are
+      rows = np.array([i for i, _ in places])
+      images = read_images([part for _, part in places], self.model.image_size)
+      codes = iter(self._tokens(images, jax.vmap(jax.random.fold_in)(keys[rows], np.arange(len(rows)) - np.searchsorted(rows, rows))).ids)
     start, end = [words.image_start], [words.image_end]
 
     def pieces(prompt):
@@ -249,7 +259,7 @@ class Lavit:
     against = [self._encode(negative), start] if negative else [start]
     fewest, most = self.settings.image_tokens
     forbidden = (np.arange(words.size) >= 3) & (np.arange(words.size) < words.text_size)
-    keys, out = _sample_keys(_keys(seed, len(prompts)), num_samples), []
+    keys, out = _sample_keys(keys, num_samples), []
     for n, rows in _batches(len(prompts), max(1, MAX_BATCH // num_samples), 'codes'):
       embeddings, mask = self._embed([prompts[i] for i in rows] + [against] * len(rows), most)
       b = len(rows)
@@ -349,14 +359,6 @@ def _sample_keys(keys: Array, count: int) -> Array:
   """keys [B] -> [B, count]: the first of each is its own, so that more samples change no earlier one."""
   more = jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(1, count)))(keys)
   return jnp.concatenate([keys[:, None], more], axis=1)
-
-
-def _seed_of_pictures(seed, prompts: Sequence[Sequence]) -> int | Sequence[int] | RowSeed | None:
-  """The seed for all pictures of the prompts, one after the other; where each row has its own, they do not depend on other rows."""
-  places = [(i, j) for i, prompt in enumerate(prompts) for j, _ in enumerate(part for part in prompt if not isinstance(part, str))]
-  if isinstance(seed, RowSeed):
-    return RowSeed(seed.seed, [seed.rows[i] + j for i, j in places])
-  return [seed[i] for i, _ in places] if np.ndim(seed) else seed
 
 
 def _keys(seed: int | Sequence[int] | RowSeed | None, count: int) -> Array | None:

@@ -37,7 +37,7 @@ def quantize(x: Array) -> Int8:
 
 def dequantize(x: Array | Int8, dtype: Any) -> Array:
   """The numbers again, dtype[..., n]; an array is only cast."""
-  return (x.values.astype(dtype) * x.scale[..., None].astype(dtype)) if isinstance(x, Int8) else x.astype(dtype)
+  return (x.values * x.scale[..., None] if isinstance(x, Int8) else x).astype(dtype)
 
 
 def quantize_weights(params: dict) -> dict:

@@ -198,7 +198,7 @@ class Llama(nn.Module):
 
 def unroll(llama: Llama, params: dict) -> tuple[Llama, dict]:
   """The same model with its layers one by one, as decoding wants it, and its parameters in that form (`unstack`)."""
-  return llama.clone(scan=False), unstack(params) if 'layers' in params else params
+  return llama.clone(scan=False), unstack(jax.tree.map(lambda x: x, params)) if 'layers' in params else params  # the caller's stay whole
 
 
 def unstack(params: dict) -> dict:

@@ -7,6 +7,7 @@ Axes: R rows, S slots of a row, H heads, G key-value heads, d head width.
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import jax
@@ -52,7 +53,8 @@ def splash_attention(q: Array, k: Array, v: Array, segments: Array, interpret: b
 def kernel_flops(name: str, shapes: Sequence[tuple[int, ...]]) -> float:
   """Operations of one call of the kernel in a compiled program, by its name there and the shapes of its operands: forward has two
   products of [S, d] and [d, S], backward five (the scores again among them), all of them in the blocks that causality does not forbid."""
-  *rows, heads, length, width = max(shapes, key=math.prod)  # queries; of one row, the compiler leaves that axis out
+  times = Counter(shape for shape in map(tuple, shapes) if len(shape) >= 3)  # queries, keys and values have one shape, masks others
+  *rows, heads, length, width = max(times, key=lambda shape: (times[shape], math.prod(shape)))  # of one row, that axis is left out
   blocks = length // math.gcd(length, BLOCK)
   products = 2 if 'fwd' in name else 5
   return products * 2 * math.prod(rows) * heads * length**2 * width * (blocks + 1) / (2 * blocks)

@@ -121,8 +121,11 @@ class Writer:
 def open_leaves(folder: pathlib.Path, paths, context: ts.Context | None = None) -> dict[str, ts.TensorStore]:
   """path -> array, to be read by `array[row].read().result()` or whole."""
   base = {'driver': 'file', 'path': f'{pathlib.Path(folder).absolute()}/'}
-  waiting = {path: ts.open({'driver': 'zarr', 'kvstore': {'driver': 'ocdbt', 'base': base, 'path': path.replace('/', '.') + '/'}}, open=True, context=context)
-             for path in paths}
+
+  def spec(path):
+    return {'driver': 'zarr', 'kvstore': {'driver': 'ocdbt', 'base': base, 'path': path.replace('/', '.') + '/'}}
+
+  waiting = {path: ts.open(spec(path), open=True, context=context) for path in paths}
   return {path: future.result() for path, future in waiting.items()}
 
 

@@ -77,8 +77,8 @@ def test_the_attention_kernel_by_hand(length, pairs, side, name, products, rows,
   """Of R rows and H heads each pair of blocks (queries, keys before or at them) is `products` products of [side, d] and [d, side]."""
   heads, width = 5, 128
   shape = f'bf16[{text}{heads},{length},{width}]'
-  lines = ['ENTRY %main (q: bf16[1]) -> bf16[1] {', '  %m = s32[1,1,4]{2,1,0} parameter(0)', f'  %q = {shape} parameter(1)',
-           f'  ROOT %{name} = {shape} custom-call(%m, %q, %q, %q), custom_call_target="tpu_custom_call"', '}']
+  lines = ['ENTRY %main (q: bf16[1]) -> bf16[1] {', '  %m = s32[1,1,4]{2,1,0} parameter(0)', f'  %q = {shape} parameter(1)', '  %w = bf16[1,4096,4096] parameter(2)',
+           f'  ROOT %{name} = {shape} custom-call(%m, %w, %q, %q, %q), custom_call_target="tpu_custom_call"', '}']
   by_hand = rows * heads * pairs * products * 2 * side * side * width
   assert hlo.cost('\n'.join(lines), kernel_flops).flops == by_hand
 

@@ -121,3 +121,10 @@ def test_names_and_sizes(tmp_path, monkeypatch):
   assert paths.names_and_sizes(files) == [('0', 0), ('1', 1), ('2', 2), ('3', 3), ('4', 4), ('5', -1)]
   monkeypatch.setattr(paths, '_SIZED', 3)
   assert paths.names_and_sizes(files) == [('0', 0), ('1', None), ('2', 2), ('3', None), ('4', None), ('5', -1)]
+
+
+@pytest.mark.parametrize('name', ['x' * 300, 'loop', 'no'])
+def test_what_no_patience_opens(tmp_path, name):
+  (tmp_path / 'loop').symlink_to(tmp_path / 'loop')
+  with pytest.raises(paths.NO_FILE):  # at once: a wait would raise UserError, 21 seconds later
+    paths.open_file(str(tmp_path / name))

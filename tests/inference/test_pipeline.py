@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from lavit_jax.errors import UserError
-from lavit_jax.inference import pipeline
+from lavit_jax.inference import pipeline, programs
 from lavit_jax.inference.pipeline import Lavit
 from lavit_jax.porting import convert
 
@@ -72,7 +72,9 @@ def test_synthesis_prompts_hold_codes(model, monkeypatch):
   monkeypatch.setattr(model, '_embed', intercept(seen))
   with pytest.raises(Intercepted):
     model.synthesize([[PICTURES[0], 'owl', PICTURES[1]]], seed=3)
-  ids = model.tokenize(PICTURES[:2], seed=3).ids
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(pipeline._keys(3, 1)[0], np.arange(2))  # of the row's key, one a picture
+  ids = model.in_batches(programs.tokenize, ('vit', 'tokenizer'), PICTURES[:2], keys)
+  ids = [row[kept] for row, kept in zip(*ids)]
   prompt, against = seen[0]
   flat = [list(piece) for piece in prompt]
   assert flat == [[2048], list(ids[0] + 2050), [2049], list(model.words.encode('owl')), [2048], list(ids[1] + 2050), [2049], [2048]]

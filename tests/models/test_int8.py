@@ -57,7 +57,7 @@ def test_a_loop_never_holds_the_weights_as_floats(rows):
     return jax.lax.fori_loop(0, 5, lambda _, x: jnp.tanh(int8.product(x, weights, jnp.float32)), x)
 
   memory = jax.jit(run).lower(jnp.ones((rows, 1024)), weights).compile().memory_analysis()
-  assert memory.temp_size_in_bytes < 2 * weights.values.nbytes < 4 * weights.values.nbytes
+  assert memory.temp_size_in_bytes < 2 * weights.values.nbytes  # as floats they would be four times their bytes
 
 
 def test_golden_language_model():
