@@ -115,7 +115,7 @@ class Parts:
 def _onto_device(tree):
   """The tree as JAX arrays; its leaves are removed from it one by one, so that memory never holds two."""
   if not isinstance(tree, dict):
-    return jnp.asarray(tree)
+    return jnp.asarray(tree).block_until_ready()
   return {name: _onto_device(tree.pop(name)) for name in list(tree)}
 
 

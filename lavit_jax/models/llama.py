@@ -208,7 +208,7 @@ def unstack(params: dict) -> dict:
   """
 
   def rows(leaf: Array) -> list[Array]:  # not list(leaf), which moves a leaf of many devices to one
-    return [jax.lax.index_in_dim(leaf, i, keepdims=False) for i in range(len(leaf))]
+    return jax.block_until_ready([jax.lax.index_in_dim(leaf, i, keepdims=False) for i in range(len(leaf))])  # before the next is begun
 
   def apart(stacked: dict) -> list[dict]:
     columns = {}
