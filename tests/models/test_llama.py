@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from lavit_jax.models.llama import Llama, unroll
+from lavit_jax.models.llama import Llama, unroll, unstack
 from lavit_jax.models.sequence import prompt_mask, prompt_positions
 from lavit_jax.porting import engine
 from lavit_jax.porting.tables_language import llama_rows
@@ -142,6 +142,8 @@ def test_unrolled_layers_are_the_scanned_ones():
   expected, size = forward(TINY, params, ids, mask), sum(x.size for x in jax.tree.leaves(params))
   unrolled, apart = unroll(TINY, params)
   np.testing.assert_allclose(forward(unrolled, apart, ids, mask), expected, atol=1e-6)
+  assert jax.tree.leaves(params['layers'])  # the caller's
+  unstack(params)
   assert not jax.tree.leaves(params['layers'])  # nothing is held twice
   assert sum(x.size for x in jax.tree.leaves(apart)) == size
   assert jax.tree.map(jnp.shape, init(unrolled)) == jax.tree.map(jnp.shape, apart)
