@@ -25,6 +25,7 @@ import gradio as gr  # noqa: E402
 
 from lavit_jax.data.images import read_image, resize
 from lavit_jax.errors import UserError
+from lavit_jax.inference import drawing
 from lavit_jax.inference.demo import STEPS, read_manifest, show_kept
 from lavit_jax.inference.output import png
 from lavit_jax.inference.pipeline import Lavit
@@ -79,8 +80,10 @@ class Tasks:
     return self.model.reconstruct([picture], guidance=guidance, steps=int(steps), seed=_seed(seed))[0], self._kept(picture, _seed(seed))
 
   def _draw(self, parts, seed, guidance, steps):
-    codes = self.model.sample_codes([parts], guidance=guidance, seed=_seed(seed))
-    picture = self.model.draw(codes, steps=int(steps), seed=_seed(seed))[0]
+    model, seed, steps = self.model, _seed(seed), int(steps)
+    drawing.settle(1, model.settings.drawn_size, model.settings.highres_sizes, model.parts, steps=steps)  # before anything runs
+    codes = model.sample_codes([parts], guidance=guidance, seed=seed)
+    picture = model.draw(codes, steps=steps, seed=seed)[0]
     shown = [f'<i style="background:{self.colours[code]}"></i>' for code in codes[0]]
     return picture, _strip(f'{len(codes[0])} tokens, as the language model wrote them', codes[0], shown, self.colours)
 

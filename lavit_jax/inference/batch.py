@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from typing import NamedTuple
 
 from lavit_jax.data.images import SUFFIXES, read_images
 from lavit_jax.errors import InputError, UserError
+from lavit_jax.inference.drawing import Drawn, report_flagged
 from lavit_jax.inference.output import png, slug, write
 from lavit_jax.inference.pipeline import MAX_BATCH, Lavit, RowSeed
 
@@ -30,7 +32,7 @@ class Task(NamedTuple):
   """A command on rows."""
 
   needs: tuple[str, ...]  # the keys of a row: 'image', 'question', 'prompt' are text, 'parts' is a list of it
-  gives: tuple[str, ...]  # the keys of a result; 'file' is the name of a drawn picture
+  gives: tuple[str, ...]  # the keys of a result; 'file' names a drawn picture, 'flagged' is there where that was made black
   show: str  # how a result is told, a format of all these
   compute: Callable  # (model, rows with arrays in place of pictures, **options and seed) -> results; 'picture' of one is to become its file
 
@@ -49,15 +51,19 @@ def _tokenize(model, rows, **options):
 
 
 def _generate(model, rows, **options):
-  return [dict(picture=picture) for picture in model.generate(_column(rows, 'prompt'), **options)]
+  return _drawn(model.generate(_column(rows, 'prompt'), details=True, **options))
 
 
 def _synthesize(model, rows, **options):
-  return [dict(picture=picture) for picture in model.synthesize(_column(rows, 'parts'), **options)]
+  return _drawn(model.synthesize(_column(rows, 'parts'), details=True, **options))
 
 
 def _reconstruct(model, rows, decoder_guidance, **options):
-  return [dict(picture=picture) for picture in model.reconstruct(_column(rows, 'image'), guidance=decoder_guidance, **options)]
+  return _drawn(model.reconstruct(_column(rows, 'image'), guidance=decoder_guidance, details=True, **options))
+
+
+def _drawn(drawn: Drawn):
+  return [dict(picture=picture) | (dict(flagged=True) if flagged else {}) for picture, flagged in zip(*drawn)]
 
 
 def _column(rows, key):
@@ -68,9 +74,9 @@ TASKS = dict(
     caption=Task(('image',), ('caption',), '{image}: {caption}', _caption),
     answer=Task(('image', 'question'), ('answer',), '{image}: {question} {answer}', _answer),
     tokenize=Task(('image',), ('count', 'ids', 'patches'), '{image}: {count} tokens {ids}', _tokenize),
-    generate=Task(('prompt',), ('file',), '{file}', _generate),
-    synthesize=Task(('parts',), ('file',), '{file}', _synthesize),
-    reconstruct=Task(('image',), ('file',), '{file}', _reconstruct))
+    generate=Task(('prompt',), ('file', 'flagged'), '{file}', _generate),
+    synthesize=Task(('parts',), ('file', 'flagged'), '{file}', _synthesize),
+    reconstruct=Task(('image',), ('file', 'flagged'), '{file}', _reconstruct))
 
 
 # -------------------------------------------------------------------------------------------------------------------- rows
@@ -175,26 +181,30 @@ def example(needs: Sequence[str]) -> str:
   return json.dumps({key: values[key] for key in needs})
 
 
-def load(row: dict, base: pathlib.Path, size: int) -> dict:
-  """A row with its pictures read, uint8[size, size, 3]: its 'image', and of 'parts' what is a file or is named like a picture."""
-  def read(path):
-    return read_images(base / path, size)[0]
+def load(row: dict, needs: Sequence[str], base: pathlib.Path, size: int) -> dict:
+  """What a task needs of a row, pictures read, uint8[size, size, 3]: its 'image', and of 'parts' what is a file or is named like a picture.
 
-  loaded = dict(row)
-  if 'image' in row:
-    loaded['image'] = read(row['image'])
-  if 'parts' in row:
-    loaded['parts'] = [read(part) if is_picture(part) or os.path.isfile(base / part) else part for part in row['parts']]
-  return loaded
+  Raises UserError as `read_images`, and for what JSON can say and no text or path can be, such as half a character.
+  """
+  def read(key, text):
+    try:
+      if key == 'image' or key == 'parts' and (is_picture(text) or os.path.isfile(base / text)):
+        return read_images(base / text, size)[0]
+      return text.encode().decode()
+    except ValueError as error:
+      raise UserError(f'{text!r} is no text or path ({error}); write it anew') from None
+
+  return {key: [read(key, part) for part in row[key]] if key == 'parts' else read(key, row[key]) for key in needs}
 
 
 # ----------------------------------------------------------------------------------------------------------------- results
 
 class Results:
-  """A file of result lines that only grows. Opened again, it knows which rows are done; a torn last line is dropped.
+  """A file of result lines that only grows. Opened again, it knows which rows are done; a torn last line of ours is dropped.
 
   Attributes:
-    count: how many lines there are.
+    count: how many lines there were when it was opened.
+    number: where the numbers of further pictures begin: after all in the file, of which lines may have been deleted.
     errors: the 'error' of those that have one.
   """
 
@@ -202,35 +212,47 @@ class Results:
     """Opens or begins the file. `keys`: those that the task writes; `settings`: what else the results depend on.
 
     Raises:
-      UserError: the file holds something else, or results of other settings.
+      UserError: the file holds something else, or results of other settings; it is left as it is.
     """
     self.path, self.keys, self.settings = pathlib.Path(path), {*keys, 'error', 'settings'}, settings
-    self.count, self.errors, self.done = 0, [], collections.Counter()
+    self.count, self.number, self.errors, self.done = 0, 0, [], collections.Counter()
     if not self.path.exists():
       return
     end = 0
     with open(self.path, 'rb') as file:
       for line in file:
-        if not line.endswith(b'\n'):
-          break
-        self._know(line)
-        end += len(line)
-    os.truncate(self.path, end)
+        if line.endswith(b'\n'):
+          self._know(line)
+          end += len(line)
+        elif self.count or self._is_ours(line):
+          os.truncate(self.path, end)
+        else:
+          raise self._foreign()
 
   def _know(self, line: bytes):
     try:
       result = json.loads(line)
-      theirs = result['settings']
+      theirs = {**result['settings']}
     except (ValueError, TypeError, KeyError):
-      raise UserError(f'{self.path}:{self.count + 1} is no result of such a run; give --out another name') from None
+      raise self._foreign() from None
     changed = [key for key in self.settings | theirs if self.settings.get(key) != theirs.get(key)]
     if changed:
       was, is_ = (f'{changed[0]} {json.dumps(each.get(changed[0]))}' for each in (theirs, self.settings))
       raise UserError(f'{self.path} holds results of {was}, not of {is_}; give --out another name, or delete it to begin anew')
     self.count += 1
+    own = re.match('[0-9]{1,9}(?=-)', str(result.get('file')))
+    self.number = max(self.number, int(own[0]) if own else 0) + 1
     self.done[_identity({key: value for key, value in result.items() if key not in self.keys})] += 1
     if 'error' in result:
       self.errors.append(result['error'])
+
+  def _is_ours(self, line: bytes) -> bool:
+    """Whether a line without an end is the beginning of one of ours: torn in the settings, the last that is written."""
+    _, key, torn = line.rpartition(b', "settings": ')
+    return bool(key) and f'{json.dumps(self.settings)}}}'.encode().startswith(torn)
+
+  def _foreign(self) -> UserError:
+    return UserError(f'{self.path}:{self.count + 1} is no result of such a run; give --out another name')
 
   def missing(self, rows: Sequence[dict]) -> list[bool]:
     """Which rows have no line yet; of several that are alike, the later ones."""
@@ -243,12 +265,10 @@ class Results:
     return out
 
   def add(self, lines: Sequence[dict]):
-    """Appends lines, and sees to it that they are the file's before it returns."""
+    """Appends lines, and sees to it that they are the file's before it returns. In ASCII, for the name of a picture may be no UTF-8."""
     self.path.parent.mkdir(parents=True, exist_ok=True)
-    text = ''.join(json.dumps(line | dict(settings=self.settings), ensure_ascii=False) + '\n' for line in lines)
     with open(self.path, 'ab') as file:
-      file.write(text.encode(errors='surrogateescape'))
-    self.count += len(lines)
+      file.write(''.join(json.dumps(line | dict(settings=self.settings)) + '\n' for line in lines).encode())
     self.errors += [line['error'] for line in lines if 'error' in line]
 
 
@@ -273,7 +293,7 @@ def run(task: Task, model: Lavit, rows: Sequence[dict], seed: int | None, option
     UserError: at the end, how many rows failed; or at once, what stops every row.
   """
   pending = [True] * len(rows) if results is None else results.missing(rows)
-  errors, number = ([], 0) if results is None else (results.errors, results.count)
+  errors, number = ([], 0) if results is None else (results.errors, results.number)
   if not all(pending):
     print(f'lavit: {len(rows) - sum(pending)} of {len(rows)} are in {results.path} already', file=sys.stderr)
   progress = _Progress(sum(pending))
@@ -281,22 +301,23 @@ def run(task: Task, model: Lavit, rows: Sequence[dict], seed: int | None, option
     block = range(start, min(start + MAX_BATCH, len(rows)))
     if not any(pending[i] for i in block):
       continue
-    outcomes, lines = _block(task, model, {i: rows[i] for i in block}, seed, options, base, many), []
+    outcomes, lines, flagged = _block(task, model, {i: rows[i] for i in block}, seed, options, base, many), [], []
     for i in block:
       if pending[i]:
-        line = rows[i] | outcomes[i]
-        if 'picture' in line:
-          line['file'] = f'{number + len(lines)}-{slug(_name(rows[i]))}.png'
-          write(os.path.join(pictures, line['file']), png(line.pop('picture')))
-        lines.append(line)
-    number += len(lines)
+        if 'picture' in outcomes[i]:
+          number, outcomes[i]['file'] = _save(pictures, number, _name(rows[i][task.needs[0]]), outcomes[i].pop('picture'))
+          if 'flagged' in outcomes[i]:
+            flagged.append(f'{outcomes[i]["file"]}, of row {i + 1} of {len(rows)},')
+        lines.append(rows[i] | outcomes[i])
+        number += 1
     if results is None:
       errors += [line['error'] for line in lines if 'error' in line]
     else:
       results.add(lines)
     progress.clear()
+    report_flagged(flagged)
     for line in lines:
-      _tell(line | dict(file=os.path.join(pictures, line['file'])) if 'file' in line else line, task, many, as_json)
+      _tell(line | dict(file=os.path.join(pictures, line['file'])) if pictures and 'file' in line else line, task, many, as_json)
     progress.step(len(lines))
   progress.clear()
   if errors:
@@ -309,7 +330,7 @@ def _block(task: Task, model: Lavit, rows: dict[int, dict], seed: int | None, op
   loaded, outcomes = {}, {}
   for place, row in rows.items():
     try:
-      loaded[place] = load(row, base, model.model.image_size)
+      loaded[place] = load(row, task.needs, base, model.model.image_size)
     except UserError as error:
       if not many:
         raise
@@ -332,20 +353,30 @@ def _block(task: Task, model: Lavit, rows: dict[int, dict], seed: int | None, op
   return outcomes
 
 
-def _name(row: dict) -> str:
-  """What a picture is drawn from, to name it by."""
-  texts = row.get('parts') or [row.get('prompt') or row['image']]
-  return ' and '.join(os.path.basename(text) if is_picture(text) or os.path.isfile(text) else text for text in texts)
+def _save(folder: str, number: int, name: str, picture) -> tuple[int, str]:
+  """Writes a picture; returns its number, the first from `number` on by which it replaces no other, and its file's name."""
+  data = png(picture)
+  for number in itertools.count(number):
+    path = pathlib.Path(folder, f'{number}-{name}.png')
+    if not os.path.lexists(path) or path.is_file() and path.read_bytes() == data:  # itself, of a run that ended there
+      return number, write(path, data).name
+
+
+def _name(source: str | list[str]) -> str:
+  """A file's name for what is drawn from a text or a picture's path, or several."""
+  texts = source if isinstance(source, list) else [source]
+  return slug(' and '.join(os.path.basename(text) if is_picture(text) or os.path.isfile(text) else text for text in texts))
 
 
 def _tell(line: dict, task: Task, many: bool, as_json: bool):
   if as_json:
-    print(json.dumps(line, ensure_ascii=False), flush=True)
+    print(json.dumps(line), flush=True)
   elif 'error' in line:
     print('lavit: ' + ' '.join(line['error'].split()), file=sys.stderr)
   else:
     show = task.show if many or 'question' not in line else '{question} {answer}'  # of one picture, which everybody knows
-    print(show.format(**line), flush=True)
+    text, encoding = show.format(**line), sys.stdout.encoding or 'utf-8'
+    print(text.encode(encoding, 'backslashreplace').decode(encoding), flush=True)
 
 
 class _Progress:

@@ -10,7 +10,7 @@ import functools
 import logging
 import math
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -60,6 +60,7 @@ class Request(NamedTuple):
 
   start: np.ndarray | None  # uint8[B, H, W, 3]
   options: dict[str, Any]  # of `draw`, by name
+  details: bool  # whether `Drawn` is asked for
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'way', 'size', 'steps', 'sampler', 'rescale', 'strength', 'tile'),
@@ -123,14 +124,14 @@ def highres_condition(context: Array, pooled: Array, size: tuple[int, int]) -> t
 def settle(
     count: int, drawn_size: int, highres_sizes: Collection[tuple[int, int]], held: Collection[str], *, size: tuple[int, int] | None = None,
     guidance: float | None = None, steps: int | None = None, sampler: str = 'ddim', rescale: float = 0.0, start=None, strength: float = 0.8,
-    tile: int | None = None,
+    tile: int | None = None, details: bool = False,
 ) -> Request:
   """What a user asks for -> what to draw by. So that what is wrong is told before a language model has run for minutes.
 
   Args:
     count: of pictures.
     drawn_size, highres_sizes: of the model; `held`: names of the parts that are there.
-    size, guidance, ..., tile: see `Lavit.draw`.
+    size, guidance, ..., details: see `Lavit.draw`.
   Raises:
     UserError: a size that is not known or whose parts are missing, or settings that cannot be.
   """
@@ -165,7 +166,7 @@ def settle(
   if tile is None and math.prod(size) > WHOLE_PIXELS:
     tile = TILE
   return Request(start, dict(way=way, size=size, guidance=way.guidance if guidance is None else guidance, steps=steps, sampler=sampler,
-                             rescale=rescale, strength=strength, tile=tile))
+                             rescale=rescale, strength=strength, tile=tile), details)
 
 
 def checker(model: lavit.Lavit, held: Collection[str]) -> tuple[str, ...]:
@@ -179,10 +180,10 @@ def checker(model: lavit.Lavit, held: Collection[str]) -> tuple[str, ...]:
   return ()
 
 
-def report_flagged(flagged: np.ndarray) -> None:
-  """A line in the log for each picture of bool[B] that was made black."""
-  for i in flagged.nonzero()[0]:
-    LOG.warning('picture %d of %d was flagged by the safety checker and is black; try another prompt or seed', i + 1, len(flagged))
+def report_flagged(pictures: Iterable[str]) -> None:
+  """A line in the log for each picture that was made black, by what it is called there."""
+  for name in pictures:
+    LOG.warning('%s was flagged by the safety checker and is black; try another prompt or seed', name)
 
 
 def _by(size: tuple[int, ...]) -> str:

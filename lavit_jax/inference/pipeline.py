@@ -147,7 +147,7 @@ class Lavit:
     ids, keep = self.in_batches(programs.tokenize, ('vit', 'tokenizer'), images, keys)
     return Tokens([row[kept] for row, kept in zip(ids, keep)], keep, keep.sum(-1))
 
-  def draw(self, codes: Sequence[np.ndarray], *, seed: int | Sequence[int] = 0, **options) -> np.ndarray:
+  def draw(self, codes: Sequence[np.ndarray], *, seed: int | Sequence[int] = 0, **options) -> np.ndarray | drawing.Drawn:
     """Codes of each picture, i32[n] with n <= N -> uint8[B, H, W, 3].
 
     Args:
@@ -161,13 +161,16 @@ class Lavit:
       strength: of the change to `start`, the share of the steps that is made; by default 0.8, and 1 keeps nothing of it.
       tile: side of the tiles that the VAE decodes one at a time, in pixels, for less memory and faint differences; by default pictures
         are decoded whole up to a megapixel (all published sizes) and in tiles of 1024 beyond.
+      details: return `drawing.Drawn`, which also has the flags of the safety checker; these are then not in the log.
     """
     request = self._settle(len(codes), options)
     ids, mask = self.in_slots(codes)
     way, checker = request.options['way'], drawing.checker(self.model, self.parts) if self.safety_checker else ()
     drawn = self.in_batches(drawing.draw, way.parts + checker, ids, mask, _keys(seed, len(ids)), request.start, most=way.batch,
                             **request.options)
-    drawing.report_flagged(drawn.flagged)
+    if request.details:
+      return drawn
+    drawing.report_flagged(f'picture {i + 1} of {len(ids)}' for i in drawn.flagged.nonzero()[0])
     return drawn.pictures
 
   def reconstruct(self, images, *, seed: int | Sequence[int] = 0, **options) -> np.ndarray:

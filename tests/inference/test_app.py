@@ -23,7 +23,7 @@ from gradio_client import Client, handle_file
 import lavit_jax
 from lavit_jax.errors import UserError
 from lavit_jax.inference import app
-from lavit_jax.inference.pipeline import Lavit, Tokens
+from lavit_jax.inference.pipeline import Lavit, Settings, Tokens
 
 ASSETS = pathlib.Path(lavit_jax.__file__).parent / 'assets'
 PICTURE = str(ASSETS / 'demo' / '01.png')
@@ -36,7 +36,7 @@ class Stub:
 
   model = types.SimpleNamespace(image_size=64, variant='stub', vocabulary=types.SimpleNamespace(codebook_size=50), tokenizer=types.SimpleNamespace(
       apply=lambda variables, codes, method: np.random.default_rng(0).normal(size=(50, 8))))
-  parts = dict(tokenizer={})
+  parts, settings = dict(tokenizer={}), Settings()
 
   def __init__(self):
     self.now, self.most, self.seen = 0, 0, []
@@ -110,6 +110,13 @@ def test_drawing(tasks):
   assert [part.shape for part in two[0]] == [(64, 64, 3)] * 2 and mixed[0][1:] == ['on red']
   picture, shown = tasks.rebuild(PICTURE, 0, 5, 7)
   np.testing.assert_array_equal(picture, np.asarray(Image.open(PICTURE).convert('RGB')))
+
+
+def test_wrong_steps_are_told_before_anything_runs(tasks):
+  for call in (lambda: tasks.draw('owl', 0, 4, 0), lambda: tasks.mix(dict(files=[PICTURE], text='owl'), 0, 4, 2000)):
+    with pytest.raises(UserError, match='steps=.* must be in'):
+      call()
+  assert not tasks.model.seen
 
 
 def upload(tmp_path, data):

@@ -1,6 +1,9 @@
 """Commands on many inputs: what is read, what is written, and that an interrupted run ends as one that was not."""
 
+import contextlib
+import io
 import json
+import os
 import pathlib
 import types
 
@@ -11,13 +14,17 @@ from PIL import Image
 from lavit_jax import cli
 from lavit_jax.errors import InputError, UserError
 from lavit_jax.inference import batch
+from lavit_jax.inference.drawing import Drawn
 from lavit_jax.inference.pipeline import Lavit, RowSeed
 
 RNG = np.random.default_rng(0)
 
 
 class Stub:
-  """Tells of each row what it was given: the picture's first pixel, the text, the row's place, the options. Knows how often it was called."""
+  """Tells of each row what it was given: the picture's first pixel, the text, the row's place, the options. Knows how often it was called.
+
+  What it draws of a text that says 'bad' is flagged.
+  """
 
   model = types.SimpleNamespace(image_size=8)
 
@@ -33,16 +40,21 @@ class Stub:
       raise InputError('the text is bad')
     return [f'{image[0, 0, 0]} {text}' for image, text in zip(images, questions, strict=True)]
 
-  def generate(self, prompts, seed, guidance, **options):
+  def generate(self, prompts, seed, guidance, details, **options):
     self.calls += 1
-    return np.stack([np.full((8, 8, 3), [place, len(text), guidance], np.uint8) for text, place in zip(prompts, seed.rows, strict=True)])
+    colours = [[place, len(text), guidance + seed.seed] for text, place in zip(prompts, seed.rows, strict=True)]
+    return drawn([np.full((8, 8, 3), colour, np.uint8) for colour in colours], ['bad' in text for text in prompts])
 
-  def synthesize(self, prompts, seed, **options):
+  def synthesize(self, prompts, seed, details, **options):
     self.seen = prompts
-    return np.zeros((len(prompts), 8, 8, 3), np.uint8)
+    return drawn([np.full((8, 8, 3), place, np.uint8) for place in seed.rows])
 
-  def reconstruct(self, images, seed, guidance, **options):
-    return np.stack(images)
+  def reconstruct(self, images, seed, guidance, details, **options):
+    return drawn(images)
+
+
+def drawn(pictures, flagged=None):
+  return Drawn(np.stack(pictures), np.array(flagged or [False] * len(pictures)))
 
 
 @pytest.fixture
@@ -179,10 +191,89 @@ def test_drawings_of_arguments_have_none(stub, folder, tmp_path, capsys):
   assert lavit('generate', 'An owl', 'a key', '--out', out) == 0
   assert lavit('generate', 'An owl', '--out', out, '--seed', 1) == 0
   assert lavit('reconstruct', folder / '04.PNG', '--out', out, '--json') == 0
-  assert sorted(path.name for path in out.iterdir()) == ['0-04.png', '0-an-owl.png', '1-a-key.png']
+  assert sorted(path.name for path in out.iterdir()) == ['0-04.png', '0-an-owl.png', '1-a-key.png', '1-an-owl.png']
   told = capsys.readouterr().out.splitlines()
-  assert told[:3] == [f'{out}/0-an-owl.png', f'{out}/1-a-key.png', f'{out}/0-an-owl.png']
+  assert told[:3] == [f'{out}/0-an-owl.png', f'{out}/1-a-key.png', f'{out}/1-an-owl.png']
   assert json.loads(told[3]) == dict(image=f'{folder}/04.PNG', file=f'{out}/0-04.png')
+
+
+def test_no_picture_is_replaced(stub, tmp_path, capsys):
+  """By a row whose line was deleted, by one that is new, by a command beside the manifest; and a run that ended early has its own again."""
+  rows, out = tmp_path / 'rows.jsonl', tmp_path / 'drawn'
+  manifest, arguments = out / 'manifest.jsonl', ('generate', '--input', rows, '--out', out)
+
+  def files():
+    return {path.name: path.read_bytes() for path in out.glob('*.png')}
+
+  rows.write_text('\n'.join(json.dumps(dict(prompt=text)) for text in ('owl', ' ', 'owl', 'owl')))
+  assert lavit(*arguments) == 0
+  first = files()
+  assert sorted(first) == ['0-owl.png', '1-picture.png', '2-owl.png', '3-owl.png']
+  head, _, *tail = manifest.read_text().splitlines(keepends=True)
+  manifest.write_text(head + ''.join(tail))
+  (out / '3-owl.png').unlink()  # its line still has the name
+  with rows.open('a') as file:
+    file.write('\n{"prompt": "owl"}')
+  assert lavit(*arguments) == 0
+  assert [row['file'] for row in lines(manifest.read_text())] == ['0-owl.png', '2-owl.png', '3-owl.png', '4-picture.png', '5-owl.png']
+  again, whole = files(), manifest.read_bytes()
+  assert again.items() >= {name: data for name, data in first.items() if name != '3-owl.png'}.items() and len(again) == 5
+  capsys.readouterr()
+  assert lavit('generate', 'owl', '--out', out, '--seed', 5) == 0
+  assert capsys.readouterr().out == f'{out}/1-owl.png\n' and files().items() > again.items()
+  manifest.write_bytes(b''.join(whole.splitlines(keepends=True)[:3]))
+  assert lavit(*arguments) == 0 and manifest.read_bytes() == whole and len(files()) == 6
+
+
+def test_flagged_pictures_are_in_the_manifest(stub, tmp_path, capsys, caplog):
+  rows, out = [dict(prompt='a bad owl' if i in (3, 19) else 'an owl') for i in range(21)], tmp_path / 'drawn'
+  (tmp_path / 'rows.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  assert lavit('generate', '--input', tmp_path / 'rows.jsonl', '--out', out, '--json') == 0
+  for told in (capsys.readouterr().out, (out / 'manifest.jsonl').read_text()):
+    assert [row.get('flagged') for row in lines(told)] == [True if i in (3, 19) else None for i in range(21)]
+  logged = [record.getMessage().split(' was flagged')[0] for record in caplog.records]
+  assert logged == ['3-a-bad-owl.png, of row 4 of 21,', '19-a-bad-owl.png, of row 20 of 21,']
+
+
+def test_keys_that_only_other_tasks_have(stub, folder, tmp_path, capsys):
+  """They travel through: of a caption what is drawn, of a drawing what is read."""
+  rows, out = tmp_path / 'rows.jsonl', tmp_path / 'out'
+  row = dict(image='pictures/04.PNG', file='x', picture='y', flagged=1, parts=3, prompt=[4])
+  rows.write_text(json.dumps(row))
+  assert lavit('caption', '--input', rows, '--out', out, '--json') == 0
+  assert lines(capsys.readouterr().out) == [row | dict(caption='4 at 0')]
+  assert lavit('caption', '--input', rows, '--out', out) == 0 and len(lines(out.read_text())) == 1
+  del row['file'], row['flagged']
+  rows.write_text(json.dumps(row))
+  assert lavit('reconstruct', '--input', rows, '--out', tmp_path / 'drawn', '--json') == 0
+  assert lines(capsys.readouterr().out) == [row | dict(file=str(tmp_path / 'drawn' / '0-04.png'))]
+
+
+def test_names_that_are_no_text(stub, folder, tmp_path, capsys):
+  os.rename(os.fsencode(folder / '04.PNG'), os.fsencode(folder) + b'/\xff.png')
+  out, arguments = tmp_path / 'captions.jsonl', ('caption', folder / os.fsdecode(b'\xff.png'), folder / '06.PNG')
+  for encoding in ('utf-8', 'ascii'):
+    with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), encoding, 'strict')) as told:
+      assert lavit(*arguments) == 0 and lavit(*arguments, '--json') == 0
+    text, _, first, _ = told.buffer.getvalue().decode(encoding).splitlines()
+    assert text.endswith('\\udcff.png: 4 at 0') and json.loads(first)['image'] == os.fspath(arguments[1])
+  assert lavit(*arguments, '--out', out) == 0
+  whole = out.read_text('utf-8')
+  out.write_text(whole.splitlines(keepends=True)[0])
+  assert lavit(*arguments, '--out', out) == 0 and out.read_text() == whole
+
+
+@pytest.mark.parametrize('command, row', [
+    ('caption', '{"image": "\\ud800.png"}'), ('caption', '{"image": "\\u0000.png"}'), ('generate', '{"prompt": "an \\ud800"}'),
+    ('synthesize', '{"parts": ["on \\ud800"]}'), ('answer', '{"image": "pictures/04.PNG", "question": "\\ud800"}')])
+def test_half_a_character_is_its_row(stub, folder, tmp_path, capsys, command, row):
+  good = dict(image='pictures/04.PNG', question='q', prompt='ä', parts=['pictures/04.PNG'])
+  (tmp_path / 'rows.jsonl').write_text(row + '\n' + json.dumps(good))
+  arguments = command, '--input', tmp_path / 'rows.jsonl', '--out', tmp_path / 'out'
+  assert lavit(*arguments, '--json') == 2
+  bad, other = lines(capsys.readouterr().out)
+  assert 'is no text or path' in bad['error'] and 'error' not in other
+  assert lavit(*arguments) == 2 and '2 of 2 are in' in capsys.readouterr().err
 
 
 def test_parts(stub, folder, tmp_path):
@@ -225,12 +316,19 @@ def test_inputs_that_are_none(stub, folder, tmp_path, capsys, arguments, text, m
     raise UserError(capsys.readouterr().err.strip())
 
 
+@pytest.mark.parametrize('text', [
+    'my notes\n', 'my notes', '{"my": "precious"}', '{"my": "precious', '{"settings": "x"}\n', '{"settings": [["x", 1]]}\n',
+    '{"settings": 3}\n', '{"my": 1, "settings": {"seed": 1}}', '["settings"]\n', '"settings"\n', '\xff\n'])
+def test_files_that_are_no_results_are_left_alone(stub, folder, tmp_path, capsys, text):
+  out = tmp_path / 'captions.jsonl'
+  out.write_text(text, 'latin-1')
+  assert lavit('caption', folder, '--out', out) == 2
+  assert 'captions.jsonl:1 is no result of such a run; give --out another name' in capsys.readouterr().err
+  assert out.read_text('latin-1') == text
+
+
 def test_results_that_are_others(stub, folder, tmp_path, capsys):
   out = tmp_path / 'captions.jsonl'
-  out.write_text('my notes\n')
-  assert lavit('caption', folder, '--out', out) == 2
-  assert 'captions.jsonl:1 is no result of such a run' in capsys.readouterr().err and out.read_text() == 'my notes\n'
-  out.unlink()
   lavit('caption', folder / '04.PNG', '--out', out)
   capsys.readouterr()
   assert lavit('caption', folder, '--out', out, '--seed', 1) == 2

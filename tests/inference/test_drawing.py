@@ -140,7 +140,9 @@ def test_both_ways_by_size(model):
   assert wide.shape == (2, 16, 24, 3) and wide.dtype == np.uint8 and wide.std() > 1
   codes = model.sample_codes([['an owl'], ['a key']], seed=2)
   np.testing.assert_array_equal(wide, model.draw(codes, size=(16, 24), steps=1, guidance=7., seed=2))
-  assert model.synthesize([[np.zeros((8, 8), np.uint8), 'an owl']], size=(16, 24), steps=1).shape == (1, 16, 24, 3)
+  mixed = model.synthesize([[np.zeros((8, 8), np.uint8), 'an owl']], size=(16, 24), steps=1, details=True)
+  assert mixed.pictures.shape == (1, 16, 24, 3) and mixed.flagged.shape == (1,)
+  np.testing.assert_array_equal(wide, model.generate(['an owl', 'a key'], size=(16, 24), steps=1, seed=2, details=True).pictures)
 
 
 def test_defaults_are_those_published():
@@ -224,6 +226,11 @@ def test_flagged_pictures_are_black_and_reported(parts, model, caplog):
   np.testing.assert_array_equal(drawn[~bad], plain[~bad])
   told = [record.getMessage().split(' was')[0] for record in caplog.records if record.name.startswith('lavit_jax')]
   assert told == [f'picture {i + 1} of 4' for i in bad.nonzero()[0]]
+  caplog.clear()
+  found = opened(strict).draw(codes, size=(16, 24), steps=1, details=True)
+  np.testing.assert_array_equal(found.pictures, drawn)
+  np.testing.assert_array_equal(found.flagged, bad)
+  assert not [record for record in caplog.records if record.name.startswith('lavit_jax')]
 
 
 def test_the_folder_says_whether_there_is_a_checker(parts, tmp_path):
