@@ -3,12 +3,40 @@
 B batch, h and w height and width, C channels; images are NHWC. Convolutions run in `dtype`, statistics in float32.
 """
 
+from functools import partial
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from lavit_jax.models.layers import Dtype
+
+
+def convolve(x: Array, kernel: Array, strides: tuple[int, int], padding: Any, **settings) -> Array:
+  """`jax.lax.conv_general_dilated` of x [B, h, w, C] with a kernel [k, l, C, C'], as a product where that is faster: on CPU at low resolution.
+
+  A convolution on CPU reads its kernel again for every few pixels, so at 8 x 8 latents and 1,280 channels it does half of what a product
+  does, at 4 x 4 a seventh. The product is of all neighbourhoods [pixels, k l C], and worth it while they are no larger than the kernel.
+  """
+  direct = partial(jax.lax.conv_general_dilated, window_strides=strides, padding=padding, **settings)
+  b, h, w, _ = jax.eval_shape(direct, x, kernel).shape
+  rows, columns, channels, features = kernel.shape
+  if b * h * w > features or rows * columns == 1:
+    return direct(x, kernel)
+
+  def product(x: Array, kernel: Array) -> Array:
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    (down, right), (_, height, width, _) = strides, x.shape
+    shifted = [x[:, i:height - rows + i + 1:down, j:width - columns + j + 1:right] for i in range(rows) for j in range(columns)]
+    near = jnp.concatenate(shifted, axis=-1).reshape(b * h * w, -1)
+    return (near @ kernel.reshape(-1, features)).reshape(b, h, w, features)
+
+  return jax.lax.platform_dependent(x, kernel, cpu=product, default=direct)
+
+
+Conv = partial(nn.Conv, conv_general_dilated=convolve)
 
 
 class GroupNorm(nn.Module):
@@ -54,13 +82,13 @@ class ResnetBlock(nn.Module):
   @nn.compact
   def __call__(self, x: Array, time: Array | None = None) -> Array:
     y = nn.silu(GroupNorm(self.num_groups, self.epsilon, self.dtype, name='norm1')(x))
-    y = nn.Conv(self.channels, (3, 3), padding=1, dtype=self.dtype, name='conv1')(y)
+    y = Conv(self.channels, (3, 3), padding=1, dtype=self.dtype, name='conv1')(y)
     if time is not None:
       y += nn.Dense(self.channels, dtype=self.dtype, name='time_emb_proj')(nn.silu(time))[:, None, None]
     y = nn.silu(GroupNorm(self.num_groups, self.epsilon, self.dtype, name='norm2')(y))
-    y = nn.Conv(self.channels, (3, 3), padding=1, dtype=self.dtype, name='conv2')(y)
+    y = Conv(self.channels, (3, 3), padding=1, dtype=self.dtype, name='conv2')(y)
     if x.shape[-1] != self.channels:
-      x = nn.Conv(self.channels, (1, 1), dtype=self.dtype, name='conv_shortcut')(x)
+      x = Conv(self.channels, (1, 1), dtype=self.dtype, name='conv_shortcut')(x)
     return x + y
 
 
@@ -75,7 +103,7 @@ class Downsample(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    return nn.Conv(x.shape[-1], (3, 3), strides=2, padding=(self.padding,) * 2, dtype=self.dtype, name='conv')(x)
+    return Conv(x.shape[-1], (3, 3), strides=2, padding=(self.padding,) * 2, dtype=self.dtype, name='conv')(x)
 
 
 class Upsample(nn.Module):
@@ -87,4 +115,4 @@ class Upsample(nn.Module):
   def __call__(self, x: Array) -> Array:
     b, h, w, c = x.shape
     x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
-    return nn.Conv(c, (3, 3), padding=1, dtype=self.dtype, name='conv')(x)
+    return Conv(c, (3, 3), padding=1, dtype=self.dtype, name='conv')(x)

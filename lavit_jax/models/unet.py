@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lavit_jax.models.layers import REMAT_POLICIES, Dtype, LayerNorm, attention, gelu, merge_heads, scan_blocks, split_batch, split_heads
-from lavit_jax.models.resnet import Downsample, GroupNorm, ResnetBlock, Upsample
+from lavit_jax.models.resnet import Conv, Downsample, GroupNorm, ResnetBlock, Upsample
 
 MASKED = -10000.  # what diffusers adds to the scores of condition rows that do not count
 
@@ -164,7 +164,7 @@ class UNet(nn.Module):
                          self.remat, name=name)(x, context, context_mask)
 
     # 2. down
-    x = nn.Conv(widths[0], (3, 3), padding=1, dtype=self.dtype, name='conv_in')(latents)
+    x = Conv(widths[0], (3, 3), padding=1, dtype=self.dtype, name='conv_in')(latents)
     skips = [x]
     for i in range(len(widths)):
       if i:
@@ -191,7 +191,7 @@ class UNet(nn.Module):
           x = transformer(x, level, f'up_{i}_attention_{j}')
 
     x = nn.silu(GroupNorm(self.norm_num_groups, 1e-5, self.dtype, name='conv_norm_out')(x))
-    return nn.Conv(self.out_channels, (3, 3), padding=1, dtype=self.dtype, name='conv_out')(x).astype(jnp.float32)
+    return Conv(self.out_channels, (3, 3), padding=1, dtype=self.dtype, name='conv_out')(x).astype(jnp.float32)
 
   def _check(self, latents, context, added):
     levels = len(self.block_out_channels)

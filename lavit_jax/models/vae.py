@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 
 from lavit_jax.models.layers import Dtype, attention
-from lavit_jax.models.resnet import Downsample, GroupNorm, ResnetBlock, Upsample
+from lavit_jax.models.resnet import Conv, Downsample, GroupNorm, ResnetBlock, Upsample
 
 EPSILON = 1e-6
 TILE_OVERLAP = 0.25  # share of a tile that the next one covers again, as in diffusers
@@ -61,7 +61,7 @@ class Encoder(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    x = nn.Conv(self.block_out_channels[0], (3, 3), padding=1, dtype=self.dtype, name='conv_in')(x)
+    x = Conv(self.block_out_channels[0], (3, 3), padding=1, dtype=self.dtype, name='conv_in')(x)
     for i, channels in enumerate(self.block_out_channels):
       if i:
         x = Downsample((0, 1), self.dtype, name=f'down_{i - 1}_downsample')(x)
@@ -69,7 +69,7 @@ class Encoder(nn.Module):
         x = ResnetBlock(channels, self.num_groups, EPSILON, self.dtype, name=f'down_{i}_resnet_{j}')(x)
     x = Middle(self.num_groups, self.dtype, name='mid')(x)
     x = nn.silu(GroupNorm(self.num_groups, EPSILON, self.dtype, name='conv_norm_out')(x))
-    return nn.Conv(2 * self.latent_channels, (3, 3), padding=1, dtype=self.dtype, name='conv_out')(x)
+    return Conv(2 * self.latent_channels, (3, 3), padding=1, dtype=self.dtype, name='conv_out')(x)
 
 
 class Decoder(nn.Module):
@@ -82,7 +82,7 @@ class Decoder(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    x = nn.Conv(self.block_out_channels[-1], (3, 3), padding=1, dtype=self.dtype, name='conv_in')(x)
+    x = Conv(self.block_out_channels[-1], (3, 3), padding=1, dtype=self.dtype, name='conv_in')(x)
     x = Middle(self.num_groups, self.dtype, name='mid')(x)
     for i, channels in enumerate(reversed(self.block_out_channels)):
       if i:
@@ -90,7 +90,7 @@ class Decoder(nn.Module):
       for j in range(self.layers_per_block + 1):
         x = ResnetBlock(channels, self.num_groups, EPSILON, self.dtype, name=f'up_{i}_resnet_{j}')(x)
     x = nn.silu(GroupNorm(self.num_groups, EPSILON, self.dtype, name='conv_norm_out')(x))
-    return nn.Conv(3, (3, 3), padding=1, dtype=self.dtype, name='conv_out')(x)
+    return Conv(3, (3, 3), padding=1, dtype=self.dtype, name='conv_out')(x)
 
 
 class AutoencoderKL(nn.Module):
@@ -110,8 +110,8 @@ class AutoencoderKL(nn.Module):
     sizes = dict(block_out_channels=self.block_out_channels, layers_per_block=self.layers_per_block,
                  num_groups=self.norm_num_groups, dtype=self.dtype)
     self.encoder = Encoder(latent_channels=self.latent_channels, **sizes)
-    self.quant_conv = nn.Conv(2 * self.latent_channels, (1, 1), dtype=self.dtype)
-    self.post_quant_conv = nn.Conv(self.latent_channels, (1, 1), dtype=self.dtype)
+    self.quant_conv = Conv(2 * self.latent_channels, (1, 1), dtype=self.dtype)
+    self.post_quant_conv = Conv(self.latent_channels, (1, 1), dtype=self.dtype)
     self.decoder = Decoder(**sizes)
 
   @property
