@@ -1,11 +1,12 @@
-"""The blocks that the U-Net and the VAE share, against definitions in NumPy."""
+"""The blocks that the U-Net and the VAE share, against definitions in NumPy and PyTorch."""
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lavit_jax.models.resnet import Downsample, GroupNorm, Upsample
+from lavit_jax.models.resnet import Conv, Downsample, GroupNorm, Upsample
 
 
 @pytest.mark.parametrize('offset', [0., 1000.])
@@ -38,3 +39,25 @@ def test_upsample_repeats_and_the_two_paddings_of_downsample_differ():
   np.testing.assert_array_equal(identity(Upsample(), x), x.repeat(2, 1).repeat(2, 2))
   np.testing.assert_array_equal(identity(Downsample((1, 1)), x), x[:, ::2, ::2])
   np.testing.assert_array_equal(identity(Downsample((0, 1)), x), x[:, 1::2, 1::2])
+
+
+@pytest.mark.parametrize('strides,padding', [(1, (1, 1)), (2, (1, 1)), (2, (0, 1))])
+@pytest.mark.parametrize('height,product', [(4, True), (12, False)])
+def test_convolutions_are_those_of_torch_and_products_where_the_kernel_is_the_larger(strides, padding, height, product):
+  torch = pytest.importorskip('torch')
+  rng, features = np.random.default_rng(0), 48 // strides**2
+  x, kernel, bias = (rng.standard_normal(shape, np.float32) for shape in ((2, height, 6, 5), (3, 3, 5, features), (features,)))
+  params, module = {'kernel': kernel, 'bias': bias}, Conv(features, (3, 3), strides, (padding, padding))
+  forward = jax.jit(lambda params, x: module.apply({'params': params}, x))
+  grads, grad_x = jax.grad(lambda *args: jnp.square(forward(*args)).sum(), (0, 1))(params, x)
+
+  theirs, weight = (torch.tensor(y, requires_grad=True) for y in (x, kernel))
+  padded = torch.nn.functional.pad(theirs.permute(0, 3, 1, 2), padding * 2)
+  want = torch.nn.functional.conv2d(padded, weight.permute(3, 2, 0, 1), torch.tensor(bias), strides).permute(0, 2, 3, 1)
+  want.square().sum().backward()
+  np.testing.assert_allclose(forward(params, x), want.detach(), atol=1e-4)
+  np.testing.assert_allclose(grads['kernel'], weight.grad, rtol=1e-4, atol=1e-3)
+  np.testing.assert_allclose(grad_x, theirs.grad, rtol=1e-4, atol=1e-3)
+
+  assert ('stablehlo.convolution' in forward.lower(params, x).as_text()) != product
+  assert 'stablehlo.convolution' in jax.export.export(forward, platforms=['tpu'])(params, x).mlir_module()  # on CPU only
