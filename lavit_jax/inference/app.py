@@ -77,13 +77,14 @@ class Tasks:
   def rebuild(self, path: str | None, seed: float, guidance: float, steps: float) -> tuple[np.ndarray, str]:
     """A picture -> itself, drawn again from its tokens alone; and these."""
     picture = self._open(path)
-    return self.model.reconstruct([picture], guidance=guidance, steps=int(steps), seed=_seed(seed))[0], self._kept(picture, _seed(seed))
+    drawn = self.model.reconstruct([picture], guidance=guidance, steps=int(steps), seed=_seed(seed), details=True)
+    return _shown(drawn), self._kept(picture, _seed(seed))
 
   def _draw(self, parts, seed, guidance, steps):
     model, seed, steps = self.model, _seed(seed), int(steps)
     drawing.settle(1, model.settings.drawn_size, model.settings.highres_sizes, model.parts, steps=steps)  # before anything runs
     codes = model.sample_codes([parts], guidance=guidance, seed=seed)
-    picture = model.draw(codes, steps=steps, seed=seed)[0]
+    picture = _shown(model.draw(codes, steps=steps, seed=seed, details=True))
     shown = [f'<i style="background:{self.colours[code]}"></i>' for code in codes[0]]
     return picture, _strip(f'{len(codes[0])} tokens, as the language model wrote them', codes[0], shown, self.colours)
 
@@ -128,6 +129,12 @@ def open_upload(path: str | None) -> np.ndarray:
   if width * height > MAX_PIXELS:
     raise UserError(f'{name} is {width} x {height}, {width * height / 1e6:.0f} million pixels; scale it below {MAX_PIXELS // 10**6} million')
   return read_image(data, name)
+
+
+def _shown(drawn: drawing.Drawn) -> np.ndarray:
+  if drawn.flagged[0]:
+    raise UserError('the safety checker found fault with this picture; try other words or another seed')
+  return drawn.pictures[0]
 
 
 def _text(text: str | None, remedy: str = '') -> str:

@@ -23,6 +23,7 @@ from gradio_client import Client, handle_file
 import lavit_jax
 from lavit_jax.errors import UserError
 from lavit_jax.inference import app
+from lavit_jax.inference.drawing import Drawn
 from lavit_jax.inference.pipeline import Lavit, Settings, Tokens
 
 ASSETS = pathlib.Path(lavit_jax.__file__).parent / 'assets'
@@ -60,11 +61,13 @@ class Stub:
     self.seen.append((prompts, guidance, seed))
     return [IDS[:5]]
 
-  def draw(self, codes, steps, seed):
-    return np.full((len(codes), 64, 64, 3), steps, np.uint8)
+  def draw(self, codes, steps, seed, details):
+    assert details
+    return Drawn(np.full((len(codes), 64, 64, 3), steps, np.uint8), np.array([steps == 66] * len(codes)))
 
-  def reconstruct(self, images, guidance, steps, seed):
-    return np.stack(images)
+  def reconstruct(self, images, guidance, steps, seed, details):
+    assert details
+    return Drawn(np.stack(images), np.array([steps == 66]))
 
 
 @pytest.fixture
@@ -117,6 +120,12 @@ def test_wrong_steps_are_told_before_anything_runs(tasks):
     with pytest.raises(UserError, match='steps=.* must be in'):
       call()
   assert not tasks.model.seen
+
+
+def test_a_flagged_picture_is_told_not_shown(tasks):
+  for call in (lambda: tasks.draw('owl', 0, 4, 66), lambda: tasks.rebuild(PICTURE, 0, 5, 66)):
+    with pytest.raises(UserError, match='the safety checker found fault'):
+      call()
 
 
 def upload(tmp_path, data):

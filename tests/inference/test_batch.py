@@ -337,6 +337,7 @@ def test_results_that_are_others(stub, folder, tmp_path, capsys):
   assert 'holds results of command "caption", not of command "answer"' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_row_is_drawn_alike_in_any_part_of_a_run(tiny_folder):
   """With the model itself: the seed's key of a row, and of the pictures in it, follow the row."""
   model = Lavit.from_pretrained(tiny_folder)

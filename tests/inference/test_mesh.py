@@ -32,7 +32,8 @@ print(json.dumps(out))
 '''
 
 
-@pytest.mark.parametrize('weights', ['', pytest.param('int8', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('weights', ['', 'int8'])
 def test_a_mesh_says_what_one_device_says(weights):
   env = {**os.environ, 'XLA_FLAGS': '--xla_force_host_platform_device_count=8', 'JAX_PLATFORMS': 'cpu'}
   done = subprocess.run([sys.executable, '-c', SCRIPT, weights], env=env, capture_output=True, text=True, timeout=600)

@@ -108,6 +108,7 @@ def test_what_the_device_did_before_is_no_waiting(tmp_path):
   log.close()
 
 
+@pytest.mark.slow
 def test_skips_of_all_processes_are_counted(running, cache, tmp_path):
   """The first process, which alone writes, meets none; the other one has its own tar first, with two."""
   source = dict(format='tars', path=f'{tmp_path}/{{0..1}}.tar', window=4)
