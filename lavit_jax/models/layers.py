@@ -20,7 +20,7 @@ from lavit_jax.models.int8 import Linear
 Dtype = Any
 BATCH_AXES = ('data', 'fsdp')  # the mesh axes that a batch is split over
 TENSOR_AXIS = 'tensor'  # and the one that heads and hidden units are
-QUERY_BLOCK = 1024  # queries whose scores are in memory at once, where nothing is masked
+QUERY_BLOCK = 256  # queries whose scores are in memory at once, where there are four times as many and nothing is masked
 
 # What backward keeps of a block besides its input, by the names below; the rest it computes again. From the least memory to the least work.
 SAVED_QKV, SAVED_ATTENTION, SAVED_PROJ, SAVED_MLP_OUT = 'qkv', 'attention', 'proj', 'mlp_out'
@@ -130,7 +130,7 @@ def attention(
   Returns:
     [B, Q, H, d] in the dtype of v.
   """
-  if q.shape[1] > QUERY_BLOCK and mask is None and bias is None:
+  if q.shape[1] >= 4 * QUERY_BLOCK and mask is None and bias is None:
     return _attention_by_blocks(q, k, v, scale)
   scores = _scores(q, k, scale)
   if bias is not None:
@@ -148,9 +148,10 @@ def _attention_by_blocks(q: Array, k: Array, v: Array, scale: float | None) -> A
     return None, _mix(jax.nn.softmax(_scores(queries, k, scale)), v)
 
   b, n, h, d = q.shape
-  size = max(size for size in range(1, QUERY_BLOCK + 1) if n % size == 0)
-  blocks = q.reshape(b, n // size, size, h, d).swapaxes(0, 1)
-  return jax.lax.scan(block, None, blocks)[1].swapaxes(0, 1).reshape(b, n, h, v.shape[-1])
+  count = -(-n // QUERY_BLOCK)
+  size = -(-n // count)
+  blocks = jnp.pad(q, ((0, 0), (0, count * size - n), (0, 0), (0, 0))).reshape(b, count, size, h, d).swapaxes(0, 1)
+  return jax.lax.scan(block, None, blocks)[1].swapaxes(0, 1).reshape(b, count * size, h, v.shape[-1])[:, :n]
 
 
 def policy_attention(q: Array, k: Array, v: Array, policy: Array) -> Array:

@@ -40,15 +40,24 @@ def alone(tmp_path_factory, cache):
 
 @pytest.fixture(scope='session')
 def killed(tmp_path_factory, cache):
-  """A run of two processes of which one was killed on the way: (workdir, what the other said, its status, the seconds it took to end)."""
+  """A run of two processes of which one was killed on the way, two checkpoints being whole: (workdir, what the other said, its status, the
+  seconds it took to end)."""
   workdir = tmp_path_factory.mktemp('killed')
   job = launch_job('encoder', workdir, cache, 2, 1, TIMEOUT, **STEPS)
   until(job[0], workdir, 7)
+  while len(whole_checkpoints(workdir)) < 2:
+    assert job[0].poll() is None, job[0].communicate()[0]
+    time.sleep(0.01)
   job[1].kill()
   start = time.monotonic()
   out, _ = job[0].communicate(timeout=60)
   job[1].communicate()
   return workdir, out, job[0].returncode, time.monotonic() - start
+
+
+def whole_checkpoints(workdir):
+  """Their steps, in order."""
+  return sorted(int(folder.name) for folder in (workdir / 'checkpoints').iterdir() if folder.name.isdigit())
 
 
 def losses(workdir):
@@ -145,7 +154,7 @@ def test_sigterm_to_one_of_two_stops_both(start_job, tmp_path, phase, options):
     until(job[0], tmp_path, 3)
   job[1].send_signal(signal.SIGTERM)
   out, _ = (finish(process, 143) for process in job)
-  saved = [int(p.name) for p in (tmp_path / 'checkpoints').iterdir()]
+  saved = whole_checkpoints(tmp_path)
   if phase == 'evaluation':
     assert saved == [3]
   if rows(tmp_path):
@@ -180,16 +189,15 @@ def test_a_fault_of_one_process_is_told_and_ends_the_others(start_job, tmp_path)
 @pytest.mark.slow
 def test_two_processes_go_on_from_the_checkpoint_before_a_damaged_one(start_job, killed, tmp_path):
   shutil.copytree(killed[0], tmp_path, dirs_exist_ok=True)
-  steps = sorted(int(p.name) for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit())
-  assert len(steps) == 2
-  largest = max((tmp_path / 'checkpoints' / str(steps[1]) / 'state').rglob('*'), key=lambda file: file.is_file() * file.stat().st_size)
+  before, last = whole_checkpoints(tmp_path)[-2:]
+  largest = max((tmp_path / 'checkpoints' / str(last) / 'state').rglob('*'), key=lambda file: file.is_file() * file.stat().st_size)
   content = bytearray(largest.read_bytes())
   content[len(content) // 2] ^= 1
   largest.write_bytes(content)
   out = ''.join(process.communicate(timeout=100)[0] for process in start_job('encoder', tmp_path, 2, 1, **STEPS))
-  assert f'checkpoints/{steps[1]} is damaged' in out and 'step 16/16' not in out
+  assert f'checkpoints/{last} is damaged' in out and 'step 16/16' not in out
   out, _ = map(finish, start_job('encoder', tmp_path, 2, 1, skip_damaged=True, **STEPS))
-  assert f'continuing from step {steps[0]}' in out and 'step 16/16' in out
+  assert f'continuing from step {before} ' in out and 'step 16/16' in out
 
 
 @pytest.mark.parametrize('given, message', [
