@@ -4,7 +4,8 @@
 
 Two distributions of visual tokens, each with captions for text: those that the tiny checkpoint keeps of training pictures, and
 a made one of 256 patches, mean 85 (rho 1/3) and standard deviation 25. The step is the language model's forward and backward;
-packed and padded run in turn. On a CPU attention computes whole rows, which favours the short padded ones; TPUs skip what is masked
+packed and padded run in turn. `lost`: of the made pairs, as many as a chip has of a batch of configs/lm.py:lavit_7b, the share that finds no
+room in its rows of 2,048, if it packs them all at once or in the pieces of `accumulate`. On a CPU attention computes whole rows, which favours the short padded ones; TPUs skip what is masked
 (models/packed_attention.py).
 """
 
@@ -25,11 +26,13 @@ from lavit_jax import Lavit
 from lavit_jax.data import mixtures
 from lavit_jax.evaluation.report import pixels
 from lavit_jax.models.llama import Llama
-from lavit_jax.models.sequence import Vocabulary, pack
+from lavit_jax.models.sequence import Vocabulary, first_fit, pack
 
 ASSETS = pathlib.Path(__file__).parents[1] / 'lavit_jax' / 'assets' / 'tiny'
 ROUNDS = 5
 FILL = 0.94  # of the rows, that the mean pairs are to take
+PIECES = ((136, 8), (68, 4), (34, 2), (17, 1))  # pairs and the rows that they share
+PACKED_BATCHES = 2000  # of 136 pairs
 
 
 class Pairs(NamedTuple):
@@ -59,6 +62,14 @@ def captioned(texts, visual, capacity: int, text_length: int) -> Pairs:
   for row, text in zip(padded, texts):
     row[:len(text)] = text
   return Pairs(padded, np.array([len(text) for text in texts], np.int32), np.asarray(visual, np.int32), capacity)
+
+
+def lost(count: int, num_rows: int, row_length: int = 2048) -> float:
+  """The share of the made pairs that find no room, where every `count` of them are packed into `num_rows` rows."""
+  pairs = made_pairs(PACKED_BATCHES * PIECES[0][0])
+  lengths = (pairs.text_length + pairs.visual_length + 3).reshape(-1, count)
+  row, _ = jax.vmap(lambda lengths: first_fit(lengths, num_rows, row_length))(lengths)
+  return float((row == num_rows).mean())
 
 
 def measure(pairs: Pairs, row_length: int, width: int) -> dict[str, float]:
@@ -106,7 +117,8 @@ def main() -> None:
   parser.add_argument('--source', default='embedded', help='the data set of the tiny distribution')
   parser.add_argument('--json', type=pathlib.Path)
   args = parser.parse_args()
-  result = dict(tiny=measure(tiny_pairs(args.source, 128), 256, 160), mean_85=measure(made_pairs(160), 1024, 160))
+  result = dict(tiny=measure(tiny_pairs(args.source, 128), 256, 160), mean_85=measure(made_pairs(160), 1024, 160),
+                lost={f'{count} pairs to {rows} rows': lost(count, rows) for count, rows in PIECES})
   print(json.dumps(result, indent=1))
   if args.json:
     args.json.write_text(json.dumps(result) + '\n')

@@ -165,7 +165,8 @@ def read_rows(path: str, needs: Sequence[str], results: Sequence[str]) -> list[d
       value = row.get(key) if isinstance(row, dict) else None
       texts = value if key == 'parts' else [value]
       if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise UserError(f'{path}:{number} has no {key!r}; give each line {example(needs)}')
+        form = 'that is a list of texts' if key == 'parts' else 'that is a text'
+        raise UserError(f'{path}:{number} has no {key!r} {form}; give each line {example(needs)}')
     taken = sorted(row.keys() & {*results, 'error', 'settings'})
     if taken:
       raise UserError(f'{path}:{number} has the key {taken[0]!r}, which is what the result is written to; name it otherwise')

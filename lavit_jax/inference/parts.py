@@ -71,7 +71,7 @@ class Parts:
   """
 
   def __init__(self, model: lavit.Lavit, read: Callable | Mapping, held, weights: str | None = None, mesh: Mesh | None = None):
-    self._model, self._read, self._held, self._weights, self._mesh, self._ready = model, read, held, weights, mesh, {}
+    self._model, self._read, self._held, self._weights, self.mesh, self._ready = model, read, held, weights, mesh, {}
 
   @property
   def loaded(self) -> frozenset[str]:
@@ -94,7 +94,7 @@ class Parts:
     return self._ready[name]
 
   def _fetch(self, name: str):
-    places = None if self._mesh is None else functools.partial(sharding.shardings, mesh=self._mesh)
+    places = None if self.mesh is None else functools.partial(sharding.shardings, mesh=self.mesh)
     if isinstance(self._read, Mapping):
       tree = jax.tree.map(jnp.asarray, self._read[name])  # a tree of our own
       return tree if places is None else jax.device_put(tree, places({name: tree})[name])

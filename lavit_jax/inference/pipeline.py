@@ -99,7 +99,8 @@ class Lavit:
 
   def __init__(self, model: lavit.Lavit, parts: Mapping[str, dict] | Parts | Checkpoint, words: TextTokenizer, weights: str | None = None,
                cache: str | None = None, safety_checker: bool = True, mesh: Mesh | Mapping[str, int] | None = None):
-    """`parts`: part name -> parameters, at least of the parts that the tasks at hand need. The other arguments: see `from_pretrained`."""
+    """`parts`: part name -> parameters, at least of the parts that the tasks at hand need, or another model's `parts`, on its mesh and with its
+    weights. The other arguments: see `from_pretrained`."""
     for name, value, known in (('weights', weights, (None, 'int8')), ('cache', cache, (None, 'bfloat16', 'int8'))):
       if value not in known:
         raise UserError(f'{name}={value!r} is not known; choose one of {", ".join(map(repr, known))}')
@@ -107,7 +108,9 @@ class Lavit:
       mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1) | dict(mesh))
     self.model, self.words, self.cache, self.safety_checker, self.mesh = model, words, cache, safety_checker, mesh
     if isinstance(parts, Parts):  # another model's, shared
-      self.parts = parts
+      if weights is not None or mesh is not None:
+        raise UserError('the parts of another model have their weights and mesh; leave `weights` and `mesh` out, or open the checkpoint again')
+      self.parts, self.mesh = parts, parts.mesh
     else:
       self.parts = Parts(model, *((parts.read, parts.held) if isinstance(parts, Checkpoint) else (parts, parts)), weights, mesh)
     self.settings = SETTINGS.get(model.variant, Settings())

@@ -54,7 +54,7 @@ def inspect(path) -> None:
     tree = Tree(f'{path}: {kind}')
     for each in found:
       state = each.merged
-      tree.add(f'{each.place.part}: {len(state):,} tensors, {sum(int(np.prod(x.shape)) for x in state.values()):,} parameters, '
+      tree.add(f'{each.place.part}: {len(state):,} tensors in its files, {sum(int(np.prod(x.shape)) for x in state.values()):,} parameters, '
                f'{", ".join(sorted({str(x.dtype) for x in state.values()}))}')
     console.print(tree)
     about = layouts.read_json(path / layouts.ABOUT)
@@ -75,7 +75,10 @@ def inspect(path) -> None:
     for group, (count, leaf_count) in groups.items():
       branch.add(f'{group}: {count:,} in {leaf_count} {"leaf" if leaf_count == 1 else "leaves"}')
   console.print(tree)
-  console.print_json(json.dumps(config['metadata']))
+  metadata = dict(config['metadata'])
+  if metadata.get('overlay'):
+    metadata['overlay'] = f'{len(metadata["overlay"])} tensors'  # their names are for the way back
+  console.print_json(json.dumps(metadata))
 
 
 def _console() -> Console:

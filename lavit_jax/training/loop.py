@@ -129,7 +129,8 @@ def train(config, workdir) -> None:
 
     checkpoints.wait()
     export(config, stage, state, workdir)
-    log.say(f'done; the weights are in {workdir / "export"}')
+    before = ' before; a larger num_steps goes on' if first == config.num_steps else ''
+    log.say(f'done{before}; the weights are in {workdir / "export"}')
 
 
 # --------------------------------------------------------------------------------------------------------------- the step

@@ -236,6 +236,8 @@ def test_small_weights_and_caches(tiny_folder, tiny_parts, model):
   mine = dict(tiny_parts)
   Lavit(model.model, mine, model.words, weights='int8').caption(PICTURES)
   assert mine['llama']['layers']['mlp']['up']['kernel'].dtype == jnp.float32  # what was given is not taken to pieces
+  with pytest.raises(UserError, match='the parts of another model have their weights and mesh'):
+    Lavit(model.model, model.parts, model.words, weights='int8')
   for settings in (dict(weights='int4'), dict(cache='float64')):
     with pytest.raises(UserError, match="is not known; choose one of None, .*'int8'"):
       Lavit.from_pretrained(tiny_folder, **settings)

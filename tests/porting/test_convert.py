@@ -291,7 +291,7 @@ def test_what_is_printed(published, tmp_path, capsys):
   assert '--force' in capsys.readouterr().err
   assert main(['inspect', str(tmp_path / 'ours')]) == 0
   told = ' '.join(capsys.readouterr().out.split())
-  assert 'variant whole' in told and 'merger:' in told and 'sha256:' in told
+  assert 'variant whole' in told and 'merger:' in told and 'sha256:' in told and '"overlay": "' in told
   assert main(['inspect', str(published)]) == 0
   assert 'LaVIT' in capsys.readouterr().out
 

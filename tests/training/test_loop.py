@@ -102,6 +102,11 @@ def test_a_missing_stage_is_named(finished, tmp_path):
     train(nano.config('lm', frozen=str(finished['encoder'] / 'export')), tmp_path)
 
 
+def test_started_again_at_its_end_it_says_so(finished, capsys):
+  train(nano.config('encoder'), finished['encoder'])
+  assert 'done before; a larger num_steps goes on' in ' '.join(capsys.readouterr().out.split())
+
+
 def test_another_runs_checkpoint_is_refused(finished):
   with pytest.raises(UserError, match='checkpoint of encoder:nano, and this run is autoencoder:nano; choose another --workdir'):
     train(nano.config('autoencoder'), finished['encoder'])
