@@ -6,7 +6,7 @@ Two distributions of visual tokens, each with captions for text: those that the 
 a made one of 256 patches, mean 85 (rho 1/3) and standard deviation 25. The step is the language model's forward and backward;
 packed and padded run in turn. `lost`: of the made pairs, as many as a chip has of a batch of configs/lm.py:lavit_7b, the share that finds no
 room in its rows of 2,048, if it packs them all at once or in the pieces of `accumulate`. On a CPU attention computes whole rows, which favours the short padded ones; TPUs skip what is masked
-(models/packed_attention.py).
+(models/splash.py).
 """
 
 from __future__ import annotations

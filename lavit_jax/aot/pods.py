@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from lavit_jax.aot import hlo
 from lavit_jax.chips import TPUS, Chip
 from lavit_jax.errors import UserError
-from lavit_jax.models.packed_attention import kernel_flops
+from lavit_jax.models.splash import kernel_flops
 
 GIB = 1 << 30
 SPARE = 0.1  # of the memory, which a program must leave

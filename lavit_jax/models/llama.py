@@ -28,7 +28,7 @@ from lavit_jax.models.layers import (
   split_batch,
   split_heads,
 )
-from lavit_jax.models.packed_attention import packed_attention
+from lavit_jax.models.splash import packed_attention
 
 Dtype = Any
 

@@ -13,6 +13,7 @@ from jax import Array
 
 from lavit_jax.models.layers import REMAT_POLICIES, Dtype, LayerNorm, attention, gelu, merge_heads, scan_blocks, split_batch, split_heads
 from lavit_jax.models.resnet import Conv, Downsample, GroupNorm, ResnetBlock, Upsample
+from lavit_jax.models.splash import picture_attention
 
 MASKED = -10000.  # what diffusers adds to the scores of condition rows that do not count
 
@@ -37,16 +38,18 @@ class Embedding(nn.Module):
 
 
 class Attention(nn.Module):
-  """Multi-head attention from x [B, N, C] to source [B, M, any], only the output with a bias; -> [B, N, C]."""
+  """Multi-head attention from x [B, N, C] to source [B, M, any], x itself if it is None, only the output with a bias; -> [B, N, C]."""
 
   num_heads: int
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Array, source: Array, bias: Array | None = None) -> Array:
+  def __call__(self, x: Array, source: Array | None = None, bias: Array | None = None) -> Array:
+    seen = x if source is None else source
     q, k, v = (split_heads(nn.Dense(x.shape[-1], use_bias=False, dtype=self.dtype, name=name)(y), self.num_heads)
-               for name, y in (('to_q', x), ('to_k', source), ('to_v', source)))
-    return nn.Dense(x.shape[-1], dtype=self.dtype, name='to_out')(merge_heads(attention(q, k, v, bias=bias)))
+               for name, y in (('to_q', x), ('to_k', seen), ('to_v', seen)))
+    heads = picture_attention(q, k, v) if source is None else attention(q, k, v, bias=bias)
+    return nn.Dense(x.shape[-1], dtype=self.dtype, name='to_out')(merge_heads(heads))
 
 
 class GEGLU(nn.Module):
@@ -70,7 +73,7 @@ class TransformerBlock(nn.Module):
   def __call__(self, x: Array, context: Array, bias: Array | None) -> tuple[Array, None]:
     norm1, norm2, norm3 = (LayerNorm(1e-5, self.dtype, name=f'norm{i}') for i in (1, 2, 3))
     y = norm1(x)
-    x += Attention(self.num_heads, self.dtype, name='attn1')(y, y)
+    x += Attention(self.num_heads, self.dtype, name='attn1')(y)
     x += Attention(self.num_heads, self.dtype, name='attn2')(norm2(x), context, bias)
     return x + GEGLU(self.dtype, name='ff')(norm3(x)), None
 

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lavit_jax.models.layers import Dtype, attention
+from lavit_jax.models.layers import Dtype
 from lavit_jax.models.resnet import Conv, Downsample, GroupNorm, ResnetBlock, Upsample
+from lavit_jax.models.splash import picture_attention
 
 EPSILON = 1e-6
 TILE_OVERLAP = 0.25  # share of a tile that the next one covers again, as in diffusers
@@ -33,7 +34,7 @@ class SpatialAttention(nn.Module):
     batch, h, w, channels = x.shape
     y = GroupNorm(self.num_groups, EPSILON, self.dtype, name='group_norm')(x).reshape(batch, h * w, channels)
     q, k, v = (nn.Dense(channels, dtype=self.dtype, name=f'to_{n}')(y)[:, :, None] for n in 'qkv')
-    y = nn.Dense(channels, dtype=self.dtype, name='to_out')(attention(q, k, v)[:, :, 0])
+    y = nn.Dense(channels, dtype=self.dtype, name='to_out')(picture_attention(q, k, v)[:, :, 0])
     return x + y.reshape(x.shape)
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from lavit_jax.aot import hlo
-from lavit_jax.models.packed_attention import BLOCK, kernel_flops
+from lavit_jax.models.splash import BLOCK, kernel_flops
 
 
 def compiled(fn, *args):
@@ -81,6 +81,8 @@ def test_the_attention_kernel_by_hand(length, pairs, side, name, products, rows,
            f'  ROOT %{name} = {shape} custom-call(%m, %w, %q, %q, %q), custom_call_target="tpu_custom_call"', '}']
   by_hand = rows * heads * pairs * products * 2 * side * side * width
   assert hlo.cost('\n'.join(lines), kernel_flops).flops == by_hand
+  everything = rows * heads * products * 2 * length**2 * width  # without segments, nothing is forbidden
+  assert hlo.cost('\n'.join(lines).replace('_segmented', ''), kernel_flops).flops == everything
 
 
 def test_a_slice_brought_near_is_read_alone():

@@ -1,11 +1,11 @@
-"""Causal attention inside the segments of packed rows: on TPUs by JAX's splash kernel, elsewhere by products and a mask.
+"""Attention over long rows, on TPUs by JAX's splash kernel, which never holds the scores [S, S], elsewhere by products.
 
-The kernel never holds the scores [S, S] and skips the half of them that causality forbids.
+Of packed rows: causal inside their segments, and the kernel skips the half of the scores that causality forbids. Of pictures: every position to
+every position.
 
 Axes: R rows, S slots of a row, H heads, G key-value heads, d head width.
 """
 
-import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +21,7 @@ from lavit_jax.models.sequence import segment_mask
 
 LANES = 128  # the kernel's blocks and head widths are multiples of this
 BLOCK = 512  # slots of a block, at most
+LONG = 1024  # slots from which on a picture's scores are a burden
 
 
 def packed_attention(q: Array, k: Array, v: Array, segments: Array) -> Array:
@@ -38,26 +39,37 @@ def packed_attention(q: Array, k: Array, v: Array, segments: Array) -> Array:
   return attention(q, k, v, segment_mask(segments))
 
 
-def splash_attention(q: Array, k: Array, v: Array, segments: Array, interpret: bool = False) -> Array:
-  """`packed_attention` by the kernel, on one device; `interpret` runs it where there is no TPU. S and d are multiples of 128."""
+def picture_attention(q: Array, k: Array, v: Array) -> Array:
+  """Attention of every position to every position, softmax in float32; [R, S, H, d] each, unscaled, to the same in the dtype of v."""
+  if _for_tpu() and q.shape[1] >= LONG and q.shape[1] % LANES == 0:
+    return _over_mesh(splash_attention, q, k, v)
+  return attention(q, k, v)
+
+
+def splash_attention(q: Array, k: Array, v: Array, segments: Array | None = None, interpret: bool = False) -> Array:
+  """`packed_attention`, or without segments `picture_attention`, by the kernel, on one device; `interpret` runs it where there is no TPU.
+  S is a multiple of 128, with segments d too."""
   length, heads = q.shape[1], q.shape[2]
   block = math.gcd(length, BLOCK)
   sizes = splash.BlockSizes(block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, use_fused_bwd_kernel=True)
-  mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * heads)
+  mask = splash.MultiHeadMask([(splash.FullMask if segments is None else splash.CausalMask)((length, length))] * heads)
   kernel = splash.make_splash_mha_single_device(mask, block_sizes=sizes, residual_checkpoint_name=SAVED_ATTENTION, interpret=interpret)
   q = q * q.shape[3] ** -0.5
-  heads_first = (x.swapaxes(1, 2) for x in (q, k, v))
-  return jax.vmap(kernel)(*heads_first, splash.SegmentIds(segments, segments)).swapaxes(1, 2).astype(v.dtype)
+  inputs = [x.swapaxes(1, 2) for x in (q, k, v)]
+  if segments is not None:
+    inputs.append(splash.SegmentIds(segments, segments))
+  return jax.vmap(kernel)(*inputs).swapaxes(1, 2).astype(v.dtype)
 
 
 def kernel_flops(name: str, shapes: Sequence[tuple[int, ...]]) -> float:
   """Operations of one call of the kernel in a compiled program, by its name there and the shapes of its operands: forward has two
-  products of [S, d] and [d, S], backward five (the scores again among them), all of them in the blocks that causality does not forbid."""
+  products of [S, d] and [d, S], backward five (the scores again among them), with segments in the blocks that causality does not forbid."""
   times = Counter(shape for shape in map(tuple, shapes) if len(shape) >= 3)  # queries, keys and values have one shape, masks others
   *rows, heads, length, width = max(times, key=lambda shape: (times[shape], math.prod(shape)))  # of one row, that axis is left out
   blocks = length // math.gcd(length, BLOCK)
+  share = (blocks + 1) / (2 * blocks) if 'segmented' in name else 1
   products = 2 if 'fwd' in name else 5
-  return products * 2 * math.prod(rows) * heads * length**2 * width * (blocks + 1) / (2 * blocks)
+  return products * 2 * math.prod(rows) * heads * length**2 * width * share
 
 
 def _for_tpu() -> bool:
@@ -66,12 +78,13 @@ def _for_tpu() -> bool:
   return (jax.default_backend() if device is None else device.platform) == 'tpu'
 
 
-def _over_mesh(kernel, q: Array, k: Array, v: Array, segments: Array) -> Array:
-  """The kernel on each device's rows and heads: the compiler cannot split a kernel by itself."""
+def _over_mesh(kernel, q: Array, *others: Array) -> Array:
+  """The kernel on each device's rows and heads, q, k, v and maybe segments: the compiler cannot split a kernel by itself."""
   mesh = jax.sharding.get_abstract_mesh()
   if not {*BATCH_AXES, TENSOR_AXIS} <= set(mesh.axis_names):
-    return kernel(q, k, v, segments)
-  heads = TENSOR_AXIS if k.shape[2] % mesh.shape[TENSOR_AXIS] == 0 else None
-  spec = P(BATCH_AXES, None, heads)
-  split = functools.partial(jax.shard_map, in_specs=(spec, spec, spec, P(BATCH_AXES)), out_specs=spec, check_vma=False)
-  return split(kernel)(q, k, v, segments)
+    return kernel(q, *others)
+  rows = BATCH_AXES if q.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES) == 0 else None
+  heads = TENSOR_AXIS if others[0].shape[2] % mesh.shape[TENSOR_AXIS] == 0 else None
+  spec = P(rows, None, heads)
+  split = jax.shard_map(kernel, in_specs=(spec, spec, spec, P(rows))[:1 + len(others)], out_specs=spec, check_vma=False)
+  return split(q, *others)
