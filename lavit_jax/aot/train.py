@@ -25,6 +25,7 @@ class Report(NamedTuple):
 
   config: str
   topology: str
+  slices: int  # pods of that topology, joined by the data centre's network
   chips: int
   mesh: dict[str, int]
   tokens_per_step: int  # of all chips: slots of packed rows, or patches
@@ -41,7 +42,7 @@ class Report(NamedTuple):
   collectives: dict[str, float]  # bytes sent, by kind
   compute_seconds: float
   memory_seconds: float
-  network_seconds: float
+  network_seconds: float  # as if all of it went between chips of one slice: what crosses slices takes longer
   mfu_bound: float
   compile_seconds: float
 
@@ -52,7 +53,7 @@ def run(config, page: str, topology: str, slices: int, as_json: bool) -> None:
   if as_json:
     print(json.dumps(report._asdict()))
     return
-  table = Table('', 'a chip', title=f'{report.config} on {report.topology}: {report.chips} chips, mesh {report.mesh}')
+  table = Table('', 'a chip', title=f'{report.config} on {report.slices} x {report.topology}: {report.chips} chips, mesh {report.mesh}')
   for row in rows(report):
     table.add_row(*row)
   Console().print(table)
@@ -68,7 +69,7 @@ def rows(report: Report) -> list[tuple[str, str]]:
       ('GB to and from HBM', f'{report.hbm_bytes_per_chip / 1e9:,.1f}'),
       *((f'GB of {kind}', f'{size / 1e9:,.2f}') for kind, size in sorted(report.collectives.items())),
       ('seconds of compute', f'{report.compute_seconds:.3f}'), ('seconds of memory', f'{report.memory_seconds:.3f}'),
-      ('seconds of network', f'{report.network_seconds:.3f}'), ('bound of the MFU', f'{report.mfu_bound:.1%}'),
+      ('seconds of network', f'{report.network_seconds:.3f}{", more where it crosses slices" if report.slices > 1 else ""}'), ('bound of the MFU', f'{report.mfu_bound:.1%}'),
       ('compiled in, s', f'{report.compile_seconds:.0f}')]
 
 
@@ -78,7 +79,7 @@ def compile_step(config, page: str, topology: str, slices: int = 1) -> Report:
   Args:
     page: what the report calls the config.
     topology: CHIP:SHAPE, such as 'v5e:16x16'.
-    slices: how many of them, joined by the data centre's network, whose slower pace the times leave out.
+    slices: how many of them.
   Raises:
     UserError: no such chip or topology, libtpu is missing, or the config does not fit it.
   """
@@ -93,7 +94,7 @@ def compile_step(config, page: str, topology: str, slices: int = 1) -> Report:
   model_flops = flops.model_flops(config) / mesh.size
   times = program.times(chip)
   return Report(
-      page, topology if slices == 1 else f'{slices} x {topology}', mesh.size, dict(mesh.shape), stages.tokens(config), parameters / GIB,
+      page, topology, slices, mesh.size, dict(mesh.shape), stages.tokens(config), parameters / GIB,
       optimizer / GIB, (program.hbm_bytes - parameters - optimizer) / GIB, program.hbm_bytes / GIB, chip.hbm_gib, program.fits(chip),
       program.cost.flops, model_flops, program.cost.bytes, program.sent, dict(program.cost.network), *times,
       model_flops / (chip.tflops * 1e12 * max(times)), program.compile_seconds)
