@@ -20,11 +20,8 @@ SCHEDULES = {  # tiny and small: our choice
         batch_size=2048, learning_rate=1e-4, warmup_steps=1_000, fsdp=64),  # our choice
 }
 
-SOURCES = (  # data/sources.py; the pictures of stage 1: paper, section 4.1
-    dict(format='tars', path='gs://BUCKET/laion400m/{00000..41407}.tar', weight=3.0),  # paper, section 4.1
-    dict(format='tars', path='gs://BUCKET/cc12m/{00000..01242}.tar', weight=1.0),  # our choice, and the weights
-)
-HELDOUT = (dict(format='tars', path='gs://BUCKET/laion400m/{41408..41454}.tar'),)  # our choice
+SOURCES = (dict(format='tars', path='gs://BUCKET/laion400m/{00000..09999}.tar'),)  # REFERENCE 3: the images of stage 1
+HELDOUT = (dict(format='tars', path='gs://BUCKET/laion400m/{41152..41407}.tar'),)  # our choice: more tars than a pod has hosts
 
 
 def get_config(variant: str = 'tiny') -> ConfigDict:
@@ -43,7 +40,8 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
           guidance_scale=3.0),  # our choice, of the pictures that are looked at meanwhile
       optim=dict(
           learning_rate=row['learning_rate'], warmup_steps=row['warmup_steps'], final_fraction=0.05, weight_decay=0.01,  # our choice
-          b1=0.9, b2=0.99, mu_dtype='float32', clip_norm=1.0, ema_decay=0.999 if large else 0.99, lr_scale=(),  # our choice
+          b1=0.9, b2=0.99, mu_dtype='float32', nu_dtype='float32', clip_norm=1.0,  # our choice
+          ema_decay=0.999 if large else 0.99, lr_scale=(),  # our choice
           freeze=('^decoder/(?!context_proj|pool)',)),  # REFERENCE 3: the tokenizer is frozen; that its context heads learn is our choice
       log_every=50, eval_every=1000 if large else 250, eval_batches=8, picture_every=1000 if large else 500,  # our choice
       checkpoint_every=500, keep=2, skip_damaged=False, profile=''))  # our choice

@@ -15,16 +15,13 @@ SCHEDULES = {  # tiny and small: our choice
     'tiny': dict(batch_size=64, num_steps=1_000, learning_rate=1e-3, warmup_steps=60, quantize_from=300, revive_after=100, fsdp=1),
     'small': dict(batch_size=2048, num_steps=50_000, learning_rate=2e-4, warmup_steps=2_000, quantize_from=10_000, revive_after=100, fsdp=8),
     'lavit_7b': dict(
-        batch_size=2048, num_steps=50_000,  # paper, section 4.1
+        batch_size=2048, num_steps=50_000,  # paper, section 4.1: so 102 M images
         learning_rate=2e-4, warmup_steps=2_000, fsdp=64,  # our choice
         quantize_from=10_000, revive_after=100),  # our choice; that quantisation comes later: the author (REFERENCE 3)
 }
 
-SOURCES = (  # data/sources.py
-    dict(format='tars', path='gs://BUCKET/laion400m/{00000..41407}.tar', weight=3.0),  # paper, section 4.1: 100 M of them
-    dict(format='tars', path='gs://BUCKET/cc12m/{00000..01242}.tar', weight=1.0),  # our choice, and the weights
-)
-HELDOUT = (dict(format='tars', path='gs://BUCKET/laion400m/{41408..41454}.tar'),)  # our choice
+SOURCES = (dict(format='tars', path='gs://BUCKET/laion400m/{00000..09999}.tar'),)  # REFERENCE 3: about 100 M
+HELDOUT = (dict(format='tars', path='gs://BUCKET/laion400m/{41152..41407}.tar'),)  # our choice: more tars than a pod has hosts
 
 
 def get_config(variant: str = 'tiny') -> ConfigDict:
@@ -44,7 +41,7 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
           freeze_selector_from=-1),  # our choice, and one report (REFERENCE 3)
       optim=dict(
           learning_rate=row['learning_rate'], warmup_steps=row['warmup_steps'], final_fraction=0.05, weight_decay=0.05,  # our choice
-          b1=0.9, b2=0.98, mu_dtype='float32', clip_norm=1.0, ema_decay=0.0, lr_scale=(),  # our choice
+          b1=0.9, b2=0.98, mu_dtype='float32', nu_dtype='float32', clip_norm=1.0, ema_decay=0.0, lr_scale=(),  # our choice
           freeze=('^decoder/(context_proj|pool)',)),  # they belong to stage 1b
       log_every=50, eval_every=1000 if large else 250, eval_batches=8, picture_every=1000 if large else 500,  # our choice
       checkpoint_every=500, keep=2, skip_damaged=False, profile=''))  # our choice

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 
@@ -23,7 +24,16 @@ TPUS = {
 }
 
 
+GPUS = (  # bfloat16 TFLOP/s without sparsity, of what JAX's `device_kind` holds; the first match counts
+    (r'\bA100\b', 312), (r'\bH100 PCIe\b', 756), (r'\bH100 NVL\b', 835), (r'\bH100\b', 989), (r'\bL4\b', 121))
+
+
 def peak_tflops(devices) -> float:
-  """bfloat16 TFLOP/s of all devices together, 0 if their kind is unknown."""
-  known = {chip.kind: chip.tflops for chip in TPUS.values()}
-  return sum(known.get(device.device_kind, 0.0) for device in devices)
+  """bfloat16 TFLOP/s of all devices together, 0 if the kind of one is unknown."""
+  peaks = [_peak(device.device_kind) for device in devices]
+  return float(sum(peaks)) if all(peaks) else 0.0
+
+
+def _peak(kind: str) -> float:
+  tpus = (chip.tflops for chip in TPUS.values() if chip.kind == kind)
+  return next(tpus, 0.0) or next((tflops for name, tflops in GPUS if re.search(name, kind)), 0.0)

@@ -29,6 +29,7 @@ class Report(NamedTuple):
   chips: int
   mesh: dict[str, int]
   tokens_per_step: int  # of all chips: slots of packed rows, or patches
+  packed_share: float  # of them, that are expected to hold a token
   hbm_parameters_gib: float
   hbm_optimizer_gib: float
   hbm_activations_gib: float  # and gradients: all that is neither of the above
@@ -64,7 +65,7 @@ def rows(report: Report) -> list[tuple[str, str]]:
   return [
       ('parameters, GiB', f'{report.hbm_parameters_gib:.2f}'), ('optimizer, GiB', f'{report.hbm_optimizer_gib:.2f}'),
       ('activations and gradients, GiB', f'{report.hbm_activations_gib:.2f}'), ('memory, GiB', pods.limit(report)),
-      ('tokens a step, all chips', f'{report.tokens_per_step:,}'),
+      ('tokens a step, all chips', f'{report.tokens_per_step:,}, of which {report.packed_share:.1%} are expected to be filled'),
       ('TFLOP of the program', f'{report.flops_per_chip / 1e12:,.1f}'), ('TFLOP of the model', f'{report.model_flops_per_chip / 1e12:,.1f}'),
       ('GB to and from HBM', f'{report.hbm_bytes_per_chip / 1e9:,.1f}'),
       *((f'GB of {kind}', f'{size / 1e9:,.2f}') for kind, size in sorted(report.collectives.items())),
@@ -91,10 +92,11 @@ def compile_step(config, page: str, topology: str, slices: int = 1) -> Report:
   state, frozen, _ = inputs
   parameters = pods.bytes_a_chip((state.params, state.ema, state.state, frozen))
   optimizer = pods.bytes_a_chip(state.opt_state)
-  model_flops = flops.model_flops(config) / mesh.size
+  packed_share = flops.expected_share(config)
+  model_flops = flops.of_step(config).at(packed_share) / mesh.size
   times = program.times(chip)
   return Report(
-      page, topology, slices, mesh.size, dict(mesh.shape), stages.tokens(config), parameters / GIB,
+      page, topology, slices, mesh.size, dict(mesh.shape), stages.tokens(config), packed_share, parameters / GIB,
       optimizer / GIB, (program.hbm_bytes - parameters - optimizer) / GIB, program.hbm_bytes / GIB, chip.hbm_gib, program.fits(chip),
       program.cost.flops, model_flops, program.cost.bytes, program.sent, dict(program.cost.network), *times,
       model_flops / (chip.tflops * 1e12 * max(times)), program.compile_seconds)

@@ -216,9 +216,8 @@ class _Writer:
 
 def _write_pair(write: _Writer, shares: Mapping[str, float], draw_text_weight: float, drop_text: float) -> Callable:
   """The texts of a record, the use of its source, an rng -> text fields and kind of its row; None if there is no text."""
-  pictures = {kind: shares[kind] for kind in ('caption', 'draw') if shares.get(kind)}
   _cumulative(shares)  # raises for a wrong one
-  kinds, cumulative = _cumulative(pictures or {'caption': 1.0})
+  kinds, cumulative = _cumulative(_of_pictures(shares))
 
   def write_pair(texts, use, rng):
     text = pairs.choose(texts, rng)
@@ -232,6 +231,21 @@ def _write_pair(write: _Writer, shares: Mapping[str, float], draw_text_weight: f
     return {**write.cut(text, draw_text_weight if kind == 'draw' else 1.0), 'kind': np.int32(_KINDS[kind])}
 
   return write_pair
+
+
+def _of_pictures(shares: Mapping[str, float]) -> dict[str, float]:
+  """What is made of the pairs of a source that does not say its use."""
+  return {kind: shares[kind] for kind in ('caption', 'draw') if shares.get(kind)} or {'caption': 1.0}
+
+
+def kind_shares(shares: Mapping[str, float], sources: Sequence[Mapping] = ()) -> np.ndarray:
+  """How often a row of the task 'lm' is of each kind, f64[3]: image to text, text to image, text only."""
+  found = np.zeros(len(set(_KINDS.values())))
+  for source in sources or (dict(use='', of=shares),):
+    of = {source['use']: 1.0} if source.get('use') else source.get('of', _of_pictures(shares))
+    for kind, share in of.items():
+      found[_KINDS[kind]] += source.get('weight', 1.0) * share / sum(of.values())
+  return found / found.sum()
 
 
 def _weights(given: Mapping[str, float]) -> dict[str, float]:

@@ -1,4 +1,7 @@
-"""Attention over long rows, on TPUs by JAX's splash kernel, which never holds the scores [S, S], elsewhere by products.
+"""Attention over long rows: on TPUs by JAX's splash kernel, on NVIDIA's GPUs by cuDNN, which hold no scores [H, S, S]; elsewhere by products.
+
+The program for cuDNN has been lowered, but never compiled or run: there was no GPU. It is for Ampere and later; what cuDNN refuses goes by
+products.
 
 Of packed rows: causal inside their segments, and the kernel skips the half of the scores that causality forbids. Of pictures: every position to
 every position.
@@ -34,15 +37,19 @@ def packed_attention(q: Array, k: Array, v: Array, segments: Array) -> Array:
   Returns:
     [R, S, H, d] in the dtype of v.
   """
-  if _for_tpu() and q.shape[1] % LANES == 0 and q.shape[3] % LANES == 0:
+  if _platform() == 'tpu' and q.shape[1] % LANES == 0 and q.shape[3] % LANES == 0:
     return _over_mesh(splash_attention, q, k, v, segments)
+  if _platform() == 'cuda' and cudnn_takes(q):
+    return _over_mesh(cudnn_attention, q, k, v, segments)
   return attention(q, k, v, segment_mask(segments))
 
 
 def picture_attention(q: Array, k: Array, v: Array) -> Array:
   """Attention of every position to every position, softmax in float32; [R, S, H, d] each, unscaled, to the same in the dtype of v."""
-  if _for_tpu() and q.shape[1] >= LONG and q.shape[1] % LANES == 0:
+  if _platform() == 'tpu' and q.shape[1] >= LONG and q.shape[1] % LANES == 0:
     return _over_mesh(splash_attention, q, k, v)
+  if _platform() == 'cuda' and q.shape[1] >= LONG and cudnn_takes(q):
+    return _over_mesh(cudnn_attention, q, k, v)
   return attention(q, k, v)
 
 
@@ -61,6 +68,17 @@ def splash_attention(q: Array, k: Array, v: Array, segments: Array | None = None
   return jax.vmap(kernel)(*inputs).swapaxes(1, 2).astype(v.dtype)
 
 
+def cudnn_attention(q: Array, k: Array, v: Array, segments: Array | None = None) -> Array:
+  """As `splash_attention`, by cuDNN. The mask of the segments is a bias [R, 1, S, S] in the dtype of q, the same for all heads."""
+  mask = None if segments is None else segment_mask(segments)
+  return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=segments is not None, implementation='cudnn')
+
+
+def cudnn_takes(q: Array) -> bool:
+  """Whether cuDNN attends with such queries: of 16 bits, heads of a multiple of 8 up to 128, an even number of slots."""
+  return q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[3] % 8 == 0 and q.shape[3] <= 128 and q.shape[1] % 2 == 0
+
+
 def kernel_flops(name: str, shapes: Sequence[tuple[int, ...]]) -> float:
   """Operations of one call of the kernel in a compiled program, by its name there and the shapes of its operands: forward has two
   products of [S, d] and [d, S], backward five (the scores again among them), with segments in the blocks that causality does not forbid."""
@@ -72,10 +90,10 @@ def kernel_flops(name: str, shapes: Sequence[tuple[int, ...]]) -> float:
   return products * 2 * math.prod(rows) * heads * length**2 * width * share
 
 
-def _for_tpu() -> bool:
-  """Whether the program being traced is for TPUs: its mesh says, else the machine."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return (jax.default_backend() if device is None else device.platform) == 'tpu'
+def _platform() -> str:
+  """What the program being traced is for, as its mesh says, else the machine; 'cuda' are GPUs of Ampere and later, whose kind begins so."""
+  device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+  return 'cuda' if device.platform == 'gpu' and device.device_kind.startswith('NVIDIA') else device.platform
 
 
 def _over_mesh(kernel, q: Array, *others: Array) -> Array:

@@ -58,7 +58,7 @@ def train(config, workdir) -> None:
   mesh = sharding.make_mesh(config.mesh)
   check_options(config, mesh)
   trace = metrics.Trace(config.profile, workdir)
-  flops_a_step = flops.model_flops(config)
+  model_flops = flops.of_step(config)
   with Interrupt() as interrupt, jax.set_mesh(mesh), contextlib.ExitStack() as stack:
     model = lavit.build(config.variant, config.dtype, config.remat)
     stage = stages.build(config, model, sharding.batch_shards(mesh))
@@ -82,7 +82,7 @@ def train(config, workdir) -> None:
     interrupt.check()
 
     peak = config.peak_tflops or chips.peak_tflops(jax.devices())
-    log = metrics.Log(workdir, first, config.num_steps, config.batch_size, flops=flops_a_step, peak_tflops=peak,
+    log = metrics.Log(workdir, first, config.num_steps, config.batch_size, flops=model_flops.at, peak_tflops=peak,
                       tokens=stages.tokens(config))
     stack.callback(log.close)
     stack.callback(trace.close)
@@ -268,7 +268,8 @@ def load_parts(config, stage, mesh) -> dict:
 def check_options(config, mesh) -> None:
   """Raises UserError for values that would fail later, in the middle of something."""
   dtypes = ('float32', 'bfloat16')
-  known = {'dtype': (config.dtype, dtypes), 'optim.mu_dtype': (config.optim.mu_dtype, dtypes), 'remat': (config.remat, ('none', *REMAT_POLICIES))}
+  known = {'dtype': (config.dtype, dtypes), 'optim.mu_dtype': (config.optim.mu_dtype, dtypes), 'optim.nu_dtype': (config.optim.nu_dtype, dtypes),
+           'remat': (config.remat, ('none', *REMAT_POLICIES))}
   for key, (value, values) in known.items():
     if value not in values:
       raise UserError(f'{key}={value!r} is unknown; choose {" or ".join(values)}')

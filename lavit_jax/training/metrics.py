@@ -11,6 +11,7 @@ import math
 import os
 import pathlib
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
@@ -31,12 +32,13 @@ class Log:
     workdir: receives metrics.jsonl, tensorboard/ and pictures/.
     first_step: the steps done so far; a previous run's lines beyond it are dropped, since those steps will be made again.
     num_steps, batch_size: for the estimate of the time left and for examples/s.
-    flops: floating-point operations of one step, if known (flops.py); peak_tflops: of all devices together (0 = unknown), for the MFU.
-    tokens: what one step reads (stages.tokens), for tokens/s.
+    flops: floating-point operations that the model needs for a step, by `packed_share`, the share of its slots that hold a token
+      (flops.StepFlops.at; that metric, or 1 where nothing is packed); peak_tflops: of all devices together (0 = unknown), for the MFU.
+    tokens: slots of one step (stages.tokens), for tokens/s, of which those that hold a token count.
   """
 
-  def __init__(self, workdir, first_step: int, num_steps: int, batch_size: int, flops: float = 0.0, peak_tflops: float = 0.0,
-               tokens: int = 0):
+  def __init__(self, workdir, first_step: int, num_steps: int, batch_size: int, flops: Callable[[float], float] | None = None,
+               peak_tflops: float = 0.0, tokens: int = 0):
     self.workdir = pathlib.Path(workdir)
     self.num_steps, self.batch_size, self.tokens = num_steps, batch_size, tokens
     self.flops, self.peak = flops, 1e12 * peak_tflops
@@ -86,15 +88,15 @@ class Log:
     step, self.since = self.since[-1]['step'], []
     means.pop('step')
     seconds = max(time.monotonic() - self.clock, 1e-9)
-    speed, wait = (step - self.last_step) / seconds, self.waited / seconds
+    speed, wait, share = (step - self.last_step) / seconds, self.waited / seconds, means.get('packed_share', 1.0)
     self.last_step, self.clock, self.waited = step, time.monotonic(), 0.0
     rates = {'steps_per_s': speed, 'examples_per_s': speed * self.batch_size, 'data_wait': wait, **memory_in_use(), **(counts or {})}
     if self.tokens:
-      rates['tokens_per_s'] = speed * self.tokens
+      rates['tokens_per_s'] = speed * share * self.tokens
     if self.flops:
-      rates['tflops'] = self.flops * speed / 1e12
+      rates['tflops'] = self.flops(share) * speed / 1e12
     if self.flops and self.peak:
-      rates['mfu'] = self.flops * speed / self.peak
+      rates['mfu'] = self.flops(share) * speed / self.peak
     self.scalars(step, {**means, **rates})
     left = (self.num_steps - step) / speed
     self.say(f'step {step}/{self.num_steps}  {speed:.2f} steps/s  {speed * self.batch_size:.0f} examples/s  '

@@ -29,13 +29,13 @@ def make(config, num_steps: int, params, hold=()) -> optax.GradientTransformatio
 
   Args:
     config: the page's `optim`: learning_rate, warmup_steps, final_fraction, weight_decay (on kernels only), b1, b2,
-      mu_dtype (of the first moment: bfloat16 halves it), clip_norm (global, 0 = off), freeze (regexes), lr_scale ((regex, factor)
-      pairs, the first match counts).
+      mu_dtype, nu_dtype (of the moments: bfloat16 halves each), clip_norm (global, 0 = off), freeze (regexes), lr_scale ((regex,
+      factor) pairs, the first match counts).
     num_steps: where the cosine ends.
     params: the parameters, or their shapes.
     hold: (regex, step) pairs; the parameters stop moving, decay included, once `step` updates were made.
   Raises:
-    UserError: a regex is malformed or names no parameter.
+    UserError: a regex is malformed or names no parameter, or the second moment moves too slowly for bfloat16.
   """
   names = jax.tree_util.tree_map_with_path(lambda path, _: path_name(path), params)
   known = jax.tree.leaves(names)
@@ -53,7 +53,7 @@ def make(config, num_steps: int, params, hold=()) -> optax.GradientTransformatio
   trained = optax.chain(
       *holds,  # before the clipping, so that what no longer moves does not count in the norm
       optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
-      optax.scale_by_adam(config.b1, config.b2, eps=1e-8, mu_dtype=config.mu_dtype),
+      adam(config),
       optax.add_decayed_weights(config.weight_decay, mask=match('kernel$')),
       scaled(jax.tree.map(scale, names)),
       optax.scale_by_learning_rate(learning_rate(config, num_steps)),
@@ -72,6 +72,26 @@ def stop_frozen(config, params):
     return jax.lax.stop_gradient(x) if frozen else x
 
   return jax.tree_util.tree_map_with_path(stop, params)
+
+
+def adam(config) -> optax.GradientTransformation:
+  """`optax.scale_by_adam`, whose second moment may be kept in `config.nu_dtype` too; all arithmetic with it is in float32.
+
+  Raises:
+    UserError: bfloat16 at a `b2` above 0.99: of a step that changes a number by less than 1 in 512, rounding leaves nothing.
+  """
+  if config.nu_dtype == 'bfloat16' and config.b2 > 0.99:
+    raise UserError(f"optim.nu_dtype='bfloat16' needs optim.b2 of at most 0.99, not {config.b2}: slower averages stand still in it")
+  inner = optax.scale_by_adam(config.b1, config.b2, eps=1e-8, mu_dtype=config.mu_dtype)
+
+  def kept(state, dtype):
+    return state._replace(nu=optax.tree.cast(state.nu, dtype))
+
+  def update(updates, state, params=None):
+    updates, state = inner.update(updates, kept(state, jnp.float32), params)
+    return updates, kept(state, config.nu_dtype)
+
+  return optax.GradientTransformation(lambda params: kept(inner.init(params), config.nu_dtype), update)
 
 
 class HoldState(NamedTuple):

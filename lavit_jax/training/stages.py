@@ -54,7 +54,7 @@ def abstract_inputs(config, model: Lavit, stage: Stage) -> tuple[dict, dict]:
 
 
 def tokens(config) -> int:
-  """What a step reads: slots of packed rows of the language model, patches of the others."""
+  """What a step has room for: slots of packed rows of the language model (`packed_share` of them hold a token), patches of the others."""
   if config.stage == 'lm':
     return config.lm.num_rows * config.lm.row_length
   return config.batch_size * lavit.build(config.variant).num_patches

@@ -37,7 +37,7 @@ def test_a_topology_that_is_none(topology):
                                '--config.mesh.tensor=2', '--config.optim.mu_dtype=bfloat16'), 0.0, 2.0),
     ('lm.py:tiny', 'v5e:2x2', ('--slices', '2', '--config.batch_size=64', '--config.lm.num_rows=16'), 0.0, 2.0),
     ('tokenizer.py:lavit_7b', 'v5e:8x8', (), 0.9, 1.1), ('detokenizer.py:lavit_7b', 'v5p:4x4x8', (), 0.6, 1.4),
-    ('lm.py:lavit_7b', 'v5p:4x4x8', (), 0.6, 1.1)])
+    ('lm.py:lavit_7b', 'v5p:4x4x8', (), 0.6, 1.5)])
 @pytest.mark.timeout(1600)
 def test_fits_and_is_accounted_for(page, topology, options, mfu, most):
   """Of each stage the smallest pod of the README's table, and some that compile in seconds. `mfu`: at least; `most`: operations of the

@@ -118,6 +118,14 @@ def test_shares_are_met():
   assert abs((kinds == 1).mean() - 0.75) < 4 * (0.75 * 0.25 / 1000) ** 0.5
 
 
+@pytest.mark.parametrize('shares, sources, expected', [
+    (dict(caption=2, answer=3, draw=4, text=1), (), (0.5, 0.4, 0.1)),
+    (dict(caption=1, answer=7, draw=3), (dict(weight=2.0), dict(use='text'), dict(use='draw', weight=1.0)), (0.125, 0.625, 0.25)),
+    (dict(text=1), (dict(use=''),), (1, 0, 0))])
+def test_kinds_to_expect(shares, sources, expected):
+  np.testing.assert_allclose(mixtures.kind_shares(shares, sources), expected)
+
+
 def test_questions_are_asked_by_weight():
   def kinds(weights):
     iterator = batches('lm', batch_size=400, shares={'answer': 1}, scene_share=1.0, question_weights=weights)

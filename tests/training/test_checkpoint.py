@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from lavit_jax.data.mixtures import Batches
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
-from lavit_jax.training import checkpoint, integrity
+from lavit_jax.training import checkpoint, integrity, optim
 from lavit_jax.training.checkpoint import Checkpoints
 
 
@@ -54,6 +54,21 @@ def test_state_and_data_go_on_where_they_were(saved):
   restored = checkpoints.restore(3, abstract(state(0)), data)
   jax.tree.map(np.testing.assert_array_equal, restored, state(3))
   np.testing.assert_array_equal(next(data), [12, 13, 14, 15])
+
+
+def test_small_moments_come_back_as_they_were(tmp_path):
+  options = ConfigDict(dict(learning_rate=0.1, warmup_steps=0, final_fraction=1.0, weight_decay=0.0, b1=0.9, b2=0.95, mu_dtype='bfloat16',
+                            nu_dtype='bfloat16', clip_norm=0.0, freeze=(), lr_scale=()))
+  params = {'kernel': jax.random.normal(jax.random.key(0), (8, 8))}
+  tx = optim.make(options, 10, params)
+  _, moments = tx.update(params, tx.init(params), params)
+  checkpoints, data = Checkpoints(tmp_path, config(), keep=2), numbers()
+  checkpoints.save(1, moments, data)
+  checkpoints.wait()
+  restored = checkpoints.restore(1, abstract(moments), data)
+  checkpoints.close()
+  assert [x.dtype for x in jax.tree.leaves(restored)].count(jnp.bfloat16) == 2
+  jax.tree.map(np.testing.assert_array_equal, restored, moments)
 
 
 def test_it_keeps_the_config_and_the_sizes_of_the_variant(saved):

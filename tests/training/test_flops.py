@@ -4,7 +4,8 @@ import nano
 import pytest
 
 from lavit_jax.models import lavit
-from lavit_jax.training import flops
+from lavit_jax.training import flops, stages
+from lavit_jax.training.config import load_config
 
 nano.install()
 
@@ -42,26 +43,54 @@ def test_of_a_condition_the_cheaper_branch_counts():
   assert counted(lambda x: jax.lax.cond(x[0, 0] > 0, lambda: x @ x @ x, lambda: x @ x), w) == 2 * 8**3
 
 
-def test_model_flops_of_the_language_model_follow_the_formula():
-  """6 for each parameter of a product and each slot, and attention's half that causality allows; nothing for what remat does again."""
+def test_the_parts_of_the_language_models_step_are_all_of_it():
+  """Every product of the loss and its gradient, as they are traced, is in one of them: the towers on all pairs, all slots, all scores."""
   config = nano.config('lm')
+  with jax.sharding.use_abstract_mesh(flops.ONE_CPU):
+    pair, whole = flops.of_pair(config, lavit.build('nano')), flops.traced(config, lavit.build('nano'))
+  c = config.lm
+  rows = c.num_rows * (pair.row + c.row_length**2 * pair.scores)
+  assert whole == pytest.approx(config.batch_size * (pair.see + pair.code + pair.read) + rows, rel=1e-6)
+
+
+def test_flops_of_slots_follow_the_formula():
+  """6 for each parameter of a product and each slot, and attention to the half of the own pair; nothing for what remat does again."""
+  config = nano.config('lm', lm__mean_length=31)
   llama = nano.NANO['llama']
-
-  def with_rows(num_rows, **changes):
-    return flops.model_flops(nano.config('lm', lm__num_rows=num_rows, **changes))
-
   width, heads = llama['hidden_size'], llama['num_heads'] * llama['head_dim']
   weights = llama['num_layers'] * (4 * width * heads + 3 * width * llama['mlp_dim']) + width * lavit.build('nano').vocabulary.size
-  attention = llama['num_layers'] * 3 * 2 * 2 * config.lm.row_length * heads / 2
-  slots = 8 * config.lm.row_length
-  assert with_rows(16) - with_rows(8) == pytest.approx(slots * (6 * weights + attention), rel=1e-6)
-  assert with_rows(8, remat='full') == with_rows(8)
+  attention = llama['num_layers'] * 3 * 2 * 2 * (31 + 1) / 2 * heads
+  step = flops.of_step(config)
+  assert step.slots == pytest.approx(stages.tokens(config) * (6 * weights + attention), rel=1e-6)
+  assert step.at(1.0) - step.at(0.25) == pytest.approx(0.75 * step.slots)
+  assert flops.of_step(nano.config('lm', lm__mean_length=31, remat='full')) == step
+
+
+def test_what_a_kind_has_no_use_for_is_not_counted():
+  def fixed(**shares):
+    config = nano.config('lm')
+    with config.unlocked():
+      config.data.shares = shares
+    return flops.of_step(config).fixed
+
+  with jax.sharding.use_abstract_mesh(flops.ONE_CPU):
+    pair = flops.of_pair(nano.config('lm'), lavit.build('nano'))
+  assert min(pair.see, pair.code, pair.read) > 0
+  assert fixed(text=1.0) == 0 and fixed(draw=1.0) == 8 * (pair.see + pair.code)
+  assert fixed(caption=1.0, answer=2.0) == pytest.approx(8 * (pair.see + pair.read))
+  assert fixed(caption=1.0, draw=1.0, text=2.0) == pytest.approx(8 * (pair.see / 2 + pair.code / 4 + pair.read / 4))
+
+
+def test_expected_share():
+  """136 of the page's pairs to 8 rows of 2,048; a step cannot hold more than it has slots."""
+  assert flops.expected_share(load_config(f'{nano.ROOT}/configs/lm.py:lavit_7b')) == pytest.approx(136 * 110 / (8 * 2048))
+  assert flops.expected_share(nano.config('lm', batch_size=1000)) == 1 == flops.expected_share(nano.config('tokenizer'))
 
 
 def test_a_frozen_layer_counts_its_forward(monkeypatch):
   config, vit = nano.config('tokenizer'), nano.NANO['vit']
-  before = flops.model_flops(config)
+  before = flops.of_step(config).fixed
   monkeypatch.setitem(lavit.VARIANTS, 'nano', {**nano.NANO, 'vit': {**vit, 'num_layers': vit['num_layers'] + 1}})
   width, heads, tokens = vit['hidden_size'], vit['num_heads'] * vit['head_dim'], (vit['image_size'] // vit['patch_size'])**2 + 1
   products = 2 * (4 * width * heads + 2 * width * vit['mlp_dim']) + 2 * 2 * tokens * heads
-  assert flops.model_flops(config) - before == config.batch_size * tokens * products
+  assert flops.of_step(config).fixed - before == config.batch_size * tokens * products

@@ -1,13 +1,15 @@
 import json
 import math
+import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
+from lavit_jax import chips
 from lavit_jax.errors import UserError
-from lavit_jax.training import loop, metrics
+from lavit_jax.training import flops, loop, metrics
 
 
 def lines(folder):
@@ -15,7 +17,7 @@ def lines(folder):
 
 
 def test_every_step_is_in_the_jsonl_and_the_terminal_shows_means(tmp_path, capsys):
-  log = metrics.Log(tmp_path, 0, num_steps=10, batch_size=4, flops=2e9, peak_tflops=1.0, tokens=7)
+  log = metrics.Log(tmp_path, 0, num_steps=10, batch_size=4, flops=lambda share: 2e9, peak_tflops=1.0, tokens=7)
   for step in (1, 2, 3):
     log.step(step, {'keep_ratio': jnp.float32(0.1), 'loss': jnp.float32(step)})
   means = log.report()
@@ -29,6 +31,20 @@ def test_every_step_is_in_the_jsonl_and_the_terminal_shows_means(tmp_path, capsy
   out = capsys.readouterr().out
   assert 'step 3/10' in out and 'loss 2 ' in out and 'ETA' in out and 'examples/s' in out and 'tokens/s' in out and 'MFU' in out and 'step 4 held-out  loss 0.5' in out
   assert list((tmp_path / 'tensorboard').iterdir())
+
+
+def test_padding_lowers_the_mfu_and_the_speed(tmp_path, monkeypatch):
+  """Of a quarter of the slots that are filled, as the metric says."""
+  now, shown = iter((0.0, 2.0, 2.0)), {}
+  monkeypatch.setattr(metrics.time, 'monotonic', lambda: next(now, 4.0))
+  monkeypatch.setattr(metrics, '_when_ready', lambda values: 0.0)
+  log = metrics.Log(tmp_path, 0, 10, 4, flops=flops.StepFlops(1e12, 4e12).at, peak_tflops=8.0, tokens=1000)
+  monkeypatch.setattr(log, 'scalars', lambda step, values: shown.update(values))
+  for step, share in ((1, 0.2), (2, 0.3)):
+    log.step(step, {'loss': jnp.float32(1), 'packed_share': jnp.float32(share)})
+  log.report()
+  assert shown['steps_per_s'] == 1.0 and shown['tokens_per_s'] == pytest.approx(250) and shown['mfu'] == pytest.approx(2 / 8)
+  log.close()
 
 
 def test_a_continued_run_drops_the_steps_that_it_makes_again(tmp_path):
@@ -90,6 +106,13 @@ def test_memory_in_use_is_that_of_the_fullest_device(monkeypatch):
   assert metrics.memory_in_use() == {'hbm_gib': 3.0, 'hbm_peak_gib': 2.0}
   monkeypatch.setattr(metrics.jax, 'local_devices', lambda: [Device(None)])
   assert metrics.memory_in_use() == {}
+
+
+@pytest.mark.parametrize('kinds, peak', [
+    (['TPU v5 lite'] * 4, 788), (['NVIDIA A100-SXM4-80GB'] * 2, 624), (['NVIDIA H100 80GB HBM3'], 989), (['NVIDIA H100 PCIe'], 756),
+    (['NVIDIA L4'], 121), (['NVIDIA L40S'], 0), (['cpu'], 0), (['NVIDIA L4', 'NVIDIA L40S'], 0)])
+def test_the_peak_of_known_accelerators(kinds, peak):
+  assert chips.peak_tflops([types.SimpleNamespace(device_kind=kind) for kind in kinds]) == peak
 
 
 def test_a_trace_of_chosen_steps(tmp_path):

@@ -10,8 +10,8 @@ from lavit_jax.training import optim
 
 
 def options(**changes):
-  return ConfigDict({**dict(learning_rate=0.1, warmup_steps=0, final_fraction=1.0, weight_decay=0.0, b1=0.9, b2=0.99, mu_dtype='float32', clip_norm=0.0,
-                            ema_decay=0.0, freeze=(), lr_scale=()), **changes})
+  return ConfigDict({**dict(learning_rate=0.1, warmup_steps=0, final_fraction=1.0, weight_decay=0.0, b1=0.9, b2=0.99, mu_dtype='float32',
+                            nu_dtype='float32', clip_norm=0.0, ema_decay=0.0, freeze=(), lr_scale=()), **changes})
 
 
 PARAMS = {'vit': {'kernel': jnp.ones((2, 3)), 'bias': jnp.ones(3)}, 'head': {'kernel': jnp.ones((3, 2))}}
@@ -91,3 +91,45 @@ def test_ema_follows_fast_at_first_and_slowly_later():
   old, new = {'a': jnp.zeros(2)}, {'a': jnp.ones(2)}
   assert optim.ema_update(old, new, 0.999, jnp.array(0))['a'][0] == pytest.approx(0.9)
   assert optim.ema_update(old, new, 0.999, jnp.array(10**6))['a'][0] == pytest.approx(0.001, rel=1e-3)
+
+
+GRADIENTS = [jax.tree.map(lambda x: jax.random.normal(jax.random.key(step), x.shape), PARAMS) for step in range(20)]
+
+
+def follow(steps=20, **changes):
+  tx = optim.make(options(**{'learning_rate': 1e-3, 'b2': 0.95, **changes}), 1000, PARAMS)
+  params, state = PARAMS, tx.init(PARAMS)
+  for gradient in GRADIENTS[:steps]:
+    updates, state = tx.update(gradient, state, params)
+    params = optax.apply_updates(params, updates)
+  return params, state
+
+
+@pytest.mark.parametrize('dtypes', [('bfloat16', 'float32'), ('float32', 'bfloat16'), ('bfloat16', 'bfloat16')])
+def test_moments_of_half_the_size(dtypes):
+  """The state is of these types before and after, moves as float32's does, within what 8 bits can tell, and not just as that."""
+  changes = dict(zip(('mu_dtype', 'nu_dtype'), dtypes))
+  (exact, _), (params, state) = follow(), follow(**changes)
+  for now in (optim.make(options(**changes), 1000, PARAMS).init(PARAMS), state):
+    named = {optim.path_name(path): str(x.dtype) for path, x in jax.tree_util.tree_leaves_with_path(now)}
+    for moment, dtype in zip(('/mu/', '/nu/'), dtypes):
+      assert {kind for name, kind in named.items() if moment in name} == {dtype}
+  assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.float32.dtype}
+  for got, want in zip(jax.tree.leaves(params), jax.tree.leaves(exact)):
+    moved = np.abs(want - 1)
+    assert 0 < np.abs(got - want).max() < 0.01 * moved.max()
+
+
+def test_the_second_moment_is_rounded_once_a_step():
+  """Against the definition, in float64 but for that rounding."""
+  nu = np.zeros((2, 3))
+  for gradient in GRADIENTS[:5]:
+    nu = np.asarray(jnp.asarray(0.95 * nu + 0.05 * np.asarray(gradient['vit']['kernel'], np.float64) ** 2, jnp.bfloat16), np.float64)
+  state = follow(5, nu_dtype='bfloat16')[1]
+  found, = (x for path, x in jax.tree_util.tree_leaves_with_path(state) if optim.path_name(path).endswith('/nu/vit/kernel'))
+  np.testing.assert_array_equal(np.asarray(found, np.float64), nu)
+
+
+def test_a_slow_second_moment_needs_float32():
+  with pytest.raises(UserError, match="optim.nu_dtype='bfloat16' needs optim.b2 of at most 0.99, not 0.999"):
+    optim.make(options(nu_dtype='bfloat16', b2=0.999), 10, PARAMS)

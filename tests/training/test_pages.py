@@ -5,8 +5,10 @@ import pathlib
 import re
 
 import jax
+import numpy as np
 import pytest
 
+from lavit_jax.data import mixtures, paths
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.models.initial import initial_parts
@@ -54,6 +56,36 @@ def test_published_sizes():
   assert (config.batch_size, config.num_steps) == (2048, 50_000)
   assert config.tokenizer.keep_ratio == pytest.approx(1 / 3) and config.tokenizer.ratio_weight == 2 and config.tokenizer.decay == 0.99
   assert load_config(f'{ROOT}/configs/detokenizer.py:lavit_7b').num_steps == 20_000
+
+
+def test_published_pairs():
+  """REFERENCE 3: 93 M captions, 100 M pictures to draw, text besides; as many steps as see each so often."""
+  page = load_config(f'{ROOT}/configs/lm.py:lavit_7b')
+  told = {use: sum(source['weight'] for source in page.data.sources if source['use'] == use) for use in ('caption', 'draw', 'text')}
+  assert told['caption'] == pytest.approx(93) and told['draw'] == 100 and told['text'] > 0
+  assert ' '.join(source['path'].split('/')[3] for source in page.data.sources) == 'cc3m cc12m sbu blip-capfilt laion-aesthetics redpajama'
+  assert page.num_steps * page.batch_size == pytest.approx(1e6 * sum(told.values()), rel=1e-3)
+  assert len(page.data.sources) == sum(source['use'] in told for source in page.data.sources)
+  np.testing.assert_allclose(mixtures.kind_shares(page.data.shares, page.data.sources), np.array([93, 100, 21]) / 214)
+  images = [load_config(f'{ROOT}/configs/{stage}.py:lavit_7b').data.sources for stage in ('tokenizer', 'detokenizer')]
+  assert images[0] == images[1] and len(images[0]) == 1 and 'laion400m' in images[0][0]['path']
+
+
+@pytest.mark.parametrize('stage', ['tokenizer', 'detokenizer', 'lm'])
+@pytest.mark.parametrize('variant', ['small', 'lavit_7b'])
+def test_a_large_pods_hosts_all_have_something_held_out(stage, variant):
+  """64 of them; and nothing of it is trained on."""
+  data = load_config(f'{ROOT}/configs/{stage}.py:{variant}').data
+  trained = {file for source in data.sources for file in paths._braces(source['path'])}
+  for source in data.heldout:
+    files = paths._braces(source['path'])
+    assert len(files) >= 256 and not trained & set(files)
+
+
+def test_packed_rows_hold_the_pairs_of_their_step():
+  for variant in ('tiny', 'small', 'lavit_7b'):
+    page = load_config(f'{ROOT}/configs/lm.py:{variant}')
+    assert 0.8 < page.batch_size * page.lm.mean_length / (page.lm.num_rows * page.lm.row_length) < 0.95
 
 
 @pytest.mark.parametrize('stage', ['encoder', 'autoencoder', 'tokenizer', 'detokenizer', 'lm'])
