@@ -4,9 +4,9 @@
 
 Two distributions of visual tokens, each with captions for text: those that the tiny checkpoint keeps of training pictures, and
 a made one of 256 patches, mean 85 (rho 1/3) and standard deviation 25. The step is the language model's forward and backward;
-packed and padded run in turn. `lost`: of the made pairs, as many as a chip has of a batch of configs/lm.py:lavit_7b, the share that finds no
-room in its rows of 2,048, if it packs them all at once or in the pieces of `accumulate`. On a CPU attention computes whole rows, which favours the short padded ones; TPUs skip what is masked
-(models/splash.py).
+packed and padded run in turn. `page`: of the made pairs, as many as a chip of v5e:16x16 has of a batch of configs/lm.py:lavit_7b, the share
+that finds no room in its rows of 2,048 (`lost`) and of the slots that hold a token (`filled`), if it packs them all at once or in the pieces
+of `accumulate`. On a CPU attention computes whole rows, which favours the short padded ones; TPUs skip what is masked (models/splash.py).
 """
 
 from __future__ import annotations
@@ -64,12 +64,13 @@ def captioned(texts, visual, capacity: int, text_length: int) -> Pairs:
   return Pairs(padded, np.array([len(text) for text in texts], np.int32), np.asarray(visual, np.int32), capacity)
 
 
-def lost(count: int, num_rows: int, row_length: int = 2048) -> float:
-  """The share of the made pairs that find no room, where every `count` of them are packed into `num_rows` rows."""
+def page(count: int, num_rows: int, row_length: int = 2048) -> dict[str, float]:
+  """`lost` and `filled` of the made pairs, where every `count` of them are packed into `num_rows` rows."""
   pairs = made_pairs(PACKED_BATCHES * PIECES[0][0])
   lengths = (pairs.text_length + pairs.visual_length + 3).reshape(-1, count)
   row, _ = jax.vmap(lambda lengths: first_fit(lengths, num_rows, row_length))(lengths)
-  return float((row == num_rows).mean())
+  out = np.asarray(row == num_rows)
+  return dict(lost=float(out.mean()), filled=float(lengths[~out].sum() / (len(lengths) * num_rows * row_length)))
 
 
 def measure(pairs: Pairs, row_length: int, width: int) -> dict[str, float]:
@@ -118,7 +119,7 @@ def main() -> None:
   parser.add_argument('--json', type=pathlib.Path)
   args = parser.parse_args()
   result = dict(tiny=measure(tiny_pairs(args.source, 128), 256, 160), mean_85=measure(made_pairs(160), 1024, 160),
-                lost={f'{count} pairs to {rows} rows': lost(count, rows) for count, rows in PIECES})
+                page={f'{count} pairs to {rows} rows': page(count, rows) for count, rows in PIECES})
   print(json.dumps(result, indent=1))
   if args.json:
     args.json.write_text(json.dumps(result) + '\n')

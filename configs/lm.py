@@ -16,7 +16,7 @@ from lavit_jax.models import lavit
 MILLIONS = dict(caption=93, draw=100, text=21)  # pairs: REFERENCE 3; pieces of plain text: our choice, for no number is published
 STEP, PASSES = 34_816, 1  # pairs of a step, and how often each is seen: our choice, for neither is published
 SCHEDULES = {  # tiny and small: our choice
-    'tiny': dict(batch_size=64, num_steps=4_600, text_length=48, num_rows=10, row_length=256, mean_length=36, loss_chunks=1,
+    'tiny': dict(batch_size=64, num_steps=4_600, text_length=48, num_rows=10, row_length=256, mean_length=35, loss_chunks=1,
                  learning_rate=2e-3, warmup_steps=100),
     'small': dict(batch_size=1024, num_steps=100_000, text_length=128, num_rows=128, row_length=1024, mean_length=110, loss_chunks=8,
                   learning_rate=3e-4, warmup_steps=2_000),

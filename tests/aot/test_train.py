@@ -11,8 +11,8 @@ import pytest
 from lavit_jax.chips import TPUS
 from lavit_jax.models import lavit
 
-KEYS = ('topology', 'chips', 'hbm_per_chip_gib', 'hbm_limit_gib', 'fits', 'flops_per_chip', 'model_flops_per_chip', 'collective_bytes_per_chip',
-        'mfu_bound', 'compile_seconds')
+KEYS = ('topology', 'chips', 'hbm_per_chip_gib', 'hbm_limit_gib', 'fits', 'flops_per_chip', 'model_flops_per_chip', 'packed_share',
+        'collective_bytes_per_chip', 'mfu_bound', 'compile_seconds')
 
 
 def compile_page(page, topology, *options):
