@@ -240,12 +240,16 @@ def _of_pictures(shares: Mapping[str, float]) -> dict[str, float]:
 
 def kind_shares(shares: Mapping[str, float], sources: Sequence[Mapping] = ()) -> np.ndarray:
   """How often a row of the task 'lm' is of each kind, f64[3]: image to text, text to image, text only."""
-  found = np.zeros(len(set(_KINDS.values())))
-  for source in sources or (dict(use='', of=shares),):
-    of = {source['use']: 1.0} if source.get('use') else source.get('of', _of_pictures(shares))
+  def mixed(of):
+    found = np.zeros(3)
     for kind, share in of.items():
-      found[_KINDS[kind]] += source.get('weight', 1.0) * share / sum(of.values())
-  return found / found.sum()
+      found[_KINDS[kind]] += share
+    return found / found.sum()
+
+  if not sources:
+    return mixed(shares)
+  rows = [mixed({source['use']: 1.0} if source.get('use') else _of_pictures(shares)) for source in sources]
+  return np.average(rows, axis=0, weights=[source.get('weight', 1.0) for source in sources])
 
 
 def _weights(given: Mapping[str, float]) -> dict[str, float]:

@@ -69,7 +69,8 @@ def splash_attention(q: Array, k: Array, v: Array, segments: Array | None = None
 
 
 def cudnn_attention(q: Array, k: Array, v: Array, segments: Array | None = None) -> Array:
-  """As `splash_attention`, by cuDNN. The mask of the segments is a bias [R, 1, S, S] in the dtype of q, the same for all heads."""
+  """As `splash_attention`, by cuDNN. The mask of the segments becomes a bias [R, 1, S, S] in the dtype of q, the same for all heads; told that
+  it is causal too, cuDNN leaves out what that forbids."""
   mask = None if segments is None else segment_mask(segments)
   return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=segments is not None, implementation='cudnn')
 
