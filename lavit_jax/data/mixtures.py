@@ -239,12 +239,15 @@ def _of_pictures(shares: Mapping[str, float]) -> dict[str, float]:
 
 
 def kind_shares(shares: Mapping[str, float], sources: Sequence[Mapping] = ()) -> np.ndarray:
-  """How often a row of the task 'lm' is of each kind, f64[3]: image to text, text to image, text only."""
+  """How often a row of the task 'lm' is of each kind, f64[3]: image to text, text to image, text only.
+
+  What is no kind does not count: `batches` says so.
+  """
   def mixed(of):
     found = np.zeros(3)
-    for kind, share in of.items():
-      found[_KINDS[kind]] += share
-    return found / found.sum()
+    for kind in set(of) & set(_KINDS):
+      found[_KINDS[kind]] += of[kind]
+    return found / max(found.sum(), 1e-9)
 
   if not sources:
     return mixed(shares)

@@ -58,6 +58,7 @@ def train(config, workdir) -> None:
   mesh = sharding.make_mesh(config.mesh)
   check_options(config, mesh)
   trace = metrics.Trace(config.profile, workdir)
+  model_flops = flops.of_step(config)  # which has a mesh of its own
   with Interrupt() as interrupt, jax.set_mesh(mesh), contextlib.ExitStack() as stack:
     model = lavit.build(config.variant, config.dtype, config.remat)
     stage = stages.build(config, model, sharding.batch_shards(mesh))
@@ -81,8 +82,8 @@ def train(config, workdir) -> None:
     interrupt.check()
 
     peak = config.peak_tflops or chips.peak_tflops(jax.devices())
-    log = metrics.Log(workdir, first, config.num_steps, config.batch_size, flops=flops.of_step(config).at,
-                      peak_tflops=peak, tokens=stages.tokens(config))
+    log = metrics.Log(workdir, first, config.num_steps, config.batch_size, flops=model_flops.at, peak_tflops=peak,
+                      tokens=stages.tokens(config))
     stack.callback(log.close)
     stack.callback(trace.close)
     count = sum(x.size for x in jax.tree.leaves(shapes.params))
