@@ -48,11 +48,11 @@ def computed(page, options):
                                '--config.mesh.tensor=2', '--config.optim.mu_dtype=bfloat16'), 0.0, 2.0),
     ('lm.py:tiny', 'v5e:2x2', ('--slices', '2', '--config.batch_size=64', '--config.lm.num_rows=16'), 0.0, 2.0),
     ('tokenizer.py:lavit_7b', 'v5e:8x8', (), 0.9, 1.1), ('detokenizer.py:lavit_7b', 'v5p:4x4x8', (), 0.6, 1.4),
-    ('lm.py:lavit_7b', 'v5p:4x4x8', (), 0.6, 1.6)])
+    ('lm.py:lavit_7b', 'v5p:4x4x8', (), 0.6, 1.3)])
 @pytest.mark.timeout(1600)
 def test_fits_and_is_accounted_for(page, topology, options, mfu, most):
   """Of each stage the smallest pod of the README's table, and some that compile in seconds. `mfu`: at least; `most`: operations of the
-  program for one of the model."""
+  program for one that must be computed."""
   pytest.importorskip('libtpu')
   status, output, errors = compile_page(f'configs/{page}', topology, '--json', *options)
   assert status == 0, errors
@@ -61,8 +61,9 @@ def test_fits_and_is_accounted_for(page, topology, options, mfu, most):
   assert not set(KEYS) - set(report)
   chip = TPUS[topology.split(':')[0]]
   assert report['fits'] and report['hbm_per_chip_gib'] < 0.9 * chip.hbm_gib
-  assert report['flops_per_chip'] / report['model_flops_per_chip'] < most
-  assert report['flops_per_chip'] * report['chips'] > 0.98 * computed(page, options)  # nothing of it is missing from what was counted
+  assert 0.98 < report['flops_per_chip'] * report['chips'] / computed(page, options) < most  # nothing is missing from what was counted
+  if page.startswith('lm'):
+    assert report['packed_share'] < 1 and report['model_flops_per_chip'] * report['chips'] < 0.85 * computed(page, options)
   seconds = max(report[f'{what}_seconds'] for what in ('compute', 'memory', 'network'))
   assert report['mfu_bound'] == pytest.approx(report['model_flops_per_chip'] / (chip.tflops * 1e12 * seconds)) and report['mfu_bound'] > mfu
   assert math.prod(report['mesh'].values()) == report['chips'] == math.prod(map(int, topology.split(':')[1].split('x'))) * report['slices']

@@ -77,7 +77,7 @@ def test_the_kernel_is_for_long_rows(rows, length, kernel):
   assert ('pallas_call' in program('tpu', picture_attention, *[((rows, length, 4, 40), jnp.bfloat16)] * 3)) == kernel
 
 
-def lowered(attend, dtype=jnp.bfloat16, width=128, length=256, kind='NVIDIA H100 80GB HBM3', gradient=True, segmented=True):
+def lowered(attend, dtype=jnp.bfloat16, width=128, length=256, kind='NVIDIA H100 80GB HBM3', segmented=True):
   """The program for such GPUs, forward and backward."""
   shape = (8, length, 4, width)
   like = [(shape, dtype)] * 3 + [((8, length), jnp.int32)] * segmented
@@ -85,7 +85,7 @@ def lowered(attend, dtype=jnp.bfloat16, width=128, length=256, kind='NVIDIA H100
   def loss(q, *others):
     return attend(q, *others).astype(jnp.float32).sum()
 
-  function = jax.jit(jax.grad(loss, argnums=(0, 1, 2)) if gradient else loss)
+  function = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
   return on_a_mesh('gpu', kind, lambda *inputs: function.trace(*inputs).lower(lowering_platforms=('cuda',)).as_text(), *like)
 
 
