@@ -152,4 +152,4 @@ def keys_for(purpose: Purpose, keys: Array | None, numbers=0) -> Array | None:
 
 def sample_keys(purpose: Purpose, keys: Array, count: int) -> Array:
   """Rows' keys [B] -> their keys for the first `count` samples, [B * count]: more samples change no earlier one."""
-  return keys_for(purpose, jnp.repeat(keys, count, 0), np.tile(np.arange(count), len(keys)))
+  return keys_for(purpose, keys[np.repeat(np.arange(len(keys)), count)], np.tile(np.arange(count), len(keys)))

@@ -72,7 +72,7 @@ def test_synthesis_prompts_hold_codes(model, monkeypatch):
   monkeypatch.setattr(model, '_embed', intercept(seen))
   with pytest.raises(Intercepted):
     model.synthesize([[PICTURES[0], 'owl', PICTURES[1]]], seed=3)
-  keys = jax.vmap(jax.random.fold_in, (None, 0))(pipeline._keys(3, 1)[0], np.arange(2))  # of the row's key, one a picture
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(KEYS, np.arange(2))  # of the row's key, one a picture
   ids = model.in_batches(programs.tokenize, ('vit', 'tokenizer'), PICTURES[:2], keys)
   ids = [row[kept] for row, kept in zip(*ids)]
   prompt, against = seen[0]
