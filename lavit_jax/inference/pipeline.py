@@ -135,7 +135,7 @@ class Lavit:
     images = read_images(images, self.model.image_size)
     if len(images) == 0:
       raise UserError('there is no picture to tokenize; give at least one')
-    return self._tokens(images, keys_for(Purpose.PATCHES, row_keys(seed, len(images))))
+    return self._tokens(images, keys_for(Purpose.PATCHES, row_keys(seed, len(images), optional=True)))
 
   def _tokens(self, images: np.ndarray, keys: Array | None) -> Tokens:
     ids, keep = self.in_batches(programs.tokenize, ('vit', 'tokenizer'), images, keys)
@@ -312,9 +312,7 @@ class Lavit:
     """Continues [IMG] features [/IMG] asked, for each picture, in words alone."""
     words, slots = self.model.vocabulary, self.model.num_patches
     forbidden = np.arange(words.size) >= words.text_size
-    keys = row_keys(seed, len(images))
-    if keys is None and writing.beams is None:
-      raise UserError('sampled words need a seed; give one, or do not sample')
+    keys = row_keys(seed, len(images), optional=writing.beams is not None)
     patches = keys_for(Purpose.PATCHES, keys)
 
     def read():

@@ -50,28 +50,18 @@ class Writing(NamedTuple):
 
 
 SEARCHING, SAMPLING = ('beams', 'length_penalty', 'early_stopping'), ('temperature', 'top_k', 'top_p')
-
-
-def _whole(least: int):
-  return lambda x: isinstance(x, numbers.Integral) and x >= least
-
-
-def _real(least: float, most: float = math.inf, above: bool = False):
-  return lambda x: isinstance(x, numbers.Real) and least <= x <= most and math.isfinite(x) and not (above and x == least)
-
-
-_LIMITS = dict(
-    min_tokens=(_whole(0), 'a whole number from 0 up'),
-    max_tokens=(_whole(1), 'a whole number from 1 up'),
-    beams=(_whole(1), 'a whole number from 1 up'),
-    length_penalty=(_real(-math.inf), 'a number'),
-    early_stopping=(lambda x: x in (False, True, 'never'), "False, True or 'never'"),
-    temperature=(_real(0, above=True), 'a number above 0'),
-    top_k=(_whole(1), 'a whole number from 1 up, or None'),
-    top_p=(_real(0, 1, above=True), 'a number above 0 and at most 1, or None'),
-    repetition_penalty=(_real(0, above=True), 'a number above 0, or None'),
-    num_samples=(_whole(1), 'a whole number from 1 up'),
-    guidance=(_real(0), 'a number from 0 up, or None'))
+_LIMITS = dict(  # what a setting is, which of these it may be, and how to say it
+    min_tokens=(int, lambda x: x >= 0, 'a whole number from 0 up'),
+    max_tokens=(int, lambda x: x >= 1, 'a whole number from 1 up'),
+    beams=(int, lambda x: x >= 1, 'a whole number from 1 up'),
+    length_penalty=(float, lambda x: True, 'a number'),
+    early_stopping=(None, lambda x: x in (False, True, 'never'), "False, True or 'never'"),
+    temperature=(float, lambda x: x > 0, 'a number above 0'),
+    top_k=(int, lambda x: x >= 1, 'a whole number from 1 up, or None'),
+    top_p=(float, lambda x: 0 < x <= 1, 'a number above 0 and at most 1, or None'),
+    repetition_penalty=(float, lambda x: x > 0, 'a number above 0, or None'),
+    num_samples=(int, lambda x: x >= 1, 'a whole number from 1 up'),
+    guidance=(float, lambda x: x >= 0, 'a number from 0 up, or None'))
 _OFF = dict(top_p=1, repetition_penalty=1, guidance=1)  # settings that change nothing at this value, and then cost nothing
 
 
@@ -94,20 +84,25 @@ def settle(task: Writing, asked: Mapping, most: int) -> Writing:
     if asked.get(name) is not None:
       raise UserError(f'{name} plays no part in ' + (
           'beam search; ask for sampling too' if searches else 'sampling; leave it out' + (', or do not sample' if task.beams else '')))
-  writing = task._replace(**asked)
-  if not searches:
-    writing = writing._replace(beams=None)
-  for name, value in writing._asdict().items():
-    fits, form = _LIMITS[name]
-    optional = name == 'beams' and not searches or form.endswith('None')
-    if not (optional and value is None) and not fits(value):
-      raise UserError(f'{name}={value!r} cannot be; choose {form}')
+  chosen = task._replace(**asked)._asdict() | ({} if searches else dict(beams=None))
+  writing = Writing(**{name: _check(name, value) for name, value in chosen.items() if name != 'beams' or searches})
   if not writing.min_tokens <= writing.max_tokens <= most:
     raise UserError(f'{writing.min_tokens} to {writing.max_tokens} new tokens cannot be; choose min_tokens and max_tokens in order, '
                     f'and at most {most}')
   if searches and writing.num_samples > writing.beams:
     raise UserError(f'num_samples={writing.num_samples} of {writing.beams} beams cannot be; choose as many beams, or sample')
   return writing._replace(**{name: None for name, off in _OFF.items() if getattr(writing, name) == off})
+
+
+def _check(name: str, value):
+  """A value, as the int or float that it is: the types of what compiled programs are given stay the same. Raises UserError."""
+  kind, fits, form = _LIMITS[name]
+  if value is None and form.endswith('None'):
+    return None
+  known = {int: numbers.Integral, float: numbers.Real, None: object}[kind]
+  if not isinstance(value, known) or kind is float and not math.isfinite(value) or not fits(value):
+    raise UserError(f'{name}={value!r} cannot be; choose {form}')
+  return kind(value) if kind else value
 
 
 # -------------------------------------------------------------------------------------------------------------------- keys
@@ -127,9 +122,14 @@ class RowSeed(NamedTuple):
   rows: Sequence[int]
 
 
-def row_keys(seed: int | Sequence[int] | RowSeed | None, count: int) -> Array | None:
-  """A key for each row, so that what a row becomes does not depend on its batch; of its own seed, or of one seed and its place."""
+def row_keys(seed: int | Sequence[int] | RowSeed | None, count: int, optional: bool = False) -> Array | None:
+  """A key for each row, so that what a row becomes does not depend on its batch; of its own seed, or of one seed and its place.
+
+  Raises UserError: another number of seeds; or none, unless that is an `optional` thing to have, which gives None.
+  """
   if seed is None:
+    if not optional:
+      raise UserError('what is sampled needs a seed; give one')
     return None
   if isinstance(seed, RowSeed):
     seed, rows = seed

@@ -18,6 +18,8 @@ def test_what_is_asked_for():
   assert settle(WORDS, dict(sample=False, beams=np.int64(5), length_penalty=-1, early_stopping='never'), 2048) == Writing(8, 36, 5, -1, 'never')
   assert settle(CODES, dict(top_k=None, temperature=np.float32(0.5), max_tokens=50), 256) == Writing(20, 50, temperature=0.5, top_k=None, guidance=4.)
   assert settle(CODES, dict(top_p=1.0, repetition_penalty=1, guidance=1), 256) == CODES._replace(guidance=None)  # off, and costs nothing
+  kinds = {name: type(value) for name, value in settle(WORDS, dict(length_penalty=-1, beams=np.int64(3)), 2048)._asdict().items()}
+  assert kinds['length_penalty'] is float and kinds['beams'] is int  # one program, whatever number was written
   published = Settings()
   assert (published.caption_tokens, published.answer_tokens, published.image_tokens) == ((8, 36), (2, 10), (20, 200))
 
@@ -57,4 +59,4 @@ def test_keys_follow_the_row_and_differ_by_purpose():
   assert len(np.unique(every, axis=0)) == len(every) == 36
   np.testing.assert_array_equal(data(several[1]).reshape(4, 3, -1)[:, 0], data(sample_keys(Purpose.TOKENS, keys, 1)))
   np.testing.assert_array_equal(data(several[0]).reshape(4, 3, -1)[:, 2], data(keys_for(Purpose.PATCHES, keys, 2)))
-  assert keys_for(Purpose.PATCHES, None) is None and row_keys(None, 4) is None
+  assert keys_for(Purpose.PATCHES, None) is None and row_keys(None, 4, optional=True) is None
