@@ -1,5 +1,6 @@
 """The page of `lavit app`: what its buttons do, what it says to bad uploads, that it fetches nothing; `slow` looks at it in Chromium."""
 
+import asyncio
 import base64
 import io
 import json
@@ -142,6 +143,11 @@ def test_sizes_are_those_of_the_checkpoint(tasks, monkeypatch):
     return [(each['label'], each['value'], each['visible']) for each in given][:3]
 
   assert sliders(app.build(tasks)) == [('Guidance', 4., True), ('Steps', 25, True), ('Size', '512x512', True)]
+  monkeypatch.setattr(Stub, 'model', types.SimpleNamespace(**vars(Stub.model) | dict(variant='stub')))
+  page = app.build(tasks)
+  chosen = [each for each in page.fns.values() if each.api_visibility == 'private' and len(each.inputs) == 1 and each.inputs[0].label == 'Size']
+  moved = [asyncio.run(page.process_api(each, ['896x1152']))['data'] for each in chosen]  # of Draw, Mix, Rebuild
+  assert moved == [[25], [25], [25, 7.]]
   monkeypatch.setattr(Stub, 'parts', {})
   assert sliders(app.build(tasks))[2] == ('Size', '512x512', False)
 
