@@ -174,8 +174,8 @@ def test_drawings_have_a_manifest(stub, tmp_path, capsys):
   manifest = lines((out / 'manifest.jsonl').read_text())
   assert [row['file'] for row in manifest] == names and [row['id'] for row in manifest] == list(range(18))
   assert manifest[0]['settings'] == dict(
-      command='generate', folder=os.path.realpath(cli.TINY), safety_checker=True, seed=0, sampler='ddim', rescale=0.0, guidance=2.0, top_k=50, temperature=1.0,
-      negative='', strength=0.8)
+      command='generate', folder=os.path.realpath(cli.TINY), safety_checker=True, seed=0, sampler='ddim', rescale=0.0, guidance=2.0,
+      top_k=50, temperature=1.0, negative='', strength=0.8)
   pixels = [np.asarray(Image.open(out / name))[0, 0].tolist() for name in names]
   assert pixels == [[i, 4 * (i % 3 + 1), 2] for i in range(18)]
   whole = (out / 'manifest.jsonl').read_bytes()
