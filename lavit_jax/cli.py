@@ -100,9 +100,13 @@ def task(args):
   from lavit_jax.inference import batch
   chosen = batch.TASKS[args.command]
   rows, base, many = batch.find_rows(chosen, args.inputs, args.input, args.out)
-  options = {key: value for key, value in vars(args).items() if key not in PLUMBING}
-  settings = dict(options, command=args.command, **{key: getattr(args, key) for key in LOADING})
-  settings = {key: value for key, value in settings.items() if value is not None}
+  options = {key: value for key, value in vars(args).items() if key not in PLUMBING and value is not None}
+  settings = dict(options, command=args.command, **{key: getattr(args, key) for key in LOADING if getattr(args, key) is not None})
+  for key in ('folder', 'start'):  # however they are spelled, and from wherever
+    if key in settings:
+      settings[key] = os.path.realpath(settings[key])
+  samples = options.pop('samples', 1)
+  rows = [row for row in rows for _ in range(samples)]  # each has the keys of its own place
   results, pictures = args.out, None
   if 'file' in chosen.gives:
     results, pictures = os.path.join(args.out, 'manifest.jsonl') if many else None, args.out
@@ -240,6 +244,23 @@ def build_parser():
     sub.add_argument('--json', action='store_true', help='print one JSON object a result')
     return sub
 
+  def writing_options(sub, samples):
+    sub.add_argument('--top-p', type=number(float, 0.001, 1), metavar='P', help='the likeliest that together reach this probability (default: all)')
+    sub.add_argument('--repetition-penalty', type=number(float, 0.01), metavar='R', help='of tokens written before, above 1 (default: 1)')
+    sub.add_argument('--min-tokens', type=number(int, 0), metavar='N', help='fewest to write (default: as published)')
+    sub.add_argument('--max-tokens', type=number(int, 1), metavar='N', help='most to write (default: as published)')
+    sub.add_argument('--samples', type=number(int, 1), metavar='N', help=samples)
+
+  def telling_command(name, text, metavar, beams, penalty, **row):
+    sub = reading_command(name, text, metavar, **row)
+    sub.add_argument('--beams', type=number(int, 1), metavar='N', help='of the search (default: %d)' % beams)
+    sub.add_argument('--length-penalty', type=number(float, -100, 100), metavar='L', help='of the search (default: %d)' % penalty)
+    sub.add_argument('--sample', action='store_const', const=True, help='sample in place of the search')
+    sub.add_argument('--top-k', type=number(int, 1), metavar='K', help='with --sample: tokens to choose among (default: 50)')
+    sub.add_argument('--temperature', type=number(float, 1e-3), metavar='T', help='with --sample (default: 1)')
+    writing_options(sub, 'of each, by other patches and, with --sample, words (default: 1)')
+    return sub
+
   def reading_command(name, text, metavar, row='{"image": "cat.png"}'):
     sub = task_command(name, text, metavar, row)
     sub.add_argument('--most-probable', dest='seed', action='store_const', const=None,
@@ -264,6 +285,7 @@ def build_parser():
     sub.add_argument('--guidance', type=number(float, 0), default=guidance, metavar='G', help='of the language model (default: %(default)s)')
     sub.add_argument('--top-k', type=number(int, 1), default=50, metavar='K', help='codes to choose among (default: %(default)s)')
     sub.add_argument('--temperature', type=number(float, 1e-3), default=1.0, metavar='T', help='(default: %(default)s)')
+    writing_options(sub, 'pictures of each (default: 1)')
     sub.add_argument('--negative', default='', metavar='TEXT', help='what not to draw')
     sub.add_argument('--start', metavar='IMAGE', help='begin from this picture in place of noise')
     sub.add_argument('--strength', type=number(float, 0.01, 1), default=0.8, metavar='S', help='of the change to --start (default: %(default)s)')
@@ -319,9 +341,11 @@ def build_parser():
   sub.add_argument('--host', default='127.0.0.1', help='0.0.0.0 lets other machines in (default: %(default)s)')
   sub.add_argument('--port', type=number(int, 1, 65535), default=7860, help='(default: %(default)s)')
 
-  reading_command('caption', 'say what is in pictures', 'IMAGE|DIR')
-  reading_command('answer', 'answer questions about a picture, or about each of a folder', 'IMAGE|DIR QUESTION',
-                  '{"image": "cat.png", "question": "What is this?"}')
+  sub = telling_command('caption', 'say what is in pictures', 'IMAGE|DIR', 2, 1)
+  sub.add_argument('--prompt', metavar='TEXT', help='that the captions go on from (default: none)')
+  sub = telling_command('answer', 'answer questions about a picture, or about each of a folder', 'IMAGE|DIR QUESTION', 5, 0,
+                        row='{"image": "cat.png", "question": "What is this?"}')
+  sub.add_argument('--judge', action='store_const', const=True, help="ask first whether the picture tells, and answer 'unanswerable' if not")
   sampling_command('generate', 'draw a picture from each text', 'TEXT', '{"prompt": "a cat"}', 4.0)
   sampling_command('synthesize', 'draw one picture from pictures and words, in any order, or one with each picture of a folder',
                    'IMAGE|DIR|TEXT', '{"parts": ["cat.png", "on a red background"]}', 5.0)

@@ -16,6 +16,11 @@ def prompt(question: str) -> str:
   return f'Question: {question} Answer:'
 
 
+def answerable(question: str) -> str:
+  """The question that was asked first about VizWiz (REFERENCE section 4)."""
+  return f'Is the question: "{question}" answerable?'
+
+
 def ask(rng, facts, names: list[str]) -> tuple[tuple[str, str, str], ...]:
   """(type, question, answer) triples about `scenes.Facts`. `names` supplies wrong answers for yes/no questions.
 

@@ -60,31 +60,44 @@ class Tasks:
     picture = self._open(path)
     return self.model.answer([picture], [_text(question, 'ask something')])[0], self._kept(picture)
 
-  def draw(self, text: str, seed: float, guidance: float, steps: float) -> tuple[np.ndarray, str]:
+  def draw(self, text: str, seed: float, guidance: float, steps: float, size: str | None = None) -> tuple[np.ndarray, str]:
     """Words -> a picture uint8[H, W, 3], and the tokens it was drawn from."""
-    return self._draw([_text(text, 'say what to draw')], seed, guidance, steps)
+    return self._draw([_text(text, 'say what to draw')], seed, guidance, steps, size)
 
-  def mix(self, prompt: dict | None, seed: float, guidance: float, steps: float) -> tuple[np.ndarray, str]:
-    """Pictures, then words: {'files': paths, 'text': str} -> a picture, and its tokens."""
+  def mix(self, prompt: dict | None, seed: float, guidance: float, steps: float, size: str | None = None,
+          before: str | None = None) -> tuple[np.ndarray, str]:
+    """Words, pictures, words: `before`, then {'files': paths, 'text': str} -> a picture, and its tokens."""
     prompt = prompt or {}
     files, text = prompt.get('files') or [], prompt.get('text') or ''
     if not files:
       raise UserError('there is no picture; add one with the paper clip')
     if len(files) > MAX_PICTURES:
       raise UserError(f'{len(files)} pictures are too many; leave at most {MAX_PICTURES}')
-    return self._draw([self._open(path) for path in files] + ([_text(text)] if text.strip() else []), seed, guidance, steps)
+    first, last = ([_text(words)] if words and words.strip() else [] for words in (before, text))
+    return self._draw([*first, *map(self._open, files), *last], seed, guidance, steps, size)
 
-  def rebuild(self, path: str | None, seed: float, guidance: float, steps: float) -> tuple[np.ndarray, str]:
+  def rebuild(self, path: str | None, seed: float, guidance: float, steps: float, size: str | None = None) -> tuple[np.ndarray, str]:
     """A picture -> itself, drawn again from its tokens alone; and these."""
     picture = self._open(path)
-    drawn = self.model.reconstruct([picture], guidance=guidance, steps=int(steps), seed=_seed(seed), details=True)
+    drawn = self.model.reconstruct([picture], guidance=guidance, steps=int(steps), size=_size(size), seed=_seed(seed), details=True)
     return _shown(drawn), self._kept(picture, _seed(seed))
 
-  def _draw(self, parts, seed, guidance, steps):
-    model, seed, steps = self.model, _seed(seed), int(steps)
-    drawing.settle(1, model.settings.drawn_size, model.settings.highres_sizes, model.parts, steps=steps)  # before anything runs
+  def sizes(self) -> list[str]:
+    """What can be drawn, height x width: the square, and where the checkpoint has the parts for them, those of SDXL."""
+    settings = self.model.settings
+    more = settings.highres_sizes if all(name in self.model.parts for name in drawing.HIGHRES.parts) else ()
+    return [f'{height}x{width}' for height, width in ((settings.drawn_size,) * 2, *more)]
+
+  def defaults(self, size: str) -> tuple[int, float]:
+    """The steps and the guidance of the U-Net for a size: the published ones, but for the tiny checkpoint, which needs fewer steps."""
+    way = drawing.LOWRES if size == self.sizes()[0] else drawing.HIGHRES
+    return STEPS if self.model.model.variant == 'tiny' else way.steps, way.guidance
+
+  def _draw(self, parts, seed, guidance, steps, size):
+    model, seed, options = self.model, _seed(seed), dict(steps=int(steps), size=_size(size))
+    drawing.settle(1, model.settings.drawn_size, model.settings.highres_sizes, model.parts, **options)  # before anything runs
     codes = model.sample_codes([parts], guidance=guidance, seed=seed)
-    picture = _shown(model.draw(codes, steps=steps, seed=seed, details=True))
+    picture = _shown(model.draw(codes, seed=seed, details=True, **options))
     shown = [f'<i style="background:{self.colours[code]}"></i>' for code in codes[0]]
     return picture, _strip(f'{len(codes[0])} tokens, as the language model wrote them', codes[0], shown, self.colours)
 
@@ -152,6 +165,15 @@ def _seed(seed: float | None) -> int:
   return int(seed)
 
 
+def _size(text: str | None) -> tuple[int, int] | None:
+  if not text:
+    return None
+  height, _, width = text.partition('x')
+  if not (height.isdigit() and width.isdigit()):
+    raise UserError(f'{text!r} is no size, such as 1024x1024; choose one of the list')
+  return int(height), int(width)
+
+
 def _img(picture: np.ndarray, text: str) -> str:
   return f'<img alt="{html.escape(text)}" src="data:image/png;base64,{base64.b64encode(png(picture)).decode()}">'
 
@@ -206,7 +228,7 @@ STYLE = '''
 
 def build(tasks: Tasks) -> gr.Blocks:
   """The page: a tab for each task, in one column."""
-  inputs = read_manifest(EXAMPLES)
+  inputs, sizes = read_manifest(EXAMPLES), tasks.sizes()
   pictures = [str(EXAMPLES / row['file']) for row in inputs['pictures']]
   questions = dict.fromkeys(row['question'] for row in inputs['pictures'])
   mixed = [[part for part in parts if not (EXAMPLES / part).is_file()] for parts in inputs['mixed']]
@@ -221,11 +243,17 @@ def build(tasks: Tasks) -> gr.Blocks:
   def drawn(label='Drawn'):
     return gr.Image(label=label, format='png', interactive=False, height='20rem', elem_classes='picture', buttons=['download'])
 
-  def options(guidance):
+  def options(guidance=None):
+    """Of drawing; `guidance` of the language model, or, where none is given, of the U-Net, which like the steps goes by the size."""
+    steps, usual = tasks.defaults(sizes[0])
     with gr.Accordion('Options', open=False):
-      return [gr.Number(0, label='Seed', info='Another seed, another picture.', precision=0, minimum=0, maximum=2**32 - 1),
-              gr.Slider(1, 10, guidance, step=0.5, label='Guidance', info='How strictly the input is followed.'),
-              gr.Slider(5, 100, STEPS, step=5, label='Steps', info='More take longer and look smoother.')]
+      seed = gr.Number(0, label='Seed', info='Another seed, another picture.', precision=0, minimum=0, maximum=2**32 - 1)
+      strict = gr.Slider(1, 10, guidance or usual, step=0.5, label='Guidance', info='How strictly the input is followed.')
+      steps = gr.Slider(5, 100, steps, step=5, label='Steps', info='More take longer and look smoother.')
+      size = gr.Dropdown(sizes, value=sizes[0], label='Size', info='Height x width.', visible=len(sizes) > 1)
+    changed = [steps] if guidance else [steps, strict]
+    size.input(lambda chosen: dict(zip(changed, tasks.defaults(chosen))), size, changed, api_visibility='private', queue=False)
+    return [seed, strict, steps, size]
 
   def on(function, triggers, given, found):
     gr.on(triggers, told(function), given, found, api_name=function.__name__, show_progress_on=found[0],
@@ -257,13 +285,14 @@ def build(tasks: Tasks) -> gr.Blocks:
       prompt = gr.MultimodalTextbox(label='Pictures, then words', placeholder='on a blue background', file_types=['image'],
                                     file_count='multiple', sources=['upload'], submit_btn=False, max_plain_text_length=MAX_LETTERS)
       gr.Examples([[each] for each in mixed], prompt, label='Or one of these')
+      before = gr.Textbox(label='Words before the pictures, if any', max_length=MAX_LETTERS)
       settings = options(5.0)
       button = gr.Button('Draw', variant='primary')
-      on(tasks.mix, [button.click, prompt.submit], [prompt, *settings], [drawn(), gr.HTML()])
+      on(tasks.mix, [button.click, prompt.submit, before.submit], [prompt, *settings, before], [drawn(), gr.HTML()])
     with gr.Tab('Rebuild'):
       picture = upload()
       gr.Examples([[path] for path in pictures], picture, label='Or one of these')
-      settings = options(5.0)
+      settings = options()
       button = gr.Button('Draw it again from its tokens', variant='primary')
       on(tasks.rebuild, [button.click], [picture, *settings], [drawn('Drawn again'), gr.HTML()])
   return page.queue(max_size=MAX_WAITING)

@@ -25,7 +25,7 @@ from lavit_jax.data.images import SUFFIXES, read_images
 from lavit_jax.errors import InputError, UserError
 from lavit_jax.inference.drawing import Drawn, report_flagged
 from lavit_jax.inference.output import png, slug, write
-from lavit_jax.inference.pipeline import MAX_BATCH, Lavit, RowSeed
+from lavit_jax.inference.pipeline import MAX_BATCH, Generated, Lavit, RowSeed
 
 
 class Task(NamedTuple):
@@ -58,12 +58,12 @@ def _synthesize(model, rows, **options):
   return _drawn(model.synthesize(_column(rows, 'parts'), details=True, **options))
 
 
-def _reconstruct(model, rows, decoder_guidance, **options):
+def _reconstruct(model, rows, decoder_guidance=None, **options):
   return _drawn(model.reconstruct(_column(rows, 'image'), guidance=decoder_guidance, details=True, **options))
 
 
-def _drawn(drawn: Drawn):
-  return [dict(picture=picture) | (dict(flagged=True) if flagged else {}) for picture, flagged in zip(*drawn)]
+def _drawn(drawn: Drawn | Generated):
+  return [dict(picture=picture) | (dict(flagged=True) if flagged else {}) for picture, flagged in zip(drawn.pictures, drawn.flagged)]
 
 
 def _column(rows, key):

@@ -185,7 +185,7 @@ def _take(tree, index: Array):
   return jax.tree.map(lambda x: jax.vmap(lambda row, i: row[i])(x, index), tree)
 
 
-@functools.partial(jax.jit, static_argnames=('llama', 'num_beams', 'early_stopping', 'max_new_tokens', 'cache_dtype'))
+@functools.partial(jax.jit, static_argnames=('llama', 'num_beams', 'early_stopping', 'max_new_tokens', 'num_samples', 'cache_dtype'))
 def beam_search(
     llama: Llama,
     params: dict,
@@ -201,9 +201,10 @@ def beam_search(
     pad_id: int = 2,
     suppress: Array | None = None,
     repetition_penalty: float | None = None,
+    num_samples: int = 1,
     cache_dtype: str | None = None,
 ) -> GenerateOutput:
-  """The best continuation by beam search, with the semantics of transformers' `generate`.
+  """The best continuations by beam search, with the semantics of transformers' `generate`.
 
   Beams need neither copies of the prompt nor a shuffled cache. The K beams of a row are K queries over one cache that holds
   the prompt once and K slots a step, and the mask lets each see its own ancestors. With K = 2, after the second step, when
@@ -221,13 +222,17 @@ def beam_search(
       the worst of them: a guess, since under a positive length penalty it may still rise. 'never' takes the greatest length instead
       where the penalty is positive, so that what could win is never given up.
     repetition_penalty: as in `generate`, but of log-probabilities, and summed into a beam's score.
+    num_samples: beams of each prompt to return, of K at most.
 
   Returns:
-    GenerateOutput of the best beam; its score is the one it was ranked by.
+    GenerateOutput of B * num_samples rows: the best beams of the first prompt, best first, then those of the second, ...; a score is the one
+    it was ranked by.
 
   Raises:
-    ValueError: `early_stopping` is something else.
+    ValueError: `early_stopping` is something else, or more beams are to be returned than there are.
   """
+  if not 1 <= num_samples <= num_beams:
+    raise ValueError(f'num_samples={num_samples} must be in 1..{num_beams}, the beams')
   if early_stopping not in (True, False, 'never'):
     raise ValueError(f"early_stopping is True, False or 'never', not {early_stopping!r}")
   llama, params = unroll(llama, params)
@@ -307,8 +312,7 @@ def beam_search(
   )
   logits = jnp.broadcast_to(logits[:, None], (batch, num_beams, llama.vocab_size))
   state = jax.lax.while_loop(unfinished, advance, commit(start, logits, cache))
-  ids, scores = _take(state.finished, jnp.zeros((batch, 1), jnp.int32))
-  ids, scores = ids[:, 0], scores[:, 0]
+  ids, scores = state.finished.ids[:, :num_samples].reshape(-1, max_new_tokens), state.finished.scores[:, :num_samples].reshape(-1)
   ends = ids == eos_id
   lengths = jnp.where(ends.any(1), jnp.argmax(ends, 1) + 1, max_new_tokens).astype(jnp.int32)
   return GenerateOutput(ids, lengths, scores)

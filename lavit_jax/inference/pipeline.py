@@ -8,7 +8,11 @@
     model.reconstruct(['cat.png'])
 
 Every arrow is one compiled program (programs.py, drawing.py), batches are padded to powers of two and prompts to multiples of N, so that
-few shapes are ever compiled. A part of the model is loaded when a task first needs it (parts.py). Settings are those of the published results (REFERENCE section 4).
+few shapes are ever compiled. A part of the model is loaded when a task first needs it (parts.py). Settings are those of the published results
+(REFERENCE section 4) unless they are asked for (settings.py).
+
+What a batch becomes is fetched in one transfer, while the device is busy with the next. There are two more where the host must know how much there
+is: of the number of tokens of each picture, before a caption's or an answer's prompt gets its shape; and of codes, before they are drawn or prompt.
 
 Axes: B images, N patches, H width of the language model, S prompt slots.
 """
@@ -18,25 +22,24 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
-from rich.console import Console
-from rich.progress import Progress
 
 from lavit_jax import sharding
 from lavit_jax.data.images import read_images
-from lavit_jax.data.questions import prompt
+from lavit_jax.data.questions import answerable, prompt
 from lavit_jax.data.text import TextTokenizer
 from lavit_jax.errors import InputError, UserError
 from lavit_jax.inference import decode, drawing, programs
+from lavit_jax.inference.fetching import batches, fetch, one_behind
 from lavit_jax.inference.parts import Checkpoint, Parts, open_checkpoint
+from lavit_jax.inference.settings import SETTINGS, Purpose, RowSeed, Settings, Writing, keys_for, row_keys, sample_keys, settle
 from lavit_jax.models import lavit, sequence
 
 EOS = 2
@@ -44,32 +47,12 @@ MAX_LENGTH = 2048  # prompt and answer together: what LLaMA reads
 MAX_BATCH = 16
 
 
-class Settings(NamedTuple):
-  """What depends on how long the texts and codes of a model are: (fewest, most) new tokens, and the sizes of what it draws."""
-
-  caption_tokens: tuple[int, int] = (8, 36)
-  answer_tokens: tuple[int, int] = (2, 10)
-  image_tokens: tuple[int, int] = (20, 200)
-  drawn_size: int = 512  # side of the square
-  highres_sizes: tuple[tuple[int, int], ...] = drawing.HIGHRES_SIZES  # (height, width)
-
-
-class RowSeed(NamedTuple):
-  """A seed for some of many rows: given in place of a seed, row i of the call gets the key that row `rows[i]` has among all of them."""
-
-  seed: int
-  rows: Sequence[int]
-
-
-SETTINGS = {'tiny': Settings((4, 36), (1, 16), (16, 50), 64)}
-
-
 class Told(NamedTuple):
   """What `caption` or `answer` found, in detail."""
 
   text: str  # as they return it
   ids: np.ndarray  # i32[n], the new tokens, the end of the sequence included where it was reached
-  score: float  # by which the beam was ranked: summed log-probability / n ** length_penalty
+  score: float  # by which the beam was ranked: summed log-probability / n ** length_penalty; of a sample, the sum
 
 
 class Sampled(NamedTuple):
@@ -78,6 +61,14 @@ class Sampled(NamedTuple):
   codes: np.ndarray  # i32[n], as it returns them
   ids: np.ndarray  # i32[m], the new tokens of the language model, the end of the picture included where it was reached
   score: float  # their summed log-probability under guidance, before any id was forbidden
+
+
+class Generated(NamedTuple):
+  """What `generate` or `synthesize` made, in detail: B pictures."""
+
+  pictures: np.ndarray  # uint8[B, H, W, 3]
+  flagged: np.ndarray  # bool[B], by the safety checker: these are black
+  sampled: list[Sampled]  # what each was drawn from
 
 
 class Tokens(NamedTuple):
@@ -144,7 +135,7 @@ class Lavit:
     images = read_images(images, self.model.image_size)
     if len(images) == 0:
       raise UserError('there is no picture to tokenize; give at least one')
-    return self._tokens(images, _keys(seed, len(images)))
+    return self._tokens(images, keys_for(Purpose.PATCHES, row_keys(seed, len(images), optional=True)))
 
   def _tokens(self, images: np.ndarray, keys: Array | None) -> Tokens:
     ids, keep = self.in_batches(programs.tokenize, ('vit', 'tokenizer'), images, keys)
@@ -166,11 +157,12 @@ class Lavit:
         are decoded whole up to a megapixel (all published sizes) and in tiles of 1024 beyond.
       details: return `drawing.Drawn`, which also has the flags of the safety checker; these are then not in the log.
     """
-    request = self._settle(len(codes), options)
+    return self._draw(codes, sample_keys(Purpose.LATENTS, row_keys(seed, len(codes)), 1), self._settle(len(codes), options))
+
+  def _draw(self, codes: Sequence[np.ndarray], keys: Array, request: drawing.Request) -> np.ndarray | drawing.Drawn:
     ids, mask = self.in_slots(codes)
     way, checker = request.options['way'], drawing.checker(self.model, self.parts) if self.safety_checker else ()
-    drawn = self.in_batches(drawing.draw, way.parts + checker, ids, mask, _keys(seed, len(ids)), request.start, most=way.batch,
-                            **request.options)
+    drawn = self.in_batches(drawing.draw, way.parts + checker, ids, mask, keys, request.start, most=way.batch, **request.options)
     if request.details:
       return drawn
     drawing.report_flagged(f'picture {i + 1} of {len(ids)}' for i in drawn.flagged.nonzero()[0])
@@ -182,117 +174,170 @@ class Lavit:
 
   # Pictures to words.
 
-  def caption(self, images, beams: int = 2, seed: int | None = 0, details: bool = False) -> list[str] | list[Told]:
-    """What is in each picture: [IMG] features [/IMG] and no further prompt; cut at the first full stop. `details` asks for `Told`."""
+  def caption(self, images, prompt: str | Sequence[str] = '', *, seed: int | None = 0, details: bool = False, **options) -> list[str] | list[Told]:
+    """What is in each picture: the continuation of [IMG] features [/IMG] prompt, cut at the first full stop.
+
+    Args:
+      prompt: of all pictures, or one for each; published results have none.
+      details: return `Told`.
+      options: fields of `settings.Writing`. By default, as published, a search by 2 beams. sample=True samples instead, by temperature 1
+        and top-k 50 unless others are given; num_samples captions of a picture come one after the other.
+    """
     images = read_images(images, self.model.image_size)
-    told = self._tell(images, [()] * len(images), self.settings.caption_tokens, seed, num_beams=beams)
+    prompts = [prompt] * len(images) if isinstance(prompt, str) else list(prompt)
+    if len(prompts) != len(images):
+      raise UserError(f'{len(images)} pictures but {len(prompts)} prompts; give one for each, or one for all')
+    writing = settle(Writing(*self.settings.caption_tokens, beams=2), options, MAX_LENGTH)
+    told = self._tell(images, [self.words.encode(text) if text.strip() else () for text in prompts], writing, seed)
     return _as_asked([each._replace(text=each.text.split('.')[0].strip()) for each in told], details)
 
-  def answer(self, images, questions: Sequence[str], beams: int = 5, seed: int | None = 0, details: bool = False) -> list[str] | list[Told]:
+  def answer(self, images, questions: Sequence[str], *, judge: bool = False, seed: int | None = 0, details: bool = False,
+             **options) -> list[str] | list[Told]:
     """The answer to a question about each picture, lower case, cut at the first newline, comma or full stop.
 
-    The published evaluation lemmatises it too. `details` asks for `Told`.
+    The published evaluation lemmatises it too.
+
+    Args:
+      judge: ask first whether the picture answers the question, and answer 'unanswerable' where that finds a 'no', as was published for VizWiz.
+      details: return `Told`.
+      options: as of `caption`; by default, as published, a search by 5 beams with length penalty 0 that stops early.
     """
     images = read_images(images, self.model.image_size)
     questions = [questions] if isinstance(questions, str) else list(questions)
     if len(images) != len(questions):
       raise UserError(f'{len(images)} pictures but {len(questions)} questions; give one question for each picture')
-    asked = [self._encode(question, prompt) for question in questions]
-    told = self._tell(images, asked, self.settings.answer_tokens, seed, num_beams=beams, length_penalty=0.0, early_stopping=True)
-    return _as_asked([each._replace(text=re.split(r'[\n,.]', each.text.strip())[0].strip().lower()) for each in told], details)
+    writing = settle(Writing(*self.settings.answer_tokens, beams=5, length_penalty=0.0, early_stopping=True), options, MAX_LENGTH)
+
+    def ask(form: Callable[[str], str]) -> list[Told]:
+      told = self._tell(images, [self._encode(question, form) for question in questions], writing, seed)
+      return [each._replace(text=re.split(r'[\n,.]', each.text.strip())[0].strip().lower()) for each in told]
+
+    told = ask(prompt)
+    if judge:
+      judged = ask(lambda question: prompt(answerable(question)))
+      told = [each._replace(text='unanswerable') if 'no' in verdict.text else each for each, verdict in zip(told, judged)]
+    return _as_asked(told, details)
 
   # Words and pictures to pictures.
 
-  def generate(self, prompts: Sequence[str], *, guidance: float = 4.0, decoder_guidance: float | None = None,
-               temperature: float = 1.0, top_k: int = 50, negative: str = '', seed: int | Sequence[int] = 0, **options) -> np.ndarray:
+  def generate(self, prompts: Sequence[str], *, guidance: float | None = 4.0, **options) -> np.ndarray | Generated:
     """A picture of each text, uint8[B, H, W, 3].
 
-    The settings are those of `sample_codes` and `draw`, whose guidance is called `decoder_guidance` here.
+    Args:
+      guidance: of the language model; None or 1 is none, which takes half the work.
+      decoder_guidance: of the U-Net: the `guidance` of `draw`.
+      details: return `Generated`.
+      options: all others of `sample_codes` and `draw`.
     """
-    options['guidance'] = decoder_guidance
-    prompts = [[text] for text in ([prompts] if isinstance(prompts, str) else prompts)]
-    options['start'] = self._settle(len(prompts), options).start  # what is wrong is told before anything runs
-    codes = self.sample_codes(prompts, guidance=guidance, temperature=temperature, top_k=top_k, negative=negative, seed=seed)
-    return self.draw(codes, seed=seed, **options)
+    return self._generate([[text] for text in ([prompts] if isinstance(prompts, str) else prompts)], guidance=guidance, **options)
 
-  def synthesize(self, prompts: Sequence[Sequence], *, guidance: float = 5.0, decoder_guidance: float | None = None,
-                 temperature: float = 1.0, top_k: int = 50, negative: str = '', seed: int = 0, **options) -> np.ndarray:
+  def synthesize(self, prompts: Sequence[Sequence], *, guidance: float | None = 5.0, **options) -> np.ndarray | Generated:
     """A picture from each sequence of pictures and words, in any order, uint8[B, H, W, 3].
 
     A `str` is words; a picture on disk is a `pathlib.Path`. The settings are those of `generate`.
     """
-    options['guidance'] = decoder_guidance
-    options['start'] = self._settle(len(prompts), options).start
-    codes = self.sample_codes(prompts, guidance=guidance, temperature=temperature, top_k=top_k, negative=negative, seed=seed)
-    return self.draw(codes, seed=seed, **options)
+    return self._generate(prompts, guidance=guidance, **options)
 
-  def sample_codes(self, prompts: Sequence[Sequence], *, guidance: float = 4.0, temperature: float = 1.0, top_k: int = 50,
-                   top_p: float | None = None, repetition_penalty: float | None = None, negative: str = '', num_samples: int = 1,
-                   seed: int = 0, details: bool = False) -> list[np.ndarray] | list[Sampled]:
+  def _generate(self, prompts, *, decoder_guidance: float | None = None, negative: str = '', seed: int | Sequence[int] = 0, **options):
+    asked = {name: options.pop(name) for name in Writing._fields if name in options}
+    writing = self._settle_codes(asked)  # what is wrong is told before anything runs
+    request = self._settle(len(prompts) * writing.num_samples, dict(options, guidance=decoder_guidance))
+    keys = row_keys(seed, len(prompts))
+    sampled = self._sample(prompts, writing, keys, negative)
+    drawn = self._draw([each.codes for each in sampled], sample_keys(Purpose.LATENTS, keys, writing.num_samples), request)
+    return Generated(*drawn, sampled) if request.details else drawn
+
+  def sample_codes(self, prompts: Sequence[Sequence], *, guidance: float | None = 4.0, negative: str = '', seed: int | Sequence[int] = 0,
+                   details: bool = False, **options) -> list[np.ndarray] | list[Sampled]:
     """The codes that the language model continues each prompt with, i32[n].
 
-    Pictures in a prompt are put as their discrete codes, [IMG] codes [/IMG]: this is the generating side, which knows pictures by
-    the codes it writes itself. Then [IMG] asks for one more.
+    A prompt is its pictures and words in their order, then [IMG], which asks for a picture. Pictures are put as their discrete codes: this is
+    the generating side, which knows pictures by the codes it writes itself. These stand bare, as in the published multimodal synthesis, or, where
+    `Settings.bracketed` of the variant says so, as [IMG] codes [/IMG], as that was trained.
 
     Args:
       prompts: sequences of words (`str`) and pictures.
-      guidance: of the language model, against the context `negative` [IMG].
-      temperature, top_k, top_p, repetition_penalty: of the sampling (`decode.generate`).
-      num_samples: pictures of each prompt, all of the first one's before the second's; the first of each is what one alone would be.
+      guidance: of the language model, against the context `negative` [IMG]; None or 1 is none, which takes half the work.
       details: return `Sampled`.
+      options: fields of `settings.Writing` but those of a search. By default, as published, temperature 1 and top-k 50. num_samples codes of a
+        prompt come one after the other; the first of each is what one alone would be.
     """
+    sampled = self._sample(prompts, self._settle_codes(dict(options, guidance=guidance)), row_keys(seed, len(prompts)), negative)
+    return sampled if details else [each.codes for each in sampled]
+
+  def _settle_codes(self, asked: Mapping[str, Any]) -> Writing:
+    return settle(Writing(*self.settings.image_tokens, guidance=4.0), asked, self.model.num_patches)
+
+  def _sample(self, prompts: Sequence[Sequence], writing: Writing, keys: Array, negative: str) -> list[Sampled]:
     words = self.model.vocabulary
     if isinstance(prompts, str) or not all(isinstance(each, Sequence) and not isinstance(each, (str, bytes)) for each in prompts):
       raise UserError('prompts are lists of parts, [[picture, words], [words], ...]; put each prompt in brackets')
-    if num_samples < 1:
-      raise UserError(f'num_samples is {num_samples}; ask for at least one')
-    keys, places = _keys(seed, len(prompts)), [(i, part) for i, prompt in enumerate(prompts) for part in prompt if not isinstance(part, str)]
+    places = [(i, part) for i, prompt in enumerate(prompts) for part in prompt if not isinstance(part, str)]
     codes = iter(())
     if places:  # the j-th picture of a prompt has the j-th key of its row's, whatever the other rows are
       rows = np.array([i for i, _ in places])
       images = read_images([part for _, part in places], self.model.image_size)
-      codes = iter(self._tokens(images, jax.vmap(jax.random.fold_in)(keys[rows], np.arange(len(rows)) - np.searchsorted(rows, rows))).ids)
+      codes = iter(self._tokens(images, keys_for(Purpose.PATCHES, keys[rows], np.arange(len(rows)) - np.searchsorted(rows, rows))).ids)
     start, end = [words.image_start], [words.image_end]
 
     def pieces(prompt):
       if not prompt:
         raise UserError('the prompt is empty; give it words or pictures')
       for part in prompt:
-        yield from [self._encode(part)] if isinstance(part, str) else [start, next(codes) + words.code_offset, end]
+        if isinstance(part, str):
+          yield self._encode(part)
+        else:
+          picture = next(codes) + words.code_offset
+          yield from [start, picture, end] if self.settings.bracketed else [picture]
       yield start
 
     prompts = [list(pieces(prompt)) for prompt in prompts]
     against = [self._encode(negative), start] if negative else [start]
-    fewest, most = self.settings.image_tokens
     forbidden = (np.arange(words.size) >= 3) & (np.arange(words.size) < words.text_size)
-    keys, out = _sample_keys(keys, num_samples), []
-    for n, rows in _batches(len(prompts), max(1, MAX_BATCH // num_samples), 'codes'):
-      embeddings, mask = self._embed([prompts[i] for i in rows] + [against] * len(rows), most)
+
+    def sample(rows):
+      guided = writing.guidance is not None
+      embeddings, mask = self._embed([prompts[i] for i in rows] + [against] * len(rows) * guided, writing.max_tokens)
       b = len(rows)
-      found = self._run(programs.generate, ('llama',), embeddings[:b], mask[:b], key=keys[rows].reshape(-1), min_new_tokens=fewest,
-                        max_new_tokens=most, eos_id=words.image_end, suppress=forbidden, temperature=temperature, top_k=top_k,
-                        top_p=top_p, repetition_penalty=repetition_penalty, num_samples=num_samples, cache_dtype=self.cache,
-                        guidance_scale=guidance, uncond_embeddings=embeddings[b:], uncond_mask=mask[b:])
-      out += _rows_of(found, n * num_samples)
-    sampled = [Sampled(ids[ids >= words.code_offset] - words.code_offset, ids, score) for ids, score in out]
-    return sampled if details else [each.codes for each in sampled]
+      null = dict(guidance_scale=writing.guidance, uncond_embeddings=embeddings[b:], uncond_mask=mask[b:]) if guided else {}
+      return self._write(writing, embeddings[:b], mask[:b], keys[rows], eos_id=words.image_end, suppress=forbidden, **null)
+
+    most = max(1, MAX_BATCH // writing.num_samples)
+    out = fetch(((n, sample(rows)) for n, rows in batches(len(prompts), most)), len(prompts), 'codes')
+    return [Sampled(ids[ids >= words.code_offset] - words.code_offset, ids, score) for ids, score in _rows_of(out, writing.num_samples)]
 
   # What the tasks share.
 
-  def _tell(self, images: np.ndarray, asked: Sequence[Sequence[int]], tokens: tuple[int, int], seed, **search) -> list[Told]:
+  def _tell(self, images: np.ndarray, asked: Sequence[Sequence[int]], writing: Writing, seed) -> list[Told]:
     """Continues [IMG] features [/IMG] asked, for each picture, in words alone."""
     words, slots = self.model.vocabulary, self.model.num_patches
     forbidden = np.arange(words.size) >= words.text_size
-    keys, out = _keys(seed, len(images)), []
-    for n, rows in _batches(len(images), what='words'):
-      features, counts = self._run(programs.read, ('vit', 'tokenizer', 'understanding'), images[rows], None if keys is None else keys[rows])
-      prompts = [[[words.image_start], range(i * slots, i * slots + int(count)), [words.image_end], asked[row]]
-                 for i, (row, count) in enumerate(zip(rows, np.asarray(counts)))]
-      embeddings, mask = self._embed(prompts, tokens[1], features)
-      found = self._run(programs.beam_search, ('llama',), embeddings, mask, min_new_tokens=tokens[0], max_new_tokens=tokens[1],
-                        eos_id=EOS, suppress=forbidden, cache_dtype=self.cache, **search)
-      out += [Told(self.words.decode(ids), ids, score) for ids, score in _rows_of(found, n)]
-    return out
+    keys = row_keys(seed, len(images), optional=writing.beams is not None)
+    patches = keys_for(Purpose.PATCHES, keys)
+
+    def read():
+      for n, rows in batches(len(images), MAX_BATCH if writing.beams else max(1, MAX_BATCH // writing.num_samples)):
+        yield n, rows, self._run(programs.read, ('vit', 'tokenizer', 'understanding'), images[rows], None if keys is None else patches[rows])
+
+    def write():
+      for n, rows, (features, counts) in one_behind(read()):
+        prompts = [[[words.image_start], range(i * slots, i * slots + int(count)), [words.image_end], asked[row]]
+                   for i, (row, count) in enumerate(zip(rows, np.asarray(counts)))]
+        embeddings, mask = self._embed(prompts, writing.max_tokens, features)
+        yield n, self._write(writing, embeddings, mask, None if keys is None else keys[rows], eos_id=EOS, suppress=forbidden)
+
+    out = fetch(write(), len(images), 'words')
+    return [Told(self.words.decode(ids), ids, score) for ids, score in _rows_of(out, writing.num_samples)]
+
+  def _write(self, writing: Writing, embeddings: Array, mask: Array, keys: Array | None, **more) -> decode.GenerateOutput:
+    """Continues prompts [B, S, H] with keys [B]; B * num_samples rows."""
+    same = dict(min_new_tokens=writing.min_tokens, max_new_tokens=writing.max_tokens, repetition_penalty=writing.repetition_penalty,
+                num_samples=writing.num_samples, cache_dtype=self.cache, **more)
+    if writing.beams is not None:
+      return self._run(programs.beam_search, ('llama',), embeddings, mask, num_beams=writing.beams, length_penalty=writing.length_penalty,
+                       early_stopping=writing.early_stopping, **same)
+    return self._run(programs.generate, ('llama',), embeddings, mask, key=sample_keys(Purpose.TOKENS, keys, writing.num_samples),
+                     temperature=writing.temperature, top_k=writing.top_k, top_p=writing.top_p, **same)
 
   def _encode(self, text: str, form: Callable[[str], str] = str) -> Sequence[int]:
     if not text.strip():
@@ -321,12 +366,10 @@ class Lavit:
     return np.stack(ids).astype(np.int32), mask
 
   def in_batches(self, program, names: tuple[str, ...], *rows, most: int = MAX_BATCH, **same):
-    """program(model, parts, *rows, **same) over batches of `rows`, arrays [B, ...] or None; numpy arrays, in one transfer."""
-    out, counts = [], []
-    for n, index in _batches(len(rows[0]), most):
-      out.append(self._run(program, names, *(None if x is None else x[index] for x in rows), **same))
-      counts.append(n)
-    return jax.tree.map(lambda *x: np.concatenate([piece[:n] for piece, n in zip(x, counts)]), *jax.device_get(out))
+    """program(model, parts, *rows, **same) over batches of `rows`, arrays [B, ...] or None; numpy arrays."""
+    out = fetch(((n, self._run(program, names, *(None if x is None else x[index] for x in rows), **same))
+                  for n, index in batches(len(rows[0]), most)), len(rows[0]), 'pictures')
+    return jax.tree.map(lambda *x: np.concatenate(x), *(jax.tree.map(lambda x: x[:n], found) for n, found in out))
 
   def _settle(self, count: int, options: Mapping) -> drawing.Request:
     return drawing.settle(count, self.settings.drawn_size, self.settings.highres_sizes, self.parts, **options)
@@ -338,46 +381,10 @@ class Lavit:
       return program(self.model, parts, *args, **kwargs)
 
 
-def _batches(count: int, size: int = MAX_BATCH, what: str = 'pictures') -> Iterator[tuple[int, np.ndarray]]:
-  """Covers range(count) by (n, rows): n rows that count, at most `size`, filled up to a power of two by repeating the last.
-
-  On a terminal a bar shows how many are done, unless one batch is all.
-  """
-  with Progress(console=Console(stderr=True), transient=True, disable=count <= size or not sys.stderr.isatty()) as bar:
-    task = bar.add_task(what, total=count)
-    for start in range(0, count, size):
-      n = min(size, count - start)
-      yield n, start + np.minimum(np.arange(1 << (n - 1).bit_length()), n - 1)
-      bar.advance(task, n)
-
-
-def _rows_of(found: decode.GenerateOutput, n: int) -> list[tuple[np.ndarray, float]]:
-  """The new tokens i32[length] and the score of each of the first n rows."""
-  ids, lengths, scores = jax.device_get(found)
-  return [(row[:length], float(score)) for row, length, score in zip(ids[:n], lengths, scores)]
+def _rows_of(found: list[tuple[int, decode.GenerateOutput]], num_samples: int) -> list[tuple[np.ndarray, float]]:
+  """The new tokens i32[length] and the score of each row that counts, of batches with n * num_samples of them."""
+  return [(ids[:length], float(score)) for n, batch in found for ids, length, score in zip(*(x[:n * num_samples] for x in batch))]
 
 
 def _as_asked(told: list[Told], details: bool) -> list[Told] | list[str]:
   return told if details else [each.text for each in told]
-
-
-def _sample_keys(keys: Array, count: int) -> Array:
-  """keys [B] -> [B, count]: the first of each is its own, so that more samples change no earlier one."""
-  more = jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(1, count)))(keys)
-  return jnp.concatenate([keys[:, None], more], axis=1)
-
-
-def _keys(seed: int | Sequence[int] | RowSeed | None, count: int) -> Array | None:
-  """A key for each row, so that what a row becomes does not depend on its batch; of its own seed, or of one seed and its place."""
-  if seed is None:
-    return None
-  if isinstance(seed, RowSeed):
-    seed, rows = seed
-  elif np.ndim(seed) == 0:
-    rows = range(count)
-  elif len(seed) == count:
-    return jnp.stack([jax.random.key(int(each)) for each in seed])
-  else:
-    raise UserError(f'{len(seed)} seeds for {count}; give one for each, or one for all')
-  return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.asarray(rows))
-

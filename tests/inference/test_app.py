@@ -1,5 +1,6 @@
 """The page of `lavit app`: what its buttons do, what it says to bad uploads, that it fetches nothing; `slow` looks at it in Chromium."""
 
+import asyncio
 import base64
 import io
 import json
@@ -22,7 +23,7 @@ from gradio_client import Client, handle_file
 
 import lavit_jax
 from lavit_jax.errors import UserError
-from lavit_jax.inference import app
+from lavit_jax.inference import app, drawing
 from lavit_jax.inference.drawing import Drawn
 from lavit_jax.inference.pipeline import Lavit, Settings, Tokens
 
@@ -61,11 +62,12 @@ class Stub:
     self.seen.append((prompts, guidance, seed))
     return [IDS[:5]]
 
-  def draw(self, codes, steps, seed, details):
+  def draw(self, codes, steps, seed, size, details):
     assert details
+    self.size = size
     return Drawn(np.full((len(codes), 64, 64, 3), steps, np.uint8), np.array([steps == 66] * len(codes)))
 
-  def reconstruct(self, images, guidance, steps, seed, details):
+  def reconstruct(self, images, guidance, steps, seed, size, details):
     assert details
     return Drawn(np.stack(images), np.array([steps == 66]))
 
@@ -113,6 +115,41 @@ def test_drawing(tasks):
   assert [part.shape for part in two[0]] == [(64, 64, 3)] * 2 and mixed[0][1:] == ['on red']
   picture, shown = tasks.rebuild(PICTURE, 0, 5, 7)
   np.testing.assert_array_equal(picture, np.asarray(Image.open(PICTURE).convert('RGB')))
+
+
+def test_words_stand_where_they_were_written(tasks):
+  tasks.mix(dict(files=[PICTURE, PICTURE], text='on red'), 0, 5, 7, None, ' an owl and ')
+  (prompt,), *_ = tasks.model.seen[0]
+  assert [part if isinstance(part, str) else part.shape for part in prompt] == ['an owl and', (64, 64, 3), (64, 64, 3), 'on red']
+
+
+def test_sizes_are_those_of_the_checkpoint(tasks, monkeypatch):
+  assert tasks.sizes() == ['512x512'] and tasks.defaults('512x512') == (50, 5.)
+  with pytest.raises(UserError, match='1024x1024 is drawn by highres_decoder'):
+    tasks.draw('owl', 0, 4, 7, '1024x1024')
+  assert not tasks.model.seen
+  monkeypatch.setattr(Stub, 'parts', dict.fromkeys(drawing.HIGHRES.parts))
+  assert tasks.sizes()[:3] == ['512x512', '1024x1024', '896x1152'] and len(tasks.sizes()) == 7
+  assert tasks.defaults('896x1152') == (25, 7.)
+  tasks.draw('owl', 0, 4, 7, '896x1152')
+  assert tasks.model.size == (896, 1152)
+  with pytest.raises(UserError, match="'big' is no size"):
+    tasks.draw('owl', 0, 4, 7, 'big')
+  monkeypatch.setattr(Stub, 'model', types.SimpleNamespace(**vars(Stub.model) | dict(variant='tiny')))
+  assert tasks.defaults('512x512') == (25, 5.)
+
+  def sliders(page):
+    given = [each['props'] for each in page.get_config_file()['components'] if each['type'] in ('slider', 'dropdown')]
+    return [(each['label'], each['value'], each['visible']) for each in given][:3]
+
+  assert sliders(app.build(tasks)) == [('Guidance', 4., True), ('Steps', 25, True), ('Size', '512x512', True)]
+  monkeypatch.setattr(Stub, 'model', types.SimpleNamespace(**vars(Stub.model) | dict(variant='stub')))
+  page = app.build(tasks)
+  chosen = [each for each in page.fns.values() if each.api_visibility == 'private' and len(each.inputs) == 1 and each.inputs[0].label == 'Size']
+  moved = [asyncio.run(page.process_api(each, ['896x1152']))['data'] for each in chosen]  # of Draw, Mix, Rebuild
+  assert moved == [[25], [25], [25, 7.]]
+  monkeypatch.setattr(Stub, 'parts', {})
+  assert sliders(app.build(tasks))[2] == ('Size', '512x512', False)
 
 
 def test_wrong_steps_are_told_before_anything_runs(tasks):

@@ -149,7 +149,7 @@ def test_rows_travel_through(stub, folder, tmp_path, capsys):
   told = lines(capsys.readouterr().out)
   assert told[:3] == [dict(row, answer=f'{row["id"]} q{row["id"]}') for row in rows[:3]]
   assert told[3].keys() == {'image', 'question', 'error'} and 'nowhere.png: no such file' in told[3]['error']
-  settings = dict(command='answer', folder=cli.TINY, safety_checker=True, seed=5)
+  settings = dict(command='answer', folder=os.path.realpath(cli.TINY), safety_checker=True, seed=5)
   assert lines(out.read_text()) == [dict(row, settings=settings) for row in told]
 
 
@@ -174,8 +174,8 @@ def test_drawings_have_a_manifest(stub, tmp_path, capsys):
   manifest = lines((out / 'manifest.jsonl').read_text())
   assert [row['file'] for row in manifest] == names and [row['id'] for row in manifest] == list(range(18))
   assert manifest[0]['settings'] == dict(
-      command='generate', folder=cli.TINY, safety_checker=True, seed=0, sampler='ddim', rescale=0.0, guidance=2.0, top_k=50, temperature=1.0,
-      negative='', strength=0.8)
+      command='generate', folder=os.path.realpath(cli.TINY), safety_checker=True, seed=0, sampler='ddim', rescale=0.0, guidance=2.0,
+      top_k=50, temperature=1.0, negative='', strength=0.8)
   pixels = [np.asarray(Image.open(out / name))[0, 0].tolist() for name in names]
   assert pixels == [[i, 4 * (i % 3 + 1), 2] for i in range(18)]
   whole = (out / 'manifest.jsonl').read_bytes()
@@ -325,6 +325,37 @@ def test_files_that_are_no_results_are_left_alone(stub, folder, tmp_path, capsys
   assert lavit('caption', folder, '--out', out) == 2
   assert 'captions.jsonl:1 is no result of such a run; give --out another name' in capsys.readouterr().err
   assert out.read_text('latin-1') == text
+
+
+def test_a_run_goes_on_from_wherever_it_is_started(stub, folder, tmp_path, capsys, monkeypatch):
+  out, checkpoint = tmp_path / 'captions.jsonl', tmp_path / 'checkpoint'
+  checkpoint.mkdir()
+  (tmp_path / 'link').symlink_to(checkpoint)
+  monkeypatch.chdir(tmp_path)
+  assert lavit('caption', folder / '04.PNG', '--out', out, '--folder', 'checkpoint') == 0
+  whole = out.read_bytes()
+  monkeypatch.chdir(folder)
+  for spelled in ('../checkpoint/', checkpoint, tmp_path / 'link'):
+    assert lavit('caption', folder / '04.PNG', '--out', out, '--folder', spelled) == 0
+  assert out.read_bytes() == whole and stub.calls == 1
+  assert lavit('caption', folder / '04.PNG', '--out', out, '--folder', 'checkpoint') == 2
+  assert 'holds results of folder' in capsys.readouterr().err
+
+
+def test_settings_of_the_writing_reach_the_model(stub, folder, tmp_path, monkeypatch):
+  seen = []
+  monkeypatch.setattr(stub, 'caption', lambda images, seed, **options: seen.append((seed.rows, options)) or ['owl'] * len(images))
+  out = tmp_path / 'captions.jsonl'
+  options = '--sample', '--top-p', 0.9, '--temperature', 2, '--max-tokens', 5, '--prompt', 'a', '--repetition-penalty', 1.5, '--samples', 3
+  assert lavit('caption', folder / '04.PNG', folder / '06.PNG', *options, '--out', out) == 0
+  expected = dict(sample=True, top_p=0.9, temperature=2., max_tokens=5, prompt='a', repetition_penalty=1.5)
+  assert seen == [([0, 1, 2, 3, 4, 5], expected)]  # a row for each sample, with a key of its own
+  results = lines(out.read_text())
+  assert [pathlib.Path(row['image']).name for row in results] == ['04.PNG'] * 3 + ['06.PNG'] * 3
+  assert results[0]['settings'].items() >= dict(expected, samples=3).items()
+  assert lavit('answer', folder / '04.PNG', 'What?', '--beams', 0) == 2
+  assert lavit('generate', 'owl', '--samples', 2, '--out', tmp_path / 'drawn') == 0
+  assert sorted(path.name for path in (tmp_path / 'drawn').iterdir()) == ['0-owl.png', '1-owl.png']
 
 
 def test_results_that_are_others(stub, folder, tmp_path, capsys):

@@ -92,6 +92,15 @@ def test_beams(both, num_beams, early_stopping):
   assert any((one != found[0]).any() for one in found)  # the penalty matters
 
 
+def test_the_best_beams(both):
+  params, peer, *prompts = both
+  ours = beam_search(LLAMA, params, *prompts, num_beams=4, num_samples=3, max_new_tokens=NEW, eos_id=EOS)
+  expected = theirs(peer, *prompts, num_beams=4, num_return_sequences=3)
+  assert_same(ours, expected.sequences.numpy())
+  np.testing.assert_allclose(ours.scores, expected.sequences_scores.numpy(), atol=1e-4)
+  assert (np.diff(ours.scores.reshape(7, 3)) < 0).all()
+
+
 def test_beams_that_repeat_less(both):
   params, peer, *prompts = both
   prompts = unpadded(*prompts)

@@ -3,6 +3,7 @@
 import io
 import pathlib
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from lavit_jax.errors import UserError
-from lavit_jax.inference import pipeline, programs
+from lavit_jax.inference import fetching, pipeline, programs, settings
 from lavit_jax.inference.pipeline import Lavit
 from lavit_jax.porting import convert
 
@@ -70,15 +71,18 @@ def test_the_prompt_is_picture_then_question(model, monkeypatch):
 def test_synthesis_prompts_hold_codes(model, monkeypatch):
   seen = []
   monkeypatch.setattr(model, '_embed', intercept(seen))
-  with pytest.raises(Intercepted):
-    model.synthesize([[PICTURES[0], 'owl', PICTURES[1]]], seed=3)
-  keys = jax.vmap(jax.random.fold_in, (None, 0))(pipeline._keys(3, 1)[0], np.arange(2))  # of the row's key, one a picture
+  keys = settings.keys_for(settings.Purpose.PATCHES, settings.row_keys(3, 1)[np.zeros(2, int)], np.arange(2))  # of the row's, one a picture
   ids = model.in_batches(programs.tokenize, ('vit', 'tokenizer'), PICTURES[:2], keys)
-  ids = [row[kept] for row, kept in zip(*ids)]
-  prompt, against = seen[0]
-  flat = [list(piece) for piece in prompt]
-  assert flat == [[2048], list(ids[0] + 2050), [2049], list(model.words.encode('owl')), [2048], list(ids[1] + 2050), [2049], [2048]]
-  assert against == [[2048]]
+  first, second = ([row[kept] + 2050] for row, kept in zip(*ids))
+  owl = [model.words.encode('owl')]
+  for bracketed, expected in ((True, [[2048], *first, [2049], *owl, [2048], *second, [2049], [2048]]),
+                              (False, [*first, *owl, *second, [2048]])):  # the released weights, jy0205/LaVIT: codes, words, one [IMG]
+    monkeypatch.setattr(model, 'settings', model.settings._replace(bracketed=bracketed))
+    with pytest.raises(Intercepted):
+      model.synthesize([[PICTURES[0], 'owl', PICTURES[1]]], seed=3)
+    prompt, against = seen.pop()
+    assert [list(piece) for piece in prompt] == [list(piece) for piece in expected] and against == [[2048]]
+  assert settings.SETTINGS['tiny'].bracketed and not settings.Settings().bracketed
 
 
 def test_generated_codes(model):
@@ -120,6 +124,15 @@ def test_pictures(model):
     (lambda m: m.synthesize([PICTURES[0]]), 'each prompt in brackets'),
     (lambda m: m.draw([np.arange(65)]), 'at most 64 numbers in 0..1023'),
     (lambda m: m.draw([np.array([1024])]), 'at most 64 numbers in 0..1023'),
+    (lambda m: m.caption(PICTURES, ['a']), '2 pictures but 1 prompts'),
+    (lambda m: m.caption(PICTURES, beams=0), 'beams=0 cannot be'),
+    (lambda m: m.answer(PICTURES[:1], ['What?'], temperature=0.5), 'temperature plays no part in beam search'),
+    (lambda m: m.caption(PICTURES, sample=True, seed=None), 'what is sampled needs a seed'),
+    (lambda m: m.sample_codes([[PICTURES[0]]], seed=None), 'what is sampled needs a seed'),
+    (lambda m: m.sample_codes([['an owl']], top_k=0), 'top_k=0 cannot be'),
+    (lambda m: m.generate(['an owl'], temperature=0), 'temperature=0 cannot be; choose a number above 0'),
+    (lambda m: m.synthesize([['an owl']], guidance='much'), "guidance='much' cannot be"),
+    (lambda m: m.generate(['an owl'], max_tokens=65), 'at most 64'),
 ])
 def test_bad_input(model, call, message):
   with pytest.raises(UserError, match=message):
@@ -172,9 +185,9 @@ def test_weights_of_another_variant_are_named(model, tiny_parts):
 
 def test_batches_cover_everything_in_few_shapes():
   for count in (0, 1, 5, 16, 17, 40):
-    rows = [row for n, rows in pipeline._batches(count) for row in rows[:n]]
+    rows = [row for n, rows in fetching.batches(count, 16) for row in rows[:n]]
     assert rows == list(range(count))
-  assert [len(rows) for _, rows in pipeline._batches(21)] == [16, 8]
+  assert [len(rows) for _, rows in fetching.batches(21, 16)] == [16, 8]
 
 
 def test_details(model):
@@ -200,8 +213,91 @@ def test_several_samples_of_a_prompt(model):
   assert len({tuple(row) for row in three}) == 6
   for settings in (dict(top_p=0.5), dict(repetition_penalty=1.5), dict(negative='a key')):
     assert any(a.tolist() != b.tolist() for a, b in zip(model.sample_codes(prompts, **settings), one)), settings
-  with pytest.raises(UserError, match='num_samples is 0'):
+  with pytest.raises(UserError, match='num_samples=0 cannot be'):
     model.sample_codes(prompts, num_samples=0)
+  drawn = model.generate(['an owl', 'a key'], num_samples=2, steps=1, details=True)
+  assert drawn.pictures.shape == (4, 64, 64, 3) and drawn.flagged.tolist() == [False] * 4 and len(np.unique(drawn.pictures, axis=0)) == 4
+  alone = model.sample_codes([['an owl'], ['a key']], details=True)
+  for ours, one in zip(drawn.sampled[::2], alone, strict=True):
+    np.testing.assert_array_equal(ours.ids, one.ids)
+    np.testing.assert_allclose(ours.score, one.score, rtol=1e-5)
+
+
+def test_words_by_search_and_by_sampling(model):
+  one, three = model.caption(PICTURES, details=True), model.caption(PICTURES, beams=4, num_samples=3, details=True)
+  assert len(three) == 6 and all(three[i].score > three[i + 1].score > three[i + 2].score for i in (0, 3))
+  sampled = model.caption(PICTURES, sample=True, num_samples=3)
+  assert len({*sampled}) == 6 and sampled[::3] == model.caption(PICTURES, sample=True)
+  assert sampled != model.caption(PICTURES, sample=True, num_samples=3, seed=1)
+  greedy = model.caption(PICTURES, sample=True, top_k=1, details=True)
+  assert [each.text for each in greedy] == model.caption(PICTURES, beams=1)
+  fewer, longer = (model.caption(PICTURES, details=True, **options) for options in (dict(max_tokens=4), dict(length_penalty=-9.)))
+  assert all(len(each.ids) == 4 for each in fewer) and [each.score for each in longer] != [each.score for each in one]
+  assert model.caption(PICTURES, repetition_penalty=3.) != [each.text for each in one]
+  assert model.answer(PICTURES[:1], ['What?'], num_samples=5, details=True)[0].score > -100
+
+
+def test_a_caption_goes_on_from_its_prompt(model, monkeypatch):
+  seen = []
+  monkeypatch.setattr(model, '_embed', intercept(seen))
+  for prompt, expected in (('a picture of', ['a picture of'] * 2), (['an owl', ' '], ['an owl', ''])):
+    with pytest.raises(Intercepted):
+      model.caption(PICTURES, prompt)
+    assert [model.words.decode(pieces[3]) if len(pieces[3]) else '' for pieces in seen.pop()] == expected
+
+
+def test_questions_that_the_picture_does_not_answer(model, monkeypatch):
+  asked = []
+
+  def tell(images, prompts, *_):
+    asked.append([model.words.decode(each) for each in prompts])
+    return [pipeline.Told('No, not' if 'answerable? Answer:' in text and 'Who' in text else 'Yes', np.array([1]), -1.) for text in asked[-1]]
+
+  monkeypatch.setattr(model, '_tell', tell)
+  assert model.answer(PICTURES, ['What is it?', 'Who is it?']) == ['yes', 'yes']
+  assert model.answer(PICTURES, ['What is it?', 'Who is it?'], judge=True) == ['yes', 'unanswerable']
+  assert asked[-1][1] == 'Question: Is the question: "Who is it?" answerable? Answer:'
+
+
+def test_no_guidance_takes_no_second_row(model, monkeypatch):
+  rows, embed = [], model._embed
+  monkeypatch.setattr(model, '_embed', lambda prompts, *rest: rows.append(len(prompts)) or embed(prompts, *rest))
+  codes = [model.sample_codes([['an owl']], guidance=guidance)[0].tolist() for guidance in (None, 1, 1.0001, 4)]
+  assert rows == [1, 1, 2, 2] and codes[0] == codes[1] == codes[2] != codes[3]
+
+
+def test_each_purpose_has_keys_of_its_own(model, monkeypatch):
+  """Of all that a call draws at random: patches of the pictures of a prompt, every step of every sample, latents."""
+  seen, run = [], model._run
+
+  def watch(program, names, *args, **kwargs):
+    for each in jax.tree.leaves((args, kwargs)):
+      if isinstance(each, jax.Array) and jnp.issubdtype(each.dtype, jax.dtypes.prng_key):
+        seen.append((program, each))
+    return run(program, names, *args, **kwargs)
+
+  monkeypatch.setattr(model, '_run', watch)
+  model.synthesize([[PICTURES[0], PICTURES[1], PICTURES[0], PICTURES[1]]], num_samples=2, steps=1)
+  steps = np.arange(model.settings.image_tokens[1])
+  drawn = []
+  for program, keys in seen:
+    drawn.append(keys if program is not programs.generate else jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, steps))(keys).ravel())
+  every = jax.random.key_data(jnp.concatenate(drawn))
+  assert len(seen) == 3 and len(np.unique(every, axis=0)) == len(every) == 4 + 2 * len(steps) + 2
+  seen.clear()
+  model.reconstruct(PICTURES, steps=1)
+  every = jax.random.key_data(jnp.concatenate([keys for _, keys in seen]))
+  assert len(np.unique(every, axis=0)) == len(every) == 4
+
+
+def test_the_device_is_given_more_before_the_host_waits(model, monkeypatch):
+  events, run, get = [], model._run, jax.device_get
+  monkeypatch.setattr(model, '_run', lambda program, *args, **kwargs: (
+      program is not programs.embed and events.append(program.__name__), run(program, *args, **kwargs))[1])
+  monkeypatch.setattr(pipeline, 'MAX_BATCH', 2)
+  monkeypatch.setattr(jax, 'device_get', lambda x: events.append('fetch') or get(x))
+  model.caption(np.repeat(PICTURES, 3, 0))
+  assert events == ['read', 'read', 'beam_search', 'read', 'beam_search', 'fetch', 'beam_search', 'fetch', 'fetch']
 
 
 def test_interleaved_prompts_do_not_depend_on_their_batch(model):
@@ -244,10 +340,17 @@ def test_small_weights_and_caches(tiny_folder, tiny_parts, model):
 
 
 def test_a_bar_only_on_terminals_and_for_long_work(monkeypatch):
-  for terminal, count, shown in ((True, 40, True), (False, 40, False), (True, 16, False)):
+  monkeypatch.setattr(fetching, 'SHOW_AFTER', 0.2)
+  monkeypatch.setenv('TERM', 'xterm')
+  for terminal, batches, pause, shown in ((True, 1, 0.8, True), (False, 1, 0.8, False), (True, 3, 0., False)):
+
+    def dispatched():
+      for _ in range(batches):
+        time.sleep(pause)
+        yield 4, np.zeros(3)
+
     screen = io.StringIO()
     screen.isatty = lambda: terminal
     monkeypatch.setattr('sys.stderr', screen)
-    monkeypatch.setenv('TERM', 'xterm')
-    assert sum(n for n, _ in pipeline._batches(count, what='codes')) == count
+    assert [n for n, _ in fetching.fetch(dispatched(), 4 * batches, 'codes')] == [4] * batches
     assert ('codes' in screen.getvalue()) == shown

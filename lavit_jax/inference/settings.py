@@ -1,0 +1,155 @@
+"""What a user may ask for: the settings of a model and of the language model's writing, checked here; and the random keys of a seed."""
+
+from __future__ import annotations
+
+import enum
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from lavit_jax.errors import UserError
+from lavit_jax.inference.drawing import HIGHRES_SIZES
+
+# ---------------------------------------------------------------------------------------------------------------- settings
+
+
+class Settings(NamedTuple):
+  """What depends on how a model was trained: (fewest, most) new tokens, the sizes of what it draws, the form of a prompt."""
+
+  caption_tokens: tuple[int, int] = (8, 36)
+  answer_tokens: tuple[int, int] = (2, 10)
+  image_tokens: tuple[int, int] = (20, 200)
+  drawn_size: int = 512  # side of the square
+  highres_sizes: tuple[tuple[int, int], ...] = HIGHRES_SIZES  # (height, width)
+  bracketed: bool = False  # pictures of a prompt to draw from are [IMG] codes [/IMG]; the released weights are given bare codes
+
+
+SETTINGS = {'tiny': Settings((4, 36), (1, 16), (16, 50), 64, bracketed=True)}
+
+
+class Writing(NamedTuple):
+  """How the language model continues a prompt: by beam search, or, where `beams` is None, by sampling."""
+
+  min_tokens: int
+  max_tokens: int
+  beams: int | None = None
+  length_penalty: float = 1.0  # of finished beams
+  early_stopping: bool | str = False  # of the search: False, True or 'never' (`decode.beam_search`)
+  temperature: float = 1.0
+  top_k: int | None = 50  # None: all
+  top_p: float | None = None  # None: all
+  repetition_penalty: float | None = None  # None: none
+  num_samples: int = 1  # continuations of each prompt: the best beams, or so many samples
+  guidance: float | None = None  # of sampled codes; None: none
+
+
+SEARCHING, SAMPLING = ('beams', 'length_penalty', 'early_stopping'), ('temperature', 'top_k', 'top_p')
+_LIMITS = dict(  # what a setting is, which of these it may be, and how to say it
+    min_tokens=(int, lambda x: x >= 0, 'a whole number from 0 up'),
+    max_tokens=(int, lambda x: x >= 1, 'a whole number from 1 up'),
+    beams=(int, lambda x: x >= 1, 'a whole number from 1 up'),
+    length_penalty=(float, lambda x: True, 'a number'),
+    early_stopping=(None, lambda x: x in (False, True, 'never'), "False, True or 'never'"),
+    temperature=(float, lambda x: x > 0, 'a number above 0'),
+    top_k=(int, lambda x: x >= 1, 'a whole number from 1 up, or None'),
+    top_p=(float, lambda x: 0 < x <= 1, 'a number above 0 and at most 1, or None'),
+    repetition_penalty=(float, lambda x: x > 0, 'a number above 0, or None'),
+    num_samples=(int, lambda x: x >= 1, 'a whole number from 1 up'),
+    guidance=(float, lambda x: x >= 0, 'a number from 0 up, or None'))
+_OFF = dict(top_p=1, repetition_penalty=1, guidance=1)  # settings that change nothing at this value, and then cost nothing
+
+
+def settle(task: Writing, asked: Mapping, most: int) -> Writing:
+  """The settings of a task, changed by those that are asked for. The one place that checks them.
+
+  Args:
+    asked: fields of `Writing` by name; of a task that searches also `sample`: whether to sample instead.
+    most: tokens that the task has room for.
+  Raises:
+    UserError: a value that cannot be, or one that would play no part.
+    TypeError: a name that is none of these.
+  """
+  asked = dict(asked)
+  searches = task.beams is not None and not asked.pop('sample', False)
+  unknown = asked.keys() - {*Writing._fields} | (asked.keys() & {'guidance'} if task.guidance is None else set())
+  if unknown:
+    raise TypeError(f'no such setting: {", ".join(sorted(unknown))}')
+  for name in SAMPLING if searches else SEARCHING:
+    if asked.get(name) is not None:
+      raise UserError(f'{name} plays no part in ' + (
+          'beam search; ask for sampling too' if searches else 'sampling; leave it out' + (', or do not sample' if task.beams else '')))
+  chosen = task._replace(**asked)._asdict() | ({} if searches else dict(beams=None))
+  writing = Writing(**{name: _check(name, value) for name, value in chosen.items() if name != 'beams' or searches})
+  if not writing.min_tokens <= writing.max_tokens <= most:
+    raise UserError(f'{writing.min_tokens} to {writing.max_tokens} new tokens cannot be; choose min_tokens and max_tokens in order, '
+                    f'and at most {most}')
+  if searches and writing.num_samples > writing.beams:
+    raise UserError(f'num_samples={writing.num_samples} of {writing.beams} beams cannot be; choose as many beams, or sample')
+  return writing._replace(**{name: None for name, off in _OFF.items() if getattr(writing, name) == off})
+
+
+def _check(name: str, value):
+  """A value, as the int or float that it is: the types of what compiled programs are given stay the same. Raises UserError."""
+  kind, fits, form = _LIMITS[name]
+  if value is None and form.endswith('None'):
+    return None
+  known = {int: numbers.Integral, float: numbers.Real, None: object}[kind]
+  if not isinstance(value, known) or kind is float and not math.isfinite(value) or not fits(value):
+    raise UserError(f'{name}={value!r} cannot be; choose {form}')
+  return kind(value) if kind else value
+
+
+# -------------------------------------------------------------------------------------------------------------------- keys
+
+class Purpose(enum.IntEnum):
+  """What a random key is for. The same seed and row give each purpose keys of its own."""
+
+  PATCHES = 0  # which patches of the row's j-th picture become tokens
+  TOKENS = 1  # what the language model writes, as the row's j-th sample
+  LATENTS = 2  # what its j-th picture is drawn from
+
+
+class RowSeed(NamedTuple):
+  """A seed for some of many rows: given in place of a seed, row i of the call gets the key that row `rows[i]` has among all of them."""
+
+  seed: int
+  rows: Sequence[int]
+
+
+def row_keys(seed: int | Sequence[int] | RowSeed | None, count: int, optional: bool = False) -> Array | None:
+  """A key for each row, so that what a row becomes does not depend on its batch; of its own seed, or of one seed and its place.
+
+  Raises UserError: another number of seeds; or none, unless that is an `optional` thing to have, which gives None.
+  """
+  if seed is None:
+    if not optional:
+      raise UserError('what is sampled needs a seed; give one')
+    return None
+  if isinstance(seed, RowSeed):
+    seed, rows = seed
+  elif np.ndim(seed) == 0:
+    rows = range(count)
+  elif len(seed) == count:
+    return jnp.stack([jax.random.key(int(each)) for each in seed])
+  else:
+    raise UserError(f'{len(seed)} seeds for {count}; give one for each, or one for all')
+  return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.asarray(rows))
+
+
+def keys_for(purpose: Purpose, keys: Array | None, numbers=0) -> Array | None:
+  """Rows' keys [B] -> their keys for a purpose, of which a row has several by `numbers`, an int or i32[B]."""
+  if keys is None:
+    return None
+  numbers = np.broadcast_to(np.asarray(numbers, np.int32), keys.shape)
+  return jax.vmap(lambda key, number: jax.random.fold_in(jax.random.fold_in(key, purpose), number))(keys, numbers)
+
+
+def sample_keys(purpose: Purpose, keys: Array, count: int) -> Array:
+  """Rows' keys [B] -> their keys for the first `count` samples, [B * count]: more samples change no earlier one."""
+  return keys_for(purpose, keys[np.repeat(np.arange(len(keys)), count)], np.tile(np.arange(count), len(keys)))
