@@ -35,7 +35,7 @@ for model in (one, many):
   told = model.caption(photos)
   tokens = model.tokenize(photos)
   codes = model.sample_codes([[photos[0], 'on a red background'], ['an owl']])  # with the prompts of the guidance these are four rows
-  drawn = model.draw(codes, steps=2)
+  drawn = model.draw(tokens.ids, steps=2)
   held = jax.tree.leaves(model.parts['llama'])
   out.append(dict(told=told, tokens=[x.tolist() for x in tokens.ids], codes=[x.tolist() for x in codes], drawn=drawn.tolist(),
                   placed=sorted({len(x.sharding.device_set) for x in held}), split=sum(not x.sharding.is_fully_replicated for x in held),
