@@ -4,7 +4,8 @@
 
 keep: the patches that become tokens, sampled by each of 8 seeds, beside the deterministic choice (seed=None).
 precision: weights of the language model in eight bits, caches in bfloat16 and eight bits, beside float32: the loss (a token's
-negative log-likelihood) of the true captions and of the pictures' codes, captions, answers, and greedy captions of the golden model.
+negative log-likelihood) of the true captions and of the pictures' codes, captions, answers; and of the golden model, whose weights are
+random, the error of its logits and its greedy captions.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def agreement(one, other) -> float:
 
 
 def keep(examples) -> dict:
-  """Counts of a picture by seeds and by the deterministic choice; share of the patches in common; captions."""
+  """Counts of a picture by seeds and by the deterministic choice; share of the patches in common, and of those of one colour alone, which
+  show nothing but background; captions, and how often these name the background right, by whether the choice has such a patch."""
   model, shown = Lavit.from_pretrained(TINY), pixels(examples)
   fixed, said = model.tokenize(shown, seed=None), model.caption(shown, seed=None)
   sampled = [model.tokenize(shown, seed=seed) for seed in SEEDS]
@@ -52,19 +54,25 @@ def keep(examples) -> dict:
   counts = np.stack([tokens.counts for tokens in sampled])
   common = [(tokens.keep & fixed.keep).sum(-1) / (tokens.keep | fixed.keep).sum(-1) for tokens in sampled]
 
-  def right(texts, part):
-    return captioning.mean(part(example) in text for example, text in zip(examples, texts))
+  side = model.model.vit.patch_size
+  rows = shown.reshape(len(shown), shown.shape[1] // side, side, -1, side, 3).swapaxes(2, 3).reshape(*fixed.keep.shape, -1, 3)
+  plain = (rows.max(2) == rows.min(2)).all(-1)  # [B, N]
 
-  def background(example):
-    return f'{example.facts.background} background'
+  def right(texts, which=slice(None)):
+    return captioning.mean(np.array([f'{example.facts.background} background' in text for example, text in zip(examples, texts)])[which])
 
+  shows = (plain & fixed.keep).any(-1)
   return dict(
       deterministic_tokens=float(fixed.counts.mean()), sampled_tokens=float(counts.mean()), spread_of_a_picture=float(counts.std(0).mean()),
       difference_to_deterministic=float((counts - fixed.counts).mean()), spread_of_means=float(counts.mean(1).std()),
       patches_in_common=float(np.mean(common)),
       captions_as_deterministic=[agreement(texts, said) for texts in captions],
       captions_of_a_picture=captioning.mean(len(set(texts)) for texts in zip(*captions)),
-      background_right_deterministic=right(said, background), background_right=[right(texts, background) for texts in captions])
+      plain_patches=float(plain.sum(-1).mean()), plain_tokens_deterministic=float((plain & fixed.keep).sum(-1).mean()),
+      plain_tokens=float(np.mean([(plain & tokens.keep).sum(-1).mean() for tokens in sampled])),
+      no_plain_token_deterministic=float((~shows).mean()), no_plain_token=[float((~(plain & tokens.keep).any(-1)).mean()) for tokens in sampled],
+      background_right_deterministic=right(said), background_right=[right(texts) for texts in captions],
+      background_right_with_plain_token=right(said, shows), background_right_without=right(said, ~shows))
 
 
 def losses(model: Lavit, examples) -> dict[str, float]:
@@ -97,8 +105,8 @@ def losses(model: Lavit, examples) -> dict[str, float]:
   return dict(caption_loss=mean(told, [len(text) + 1 for text in texts], features), code_loss=mean(drawn, [len(ids) + 1 for ids in codes]))
 
 
-def golden_captions(weights: str | None = None, cache: str | None = None) -> float:
-  """Share of the tokens of the golden greedy captions: random weights, whose words are close to each other."""
+def golden_model(weights: str | None = None, cache: str | None = None) -> dict[str, float]:
+  """Mean absolute error of the golden logits, in standard deviations of them, and the share of the tokens of the greedy captions."""
   sizes, golden = json.loads((GOLDEN / 'language_model.json').read_text()), np.load(GOLDEN / 'language_model_io.npz')
   heads = sizes['num_attention_heads']
   llama = Llama(
@@ -109,17 +117,24 @@ def golden_captions(weights: str | None = None, cache: str | None = None) -> flo
   params = engine.from_torch(llama_rows(), load_file(GOLDEN / 'language_model.safetensors'), like)
   llama, params = unroll(llama, jax.tree.map(jnp.asarray, params))
   params = quantize_weights(params) if weights else params
+  embed = functools.partial(llama.apply, {'params': params}, method='embed')
+
+  ids, logits = jnp.asarray(golden['forward_ids'], jnp.int32), golden['forward_logits']
+  mask = jnp.ones(ids.shape, bool)
+  hidden, _ = llama.apply({'params': params}, embed(ids), sequence.prompt_positions(mask), sequence.prompt_mask(mask),
+                          llama.init_cache(*ids.shape, cache))
+  error = np.abs(llama.apply({'params': params}, hidden, method='logits') - logits).mean() / logits.std()
+
   features = [golden['caption_features_0'], golden['caption_features_1']]
   width = max(map(len, features))
   prompts = [[[sizes['image_start_id']], range(b * width, b * width + len(f)), [sizes['image_end_id']]] for b, f in enumerate(features)]
   padded = jnp.stack([jnp.pad(f, ((0, width - len(f)), (0, 0))) for f in features])
-  embed = functools.partial(llama.apply, {'params': params}, method='embed')
   expected = golden['caption_greedy']
   out = decode.generate(
       llama, params, *sequence.assemble(prompts, embed, padded)[:2], min_new_tokens=sizes['min_new_tokens'],
       max_new_tokens=sizes['max_new_tokens'], eos_id=sizes['eos_id'], suppress=jnp.arange(sizes['vocab_size']) >= sizes['text_vocab'],
       cache_dtype=cache)
-  return float((np.asarray(out.ids)[:, :expected.shape[1]] == expected).mean())
+  return dict(golden_error=float(error), golden_tokens_alike=float((np.asarray(out.ids)[:, :expected.shape[1]] == expected).mean()))
 
 
 def precision(examples) -> dict:
@@ -131,7 +146,7 @@ def precision(examples) -> dict:
     if name == 'float32':
       reference = captions, answers
     found[name] = dict(losses(model, examples), captions_alike=agreement(captions, reference[0]), answers_alike=agreement(answers, reference[1]),
-                       golden_tokens_alike=golden_captions(**settings))
+                       **golden_model(**settings))
   return found
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lavit_jax.inference import diffusion, pipeline
+from lavit_jax.inference import diffusion, programs
 from lavit_jax.models import lavit
 from lavit_jax.models.initial import initial_parts
 from lavit_jax.models.noise import scaled_linear
@@ -43,4 +43,4 @@ def drawing() -> Callable[[], np.ndarray]:
 def tokenizing(images: np.ndarray) -> Callable[[], tuple[np.ndarray, np.ndarray]]:
   """Images uint8[B, H, W, 3] to codes [B, N] and keep [B, N], the most probable patches."""
   parts = dict(vit=filled('vit', vit_rows()), tokenizer=filled('tokenizer', tokenizer_rows()))
-  return lambda: [np.asarray(x) for x in pipeline.tokenize(SMALL, parts, jnp.asarray(images), None)]
+  return lambda: [np.asarray(x) for x in programs.tokenize(SMALL, parts, jnp.asarray(images), None)]

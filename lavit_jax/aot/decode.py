@@ -1,4 +1,7 @@
-"""`lavit compile --decode`: reading a prompt and writing one token, compiled for TPUs that are not there (pods.py)."""
+"""`lavit compile --decode`: the program that continues sequences, compiled for TPUs that are not there (pods.py).
+
+It is told of in two halves: what runs once, which reads the prompts, and what its loop runs for each token.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ import json
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
@@ -16,6 +18,7 @@ from rich.table import Table
 from lavit_jax import sharding
 from lavit_jax.aot import pods
 from lavit_jax.aot.pods import GIB
+from lavit_jax.errors import UserError
 from lavit_jax.inference import decode
 from lavit_jax.models import lavit
 from lavit_jax.models.initial import initial_parts
@@ -26,20 +29,20 @@ DTYPE = 'bfloat16'
 
 
 class Report(NamedTuple):
-  """What one program needs, of one chip unless it says otherwise; times in seconds, memory in GiB."""
+  """What one half needs, of one chip unless it says otherwise; times in seconds, memory in GiB."""
 
-  program: str  # 'prefill', of all prompts, or 'decode', of one token a row
+  program: str  # 'prefill', all but the loop, of all prompts, or 'decode', a round of the loop, of one token a row
   topology: str
   chips: int
   mesh: dict[str, int]
   batch: int
   prompt_tokens: int
-  new_tokens: int  # for which the cache has room
+  new_tokens: int
   weights: str
   cache: str
   hbm_parameters_gib: float
   hbm_cache_gib: float
-  hbm_per_chip_gib: float
+  hbm_per_chip_gib: float  # of the whole program
   hbm_limit_gib: float
   fits: bool  # with `pods.SPARE` to spare
   flops_per_chip: float
@@ -53,7 +56,7 @@ class Report(NamedTuple):
 
 
 def run(variant: str, topology: str, batch: int, prompt: int, new: int, weights: str | None, cache: str | None, as_json: bool) -> None:
-  """Compiles both programs and prints them, each as one JSON object on a line, or together as a table."""
+  """Compiles the program and prints its halves, each as one JSON object on a line, or together as a table."""
   reports = compile_decoding(variant, topology, batch, prompt, new, weights, cache)
   if as_json:
     for report in reports:
@@ -75,14 +78,16 @@ def run(variant: str, topology: str, batch: int, prompt: int, new: int, weights:
 
 
 def compile_decoding(variant: str, topology: str, batch: int, prompt: int, new: int, weights: str | None, cache: str | None) -> list[Report]:
-  """Compiles `decode.prefill` and `decode.extend` of the language model, split over all chips by heads and hidden units.
+  """Compiles `decode.generate` (greedy), the language model split over all chips by heads and hidden units.
 
   Args:
-    batch: rows; prompt: their slots; new: the tokens that the cache has room for beyond.
+    batch: rows; prompt: their slots; new: tokens to write, two at least.
     weights, cache: as in `Lavit.from_pretrained`; the compute dtype is bfloat16.
   Raises:
-    UserError: as `pods.pod` and `pods.compile_on`.
+    UserError: as `pods.pod` and `pods.compile_on`; too few new tokens.
   """
+  if new < 2:
+    raise UserError(f'--new-tokens {new}: the first comes of the prompt; ask for 2 or more')
   chip, devices = pods.pod(topology)
   mesh = sharding.make_mesh(dict(data=1, fsdp=1, tensor=-1), devices)
   llama, params = _abstract_llama(variant, weights, mesh)
@@ -90,27 +95,27 @@ def compile_decoding(variant: str, topology: str, batch: int, prompt: int, new: 
   def struct(shape, dtype, spec=P()):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
-  heads = sharding.TENSOR_AXIS if llama.num_kv_heads % mesh.size == 0 else None
+  @jax.jit
+  def generate(params, embeddings, mask, suppress):
+    return decode.generate(llama, params, embeddings, mask, max_new_tokens=new, eos_id=2, suppress=suppress, cache_dtype=cache)
+
+  program = pods.compile_on(topology, mesh, generate, params, struct((batch, prompt, llama.hidden_size), DTYPE),
+                            struct((batch, prompt), bool), struct((llama.vocab_size,), bool))
+  rounds, token = max(program.loops, key=lambda loop: loop[0] * loop[1].bytes)
+  halves = dict(prefill=(batch * prompt, program.cost + token.times(-rounds)), decode=(batch, token))
+  heads = sharding.TENSOR_AXIS if llama.num_kv_heads % mesh.size == 0 else None  # as the compiler splits the cache, by the keys' kernels
   slots = jax.tree.map(lambda x: struct(x.shape, x.dtype, P(None, heads) if x.ndim else P()),
                        jax.eval_shape(functools.partial(llama.init_cache, batch, prompt + new, cache)))
-  places = jax.tree.map(lambda x: x.sharding, slots)
-  prefill = jax.jit(lambda params, embeddings, mask: decode.prefill(llama, params, embeddings, mask, new, cache), out_shardings=(None, places))
-  extend = jax.jit(lambda params, tokens, positions, seen, cache: decode.extend(llama, params, tokens, positions, seen, cache),
-                   donate_argnums=4, out_shardings=(None, places))
-  programs = dict(
-      prefill=(batch * prompt, pods.compile_on(topology, mesh, prefill, params, struct((batch, prompt, llama.hidden_size), DTYPE),
-                                               struct((batch, prompt), bool))),
-      decode=(batch, pods.compile_on(topology, mesh, extend, params, struct((batch, 1), jnp.int32), struct((batch,), jnp.int32),
-                                     struct((batch, 1, prompt + new), bool), slots)))
 
-  def report(name, tokens, program):
-    times = program.times(chip)
+  def report(name, tokens, cost):
+    half = program._replace(cost=cost)
+    times = half.times(chip)
     return Report(
         name, topology, mesh.size, dict(mesh.shape), batch, prompt, new, weights or DTYPE, cache or DTYPE, pods.bytes_a_chip(params) / GIB,
-        pods.bytes_a_chip(slots) / GIB, program.hbm_bytes / GIB, chip.hbm_gib, program.fits(chip), program.cost.flops, program.cost.bytes,
-        program.sent, *times, tokens / max(times), program.compile_seconds)
+        pods.bytes_a_chip(slots) / GIB, program.hbm_bytes / GIB, chip.hbm_gib, program.fits(chip), cost.flops, cost.bytes, half.sent, *times,
+        tokens / max(times), program.compile_seconds)
 
-  return [report(name, *rest) for name, rest in programs.items()]
+  return [report(name, *half) for name, half in halves.items()]
 
 
 def _abstract_llama(variant: str, weights: str | None, mesh: Mesh):

@@ -76,8 +76,14 @@ def cost(text: str, kernel_flops: Callable[[str, Sequence[tuple[int, ...]]], flo
   Args:
     kernel_flops: operations of one call of a kernel, whose inside the text does not show, by its name and the shapes of its operands.
   """
+  return costs(text, kernel_flops)[0]
+
+
+def costs(text: str, kernel_flops: Callable = lambda name, shapes: 0.0) -> tuple[Cost, list[tuple[int, Cost]]]:
+  """As `cost`, and of each loop that is no part of another: its rounds, and what one of them costs."""
   computations, entry = parse(text)
-  return _Walk(computations, kernel_flops).of(entry)
+  walk = _Walk(computations, kernel_flops)
+  return walk.of(entry), [walk.loop(line) for line in computations[entry] if line.opcode == 'while']
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
@@ -137,6 +143,10 @@ class _Walk:
       total += cost
     return total
 
+  def loop(self, line: Instruction) -> tuple[int, Cost]:
+    """How often a loop runs, and what it costs each time."""
+    return self._rounds(_called(line, 'condition')), self.of(_called(line, 'body'))
+
   def _channel(self, line: Instruction) -> str | None:
     """Which collective a line is, or a fusion holds."""
     lines = self.computations[_called(line, 'calls')] if line.opcode == 'fusion' else [line]
@@ -145,7 +155,8 @@ class _Walk:
 
   def _cost(self, line: Instruction, made: dict[str, Instruction]) -> Cost:
     if line.opcode == 'while':
-      return self.of(_called(line, 'body')).times(self._rounds(_called(line, 'condition')))
+      rounds, cost = self.loop(line)
+      return cost.times(rounds)
     if line.opcode == 'conditional':  # the dear branch is the exception, such as k-means at the start
       return min((self.of(name) for name in _branches(line)), key=lambda cost: cost.flops)
     if line.opcode == 'call':

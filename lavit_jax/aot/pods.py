@@ -32,6 +32,7 @@ class Program(NamedTuple):
 
   hbm_bytes: int  # arguments, results, what lives in between, and the code
   cost: hlo.Cost
+  loops: list[tuple[int, hlo.Cost]]  # as `hlo.costs` has them
   compile_seconds: float
 
   @property
@@ -81,7 +82,7 @@ def compile_on(topology: str, mesh: Mesh, function, *inputs) -> Program:
   seconds, memory = time.monotonic() - start, compiled.memory_analysis()
   total = (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
            + memory.generated_code_size_in_bytes)
-  return Program(total, hlo.cost(compiled.as_text(), kernel_flops), seconds)
+  return Program(total, *hlo.costs(compiled.as_text(), kernel_flops), seconds)
 
 
 def bytes_a_chip(tree) -> int:

@@ -6,6 +6,7 @@ that memory is read a byte a weight: on TPUs the compiler fuses the conversion i
 Axes: N rows of activations, I input and O output channels.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -83,13 +84,15 @@ def product(x: Array, kernel: Array | Int8, out_dtype: Any) -> Array:
     return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=out_dtype)
   # In a loop the weights are constant, and XLA would convert them all before it begins: they must seem to depend on x.
   values, rows = jax.lax.optimization_barrier((kernel.values, x.reshape(-1, x.shape[-1])))
-  y = jax.lax.platform_dependent(rows, values, cpu=_on_cpu, default=_product) * kernel.scale
+  # Chips that hold parts of I send each other their sums: in the output's type, as with float weights, or these would be twice the bytes.
+  sums = functools.partial(_product, dtype=jnp.promote_types(out_dtype, jnp.bfloat16))  # float16 is too narrow for them, before the scale
+  y = jax.lax.platform_dependent(rows, values, cpu=_on_cpu, default=lambda *given: sums(*given).astype(jnp.float32)) * kernel.scale
   return y.reshape(*x.shape[:-1], -1).astype(out_dtype)
 
 
-def _product(x: Array, values: Array) -> Array:
-  """[N, I] by int8[O, I]: f32[N, O]."""
-  return jax.lax.dot_general(x, values.astype(x.dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+def _product(x: Array, values: Array, dtype: Any = jnp.float32) -> Array:
+  """[N, I] by int8[O, I]: dtype[N, O]."""
+  return jax.lax.dot_general(x, values.astype(x.dtype), (((1,), (1,)), ((), ())), preferred_element_type=dtype)
 
 
 def _on_cpu(x: Array, values: Array) -> Array:

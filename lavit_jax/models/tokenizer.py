@@ -146,8 +146,9 @@ class Merger(nn.Module):
 
     With `all_blocks`, returns (merged, ln_vision [B, N, D], the stream after each block [L, B, N, D]).
     """
-    x = x.astype(self.dtype)
-    keep = keep.astype(jnp.float32)[:, None, None, :]  # [B, 1, 1, N]: over keys
+    # Both by rows: left to choose how masks lie on a mesh of data=2, fsdp=2, tensor=2, XLA (jax 0.10.2) gave rows 1 and 2 each other's.
+    x, keep = split_batch(x.astype(self.dtype)), split_batch(keep.astype(jnp.float32))
+    keep = keep[:, None, None, :]  # [B, 1, 1, N]: over keys
     tokens = x.shape[1]
     itself = jnp.eye(tokens)
     kept_policy = jnp.tril(jnp.ones((tokens, tokens)), -1) * keep + itself

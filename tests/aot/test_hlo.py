@@ -22,6 +22,19 @@ def test_a_loop_counts_as_often_as_it_runs():
   assert hlo.cost(compiled(jax.grad(loss, argnums=(0, 1)), w, x)).flops == 3 * 5 * 2 * 16 * 8 * 8
 
 
+def test_a_loop_apart_from_the_rest():
+  """A product before a loop of five, whose rounds hold another loop of three."""
+  w = jnp.zeros((8, 8))
+
+  def nested(x):
+    return jax.lax.fori_loop(0, 5, lambda _, x: jax.lax.fori_loop(0, 3, lambda _, x: jnp.tanh(x @ w), x) @ w, x @ w)
+
+  whole, [(rounds, cost)] = hlo.costs(compiled(nested, jnp.zeros((16, 8))))
+  product = 2 * 16 * 8 * 8
+  assert (rounds, cost.flops, whole.flops) == (5, 4 * product, 21 * product)
+  assert (whole + cost.times(-rounds)).flops == product
+
+
 def test_what_a_product_moves():
   cost = hlo.cost(compiled(jnp.matmul, jnp.zeros((64, 32)), jnp.zeros((32, 128))))
   assert cost.flops == 2 * 64 * 32 * 128

@@ -1,5 +1,6 @@
 """Codes -> pictures: both ways against diffusers, from the golden codes on; sizes, starts and the safety checker in the user's API."""
 
+import functools
 import logging
 import pathlib
 import shutil
@@ -12,7 +13,7 @@ from nano import NANO
 
 from lavit_jax.data.text import TextTokenizer
 from lavit_jax.errors import UserError
-from lavit_jax.inference import drawing, pipeline
+from lavit_jax.inference import diffusion, drawing, pipeline
 from lavit_jax.inference.pipeline import Lavit
 from lavit_jax.models import lavit
 from lavit_jax.porting import folder, layouts, to_torch
@@ -143,6 +144,21 @@ def test_both_ways_by_size(model):
   mixed = model.synthesize([[np.zeros((8, 8), np.uint8), 'an owl']], size=(16, 24), steps=1, details=True)
   assert mixed.pictures.shape == (1, 16, 24, 3) and mixed.flagged.shape == (1,)
   np.testing.assert_array_equal(wide, model.generate(['an owl', 'a key'], size=(16, 24), steps=1, seed=2, details=True).pictures)
+
+
+@pytest.mark.parametrize('height, width', [(1024, 1024), (896, 1152), (832, 1216), (768, 1344), (1216, 832), (1152, 896)])
+def test_every_published_size_of_sdxl_at_full_scale(height, width, monkeypatch):
+  """lavit_7b draws it in bfloat16, of latents an eighth as high and wide; nothing is computed."""
+  full, seen = lavit.build('lavit_7b', 'bfloat16'), []
+  options = drawing.settle(2, 512, pipeline.Settings().highres_sizes, layouts.TABLES, size=(height, width)).options
+  shapes = layouts.shapes(full, (*options['way'].parts, 'safety_checker'))
+  sample = diffusion.sample
+  monkeypatch.setattr(diffusion, 'sample', lambda denoise, noise, *args, **kwargs: seen.append(noise.shape) or sample(denoise, noise, *args, **kwargs))
+  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
+  drawn = jax.eval_shape(functools.partial(drawing.draw.__wrapped__, full, **options), shapes, jax.ShapeDtypeStruct((2, 256), jnp.int32),
+                         jax.ShapeDtypeStruct((2, 256), bool), keys, None)
+  assert seen == [(2, height // 8, width // 8, 4)]
+  assert (drawn.pictures.shape, drawn.pictures.dtype, drawn.flagged.shape) == ((2, height, width, 3), jnp.uint8, (2,))
 
 
 def test_defaults_are_those_published():
