@@ -1,7 +1,7 @@
 """`lavit COMMAND`: the whole project from the shell.
 
 A command parses its options, imports what it needs, calls one function of the package, and prints. Whatever goes wrong by
-the user's doing arrives here as a `UserError` (or as a full disk) and leaves as one line on stderr with exit status 2.
+the user's doing arrives here as a `UserError` (or as a full disk) and leaves as one line on stderr with an exit status of errors.py.
 
 Imports wait inside the commands, so that `lavit --help` answers at once; and the syntax of this file is plain, so that an
 old Python gets as far as `check_python`, which says what is wrong with it.
@@ -21,7 +21,7 @@ PLUMBING = ('command', 'run', 'inputs', 'input', 'out', 'json', 'tensor', *LOADI
 
 
 def main(argv=None):
-  """Runs one command; returns its exit status: 0, or 2 after one line on stderr that names the fault and the remedy."""
+  """Runs one command; returns its exit status: 0, or one of errors.py after one line on stderr that names the fault and the remedy."""
   check_python()
   from lavit_jax.errors import UserError
   try:
@@ -33,7 +33,7 @@ def main(argv=None):
       raise UserError('lavit %s does not know %s; see lavit %s --help' % (args.command, ' '.join(rest), args.command))
     args.run(args)
   except UserError as error:
-    return _fail(error)
+    return _fail(error, error.status)
   except OSError as error:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
       return _fail('the disk is full%s; free some space or write elsewhere' % (' at %s' % error.filename if error.filename else ''))
@@ -43,7 +43,7 @@ def main(argv=None):
       raise
     return _fail(error)  # raised by the data package with the remedy
   except KeyboardInterrupt:
-    return _fail('interrupted') + 128
+    return _fail('interrupted', 130)
   return 0
 
 
@@ -54,9 +54,9 @@ def check_python(version=None):
     raise SystemExit(_fail('Python %d.%d is too old; make the virtual environment with Python %d.%d or newer' % (version + MIN_PYTHON)))
 
 
-def _fail(message):
+def _fail(message, status=2):
   print('lavit: error: ' + ' '.join(str(message).split()), file=sys.stderr)
-  return 2
+  return status
 
 
 # --------------------------------------------------------------------------------------------------------------- commands

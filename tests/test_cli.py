@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from lavit_jax import cli
+from lavit_jax.errors import Unreachable
 from lavit_jax.inference import output
 
 ROOT = pathlib.Path(cli.__file__).parents[1]
@@ -142,6 +143,15 @@ def test_overrides_reach_the_loop(tmp_path, monkeypatch):
                    '--config.batch_size=3', '--config.seed', '7']) == 0
   (config, workdir), = seen
   assert (config.batch_size, config.seed, config.variant, workdir) == (3, 7, 'tiny', 'runs/x')
+
+
+def test_what_a_restart_may_mend_has_a_status_of_its_own(tmp_path, monkeypatch, capsys):
+  def run(config, workdir):
+    raise Unreachable('gs://b/0.tar cannot be read')
+
+  monkeypatch.setattr('lavit_jax.training.loop.train', run)
+  assert cli.main(['train', '--config', str(ROOT / 'configs' / 'encoder.py:tiny'), '--workdir', str(tmp_path)]) == 200
+  assert capsys.readouterr().err == 'lavit: error: gs://b/0.tar cannot be read\n'
 
 
 def test_a_missing_data_set(tiny_folder, tmp_path, fails):

@@ -325,7 +325,9 @@ def open_data(config, model, share, split: str, skipped: Skipped | None = None):
     return mixtures.batches(
         **options, split=split, seed=config.seed, batch_size=len(share.rows), shard_index=share.index, shard_count=share.count,
         rows=share.rows, skipped=skipped)
-  except (FileNotFoundError, ValueError, UserError) as error:
+  except UserError as error:
+    raise error.within('data') from error
+  except (FileNotFoundError, ValueError) as error:
     raise UserError(f'data: {error}') from error
 
 

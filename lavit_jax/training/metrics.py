@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pathlib
+import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -136,7 +137,10 @@ class Log:
 
   def say(self, line: str) -> None:
     if self.writes:
-      print(line, flush=True)
+      try:
+        print(line, flush=True)
+      except OSError:  # nobody reads any more: a lost terminal does not end a job, whose record is in workdir
+        sys.stdout = open(os.devnull, 'w')
 
   def close(self) -> None:
     self.flush()

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +30,18 @@ def test_every_step_is_in_the_jsonl_and_the_terminal_shows_means(tmp_path, capsy
   out = capsys.readouterr().out
   assert 'step 3/10' in out and 'loss 2 ' in out and 'ETA' in out and 'examples/s' in out and 'tokens/s' in out and 'MFU' in out and 'step 4 held-out  loss 0.5' in out
   assert list((tmp_path / 'tensorboard').iterdir())
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_says(tmp_path, monkeypatch):
+  read, write = os.pipe()
+  os.close(read)
+  monkeypatch.setattr(metrics.sys, 'stdout', os.fdopen(write, 'w'))
+  log = metrics.Log(tmp_path, 0, 2, 4)
+  for step in (1, 2):
+    log.step(step, {'loss': jnp.float32(step)})
+    log.report()
+  log.close()
+  assert [row['step'] for row in lines(tmp_path)] == [1, 2]
 
 
 def test_a_continued_run_drops_the_steps_that_it_makes_again(tmp_path):
