@@ -8,7 +8,7 @@ set -euo pipefail
 [ -z "${STATUSES:-}" ] || trap ': >"$STATUSES/$?"' EXIT
 source "$(dirname "$0")/install.sh" "${EXTRAS:-}"
 
-(trap '' HUP && exec .venv/bin/lavit train "$@") & # a lost terminal reaches it as SIGTERM, below
+(trap '' INT HUP && exec .venv/bin/lavit train "$@") & # both reach it as SIGTERM, below
 child=$!
 trap 'kill -TERM "$child" 2>/dev/null || true' INT TERM HUP
 while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done # a signal ends the waiting, not the child
