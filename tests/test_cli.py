@@ -154,6 +154,22 @@ def test_what_a_restart_may_mend_has_a_status_of_its_own(tmp_path, monkeypatch, 
   assert capsys.readouterr().err == 'lavit: error: gs://b/0.tar cannot be read\n'
 
 
+@pytest.mark.parametrize('arguments', [
+    ['train', '--config', 'configs/encoder.py:tiny', '--workdir', 'gs://b/run'], ['data', 'pack', 'gs://b/0.tar', '--out', 'gs://b/x'],
+    ['convert', '--src', 'gs://b/x', '--dst', 'x'], ['convert', '--src', 'x', '--dst', 's3://b/x'], ['bundle', 'gs://b/export', '--out', 'x'],
+    ['bundle', 'export', '--out', 'gs://b/x'], ['inspect', 'gs://b/x'], ['caption', 'x.png', '--out', 'gs://b/x.jsonl'],
+    ['generate', 'x', '--folder', 'gs://b/model']])
+def test_a_bucket_is_no_folder(tmp_path, monkeypatch, fails, arguments):
+  monkeypatch.chdir(tmp_path)
+  fails(arguments, r"'(gs|s3)://b/.* is no path here; mount the bucket \(gcsfuse\), or use a disk that all machines share; see lavit")
+  assert not any(tmp_path.iterdir())
+
+
+def test_parts_in_a_bucket(tmp_path, fails):
+  fails(['train', '--config', ROOT / 'configs' / 'tokenizer.py:tiny', '--workdir', tmp_path / 'run', '--config.frozen=a, gs://b/export'],
+        'gs://b/export is no folder here')
+
+
 def test_a_missing_data_set(tiny_folder, tmp_path, fails):
   fails(['evaluate', '--folder', tiny_folder, '--source', tmp_path, '--out', tmp_path / 'report.json'], 'no emoji data set; build one')
   assert not list(tmp_path.iterdir())

@@ -29,7 +29,9 @@ for STATUS in $TASKS; do
 done
 exit "$highest"
 """
-WORKER = '#!/usr/bin/env bash\necho "$*" | grep --fixed-strings --quiet "ssh mine --zone z --worker=all" && cd "$WORKER" && exec bash -c "${@: -1}"\n'
+WORKER = """#!/usr/bin/env bash
+[[ $* = *' ssh mine --zone z --worker=all --command '* ]] && cd "$WORKER" && exec bash -c "${@: -1}"
+"""
 
 
 @pytest.mark.parametrize('script', SCRIPTS, ids=lambda path: path.name)

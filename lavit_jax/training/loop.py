@@ -57,6 +57,7 @@ def train(config, workdir) -> None:
   workdir = pathlib.Path(workdir)
   mesh = sharding.make_mesh(config.mesh)
   check_options(config, mesh)
+  processes.check_shared(workdir)
   trace = metrics.Trace(config.profile, workdir)
   flops_a_step = flops.model_flops(config)
   with Interrupt() as interrupt, jax.set_mesh(mesh), contextlib.ExitStack() as stack:
@@ -286,8 +287,11 @@ def check_options(config, mesh) -> None:
 
 
 def split_folders(text: str) -> list[str]:
-  """'a,b' -> ['a', 'b']."""
-  return [path.strip() for path in text.split(',') if path.strip()]
+  """'a,b' -> ['a', 'b'], of this machine, or a UserError."""
+  found = [path.strip() for path in text.split(',') if path.strip()]
+  if remote := [path for path in found if '://' in path]:
+    raise UserError(f'{remote[0]} is no folder here; mount the bucket (gcsfuse), or use a disk that all machines share')
+  return found
 
 
 def export(config, stage, train_state, workdir) -> None:

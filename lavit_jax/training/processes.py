@@ -12,8 +12,11 @@ import glob
 import importlib.util
 import json
 import os
+import pathlib
 import re
+import secrets
 import signal
+import socket
 import sys
 import threading
 import time
@@ -30,6 +33,7 @@ LOST = re.compile(r'Gloo [^\n]{,80}failed|Connection (closed|reset|refused)|NCCL
                   r'(UNAVAILABLE|DEADLINE_EXCEEDED)[^\n]{,80}')
 TIMEOUT = 60  # seconds of silence after which a process is given up
 ROOM = 1024  # bytes of what one process tells the others
+PATIENCE = 10  # seconds that a shared folder has to show a new file everywhere
 
 
 def connect(coordinator: str | None = None, processes: int | None = None, process: int | None = None, timeout: int | None = None) -> None:
@@ -168,6 +172,31 @@ def gather(values: dict) -> list[dict]:
     raise ValueError(f'{len(text)} bytes are more than the {ROOM} that there is room for')
   rows = multihost_utils.process_allgather(np.frombuffer(text.ljust(ROOM), np.uint8))
   return [json.loads(row.tobytes()) for row in np.asarray(rows)]
+
+
+def check_shared(folder: pathlib.Path) -> None:
+  """Makes the folder, where there are several processes, and looks whether they all have the same one; all must call it.
+
+  Raises:
+    UserError: on all of them, with the names of those that do not see what process 0 writes there.
+  """
+  if jax.process_count() == 1:
+    return
+  name = gather({'probe': f'.probe-{secrets.token_hex(8)}'})[0]['probe']
+  probe = folder / name
+  if jax.process_index() == 0:
+    folder.mkdir(parents=True, exist_ok=True)
+    probe.touch()
+  wait_for_all('a probe is written')
+  deadline = time.monotonic() + PATIENCE
+  while not (seen := probe.exists()) and time.monotonic() < deadline:
+    time.sleep(0.5)
+  told = gather({'seen': seen, 'host': socket.gethostname()[:200]})
+  if jax.process_index() == 0:
+    probe.unlink()
+  if blind := [f'{i} ({each["host"]})' for i, each in enumerate(told) if not each['seen']]:
+    raise UserError(f'what process 0 ({told[0]["host"]}) writes to {folder.absolute()} is not seen by process {", ".join(blind[:5])}'
+                    f'{f" and {len(blind) - 5} more" if len(blind) > 5 else ""}; --workdir must be one folder that all machines share')
 
 
 def wait_for_all(what: str) -> None:
