@@ -54,7 +54,7 @@ def open_file(path: str) -> BinaryIO:
   Raises:
     NO_FILE: when opening.
     Unreachable: when opening and reading: it does not work in the end.
-    UserError: a package is missing for such a path.
+    UserError: the store refuses, or a package is missing for such a path.
   """
   return io.BufferedReader(_Patient(path), _BUFFER)
 
@@ -117,7 +117,7 @@ def _open(path: str) -> BinaryIO:
 
 
 def _patiently(path: str, act: Callable[[], Any]) -> Any:
-  """act(), tried a few times. Raises NO_FILE at once, and Unreachable in the end."""
+  """act(), tried a few times. Raises NO_FILE at once, and in the end Unreachable, or UserError of a store that refuses."""
   for wait in (*_WAITS, None):
     try:
       return act()
@@ -128,8 +128,10 @@ def _patiently(path: str, act: Callable[[], Any]) -> Any:
         raise FileNotFoundError(error.errno, os.strerror(error.errno), path) from error
       reason = ' '.join(str(error).split())[:200] or type(error).__name__
       if wait is None:
-        raise Unreachable(f'{path} cannot be read ({reason}; tried {1 + len(_WAITS)} times); see to the network or the disk, and start the '
-                          'same command again: it goes on from where it was saved') from error
+        refused = getattr(error, 'code', None) == 401 or reason.startswith('Forbidden')  # in the words of gcsfs
+        raise (UserError if refused else Unreachable)(
+            f'{path} cannot be read ({reason}; tried {1 + len(_WAITS)} times); see to the {"permissions" if refused else "network or the disk"}, '
+            'and start the same command again: it goes on from where it was saved') from error
       logging.getLogger(__name__).warning('%s cannot be read (%s); again in %g s', path, reason, wait)
       time.sleep(wait)
 

@@ -109,6 +109,16 @@ def test_what_never_answers_is_an_error_with_its_name(tmp_path, flaky):
     mixtures.batches('images', sources=({'format': 'parquet', 'path': 'flaky://bucket/0.parquet'},), batch_size=4, image_size=SIZE)
 
 
+@pytest.mark.parametrize('message, kind', [('Forbidden: b/0.tar', UserError), ('Service Unavailable', Unreachable)])
+def test_a_store_that_refuses_is_no_matter_of_a_restart(flaky, message, kind):
+  def refuse():
+    raise OSError(message)
+
+  with pytest.raises(UserError, match=message) as caught:
+    paths._patiently('gs://b/0.tar', refuse)
+  assert type(caught.value) is kind
+
+
 def test_a_missing_file_is_not_waited_for(tmp_path, flaky):
   for path in (f'{tmp_path}/nothing', 'flaky://bucket/nothing', str(tmp_path)):
     with pytest.raises(paths.NO_FILE):
