@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Trains on the GPUs of this machine: by one process that has all of them, or with PROCESSES=N by N that share them out.
+# Ctrl-C, and a lost terminal, let it save and end; to go on without a terminal, start it in tmux or by nohup setsid.
 # EXTRAS= PROCESSES=2 JAX_PLATFORMS=cpu tries it out without GPUs.
 # usage: [PROCESSES=8] bash launch/gpus.sh --config configs/lm.py:small --workdir runs/lm [--config.KEY=VALUE ...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export EXTRAS="${EXTRAS-[cuda]}"
+export EXTRAS="${EXTRAS-[cuda,gcs]}"
 processes=${PROCESSES:-1}
 if [ "$processes" = 1 ]; then
   exec bash launch/train.sh "$@"
@@ -12,8 +13,12 @@ fi
 bash launch/install.sh "$EXTRAS" # once, before they all look
 
 gpus=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)
+if ((gpus % processes)); then
+  echo "lavit: error: $gpus GPUs cannot be shared out to PROCESSES=$processes alike; choose a number that divides them" >&2
+  exit 2
+fi
 children=()
-trap 'kill -TERM "${children[@]}" 2>/dev/null || true' INT TERM
+trap 'kill -TERM "${children[@]}" 2>/dev/null || true' INT TERM HUP
 for ((i = 0; i < processes; i++)); do
   if ((gpus)); then
     CUDA_VISIBLE_DEVICES=$(seq -s, $((i * gpus / processes)) $(((i + 1) * gpus / processes - 1)))
@@ -24,8 +29,9 @@ for ((i = 0; i < processes; i++)); do
 done
 status=0
 for child in "${children[@]}"; do
+  while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done # a signal ends the waiting, not the child
   result=0
-  while kill -0 "$child" 2>/dev/null; do wait "$child" && result=0 || result=$?; done # a signal ends the waiting, not the child
-  [ "$result" = 0 ] || status=$result
+  wait "$child" || result=$?
+  if ((result && (!status || result < status))); then status=$result; fi # the lowest: what is below 128 was the reason of the others
 done
 exit "$status"

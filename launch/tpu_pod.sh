@@ -1,21 +1,30 @@
 #!/usr/bin/env bash
 # Trains on all workers of a Cloud TPU VM pod, which find each other by themselves. Needs gcloud and a pod, such as
 #   gcloud compute tpus tpu-vm create NAME --zone ZONE --accelerator-type v5p-128 --version v2-alpha-tpuv5
-# The workers fetch this branch as it was pushed. Ctrl-C here leaves them running; start it again and the old run saves first.
-# usage: ZONE=us-east5-a bash launch/tpu_pod.sh NAME --config configs/lm.py:lavit_7b --workdir /mnt/shared/runs/lm [--config.KEY=VALUE ...]
+# The workers fetch the commit that is checked out here, from where it was pushed to. They go on without this terminal: Ctrl-C ends only
+# what is shown, and the same command, or one with NAME alone, shows it again. To let the run save and end: NAME stop.
+# usage: ZONE=us-east5-a bash launch/tpu_pod.sh NAME [stop | --config configs/lm.py:lavit_7b --workdir /mnt/shared/runs/lm ...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name=$1
 shift
-branch=$(git rev-parse --abbrev-ref HEAD)
-repository=${REPOSITORY:-$(git remote get-url origin)}
-printf -v arguments ' %q' "$@"
+commit=$(git rev-parse HEAD)
+repository=$(printf %q "${REPOSITORY:-$(git remote get-url origin)}")
+arguments=''
+[ $# = 0 ] || printf -v arguments ' %q' "$@"
+git diff --quiet HEAD || echo 'lavit: what is not committed does not reach the workers' >&2
 
-# [l]avit: else the shell that looks for it would find itself.
+# While something runs, its files stay as they are. TPU VMs come with Python 3.10.
+prepare="
+  if [ ! -e launch/detached.sh ] || ! bash launch/detached.sh running; then
+    git fetch --quiet $repository '+refs/heads/*:refs/remotes/origin/*'
+    git checkout --quiet --detach $commit || { echo 'lavit: error: push the commit first' >&2; exit 2; }
+    command -v python3.11 >/dev/null || { sudo apt-get -qq update && sudo apt-get -qq -o DPkg::Lock::Timeout=300 install python3.11-venv; } >&2
+  fi"
+case "${1:-}" in '' | stop) prepare='' ;; esac
 exec gcloud compute tpus tpu-vm ssh "$name" --zone "$ZONE" --worker=all --command "
   set -e
-  if pkill -TERM -f '[l]avit train'; then while pgrep -f '[l]avit train' >/dev/null; do sleep 1; done; fi
   [ -d lavit_jax ] || git clone --quiet $repository lavit_jax
   cd lavit_jax
-  git fetch --quiet origin $branch && git checkout --quiet FETCH_HEAD
-  EXTRAS='[tpu]' bash launch/train.sh$arguments"
+  $prepare
+  EXTRAS='[tpu,gcs]' bash launch/detached.sh$arguments"

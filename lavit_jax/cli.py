@@ -1,7 +1,7 @@
 """`lavit COMMAND`: the whole project from the shell.
 
 A command parses its options, imports what it needs, calls one function of the package, and prints. Whatever goes wrong by
-the user's doing arrives here as a `UserError` (or as a full disk) and leaves as one line on stderr with exit status 2.
+the user's doing arrives here as a `UserError` (or as a full disk) and leaves as one line on stderr with an exit status of errors.py.
 
 Imports wait inside the commands, so that `lavit --help` answers at once; and the syntax of this file is plain, so that an
 old Python gets as far as `check_python`, which says what is wrong with it.
@@ -21,7 +21,7 @@ PLUMBING = ('command', 'run', 'inputs', 'input', 'out', 'json', 'tensor', *LOADI
 
 
 def main(argv=None):
-  """Runs one command; returns its exit status: 0, or 2 after one line on stderr that names the fault and the remedy."""
+  """Runs one command; returns its exit status: 0, or one of errors.py after one line on stderr that names the fault and the remedy."""
   check_python()
   from lavit_jax.errors import UserError
   try:
@@ -33,7 +33,7 @@ def main(argv=None):
       raise UserError('lavit %s does not know %s; see lavit %s --help' % (args.command, ' '.join(rest), args.command))
     args.run(args)
   except UserError as error:
-    return _fail(error)
+    return _fail(error, error.status)
   except OSError as error:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
       return _fail('the disk is full%s; free some space or write elsewhere' % (' at %s' % error.filename if error.filename else ''))
@@ -43,7 +43,7 @@ def main(argv=None):
       raise
     return _fail(error)  # raised by the data package with the remedy
   except KeyboardInterrupt:
-    return _fail('interrupted') + 128
+    return _fail('interrupted', 130)
   return 0
 
 
@@ -54,9 +54,9 @@ def check_python(version=None):
     raise SystemExit(_fail('Python %d.%d is too old; make the virtual environment with Python %d.%d or newer' % (version + MIN_PYTHON)))
 
 
-def _fail(message):
+def _fail(message, status=2):
   print('lavit: error: ' + ' '.join(str(message).split()), file=sys.stderr)
-  return 2
+  return status
 
 
 # --------------------------------------------------------------------------------------------------------------- commands
@@ -208,6 +208,13 @@ def number(kind, low, high=float('inf')):
   return parse
 
 
+def local(text):
+  """The type of an option: a path of this machine, or one that is mounted; for a path `gs://B/run` would be ./gs:/B/run."""
+  if '://' in text:
+    raise argparse.ArgumentTypeError('%r is no path here; mount the bucket (gcsfuse), or use a disk that all machines share' % text)
+  return text
+
+
 def size(text):
   """The type of an option: HEIGHTxWIDTH as [height, width]."""
   sides = text.lower().split('x')
@@ -228,7 +235,7 @@ def build_parser():
 
   def model_command(name, run, text):
     sub = command(name, run, text)
-    sub.add_argument('--folder', default=TINY, metavar='DIR', help='the checkpoint (default: %(default)s)')
+    sub.add_argument('--folder', type=local, default=TINY, metavar='DIR', help='the checkpoint (default: %(default)s)')
     sub.add_argument('--dtype', choices=('float32', 'bfloat16'), help='compute dtype (default: bfloat16 on accelerators, float32 on CPUs)')
     sub.add_argument('--weights', choices=('int8',), help='of the language model, a byte a weight (default: as stored)')
     sub.add_argument('--cache', choices=('bfloat16', 'int8'), help='keys and values of the language model (default: the compute dtype)')
@@ -240,7 +247,7 @@ def build_parser():
   def task_command(name, text, metavar, row):
     sub = model_command(name, task, text)
     sub.add_argument('inputs', nargs='*', metavar=metavar)
-    sub.add_argument('--input', metavar='ROWS.jsonl', help='a row a line: %s; relative pictures are beside it' % row)
+    sub.add_argument('--input', type=local, metavar='ROWS.jsonl', help='a row a line: %s; relative pictures are beside it' % row)
     sub.add_argument('--json', action='store_true', help='print one JSON object a result')
     return sub
 
@@ -265,13 +272,13 @@ def build_parser():
     sub = task_command(name, text, metavar, row)
     sub.add_argument('--most-probable', dest='seed', action='store_const', const=None,
                      help='keep the most probable patches instead of sampling which become tokens')
-    sub.add_argument('--out', metavar='FILE.jsonl', help='results are added to it, a line each; started again, the command goes on')
+    sub.add_argument('--out', type=local, metavar='FILE.jsonl', help='results are added to it, a line each; started again, the command goes on')
     return sub
 
   def drawing_command(name, text, metavar, row='{"image": "cat.png"}'):
     sub = task_command(name, text, metavar, row)
-    sub.add_argument('--out', default='drawn', metavar='DIR', help='where the PNGs go (default: %(default)s); of a folder or --input also '
-                     'manifest.jsonl, by which the command goes on when started again')
+    sub.add_argument('--out', type=local, default='drawn', metavar='DIR', help='where the PNGs go (default: %(default)s); of a folder or '
+                     '--input also manifest.jsonl, by which the command goes on when started again')
     sub.add_argument('--size', type=size, metavar='HxW', help="one of SDXL's, such as 1024x1024 (default: Stable Diffusion's square)")
     sub.add_argument('--steps', type=number(int, 1, 999), help='of the sampler (default: 50, of SDXL 25)')
     sub.add_argument('--decoder-guidance', type=number(float, 0), metavar='G', help='of the U-Net (default: 5, of SDXL 7)')
@@ -293,7 +300,7 @@ def build_parser():
 
   sub = command('train', train, 'train one stage; every value of its page can be set with --config.KEY=VALUE')
   sub.add_argument('--config', required=True, metavar='PAGE.py:VARIANT', help='such as configs/tokenizer.py:tiny')
-  sub.add_argument('--workdir', required=True, metavar='DIR', help='checkpoints, logs, exports; a run found there goes on')
+  sub.add_argument('--workdir', required=True, type=local, metavar='DIR', help='checkpoints, logs, exports; a run found there goes on')
   several = sub.add_argument_group('several processes', 'TPU pods, GKE and SLURM need none of these')
   several.add_argument('--coordinator', metavar='HOST:PORT', help='where process 0 listens (default: $JAX_COORDINATOR_ADDRESS)')
   several.add_argument('--processes', type=number(int, 1), metavar='N', help='how many there are (default: $JAX_NUM_PROCESSES)')
@@ -314,14 +321,15 @@ def build_parser():
   sub.add_argument('--json', action='store_true', help='print one JSON object')
 
   sub = command('bundle', bundle, 'make one checkpoint of what the stages exported')
-  sub.add_argument('exports', nargs='+', metavar='RUN/export', help='of a part that several hold, the last one counts')
-  sub.add_argument('--tokenizer', default=os.path.join(TINY, 'language_model'), metavar='DIR', help='(default: %(default)s)')
+  sub.add_argument('exports', nargs='+', type=local, metavar='RUN/export', help='of a part that several hold, the last one counts')
+  sub.add_argument('--tokenizer', type=local, default=os.path.join(TINY, 'language_model'), metavar='DIR', help='(default: %(default)s)')
   sub.add_argument('--dtype', default='bfloat16', choices=('float32', 'float16', 'bfloat16'), help='(default: %(default)s)')
-  sub.add_argument('--out', required=True, metavar='DIR', help='a checkpoint there is replaced')
+  sub.add_argument('--out', type=local, required=True, metavar='DIR', help='a checkpoint there is replaced')
 
   sub = command('convert', convert, 'turn a PyTorch folder into one of ours, or one of ours into a PyTorch folder')
-  sub.add_argument('--src', required=True, metavar='DIR', help='LaVIT, LLaMA, Stable Diffusion, SDXL, an EVA-CLIP file, or a folder of ours')
-  sub.add_argument('--dst', required=True, metavar='DIR')
+  sub.add_argument('--src', required=True, type=local, metavar='DIR',
+                   help='LaVIT, LLaMA, Stable Diffusion, SDXL, an EVA-CLIP file, or a folder of ours')
+  sub.add_argument('--dst', required=True, type=local, metavar='DIR')
   sub.add_argument('--dry-run', action='store_true', help='print the plan, write nothing')
   sub.add_argument('--variant', metavar='NAME', help='(default: the largest whose shapes the files have)')
   sub.add_argument('--dtype', choices=('float32', 'float16', 'bfloat16'), help='of the result (default: as in the source)')
@@ -331,11 +339,11 @@ def build_parser():
   sub.add_argument('--keep-vocabulary', action='store_true', help='do not give a LLaMA the rows of the visual tokens')
 
   sub = command('inspect', inspect, 'print what a folder of weights holds and where it is from')
-  sub.add_argument('folder', metavar='DIR')
+  sub.add_argument('folder', type=local, metavar='DIR')
 
   sub = model_command('demo', demo, 'caption, answer, draw and reconstruct, with the tiny checkpoint, into one HTML page')
-  sub.add_argument('--inputs', default=DEMO, metavar='DIR', help='pictures and their manifest (default: %(default)s)')
-  sub.add_argument('--out', default='demo_out', metavar='DIR', help='gets index.html (default: %(default)s)')
+  sub.add_argument('--inputs', type=local, default=DEMO, metavar='DIR', help='pictures and their manifest (default: %(default)s)')
+  sub.add_argument('--out', type=local, default='demo_out', metavar='DIR', help='gets index.html (default: %(default)s)')
 
   sub = model_command('app', app, 'serve a web page on which all of it can be tried')
   sub.add_argument('--host', default='127.0.0.1', help='0.0.0.0 lets other machines in (default: %(default)s)')
@@ -354,19 +362,19 @@ def build_parser():
 
   data = commands.add_parser('data', help='build or pack data sets').add_subparsers(dest='action', required=True, metavar='ACTION')
   sub = command('build', data_build, 'draw and write the emoji data set (needs the extra [emoji])', data)
-  sub.add_argument('--data_dir', required=True, metavar='DIR', help='gets DIR/emoji/...')
+  sub.add_argument('--data_dir', required=True, type=local, metavar='DIR', help='gets DIR/emoji/...')
   sub.add_argument('--sample', action='store_true', help='only the two dozen concepts that travel with the package')
 
   sub = command('pack', data_pack, 'turn WebDataset or img2dataset tars into ArrayRecord; started again, it goes on', data)
   sub.add_argument('sources', nargs='+', metavar='TAR', help="a path, a glob or braces, local or remote: 'gs://BUCKET/{00000..00999}.tar'")
-  sub.add_argument('--out', required=True, metavar='DIR', help='gets one file a tar')
+  sub.add_argument('--out', type=local, required=True, metavar='DIR', help='gets one file a tar')
   sub.add_argument('--workers', type=number(int, 1), default=1, metavar='N', help='processes (default: %(default)s)')
 
   sub = model_command('evaluate', evaluate, 'measure a checkpoint on the held-out splits')
-  sub.add_argument('--source', required=True, metavar='DIR', help='the data set that `lavit data build` wrote')
+  sub.add_argument('--source', required=True, type=local, metavar='DIR', help='the data set that `lavit data build` wrote')
   sub.add_argument('--count', type=number(int, 2), default=512, metavar='N', help='examples a split (default: %(default)s)')
   sub.add_argument('--drawn', type=number(int, 1), default=256, metavar='N', help='texts drawn a split (default: %(default)s)')
-  sub.add_argument('--out', default='report.json', metavar='FILE.json', help='(default: %(default)s)')
+  sub.add_argument('--out', type=local, default='report.json', metavar='FILE.json', help='(default: %(default)s)')
 
   command('variants', variants, 'list the model sizes')
   return parser

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from lavit_jax import cli
+from lavit_jax.errors import Unreachable
 from lavit_jax.inference import output
 
 ROOT = pathlib.Path(cli.__file__).parents[1]
@@ -147,6 +148,31 @@ def test_overrides_reach_the_loop(tmp_path, monkeypatch):
                    '--config.batch_size=3', '--config.seed', '7']) == 0
   (config, workdir), = seen
   assert (config.batch_size, config.seed, config.variant, workdir) == (3, 7, 'tiny', 'runs/x')
+
+
+def test_what_a_restart_may_mend_has_a_status_of_its_own(tmp_path, monkeypatch, capsys):
+  def run(config, workdir):
+    raise Unreachable('gs://b/0.tar cannot be read')
+
+  monkeypatch.setattr('lavit_jax.training.loop.train', run)
+  assert cli.main(['train', '--config', str(ROOT / 'configs' / 'encoder.py:tiny'), '--workdir', str(tmp_path)]) == 200
+  assert capsys.readouterr().err == 'lavit: error: gs://b/0.tar cannot be read\n'
+
+
+@pytest.mark.parametrize('arguments', [
+    ['train', '--config', 'configs/encoder.py:tiny', '--workdir', 'gs://b/run'], ['data', 'pack', 'gs://b/0.tar', '--out', 'gs://b/x'],
+    ['convert', '--src', 'gs://b/x', '--dst', 'x'], ['convert', '--src', 'x', '--dst', 's3://b/x'], ['bundle', 'gs://b/export', '--out', 'x'],
+    ['bundle', 'export', '--out', 'gs://b/x'], ['inspect', 'gs://b/x'], ['caption', 'x.png', '--out', 'gs://b/x.jsonl'],
+    ['generate', 'x', '--folder', 'gs://b/model']])
+def test_a_bucket_is_no_folder(tmp_path, monkeypatch, fails, arguments):
+  monkeypatch.chdir(tmp_path)
+  fails(arguments, r"'(gs|s3)://b/.* is no path here; mount the bucket \(gcsfuse\), or use a disk that all machines share; see lavit")
+  assert not any(tmp_path.iterdir())
+
+
+def test_parts_in_a_bucket(tmp_path, fails):
+  fails(['train', '--config', ROOT / 'configs' / 'tokenizer.py:tiny', '--workdir', tmp_path / 'run', '--config.frozen=a, gs://b/export'],
+        'gs://b/export is no folder here')
 
 
 def test_a_missing_data_set(tiny_folder, tmp_path, fails):

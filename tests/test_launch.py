@@ -1,5 +1,6 @@
 """The scripts of launch/: they parse, shellcheck has nothing to say, and what they start gets its arguments and its signals."""
 
+import configparser
 import os
 import pathlib
 import shutil
@@ -14,10 +15,22 @@ ROOT = pathlib.Path(__file__).parents[1]
 SCRIPTS = sorted([*(ROOT / 'launch').glob('*.sh'), *(ROOT / 'launch').glob('*.sbatch'), ROOT / '.ci' / 'run'])
 SHELLCHECK = shutil.which('shellcheck', path=os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ['PATH']]))
 LAVIT = """#!/usr/bin/env bash
-echo "$@"
 trap 'echo saved; exit 143' TERM
+echo "$@"
 [ -z "${STATUS:-}" ] || exit "$STATUS"
 for _ in {1..200}; do sleep 0.1; done
+"""
+SRUN = """#!/usr/bin/env bash
+while [[ $1 == --* ]]; do shift; done
+highest=0
+for STATUS in $TASKS; do
+  export STATUS
+  "$@" || { status=$?; ((status < highest)) || highest=$status; }
+done
+exit "$highest"
+"""
+WORKER = """#!/usr/bin/env bash
+[[ $* = *' ssh mine --zone z --worker=all --command '* ]] && cd "$WORKER" && exec bash -c "${@: -1}"
 """
 
 
@@ -35,10 +48,28 @@ def test_shellcheck(script):
 
 def test_those_that_train_share_one_entry():
   ours = {path.name for path in SCRIPTS} - {'demo.sh', 'test.sh', 'install.sh', 'run', 'train.sh'}
-  assert ours == {'gpus.sh', 'multislice.sh', 'slurm.sbatch', 'tpu_pod.sh', 'xpk.sh'}
+  assert ours == {'detached.sh', 'gpus.sh', 'multislice.sh', 'slurm.sbatch', 'tpu_pod.sh', 'xpk.sh'}
   for name in ours:
     text = (ROOT / 'launch' / name).read_text()
-    assert 'launch/train.sh' in text and '# usage: ' in text and len(text.splitlines()) < 45, name
+    assert f'launch/{"detached" if name == "tpu_pod.sh" else "train"}.sh' in text and '# usage: ' in text, name
+    assert len(text.splitlines()) < 45, name
+
+
+def test_they_install_what_opens_buckets():
+  setup = configparser.ConfigParser()
+  setup.read(ROOT / 'setup.cfg')
+  assert setup['options.extras_require']['gcs'].split() == ['gcsfs']
+  pins = dict(line.split('==') for line in (ROOT / 'launch' / 'constraints.txt').read_text().splitlines() if '==' in line)
+  assert {'gcsfs', 'fsspec', 'aiohttp', 'google-auth', 'google-cloud-storage'} <= set(pins)
+  for name, extras in {'gpus.sh': '[cuda,gcs]', 'slurm.sbatch': '[cuda,gcs]', 'tpu_pod.sh': '[tpu,gcs]', 'xpk.sh': '[tpu,gcs]'}.items():
+    assert extras in (ROOT / 'launch' / name).read_text(), name
+
+
+def test_an_image_holds_what_training_needs_and_nothing_else():
+  first, *lines = [line for line in (ROOT / '.dockerignore').read_text().splitlines() if line and not line.startswith('#')]
+  let_in = {line[1:] for line in lines if line.startswith('!')}
+  assert first == '*' and let_in == {'README.md', 'configs', 'launch', 'lavit_jax', 'pyproject.toml', 'setup.cfg'}
+  assert all((ROOT / name).exists() for name in let_in)
 
 
 @pytest.fixture
@@ -47,7 +78,8 @@ def checkout(tmp_path):
   shutil.copytree(ROOT / 'launch', tmp_path / 'launch')
   shutil.copy(ROOT / 'setup.cfg', tmp_path)
   (tmp_path / '.venv' / 'bin').mkdir(parents=True)
-  for name, text in dict(python='#!/bin/sh\n', lavit=LAVIT, gcloud='#!/bin/sh\necho "$@"\n', xpk='#!/bin/sh\necho "$@"\n').items():
+  echo = '#!/bin/sh\necho "$@"\n'
+  for name, text in dict(python='#!/bin/sh\n', lavit=LAVIT, gcloud=echo, xpk=echo, scontrol=echo, sudo=echo, srun=SRUN).items():
     (tmp_path / '.venv' / 'bin' / name).write_text(text)
     (tmp_path / '.venv' / 'bin' / name).chmod(0o755)
   return tmp_path
@@ -55,7 +87,8 @@ def checkout(tmp_path):
 
 def begin(checkout, script, *arguments, **env):
   env = {**os.environ, 'PYTHON': sys.executable, 'PATH': f'{checkout}/.venv/bin:{os.environ["PATH"]}', **env}
-  return subprocess.Popen(['bash', checkout / 'launch' / script, *arguments], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+  return subprocess.Popen(['bash', checkout / 'launch' / script, *arguments], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True, start_new_session=True)
 
 
 def test_arguments_arrive_whole_and_the_status_comes_back(checkout):
@@ -66,10 +99,15 @@ def test_arguments_arrive_whole_and_the_status_comes_back(checkout):
 
 
 @pytest.mark.parametrize('script, env', [('train.sh', {}), ('gpus.sh', dict(PROCESSES='2', EXTRAS=''))])
-def test_sigterm_goes_through_and_is_waited_for(checkout, script, env):
+@pytest.mark.parametrize('end', [
+    lambda run: run.send_signal(signal.SIGTERM), lambda run: os.killpg(run.pid, signal.SIGHUP), lambda run: os.killpg(run.pid, signal.SIGINT)],
+    ids=['SIGTERM', 'a lost terminal', 'Ctrl-C'])
+def test_signals_go_through_and_are_waited_for(checkout, script, env, end):
   run = begin(checkout, script, **env)
-  time.sleep(3)
-  run.send_signal(signal.SIGTERM)
+  for _ in range(int(env.get('PROCESSES', 1))):
+    until(run, 'train')
+  time.sleep(0.5)  # until the shells have their traps
+  end(run)
   out, _ = run.communicate(timeout=30)
   assert out.count('saved') == int(env.get('PROCESSES', 1)) and run.returncode == 143
 
@@ -84,9 +122,67 @@ def test_processes_of_one_machine_are_numbered(checkout):
 
 def test_what_a_cluster_is_told(checkout):
   run = begin(checkout, 'xpk.sh', 'mine', '--config', 'a b', CLUSTER='c', ZONE='z', TPU='v5p-128')
-  assert "--num-slices 1" in (out := run.communicate()[0]) and r"--command EXTRAS='[tpu]' bash launch/train.sh --config a\ b" in out
-  git = ['git', '-C', str(checkout), '-c', 'user.name=x', '-c', 'user.email=x']
-  for command in (['init', '--quiet'], ['commit', '--quiet', '--allow-empty', '--message', 'x']):
-    subprocess.run([*git, *command], check=True)
+  assert "--num-slices 1" in (out := run.communicate()[0]) and r"--command exec env EXTRAS='[tpu,gcs]' bash launch/train.sh --config a\ b" in out
+  commit(checkout)
   out, _ = begin(checkout, 'multislice.sh', 'mine', '--config', 'a b', SLICES='2', ZONE='z', REPOSITORY='r').communicate()
-  assert 'ssh mine-0 --zone z --worker=all' in out and 'ssh mine-1' in out and out.count(r'bash launch/train.sh --config a\ b') == 2
+  assert 'ssh mine-0 --zone z --worker=all' in out and 'ssh mine-1' in out and out.count(r'bash launch/detached.sh --config a\ b') == 2
+
+
+def commit(checkout):
+  git = ['git', '-C', str(checkout), '-c', 'user.name=x', '-c', 'user.email=x']
+  for command in (['init', '--quiet'], ['add', '--all'], ['commit', '--quiet', '--message', 'x']):
+    subprocess.run([*git, *command], check=True)
+
+
+@pytest.mark.parametrize('tasks, status, queued_again', [
+    ('143 143', 143, True), ('134 200', 200, True), ('137 134', 137, True), ('0 0', 0, False),
+    ('2 200', 2, False), ('134 1', 1, False)])  # what is our fault is so again
+def test_slurm_queues_again_what_a_restart_may_mend(checkout, tasks, status, queued_again):
+  env = dict(SLURM_SUBMIT_DIR=str(checkout), SLURM_JOB_ID='7', TASKS=tasks)
+  run = begin(checkout, 'slurm.sbatch', **env)
+  assert ('requeue 7' in run.communicate()[0]) == queued_again and run.returncode == status
+  run = begin(checkout, 'slurm.sbatch', SLURM_RESTART_COUNT='3', RESTARTS='3', **env)
+  assert 'requeue' not in run.communicate()[0] and run.returncode == status
+
+
+@pytest.fixture
+def pod(checkout, tmp_path_factory):
+  """pod(argument ...) -> launch/tpu_pod.sh, running, to whose one worker gcloud leads."""
+  (checkout / '.venv' / 'bin' / 'gcloud').write_text(WORKER)
+  commit(checkout)
+  worker, runs = tmp_path_factory.mktemp('worker'), []
+
+  def start(*arguments, **env):
+    runs.append(begin(checkout, 'tpu_pod.sh', 'mine', *arguments, ZONE='z', REPOSITORY=str(checkout), WORKER=str(worker), **env))
+    return runs[-1]
+
+  yield start
+  start('stop').communicate(timeout=30)
+  for run in runs:
+    run.kill()
+
+
+def test_training_on_a_pod_outlives_the_terminal(pod):
+  first = pod('--config', 'a b')
+  until(first, 'train --config a b')
+  os.killpg(first.pid, signal.SIGKILL)  # with the connection
+  again, other, alone = pod('--config', 'a b'), pod('--config', 'c'), pod()
+  for run in (again, alone):
+    until(run, 'train --config a b')
+  assert 'is training with --config a\\ b; stop that first' in other.communicate(timeout=30)[0] and other.returncode == 2
+  stop = pod('stop')
+  for run in (again, alone, stop):
+    assert 'saved' in run.communicate(timeout=30)[0] and run.returncode == 143
+  later = pod()
+  assert 'saved' in later.communicate(timeout=30)[0] and later.returncode == 143
+
+
+def test_the_status_comes_back_from_a_pod(pod):
+  for status in (0, 200):
+    run = pod('--config', 'a', STATUS=str(status))
+    assert 'train --config a' in run.communicate(timeout=30)[0] and run.returncode == status
+
+
+def until(run, text):
+  while text not in (line := run.stdout.readline()):
+    assert line, f'it ended without {text!r}'

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import fsspec
 import numpy as np
 
-from lavit_jax.errors import UserError
+from lavit_jax.errors import Unreachable, UserError
 
 _BRACES = re.compile(r'\{([^{}]*)\}')
 _AHEAD = 8 << 20  # bytes asked of a remote store at a time
@@ -53,7 +53,8 @@ def open_file(path: str) -> BinaryIO:
 
   Raises:
     NO_FILE: when opening.
-    UserError: when opening and reading: it does not work in the end, or a package is missing for such a path.
+    Unreachable: when opening and reading: it does not work in the end.
+    UserError: the store refuses, or a package is missing for such a path.
   """
   return io.BufferedReader(_Patient(path), _BUFFER)
 
@@ -116,7 +117,7 @@ def _open(path: str) -> BinaryIO:
 
 
 def _patiently(path: str, act: Callable[[], Any]) -> Any:
-  """act(), tried a few times. Raises NO_FILE at once, and UserError in the end."""
+  """act(), tried a few times. Raises NO_FILE at once, and in the end Unreachable, or UserError of a store that refuses."""
   for wait in (*_WAITS, None):
     try:
       return act()
@@ -127,8 +128,10 @@ def _patiently(path: str, act: Callable[[], Any]) -> Any:
         raise FileNotFoundError(error.errno, os.strerror(error.errno), path) from error
       reason = ' '.join(str(error).split())[:200] or type(error).__name__
       if wait is None:
-        raise UserError(f'{path} cannot be read ({reason}; tried {1 + len(_WAITS)} times); see to the network or the disk, and start the '
-                        'same command again: it goes on from where it was saved') from error
+        refused = getattr(error, 'code', None) == 401 or reason.startswith('Forbidden')  # in the words of gcsfs
+        raise (UserError if refused else Unreachable)(
+            f'{path} cannot be read ({reason}; tried {1 + len(_WAITS)} times); see to the {"permissions" if refused else "network or the disk"}, '
+            'and start the same command again: it goes on from where it was saved') from error
       logging.getLogger(__name__).warning('%s cannot be read (%s); again in %g s', path, reason, wait)
       time.sleep(wait)
 
@@ -156,7 +159,8 @@ def store(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
   try:
     return fsspec.core.url_to_fs(path)
   except (ImportError, ValueError) as error:
-    raise UserError(f'{path}: {error}; pip install what fsspec needs for it (gcsfs for gs://, s3fs for s3://)') from error
+    raise UserError(f"{path}: {error}; install what fsspec needs for it (gs://: pip install -e '.[gcs]' -c launch/constraints.txt, "
+                    's3://: pip install s3fs)') from error
 
 
 def _braces(path: str) -> list[str]:

@@ -65,7 +65,7 @@ def _open(number: int, options: dict, seed: int | None, shard_index: int, shard_
   try:
     records = formats.FORMATS[kind](options['path'], image, _names(options.get('text') or text), **extra)
   except UserError as error:
-    raise UserError(f'{name}: {error}') from error
+    raise error.within(name) from error
   if not len(records):
     raise UserError(f'{name}: {options["path"]} holds no records')
   use, account = options.get('use', ''), {'format': kind, 'units': len(records)}

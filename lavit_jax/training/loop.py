@@ -57,6 +57,7 @@ def train(config, workdir) -> None:
   workdir = pathlib.Path(workdir)
   mesh = sharding.make_mesh(config.mesh)
   check_options(config, mesh)
+  processes.check_shared(workdir)
   trace = metrics.Trace(config.profile, workdir)
   model_flops = flops.of_step(config)  # which has a mesh of its own
   with Interrupt() as interrupt, jax.set_mesh(mesh), contextlib.ExitStack() as stack:
@@ -287,8 +288,11 @@ def check_options(config, mesh) -> None:
 
 
 def split_folders(text: str) -> list[str]:
-  """'a,b' -> ['a', 'b']."""
-  return [path.strip() for path in text.split(',') if path.strip()]
+  """'a,b' -> ['a', 'b'], of this machine, or a UserError."""
+  found = [path.strip() for path in text.split(',') if path.strip()]
+  if remote := [path for path in found if '://' in path]:
+    raise UserError(f'{remote[0]} is no folder here; mount the bucket (gcsfuse), or use a disk that all machines share')
+  return found
 
 
 def export(config, stage, train_state, workdir) -> None:
@@ -326,7 +330,9 @@ def open_data(config, model, share, split: str, skipped: Skipped | None = None):
     return mixtures.batches(
         **options, split=split, seed=config.seed, batch_size=len(share.rows), shard_index=share.index, shard_count=share.count,
         rows=share.rows, skipped=skipped)
-  except (FileNotFoundError, ValueError, UserError) as error:
+  except UserError as error:
+    raise error.within('data') from error
+  except (FileNotFoundError, ValueError) as error:
     raise UserError(f'data: {error}') from error
 
 

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -138,7 +139,10 @@ class Log:
 
   def say(self, line: str) -> None:
     if self.writes:
-      print(line, flush=True)
+      try:
+        print(line, flush=True)
+      except OSError:  # nobody reads any more: a lost terminal does not end a job, whose record is in workdir
+        sys.stdout = open(os.devnull, 'w')
 
   def close(self) -> None:
     self.flush()

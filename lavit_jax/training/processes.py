@@ -12,8 +12,11 @@ import glob
 import importlib.util
 import json
 import os
+import pathlib
 import re
+import secrets
 import signal
+import socket
 import sys
 import threading
 import time
@@ -23,13 +26,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lavit_jax.errors import UserError
+from lavit_jax.errors import Unreachable, UserError
 
 TERMINATED = 143  # 128 + SIGTERM
 LOST = re.compile(r'Gloo [^\n]{,80}failed|Connection (closed|reset|refused)|NCCL [^\n]{,80}|Socket closed|heartbeat timeout|'
                   r'(UNAVAILABLE|DEADLINE_EXCEEDED)[^\n]{,80}')
 TIMEOUT = 60  # seconds of silence after which a process is given up
 ROOM = 1024  # bytes of what one process tells the others
+PATIENCE = 10  # seconds that a shared folder has to show a new file everywhere
 
 
 def connect(coordinator: str | None = None, processes: int | None = None, process: int | None = None, timeout: int | None = None) -> None:
@@ -43,7 +47,8 @@ def connect(coordinator: str | None = None, processes: int | None = None, proces
     processes, process: how many there are, and which this is.
     timeout: seconds after which the others end when one of them is silent (default: JAX_HEARTBEAT_TIMEOUT, or 60).
   Raises:
-    UserError: some of the three are missing or make no sense, or the others do not come.
+    UserError: some of the three are missing or make no sense.
+    Unreachable: the others do not come.
   """
   coordinator = coordinator or os.environ.get('JAX_COORDINATOR_ADDRESS')
   processes = _number('--processes', 'JAX_NUM_PROCESSES', processes)
@@ -64,8 +69,9 @@ def connect(coordinator: str | None = None, processes: int | None = None, proces
     jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=timeout, shutdown_timeout_seconds=timeout)
   except (RuntimeError, ValueError) as error:
     reason = ' '.join(str(error).split())[:300]
-    raise UserError(f'the {processes or ""} processes of the job did not meet at {coordinator or "their coordinator"} ({reason}); '
-                    'start all of them, with the same --coordinator and --processes') from error
+    kind = UserError if isinstance(error, ValueError) else Unreachable
+    raise kind(f'the {processes or ""} processes of the job did not meet at {coordinator or "their coordinator"} ({reason}); '
+               'start all of them, with the same --coordinator and --processes') from error
 
 
 @contextlib.contextmanager
@@ -73,7 +79,7 @@ def together() -> Iterator[None]:
   """Around the work of a job: a process that fails ends without waiting for the others, who learn of it by its silence.
 
   Raises:
-    UserError: in place of what JAX says when another process is gone. (Where no transfer was under way JAX itself ends the process:
+    Unreachable: in place of what JAX says when another process is gone. (Where no transfer was under way JAX itself ends the process:
       'another task died', status 134.)
   """
   try:
@@ -81,19 +87,22 @@ def together() -> Iterator[None]:
   except Exception as error:
     if jax.process_count() == 1:
       raise
-    lost = not isinstance(error, UserError) and LOST.search(f'{error} {error.__context__ or ""}')
-    atexit.register(_leave, 2 if lost or isinstance(error, UserError) else 1)  # runs before JAX's, which waits for all
-    if lost:
-      raise UserError(f'process {jax.process_index()} of {jax.process_count()} has lost another one ({" ".join(lost[0].split())}); look at '
-                      'what the others say, and start all of them again: the run goes on from its last checkpoint') from error
-    raise
+    told = error if isinstance(error, UserError) else None
+    if told is None and (lost := LOST.search(f'{error} {error.__context__ or ""}')):
+      told = Unreachable(f'process {jax.process_index()} of {jax.process_count()} has lost another one ({" ".join(lost[0].split())}); look '
+                         'at what the others say, and start all of them again: the run goes on from its last checkpoint')
+    atexit.register(_leave, told.status if told else 1)  # runs before JAX's, which waits for all
+    if told is None or told is error:
+      raise
+    raise told from error
 
 
 def _leave(status: int) -> None:
   if jax.process_index() == 0:  # its end ends the others: who fails alike may say so first
     time.sleep(1)
-  sys.stdout.flush()
-  sys.stderr.flush()
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(OSError, ValueError):  # nobody reads any more
+      stream.flush()
   os._exit(status)
 
 
@@ -163,6 +172,31 @@ def gather(values: dict) -> list[dict]:
     raise ValueError(f'{len(text)} bytes are more than the {ROOM} that there is room for')
   rows = multihost_utils.process_allgather(np.frombuffer(text.ljust(ROOM), np.uint8))
   return [json.loads(row.tobytes()) for row in np.asarray(rows)]
+
+
+def check_shared(folder: pathlib.Path) -> None:
+  """Makes the folder, where there are several processes, and looks whether they all have the same one; all must call it.
+
+  Raises:
+    UserError: on all of them, with the names of those that do not see what process 0 writes there.
+  """
+  if jax.process_count() == 1:
+    return
+  name = gather({'probe': f'.probe-{secrets.token_hex(8)}'})[0]['probe']
+  probe = folder / name
+  if jax.process_index() == 0:
+    folder.mkdir(parents=True, exist_ok=True)
+    probe.touch()
+  wait_for_all('a probe is written')
+  deadline = time.monotonic() + PATIENCE
+  while not (seen := probe.exists()) and time.monotonic() < deadline:
+    time.sleep(0.5)
+  told = gather({'seen': seen, 'host': socket.gethostname()[:200]})
+  if jax.process_index() == 0:
+    probe.unlink()
+  if blind := [f'{i} ({each["host"]})' for i, each in enumerate(told) if not each['seen']]:
+    raise UserError(f'what process 0 ({told[0]["host"]}) writes to {folder.absolute()} is not seen by process {", ".join(blind[:5])}'
+                    f'{f" and {len(blind) - 5} more" if len(blind) > 5 else ""}; --workdir must be one folder that all machines share')
 
 
 def wait_for_all(what: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from lavit_jax.data import formats, mixtures, paths, streams
-from lavit_jax.errors import UserError
+from lavit_jax.errors import Unreachable, UserError
 from things import SIZE, write_folder, write_parquet, write_tars
 
 
@@ -93,7 +93,7 @@ def test_what_never_answers_is_an_error_with_its_name(tmp_path, flaky):
   rows = formats.Tars('flaky://bucket/{00000..00001}.tar', None, ('txt',)).read(1)
   next(rows)
   flaky.failing = 1
-  with pytest.raises(UserError, match=r'^flaky://bucket/00001.tar cannot be read \(the line is dead; tried 4 times\); see to the network'):
+  with pytest.raises(Unreachable, match=r'^flaky://bucket/00001.tar cannot be read \(the line is dead; tried 4 times\); see to the network'):
     list(rows)
   assert flaky.waited == [1, 4, 16]
   flaky.failing = 0
@@ -101,10 +101,22 @@ def test_what_never_answers_is_an_error_with_its_name(tmp_path, flaky):
   files.pipe('/bucket/0.parquet', (tmp_path / '0.parquet').read_bytes())
   rows = formats.Parquets('flaky://bucket/0.parquet', 'image', ('text',))
   flaky.failing = 1
-  with pytest.raises(UserError, match='^flaky://bucket/0.parquet cannot be read'):
+  with pytest.raises(Unreachable, match='^flaky://bucket/0.parquet cannot be read'):
     list(rows.read(1))
-  with pytest.raises(UserError, match='00001.tar cannot be read'):
+  with pytest.raises(Unreachable, match='00001.tar cannot be read'):
     paths.names_and_sizes(['flaky://bucket/00001.tar'])
+  with pytest.raises(Unreachable, match=r'^sources.0.: flaky://bucket/0.parquet cannot be read'):  # of the same kind, wherever it is told
+    mixtures.batches('images', sources=({'format': 'parquet', 'path': 'flaky://bucket/0.parquet'},), batch_size=4, image_size=SIZE)
+
+
+@pytest.mark.parametrize('message, kind', [('Forbidden: b/0.tar', UserError), ('Service Unavailable', Unreachable)])
+def test_a_store_that_refuses_is_no_matter_of_a_restart(flaky, message, kind):
+  def refuse():
+    raise OSError(message)
+
+  with pytest.raises(UserError, match=message) as caught:
+    paths._patiently('gs://b/0.tar', refuse)
+  assert type(caught.value) is kind
 
 
 def test_a_missing_file_is_not_waited_for(tmp_path, flaky):

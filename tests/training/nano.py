@@ -82,13 +82,14 @@ def launch(stage, workdir, cache, devices=1, env=(), **changes):
 def launch_job(stage, workdir, cache, processes, devices, timeout=5, own=(), **changes):
   """One training as a job of several processes, which have `devices` each and give up one that is silent for `timeout` seconds.
 
-  `own`: process -> changes for it alone.
+  `own`: process -> changes for it alone, of the workdir too.
   """
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     address = '127.0.0.1:%d' % free.getsockname()[1]
   env = dict(JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES=str(processes), JAX_HEARTBEAT_TIMEOUT=str(timeout))
-  return [launch(stage, workdir, cache, devices, {**env, 'JAX_PROCESS_ID': str(i)}, **changes | dict(own).get(i, {})) for i in range(processes)]
+  changes = [{'workdir': workdir, **changes, **dict(own).get(i, {})} for i in range(processes)]
+  return [launch(stage, cache=cache, devices=devices, env={**env, 'JAX_PROCESS_ID': str(i)}, **each) for i, each in enumerate(changes)]
 
 
 def finish(process, status=0):

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import types
 
 import jax.numpy as jnp
@@ -44,6 +45,18 @@ def test_padding_lowers_the_mfu_and_the_speed(tmp_path, monkeypatch):
   speed = shown['steps_per_s']
   assert speed > 0 and shown['tokens_per_s'] == pytest.approx(250 * speed) and shown['mfu'] == pytest.approx(2 / 8 * speed)
   log.close()
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_says(tmp_path, monkeypatch):
+  read, write = os.pipe()
+  os.close(read)
+  monkeypatch.setattr(metrics.sys, 'stdout', os.fdopen(write, 'w'))
+  log = metrics.Log(tmp_path, 0, 2, 4)
+  for step in (1, 2):
+    log.step(step, {'loss': jnp.float32(step)})
+    log.report()
+  log.close()
+  assert [row['step'] for row in lines(tmp_path)] == [1, 2]
 
 
 def test_a_continued_run_drops_the_steps_that_it_makes_again(tmp_path):

@@ -1,5 +1,6 @@
 """Jobs of several processes on loopback: the losses of one process, whoever is killed, whatever they are continued on."""
 
+import re
 import shutil
 import signal
 import time
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from nano import finish, launch, launch_job, rows, until
 
-from lavit_jax.errors import UserError
+from lavit_jax.errors import Unreachable, UserError
 from lavit_jax.porting import folder
 from lavit_jax.training import processes
 
@@ -77,7 +78,7 @@ def test_two_processes_have_the_losses_of_one(start_job, alone, tmp_path):
 
 def test_a_killed_process_ends_the_others(killed):
   _, out, status, seconds = killed
-  assert status in (2, -signal.SIGABRT)
+  assert status in (Unreachable.status, -signal.SIGABRT)
   assert 'process 0 of 2 has lost another one' in out or 'another task died' in out
   assert seconds < TIMEOUT + 10
 
@@ -174,7 +175,13 @@ def test_a_process_that_falls_silent_ends_the_others(start_job, tmp_path, silent
   begin = time.monotonic()
   out, _ = job[1 - silent].communicate(timeout=60)
   assert time.monotonic() - begin < 2 * TIMEOUT + 10
-  assert job[1 - silent].returncode in (2, -signal.SIGABRT) and ('has lost another one' in out or 'another task died' in out)
+  assert job[1 - silent].returncode in (Unreachable.status, -signal.SIGABRT) and ('has lost another one' in out or 'another task died' in out)
+
+
+def test_a_workdir_that_is_not_shared(start_job, tmp_path):
+  for out in (finish(process, 2) for process in start_job('encoder', tmp_path / 'a', 2, 1, own={1: dict(workdir=tmp_path / 'b')})):
+    assert re.search(rf'UserError: what process 0 .* writes to {tmp_path}/. is not seen by process 1 .*; --workdir must be one folder', out), out
+  assert not any((tmp_path / 'a').iterdir()) and not (tmp_path / 'b').exists()
 
 
 @pytest.mark.slow
@@ -183,7 +190,7 @@ def test_a_fault_of_one_process_is_told_and_ends_the_others(start_job, tmp_path)
   first, second = start_job('encoder', tmp_path, 2, 1, own={1: dict(data__source='/nowhere')})
   assert 'UserError: data: /nowhere has no emoji data set' in finish(second, 2)
   first.communicate(timeout=60)
-  assert first.returncode in (2, -signal.SIGABRT) and time.monotonic() - begin < 60
+  assert first.returncode in (Unreachable.status, -signal.SIGABRT) and time.monotonic() - begin < 60
 
 
 @pytest.mark.slow
@@ -217,15 +224,16 @@ def test_a_variable_that_is_no_number(monkeypatch):
 
 
 @pytest.mark.parametrize('error, status, message', [
-    (RuntimeError('UNKNOWN: Gloo all-reduce failed: Connection reset by peer'), 2, r'process 1 of 3 has lost another one .Gloo all-reduce'),
+    (RuntimeError('UNKNOWN: Gloo all-reduce failed: Connection reset by peer'), 200, r'process 1 of 3 has lost another one .Gloo all-reduce'),
     (UserError('the disk is full'), 2, '^the disk is full$'),
+    (Unreachable('gs://b/0.tar cannot be read'), 200, '^gs://b/0.tar cannot be read$'),
     (RuntimeError('RESOURCE_EXHAUSTED: Out of memory'), 1, '^RESOURCE_EXHAUSTED')])
 def test_a_process_that_fails_does_not_wait_for_the_others(monkeypatch, error, status, message):
   at_exit = []
   monkeypatch.setattr(processes.jax, 'process_count', lambda: 3)
   monkeypatch.setattr(processes.jax, 'process_index', lambda: 1)
   monkeypatch.setattr(processes.atexit, 'register', lambda *call: at_exit.append(call))
-  with pytest.raises(UserError if status == 2 else RuntimeError, match=message):
+  with pytest.raises({1: RuntimeError, 2: UserError, 200: Unreachable}[status], match=message):
     with processes.together():
       raise error
   assert at_exit == [(processes._leave, status)]
