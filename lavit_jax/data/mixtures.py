@@ -193,12 +193,11 @@ class _Writer:
 
   def __call__(self, texts: tuple[str, str, float]) -> dict[str, np.ndarray]:
     context, text, weight = texts
-    if context:  # the space before an answer: a tokenizer gives every text one, and LLaMA's would make two
-      text = text.removeprefix(' ')
-    given, told = self._tokenizer.encode(context) if context else (), self._tokenizer.encode(text)
+    given = self._tokenizer.encode(context) if context else ()
+    told = self._tokenizer.encode(text.removeprefix(' ') if context else text)  # a tokenizer begins every text with a space, LLaMA's with one more
     ids = given + told
     if len(ids) > self._length:
-      raise ValueError(f'text_length is {self._length}, but this text has {len(ids)} tokens: {context + ' ' * bool(context) + text!r}')
+      raise ValueError(f'text_length is {self._length}, but this text has {len(ids)} tokens: {context + text!r}')
     return self._row(ids, len(given), weight)
 
   def cut(self, text: str, weight: float) -> dict[str, np.ndarray]:
