@@ -194,7 +194,7 @@ def open_part(folder, name: str, dtype: str | None = 'float32') -> leaves.Source
       total = leaves.checksum(array)
     else:
       seen[leaf][row] = leaves.checksum(array[None], row)
-      if len(seen[leaf]) < len(arrays[leaf]):
+      if len(seen[leaf]) < arrays[leaf].shape[0]:
         return
       total = functools.reduce(operator.xor, seen[leaf].values())
     if total != sums[leaf]:

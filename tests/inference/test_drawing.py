@@ -82,7 +82,7 @@ def test_golden_codes_become_the_pictures_that_diffusers_draws(golden, tmp_path,
   model, io, size, steps, strength = lavit.build('golden'), golden.io, (16, 24), 5, 0.6
   unet, vae = way.prefix + 'unet', way.prefix + 'vae'
   parts = random_parts('golden', unet, vae, 'uncond_embeddings')
-  parts |= {name: golden.params[name] for name in ('tokenizer', 'decoder', 'highres_decoder')}
+  parts |= {'codebook': golden.params['tokenizer'], **{name: golden.params[name] for name in ('decoder', 'highres_decoder')}}
   counts = io['kept_token_counts']
   mask = np.arange(16) < counts[:, None]
   ids = np.zeros((len(counts), 16), np.int32)

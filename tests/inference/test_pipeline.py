@@ -144,8 +144,31 @@ def test_only_the_parts_of_a_task_are_read(tiny_folder, tmp_path):
   with pytest.raises(UserError, match='nowhere is not a lavit_jax checkpoint'):
     Lavit.from_pretrained('nowhere')
   shutil.rmtree(folder / 'tokenizer')
-  with pytest.raises(UserError, match='tokenizer/tokenizer.json does not exist'):
-    Lavit.from_pretrained(folder)
+  model = Lavit.from_pretrained(folder)
+  model.tokenize(PICTURES)
+  for task in (lambda: model.caption(PICTURES), lambda: model.generate(['an owl'])):
+    with pytest.raises(UserError, match='tokenizer/tokenizer.json does not exist'):
+      task()
+  assert model.parts.loaded == {'vit', 'tokenizer'}  # said before anything was read
+
+
+def test_drawing_reads_the_codebook_alone(tiny_folder, tiny_parts, tmp_path):
+  codes, tokens = [np.arange(20)], []
+  for folder in (tiny_folder, tmp_path / 'theirs'):
+    if folder != tiny_folder:
+      convert.prepare(tiny_folder, folder).run(lambda size: None)
+    model = Lavit.from_pretrained(folder)
+    drawn = model.draw(codes, steps=1)
+    assert 'tokenizer' not in model.parts.loaded
+    (embedding,) = jax.tree.leaves(model.parts['codebook'])
+    np.testing.assert_array_equal(embedding, tiny_parts['tokenizer']['quantizer']['embedding'])
+    tokens.append(model.tokenize(PICTURES).ids)
+    assert model.parts['tokenizer']['quantizer']['embedding'] is embedding  # the one that was there
+    whole = Lavit.from_pretrained(folder)
+    whole.tokenize(PICTURES)
+    np.testing.assert_array_equal(whole.draw(codes, steps=1), drawn)
+    assert whole.parts['codebook']['quantizer']['embedding'] is whole.parts['tokenizer']['quantizer']['embedding']
+  jax.tree.map(np.testing.assert_array_equal, *tokens)
 
 
 def test_a_folder_of_pytorch_names_says_the_same(tmp_path):
