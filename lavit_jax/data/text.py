@@ -68,8 +68,10 @@ class TextTokenizer:
 
 
 def _read_pieces(path: str) -> SentencePieceProcessor:
+  pieces = SentencePieceProcessor()
   with open(path, 'rb') as file:
-    return SentencePieceProcessor(model_proto=file.read())
+    pieces.LoadFromSerializedProto(file.read())  # its argument `model_proto` takes an empty file for none
+  return pieces
 
 
 def train(corpus: Iterable[str], vocab_size: int = 2048) -> Tokenizer:

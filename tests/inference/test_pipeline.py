@@ -2,19 +2,24 @@
 
 import io
 import pathlib
+import re
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sentencepiece
 from PIL import Image
 
+from lavit_jax.data import mixtures
 from lavit_jax.errors import UserError
 from lavit_jax.inference import pipeline, programs
 from lavit_jax.inference.pipeline import Lavit
 from lavit_jax.porting import convert
+from lavit_jax.porting.folder import bundle
 
+TINY = pathlib.Path(pipeline.__file__).parents[1] / 'assets' / 'tiny'
 PICTURES = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
 
 
@@ -171,8 +176,28 @@ def test_drawing_reads_the_codebook_alone(tiny_folder, tiny_parts, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, *tokens)
 
 
+def test_a_folder_with_a_sentencepiece_model_alone_is_opened(tmp_path):
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=mixtures.corpus('embedded'), model_writer=model, model_type='bpe', vocab_size=2048, hard_vocab_limit=True, byte_fallback=True,
+      normalization_rule_name='identity', remove_extra_whitespaces=False, character_coverage=0.9999, minloglevel=2)
+  theirs = shutil.copytree(TINY, tmp_path / 'theirs', ignore=shutil.ignore_patterns('tokenizer.json'))
+  (theirs / 'language_model' / 'tokenizer.model').write_bytes(model.getvalue())
+  convert.prepare(theirs, tmp_path / 'ours').run(lambda size: None)
+  convert.prepare(tmp_path / 'ours', tmp_path / 'again').run(lambda size: None)
+  for file in ('theirs/language_model', 'ours/tokenizer', 'again/language_model'):
+    assert (tmp_path / file / 'tokenizer.model').read_bytes() == model.getvalue() and not (tmp_path / file / 'tokenizer.json').exists()
+  told = [Lavit.from_pretrained(tmp_path / name).answer(PICTURES, ['What is this?', 'How many?'], details=True) for name in ('theirs', 'ours', 'again')]
+  by = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+  for rows in told:
+    assert [row.ids.tolist() for row in rows] == [row.ids.tolist() for row in told[0]]
+    assert all(re.split(r'[\n,.]', by.decode([i for i in row.ids.tolist() if i > 2]).strip())[0].strip().lower() == row.text for row in rows)
+  bundled = bundle(tmp_path / 'bundled', [tmp_path / 'ours'], theirs / 'language_model')
+  assert Lavit.from_pretrained(bundled).words.encode('owl') == tuple(by.encode('owl'))
+
+
 def test_a_folder_of_pytorch_names_says_the_same(tmp_path):
-  theirs = pathlib.Path(pipeline.__file__).parents[1] / 'assets' / 'tiny'
+  theirs = TINY
   convert.prepare(theirs, tmp_path / 'ours').run(lambda size: None)
   first, second = (Lavit.from_pretrained(path) for path in (theirs, tmp_path / 'ours'))
   assert first.caption(PICTURES) == second.caption(PICTURES)
