@@ -98,7 +98,6 @@ def test_transformers_reads_the_sentencepiece_model_alike(pieces):
   for words in TEXTS:
     if words[:1] not in (' ', '\u2581'):  # to which its version 5 adds no other space; up to version 4 its slow tokenizer did
       assert tuple(theirs(words, add_special_tokens=False)['input_ids']) == ours.encode(words), words
-  assert theirs('owl')['input_ids'] == [text.BEGIN, *ours.encode('owl')]
 
 
 def test_bytes_that_are_no_text_and_special_words_harm_nothing(pieces):

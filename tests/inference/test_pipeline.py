@@ -1,6 +1,7 @@
 """The user's API on random weights: shapes, prompts, determinism, lazy parts, and what it says to bad input."""
 
 import io
+import itertools
 import pathlib
 import re
 import shutil
@@ -177,10 +178,10 @@ def test_drawing_reads_the_codebook_alone(tiny_folder, tiny_parts, tmp_path):
 
 
 def test_a_folder_with_a_sentencepiece_model_alone_is_opened(tmp_path):
-  model = io.BytesIO()
+  model, letters = io.BytesIO(), np.random.default_rng(0).choice(list('abcdefghij '), 20_000)
   sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=mixtures.corpus('embedded'), model_writer=model, model_type='bpe', vocab_size=2048, hard_vocab_limit=True, byte_fallback=True,
-      normalization_rule_name='identity', remove_extra_whitespaces=False, character_coverage=0.9999, minloglevel=2)
+      sentence_iterator=itertools.chain(mixtures.corpus('embedded'), ''.join(letters).split()), model_writer=model, model_type='bpe', vocab_size=2048,
+      byte_fallback=True, normalization_rule_name='identity', remove_extra_whitespaces=False, character_coverage=0.9999, minloglevel=2)
   theirs = shutil.copytree(TINY, tmp_path / 'theirs', ignore=shutil.ignore_patterns('tokenizer.json'))
   (theirs / 'language_model' / 'tokenizer.model').write_bytes(model.getvalue())
   convert.prepare(theirs, tmp_path / 'ours').run(lambda size: None)
