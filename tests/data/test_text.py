@@ -78,8 +78,8 @@ def pieces(tmp_path_factory):
   return folder, sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
-TEXTS = ['red apple on a blue background', ' two  spaces', '', ' ', 'x ', 'Ünïcödé 東京 ☕\n\ttab', '12345', '🦙\u200d', 'ＡＢ ﬁ é', 'e\u0301', '\x00a',
-         'Question: What is this? Answer:', '\u2581x']
+TEXTS = ['red apple on a blue background', ' two  spaces', '', ' ', 'x ', 'Ünïcödé 東京 ☕\n\ttab', '12345', '🦙\u200d', 'ＡＢ ﬁ é',
+         'e\u0301', '\x00a', 'Question: What is this? Answer:', '\u2581x']
 
 
 @pytest.mark.parametrize('words', TEXTS)

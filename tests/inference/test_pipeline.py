@@ -188,7 +188,8 @@ def test_a_folder_with_a_sentencepiece_model_alone_is_opened(tmp_path):
   convert.prepare(tmp_path / 'ours', tmp_path / 'again').run(lambda size: None)
   for file in ('theirs/language_model', 'ours/tokenizer', 'again/language_model'):
     assert (tmp_path / file / 'tokenizer.model').read_bytes() == model.getvalue() and not (tmp_path / file / 'tokenizer.json').exists()
-  told = [Lavit.from_pretrained(tmp_path / name).answer(PICTURES, ['What is this?', 'How many?'], details=True) for name in ('theirs', 'ours', 'again')]
+  told = [Lavit.from_pretrained(tmp_path / name).answer(PICTURES, ['What is this?', 'How many?'], details=True)
+          for name in ('theirs', 'ours', 'again')]
   by = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
   for rows in told:
     assert [row.ids.tolist() for row in rows] == [row.ids.tolist() for row in told[0]]
