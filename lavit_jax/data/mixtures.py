@@ -193,7 +193,8 @@ class _Writer:
 
   def __call__(self, texts: tuple[str, str, float]) -> dict[str, np.ndarray]:
     context, text, weight = texts
-    given, told = self._tokenizer.encode(context) if context else (), self._tokenizer.encode(text)
+    given = self._tokenizer.encode(context) if context else ()
+    told = self._tokenizer.encode(text.removeprefix(' ') if context else text)  # every text is given a space; LLaMA's would be two
     ids = given + told
     if len(ids) > self._length:
       raise ValueError(f'text_length is {self._length}, but this text has {len(ids)} tokens: {context + text!r}')

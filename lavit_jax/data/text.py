@@ -1,8 +1,9 @@
-"""The tiny variants' tokenizer: a byte-level BPE with LLaMA's first ids (0 unknown, 1 begin, 2 end), in a Hugging Face folder.
+"""Words: LLaMA's, as its folders hold them, and the tiny variants' own, a byte-level BPE with the same first ids (0 unknown, 1 begin, 2 end).
 
     python -m lavit_jax.data.text --source DATA_DIR --output FOLDER
 
-transformers loads the folder (`AutoTokenizer.from_pretrained`) as it does a LLaMA's; `TextTokenizer` needs neither it nor torch.
+trains the latter. transformers loads its folder (`AutoTokenizer.from_pretrained`) as it does a LLaMA's; `TextTokenizer` needs neither it nor
+torch.
 """
 
 import argparse
@@ -11,35 +12,41 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 
+from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from lavit_jax.errors import UserError
 
 UNKNOWN, BEGIN, END = 0, 1, 2
 _SPECIAL = ('<unk>', '<s>', '</s>')
-_FILE = 'tokenizer.json'
+_PIECES, _FILE = 'tokenizer.model', 'tokenizer.json'
 
 
 class TextTokenizer:
-  """Words to ids and back. `vocab_size` ids; the visual ids of a model follow after them."""
+  """Words to ids and back. `vocab_size` ids; the visual ids of a model follow after them.
 
-  def __init__(self, tokenizer: Tokenizer):
-    self._tokenizer = tokenizer
-    self.vocab_size = tokenizer.get_vocab_size()
+  A text begins with a space of its own, as LLaMA's do (sentencepiece's dummy prefix); beside `tokenizer.model` that is what
+  transformers' slow tokenizer gives for a text without `<s>` and its like, which are letters here and end nothing.
+  """
+
+  def __init__(self, tokenizer: Tokenizer | SentencePieceProcessor):
+    self._tokenizer, self._pieces = tokenizer, isinstance(tokenizer, SentencePieceProcessor)
+    self.vocab_size = tokenizer.vocab_size() if self._pieces else tokenizer.get_vocab_size()
     self.encode = functools.lru_cache(maxsize=1 << 16)(self._encode)
 
   @classmethod
   def load(cls, folder: str | os.PathLike, vocab_size: int | None = None) -> 'TextTokenizer':
-    """Reads a Hugging Face tokenizer folder.
+    """Reads a Hugging Face tokenizer folder: its `tokenizer.model` of sentencepiece, by which the published code reads and writes, or,
+    where there is none, its `tokenizer.json`.
 
-    Raises UserError when `tokenizer.json` is not in it or is damaged, or when it has not `vocab_size` ids.
+    Raises UserError when neither is in it or it is damaged, or when it has not `vocab_size` ids.
     """
-    path = os.path.join(folder, _FILE)
-    if not os.path.exists(path):
-      raise UserError(f'{path} does not exist; give the folder of a Hugging Face (fast) tokenizer')
+    path = next((path for name in (_PIECES, _FILE) if os.path.exists(path := os.path.join(folder, name))), None)
+    if path is None:
+      raise UserError(f'{os.path.join(folder, _FILE)} does not exist, nor {_PIECES} beside it; give the folder of a Hugging Face tokenizer')
     try:
-      words = cls(Tokenizer.from_file(path))
-    except Exception as error:  # tokenizers raises nothing narrower
+      words = cls(_read_pieces(path) if path.endswith(_PIECES) else Tokenizer.from_file(path))
+    except Exception as error:  # neither library raises anything narrower
       raise UserError(f'{path} is damaged ({error}); copy it again') from None
     if vocab_size not in (None, words.vocab_size):
       raise UserError(f'{path} has {words.vocab_size} ids, but the text vocabulary of the model has {vocab_size}; give the model\'s own')
@@ -50,11 +57,21 @@ class TextTokenizer:
     return self._encode(text)
 
   def _encode(self, text: str) -> tuple[int, ...]:
-    return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+    return tuple(self._tokenizer.encode(text) if self._pieces else self._tokenizer.encode(text, add_special_tokens=False).ids)
 
   def decode(self, ids: Sequence[int]) -> str:
     """The text of ids, special tokens left out, without the space that precedes every first word."""
-    return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+    ids = [int(i) for i in ids if 0 <= i < self.vocab_size]  # the others are no words
+    if not self._pieces:
+      return self._tokenizer.decode(ids, skip_special_tokens=True)
+    return self._tokenizer.decode([i for i in ids if not (self._tokenizer.is_control(i) or self._tokenizer.is_unknown(i))])
+
+
+def _read_pieces(path: str) -> SentencePieceProcessor:
+  pieces = SentencePieceProcessor()
+  with open(path, 'rb') as file:
+    pieces.LoadFromSerializedProto(file.read())  # its argument `model_proto` takes an empty file for none
+  return pieces
 
 
 def train(corpus: Iterable[str], vocab_size: int = 2048) -> Tokenizer:

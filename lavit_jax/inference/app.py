@@ -95,7 +95,8 @@ class Tasks:
 
   def _draw(self, parts, seed, guidance, steps, size):
     model, seed, options = self.model, _seed(seed), dict(steps=int(steps), size=_size(size))
-    drawing.settle(1, model.settings.drawn_size, model.settings.highres_sizes, model.parts, **options)  # before anything runs
+    drawing.settle(1, model.settings.drawn_size, model.settings.highres_sizes, model.parts, schedulers=model.parts.scheduler,
+                   **options)  # before anything runs
     codes = model.sample_codes([parts], guidance=guidance, seed=seed)
     picture = _shown(model.draw(codes, seed=seed, details=True, **options))
     shown = [f'<i style="background:{self.colours[code]}"></i>' for code in codes[0]]
@@ -120,7 +121,7 @@ class Tasks:
     """A colour of each code, from the three directions in which the codebook spreads most: near codes look alike."""
     model = self.model
     codes = np.arange(model.model.vocabulary.codebook_size)
-    rows = model.model.tokenizer.apply({'params': model.parts['tokenizer']}, codes, method='lookup')
+    rows = model.model.tokenizer.apply({'params': model.parts['codebook']}, codes, method='lookup')
     rows = np.asarray(rows, np.float32) - np.mean(rows, 0)
     near = rows @ np.linalg.svd(rows.T @ rows)[0][:, :3]
     near = 128 + 80 * np.tanh(near / near.std(0))

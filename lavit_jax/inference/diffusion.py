@@ -76,17 +76,18 @@ def timesteps(num_train_steps: int, steps: int, spacing: str = 'leading', steps_
 
 
 def plan(schedule: NoiseSchedule, steps: int, *, sampler: str = 'ddim', spacing: str = 'leading', steps_offset: int = 1,
-         strength: float = 1.0) -> Plan:
+         strength: float = 1.0, to_clean: bool = False) -> Plan:
   """The steps of a sampler, at the `timesteps` of these arguments.
 
-  DDIM (Song et al. 2021, equation 12 with eta 0) goes T // steps back, and in the end to the schedule's first step, not to the
-  clean image. Euler (Karras et al. 2022, algorithm 1: DDIM, but for where it goes) and DPM-Solver++ 2M (Lu et al. 2022,
+  DDIM (Song et al. 2021, equation 12 with eta 0) goes T // steps back, and in the end to the schedule's first step, or, with
+  `to_clean`, to the clean image. Euler (Karras et al. 2022, algorithm 1: DDIM, but for where it goes) and DPM-Solver++ 2M (Lu et al. 2022,
   algorithm 2) go to the next timestep, and in the end to the clean image; 2M does not look ahead in its first step, for want of
   an earlier one, nor in its last.
   """
   t = timesteps(len(schedule.alphas_cumprod), steps, spacing, steps_offset, sampler, strength)
   if sampler == 'ddim':
-    alpha = schedule.alphas_cumprod[np.maximum(t - len(schedule.alphas_cumprod) // steps, 0)]
+    to = t - len(schedule.alphas_cumprod) // steps
+    alpha = jnp.where(to_clean & (to < 0), 1., schedule.alphas_cumprod[np.maximum(to, 0)])
   else:
     alpha = jnp.append(schedule.alphas_cumprod[t[1:]], 1.)
   ahead = jnp.zeros(len(t))
@@ -139,6 +140,7 @@ def sample(
     denoise: Denoiser, latents: Array, condition: tuple, null_condition: tuple | None = None, *, steps: int,
     schedule: NoiseSchedule, sampler: str = 'ddim', guidance_scale: float | Array = 1.0, rescale: float = 0.0,
     prediction: str = 'epsilon', spacing: str = 'leading', steps_offset: int = 1, start: Array | None = None, strength: float = 1.0,
+    to_clean: bool = False,
 ) -> Array:
   """A deterministic sampler with classifier-free guidance, as one scan. The published decoder (REFERENCE section 4) is
 
@@ -156,6 +158,7 @@ def sample(
     start: clean latents f32[B, h, w, Z] to begin from in place of pure noise (Meng et al. 2022, SDEdit); `latents` is then the noise
       that is laid over them, as much as the first step that is left expects.
     strength: with `start`, the share of the steps that is made.
+    to_clean: see `plan`.
 
   Returns:
     f32[B, h, w, Z].
@@ -163,7 +166,8 @@ def sample(
   Raises:
     ValueError: no such sampler, prediction or spacing; too many steps or none.
   """
-  todo = plan(schedule, steps, sampler=sampler, spacing=spacing, steps_offset=steps_offset, strength=1.0 if start is None else strength)
+  todo = plan(schedule, steps, sampler=sampler, spacing=spacing, steps_offset=steps_offset,
+              strength=1.0 if start is None else strength, to_clean=to_clean)
   predict = guided(denoise, condition, null_condition, guidance_scale, rescale)
   latents = latents.astype(jnp.float32)
   if start is not None:

@@ -21,7 +21,8 @@ from jax import Array
 from lavit_jax.data.images import as_list, read_images
 from lavit_jax.errors import UserError
 from lavit_jax.inference import diffusion
-from lavit_jax.models import lavit, noise, safety, vae, vit
+from lavit_jax.inference.scheduler import Scheduler
+from lavit_jax.models import lavit, safety, vae, vit
 from lavit_jax.models.decoder import null_context
 
 LOG = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class Way(NamedTuple):
   @property
   def parts(self) -> tuple[str, ...]:
     own = tuple(self.prefix + name for name in ('decoder', 'unet', 'vae'))
-    return ('tokenizer', *own, *(() if self.prefix else ('uncond_embeddings',)))
+    return ('codebook', *own, *(() if self.prefix else ('uncond_embeddings',)))
 
 
 LOWRES = Way('', 50, 5.0, 16)  # Stable Diffusion 1.5
@@ -63,11 +64,12 @@ class Request(NamedTuple):
   details: bool  # whether `Drawn` is asked for
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'way', 'size', 'steps', 'sampler', 'rescale', 'strength', 'tile'),
+@functools.partial(jax.jit, static_argnames=('model', 'way', 'size', 'steps', 'sampler', 'rescale', 'strength', 'tile', 'scheduler'),
                    donate_argnames='start')
 def draw(
     model: lavit.Lavit, parts: dict, ids: Array, mask: Array, keys: Array, start: Array | None, *, way: Way, size: tuple[int, int],
     guidance: float, steps: int, sampler: str = 'ddim', rescale: float = 0.0, strength: float = 1.0, tile: int | None = None,
+    scheduler: Scheduler = Scheduler(),
 ) -> Drawn:
   """Codes i32[B, N] in a prefix, mask bool[B, N] of it, a key for each picture -> pictures.
 
@@ -77,6 +79,7 @@ def draw(
     size: (H, W).
     guidance, rescale, steps, sampler, strength: see `diffusion.sample`.
     tile: side of the tiles in which the VAE decodes, in pixels; None decodes a picture as a whole.
+    scheduler: of the U-Net.
   """
   decoder, unet, pixels = (way.prefix + name for name in ('decoder', 'unet', 'vae'))
   autoencoder, at_once = getattr(model, pixels), 1 if tile else max(1, WHOLE_PIXELS // math.prod(size))
@@ -92,7 +95,7 @@ def draw(
     whole, latents = functools.partial(apply, pixels, method='decode'), latents / autoencoder.scaling_factor
     return vae.postprocess(vae.decode_tiled(whole, latents, autoencoder.factor, tile // autoencoder.factor) if tile else whole(latents))
 
-  features = apply(decoder, apply('tokenizer', ids, method='lookup'), mask)
+  features = apply(decoder, model.tokenizer.apply({'params': parts['codebook']}, ids, method='lookup'), mask)
   context, pooled = apply(decoder, features, method='context')
   if way.prefix:
     condition, null = highres_condition(context, pooled, size)
@@ -103,7 +106,9 @@ def draw(
   shape = (*(side // autoencoder.factor for side in size), autoencoder.latent_channels)
   latents = diffusion.sample(
       functools.partial(apply, unet), diffusion.initial_latents(keys, shape), condition, null, steps=steps, sampler=sampler,
-      guidance_scale=guidance, rescale=rescale, start=start, strength=strength, schedule=noise.scaled_linear())
+      guidance_scale=guidance, rescale=rescale, start=start, strength=strength, schedule=scheduler.schedule,
+      prediction=scheduler.prediction_type, spacing=scheduler.timestep_spacing, steps_offset=scheduler.steps_offset,
+      to_clean=scheduler.set_alpha_to_one)
   pictures = _piecewise(decode, at_once, latents)
   if 'safety_checker' not in parts:
     return Drawn(pictures, jnp.zeros(len(pictures), bool))
@@ -124,13 +129,13 @@ def highres_condition(context: Array, pooled: Array, size: tuple[int, int]) -> t
 def settle(
     count: int, drawn_size: int, highres_sizes: Collection[tuple[int, int]], held: Collection[str], *, size: tuple[int, int] | None = None,
     guidance: float | None = None, steps: int | None = None, sampler: str = 'ddim', rescale: float = 0.0, start=None, strength: float = 0.8,
-    tile: int | None = None, details: bool = False,
+    tile: int | None = None, details: bool = False, schedulers: Callable[[str], Scheduler] = lambda prefix: Scheduler(),
 ) -> Request:
   """What a user asks for -> what to draw by. So that what is wrong is told before a language model has run for minutes.
 
   Args:
     count: of pictures.
-    drawn_size, highres_sizes: of the model; `held`: names of the parts that are there.
+    drawn_size, highres_sizes: of the model; `held`: names of the parts that are there; `schedulers`: of their U-Nets, by the prefix of a way.
     size, guidance, ..., details: see `Lavit.draw`.
   Raises:
     UserError: a size that is not known or whose parts are missing, or settings that cannot be.
@@ -150,8 +155,9 @@ def settle(
     strength = 1.0
   elif not 0 < strength <= 1:
     raise UserError(f'strength={strength} is not in 0..1; 1 keeps nothing of the picture to start from')
+  scheduler = schedulers(way.prefix)
   try:
-    diffusion.timesteps(len(noise.scaled_linear().betas), steps, sampler=sampler, strength=strength)
+    diffusion.timesteps(scheduler.num_train_timesteps, steps, scheduler.timestep_spacing, scheduler.steps_offset, sampler, strength)
   except ValueError as error:
     raise UserError(str(error)) from None
   if not 0 <= rescale <= 1:
@@ -166,7 +172,7 @@ def settle(
   if tile is None and math.prod(size) > WHOLE_PIXELS:
     tile = TILE
   return Request(start, dict(way=way, size=size, guidance=way.guidance if guidance is None else guidance, steps=steps, sampler=sampler,
-                             rescale=rescale, strength=strength, tile=tile), details)
+                             rescale=rescale, strength=strength, tile=tile, scheduler=scheduler), details)
 
 
 def checker(model: lavit.Lavit, held: Collection[str]) -> tuple[str, ...]:

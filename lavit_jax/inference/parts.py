@@ -1,7 +1,8 @@
 """The parts of a checkpoint as the programs of inference take them: each read when first needed, and never held twice.
 
-A part is checked against the variant, put into the compute dtype and onto the mesh as it is read; the language model's layers are taken
-apart (models/llama.py), and its weights made eight bits wide if that was asked for.
+A part is checked against the variant, and put into the compute dtype and onto the mesh, leaf by leaf as it is read. The language model comes
+a layer of a leaf at a time, for its programs want the layers apart (models/llama.py), and is made eight bits wide on the way if that was
+asked for: no more is ever on the device than the result and what is being read.
 """
 
 from __future__ import annotations
@@ -13,27 +14,34 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lavit_jax import sharding
 from lavit_jax.errors import UserError
+from lavit_jax.inference.scheduler import Scheduler, read_scheduler
 from lavit_jax.models import lavit
 from lavit_jax.models.initial import initial_parts
-from lavit_jax.models.int8 import quantize_weights
-from lavit_jax.models.llama import unstack
-from lavit_jax.porting import from_torch, layouts
-from lavit_jax.porting.folder import load_parts, read_config
+from lavit_jax.models.int8 import quantize_weight
+from lavit_jax.porting import layouts
+from lavit_jax.porting.api import open_torch
+from lavit_jax.porting.folder import open_part, read_config
+from lavit_jax.porting.leaves import Source, flatten, unflatten
 
 FLOAT32 = ('tokenizer', 'vae', 'highres_vae', 'uncond_embeddings')  # parts that decide or draw in float32 whatever the compute dtype
+CODEBOOK = 'quantizer/embedding'  # the leaf of the tokenizer that drawing needs
+MAX_LENGTH = 2048  # prompt and answer together, where a checkpoint does not say
 
 
 class Checkpoint(NamedTuple):
-  """A folder that has been looked at: its variant, where its words are, the parts that it holds, and how one is read."""
+  """A folder that has been looked at: its variant, where its words are, the parts that it holds, how one is opened, and what is said beside
+  them: of the U-Nets' noise, and how long a sequence the language model reads."""
 
   variant: str
   words: pathlib.Path
   held: frozenset[str]
-  read: Callable  # (part, dtype=..., shardings=None or as `load_parts` takes it) -> tree of arrays
+  open: Callable[..., Source]  # (part, dtype=...)
+  scheduler: Callable[[str], Scheduler]  # prefix of a way of drawing ->
+  max_length: int = MAX_LENGTH
 
 
 def open_checkpoint(folder, variant: str | None) -> Checkpoint:
@@ -42,36 +50,44 @@ def open_checkpoint(folder, variant: str | None) -> Checkpoint:
   Raises:
     UserError: it is missing, damaged, or not of `variant`.
   """
-  folder = pathlib.Path(folder)
+  folder, kind = pathlib.Path(folder), 'LaVIT'
   if layouts.kind_of(folder) == 'LaVIT':
+    beside = folder
     known = layouts.read_json(folder / layouts.ABOUT).get('variant') or variant or layouts.find_variant(layouts.recognise(folder)[1])
+    words, opener = folder / 'language_model', functools.partial(open_torch, folder, variant=known)
     held = {place.part for place in layouts.PUBLISHED if layouts.stem_of(folder / place.folder, place.stems)}
-    found = Checkpoint(known, folder / 'language_model', frozenset(held), functools.partial(from_torch, folder, variant=known))
   else:
-    config = read_config(folder)
+    config, beside = read_config(folder), folder / 'torch'
+    known, held, words, opener = config['variant'], config['parts'], folder / 'tokenizer', functools.partial(open_part, folder)
+    kind = config['metadata'].get('source', {}).get('kind', kind)
+  if variant not in (None, known):
+    raise UserError(f'{folder} holds variant {known!r}, but {variant!r} was asked for')
+  places = layouts.places(kind)
 
-    def read(name, **options):
-      return load_parts(folder, [name], **options)[name]
+  def scheduler(prefix):
+    place = places.get(prefix + 'unet')
+    return Scheduler() if place is None else read_scheduler(beside / pathlib.Path(place.folder).with_name('scheduler') / 'scheduler_config.json')
 
-    found = Checkpoint(config['variant'], folder / 'tokenizer', frozenset(config['parts']), read)
-  if variant not in (None, found.variant):
-    raise UserError(f'{folder} holds variant {found.variant!r}, but {variant!r} was asked for')
-  return found
+  length = layouts.read_json(beside / places['llama'].folder / 'config.json').get('max_position_embeddings') if 'llama' in places else None
+  return Checkpoint(known, words, frozenset(held), opener, scheduler, length if isinstance(length, int) and length > 0 else MAX_LENGTH)
 
 
 class Parts:
-  """part name -> its parameters, read at the first asking.
+  """part name -> its parameters, read at the first asking. 'codebook' is what drawing needs of 'tokenizer', and is read alone.
 
   Args:
     model: whose parts they are.
-    read: as in `Checkpoint`, or the trees themselves by name, which are copied, not taken apart.
-    held: names of the parts that there are.
+    checkpoint: where they are read, or the trees themselves by name, which are copied, not taken apart.
     weights: None, or 'int8' for the language model's.
     mesh: where they lie (sharding.py); None leaves them on the first device.
   """
 
-  def __init__(self, model: lavit.Lavit, read: Callable | Mapping, held, weights: str | None = None, mesh: Mesh | None = None):
-    self._model, self._read, self._held, self._weights, self.mesh, self._ready = model, read, held, weights, mesh, {}
+  def __init__(self, model: lavit.Lavit, checkpoint: Checkpoint | Mapping, weights: str | None = None, mesh: Mesh | None = None):
+    known = isinstance(checkpoint, Checkpoint)
+    self._model, self._weights, self.mesh, self._ready = model, weights, mesh, {}
+    self._held, self._open = (checkpoint.held, checkpoint.open) if known else (checkpoint, functools.partial(_of_tree, checkpoint))
+    self.scheduler = functools.cache(checkpoint.scheduler if known else lambda prefix: Scheduler())
+    self.max_length = checkpoint.max_length if known else MAX_LENGTH
 
   @property
   def loaded(self) -> frozenset[str]:
@@ -80,31 +96,44 @@ class Parts:
 
   def __contains__(self, name: str) -> bool:
     """Whether the checkpoint holds it, read or not."""
-    return name in self._held
+    return _part_of(name) in self._held
 
   def __getitem__(self, name: str):
     """Raises UserError if it is missing, damaged, or another model's."""
     if name not in self._ready:
-      params = self._fetch(name)
-      self._check(name, params)
-      if name == 'llama':
-        params = unstack(params)
-        params = quantize_weights(params) if self._weights == 'int8' else params
-      self._ready[name] = params
+      self._ready[name] = self._read(name)
     return self._ready[name]
 
-  def _fetch(self, name: str):
-    places = None if self.mesh is None else functools.partial(sharding.shardings, mesh=self.mesh)
-    if isinstance(self._read, Mapping):
-      tree = jax.tree.map(jnp.asarray, self._read[name])  # a tree of our own
-      return tree if places is None else jax.device_put(tree, places({name: tree})[name])
-    dtype = 'float32' if name in FLOAT32 else jnp.dtype(self._model.vit.dtype).name
-    return _onto_device(self._read(name, dtype=dtype, shardings=places))
+  def _read(self, name: str):
+    part, other = _part_of(name), {'codebook': 'tokenizer', 'tokenizer': 'codebook'}.get(name)
+    there = {CODEBOOK: self._ready[other]['quantizer']['embedding']} if other in self._ready else {}
+    if name == 'codebook' and there:
+      return unflatten(there)
+    source = self._open(part, dtype='float32' if part in FLOAT32 else jnp.dtype(self._model.vit.dtype).name)
+    self._check(part, source.structs)
+    places = {} if self.mesh is None else flatten(sharding.shardings({part: unflatten(source.structs)}, self.mesh)[part])
+    small = self._weights == 'int8' and part == 'llama'
 
-  def _check(self, name: str, params) -> None:
+    def leaf(path, place, row=None):
+      array = jnp.asarray(source.read(path, row, place))
+      return jax.block_until_ready(quantize_weight(path.split('/')[-1], array) if small else array)  # before the next is begun
+
+    flat = {}
+    for path in (CODEBOOK,) if name == 'codebook' else source.structs:
+      place = places.get(path)
+      if path in there:
+        flat[path] = there[path]
+      elif part == 'llama' and path.startswith('layers/'):
+        place = place and NamedSharding(self.mesh, PartitionSpec(*place.spec[1:]))  # that axis is never split
+        flat |= {path.replace('layers', f'layers_{i}', 1): leaf(path, place, i) for i in range(source.structs[path].shape[0])}
+      else:
+        flat[path] = leaf(path, place)
+    return unflatten(flat)
+
+  def _check(self, name: str, structs: Mapping) -> None:
     expected = jax.eval_shape(lambda: initial_parts(self._model, jax.random.key(0), (name,)))[name]
-    want, have = _shapes(expected), _shapes(params)
-    wrong = [f'{key or name}: {have.get(key, "missing")} instead of {want.get(key, "nothing")}'
+    want, have = ({path: x.shape for path, x in flat.items()} for flat in (flatten(expected), structs))
+    wrong = [f'{key}: {have.get(key, "missing")} instead of {want.get(key, "nothing")}'
              for key in sorted(want.keys() | have.keys()) if want.get(key) != have.get(key)]
     if wrong:
       more = f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''
@@ -112,14 +141,17 @@ class Parts:
                       f'{"; ".join(wrong[:3])}{more}')
 
 
-def _onto_device(tree):
-  """The tree as JAX arrays; its leaves are removed from it one by one, so that memory never holds two."""
-  if not isinstance(tree, dict):
-    return jnp.asarray(tree).block_until_ready()
-  return {name: _onto_device(tree.pop(name)) for name in list(tree)}
+def _part_of(name: str) -> str:
+  return 'tokenizer' if name == 'codebook' else name
 
 
-def _shapes(tree) -> dict[str, tuple[int, ...]]:
-  """'blocks/attn/qkv/kernel' -> its shape."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(path, simple=True, separator='/'): x.shape for path, x in leaves}
+def _of_tree(trees: Mapping, name: str, dtype: str) -> Source:
+  """A part that is there already, in its own dtype."""
+  flat = flatten(trees[name])
+
+  def read(path, row=None, place=None):
+    leaf = jnp.asarray(flat[path])
+    leaf = leaf if row is None else jax.lax.index_in_dim(leaf, row, keepdims=False)  # not leaf[row], which moves one of many devices to one
+    return leaf if place is None else jax.device_put(leaf, place)
+
+  return Source({path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in flat.items()}, read)

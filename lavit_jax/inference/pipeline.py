@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -43,7 +44,6 @@ from lavit_jax.inference.settings import SETTINGS, Purpose, RowSeed, Settings, W
 from lavit_jax.models import lavit, sequence
 
 EOS = 2
-MAX_LENGTH = 2048  # prompt and answer together: what LLaMA reads
 MAX_BATCH = 16
 
 
@@ -88,22 +88,22 @@ class Lavit:
   RowSeed, for a part of a longer run.
   """
 
-  def __init__(self, model: lavit.Lavit, parts: Mapping[str, dict] | Parts | Checkpoint, words: TextTokenizer, weights: str | None = None,
-               cache: str | None = None, safety_checker: bool = True, mesh: Mesh | Mapping[str, int] | None = None):
+  def __init__(self, model: lavit.Lavit, parts: Mapping[str, dict] | Parts | Checkpoint, words: TextTokenizer | str | os.PathLike,
+               weights: str | None = None, cache: str | None = None, safety_checker: bool = True, mesh: Mesh | Mapping[str, int] | None = None):
     """`parts`: part name -> parameters, at least of the parts that the tasks at hand need, or another model's `parts`, on its mesh and with its
-    weights. The other arguments: see `from_pretrained`."""
+    weights. `words`: also the folder of them, which is read when a task first needs it. The other arguments: see `from_pretrained`."""
     for name, value, known in (('weights', weights, (None, 'int8')), ('cache', cache, (None, 'bfloat16', 'int8'))):
       if value not in known:
         raise UserError(f'{name}={value!r} is not known; choose one of {", ".join(map(repr, known))}')
     if mesh is not None and not isinstance(mesh, Mesh):
       mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1) | dict(mesh))
-    self.model, self.words, self.cache, self.safety_checker, self.mesh = model, words, cache, safety_checker, mesh
+    self.model, self._words, self.cache, self.safety_checker, self.mesh = model, words, cache, safety_checker, mesh
     if isinstance(parts, Parts):  # another model's, shared
       if weights is not None or mesh is not None:
         raise UserError('the parts of another model have their weights and mesh; leave `weights` and `mesh` out, or open the checkpoint again')
       self.parts, self.mesh = parts, parts.mesh
     else:
-      self.parts = Parts(model, *((parts.read, parts.held) if isinstance(parts, Checkpoint) else (parts, parts)), weights, mesh)
+      self.parts = Parts(model, parts, weights, mesh)
     self.settings = SETTINGS.get(model.variant, Settings())
 
   @classmethod
@@ -126,7 +126,12 @@ class Lavit:
     """
     found = open_checkpoint(folder, variant)
     model = lavit.build(found.variant, dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16'))
-    return cls(model, found, TextTokenizer.load(found.words, model.vocabulary.text_size), weights, cache, safety_checker, mesh)
+    return cls(model, found, found.words, weights, cache, safety_checker, mesh)
+
+  @functools.cached_property
+  def words(self) -> TextTokenizer:
+    """Raises UserError if they are missing, damaged, or another model's."""
+    return self._words if isinstance(self._words, TextTokenizer) else TextTokenizer.load(self._words, self.model.vocabulary.text_size)
 
   # Pictures to codes and back.
 
@@ -310,7 +315,7 @@ class Lavit:
 
   def _tell(self, images: np.ndarray, asked: Sequence[Sequence[int]], writing: Writing, seed) -> list[Told]:
     """Continues [IMG] features [/IMG] asked, for each picture, in words alone."""
-    words, slots = self.model.vocabulary, self.model.num_patches
+    decoded, words, slots = self.words.decode, self.model.vocabulary, self.model.num_patches  # what is wrong with the words is told first
     forbidden = np.arange(words.size) >= words.text_size
     keys = row_keys(seed, len(images), optional=writing.beams is not None)
     patches = keys_for(Purpose.PATCHES, keys)
@@ -327,7 +332,7 @@ class Lavit:
         yield n, self._write(writing, embeddings, mask, None if keys is None else keys[rows], eos_id=EOS, suppress=forbidden)
 
     out = fetch(write(), len(images), 'words')
-    return [Told(self.words.decode(ids), ids, score) for ids, score in _rows_of(out, writing.num_samples)]
+    return [Told(decoded(ids), ids, score) for ids, score in _rows_of(out, writing.num_samples)]
 
   def _write(self, writing: Writing, embeddings: Array, mask: Array, keys: Array | None, **more) -> decode.GenerateOutput:
     """Continues prompts [B, S, H] with keys [B]; B * num_samples rows."""
@@ -346,9 +351,9 @@ class Lavit:
 
   def _embed(self, prompts, new_tokens: int, features: Array | None = None) -> tuple[Array, Array]:
     """Lists of pieces -> embeddings [B, S, H] and mask bool[B, S], left-padded."""
-    longest = max(sum(map(len, pieces)) for pieces in prompts)
-    if longest + new_tokens > MAX_LENGTH:
-      raise InputError(f'the prompt is {longest} tokens long; shorten it to {MAX_LENGTH - new_tokens}')
+    longest, room = max(sum(map(len, pieces)) for pieces in prompts), self.parts.max_length - new_tokens
+    if longest > room:
+      raise InputError(f'the prompt is {longest} tokens long; shorten it to {room}')
     embeddings, mask, _ = sequence.assemble(
         prompts, functools.partial(self._run, programs.embed, ('llama',)), features, multiple=self.model.num_patches)
     return embeddings, mask
@@ -372,7 +377,7 @@ class Lavit:
     return jax.tree.map(lambda *x: np.concatenate(x), *(jax.tree.map(lambda x: x[:n], found) for n, found in out))
 
   def _settle(self, count: int, options: Mapping) -> drawing.Request:
-    return drawing.settle(count, self.settings.drawn_size, self.settings.highres_sizes, self.parts, **options)
+    return drawing.settle(count, self.settings.drawn_size, self.settings.highres_sizes, self.parts, schedulers=self.parts.scheduler, **options)
 
   def _run(self, program, names: tuple[str, ...], *args, **kwargs):
     """Calls a program with the parts that it needs, loading them first."""

@@ -49,9 +49,13 @@ def quantize_weights(params: dict) -> dict:
   out = {}
   for name in list(params):
     leaf = params.pop(name)
-    matrix = name in ('kernel', 'head')
-    out[name] = quantize_weights(leaf) if isinstance(leaf, dict) else _quantize_matrix(leaf) if matrix else leaf
+    out[name] = quantize_weights(leaf) if isinstance(leaf, dict) else quantize_weight(name, leaf)
   return out
+
+
+def quantize_weight(name: str, leaf: Array) -> Array | Int8:
+  """The same of one leaf, by the last word of its path."""
+  return _quantize_matrix(leaf) if name in ('kernel', 'head') else leaf
 
 
 @jax.jit

@@ -19,7 +19,15 @@ class NoiseSchedule(NamedTuple):
 
 def scaled_linear(num_steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> NoiseSchedule:
   """The schedule of SD 1.5 and SDXL: the square roots of the betas are evenly spaced."""
-  betas = np.linspace(beta_start ** 0.5, beta_end ** 0.5, num_steps) ** 2
+  return _schedule(np.linspace(beta_start ** 0.5, beta_end ** 0.5, num_steps) ** 2)
+
+
+def linear(num_steps: int, beta_start: float, beta_end: float) -> NoiseSchedule:
+  """The betas themselves are evenly spaced (Ho et al. 2020)."""
+  return _schedule(np.linspace(beta_start, beta_end, num_steps))
+
+
+def _schedule(betas: np.ndarray) -> NoiseSchedule:
   return NoiseSchedule(jnp.asarray(betas, jnp.float32), jnp.asarray(np.cumprod(1 - betas), jnp.float32))
 
 

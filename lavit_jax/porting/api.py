@@ -12,7 +12,7 @@ import numpy as np
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.porting import engine, folder, growth, layouts, torch_files
-from lavit_jax.porting.leaves import flatten, unflatten
+from lavit_jax.porting.leaves import Source, flatten, unflatten
 
 
 def from_torch(path, part: str | None = None, *, variant: str | None = None, dtype: str | None = 'float32', grow: bool = False,
@@ -38,17 +38,40 @@ def from_torch(path, part: str | None = None, *, variant: str | None = None, dty
   parts = {}
   for name, fit in layouts.fit(model, found, allow_missing).items():
     rows = model.vocabulary.size if grow and name == 'llama' else None
-    like = {leaf: folder.cast(x, dtype) for leaf, x in fit.plan.leaves.items()}
-    shapes = {leaf: growth.grown(leaf, x, rows) for leaf, x in like.items()}
-    where = None if shardings is None else flatten(shardings({name: unflatten(shapes)})[name])
-
-    def place(leaf, array, shapes=shapes, where=where):
-      array = growth.grow(array, shapes[leaf].shape)
-      return array if where is None else jax.make_array_from_callback(array.shape, where[leaf], lambda index: array[index])
-
-    state = {torch_name: fit.state[torch_name] for torch_name in fit.plan.slots}
-    parts[name] = unflatten(flatten(engine.from_torch(layouts.tables(model, name)[fit.table], state, like, place)))
+    source = _source(fit, dtype, rows)
+    places = {} if shardings is None else flatten(shardings({name: unflatten(source.structs)})[name])
+    parts[name] = unflatten({leaf: source.read(leaf, sharding=places.get(leaf)) for leaf in source.structs})
   return parts[part] if part else parts
+
+
+def open_torch(path, part: str, *, variant: str, dtype: str | None = 'float32') -> Source:
+  """A part of a PyTorch folder or file, to be read a leaf or a layer of it at a time. The arguments, and what is raised: as for `from_torch`."""
+  found = _of_part(pathlib.Path(path), part)
+  return _source(layouts.fit(lavit.build(variant), found)[part], dtype)
+
+
+def _source(fit: layouts.Fit, dtype: str | None, rows: int | None = None) -> Source:
+  """`rows`: of the vocabulary that a language model grows to; None leaves it alone."""
+  structs = {leaf: growth.grown(leaf, folder.cast(x, dtype), rows) for leaf, x in fit.plan.leaves.items()}
+  slots = {}  # leaf -> layer, or None -> (slot, tensor)
+  for name, slot in fit.plan.slots.items():
+    slots.setdefault(slot.leaf, {})[slot.layer] = slot, fit.state[name]
+
+  def one(leaf, layer):
+    slot, tensor = slots[leaf][layer]
+    return engine.contiguous(slot.row_of(np.asarray(tensor)).astype(structs[leaf].dtype, copy=False))
+
+  def read(leaf, row=None, sharding=None):
+    if row is not None or leaf not in fit.plan.stacked:
+      array = one(leaf, row)
+    else:
+      array = np.empty(structs[leaf].shape, structs[leaf].dtype)
+      for layer in slots[leaf]:
+        array[layer] = one(leaf, layer)
+    array = growth.grow(array, structs[leaf].shape) if row is None else array
+    return array if sharding is None else jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+  return Source(structs, read)
 
 
 def to_torch(params, path, part: str, *, variant: str) -> pathlib.Path:

@@ -13,7 +13,9 @@ a kill leaves that one as `.NAME.old`.)
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import operator
 import os
 import pathlib
 import shutil
@@ -164,10 +166,50 @@ def load_parts(folder, names=None, variant: str | None = None, shardings: Callab
   for name in config['parts'] if names is None else names:
     if name not in config['parts']:
       raise UserError(f'{folder} has no part {name!r}; it holds {", ".join(config["parts"])}')
-    with reading(folder / 'parts' / name):
-      flat = _load(folder, name, dtype) if shardings is None else _restore(folder, name, dtype, shardings)
-    parts[name] = unflatten(flat)
+    part = open_part(folder, name, dtype)
+    places = {} if shardings is None else flatten(shardings({name: unflatten(part.structs)})[name])
+    parts[name] = unflatten({path: part.read(path, sharding=places.get(path)) for path in part.structs})
   return parts
+
+
+def open_part(folder, name: str, dtype: str | None = 'float32') -> leaves.Source:
+  """A part of a folder, to be read a leaf or a row at a time.
+
+  The checksum of a leaf is looked at when it, or the last of its rows, has been read to the host.
+
+  Args:
+    folder, name, dtype: as for `load_parts`.
+  Raises:
+    UserError: it is missing or damaged; later too, as it is read.
+  """
+  path = pathlib.Path(folder).resolve() / 'parts' / name
+  with reading(path):
+    sums = read_checksums(folder, name)
+    arrays = leaves.open_leaves(path, sums)
+  structs = {leaf: cast(jax.ShapeDtypeStruct(x.shape, x.dtype.numpy_dtype), dtype) for leaf, x in arrays.items()}
+  seen = {leaf: {} for leaf in arrays}  # row -> checksum
+
+  def check(leaf, row, array):
+    if row is None:
+      total = leaves.checksum(array)
+    else:
+      seen[leaf][row] = leaves.checksum(array[None], row)
+      if len(seen[leaf]) < arrays[leaf].shape[0]:
+        return
+      total = functools.reduce(operator.xor, seen[leaf].values())
+    if total != sums[leaf]:
+      raise ValueError(f'the checksum of {leaf} is another')
+
+  def read(leaf, row=None, sharding=None):
+    with reading(path):
+      store, struct = arrays[leaf] if row is None else arrays[leaf][row], structs[leaf]
+      if sharding is not None:
+        return leaves.place(store, jax.ShapeDtypeStruct(store.shape, struct.dtype, sharding=sharding))
+      array = store.read().result()
+      check(leaf, row, array)
+      return array.astype(struct.dtype, copy=False)
+
+  return leaves.Source(structs, read)
 
 
 @contextlib.contextmanager
@@ -235,22 +277,6 @@ def swap(scratch: pathlib.Path, folder: pathlib.Path) -> None:
     shutil.rmtree(old)
   else:
     os.rename(scratch, folder)
-
-
-def _load(folder: pathlib.Path, name: str, dtype: str | None) -> dict[str, np.ndarray]:
-  flat, sums = {}, read_checksums(folder, name)
-  for path, array in leaves.read(folder / 'parts' / name, sums):
-    if leaves.checksum(array) != sums[path]:
-      raise ValueError(f'the checksum of {path} is another')
-    flat[path] = array.astype(cast(array, dtype).dtype, copy=False)
-  return flat
-
-
-def _restore(folder: pathlib.Path, name: str, dtype: str | None, shardings: Callable) -> dict[str, jax.Array]:
-  arrays = leaves.open_leaves(folder / 'parts' / name, read_checksums(folder, name))
-  structs = {path: cast(jax.ShapeDtypeStruct(x.shape, x.dtype.numpy_dtype), dtype) for path, x in arrays.items()}
-  places = flatten(shardings({name: unflatten(structs)})[name])
-  return leaves.restore(folder / 'parts' / name, {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[path]) for path, x in structs.items()})
 
 
 def cast(struct, dtype: str | None) -> jax.ShapeDtypeStruct:

@@ -17,6 +17,7 @@ import logging
 import math
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import jax
 import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
@@ -31,6 +32,13 @@ from lavit_jax.porting import disk
 CHUNK_BYTES = 32 << 20  # the largest piece that a reader of a few rows must read
 DIRECT = ts.Context({'file_io_mode': {'mode': 'direct'}})  # past the page cache, as disk.py says
 SMALL_BYTES = 1 << 20  # a leaf up to this size is one chunk, written when it is complete
+
+
+class Source(NamedTuple):
+  """A part that can be read: its leaves, and how to read one of them, or one row of it."""
+
+  structs: dict[str, jax.ShapeDtypeStruct]  # by path
+  read: Callable  # (path, row=None, sharding=None) -> a numpy array, or a jax.Array where `sharding` says
 
 
 class Writer:
@@ -129,16 +137,12 @@ def open_leaves(folder: pathlib.Path, paths, context: ts.Context | None = None) 
   return {path: future.result() for path, future in waiting.items()}
 
 
-def restore(folder: pathlib.Path, like: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-  """Leaves straight onto the devices that the shardings of `like` name, in its dtypes.
+def place(store: ts.TensorStore, like: jax.ShapeDtypeStruct) -> jax.Array:
+  """A leaf straight onto the devices that the sharding of `like` names, in its dtype.
 
-  A process reads what its own devices hold, each stretch once, and one leaf at a time is on the host. (Orbax would read each device's
-  share apart, in whole chunks, and all leaves at once.)
+  A process reads what its own devices hold, each stretch once. (Orbax would read each device's share apart, in whole chunks, and all
+  leaves at once.)
   """
-  return {path: _place(array, like[path]) for path, array in open_leaves(folder, like).items()}
-
-
-def _place(store: ts.TensorStore, like: jax.ShapeDtypeStruct) -> jax.Array:
   if not like.shape:
     return jax.device_put(store.read().result().astype(like.dtype), like.sharding)
   places = {device: tuple(each.indices(size)[:2] for each, size in zip(index, like.shape))  # (start, stop) by axis
@@ -158,12 +162,6 @@ def _place(store: ts.TensorStore, like: jax.ShapeDtypeStruct) -> jax.Array:
         shard[low - first:high - first] = block[(slice(low - start, high - start), *inside)]
   pieces = [jax.device_put(shards[index], device) for device, index in places.items()]
   return jax.make_array_from_single_device_arrays(like.shape, like.sharding, pieces).block_until_ready()
-
-
-def read(folder: pathlib.Path, paths) -> Iterator[tuple[str, np.ndarray]]:
-  """(path, array) of each leaf, one after the other."""
-  for path, array in open_leaves(folder, paths).items():
-    yield path, array.read().result()
 
 
 def checksums(folder: pathlib.Path, paths) -> Iterator[tuple[str, int, int]]:

@@ -1,8 +1,11 @@
+import io
+import itertools
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import sentencepiece
 
 from lavit_jax.data import mixtures, text
 from lavit_jax.errors import UserError
@@ -60,6 +63,67 @@ def test_a_new_tokenizer_can_be_trained_saved_and_loaded(tmp_path):
   assert loaded.vocab_size <= 280
   assert loaded.decode(loaded.encode('the cat')) == 'the cat'
   assert len(loaded.encode('the cat')) < len('the cat')
+
+
+@pytest.fixture(scope='module')
+def pieces(tmp_path_factory):
+  """A folder with a `tokenizer.model` alone, trained as LLaMA's was, and sentencepiece's own reading of it."""
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=itertools.islice(mixtures.corpus('embedded'), 2000), model_writer=model, model_type='bpe', vocab_size=700,
+      byte_fallback=True, normalization_rule_name='identity', remove_extra_whitespaces=False, split_digits=True,
+      allow_whitespace_only_pieces=True, character_coverage=0.9999, minloglevel=2)
+  folder = tmp_path_factory.mktemp('pieces')
+  (folder / 'tokenizer.model').write_bytes(model.getvalue())
+  return folder, sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+TEXTS = ['red apple on a blue background', ' two  spaces', '', ' ', 'x ', 'Ünïcödé 東京 ☕\n\ttab', '12345', '🦙\u200d', 'ＡＢ ﬁ é',
+         'e\u0301', '\x00a', 'Question: What is this? Answer:', '\u2581x']
+
+
+@pytest.mark.parametrize('words', TEXTS)
+def test_a_sentencepiece_model_is_read_as_it_is(pieces, words):
+  folder, theirs = pieces
+  ours = text.TextTokenizer.load(folder, 700)
+  ids = ours.encode(words)
+  assert list(ids) == theirs.encode(words) and ours.vocab_size == theirs.vocab_size() == 700
+  assert not set(ids) & {text.UNKNOWN, text.BEGIN, text.END}
+  assert ours.decode([text.BEGIN, *ids, text.END, 700, 2000]) == theirs.decode(theirs.encode(words)) == words.replace('\u2581', ' ')
+
+
+def test_transformers_reads_the_sentencepiece_model_alike(pieces):
+  transformers = pytest.importorskip('transformers')
+  theirs, ours = transformers.LlamaTokenizer.from_pretrained(pieces[0]), text.TextTokenizer.load(pieces[0])
+  for words in TEXTS:
+    if words[:1] not in (' ', '\u2581'):  # to which its version 5 adds no other space; up to version 4 its slow tokenizer did
+      assert tuple(theirs(words, add_special_tokens=False)['input_ids']) == ours.encode(words), words
+
+
+def test_bytes_that_are_no_text_and_special_words_harm_nothing(pieces):
+  ours = text.TextTokenizer.load(pieces[0])
+  byte = pieces[1].piece_to_id('<0xE6>')
+  assert ours.decode([byte]) == '\ufffd' and ours.decode([*ours.encode('an owl'), byte, byte]) == 'an owl' + '\ufffd' * 2
+  assert ours.decode(ours.encode('a</s>b')) == 'a</s>b' and text.END not in ours.encode('a</s>b')
+
+
+def test_an_answer_after_a_question_begins_with_one_space(pieces, tokenizer):
+  for folder in (pieces[0], FOLDER):
+    row = mixtures._Writer(folder, 60)(('Question: What is this? Answer:', ' red apple', 1.0))
+    whole = text.TextTokenizer.load(folder).encode('Question: What is this? Answer: red apple')
+    assert tuple(row['text'][:row['text_length']]) == whole
+
+
+def test_the_sentencepiece_model_goes_before_the_json(pieces, tmp_path):
+  for file in (pieces[0] / 'tokenizer.model', FOLDER / 'tokenizer.json'):
+    (tmp_path / file.name).write_bytes(file.read_bytes())
+  assert text.TextTokenizer.load(tmp_path).vocab_size == 700
+  for damaged in (b'', b'version https://git-lfs.github.com/spec/v1'):
+    (tmp_path / 'tokenizer.model').write_bytes(damaged)
+    with pytest.raises(UserError, match='tokenizer.model is damaged'):
+      text.TextTokenizer.load(tmp_path)
+  with pytest.raises(UserError, match='tokenizer.model has 700 ids, but the text vocabulary of the model has 32000'):
+    text.TextTokenizer.load(pieces[0], 32000)
 
 
 def test_missing_folder_names_the_file(tmp_path):

@@ -26,6 +26,7 @@ from lavit_jax.errors import UserError
 from lavit_jax.inference import app, drawing
 from lavit_jax.inference.drawing import Drawn
 from lavit_jax.inference.pipeline import Lavit, Settings, Tokens
+from lavit_jax.inference.scheduler import Scheduler
 
 ASSETS = pathlib.Path(lavit_jax.__file__).parent / 'assets'
 PICTURE = str(ASSETS / 'demo' / '01.png')
@@ -33,12 +34,18 @@ KEEP = np.arange(64) % 3 == 0
 IDS = np.arange(KEEP.sum()) * 7 % 50
 
 
+class Held(dict):
+  """Parts by name."""
+
+  scheduler = staticmethod(lambda prefix: Scheduler())
+
+
 class Stub:
   """Answers with what it was asked, and counts how many ask at once."""
 
   model = types.SimpleNamespace(image_size=64, variant='stub', vocabulary=types.SimpleNamespace(codebook_size=50), tokenizer=types.SimpleNamespace(
       apply=lambda variables, codes, method: np.random.default_rng(0).normal(size=(50, 8))))
-  parts, settings = dict(tokenizer={}), Settings()
+  parts, settings = Held(codebook={}), Settings()
 
   def __init__(self):
     self.now, self.most, self.seen = 0, 0, []

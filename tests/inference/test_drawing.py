@@ -1,6 +1,7 @@
 """Codes -> pictures: both ways against diffusers, from the golden codes on; sizes, starts and the safety checker in the user's API."""
 
 import functools
+import json
 import logging
 import pathlib
 import shutil
@@ -15,6 +16,7 @@ from lavit_jax.data.text import TextTokenizer
 from lavit_jax.errors import UserError
 from lavit_jax.inference import diffusion, drawing, pipeline
 from lavit_jax.inference.pipeline import Lavit
+from lavit_jax.inference.scheduler import read_scheduler
 from lavit_jax.models import lavit
 from lavit_jax.porting import folder, layouts, to_torch
 
@@ -76,22 +78,28 @@ def model(parts):
 
 # ------------------------------------------------------------------------------------------------------- against diffusers
 
-@pytest.mark.parametrize('way, sampler, started', [
-    (drawing.LOWRES, 'ddim', True), (drawing.HIGHRES, 'ddim', False), (drawing.HIGHRES, 'euler', True)])
-def test_golden_codes_become_the_pictures_that_diffusers_draws(golden, tmp_path, way, sampler, started):
+@pytest.mark.parametrize('way, sampler, started, told', [
+    (drawing.LOWRES, 'ddim', True, {}), (drawing.HIGHRES, 'ddim', False, {}), (drawing.HIGHRES, 'euler', True, {}),
+    (drawing.LOWRES, 'ddim', False, dict(prediction_type='v_prediction', timestep_spacing='trailing')),
+    (drawing.LOWRES, 'ddim', False, dict(beta_schedule='linear', beta_start=0.0001, beta_end=0.02, steps_offset=0, set_alpha_to_one=True,
+                                         num_train_timesteps=500))])
+def test_golden_codes_become_the_pictures_that_diffusers_draws(golden, tmp_path, way, sampler, started, told):
   torch, diffusers = pytest.importorskip('torch'), pytest.importorskip('diffusers')
   model, io, size, steps, strength = lavit.build('golden'), golden.io, (16, 24), 5, 0.6
   unet, vae = way.prefix + 'unet', way.prefix + 'vae'
   parts = random_parts('golden', unet, vae, 'uncond_embeddings')
-  parts |= {name: golden.params[name] for name in ('tokenizer', 'decoder', 'highres_decoder')}
+  parts |= {'codebook': golden.params['tokenizer'], **{name: golden.params[name] for name in ('decoder', 'highres_decoder')}}
   counts = io['kept_token_counts']
   mask = np.arange(16) < counts[:, None]
   ids = np.zeros((len(counts), 16), np.int32)
   ids[mask] = io['code_ids']
   keys = jax.random.split(jax.random.key(3), len(ids))
   start = np.random.default_rng(0).integers(0, 256, (len(ids), *size, 3), np.uint8) if started else None
+  settings = dict(beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear', steps_offset=1, timestep_spacing='leading')
+  settings = settings | told if sampler != 'ddim' else {**settings, 'clip_sample': False, 'set_alpha_to_one': False, **told}
+  (tmp_path / 'scheduler_config.json').write_text(json.dumps(settings))
   drawn = drawing.draw(model, {name: parts[name] for name in way.parts}, ids, mask, keys, start, way=way, size=size, steps=steps,
-                       guidance=way.guidance, sampler=sampler, strength=strength)
+                       guidance=way.guidance, sampler=sampler, strength=strength, scheduler=read_scheduler(tmp_path / 'scheduler_config.json'))
 
   def nchw(x):
     return torch.from_numpy(np.moveaxis(np.array(x), -1, 1).copy())
@@ -100,9 +108,7 @@ def test_golden_codes_become_the_pictures_that_diffusers_draws(golden, tmp_path,
     to_torch(parts[part], tmp_path / part, part, variant='golden')
   peer, decoder = (getattr(diffusers, name).from_pretrained(tmp_path / part).eval()
                    for name, part in (('UNet2DConditionModel', unet), ('AutoencoderKL', vae)))
-  settings = dict(beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear', steps_offset=1)
-  scheduler = (diffusers.DDIMScheduler(**settings, clip_sample=False, set_alpha_to_one=False) if sampler == 'ddim'
-               else diffusers.EulerDiscreteScheduler(**settings, timestep_spacing='leading'))
+  scheduler = (diffusers.DDIMScheduler if sampler == 'ddim' else diffusers.EulerDiscreteScheduler).from_pretrained(tmp_path)
   scheduler.set_timesteps(steps)
   visited = scheduler.timesteps[-int(steps * strength):] if started else scheduler.timesteps
   x = nchw(jax.vmap(lambda key: jax.random.normal(key, (8, 12, 4)))(keys))

@@ -1,7 +1,9 @@
 """The user's API on random weights: shapes, prompts, determinism, lazy parts, and what it says to bad input."""
 
 import io
+import itertools
 import pathlib
+import re
 import shutil
 import time
 
@@ -9,13 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sentencepiece
 from PIL import Image
 
+from lavit_jax.data import mixtures
 from lavit_jax.errors import UserError
 from lavit_jax.inference import fetching, pipeline, programs, settings
 from lavit_jax.inference.pipeline import Lavit
 from lavit_jax.porting import convert
+from lavit_jax.porting.folder import bundle
 
+TINY = pathlib.Path(pipeline.__file__).parents[1] / 'assets' / 'tiny'
 PICTURES = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
 
 
@@ -157,12 +163,56 @@ def test_only_the_parts_of_a_task_are_read(tiny_folder, tmp_path):
   with pytest.raises(UserError, match='nowhere is not a lavit_jax checkpoint'):
     Lavit.from_pretrained('nowhere')
   shutil.rmtree(folder / 'tokenizer')
-  with pytest.raises(UserError, match='tokenizer/tokenizer.json does not exist'):
-    Lavit.from_pretrained(folder)
+  model = Lavit.from_pretrained(folder)
+  model.tokenize(PICTURES)
+  for task in (lambda: model.caption(PICTURES), lambda: model.generate(['an owl'])):
+    with pytest.raises(UserError, match='tokenizer/tokenizer.json does not exist'):
+      task()
+  assert model.parts.loaded == {'vit', 'tokenizer'}  # said before anything was read
+
+
+def test_drawing_reads_the_codebook_alone(tiny_folder, tiny_parts, tmp_path):
+  codes, tokens = [np.arange(20)], []
+  for folder in (tiny_folder, tmp_path / 'theirs'):
+    if folder != tiny_folder:
+      convert.prepare(tiny_folder, folder).run(lambda size: None)
+    model = Lavit.from_pretrained(folder)
+    drawn = model.draw(codes, steps=1)
+    assert 'tokenizer' not in model.parts.loaded
+    (embedding,) = jax.tree.leaves(model.parts['codebook'])
+    np.testing.assert_array_equal(embedding, tiny_parts['tokenizer']['quantizer']['embedding'])
+    tokens.append(model.tokenize(PICTURES).ids)
+    assert model.parts['tokenizer']['quantizer']['embedding'] is embedding  # the one that was there
+    whole = Lavit.from_pretrained(folder)
+    whole.tokenize(PICTURES)
+    np.testing.assert_array_equal(whole.draw(codes, steps=1), drawn)
+    assert whole.parts['codebook']['quantizer']['embedding'] is whole.parts['tokenizer']['quantizer']['embedding']
+  jax.tree.map(np.testing.assert_array_equal, *tokens)
+
+
+def test_a_folder_with_a_sentencepiece_model_alone_is_opened(tmp_path):
+  model, letters = io.BytesIO(), np.random.default_rng(0).choice(list('abcdefghij '), 20_000)
+  sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=itertools.chain(mixtures.corpus('embedded'), ''.join(letters).split()), model_writer=model, model_type='bpe', vocab_size=2048,
+      byte_fallback=True, normalization_rule_name='identity', remove_extra_whitespaces=False, character_coverage=0.9999, minloglevel=2)
+  theirs = shutil.copytree(TINY, tmp_path / 'theirs', ignore=shutil.ignore_patterns('tokenizer.json'))
+  (theirs / 'language_model' / 'tokenizer.model').write_bytes(model.getvalue())
+  convert.prepare(theirs, tmp_path / 'ours').run(lambda size: None)
+  convert.prepare(tmp_path / 'ours', tmp_path / 'again').run(lambda size: None)
+  for file in ('theirs/language_model', 'ours/tokenizer', 'again/language_model'):
+    assert (tmp_path / file / 'tokenizer.model').read_bytes() == model.getvalue() and not (tmp_path / file / 'tokenizer.json').exists()
+  told = [Lavit.from_pretrained(tmp_path / name).answer(PICTURES, ['What is this?', 'How many?'], details=True)
+          for name in ('theirs', 'ours', 'again')]
+  by = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+  for rows in told:
+    assert [row.ids.tolist() for row in rows] == [row.ids.tolist() for row in told[0]]
+    assert all(re.split(r'[\n,.]', by.decode([i for i in row.ids.tolist() if i > 2]).strip())[0].strip().lower() == row.text for row in rows)
+  bundled = bundle(tmp_path / 'bundled', [tmp_path / 'ours'], theirs / 'language_model')
+  assert Lavit.from_pretrained(bundled).words.encode('owl') == tuple(by.encode('owl'))
 
 
 def test_a_folder_of_pytorch_names_says_the_same(tmp_path):
-  theirs = pathlib.Path(pipeline.__file__).parents[1] / 'assets' / 'tiny'
+  theirs = TINY
   convert.prepare(theirs, tmp_path / 'ours').run(lambda size: None)
   first, second = (Lavit.from_pretrained(path) for path in (theirs, tmp_path / 'ours'))
   assert first.caption(PICTURES) == second.caption(PICTURES)

@@ -76,7 +76,8 @@ def test_leaves_come_in_any_order_and_as_large_as_they_like(tmp_path, monkeypatc
     for path in ('table', 'step'):
       writer.write(path, None, arrays[path])
   restored = leaves.flatten(ocp.PyTreeCheckpointer().restore(tmp_path / 'part'))
-  for path, array in leaves.read(tmp_path / 'part', arrays):
+  for path, store in leaves.open_leaves(tmp_path / 'part', arrays).items():
+    array = store.read().result()
     assert array.dtype == arrays[path].dtype == restored[path].dtype
     np.testing.assert_array_equal(array, arrays[path])
     np.testing.assert_array_equal(restored[path], arrays[path])
