@@ -91,13 +91,13 @@ def unite(states: list[dict], name: str) -> dict:
   if any('tickets' in state for state in states):
     raise UserError(f'{name} in data.sources was saved by an earlier version, which dealt them to processes, and cannot be read any more; begin in '
                     'another --workdir, with --config.init_from=RUN/export of a finished run')
-  united = {**states[0]}
+  shards = {}
   for state in states:
-    shards = {**united.get('shards', {}), **state.get('shards', {})}
-    if {**state, 'shards': shards} != {**united, 'shards': {**shards, **united.get('shards', {})}}:
+    mine = state.get('shards', {})
+    if state | {'shards': {}} != states[0] | {'shards': {}} or any(shards.get(shard, mine[shard]) != mine[shard] for shard in mine):
       raise ValueError(f'{name} that one process saved contradicts that of another')
-    united |= {'shards': shards} if shards else {}
-  return united
+    shards |= mine
+  return states[0] | ({'shards': shards} if shards else {})
 
 
 def _read_position(file) -> dict:
