@@ -41,8 +41,8 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
                       `draw_text_weight`, and a share `drop_text` has no text) or a 'text' (kind 2).
                       Begin and end tokens are the packer's business.
 
-  With `sources` (sources.py), and `heldout` for the held-out splits, rows come from these in place of the composer, dealt to `shards` (streams.py),
-  each of which fills rows of its own of every global batch: neither do these depend on how many read them. Pictures go through
+  With `sources` (sources.py), and `heldout` for the held-out splits, rows come from these in place of the composer. They are dealt to `shards`
+  (streams.py; whoever reads has several of these), each of which fills some rows of every global batch, which so is the same too. Pictures go through
   `pairs.decode` with `crop`, texts are cleaned and cut at `text_length`, `shares` chooses between 'caption' and 'draw' where the source
   does not say, and what is no example is left out and counted in `skipped`; a larger share than `max_skipped` raises UserError.
 

@@ -114,7 +114,8 @@ def test_every_batch_has_its_part_of_every_source(written):
 
 def test_the_window_is_divided_among_the_shards(written):
   def window(shards, **options):
-    return batches(written['parquet'] | {'window': None} | options, batch_size=512, shards=shards).get_state()['of']['sources'][0]['window']
+    source = dict(format='parquet', path=written['parquet']['path'], **options)
+    return batches(source, batch_size=512, shards=shards).get_state()['of']['sources'][0]['window']
 
   assert [window(shards) for shards in (1, 16, 512)] == [2048, 128, 32] and [window(n, window=1000) for n in (1, 16, 512)] == [1000, 63, 2]
 
