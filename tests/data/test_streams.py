@@ -108,7 +108,7 @@ def test_shards_that_do_not_fit(written, shards, processes, index, message):
 
 
 def test_every_batch_has_its_part_of_every_source(written):
-  job = Job('1', [written['tars'] | {'weight': 3.0}, written['folder'] | {'use': 'draw'}], shards=8)
+  job = Job('1', [written['arrayrecord'] | {'weight': 3.0}, written['folder'] | {'use': 'draw'}], shards=8)
   assert all(next(job)['kind'].sum() == 2 for _ in range(10))
 
 
