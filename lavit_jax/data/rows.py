@@ -125,6 +125,8 @@ class _MadeIterator(grain.DatasetIterator):
     self._given, self._begun = 0, False
 
   def close(self):
+    if self._closed:
+      return
     super().close()
     self._drop()
     for pool in filter(None, (self._pool, self._reading)):

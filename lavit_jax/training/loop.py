@@ -280,7 +280,7 @@ def check_options(config, mesh) -> None:
     raise UserError(f'accumulate={config.accumulate}: stage {config.stage} learns from whole batches; use more devices or another remat policy')
   if config.data.get('sources') and not config.data.heldout and (config.eval_every or config.picture_every):
     raise UserError('data.sources without data.heldout: give held-out sources too, or eval_every=0 and picture_every=0')
-  if config.data.get('sources') and (config.data.shards < 1 or config.batch_size % config.data.shards):
+  if config.data.get('sources') and config.batch_size % max(config.data.get('shards', 1), 1):
     raise UserError(f'batch_size={config.batch_size} must be a multiple of data.shards={config.data.shards}')
   shards = sharding.batch_shards(mesh)
   if config.batch_size % (shards * config.accumulate):
