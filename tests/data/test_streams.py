@@ -93,10 +93,17 @@ def test_no_unit_of_a_stream_is_read_by_two(written, name, shards):
   assert sum(map(len, units)) == len(set.union(*units)) == 24 // unit
 
 
-def test_fewer_tars_than_shards(tmp_path):
-  """Three tars, dealt to two readers, of four shards each."""
-  job = Job('4', [write_tars(tmp_path, 24, 3)], shards=8)
-  assert sorted(number(image) for _ in range(6) for image in next(job)['image']) == sorted([*range(24)] * 2)
+@pytest.mark.parametrize('processes', ['1', '4', 'permuted'])
+def test_fewer_tars_than_shards(tmp_path, processes):
+  """Three tars of seven things, dealt to two readers, of four shards each: in eight epochs everybody has as many of them."""
+  source = write_tars(tmp_path, 21, 3) | {'window': 40}
+  job, other = Job(processes, [source], shards=8), Job('2', [source], shards=8)
+  found = []
+  for _ in range(21):
+    batch = next(job)
+    equal(next(other), batch)
+    found += [number(image) for image in batch['image']]
+  assert sorted(found) == sorted([*range(21)] * 8)
 
 
 @pytest.mark.parametrize('shards, processes, index, message', [
