@@ -21,7 +21,7 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
       frozen='', init_from='',
       data=dict(
           task='images', source='data', image_size=64, scene_share=0.3, num_threads=2,
-          sources=(), heldout=(), crop='none', max_skipped=0.05),
+          sources=(), heldout=(), shards=8, crop='none', max_skipped=0.05),
       kl_weight=1e-4, edge_weight=0.5,
       optim=dict(
           learning_rate=1e-3, warmup_steps=200, final_fraction=0.01, weight_decay=0.0, b1=0.9, b2=0.99, mu_dtype='float32',

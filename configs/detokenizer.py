@@ -34,6 +34,7 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
       data=dict(
           task='images', image_size=row['image_size'], crop='none',  # REFERENCE 2: straight to the square
           sources=SOURCES if large else (), heldout=HELDOUT if large else (),  # above
+          shards=512 if large else 8,  # our choice: of the sources, a multiple of the pieces of a batch on any mesh
           source='data', scene_share=0.3, num_threads=16 if large else 2, max_skipped=0.05),  # our choice
       detokenizer=dict(
           drop_condition=0.1,  # our choice; that it is dropped now and then: REFERENCE 3

@@ -45,6 +45,7 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
       data=dict(
           task='lm', image_size=size, crop='none',  # REFERENCE 2: 224 pixels a side, straight to the square
           sources=SOURCES if large else (), heldout=HELDOUT if large else (), text_length=row['text_length'],  # above
+          shards=512 if large else 8,  # our choice: of the sources, a multiple of the pieces of a batch on any mesh
           tokenizer_folder='lavit_jax/assets/tiny/language_model' if not large else 'tokenizer',  # REFERENCE 1: LLaMA's words
           shares=dict(caption=0.36, answer=0.38, draw=0.24, text=0.02),  # our choice; sources above say it themselves
           question_weights=dict.fromkeys(questions.TYPES, 1.0) | {'what': 2.0, 'position': 3.0, 'yes/no': 2.0},  # our choice

@@ -34,6 +34,7 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
       data=dict(
           task='images', image_size=size, crop='none',  # REFERENCE 2: 224 pixels a side, straight to the square
           sources=SOURCES if large else (), heldout=HELDOUT if large else (),  # above
+          shards=512 if large else 8,  # our choice: of the sources, a multiple of the pieces of a batch on any mesh
           source='data', scene_share=0.3, num_threads=16 if large else 2, max_skipped=0.05),  # our choice
       tokenizer=dict(
           keep_ratio=1 / 3, ratio_weight=2.0, decay=0.99,  # REFERENCE 3: rho, lambda, the codebook's decay

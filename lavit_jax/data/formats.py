@@ -20,7 +20,6 @@ import io
 import json
 import os
 import struct
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -210,7 +209,7 @@ class Parquets:
   """
 
   def __init__(self, path, image, text):
-    self.image, self.text, self._open = image, text, threading.local()
+    self.image, self.text = image, text
     self.files = files = paths.expand(path)
     with ThreadPoolExecutor(16) as pool:  # a store far away answers slowly, not seldom
       counts, columns = zip(*pool.map(self._look, files))
@@ -229,31 +228,31 @@ class Parquets:
     path, group = self.units[unit]
     last, row = Skip('', path, 'files'), start
     try:
-      for batch in self._file(path).iter_batches(64, [group], self.columns):
-        if start >= batch.num_rows:
-          start -= batch.num_rows
-          continue
-        for values in batch.slice(start).to_pylist():
-          image = values.get(self.image) or b''
-          image = (image.get('bytes') or b'') if isinstance(image, dict) else image
-          yield row, row + 1, Record(image, find_texts(values, self.text), f'{path}, row group {group}, row {row}')
-          row += 1
-        start = 0
+      with _parquet(path) as file:
+        for batch in file.iter_batches(64, [group], self.columns):
+          if start >= batch.num_rows:
+            start -= batch.num_rows
+            continue
+          for values in batch.slice(start).to_pylist():
+            image = values.get(self.image) or b''
+            image = (image.get('bytes') or b'') if isinstance(image, dict) else image
+            yield row, row + 1, Record(image, find_texts(values, self.text), f'{path}, row group {group}, row {row}')
+            row += 1
+          start = 0
     except (OSError, ValueError) as error:
       last = Skip('broken parquet', f'{path}, row group {group} ({error})', 'files')
     yield row, row, last
 
   def _look(self, path: str) -> tuple[int, list[str]]:
     try:
-      file = self._file(path)
+      with _parquet(path) as file:
+        return file.num_row_groups, file.schema_arrow.names
     except (OSError, ValueError) as error:
       raise UserError(f'{path}: not a Parquet file that can be read ({error}); check the path') from error
-    return file.num_row_groups, file.schema_arrow.names
 
-  def _file(self, path: str):
-    if getattr(self._open, 'path', None) != path:  # one open file a thread
-      self._open.file, self._open.path = pyarrow.parquet.ParquetFile(paths.open_file(path)), path
-    return self._open.file
+
+def _parquet(path: str):
+  return pyarrow.parquet.ParquetFile(paths.open_file(path))  # one for each that reads: they move in it
 
 
 # ------------------------------------------------------------------------------------------------------------------- texts

@@ -7,9 +7,11 @@ import grain
 import grain.experimental
 import numpy as np
 
-from lavit_jax.data import pairs, questions, splits, sprites, streams
+from lavit_jax.data import pairs, questions, splits, sprites
+from lavit_jax.data.rows import Made, Skipped, closed_at_exit
 from lavit_jax.data.scenes import Composer, Example
 from lavit_jax.data.sources import mix
+from lavit_jax.data.streams import shards_of
 from lavit_jax.data.text import TextTokenizer
 from lavit_jax.models.sequence import IMAGE_TO_TEXT, TEXT_ONLY, TEXT_TO_IMAGE
 
@@ -22,8 +24,8 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
             batch_size: int, image_size: int = 64, text_length: int = 48, tokenizer_folder: str | None = None,
             shares: Mapping[str, float] | None = None, question_weights: Mapping[str, float] | None = None,
             draw_text_weight: float = 0.1, drop_text: float = 0.1, scene_share: float = 0.3, shard_index: int = 0, shard_count: int = 1,
-            rows: Sequence[int] | None = None, num_threads: int = 2, sources: Sequence[Mapping] = (), heldout: Sequence[Mapping] = (),
-            crop: str = 'none', max_skipped: float = 0.05, skipped: streams.Skipped | None = None) -> Iterator[dict[str, np.ndarray]]:
+            rows: Sequence[int] | None = None, num_threads: int = 2, sources: Sequence[Mapping] = (), heldout: Sequence[Mapping] = (), shards: int = 1,
+            crop: str = 'none', max_skipped: float = 0.05, skipped: Skipped | None = None) -> Iterator[dict[str, np.ndarray]]:
   """An endless iterator over batches of numpy arrays, with `get_state` / `set_state`.
 
   `batch_size` counts the rows of one shard; all shards together make a global batch of B = batch_size * shard_count, whose row r in
@@ -39,12 +41,16 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
                       `draw_text_weight`, and a share `drop_text` has no text) or a 'text' (kind 2).
                       Begin and end tokens are the packer's business.
 
-  With `sources` (sources.py), and `heldout` for the held-out splits, rows come from these in place of the composer: pictures go through
+  With `sources` (sources.py), and `heldout` for the held-out splits, rows come from these in place of the composer. They are dealt to `shards`
+  (streams.py; whoever reads has several of these), each of which fills some rows of every global batch, which so is the same too. Pictures go through
   `pairs.decode` with `crop`, texts are cleaned and cut at `text_length`, `shares` chooses between 'caption' and 'draw' where the source
   does not say, and what is no example is left out and counted in `skipped`; a larger share than `max_skipped` raises UserError.
 
   Raises ValueError for an unknown task, share, question type, crop or split, and for a composed text of more than `text_length` tokens.
   """
+  rows = list(range(shard_index * batch_size, (shard_index + 1) * batch_size) if rows is None else rows)
+  if len(rows) != batch_size:
+    raise ValueError(f'{len(rows)} rows make no batch of {batch_size}')
   if sources:
     splits.parse(split)
     chosen = sources if split == 'train' else heldout
@@ -57,11 +63,12 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
       write = _write_pair(_Writer(tokenizer_folder, text_length), DEFAULT_SHARES if shares is None else shares, draw_text_weight, drop_text)
     elif task != 'images' or any(source.get('use') == 'text' for source in chosen):
       raise ValueError(f"sources are for the tasks 'images' and 'lm', those of use 'text' for 'lm' only; the task is {task!r}")
-    tickets, of = mix(chosen, seed if split == 'train' else None, shard_index, shard_count)
+    held = shards_of(rows, batch_size * shard_count, shards)
+    deal, of = mix(chosen, seed if split == 'train' else None, shards, held)
     make = pairs.make_row(seed, image_size, crop if split == 'train' or crop == 'none' else 'center', write)
-    made = streams.Made(tickets, of, make, skipped or streams.Skipped(), max_skipped, num_threads, batch_size)
+    made = Made(deal, of, make, skipped or Skipped(), max_skipped, num_threads, batch_size // len(held))
     made = made.batch(batch_size, drop_remainder=True)
-    return streams.closed_at_exit(iter(grain.experimental.ThreadPrefetchIterDataset(made, prefetch_buffer_size=2 if num_threads else 0)))
+    return closed_at_exit(iter(grain.experimental.ThreadPrefetchIterDataset(made, prefetch_buffer_size=2 if num_threads else 0)))
   composer = Composer(sprites.load(source), split, scene_share, image_size)
   match task:
     case 'images':
@@ -88,9 +95,6 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
     case _:
       raise ValueError(f"unknown task {task!r}; choose 'images', 'contrastive' or 'lm'")
   options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * batch_size)
-  rows = list(range(shard_index * batch_size, (shard_index + 1) * batch_size) if rows is None else rows)
-  if len(rows) != batch_size:
-    raise ValueError(f'{len(rows)} rows make no batch of {batch_size}')
 
   def example_of(position):
     batch, r = divmod(position, batch_size)
@@ -124,6 +128,10 @@ class Batches(Iterator):
 
   def set_state(self, state: dict[str, int]) -> None:
     self._given, self._iterator = state['batches'], None
+
+  def close(self) -> None:
+    if self._iterator is not None:
+      self._iterator.close()
 
 
 def shapes(task: str, batch_size: int, image_size: int, text_length: int = 0) -> dict[str, tuple[tuple[int, ...], np.dtype]]:

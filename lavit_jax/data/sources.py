@@ -5,43 +5,58 @@
 
 `format` and `path` are in formats.py, with what `image`, `text`, `split`, `data_dir` and `captions` mean. `weight` (1): how often a
 record is of this source, against the others. `use` (''): 'caption', 'draw', 'text' (which needs no picture), or by `data.shares`.
-`window` (2048): records of a stream that are shuffled together; these and the next as many are held in memory.
+`window` (2048, or 32 a shard if that is more): records of a stream that are shuffled together; each of `data.shards` has its part of them, and a
+process holds the parts of its shards, and the next as many, in memory.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 
 import grain
 import xxhash
 
-from lavit_jax.data import formats, streams
+from lavit_jax.data import formats
+from lavit_jax.data.streams import OpenUnits, Reader, Shard, Stored, Stream, Windows, store
 from lavit_jax.errors import UserError
 
 USES = ('', 'caption', 'draw', 'text')
 _OPTIONS = {'tfds': ('split', 'data_dir'), 'folder': ('captions',), 'tars': ('window',), 'parquet': ('window',), 'arrayrecord': ()}
 _COMMON = ('format', 'path', 'weight', 'use', 'image', 'text')
-_WINDOW, _HELDOUT_WINDOW = 2048, 64
+_WINDOW, _LEAST_WINDOW, _HELDOUT_WINDOW = 2048, 32, 64
 
 
-def mix(sources: Sequence[Mapping], seed: int | None, shard_index: int, shard_count: int) -> tuple[grain.IterDataset, dict]:
-  """Tickets of all sources, mixed by weight, endless; and all that a position among them depends on, for `streams.Made`.
+def mix(sources: Sequence[Mapping], seed: int | None, shards: int, held: Sequence[int]) -> tuple[Callable[[Executor], dict[int, Shard]], dict]:
+  """(`deal` of the shards `held` of so many, all that a position among them depends on), both for `rows.Made`.
 
   `seed` None: every source in its order, and no such account.
 
   Raises:
     UserError: an option that is unknown or wrong, files that are not there, an empty source.
   """
-  opened = [_open(number, dict(source), seed, shard_index, shard_count) for number, source in enumerate(sources)]
-  tickets, accounts = zip(*opened)
+  opened, accounts = zip(*(_open(number, dict(source), seed, shards) for number, source in enumerate(sources)))
   weights = [float(source.get('weight', 1.0)) for source in sources]
-  of = {} if seed is None else {'seed': seed, 'processes': shard_count, 'sources': list(accounts)}
-  return tickets[0] if len(tickets) == 1 else grain.IterDataset.mix(tickets, weights), of
+
+  def deal(pool: Executor) -> dict[int, Shard]:
+    dealt, units = [], OpenUnits()
+    for source in opened:
+      if isinstance(source, Stream):
+        among = {}  # the shards of each reader
+        for shard in held:
+          among.setdefault(shard // source.fan, []).append(shard % source.fan)
+        readers = {index: Reader(source, index, mine, pool, units) for index, mine in among.items()}
+        dealt.append([Windows(readers[shard // source.fan], shard % source.fan) for shard in held])
+      else:
+        dealt.append([Stored(source, shard, shards) for shard in held])
+    return {shard: Shard(shard, shards, of_shard, weights) for shard, of_shard in zip(held, zip(*dealt))}
+
+  return deal, {} if seed is None else {'seed': seed, 'shards': shards, 'sources': list(accounts)}
 
 
-def _open(number: int, options: dict, seed: int | None, shard_index: int, shard_count: int) -> tuple[grain.IterDataset, dict]:
+def _open(number: int, options: dict, seed: int | None, shards: int) -> tuple[Stream | grain.MapDataset, dict]:
   name = f'sources[{number}]'
   kind = options.get('format')
   if kind not in formats.FORMATS:
@@ -72,9 +87,14 @@ def _open(number: int, options: dict, seed: int | None, shard_index: int, shard_
   if seed is not None:
     account['files'] = xxhash.xxh32_hexdigest(json.dumps(records.names()).encode())
   if 'window' in known:
-    window = account['window'] = options.get('window', _WINDOW) if seed is not None else _HELDOUT_WINDOW
-    return streams.Windows(records, number, use, seed, shard_index, shard_count, window), account
-  return streams.store(records, number, use, seed, shard_index, shard_count), account
+    window = account['window'] = _window(options.get('window'), shards) if seed is not None else max(_HELDOUT_WINDOW // shards, _LEAST_WINDOW)
+    return Stream.of(records, number, use, seed, window, shards), account
+  return store(records, number, use, seed), account
+
+
+def _window(asked: int | None, shards: int) -> int:
+  """Records of a shard's window: its part of what is asked for, or of the default, which stays worth a shuffle."""
+  return -(-asked // shards) if asked else max(_WINDOW // shards, _LEAST_WINDOW)
 
 
 def _names(value: str | Sequence[str]) -> tuple[str, ...]:

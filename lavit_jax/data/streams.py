@@ -1,18 +1,19 @@
-"""Endless, seeded, sharded streams of records that stop and go on at any place, and the threads that make examples of them (grain).
+"""Endless, seeded streams of records that stop and go on at any place, on any number of processes.
 
-A `Ticket` says how to get a record; the pictures of stores are read where they are decoded, in parallel. States are a few integers:
-a stream's is the start of a window and a place in it, and going on reads that window again.
+A stream of examples is dealt to `data.shards` shards, whatever the processes: shard v of V fills rows v * B / V to (v + 1) * B / V - 1 of
+every global batch of B. A process runs the shards whose rows its devices hold, so the global batches are the same on any number of processes and
+any mesh. States are a few integers a shard: a stream's is the start of a window and a place in it, and going on reads that window again.
+
+A `Ticket` says how to get a record; the pictures of stores are read where they are decoded, in parallel.
 """
 
 from __future__ import annotations
 
-import atexit
-import collections
 import functools
-import logging
+import threading
 import weakref
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from typing import NamedTuple
 
 import grain
@@ -21,11 +22,9 @@ import numpy as np
 from lavit_jax.data.formats import Record, Skip
 from lavit_jax.errors import UserError
 
-_INLINE = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-_LEAST = {'records': 1000, 'files': 20}  # seen before their share of skipped ones means something
-_TOLD = 3  # of each reason, by name
-_AHEAD = 64  # tickets in the threads at least
-_alive = weakref.WeakSet()
+_OPEN = 64  # units that wait open to be read on, of a process
+_BARREN = 100  # units in a row without a record are taken for a wrong path
+_GOLDEN = (5**0.5 - 1) / 2
 
 
 class Ticket(NamedTuple):
@@ -36,220 +35,220 @@ class Ticket(NamedTuple):
   read: Callable[[], Record | Skip]
 
 
-class Skipped:
-  """Counts what this process left out by reason, since it started, and names the first few."""
+# ---------------------------------------------------------------------------------------------------------------- shards
 
-  def __init__(self):
-    self.seen, self.skipped, self.reasons = collections.Counter(), collections.Counter(), collections.Counter()
+def shards_of(rows: Sequence[int], batch_size: int, shards: int) -> list[int]:
+  """The shards that fill these `rows` of a global batch, ascending.
 
-  def add(self, made: dict | Skip, limit: float) -> None:
-    """Counts an example, or a Skip. Raises UserError when more than the share `limit` was skipped.
-
-    Records and files (tars, row groups) are judged apart: a tar that breaks off takes an unknown number of records along.
-    """
-    unit = made.unit if isinstance(made, Skip) else 'records'
-    self.seen[unit] += 1
-    if not isinstance(made, Skip) or not made.reason:
-      return
-    self.skipped[unit] += 1
-    self.reasons[made.reason] += 1
-    if self.reasons[made.reason] <= _TOLD:
-      logging.getLogger(__name__).warning('skipped: %s, %s', made.reason, made.origin)
-    if self.seen[unit] >= _LEAST[unit] and self.skipped[unit] > limit * self.seen[unit]:
-      reasons = ', '.join(f'{reason} {count}' for reason, count in self.reasons.most_common())
-      raise UserError(f'{self.skipped[unit]} of {self.seen[unit]} {unit} were skipped ({reasons}), the last one {made.origin}; '
-                      f'mend the data or raise data.max_skipped={limit}')
-
-  def metrics(self) -> dict[str, int]:
-    """{'data/skipped_corrupt_image': 3, ...}."""
-    return {f'data/skipped_{reason.replace(" ", "_")}': count for reason, count in sorted(self.reasons.items())}
-
-
-def store(records, number: int, use: str, seed: int | None, shard_index: int, shard_count: int) -> grain.IterDataset:
-  """Tickets of a store (formats.py), shuffled anew each epoch (seed None: in order); a process takes every `shard_count`-th.
-
-  So the order of all of them does not depend on the number of processes.
+  Raises:
+    UserError: the shards do not divide the batch, or some of them are of these rows in part.
   """
+  if shards < 1 or batch_size % shards:
+    raise UserError(f'batch_size={batch_size} must be a multiple of data.shards={shards}')
+  each = batch_size // shards
+  held = sorted({int(row) // each for row in rows})
+  if len(held) * each != len(rows):
+    raise UserError(f'data.shards={shards} cannot be dealt to processes that hold {len(rows)} of {batch_size} rows in this order; data.shards must be a '
+                    'multiple of the pieces that the mesh makes of a batch (data x fsdp), or start fewer processes')
+  return held
+
+
+class Shard:
+  """The tickets of shard `number` of `count`: of its sources by weight, endless.
+
+  Which source is next goes by multiples of the golden ratio, which spread a shard's tickets evenly, begun at another place in each shard, so that
+  every batch has its part of every source.
+  """
+
+  def __init__(self, number: int, count: int, sources: Sequence[Stored | Windows], weights: Sequence[float]):
+    self.sources, self._bounds, self._phase = sources, np.cumsum(weights) / sum(weights), number / count
+    self._bounds[-1] = 1.0
+    self._taken, self._states = 0, [source.get_state() for source in sources]
+
+  def begin(self) -> None:
+    """Begins to read, and does not wait for it."""
+    for source in self.sources:
+      source.begin()
+
+  def __next__(self) -> Ticket:
+    chosen = int(np.searchsorted(self._bounds, (self._taken * _GOLDEN + self._phase) % 1, side='right'))
+    ticket = next(self.sources[chosen])
+    self._taken += 1
+    self._states[chosen] = self.sources[chosen].get_state()
+    return ticket
+
+  def get_state(self) -> dict:
+    return {'taken': self._taken, 'sources': list(self._states)}
+
+  def set_state(self, state: dict) -> None:
+    self._taken, self._states = state['taken'], list(state['sources'])
+    for source, given in zip(self.sources, state['sources'], strict=True):
+      source.set_state(given)
+
+
+class Stored:
+  """Tickets of a store for a shard: every `count`-th from `number` on, of all as `store` orders them."""
+
+  def __init__(self, tickets: grain.MapDataset, number: int, count: int):
+    self._tickets, self._number, self._count, self._taken = tickets, number, count, 0
+
+  def begin(self) -> None:
+    pass  # the threads that decode read it
+
+  def __next__(self) -> Ticket:
+    self._taken += 1
+    return self._tickets[self._number + (self._taken - 1) * self._count]
+
+  def get_state(self) -> int:
+    return self._taken
+
+  def set_state(self, state: int) -> None:
+    self._taken = state
+
+
+def store(records, number: int, use: str, seed: int | None) -> grain.MapDataset:
+  """Tickets of a store (formats.py), shuffled anew each epoch (seed None: in order), endless."""
   def ticket(position, index):
     return Ticket((number, position), use, functools.partial(records.read, index))
 
   indices = grain.MapDataset.range(len(records))
   indices = indices if seed is None else indices.shuffle(seed)
-  return indices.repeat().map_with_index(ticket)[shard_index::shard_count].to_iter_dataset(_INLINE)
+  return indices.repeat().map_with_index(ticket)
 
 
-class Windows(grain.IterDataset):
-  """Tickets of a stream (formats.py): its units in a new order each epoch, records shuffled within windows of `window` of them.
+# --------------------------------------------------------------------------------------------------------------- streams
 
-  Process s of S takes every S-th unit of that order, so no tar is read by two; if there are fewer units than processes, each reads
-  them all and takes every S-th record. While one window is used up, the next one is read. `seed` None: in order.
+class Stream(NamedTuple):
+  """How a stream (formats.py) comes to the shards.
+
+  Its units, in a new order each epoch (seed None: in order), are dealt one after the other to `readers`; each reader's records, one after the
+  other, to `fan` shards, where they are shuffled within windows of `window`. Without need nothing is read by two: `fan` is 1 unless there are fewer
+  units than shards.
   """
 
-  def __init__(self, records, number: int, use: str, seed: int | None, shard_index: int, shard_count: int, window: int):
-    super().__init__()
-    self.records, self.number, self.use, self.seed, self.window = records, number, use, seed, window
-    self.shard_index, self.shard_count = shard_index, shard_count
-    self.by_unit = len(records) >= shard_count
+  records: object
+  number: int  # of the source
+  use: str
+  seed: int | None
+  window: int
+  readers: int
+  fan: int
 
-  def __iter__(self):
-    return _WindowsIterator(self)
+  @classmethod
+  def of(cls, records, number: int, use: str, seed: int | None, window: int, shards: int) -> Stream:
+    readers = max(n for n in range(1, min(len(records), shards) + 1) if shards % n == 0)
+    return cls(records, number, use, seed, window, readers, shards // readers)
 
-  def order(self, epoch: int) -> np.ndarray:
-    """The units of an epoch, for this process."""
+  def unit(self, reader: int, turn: int) -> tuple[int, int]:
+    """(epoch, unit) that a reader has in its so-manieth turn."""
+    epoch, place = divmod(turn * self.readers + reader, len(self.records))
     units = np.arange(len(self.records))
     if self.seed is not None:
       np.random.default_rng((self.seed, self.number, epoch)).shuffle(units)
-    return units[self.shard_index::self.shard_count] if self.by_unit else units
+    return epoch, int(units[place])
 
-  def read(self, epoch: int, place: int, start: int) -> tuple[list[Ticket], tuple[int, int, int]]:
-    """The window that starts at `start` in the unit at `place` of the epoch's order, and where the next one starts.
 
-    Raises UserError if a whole epoch holds nothing for this process.
+class Reader:
+  """One reader of a stream, for those of its shards that this process has (`held`, each below `fan`).
+
+  A window starts at (turn, position in the unit, which of the shards is next) and ends with the epoch at the latest. Shards that are at the same one
+  share it; it lives as long as one of them holds it.
+  """
+
+  def __init__(self, stream: Stream, index: int, held: Sequence[int], pool: Executor, open_units: OpenUnits):
+    self.stream, self.index, self.held, self._pool, self._open = stream, index, held, pool, open_units
+    self._windows = weakref.WeakValueDictionary()
+
+  def window(self, start: tuple[int, int, int]) -> Future:
+    """`read` of a window, in the background."""
+    future = self._windows.get(start)
+    if future is None:
+      self._windows[start] = future = self._pool.submit(self.read, *start)
+    return future
+
+  def read(self, turn: int, start: int, shard: int) -> tuple[dict[int, list[Ticket]], tuple[int, int, int]]:
+    """The tickets of a window for each shard in `held`, and where the next window starts. What becomes of whole units is told the first shard.
+
+    Raises UserError if there is no record in sight.
     """
-    order, tickets, count, here = self.order(epoch), [], 0, (epoch, place, start)
-    first, step = (0, 1) if self.by_unit else (self.shard_index, self.shard_count)
-    while place < len(order):
-      unit = int(order[place])
-      for start, end, record in self.records.read(unit, start):
-        last = isinstance(record, Skip) and record.unit == 'files'
-        if last or count % step == first:
-          tickets.append(Ticket((self.number, epoch, unit, start), self.use, functools.partial(_same, record)))
-        count += not last
-        if count == self.window * step:
-          return self._shuffled(tickets, here), (epoch, place, end)
-      place, start = place + 1, 0
-    if here[1:] == (0, 0) and all(isinstance(ticket.read(), Skip) for ticket in tickets):
-      raise UserError(f'{len(order)} files have no record for process {self.shard_index} of {self.shard_count} '
-                      f'({tickets[-1].read().reason or "read to its end"}: {tickets[-1].read().origin}); check the path, or give more')
-    return self._shuffled(tickets, here), (epoch + 1, 0, 0)
+    stream, here, count, barren = self.stream, (turn, start, shard), 0, 0
+    found, files = {shard: [] for shard in self.held}, []
+    epoch, unit = stream.unit(self.index, turn)
+    while True:
+      rows, before, whole = self._open.take((self.index, stream.number, turn, start)) or stream.records.read(unit, start), count, start == 0
+      for start, end, record in rows:
+        ticket = Ticket((stream.number, epoch, unit, start), stream.use, functools.partial(_same, record))
+        if isinstance(record, Skip) and record.unit == 'files':
+          files.append(ticket)
+          continue
+        if shard in found:
+          found[shard].append(ticket)
+        count, shard = count + 1, (shard + 1) % stream.fan
+        if count == stream.window * stream.fan:
+          self._open.keep((self.index, stream.number, turn, end), rows)
+          return self._shuffled(found, files, here), (turn, end, shard)
+      barren = barren + whole if count == before else 0
+      if not count and barren >= min(len(stream.records), _BARREN):
+        last = files[-1].read()
+        raise UserError(f'{barren} files in a row have no record ({last.reason or "read to its end"}: {last.origin}); check the path, or give more')
+      turn, start = turn + 1, 0
+      before, (epoch, unit) = epoch, stream.unit(self.index, turn)
+      if count and epoch != before:
+        return self._shuffled(found, files, here), (turn, 0, shard)
 
-  def _shuffled(self, tickets: list[Ticket], here: tuple[int, int, int]) -> list[Ticket]:
-    if self.seed is None:
-      return tickets
-    return [tickets[i] for i in np.random.default_rng((self.seed, self.number, *here)).permutation(len(tickets))]
+  def _shuffled(self, found: dict[int, list[Ticket]], files: list[Ticket], here: tuple[int, int, int]) -> dict[int, list[Ticket]]:
+    if self.stream.seed is not None:
+      for shard, tickets in found.items():
+        rng = np.random.default_rng((self.stream.seed, self.stream.number, self.index, shard, *here))
+        found[shard] = [tickets[i] for i in rng.permutation(len(tickets))]
+    if 0 in found:
+      found[0] += files
+    return found
 
 
-class _WindowsIterator(grain.DatasetIterator):
+class OpenUnits:
+  """Units that are being read, for whoever reads on where another stopped; of those that wait longest the files are closed."""
 
-  def __init__(self, windows: Windows):
-    super().__init__()
-    self._windows, self._pool = windows, ThreadPoolExecutor(1)
-    self.set_state({'window': [0, 0, 0], 'index': 0})
+  def __init__(self):
+    self._rows, self._lock = {}, threading.Lock()
+
+  def take(self, place: tuple) -> Iterator | None:
+    with self._lock:
+      return self._rows.pop(place, None)
+
+  def keep(self, place: tuple, rows: Iterator) -> None:
+    with self._lock:
+      self._rows[place] = rows
+      while len(self._rows) > _OPEN:
+        del self._rows[next(iter(self._rows))]
+
+
+class Windows:
+  """Tickets of a stream for the shard `shard` of a reader's; while one window is used up, the next one is read."""
+
+  def __init__(self, reader: Reader, shard: int):
+    self._reader, self._shard = reader, shard
+    self.set_state([0, 0, 0, 0])
+
+  def begin(self) -> None:
+    self._now = self._now or self._reader.window(self._start)
 
   def __next__(self) -> Ticket:
     while True:
-      if self._tickets is None:
-        self._tickets, self._after = (self._next or self._submit(self._start)).result()
-        self._next = self._submit(self._after)
-      if self._index < len(self._tickets):
+      self.begin()
+      found, after = self._now.result()
+      self._next = self._next or self._reader.window(after)
+      if self._index < len(found[self._shard]):
         self._index += 1
-        return self._tickets[self._index - 1]
-      self._start, self._index, self._tickets = self._after, 0, None
+        return found[self._shard][self._index - 1]
+      self._start, self._index, self._now, self._next = after, 0, self._next, None
 
-  def get_state(self):
-    return {'window': list(self._start), 'index': self._index}
+  def get_state(self) -> list[int]:
+    return [*self._start, self._index]
 
-  def set_state(self, state):
-    self._start, self._index = tuple(state['window']), state['index']
-    self._tickets = self._next = None
-
-  def close(self):
-    super().close()
-    if self._next:
-      self._next.cancel()
-    self._pool.shutdown(wait=False)
-
-  def _submit(self, start: tuple[int, int, int]) -> Future:
-    return self._pool.submit(self._windows.read, *start)
-
-
-class Made(grain.IterDataset):
-  """What `make` makes of each ticket, in order, by `num_threads` threads (0: none); what it skips is counted in `skipped`.
-
-  `of` says in the state what it is a state of (sources.mix): nothing goes on with other files, or with another number of processes.
-
-  Raises UserError, as Skipped.add, when more than the share `limit` was skipped.
-  """
-
-  def __init__(self, tickets: grain.IterDataset, of: dict, make: Callable[[Ticket], dict | Skip], skipped: Skipped, limit: float,
-               num_threads: int, ahead: int):
-    super().__init__(tickets)
-    self.of, self.make, self.skipped, self.limit = of, make, skipped, limit
-    self.num_threads, self.ahead = num_threads, max(ahead, _AHEAD)
-
-  def __iter__(self):
-    return _MadeIterator(self._parent.__iter__(), self)
-
-
-class _MadeIterator(grain.DatasetIterator):
-
-  def __init__(self, tickets: grain.DatasetIterator, made: Made):
-    super().__init__(tickets)
-    self._made, self._waiting, self._state = made, collections.deque(), tickets.get_state()
-    self._pool = ThreadPoolExecutor(made.num_threads) if made.num_threads else None
-
-  def __next__(self) -> dict:
-    while True:
-      example, self._state = self._take()
-      self._made.skipped.add(example, self._made.limit)
-      if not isinstance(example, Skip):
-        return example
-
-  def _take(self) -> tuple[dict | Skip, dict]:
-    """The next example, and the state of the tickets behind it."""
-    if self._pool is None:
-      return self._made.make(next(self._parent)), self._parent.get_state()
-    while len(self._waiting) < self._made.ahead:
-      ticket = next(self._parent)
-      self._waiting.append((self._pool.submit(self._made.make, ticket), self._parent.get_state()))
-    future, state = self._waiting.popleft()
-    return future.result(), state
-
-  def get_state(self):
-    return {'tickets': self._state, 'of': self._made.of}
-
-  def set_state(self, state):
-    if changes := changed(state['of'], self._made.of):
-      raise ValueError(f'changed are {", ".join(changes)}')
-    self._drop()
-    self._parent.set_state(state['tickets'])
-    self._state = state['tickets']
-
-  def close(self):
-    super().close()
-    self._drop()
-    if self._pool:
-      self._pool.shutdown(wait=False)
-
-  def _drop(self):
-    while self._waiting:
-      self._waiting.pop()[0].cancel()
-
-
-def changed(was: dict, now: dict) -> list[str]:
-  """What differs between two accounts `of` data: 'sources[0].window 5 -> 7', 'seed 1 -> 2' ..."""
-  if isinstance(was, list):  # as earlier versions had it: units of each source, and processes
-    was = {'processes': was[-1], 'sources': [{'units': units} for units in was[:-1]]}
-    now = {'processes': now['processes'], 'sources': [{'units': source['units']} for source in now['sources']]}
-  was, now = _flat(was), _flat(now)
-  return [f'{key} {was.get(key, "(none)")} -> {now.get(key, "(none)")}' for key in {**was, **now} if was.get(key) != now.get(key)]
-
-
-def _flat(of: dict) -> dict:
-  rest = {key: value for key, value in of.items() if key != 'sources'}
-  return rest | {f'sources[{i}].{key}': value for i, source in enumerate(of['sources']) for key, value in source.items()}
-
-
-def closed_at_exit(iterator: grain.DatasetIterator) -> grain.DatasetIterator:
-  """The iterator itself, whose thread ends before the interpreter does; grain's is a daemon, which would be torn out of native code."""
-  _alive.add(iterator)
-  return iterator
-
-
-@atexit.register
-def _close():
-  for iterator in list(_alive):
-    iterator.close()
+  def set_state(self, state: Sequence[int]) -> None:
+    *start, self._index = state
+    self._start, self._now, self._next = tuple(start), None, None
 
 
 def _same(record):

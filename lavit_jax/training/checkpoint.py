@@ -27,7 +27,7 @@ from lavit_jax.training.processes import wait_for_all
 
 MARK = 'damaged'  # in a step's folder: a file of a process that could not read it, with the reason
 INEXACT = ('data.', 'batch_size', 'seed')  # options after whose change a run sees other examples than it would have seen
-HARMLESS = ('data.num_threads', 'data.max_skipped', 'data.heldout')
+HARMLESS = ('data.num_threads', 'data.max_skipped', 'data.heldout', 'data.shards')  # of the last, PositionHandler tells
 
 
 class Damaged(UserError):
@@ -108,7 +108,7 @@ class Checkpoints:
 
     Raises:
       Damaged: it cannot be read, or is not what was saved.
-      UserError: the position in the data means nothing to this number of processes.
+      UserError: the position in the data is one in other data.
     """
     wanted, saved = integrity.names(abstract), self._about(step).get('digests')  # none in runs of before there were any
     if saved and (odd := sorted(saved.keys() ^ set(wanted))):

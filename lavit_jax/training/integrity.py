@@ -1,10 +1,11 @@
-"""Whether what comes back from a checkpoint is what went in: digests of arrays, and positions in the data that know their processes."""
+"""Whether what comes back from a checkpoint is what went in: digests of arrays, and positions in the data, whoever saved them."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -56,29 +57,22 @@ def _digest(x):
 class PositionHandler(ocp.CheckpointHandler):
   """The state of a data iterator, a file a process: {'state': what `get_state` gave, 'sum': of its text}.
 
-  A state that is {'batches': n} alone means the same in every process, and is restored in any number of them.
+  States of several processes are the same but for 'shards', the positions of those shards of the data that each process runs. All are read,
+  so that any processes may go on, whichever shards they run.
   """
 
   def save(self, directory, args: PositionSave) -> None:
     text = json.dumps(args.item.get_state())
-    self._file(directory).write_text(json.dumps({'state': text, 'sum': xxhash.xxh3_64_hexdigest(text.encode())}))
+    name = f'process_{jax.process_index()}-of-{jax.process_count()}.json'
+    (directory / name).write_text(json.dumps({'state': text, 'sum': xxhash.xxh3_64_hexdigest(text.encode())}))
 
   def restore(self, directory, args: PositionRestore):
-    files = sorted(directory.glob('process_*.json'))
-    if not files:
-      raise ValueError(f'{directory} holds no position in the data')
-    file = self._file(directory)
-    mine = file in files
-    file = file if mine else files[0]
-    saved = json.loads(file.read_text())
-    if 'next_index' in saved:  # as earlier versions counted, by examples; a step is a batch
-      args.item.set_state({'batches': int(directory.parent.name)})
-      return args.item
-    if xxhash.xxh3_64_hexdigest(saved['state'].encode()) != saved['sum']:
-      raise ValueError(f'{file.name} is not what was saved')
-    state = json.loads(saved['state'])
-    if not mine and set(state) != {'batches'}:
-      raise UserError(f'{directory}: the position in this data is one of {len(files)} process(es); start as many, not {jax.process_count()}')
+    files = sorted(directory.glob('process_*-of-*.json'))
+    count = int(files[0].stem.rpartition('-')[2]) if files else 1
+    if len(files) != count:
+      raise ValueError(f'{directory} holds {len(files)} of {count} positions in the data')
+    with ThreadPoolExecutor(16) as pool:
+      state = unite(list(pool.map(_read_position, files)), f'{directory}: the position')
     try:
       args.item.set_state(state)
     except (ValueError, KeyError) as error:  # sound, so it is no damage that an earlier checkpoint could mend
@@ -86,8 +80,33 @@ class PositionHandler(ocp.CheckpointHandler):
                       'what it began with, or begin in another --workdir, with --config.init_from=RUN/export of a finished run') from error
     return args.item
 
-  def _file(self, directory):
-    return directory / f'process_{jax.process_index()}-of-{jax.process_count()}.json'
+
+def unite(states: list[dict], name: str) -> dict:
+  """One state of those of all processes.
+
+  Raises:
+    ValueError: two of them contradict each other.
+    UserError: they are of an earlier version, whose positions belonged to processes.
+  """
+  if any('tickets' in state for state in states):
+    raise UserError(f'{name} in data.sources was saved by an earlier version, which dealt them to processes, and cannot be read any more; begin in '
+                    'another --workdir, with --config.init_from=RUN/export of a finished run')
+  shards = {}
+  for state in states:
+    mine = state.get('shards', {})
+    if state | {'shards': {}} != states[0] | {'shards': {}} or any(shards.get(shard, mine[shard]) != mine[shard] for shard in mine):
+      raise ValueError(f'{name} that one process saved contradicts that of another')
+    shards |= mine
+  return states[0] | ({'shards': shards} if shards else {})
+
+
+def _read_position(file) -> dict:
+  saved = json.loads(file.read_text())
+  if 'next_index' in saved:  # as earlier versions counted, by examples; a step is a batch
+    return {'batches': int(file.parent.parent.name)}
+  if xxhash.xxh3_64_hexdigest(saved['state'].encode()) != saved['sum']:
+    raise ValueError(f'{file.name} is not what was saved')
+  return json.loads(saved['state'])
 
 
 @ocp.args.register_with_handler(PositionHandler, for_save=True)

@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from lavit_jax import chips, sharding
 from lavit_jax.data import mixtures, text
-from lavit_jax.data.streams import Skipped
+from lavit_jax.data.rows import Skipped
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.models.layers import REMAT_POLICIES
@@ -67,6 +67,7 @@ def train(config, workdir) -> None:
     frozen = {name: parts[name] for name in stage.needs}
     share, skipped = sharding.share(mesh, config.batch_size), Skipped()
     data = open_data(config, model, share, 'train', skipped)
+    stack.callback(data.close)
     checkpoints = Checkpoints(workdir, config, config.keep)  # the first to write: what is missing has been told by now
     stack.callback(checkpoints.close)
     interrupt.check()
@@ -218,9 +219,9 @@ class Look:
     self.metrics_of, self.pictures_of = metrics_of, pictures_of
 
   def batches(self, count: int):
-    data = open_data(self.config, self.model, self.share, 'heldout')
-    for i in range(count):
-      yield jax.random.fold_in(self.key, i), sharding.put_batch(next(data), self.mesh, self.share)
+    with contextlib.closing(open_data(self.config, self.model, self.share, 'heldout')) as data:
+      for i in range(count):
+        yield jax.random.fold_in(self.key, i), sharding.put_batch(next(data), self.mesh, self.share)
 
   def evaluate(self, state, step, log, interrupt) -> bool:
     """Logs the mean over `eval_batches` held-out batches; gives up, and returns True, when the run is asked to stop."""
@@ -281,6 +282,8 @@ def check_options(config, mesh) -> None:
     raise UserError(f'accumulate={config.accumulate}: stage {config.stage} learns from whole batches; use more devices or another remat policy')
   if config.data.get('sources') and not config.data.heldout and (config.eval_every or config.picture_every):
     raise UserError('data.sources without data.heldout: give held-out sources too, or eval_every=0 and picture_every=0')
+  if config.data.get('sources') and config.batch_size % max(config.data.get('shards', 1), 1):
+    raise UserError(f'batch_size={config.batch_size} must be a multiple of data.shards={config.data.shards}')
   shards = sharding.batch_shards(mesh)
   if config.batch_size % (shards * config.accumulate):
     pieces = f'{config.accumulate} x {shards}' if config.accumulate > 1 else shards

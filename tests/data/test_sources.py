@@ -1,6 +1,5 @@
-"""Every format, read as it was written; order, shards, exact resumption; what is skipped."""
+"""Every format, read as it was written; order, exact resumption; what is skipped. Of several processes: test_streams.py."""
 
-import functools
 import itertools
 import json
 import re
@@ -15,25 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lavit_jax.data import formats, mixtures, paths, streams, tars, text
+from lavit_jax.data import formats, mixtures, paths, tars, text
+from lavit_jax.data.rows import Skipped
 from lavit_jax.errors import UserError
-from things import SIZE, WRITERS, caption, number, picture, sample, write_parquet, write_tar, write_tars
+from things import FOLDER, SIZE, WRITERS, batches, caption, number, picture, sample, write_parquet, write_tar, write_tars
 
-FOLDER = str(Path(text.__file__).parent.parent / 'assets/tiny/language_model')
 TOKENS = text.TextTokenizer.load(FOLDER)
-SEQUENTIAL, STORES = ('tars', 'parquet'), ('arrayrecord', 'folder', 'tfds')
-
-
-@pytest.fixture(scope='module')
-def written(tmp_path_factory):
-  """format -> a source of 24 things."""
-  return {name: write(tmp_path_factory.mktemp(name)) for name, write in WRITERS.items()}
-
-
-def batches(*given, sources=(), task='lm', batch_size=3, seed=1, **options):
-  options = dict(shares={'caption': 1}, num_threads=2) | options
-  return mixtures.batches(task, sources=given or sources, batch_size=batch_size, image_size=SIZE, text_length=24, tokenizer_folder=FOLDER, seed=seed,
-                          **options)
 
 
 def numbers(iterator, count) -> list[int]:
@@ -79,15 +65,15 @@ def test_goes_on_exactly_where_it_stopped(written, name, threads):
   def fresh():
     return batches(*sources, num_threads=threads, shares={'caption': 1, 'draw': 1}, crop='random')
 
-  iterator, states, rows = fresh(), [], []
+  iterator, states, given = fresh(), [], []
   for _ in range(18):
     states.append(json.loads(json.dumps(iterator.get_state())))
-    rows.append(next(iterator))
+    given.append(next(iterator))
   assert len(json.dumps(states[-1])) < 500
   other = fresh()
   for position in (17, 0, 1, 5, 8, 12):
     other.set_state(states[position])
-    for row in rows[position:position + 3]:
+    for row in given[position:position + 3]:
       for key, value in next(other).items():
         np.testing.assert_array_equal(value, row[key], err_msg=f'{key} after {position}')
 
@@ -98,14 +84,11 @@ def test_nothing_goes_on_with_other_data(written):
   state = json.loads(json.dumps(batches(tars).get_state()))
   for other, message in (
       (dict(sources=(written['folder'],)), r'are sources\[0\].format tars -> folder, sources\[0\].units 4 -> 24, '),
-      (dict(sources=(tars, written['folder'])), r'are sources\[1\].format \(none\) -> folder, '), (dict(shard_count=2), 'are processes 1 -> 2$'),
+      (dict(sources=(tars, written['folder'])), r'are sources\[1\].format \(none\) -> folder, '), (dict(shards=3), 'are shards 1 -> 3, '),
       (dict(seed=7), 'are seed 1 -> 7$'), (dict(sources=(tars | {'window': 6},)), r'are sources\[0\].window 5 -> 6$')):
     with pytest.raises(ValueError, match=message):
       batches(**{'sources': (tars,)} | other).set_state(state)
   batches(tars | {'weight': 2.0, 'text': 'json.again', 'use': 'draw'}, max_skipped=0.5, batch_size=4).set_state(state)
-  # What earlier versions wrote: units of each source, and processes.
-  assert streams.changed([4, 1], {'seed': 1, 'processes': 1, 'sources': [{'units': 4, 'files': 'x'}]}) == []
-  assert streams.changed([4, 2], {'seed': 1, 'processes': 1, 'sources': [{'units': 5}]}) == ['processes 2 -> 1', 'sources[0].units 4 -> 5']
 
 
 @pytest.mark.parametrize('name', WRITERS)
@@ -151,73 +134,6 @@ main()
 '''
   done = subprocess.run([sys.executable, '-c', program], timeout=60, capture_output=True, text=True)
   assert (done.returncode, done.stderr) == (3, '')
-
-
-@pytest.mark.parametrize('name', STORES)
-@pytest.mark.parametrize('count', [2, 4])
-def test_the_order_of_a_store_does_not_depend_on_the_processes(written, name, count):
-  whole = numbers(batches(written[name], batch_size=4), 6)
-  parts = [numbers(batches(written[name], batch_size=4 // count, shard_index=i, shard_count=count), 6) for i in range(count)]
-  assert [number for row in zip(*parts) for number in row] == whole
-
-
-@pytest.mark.parametrize('name', SEQUENTIAL)
-@pytest.mark.parametrize('count', [2, 4])
-def test_no_unit_of_a_stream_is_read_by_two(written, name, count):
-  parts = [numbers(batches(written[name], shard_index=i, shard_count=count), 8 // count) for i in range(count)]
-  assert sorted(number for part in parts for number in part) == list(range(24))
-  unit = 6 if name == 'tars' else 3
-  units = [{number // unit for number in part} for part in parts]
-  assert sum(map(len, units)) == len(set.union(*units)) == 24 // unit
-
-
-def test_fewer_tars_than_processes_are_read_by_all_and_shared(written):
-  records, keys = formats.Tars(written['tars']['path'], None, ('txt',)), []
-  for shard in range(6):
-    windows, start = streams.Windows(records, 0, '', 1, shard, 6, window=10), (0, 0, 0)
-    while start[0] == 0:  # the first epoch
-      tickets, start = windows.read(*start)
-      keys += [ticket.key for ticket in tickets if isinstance(ticket.read(), formats.Record)]
-  assert len(keys) == len(set(keys)) == 24
-  assert len(numbers(batches(written['tars'], batch_size=1, shard_index=5, shard_count=6), 9)) == 9
-
-
-class Counted:
-  """A store of 24 records, or a stream of 24 units of 40."""
-
-  def __len__(self):
-    return 24
-
-  def read(self, unit, start=0):
-    for i in range(start, 40):
-      yield i, i + 1, formats.Record(b'', (), f'{unit} {i}')
-    yield 40, 40, formats.Skip('', str(unit), 'files')
-
-
-def dealt(dataset, count) -> list[tuple]:
-  return [ticket.key for ticket in itertools.islice(iter(dataset), count)]
-
-
-def test_each_example_of_each_epoch_and_source_has_a_key_of_its_own():
-  """It seeds crop and caption. It is the same on any number of processes."""
-  records = Counted()
-  for make in (streams.store, functools.partial(streams.Windows, window=7)):
-    count = 48 if make is streams.store else 2 * 24 * 41
-    whole, other = (dealt(make(records, number, '', 1, 0, 1), count) for number in (0, 1))
-    assert len({*whole, *other}) == 2 * count
-    parts = [dealt(make(records, 0, '', 1, shard, 2), count // 2) for shard in (0, 1)]
-    assert sorted(parts[0] + parts[1]) == sorted(whole)
-    if make is streams.store:
-      assert [key for row in zip(*parts) for key in row] == whole
-
-
-def test_epochs_and_windows_are_shuffled_apart():
-  windows = streams.Windows(Counted(), 0, '', 1, 0, 1, window=20)
-  assert (windows.order(0) != windows.order(1)).any() and sorted(windows.order(1)) == list(range(24))
-  (first, after), (again, _) = windows.read(0, 0, 0), windows.read(0, 0, 0)
-  second, _ = windows.read(*after)
-  places = [[ticket.key[3] % 20 for ticket in tickets if ticket.key[3] < 40] for tickets in (first, second, again)]
-  assert places[0] == places[2] != places[1] and sorted(places[0]) == sorted(places[1]) == list(range(20))
 
 
 def test_a_long_row_group_goes_on_at_any_row(tmp_path):
@@ -267,7 +183,7 @@ def test_skipped_by_reason(tmp_path, caplog):
   whole = (tmp_path / '0.tar').read_bytes()
   (tmp_path / '1.tar').write_bytes(whole[:len(whole) // 4])  # breaks off
   (tmp_path / '2.tar').write_bytes(whole[:len(whole) // 4 - 100] + b'?' * 600 + whole[len(whole) // 4 + 500:])  # a damaged header
-  skipped, read = streams.Skipped(), formats.Tars(f'{tmp_path}/{{0..3}}.tar', None, ('txt',))
+  skipped, read = Skipped(), formats.Tars(f'{tmp_path}/{{0..3}}.tar', None, ('txt',))
   source = dict(format='tars', path=f'{tmp_path}/{{0..3}}.tar')
   iterator = batches(source, heldout=(source,), split='heldout', skipped=skipped, num_threads=0, batch_size=1, max_skipped=1.0)
   before = [sum(isinstance(item, formats.Record) for *_, item in read.read(unit)) for unit in (0, 1, 2)]
@@ -296,10 +212,10 @@ def test_too_many_skipped_is_an_error(tmp_path, threads, caplog):
 def test_broken_tars_have_a_share_of_their_own(tmp_path):
   write_tar(tmp_path / '0.tar', [sample(i) for i in range(30)])
   iterator = batches(dict(format='tars', path=f'{tmp_path}/{{0..1}}.tar'), task='images', batch_size=10)
-  with pytest.raises(UserError, match=r'10 of 20 files were skipped \(missing tar 10\).*1.tar'):
+  with pytest.raises(UserError, match=r'11 of 22 files were skipped \(missing tar 11\).*1.tar'):
     for _ in range(100):
       next(iterator)
-  with pytest.raises(UserError, match='3 files have no record for process 0 of 1 .missing tar.*check the path'):
+  with pytest.raises(UserError, match='3 files in a row have no record .missing tar.*check the path'):
     next(batches(dict(format='tars', path=f'{tmp_path}/{{7..9}}.tar'), task='images'))
 
 

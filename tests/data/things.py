@@ -3,15 +3,17 @@
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from lavit_jax.data import packing
+from lavit_jax.data import mixtures, packing, text
 
 SIZE = 8
+FOLDER = str(Path(text.__file__).parent.parent / 'assets/tiny/language_model')
 
 
 def picture(i: int) -> bytes:
@@ -98,3 +100,10 @@ def write_tfds(folder, count=24):
 
 
 WRITERS = {'tars': write_tars, 'parquet': write_parquet, 'arrayrecord': write_arrayrecord, 'folder': write_folder, 'tfds': write_tfds}
+
+
+def batches(*given, sources=(), task='lm', batch_size=3, seed=1, **options):
+  """`mixtures.batches` of these sources, of captions alone unless something else is asked for."""
+  options = dict(shares={'caption': 1}, num_threads=2) | options
+  return mixtures.batches(task, sources=given or sources, batch_size=batch_size, image_size=SIZE, text_length=24, tokenizer_folder=FOLDER, seed=seed,
+                          **options)

@@ -270,35 +270,63 @@ def test_digests_see_one_bit_and_an_exchange():
 
 
 def test_a_position_of_many_processes(saved):
-  """{'batches': n} serves any number of them, another state only as many; a flipped bit is told."""
+  """It serves any number of them, if it is whole: a file that is missing, a flipped bit and a contradiction are told."""
+  def restore():
+    data = numbers()
+    Checkpoints(saved, config(), keep=2).restore(3, abstract(state(0)), data)
+    return next(data).tolist()
+
   file, = (saved / 'checkpoints' / '3' / 'data').glob('process_*')
-  other = file.with_name('process_0-of-2.json')
-  file.rename(other)
-  data = numbers()
-  Checkpoints(saved, config(), keep=2).restore(3, abstract(state(0)), data)
-  np.testing.assert_array_equal(next(data), [12, 13, 14, 15])
-  text = json.dumps({'window': [1, 2]})
-  other.write_text(json.dumps({'state': text, 'sum': xxhash.xxh3_64_hexdigest(text.encode())}))
-  with pytest.raises(UserError, match=r'^[^ ]*/data: the position in this data is one of 1 process\(es\); start as many, not 1'):
-    Checkpoints(saved, config(), keep=2).restore(3, abstract(state(0)), numbers())
-  other.write_text(other.read_text().replace('[1, 2]', '[1, 3]'))
-  with pytest.raises(UserError, match='process_0-of-2.json is not what was saved'):
-    Checkpoints(saved, config(), keep=2).restore(3, abstract(state(0)), numbers())
+  first, second = (file.with_name(f'process_{i}-of-2.json') for i in range(2))
+  file.rename(first)
+  with pytest.raises(UserError, match='data holds 1 of 2 positions'):
+    restore()
+  second.write_text(first.read_text())
+  assert restore() == [12, 13, 14, 15]
+  text = json.dumps({'batches': 4})
+  second.write_text(json.dumps({'state': text, 'sum': xxhash.xxh3_64_hexdigest(text.encode())}))
+  with pytest.raises(UserError, match='data: the position that one process saved contradicts that of another'):
+    restore()
+  second.write_text(second.read_text().replace('4', '3'))
+  with pytest.raises(UserError, match='process_1-of-2.json is not what was saved'):
+    restore()
 
 
-def test_each_process_goes_on_at_its_own_position(tmp_path, monkeypatch):
-  class Data:
-    def __init__(self, state):
-      self.get_state, self.set_state = lambda: state, lambda other: setattr(self, 'restored', other)
+class Shards:
+  """Data of which a process runs some shards."""
 
-  handler, states = integrity.PositionHandler(), [{'window': [0, process, 7]} for process in range(2)]
+  def __init__(self, *shards):
+    self.state = {'of': {'seed': 1}, 'shards': {str(shard): {'window': [0, shard, 7]} for shard in shards}}
+
+  def get_state(self):
+    return self.state
+
+  def set_state(self, state):
+    self.state = state
+
+
+def test_every_shard_is_found_whoever_saved_it(tmp_path, monkeypatch):
+  """Two processes save, of which each has two shards in an order of the mesh; any other may go on with any."""
+  handler = integrity.PositionHandler()
   monkeypatch.setattr(integrity.jax, 'process_count', lambda: 2)
-  for process, state in enumerate(states):
+  for process, shards in enumerate([(2, 3), (0, 1)]):
     monkeypatch.setattr(integrity.jax, 'process_index', lambda: process)
-    handler.save(tmp_path, integrity.PositionSave(Data(state)))
-  for process, state in enumerate(states):
-    monkeypatch.setattr(integrity.jax, 'process_index', lambda: process)
-    assert handler.restore(tmp_path, integrity.PositionRestore(Data(None))).restored == state
+    handler.save(tmp_path, integrity.PositionSave(Shards(*shards)))
+  for count in (1, 2, 4):
+    monkeypatch.setattr(integrity.jax, 'process_count', lambda: count)
+    for process in range(count):
+      monkeypatch.setattr(integrity.jax, 'process_index', lambda: process)
+      assert handler.restore(tmp_path, integrity.PositionRestore(Shards())).state == Shards(0, 1, 2, 3).state
+
+
+@pytest.mark.parametrize('states, error, message', [
+    ([Shards(0).state, {**Shards(1).state, 'of': {'seed': 2}}], ValueError, 'it that one process saved contradicts'),
+    ([Shards(0, 1).state, {'of': {'seed': 1}, 'shards': {'1': {'window': [0, 0, 0]}}}], ValueError, 'it that one process saved contradicts'),
+    ([{'of': {'processes': 2}, 'tickets': {'window': [0, 0, 0], 'index': i}} for i in range(2)], UserError,
+     '^it in data.sources was saved by an earlier version, which dealt them to processes, and cannot be read any more; begin in another --workdir')])
+def test_positions_that_are_not_of_one_data_set(states, error, message):
+  with pytest.raises(error, match=message):
+    integrity.unite(states, 'it')
 
 
 def test_the_position_of_an_earlier_version(saved):

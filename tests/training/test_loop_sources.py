@@ -12,7 +12,9 @@ import nano
 import pytest
 from things import sample, write_tar
 
-from lavit_jax.data import formats, streams
+from lavit_jax.data import formats
+from lavit_jax.data.rows import Skipped
+from lavit_jax.data.streams import Stream
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax import sharding
@@ -110,9 +112,9 @@ def test_what_the_device_did_before_is_no_waiting(tmp_path):
 
 @pytest.mark.slow
 def test_skips_of_all_processes_are_counted(running, cache, tmp_path):
-  """The first process, which alone writes, meets none; the other one has its own tar first, with two."""
+  """The first process, which alone writes, meets none; the other one's shards have the other tar first, with two."""
   source = dict(format='tars', path=f'{tmp_path}/{{0..1}}.tar', window=4)
-  second, = streams.Windows(formats.Tars(source['path'], None, ('txt',)), 0, '', 0, 1, 2, 4).order(0)
+  _, second = Stream.of(formats.Tars(source['path'], None, ('txt',)), 0, '', 0, 4, 8).unit(1, 0)
   for t in range(2):
     bad = [(f'x{n}', {'png': b'no picture', 'txt': b'words'}) for n in range(2 * (t == second))]
     write_tar(tmp_path / f'{t}.tar', bad + [sample(i) for i in range(300)])
@@ -128,4 +130,4 @@ def test_processes_with_the_same_rows_count_once(monkeypatch):
   told = [{'share': 0, 'a': 1}, {'share': 1, 'a': 2, 'b': 5}, {'share': 0, 'a': 1}]
   monkeypatch.setattr(loop.processes, 'gather', lambda values: told)
   config = nano.config('autoencoder', data__sources=(dict(format='tars', path='x'),))
-  assert loop.skips(config, streams.Skipped(), sharding.Share(None, 0, 2)) == {'a': 3, 'b': 5}
+  assert loop.skips(config, Skipped(), sharding.Share(None, 0, 2)) == {'a': 3, 'b': 5}

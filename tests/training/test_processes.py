@@ -10,6 +10,7 @@ import nano
 import numpy as np
 import pytest
 from nano import finish, launch, launch_job, rows, until
+from things import sample, write_tar
 
 from lavit_jax.errors import Unreachable, UserError
 from lavit_jax.porting import folder
@@ -43,8 +44,11 @@ def alone(tmp_path_factory, cache):
 def killed(tmp_path_factory, cache):
   """A run of two processes of which one was killed on the way, two checkpoints being whole: (workdir, what the other said, its status, the
   seconds it took to end)."""
-  workdir = tmp_path_factory.mktemp('killed')
-  job = launch_job('encoder', workdir, cache, 2, 1, TIMEOUT, **STEPS)
+  return kill_on_the_way('encoder', tmp_path_factory.mktemp('killed'), cache, **STEPS)
+
+
+def kill_on_the_way(stage, workdir, cache, **options):
+  job = launch_job(stage, workdir, cache, 2, 1, TIMEOUT, **options)
   until(job[0], workdir, 7)
   while len(whole_checkpoints(workdir)) < 2:
     assert job[0].poll() is None, job[0].communicate()[0]
@@ -115,6 +119,39 @@ def test_another_number_of_processes_or_another_mesh_goes_on(start_job, alone, k
   assert [step for step, _ in now] == [step for step, _ in before]
   np.testing.assert_allclose(now[:first + 3], before[:first + 3], rtol=1e-4)  # another batch would be off by a hundredth at least
   np.testing.assert_allclose(now, before, rtol=0.05)  # rounding grows as it trains
+
+
+@pytest.fixture(scope='session')
+def on_tars(tmp_path_factory, cache):
+  """(options of a run on tars, the run of one process on two devices, a run of two processes of which one was killed on the way)."""
+  tars = tmp_path_factory.mktemp('tars')
+  for t in range(5):
+    write_tar(tars / f'{t}.tar', [(f'bad{t}', {'png': b'no picture'})] + [sample(i) for i in range(20 * t, 20 * t + 20)])
+  source = dict(format='tars', path=f'{tars}/*.tar', window=32)
+  options = dict(num_steps=16, checkpoint_every=3, data__sources=(source,), data__crop='random', data__shards=4)
+  finish(launch('autoencoder', tars / 'alone', cache, 2, **options))
+  return options, tars / 'alone', kill_on_the_way('autoencoder', tars / 'killed', cache, **options)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('count, devices, mesh', [
+    (1, 2, {}), (2, 1, {}), (4, 1, {}), (1, 2, dict(mesh__data=1, mesh__tensor=2)), (2, 2, dict(mesh__data=2, mesh__tensor=2)),
+    (4, 1, dict(mesh__data=2, mesh__tensor=2)),  # two processes read the same shards
+    (2, 2, dict(mesh__data=1, mesh__fsdp=4))])
+def test_a_run_on_tars_goes_on_on_other_machines(on_tars, tmp_path, start_job, cache, count, devices, mesh):
+  """Over the end of an epoch, in which some pictures are skipped: the batches of a run that nobody stopped."""
+  options, alone, killed = on_tars
+  shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
+  if count == 1:
+    out = finish(launch('autoencoder', tmp_path, cache, devices, **options, **mesh))
+  else:
+    out, *_ = map(finish, start_job('autoencoder', tmp_path, count, devices, **options, **mesh))
+  first = int(out.split('continuing from step ')[1].split()[0])
+  assert 3 <= first < 16
+  now, before = losses(tmp_path), losses(alone)
+  assert [step for step, _ in now] == [step for step, _ in before] == list(range(1, 17))
+  np.testing.assert_allclose(now[:first + 3], before[:first + 3], rtol=1e-4)
+  np.testing.assert_allclose(now, before, rtol=0.01)
 
 
 @pytest.mark.slow

@@ -1,0 +1,8 @@
+import pytest
+from things import WRITERS
+
+
+@pytest.fixture(scope='session')
+def written(tmp_path_factory):
+  """format -> a source of 24 things."""
+  return {name: write(tmp_path_factory.mktemp(name)) for name, write in WRITERS.items()}

@@ -1,0 +1,209 @@
+"""The same global batches whoever reads them, and wherever others go on; what shards read, hold and share."""
+
+import itertools
+import json
+from concurrent.futures import Future
+
+import numpy as np
+import pytest
+
+from lavit_jax.data import formats, streams
+from lavit_jax.errors import UserError
+from lavit_jax.training import integrity
+from things import WRITERS, batches, number, write_tars
+
+SEQUENTIAL = ('tars', 'parquet')
+PROCESSES = {  # the rows of a global batch of 8 that each process holds
+    '1': [range(8)], '2': [range(4), range(4, 8)], '4': [(0, 1), (2, 3), (4, 5), (6, 7)],
+    'permuted': [(2, 3, 6, 7), (0, 1, 4, 5)], 'shared': [range(4), range(4), range(4, 8), range(4, 8)]}
+
+
+class Job:
+  """The iterators of a job of several processes; its state is what the checkpoint makes of theirs."""
+
+  def __init__(self, processes, sources, shards=4, **options):
+    self.rows = [list(rows) for rows in PROCESSES[processes]]
+    self.iterators = [batches(*sources, batch_size=len(rows), shard_index=7, shard_count=8 // len(rows), rows=rows, shards=shards, **options)
+                      for rows in self.rows]
+
+  def __next__(self):
+    """A global batch."""
+    whole = {}
+    for rows, iterator in zip(self.rows, self.iterators):
+      for key, value in next(iterator).items():
+        whole.setdefault(key, np.zeros((8, *value.shape[1:]), value.dtype))[rows] = value
+    return whole
+
+  def get_state(self):
+    return integrity.unite([json.loads(json.dumps(iterator.get_state())) for iterator in self.iterators], 'it')
+
+  def set_state(self, state):
+    for iterator in self.iterators:
+      iterator.set_state(state)
+
+
+@pytest.fixture(scope='module', params=[*WRITERS, 'mix'])
+def uninterrupted(written, request):
+  """(sources, 12 global batches of one process)."""
+  mix = [written['tars'] | {'weight': 3.0}, written['folder'], written['parquet']]
+  sources = mix if request.param == 'mix' else [written[request.param]]
+  return sources, list(itertools.islice(iter(lambda job=Job('1', sources, crop='random'): next(job), None), 12))
+
+
+def equal(batch, other):
+  assert batch.keys() == other.keys()
+  for key in batch:
+    np.testing.assert_array_equal(batch[key], other[key], err_msg=key)
+
+
+@pytest.mark.parametrize('processes', ['2', '4', 'permuted', 'shared'])
+def test_global_batches_do_not_depend_on_the_processes(uninterrupted, processes):
+  sources, whole = uninterrupted
+  job = Job(processes, sources, crop='random')
+  for batch in whole:
+    equal(next(job), batch)
+
+
+@pytest.mark.parametrize('chain', [('1', '2', '4'), ('4', '1', '2'), ('2', 'permuted', '1'), ('permuted', 'shared', '4')])
+def test_others_go_on_where_some_processes_stopped(uninterrupted, chain):
+  """In the midst of an epoch, each time after four batches."""
+  sources, whole = uninterrupted
+  job, given = None, iter(whole)
+  for processes in chain:
+    last, job = job, Job(processes, sources, crop='random')
+    if last:
+      job.set_state(last.get_state())
+    for batch in itertools.islice(given, 4):
+      equal(next(job), batch)
+
+
+@pytest.mark.parametrize('name', WRITERS)
+def test_an_epoch_of_all_processes_has_every_thing_once(written, name):
+  job = Job('2', [written[name]])
+  for _ in range(4):
+    assert sorted(number(image) for _ in range(3) for image in next(job)['image']) == list(range(24))
+
+
+@pytest.mark.parametrize('name', SEQUENTIAL)
+@pytest.mark.parametrize('shards', [2, 4])
+def test_no_unit_of_a_stream_is_read_by_two(written, name, shards):
+  whole = [number(image) for batch in itertools.islice(batches(written[name], batch_size=8, shards=shards), 3) for image in batch['image']]
+  unit, each = 6 if name == 'tars' else 3, 8 // shards
+  units = [{thing // unit for start in (0, 8, 16) for thing in whole[start + shard * each:][:each]} for shard in range(shards)]
+  assert sum(map(len, units)) == len(set.union(*units)) == 24 // unit
+
+
+@pytest.mark.parametrize('processes', ['1', '4', 'permuted'])
+def test_fewer_tars_than_shards(tmp_path, processes):
+  """Three tars of seven things, dealt to two readers, of four shards each: in eight epochs everybody has as many of them."""
+  source = write_tars(tmp_path, 21, 3) | {'window': 40}
+  job, other = Job(processes, [source], shards=8), Job('2', [source], shards=8)
+  found = []
+  for _ in range(21):
+    batch = next(job)
+    equal(next(other), batch)
+    found += [number(image) for image in batch['image']]
+  assert sorted(found) == sorted([*range(21)] * 8)
+
+
+@pytest.mark.parametrize('shards, processes, index, message', [
+    (3, 2, 0, r'batch_size=8 must be a multiple of data.shards=3'), (0, 2, 0, 'must be a multiple of data.shards=0'),
+    (2, 4, 1, r'data.shards=2 cannot be dealt to processes that hold 2 of 8 rows in this order; data.shards must be a multiple of the pieces')])
+def test_shards_that_do_not_fit(written, shards, processes, index, message):
+  with pytest.raises(UserError, match=message):
+    batches(written['tars'], batch_size=8 // processes, shard_index=index, shard_count=processes, shards=shards)
+
+
+def test_every_batch_has_its_part_of_every_source(written):
+  job = Job('1', [written['arrayrecord'] | {'weight': 3.0}, written['folder'] | {'use': 'draw'}], shards=8)
+  assert all(next(job)['kind'].sum() == 2 for _ in range(10))
+
+
+def test_the_window_is_divided_among_the_shards(written):
+  def window(shards, **options):
+    source = dict(format='parquet', path=written['parquet']['path'], **options)
+    return batches(source, batch_size=512, shards=shards).get_state()['of']['sources'][0]['window']
+
+  assert [window(shards) for shards in (1, 16, 512)] == [2048, 128, 32] and [window(n, window=1000) for n in (1, 16, 512)] == [1000, 63, 2]
+
+
+class Counted:
+  """A store of 24 records, or a stream of so many units of 40, which counts what is read of it."""
+
+  def __init__(self, units=24):
+    self.units, self.count = units, 0
+
+  def __len__(self):
+    return self.units
+
+  def read(self, unit, start=0):
+    for i in range(start, 40):
+      self.count += 1
+      yield i, i + 1, formats.Record(b'', (), f'{unit} {i}')
+    yield 40, 40, formats.Skip('', str(unit), 'files')
+
+
+class Now:
+  """A pool that does it at once."""
+
+  def submit(self, function, *args):
+    (future := Future()).set_result(function(*args))
+    return future
+
+
+def windows(records, shards, held, number=0, window=7, seed=1):
+  """The tickets of some shards of a stream, each endless."""
+  stream, readers, units = streams.Stream.of(records, number, '', seed, window, shards), {}, streams.OpenUnits()
+  for shard in held:
+    readers.setdefault(shard // stream.fan, []).append(shard % stream.fan)
+  readers = {index: streams.Reader(stream, index, mine, Now(), units) for index, mine in readers.items()}
+  return [streams.Windows(readers[shard // stream.fan], shard % stream.fan) for shard in held]
+
+
+def keys(iterator, count) -> list[tuple]:
+  return [next(iterator).key for _ in range(count)]
+
+
+def test_each_example_of_each_epoch_and_source_has_a_key_of_its_own():
+  """It seeds crop and caption."""
+  def of(number):
+    shards = windows(Counted(), 4, range(4), number)
+    return [key for shard in shards for key in keys(shard, 2 * 6 * 41)] + keys(streams.Stored(streams.store(Counted(), number + 2, '', 1), 0, 1), 48)
+
+  found = of(0) + of(1)
+  assert len(set(found)) == len(found) == 2 * (2 * 24 * 41 + 48)
+
+
+@pytest.mark.parametrize('units, shards, held', [(1, 8, range(8)), (3, 8, range(8)), (47, 64, range(4, 8)), (47, 64, range(64))])
+def test_shards_that_share_a_unit_read_it_once(units, shards, held):
+  """Where they are together; also when one of them has fallen back a little, as after pictures that were skipped."""
+  records, steps = Counted(units), 60
+  mine = windows(records, shards, held)
+  keys(mine[0], 5)
+  found = [key for _ in range(steps) for shard in mine for key in keys(shard, 1)]
+  assert len(set(found)) == len(found)
+  fan = streams.Stream.of(records, 0, '', 1, 7, shards).fan
+  apart = 1 if len(held) % fan == 0 else fan / len(held)
+  assert records.count <= apart * (steps * len(held) + 3 * 7 * len(held) + 5 * fan)
+
+
+def test_units_that_wait_too_long_are_closed():
+  units, records = streams.OpenUnits(), Counted()
+  waiting = [records.read(0) for _ in range(100)]
+  for place, rows in enumerate(waiting):
+    units.keep(place, rows)
+  waiting.clear()
+  closed = [place for place in range(100) if units.take(place) is None]
+  assert closed == list(range(100 - streams._OPEN))
+
+
+def test_epochs_and_windows_are_shuffled_apart():
+  stream = streams.Stream.of(Counted(), 0, '', 1, 20, 1)
+  epochs = [[stream.unit(0, turn) for turn in range(24 * epoch, 24 * epoch + 24)] for epoch in (0, 1)]
+  assert [sorted(epoch) for epoch in epochs] == [[(epoch, unit) for unit in range(24)] for epoch in (0, 1)]
+  assert [unit for _, unit in epochs[0]] != [unit for _, unit in epochs[1]]
+  reader = streams.Reader(stream, 0, [0], Now(), streams.OpenUnits())
+  (first, after), (again, _) = reader.read(0, 0, 0), reader.read(0, 0, 0)
+  second, _ = reader.read(*after)
+  places = [[ticket.key[3] % 20 for ticket in tickets[0] if ticket.key[3] < 40] for tickets in (first, second, again)]
+  assert places[0] == places[2] != places[1] and sorted(places[0]) == sorted(places[1]) == list(range(20))
