@@ -192,7 +192,7 @@ class Lavit:
     prompts = [prompt] * len(images) if isinstance(prompt, str) else list(prompt)
     if len(prompts) != len(images):
       raise UserError(f'{len(images)} pictures but {len(prompts)} prompts; give one for each, or one for all')
-    writing = settle(Writing(*self.settings.caption_tokens, beams=2), options, MAX_LENGTH)
+    writing = settle(Writing(*self.settings.caption_tokens, beams=2), options, self.parts.max_length)
     told = self._tell(images, [self.words.encode(text) if text.strip() else () for text in prompts], writing, seed)
     return _as_asked([each._replace(text=each.text.split('.')[0].strip()) for each in told], details)
 
@@ -211,7 +211,7 @@ class Lavit:
     questions = [questions] if isinstance(questions, str) else list(questions)
     if len(images) != len(questions):
       raise UserError(f'{len(images)} pictures but {len(questions)} questions; give one question for each picture')
-    writing = settle(Writing(*self.settings.answer_tokens, beams=5, length_penalty=0.0, early_stopping=True), options, MAX_LENGTH)
+    writing = settle(Writing(*self.settings.answer_tokens, beams=5, length_penalty=0.0, early_stopping=True), options, self.parts.max_length)
 
     def ask(form: Callable[[str], str]) -> list[Told]:
       told = self._tell(images, [self._encode(question, form) for question in questions], writing, seed)
