@@ -2,10 +2,9 @@
 
     lavit train --config configs/lm.py:tiny --workdir runs/lm --config.frozen=runs/encoder/export,runs/tokenizer/export
 
-Needs `vit` and `tokenizer`; exports `llama` and `understanding`. The large variants start from LLaMA: --config.init_from=FOLDER with
-`llama`, whose vocabulary may lack the visual ids. `data.shares` are the shares of captions and answers ([image, text]), drawings
-([text, image]) and plain text, `data.question_weights` how often a question of each type is asked against a picture's others; a row of
-the packed batch holds `row_length` tokens, `overflow` counts pairs that found no room; `mean_length` is expected of a pair.
+Needs `vit` and `tokenizer`; exports `llama` and `understanding`. The large variants start from LLaMA: --config.init_from=FOLDER with `llama`, which
+may lack the visual ids. `data.shares` are those of captions, answers, drawings and plain text, `data.question_weights` how often a type of question
+is asked; a packed row holds `row_length` tokens, a pair is expected to have `mean_length`, `overflow` counts pairs that found no room.
 """
 
 from ml_collections import ConfigDict
@@ -13,16 +12,16 @@ from ml_collections import ConfigDict
 from lavit_jax.data import questions
 from lavit_jax.models import lavit
 
-MILLIONS = dict(caption=93, draw=100, text=21)  # pairs: REFERENCE 3; pieces of plain text: our choice, for no number is published
+MILLIONS = dict(caption=93, draw=100, text=21)  # pairs: REFERENCE 3; plain text: our choice, for no number is published
 STEP, PASSES = 34_816, 1  # pairs of a step, and how often each is seen: our choice, for neither is published
 SCHEDULES = {  # tiny and small: our choice
-    'tiny': dict(batch_size=64, num_steps=4_600, text_length=48, num_rows=10, row_length=256, mean_length=35, loss_chunks=1,
-                 learning_rate=2e-3, warmup_steps=100),
+    'tiny': dict(batch_size=64, num_steps=4_600, text_length=48, num_rows=10, row_length=256, mean_length=35, loss_chunks=1, learning_rate=2e-3,
+                 warmup_steps=100, accumulate=1, remat='none'),
     'small': dict(batch_size=1024, num_steps=100_000, text_length=128, num_rows=128, row_length=1024, mean_length=110, loss_chunks=8,
-                  learning_rate=3e-4, warmup_steps=2_000),
+                  learning_rate=3e-4, warmup_steps=2_000, accumulate=1, remat='full'),
     'lavit_7b': dict(
         batch_size=STEP, num_steps=round(1e6 * PASSES * sum(MILLIONS.values()) / STEP),  # above; 6,147
-        text_length=128, num_rows=2048, row_length=2048, loss_chunks=4, learning_rate=5e-5, warmup_steps=300,  # our choice
+        text_length=128, num_rows=2048, row_length=2048, loss_chunks=4, learning_rate=5e-5, warmup_steps=300, accumulate=8, remat='minimal',  # our choice
         mean_length=110),  # REFERENCE 3: rho = 1/3 of 256 patches; a caption's 22 words and 3 marks are our choice
 }
 SOURCES = (  # data/sources.py; which, and 93 M and 100 M of them: REFERENCE 3; what each has of the 93: its size, and for the last the rest
@@ -40,7 +39,7 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
   size, row, large = lavit.row(variant)['vit']['image_size'], SCHEDULES[variant], variant != 'tiny'
   config = ConfigDict(dict(
       stage='lm', variant=variant, batch_size=row['batch_size'], num_steps=row['num_steps'],  # above
-      seed=0, accumulate=1, dtype='bfloat16' if large else 'float32', remat='full' if large else 'none',  # our choice
+      seed=0, accumulate=row['accumulate'], dtype='bfloat16' if large else 'float32', remat=row['remat'],  # above
       mesh=dict(data=-1, fsdp=128 if large else 1, tensor=1), peak_tflops=0.0, frozen='', init_from='',  # our choice
       data=dict(
           task='lm', image_size=size, crop='none',  # REFERENCE 2: 224 pixels a side, straight to the square

@@ -88,7 +88,13 @@ def checkout(tmp_path):
 def begin(checkout, script, *arguments, **env):
   env = {**os.environ, 'PYTHON': sys.executable, 'PATH': f'{checkout}/.venv/bin:{os.environ["PATH"]}', **env}
   return subprocess.Popen(['bash', checkout / 'launch' / script, *arguments], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True, start_new_session=True)
+                          text=True, start_new_session=True, preexec_fn=heed_signals)
+
+
+def heed_signals():
+  """Also where the tests run in the background, whose shell has them ignored."""
+  for each in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(each, signal.SIG_DFL)
 
 
 def test_arguments_arrive_whole_and_the_status_comes_back(checkout):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image
 
-from lavit_jax.data.formats import Record, Skip
+from lavit_jax.data.formats import Skip
 from lavit_jax.data.streams import Ticket
 from lavit_jax.errors import UserError
 from lavit_jax.data.images import MAX_PIXELS, read_image

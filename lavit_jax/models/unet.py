@@ -7,7 +7,6 @@ H heads, d head width; latents are NHWC.
 """
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array
 

@@ -135,7 +135,7 @@ def test_sizes_are_those_of_the_checkpoint(tasks, monkeypatch):
   with pytest.raises(UserError, match='1024x1024 is drawn by highres_decoder'):
     tasks.draw('owl', 0, 4, 7, '1024x1024')
   assert not tasks.model.seen
-  monkeypatch.setattr(Stub, 'parts', dict.fromkeys(drawing.HIGHRES.parts))
+  monkeypatch.setattr(Stub, 'parts', Held(dict.fromkeys(drawing.HIGHRES.parts)))
   assert tasks.sizes()[:3] == ['512x512', '1024x1024', '896x1152'] and len(tasks.sizes()) == 7
   assert tasks.defaults('896x1152') == (25, 7.)
   tasks.draw('owl', 0, 4, 7, '896x1152')

@@ -156,8 +156,9 @@ def test_both_ways_by_size(model):
 def test_every_published_size_of_sdxl_at_full_scale(height, width, monkeypatch):
   """lavit_7b draws it in bfloat16, of latents an eighth as high and wide; nothing is computed."""
   full, seen = lavit.build('lavit_7b', 'bfloat16'), []
-  options = drawing.settle(2, 512, pipeline.Settings().highres_sizes, layouts.TABLES, size=(height, width)).options
-  shapes = layouts.shapes(full, (*options['way'].parts, 'safety_checker'))
+  options = drawing.settle(2, 512, pipeline.Settings().highres_sizes, [*layouts.TABLES, 'codebook'], size=(height, width)).options
+  shapes = layouts.shapes(full, ('tokenizer', *options['way'].parts[1:], 'safety_checker'))
+  shapes['codebook'] = shapes.pop('tokenizer')
   sample = diffusion.sample
   monkeypatch.setattr(diffusion, 'sample', lambda denoise, noise, *args, **kwargs: seen.append(noise.shape) or sample(denoise, noise, *args, **kwargs))
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
