@@ -1,7 +1,7 @@
 """Pictures a second from JPEG tars to uint8[224, 224, 3] batches on one core, beside webdataset + torch DataLoader.
 
     pip install webdataset torch
-    taskset -c 0 python benchmarks/data.py [--pictures 2000] [--repeats 3] [--json FILE]
+    taskset -c 0 python benchmarks/data.py [--pictures 2000] [--repeats 3] [--tars FOLDER] [--json FILE]
 
 Writes tars as img2dataset does (jpg, txt, json; pictures of 256 to 512 pixels a side with the spectrum of photographs), and reads them in
 turn: ours as a training reads them, with states and counts; webdataset in the loader's process and with a worker, its pictures through
@@ -100,10 +100,12 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--pictures', type=int, default=2000)
   parser.add_argument('--repeats', type=int, default=3)
+  parser.add_argument('--tars', metavar='FOLDER', type=pathlib.Path, help='a new folder in which the tars stay')
   parser.add_argument('--json', metavar='FILE')
   args = parser.parse_args()
   with tempfile.TemporaryDirectory() as scratch:
-    folder = pathlib.Path(scratch)
+    folder = args.tars or pathlib.Path(scratch)
+    folder.mkdir(exist_ok=not args.tars)
     total = write(folder, args.pictures)
     print(f'{args.pictures} pictures, {total / args.pictures / 1e3:.0f} KB each, {len(os.sched_getaffinity(0))} core(s)')
     runs = {

@@ -330,7 +330,7 @@ def test_in_a_browser(browser, tmp_path, monkeypatch):
   assert picture.size['width'] > 200 and browser.execute_script('return arguments[0].naturalWidth', picture) == 64
   events = [json.loads(entry['message'])['message'] for entry in browser.get_log('performance')]
   fetched = [event['params']['request']['url'] for event in events if event['method'] == 'Network.requestWillBeSent']
-  elsewhere = [each for each in fetched if not each.startswith((url, 'data:', 'blob:', 'chrome:'))]  # chrome: is the browser's empty tab
+  elsewhere = [each for each in fetched if not each.startswith((url, 'data:', 'blob:', 'chrome'))]  # chrome: is its empty tab
   assert len(fetched) > 20 and not elsewhere, elsewhere
   assert not [entry for entry in browser.get_log('browser') if 'Content Security Policy' in entry['message']]
   page.close()
