@@ -126,7 +126,7 @@ class Folder:
     with file:
       try:
         for name, words in _captions(found, io.TextIOWrapper(file, 'utf-8')):
-          self.rows.setdefault(name, []).append(words)
+          _dig(words, '', self.rows.setdefault(name, []))
       except (ValueError, KeyError, TypeError) as error:
         raise UserError(f'{self.path}/{found}: no captions in it ({error!r}); it needs file_name and text of each picture') from error
     self.rows = list(self.rows.items())
@@ -155,7 +155,7 @@ class Folder:
     raise UserError(f'{self.path} has no {" or ".join(names)}; write one with file_name and text of each picture, or give captions=NAME')
 
 
-def _captions(name: str, file) -> Iterator[tuple[str, str]]:
+def _captions(name: str, file) -> Iterator[tuple[str, Any]]:
   if name.endswith('.jsonl'):
     rows = (json.loads(line) for line in file if line.strip())
   elif name.endswith('.json'):
@@ -165,7 +165,7 @@ def _captions(name: str, file) -> Iterator[tuple[str, str]]:
   else:
     rows = csv.DictReader(file, delimiter='\t' if name.endswith('.tsv') else ',')
   for row in rows:
-    yield row['file_name'], row['text'] or ''
+    yield row['file_name'], row['text']
 
 
 # ----------------------------------------------------------------------------------------------------------------- streams
