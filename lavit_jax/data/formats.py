@@ -2,7 +2,7 @@
 
 | format        | kind   | `path`                                     | `image`              | `text`                    |
 |---------------|--------|--------------------------------------------|----------------------|---------------------------|
-| 'arrayrecord' | store  | files of `lavit data pack`, not remote     | (whatever was packed)| fields, as of tars        |
+| 'arrayrecord' | store  | folder of `lavit data pack`, or its files  | (whatever was packed)| fields, as of tars        |
 | 'tfds'        | store  | name, or the folder of a version           | feature              | features                  |
 | 'folder'      | store  | folder with captions.{jsonl,csv,tsv,json}  | (in the captions)    | (in the captions)         |
 | 'tars'        | stream | WebDataset or img2dataset tars             | extensions           | extensions, 'json.key'    |
@@ -30,6 +30,7 @@ from lavit_jax.data import paths, tars
 from lavit_jax.errors import UserError
 
 IMAGE_EXTENSIONS = ('jpg', 'jpeg', 'png', 'webp', 'gif', 'bmp', 'tif', 'tiff')
+ARRAY_RECORD = '.array_record'
 CAPTIONS = ('captions.jsonl', 'captions.csv', 'captions.tsv', 'captions.json', 'metadata.jsonl', 'metadata.csv')
 _LENGTH = struct.Struct('<I')
 
@@ -53,17 +54,23 @@ class Skip(NamedTuple):
 # ------------------------------------------------------------------------------------------------------------------ stores
 
 class ArrayRecords:
-  """Files that `pack_record` filled, one record behind the other."""
+  """Local files that `pack_record` filled, one record behind the other."""
 
   def __init__(self, path, image, text):
     from array_record.python.array_record_data_source import ArrayRecordDataSource
-    files = paths.expand(path)
+    files = paths.expand(path, ARRAY_RECORD)
     for file in files:
       if paths.is_remote(file):
         raise UserError(f'{file}: ArrayRecord reads local files only; mount the bucket (gcsfuse), or read the tars as they are')
       if not os.path.isfile(file):
         raise UserError(f'{file}: no such file; make it with lavit data pack')
-    self.files, self.text, self.source = files, text, ArrayRecordDataSource(files)
+    try:
+      self.source = ArrayRecordDataSource(files)
+    except RuntimeError:  # which does not say of which file
+      for file in files:
+        _look_at_array_record(file)
+      raise
+    self.files, self.text = files, text
     self.name = files[0] if len(files) == 1 else f'{files[0]} ... {files[-1]}'
 
   def __len__(self) -> int:
@@ -82,6 +89,14 @@ class ArrayRecords:
 
 
 def pack_record(key: str, fields: Mapping[str, str], image: bytes) -> bytes:
+def _look_at_array_record(file: str) -> None:
+  from array_record.python.array_record_module import ArrayRecordReader
+  try:
+    ArrayRecordReader(file).close()
+  except RuntimeError as error:
+    raise UserError(f'{file}: no ArrayRecord, or damaged ({error}); give the folder or its *{ARRAY_RECORD}, or pack anew') from error
+
+
   """The layout of our ArrayRecords: u32 length (little endian), JSON {"key", "fields"} of that length, the picture's file."""
   head = json.dumps({'key': key, 'fields': dict(fields)}, ensure_ascii=False).encode('utf-8', 'replace')
   return _LENGTH.pack(len(head)) + head + image
@@ -174,7 +189,7 @@ class Tars:
   """Tars as they are. A unit is a tar, a position in it a byte."""
 
   def __init__(self, path, image, text):
-    self.files, self.text = paths.expand(path), text
+    self.files, self.text = paths.expand(path, '.tar'), text
     self.image = IMAGE_EXTENSIONS if image is None else image
 
   def __len__(self) -> int:
@@ -210,7 +225,7 @@ class Parquets:
 
   def __init__(self, path, image, text):
     self.image, self.text = image, text
-    self.files = files = paths.expand(path)
+    self.files = files = paths.expand(path, '.parquet')
     with ThreadPoolExecutor(16) as pool:  # a store far away answers slowly, not seldom
       counts, columns = zip(*pool.map(self._look, files))
     self.columns = [name for name in dict.fromkeys((image, *(name.split('.')[0] for name in text))) if name in columns[0]]

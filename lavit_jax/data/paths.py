@@ -7,6 +7,7 @@ processes which read the same files see the same records.
 from __future__ import annotations
 
 import errno
+import glob
 import io
 import itertools
 import logging
@@ -30,14 +31,17 @@ _WAITS = (1.0, 4.0, 16.0)  # seconds before another try
 _SIZED = 512  # files of a source whose sizes are asked for, at most
 
 
-def expand(path: str | Sequence[str]) -> list[str]:
-  """'a/{000..002}.tar', 'a/{x,y}.tar', 'a/*.tar', or a list of these -> files; braces in their order, globs sorted.
+def expand(path: str | Sequence[str], suffix: str) -> list[str]:
+  """'a/{000..002}.tar', 'a/{x,y}.tar', 'a/*.tar', 'a' (a local folder: its files that end with `suffix`), or a list of these -> files.
+
+  Braces come in their order, globs sorted; 'file://' is left out.
 
   Raises:
     UserError: a glob that finds nothing, or a store for which a package is missing.
   """
   paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
-  named = list(itertools.chain.from_iterable(_braces(os.fspath(each)) for each in paths))
+  named = itertools.chain.from_iterable(_braces(os.fspath(each).removeprefix('file://')) for each in paths)
+  named = [os.path.join(glob.escape(each), f'*{suffix}') if not each.endswith(suffix) and os.path.isdir(each) else each for each in named]
   files = list(itertools.chain.from_iterable(_glob(each) if re.search(r'[*?\[]', each) else [each] for each in named))
   if not files:
     raise UserError(f'{path!r} names no files; give a path, a glob or a list')
