@@ -8,6 +8,7 @@
 | 'tars'        | stream | WebDataset or img2dataset tars             | extensions           | extensions, 'json.key'    |
 | 'parquet'     | stream | files, a row group the unit                | column of bytes      | columns                   |
 
+A local folder of tars, Parquet or ArrayRecord files is all that end in .tar, .parquet or .array_record; ArrayRecord is never remote.
 `text` names one field or several, of which one is chosen each time; a dot goes down into JSON, structs and lists ('json.caption',
 'captions.text'). Whatever is not a record becomes a `Skip` with the reason. `names()` are what tells a source from another one, as JSON:
 the files with their sizes, as far as they are cheap to have.
@@ -29,8 +30,8 @@ import pyarrow.parquet
 from lavit_jax.data import paths, tars
 from lavit_jax.errors import UserError
 
-IMAGE_EXTENSIONS = ('jpg', 'jpeg', 'png', 'webp', 'gif', 'bmp', 'tif', 'tiff')
 ARRAY_RECORD = '.array_record'
+IMAGE_EXTENSIONS = ('jpg', 'jpeg', 'png', 'webp', 'gif', 'bmp', 'tif', 'tiff')
 CAPTIONS = ('captions.jsonl', 'captions.csv', 'captions.tsv', 'captions.json', 'metadata.jsonl', 'metadata.csv')
 _LENGTH = struct.Struct('<I')
 
@@ -88,7 +89,6 @@ class ArrayRecords:
     return Record(image, find_texts(head['fields'], self.text), origin)
 
 
-def pack_record(key: str, fields: Mapping[str, str], image: bytes) -> bytes:
 def _look_at_array_record(file: str) -> None:
   from array_record.python.array_record_module import ArrayRecordReader
   try:
@@ -97,6 +97,7 @@ def _look_at_array_record(file: str) -> None:
     raise UserError(f'{file}: no ArrayRecord, or damaged ({error}); give the folder or its *{ARRAY_RECORD}, or pack anew') from error
 
 
+def pack_record(key: str, fields: Mapping[str, str], image: bytes) -> bytes:
   """The layout of our ArrayRecords: u32 length (little endian), JSON {"key", "fields"} of that length, the picture's file."""
   head = json.dumps({'key': key, 'fields': dict(fields)}, ensure_ascii=False).encode('utf-8', 'replace')
   return _LENGTH.pack(len(head)) + head + image
@@ -188,6 +189,8 @@ def _captions(name: str, file) -> Iterator[tuple[str, Any]]:
 class Tars:
   """Tars as they are. A unit is a tar, a position in it a byte."""
 
+  cost = 1  # of a unit that waits open (streams.py)
+
   def __init__(self, path, image, text):
     self.files, self.text = paths.expand(path, '.tar'), text
     self.image = IMAGE_EXTENSIONS if image is None else image
@@ -198,12 +201,12 @@ class Tars:
   def names(self) -> list:
     return paths.names_and_sizes(self.files)
 
-  def read(self, unit: int, start: int = 0) -> Iterator[tuple[int, int, Record | Skip]]:
-    """(start, end, record) of each sample from byte `start` on; at last a Skip of unit 'files'."""
+  def read(self, unit: int, start: int = 0, **options) -> Iterator[tuple[int, int, Record | Skip]]:
+    """(start, end, record) of each sample from byte `start` on; at last a Skip of unit 'files'. `options` are for `paths.open_file`."""
     path, end = self.files[unit], start
     last = Skip('', path, 'files')
     try:
-      with paths.open_file(path) as file:
+      with paths.open_file(path, **options) as file:
         for start, end, key, sample in tars.samples(file, start):
           yield start, end, self.record(f'{path}: {key}', sample)
     except paths.NO_FILE:
@@ -223,6 +226,8 @@ class Parquets:
   A unit is a row group, because less cannot be read; a position in it a row.
   """
 
+  cost = 8  # it is held whole
+
   def __init__(self, path, image, text):
     self.image, self.text = image, text
     self.files = files = paths.expand(path, '.parquet')
@@ -239,11 +244,11 @@ class Parquets:
   def names(self) -> list:
     return paths.names_and_sizes(self.files)
 
-  def read(self, unit: int, start: int = 0) -> Iterator[tuple[int, int, Record | Skip]]:
+  def read(self, unit: int, start: int = 0, **options) -> Iterator[tuple[int, int, Record | Skip]]:
     path, group = self.units[unit]
     last, row = Skip('', path, 'files'), start
     try:
-      with _parquet(path) as file:
+      with _parquet(path, **options) as file:
         for batch in file.iter_batches(64, [group], self.columns):
           if start >= batch.num_rows:
             start -= batch.num_rows
@@ -266,8 +271,8 @@ class Parquets:
       raise UserError(f'{path}: not a Parquet file that can be read ({error}); check the path') from error
 
 
-def _parquet(path: str):
-  return pyarrow.parquet.ParquetFile(paths.open_file(path))  # one for each that reads: they move in it
+def _parquet(path: str, **options):
+  return pyarrow.parquet.ParquetFile(paths.open_file(path, **options))  # one for each that reads: they move in it
 
 
 # ------------------------------------------------------------------------------------------------------------------- texts

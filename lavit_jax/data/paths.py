@@ -24,8 +24,9 @@ import numpy as np
 from lavit_jax.errors import Unreachable, UserError
 
 _BRACES = re.compile(r'\{([^{}]*)\}')
-_AHEAD = 8 << 20  # bytes asked of a remote store at a time
-_BUFFER = 1 << 20
+_AHEAD, _LEAST_AHEAD = 8 << 20, 256 << 10  # bytes asked of a remote store at a time
+_TOGETHER = 400 << 20  # of all files that are read in turn; with their buffers, half a gigabyte
+_BUFFER = 1 << 20  # or an eighth of what is read ahead
 NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)  # no matter of patience
 _WAITS = (1.0, 4.0, 16.0)  # seconds before another try
 _SIZED = 512  # files of a source whose sizes are asked for, at most
@@ -52,22 +53,27 @@ def is_remote(path: str) -> bool:
   return '://' in path and not path.startswith('file://')
 
 
-def open_file(path: str) -> BinaryIO:
-  """Opens for reading and seeking; what fails is tried again, in longer and longer intervals.
+def ahead_of(files: int) -> int:
+  """How much to read ahead of each of so many files that are read in turn."""
+  return min(max(_TOGETHER // max(files, 1), _LEAST_AHEAD), _AHEAD)
+
+
+def open_file(path: str, ahead: int = _AHEAD) -> BinaryIO:
+  """Opens for reading and seeking; what fails is tried again, in longer and longer intervals. It holds about 1.25 x `ahead` bytes.
 
   Raises:
     NO_FILE: when opening.
     Unreachable: when opening and reading: it does not work in the end.
     UserError: the store refuses, or a package is missing for such a path.
   """
-  return io.BufferedReader(_Patient(path), _BUFFER)
+  return io.BufferedReader(_Patient(path, ahead), min(_BUFFER, ahead // 8))
 
 
 class _Patient(io.RawIOBase):
   """A file that is opened anew, at the same place, when reading fails."""
 
-  def __init__(self, path: str):
-    self._path, self._at, self._file = path, 0, None
+  def __init__(self, path: str, ahead: int):
+    self._path, self._ahead, self._at, self._file = path, ahead, 0, None
     self._do(lambda file: None)
 
   def readable(self) -> bool:
@@ -96,7 +102,7 @@ class _Patient(io.RawIOBase):
     def once():
       try:
         if self._file is None:
-          self._file = _open(self._path)
+          self._file = _open(self._path, self._ahead)
           self._file.seek(self._at)
         return act(self._file)
       except Exception:
@@ -114,9 +120,9 @@ class _Patient(io.RawIOBase):
       pass
 
 
-def _open(path: str) -> BinaryIO:
+def _open(path: str, ahead: int) -> BinaryIO:
   if is_remote(path):
-    return store(path)[0].open(path, 'rb', block_size=_AHEAD)
+    return store(path)[0].open(path, 'rb', block_size=ahead)
   return open(path.removeprefix('file://'), 'rb', buffering=0)
 
 
