@@ -2,12 +2,13 @@
 
 | format        | kind   | `path`                                     | `image`              | `text`                    |
 |---------------|--------|--------------------------------------------|----------------------|---------------------------|
-| 'arrayrecord' | store  | files of `lavit data pack`, not remote     | (whatever was packed)| fields, as of tars        |
+| 'arrayrecord' | store  | folder of `lavit data pack`, or its files  | (whatever was packed)| fields, as of tars        |
 | 'tfds'        | store  | name, or the folder of a version           | feature              | features                  |
 | 'folder'      | store  | folder with captions.{jsonl,csv,tsv,json}  | (in the captions)    | (in the captions)         |
 | 'tars'        | stream | WebDataset or img2dataset tars             | extensions           | extensions, 'json.key'    |
 | 'parquet'     | stream | files, a row group the unit                | column of bytes      | columns                   |
 
+A local folder of tars, Parquet or ArrayRecord files is all that end in .tar, .parquet or .array_record; ArrayRecord is never remote.
 `text` names one field or several, of which one is chosen each time; a dot goes down into JSON, structs and lists ('json.caption',
 'captions.text'). Whatever is not a record becomes a `Skip` with the reason. `names()` are what tells a source from another one, as JSON:
 the files with their sizes, as far as they are cheap to have.
@@ -29,6 +30,7 @@ import pyarrow.parquet
 from lavit_jax.data import paths, tars
 from lavit_jax.errors import UserError
 
+ARRAY_RECORD = '.array_record'
 IMAGE_EXTENSIONS = ('jpg', 'jpeg', 'png', 'webp', 'gif', 'bmp', 'tif', 'tiff')
 CAPTIONS = ('captions.jsonl', 'captions.csv', 'captions.tsv', 'captions.json', 'metadata.jsonl', 'metadata.csv')
 _LENGTH = struct.Struct('<I')
@@ -53,17 +55,23 @@ class Skip(NamedTuple):
 # ------------------------------------------------------------------------------------------------------------------ stores
 
 class ArrayRecords:
-  """Files that `pack_record` filled, one record behind the other."""
+  """Local files that `pack_record` filled, one record behind the other."""
 
   def __init__(self, path, image, text):
     from array_record.python.array_record_data_source import ArrayRecordDataSource
-    files = paths.expand(path)
+    files = paths.expand(path, ARRAY_RECORD)
     for file in files:
       if paths.is_remote(file):
         raise UserError(f'{file}: ArrayRecord reads local files only; mount the bucket (gcsfuse), or read the tars as they are')
       if not os.path.isfile(file):
         raise UserError(f'{file}: no such file; make it with lavit data pack')
-    self.files, self.text, self.source = files, text, ArrayRecordDataSource(files)
+    try:
+      self.source = ArrayRecordDataSource(files)
+    except RuntimeError:  # which does not say of which file
+      for file in files:
+        _look_at_array_record(file)
+      raise
+    self.files, self.text = files, text
     self.name = files[0] if len(files) == 1 else f'{files[0]} ... {files[-1]}'
 
   def __len__(self) -> int:
@@ -79,6 +87,14 @@ class ArrayRecords:
     except (ValueError, struct.error, RuntimeError):
       return Skip('broken record', origin)
     return Record(image, find_texts(head['fields'], self.text), origin)
+
+
+def _look_at_array_record(file: str) -> None:
+  from array_record.python.array_record_module import ArrayRecordReader
+  try:
+    ArrayRecordReader(file).close()
+  except RuntimeError as error:
+    raise UserError(f'{file}: no ArrayRecord, or damaged ({error}); give the folder or its *{ARRAY_RECORD}, or pack anew') from error
 
 
 def pack_record(key: str, fields: Mapping[str, str], image: bytes) -> bytes:
@@ -126,7 +142,7 @@ class Folder:
     with file:
       try:
         for name, words in _captions(found, io.TextIOWrapper(file, 'utf-8')):
-          self.rows.setdefault(name, []).append(words)
+          _dig(words, '', self.rows.setdefault(name, []))
       except (ValueError, KeyError, TypeError) as error:
         raise UserError(f'{self.path}/{found}: no captions in it ({error!r}); it needs file_name and text of each picture') from error
     self.rows = list(self.rows.items())
@@ -155,7 +171,7 @@ class Folder:
     raise UserError(f'{self.path} has no {" or ".join(names)}; write one with file_name and text of each picture, or give captions=NAME')
 
 
-def _captions(name: str, file) -> Iterator[tuple[str, str]]:
+def _captions(name: str, file) -> Iterator[tuple[str, Any]]:
   if name.endswith('.jsonl'):
     rows = (json.loads(line) for line in file if line.strip())
   elif name.endswith('.json'):
@@ -165,7 +181,7 @@ def _captions(name: str, file) -> Iterator[tuple[str, str]]:
   else:
     rows = csv.DictReader(file, delimiter='\t' if name.endswith('.tsv') else ',')
   for row in rows:
-    yield row['file_name'], row['text'] or ''
+    yield row['file_name'], row['text']
 
 
 # ----------------------------------------------------------------------------------------------------------------- streams
@@ -173,8 +189,10 @@ def _captions(name: str, file) -> Iterator[tuple[str, str]]:
 class Tars:
   """Tars as they are. A unit is a tar, a position in it a byte."""
 
+  cost = 1  # of a unit that waits open (streams.py)
+
   def __init__(self, path, image, text):
-    self.files, self.text = paths.expand(path), text
+    self.files, self.text = paths.expand(path, '.tar'), text
     self.image = IMAGE_EXTENSIONS if image is None else image
 
   def __len__(self) -> int:
@@ -183,12 +201,12 @@ class Tars:
   def names(self) -> list:
     return paths.names_and_sizes(self.files)
 
-  def read(self, unit: int, start: int = 0) -> Iterator[tuple[int, int, Record | Skip]]:
-    """(start, end, record) of each sample from byte `start` on; at last a Skip of unit 'files'."""
+  def read(self, unit: int, start: int = 0, **options) -> Iterator[tuple[int, int, Record | Skip]]:
+    """(start, end, record) of each sample from byte `start` on; at last a Skip of unit 'files'. `options` are for `paths.open_file`."""
     path, end = self.files[unit], start
     last = Skip('', path, 'files')
     try:
-      with paths.open_file(path) as file:
+      with paths.open_file(path, **options) as file:
         for start, end, key, sample in tars.samples(file, start):
           yield start, end, self.record(f'{path}: {key}', sample)
     except paths.NO_FILE:
@@ -208,9 +226,11 @@ class Parquets:
   A unit is a row group, because less cannot be read; a position in it a row.
   """
 
+  cost = 8  # it is held whole
+
   def __init__(self, path, image, text):
     self.image, self.text = image, text
-    self.files = files = paths.expand(path)
+    self.files = files = paths.expand(path, '.parquet')
     with ThreadPoolExecutor(16) as pool:  # a store far away answers slowly, not seldom
       counts, columns = zip(*pool.map(self._look, files))
     self.columns = [name for name in dict.fromkeys((image, *(name.split('.')[0] for name in text))) if name in columns[0]]
@@ -224,11 +244,11 @@ class Parquets:
   def names(self) -> list:
     return paths.names_and_sizes(self.files)
 
-  def read(self, unit: int, start: int = 0) -> Iterator[tuple[int, int, Record | Skip]]:
+  def read(self, unit: int, start: int = 0, **options) -> Iterator[tuple[int, int, Record | Skip]]:
     path, group = self.units[unit]
     last, row = Skip('', path, 'files'), start
     try:
-      with _parquet(path) as file:
+      with _parquet(path, **options) as file:
         for batch in file.iter_batches(64, [group], self.columns):
           if start >= batch.num_rows:
             start -= batch.num_rows
@@ -251,8 +271,8 @@ class Parquets:
       raise UserError(f'{path}: not a Parquet file that can be read ({error}); check the path') from error
 
 
-def _parquet(path: str):
-  return pyarrow.parquet.ParquetFile(paths.open_file(path))  # one for each that reads: they move in it
+def _parquet(path: str, **options):
+  return pyarrow.parquet.ParquetFile(paths.open_file(path, **options))  # one for each that reads: they move in it
 
 
 # ------------------------------------------------------------------------------------------------------------------- texts

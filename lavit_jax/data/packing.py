@@ -24,8 +24,6 @@ from PIL import Image
 from lavit_jax.data import formats, paths, tars
 from lavit_jax.errors import UserError
 
-SUFFIX = '.array_record'
-
 
 class Packed(NamedTuple):
   """`records` written, `skipped` by reason, tars `found` done already, tars that `failed`, with what happened: the next run tries again."""
@@ -44,13 +42,13 @@ def pack(sources: str | Sequence[str], out: str, workers: int = 1, say: Callable
   Raises:
     UserError: two tars of the same name, a process that died, or tars nowhere.
   """
-  files, targets = paths.expand(sources), {}
+  files, targets = paths.expand(sources, '.tar'), {}
   for file in files:
-    target = os.path.join(out, os.path.splitext(os.path.basename(file))[0] + SUFFIX)
+    target = os.path.join(out, os.path.splitext(os.path.basename(file))[0] + formats.ARRAY_RECORD)
     if targets.setdefault(target, file) != file:
       raise UserError(f'{targets[target]} and {file} would both become {target}; pack them into different folders')
   os.makedirs(out, exist_ok=True)
-  for half in glob.glob(os.path.join(glob.escape(out), f'.*{SUFFIX}.half')):
+  for half in glob.glob(os.path.join(glob.escape(out), f'.*{formats.ARRAY_RECORD}.half')):
     os.remove(half)  # of a run that was stopped
   waiting = {target: file for target, file in targets.items() if not os.path.exists(target)}
   failed = []

@@ -7,6 +7,7 @@ processes which read the same files see the same records.
 from __future__ import annotations
 
 import errno
+import glob
 import io
 import itertools
 import logging
@@ -23,21 +24,25 @@ import numpy as np
 from lavit_jax.errors import Unreachable, UserError
 
 _BRACES = re.compile(r'\{([^{}]*)\}')
-_AHEAD = 8 << 20  # bytes asked of a remote store at a time
-_BUFFER = 1 << 20
+_AHEAD, _LEAST_AHEAD = 8 << 20, 256 << 10  # bytes asked of a remote store at a time
+_TOGETHER = 400 << 20  # of all files that are read in turn; with their buffers, half a gigabyte
+_BUFFER = 1 << 20  # or an eighth of what is read ahead
 NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)  # no matter of patience
 _WAITS = (1.0, 4.0, 16.0)  # seconds before another try
 _SIZED = 512  # files of a source whose sizes are asked for, at most
 
 
-def expand(path: str | Sequence[str]) -> list[str]:
-  """'a/{000..002}.tar', 'a/{x,y}.tar', 'a/*.tar', or a list of these -> files; braces in their order, globs sorted.
+def expand(path: str | Sequence[str], suffix: str) -> list[str]:
+  """'a/{000..002}.tar', 'a/{x,y}.tar', 'a/*.tar', 'a' (a local folder: its files that end with `suffix`), or a list of these -> files.
+
+  Braces come in their order, globs sorted; 'file://' is left out.
 
   Raises:
     UserError: a glob that finds nothing, or a store for which a package is missing.
   """
   paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
-  named = list(itertools.chain.from_iterable(_braces(os.fspath(each)) for each in paths))
+  named = itertools.chain.from_iterable(_braces(os.fspath(each).removeprefix('file://')) for each in paths)
+  named = [os.path.join(glob.escape(each), f'*{suffix}') if not each.endswith(suffix) and os.path.isdir(each) else each for each in named]
   files = list(itertools.chain.from_iterable(_glob(each) if re.search(r'[*?\[]', each) else [each] for each in named))
   if not files:
     raise UserError(f'{path!r} names no files; give a path, a glob or a list')
@@ -48,22 +53,27 @@ def is_remote(path: str) -> bool:
   return '://' in path and not path.startswith('file://')
 
 
-def open_file(path: str) -> BinaryIO:
-  """Opens for reading and seeking; what fails is tried again, in longer and longer intervals.
+def ahead_of(files: int) -> int:
+  """How much to read ahead of each of so many files that are read in turn."""
+  return min(max(_TOGETHER // max(files, 1), _LEAST_AHEAD), _AHEAD)
+
+
+def open_file(path: str, ahead: int = _AHEAD) -> BinaryIO:
+  """Opens for reading and seeking; what fails is tried again, in longer and longer intervals. It holds about 1.25 x `ahead` bytes.
 
   Raises:
     NO_FILE: when opening.
     Unreachable: when opening and reading: it does not work in the end.
     UserError: the store refuses, or a package is missing for such a path.
   """
-  return io.BufferedReader(_Patient(path), _BUFFER)
+  return io.BufferedReader(_Patient(path, ahead), min(_BUFFER, ahead // 8))
 
 
 class _Patient(io.RawIOBase):
   """A file that is opened anew, at the same place, when reading fails."""
 
-  def __init__(self, path: str):
-    self._path, self._at, self._file = path, 0, None
+  def __init__(self, path: str, ahead: int):
+    self._path, self._ahead, self._at, self._file = path, ahead, 0, None
     self._do(lambda file: None)
 
   def readable(self) -> bool:
@@ -92,7 +102,7 @@ class _Patient(io.RawIOBase):
     def once():
       try:
         if self._file is None:
-          self._file = _open(self._path)
+          self._file = _open(self._path, self._ahead)
           self._file.seek(self._at)
         return act(self._file)
       except Exception:
@@ -110,9 +120,9 @@ class _Patient(io.RawIOBase):
       pass
 
 
-def _open(path: str) -> BinaryIO:
+def _open(path: str, ahead: int) -> BinaryIO:
   if is_remote(path):
-    return store(path)[0].open(path, 'rb', block_size=_AHEAD)
+    return store(path)[0].open(path, 'rb', block_size=ahead)
   return open(path.removeprefix('file://'), 'rb', buffering=0)
 
 

@@ -12,7 +12,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 import grain
 
 from lavit_jax.data.formats import Skip
-from lavit_jax.data.streams import Shard, Ticket
+from lavit_jax.data.streams import OpenUnits, Shard, Ticket
 from lavit_jax.errors import UserError
 
 _LEAST = {'records': 1000, 'files': 20}  # seen before their share of skipped ones means something
@@ -54,14 +54,14 @@ class Skipped:
 class Made(grain.IterDataset):
   """What `make` makes of the tickets of shards, by `num_threads` threads (0: none): `each` of a shard, then of the next, and again.
 
-  `deal(pool)` gives the shards by number; the pool reads for them. `of` says in the state what it is a state of (sources.mix): nothing goes on with
-  other files, or with another number of shards. What `make` skips is counted in `skipped`.
+  `deal(pool)` gives the shards by number, and what they keep open; the pool reads for them. `of` says in the state what it is a state of
+  (sources.mix): nothing goes on with other files, or with another number of shards. What `make` skips is counted in `skipped`.
 
   Raises UserError, as Skipped.add, when more than the share `limit` was skipped.
   """
 
-  def __init__(self, deal: Callable[[Executor], Mapping[int, Shard]], of: dict, make: Callable[[Ticket], dict | Skip], skipped: Skipped, limit: float,
-               num_threads: int, each: int):
+  def __init__(self, deal: Callable[[Executor], tuple[Mapping[int, Shard], OpenUnits]], of: dict, make: Callable[[Ticket], dict | Skip],
+               skipped: Skipped, limit: float, num_threads: int, each: int):
     super().__init__()
     self.deal, self.of, self.make, self.skipped, self.limit, self.num_threads, self.each = deal, of, make, skipped, limit, num_threads, each
 
@@ -75,7 +75,7 @@ class _MadeIterator(grain.DatasetIterator):
     super().__init__()
     self._made, self._reading = made, ThreadPoolExecutor(_READERS)
     self._pool = ThreadPoolExecutor(made.num_threads) if made.num_threads else None
-    self._shards = dict(made.deal(self._reading))
+    self._shards, self._open = made.deal(self._reading)
     self._order = [number for number in self._shards for _ in range(made.each)]
     self._ahead = max(made.each, -(-_AHEAD // len(self._shards)))  # tickets of each shard in the threads
     self._waiting = {number: collections.deque() for number in self._shards}
@@ -131,6 +131,7 @@ class _MadeIterator(grain.DatasetIterator):
     self._drop()
     for pool in filter(None, (self._pool, self._reading)):
       pool.shutdown(wait=False, cancel_futures=True)
+    self._open.close()
 
   def _drop(self):
     for waiting in self._waiting.values():
@@ -159,3 +160,4 @@ def closed_at_exit(iterator: grain.DatasetIterator) -> grain.DatasetIterator:
 def _close():
   for iterator in list(_alive):
     iterator.close()
+    iterator.close = lambda: None  # which __del__ calls once more, when the modules that it needs are gone

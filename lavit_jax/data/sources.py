@@ -29,7 +29,8 @@ _COMMON = ('format', 'path', 'weight', 'use', 'image', 'text')
 _WINDOW, _LEAST_WINDOW, _HELDOUT_WINDOW = 2048, 32, 64
 
 
-def mix(sources: Sequence[Mapping], seed: int | None, shards: int, held: Sequence[int]) -> tuple[Callable[[Executor], dict[int, Shard]], dict]:
+def mix(sources: Sequence[Mapping], seed: int | None, shards: int, held: Sequence[int]) -> tuple[
+    Callable[[Executor], tuple[dict[int, Shard], OpenUnits]], dict]:
   """(`deal` of the shards `held` of so many, all that a position among them depends on), both for `rows.Made`.
 
   `seed` None: every source in its order, and no such account.
@@ -40,8 +41,9 @@ def mix(sources: Sequence[Mapping], seed: int | None, shards: int, held: Sequenc
   opened, accounts = zip(*(_open(number, dict(source), seed, shards) for number, source in enumerate(sources)))
   weights = [float(source.get('weight', 1.0)) for source in sources]
 
-  def deal(pool: Executor) -> dict[int, Shard]:
-    dealt, units = [], OpenUnits()
+  def deal(pool: Executor) -> tuple[dict[int, Shard], OpenUnits]:
+    streams = [source for source in opened if isinstance(source, Stream)]
+    dealt, units = [], OpenUnits(sum(len({shard // stream.fan for shard in held}) for stream in streams))
     for source in opened:
       if isinstance(source, Stream):
         among = {}  # the shards of each reader
@@ -51,7 +53,7 @@ def mix(sources: Sequence[Mapping], seed: int | None, shards: int, held: Sequenc
         dealt.append([Windows(readers[shard // source.fan], shard % source.fan) for shard in held])
       else:
         dealt.append([Stored(source, shard, shards) for shard in held])
-    return {shard: Shard(shard, shards, of_shard, weights) for shard, of_shard in zip(held, zip(*dealt))}
+    return {shard: Shard(shard, shards, of_shard, weights) for shard, of_shard in zip(held, zip(*dealt))}, units
 
   return deal, {} if seed is None else {'seed': seed, 'shards': shards, 'sources': list(accounts)}
 

@@ -10,6 +10,7 @@ A `Ticket` says how to get a record; the pictures of stores are read where they 
 from __future__ import annotations
 
 import functools
+import resource
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -19,10 +20,11 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
+from lavit_jax.data import paths
 from lavit_jax.data.formats import Record, Skip
 from lavit_jax.errors import UserError
 
-_OPEN = 64  # units that wait open to be read on, of a process
+_OPEN = min(512, max(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 128) // 2)  # tars that wait open, or an eighth of it row groups
 _BARREN = 100  # units in a row without a record are taken for a wrong path
 _GOLDEN = (5**0.5 - 1) / 2
 
@@ -175,7 +177,8 @@ class Reader:
     found, files = {shard: [] for shard in self.held}, []
     epoch, unit = stream.unit(self.index, turn)
     while True:
-      rows, before, whole = self._open.take((self.index, stream.number, turn, start)) or stream.records.read(unit, start), count, start == 0
+      rows = self._open.take((self.index, stream.number, turn, start)) or stream.records.read(unit, start, ahead=self._open.ahead)
+      before, whole = count, start == 0
       for start, end, record in rows:
         ticket = Ticket((stream.number, epoch, unit, start), stream.use, functools.partial(_same, record))
         if isinstance(record, Skip) and record.unit == 'files':
@@ -185,7 +188,7 @@ class Reader:
           found[shard].append(ticket)
         count, shard = count + 1, (shard + 1) % stream.fan
         if count == stream.window * stream.fan:
-          self._open.keep((self.index, stream.number, turn, end), rows)
+          self._open.keep((self.index, stream.number, turn, end), rows, stream.records.cost)
           return self._shuffled(found, files, here), (turn, end, shard)
       barren = barren + whole if count == before else 0
       if not count and barren >= min(len(stream.records), _BARREN):
@@ -207,20 +210,37 @@ class Reader:
 
 
 class OpenUnits:
-  """Units that are being read, for whoever reads on where another stopped; of those that wait longest the files are closed."""
+  """Units that `readers` read in turn, for whoever reads on where another stopped.
 
-  def __init__(self):
-    self._rows, self._lock = {}, threading.Lock()
+  Of those of a process that wait longest the files are closed. What the open ones have read ahead (`ahead` bytes each) is, with their
+  buffers, about half a gigabyte at most; to which Parquet adds the row groups.
+  """
+
+  _all, _lock = weakref.WeakSet(), threading.RLock()  # an iterator may be collected, and close, while its thread has the lock
+
+  def __init__(self, readers: int = 1):
+    self.ahead, self._rows, self._cost, self._closed = paths.ahead_of(readers), {}, 0, False
+    with self._lock:
+      self._all.add(self)
 
   def take(self, place: tuple) -> Iterator | None:
     with self._lock:
-      return self._rows.pop(place, None)
+      rows, cost = self._rows.pop(place, (None, 0))
+      self._cost -= cost
+      return rows
 
-  def keep(self, place: tuple, rows: Iterator) -> None:
+  def keep(self, place: tuple, rows: Iterator, cost: int) -> None:
     with self._lock:
-      self._rows[place] = rows
-      while len(self._rows) > _OPEN:
-        del self._rows[next(iter(self._rows))]
+      self.take(place)  # of another shard that has read the same
+      self._rows[place], self._cost = (rows, cost), self._cost + cost
+      while self._rows and (self._closed or sum(units._cost for units in self._all) > _OPEN):
+        self.take(next(iter(self._rows))).close()
+
+  def close(self) -> None:
+    with self._lock:
+      self._closed = True
+      while self._rows:
+        self.take(next(iter(self._rows))).close()
 
 
 class Windows:

@@ -109,7 +109,7 @@ def test_a_source_is_known_by_its_files(written, tmp_path, name):
     captions.write_text(captions.read_text().replace('/7.png', '/77.png'))
     others = [again]
   else:
-    files = paths.expand(again['path'])
+    files = paths.expand(again['path'], '')
     Path(files[-1]).rename(tmp_path / 'other')
     others = [again | {'path': [*files[:-1], f'{tmp_path}/other']}, again | {'path': [*files[:-1], files[0]]}]
   if name == 'tars':
@@ -126,6 +126,8 @@ def test_a_process_ends_with_its_own_status_while_threads_read_on(written):
   program = f'''
 import sys
 from lavit_jax.data import mixtures
+kept = mixtures.batches('images', sources=({written['tars']!r},), batch_size=4, image_size=8)  # with a tar that waits open
+next(kept)
 def main():
   iterator = mixtures.batches('images', sources=({written['tars']!r},), batch_size=4, image_size=8)
   next(iterator)
@@ -245,11 +247,15 @@ def test_bad_options_with_sources(options, message):
 # --------------------------------------------------------------------------------------------------------- files and names
 
 def test_braces_and_globs(tmp_path):
-  assert paths.expand('a/{08..11}/{x,y}.tar') == [f'a/{i}/{c}.tar' for i in ('08', '09', '10', '11') for c in 'xy']
-  assert paths.expand(['b', 'a{1..2}']) == ['b', 'a1', 'a2']
+  assert paths.expand('a/{08..11}/{x,y}.tar', '.tar') == [f'a/{i}/{c}.tar' for i in ('08', '09', '10', '11') for c in 'xy']
+  assert paths.expand(['b', 'a{1..2}'], '.tar') == ['b', 'a1', 'a2']
   for name in ('b.tar', 'a.tar', 'c.txt'):
     (tmp_path / name).touch()
-  assert paths.expand(f'{tmp_path}/*.tar') == [f'{tmp_path}/a.tar', f'{tmp_path}/b.tar']
+  for path in ('/*.tar', '', '/'):  # a folder is all of these in it
+    assert paths.expand(f'{tmp_path}{path}', '.tar') == [f'{tmp_path}/a.tar', f'{tmp_path}/b.tar']
+    assert paths.expand(f'file://{tmp_path}{path}', '.tar') == paths.expand([tmp_path], '.tar')
+  with pytest.raises(UserError, match=r'\*.parquet matches no file'):
+    paths.expand(tmp_path, '.parquet')
 
 
 def test_remote_paths(tmp_path):
@@ -301,6 +307,36 @@ def test_captions_of_a_folder(tmp_path, name, content):
   (tmp_path / '0.png').write_bytes(picture(0))
   folder = formats.Folder(str(tmp_path), None, (), captions=name)
   assert len(folder) == 2 and folder.read(0)[:2] == (picture(0), ('a, b', 'd')) and folder.read(1).reason == 'no image'
+
+
+def test_captions_of_a_folder_that_are_no_strings(tmp_path):
+  """A list is a choice of captions, as in tars; what is none is as good as empty."""
+  texts = [['an owl', 'a bird'], 5, None, {'en': 'a cat'}, [], ['a dog', 6, None], 0, True, 'a bee']
+  rows = [{'file_name': f'{i}.png', 'text': words} for i, words in enumerate(texts)]
+  (tmp_path / 'captions.jsonl').write_text('\n'.join(map(json.dumps, [*rows, {'file_name': '0.png', 'text': 'it'}])))
+  for i in range(len(texts)):
+    (tmp_path / f'{i}.png').write_bytes(picture(i))
+  folder = formats.Folder(str(tmp_path), None, ())
+  assert [folder.read(i).texts for i in range(len(folder))] == [
+      ('an owl', 'a bird', 'it'), (), (), (), (), ('a dog',), (), (), ('a bee',)]
+  skipped, source = Skipped(), dict(format='folder', path=str(tmp_path))
+  data = batches(source, heldout=(source,), split='heldout', skipped=skipped, num_threads=0, batch_size=1, max_skipped=1.0)
+  assert [number(next(data)['image'][0]) for _ in range(3)] == [0, 5, 8]
+  assert skipped.reasons == {'empty caption': 6}
+
+
+@pytest.mark.parametrize('path', ['', '/', '/*.array_record', 'file://', 'file:///00000.array_record'])
+def test_paths_of_array_records(written, path):
+  folder, count = written['arrayrecord']['path'].removesuffix('/*.array_record'), 6 if '0000' in path else 24
+  path = f'file://{folder}{path.removeprefix("file://")}' if path.startswith('file://') else folder + path
+  assert sorted(numbers(batches(dict(format='arrayrecord', path=path), batch_size=6), count // 6)) == list(range(count))
+
+
+@pytest.mark.parametrize('content', [b'', b'{"records": 6}', b'?' * 200_000])
+def test_what_is_no_array_record_is_named(written, tmp_path, content):
+  (tmp_path / 'a.txt').write_bytes(content)
+  with pytest.raises(UserError, match=r'^sources\[0\]: \S*/a.txt: no ArrayRecord, or damaged \(.*\); give the folder or its \*.array'):
+    batches(dict(format='arrayrecord', path=[written['arrayrecord']['path'], str(tmp_path / 'a.txt')]))
 
 
 @pytest.mark.parametrize('content', [b'0 path=x\n', b'99 path=x\n', b'-3 path=x\n', b'11 size=ten\n', b'path'])

@@ -2,12 +2,16 @@
 
 import itertools
 import json
+import weakref
 from concurrent.futures import Future
 
+import fsspec
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.spec import AbstractBufferedFile
 
-from lavit_jax.data import formats, streams
+from lavit_jax.data import formats, paths, streams
 from lavit_jax.errors import UserError
 from lavit_jax.training import integrity
 from things import WRITERS, batches, number, write_tars
@@ -130,13 +134,15 @@ def test_the_window_is_divided_among_the_shards(written):
 class Counted:
   """A store of 24 records, or a stream of so many units of 40, which counts what is read of it."""
 
+  cost = 1
+
   def __init__(self, units=24):
     self.units, self.count = units, 0
 
   def __len__(self):
     return self.units
 
-  def read(self, unit, start=0):
+  def read(self, unit, start=0, ahead=0):
     for i in range(start, 40):
       self.count += 1
       yield i, i + 1, formats.Record(b'', (), f'{unit} {i}')
@@ -187,14 +193,109 @@ def test_shards_that_share_a_unit_read_it_once(units, shards, held):
   assert records.count <= apart * (steps * len(held) + 3 * 7 * len(held) + 5 * fan)
 
 
-def test_units_that_wait_too_long_are_closed():
+@pytest.fixture
+def alone(monkeypatch):
+  """Nothing waits open of what other tests have dropped."""
+  monkeypatch.setattr(streams.OpenUnits, '_all', weakref.WeakSet())
+
+
+def test_units_that_wait_too_long_are_closed(alone, monkeypatch):
+  monkeypatch.setattr(streams, '_OPEN', 64)
   units, records = streams.OpenUnits(), Counted()
   waiting = [records.read(0) for _ in range(100)]
   for place, rows in enumerate(waiting):
-    units.keep(place, rows)
+    units.keep(place, rows, 1)
   waiting.clear()
   closed = [place for place in range(100) if units.take(place) is None]
-  assert closed == list(range(100 - streams._OPEN))
+  assert closed == list(range(36))
+
+
+def test_a_place_that_two_come_to_counts_once(alone):
+  units, records = streams.OpenUnits(), Counted()
+  for place in range(streams._OPEN):
+    units.keep(place, records.read(0), 1)
+  units.keep(7, last := records.read(0), 1)
+  assert units.take(7) is last and all(units.take(place) for place in range(streams._OPEN) if place != 7)
+
+
+def test_what_waits_is_bounded_over_all_iterators_of_a_process(alone):
+  records, (one, other) = Counted(), (streams.OpenUnits(), streams.OpenUnits())
+  for place in range(streams._OPEN // 8):
+    one.keep(place, records.read(0), 8)
+  other.keep(0, records.read(0), 8)
+  assert other.take(0) is None and one.take(0) is not None
+  other.keep(0, records.read(0), 8)
+  one.close()
+  one.keep(0, records.read(0), 8)  # by a thread that was still reading
+  assert other.take(0) is not None and one.take(0) is None and one.take(1) is None
+
+
+class Bucket(MemoryFileSystem):
+  """A store that counts what is opened and fetched of it."""
+
+  protocol, store, pseudo_dirs = 'bucket', {}, ['']
+  opens, fetched = 0, 0
+
+  @classmethod
+  def _strip_protocol(cls, path):
+    return super()._strip_protocol(path.replace('bucket://', 'memory://'))
+
+  def _open(self, path, mode='rb', block_size=None, **options):
+    if mode != 'rb':
+      return super()._open(path, mode, **options)
+    Bucket.opens += 1
+    return Fetched(self, path, mode, block_size)
+
+
+class Fetched(AbstractBufferedFile):
+
+  def _fetch_range(self, start, end):
+    Bucket.fetched += end - start
+    return Bucket.store[self.path].getvalue()[start:end]
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch, alone):
+  """A source of 96 tars of 12 samples each, in such a store; two samples of a tar make a window. And the bytes of all of them."""
+  fsspec.register_implementation('bucket', Bucket, clobber=True)
+  for name, value in dict(store={}, opens=0, fetched=0).items():
+    monkeypatch.setattr(Bucket, name, value)
+  source = write_tars(tmp_path, 96 * 12, 96)
+  files = [file.read_bytes() for file in sorted(tmp_path.glob('*.tar'))]
+  for i, content in enumerate(files):
+    fsspec.filesystem('bucket').pipe(f'/tars/{i:05d}.tar', content)
+  return source | {'path': 'bucket://tars/*.tar', 'window': 2 * 96}, sum(map(len, files))
+
+
+@pytest.mark.parametrize('ahead', [8 << 20, 1 << 14])
+def test_a_store_is_asked_once_for_what_many_shards_read(bucket, ahead, monkeypatch):
+  """However much a file reads ahead, and though every shard reads five windows of its tar, in turn with 95 others."""
+  monkeypatch.setattr(paths, '_AHEAD', ahead)
+  monkeypatch.setattr(paths, '_LEAST_AHEAD', 1 << 10)
+  source, size = bucket
+  data = batches(source, task='images', batch_size=96, shards=96, num_threads=0)
+  assert len({number(image) for _ in range(10) for image in next(data)['image']}) == 960
+  data.close()
+  assert Bucket.opens == 96 and Bucket.fetched <= size
+
+
+def test_what_does_not_stay_open_costs_little(bucket, monkeypatch):
+  """Of more tars than may be open the most that is fetched in vain is what each reads ahead, its part of what all do."""
+  monkeypatch.setattr(paths, '_LEAST_AHEAD', 1 << 10)
+  monkeypatch.setattr(paths, '_TOGETHER', 96 << 11)
+  monkeypatch.setattr(streams, '_OPEN', 0)
+  source, size = bucket
+  data = batches(source, task='images', batch_size=96, shards=96, num_threads=0)
+  for _ in range(10):
+    next(data)
+  data.close()
+  assert Bucket.opens >= 5 * 96 and Bucket.fetched <= size + Bucket.opens * 1.25 * (1 << 11)
+
+
+def test_what_all_files_read_ahead_is_bounded():
+  for files in (1, 50, 64, 512, 3072):
+    ahead = paths.ahead_of(files)
+    assert 256 << 10 <= ahead <= 8 << 20 and 1.25 * ahead * min(files, 512) <= 500 << 20
 
 
 def test_epochs_and_windows_are_shuffled_apart():
