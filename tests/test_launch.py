@@ -1,8 +1,10 @@
 """The scripts of launch/: they parse, shellcheck has nothing to say, and what they start gets its arguments and its signals."""
 
 import configparser
+import math
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -10,6 +12,8 @@ import sys
 import time
 
 import pytest
+
+from lavit_jax.training.config import load_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPTS = sorted([*(ROOT / 'launch').glob('*.sh'), *(ROOT / 'launch').glob('*.sbatch'), ROOT / '.ci' / 'run'])
@@ -269,6 +273,27 @@ def test_a_pod_is_stopped_while_it_installs_and_started_again(pod):
     assert run.returncode == 143
   again = pod('--config', 'a', STATUS='0')
   assert 'train --config a' in again.communicate(timeout=30)[0] and again.returncode == 0
+
+
+def test_a_checkout_without_origin_leaves_the_workers_alone(checkout):
+  commit(checkout)
+  run = begin(checkout, 'tpu_pod.sh', 'mine', '--config', 'a', ZONE='z')
+  out, _ = run.communicate()
+  assert out.startswith('lavit: error: git knows no origin') and out.count('\n') == 1 and run.returncode == 2
+  run = begin(checkout, 'tpu_pod.sh', 'mine', 'stop', ZONE='z')  # which needs none
+  assert 'bash launch/detached.sh stop' in run.communicate()[0] and run.returncode == 0
+
+
+@pytest.mark.parametrize('script', ['tpu_pod.sh', 'multislice.sh', 'xpk.sh', 'slurm.sbatch'])
+def test_the_page_of_a_usage_line_fits_its_machines(script):
+  text = (ROOT / 'launch' / script).read_text()
+  if script == 'slurm.sbatch':
+    devices = math.prod(int(re.search(rf'--{name}=(\d+)', text)[1]) for name in ('nodes', 'gpus-per-node'))
+  else:
+    devices, = {int(cores) // 2 for cores in re.findall(r'v5p-(\d+)', text)}  # two cores a chip; of one slice, across which fsdp does not run
+  for page in re.findall(r'configs/\w+\.py:\w+', text):
+    mesh = load_config(f'{ROOT}/{page}').mesh
+    assert devices % (mesh.fsdp * mesh.tensor) == 0, f'{page} on {devices}'
 
 
 def until(run, text):
