@@ -290,7 +290,7 @@ def test_the_page_of_a_usage_line_fits_its_machines(script):
   if script == 'slurm.sbatch':
     devices = math.prod(int(re.search(rf'--{name}=(\d+)', text)[1]) for name in ('nodes', 'gpus-per-node'))
   else:
-    devices, = {int(cores) // 2 for cores in re.findall(r'v5p-(\d+)', text)}  # two cores a chip; of one slice, across which fsdp does not run
+    devices, = {int(cores) // 2 for cores in re.findall(r'v5p-(\d+)', text)}  # two cores a chip
   for page in re.findall(r'configs/\w+\.py:\w+', text):
     mesh = load_config(f'{ROOT}/{page}').mesh
     assert devices % (mesh.fsdp * mesh.tensor) == 0, f'{page} on {devices}'
