@@ -15,7 +15,7 @@ case "$*" in
   running) [ "$running" ] && exit 0 || exit 1 ;;
   stop)
     [ "$running" ] || exit 0
-    kill -TERM "$(cat .run/pid)" 2>/dev/null || kill -TERM -- "-$(cat .run/pid)"
+    kill -TERM "$(cat .run/pid)" 2>/dev/null || pkill -TERM --session "$(cat .run/pid)"
     ;;
   '') ;;
   *)

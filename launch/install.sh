@@ -16,7 +16,20 @@ fi
 stamp=".venv/installed-$(cat setup.cfg launch/constraints.txt | cksum | cut -d' ' -f1)-${1//[^a-z]/_}"
 if [ ! -e "$stamp" ]; then
   echo "installing lavit_jax$1 into .venv; this takes some minutes"
-  [ -x .venv/bin/python ] || "$python" -m venv .venv || exit 1
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -c launch/constraints.txt --editable ".$1" || exit 1
-  touch "$stamp"
+  trap 'kill -TERM -- "-${!:-}" 2>/dev/null && wait "$!"; exit 143' INT TERM HUP
+  set -m # a group of its own, so that a signal to this shell ends all that it started
+  (
+    trap 'exit 143' TERM # when what it waits for has ended
+    if [ ! -e .venv/bin/pip ] || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then # pip's script is the last thing in a new .venv
+      "$python" -m venv --clear .venv || {
+        echo "lavit: error: $python could not make .venv; if it has no ensurepip, on Debian and Ubuntu:" \
+          "apt install $("$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')" >&2
+        exit 2
+      }
+    fi
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c launch/constraints.txt --editable ".$1" || exit 1
+    touch "$stamp"
+  ) </dev/null &
+  set +m
+  wait "$!" || exit
 fi

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains on several TPU slices joined by the data-centre network, without Kubernetes: one queued resource with a node a slice, such as
-#   gcloud compute tpus queued-resources create NAME --zone ZONE --node-count 2 --node-prefix NAME --accelerator-type v5p-128 \
+#   gcloud compute tpus queued-resources create NAME --zone ZONE --node-count 2 --node-prefix NAME --accelerator-type v5p-256 \
 #     --runtime-version v2-alpha-tpuv5
 # Its nodes are NAME-0, NAME-1, ... and have been told of each other. Only `data` runs across slices: --config.mesh.data must be a
 # multiple of their number, or -1. Ctrl-C, the same command again, NAME alone, and NAME stop do what they do in tpu_pod.sh.

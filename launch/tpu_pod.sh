@@ -1,15 +1,20 @@
 #!/usr/bin/env bash
 # Trains on all workers of a Cloud TPU VM pod, which find each other by themselves. Needs gcloud and a pod, such as
-#   gcloud compute tpus tpu-vm create NAME --zone ZONE --accelerator-type v5p-128 --version v2-alpha-tpuv5
-# The workers fetch the commit that is checked out here, from where it was pushed to. They go on without this terminal: Ctrl-C ends only
-# what is shown, and the same command, or one with NAME alone, shows it again. To let the run save and end: NAME stop.
+#   gcloud compute tpus tpu-vm create NAME --zone ZONE --accelerator-type v5p-256 --version v2-alpha-tpuv5
+# The workers fetch the commit that is checked out here from `origin`, or from REPOSITORY: push it first. An address of ssh (git@...) asks
+# for a key on each worker; REPOSITORY=https://... does without. They go on without this terminal: Ctrl-C ends only what is shown, and the
+# same command, or one with NAME alone, shows it again. To let the run save and end: NAME stop.
 # usage: ZONE=us-east5-a bash launch/tpu_pod.sh NAME [stop | --config configs/lm.py:lavit_7b --workdir /mnt/shared/runs/lm ...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name=$1
 shift
 commit=$(git rev-parse HEAD)
-repository=$(printf %q "${REPOSITORY:-$(git remote get-url origin)}")
+repository=${REPOSITORY:-$(git remote get-url origin 2>/dev/null)} || [[ ${1:-stop} = stop ]] || {
+  echo 'lavit: error: git knows no origin; push the commit to where the workers can read it, and set REPOSITORY to its address' >&2
+  exit 2
+}
+printf -v repository %q "$repository"
 arguments=''
 [ $# = 0 ] || printf -v arguments ' %q' "$@"
 git diff --quiet HEAD || echo 'lavit: what is not committed does not reach the workers' >&2
@@ -19,7 +24,8 @@ prepare="
   if [ ! -e launch/detached.sh ] || ! bash launch/detached.sh running; then
     git fetch --quiet $repository '+refs/heads/*:refs/remotes/origin/*'
     git checkout --quiet --detach $commit || { echo 'lavit: error: push the commit first' >&2; exit 2; }
-    command -v python3.11 >/dev/null || { sudo apt-get -qq update && sudo apt-get -qq -o DPkg::Lock::Timeout=300 install python3.11-venv; } >&2
+    python3.11 -c 'import ensurepip' 2>/dev/null ||
+      { sudo apt-get -qq update && sudo apt-get -qq -o DPkg::Lock::Timeout=300 install python3.11-venv; } >&2
   fi"
 case "${1:-}" in '' | stop) prepare='' ;; esac
 exec gcloud compute tpus tpu-vm ssh "$name" --zone "$ZONE" --worker=all --command "

@@ -35,5 +35,5 @@ def peak_tflops(devices) -> float:
 
 
 def _peak(kind: str) -> float:
-  tpus = (chip.tflops for chip in TPUS.values() if chip.kind == kind)
+  tpus = (chip.tflops for name, chip in TPUS.items() if kind in (chip.kind, f'TPU {name}'))  # JAX itself accepts both
   return next(tpus, 0.0) or next((tflops for name, tflops in GPUS if re.search(name, kind)), 0.0)

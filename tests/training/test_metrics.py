@@ -122,6 +122,7 @@ def test_memory_in_use_is_that_of_the_fullest_device(monkeypatch):
 
 @pytest.mark.parametrize('kinds, peak', [
     (['TPU v5 lite'] * 4, 788), (['NVIDIA A100-SXM4-80GB'] * 2, 624), (['NVIDIA H100 80GB HBM3'], 989), (['NVIDIA H100 PCIe'], 756),
+    (['TPU v5', 'TPU v5p'], 918), (['TPU v5e'], 197), (['TPU v6 lite', 'TPU v6e'], 1836), (['TPU v4'], 275), (['TPU v4 lite'], 0),
     (['NVIDIA L4'], 121), (['NVIDIA L40S'], 0), (['cpu'], 0), (['NVIDIA L4', 'NVIDIA L40S'], 0)])
 def test_the_peak_of_known_accelerators(kinds, peak):
   assert chips.peak_tflops([types.SimpleNamespace(device_kind=kind) for kind in kinds]) == peak
