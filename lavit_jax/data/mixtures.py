@@ -13,10 +13,12 @@ from lavit_jax.data.scenes import Composer, Example
 from lavit_jax.data.sources import mix
 from lavit_jax.data.streams import shards_of
 from lavit_jax.data.text import TextTokenizer
+from lavit_jax.errors import UserError
 from lavit_jax.models.sequence import IMAGE_TO_TEXT, TEXT_ONLY, TEXT_TO_IMAGE
 
 DEFAULT_SHARES = {'caption': 0.35, 'answer': 0.3, 'draw': 0.3, 'text': 0.05}
 _ENDLESS = 1 << 62
+_TYPES = {'format': (str,), 'path': (str, list, tuple), 'use': (str,), 'weight': (float, int), 'window': (int,)}  # of a source's options
 _LONG = 16  # characters for each token that there is room for: more than any language needs
 
 
@@ -48,6 +50,7 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
 
   Raises ValueError for an unknown task, share, question type, crop or split, and for a composed text of more than `text_length` tokens.
   """
+  check(task, shares=shares, question_weights=question_weights, crop=crop, sources=sources, heldout=heldout)
   rows = list(range(shard_index * batch_size, (shard_index + 1) * batch_size) if rows is None else rows)
   if len(rows) != batch_size:
     raise ValueError(f'{len(rows)} rows make no batch of {batch_size}')
@@ -56,15 +59,13 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
     chosen = sources if split == 'train' else heldout
     if not chosen:
       raise ValueError('there are sources, but none that are held out: give data.heldout, or eval_every=0 and picture_every=0')
-    if crop not in pairs.CROPS:
-      raise ValueError(f'unknown crop {crop!r}; choose one of {", ".join(pairs.CROPS)}')
     write = None
     if task == 'lm':
       write = _write_pair(_Writer(tokenizer_folder, text_length), DEFAULT_SHARES if shares is None else shares, draw_text_weight, drop_text)
     elif task != 'images' or any(source.get('use') == 'text' for source in chosen):
       raise ValueError(f"sources are for the tasks 'images' and 'lm', those of use 'text' for 'lm' only; the task is {task!r}")
     held = shards_of(rows, batch_size * shard_count, shards)
-    deal, of = mix(chosen, seed if split == 'train' else None, shards, held)
+    deal, of = mix(chosen, seed, shards, held) if split == 'train' else mix(chosen, None, shards, held, 'heldout')
     make = pairs.make_row(seed, image_size, crop if split == 'train' or crop == 'none' else 'center', write)
     made = Made(deal, of, make, skipped or Skipped(), max_skipped, num_threads, batch_size // len(held))
     made = made.batch(batch_size, drop_remainder=True)
@@ -92,8 +93,6 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
         kind = kinds[np.searchsorted(cumulative, rng.random(), side='right')]
         text = write(_texts(kind, example, composer, rng, weights, draw_text_weight, drop_text))
         return {'image': example.image, **text, 'kind': np.int32(_KINDS[kind])}
-    case _:
-      raise ValueError(f"unknown task {task!r}; choose 'images', 'contrastive' or 'lm'")
   options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * batch_size)
 
   def example_of(position):
@@ -105,6 +104,26 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
     return iter(positions.map(example_of).map(row).to_iter_dataset(options).batch(batch_size, drop_remainder=True))
 
   return Batches(pipeline)
+
+
+def check(task: str, *, shares: Mapping[str, float] | None = None, question_weights: Mapping[str, float] | None = None, crop: str = 'none',
+          sources: Sequence[Mapping] = (), heldout: Sequence[Mapping] = (), **others) -> None:
+  """Raises what `batches` would of these options, whatever the data, which are not opened."""
+  del others
+  if task not in ('images', 'contrastive', 'lm'):
+    raise ValueError(f"unknown task {task!r}; choose 'images', 'contrastive' or 'lm'")
+  if crop not in pairs.CROPS:
+    raise ValueError(f'unknown crop {crop!r}; choose one of {", ".join(pairs.CROPS)}')
+  if task == 'lm':
+    _cumulative(DEFAULT_SHARES if shares is None else shares)
+    _weights(question_weights or {})
+  for name, given in ('sources', sources), ('heldout', heldout):
+    for number, source in enumerate(given):
+      if not isinstance(source, Mapping):
+        raise UserError(f"{name}[{number}] is {source!r}; give {{'format': ..., 'path': ...}}")
+      for key, kinds in _TYPES.items():
+        if key in source and not isinstance(source[key], kinds):
+          raise UserError(f'{name}[{number}] has {key} {source[key]!r}, which is no {kinds[0].__name__}')
 
 
 class Batches(Iterator):
@@ -225,7 +244,6 @@ class _Writer:
 
 def _write_pair(write: _Writer, shares: Mapping[str, float], draw_text_weight: float, drop_text: float) -> Callable:
   """The texts of a record, the use of its source, an rng -> text fields and kind of its row; None if there is no text."""
-  _cumulative(shares)  # raises for a wrong one
   kinds, cumulative = _cumulative(_of_pictures(shares))
 
   def write_pair(texts, use, rng):

@@ -29,16 +29,16 @@ _COMMON = ('format', 'path', 'weight', 'use', 'image', 'text')
 _WINDOW, _LEAST_WINDOW, _HELDOUT_WINDOW = 2048, 32, 64
 
 
-def mix(sources: Sequence[Mapping], seed: int | None, shards: int, held: Sequence[int]) -> tuple[
+def mix(sources: Sequence[Mapping], seed: int | None, shards: int, held: Sequence[int], name: str = 'sources') -> tuple[
     Callable[[Executor], tuple[dict[int, Shard], OpenUnits]], dict]:
   """(`deal` of the shards `held` of so many, all that a position among them depends on), both for `rows.Made`.
 
-  `seed` None: every source in its order, and no such account.
+  `seed` None: every source in its order, and no such account. `name`: of the option, for messages.
 
   Raises:
     UserError: an option that is unknown or wrong, files that are not there, an empty source.
   """
-  opened, accounts = zip(*(_open(number, dict(source), seed, shards) for number, source in enumerate(sources)))
+  opened, accounts = zip(*(_open(f'{name}[{number}]', number, dict(source), seed, shards) for number, source in enumerate(sources)))
   weights = [float(source.get('weight', 1.0)) for source in sources]
 
   def deal(pool: Executor) -> tuple[dict[int, Shard], OpenUnits]:
@@ -58,8 +58,22 @@ def mix(sources: Sequence[Mapping], seed: int | None, shards: int, held: Sequenc
   return deal, {} if seed is None else {'seed': seed, 'shards': shards, 'sources': list(accounts)}
 
 
-def _open(number: int, options: dict, seed: int | None, shards: int) -> tuple[Stream | grain.MapDataset, dict]:
-  name = f'sources[{number}]'
+def check_files(name: str, sources: Sequence[Mapping], limit: float) -> None:
+  """Asks for the tars of `sources`, which are opened only as they are read; the files of the other formats have been.
+
+  Raises:
+    UserError: of a source more than the share `limit` are not there.
+  """
+  for number, source in enumerate(sources):
+    if source['format'] == 'tars':
+      records = formats.Tars(source['path'], None, ())
+      asked = [(file, size) for file, (_, size) in zip(records.files, records.names()) if size is not None]
+      absent = [file for file, size in asked if size < 0]
+      if len(absent) > limit * len(asked):
+        raise UserError(f'{name}[{number}]: {len(absent)} of {len(asked)} tars are not there, such as {absent[0]}; check the path')
+
+
+def _open(name: str, number: int, options: dict, seed: int | None, shards: int) -> tuple[Stream | grain.MapDataset, dict]:
   kind = options.get('format')
   if kind not in formats.FORMATS:
     raise UserError(f'{name} has format {kind!r}; choose one of {", ".join(formats.FORMATS)}')

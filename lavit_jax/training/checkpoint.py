@@ -108,12 +108,13 @@ class Checkpoints:
 
     Raises:
       Damaged: it cannot be read, or is not what was saved.
-      UserError: the position in the data is one in other data.
+      UserError: it has other arrays or types than `abstract`, or the position in the data is one in other data.
     """
     wanted, saved = integrity.names(abstract), self._about(step).get('digests')  # none in runs of before there were any
     if saved and (odd := sorted(saved.keys() ^ set(wanted))):
       raise UserError(f'the checkpoint {self.folder / str(step)} does not fit this config ({len(odd)} arrays differ: {", ".join(odd[:3])}); '
                       'give the options that it was made with, or choose another --workdir')
+    self._check_types(step, integrity.types(abstract))
     try:
       restored = self.manager.restore(step, args=ocp.args.Composite(
           state=ocp.args.StandardRestore(abstract), data=integrity.PositionRestore(data)))
@@ -160,6 +161,18 @@ class Checkpoints:
       return self.manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))['config']
     except (OSError, ValueError, KeyError) as error:
       raise self._damaged(step, error) from error
+
+  def _check_types(self, step: int, wanted: dict[str, str]) -> None:
+    """Raises UserError where the arrays that were saved have other types: Orbax would cast them, and the digests then tell of damage."""
+    try:
+      saved = integrity.types(self.manager.item_metadata(step)['state'].tree)
+    except Exception:  # of many kinds, of what is damaged; reading the arrays tells
+      return
+    if odd := [f'{name} {saved[name]}, not {dtype}' for name, dtype in wanted.items() if saved.get(name, dtype) != dtype]:
+      was, now = _leaves(self._about(step)['config']), _leaves(self.config)
+      remedy = [f'--config.{key}={was[key]}' for key in was if key.endswith('dtype') and key in now and was[key] != now[key]]
+      raise UserError(f'the checkpoint {self.folder / str(step)} has other types than this config ({len(odd)} arrays differ: {", ".join(odd[:3])}); '
+                      f'give {" ".join(remedy) or "the options"}, as it was made with, or choose another --workdir')
 
   def _damaged(self, step: int, error) -> Damaged:
     reason = ' '.join(str(error).split())[:300]

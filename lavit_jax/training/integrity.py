@@ -35,6 +35,11 @@ def names(tree) -> list[str]:
   return [f'{jax.tree_util.keystr(path, simple=True, separator="/")} {list(leaf.shape)}' for path, leaf in leaves]
 
 
+def types(tree) -> dict[str, str]:
+  """'path [shape]' -> 'float32' of each array, ShapeDtypeStruct or Orbax's metadata of one."""
+  return dict(zip(names(tree), (str(leaf.dtype) for leaf in jax.tree.leaves(tree)), strict=True))
+
+
 @functools.cache
 def _program():
   quick = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None  # compiling costs more than running

@@ -25,13 +25,21 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from lavit_jax import chips, sharding
 from lavit_jax.data import mixtures, text
 from lavit_jax.data.rows import Skipped
+from lavit_jax.data.sources import check_files
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.models.layers import REMAT_POLICIES
 from lavit_jax.porting import folder
 from lavit_jax.training import flops, metrics, optim, processes, stages
 from lavit_jax.training.checkpoint import Checkpoints
+from lavit_jax.training.config import leaves
 from lavit_jax.training.processes import TERMINATED, Interrupt
+
+
+LEAST = {  # of the options that a page has
+    0: ('seed', 'peak_tflops', 'eval_every', 'picture_every', 'checkpoint_every', 'data.num_threads'),
+    1: ('batch_size', 'num_steps', 'accumulate', 'log_every', 'keep', 'data.image_size', 'data.text_length', 'data.shards',
+        'lm.num_rows', 'lm.row_length', 'lm.mean_length', 'lm.loss_chunks')}
 
 
 class TrainState(NamedTuple):
@@ -68,6 +76,7 @@ def train(config, workdir) -> None:
     share, skipped = sharding.share(mesh, config.batch_size), Skipped()
     data = open_data(config, model, share, 'train', skipped)
     stack.callback(data.close)
+    check_heldout(config, model, share)
     checkpoints = Checkpoints(workdir, config, config.keep)  # the first to write: what is missing has been told by now
     stack.callback(checkpoints.close)
     interrupt.check()
@@ -80,6 +89,7 @@ def train(config, workdir) -> None:
     if state is None:
       once = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None  # compiling costs more than running
       state = jax.jit(init, out_shardings=places, compiler_options=once)(jax.random.key(config.seed), parts)
+    absent = [name for name in stage.zeros if config.init_from and name not in parts]
     del parts
     interrupt.check()
 
@@ -93,6 +103,10 @@ def train(config, workdir) -> None:
             + (f'continuing from step {first}' if first else f'starting in {workdir}'))
     if first:
       tell_changes(log, *checkpoints.changes(first))
+    elif absent:
+      log.say(f'warning: init_from={config.init_from} has no {", ".join(absent)}: zeros take the place')
+    if trace.last and not (first < trace.last and trace.first <= config.num_steps):
+      log.say(f'warning: profile={config.profile} traces nothing: this run makes steps {first + 1} to {config.num_steps}')
     write_config(config, workdir)
 
     if first < config.num_steps:
@@ -116,22 +130,23 @@ def train(config, workdir) -> None:
         log.flush()  # waits for the steps: on CPU, exchanges between processes that overtake each other deadlock
         check_finite(log.report(skips(config, skipped, share)), step)
         checkpoints.check()
+      if saved := every(config.checkpoint_every, step, last) or stop:  # first: a run that ends in what follows has missed a look, and no step
+        save(checkpoints, log, step, state, data)
       if every(config.eval_every, step, last) and not stop:
         stop = look.evaluate(state, step, log, interrupt)
       if every(config.picture_every, step, last) and stage.draw and not stop:
         look.draw(state, step, log)
         stop = interrupt.requested()
-      if every(config.checkpoint_every, step, last) or stop:
-        check_finite(log.flush(), step)
-        checkpoints.save(step, state, data)
       if stop:
+        if not saved:
+          save(checkpoints, log, step, state, data)
         checkpoints.wait()
         log.say(f'stopped at step {step} as asked; the same command goes on from here')
         raise SystemExit(TERMINATED)
 
     checkpoints.wait()
     export(config, stage, state, workdir)
-    before = ' before; a larger num_steps goes on' if first == config.num_steps else ''
+    before = ' before; a larger num_steps goes on' if first >= config.num_steps else ''
     log.say(f'done{before}; the weights are in {workdir / "export"}')
 
 
@@ -275,19 +290,29 @@ def check_options(config, mesh) -> None:
   for key, (value, values) in known.items():
     if value not in values:
       raise UserError(f'{key}={value!r} is unknown; choose {" or ".join(values)}')
-  for key, least in dict(seed=0, batch_size=1, num_steps=1, accumulate=1, log_every=1, eval_every=0, picture_every=0, checkpoint_every=0, keep=1).items():
-    if config[key] < least:
-      raise UserError(f'{key}={config[key]} must be at least {least}')
+  values = dict(leaves(config))
+  for least, keys in LEAST.items():
+    for key in keys:
+      if key in values and values[key] < least:
+        raise UserError(f'{key}={values[key]} must be at least {least}')
+  if config.eval_every and config.eval_batches < 1:
+    raise UserError(f'eval_batches={config.eval_batches} with eval_every={config.eval_every}: give at least 1, or eval_every=0')
+  stages.check(config)
+  with told_of_data():
+    mixtures.check(**config.data.to_dict())
   if config.accumulate > 1 and config.stage in ('encoder', 'tokenizer'):
     raise UserError(f'accumulate={config.accumulate}: stage {config.stage} learns from whole batches; use more devices or another remat policy')
   if config.data.get('sources') and not config.data.heldout and (config.eval_every or config.picture_every):
     raise UserError('data.sources without data.heldout: give held-out sources too, or eval_every=0 and picture_every=0')
   if config.data.get('sources') and config.batch_size % max(config.data.get('shards', 1), 1):
     raise UserError(f'batch_size={config.batch_size} must be a multiple of data.shards={config.data.shards}')
-  shards = sharding.batch_shards(mesh)
-  if config.batch_size % (shards * config.accumulate):
+  shards, sizes = sharding.batch_shards(mesh), {key: values[key] for key in ('batch_size', 'lm.num_rows') if key in values}
+  fits = [n for n in range(1, config.accumulate + 1) if not any(size % (n * shards) for size in sizes.values())]
+  if config.accumulate not in fits:
+    key = next(key for key, size in sizes.items() if size % (config.accumulate * shards))
     pieces = f'{config.accumulate} x {shards}' if config.accumulate > 1 else shards
-    raise UserError(f'batch_size={config.batch_size} must be a multiple of the {pieces} pieces that the mesh makes of it')
+    hint = f'; accumulate={fits[-1]} would do' if fits else ''
+    raise UserError(f'{key}={sizes[key]} must be a multiple of the {pieces} pieces that the mesh makes of it{hint}')
 
 
 def split_folders(text: str) -> list[str]:
@@ -327,14 +352,30 @@ def open_data(config, model, share, split: str, skipped: Skipped | None = None):
     UserError: the data set or the tokenizer is not there, or is of another vocabulary than the model.
   """
   options = config.data.to_dict()
-  try:
+  with told_of_data():
     if options.get('tokenizer_folder'):
       text.TextTokenizer.load(options['tokenizer_folder'], model.vocabulary.text_size)
     return mixtures.batches(
         **options, split=split, seed=config.seed, batch_size=len(share.rows), shard_index=share.index, shard_count=share.count,
         rows=share.rows, skipped=skipped)
+
+
+def check_heldout(config, model, share) -> None:
+  """Opens held-out data as evaluation will, for what is wrong with them must not come to light at the first one."""
+  if config.eval_every or config.picture_every:
+    with contextlib.closing(open_data(config, model, share, 'heldout')):
+      if config.data.get('sources'):
+        check_files('data.heldout', config.data.heldout, config.data.max_skipped)
+
+
+@contextlib.contextmanager
+def told_of_data():
+  """What is wrong with data, as a UserError that names the option, or at least 'data'."""
+  try:
+    yield
   except UserError as error:
-    raise error.within('data') from error
+    option = str(error).startswith(('sources[', 'heldout['))
+    raise (type(error)(f'data.{error}') if option else error.within('data')) from error
   except (FileNotFoundError, ValueError) as error:
     raise UserError(f'data: {error}') from error
 
@@ -353,6 +394,12 @@ def next_batch(data) -> dict:
     return next(data)
   except ValueError as error:
     raise UserError(f'data: {error}') from error
+
+
+def save(checkpoints, log, step: int, state, data) -> None:
+  """Begins to save, unless the run has lost its way."""
+  check_finite(log.flush(), step)
+  checkpoints.save(step, state, data)
 
 
 def check_finite(means: dict[str, float], step: int) -> None:

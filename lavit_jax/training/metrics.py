@@ -118,7 +118,8 @@ class Log:
   def scalars(self, step: int, values: dict[str, float]) -> None:
     if self.writes:
       for name, value in values.items():
-        self.board.add_scalar(name, value, step)
+        if math.isfinite(value):  # there may be nothing to measure here
+          self.board.add_scalar(name, value, step)
 
   def pictures(self, step: int, images: dict[str, np.ndarray]) -> None:
     """Pictures uint8[H, W, 3], to TensorBoard and to pictures/<name>_<step>.png."""

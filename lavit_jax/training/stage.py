@@ -30,6 +30,7 @@ class Stage(NamedTuple):
   export(params, state) -> parts.
   draw(params, frozen, state, batch, key) -> rows of pictures, uint8[n, H, W, 3] each; None if there is nothing to see.
   hold: (regex, step) pairs of parameters that stop moving at that step.
+  zeros: parts that are zeros where `init_from` does not offer them.
   """
 
   needs: tuple[str, ...]
@@ -39,6 +40,7 @@ class Stage(NamedTuple):
   export: Callable
   draw: Callable | None = None
   hold: tuple[tuple[str, int], ...] = ()
+  zeros: tuple[str, ...] = ()
 
 
 def apply(module, params: Tree, *args, **kwargs):

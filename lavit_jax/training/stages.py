@@ -13,6 +13,7 @@ features, C of the codes, R packed rows of S slots, V vocabulary.
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -34,15 +35,38 @@ from lavit_jax.training.foundations import autoencoder, encoder
 from lavit_jax.training.stage import Stage, apply, begin, cosine_similarity, feature_colours, features, shade_dropped
 
 
+PAGES = dict(  # data.task of each stage, and what its page alone has
+    encoder=('contrastive', 'text_tower'), autoencoder=('images', 'kl_weight'), tokenizer=('images', 'tokenizer'),
+    detokenizer=('images', 'detokenizer'), lm=('lm', 'lm'))
 COUNTS = ('overflow', 'loss_tokens')  # metrics that add up over the pieces of a batch; the others are averaged
 
 
 def build(config, model: Lavit, shards: int) -> Stage:
   """The stage that `config.stage` names; `shards` is the number of pieces that a batch is split into."""
+  _known(config.stage)
   stages = dict(encoder=encoder, autoencoder=autoencoder, tokenizer=tokenizer, detokenizer=detokenizer, lm=lm)
-  if config.stage not in stages:
-    raise UserError(f'unknown stage {config.stage!r}; known: {", ".join(stages)}')
   return stages[config.stage](config, model, shards)
+
+
+def _known(stage: str) -> tuple[str, str]:
+  if stage not in PAGES:
+    raise UserError(f'unknown stage {stage!r}; known: {", ".join(PAGES)}')
+  return PAGES[stage]
+
+
+def check(config) -> None:
+  """Raises UserError for a stage that is not the page's, and for pictures of a size that it cannot take."""
+  task, own = _known(config.stage)
+  if config.data.task != task or own not in config:
+    raise UserError(f'stage={config.stage!r} needs data.task={task!r} (now {config.data.task!r}) and {own!r} in the page; take configs/{config.stage}.py')
+  model, size = lavit.build(config.variant), config.data.image_size
+  if config.stage == 'encoder' and size != model.image_size:
+    raise UserError(f'data.image_size={size}: the encoder of variant {config.variant} learns from {model.image_size} pixels a side')
+  latents = dict(autoencoder=1, detokenizer=2 ** (len(model.unet.block_out_channels) - 1)).get(config.stage)
+  shaded = config.picture_every and config.stage in ('tokenizer', 'detokenizer', 'lm')  # patch by patch
+  multiple = math.lcm(latents * model.vae.factor if latents else 1, model.image_size // model.vit.patch_size if shaded else 1)
+  if size % multiple:
+    raise UserError(f'data.image_size={size} must be a multiple of {multiple} for stage {config.stage} of variant {config.variant}')
 
 
 def abstract_inputs(config, model: Lavit, stage: Stage) -> tuple[dict, dict]:
@@ -188,7 +212,7 @@ def detokenizer(config, model: Lavit, shards: int) -> Stage:
   def export(params, state):
     return dict(unet=params['unet'], decoder=params['decoder'], uncond_embeddings=state['uncond_embeddings'])
 
-  return Stage(('vit', 'tokenizer', 'vae'), ('decoder',), init, loss, export, draw)
+  return Stage(('vit', 'tokenizer', 'vae'), ('decoder',), init, loss, export, draw, zeros=('uncond_embeddings',))
 
 
 def lm(config, model: Lavit, shards: int) -> Stage:

@@ -261,6 +261,23 @@ def test_a_checkpoint_that_does_not_fit_is_not_taken_for_a_damaged_one(flipped):
   assert sorted(p.name for p in (flipped / 'checkpoints').iterdir()) == ['1', '2']
 
 
+@pytest.mark.parametrize('skip_damaged', [False, True])
+def test_other_types_are_no_damage(tmp_path, skip_damaged):
+  """Orbax would cast, after which no digest is that of what was saved."""
+  def moments(dtype):
+    return {'opt': {'mu': {'kernel': jnp.full((4, 3), 0.1, dtype)}, 'nu': {'kernel': jnp.ones((4, 3))}}}
+
+  checkpoints, data = Checkpoints(tmp_path, config(optim={'mu_dtype': 'float32', 'nu_dtype': 'float32'}), keep=2), numbers()
+  checkpoints.save(1, moments(jnp.float32), data)
+  checkpoints.close()
+  checkpoints = Checkpoints(tmp_path, config(optim={'mu_dtype': 'bfloat16', 'nu_dtype': 'float32'}), keep=2)
+  with pytest.raises(UserError, match=r'checkpoints/1 has other types than this config \(1 arrays differ: opt/mu/kernel \[4, 3\] float32, not bfloat16\); '
+                     r'give --config.optim.mu_dtype=float32, as it was made with, or choose another --workdir') as error:
+    checkpoints.restore_latest(abstract(moments(jnp.bfloat16)), numbers(), skip_damaged)
+  assert type(error.value) is UserError and [p.name for p in (tmp_path / 'checkpoints').iterdir()] == ['1']
+  jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(1, abstract(moments(jnp.float32)), numbers()), moments(jnp.float32))
+
+
 def test_digests_see_one_bit_and_an_exchange():
   x = noise(0)['kernel']
   plain, = integrity.digests({'x': x}).values()

@@ -15,6 +15,7 @@ from nano import finish, launch, rows, until
 from lavit_jax.errors import UserError
 from lavit_jax.porting import folder
 from lavit_jax import sharding
+from lavit_jax.training import loop
 from lavit_jax.training.loop import initialiser, make_train_step, train
 from lavit_jax.training.stage import Stage
 
@@ -25,7 +26,7 @@ def test_killed_at_any_step_it_repeats_itself_bit_for_bit(start, tmp_path):
   """SIGKILL before the first checkpoint and between two; then the same losses as without."""
   options = dict(num_steps=40, checkpoint_every=5, eval_every=10, eval_batches=1, optim__ema_decay=0.9)
   finish(start('encoder', tmp_path / 'whole', **options))
-  for step in (2, 18):
+  for step in (2, 12):  # far from the next evaluation: killed between a checkpoint and that, a run misses it
     process = start('encoder', tmp_path / 'broken', **options)
     until(process, tmp_path / 'broken', step)
     process.kill()
@@ -107,6 +108,26 @@ def test_started_again_at_its_end_it_says_so(finished, capsys):
   assert 'done before; a larger num_steps goes on' in ' '.join(capsys.readouterr().out.split())
 
 
+def test_fewer_steps_than_it_has_made_are_made_already(finished, capsys):
+  train(nano.config('encoder', num_steps=3, profile='4:5'), finished['encoder'])
+  out = ' '.join(capsys.readouterr().out.split())
+  assert 'done before; a larger num_steps goes on' in out
+  assert 'warning: profile=4:5 traces nothing: this run makes steps 5 to 3' in out
+
+
+def test_null_text_rows_that_are_not_in_init_from_are_told(finished, tmp_path, capsys, monkeypatch):
+  def stop(*args):
+    raise UserError('enough')
+
+  exports = [str(finished[name] / 'export') for name in ('encoder', 'autoencoder', 'tokenizer', 'detokenizer')]
+  monkeypatch.setattr(loop, 'write_config', stop)
+  for init_from, told in ((exports[1], True), (exports[3], False)):
+    with pytest.raises(UserError, match='enough'):
+      train(nano.config('detokenizer', frozen=','.join(exports[:3]), init_from=init_from), tmp_path / str(len(init_from)))
+    out = ' '.join(capsys.readouterr().out.split())
+    assert (f'warning: init_from={init_from} has no uncond_embeddings: zeros take the place' in out) == told == ('warning' in out)
+
+
 def test_another_runs_checkpoint_is_refused(finished):
   with pytest.raises(UserError, match='checkpoint of encoder:nano, and this run is autoencoder:nano; choose another --workdir'):
     train(nano.config('autoencoder'), finished['encoder'])
@@ -128,10 +149,47 @@ def test_a_lost_loss_ends_the_run(start, tmp_path):
     (dict(remat='most'), "remat='most' is unknown; choose none or"),
     (dict(log_every=0), 'log_every=0 must be at least 1'),
     (dict(profile='5'), "profile='5': give the first and the last step"),
+    (dict(eval_every=1, eval_batches=0), 'eval_batches=0 with eval_every=1: give at least 1, or eval_every=0'),
+    (dict(peak_tflops=-1.0), 'peak_tflops=-1.0 must be at least 0'),
+    (dict(data__text_length=0), 'data.text_length=0 must be at least 1'),
+    (dict(data__image_size=48), 'data.image_size=48: the encoder of variant nano learns from 32 pixels a side'),
+    (dict(variant='lavit_7b'), 'data.image_size=32: the encoder of variant lavit_7b learns from 224 pixels a side'),
+    (dict(data__task='images'), "stage='encoder' needs data.task='contrastive' .now 'images'. .*; take configs/encoder.py"),
     (dict(mesh__tensor=3), 'mesh: data=-1, fsdp=1, tensor=3 does not fit')])
 def test_bad_options_are_named(changes, message, tmp_path):
   with pytest.raises(UserError, match=message):
     train(nano.config('encoder', **changes), tmp_path)
+
+
+TARS = dict(format='tars', path='x.tar')
+
+
+@pytest.mark.parametrize('page, changes, message', [
+    ('lm', dict(lm__num_rows=0), 'lm.num_rows=0 must be at least 1'),
+    ('lm', dict(lm__row_length=0), 'lm.row_length=0 must be at least 1'),
+    ('lm', dict(lm__loss_chunks=0), 'lm.loss_chunks=0 must be at least 1'),
+    ('lm', dict(data__shares=dict(caption=-1.0)), 'data: shares must be non-negative numbers'),
+    ('lm', dict(data__sources=('/a.tar',)), r"data.sources\[0\] is '/a.tar'; give {'format': ..., 'path': ...}"),
+    ('lm', dict(data__sources=(TARS, TARS | dict(weight='3'))), r"data.sources\[1\] has weight '3', which is no float"),
+    ('lm', dict(data__sources=(TARS,), data__heldout=(TARS | dict(window=0.5),)), r'data.heldout\[0\] has window 0.5, which is no int'),
+    ('autoencoder', dict(data__crop='centre'), "data: unknown crop 'centre'; choose one of none, center, random"),
+    ('autoencoder', dict(data__image_size=31), 'data.image_size=31 must be a multiple of 2 for stage autoencoder of variant nano'),
+    ('tokenizer', dict(data__image_size=30, picture_every=1), 'data.image_size=30 must be a multiple of 4 for stage tokenizer'),
+    ('lm', dict(lm__num_rows=6, accumulate=4), 'lm.num_rows=6 must be a multiple of the 4 x 1 pieces .*; accumulate=2 would do'),
+    ('autoencoder', dict(batch_size=12, accumulate=8), 'batch_size=12 must be a multiple of the 8 x 1 pieces .*; accumulate=6 would do')])
+def test_options_of_pages_are_checked_before_anything_is_traced(page, changes, message, tmp_path):
+  with pytest.raises(UserError, match=message):
+    train(nano.config(page, **changes), tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('page, stage, lacks', [('encoder', 'lm', 'lm'), ('tokenizer', 'detokenizer', 'detokenizer'), ('lm', 'autoencoder', 'kl_weight')])
+def test_a_stage_on_the_page_of_another(page, stage, lacks, tmp_path):
+  config = nano.config(page)
+  with config.unlocked():
+    config.stage = stage
+  with pytest.raises(UserError, match=f"stage='{stage}' needs data.task=.* and '{lacks}' in the page; take configs/{stage}.py"):
+    train(config, tmp_path)
 
 
 @pytest.fixture(scope='session')

@@ -14,6 +14,7 @@ from things import sample, write_tar
 
 from lavit_jax.data import formats
 from lavit_jax.data.rows import Skipped
+from lavit_jax.data.sources import check_files
 from lavit_jax.data.streams import Stream
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
@@ -57,6 +58,42 @@ def test_sources_without_held_out_ones_are_told_at_once(tmp_path):
   config = nano.config('autoencoder', eval_every=4, data__sources=(dict(format='tars', path='x'),))
   with pytest.raises(UserError, match='data.sources without data.heldout'):
     loop.train(config, tmp_path / 'run')
+
+
+@pytest.mark.parametrize('heldout, message', [
+    (dict(format='tras', path='x.tar'), r"^data.heldout\[0\] has format 'tras'; choose one of"),
+    (dict(format='tars', path='/nowhere/{0..9}.tar'), r'^data.heldout\[0\]: 10 of 10 tars are not there, such as /nowhere/0.tar; check the path'),
+    (dict(format='parquet', path='/nowhere/a.parquet'), r'^data.heldout\[0\]: /nowhere/a.parquet: not a Parquet file')])
+def test_held_out_data_is_looked_at_before_the_first_step(tmp_path, heldout, message):
+  write_tar(tmp_path / 'a.tar', [sample(0)])
+  options = dict(data__sources=(dict(format='tars', path=f'{tmp_path}/a.tar'),), data__heldout=(heldout,))
+  with pytest.raises(UserError, match=message):
+    loop.train(nano.config('autoencoder', eval_every=4, **options), tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
+def test_a_few_held_out_tars_may_be_absent(tmp_path):
+  for i in range(3):
+    write_tar(tmp_path / f'{i}.tar', [sample(i)])
+  source = dict(format='tars', path=f'{tmp_path}/{{0..3}}.tar')
+  check_files('data.heldout', (source,), 0.25)
+  with pytest.raises(UserError, match=r'data.heldout\[0\]: 1 of 4 tars are not there, such as .*/3.tar'):
+    check_files('data.heldout', (source,), 0.2)
+
+
+def test_a_step_is_saved_before_it_is_looked_at(tmp_path, monkeypatch):
+  """So that an evaluation that fails loses no step, and what is started again does not come to it once more."""
+  compile_fully = jax.stages.Lowered.compile
+  monkeypatch.setattr(jax.stages.Lowered, 'compile', lambda self: compile_fully(self, nano.QUICK_TO_COMPILE))
+
+  def fail(self, *args):
+    raise UserError('no such data any more')
+
+  monkeypatch.setattr(loop.Look, 'evaluate', fail)
+  with pytest.raises(UserError, match='no such data any more'):
+    loop.train(nano.config('autoencoder', eval_every=2, checkpoint_every=2), tmp_path)
+  assert [row['step'] for row in lines(tmp_path)] == [1, 2]
+  assert [p.name for p in (tmp_path / 'checkpoints').iterdir()] == ['2']
 
 
 def test_held_out_rows_are_of_the_held_out_sources(tmp_path):

@@ -81,6 +81,15 @@ def test_the_jsonl_is_json_even_where_nothing_was_measured(tmp_path):
   assert lines(tmp_path) == [{'step': 1, 'loss': 1, 'accuracy_text_only': None}, {'step': 1, 'heldout/loss': None}]
 
 
+def test_tensorboard_gets_no_nan(tmp_path, monkeypatch, capsys):
+  log, shown = metrics.Log(tmp_path, 0, 10, 4), []
+  monkeypatch.setattr(log.board, 'add_scalar', lambda name, value, step: shown.append(name))
+  log.step(1, {'loss': jnp.float32(1), 'loss_text_only': jnp.float32(math.nan)})
+  log.report()
+  log.close()
+  assert 'loss' in shown and 'loss_text_only' not in shown and 'loss_text_only nan' in capsys.readouterr().out
+
+
 def test_mean_skips_what_was_not_measured_but_shows_a_lost_loss():
   rows = [{'loss': 1.0, 'a': math.nan, 'b': math.nan}, {'loss': math.nan, 'a': 2.0, 'b': math.nan}]
   mean = metrics.mean(rows)
