@@ -81,9 +81,10 @@ def settle(task: Writing, asked: Mapping, most: int) -> Writing:
   """
   asked = dict(asked)
   searches = task.beams is not None and not asked.pop('sample', False)
-  unknown = asked.keys() - {*Writing._fields} | (asked.keys() & {'guidance'} if task.guidance is None else set())
+  known = [name for name in Writing._fields if name != 'guidance' or task.guidance is not None]
+  unknown = asked.keys() - {*known}
   if unknown:
-    raise UserError(f'no such setting: {", ".join(sorted(unknown))}; choose among {", ".join(Writing._fields)}')
+    raise UserError(f'no such setting: {", ".join(sorted(unknown))}; choose among {", ".join(known)}' + ', sample' * (task.beams is not None))
   for name in SAMPLING if searches else SEARCHING:
     if asked.get(name) is not None:
       raise UserError(f'{name} plays no part in ' + (
