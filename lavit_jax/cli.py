@@ -106,6 +106,10 @@ def task(args):
     if key in settings:
       settings[key] = os.path.realpath(settings[key])
   samples = options.pop('samples', 1)
+  if args.seed is None and (options.get('sample') or samples > 1):
+    from lavit_jax.errors import UserError
+    raise UserError('--most-probable has no seed, by which %s; leave it out' % (
+        '--sample chooses words' if options.get('sample') else '--samples %d would differ' % samples))
   rows = [row for row in rows for _ in range(samples)]  # each has the keys of its own place
   results, pictures = args.out, None
   if 'file' in chosen.gives:
@@ -241,11 +245,15 @@ def build_parser():
     sub.add_argument('--cache', choices=('bfloat16', 'int8'), help='keys and values of the language model (default: the compute dtype)')
     sub.add_argument('--tensor', type=number(int, 1), default=1, metavar='N', help='devices to split the model over (default: %(default)s)')
     sub.add_argument('--no-safety-checker', dest='safety_checker', action='store_false', help='do not look at what is drawn')
+    return sub
+
+  def seeded_command(name, run, text):
+    sub = model_command(name, run, text)
     sub.add_argument('--seed', default=0, type=number(int, 0, 2**32 - 1), help='of all random choices (default: %(default)s)')
     return sub
 
   def task_command(name, text, metavar, row):
-    sub = model_command(name, task, text)
+    sub = seeded_command(name, task, text)
     sub.add_argument('inputs', nargs='*', metavar=metavar)
     sub.add_argument('--input', type=local, metavar='ROWS.jsonl', help='a row a line: %s; relative pictures are beside it' % row)
     sub.add_argument('--json', action='store_true', help='print one JSON object a result')
@@ -277,8 +285,8 @@ def build_parser():
 
   def drawing_command(name, text, metavar, row='{"image": "cat.png"}'):
     sub = task_command(name, text, metavar, row)
-    sub.add_argument('--out', type=local, default='drawn', metavar='DIR', help='where the PNGs go (default: %(default)s); of a folder or '
-                     '--input also manifest.jsonl, by which the command goes on when started again')
+    sub.add_argument('--out', type=local, default='drawn', metavar='DIR', help='where the PNGs go (default: %(default)s); of several '
+                     'pictures, a folder or --input also manifest.jsonl, by which the command goes on when started again')
     sub.add_argument('--size', type=size, metavar='HxW', help="one of SDXL's, such as 1024x1024 (default: Stable Diffusion's square)")
     sub.add_argument('--steps', type=number(int, 1, 999), help='of the sampler (default: 50, of SDXL 25)')
     sub.add_argument('--decoder-guidance', type=number(float, 0), metavar='G', help='of the U-Net (default: 5, of SDXL 7)')
@@ -295,7 +303,8 @@ def build_parser():
     writing_options(sub, 'pictures of each (default: 1)')
     sub.add_argument('--negative', default='', metavar='TEXT', help='what not to draw')
     sub.add_argument('--start', metavar='IMAGE', help='begin from this picture in place of noise')
-    sub.add_argument('--strength', type=number(float, 0.01, 1), default=0.8, metavar='S', help='of the change to --start (default: %(default)s)')
+    sub.add_argument('--strength', type=number(float, 0.01, 1), default=0.8, metavar='S',
+                     help='of the change to --start, of which even 1 keeps a trace (default: %(default)s)')
     return sub
 
   sub = command('train', train, 'train one stage; every value of its page can be set with --config.KEY=VALUE')
@@ -341,7 +350,7 @@ def build_parser():
   sub = command('inspect', inspect, 'print what a folder of weights holds and where it is from')
   sub.add_argument('folder', type=local, metavar='DIR')
 
-  sub = model_command('demo', demo, 'caption, answer, draw and reconstruct, with the tiny checkpoint, into one HTML page')
+  sub = seeded_command('demo', demo, 'caption, answer, draw and reconstruct, with the tiny checkpoint, into one HTML page')
   sub.add_argument('--inputs', type=local, default=DEMO, metavar='DIR', help='pictures and their manifest (default: %(default)s)')
   sub.add_argument('--out', type=local, default='demo_out', metavar='DIR', help='gets index.html (default: %(default)s)')
 
@@ -370,7 +379,7 @@ def build_parser():
   sub.add_argument('--out', type=local, required=True, metavar='DIR', help='gets one file a tar')
   sub.add_argument('--workers', type=number(int, 1), default=1, metavar='N', help='processes (default: %(default)s)')
 
-  sub = model_command('evaluate', evaluate, 'measure a checkpoint on the held-out splits')
+  sub = seeded_command('evaluate', evaluate, 'measure a checkpoint on the held-out splits')
   sub.add_argument('--source', required=True, type=local, metavar='DIR', help='the data set that `lavit data build` wrote')
   sub.add_argument('--count', type=number(int, 2), default=512, metavar='N', help='examples a split (default: %(default)s)')
   sub.add_argument('--drawn', type=number(int, 1), default=256, metavar='N', help='texts drawn a split (default: %(default)s)')

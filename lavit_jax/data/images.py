@@ -33,8 +33,17 @@ def read_images(sources, size: int | tuple[int, int]) -> np.ndarray:
 
 def as_list(sources) -> list:
   """One picture, or several in a sequence or in an array [B, H, W, C], as a list."""
-  one = isinstance(sources, (str, os.PathLike, bytes, Image.Image)) or getattr(sources, 'ndim', 4) < 4
-  return [sources] if one else list(sources)
+  if is_one(sources):
+    return [sources]
+  try:
+    return list(sources)
+  except TypeError:
+    raise UserError(f'pictures are paths, bytes, PIL images or arrays, one or a list of them; got {type(sources).__name__}') from None
+
+
+def is_one(source) -> bool:
+  """Whether this would be one picture, by its type."""
+  return isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)) or getattr(source, 'ndim', 4) < 4
 
 
 def resize(image: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import functools
 import html
+import io
 import logging
 import os
 import pathlib
@@ -95,7 +96,7 @@ class Tasks:
 
   def _draw(self, parts, seed, guidance, steps, size):
     model, seed, options = self.model, _seed(seed), dict(steps=int(steps), size=_size(size))
-    drawing.settle(1, model.settings.drawn_size, model.settings.highres_sizes, model.parts, schedulers=model.parts.scheduler,
+    drawing.settle(1, model.settings.drawn_size, model.settings.highres_sizes, model.parts, model.parts.scheduler,
                    **options)  # before anything runs
     codes = model.sample_codes([parts], guidance=guidance, seed=seed)
     picture = _shown(model.draw(codes, seed=seed, details=True, **options))
@@ -132,12 +133,16 @@ def open_upload(path: str | None) -> np.ndarray:
   """The path of an upload -> uint8[H, W, 3]. Raises UserError: none, or none that is a picture of a reasonable size."""
   if not path:
     raise UserError('there is no picture yet; choose or drop one')
-  name, size = os.path.basename(path), os.path.getsize(path)
-  if size > MAX_BYTES:
-    raise UserError(f'{name} has {size / 2**20:.0f} MB; make it smaller than {MAX_BYTES >> 20} MB')
-  data = pathlib.Path(path).read_bytes()
+  name = os.path.basename(path)
   try:
-    width, height = Image.open(path).size  # the header alone
+    size = os.path.getsize(path)
+    if size > MAX_BYTES:
+      raise UserError(f'{name} has {size / 2**20:.0f} MB; make it smaller than {MAX_BYTES >> 20} MB')
+    data = pathlib.Path(path).read_bytes()
+  except FileNotFoundError:
+    raise UserError(f'{name} was here too long and is gone; upload it again') from None
+  try:
+    width, height = Image.open(io.BytesIO(data)).size  # the header alone
   except Exception:
     width = height = 0  # read_image tells what is wrong with it
   if width * height > MAX_PIXELS:

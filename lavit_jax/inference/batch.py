@@ -89,7 +89,7 @@ def find_rows(task: Task, inputs: Sequence[str], path: str | None, out: str | No
   Returns:
     The rows; the folder that their pictures are relative to; whether there may be many, of which one at fault must not stop the others.
   Raises:
-    UserError: neither arguments nor a file, or both; and as `read_rows`, `find_pictures`.
+    UserError: neither arguments nor a file, or both; a picture in the place of a question; and as `read_rows`, `find_pictures`.
   """
   if path is not None:
     if inputs:
@@ -107,9 +107,13 @@ def find_rows(task: Task, inputs: Sequence[str], path: str | None, out: str | No
     each = [find_pictures([part], out) if i in folders else [part] for i, part in enumerate(inputs)]
     return [dict(parts=list(parts)) for parts in itertools.product(*each)], pathlib.Path(), bool(folders)
   if 'question' in task.needs:
+    taken = [each for each in inputs[1:] if is_picture(each) or os.path.exists(each)]
+    if taken:
+      raise UserError(f'{taken[0]!r} is a picture or a file, not a question; ask about one picture or folder at a time, '
+                      f'IMAGE QUESTION ..., or give rows by --input ROWS.jsonl: {example(task.needs)}')
     pictures = find_pictures(inputs[:1], out)
     return [dict(image=image, question=text) for image in pictures for text in inputs[1:]], pathlib.Path(), 0 in folders
-  return [dict(image=image) for image in find_pictures(inputs, out)], pathlib.Path(), bool(folders)
+  return [dict(image=image) for image in find_pictures(inputs, out)], pathlib.Path(), bool(folders) or len(inputs) > 1
 
 
 def find_pictures(paths: Sequence[str], but: str | None = None) -> list[str]:
@@ -188,9 +192,10 @@ def load(row: dict, needs: Sequence[str], base: pathlib.Path, size: int) -> dict
   Raises UserError as `read_images`, and for what JSON can say and no text or path can be, such as half a character.
   """
   def read(key, text):
+    path = text if text.startswith('file:') else base / text
     try:
-      if key == 'image' or key == 'parts' and (is_picture(text) or os.path.isfile(base / text)):
-        return read_images(base / text, size)[0]
+      if key == 'image' or key == 'parts' and (is_picture(text) or os.path.isfile(path)):
+        return read_images(path, size)[0]
       return text.encode().decode()
     except ValueError as error:
       raise UserError(f'{text!r} is no text or path ({error}); write it anew') from None
@@ -206,7 +211,7 @@ class Results:
   Attributes:
     count: how many lines there were when it was opened.
     number: where the numbers of further pictures begin: after all in the file, of which lines may have been deleted.
-    errors: the 'error' of those that have one.
+    failed: what a row is known by and its 'error', of those that have one.
   """
 
   def __init__(self, path, keys: Sequence[str], settings: dict):
@@ -216,7 +221,7 @@ class Results:
       UserError: the file holds something else, or results of other settings; it is left as it is.
     """
     self.path, self.keys, self.settings = pathlib.Path(path), {*keys, 'error', 'settings'}, settings
-    self.count, self.number, self.errors, self.done = 0, 0, [], collections.Counter()
+    self.count, self.number, self.failed, self.done = 0, 0, [], collections.Counter()
     if not self.path.exists():
       return
     end = 0
@@ -243,9 +248,15 @@ class Results:
     self.count += 1
     own = re.match('[0-9]{1,9}(?=-)', str(result.get('file')))
     self.number = max(self.number, int(own[0]) if own else 0) + 1
-    self.done[_identity({key: value for key, value in result.items() if key not in self.keys})] += 1
-    if 'error' in result:
-      self.errors.append(result['error'])
+    self.done[self._row(result)] += 1
+    self._note(result)
+
+  def _row(self, line: dict) -> int:
+    return _identity({key: value for key, value in line.items() if key not in self.keys})
+
+  def _note(self, line: dict):
+    if 'error' in line:
+      self.failed.append((self._row(line), line['error']))
 
   def _is_ours(self, line: bytes) -> bool:
     """Whether a line without an end is the beginning of one of ours: torn in the settings, the last that is written."""
@@ -270,7 +281,13 @@ class Results:
     self.path.parent.mkdir(parents=True, exist_ok=True)
     with open(self.path, 'ab') as file:
       file.write(''.join(json.dumps(line | dict(settings=self.settings)) + '\n' for line in lines).encode())
-    self.errors += [line['error'] for line in lines if 'error' in line]
+    for line in lines:
+      self._note(line)
+
+  def errors(self, rows: Sequence[dict]) -> list[str]:
+    """The 'error' of each line that is of one of these rows; others are not asked for any more."""
+    asked = {*map(_identity, rows)}
+    return [error for row, error in self.failed if row in asked]
 
 
 def _identity(row: dict) -> int:
@@ -294,7 +311,7 @@ def run(task: Task, model: Lavit, rows: Sequence[dict], seed: int | None, option
     UserError: at the end, how many rows failed; or at once, what stops every row.
   """
   pending = [True] * len(rows) if results is None else results.missing(rows)
-  errors, number = ([], 0) if results is None else (results.errors, results.number)
+  errors, number = [], 0 if results is None else results.number
   if not all(pending):
     print(f'lavit: {len(rows) - sum(pending)} of {len(rows)} are in {results.path} already', file=sys.stderr)
   progress = _Progress(sum(pending))
@@ -321,6 +338,7 @@ def run(task: Task, model: Lavit, rows: Sequence[dict], seed: int | None, option
       _tell(line | dict(file=os.path.join(pictures, line['file'])) if pictures and 'file' in line else line, task, many, as_json)
     progress.step(len(lines))
   progress.clear()
+  errors = errors if results is None else results.errors(rows)
   if errors:
     again = f'mend it, and delete its line from {results.path} to try it again' if results else 'mend it, and try again'
     raise UserError(f'{len(errors)} of {len(rows)} failed, the first: {errors[0]}; {again}')

@@ -22,11 +22,11 @@ from lavit_jax.data.images import as_list, read_images
 from lavit_jax.errors import UserError
 from lavit_jax.inference import diffusion
 from lavit_jax.inference.scheduler import Scheduler
+from lavit_jax.inference.settings import check
 from lavit_jax.models import lavit, safety, vae, vit
 from lavit_jax.models.decoder import null_context
 
 LOG = logging.getLogger(__name__)
-HIGHRES_SIZES = ((1024, 1024), (896, 1152), (832, 1216), (768, 1344), (1216, 832), (1152, 896))  # (height, width), REFERENCE section 2
 WHOLE_PIXELS = 1024 * 1024  # what the VAE decodes at once, in 2.5 GiB: four pictures of 512 or one of 1024; a larger one is cut into tiles
 TILE = 1024  # side of these; that of SDXL's VAE in diffusers
 
@@ -126,10 +126,19 @@ def highres_condition(context: Array, pooled: Array, size: tuple[int, int]) -> t
           (jnp.zeros_like(context), None, (jnp.zeros_like(pooled), ids)))
 
 
+LIMITS = dict(  # as `check` takes them
+    guidance=(float, lambda x: x >= 0, 'a number from 0 up, or None'),
+    steps=(int, lambda x: x >= 1, 'a whole number from 1 up, or None'),
+    rescale=(float, lambda x: 0 <= x <= 1, 'a number in 0..1'),
+    strength=(float, lambda x: 0 < x <= 1, 'a number above 0 and at most 1, which keeps almost nothing of the picture to start from'),
+    tile=(int, lambda x: x >= 64, 'a whole number of pixels from 64 up, or None'))
+
+
 def settle(
-    count: int, drawn_size: int, highres_sizes: Collection[tuple[int, int]], held: Collection[str], *, size: tuple[int, int] | None = None,
+    count: int, drawn_size: int, highres_sizes: Collection[tuple[int, int]], held: Collection[str],
+    schedulers: Callable[[str], Scheduler] = lambda prefix: Scheduler(), /, *, size: tuple[int, int] | None = None,
     guidance: float | None = None, steps: int | None = None, sampler: str = 'ddim', rescale: float = 0.0, start=None, strength: float = 0.8,
-    tile: int | None = None, details: bool = False, schedulers: Callable[[str], Scheduler] = lambda prefix: Scheduler(),
+    tile: int | None = None, details: bool = False, **unknown,
 ) -> Request:
   """What a user asks for -> what to draw by. So that what is wrong is told before a language model has run for minutes.
 
@@ -138,14 +147,20 @@ def settle(
     drawn_size, highres_sizes: of the model; `held`: names of the parts that are there; `schedulers`: of their U-Nets, by the prefix of a way.
     size, guidance, ..., details: see `Lavit.draw`.
   Raises:
-    UserError: a size that is not known or whose parts are missing, or settings that cannot be.
+    UserError: a size that is not known or whose parts are missing, or settings that cannot be or are `unknown`.
   """
+  if unknown:
+    known = 'size, guidance, steps, sampler, rescale, start, strength, tile, details'
+    raise UserError(f'no such setting: {", ".join(sorted(unknown))}; of drawing there are {known}')
+  given = dict(guidance=guidance, steps=steps, rescale=rescale, strength=strength, tile=tile)
+  guidance, steps, rescale, strength, tile = (check(name, value, LIMITS[name]) for name, value in given.items())
   own = (drawn_size, drawn_size)
   size = own if size is None else tuple(np.ravel(size).tolist())
   way = LOWRES if size == own else HIGHRES
   if size not in (own, *highres_sizes):
     known = ', '.join(map(_by, (own, *highres_sizes)))
     raise UserError(f'pictures of {_by(size)} cannot be drawn; choose one of (height x width): {known}')
+  size = tuple(map(int, size))
   missing = [name for name in way.parts if name not in held]
   if way is HIGHRES and missing:
     raise UserError(f'{_by(size)} is drawn by {", ".join(missing)}, which this checkpoint does not hold; draw at {_by(own)}, or take one '
@@ -153,17 +168,11 @@ def settle(
   steps = way.steps if steps is None else steps
   if start is None:
     strength = 1.0
-  elif not 0 < strength <= 1:
-    raise UserError(f'strength={strength} is not in 0..1; 1 keeps nothing of the picture to start from')
   scheduler = schedulers(way.prefix)
   try:
     diffusion.timesteps(scheduler.num_train_timesteps, steps, scheduler.timestep_spacing, scheduler.steps_offset, sampler, strength)
   except ValueError as error:
     raise UserError(str(error)) from None
-  if not 0 <= rescale <= 1:
-    raise UserError(f'rescale={rescale} is not a share; choose one in 0..1')
-  if tile is not None and tile < 64:
-    raise UserError(f'tile={tile} is too small; choose 64 pixels or more')
   if start is not None:
     start = as_list(start)
     if len(start) not in (1, count):

@@ -39,11 +39,14 @@ from lavit_jax.errors import InputError, UserError
 from lavit_jax.inference import decode, drawing, programs
 from lavit_jax.inference.fetching import batches, fetch, one_behind
 from lavit_jax.inference.parts import Checkpoint, Parts, open_checkpoint
-from lavit_jax.inference.settings import SETTINGS, Purpose, RowSeed, Settings, Writing, keys_for, row_keys, sample_keys, settle
+from lavit_jax.inference.settings import (
+    SETTINGS, Purpose, RowSeed, Settings, Writing, as_prompts, check, fit, for_all, keys_for, row_keys, sample_keys, settle, texts)
 from lavit_jax.models import lavit, sequence
 
 EOS = 2
 MAX_BATCH = 16
+DTYPES = ('float32', 'bfloat16', 'float16')
+BARE = 3  # tokens of a picture, at least: [IMG], one of its own, [/IMG]
 
 
 class Told(NamedTuple):
@@ -123,6 +126,8 @@ class Lavit:
     Raises:
       UserError: the folder is missing, damaged, or not of `variant`; an option is not known; the mesh does not fit the devices.
     """
+    if dtype not in (None, *DTYPES):
+      raise UserError(f'dtype={dtype!r} is not known; choose one of {", ".join(map(repr, (None, *DTYPES)))}')
     found = open_checkpoint(folder, variant)
     model = lavit.build(found.variant, dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16'))
     return cls(model, found, found.words, weights, cache, safety_checker, mesh)
@@ -137,11 +142,11 @@ class Lavit:
   def tokenize(self, images, seed: int | None = 0) -> Tokens:
     """Pictures -> their visual tokens."""
     images = read_images(images, self.model.image_size)
-    if len(images) == 0:
-      raise UserError('there is no picture to tokenize; give at least one')
     return self._tokens(images, keys_for(Purpose.PATCHES, row_keys(seed, len(images), optional=True)))
 
   def _tokens(self, images: np.ndarray, keys: Array | None) -> Tokens:
+    if not len(images):
+      return Tokens([], np.zeros((0, self.model.num_patches), bool), np.zeros(0, int))
     ids, keep = self.in_batches(programs.tokenize, ('vit', 'tokenizer'), images, keys)
     return Tokens([row[kept] for row, kept in zip(ids, keep)], keep, keep.sum(-1))
 
@@ -156,7 +161,8 @@ class Lavit:
       sampler: 'ddim' (default, as published), 'euler' or 'dpm++2m'.
       rescale: the share of rescaled guidance, against pictures too bright or dark (Lin et al. 2023, who take 0.7); by default 0.
       start: pictures to begin from in place of noise, one for each or one for all; they are scaled to `size`.
-      strength: of the change to `start`, the share of the steps that is made; by default 0.8, and 1 keeps nothing of it.
+      strength: of the change to `start`, the share of the steps that is made; by default 0.8. Even 1 keeps a trace of it, for the first
+        step expects noise laid over a picture, not noise alone. Without `start` it plays no part.
       tile: side of the tiles that the VAE decodes one at a time, in pixels, for less memory and faint differences; by default pictures
         are decoded whole up to a megapixel (all published sizes) and in tiles of 1024 beyond.
       details: return `drawing.Drawn`, which also has the flags of the safety checker; these are then not in the log.
@@ -165,6 +171,9 @@ class Lavit:
 
   def _draw(self, codes: Sequence[np.ndarray], keys: Array, request: drawing.Request) -> np.ndarray | drawing.Drawn:
     ids, mask = self.in_slots(codes)
+    if not len(ids):
+      none = drawing.Drawn(np.zeros((0, *request.options['size'], 3), np.uint8), np.zeros(0, bool))
+      return none if request.details else none.pictures
     way, checker = request.options['way'], drawing.checker(self.model, self.parts) if self.safety_checker else ()
     drawn = self.in_batches(drawing.draw, way.parts + checker, ids, mask, keys, request.start, most=way.batch, **request.options)
     if request.details:
@@ -188,11 +197,16 @@ class Lavit:
         and top-k 50 unless others are given; num_samples captions of a picture come one after the other.
     """
     images = read_images(images, self.model.image_size)
-    prompts = [prompt] * len(images) if isinstance(prompt, str) else list(prompt)
-    if len(prompts) != len(images):
-      raise UserError(f'{len(images)} pictures but {len(prompts)} prompts; give one for each, or one for all')
-    writing = settle(Writing(*self.settings.caption_tokens, beams=2), options, self.parts.max_length)
-    told = self._tell(images, [self.words.encode(text) if text.strip() else () for text in prompts], writing, seed)
+    writing = self._settle_words(Writing(*self.settings.caption_tokens, beams=2), options)
+    if isinstance(prompt, str):
+      with for_all('prompt'):
+        asked = [self._encode(prompt, empty=True)] * len(images)
+        self._fit([BARE + len(ids) for ids in asked[:1]], writing, least=True)
+    else:
+      asked = [self._encode(text, empty=True) for text in texts(prompt, 'prompt')]
+    if len(asked) != len(images):
+      raise UserError(f'{len(images)} pictures but {len(asked)} prompts; give one for each, or one for all')
+    told = self._tell(images, asked, writing, seed)
     return _as_asked([each._replace(text=each.text.split('.')[0].strip()) for each in told], details)
 
   def answer(self, images, questions: Sequence[str], *, judge: bool = False, seed: int | None = 0, details: bool = False,
@@ -202,24 +216,28 @@ class Lavit:
     The published evaluation lemmatises it too.
 
     Args:
-      judge: ask first whether the picture answers the question, and answer 'unanswerable' where that finds a 'no', as was published for VizWiz.
+      judge: ask first whether the picture answers the question, and answer 'unanswerable' where that says 'no', as published for VizWiz.
       details: return `Told`.
       options: as of `caption`; by default, as published, a search by 5 beams with length penalty 0 that stops early.
     """
     images = read_images(images, self.model.image_size)
-    questions = [questions] if isinstance(questions, str) else list(questions)
+    questions = texts(questions, 'questions')
     if len(images) != len(questions):
       raise UserError(f'{len(images)} pictures but {len(questions)} questions; give one question for each picture')
-    writing = settle(Writing(*self.settings.answer_tokens, beams=5, length_penalty=0.0, early_stopping=True), options, self.parts.max_length)
+    writing = self._settle_words(Writing(*self.settings.answer_tokens, beams=5, length_penalty=0.0, early_stopping=True), options)
 
-    def ask(form: Callable[[str], str]) -> list[Told]:
-      told = self._tell(images, [self._encode(question, form) for question in questions], writing, seed)
+    forms = (prompt, lambda question: prompt(answerable(question)))[:1 + bool(judge)]
+    asked = [[self._encode(question, form) for question in questions] for form in forms]
+    self._fit([BARE + len(ids) for ids in asked[-1]], writing, least=True)  # the longer of both, before the first is computed
+
+    def ask(asked: Sequence[Sequence[int]]) -> list[Told]:
+      told = self._tell(images, asked, writing, seed)
       return [each._replace(text=re.split(r'[\n,.]', each.text.strip())[0].strip().lower()) for each in told]
 
-    told = ask(prompt)
+    told = ask(asked[0])
     if judge:
-      judged = ask(lambda question: prompt(answerable(question)))
-      told = [each._replace(text='unanswerable') if 'no' in verdict.text else each for each, verdict in zip(told, judged)]
+      judged = ask(asked[1])
+      told = [each._replace(text='unanswerable') if re.search(r'\bno\b', verdict.text) else each for each, verdict in zip(told, judged)]
     return _as_asked(told, details)
 
   # Words and pictures to pictures.
@@ -233,21 +251,23 @@ class Lavit:
       details: return `Generated`.
       options: all others of `sample_codes` and `draw`.
     """
-    return self._generate([[text] for text in ([prompts] if isinstance(prompts, str) else prompts)], guidance=guidance, **options)
+    return self._generate([[text] for text in texts(prompts, 'prompts')], guidance=guidance, **options)
 
   def synthesize(self, prompts: Sequence[Sequence], *, guidance: float | None = 5.0, **options) -> np.ndarray | Generated:
     """A picture from each sequence of pictures and words, in any order, uint8[B, H, W, 3].
 
-    A `str` is words; a picture on disk is a `pathlib.Path`. The settings are those of `generate`.
+    A `str` is words; a picture on disk is a `pathlib.Path`. One prompt may go without brackets, if it has both words and pictures:
+    synthesize([picture, 'in the snow']) is synthesize([[picture, 'in the snow']]). The settings are those of `generate`.
     """
     return self._generate(prompts, guidance=guidance, **options)
 
   def _generate(self, prompts, *, decoder_guidance: float | None = None, negative: str = '', seed: int | Sequence[int] = 0, **options):
-    asked = {name: options.pop(name) for name in Writing._fields if name in options}
-    writing = self._settle_codes(asked)  # what is wrong is told before anything runs
+    asked, prompts = {name: options.pop(name) for name in Writing._fields if name in options}, as_prompts(prompts)
+    writing, against = self._settle_codes(asked, negative)  # what is wrong is told before anything runs
+    decoder_guidance = check('decoder_guidance', decoder_guidance, drawing.LIMITS['guidance'])
     request = self._settle(len(prompts) * writing.num_samples, dict(options, guidance=decoder_guidance))
     keys = row_keys(seed, len(prompts))
-    sampled = self._sample(prompts, writing, keys, negative)
+    sampled = self._sample(prompts, writing, keys, against)
     drawn = self._draw([each.codes for each in sampled], sample_keys(Purpose.LATENTS, keys, writing.num_samples), request)
     return Generated(*drawn, sampled) if request.details else drawn
 
@@ -260,48 +280,63 @@ class Lavit:
     `Settings.bracketed` of the variant says so, as [IMG] codes [/IMG], as that was trained.
 
     Args:
-      prompts: sequences of words (`str`) and pictures.
-      guidance: of the language model, against the context `negative` [IMG]; None or 1 is none, which takes half the work.
+      prompts: sequences of words (`str`) and pictures; one alone as of `synthesize`.
+      guidance: of the language model, against the context `negative` [IMG]; None or 1 is none, which takes half the work and no `negative`.
       details: return `Sampled`.
       options: fields of `settings.Writing` but those of a search. By default, as published, temperature 1 and top-k 50. num_samples codes of a
         prompt come one after the other; the first of each is what one alone would be.
     """
-    sampled = self._sample(prompts, self._settle_codes(dict(options, guidance=guidance)), row_keys(seed, len(prompts)), negative)
+    prompts, (writing, against) = as_prompts(prompts), self._settle_codes(dict(options, guidance=guidance), negative)
+    sampled = self._sample(prompts, writing, row_keys(seed, len(prompts)), against)
     return sampled if details else [each.codes for each in sampled]
 
-  def _settle_codes(self, asked: Mapping[str, Any]) -> Writing:
-    return settle(Writing(*self.settings.image_tokens, guidance=4.0), asked, self.model.num_patches)
+  def _settle_words(self, task: Writing, asked: Mapping[str, Any]) -> Writing:
+    return settle(task, asked, self.parts.max_length - BARE)
 
-  def _sample(self, prompts: Sequence[Sequence], writing: Writing, keys: Array, negative: str) -> list[Sampled]:
+  def _settle_codes(self, asked: Mapping[str, Any], negative: str) -> tuple[Writing, list[Sequence[int]]]:
+    """The settings, and the context that guidance is against."""
+    writing = settle(Writing(*self.settings.image_tokens, guidance=4.0), asked, self.model.num_patches)
+    against = [[self.model.vocabulary.image_start]]
+    if negative in ('', None):
+      return writing, against
+    if writing.guidance is None:
+      raise UserError('negative plays no part without guidance; leave it out, or choose a guidance above 1')
+    with for_all('negative'):
+      against = [self._encode(negative), *against]
+      self._fit([sum(map(len, against))], writing)
+    return writing, against
+
+  def _sample(self, prompts: Sequence[Sequence], writing: Writing, keys: Array, against: Sequence[Sequence[int]]) -> list[Sampled]:
     words = self.model.vocabulary
-    if isinstance(prompts, str) or not all(isinstance(each, Sequence) and not isinstance(each, (str, bytes)) for each in prompts):
-      raise UserError('prompts are lists of parts, [[picture, words], [words], ...]; put each prompt in brackets')
+    start, end = [words.image_start], [words.image_end]
+    bare = BARE if self.settings.bracketed else 1
+    if not all(map(len, prompts)):
+      raise InputError('the prompt is empty; give it words or pictures')
+    asked = [[self._encode(part) if isinstance(part, str) else None for part in prompt] for prompt in prompts]
+    self._fit([sum(bare if ids is None else len(ids) for ids in each) + 1 for each in asked], writing, least=True)  # before anything runs
     places = [(i, part) for i, prompt in enumerate(prompts) for part in prompt if not isinstance(part, str)]
     codes = iter(())
     if places:  # the j-th picture of a prompt has the j-th key of its row's, whatever the other rows are
       rows = np.array([i for i, _ in places])
       images = read_images([part for _, part in places], self.model.image_size)
       codes = iter(self._tokens(images, keys_for(Purpose.PATCHES, keys[rows], np.arange(len(rows)) - np.searchsorted(rows, rows))).ids)
-    start, end = [words.image_start], [words.image_end]
 
     def pieces(prompt):
-      if not prompt:
-        raise UserError('the prompt is empty; give it words or pictures')
-      for part in prompt:
-        if isinstance(part, str):
-          yield self._encode(part)
+      for ids in prompt:
+        if ids is not None:
+          yield ids
         else:
           picture = next(codes) + words.code_offset
           yield from [start, picture, end] if self.settings.bracketed else [picture]
       yield start
 
-    prompts = [list(pieces(prompt)) for prompt in prompts]
-    against = [self._encode(negative), start] if negative else [start]
+    prompts = [list(pieces(prompt)) for prompt in asked]
+    self._fit([sum(map(len, prompt)) for prompt in prompts], writing)
     forbidden = (np.arange(words.size) >= 3) & (np.arange(words.size) < words.text_size)
 
     def sample(rows):
       guided = writing.guidance is not None
-      embeddings, mask = self._embed([prompts[i] for i in rows] + [against] * len(rows) * guided, writing.max_tokens)
+      embeddings, mask = self._embed([prompts[i] for i in rows] + [against] * len(rows) * guided)
       b = len(rows)
       null = dict(guidance_scale=writing.guidance, uncond_embeddings=embeddings[b:], uncond_mask=mask[b:]) if guided else {}
       return self._write(writing, embeddings[:b], mask[:b], keys[rows], eos_id=words.image_end, suppress=forbidden, **null)
@@ -318,6 +353,7 @@ class Lavit:
     forbidden = np.arange(words.size) >= words.text_size
     keys = row_keys(seed, len(images), optional=writing.beams is not None)
     patches = keys_for(Purpose.PATCHES, keys)
+    self._fit([BARE + len(ids) for ids in asked], writing, least=True)
 
     def read():
       for n, rows in batches(len(images), MAX_BATCH if writing.beams else max(1, MAX_BATCH // writing.num_samples)):
@@ -327,7 +363,8 @@ class Lavit:
       for n, rows, (features, counts) in one_behind(read()):
         prompts = [[[words.image_start], range(i * slots, i * slots + int(count)), [words.image_end], asked[row]]
                    for i, (row, count) in enumerate(zip(rows, np.asarray(counts)))]
-        embeddings, mask = self._embed(prompts, writing.max_tokens, features)
+        self._fit([sum(map(len, pieces)) for pieces in prompts], writing, rows=rows, count=len(images))
+        embeddings, mask = self._embed(prompts, features)
         yield n, self._write(writing, embeddings, mask, None if keys is None else keys[rows], eos_id=EOS, suppress=forbidden)
 
     out = fetch(write(), len(images), 'words')
@@ -343,16 +380,20 @@ class Lavit:
     return self._run(programs.generate, ('llama',), embeddings, mask, key=sample_keys(Purpose.TOKENS, keys, writing.num_samples),
                      temperature=writing.temperature, top_k=writing.top_k, top_p=writing.top_p, **same)
 
-  def _encode(self, text: str, form: Callable[[str], str] = str) -> Sequence[int]:
-    if not text.strip():
+  def _encode(self, text: str, form: Callable[[str], str] = str, empty: bool = False) -> Sequence[int]:
+    try:
+      blank = not text.encode().strip()
+    except (AttributeError, UnicodeEncodeError):
+      raise InputError(f'{text!r} is no text; write it anew') from None
+    if blank and not empty:
       raise InputError('the text is empty; say what to draw or what to ask')
-    return self.words.encode(form(text))
+    return () if blank else self.words.encode(form(text))
 
-  def _embed(self, prompts, new_tokens: int, features: Array | None = None) -> tuple[Array, Array]:
+  def _fit(self, lengths: Sequence[int], writing: Writing, **of):
+    fit(lengths, self.parts.max_length - writing.max_tokens, **of)
+
+  def _embed(self, prompts, features: Array | None = None) -> tuple[Array, Array]:
     """Lists of pieces -> embeddings [B, S, H] and mask bool[B, S], left-padded."""
-    longest, room = max(sum(map(len, pieces)) for pieces in prompts), self.parts.max_length - new_tokens
-    if longest > room:
-      raise InputError(f'the prompt is {longest} tokens long; shorten it to {room}')
     embeddings, mask, _ = sequence.assemble(
         prompts, functools.partial(self._run, programs.embed, ('llama',)), features, multiple=self.model.num_patches)
     return embeddings, mask
@@ -360,14 +401,14 @@ class Lavit:
   def in_slots(self, codes: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Codes of each picture, i32[n] with n <= N -> ids i32[B, N] in a prefix, and the mask bool[B, N] of it."""
     slots, size = np.arange(self.model.num_patches), self.model.vocabulary.codebook_size
-    if len(codes) == 0:
-      raise UserError('there is nothing to draw; give at least one prompt or picture')
     for row in map(np.asarray, codes):
+      if row.ndim != 1 or row.size and row.dtype.kind not in 'iu':
+        raise UserError(f'the codes of a picture are whole numbers in a row, of several pictures a list of these; got {row.tolist()!r}')
       if len(row) > len(slots) or ((row < 0) | (row >= size)).any():
         raise UserError(f'the codes of a picture are at most {len(slots)} numbers in 0..{size - 1}; got {len(row)}: {row[:4].tolist()} ...')
     ids = [np.resize(np.append(row, 0), slots.shape) for row in codes]
-    mask = slots < np.array([max(1, len(row)) for row in codes])[:, None]  # no code at all would leave nothing to attend to
-    return np.stack(ids).astype(np.int32), mask
+    mask = slots < np.array([max(1, len(row)) for row in codes], int)[:, None]  # no code at all would leave nothing to attend to
+    return np.array(ids, np.int32).reshape(-1, len(slots)), mask
 
   def in_batches(self, program, names: tuple[str, ...], *rows, most: int = MAX_BATCH, **same):
     """program(model, parts, *rows, **same) over batches of `rows`, arrays [B, ...] or None; numpy arrays."""
@@ -376,7 +417,7 @@ class Lavit:
     return jax.tree.map(lambda *x: np.concatenate(x), *(jax.tree.map(lambda x: x[:n], found) for n, found in out))
 
   def _settle(self, count: int, options: Mapping) -> drawing.Request:
-    return drawing.settle(count, self.settings.drawn_size, self.settings.highres_sizes, self.parts, schedulers=self.parts.scheduler, **options)
+    return drawing.settle(count, self.settings.drawn_size, self.settings.highres_sizes, self.parts, self.parts.scheduler, **options)
 
   def _run(self, program, names: tuple[str, ...], *args, **kwargs):
     """Calls a program with the parts that it needs, loading them first."""

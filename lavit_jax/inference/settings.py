@@ -1,11 +1,13 @@
-"""What a user may ask for: the settings of a model and of the language model's writing, checked here; and the random keys of a seed."""
+"""What a user may ask for: the settings of a model and of the language model's writing, texts and prompts, checked here; and the
+random keys of a seed."""
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,10 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lavit_jax.errors import UserError
-from lavit_jax.inference.drawing import HIGHRES_SIZES
+from lavit_jax.data.images import is_one
+from lavit_jax.errors import InputError, UserError
 
 # ---------------------------------------------------------------------------------------------------------------- settings
+
+
+HIGHRES_SIZES = ((1024, 1024), (896, 1152), (832, 1216), (768, 1344), (1216, 832), (1152, 896))  # (height, width), REFERENCE section 2
 
 
 class Settings(NamedTuple):
@@ -72,37 +77,88 @@ def settle(task: Writing, asked: Mapping, most: int) -> Writing:
     asked: fields of `Writing` by name; of a task that searches also `sample`: whether to sample instead.
     most: tokens that the task has room for.
   Raises:
-    UserError: a value that cannot be, or one that would play no part.
-    TypeError: a name that is none of these.
+    UserError: a name that is none of these, a value that cannot be, or one that would play no part.
   """
   asked = dict(asked)
   searches = task.beams is not None and not asked.pop('sample', False)
-  unknown = asked.keys() - {*Writing._fields} | (asked.keys() & {'guidance'} if task.guidance is None else set())
+  known = [name for name in Writing._fields if name != 'guidance' or task.guidance is not None]
+  unknown = asked.keys() - {*known}
   if unknown:
-    raise TypeError(f'no such setting: {", ".join(sorted(unknown))}')
+    raise UserError(f'no such setting: {", ".join(sorted(unknown))}; choose among {", ".join(known)}' + ', sample' * (task.beams is not None))
   for name in SAMPLING if searches else SEARCHING:
     if asked.get(name) is not None:
       raise UserError(f'{name} plays no part in ' + (
           'beam search; ask for sampling too' if searches else 'sampling; leave it out' + (', or do not sample' if task.beams else '')))
   chosen = task._replace(**asked)._asdict() | ({} if searches else dict(beams=None))
-  writing = Writing(**{name: _check(name, value) for name, value in chosen.items() if name != 'beams' or searches})
+  writing = Writing(**{name: check(name, value, _LIMITS[name]) for name, value in chosen.items() if name != 'beams' or searches})
   if not writing.min_tokens <= writing.max_tokens <= most:
-    raise UserError(f'{writing.min_tokens} to {writing.max_tokens} new tokens cannot be; choose min_tokens and max_tokens in order, '
-                    f'and at most {most}')
+    raise UserError(f'min_tokens={writing.min_tokens} to max_tokens={writing.max_tokens} cannot be; choose min_tokens and max_tokens in '
+                    f'order, and at most {most}')
   if searches and writing.num_samples > writing.beams:
     raise UserError(f'num_samples={writing.num_samples} of {writing.beams} beams cannot be; choose as many beams, or sample')
   return writing._replace(**{name: None for name, off in _OFF.items() if getattr(writing, name) == off})
 
 
-def _check(name: str, value):
-  """A value, as the int or float that it is: the types of what compiled programs are given stay the same. Raises UserError."""
-  kind, fits, form = _LIMITS[name]
+def check(name: str, value, limits: tuple):
+  """A value, as the int or float that it is: the types of what compiled programs are given stay the same. Raises UserError.
+
+  `limits`: its type, which of that it may be, and how to say it, with 'None' at the end where that is allowed.
+  """
+  kind, fits, form = limits
   if value is None and form.endswith('None'):
     return None
+  if isinstance(value, (np.ndarray, Array)) and value.ndim == 0:
+    value = value.item()
   known = {int: numbers.Integral, float: numbers.Real, None: object}[kind]
-  if not isinstance(value, known) or kind is float and not math.isfinite(value) or not fits(value):
+  if not isinstance(value, known) or kind and isinstance(value, bool) or kind is float and not math.isfinite(value) or not fits(value):
     raise UserError(f'{name}={value!r} cannot be; choose {form}')
   return kind(value) if kind else value
+
+
+# ------------------------------------------------------------------------------------------------------- texts and prompts
+
+def texts(given, name: str) -> list:
+  """One text, or several in a sequence, as a list. Raises UserError if it is neither."""
+  try:
+    return [given] if isinstance(given, str) else list(given)
+  except TypeError:
+    raise UserError(f'{name}={given!r} cannot be; give a text, or a list of them') from None
+
+
+def as_prompts(given) -> list[Sequence]:
+  """Prompts, each a list of parts; of one that has words and pictures and stands without brackets, a list of it. Raises UserError."""
+  parts = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+  words = [isinstance(part, str) for part in parts]
+  if any(words) and not all(words) and all(map(is_one, parts)):
+    return [parts]
+  if not all(isinstance(each, Sequence) and not is_one(each) for each in parts):
+    raise UserError('prompts are lists of parts, [[picture, words], [words], ...]; put each prompt in brackets')
+  return parts
+
+
+def fit(lengths: Sequence[int], room: int, rows: Sequence[int] | None = None, count: int | None = None, least: bool = False):
+  """Prompts' numbers of tokens against what there is room for.
+
+  Args:
+    rows: their places among `count`; without, they are all that there are.
+    least: a picture is counted as one token, not yet by its own number.
+  Raises:
+    InputError: one is too long.
+  """
+  count = count or len(lengths)
+  for row, length in zip(range(count) if rows is None else rows, lengths):
+    if length > room:
+      which = f', {row + 1} of {count},' if count > 1 else ''
+      raise InputError(f'the prompt{which} is {"at least " * least}{length} tokens long; shorten it to {room}')
+
+
+@contextlib.contextmanager
+def for_all(name: str):
+  """A text that is at fault inside is a setting, which all rows share: it is no row's fault."""
+  try:
+    yield
+  except InputError as error:
+    raise UserError(f'{name}: {error}') from None
 
 
 # -------------------------------------------------------------------------------------------------------------------- keys
@@ -115,6 +171,9 @@ class Purpose(enum.IntEnum):
   LATENTS = 2  # what its j-th picture is drawn from
 
 
+SEED = (int, lambda x: 0 <= x < 2**32, f'a whole number in 0..{2**32 - 1}')
+
+
 class RowSeed(NamedTuple):
   """A seed for some of many rows: given in place of a seed, row i of the call gets the key that row `rows[i]` has among all of them."""
 
@@ -125,7 +184,7 @@ class RowSeed(NamedTuple):
 def row_keys(seed: int | Sequence[int] | RowSeed | None, count: int, optional: bool = False) -> Array | None:
   """A key for each row, so that what a row becomes does not depend on its batch; of its own seed, or of one seed and its place.
 
-  Raises UserError: another number of seeds; or none, unless that is an `optional` thing to have, which gives None.
+  Raises UserError: a seed that cannot be, or another number of them; or none, unless that is an `optional` thing to have, which gives None.
   """
   if seed is None:
     if not optional:
@@ -136,10 +195,11 @@ def row_keys(seed: int | Sequence[int] | RowSeed | None, count: int, optional: b
   elif np.ndim(seed) == 0:
     rows = range(count)
   elif len(seed) == count:
-    return jnp.stack([jax.random.key(int(each)) for each in seed])
+    keys = [jax.random.key(check('seed', each, SEED)) for each in seed]
+    return jnp.stack(keys) if keys else jax.random.split(jax.random.key(0), 0)
   else:
     raise UserError(f'{len(seed)} seeds for {count}; give one for each, or one for all')
-  return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.asarray(rows))
+  return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(check('seed', seed, SEED)), np.asarray(rows))
 
 
 def keys_for(purpose: Purpose, keys: Array | None, numbers=0) -> Array | None:

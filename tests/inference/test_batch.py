@@ -120,6 +120,39 @@ def test_an_interrupted_run_ends_as_one_that_was_not(stub, folder, tmp_path, cap
     assert '1 of 21 failed' in told.err
 
 
+def test_several_files_are_as_a_folder(stub, folder, tmp_path, capsys):
+  """One at fault is a line, the others go on, and what is drawn has a manifest."""
+  files, out, drawn = [folder / name for name in ('02.PNG', '07.jpg', '04.PNG')], tmp_path / 'captions.jsonl', tmp_path / 'drawn'
+  assert lavit('caption', *files, '--out', out) == 2
+  assert [row.get('caption') for row in lines(out.read_text())] == ['2 at 0', None, '4 at 2']
+  assert '1 of 3 failed, the first: ' in capsys.readouterr().err
+  assert lavit('reconstruct', *files, '--out', drawn) == 2
+  assert [row.get('file') for row in lines((drawn / 'manifest.jsonl').read_text())] == ['0-02.png', None, '2-04.png']
+  whole = out.read_bytes()
+  out.write_bytes(b''.join(whole.splitlines(keepends=True)[:2]))
+  assert lavit('caption', *files, '--out', out) == 2 and out.read_bytes() == whole
+  assert lavit('caption', folder / '07.jpg', '--out', tmp_path / 'one') == 2 and not (tmp_path / 'one').exists()
+
+
+def test_errors_of_pictures_that_are_gone_are_not_told(stub, folder, tmp_path, capsys):
+  out = tmp_path / 'captions.jsonl'
+  assert lavit('caption', folder, '--out', out) == 2
+  (folder / '07.jpg').unlink()
+  assert lavit('caption', folder, '--out', out) == 0 and len(lines(out.read_text())) == 21
+  (folder / '08.jpg').write_text('words')
+  capsys.readouterr()
+  assert lavit('caption', folder, '--out', out) == 2 and '1 of 21 failed, the first: ' + str(folder / '08.jpg') in capsys.readouterr().err
+
+
+def test_urls_of_files(stub, folder, tmp_path):
+  (tmp_path / 'rows').mkdir()
+  url, rows = (folder / '04.PNG').as_uri(), tmp_path / 'rows' / 'rows.jsonl'
+  rows.write_text(json.dumps(dict(image=url, parts=[url, 'on red'])))
+  assert lavit('caption', '--input', rows, '--out', tmp_path / 'out') == 0
+  assert lines((tmp_path / 'out').read_text())[0]['caption'] == '4 at 0'
+  assert lavit('synthesize', '--input', rows, '--out', tmp_path / 'drawn') == 0 and stub.seen[0][0][0, 0, 0] == 4
+
+
 def test_rows_that_are_alike_are_counted(stub, folder, tmp_path, capsys):
   out = tmp_path / 'captions.jsonl'
   arguments = 'caption', folder / '04.PNG', folder / '04.PNG', '--out', out
@@ -305,6 +338,8 @@ def test_parts(stub, folder, tmp_path):
     (['caption', 'EMPTY'], None, 'empty: no pictures in this folder; their names end in .png'),
     (['reconstruct', 'PICTURES', '--out', 'PICTURES'], None, 'pictures is both read and written'),
     (['synthesize', 'PICTURES', 'PICTURES'], None, 'several folders'),
+    (['answer', 'a.png', 'b.PNG', 'What?'], None, "'b.PNG' is a picture or a file, not a question; .* rows by --input ROWS.jsonl: {"),
+    (['answer', 'PICTURES', 'What?', 'PICTURES'], None, "pictures' is a picture or a file, not a question"),
 ])
 def test_inputs_that_are_none(stub, folder, tmp_path, capsys, arguments, text, message):
   places = dict(ROWS=tmp_path / 'rows.jsonl', EMPTY=tmp_path / 'empty', PICTURES=folder)

@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import math
 import pathlib
 import shutil
 
@@ -171,7 +172,7 @@ def test_every_published_size_of_sdxl_at_full_scale(height, width, monkeypatch):
 def test_defaults_are_those_published():
   held = (*drawing.LOWRES.parts, *drawing.HIGHRES.parts)
   for size, steps, guidance in ((None, 50, 5.), ((512, 512), 50, 5.), ((1024, 1024), 25, 7.), ((768, 1344), 25, 7.)):
-    options = drawing.settle(2, 512, drawing.HIGHRES_SIZES, held, size=size).options
+    options = drawing.settle(2, 512, pipeline.Settings().highres_sizes, held, size=size).options
     assert [options[name] for name in ('steps', 'guidance', 'sampler', 'rescale', 'tile')] == [steps, guidance, 'ddim', 0., None]
   assert drawing.settle(2, 512, ((2048, 2048),), held, size=(2048, 2048)).options['tile'] == 1024
 
@@ -206,9 +207,23 @@ def test_each_picture_begins_from_its_own_start(model):
     (dict(size=(512, 512)), '512x512 cannot be drawn; choose one of .*: 16x16, 16x24, 24x16$'),
     (dict(size=16), '16 cannot be drawn'),
     (dict(sampler='heun'), "sampler='heun' is not one of 'ddim', 'euler', 'dpm\\+\\+2m'"),
-    (dict(steps=0), 'steps=0 must be in'),
+    (dict(steps=0), 'steps=0 cannot be'),
+    (dict(steps=2000), 'steps=2000 must be in'),
     (dict(rescale=2.), 'rescale=2.0'),
     (dict(tile=3), 'tile=3'),
+    *((dict(decoder_guidance=value), f'decoder_guidance={value!r} cannot be; choose a number from 0 up, or None')
+      for value in (math.nan, math.inf, -1, '5')),
+    *((dict(steps=value), f'steps={value!r} cannot be; choose a whole number from 1 up') for value in (2.0, '2', True)),
+    (dict(rescale=None), 'rescale=None cannot be; choose a number in 0..1'),
+    (dict(tile=64.5), 'tile=64.5 cannot be; choose a whole number'),
+    (dict(strength='1'), "strength='1' cannot be; choose a number above 0"),
+    (dict(sample=True, held=3), 'no such setting: held, sample; of drawing there are size, guidance, '),
+    (dict(start=5), 'pictures are paths, bytes, PIL images or arrays, one or a list of them; got int'),
+    (dict(negative=' '), 'negative: the text is empty'),
+    (dict(negative='word ' * 3000), 'negative: the prompt is .* tokens long; shorten it to'),
+    (dict(negative=['a', 'b']), r"negative: \['a', 'b'\] is no text"),
+    (dict(negative='a key', guidance=1), 'negative plays no part without guidance'),
+    (dict(seed=-1), 'seed=-1 cannot be'),
     (dict(start=[np.zeros((4, 4), np.uint8)] * 3), '3 pictures to start from, but 2 to draw'),
     (dict(start=np.zeros((4, 4), np.uint8), strength=0.), 'strength=0.0'),
     (dict(start=np.zeros((4, 4), np.uint8), strength=0.1, steps=5), 'strength=0.1 leaves none of 5 steps'),
@@ -219,6 +234,26 @@ def test_bad_settings_are_told_before_anything_runs(parts, options, message):
   lazy = opened(dict.fromkeys(parts) | {'llama': parts['llama']} if 'seed' in options else dict.fromkeys(parts))
   with pytest.raises(UserError, match=message):
     lazy.generate(['an owl', 'a key'], **options)
+
+
+def test_equal_guidance_is_one_program(model):
+  count = []
+  for guidance in (5, 5.0, np.float32(5), np.int64(5), jnp.float32(5)):
+    model.draw(CODES[:1], steps=1, guidance=guidance)
+    count.append(drawing.draw._cache_size())
+  assert len({*count}) == 1
+
+
+def test_a_size_is_whole_numbers_however_it_is_given(model):
+  assert model.draw(CODES[:1], steps=1, size=np.array([16., 24.])).shape == (1, 16, 24, 3)
+
+
+def test_nothing_is_drawn_of_nothing(model):
+  for drawn in (model.draw([]), model.reconstruct([]), model.generate([]), model.synthesize([])):
+    assert drawn.shape == (0, 16, 16, 3) and drawn.dtype == np.uint8
+  pictures, flagged = model.draw([], size=(16, 24), details=True)
+  assert pictures.shape == (0, 16, 24, 3) and flagged.shape == (0,)
+  assert model.generate([], details=True).sampled == []
 
 
 def test_a_checkpoint_without_the_highres_parts_says_so(parts):

@@ -15,7 +15,7 @@ import sentencepiece
 from PIL import Image
 
 from lavit_jax.data import mixtures
-from lavit_jax.errors import UserError
+from lavit_jax.errors import InputError, UserError
 from lavit_jax.inference import fetching, pipeline, programs, settings
 from lavit_jax.inference.pipeline import Lavit
 from lavit_jax.porting import convert
@@ -122,15 +122,23 @@ def test_pictures(model):
     (lambda m: m.answer(PICTURES, ['What is this?']), '2 pictures but 1 question'),
     (lambda m: m.generate(['owl ' * 3000]), 'prompt is .* tokens long; shorten it to 1998'),
     (lambda m: m.caption(['nowhere.png']), 'nowhere.png'),
-    (lambda m: m.tokenize([]), 'no picture'),
-    (lambda m: m.reconstruct([]), 'no picture'),
-    (lambda m: m.generate([]), 'nothing to draw'),
     (lambda m: m.synthesize(['on a red background']), 'each prompt in brackets'),
-    (lambda m: m.synthesize([pathlib.Path('owl.png'), 'red']), 'each prompt in brackets'),
+    (lambda m: m.synthesize([pathlib.Path('owl.png'), 'red']), 'owl.png: no such file'),
+    (lambda m: m.synthesize(['owl.png', 'red']), 'each prompt in brackets'),
     (lambda m: m.synthesize([PICTURES[0]]), 'each prompt in brackets'),
+    (lambda m: m.synthesize([bytearray(4)]), 'each prompt in brackets'),
+    (lambda m: m.synthesize([[PICTURES[0]], 'red']), 'each prompt in brackets'),
+    (lambda m: m.synthesize(None), 'each prompt in brackets'),
     (lambda m: m.draw([np.arange(65)]), 'at most 64 numbers in 0..1023'),
     (lambda m: m.draw([np.array([1024])]), 'at most 64 numbers in 0..1023'),
+    (lambda m: m.draw(np.arange(5)), 'of several pictures a list of these; got 0'),
+    (lambda m: m.draw([np.array([1.5])]), 'whole numbers in a row, of several pictures a list of these; got .1.5'),
+    (lambda m: m.caption(5), 'pictures are paths, .* got int'),
     (lambda m: m.caption(PICTURES, ['a']), '2 pictures but 1 prompts'),
+    (lambda m: m.caption(PICTURES, None), 'prompt=None cannot be; give a text, or a list'),
+    (lambda m: m.caption(PICTURES, ['', None]), 'None is no text'),
+    (lambda m: m.caption(PICTURES, '\udcff'), r"prompt: '\\udcff' is no text"),
+    (lambda m: m.answer(PICTURES, None), 'questions=None cannot be'),
     (lambda m: m.caption(PICTURES, beams=0), 'beams=0 cannot be'),
     (lambda m: m.answer(PICTURES[:1], ['What?'], temperature=0.5), 'temperature plays no part in beam search'),
     (lambda m: m.caption(PICTURES, sample=True, seed=None), 'what is sampled needs a seed'),
@@ -139,10 +147,63 @@ def test_pictures(model):
     (lambda m: m.generate(['an owl'], temperature=0), 'temperature=0 cannot be; choose a number above 0'),
     (lambda m: m.synthesize([['an owl']], guidance='much'), "guidance='much' cannot be"),
     (lambda m: m.generate(['an owl'], max_tokens=65), 'at most 64'),
+    (lambda m: m.caption(PICTURES, max_tokens=2046), 'max_tokens=2046 cannot be; .* at most 2045'),
 ])
 def test_bad_input(model, call, message):
   with pytest.raises(UserError, match=message):
     call(model)
+
+
+def test_a_fault_of_the_settings_is_no_row_s(model):
+  for call in (lambda: model.caption(PICTURES, 'word ' * 3000), lambda: model.caption(PICTURES, max_tokens=4096),
+               lambda: model.caption(PICTURES, '\ud800'), lambda: model.generate(['an owl'], negative=' '),
+               lambda: model.generate(['an owl'], negative='word ' * 3000)):
+    with pytest.raises(UserError) as caught:
+      call()
+    assert type(caught.value) is UserError  # which would be the row's, were it an InputError
+
+
+def test_prompts_too_long_are_told_before_anything_runs(model, monkeypatch):
+  monkeypatch.setattr(model, '_run', lambda *_, **__: pytest.fail('ran'))
+  long = 'word ' * 3000
+  with pytest.raises(InputError, match='the prompt, 33 of 33, is at least [0-9]+ tokens long; shorten it to 2032'):
+    model.answer(np.repeat(PICTURES[:1], 33, 0), ['What is this?'] * 32 + [long])
+  with pytest.raises(InputError, match='the prompt, 2 of 2, is at least [0-9]+ tokens long; shorten it to 1998'):
+    model.synthesize([[PICTURES[0], 'red'], [PICTURES[0], long]])
+
+
+def test_what_fits_by_its_own_number_of_tokens_is_not_refused(model, monkeypatch):
+  (count,) = model.tokenize(PICTURES[:1]).counts
+  monkeypatch.setattr(model.parts, 'max_length', 2 + count + len(model.words.encode('an owl')) + 36)
+  assert len(model.caption(PICTURES[:1], 'an owl')) == 1
+  monkeypatch.setattr(model.parts, 'max_length', model.parts.max_length - 1)
+  with pytest.raises(InputError, match=f'^the prompt is {2 + count + len(model.words.encode("an owl"))} tokens long; shorten'):
+    model.caption(PICTURES[:1], 'an owl')
+
+
+def test_nothing_becomes_nothing(model):
+  ids, keep, counts = model.tokenize([])
+  assert ids == [] and keep.shape == (0, 64) and keep.dtype == bool and counts.shape == (0,)
+  assert model.caption([]) == model.answer([], []) == model.sample_codes([]) == model.caption([], sample=True, details=True) == []
+
+
+def test_one_prompt_of_words_and_pictures_needs_no_brackets(model):
+  prompt = [PICTURES[0], 'in the snow']
+  np.testing.assert_array_equal(model.synthesize(prompt, steps=1), model.synthesize([prompt], steps=1))
+  assert len(model.sample_codes(prompt)) == 1
+
+
+def test_one_picture_in_memory_is_one(model):
+  buffer = io.BytesIO()
+  Image.fromarray(PICTURES[0]).save(buffer, 'PNG')
+  for data in (buffer.getvalue(), bytearray(buffer.getvalue()), buffer.getbuffer()):
+    np.testing.assert_array_equal(model.tokenize(data).ids, model.tokenize(PICTURES[:1]).ids)
+
+
+@pytest.mark.parametrize('dtype', ['float99', 'int8', 'float64'])
+def test_types_that_are_not_known(tiny_folder, dtype):
+  with pytest.raises(UserError, match=f"dtype='{dtype}' is not known; choose one of None, 'float32'"):
+    Lavit.from_pretrained(tiny_folder, dtype=dtype)
 
 
 def test_only_the_parts_of_a_task_are_read(tiny_folder, tmp_path):
@@ -301,11 +362,12 @@ def test_questions_that_the_picture_does_not_answer(model, monkeypatch):
 
   def tell(images, prompts, *_):
     asked.append([model.words.decode(each) for each in prompts])
-    return [pipeline.Told('No, not' if 'answerable? Answer:' in text and 'Who' in text else 'Yes', np.array([1]), -1.) for text in asked[-1]]
+    judged = ['I know nothing' if 'What' in text else 'No, not' if 'Who' in text else 'Yes' for text in asked[-1]]
+    return [pipeline.Told(says if 'answerable? Answer:' in text else 'Yes', np.array([1]), -1.) for text, says in zip(asked[-1], judged)]
 
   monkeypatch.setattr(model, '_tell', tell)
   assert model.answer(PICTURES, ['What is it?', 'Who is it?']) == ['yes', 'yes']
-  assert model.answer(PICTURES, ['What is it?', 'Who is it?'], judge=True) == ['yes', 'unanswerable']
+  assert model.answer(PICTURES, ['What is it?', 'Who is it?'], judge=True) == ['yes', 'unanswerable']  # by the word, not its letters
   assert asked[-1][1] == 'Question: Is the question: "Who is it?" answerable? Answer:'
 
 

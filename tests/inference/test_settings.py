@@ -28,7 +28,7 @@ def test_what_is_asked_for():
 @pytest.mark.parametrize('name, values', [
     ('min_tokens', (-1, 1.5, None)), ('max_tokens', (0, None, 5, 9999)), ('beams', (0, -1, 2.5, None, '3')), ('length_penalty', ('1', math.nan)),
     ('early_stopping', ('soon', 2)), ('temperature', (0, -1, math.nan, math.inf, None, '1')), ('top_k', (0, -1, 2.5)), ('top_p', (0, 1.1, -1, 'x')),
-    ('repetition_penalty', (0, -2, math.inf)), ('num_samples', (0, None, 1.5)), ('guidance', (-1, math.nan, 'much'))])
+    ('repetition_penalty', (0, -2, math.inf)), ('num_samples', (0, None, 1.5)), ('guidance', (-1, True, math.nan, 'much'))])
 def test_values_that_cannot_be(task, name, values):
   of_search, of_sampling = ('beams', 'length_penalty', 'early_stopping'), ('temperature', 'top_k', 'top_p', 'guidance')
   if name in (of_search if task is CODES else of_sampling[3:]):
@@ -46,8 +46,26 @@ def test_settings_that_would_play_no_part():
   with pytest.raises(UserError, match='num_samples=3 of 2 beams'):
     settle(WORDS, dict(num_samples=3), 2048)
   for task, name in ((WORDS, 'guidance'), (WORDS, 'size'), (CODES, 'sample')):
-    with pytest.raises(TypeError, match=name):
+    with pytest.raises(UserError, match=f'no such setting: {name}; choose among min_tokens, '):
       settle(task, {name: 1}, 2048)
+
+
+def test_the_fewest_and_the_most_are_told_by_name():
+  with pytest.raises(UserError, match='min_tokens=20 to max_tokens=5 cannot be; choose min_tokens and max_tokens in order, and at most 64'):
+    settle(CODES, dict(max_tokens=5), 64)
+
+
+@pytest.mark.parametrize('seed', [-1, 2**32, 1.5, '1', True, [0, -1], [0, 0.5], [0, None], RowSeed(-1, [0, 1])])
+def test_seeds_that_cannot_be(seed):
+  with pytest.raises(UserError, match=r'seed=.* cannot be; choose a whole number in 0..4294967295'):
+    row_keys(seed, 2)
+
+
+def test_seeds_of_any_integer_type():
+  data = jax.random.key_data(row_keys(3, 2))
+  for seed in (np.int64(3), np.array(3), jax.numpy.int32(3)):
+    np.testing.assert_array_equal(jax.random.key_data(row_keys(seed, 2)), data)
+  assert row_keys(2**32 - 1, 2).shape == (2,) and row_keys(0, 0).shape == row_keys([], 0).shape == (0,)
 
 
 def test_keys_follow_the_row_and_differ_by_purpose():
