@@ -18,6 +18,7 @@ from lavit_jax.aot import pods
 from lavit_jax.aot.pods import GIB
 from lavit_jax.models import lavit
 from lavit_jax.training import flops, loop, stages
+from lavit_jax.training.checks import check_options
 
 
 class Report(NamedTuple):
@@ -104,7 +105,7 @@ def compile_step(config, page: str, topology: str, slices: int = 1) -> Report:
 
 def abstract_step(config, mesh):
   """(the train step, its inputs as ShapeDtypeStructs with their shardings) on a mesh whose devices need not be here."""
-  loop.check_options(config, mesh)
+  check_options(config, mesh)
   model = lavit.build(config.variant, config.dtype, config.remat)
   stage = stages.build(config, model, sharding.batch_shards(mesh))
   parts, batch = stages.abstract_inputs(config, model, stage)

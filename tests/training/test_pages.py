@@ -13,7 +13,7 @@ from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.models.initial import initial_parts
 from lavit_jax import sharding
-from lavit_jax.training import loop, stages
+from lavit_jax.training import checks, loop, stages
 from lavit_jax.training.config import load_config
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -88,17 +88,17 @@ def test_pages_fit_one_machine_or_a_pod(stage, variant, devices):
   config = load_config(f'{ROOT}/configs/{stage}.py:{variant}')
   data, rest = divmod(devices, config.mesh.fsdp)
   assert not rest
-  loop.check_options(config, jax.sharding.AbstractMesh((data, config.mesh.fsdp, 1), sharding.AXES))
+  checks.check_options(config, jax.sharding.AbstractMesh((data, config.mesh.fsdp, 1), sharding.AXES))
 
 
 def test_over_two_slices_the_language_models_batch_goes_in_four_pieces():
   config = load_config(f'{ROOT}/configs/lm.py:lavit_7b')
   mesh = jax.sharding.AbstractMesh((4, 128, 1), sharding.AXES)
   with pytest.raises(UserError, match='batch_size=34816 must be a multiple of the 8 x 512 pieces that the mesh makes of it; accumulate=4 would do'):
-    loop.check_options(config, mesh)
+    checks.check_options(config, mesh)
   with config.unlocked():
     config.accumulate = 4
-  loop.check_options(config, mesh)
+  checks.check_options(config, mesh)
 
 
 def test_packed_rows_hold_the_pairs_of_their_step():
