@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import importlib.util
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping
@@ -63,7 +64,8 @@ def prepare(src, dst, *, variant: str | None = None, dtype: str | None = None, a
     grow: a language model with the text's rows only gets those for [IMG], [/IMG] and the codes, by the rule of growth.py.
 
   Raises:
-    UserError: `src` is unknown or damaged, or `dst` is in the way. PortingError: the files and the variant do not fit.
+    UserError: `src` is unknown or damaged, `dst` is in the way, or pickles cannot be written.
+    PortingError: the files and the variant do not fit.
   """
   src, dst = pathlib.Path(src).resolve(), pathlib.Path(dst).resolve()
   if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())) and not force:
@@ -71,7 +73,11 @@ def prepare(src, dst, *, variant: str | None = None, dtype: str | None = None, a
   if dst == src or src in dst.parents or dst in src.parents:
     raise UserError(f'{dst} and {src} lie within each other; choose another place')
   if 'variant' in layouts.read_json(src / 'config.json'):
+    if pickles and importlib.util.find_spec('torch') is None:
+      raise UserError('.bin files need PyTorch: pip install -e ".[torch]" -c launch/constraints.txt; or leave out --bin')
     return _to_torch(src, dst, dtype, pickles)
+  if pickles:
+    raise UserError(f'{src} becomes a folder of ours, which has no .bin files; leave out --bin')
   return _to_orbax(src, dst, variant, dtype, allow_missing, grow)
 
 

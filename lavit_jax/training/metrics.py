@@ -100,9 +100,10 @@ class Log:
       rates['mfu'] = self.flops(share) * speed / self.peak
     self.scalars(step, {**means, **rates})
     left = (self.num_steps - step) / speed
+    told = '  '.join(f'{k} {v:.4g}' for k, v in {**means, **(counts or {})}.items() if not math.isnan(v))  # nan: there was nothing of it
     self.say(f'step {step}/{self.num_steps}  {speed:.2f} steps/s  {speed * self.batch_size:.0f} examples/s  '
              + ''.join(f'{shown} {rates[k]:.3g}  ' for k, shown in SHOWN.items() if k in rates)
-             + f'ETA {duration(left)}  data_wait {wait:.1%}  ' + '  '.join(f'{k} {v:.4g}' for k, v in {**means, **(counts or {})}.items()))
+             + f'ETA {duration(left)}  data_wait {wait:.1%}  {told}')
     return means
 
   def evaluation(self, step: int, values: dict[str, float]) -> None:

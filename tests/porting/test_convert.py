@@ -4,6 +4,7 @@ import errno
 import json
 import pathlib
 import shutil
+import sys
 
 import jax
 import ml_dtypes
@@ -526,3 +527,15 @@ def test_from_python(published, states, tmp_path):
   same(safetensors.numpy.load_file(file), {name: x.astype(np.float32) for name, x in states['vit'].items()})
   with pytest.raises(UserError, match="unknown part 'vitt'"):
     from_torch(published, 'vitt', variant='whole')
+
+
+def test_bin_files_that_cannot_be_written(tmp_path, monkeypatch):
+  """Told before anything is: there is no PyTorch, or it is our own folder that is made."""
+  tiny = WORDS.parent
+  with pytest.raises(UserError, match='leave out --bin'):
+    convert.prepare(tiny, tmp_path / 'ours', pickles=True)
+  convert.prepare(tiny, tmp_path / 'ours').run(lambda *_: None)
+  convert.prepare(tmp_path / 'ours', tmp_path / 'theirs', pickles=True)
+  monkeypatch.setitem(sys.modules, 'torch', None)
+  with pytest.raises(UserError, match='need PyTorch'):
+    convert.prepare(tmp_path / 'ours', tmp_path / 'theirs', pickles=True)
