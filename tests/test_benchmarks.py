@@ -76,6 +76,7 @@ def test_json_ends_with_the_ratios(file, load, monkeypatch, capsys, tmp_path):
     assert json.loads((tmp_path / file).read_text())['unet'] == dict(ratio=5.5, seconds=1.0)
 
 
+@pytest.mark.slow
 def test_agreement_measures_losses(load):
   """On the tiny checkpoint: far below the logarithm of what could come, and the golden captions."""
   benchmark = load('agreement')

@@ -100,6 +100,7 @@ def test_the_length_of_a_prompt_is_the_checkpoints(ours, tiny_folder, tmp_path):
       Lavit.from_pretrained(theirs).generate(['owl ' * 3000], steps=1)
 
 
+@pytest.mark.slow
 def test_the_scheduler_is_the_folders(ours, tmp_path):
   theirs = shutil.copytree(TINY, tmp_path / 'theirs')
   file = theirs / 'pixel_decoding' / 'scheduler' / 'scheduler_config.json'

@@ -87,6 +87,7 @@ def test_a_killed_process_ends_the_others(killed):
   assert seconds < TIMEOUT + 10
 
 
+@pytest.mark.slow
 def test_started_again_they_repeat_themselves_bit_for_bit(start_job, alone, killed, tmp_path):
   """What was half-written is not taken for a checkpoint."""
   shutil.copytree(killed[0], tmp_path, dirs_exist_ok=True)
