@@ -216,6 +216,7 @@ def test_a_process_that_falls_silent_ends_the_others(start_job, tmp_path, silent
   assert job[1 - silent].returncode in (Unreachable.status, -signal.SIGABRT) and ('has lost another one' in out or 'another task died' in out)
 
 
+@pytest.mark.slow
 def test_a_workdir_that_is_not_shared(start_job, tmp_path):
   for out in (finish(process, 2) for process in start_job('encoder', tmp_path / 'a', 2, 1, own={1: dict(workdir=tmp_path / 'b')})):
     assert re.search(rf'UserError: what process 0 .* writes to {tmp_path}/. is not seen by process 1 .*; --workdir must be one folder', out), out
