@@ -144,7 +144,8 @@ class Folder:
         for name, words in _captions(found, io.TextIOWrapper(file, 'utf-8')):
           _dig(words, '', self.rows.setdefault(name, []))
       except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{self.path}/{found}: no captions in it ({error!r}); it needs file_name and text of each picture') from error
+        what = f'there is no {error}' if isinstance(error, KeyError) else error
+        raise UserError(f'{self.path}/{found}: no captions in it ({what}); it needs file_name and text of each picture') from error
     self.rows = list(self.rows.items())
 
   def __len__(self) -> int:

@@ -29,7 +29,7 @@ class Skipped:
     self.seen, self.skipped, self.reasons = collections.Counter(), collections.Counter(), collections.Counter()
 
   def add(self, made: dict | Skip, limit: float) -> None:
-    """Counts an example, or a Skip. Raises UserError when more than the share `limit` was skipped.
+    """Counts an example, or a Skip. Raises UserError when more than the share `limit` was skipped, or all records, whatever the limit.
 
     Records and files (tars, row groups) are judged apart: a tar that breaks off takes an unknown number of records along.
     """
@@ -41,10 +41,11 @@ class Skipped:
     self.reasons[made.reason] += 1
     if self.reasons[made.reason] <= _TOLD:
       logging.getLogger(__name__).warning('skipped: %s, %s', made.reason, made.origin)
-    if self.seen[unit] >= _LEAST[unit] and self.skipped[unit] > limit * self.seen[unit]:
+    nothing = unit == 'records' and self.skipped[unit] == self.seen[unit]  # files without a record: streams.py
+    if self.seen[unit] >= _LEAST[unit] and (nothing or self.skipped[unit] > limit * self.seen[unit]):
       reasons = ', '.join(f'{reason} {count}' for reason, count in self.reasons.most_common())
       raise UserError(f'{self.skipped[unit]} of {self.seen[unit]} {unit} were skipped ({reasons}), the last one {made.origin}; '
-                      f'mend the data or raise data.max_skipped={limit}')
+                      + (f'mend the data or raise data.max_skipped={limit}' if limit < 1 else 'there is no example in the data'))
 
   def metrics(self) -> dict[str, int]:
     """{'data/skipped_corrupt_image': 3, ...}."""

@@ -118,7 +118,9 @@ class Checkpoints:
     try:
       restored = self.manager.restore(step, args=ocp.args.Composite(
           state=ocp.args.StandardRestore(abstract), data=integrity.PositionRestore(data)))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (UserError, MemoryError, jax.errors.JaxRuntimeError):
+      raise
+    except Exception as error:  # of many kinds, as Orbax stumbles over what it reads
       raise self._damaged(step, error) from error
     now = integrity.digests(restored['state']) if saved else {}
     if wrong := [name for name in now if saved[name] != now[name]]:
@@ -131,10 +133,11 @@ class Checkpoints:
     Raises:
       UserError: the disk is full, now or while the previous checkpoint was written. Nothing half-written stays.
     """
+    about = {**self.identity, 'config': self.config, 'digests': integrity.digests(state)}
     with _DiskFull(self):
       self.manager.save(step, args=ocp.args.Composite(
           state=ocp.args.StandardSave(state), data=integrity.PositionSave(data),
-          config=ocp.args.JsonSave({**self.identity, 'config': self.config, 'digests': integrity.digests(state)})))
+          config=ocp.args.JsonSave({**about, 'sum': integrity.checksum(about)})))
 
   def check(self) -> None:
     """Raises what went wrong behind us, if anything did."""
@@ -158,9 +161,13 @@ class Checkpoints:
 
   def _about(self, step: int) -> dict:
     try:
-      return self.manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))['config']
+      about = self.manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))['config']
     except (OSError, ValueError, KeyError) as error:
       raise self._damaged(step, error) from error
+    saved = about.pop('sum', None)  # none in runs of before there was one
+    if saved and saved != integrity.checksum(about):
+      raise self._damaged(step, 'its config is not what was saved')
+    return about
 
   def _check_types(self, step: int, wanted: dict[str, str]) -> None:
     """Raises UserError where the arrays that were saved have other types: Orbax would cast them, and the digests then tell of damage."""

@@ -59,6 +59,15 @@ def _digest(x):
   return (bits * (mixed | 1)).sum(dtype=jnp.uint32)
 
 
+def checksum(item) -> str:
+  """Of what JSON can hold."""
+  return _sum(json.dumps(item, sort_keys=True))
+
+
+def _sum(text: str) -> str:
+  return xxhash.xxh3_64_hexdigest(text.encode())
+
+
 class PositionHandler(ocp.CheckpointHandler):
   """The state of a data iterator, a file a process: {'state': what `get_state` gave, 'sum': of its text}.
 
@@ -69,7 +78,7 @@ class PositionHandler(ocp.CheckpointHandler):
   def save(self, directory, args: PositionSave) -> None:
     text = json.dumps(args.item.get_state())
     name = f'process_{jax.process_index()}-of-{jax.process_count()}.json'
-    (directory / name).write_text(json.dumps({'state': text, 'sum': xxhash.xxh3_64_hexdigest(text.encode())}))
+    (directory / name).write_text(json.dumps({'state': text, 'sum': _sum(text)}))
 
   def restore(self, directory, args: PositionRestore):
     files = sorted(directory.glob('process_*-of-*.json'))
@@ -109,7 +118,7 @@ def _read_position(file) -> dict:
   saved = json.loads(file.read_text())
   if 'next_index' in saved:  # as earlier versions counted, by examples; a step is a batch
     return {'batches': int(file.parent.parent.name)}
-  if xxhash.xxh3_64_hexdigest(saved['state'].encode()) != saved['sum']:
+  if _sum(saved['state']) != saved['sum']:
     raise ValueError(f'{file.name} is not what was saved')
   return json.loads(saved['state'])
 

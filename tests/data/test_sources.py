@@ -211,6 +211,13 @@ def test_too_many_skipped_is_an_error(tmp_path, threads, caplog):
   assert len(list(itertools.islice(batches(source, task='images', batch_size=50, num_threads=threads, max_skipped=0.11), 30))) == 30
 
 
+def test_data_without_an_example_is_an_error_at_any_limit(tmp_path):
+  write_tar(tmp_path / '0.tar', [(str(i), {'png': b'', 'txt': b'words'}) for i in range(100)])
+  source = dict(format='tars', path=f'{tmp_path}/0.tar')
+  with pytest.raises(UserError, match=r'1000 of 1000 records were skipped \(no image 1000\).*; there is no example in the data'):
+    next(batches(source, task='images', max_skipped=1.0))
+
+
 def test_broken_tars_have_a_share_of_their_own(tmp_path):
   write_tar(tmp_path / '0.tar', [sample(i) for i in range(30)])
   iterator = batches(dict(format='tars', path=f'{tmp_path}/{{0..1}}.tar'), task='images', batch_size=10)
@@ -307,6 +314,12 @@ def test_captions_of_a_folder(tmp_path, name, content):
   (tmp_path / '0.png').write_bytes(picture(0))
   folder = formats.Folder(str(tmp_path), None, (), captions=name)
   assert len(folder) == 2 and folder.read(0)[:2] == (picture(0), ('a, b', 'd')) and folder.read(1).reason == 'no image'
+
+
+def test_a_folder_whose_captions_have_another_name(tmp_path):
+  (tmp_path / 'captions.jsonl').write_text('{"image": "0.png", "text": "words"}')
+  with pytest.raises(UserError, match=r"captions.jsonl: no captions in it \(there is no 'file_name'\); it needs file_name and text"):
+    formats.Folder(str(tmp_path), None, None)
 
 
 def test_captions_of_a_folder_that_are_no_strings(tmp_path):

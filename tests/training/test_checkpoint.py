@@ -2,6 +2,7 @@ import errno
 import json
 import shutil
 import types
+from collections import Counter
 
 import grain
 import jax
@@ -134,15 +135,21 @@ def flip(file, place=0.5):
 
 
 @pytest.fixture
-def flipped(tmp_path):
-  """A run with checkpoints of steps 1 and 2, the last of which has lost a bit; its numbers do not compress."""
+def noisy(tmp_path):
+  """A run with checkpoints of steps 1 and 2; its numbers do not compress."""
   checkpoints, data = Checkpoints(tmp_path, config(), keep=2), numbers()
   for step in (1, 2):
     next(data)
     checkpoints.save(step, noise(step), data)
   checkpoints.close()
-  flip(max((tmp_path / 'checkpoints' / '2' / 'state').rglob('*'), key=lambda file: file.is_file() * file.stat().st_size))
   return tmp_path
+
+
+@pytest.fixture
+def flipped(noisy):
+  """And the last of them has lost a bit."""
+  flip(max((noisy / 'checkpoints' / '2' / 'state').rglob('*'), key=lambda file: file.is_file() * file.stat().st_size))
+  return noisy
 
 
 def noise(seed):
@@ -185,7 +192,7 @@ def test_when_all_are_damaged_it_does_not_begin_anew(flipped):
 def second_of_two(monkeypatch):
   """What the checkpoints' own code sees in process 1 of 2; the barriers that it comes to."""
   barriers = []
-  monkeypatch.setattr(checkpoint, 'jax', types.SimpleNamespace(process_count=lambda: 2, process_index=lambda: 1))
+  monkeypatch.setattr(checkpoint, 'jax', types.SimpleNamespace(process_count=lambda: 2, process_index=lambda: 1, errors=jax.errors))
   monkeypatch.setattr(checkpoint, 'wait_for_all', barriers.append)
   return barriers
 
@@ -253,6 +260,32 @@ def test_a_position_in_other_data_is_no_damage(tmp_path):
 def test_a_damaged_config_is_skipped_too(flipped):
   (flipped / 'checkpoints' / '2' / 'config' / 'metadata').write_text('{"stage": ')
   assert Checkpoints(flipped, config(), keep=2).restore_latest(abstract(noise(0)), numbers(), skip_damaged=True)[0] == 1
+
+
+def every_flip(folder, of, spare):
+  """{what came: how often} of restoring after one bit was flipped, in every `spare`th byte of the files of the last checkpoint that match `of`."""
+  came = Counter()
+  for file in (folder / 'checkpoints' / '2').rglob(of):
+    whole = file.read_bytes() if file.is_file() else b''
+    for place in range(0, len(whole), spare):
+      flip(file, place=place / len(whole))
+      checkpoints, data = Checkpoints(folder, config(), keep=2), numbers()
+      try:
+        step, restored = checkpoints.restore_latest(abstract(noise(0)), data)
+        jax.tree.map(np.testing.assert_array_equal, restored, noise(2))
+        assert step == 2 and next(data)[0] == 8
+        came['as it was saved'] += 1
+      except UserError as error:
+        came['told' if '--config.skip_damaged=true' in str(error) else str(error)] += 1
+      checkpoints.close()
+      file.write_bytes(whole)
+  return came
+
+
+@pytest.mark.parametrize('of, spare', [('config/metadata', 71), ('process_0', 14), pytest.param('*', 16, marks=pytest.mark.slow)])
+def test_a_bit_flipped_anywhere_is_told_or_does_not_matter(noisy, of, spare):
+  came = every_flip(noisy, of, spare)
+  assert set(came) <= {'as it was saved', 'told'} and came['told'] > 3
 
 
 def test_a_checkpoint_that_does_not_fit_is_not_taken_for_a_damaged_one(flipped):
