@@ -4,21 +4,20 @@ import json
 import re
 import shutil
 import time
-from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import jax
-import jax.numpy as jnp
 import nano
 import pytest
 from things import sample, write_tar
 
+from lavit_jax import sharding
 from lavit_jax.data import formats
 from lavit_jax.data.rows import Skipped
 from lavit_jax.data.sources import check_files
 from lavit_jax.data.streams import Stream
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
-from lavit_jax import sharding
 from lavit_jax.training import loop, metrics
 
 nano.install()
@@ -106,45 +105,83 @@ def test_held_out_rows_are_of_the_held_out_sources(tmp_path):
   assert red['train'].max() < 20 and red['heldout'].tolist() == list(range(100, 108))
 
 
-class Computing(float):
-  """The loss of a step that the device is done with when `work` is."""
+class Clock:
+  """The time that metrics.Log sees, and a device that does one step after the other."""
 
-  def __new__(cls, work):
+  def __init__(self):
+    self.now, self.free = 0.0, 0.0
+
+  def monotonic(self):
+    return self.now
+
+  def pass_to(self, then):
+    self.now = max(self.now, then)
+
+  def fetch(self, seconds):
+    self.now += seconds
+    return 'batch'
+
+  def step(self, seconds):
+    """The loss of a step, which is there when the device is done with it."""
+    self.free = max(self.free, self.now) + seconds
+    return Computing(self, self.free)
+
+  def submit(self, when_ready, values):
+    """As an executor does: what a thread that waits for the device knows of it."""
+    then = values['loss'].then
+    return SimpleNamespace(done=lambda: self.now >= then, result=lambda: then)
+
+  def shutdown(self):
+    pass
+
+
+class Computing(float):
+
+  def __new__(cls, clock, then):
     self = super().__new__(cls, 1.0)
-    self.block_until_ready = work.result
+    self.then, self.block_until_ready = then, lambda: clock.pass_to(then)
     return self
 
 
-@pytest.mark.parametrize('source, step, least, most', [
-    (0.05, 0.0, 0.7, 1.0),  # a slow source
-    (0.0, 0.05, 0.0, 0.2),  # a fast one
-    (0.08, 0.06, 0.05, 0.6)])  # a little slower than the device, which waits for the difference only
-def test_data_wait_is_the_share_of_time_that_the_device_waits(tmp_path, capsys, monkeypatch, source, step, least, most):
-  """Seconds that the source and the device take for each step, beside each other; the terminal and TensorBoard say the same."""
-  log, shown = metrics.Log(tmp_path, 0, num_steps=12, batch_size=4), {}
-  monkeypatch.setattr(log, 'scalars', lambda step, values: shown.update(values))
-  with ThreadPoolExecutor(1) as device:
-    for i in range(1, 13):
-      assert log.fetch(lambda seconds: time.sleep(seconds) or 'batch', source) == 'batch'
-      log.step(i, {'loss': Computing(device.submit(time.sleep, step))})
-    log.report({'data/skipped_no_image': 3})
-  out = capsys.readouterr().out
-  assert least <= shown['data_wait'] <= most
-  assert f'data_wait {shown["data_wait"]:.1%}' in out and 'data/skipped_no_image 3' in out and log.waited == 0
+@pytest.fixture
+def timed(tmp_path, monkeypatch):
+  """(a log, the clock it goes by)."""
+  log, clock = metrics.Log(tmp_path, 0, num_steps=12, batch_size=4), Clock()
+  log.watch.shutdown()
+  log.watch = clock
+  monkeypatch.setattr(metrics, 'time', clock)
   log.restart_clock()
+  yield log, clock
   log.close()
 
 
-def test_what_the_device_did_before_is_no_waiting(tmp_path):
-  log = metrics.Log(tmp_path, 0, num_steps=10, batch_size=4)
-  log.step(1, {'loss': jnp.float32(1)})
+@pytest.mark.parametrize('source, step, wait', [
+    (0.05, 0.0, 1.0),  # the device has nothing to do
+    (0.0, 0.05, 0.0),
+    (0.08, 0.06, (0.08 + 11 * 0.02) / (12 * 0.08)),  # a little slower than the device, which waits for the first batch, and the difference
+    (0.05, 0.08, 0.05 / (0.05 + 10 * 0.08))])  # a little faster: the host is two steps ahead at the end
+def test_data_wait_is_the_share_of_time_that_the_device_waits(timed, capsys, monkeypatch, source, step, wait):
+  """Seconds that the source and the device take for each step, beside each other; the terminal and TensorBoard say the same."""
+  (log, clock), shown = timed, {}
+  monkeypatch.setattr(log, 'scalars', lambda step, values: shown.update(values))
+  for i in range(1, 13):
+    assert log.fetch(clock.fetch, source) == 'batch'
+    log.step(i, {'loss': clock.step(step)})
+  log.report({'data/skipped_no_image': 3})
+  assert shown['data_wait'] == pytest.approx(wait)
+  out = capsys.readouterr().out
+  assert f'data_wait {wait:.1%}' in out and 'data/skipped_no_image 3' in out and log.waited == 0
+
+
+def test_what_the_device_did_before_is_no_waiting(timed):
+  log, clock = timed
+  log.step(1, {'loss': clock.step(0.2)})
   log.flush()
-  time.sleep(0.5)  # looking at pictures, saving
-  log.fetch(time.sleep, 0.1)
-  assert 0.1 <= log.waited < 0.4
+  clock.pass_to(0.5)  # looking at pictures, saving
+  log.fetch(clock.fetch, 0.1)
+  assert log.waited == pytest.approx(0.1)
   log.restart_clock()
   assert log.waited == 0
-  log.close()
 
 
 @pytest.mark.slow
