@@ -49,7 +49,7 @@ class Checkpoints:
     self.config = json.loads(config.to_json_best_effort())
     self.clear_half_written()
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-    self.manager = ocp.CheckpointManager(self.folder, options=options, item_names=('state', 'data', 'config'), item_handlers={
+    self.manager = _Manager(self.folder, options=options, item_names=('state', 'data', 'config'), item_handlers={
         'state': ocp.StandardCheckpointHandler(), 'data': integrity.PositionHandler(), 'config': ocp.JsonCheckpointHandler()})
 
   def latest(self) -> int | None:
@@ -162,11 +162,11 @@ class Checkpoints:
   def _about(self, step: int) -> dict:
     try:
       about = self.manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))['config']
-    except (OSError, ValueError, KeyError) as error:
+      saved = about.pop('sum', None)  # none in runs of before there was one
+      if saved and saved != integrity.checksum(about):
+        raise ValueError('its config is not what was saved')
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
       raise self._damaged(step, error) from error
-    saved = about.pop('sum', None)  # none in runs of before there was one
-    if saved and saved != integrity.checksum(about):
-      raise self._damaged(step, 'its config is not what was saved')
     return about
 
   def _check_types(self, step: int, wanted: dict[str, str]) -> None:
@@ -209,6 +209,13 @@ def _leaves(config: dict, prefix: str = '') -> dict:
 def _short(value) -> str:
   text = repr(value)
   return text if len(text) <= 60 else f'{text[:57]}...'
+
+
+class _Manager(ocp.CheckpointManager):
+  """Asks nothing about preemption: it would give the step, and JAX has one counter for all who ask, which processes.Interrupt counts up."""
+
+  def reached_preemption(self, step: int) -> bool:
+    return False
 
 
 class _DiskFull:

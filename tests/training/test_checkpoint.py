@@ -11,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import xxhash
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from lavit_jax.data.mixtures import Batches
@@ -76,6 +77,17 @@ def test_it_keeps_the_config_and_the_sizes_of_the_variant(saved):
   about = json.loads((saved / 'checkpoints' / '3' / 'config' / 'metadata').read_text())
   assert about['config']['optim']['learning_rate'] == 0.1
   assert about['sizes']['vit']['hidden_size'] == lavit.VARIANTS['tiny']['vit']['hidden_size']
+
+
+def test_it_asks_nothing_about_preemption(tmp_path, monkeypatch):
+  """JAX has one counter for such questions, which Orbax would set to the step, and processes.Interrupt to its own: SIGTERM would be lost."""
+  asked = []
+  monkeypatch.setattr(multihost_utils, 'reached_preemption_sync_point', lambda counter: asked.append(counter) or False)
+  checkpoints, data = Checkpoints(tmp_path, config(), keep=2), numbers()
+  next(data)
+  checkpoints.save(7, state(7), data)
+  checkpoints.close()
+  assert not asked and checkpoints.manager.all_steps() == [7]
 
 
 def test_donated_memory_does_not_reach_the_file(tmp_path):
@@ -286,6 +298,14 @@ def every_flip(folder, of, spare):
 def test_a_bit_flipped_anywhere_is_told_or_does_not_matter(noisy, of, spare):
   came = every_flip(noisy, of, spare)
   assert set(came) <= {'as it was saved', 'told'} and came['told'] > 3
+
+
+@pytest.mark.parametrize('page', ['{"stage": ', '{"stage": "lm", "sum": "0"}'])
+def test_a_config_that_one_process_alone_cannot_read_is_skipped_at_the_next_start(flipped, second_of_two, page):
+  (flipped / 'checkpoints' / '2' / 'config' / 'metadata').write_text(page)
+  with pytest.raises(UserError, match='start again: it will be skipped'):
+    Checkpoints(flipped, config(), keep=2).restore_latest(abstract(noise(0)), numbers(), skip_damaged=True)
+  assert second_of_two == [] and (flipped / 'checkpoints' / '2' / 'damaged-1').exists()
 
 
 def test_a_checkpoint_that_does_not_fit_is_not_taken_for_a_damaged_one(flipped):
