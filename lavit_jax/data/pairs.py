@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import html
 import io
 import math
-import re
-import unicodedata
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image
 
+from lavit_jax.data.cleaning import clean_caption as clean
 from lavit_jax.data.formats import Skip
 from lavit_jax.data.streams import Ticket
 from lavit_jax.errors import UserError
@@ -19,8 +17,6 @@ from lavit_jax.data.images import MAX_PIXELS, read_image
 
 CROPS = ('none', 'center', 'random')
 LEAST_AREA = 0.5  # of the largest square, of a random crop
-_TAG = re.compile(r'</?[a-z][^<>]*>', re.I)
-_URL = re.compile(r'(https?://|www\.)\S+', re.I)
 
 
 def make_row(seed: int, image_size: int, crop: str, write: Callable | None) -> Callable[[Ticket], dict | Skip]:
@@ -86,18 +82,6 @@ def crop_box(size: tuple[int, int], crop: str, rng: np.random.Generator | None) 
     side *= math.sqrt(LEAST_AREA + (1 - LEAST_AREA) * area)
   left, top = x * (size[0] - side), y * (size[1] - side)
   return left, top, min(left + side, size[0]), min(top + side, size[1])
-
-
-def clean(text: str) -> str:
-  """A caption from the web as one plain line: entities, tags, addresses and control characters gone, <PERSON> (CC12M) a person.
-
-  '' when not two letters or digits are left.
-  """
-  text = unicodedata.normalize('NFKC', html.unescape(text)).replace('<PERSON>', 'person')
-  text = _URL.sub(' ', _TAG.sub(' ', text))
-  text = ''.join(' ' if unicodedata.category(c) in ('Cc', 'Cf', 'Co', 'Cs', 'Cn', 'Zl', 'Zp') else c for c in text)
-  text = ' '.join(text.split())
-  return text if sum(c.isalnum() for c in text) >= 2 else ''
 
 
 def choose(texts: Sequence[str], rng: np.random.Generator) -> str:
