@@ -7,7 +7,8 @@ import grain
 import grain.experimental
 import numpy as np
 
-from lavit_jax.data import pairs, questions, splits, sprites
+from lavit_jax.data import long_text, pairs, questions, splits, sprites
+from lavit_jax.data.cleaning import clean_caption, clean_text
 from lavit_jax.data.rows import Made, Skipped, closed_at_exit
 from lavit_jax.data.scenes import Composer, Example
 from lavit_jax.data.sources import mix
@@ -61,7 +62,7 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
       raise ValueError('there are sources, but none that are held out: give data.heldout, or eval_every=0 and picture_every=0')
     write = None
     if task == 'lm':
-      write = _write_pair(_Writer(tokenizer_folder, text_length), DEFAULT_SHARES if shares is None else shares, draw_text_weight, drop_text)
+      write = _write_pair(_Writer(tokenizer_folder, text_length), DEFAULT_SHARES if shares is None else shares, draw_text_weight, drop_text, seed)
     elif task != 'images' or any(source.get('use') == 'text' for source in chosen):
       raise ValueError(f"sources are for the tasks 'images' and 'lm', those of use 'text' for 'lm' only; the task is {task!r}")
     held = shards_of(rows, batch_size * shard_count, shards)
@@ -231,10 +232,10 @@ class _Writer:
     """As much of the text as there is room for."""
     return self._row(self._tokenizer.encode_once(text[:_LONG * self._length])[:self._length], 0, weight)
 
-  def part(self, text: str, rng: np.random.Generator) -> str:
-    """A part of a long text that starts somewhere in it, at a word, so that more than the beginnings is read."""
-    excess = len(text) - _LONG * self._length
-    return text if excess <= 0 else text[rng.integers(excess + 1):].partition(' ')[2] or text
+  def piece(self, text: str, weight: float, epoch: int, seed: int) -> dict[str, np.ndarray]:
+    """The piece of a plain text that its row has in this epoch (long_text.py)."""
+    ids, _ = long_text.piece_of(text, self._tokenizer.encode_once, self._length, epoch, seed)
+    return self._row(ids, 0, weight)
 
   def _row(self, ids: Sequence[int], given: int, weight: float) -> dict[str, np.ndarray]:
     padded, weights = np.zeros(self._length, np.int32), np.zeros(self._length, np.float32)
@@ -242,18 +243,18 @@ class _Writer:
     return {'text': padded, 'text_length': np.int32(len(ids)), 'text_weight': weights}
 
 
-def _write_pair(write: _Writer, shares: Mapping[str, float], draw_text_weight: float, drop_text: float) -> Callable:
-  """The texts of a record, the use of its source, an rng -> text fields and kind of its row; None if there is no text."""
+def _write_pair(write: _Writer, shares: Mapping[str, float], draw_text_weight: float, drop_text: float, seed: int) -> Callable:
+  """The texts of a record, the use of its source, an rng, the epoch -> text fields and kind of its row; None if there is no text."""
   kinds, cumulative = _cumulative(_of_pictures(shares))
 
-  def write_pair(texts, use, rng):
-    text = pairs.choose(texts, rng)
+  def write_pair(texts, use, rng, epoch):
+    text = pairs.choose(texts, rng, clean_text if use == 'text' else clean_caption)
+    if text and use == 'text':
+      return {**write.piece(text, 1.0, epoch, seed), 'kind': np.int32(_KINDS['text'])}
     if not text:
       return None
     kind = use or kinds[np.searchsorted(cumulative, rng.random(), side='right')]
-    if kind == 'text':
-      text = write.part(text, rng)
-    elif kind == 'draw' and rng.random() < drop_text:
+    if kind == 'draw' and rng.random() < drop_text:
       text = ''
     return {**write.cut(text, draw_text_weight if kind == 'draw' else 1.0), 'kind': np.int32(_KINDS[kind])}
 

@@ -20,7 +20,7 @@ LEAST_AREA = 0.5  # of the largest square, of a random crop
 
 
 def make_row(seed: int, image_size: int, crop: str, write: Callable | None) -> Callable[[Ticket], dict | Skip]:
-  """A function from a ticket to the row of its record, or to a Skip. `write` (record texts, use, rng) -> fields of the row or None.
+  """A function from a ticket to the row of its record, or to a Skip. `write` (record texts, use, rng, epoch) -> fields of the row or None.
 
   What is random depends on (seed, ticket.key) alone. Without `write` a row is a picture; with it, rows of use 'text' have a black one.
   """
@@ -33,7 +33,7 @@ def make_row(seed: int, image_size: int, crop: str, write: Callable | None) -> C
     rng = np.random.default_rng((seed, *ticket.key)) if random else None
     row = {}
     if write is not None:
-      row = write(record.texts, ticket.use, rng)
+      row = write(record.texts, ticket.use, rng, ticket.epoch)
       if row is None:
         return Skip('empty caption', record.origin)
     if write is not None and ticket.use == 'text':
@@ -84,7 +84,7 @@ def crop_box(size: tuple[int, int], crop: str, rng: np.random.Generator | None) 
   return left, top, min(left + side, size[0]), min(top + side, size[1])
 
 
-def choose(texts: Sequence[str], rng: np.random.Generator) -> str:
+def choose(texts: Sequence[str], rng: np.random.Generator, clean: Callable[[str], str] = clean) -> str:
   """One of the texts that are not empty once they are clean, at random; '' if there is none."""
   left = [text for text in map(clean, texts) if text]
   return left[rng.integers(len(left))] if len(left) > 1 else ''.join(left)

@@ -35,6 +35,7 @@ class Ticket(NamedTuple):
   key: tuple[int, ...]
   use: str
   read: Callable[[], Record | Skip]
+  epoch: int = 0  # how many times the record has come before
 
 
 # ---------------------------------------------------------------------------------------------------------------- shards
@@ -111,7 +112,7 @@ class Stored:
 def store(records, number: int, use: str, seed: int | None) -> grain.MapDataset:
   """Tickets of a store (formats.py), shuffled anew each epoch (seed None: in order), endless."""
   def ticket(position, index):
-    return Ticket((number, position), use, functools.partial(records.read, index))
+    return Ticket((number, position), use, functools.partial(records.read, index), position // len(records))
 
   indices = grain.MapDataset.range(len(records))
   indices = indices if seed is None else indices.shuffle(seed)
@@ -180,7 +181,7 @@ class Reader:
       rows = self._open.take((self.index, stream.number, turn, start)) or stream.records.read(unit, start, ahead=self._open.ahead)
       before, whole = count, start == 0
       for start, end, record in rows:
-        ticket = Ticket((stream.number, epoch, unit, start), stream.use, functools.partial(_same, record))
+        ticket = Ticket((stream.number, epoch, unit, start), stream.use, functools.partial(_same, record), epoch)
         if isinstance(record, Skip) and record.unit == 'files':
           files.append(ticket)
           continue
