@@ -4,7 +4,7 @@
 |---------------|--------|--------------------------------------------|----------------------|---------------------------|
 | 'arrayrecord' | store  | folder of `lavit data pack`, or its files  | (whatever was packed)| fields, as of tars        |
 | 'tfds'        | store  | name, or the folder of a version           | feature              | features                  |
-| 'folder'      | store  | folder with captions.{jsonl,csv,tsv,json}  | (in the captions)    | (in the captions)         |
+| 'folder'      | store  | folder of images and captions (folders.py) | field: 'file_name'   | fields: 'text'            |
 | 'tars'        | stream | WebDataset or img2dataset tars             | extensions           | extensions, 'json.key'    |
 | 'parquet'     | stream | files, a row group the unit                | column of bytes      | columns                   |
 
@@ -16,8 +16,6 @@ the files with their sizes, as far as they are cheap to have.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import struct
@@ -27,12 +25,11 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet
 
-from lavit_jax.data import paths, tars
+from lavit_jax.data import folders, paths, tars
 from lavit_jax.errors import UserError
 
 ARRAY_RECORD = '.array_record'
 IMAGE_EXTENSIONS = ('jpg', 'jpeg', 'png', 'webp', 'gif', 'bmp', 'tif', 'tiff')
-CAPTIONS = ('captions.jsonl', 'captions.csv', 'captions.tsv', 'captions.json', 'metadata.jsonl', 'metadata.csv')
 _LENGTH = struct.Struct('<I')
 
 
@@ -134,55 +131,37 @@ class Tfds:
 
 
 class Folder:
-  """Pictures and one file of captions beside them: lines {"file_name", "text"}, a table with these columns, or COCO's JSON."""
+  """Images in a folder, with a file of captions, NAME.txt beside each, or bare (folders.py)."""
 
-  def __init__(self, path, image, text, captions=None):
-    self.path, self.rows = path.rstrip('/'), {}
-    found, file = self._open([captions] if captions else CAPTIONS)
-    with file:
-      try:
-        for name, words in _captions(found, io.TextIOWrapper(file, 'utf-8')):
-          _dig(words, '', self.rows.setdefault(name, []))
-      except (ValueError, KeyError, TypeError) as error:
-        what = f'there is no {error}' if isinstance(error, KeyError) else error
-        raise UserError(f'{self.path}/{found}: no captions in it ({what}); it needs file_name and text of each picture') from error
-    self.rows = list(self.rows.items())
+  def __init__(self, path, image, text, captions=None, use='', captioned=True):
+    texts = tuple(name for name in text or () if name)
+    self.folder = folders.ImageFolder(path, image, texts, captions, use, captioned, find_texts)
 
   def __len__(self) -> int:
-    return len(self.rows)
+    return len(self.folder.entries)
 
   def names(self) -> list:
-    return [name for name, _ in self.rows]
+    return [entry.name for entry in self.folder.entries]
+
+  def digest(self) -> str:
+    return self.folder.digest()
 
   def read(self, index: int) -> Record | Skip:
-    name, texts = self.rows[index]
-    origin = f'{self.path}/{name}'
+    entry = self.folder.entries[index]
+    origin = self.folder.place(entry.name or entry.beside)
+    try:
+      texts = self.folder.texts_of(entry)
+    except paths.NO_FILE:
+      return Skip('no caption', origin)
+    except UserError as error:
+      return Skip('broken caption', str(error))
+    if not entry.name or self.folder.is_text:
+      return Record(b'', texts, origin)
     try:
       with paths.open_file(origin) as file:
-        return Record(file.read(), tuple(texts), origin)
+        return Record(file.read(), texts, origin)
     except paths.NO_FILE:
       return Skip('no image', origin)
-
-  def _open(self, names: Sequence[str]):
-    for name in names:
-      try:
-        return name, paths.open_file(f'{self.path}/{name}')
-      except paths.NO_FILE:
-        pass
-    raise UserError(f'{self.path} has no {" or ".join(names)}; write one with file_name and text of each picture, or give captions=NAME')
-
-
-def _captions(name: str, file) -> Iterator[tuple[str, Any]]:
-  if name.endswith('.jsonl'):
-    rows = (json.loads(line) for line in file if line.strip())
-  elif name.endswith('.json'):
-    coco = json.load(file)
-    files = {row['id']: row['file_name'] for row in coco['images']}
-    rows = ({'file_name': files[row['image_id']], 'text': row['caption']} for row in coco['annotations'])
-  else:
-    rows = csv.DictReader(file, delimiter='\t' if name.endswith('.tsv') else ',')
-  for row in rows:
-    yield row['file_name'], row['text']
 
 
 # ----------------------------------------------------------------------------------------------------------------- streams

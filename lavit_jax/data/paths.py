@@ -164,6 +164,14 @@ def names_and_sizes(files: Sequence[str]) -> list[tuple[str, int | None]]:
   return [(os.path.basename(file), sizes.get(i)) for i, file in enumerate(files)]
 
 
+def names_below(folder: str) -> list[str]:
+  """The files in a remote folder and below it, relative to it."""
+  files, inside = store(folder)
+  inside = inside.rstrip('/')
+  found = _patiently(folder, lambda: files.find(inside))
+  return [name.removeprefix(inside).lstrip('/') for name in found]
+
+
 def store(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
   """The file system of a path, and the path in it."""
   try:

@@ -143,6 +143,8 @@ class _MadeIterator(grain.DatasetIterator):
 def changed(was: dict, now: dict) -> list[str]:
   """What differs between two accounts `of` data: 'sources[0].window 5 -> 7', 'seed 1 -> 2' ..."""
   was, now = _flat(was), _flat(now)
+  for key in [key for key in now if key.endswith('.contents') and key not in was]:
+    del now[key]  # an earlier version did not write it
   return [f'{key} {was.get(key, "(none)")} -> {now.get(key, "(none)")}' for key in {**was, **now} if was.get(key) != now.get(key)]
 
 

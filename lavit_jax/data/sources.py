@@ -29,16 +29,18 @@ _COMMON = ('format', 'path', 'weight', 'use', 'image', 'text')
 _WINDOW, _LEAST_WINDOW, _HELDOUT_WINDOW = 2048, 32, 64
 
 
-def mix(sources: Sequence[Mapping], seed: int | None, shards: int, held: Sequence[int], name: str = 'sources') -> tuple[
+def mix(sources: Sequence[Mapping], seed: int | None, shards: int, held: Sequence[int], name: str = 'sources',
+        captioned: bool = True) -> tuple[
     Callable[[Executor], tuple[dict[int, Shard], OpenUnits]], dict]:
   """(`deal` of the shards `held` of so many, all that a position among them depends on), both for `rows.Made`.
 
   `seed` None: every source in its order, and no such account. `name`: of the option, for messages.
+  `captioned`: whether texts are needed; a folder needs no captions without.
 
   Raises:
     UserError: an option that is unknown or wrong, files that are not there, an empty source.
   """
-  opened, accounts = zip(*(_open(f'{name}[{number}]', number, dict(source), seed, shards) for number, source in enumerate(sources)))
+  opened, accounts = zip(*(_open(f'{name}[{number}]', number, dict(source), seed, shards, captioned) for number, source in enumerate(sources)))
   weights = [float(source.get('weight', 1.0)) for source in sources]
 
   def deal(pool: Executor) -> tuple[dict[int, Shard], OpenUnits]:
@@ -73,7 +75,7 @@ def check_files(name: str, sources: Sequence[Mapping], limit: float) -> None:
         raise UserError(f'{name}[{number}]: {len(absent)} of {len(asked)} tars are not there, such as {absent[0]}; check the path')
 
 
-def _open(name: str, number: int, options: dict, seed: int | None, shards: int) -> tuple[Stream | grain.MapDataset, dict]:
+def _open(name: str, number: int, options: dict, seed: int | None, shards: int, captioned: bool = True) -> tuple[Stream | grain.MapDataset, dict]:
   kind = options.get('format')
   if kind not in formats.FORMATS:
     raise UserError(f'{name} has format {kind!r}; choose one of {", ".join(formats.FORMATS)}')
@@ -93,6 +95,8 @@ def _open(name: str, number: int, options: dict, seed: int | None, shards: int) 
   image = options.get('image') or image
   image = _names(image) if kind == 'tars' and image else image
   extra = {key: options[key] for key in _OPTIONS[kind] if key in options and key != 'window'}
+  if kind == 'folder':
+    extra |= {'use': options.get('use', ''), 'captioned': captioned}
   try:
     records = formats.FORMATS[kind](options['path'], image, _names(options.get('text') or text), **extra)
   except UserError as error:
@@ -102,6 +106,8 @@ def _open(name: str, number: int, options: dict, seed: int | None, shards: int) 
   use, account = options.get('use', ''), {'format': kind, 'units': len(records)}
   if seed is not None:
     account['files'] = xxhash.xxh32_hexdigest(json.dumps(records.names()).encode())
+    if kind == 'folder':
+      account['contents'] = records.digest()
   if 'window' in known:
     window = account['window'] = _window(options.get('window'), shards) if seed is not None else max(_HELDOUT_WINDOW // shards, _LEAST_WINDOW)
     return Stream.of(records, number, use, seed, window, shards), account
