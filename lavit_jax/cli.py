@@ -102,9 +102,10 @@ def task(args):
   rows, base, many = batch.find_rows(chosen, args.inputs, args.input, args.out)
   options = {key: value for key, value in vars(args).items() if key not in PLUMBING and value is not None}
   settings = dict(options, command=args.command, **{key: getattr(args, key) for key in LOADING if getattr(args, key) is not None})
+  from lavit_jax.local_paths import expand_home
   for key in ('folder', 'start'):  # however they are spelled, and from wherever
     if key in settings:
-      settings[key] = os.path.realpath(settings[key])
+      settings[key] = os.path.realpath(expand_home(settings[key]))
   samples = options.pop('samples', 1)
   if args.seed is None and (options.get('sample') or samples > 1):
     from lavit_jax.errors import UserError
@@ -213,10 +214,14 @@ def number(kind, low, high=float('inf')):
 
 
 def local(text):
-  """The type of an option: a path of this machine, or one that is mounted; for a path `gs://B/run` would be ./gs:/B/run."""
+  """The type of an option: a path of this machine, or one that is mounted; for a path `gs://B/run` would be ./gs:/B/run.
+
+  '~' is the home folder, which shells leave as it is in --folder=~/x.
+  """
   if '://' in text:
     raise argparse.ArgumentTypeError('%r is no path here; mount the bucket (gcsfuse), or use a disk that all machines share' % text)
-  return text
+  from lavit_jax.local_paths import expand_home
+  return expand_home(text)
 
 
 def size(text):

@@ -27,6 +27,7 @@ import pyarrow.parquet
 
 from lavit_jax.data import folders, paths, tars
 from lavit_jax.errors import UserError
+from lavit_jax.local_paths import expand_home
 
 ARRAY_RECORD = '.array_record'
 IMAGE_EXTENSIONS = ('jpg', 'jpeg', 'png', 'webp', 'gif', 'bmp', 'tif', 'tiff')
@@ -110,6 +111,7 @@ class Tfds:
 
   def __init__(self, path, image, text, split='train', data_dir=None):
     import tensorflow_datasets as tfds  # Here, because it takes seconds.
+    path, data_dir = expand_home(path), data_dir and expand_home(data_dir)
     try:
       builder = tfds.builder_from_directory(path) if os.path.isdir(path) else tfds.builder(path, data_dir=data_dir)
       decoders = {image: tfds.decode.SkipDecoding()} if image in builder.info.features else None

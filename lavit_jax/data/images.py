@@ -17,8 +17,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from lavit_jax.errors import UserError
+from lavit_jax.local_paths import expand_home
 
-MAX_PIXELS = 80_000_000  # 240 MB decoded; a larger header is a mistake or a decompression bomb (Pillow warns from 89 million)
+MAX_PIXELS = 80_000_000  # of training and inference; 240 MB decoded; a larger header is a mistake or a decompression bomb (Pillow warns from 89 million)
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.gif', '.bmp', '.tif', '.tiff')
 
 
@@ -79,7 +80,7 @@ def _read(path) -> bytes:
   if str(path).startswith('file:'):
     path = urllib.request.url2pathname(urllib.parse.urlsplit(str(path)).path)
   try:
-    return pathlib.Path(path).read_bytes()
+    return pathlib.Path(expand_home(path)).read_bytes()
   except FileNotFoundError:
     raise UserError(f'{path}: no such file; give the path of a picture') from None
   except IsADirectoryError:
@@ -89,6 +90,15 @@ def _read(path) -> bytes:
 
 
 def _decode(data: bytes, name: str) -> np.ndarray:
+  return _rgb(open_image(data, name), name)
+
+
+def open_image(data: bytes, name: str) -> Image.Image:
+  """The bytes of an image's file, of which only the header is read; training opens images by it too.
+
+  Raises:
+    UserError: nothing that Pillow can read, or more than MAX_PIXELS pixels.
+  """
   if not data:
     raise UserError(f'{name}: the file is empty; copy or download it again')
   try:
@@ -99,7 +109,8 @@ def _decode(data: bytes, name: str) -> np.ndarray:
     raise UserError(f'{name}: too large; scale it below {MAX_PIXELS // 10**6} million pixels') from None
   except Exception:  # a decoder may throw anything at damaged bytes
     raise UserError(f'{name}: not a picture that Pillow can read; convert it to PNG or JPEG') from None
-  return _rgb(image, name)
+  _check_size(*image.size, name)
+  return image
 
 
 def _check_size(width: int, height: int, name: str) -> None:

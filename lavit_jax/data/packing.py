@@ -12,16 +12,14 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import glob
-import io
 import json
 import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from PIL import Image
-
 from lavit_jax.data import formats, paths, tars
+from lavit_jax.data.images import open_image
 from lavit_jax.errors import UserError
 
 
@@ -108,7 +106,7 @@ def _pack_one(file: str, target: str) -> tuple[str, str]:
 def _whole(image: bytes) -> bool:
   """Whether a picture can be decoded to its end; JPEGs at an eighth, which reads all of the file."""
   try:
-    opened = Image.open(io.BytesIO(image))
+    opened = open_image(image, 'image')
     opened.draft(None, (1, 1))
     opened.load()
     return True

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from lavit_jax.data.cleaning import clean_caption as clean
 from lavit_jax.data.formats import Skip
 from lavit_jax.data.streams import Ticket
 from lavit_jax.errors import UserError
-from lavit_jax.data.images import MAX_PIXELS, read_image
+from lavit_jax.data.images import open_image, read_image
 
 CROPS = ('none', 'center', 'random')
 LEAST_AREA = 0.5  # of the largest square, of a random crop
@@ -59,10 +58,11 @@ def decode(data: bytes, size: int, crop: str = 'none', rng: np.random.Generator 
     UserError: nothing that Pillow can read, truncated, or too large.
   """
   try:
-    image = Image.open(io.BytesIO(data))
+    image = open_image(data, 'image')
     least = 2 * math.ceil(size / math.sqrt(LEAST_AREA)) if crop == 'random' else 2 * size
     image.draft(None, (least, least))
-    plain = image.format == 'JPEG' and image.mode == 'RGB' and 'exif' not in image.info and image.width * image.height <= MAX_PIXELS
+    upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1  # of EXIF, and of XMP where it has none
+    plain = image.format == 'JPEG' and image.mode == 'RGB' and upright
     if not plain:  # turned, transparent, grey, of a palette ...
       image = Image.fromarray(read_image(image))
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=crop_box(image.size, crop, rng)))

@@ -16,6 +16,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from lavit_jax.errors import UserError
+from lavit_jax.local_paths import expand_home
 
 UNKNOWN, BEGIN, END = 0, 1, 2
 _SPECIAL = ('<unk>', '<s>', '</s>')
@@ -41,6 +42,7 @@ class TextTokenizer:
 
     Raises UserError when neither is in it or it is damaged, or when it has not `vocab_size` ids.
     """
+    folder = expand_home(folder)
     path = next((path for name in (_PIECES, _FILE) if os.path.exists(path := os.path.join(folder, name))), None)
     if path is None:
       raise UserError(f'{os.path.join(folder, _FILE)} does not exist, nor {_PIECES} beside it; give the folder of a Hugging Face tokenizer')

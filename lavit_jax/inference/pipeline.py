@@ -41,6 +41,7 @@ from lavit_jax.inference.fetching import batches, fetch, one_behind
 from lavit_jax.inference.parts import Checkpoint, Parts, open_checkpoint
 from lavit_jax.inference.settings import (
     SETTINGS, Purpose, RowSeed, Settings, Writing, as_prompts, check, fit, for_all, keys_for, row_keys, sample_keys, settle, texts)
+from lavit_jax.local_paths import expand_home
 from lavit_jax.models import lavit, sequence
 
 EOS = 2
@@ -128,7 +129,7 @@ class Lavit:
     """
     if dtype not in (None, *DTYPES):
       raise UserError(f'dtype={dtype!r} is not known; choose one of {", ".join(map(repr, (None, *DTYPES)))}')
-    found = open_checkpoint(folder, variant)
+    found = open_checkpoint(expand_home(folder), variant)
     model = lavit.build(found.variant, dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16'))
     return cls(model, found, found.words, weights, cache, safety_checker, mesh)
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from ml_collections import ConfigDict
 
 from lavit_jax.errors import UserError
+from lavit_jax.local_paths import expand_home
 
 WORDS = {'true': True, 'false': False, 'none': None}
 
@@ -25,6 +26,7 @@ def load_config(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigD
     UserError: no such page, an argument that the page refuses, an unknown key (the nearest is named), a value of another type.
   """
   path, _, argument = spec.partition(':')
+  path = expand_home(path)
   get_config = _read_page(path)
   if argument and not inspect.signature(get_config).parameters:
     raise UserError(f'--config: {path} takes no argument; leave out {":" + argument!r}')

@@ -27,6 +27,7 @@ from lavit_jax.data import mixtures, text
 from lavit_jax.data.rows import Skipped
 from lavit_jax.data.sources import check_files
 from lavit_jax.errors import UserError
+from lavit_jax.local_paths import expand_home
 from lavit_jax.models import lavit
 from lavit_jax.porting import folder
 from lavit_jax.training import flops, metrics, optim, processes, stages
@@ -280,7 +281,7 @@ def split_folders(text: str) -> list[str]:
   found = [path.strip() for path in text.split(',') if path.strip()]
   if remote := [path for path in found if '://' in path]:
     raise UserError(f'{remote[0]} is no folder here; mount the bucket (gcsfuse), or use a disk that all machines share')
-  return found
+  return [expand_home(path) for path in found]
 
 
 def export(config, stage, train_state, workdir) -> None:
