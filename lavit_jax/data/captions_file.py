@@ -216,8 +216,9 @@ class _Table:
   """A CSV or TSV file, whose rows are read one after the other."""
 
   def __init__(self, file: str, text: str):
-    self.file, self.text, self.is_tsv = file, text, file.endswith('.tsv')
+    self.file, self.text = file, text
     first = text.lstrip('\n').partition('\n')[0]
+    self.is_tsv = file.endswith('.tsv') or '\t' in first and not file.endswith('.csv')
     self.delimiter = '\t' if self.is_tsv else ','
     if not self.is_tsv and ',' not in first:  # as spreadsheets of many countries write CSV
       self.delimiter = next((each for each in ';\t' if each in first), ',')

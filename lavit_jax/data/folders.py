@@ -110,6 +110,7 @@ class ImageFolder:
   def _open_captions(self, captions: str | None) -> tuple[str, bytes]:
     """(path of the file of captions, its content); ('', b'') if there is none."""
     present = []
+    captions = expand_home(captions) if captions else None
     for name in [captions] if captions else CAPTIONS:
       try:
         file = self.place(name)

@@ -4,10 +4,11 @@ what changed between two legs of a run, and what is told of a folder that cannot
 import csv
 import io
 import json
+import random
 
 import pytest
 
-from lavit_jax.data import formats
+from lavit_jax.data import captions_file, formats
 from lavit_jax.data.rows import Skipped
 from lavit_jax.errors import UserError
 from things import batches, caption, number, picture
@@ -241,3 +242,33 @@ def test_images_that_are_gone_later_are_counted(folder):
   data = batches(source, heldout=(source,), split='heldout', skipped=skipped, num_threads=0, batch_size=1)
   assert [number(next(data)['image'][0]) for _ in range(2)] == [0, 2]
   assert skipped.reasons == {'no image': 1}
+
+
+@pytest.mark.parametrize('name, delimiter', [('captions.csv', ','), ('captions.tsv', '\t')])
+def test_tables_are_read_as_the_csv_module_wrote_them(name, delimiter):
+  """Of captions of marks, quotes, line breaks and spaces, quoted where needed or everywhere."""
+  rng = random.Random(0)
+  marks = ['a', 'b ', '"', '""', ',', '\t', '\n', '\\', ' ', 'é', ';']
+  for case in range(300):
+    words = [''.join(rng.choices(marks, k=rng.randint(1, 8))) for _ in NAMES]
+    quoting = csv.QUOTE_ALL if case % 2 else csv.QUOTE_MINIMAL
+    written = table(words, delimiter=delimiter, quoting=quoting)
+    rows = captions_file.read_rows(name, written.encode(), captions_file.Fields('', ()))
+    assert [row.fields['text'] for row in rows] == words, written
+
+
+def test_a_raw_tsv_is_read_as_it_is():
+  """But for a file in which each quoted field needs its quotes, captions are what is between the
+  tab and the end of the line."""
+  rng = random.Random(0)
+  marks = ['a', '"Never', 'mind"', '12"', ',', "'x'", 'said;']
+  for _ in range(300):
+    words = ['bare', *(' '.join(rng.choices(marks, k=rng.randint(1, 5))) for _ in NAMES[1:])]
+    written = 'file_name\ttext\n' + ''.join(f'{name}\t{text}\n' for name, text in zip(NAMES, words))
+    rows = captions_file.read_rows('captions.tsv', written.encode(), captions_file.Fields('', ()))
+    assert [row.fields['text'] for row in rows] == words, written
+
+
+def test_a_file_of_captions_with_another_name(folder):
+  (folder / 'results.token').write_text('image\tcomment\n' + ''.join(f'{name}\ta, b\n' for name in NAMES))
+  assert read(folder, 'image', ('comment',), captions='results.token') == {name: ('a, b',) for name in NAMES}
