@@ -109,22 +109,23 @@ class ImageFolder:
 
   def _open_captions(self, captions: str | None) -> tuple[str, bytes]:
     """(path of the file of captions, its content); ('', b'') if there is none."""
-    present = []
+    present, data = [], b''
     captions = expand_home(captions) if captions else None
     for name in [captions] if captions else CAPTIONS:
       try:
         file = self.place(name)
         with paths.open_file(file) as opened:
-          present.append((file, opened.read()))
+          data = data if present else opened.read()
+        present.append(file)
       except paths.NO_FILE:
         continue
     if captions and not present:
       raise UserError(f'{self.path} has no file {captions!r}; it has {self._shown()}')
     if len(present) > 1:
-      others = ', '.join(os.path.basename(file) for file, _ in present[1:])
+      others = ', '.join(os.path.basename(file) for file in present[1:])
       logging.getLogger(__name__).warning(
-          '%s is read, and not %s; say which with captions=', present[0][0], others)
-    return present[0] if present else ('', b'')
+          '%s is read, and not %s; say which with captions=', present[0], others)
+    return (present[0], data) if present else ('', b'')
 
   def _read_captions(self, data: bytes, image: str | None, texts: Sequence[str],
                      find_texts: Callable) -> None:
