@@ -250,8 +250,11 @@ class _Writer:
 
   def piece(self, text: str, weight: float, epoch: int, seed: int) -> dict[str, np.ndarray]:
     """The piece of a plain text that its row has in this epoch (long_text.py)."""
-    ids, _ = long_text.piece_of(text, self._tokenizer.encode_once, self._length, epoch, seed)
-    return self._row(ids, 0, weight)
+    ids, ends = long_text.piece_of(text, self._tokenizer.encode_once, self._length, epoch, seed)
+    row = self._row(ids, 0, weight)
+    if not ends:  # the text goes on: what is behind the piece is not learnt
+      row['text_weight'][len(ids):] = 0.0
+    return row
 
   def _row(self, ids: Sequence[int], given: int, weight: float) -> dict[str, np.ndarray]:
     padded, weights = np.zeros(self._length, np.int32), np.zeros(self._length, np.float32)
