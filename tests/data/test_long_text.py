@@ -69,8 +69,10 @@ def test_a_source_of_long_texts_gives_all_their_words(tmp_path):
     states.append(json.loads(json.dumps(iterator.get_state())))
     batch = next(iterator)
     kept.append(batch['text'])
-    for ids, count in zip(batch['text'], batch['text_length']):
+    for ids, count, weights in zip(batch['text'], batch['text_length'], batch['text_weight']):
       found.append(TOKENS.decode(ids[:count]))
+      goes_on = not any(words.endswith(found[-1]) for words in documents)
+      assert (weights[:count] == 1).all() and not (goes_on and weights[count:].any())
   for i, words in enumerate(documents):
     assert any(piece.endswith(words[-10:]) for piece in found), i
     assert any(words.startswith(piece) for piece in found), i
