@@ -98,7 +98,8 @@ def _find(file: str, known: Mapping[str, None], wanted: str, option: str) -> str
   near = difflib.get_close_matches(wanted, known, n=1)
   hint = f' ({near[0]!r} is near)' if near else ''
   raise UserError(f'{file} has no field {wanted!r}{hint}; its fields are '
-                  f'{", ".join(map(repr, list(known)[:20])) or "none"}; name the one to use with {option}=')
+                  f'{", ".join(map(repr, list(known)[:20])) or "none"}; name the one to use with '
+                  f'{option}=')
 
 
 def _plain(key: str) -> str:
@@ -267,7 +268,8 @@ class _Table:
     values, _, after = self._quoted(place)
     if after > end and self._swallows_rows(end, after):
       raise UserError(f'{self.file}:{line}: a quotation mark opens a field here that would take '
-                      'in the rows below; close it, or write it twice in a field in quotation marks')
+                      'in the rows below; close it, or write it twice in a field in quotation '
+                      'marks')
     if values is None or header is not None and len(values) != len(header):
       if '\\"' in bare:
         raise UserError(f'{self.file}:{line}: has \\" in a field in quotation marks; CSV writes it '

@@ -1,4 +1,4 @@
-"""Text as it is stored -> text as a model reads it: captions become one plain line, plain text keeps its lines.
+"""Text as it is stored -> text as a model reads it: a caption is one line, plain text keeps its lines.
 
 | what is in the text | in a caption (`clean_caption`) | in plain text (`clean_text`) |
 |---|---|---|
@@ -20,14 +20,15 @@ import re
 import unicodedata
 
 _TAG = re.compile(r'</?[a-z][^<>]*>', re.I)
-_BREAK_HINT = re.compile(r'</?wbr\s*/?>', re.I)  # where a browser may break a word, as a soft hyphen
+_BREAK_HINT = re.compile(r'</?wbr\s*/?>', re.I)  # as a soft hyphen
 _URL = re.compile(r'(https?://|www\.)\S+', re.I)
 _FLAG = re.compile('\U0001F3F4[\U000E0020-\U000E007E]+\U000E007F')  # of England, Scotland ...: tags
 _JOINERS = '\u200c\u200d'
 _VISIBLE_FORMATS = frozenset(  # category Cf, but drawn: Arabic, Syriac and Kaithi number signs
     [chr(c) for c in range(0x600, 0x606)]
     + [chr(c) for c in (0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0x110BD, 0x110CD)])
-_EMOJI = re.compile('[\u231a-\u23ff\u25fb-\u25fe\u2600-\u27bf\u2b1b-\u2b55\U0001F000-\U0001FAFF]|\ufe0f')
+_EMOJI = re.compile('[\u231a-\u23ff\u25fb-\u25fe\u2600-\u27bf\u2b1b-\u2b55\U0001F000-\U0001FAFF]'
+                    '|\ufe0f')
 _VIRAMA = 9  # canonical combining class
 
 

@@ -32,7 +32,7 @@ _SHOWN = 3  # names in a message
 
 
 class Entry(NamedTuple):
-  """An image by its name in the folder ('': none), its texts, the file with its texts ('': none)."""
+  """An image by its name in the folder ('': none), its texts, the file with them ('': none)."""
 
   name: str
   texts: tuple[str, ...]
