@@ -1,7 +1,8 @@
 """Whether numbers survive a change of type: NaN and infinity in a source, overflow and underflow of a conversion.
 
 float16 ends at 65,504 and has nothing between 0 and 6e-8. A weight beyond that becomes infinite, and a model with one infinite weight
-draws black; a tensor of very small numbers becomes zeros. bfloat16 has the range of float32.
+draws black: that is refused. A number below becomes zero, which is counted and told, since beside larger ones in the same tensor it is no
+more than rounding (6e-8 is float16's step below 1.2e-4); it is refused where the tensor has none larger. bfloat16 has the range of float32.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 from lavit_jax.errors import UserError
 
 BLOCK = 1 << 20  # numbers looked at at once
-LOST = 0.01  # the share of a tensor's numbers that may become zero
+NORMAL = 2.0**-14  # float16's smallest number of full precision
 LISTED = 3  # tensors named in a message
 
 _BITS = {  # of a floating type: an integer of its size, what masks the sign, and the first pattern that is not finite
@@ -23,12 +24,13 @@ _BITS = {  # of a floating type: an integer of its size, what masks the sign, an
 
 
 class Counts(NamedTuple):
-  """Of one tensor, numbers: not finite before a conversion, finite before and not after, not zero before and zero after, all."""
+  """What a conversion did to the numbers of one tensor."""
 
-  nonfinite: int
-  overflow: int
-  underflow: int
-  size: int
+  nonfinite: int  # not finite before
+  overflow: int  # finite before, and not after
+  underflow: int  # not zero before, and zero after
+  size: int  # all
+  tiny: bool = False  # some became zero, and none of the others is large beside them: all are below NORMAL
 
 
 def nonfinite(array: np.ndarray) -> int:
@@ -54,7 +56,8 @@ def compare(before: np.ndarray, after: np.ndarray) -> Counts:
   under = 0
   if before.dtype.name in _BITS and after.dtype == np.float16:
     under = _nonzero(before) - _nonzero(after)
-  return Counts(bad, over, under, before.size)
+  tiny = under > 0 and float(np.abs(before.astype(np.float32)).max()) < NORMAL
+  return Counts(bad, over, under, before.size, tiny)
 
 
 def cast(array: np.ndarray, dtype) -> tuple[np.ndarray, Counts]:
@@ -101,9 +104,9 @@ class Ledger:
                       'another one, or --allow-nonfinite (allow_nonfinite=True) to keep these numbers')
     if self.overflow:
       raise UserError(f'numbers beyond the range of {dtype} in {_listed(self.overflow, "overflow")}; choose bfloat16 or float32')
-    severe = {name: counts for name, counts in self.underflow.items() if counts.underflow > LOST * counts.size}
-    if severe:
-      raise UserError(f'numbers too small for {dtype}, which would become zero, in {_listed(severe, "underflow")}; choose bfloat16 or float32')
+    tiny = {name: counts for name, counts in self.underflow.items() if counts.tiny}
+    if tiny:
+      raise UserError(f'numbers too small for {dtype}, which would become zero, in {_listed(tiny, "underflow")}; choose bfloat16 or float32')
 
   def notes(self) -> list[str]:
     """What was let through, to be told."""
