@@ -320,7 +320,11 @@ class _Pickle:
     import torch
     if self.tensors is None:
       with torch.serialization.safe_globals([argparse.Namespace]):  # the options of a training, which run nothing
-        content = torch.load(self.path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(self.path))
+        if self.path.suffix == '.safetensors':  # by which torch 2.13 would take it for one; of an open file it looks at the content
+          with open(self.path, 'rb') as stream:
+            content = torch.load(stream, map_location='cpu', weights_only=True)
+        else:
+          content = torch.load(self.path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(self.path))
       content = {self.path.stem: content} if isinstance(content, torch.Tensor) else content
       self.tensors, self.touched = _unwrapped(content), 0
     return self.tensors
