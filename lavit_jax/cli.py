@@ -134,7 +134,7 @@ def convert(args):
   from lavit_jax.porting.convert import prepare
   from lavit_jax.porting.show import run
   job = prepare(args.src, args.dst, variant=args.variant, dtype=args.dtype, allow_missing=args.allow_missing, force=args.force,
-                pickles=args.bin, grow=not args.keep_vocabulary)
+                pickles=args.bin, grow=not args.keep_vocabulary, weights_variant=args.weights_variant, allow_nonfinite=args.allow_nonfinite)
   run(job, args.dry_run)
 
 
@@ -350,6 +350,8 @@ def build_parser():
   sub.add_argument('--allow-missing', default='', metavar='REGEX', help='names that may be missing; recorded in the result')
   sub.add_argument('--force', action='store_true', help='replace what an earlier conversion left at --dst')
   sub.add_argument('--bin', action='store_true', help='write .bin files, which the published inference code asks for, in place of safetensors')
+  sub.add_argument('--weights-variant', metavar='NAME', help='such as fp16, of the folders that hold several (default: the full precision)')
+  sub.add_argument('--allow-nonfinite', action='store_true', help='take NaN and infinity in the source along')
   sub.add_argument('--keep-vocabulary', action='store_true', help='do not give a LLaMA the rows of the visual tokens')
 
   sub = command('inspect', inspect, 'print what a folder of weights holds and where it is from')

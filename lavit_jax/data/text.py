@@ -40,6 +40,10 @@ class TextTokenizer:
     """Reads a Hugging Face tokenizer folder: its `tokenizer.model` of sentencepiece, by which the published code reads and writes, or,
     where there is none, its `tokenizer.json`.
 
+    What a `tokenizer.json` says of truncation and padding is left out, as transformers leaves it out unless it is asked for. With
+    `vocab_size`, so are tokens that were added behind it, such as a `<pad>`: the model has no rows for them, and here their ids are the
+    visual tokens'. Their text is then letters like any other.
+
     Raises UserError when neither is in it or it is damaged, or when it has not `vocab_size` ids.
     """
     folder = expand_home(folder)
@@ -47,7 +51,7 @@ class TextTokenizer:
     if path is None:
       raise UserError(f'{os.path.join(folder, _FILE)} does not exist, nor {_PIECES} beside it; give the folder of a Hugging Face tokenizer')
     try:
-      words = cls(_read_pieces(path) if path.endswith(_PIECES) else Tokenizer.from_file(path))
+      words = cls(_read_pieces(path) if path.endswith(_PIECES) else _read_json(path, vocab_size))
     except Exception as error:  # neither library raises anything narrower
       raise UserError(f'{path} is damaged ({error}); copy it again') from None
     if vocab_size not in (None, words.vocab_size):
@@ -67,6 +71,18 @@ class TextTokenizer:
     if not self._pieces:
       return self._tokenizer.decode(ids, skip_special_tokens=True)
     return self._tokenizer.decode([i for i in ids if not (self._tokenizer.is_control(i) or self._tokenizer.is_unknown(i))])
+
+
+def _read_json(path: str, vocab_size: int | None) -> Tokenizer:
+  """The tokenizer of a `tokenizer.json`, as `TextTokenizer.load` says."""
+  with open(path, encoding='utf-8') as file:
+    content = json.load(file)
+  if vocab_size is not None:
+    content['added_tokens'] = [token for token in content.get('added_tokens') or () if token['id'] < vocab_size]
+  tokenizer = Tokenizer.from_str(json.dumps(content))
+  tokenizer.no_truncation()
+  tokenizer.no_padding()
+  return tokenizer
 
 
 def _read_pieces(path: str) -> SentencePieceProcessor:

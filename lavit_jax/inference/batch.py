@@ -24,6 +24,7 @@ from typing import NamedTuple
 from lavit_jax.data.images import SUFFIXES, read_images
 from lavit_jax.errors import InputError, UserError
 from lavit_jax.inference.drawing import Drawn, report_flagged
+from lavit_jax.inference.faults import NotFinite
 from lavit_jax.inference.output import png, slug, write
 from lavit_jax.inference.pipeline import MAX_BATCH, Generated, Lavit, RowSeed
 from lavit_jax.local_paths import expand_home
@@ -362,6 +363,13 @@ def _block(task: Task, model: Lavit, rows: dict[int, dict], seed: int | None, op
 
   try:
     return outcomes | (computed(list(loaded)) if loaded else {})
+  except NotFinite as error:
+    if not many:
+      raise
+    places = list(loaded)
+    for i, message in error.rows.items():
+      outcomes[places[i]] = dict(error=message)
+    return outcomes | _block(task, model, {i: rows[i] for i in places if i not in outcomes}, seed, options, base, many)
   except InputError:  # a text that is empty or too long: each row alone shows whose
     if not many:
       raise

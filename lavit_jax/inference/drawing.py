@@ -20,7 +20,7 @@ from jax import Array
 
 from lavit_jax.data.images import as_list, read_images
 from lavit_jax.errors import UserError
-from lavit_jax.inference import diffusion
+from lavit_jax.inference import diffusion, faults
 from lavit_jax.inference.scheduler import Scheduler
 from lavit_jax.inference.settings import check
 from lavit_jax.models import lavit, safety, vae, vit
@@ -54,6 +54,7 @@ class Drawn(NamedTuple):
 
   pictures: Array  # uint8[B, H, W, 3]
   flagged: Array  # bool[B]
+  faults: Array | None = None  # i32[B], of `draw`: the module whose result is not finite, by its number in faults.py; 0 is none
 
 
 class Request(NamedTuple):
@@ -91,9 +92,11 @@ def draw(
     moments = apply(pixels, vae.preprocess(pictures), method='encode')
     return autoencoder.scaling_factor * jax.vmap(vae.sample_latents)(*moments, keys)
 
-  def decode(latents: Array) -> Array:
+  def decode(latents: Array) -> tuple[Array, Array]:
+    """Latents -> pictures uint8[B, H, W, 3], and whether their numbers were finite, bool[B]."""
     whole, latents = functools.partial(apply, pixels, method='decode'), latents / autoencoder.scaling_factor
-    return vae.postprocess(vae.decode_tiled(whole, latents, autoencoder.factor, tile // autoencoder.factor) if tile else whole(latents))
+    found = vae.decode_tiled(whole, latents, autoencoder.factor, tile // autoencoder.factor) if tile else whole(latents)
+    return vae.postprocess(found), faults.finite(found)
 
   features = apply(decoder, model.tokenizer.apply({'params': parts['codebook']}, ids, method='lookup'), mask)
   context, pooled = apply(decoder, features, method='context')
@@ -101,19 +104,23 @@ def draw(
     condition, null = highres_condition(context, pooled, size)
   else:
     condition, null = (context, jnp.ones_like(mask)), null_context(parts['uncond_embeddings'], model.num_patches)
+  computed = [(decoder, context)]
   if start is not None:
     start = _piecewise(encode, at_once, start, jax.vmap(jax.random.fold_in, (0, None))(keys, 1))
+    computed.append((pixels, start))
   shape = (*(side // autoencoder.factor for side in size), autoencoder.latent_channels)
   latents = diffusion.sample(
       functools.partial(apply, unet), diffusion.initial_latents(keys, shape), condition, null, steps=steps, sampler=sampler,
       guidance_scale=guidance, rescale=rescale, start=start, strength=strength, schedule=scheduler.schedule,
       prediction=scheduler.prediction_type, spacing=scheduler.timestep_spacing, steps_offset=scheduler.steps_offset,
       to_clean=scheduler.set_alpha_to_one)
-  pictures = _piecewise(decode, at_once, latents)
+  pictures, sound = _piecewise(decode, at_once, latents)
+  computed += [(unet, latents), (pixels, sound)]
   if 'safety_checker' not in parts:
-    return Drawn(pictures, jnp.zeros(len(pictures), bool))
-  flagged, _ = apply('safety_checker', vit.preprocess(safety.center_square(pictures, model.safety_checker.image_size)))
-  return Drawn(jnp.where(flagged[:, None, None, None], 0, pictures), flagged)
+    return Drawn(pictures, jnp.zeros(len(pictures), bool), faults.first(*computed))
+  flagged, scores = apply('safety_checker', vit.preprocess(safety.center_square(pictures, model.safety_checker.image_size)))
+  computed.append(('safety_checker', scores))
+  return Drawn(jnp.where(flagged[:, None, None, None], 0, pictures), flagged, faults.first(*computed))
 
 
 def highres_condition(context: Array, pooled: Array, size: tuple[int, int]) -> tuple[tuple, tuple]:
@@ -205,11 +212,11 @@ def _by(size: tuple[int, ...]) -> str:
   return 'x'.join(map(str, size))
 
 
-def _piecewise(function: Callable, most: int, *arrays: Array) -> Array:
+def _piecewise(function: Callable, most: int, *arrays: Array) -> Any:
   """function(*arrays) over the rows of arrays [B, ...], at most so many at a time, one piece after the other."""
   size = math.gcd(len(arrays[0]), most)
   if size == len(arrays[0]):
     return function(*arrays)
   found = jax.lax.map(lambda piece: function(*piece), [x.reshape(-1, size, *x.shape[1:]) for x in arrays])
-  return found.reshape(-1, *found.shape[2:])
+  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
 

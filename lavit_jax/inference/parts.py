@@ -22,7 +22,7 @@ from lavit_jax.inference.scheduler import Scheduler, read_scheduler
 from lavit_jax.models import lavit
 from lavit_jax.models.initial import initial_parts
 from lavit_jax.models.int8 import quantize_weight
-from lavit_jax.porting import layouts
+from lavit_jax.porting import layouts, weight_files
 from lavit_jax.porting.api import open_torch
 from lavit_jax.porting.folder import open_part, read_config
 from lavit_jax.porting.leaves import Source, flatten, unflatten
@@ -55,7 +55,7 @@ def open_checkpoint(folder, variant: str | None) -> Checkpoint:
     beside = folder
     known = layouts.read_json(folder / layouts.ABOUT).get('variant') or variant or layouts.find_variant(layouts.recognise(folder)[1])
     words, opener = folder / 'language_model', functools.partial(open_torch, folder, variant=known)
-    held = {place.part for place in layouts.PUBLISHED if layouts.stem_of(folder / place.folder, place.stems)}
+    held = {place.part for place in layouts.PUBLISHED if weight_files.choose(folder / place.folder, place.stems)}
   else:
     config, beside = read_config(folder), folder / 'torch'
     known, held, words, opener = config['variant'], config['parts'], folder / 'tokenizer', functools.partial(open_part, folder)
@@ -133,12 +133,18 @@ class Parts:
   def _check(self, name: str, structs: Mapping) -> None:
     expected = jax.eval_shape(lambda: initial_parts(self._model, jax.random.key(0), (name,)))[name]
     want, have = ({path: x.shape for path, x in flat.items()} for flat in (flatten(expected), structs))
+    absent = optional_leaves(self._model, name) - have.keys()
     wrong = [f'{key}: {have.get(key, "missing")} instead of {want.get(key, "nothing")}'
-             for key in sorted(want.keys() | have.keys()) if want.get(key) != have.get(key)]
+             for key in sorted(want.keys() | have.keys()) if want.get(key) != have.get(key) and key not in absent]
     if wrong:
       more = f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''
       raise UserError(f'the weights of {name} are not of variant {self._model.variant!r}, export the checkpoint again; '
                       f'{"; ".join(wrong[:3])}{more}')
+
+
+def optional_leaves(model: lavit.Lavit, part: str) -> frozenset[str]:
+  """The leaves of a part that its files may lack, for no task here computes with them: norm and head of the image encoder."""
+  return frozenset(row.leaf for row in layouts.tables(model, part)[0] if row.optional)
 
 
 def _part_of(name: str) -> str:

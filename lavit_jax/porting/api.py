@@ -11,12 +11,12 @@ import numpy as np
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
-from lavit_jax.porting import engine, folder, growth, layouts, torch_files
+from lavit_jax.porting import engine, folder, growth, layouts, numbers, torch_files
 from lavit_jax.porting.leaves import Source, flatten, unflatten
 
 
 def from_torch(path, part: str | None = None, *, variant: str | None = None, dtype: str | None = 'float32', grow: bool = False,
-               shardings: Callable | None = None, allow_missing: str = ''):
+               shardings: Callable | None = None, allow_missing: str = '', allow_nonfinite: bool = False):
   """Reads the weights of a PyTorch folder or file (porting/layouts.py), one leaf in memory at a time beside the result.
 
   Args:
@@ -27,6 +27,7 @@ def from_torch(path, part: str | None = None, *, variant: str | None = None, dty
     grow: a language model with the text's rows only gets those of the visual tokens (porting/growth.py).
     shardings: {part: tree of ShapeDtypeStructs} -> the same tree of shardings: leaves then go straight onto the devices.
     allow_missing: regex of torch names that may be missing.
+    allow_nonfinite: NaN and infinity in the files are read as they are; otherwise they are an error, as overflow in `dtype` is.
   Returns:
     {part: tree of arrays}, or the tree of `part`.
   Raises:
@@ -36,9 +37,9 @@ def from_torch(path, part: str | None = None, *, variant: str | None = None, dty
   found = _of_part(path, part) if part else layouts.recognise(path)[1]
   model = lavit.build(variant or layouts.find_variant(found))
   parts = {}
-  for name, fit in layouts.fit(model, found, allow_missing).items():
+  for name, fit in layouts.fit(model, found, allow_missing, mixed=dtype is not None).items():
     rows = model.vocabulary.size if grow and name == 'llama' else None
-    source = _source(fit, dtype, rows)
+    source = _source(fit, dtype, rows, allow_nonfinite)
     places = {} if shardings is None else flatten(shardings({name: unflatten(source.structs)})[name])
     parts[name] = unflatten({leaf: source.read(leaf, sharding=places.get(leaf)) for leaf in source.structs})
   return parts[part] if part else parts
@@ -47,19 +48,20 @@ def from_torch(path, part: str | None = None, *, variant: str | None = None, dty
 def open_torch(path, part: str, *, variant: str, dtype: str | None = 'float32') -> Source:
   """A part of a PyTorch folder or file, to be read a leaf or a layer of it at a time. The arguments, and what is raised: as for `from_torch`."""
   found = _of_part(pathlib.Path(path), part)
-  return _source(layouts.fit(lavit.build(variant), found)[part], dtype)
+  return _source(layouts.fit(lavit.build(variant), found, mixed=dtype is not None)[part], dtype)
 
 
-def _source(fit: layouts.Fit, dtype: str | None, rows: int | None = None) -> Source:
+def _source(fit: layouts.Fit, dtype: str | None, rows: int | None = None, allow_nonfinite: bool = False) -> Source:
   """`rows`: of the vocabulary that a language model grows to; None leaves it alone."""
   structs = {leaf: growth.grown(leaf, folder.cast(x, dtype), rows) for leaf, x in fit.plan.leaves.items()}
-  slots = {}  # leaf -> layer, or None -> (slot, tensor)
+  slots = {}  # leaf -> layer, or None -> (name, slot, tensor)
   for name, slot in fit.plan.slots.items():
-    slots.setdefault(slot.leaf, {})[slot.layer] = slot, fit.state[name]
+    slots.setdefault(slot.leaf, {})[slot.layer] = name, slot, fit.state[name]
 
   def one(leaf, layer):
-    slot, tensor = slots[leaf][layer]
-    return engine.contiguous(slot.row_of(np.asarray(tensor)).astype(structs[leaf].dtype, copy=False))
+    name, slot, tensor = slots[leaf][layer]
+    array = numbers.convert(f'{tensor.file}: {name}', np.asarray(tensor), structs[leaf].dtype, allow_nonfinite)
+    return engine.contiguous(slot.row_of(array))
 
   def read(leaf, row=None, sharding=None):
     if row is not None or leaf not in fit.plan.stacked:
@@ -107,4 +109,4 @@ def _of_part(path: pathlib.Path, part: str) -> list[layouts.Found]:
     raise UserError(f'unknown part {part!r}; known: {", ".join(layouts.TABLES)}')
   if path.is_dir() and layouts.kind_of(path):
     return layouts.recognise(path, part)[1]
-  return [layouts.Found(layouts.Place(part, '', ('',)), torch_files.load(path), {})]
+  return [layouts.found_in(layouts.Place(part, '', ('',)), torch_files.load(path), path)]

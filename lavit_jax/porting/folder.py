@@ -28,7 +28,7 @@ import numpy as np
 from lavit_jax.data.text import TextTokenizer
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
-from lavit_jax.porting import leaves
+from lavit_jax.porting import leaves, numbers
 from lavit_jax.porting.leaves import flatten, unflatten
 
 FORMAT = 2
@@ -113,7 +113,7 @@ def save_parts(folder, variant: str, parts: dict, metadata: dict | None = None, 
   folder = pathlib.Path(folder).resolve()  # now: the folder one stands in may be replaced
   with building(folder, variant, metadata, tokenizer) as made:
     for name, tree in parts.items():
-      flat = {path: _stored(leaf, dtype) for path, leaf in flatten(tree).items()}
+      flat = {path: _stored(f'{name}/{path}', leaf, dtype) for path, leaf in flatten(tree).items()}
       with made.part(name, flat) as writer:
         for path, array in flat.items():
           writer.write(path, None, array)
@@ -207,7 +207,7 @@ def open_part(folder, name: str, dtype: str | None = 'float32') -> leaves.Source
         return leaves.place(store, jax.ShapeDtypeStruct(store.shape, struct.dtype, sharding=sharding))
       array = store.read().result()
       check(leaf, row, array)
-      return array.astype(struct.dtype, copy=False)
+    return numbers.convert(f'{path}: {leaf}', array, struct.dtype, allow_nonfinite=True)
 
   return leaves.Source(structs, read)
 
@@ -288,6 +288,6 @@ def _floating(dtype) -> bool:
   return np.dtype(dtype).kind in 'fV'
 
 
-def _stored(leaf, dtype: str) -> np.ndarray:
+def _stored(name: str, leaf, dtype: str) -> np.ndarray:
   array = np.asarray(jax.device_get(leaf))
-  return array.astype(DTYPES[dtype]) if _floating(array.dtype) else array
+  return numbers.convert(name, array, DTYPES[dtype], allow_nonfinite=True) if _floating(array.dtype) else array
