@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bounds import assert_product
 from safetensors.numpy import load_file
 
 from lavit_jax.models import int8
@@ -41,10 +42,10 @@ def test_products(rows, inputs, outputs):
   x, kernel = normal(2, rows, inputs)[0], normal(inputs, outputs)
   quantised = int8.quantize(jnp.asarray(kernel.T))
   product = jax.jit(int8.product, static_argnums=2)(x, quantised, jnp.float32)
-  expected = x.astype(np.float64) @ (np.asarray(quantised.values, np.float64) * np.asarray(quantised.scale, np.float64)[:, None]).T
-  np.testing.assert_allclose(product, expected, atol=3e-6 * inputs**0.5)
+  weights = np.asarray(quantised.values, np.float64) * np.asarray(quantised.scale, np.float64)[:, None]
+  assert_product(product, x, weights.T)
   elsewhere = int8._product(jnp.asarray(x), quantised.values) * quantised.scale
-  np.testing.assert_allclose(elsewhere, expected, atol=3e-6 * inputs**0.5)
+  assert_product(elsewhere, x, weights.T)
   assert int8.product(jnp.asarray(x, jnp.bfloat16)[None], quantised, jnp.bfloat16).dtype == jnp.bfloat16
 
 
