@@ -42,7 +42,7 @@ def test_products(rows, inputs, outputs):
   x, kernel = normal(2, rows, inputs)[0], normal(inputs, outputs)
   quantised = int8.quantize(jnp.asarray(kernel.T))
   product = jax.jit(int8.product, static_argnums=2)(x, quantised, jnp.float32)
-  weights = np.asarray(quantised.values, np.float64) * np.asarray(quantised.scale, np.float64)[:, None]
+  weights = np.float64(quantised.values) * np.float64(quantised.scale)[:, None]
   assert_product(product, x, weights.T)
   elsewhere = int8._product(jnp.asarray(x), quantised.values) * quantised.scale
   assert_product(elsewhere, x, weights.T)
