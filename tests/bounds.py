@@ -13,9 +13,9 @@ def sum_error(absolute: np.ndarray, terms: int, dtype=np.float32) -> np.ndarray:
 
   Each addition rounds a partial sum, so it errs by at most eps / 2 of the sum of absolute terms.
   Roundings are as often up as down, so n of them add up to sqrt(n) times one (Higham & Mary 2019, A
-  new approach to probabilistic rounding error analysis). eps * sqrt(n) is more than three deviations
-  of the worst case, in which all terms have one sign and are added one after the other. The 2 stands
-  for the roundings of the products and of what the result is multiplied by.
+  new approach to probabilistic rounding error analysis). eps * sqrt(n) is more than three
+  deviations of the worst case, in which all terms have one sign and are added one after the other.
+  The 2 stands for the roundings of the products and of what the result is multiplied by.
 
   Args:
     absolute: float64, the sum of the terms' absolute values.

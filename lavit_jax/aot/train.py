@@ -22,7 +22,7 @@ from lavit_jax.training.checks import check_options
 
 
 class Report(NamedTuple):
-  """What the compiled step needs, of one chip unless it says otherwise; times in seconds, memory in GiB.
+  """What the compiled step needs, of one chip unless it says otherwise; seconds and GiB.
 
   Of chips that are two devices each (`devices_per_chip`), 'chip' means a device throughout: a half,
   with half of the memory.

@@ -317,7 +317,7 @@ def open_data(config, model, share, split: str, skipped: Skipped | None = None):
       text.TextTokenizer.load(options['tokenizer_folder'], model.vocabulary.text_size)
     return mixtures.batches(
         **options, split=split, seed=config.seed, batch_size=len(share.rows), shard_index=share.index, shard_count=share.count,
-        rows=share.rows, skipped=skipped)
+        rows=share.rows, skipped=skipped, vit_size=stages.vit_size(config, model))
 
 
 def check_heldout(config, model, share) -> None:
