@@ -119,7 +119,7 @@ def abstract_step(config, mesh):
   stage = stages.build(config, model, sharding.batch_shards(mesh))
   parts, batch = stages.abstract_inputs(config, model, stage)
   init, tx = loop.initialiser(config, stage, parts)
-  state = jax.eval_shape(init, jax.random.key(config.seed), parts)
+  state = jax.eval_shape(init, jax.random.key(0), parts)
   places = sharding.shardings(state, mesh)
 
   def put(tree, places):
