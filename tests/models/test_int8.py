@@ -30,7 +30,9 @@ def test_quantize():
   assert found.values.dtype == jnp.int8 and found.values.shape == x.shape and found.scale.shape == (5,)
   steps = np.where(np.abs(x).max(-1) == 0, 1, np.abs(x).max(-1) / 127)
   np.testing.assert_allclose(found.scale, steps, rtol=1e-6)
-  np.testing.assert_array_equal(found.values, np.rint(x / steps[:, None]))
+  # To the nearest one; x / step is rounded, so near the middle between two it may be either.
+  half = 0.5 + 127 * 4 * np.finfo(np.float32).eps
+  assert np.abs(found.values - np.float64(x) / steps[:, None]).max() <= half
   assert np.abs(found.values).max(-1).tolist() == [127, 127, 127, 0, 127]
   np.testing.assert_allclose(int8.dequantize(found, jnp.float32), x, atol=steps.max() / 2 * 1.001)
 
