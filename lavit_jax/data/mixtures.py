@@ -7,7 +7,7 @@ import grain
 import grain.experimental
 import numpy as np
 
-from lavit_jax.data import long_text, pairs, questions, splits, sprites
+from lavit_jax.data import images, long_text, pairs, questions, splits, sprites
 from lavit_jax.data.cleaning import clean_caption, clean_text
 from lavit_jax.data.rows import Made, Skipped, closed_at_exit
 from lavit_jax.data.scenes import Composer, Example
@@ -29,7 +29,8 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
             shares: Mapping[str, float] | None = None, question_weights: Mapping[str, float] | None = None,
             draw_text_weight: float = 0.1, drop_text: float = 0.1, scene_share: float = 0.3, shard_index: int = 0, shard_count: int = 1,
             rows: Sequence[int] | None = None, num_threads: int = 2, sources: Sequence[Mapping] = (), heldout: Sequence[Mapping] = (), shards: int = 1,
-            crop: str = 'none', max_skipped: float = 0.05, skipped: Skipped | None = None) -> Iterator[dict[str, np.ndarray]]:
+            crop: str = 'none', max_skipped: float = 0.05, skipped: Skipped | None = None,
+            vit_size: int | None = None) -> Iterator[dict[str, np.ndarray]]:
   """An endless iterator over batches of numpy arrays, with `get_state` / `set_state`.
 
   `batch_size` counts the rows of one shard; all shards together make a global batch of B = batch_size * shard_count, whose row r in
@@ -49,6 +50,9 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
   (streams.py; whoever reads has several of these), each of which fills some rows of every global batch, which so is the same too. Pictures go through
   `pairs.decode` with `crop`, texts are cleaned and cut at `text_length`, `shares` chooses between 'caption' and 'draw' where the source
   does not say, and what is no example is left out and counted in `skipped`; a larger share than `max_skipped` raises UserError.
+
+  With `vit_size` a batch has 'vit_image' too, uint8[B, vit_size, vit_size, 3]: the same pictures at
+  the size that the ViT takes.
 
   Raises ValueError for an unknown task, share, question type, crop or split, and for a composed text of more than `text_length` tokens.
   """
@@ -72,22 +76,29 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
       deal, of = mix(chosen, seed, shards, held, captioned=captioned)
     else:
       deal, of = mix(chosen, None, shards, held, 'heldout', captioned)
-    make = pairs.make_row(seed, image_size, crop if split == 'train' or crop == 'none' else 'center', write)
+    crop = crop if split == 'train' or crop == 'none' else 'center'
+    make = pairs.make_row(seed, image_size, crop, write, vit_size)
     made = Made(deal, of, make, skipped or Skipped(), max_skipped, num_threads, batch_size // len(held))
     made = made.batch(batch_size, drop_remainder=True)
     return closed_at_exit(iter(grain.experimental.ThreadPrefetchIterDataset(made, prefetch_buffer_size=2 if num_threads else 0)))
   composer = Composer(sprites.load(source), split, scene_share, image_size)
+
+  def shown(example: Example) -> dict[str, np.ndarray]:
+    if not vit_size:
+      return {'image': example.image}
+    return {'image': example.image, 'vit_image': images.resize(example.image, vit_size)}
+
   match task:
     case 'images':
       def row(index):
-        return {'image': composer(seed, index).image}
+        return shown(composer(seed, index))
     case 'contrastive':
       write = _Writer(tokenizer_folder, text_length)
 
       def row(index):
         example = composer(seed, index)
         text = write(('', example.caption, 1.0))
-        return {'image': example.image, 'text': text['text'], 'text_length': text['text_length']}
+        return {**shown(example), 'text': text['text'], 'text_length': text['text_length']}
     case 'lm':
       write = _Writer(tokenizer_folder, text_length)
       kinds, cumulative = _cumulative(DEFAULT_SHARES if shares is None else shares)
@@ -98,7 +109,7 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
         rng = np.random.default_rng((seed, index, 1))
         kind = kinds[np.searchsorted(cumulative, rng.random(), side='right')]
         text = write(_texts(kind, example, composer, rng, weights, draw_text_weight, drop_text))
-        return {'image': example.image, **text, 'kind': np.int32(_KINDS[kind])}
+        return {**shown(example), **text, 'kind': np.int32(_KINDS[kind])}
   options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * batch_size)
 
   def example_of(position):
@@ -170,9 +181,12 @@ class Batches(Iterator):
       self._iterator.close()
 
 
-def shapes(task: str, batch_size: int, image_size: int, text_length: int = 0) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+def shapes(task: str, batch_size: int, image_size: int, text_length: int = 0,
+           vit_size: int | None = None) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
   """What `batches` yields for a task: name -> (shape, dtype)."""
   made = {'image': ((batch_size, image_size, image_size, 3), np.uint8)}
+  if vit_size:
+    made['vit_image'] = ((batch_size, vit_size, vit_size, 3), np.uint8)
   if task != 'images':
     made |= {'text': ((batch_size, text_length), np.int32), 'text_length': ((batch_size,), np.int32)}
   if task == 'lm':

@@ -18,11 +18,14 @@ CROPS = ('none', 'center', 'random')
 LEAST_AREA = 0.5  # of the largest square, of a random crop
 
 
-def make_row(seed: int, image_size: int, crop: str, write: Callable | None) -> Callable[[Ticket], dict | Skip]:
+def make_row(seed: int, image_size: int, crop: str, write: Callable | None,
+             vit_size: int | None = None) -> Callable[[Ticket], dict | Skip]:
   """A function from a ticket to the row of its record, or to a Skip. `write` (record texts, use, rng, epoch) -> fields of the row or None.
 
+  With `vit_size` a row has the picture at that size too, as 'vit_image'.
   What is random depends on (seed, ticket.key) alone. Without `write` a row is a picture; with it, rows of use 'text' have a black one.
   """
+  sizes = {'image': image_size} | ({'vit_image': vit_size} if vit_size else {})
   random = write is not None or crop == 'random'  # a generator is not made for nothing: it takes a hundredth of the time
 
   def make(ticket: Ticket) -> dict | Skip:
@@ -36,11 +39,13 @@ def make_row(seed: int, image_size: int, crop: str, write: Callable | None) -> C
       if row is None:
         return Skip('empty caption', record.origin)
     if write is not None and ticket.use == 'text':
-      return {'image': np.zeros((image_size, image_size, 3), np.uint8), **row}
+      black = {name: np.zeros((size, size, 3), np.uint8) for name, size in sizes.items()}
+      return {**black, **row}
     if not record.image:
       return Skip('no image', record.origin)
     try:
-      return {'image': decode(record.image, image_size, crop, rng), **row}
+      images = decode_sizes(record.image, list(sizes.values()), crop, rng)
+      return {**dict(zip(sizes, images)), **row}
     except UserError as error:
       return Skip('corrupt image', f'{record.origin} ({error})')
 
@@ -48,7 +53,16 @@ def make_row(seed: int, image_size: int, crop: str, write: Callable | None) -> C
 
 
 def decode(data: bytes, size: int, crop: str = 'none', rng: np.random.Generator | None = None) -> np.ndarray:
-  """The bytes of a picture's file -> uint8[size, size, 3] RGB, bicubic.
+  """The bytes of a picture's file -> uint8[size, size, 3] RGB, as `decode_sizes` makes it."""
+  return decode_sizes(data, [size], crop, rng)[0]
+
+
+def decode_sizes(data: bytes, sizes: Sequence[int], crop: str = 'none',
+                 rng: np.random.Generator | None = None) -> list[np.ndarray]:
+  """The bytes of a picture's file -> the same part of it at each size, uint8[size, size, 3] RGB.
+
+  Each is resized from the picture itself, by Pillow's bicubic, as inference does: it clips to bytes
+  between its two passes, so another library's, or a resize of a resize, has other edges.
 
   `crop` 'none': the whole picture straight to the square, as published; 'center': the largest square; 'random': a square of at least half
   its area. JPEGs are decoded at 1/2, 1/4 or 1/8 as long as that leaves twice the pixels a side that the result has. Against decoding
@@ -58,14 +72,16 @@ def decode(data: bytes, size: int, crop: str = 'none', rng: np.random.Generator 
     UserError: nothing that Pillow can read, truncated, or too large.
   """
   try:
-    image = open_image(data, 'image')
+    image, size = open_image(data, 'image'), max(sizes)
     least = 2 * math.ceil(size / math.sqrt(LEAST_AREA)) if crop == 'random' else 2 * size
     image.draft(None, (least, least))
     upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1  # of EXIF, and of XMP where it has none
     plain = image.format == 'JPEG' and image.mode == 'RGB' and upright
     if not plain:  # turned, transparent, grey, of a palette ...
       image = Image.fromarray(read_image(image))
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=crop_box(image.size, crop, rng)))
+    box = crop_box(image.size, crop, rng)
+    bicubic = Image.Resampling.BICUBIC
+    return [np.asarray(image.resize((size, size), bicubic, box=box)) for size in sizes]
   except UserError:
     raise
   except Exception as error:  # a decoder may throw anything at damaged bytes

@@ -33,6 +33,7 @@ from lavit_jax.porting import folder
 from lavit_jax.training import flops, metrics, optim, processes, stages
 from lavit_jax.training.checkpoint import Checkpoints
 from lavit_jax.training.checks import check_options, told_of_data
+from lavit_jax.training.keys import Purpose, key_for
 from lavit_jax.training.processes import TERMINATED, Interrupt
 
 
@@ -76,13 +77,14 @@ def train(config, workdir) -> None:
     interrupt.check()
 
     init, tx = initialiser(config, stage, parts)
-    shapes = jax.eval_shape(init, jax.random.key(config.seed), parts)
+    weights_key = key_for(config.seed, Purpose.WEIGHTS)
+    shapes = jax.eval_shape(init, weights_key, parts)
     places = sharding.shardings(shapes, mesh)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
     first, state = checkpoints.restore_latest(abstract, data, config.skip_damaged)
     if state is None:
       once = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None  # compiling costs more than running
-      state = jax.jit(init, out_shardings=places, compiler_options=once)(jax.random.key(config.seed), parts)
+      state = jax.jit(init, out_shardings=places, compiler_options=once)(weights_key, parts)
     absent = [name for name in stage.zeros if config.init_from and name not in parts]
     del parts
     interrupt.check()
@@ -196,7 +198,7 @@ def make_train_step(config, stage, tx, places, mesh):
   @functools.partial(jax.jit, donate_argnums=0, out_shardings=(places, NamedSharding(mesh, P())))
   def train_step(train_state, frozen, batch):
     step, params, opt_state, state, ema = train_state
-    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    key = jax.random.fold_in(key_for(config.seed, Purpose.STEPS), step)
     gradient, state, values = (gradient_of if pieces == 1 else accumulated)(params, frozen, state, batch, key)
     updates, opt_state = tx.update(gradient, opt_state, params)
     params = optax.apply_updates(params, updates)
@@ -213,7 +215,7 @@ class Look:
 
   def __init__(self, config, model, stage, mesh, share, frozen):
     self.config, self.model, self.frozen, self.mesh, self.share = config, model, frozen, mesh, share
-    self.key = jax.random.key(config.seed + 1)
+    self.key = key_for(config.seed, Purpose.HELDOUT)
     jit = functools.partial(jax.jit, out_shardings=NamedSharding(mesh, P()))  # every process sees all of it
 
     @jit
@@ -318,7 +320,7 @@ def open_data(config, model, share, split: str, skipped: Skipped | None = None):
       text.TextTokenizer.load(options['tokenizer_folder'], model.vocabulary.text_size)
     return mixtures.batches(
         **options, split=split, seed=config.seed, batch_size=len(share.rows), shard_index=share.index, shard_count=share.count,
-        rows=share.rows, skipped=skipped)
+        rows=share.rows, skipped=skipped, vit_size=stages.vit_size(config, model))
 
 
 def check_heldout(config, model, share) -> None:

@@ -49,11 +49,20 @@ def apply(module, params: Tree, *args, **kwargs):
 
 
 def features(model: Lavit, params: Tree, images: Array) -> Array:
-  """uint8[B, H, W, 3] of any square size -> the ViT's features [B, 1 + N, D]."""
-  x = vit.preprocess(images)
-  if x.shape[1] != model.image_size:
-    x = jax.image.resize(x, (len(x), model.image_size, model.image_size, 3), 'cubic')
-  return apply(model.vit, params, x)
+  """uint8[B, H, W, 3] of the size that the ViT takes -> its features [B, 1 + N, D].
+
+  Resizing is the loader's, by Pillow as at inference: `jax.image.resize` does not round and clip
+  between its passes, and so shows the ViT other edges.
+  """
+  side = model.image_size
+  if images.shape[1:3] != (side, side):
+    raise ValueError(f'the ViT takes images of {side} x {side}, not {list(images.shape)}')
+  return apply(model.vit, params, vit.preprocess(images))
+
+
+def vit_images(batch: dict) -> Array:
+  """The images of a batch at the ViT's size: 'vit_image', or 'image' if that has this size."""
+  return batch['vit_image'] if 'vit_image' in batch else batch['image']
 
 
 def cosine_similarity(x: Array, y: Array) -> Array:

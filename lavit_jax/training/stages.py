@@ -32,7 +32,8 @@ from lavit_jax.models.sequence import compact, embed_sources, pack
 from lavit_jax.models.tokenizer import gumbel_keep
 from lavit_jax.training import codebook
 from lavit_jax.training.foundations import autoencoder, encoder
-from lavit_jax.training.stage import Stage, apply, begin, cosine_similarity, feature_colours, features, shade_dropped
+from lavit_jax.training.stage import (
+    Stage, apply, begin, cosine_similarity, feature_colours, features, shade_dropped, vit_images)
 
 
 PAGES = dict(  # data.task of each stage, and what its page alone has
@@ -73,8 +74,18 @@ def abstract_inputs(config, model: Lavit, stage: Stage) -> tuple[dict, dict]:
   """(the parts that the stage needs or starts from, a batch of all processes) as ShapeDtypeStructs."""
   parts = jax.eval_shape(lambda: initial_parts(model, jax.random.key(0), stage.needs + stage.starts))
   data = config.data
-  batch = mixtures.shapes(data.task, config.batch_size, data.image_size, data.get('text_length', 0))
+  batch = mixtures.shapes(data.task, config.batch_size, data.image_size, data.get('text_length', 0),
+                          vit_size(config, model))
   return parts, {name: jax.ShapeDtypeStruct(*like) for name, like in batch.items()}
+
+
+def vit_size(config, model: Lavit) -> int | None:
+  """The side of the images that the loader makes for the ViT beside those of `data.image_size`.
+
+  None if there is no need: those have that size, or the stage has no ViT.
+  """
+  needless = config.stage == 'autoencoder' or config.data.image_size == model.image_size
+  return None if needless else model.image_size
 
 
 def tokens(config) -> int:
@@ -118,7 +129,7 @@ def tokenizer(config, model: Lavit, shards: int) -> Stage:
 
   def loss(params, frozen, book, batch, key, train):
     k1, k2, k3 = jax.random.split(key, 3)
-    x = features(model, frozen['vit'], batch['image'])[:, 1:].astype(jnp.float32)
+    x = features(model, frozen['vit'], vit_images(batch))[:, 1:].astype(jnp.float32)
     keep, z = encode(params, book, x, k1)
     flat, weight = jax.lax.stop_gradient((z.reshape(-1, code_dim), keep.reshape(-1)))
     if train:  # the first quantised batch of the training, never one that is only looked at
@@ -146,7 +157,7 @@ def tokenizer(config, model: Lavit, shards: int) -> Stage:
 
   def draw(params, frozen, book, batch, key):
     images = batch['image'][:8]
-    x = features(model, frozen['vit'], images)[:, 1:].astype(jnp.float32)
+    x = features(model, frozen['vit'], vit_images(batch)[:8])[:, 1:].astype(jnp.float32)
     keep, z = encode(params, book, x, key)
     codes = jnp.where(book.started, book.embedding[codebook.nearest_code(z, book.embedding)], z)
     return [images, shade_dropped(images, keep), *feature_colours(x, reconstruct(params, codes, keep), images.shape[1])]
@@ -186,7 +197,7 @@ def detokenizer(config, model: Lavit, shards: int) -> Stage:
     images = batch['image']
     mean, logvar = apply(model.vae, frozen['vae'], pixels.preprocess(images), method='encode')
     latents = model.vae.scaling_factor * pixels.sample_latents(mean, logvar, keys[0])
-    context, keep = condition(params, frozen, images, keys[1])
+    context, keep = condition(params, frozen, vit_images(batch), keys[1])
     drop = jax.random.bernoulli(keys[2], config.detokenizer.drop_condition, (len(images), 1))
     null, null_mask = unconditional(state, len(images))
     context, mask = jnp.where(drop[..., None], null, context), jnp.where(drop, null_mask, True)
@@ -200,7 +211,7 @@ def detokenizer(config, model: Lavit, shards: int) -> Stage:
     """Pictures, kept patches, and what the tokens alone give: DDIM, deterministic, with guidance."""
     images = batch['image'][:8]
     k1, k2 = jax.random.split(key)
-    context, keep = condition(params, frozen, images, k1)
+    context, keep = condition(params, frozen, vit_images(batch)[:8], k1)
     null, null_mask = unconditional(state, len(images))
     side = images.shape[1] // model.vae.factor
     latents = jax.random.normal(k2, (len(images), side, side, model.vae.latent_channels))
@@ -258,7 +269,7 @@ def lm(config, model: Lavit, shards: int) -> Stage:
 
   def loss(params, frozen, state, batch, key, train):
     del train
-    x = features(model, frozen['vit'], batch['image'])[:, 1:]
+    x = features(model, frozen['vit'], vit_images(batch))[:, 1:]
     out = apply(model.tokenizer, frozen['tokenizer'], x, key)
     visual, mask = compact(apply(model.understanding, params['understanding'], x, out.keep), out.keep)
     codes, _ = compact(out.ids, out.keep)
@@ -288,7 +299,7 @@ def lm(config, model: Lavit, shards: int) -> Stage:
     """Pictures, and the patches that the language model gets to see."""
     del params, state
     images = batch['image'][:8]
-    x = features(model, frozen['vit'], images)[:, 1:]
+    x = features(model, frozen['vit'], vit_images(batch)[:8])[:, 1:]
     return [images, shade_dropped(images, apply(model.tokenizer, frozen['tokenizer'], x, key).keep)]
 
   return Stage(('vit', 'tokenizer'), (), init, loss, export, draw)

@@ -68,7 +68,8 @@ def assert_same_trajectory(prediction='epsilon', spacing='leading', **settings):
   got = sample(toy, LATENTS, (CONTEXT, MASK), (NULL, NULL_MASK), guidance_scale=3., schedule=SCHEDULE, prediction=prediction,
                spacing=spacing, **settings)
   assert np.abs(want - LATENTS).max() > 0.5
-  np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+  # Each step rounds latents of up to 10, guidance multiplies by 5, and there are up to 50 steps.
+  np.testing.assert_allclose(got, want, rtol=0, atol=10 * 5 * 50 * np.finfo(np.float32).eps)
   return got
 
 

@@ -136,7 +136,8 @@ def test_golden_codes_become_the_pictures_that_diffusers_draws(golden, tmp_path,
     want = decoder.decode(x / decoder.config.scaling_factor).sample
   want = np.moveaxis((want / 2 + 0.5).clamp(0, 1).numpy() * 255, 1, -1)
   assert 0.2 < ((0 < want) & (want < 255)).mean() and want.std() > 20
-  np.testing.assert_allclose(drawn.pictures, want, atol=0.51)  # bytes, rounded
+  # Half a byte of rounding, and a quarter for what float32 adds up to over the steps, at guidance.
+  np.testing.assert_allclose(drawn.pictures, want, atol=0.5 + 0.25)
   assert not drawn.flagged.any()
 
 
