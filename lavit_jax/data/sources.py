@@ -20,6 +20,7 @@ import grain
 import xxhash
 
 from lavit_jax.data import formats
+from lavit_jax.data.skips import About
 from lavit_jax.data.streams import OpenUnits, Reader, Shard, Stored, Stream, Windows, store
 from lavit_jax.errors import UserError
 
@@ -38,7 +39,7 @@ def mix(sources: Sequence[Mapping], seed: int | None, shards: int, held: Sequenc
   Raises:
     UserError: an option that is unknown or wrong, files that are not there, an empty source.
   """
-  opened, accounts = zip(*(_open(f'{name}[{number}]', number, dict(source), seed, shards) for number, source in enumerate(sources)))
+  opened, accounts, abouts = zip(*(_open(f'{name}[{number}]', number, dict(source), seed, shards) for number, source in enumerate(sources)))
   weights = [float(source.get('weight', 1.0)) for source in sources]
 
   def deal(pool: Executor) -> tuple[dict[int, Shard], OpenUnits]:
@@ -53,7 +54,7 @@ def mix(sources: Sequence[Mapping], seed: int | None, shards: int, held: Sequenc
         dealt.append([Windows(readers[shard // source.fan], shard % source.fan) for shard in held])
       else:
         dealt.append([Stored(source, shard, shards) for shard in held])
-    return {shard: Shard(shard, shards, of_shard, weights) for shard, of_shard in zip(held, zip(*dealt))}, units
+    return {shard: Shard(shard, shards, of_shard, weights, abouts) for shard, of_shard in zip(held, zip(*dealt))}, units
 
   return deal, {} if seed is None else {'seed': seed, 'shards': shards, 'sources': list(accounts)}
 
@@ -73,7 +74,7 @@ def check_files(name: str, sources: Sequence[Mapping], limit: float) -> None:
         raise UserError(f'{name}[{number}]: {len(absent)} of {len(asked)} tars are not there, such as {absent[0]}; check the path')
 
 
-def _open(name: str, number: int, options: dict, seed: int | None, shards: int) -> tuple[Stream | grain.MapDataset, dict]:
+def _open(name: str, number: int, options: dict, seed: int | None, shards: int) -> tuple[Stream | grain.MapDataset, dict, About]:
   kind = options.get('format')
   if kind not in formats.FORMATS:
     raise UserError(f'{name} has format {kind!r}; choose one of {", ".join(formats.FORMATS)}')
@@ -99,13 +100,15 @@ def _open(name: str, number: int, options: dict, seed: int | None, shards: int) 
     raise error.within(name) from error
   if not len(records):
     raise UserError(f'{name}: {options["path"]} holds no records')
+  path = options['path'] if isinstance(options['path'], str) else formats.some(map(str, options['path']), 2)
+  about = About(name, f'{kind} {path}', len(records) if 'window' in known else 1, getattr(records, 'looked_for', ''))
   use, account = options.get('use', ''), {'format': kind, 'units': len(records)}
   if seed is not None:
     account['files'] = xxhash.xxh32_hexdigest(json.dumps(records.names()).encode())
   if 'window' in known:
     window = account['window'] = _window(options.get('window'), shards) if seed is not None else max(_HELDOUT_WINDOW // shards, _LEAST_WINDOW)
-    return Stream.of(records, number, use, seed, window, shards), account
-  return store(records, number, use, seed), account
+    return Stream.of(records, number, use, seed, window, shards, name), account, about
+  return store(records, number, use, seed), account, about
 
 
 def _window(asked: int | None, shards: int) -> int:
