@@ -272,12 +272,11 @@ class Parquets:
   A unit is a row group; a position in it a row.
   """
 
-  cost = parquets.COST
-
   def __init__(self, path, image, text):
     self.image, self.text = image, text
     self.files = paths.expand(path, '.parquet')
     self.units = parquets.units(self.files, image, text)
+    self.cost = parquets.cost(self.units)
 
   def __len__(self) -> int:
     return len(self.units)

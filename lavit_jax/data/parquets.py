@@ -19,10 +19,12 @@ import pyarrow.parquet as pq
 from lavit_jax.data import paths
 from lavit_jax.errors import UserError
 
-COST = 8  # of a row group that waits open, in tars (streams.py): a batch, a page and a buffer
+COSTS = (8, 256)  # least and most of a row group that is open, in tars (streams.py)
+_A_TAR = 2 << 20  # bytes
 DAMAGE = (OSError, ValueError, pa.ArrowException)
 _BUFFER = 1 << 20  # bytes read at a time; without it, all of a column chunk
 _BATCH_BYTES, _BATCH_ROWS = 4 << 20, 64  # of rows that are decoded together
+_PAGE_ROWS, _PAGE_BYTES = 1024, 1 << 20  # pyarrow ends a page after so many rows at the earliest, others after so many bytes
 _DEFAULTS = ('image', 'text')  # columns that may be absent: not every use needs both
 
 
@@ -33,12 +35,14 @@ class Unit(NamedTuple):
   group: int
   columns: tuple[str, ...]
   fault: str = ''
+  held: int = 0  # bytes in memory while it is open, about
 
 
 class _Look(NamedTuple):
   groups: int
   types: dict[str, pa.DataType]  # of each column
   fault: str = ''
+  metadata: pq.FileMetaData | None = None
 
 
 def units(files: Sequence[str], image: str, text: Sequence[str]) -> list[Unit]:
@@ -72,15 +76,21 @@ def units(files: Sequence[str], image: str, text: Sequence[str]) -> list[Unit]:
     _check_image(file, image, look.types)
     columns = (_column(name, look.types) for name in asked)
     columns = tuple(dict.fromkeys(name for name in columns if name))
-    found += [Unit(file, group, columns) for group in range(look.groups)]
+    found += [Unit(file, group, columns, held=_held(look.metadata, group, set(columns))) for group in range(look.groups)]
   return found
+
+
+def cost(of: Sequence[Unit]) -> int:
+  """What a row group costs that is open, the largest of these, in tars that wait open (streams.py)."""
+  held = max((unit.held for unit in of), default=0)
+  return min(max(-(-held // _A_TAR), COSTS[0]), COSTS[1])
 
 
 def rows(unit: Unit, start: int, **options) -> Iterator[dict[str, Any]]:
   """Column name -> value of each row from `start` on. `options` are for `paths.open_file`.
 
   Beside what is read ahead it holds one batch of rows, which is about 4 MB or one row, and of each
-  column a page.
+  column a page, compressed and plain. Files of pyarrow have pages of 1,024 rows however long these are.
 
   Raises:
     DAMAGE: the file is damaged, or not there.
@@ -90,8 +100,7 @@ def rows(unit: Unit, start: int, **options) -> Iterator[dict[str, Any]]:
   with _opened(unit.file, **options) as file:
     group = file.metadata.row_group(unit.group)
     names = set(unit.columns)
-    chunks = (group.column(i) for i in range(group.num_columns))
-    size = sum(c.total_uncompressed_size for c in chunks if _root(c.path_in_schema, names))
+    size = _size(group, names)
     count = min(max(_BATCH_BYTES * group.num_rows // max(size, 1), 1), _BATCH_ROWS)
     if not names:
       for _ in range(start, group.num_rows):
@@ -119,7 +128,7 @@ def _look(path: str) -> _Look:
   try:
     with _opened(path) as file:
       schema = file.schema_arrow
-      return _Look(file.num_row_groups, dict(zip(schema.names, schema.types)))
+      return _Look(file.num_row_groups, dict(zip(schema.names, schema.types)), metadata=file.metadata)
   except DAMAGE as error:
     return _Look(0, {}, ' '.join(str(error).split()) or type(error).__name__)
 
@@ -134,6 +143,22 @@ def _column(name: str, columns) -> str:
   while name and name not in columns:
     name = name.rpartition('.')[0]
   return name
+
+
+def _size(group: pq.RowGroupMetaData, columns: set[str]) -> int:
+  """Plain bytes of some columns of a row group."""
+  chunks = (group.column(i) for i in range(group.num_columns))
+  return sum(chunk.total_uncompressed_size for chunk in chunks if _root(chunk.path_in_schema, columns))
+
+
+def _held(metadata: pq.FileMetaData, number: int, columns: set[str]) -> int:
+  """Bytes in memory while a row group is read: a page, compressed and plain, and a batch."""
+  group = metadata.row_group(number)
+  size = _size(group, columns)
+  page = _PAGE_BYTES
+  if 'parquet-cpp' in (metadata.created_by or ''):
+    page = max(page, size * _PAGE_ROWS // max(group.num_rows, 1))
+  return 2 * min(page, size) + min(_BATCH_BYTES, size)
 
 
 def _root(path: str, columns: set[str]) -> bool:

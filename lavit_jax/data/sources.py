@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 
@@ -90,6 +91,7 @@ def _open(name: str, number: int, options: dict, seed: int | None, shards: int) 
     raise UserError(f'{name} has use {options["use"]!r}; choose one of {", ".join(map(repr, USES))}')
   if not options.get('weight', 1.0) > 0 or not options.get('window', 1) >= 1:
     raise UserError(f'{name}: weight must be above 0 and window at least 1')
+  _check_values(name, kind, options)
   image, text = formats.DEFAULTS[kind]
   image = options.get('image') or image
   image = _names(image) if kind == 'tars' and image else image
@@ -109,6 +111,21 @@ def _open(name: str, number: int, options: dict, seed: int | None, shards: int) 
     window = account['window'] = _window(options.get('window'), shards) if seed is not None else max(_HELDOUT_WINDOW // shards, _LEAST_WINDOW)
     return Stream.of(records, number, use, seed, window, shards, name), account, about
   return store(records, number, use, seed), account, about
+
+
+def _check_values(name: str, kind: str, options: Mapping) -> None:
+  """Raises UserError where an option has another type than its format reads, or a number that cannot be meant."""
+  for key in ('image', 'text'):
+    value = options.get(key)
+    names = [value] if isinstance(value, str) else value
+    if value is not None and not (isinstance(names, (list, tuple)) and all(isinstance(each, str) for each in names)):
+      raise UserError(f'{name} ({kind}) has {key} {value!r}; give a name, or several in parentheses')
+    if key == 'image' and value is not None and kind in ('parquet', 'tfds') and not isinstance(value, str):
+      raise UserError(f'{name} ({kind}) has image {value!r}; give the name of one column or feature')
+  if options.get('image') and kind == 'arrayrecord':
+    raise UserError(f'{name} (arrayrecord) has image {options["image"]!r}, but each record has one image; leave it out')
+  if not math.isfinite(options.get('weight', 1.0)):
+    raise UserError(f'{name} has weight {options["weight"]!r}; give a finite number above 0')
 
 
 def _window(asked: int | None, shards: int) -> int:

@@ -9,6 +9,7 @@ A `Ticket` says how to get a record; the pictures of stores are read where they 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import resource
 import threading
@@ -192,6 +193,10 @@ class Reader:
 
     Raises UserError if there is no record in sight: in all units, or in a hundred in a row.
     """
+    with self._open.room(self.stream.records.cost, (self.index, self.stream.number, turn, start)):
+      return self._read(turn, start, dealt)
+
+  def _read(self, turn: int, start: int, dealt: int) -> tuple[dict[int, list[Ticket]], tuple[int, int, int]]:
     stream, here, count, barren = self.stream, (turn, start, dealt), 0, set()
     found, files = {shard: [] for shard in self.held}, []
     epoch, unit = stream.unit(self.index, turn)
@@ -235,15 +240,34 @@ class OpenUnits:
   """Units that `readers` read in turn, for whoever reads on where another stopped.
 
   Of those of a process that wait longest the files are closed. What the open ones have read ahead (`ahead` bytes each) is, with their
-  buffers, about half a gigabyte at most; to which Parquet adds the row groups.
+  buffers, about half a gigabyte at most; to which Parquet adds a gigabyte of pages at most, of all that wait and all that are read.
   """
 
   _all, _lock = weakref.WeakSet(), threading.RLock()  # an iterator may be collected, and close, while its thread has the lock
+  _room = threading.Condition(_lock)
+  _busy = [0]  # the cost of what is being read, in all of them
 
   def __init__(self, readers: int = 1):
     self.ahead, self._rows, self._cost, self._closed = paths.ahead_of(readers), {}, 0, False
     with self._lock:
       self._all.add(self)
+
+  @contextlib.contextmanager
+  def room(self, cost: int, place: tuple) -> Iterator[None]:
+    """Waits until a unit of such a cost may be read beside those that are; what waits makes room, but for what waits at `place`."""
+    with self._room:
+      while self._busy[0] and self._busy[0] + cost > _OPEN:
+        self._room.wait()
+      self._busy[0] += cost
+      mine = [other for other in self._rows if other != place]
+      while mine and self._busy[0] + sum(units._cost for units in self._all) > _OPEN:
+        self.take(mine.pop(0)).close()
+    try:
+      yield
+    finally:
+      with self._room:
+        self._busy[0] -= cost
+        self._room.notify_all()
 
   def take(self, place: tuple) -> Iterator | None:
     with self._lock:
