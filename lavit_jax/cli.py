@@ -154,7 +154,8 @@ def data_build(args):
 
 def data_pack(args):
   from lavit_jax.data.packing import pack
-  packed = pack(args.sources, args.out, args.workers)
+  options = {'image': args.image} if args.image else {}
+  packed = pack(args.sources, args.out, args.workers, **options)
   reasons = ''.join(', %s %d' % pair for pair in sorted(packed.skipped.items()))
   print('%d records in %s; skipped: %d%s; tars done before: %d' % (
       packed.records, args.out, sum(packed.skipped.values()), reasons, packed.found))
@@ -385,6 +386,7 @@ def build_parser():
   sub.add_argument('sources', nargs='+', metavar='TAR', help="a path, a glob or braces, local or remote: 'gs://BUCKET/{00000..00999}.tar'")
   sub.add_argument('--out', type=local, required=True, metavar='DIR', help='gets one file a tar')
   sub.add_argument('--workers', type=number(int, 1), default=1, metavar='N', help='processes (default: %(default)s)')
+  sub.add_argument('--image', nargs='+', metavar='EXTENSION', help="of the pictures, where it is none that is known: 'input.png'")
 
   sub = seeded_command('evaluate', evaluate, 'measure a checkpoint on the held-out splits')
   sub.add_argument('--source', required=True, type=local, metavar='DIR', help='the data set that `lavit data build` wrote')

@@ -68,7 +68,7 @@ def train(config, workdir) -> None:
     stage = stages.build(config, model, sharding.batch_shards(mesh))
     parts = load_parts(config, stage, mesh)
     frozen = {name: parts[name] for name in stage.needs}
-    share, skipped = sharding.share(mesh, config.batch_size), Skipped()
+    share, skipped = sharding.share(mesh, config.batch_size), Skipped(jax.process_count() == 1)
     data = open_data(config, model, share, 'train', skipped)
     stack.callback(data.close)
     check_heldout(config, model, share)
@@ -332,9 +332,16 @@ def check_heldout(config, model, share) -> None:
 
 
 def skips(config, skipped: Skipped, share) -> dict[str, int]:
-  """What all processes together skipped; those that read the same rows count once."""
+  """What all processes together skipped; those that read the same rows count once.
+
+  Raises:
+    UserError: of a source more than data.max_skipped, over all processes.
+  """
   if not config.data.get('sources'):
     return {}
+  for source in range(len(config.data.sources) if jax.process_count() > 1 else 0):
+    known = processes.gather({'share': share.index, 'account': skipped.account_of(source)})
+    skipped.check(source, {each['share']: each['account'] for each in known}.values(), config.data.max_skipped)
   told = {each.pop('share'): each for each in processes.gather({'share': share.index, **skipped.metrics()})}
   return dict(sum(map(Counter, told.values()), Counter()))
 
