@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from lavit_jax.errors import UserError
+from lavit_jax.models import settings as checkpoint_settings
 from lavit_jax.models.decoder import Decoder
 from lavit_jax.models.llama import Llama
 from lavit_jax.models.safety import SafetyChecker
@@ -86,6 +89,12 @@ class Lavit:
   highres_vae: AutoencoderKL | None
   safety_checker: SafetyChecker | None
   uncond_rows: int  # rows of the stored null-text embedding of the U-Net
+  settings_text: str = '{}'  # of `settings`, as JSON: what is hashed
+
+  @property
+  def settings(self) -> dict[str, dict]:
+    """The checkpoint's settings (models/settings.py), where they are not the variant's own."""
+    return json.loads(self.settings_text)
 
   @property
   def image_size(self) -> int:
@@ -107,17 +116,19 @@ def row(variant: str) -> dict:
   return VARIANTS[variant]
 
 
-def build(variant: str, dtype: str = 'float32', remat: str = 'none') -> Lavit:
+def build(variant: str, dtype: str = 'float32', remat: str = 'none', settings: Mapping | None = None) -> Lavit:
   """Builds the parts of a variant.
 
   Args:
     variant: a key of `VARIANTS`.
     dtype: the compute dtype; parameters are float32 whatever it is, and the VAE computes in float32 (REFERENCE 2).
     remat: rematerialisation policy of the scanned stacks: 'none' or a key of `layers.REMAT_POLICIES`.
+    settings: of a checkpoint, {part: {field: value}} (models/settings.py); what they do not name is the variant's own.
   Raises:
-    UserError: no such variant.
+    UserError: no such variant, or settings that are not known or not possible.
   """
-  sizes = row(variant)
+  settings = checkpoint_settings.differing(variant, row(variant), settings)
+  sizes = with_settings(row(variant), settings)
   common = dict(dtype=jnp.dtype(dtype), remat=remat)
   tokenizer = sizes['tokenizer']
   vocabulary = Vocabulary(text_size=sizes['text_vocab_size'], codebook_size=tokenizer['codebook_size'])
@@ -143,4 +154,12 @@ def build(variant: str, dtype: str = 'float32', remat: str = 'none') -> Lavit:
       highres_vae=AutoencoderKL(**sizes['highres_vae']) if 'highres_vae' in sizes else None,
       safety_checker=SafetyChecker(**sizes['safety_checker'], **common) if 'safety_checker' in sizes else None,
       uncond_rows=sizes['uncond_rows'],
+      settings_text=json.dumps(settings, sort_keys=True),
   )
+
+
+def with_settings(sizes: dict, settings: Mapping) -> dict:
+  """A row of the variants table with the settings of its modules in their places; those of no module stay out."""
+  changed = {name: {**sizes[name], **{field: checkpoint_settings.frozen(value) for field, value in fields.items()}}
+             for name, fields in settings.items() if name in sizes}
+  return {**sizes, **changed}

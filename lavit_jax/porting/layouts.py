@@ -252,11 +252,13 @@ def read_json(file: pathlib.Path) -> dict:
 def llama_config(model: lavit.Lavit, rows: int) -> dict:
   """transformers' LlamaConfig."""
   llama = model.llama
+  scaling = {} if llama.rope_scaling is None else dict(rope_scaling=dict(llama.rope_scaling))
   return dict(
-      architectures=['LlamaForCausalLM'], model_type='llama', hidden_act='silu', hidden_size=llama.hidden_size,
+      architectures=['LlamaForCausalLM'], model_type='llama', hidden_size=llama.hidden_size,
       intermediate_size=llama.mlp_dim, num_hidden_layers=llama.num_layers, num_attention_heads=llama.num_heads,
       num_key_value_heads=llama.num_kv_heads, head_dim=llama.head_dim, vocab_size=rows, rms_norm_eps=llama.rms_norm_eps,
-      rope_theta=llama.rope_theta, max_position_embeddings=4096, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2)
+      rope_theta=llama.rope_theta, **scaling, max_position_embeddings=llama.max_position_embeddings, hidden_act='silu',
+      tie_word_embeddings=False, bos_token_id=1, eos_token_id=2)
 
 
 def unet_config(unet) -> dict:
