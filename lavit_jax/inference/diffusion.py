@@ -39,7 +39,7 @@ REFUSED = {  # what a scheduler config may say that a sampler would go by, and c
     'euler': dict(use_karras_sigmas=False, use_exponential_sigmas=False, use_beta_sigmas=False, interpolation_type='linear',
                   final_sigmas_type='zero'),
     'dpm++2m': dict(use_karras_sigmas=False, use_exponential_sigmas=False, use_beta_sigmas=False, use_lu_lambdas=False,
-                    final_sigmas_type='zero', lambda_min_clipped=-np.inf),
+                    final_sigmas_type='zero', lambda_min_clipped=None),
 }
 
 
@@ -113,7 +113,7 @@ def plan(scheduler: Scheduler, steps: int, *, sampler: str = 'ddim', strength: f
   t = timesteps(scheduler.num_train_timesteps, steps, scheduler.timestep_spacing, scheduler.steps_offset, sampler, strength)
   for name, value in REFUSED.get(sampler, {}).items():
     if getattr(scheduler, name) != value:
-      raise ValueError(f'sampler={sampler!r} cannot follow {name}={getattr(scheduler, name)!r} of scheduler_config.json, only {value!r}; '
+      raise ValueError(f'sampler={sampler!r} cannot draw with {name}={getattr(scheduler, name)!r} of scheduler_config.json, only with {value!r}; '
                        "draw with sampler='ddim', or change it there")
   levels = scheduler.schedule.alphas_cumprod.astype(np.float64)
   if sampler == 'ddim':

@@ -89,10 +89,10 @@ def draw(
 
   def encode(pictures: Array, keys: Array) -> Array:
     moments = apply(pixels, vae.preprocess(pictures), method='encode')
-    return autoencoder.scaling_factor * jax.vmap(vae.sample_latents)(*moments, keys)
+    return autoencoder.to_unet(jax.vmap(vae.sample_latents)(*moments, keys))
 
   def decode(latents: Array) -> Array:
-    whole, latents = functools.partial(apply, pixels, method='decode'), latents / autoencoder.scaling_factor
+    whole, latents = functools.partial(apply, pixels, method='decode'), autoencoder.from_unet(latents)
     return vae.postprocess(vae.decode_tiled(whole, latents, autoencoder.factor, tile // autoencoder.factor) if tile else whole(latents))
 
   features = apply(decoder, model.tokenizer.apply({'params': parts['codebook']}, ids, method='lookup'), mask)

@@ -7,7 +7,6 @@ schedule.
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -53,7 +52,7 @@ class Scheduler(NamedTuple):
   use_lu_lambdas: bool = False
   interpolation_type: str = 'linear'
   final_sigmas_type: str = 'zero'
-  lambda_min_clipped: float = -math.inf
+  lambda_min_clipped: float | None = None
 
   @property
   def schedule(self) -> NoiseSchedule:

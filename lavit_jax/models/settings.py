@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import rope
+from lavit_jax.models.noise import Scheduler
 
 
 class Field(NamedTuple):
@@ -45,7 +46,110 @@ def count(value: Any) -> int:
   return int(value)
 
 
+def number(value: Any) -> float:
+  """A finite number."""
+  if not _number(value):
+    raise ValueError('it must be a number')
+  return float(value)
+
+
+def within(least: float, most: float) -> Callable[[Any], float]:
+  """A number of a range, its ends included."""
+  def check(value: Any) -> float:
+    if not _number(value) or not least <= value <= most:
+      raise ValueError(f'it must be a number in {least:g}..{most:g}')
+    return float(value)
+  return check
+
+
+def whole(least: int, most: int) -> Callable[[Any], int]:
+  """A whole number of a range, its ends included."""
+  def check(value: Any) -> int:
+    if not _number(value) or value != int(value) or not least <= value <= most:
+      raise ValueError(f'it must be a whole number in {least}..{most}')
+    return int(value)
+  return check
+
+
+def switch(value: Any) -> bool:
+  """true or false; null, as diffusers takes it, is false."""
+  if value is not None and not isinstance(value, bool):
+    raise ValueError('it must be true or false')
+  return bool(value)
+
+
+def one_of(*words: str | None) -> Callable[[Any], str | None]:
+  """One of some words."""
+  def check(value: Any) -> str | None:
+    if not any(value is word or (isinstance(word, str) and value == word) for word in words):
+      raise ValueError(f'it must be one of {", ".join(json.dumps(word) for word in words)}')
+    return value
+  return check
+
+
+def listed(check: Callable[[Any], Any]) -> Callable[[Any], list]:
+  """A list, of one entry or more, each of which `check` takes."""
+  def check_list(values: Any) -> list:
+    if not isinstance(values, list | tuple) or not values:
+      raise ValueError('it must be a list')
+    return [check(value) for value in values]
+  return check_list
+
+
+def optional(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
+  """null, or what `check` takes."""
+  return lambda value: None if value is None else check(value)
+
+
+UNET = dict(
+    num_heads=Field(listed(count), [8, 8, 8, 8]),
+    norm_eps=Field(positive, 1e-5),
+    flip_sin_to_cos=Field(switch, True),
+    freq_shift=Field(number, 0.0))
+VAE = dict(
+    scaling_factor=Field(positive, 0.18215),
+    shift_factor=Field(number, 0.0),
+    latents_mean=Field(optional(listed(number)), None),
+    latents_std=Field(optional(listed(positive)), None))
+_published = Scheduler()._asdict()
+
+
+def _option(name: str, check: Callable[[Any], Any], computes: bool = False) -> Field:
+  """`computes`: whether the network was trained by it; the others are options of the samplers."""
+  return Field(check, _published[name], computes)
+
+
+SCHEDULER = {name: _option(name, *rest) for name, *rest in (
+    ('prediction_type', one_of('epsilon', 'v_prediction', 'sample'), True),
+    ('beta_schedule', one_of('linear', 'scaled_linear', 'squaredcos_cap_v2'), True),
+    ('beta_start', within(0, 1), True),
+    ('beta_end', within(0, 1), True),
+    ('num_train_timesteps', whole(1, 10**6), True),
+    ('trained_betas', optional(listed(within(0, 1))), True),
+    ('rescale_betas_zero_snr', switch, True),
+    ('timestep_spacing', one_of('leading', 'trailing', 'linspace', None)),
+    ('steps_offset', whole(0, 999)),
+    ('set_alpha_to_one', switch),
+    ('clip_sample', switch),
+    ('clip_sample_range', positive),
+    ('thresholding', switch),
+    ('dynamic_thresholding_ratio', within(0, 1)),
+    ('sample_max_value', positive),
+    ('use_karras_sigmas', switch),
+    ('use_exponential_sigmas', switch),
+    ('use_beta_sigmas', switch),
+    ('use_lu_lambdas', switch),
+    ('interpolation_type', one_of('linear', 'log_linear')),
+    ('final_sigmas_type', one_of('zero', 'sigma_min')),
+    ('lambda_min_clipped', optional(number)))}
+
 PARTS: dict[str, Part] = {
+    'unet': Part('unet', UNET),
+    'vae': Part('vae', VAE),
+    'scheduler': Part('unet', SCHEDULER),
+    'highres_unet': Part('highres_unet', UNET),
+    'highres_vae': Part('highres_vae', VAE),
+    'highres_scheduler': Part('highres_unet', SCHEDULER),
     'llama': Part('llama', dict(
         rope_theta=Field(positive, 1e4),
         rope_scaling=Field(rope.check_scaling, None),
@@ -60,7 +164,7 @@ def own(row: Mapping) -> dict[str, dict]:
   for name, part in PARTS.items():
     if part.owner in row:
       named = row.get(name, {})
-      found[name] = {field: named.get(field, spec.default) for field, spec in part.fields.items()}
+      found[name] = {field: _thawed(named.get(field, spec.default)) for field, spec in part.fields.items()}
   return found
 
 
@@ -126,6 +230,11 @@ def frozen(value: Any) -> Any:
   if isinstance(value, list | tuple):
     return tuple(map(frozen, value))
   return value
+
+
+def _thawed(value: Any) -> Any:
+  """A value of a row as JSON has it."""
+  return list(value) if isinstance(value, tuple) else value
 
 
 def _number(value: Any) -> bool:

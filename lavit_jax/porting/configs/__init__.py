@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from lavit_jax.models import lavit
 from lavit_jax.models import settings as checkpoint_settings
-from lavit_jax.porting.configs import llama, rules
+from lavit_jax.porting.configs import llama, rules, safety, scheduler, unet, vae
 
-FAMILIES: tuple[rules.Family, ...] = (*llama.FAMILIES,)
+FAMILIES: tuple[rules.Family, ...] = (
+    *llama.FAMILIES, *unet.FAMILIES, *vae.FAMILIES, *scheduler.FAMILIES, *safety.FAMILIES)
 
 
 def read_settings(src: pathlib.Path, folders: Mapping[str, str], parts: Iterable[str], variant: str) -> dict[str, dict]:
@@ -26,6 +27,8 @@ def read_settings(src: pathlib.Path, folders: Mapping[str, str], parts: Iterable
   """
   model, found = lavit.build(variant), {}
   for family, file in _files(src, folders, parts):
+    if getattr(model, family.part) is None:  # the weights have no place in it, which is told of them
+      continue
     fields = rules.read(family, rules.read_description(file), model, file)
     if family.settings is not None:
       found.setdefault(family.settings, {}).update(fields)
@@ -38,7 +41,9 @@ def described(src: pathlib.Path, folders: Mapping[str, str], parts: Iterable[str
 
 
 def _files(src: pathlib.Path, folders: Mapping[str, str], parts: Iterable[str]) -> Iterator[tuple[rules.Family, pathlib.Path]]:
-  """The descriptions that are there."""
+  """The descriptions that are there; beside a single file there are none."""
+  if src.is_file():
+    return
   for family in FAMILIES:
     if family.part in parts and family.part in folders:
       file = pathlib.Path(os.path.normpath(src / folders[family.part] / family.file))

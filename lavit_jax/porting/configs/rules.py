@@ -49,6 +49,11 @@ class Harmless(NamedTuple):
 Rule = Followed | Checked | Harmless
 
 
+def constant(*values: Any) -> Callable[[lavit.Lavit], AnyOf]:
+  """What `Checked.own` is where every variant computes the same: any of these."""
+  return lambda model: AnyOf(values)
+
+
 class Family(NamedTuple):
   """The description of one kind of part.
 
@@ -58,6 +63,7 @@ class Family(NamedTuple):
   rules: key -> rule.
   settings: the name under which the settings are kept; None where nothing is followed.
   complete: description -> the same in the newest spelling; ValueError says what is wrong with it.
+  check: (the settings, the model): raises ValueError for settings that do not go together, or do not suit the model.
   """
 
   part: str
@@ -66,6 +72,7 @@ class Family(NamedTuple):
   rules: Mapping[str, Rule]
   settings: str | None = None
   complete: Callable[[dict], dict] = dict
+  check: Callable[[Mapping, lavit.Lavit], None] = lambda settings, model: None
 
 
 def read(family: Family, description: Mapping, model: lavit.Lavit, file: pathlib.Path) -> dict[str, Any]:
@@ -94,6 +101,10 @@ def read(family: Family, description: Mapping, model: lavit.Lavit, file: pathlib
       found[rule.field] = _followed(family, rule, key, description.get(key, rule.default), file)
     elif isinstance(rule, Checked):
       _check(family, rule, key, description, model, file)
+  try:
+    family.check(found, model)
+  except ValueError as error:
+    raise UserError(f'{file}: {error}') from None
   return found
 
 
