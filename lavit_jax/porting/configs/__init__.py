@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from lavit_jax.models import lavit
 from lavit_jax.models import settings as checkpoint_settings
-from lavit_jax.porting.configs import llama, rules, safety, scheduler, unet, vae
+from lavit_jax.porting.configs import llama, pipeline, rules, safety, scheduler, unet, vae
 
 FAMILIES: tuple[rules.Family, ...] = (
-    *llama.FAMILIES, *unet.FAMILIES, *vae.FAMILIES, *scheduler.FAMILIES, *safety.FAMILIES)
+    *llama.FAMILIES, *unet.FAMILIES, *vae.FAMILIES, *scheduler.FAMILIES, *pipeline.FAMILIES, *safety.FAMILIES)
 
 
 def read_settings(src: pathlib.Path, folders: Mapping[str, str], parts: Iterable[str], variant: str) -> dict[str, dict]:
