@@ -21,10 +21,10 @@ from jax import Array
 from lavit_jax.data.images import as_list, read_images
 from lavit_jax.errors import UserError
 from lavit_jax.inference import diffusion, faults
-from lavit_jax.inference.scheduler import Scheduler
 from lavit_jax.inference.settings import check
 from lavit_jax.models import lavit, safety, vae, vit
 from lavit_jax.models.decoder import null_context
+from lavit_jax.models.noise import Scheduler
 
 LOG = logging.getLogger(__name__)
 WHOLE_PIXELS = 1024 * 1024  # what the VAE decodes at once, in 2.5 GiB: four pictures of 512 or one of 1024; a larger one is cut into tiles
@@ -90,11 +90,11 @@ def draw(
 
   def encode(pictures: Array, keys: Array) -> Array:
     moments = apply(pixels, vae.preprocess(pictures), method='encode')
-    return autoencoder.scaling_factor * jax.vmap(vae.sample_latents)(*moments, keys)
+    return autoencoder.to_unet(jax.vmap(vae.sample_latents)(*moments, keys))
 
   def decode(latents: Array) -> tuple[Array, Array]:
     """Latents -> pictures uint8[B, H, W, 3], and whether their numbers were finite, bool[B]."""
-    whole, latents = functools.partial(apply, pixels, method='decode'), latents / autoencoder.scaling_factor
+    whole, latents = functools.partial(apply, pixels, method='decode'), autoencoder.from_unet(latents)
     found = vae.decode_tiled(whole, latents, autoencoder.factor, tile // autoencoder.factor) if tile else whole(latents)
     return vae.postprocess(found), faults.finite(found)
 
@@ -111,9 +111,7 @@ def draw(
   shape = (*(side // autoencoder.factor for side in size), autoencoder.latent_channels)
   latents = diffusion.sample(
       functools.partial(apply, unet), diffusion.initial_latents(keys, shape), condition, null, steps=steps, sampler=sampler,
-      guidance_scale=guidance, rescale=rescale, start=start, strength=strength, schedule=scheduler.schedule,
-      prediction=scheduler.prediction_type, spacing=scheduler.timestep_spacing, steps_offset=scheduler.steps_offset,
-      to_clean=scheduler.set_alpha_to_one)
+      guidance_scale=guidance, rescale=rescale, start=start, strength=strength, scheduler=scheduler)
   pictures, sound = _piecewise(decode, at_once, latents)
   computed += [(unet, latents), (pixels, sound)]
   if 'safety_checker' not in parts:
@@ -177,7 +175,7 @@ def settle(
     strength = 1.0
   scheduler = schedulers(way.prefix)
   try:
-    diffusion.timesteps(scheduler.num_train_timesteps, steps, scheduler.timestep_spacing, scheduler.steps_offset, sampler, strength)
+    diffusion.plan(scheduler, steps, sampler=sampler, strength=strength)
   except ValueError as error:
     raise UserError(str(error)) from None
   if start is not None:

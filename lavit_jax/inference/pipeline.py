@@ -130,7 +130,8 @@ class Lavit:
     if dtype not in (None, *DTYPES):
       raise UserError(f'dtype={dtype!r} is not known; choose one of {", ".join(map(repr, (None, *DTYPES)))}')
     found = open_checkpoint(expand_home(folder), variant)
-    model = lavit.build(found.variant, dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16'))
+    compute = dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
+    model = lavit.build(found.variant, compute, settings=found.settings)
     return cls(model, found, found.words, weights, cache, safety_checker, mesh)
 
   @functools.cached_property

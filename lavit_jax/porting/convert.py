@@ -22,7 +22,8 @@ import xxhash
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
-from lavit_jax.porting import folder, growth, layouts, leaves, leftovers, numbers, torch_files
+from lavit_jax.models import settings as checkpoint_settings
+from lavit_jax.porting import configs, folder, growth, layouts, leaves, leftovers, numbers, torch_files
 from lavit_jax.porting.engine import contiguous, slots_of
 from lavit_jax.porting.layouts import Fit, Found
 
@@ -95,6 +96,7 @@ def _to_orbax(src: pathlib.Path, dst: pathlib.Path, variant: str | None, dtype: 
   kind, found = layouts.recognise(src, edition_of=weights_variant)
   variant = variant or layouts.find_variant(found)
   model = lavit.build(variant)
+  settings = configs.read_settings(src, {each.place.part: each.place.folder for each in found}, [each.place.part for each in found], variant)
   fits = layouts.fit(model, found, allow_missing, mixed=dtype is not None)
   rows = {part: model.vocabulary.size for part in fits if part == 'llama' and grow}
   structs = {part: {path: growth.grown(path, folder.cast(x, dtype), rows.get(part)) for path, x in fit.plan.leaves.items()} for part, fit in fits.items()}
@@ -104,7 +106,7 @@ def _to_orbax(src: pathlib.Path, dst: pathlib.Path, variant: str | None, dtype: 
   def run(tell):
     ledger = numbers.Ledger()
     sources = sorted({tensor.file for each in found for tensor in each.merged.values()})
-    with folder.building(dst, variant) as made, torch_files.Digests() as digests:
+    with folder.building(dst, variant, settings=settings) as made, torch_files.Digests() as digests:
       for part, fit in fits.items():
         with made.part(part, structs[part], fit.plan.stacked) as writer:
           _fill(writer, part, fit, structs[part], digests, ledger, tell)
@@ -188,8 +190,10 @@ def _check_leaves(made: folder.Building, tell) -> None:
 
 def _to_torch(src: pathlib.Path, dst: pathlib.Path, dtype: str | None, pickles: bool, allow_nonfinite: bool) -> Job:
   config = folder.read_config(src)
-  metadata, model = config['metadata'], lavit.build(config['variant'])
+  settings = folder.read_settings(src)
+  metadata, model = config['metadata'], lavit.build(config['variant'], settings=settings)
   kind = metadata.get('source', {}).get('kind', 'LaVIT')
+  _check_descriptions(src, config, kind, settings)
   chosen = metadata.get('tables', {}).get('chosen', {})
   files, jobs, items = {}, [], []  # files: (folder, stem) -> name -> shape and dtype
   places = layouts.places(kind)
@@ -243,6 +247,18 @@ def _to_torch(src: pathlib.Path, dst: pathlib.Path, dtype: str | None, pickles: 
     notes.extend(ledger.notes())
 
   return Job('orbax -> torch', kind, config['variant'], items, run, notes)
+
+
+def _check_descriptions(src: pathlib.Path, config: dict, kind: str, settings: Mapping) -> None:
+  """Raises UserError where the descriptions in `torch/`, which the result will have, are not of the checkpoint's settings."""
+  variant, places = config['variant'], layouts.places(kind)
+  described = configs.described(src / 'torch', {part: place.folder for part, place in places.items()}, config['parts'])
+  told = configs.read_settings(src / 'torch', {part: place.folder for part, place in places.items()}, config['parts'], variant)
+  for name, field in checkpoint_settings.differences(told, settings):
+    if name in described:
+      row = lavit.row(variant)
+      raise UserError(f'{described[name]} says {checkpoint_settings.told(told, name, field, row)}, but the settings in {src / "config.json"} say '
+                      f'{checkpoint_settings.told(settings, name, field, row)} of {name}; correct one of the two')
 
 
 def _pour(arrays: Mapping, writes: Mapping, writers: Mapping, sums: Mapping, dtype: str | None, ledger: numbers.Ledger, tell) -> None:

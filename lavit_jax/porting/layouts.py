@@ -22,6 +22,7 @@ import numpy as np
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit, vit
 from lavit_jax.models.initial import initial_parts
+from lavit_jax.models.noise import Scheduler
 from lavit_jax.models.unet import UNet
 from lavit_jax.models.vae import AutoencoderKL
 from lavit_jax.porting import names, torch_files, weight_files
@@ -33,6 +34,8 @@ from lavit_jax.porting.tables_visual import decoder_rows, safety_rows, tokenizer
 DIFFUSERS = ('diffusion_pytorch_model',)
 TRANSFORMERS = ('model', 'pytorch_model')
 VOCABULARY = ('model.embed_tokens.weight', 'lm_head.weight')  # the two that may have fewer rows
+SAID = (  # the keys that a scheduler_config.json of ours always has
+    'beta_schedule', 'beta_start', 'beta_end', 'num_train_timesteps', 'clip_sample', 'set_alpha_to_one', 'steps_offset', 'prediction_type')
 ABOUT = 'lavit_jax.json'  # in a folder that we wrote: where it is from
 TABLES: dict[str, Callable[[lavit.Lavit], list[list[Row]]]] = {  # by part: the names that its files may use, the usual ones first
     'vit': lambda model: [vit_rows()],
@@ -299,11 +302,13 @@ def read_json(file: pathlib.Path) -> dict:
 def llama_config(model: lavit.Lavit, rows: int) -> dict:
   """transformers' LlamaConfig."""
   llama = model.llama
+  scaling = {} if llama.rope_scaling is None else dict(rope_scaling=dict(llama.rope_scaling))
   return dict(
-      architectures=['LlamaForCausalLM'], model_type='llama', hidden_act='silu', hidden_size=llama.hidden_size,
+      architectures=['LlamaForCausalLM'], model_type='llama', hidden_size=llama.hidden_size,
       intermediate_size=llama.mlp_dim, num_hidden_layers=llama.num_layers, num_attention_heads=llama.num_heads,
       num_key_value_heads=llama.num_kv_heads, head_dim=llama.head_dim, vocab_size=rows, rms_norm_eps=llama.rms_norm_eps,
-      rope_theta=llama.rope_theta, max_position_embeddings=4096, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2)
+      rope_theta=llama.rope_theta, **scaling, max_position_embeddings=llama.max_position_embeddings, hidden_act='silu',
+      tie_word_embeddings=False, bos_token_id=1, eos_token_id=2)
 
 
 def unet_config(unet) -> dict:
@@ -320,18 +325,21 @@ def unet_config(unet) -> dict:
       block_out_channels=unet.block_out_channels, layers_per_block=unet.layers_per_block,
       down_block_types=blocks('Down', unet.down_block_attention), up_block_types=blocks('Up', unet.down_block_attention[::-1]),
       transformer_layers_per_block=unet.transformer_layers, attention_head_dim=unet.num_heads,
-      cross_attention_dim=unet.cross_attention_dim, norm_num_groups=unet.norm_num_groups,
+      cross_attention_dim=unet.cross_attention_dim, norm_num_groups=unet.norm_num_groups, norm_eps=unet.norm_eps, act_fn='silu',
+      flip_sin_to_cos=unet.flip_sin_to_cos, freq_shift=int(unet.freq_shift) if unet.freq_shift == int(unet.freq_shift) else unet.freq_shift,
       use_linear_projection=unet.use_linear_projection, sample_size=64, **added)
 
 
 def vae_config(vae) -> dict:
   """diffusers' AutoencoderKL."""
   levels = len(vae.block_out_channels)
+  moments = {} if vae.latents_mean is None else dict(latents_mean=vae.latents_mean, latents_std=vae.latents_std)
+  shift = dict(shift_factor=vae.shift_factor) if vae.shift_factor else {}
   return dict(
       _class_name='AutoencoderKL', in_channels=3, out_channels=3, block_out_channels=vae.block_out_channels,
       layers_per_block=vae.layers_per_block, latent_channels=vae.latent_channels, norm_num_groups=vae.norm_num_groups,
       down_block_types=['DownEncoderBlock2D'] * levels, up_block_types=['UpDecoderBlock2D'] * levels,
-      scaling_factor=vae.scaling_factor, sample_size=512)
+      scaling_factor=vae.scaling_factor, **shift, **moments, act_fn='silu', sample_size=512)
 
 
 def safety_config(checker) -> dict:
@@ -352,8 +360,14 @@ def extractor_config(checker) -> dict:
       image_std=vit.STD, do_convert_rgb=True)
 
 
-SCHEDULER = dict(_class_name='DDIMScheduler', beta_schedule='scaled_linear', beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000,
-                 clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type='epsilon')
+def scheduler_config(scheduler: Scheduler) -> dict:
+  """diffusers' DDIMScheduler: the published options always, the others where they are not its default."""
+  said = scheduler._asdict()
+  options = {key: said[key] for key in SAID}
+  for key, value in said.items():
+    if key not in SAID and value != Scheduler._field_defaults[key]:
+      options[key] = list(value) if isinstance(value, tuple) else value
+  return dict(_class_name='DDIMScheduler', **options)
 
 
 def description(model: lavit.Lavit, part: str, rows: int | None = None) -> dict | None:
@@ -369,7 +383,7 @@ def descriptions(model: lavit.Lavit, parts, rows: int) -> dict[str, dict]:
   files = {f'{folder}/config.json': about for part, folder in places.items() if (about := description(model, part, rows))}
   for part in ('unet', 'highres_unet'):
     if part in places:
-      files[str(pathlib.PurePath(places[part]).with_name('scheduler') / 'scheduler_config.json')] = SCHEDULER
+      files[str(pathlib.PurePath(places[part]).with_name('scheduler') / 'scheduler_config.json')] = scheduler_config(getattr(model, part.replace('unet', 'scheduler')))
   if 'safety_checker' in places:
     files['pixel_decoding/feature_extractor/preprocessor_config.json'] = extractor_config(model.safety_checker)
   return files

@@ -126,7 +126,7 @@ def autoencoder(config, model: Lavit, shards: int) -> Stage:
     return value, (state, dict(l1=l1, edges=edges, kl=kl, psnr=psnr, latent_std=z.std()))
 
   def export(params, state):
-    return dict(vae=standardise(params['vae'], state, model.vae.scaling_factor))
+    return dict(vae=standardise(params['vae'], state, model.vae.scaling_factor, *model.vae.moments()))
 
   def draw(params, frozen, state, batch, key):
     del frozen, state, key
@@ -136,18 +136,21 @@ def autoencoder(config, model: Lavit, shards: int) -> Stage:
   return Stage((), (), init, loss, export, draw)
 
 
-def standardise(vae: Tree, moments: Moments, scaling_factor: float) -> Tree:
-  """The same autoencoder, reparametrised: `scaling_factor` times its latents have mean 0 and deviation 1 in each channel.
+def standardise(vae: Tree, moments: Moments, scaling_factor: float, mean: Array | float = 0., std: Array | float = 1.) -> Tree:
+  """The same autoencoder, reparametrised: `AutoencoderKL.to_unet` of its latents has mean 0 and deviation 1 in each channel.
 
   The latents' shift and scale are folded into the 1x1 convolutions on both sides of them, so no number travels beside the weights.
+
+  Args:
+    mean, std: of `AutoencoderKL.moments`, f32[Z] or scalars.
   """
   shift = moments.mean / moments.weight
-  scale = scaling_factor * jnp.sqrt(jnp.maximum(moments.square / moments.weight - jnp.square(shift), 1e-8))
+  scale = scaling_factor / std * jnp.sqrt(jnp.maximum(moments.square / moments.weight - jnp.square(shift), 1e-8))
   into, out = vae['quant_conv'], vae['post_quant_conv']
   gain = jnp.concatenate([1 / scale, jnp.ones_like(scale)])  # channels: means, then log-variances
-  offset = jnp.concatenate([-shift / scale, -2 * jnp.log(scale)])
+  offset = jnp.concatenate([mean - shift / scale, -2 * jnp.log(scale)])
   return {
       **vae,
       'quant_conv': dict(kernel=into['kernel'] * gain, bias=into['bias'] * gain + offset),
-      'post_quant_conv': dict(kernel=out['kernel'] * scale[:, None], bias=out['bias'] + shift @ out['kernel'][0, 0]),
+      'post_quant_conv': dict(kernel=out['kernel'] * scale[:, None], bias=out['bias'] + (shift - mean * scale) @ out['kernel'][0, 0]),
   }

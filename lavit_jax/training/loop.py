@@ -29,9 +29,11 @@ from lavit_jax.data.sources import check_files
 from lavit_jax.errors import UserError
 from lavit_jax.local_paths import expand_home
 from lavit_jax.models import lavit
+from lavit_jax.models.settings import PARTS, differences, of_parts
+from lavit_jax.models.settings import told as told_value
 from lavit_jax.porting import folder
 from lavit_jax.training import flops, metrics, optim, processes, stages
-from lavit_jax.training.checkpoint import Checkpoints
+from lavit_jax.training.checkpoint import Checkpoints, saved_settings
 from lavit_jax.training.checks import check_options, told_of_data
 from lavit_jax.training.keys import Purpose, key_for
 from lavit_jax.training.processes import TERMINATED, Interrupt
@@ -64,7 +66,8 @@ def train(config, workdir) -> None:
   trace = metrics.Trace(config.profile, workdir)
   model_flops = flops.of_step(config)  # which has a mesh of its own
   with Interrupt() as interrupt, jax.set_mesh(mesh), contextlib.ExitStack() as stack:
-    model = lavit.build(config.variant, config.dtype, config.remat)
+    settings = checkpoint_settings(config, workdir)
+    model = lavit.build(config.variant, config.dtype, config.remat, settings)
     stage = stages.build(config, model, sharding.batch_shards(mesh))
     parts = load_parts(config, stage, mesh)
     frozen = {name: parts[name] for name in stage.needs}
@@ -72,7 +75,7 @@ def train(config, workdir) -> None:
     data = open_data(config, model, share, 'train', skipped)
     stack.callback(data.close)
     check_heldout(config, model, share)
-    checkpoints = Checkpoints(workdir, config, config.keep)  # the first to write: what is missing has been told by now
+    checkpoints = Checkpoints(workdir, config, config.keep, model.settings)  # the first to write: what is missing has been told by now
     stack.callback(checkpoints.close)
     interrupt.check()
 
@@ -141,7 +144,7 @@ def train(config, workdir) -> None:
         raise SystemExit(TERMINATED)
 
     checkpoints.wait()
-    export(config, stage, state, workdir)
+    export(config, stage, state, workdir, model.settings)
     before = ' before; a larger num_steps goes on' if first >= config.num_steps else ''
     log.say(f'done{before}; the weights are in {workdir / "export"}')
 
@@ -278,6 +281,38 @@ def load_parts(config, stage, mesh) -> dict:
   return parts
 
 
+def checkpoint_settings(config, workdir) -> dict[str, dict]:
+  """The settings (models/settings.py) of the parts that the run reads from `frozen` and `init_from`; of the others, those that the run's last
+  checkpoint was trained with.
+
+  Raises:
+    UserError: two folders disagree about a part.
+  """
+  stage = stages.build(config, lavit.build(config.variant), 1)
+  wanted = stage.needs + stage.starts
+  found, origins = {}, {}  # origins: settings' name -> the folder
+
+  def add(path, parts):
+    told = of_parts(folder.read_settings(path), parts)
+    for name, part in PARTS.items():
+      if part.owner not in parts:
+        continue
+      fields = told.get(name, {})
+      if name in origins and (odd := differences({name: found[name]}, {name: fields})):
+        row, field = lavit.row(config.variant), odd[0][1]
+        raise UserError(f'{origins[name]} has {told_value(found, name, field, row)} of {name}, and {path} has '
+                        f'{told_value(told, name, field, row)}; name one of the two, in frozen or init_from')
+      found[name] = fields
+      origins.setdefault(name, path)
+
+  for path in split_folders(config.frozen):
+    add(path, [name for name in folder.read_config(path)['parts'] if name in wanted])
+  for path in split_folders(config.init_from):
+    add(path, [name for name in folder.read_config(path)['parts'] if name not in stage.needs])
+  before = {name: fields for name, fields in saved_settings(workdir).items() if name not in found}
+  return before | {name: fields for name, fields in found.items() if fields}
+
+
 def split_folders(text: str) -> list[str]:
   """'a,b' -> ['a', 'b'], of this machine, or a UserError."""
   found = [path.strip() for path in text.split(',') if path.strip()]
@@ -286,12 +321,12 @@ def split_folders(text: str) -> list[str]:
   return [expand_home(path) for path in found]
 
 
-def export(config, stage, train_state, workdir) -> None:
+def export(config, stage, train_state, workdir, settings) -> None:
   """Writes the parts that this stage made to WORKDIR/export, averaged over the last steps if there is an average."""
   parts = processes.to_host(stage.export(train_state.ema or train_state.params, train_state.state))
   if jax.process_index() == 0:
     about = dict(stage=config.stage, steps=int(train_state.step), config=json.loads(config.to_json_best_effort()))
-    folder.save_parts(workdir / 'export', config.variant, parts, metadata=about)
+    folder.save_parts(workdir / 'export', config.variant, parts, metadata=about, settings=of_parts(settings, parts))
   processes.wait_for_all('exported')
 
 

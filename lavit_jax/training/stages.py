@@ -172,7 +172,8 @@ def detokenizer(config, model: Lavit, shards: int) -> Stage:
   Of the decoder only the context heads train (the page's `optim.freeze`): the features stay what stage 1 made them.
   """
   del shards
-  schedule = diffusion.scaled_linear()
+  scheduler = model.scheduler  # of the U-Net that it starts from
+  schedule = scheduler.schedule
   num_rows = model.num_patches
 
   def init(key, parts):
@@ -196,14 +197,15 @@ def detokenizer(config, model: Lavit, shards: int) -> Stage:
     keys = jax.random.split(key, 5)
     images = batch['image']
     mean, logvar = apply(model.vae, frozen['vae'], pixels.preprocess(images), method='encode')
-    latents = model.vae.scaling_factor * pixels.sample_latents(mean, logvar, keys[0])
+    latents = model.vae.to_unet(pixels.sample_latents(mean, logvar, keys[0]))
     context, keep = condition(params, frozen, vit_images(batch), keys[1])
     drop = jax.random.bernoulli(keys[2], config.detokenizer.drop_condition, (len(images), 1))
     null, null_mask = unconditional(state, len(images))
     context, mask = jnp.where(drop[..., None], null, context), jnp.where(drop, null_mask, True)
     t = jax.random.randint(keys[3], (len(images),), 0, len(schedule.betas))
-    target = jax.random.normal(keys[4], latents.shape)
-    predicted = apply(model.unet, params['unet'], diffusion.add_noise(schedule, latents, target, t), t, context, mask)
+    noise = jax.random.normal(keys[4], latents.shape)
+    predicted = apply(model.unet, params['unet'], diffusion.add_noise(schedule, latents, noise, t), t, context, mask)
+    target = diffusion.training_target(scheduler.prediction_type, schedule, latents, noise, t)
     value = jnp.square(predicted - target).mean()
     return value, (state, dict(keep_ratio=keep.mean(), latent_std=latents.std()))
 
@@ -216,8 +218,8 @@ def detokenizer(config, model: Lavit, shards: int) -> Stage:
     side = images.shape[1] // model.vae.factor
     latents = jax.random.normal(k2, (len(images), side, side, model.vae.latent_channels))
     x = sample(functools.partial(apply, model.unet, params['unet']), latents, (context, jnp.ones_like(null_mask)), (null, null_mask),
-               steps=num_steps, guidance_scale=config.detokenizer.guidance_scale, schedule=schedule)
-    drawn = apply(model.vae, frozen['vae'], x / model.vae.scaling_factor, method='decode')
+               steps=num_steps, guidance_scale=config.detokenizer.guidance_scale, scheduler=scheduler)
+    drawn = apply(model.vae, frozen['vae'], model.vae.from_unet(x), method='decode')
     return [images, shade_dropped(images, keep), pixels.postprocess(drawn)]
 
   def export(params, state):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from lavit_jax.models import layers
+from lavit_jax.models.rope import frequencies
 from lavit_jax.models.layers import (
     LayerNorm, Mlp, RMSNorm, SwiGLU, attention, gelu, policy_attention, rotary, scan_blocks,
 )
@@ -122,10 +123,10 @@ def test_rotary_turns_pairs_and_sees_only_differences():
   x, positions = normal(1, 3, 2, 8), np.array([[0, 1, 7]])
   pairs = x[..., :4] + 1j * x[..., 4:]
   turned = pairs * np.exp(1j * positions[..., None, None] * 100.0 ** (-np.arange(4) / 4))
-  np.testing.assert_allclose(rotary(x, positions, 100.0), np.concatenate([turned.real, turned.imag], -1), atol=1e-5)
+  np.testing.assert_allclose(rotary(x, positions, frequencies(8, 100.0)), np.concatenate([turned.real, turned.imag], -1), atol=1e-5)
   q, k = normal(1, 1, 1, 8), normal(1, 1, 1, 8, seed=1)
-  near = (rotary(q, np.array([[5]])) * rotary(k, np.array([[2]]))).sum()
-  far = (rotary(q, np.array([[105]])) * rotary(k, np.array([[102]]))).sum()
+  near = (rotary(q, np.array([[5]]), frequencies(8)) * rotary(k, np.array([[2]]), frequencies(8))).sum()
+  far = (rotary(q, np.array([[105]]), frequencies(8)) * rotary(k, np.array([[102]]), frequencies(8))).sum()
   np.testing.assert_allclose(near, far, atol=1e-4)
 
 

@@ -1,6 +1,7 @@
 """The loop as it is run: in processes of their own, killed, continued, on one device and on eight."""
 
 import functools
+import json
 import re
 import signal
 import time
@@ -127,6 +128,21 @@ def test_null_text_rows_that_are_not_in_init_from_are_told(finished, tmp_path, c
       train(nano.config('detokenizer', frozen=','.join(exports[:3]), init_from=init_from), tmp_path / str(len(init_from)))
     out = ' '.join(capsys.readouterr().out.split())
     assert (f'warning: init_from={init_from} has no uncond_embeddings: zeros take the place' in out) == told == ('warning' in out)
+
+
+@pytest.mark.slow
+def test_a_unet_goes_on_learning_by_its_own_scheduler(finished, tmp_path):
+  """The settings of the folder that it starts from are in the run's checkpoint and in its export, and the loss is another."""
+  said = dict(scheduler=dict(prediction_type='v_prediction', rescale_betas_zero_snr=True, timestep_spacing='trailing'))
+  exports = [finished[name] / 'export' for name in ('encoder', 'autoencoder', 'tokenizer', 'detokenizer')]
+  losses = []
+  for settings in ({}, said):
+    start, run = tmp_path / f'start{len(settings)}', tmp_path / f'run{len(settings)}'
+    folder.save_parts(start, 'nano', folder.load_parts(exports[3]), settings=settings)
+    train(nano.config('detokenizer', frozen=','.join(map(str, exports[:3])), init_from=str(start), num_steps=1, checkpoint_every=1), run)
+    losses.append(json.loads((run / 'metrics.jsonl').read_text().splitlines()[0])['loss'])
+    assert folder.read_settings(run / 'export') == settings
+  assert abs(losses[0] - losses[1]) > 1e-3
 
 
 def test_another_runs_checkpoint_is_refused(finished):
