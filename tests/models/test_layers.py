@@ -100,7 +100,7 @@ def test_gelu_matches_torch():
   few = 4 * np.finfo(np.float32).eps  # roundings
   np.testing.assert_allclose(gelu(x), F.gelu(torch.from_numpy(x)), atol=few * 8)  # of up to 8
   low = torch.from_numpy(x).bfloat16()
-  np.testing.assert_allclose(np.float32(gelu(x.astype(jnp.bfloat16))), F.gelu(low).float(), rtol=1e-2, atol=1e-6)  # 1 / 128: a unit
+  np.testing.assert_allclose(np.float32(gelu(x.astype(jnp.bfloat16))), F.gelu(low).float(), rtol=1e-2, atol=1e-6)
   slope = jax.vmap(jax.grad(gelu))(x)
   leaf = torch.from_numpy(x).requires_grad_()
   F.gelu(leaf).sum().backward()
