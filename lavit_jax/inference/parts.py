@@ -24,7 +24,7 @@ from lavit_jax.models.initial import initial_parts
 from lavit_jax.models.int8 import quantize_weight
 from lavit_jax.porting import layouts
 from lavit_jax.porting.api import open_torch
-from lavit_jax.porting.folder import open_part, read_config
+from lavit_jax.porting.folder import check_codebook, open_part, read_config
 from lavit_jax.porting.leaves import Source, flatten, unflatten
 
 FLOAT32 = ('tokenizer', 'vae', 'highres_vae', 'uncond_embeddings')  # parts that decide or draw in float32 whatever the compute dtype
@@ -58,6 +58,8 @@ def open_checkpoint(folder, variant: str | None) -> Checkpoint:
     held = {place.part for place in layouts.PUBLISHED if layouts.stem_of(folder / place.folder, place.stems)}
   else:
     config, beside = read_config(folder), folder / 'torch'
+    if 'tokenizer' in config['parts']:
+      check_codebook(folder)
     known, held, words, opener = config['variant'], config['parts'], folder / 'tokenizer', functools.partial(open_part, folder)
     kind = config['metadata'].get('source', {}).get('kind', kind)
   if variant not in (None, known):

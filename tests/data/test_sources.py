@@ -367,7 +367,8 @@ def test_the_end_of_a_text_that_was_cut_is_not_taught(tmp_path):
   room = len(TOKENS.encode(exact))
   for use, kind in (('caption', 0), ('draw', 1)):
     source = dict(format='tars', path=f'{tmp_path}/a.tar', use=use)
-    batch = next(batches(source, batch_size=32, text_length=room, drop_text=0.0))
+    batch = next(mixtures.batches('lm', sources=[source], batch_size=32, image_size=SIZE, tokenizer_folder=FOLDER,
+                                  text_length=room, drop_text=0.0))
     behind = np.take_along_axis(batch['text_weight'], batch['text_length'][:, None], axis=1)[:, 0]
     ends = {TOKENS.decode(ids[:n]): float(weight) for ids, n, weight in zip(batch['text'], batch['text_length'], behind)}
     assert (batch['kind'] == kind).all()
