@@ -19,6 +19,7 @@ from lavit_jax.models.sequence import IMAGE_TO_TEXT, TEXT_ONLY, TEXT_TO_IMAGE
 DEFAULT_SHARES = {'caption': 0.35, 'answer': 0.3, 'draw': 0.3, 'text': 0.05}
 _ENDLESS = 1 << 62
 _TYPES = {'format': (str,), 'path': (str, list, tuple), 'use': (str,), 'weight': (float, int), 'window': (int,)}  # of a source's options
+_NAMES = {'image': True, 'text': True, 'captions': False, 'split': False, 'data_dir': False}  # may it be several?
 _LONG = 16  # characters for each token that there is room for: more than any language needs
 
 
@@ -125,6 +126,17 @@ def check(task: str, *, shares: Mapping[str, float] | None = None, question_weig
       for key, kinds in _TYPES.items():
         if key in source and not isinstance(source[key], kinds):
           raise UserError(f'{name}[{number}] has {key} {source[key]!r}, which is no {kinds[0].__name__}')
+      for key, several in _NAMES.items():
+        if not _is_name(source.get(key), several):
+          raise UserError(f'{name}[{number}] has {key} {source[key]!r}, which is no str'
+                          + (' and no list of them' if several else ''))
+
+
+def _is_name(value, several: bool) -> bool:
+  """Whether an option is left open (None), a name, or names where there may be several."""
+  if several and isinstance(value, (list, tuple)):
+    return all(isinstance(each, str) for each in value)
+  return value is None or isinstance(value, str)
 
 
 class Batches(Iterator):

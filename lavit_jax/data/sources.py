@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 
@@ -87,8 +88,9 @@ def _open(name: str, number: int, options: dict, seed: int | None, shards: int) 
     raise UserError(f'{name} has no path')
   if options.get('use', '') not in USES:
     raise UserError(f'{name} has use {options["use"]!r}; choose one of {", ".join(map(repr, USES))}')
-  if not options.get('weight', 1.0) > 0 or not options.get('window', 1) >= 1:
-    raise UserError(f'{name}: weight must be above 0 and window at least 1')
+  weight, window = options.get('weight', 1.0), options.get('window', 1)
+  if isinstance(weight, bool) or not 0 < weight < math.inf or isinstance(window, bool) or window < 1:
+    raise UserError(f'{name}: weight must be a number above 0 (now {weight}) and window an integer of at least 1 (now {window})')
   image, text = formats.DEFAULTS[kind]
   image = options.get('image') or image
   image = _names(image) if kind == 'tars' and image else image
