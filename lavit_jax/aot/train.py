@@ -18,7 +18,7 @@ from lavit_jax.aot import pods
 from lavit_jax.aot.pods import GIB
 from lavit_jax.models import lavit
 from lavit_jax.training import flops, loop, stages
-from lavit_jax.training.checks import check_options
+from lavit_jax.training.checks import check_options, check_values
 
 
 class Report(NamedTuple):
@@ -94,6 +94,7 @@ def compile_step(config, page: str, topology: str, slices: int = 1) -> Report:
     UserError: no such chip or topology, libtpu is missing, or the config does not fit it.
   """
   chip, devices = pods.pod(topology, slices)
+  check_values(config)
   mesh = sharding.make_mesh(config.mesh, devices)
   step, inputs = abstract_step(config, mesh)
   program = pods.compile_on(topology, mesh, step, *inputs)

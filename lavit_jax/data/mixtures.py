@@ -39,7 +39,8 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
 
   task 'images':      image uint8[B, H, W, 3]
   task 'contrastive': image, text int32[B, T] (captions, padded with 0), text_length int32[B]
-  task 'lm':          these, and text_weight float32[B, T], the weight of each text token in the loss, and kind int32[B]:
+  task 'lm':          these, and text_weight float32[B, T + 1], the weight in the loss of each text token and of the one
+                      behind the text (1, or 0 where the text was cut, which is no end), and kind int32[B]:
                       0 image to text, 1 text to image, 2 text only. `shares` says how often a row is a 'caption', an
                       'answer' (kind 0; only the answer's tokens weigh; which of the picture's questions is asked goes
                       by `question_weights`, 1 for a type that it does not name), a 'draw' (kind 1; tokens weigh
@@ -190,7 +191,7 @@ def shapes(task: str, batch_size: int, image_size: int, text_length: int = 0,
   if task != 'images':
     made |= {'text': ((batch_size, text_length), np.int32), 'text_length': ((batch_size,), np.int32)}
   if task == 'lm':
-    made |= {'text_weight': ((batch_size, text_length), np.float32), 'kind': ((batch_size,), np.int32)}
+    made |= {'text_weight': ((batch_size, text_length + 1), np.float32), 'kind': ((batch_size,), np.int32)}
   return {name: (shape, np.dtype(dtype)) for name, (shape, dtype) in made.items()}
 
 
@@ -260,7 +261,9 @@ class _Writer:
 
   def cut(self, text: str, weight: float) -> dict[str, np.ndarray]:
     """As much of the text as there is room for."""
-    return self._row(self._tokenizer.encode_once(text[:_LONG * self._length])[:self._length], 0, weight)
+    ids = self._tokenizer.encode_once(text[:_LONG * self._length])
+    whole = len(ids) <= self._length and len(text) <= _LONG * self._length
+    return self._row(ids[:self._length], 0, weight, whole)
 
   def piece(self, text: str, weight: float, epoch: int, seed: int) -> dict[str, np.ndarray]:
     """The piece of a plain text that its row has in this epoch (long_text.py)."""
@@ -270,9 +273,11 @@ class _Writer:
       row['text_weight'][len(ids):] = 0.0
     return row
 
-  def _row(self, ids: Sequence[int], given: int, weight: float) -> dict[str, np.ndarray]:
-    padded, weights = np.zeros(self._length, np.int32), np.zeros(self._length, np.float32)
+  def _row(self, ids: Sequence[int], given: int, weight: float, whole: bool = True) -> dict[str, np.ndarray]:
+    """`whole`: the text ends with these ids, which then is learnt."""
+    padded, weights = np.zeros(self._length, np.int32), np.zeros(self._length + 1, np.float32)
     padded[:len(ids)], weights[given:len(ids)] = ids, weight
+    weights[len(ids)] = float(whole)
     return {'text': padded, 'text_length': np.int32(len(ids)), 'text_weight': weights}
 
 

@@ -95,8 +95,9 @@ def _open(
     raise UserError(f'{name} has no path')
   if options.get('use', '') not in USES:
     raise UserError(f'{name} has use {options["use"]!r}; choose one of {", ".join(map(repr, USES))}')
-  if not options.get('weight', 1.0) > 0 or not options.get('window', 1) >= 1:
-    raise UserError(f'{name}: weight must be above 0 and window at least 1')
+  weight, window = options.get('weight', 1.0), options.get('window', 1)
+  if isinstance(weight, bool) or not 0 < weight < math.inf or isinstance(window, bool) or window < 1:
+    raise UserError(f'{name}: weight must be a number above 0 (now {weight}) and window an integer of at least 1 (now {window})')
   _check_values(name, kind, options)
   image, text = formats.DEFAULTS[kind]
   image = options.get('image') or image
@@ -134,8 +135,6 @@ def _check_values(name: str, kind: str, options: Mapping) -> None:
       raise UserError(f'{name} ({kind}) has image {value!r}; give the name of one column or feature')
   if options.get('image') and kind == 'arrayrecord':
     raise UserError(f'{name} (arrayrecord) has image {options["image"]!r}, but each record has one image; leave it out')
-  if not math.isfinite(options.get('weight', 1.0)):
-    raise UserError(f'{name} has weight {options["weight"]!r}; give a finite number above 0')
 
 
 def _window(asked: int | None, shards: int) -> int:

@@ -132,8 +132,13 @@ def store(records, number: int, use: str, seed: int | None) -> grain.MapDataset:
     return Ticket((number, position), use, functools.partial(records.read, index), position // len(records))
 
   indices = grain.MapDataset.range(len(records))
-  indices = indices if seed is None else indices.shuffle(seed)
+  indices = indices if seed is None else indices.shuffle(_seed_of(seed, number))
   return indices.repeat().map_with_index(ticket)
+
+
+def _seed_of(seed: int, number: int) -> int:
+  """The seed of a source's order: sources of equal length must not have one order, or a picture meets itself in a batch. The first has the run's."""
+  return int(np.random.SeedSequence((seed, number)).generate_state(1)[0]) if number else seed
 
 
 # --------------------------------------------------------------------------------------------------------------- streams

@@ -10,6 +10,7 @@ import argparse
 import functools
 import json
 import os
+import pathlib
 from collections.abc import Iterable, Sequence
 
 from sentencepiece import SentencePieceProcessor
@@ -21,6 +22,15 @@ from lavit_jax.local_paths import expand_home
 UNKNOWN, BEGIN, END = 0, 1, 2
 _SPECIAL = ('<unk>', '<s>', '</s>')
 _PIECES, _FILE = 'tokenizer.model', 'tokenizer.json'
+
+
+def packaged(folder: str | os.PathLike) -> str | os.PathLike:
+  """The folder itself, or, if it is not there and is named `lavit_jax/...`, the one of that name in the installed package."""
+  parts = pathlib.PurePath(folder).parts
+  if os.path.exists(folder) or parts[:1] != ('lavit_jax',):
+    return folder
+  found = pathlib.Path(__file__).parents[1].joinpath(*parts[1:])
+  return found if found.exists() else folder
 
 
 class TextTokenizer:
@@ -46,7 +56,7 @@ class TextTokenizer:
 
     Raises UserError when neither is in it or it is damaged, or when it has not `vocab_size` ids.
     """
-    folder = expand_home(folder)
+    folder = packaged(expand_home(folder))
     path = next((path for name in (_PIECES, _FILE) if os.path.exists(path := os.path.join(folder, name))), None)
     if path is None:
       raise UserError(f'{os.path.join(folder, _FILE)} does not exist, nor {_PIECES} beside it; give the folder of a Hugging Face tokenizer')

@@ -24,7 +24,7 @@ from lavit_jax.models.int8 import quantize_weight
 from lavit_jax.models.noise import Scheduler
 from lavit_jax.porting import configs, layouts, weight_files
 from lavit_jax.porting.api import open_torch
-from lavit_jax.porting.folder import open_part, read_config, read_settings
+from lavit_jax.porting.folder import check_codebook, open_part, read_config, read_settings
 from lavit_jax.porting.leaves import Source, flatten, unflatten
 
 FLOAT32 = ('tokenizer', 'vae', 'highres_vae', 'uncond_embeddings')  # parts that decide or draw in float32 whatever the compute dtype
@@ -56,6 +56,8 @@ def open_checkpoint(folder, variant: str | None) -> Checkpoint:
     settings = configs.read_settings(folder, {place.part: place.folder for place in layouts.PUBLISHED}, held, known)
   else:
     config = read_config(folder)
+    if 'tokenizer' in config['parts']:
+      check_codebook(folder)
     known, held, words, opener = config['variant'], config['parts'], folder / 'tokenizer', functools.partial(open_part, folder)
     settings = read_settings(folder)
   if variant not in (None, known):

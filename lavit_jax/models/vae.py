@@ -17,6 +17,7 @@ from jax import Array
 
 from lavit_jax.models.layers import Dtype
 from lavit_jax.models.resnet import Conv, Downsample, GroupNorm, ResnetBlock, Upsample
+from lavit_jax.models.rows import draw_rows
 from lavit_jax.models.splash import picture_attention
 
 EPSILON = 1e-6
@@ -161,8 +162,8 @@ class AutoencoderKL(nn.Module):
 
 
 def sample_latents(mean: Array, logvar: Array, key: Array | None = None) -> Array:
-  """A draw from the encoder's Gaussian, or its mean without a key; f32[B, h, w, Z] throughout."""
-  return mean if key is None else mean + jnp.exp(logvar / 2) * jax.random.normal(key, mean.shape)
+  """A draw from the encoder's Gaussian by a key or by keys [B], or its mean without; f32[B, h, w, Z] throughout."""
+  return mean if key is None else mean + jnp.exp(logvar / 2) * draw_rows(jax.random.normal, key, mean.shape)
 
 
 def decode_tiled(decode: Callable[[Array], Array], latents: Array, factor: int, tile: int) -> Array:

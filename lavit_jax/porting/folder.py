@@ -168,6 +168,20 @@ def read_checksums(folder, name: str) -> dict[str, int]:
     raise UserError(f'{file} is missing or damaged ({error!r}); copy or export the checkpoint again') from None
 
 
+def has_codebook(folder) -> bool:
+  """Whether the codebook of a folder's tokenizer was trained; a run that ends before quantisation begins exports one that was not."""
+  metadata = read_config(folder)['metadata']
+  about = metadata.get('tokenizer', metadata)  # a bundle says it of each part
+  return about.get('codebook') != 'untrained'
+
+
+def check_codebook(folder) -> None:
+  """Raises UserError if the codes of a folder's tokenizer mean nothing."""
+  if not has_codebook(folder):
+    raise UserError(f'{folder}: its tokenizer was never quantised, so its codes mean nothing; train it beyond tokenizer.quantize_from, or go on '
+                    'from it with --config.init_from')
+
+
 def load_parts(folder, names=None, variant: str | None = None, shardings: Callable | None = None, dtype: str | None = 'float32') -> dict:
   """Reads parameter trees.
 
@@ -266,6 +280,8 @@ def bundle(folder, sources, tokenizer, dtype: str = 'bfloat16') -> pathlib.Path:
   TextTokenizer.load(tokenizer, lavit.row(variant)['text_vocab_size'])
   for source in sources:
     made = load_parts(source, variant=variant)
+    if 'tokenizer' in made:
+      check_codebook(source)
     metadata = read_config(source)['metadata']
     parts |= made
     settings = {name: fields for name, fields in settings.items() if checkpoint_settings.PARTS[name].owner not in made}

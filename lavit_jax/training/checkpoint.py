@@ -115,6 +115,24 @@ class Checkpoints:
     told = {key: f'{key} {_short(was.get(key))} -> {_short(now.get(key))}' for key in keys}
     return [told[key] for key in keys if key not in inexact], [told[key] for key in inexact]
 
+  def saved_config(self, step: int) -> dict:
+    """The config that `step` was saved with, as JSON has it."""
+    return self._about(step)['config']
+
+  def set_aside_broken(self, first: int) -> list[int]:
+    """Renames the checkpoints of step `first` and later to STEP.broken, so that the run goes on from before; all processes call this."""
+    self.wait()
+    steps = [step for step in self.manager.all_steps(read=True) if step >= first]
+    wait_for_all('broken checkpoints are known')
+    if jax.process_index() == 0:
+      for step in steps:
+        aside = self.folder / f'{step}.broken'
+        shutil.rmtree(aside, ignore_errors=True)
+        (self.folder / str(step)).rename(aside)
+    wait_for_all('broken checkpoints are set aside')
+    self.manager.reload()
+    return steps
+
   def restore(self, step: int, abstract, data):
     """The train state of `step`, placed as `abstract` (ShapeDtypeStructs with shardings) says; moves the iterator `data`.
 

@@ -94,12 +94,14 @@ def leaves(config: ConfigDict, prefix: str = '') -> Iterator[tuple[str, object]]
 def _parse(key: str, text: str, old, kind: type):
   """`text` as a `kind`; where the page left the value open (None), whatever Python literal or word it is."""
   if kind is str:
-    return text
+    return '' if text == 'None' else text
   try:
     value = WORDS[text.lower()] if text.lower() in WORDS else ast.literal_eval(text)
   except (ValueError, SyntaxError):
     value = text
-  if value is None or kind is type(None) or type(value) is kind:
+  if value is None and kind in (tuple, list):
+    return kind()
+  if value is None or kind is type(None) or type(value) is kind:  # options.py says where None may be
     return value
   if {type(value), kind} == {int, float} and kind(value) == value:
     return kind(value)

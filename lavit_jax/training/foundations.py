@@ -18,7 +18,7 @@ from lavit_jax.models.lavit import Lavit
 from lavit_jax.models.llama import Llama
 from lavit_jax.models.sequence import segment_mask
 from lavit_jax.models.tokenizer import l2_normalise
-from lavit_jax.training.stage import Stage, Tree, apply, begin, features
+from lavit_jax.training.stage import Stage, Tree, apply, begin, features, row_keys
 
 
 def encoder(config, model: Lavit, shards: int) -> Stage:
@@ -91,7 +91,7 @@ def encoder(config, model: Lavit, shards: int) -> Stage:
     grey = (jnp.clip(image @ text.T, 0, 1) * 255).astype(jnp.uint8).repeat(8, 0).repeat(8, 1)
     return [jnp.stack([grey] * 3, -1)[None]]  # similarities: pictures down, captions across; the diagonal should shine
 
-  return Stage((), (), init, loss, lambda params, state: dict(vit=params['vit']), draw)
+  return Stage((), (), init, loss, lambda params, state: dict(vit=params['vit']), draw, takes=('vit',))
 
 
 class Moments(NamedTuple):
@@ -114,7 +114,7 @@ def autoencoder(config, model: Lavit, shards: int) -> Stage:
     del frozen, train
     x = pixels.preprocess(batch['image'])
     mean, logvar = apply(model.vae, params['vae'], x, method='encode')
-    z = pixels.sample_latents(mean, logvar, key)
+    z = pixels.sample_latents(mean, logvar, row_keys(key, batch, len(x)))
     y = apply(model.vae, params['vae'], z, method='decode')
     l1 = jnp.abs(y - x).mean()
     edges = sum(jnp.abs(jnp.diff(y - x, axis=axis)).mean() for axis in (1, 2))
@@ -133,7 +133,7 @@ def autoencoder(config, model: Lavit, shards: int) -> Stage:
     y, _, _ = apply(model.vae, params['vae'], pixels.preprocess(batch['image'][:8]))
     return [batch['image'][:8], pixels.postprocess(y)]
 
-  return Stage((), (), init, loss, export, draw)
+  return Stage((), (), init, loss, export, draw, takes=('vae',))
 
 
 def standardise(vae: Tree, moments: Moments, scaling_factor: float, mean: Array | float = 0., std: Array | float = 1.) -> Tree:

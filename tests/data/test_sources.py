@@ -165,7 +165,8 @@ def test_uses(written, tmp_path):
   kind, length = batch['kind'], batch['text_length']
   assert set(kind) == {1, 2} and (length[kind == 2] > 0).all() and 0.2 < (length[kind == 1] == 0).mean() < 0.8
   assert (batch['image'][kind == 2] == 0).all() and TOKENS.decode(batch['text'][kind == 2][0]).startswith('only words')
-  assert set(np.unique(batch['text_weight'][kind == 1])) == {0, 0.25}
+  inside = np.arange(batch['text'].shape[1] + 1) < length[:, None]
+  assert set(batch['text_weight'][inside & (kind == 1)[:, None]]) == {0.25}
   shared = next(batches(written['tars'], batch_size=200, shares={'caption': 1, 'draw': 3, 'answer': 5}))['kind']
   assert set(shared) == {0, 1} and abs(shared.mean() - 0.75) < 0.12
 
@@ -362,3 +363,20 @@ def test_what_is_no_array_record_is_named(written, tmp_path, content):
 def test_a_damaged_pax_header_ends_the_tar(content):
   with pytest.raises(tars.Broken):
     tars._pax(content)
+
+
+def test_the_end_of_a_text_that_was_cut_is_not_taught(tmp_path):
+  """Words beyond `text_length` are left out, and with them the end; a text that fits to the last token ends."""
+  words = [' '.join(f'word{k}' for k in range(1000)), 'red sun', 'x' * 5000]
+  exact = TOKENS.decode(TOKENS.encode('the quick brown fox jumps over a lazy dog')[:8])
+  write_tar(tmp_path / 'a.tar', [(str(i), {'png': picture(i), 'txt': word.encode()}) for i, word in enumerate([*words, exact])])
+  room = len(TOKENS.encode(exact))
+  for use, kind in (('caption', 0), ('draw', 1)):
+    source = dict(format='tars', path=f'{tmp_path}/a.tar', use=use)
+    batch = next(mixtures.batches('lm', sources=[source], batch_size=32, image_size=SIZE, tokenizer_folder=FOLDER,
+                                  text_length=room, drop_text=0.0))
+    behind = np.take_along_axis(batch['text_weight'], batch['text_length'][:, None], axis=1)[:, 0]
+    ends = {TOKENS.decode(ids[:n]): float(weight) for ids, n, weight in zip(batch['text'], batch['text_length'], behind)}
+    assert (batch['kind'] == kind).all()
+    assert ends.pop('red sun') == 1 and ends.pop(exact) == 1
+    assert set(ends.values()) == {0}

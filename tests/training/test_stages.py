@@ -12,8 +12,9 @@ from lavit_jax.models import lavit, vit
 from lavit_jax.models.initial import initial_parts
 from lavit_jax.models.sequence import compact
 from lavit_jax.models.tokenizer import l2_normalise
-from lavit_jax.training import foundations, stages
-from lavit_jax.training.stage import apply, begin, features
+from lavit_jax.training import codebook, foundations, stages
+from lavit_jax.training.stage import apply, begin, features, row_keys
+from lavit_jax.training.train_step import numbers
 
 nano.install()
 MODEL = lavit.build('nano')
@@ -130,7 +131,8 @@ def test_standardised_latents_suit_the_factors_of_the_vae(parts):
 def tokenizer(parts):
   """(stage, params, codebook, jit'd loss and gradient of (params, codebook, batch, key, train)); quantisation begins at step 1."""
   stage = build('tokenizer', tokenizer__quantize_from=1)
-  params, book = start(stage, {name: parts[name] for name in ('vit', 'tokenizer', 'decoder')})
+  without, _ = codebook.take_out(parts)  # of a codebook that is offered, another test
+  params, book = start(stage, {name: without[name] for name in ('vit', 'tokenizer', 'decoder')})
   frozen = {'vit': parts['vit']}
 
   @functools.partial(nano.jit, static_argnums=4)
@@ -235,7 +237,7 @@ def lm_loss(parts, batch, shards=1, **changes):
   stage = stages.build(nano.config('lm', **changes), MODEL, shards)
   params, state = start(stage, parts)
   value, (_, metrics) = nano.jit(lambda params, batch: stage.loss(params, parts, state, batch, jax.random.key(1), True))(params, batch)
-  return params, value, metrics
+  return params, value, numbers(metrics)
 
 
 def test_lm_loss_is_that_of_the_pairs_one_by_one(parts, batch):
@@ -246,7 +248,7 @@ def test_lm_loss_is_that_of_the_pairs_one_by_one(parts, batch):
   @nano.jit
   def tokens(images):
     x = features(MODEL, parts['vit'], images)[:, 1:]
-    out = apply(MODEL.tokenizer, parts['tokenizer'], x, jax.random.key(1))
+    out = apply(MODEL.tokenizer, parts['tokenizer'], x, row_keys(jax.random.key(1), {}, 8))
     return *compact(apply(MODEL.understanding, params['understanding'], x, out.keep), out.keep), compact(out.ids, out.keep)[0]
 
   visual, mask, codes = tokens(batch['image'])
