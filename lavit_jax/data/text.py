@@ -64,9 +64,21 @@ class TextTokenizer:
       words = cls(_read_pieces(path) if path.endswith(_PIECES) else _read_json(path, vocab_size))
     except Exception as error:  # neither library raises anything narrower
       raise UserError(f'{path} is damaged ({error}); copy it again') from None
+    for token, expected in (('<s>', BEGIN), ('</s>', END)):
+      found = words.id_of(token)
+      if vocab_size is not None and found not in (None, expected):
+        raise UserError(f'{path} has {token} under the id {found}, and the model reads and writes it as '
+                        f"{expected}; give the model's own tokenizer")
     if vocab_size not in (None, words.vocab_size):
       raise UserError(f'{path} has {words.vocab_size} ids, but the text vocabulary of the model has {vocab_size}; give the model\'s own')
     return words
+
+  def id_of(self, token: str) -> int | None:
+    """The id of a token that the vocabulary has as a whole; None if it has it not."""
+    if not self._pieces:
+      return self._tokenizer.token_to_id(token)
+    found = self._tokenizer.piece_to_id(token)
+    return None if self._tokenizer.is_unknown(found) else found
 
   def encode_once(self, text: str) -> tuple[int, ...]:
     """`encode` without its cache, for texts that hardly come again."""

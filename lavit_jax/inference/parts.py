@@ -79,7 +79,7 @@ class Parts:
     known = isinstance(checkpoint, Checkpoint)
     self._model, self._weights, self.mesh, self._ready = model, weights, mesh, {}
     self._held, self._open = (checkpoint.held, checkpoint.open) if known else (checkpoint, functools.partial(_of_tree, checkpoint))
-    self.max_length = model.llama.max_position_embeddings  # of prompt and answer together
+    self.max_length = model.llama.longest  # of prompt and answer together
 
   @property
   def loaded(self) -> frozenset[str]:

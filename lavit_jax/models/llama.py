@@ -128,10 +128,21 @@ class Llama(nn.Module):
   rms_norm_eps: float = 1e-5
   rope_theta: float = 1e4
   rope_scaling: tuple[tuple[str, Any], ...] | None = None  # the pairs of models/rope.py's dict
-  max_position_embeddings: int = 4096  # the longest sequence that the checkpoint is meant for
+  max_position_embeddings: int = 4096
+  max_sequence_length: int | None = None  # where it is not what the positions say
   dtype: Dtype = jnp.float32
   remat: str = 'none'
   scan: bool = True  # parameters 'layers' stacked [L, ...], or 'layers_0', 'layers_1', ...
+
+  @property
+  def longest(self) -> int:
+    """Tokens of the longest sequence that the checkpoint is meant for."""
+    scaling = dict(self.rope_scaling or ())
+    if self.max_sequence_length is not None:
+      return self.max_sequence_length
+    if scaling.get('rope_type') == 'dynamic':  # it begins to scale at max_position_embeddings
+      return int(scaling['factor'] * self.max_position_embeddings)
+    return self.max_position_embeddings
 
   def setup(self):
     init = nn.initializers.normal(0.02)

@@ -65,6 +65,8 @@ def check_scaling(value: Any) -> dict | None:
     scaling[key] = value[key]
   for key in OPTIONAL.get(kind, ()):
     given = value.get(key)
+    if key == 'truncate' and key in value:
+      given = bool(given)  # null is false, as transformers takes it; the key's absence is true
     if given is None:
       continue
     if not (isinstance(given, bool) if key == 'truncate' else _number(given)):

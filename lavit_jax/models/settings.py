@@ -154,7 +154,8 @@ PARTS: dict[str, Part] = {
         rope_theta=Field(positive, 1e4),
         rope_scaling=Field(rope.check_scaling, None),
         rms_norm_eps=Field(positive, 1e-5),
-        max_position_embeddings=Field(count, 4096, computes=False))),
+        max_position_embeddings=Field(count, 4096, computes=False),
+        max_sequence_length=Field(optional(count), None, computes=False))),
 }
 
 
@@ -207,6 +208,14 @@ def checked(name: str, field: str, value: Any) -> Any:
 def of_parts(settings: Mapping, parts) -> dict[str, dict]:
   """Those settings that go with the weights of these parts of the model."""
   return {name: dict(fields) for name, fields in settings.items() if PARTS[name].owner in parts}
+
+
+def computes(name: str, field: str, settings: Mapping) -> bool:
+  """Whether a field changes numbers that are computed, in a model that has these settings."""
+  if (name, field) == ('llama', 'max_position_embeddings'):
+    scaling = settings.get('llama', {}).get('rope_scaling') or {}
+    return scaling.get('rope_type') == 'dynamic'  # whose base grows beyond that length
+  return PARTS[name].fields[field].computes
 
 
 def differences(first: Mapping, second: Mapping) -> list[tuple[str, str]]:

@@ -75,7 +75,7 @@ def _check_settings(path: pathlib.Path, found: list[layouts.Found], model: lavit
   for name, field in checkpoint_settings.differences(theirs, ours):
     message = (f'{path} has {checkpoint_settings.told(theirs, name, field, row)} of {name}, not {checkpoint_settings.told(ours, name, field, row)}; take '
                'settings = torch_settings(path, part), and give them to from_torch, lavit.build and to_torch')
-    if checkpoint_settings.PARTS[name].fields[field].computes:
+    if checkpoint_settings.computes(name, field, theirs):
       raise UserError(message)
     logging.getLogger(__name__).warning(message)
 

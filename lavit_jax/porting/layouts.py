@@ -303,6 +303,8 @@ def llama_config(model: lavit.Lavit, rows: int) -> dict:
   """transformers' LlamaConfig."""
   llama = model.llama
   scaling = {} if llama.rope_scaling is None else dict(rope_scaling=dict(llama.rope_scaling))
+  if llama.max_sequence_length is not None:
+    scaling['max_sequence_length'] = llama.max_sequence_length
   return dict(
       architectures=['LlamaForCausalLM'], model_type='llama', hidden_size=llama.hidden_size,
       intermediate_size=llama.mlp_dim, num_hidden_layers=llama.num_layers, num_attention_heads=llama.num_heads,

@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
-from lavit_jax.models.settings import PARTS, differences, told
+from lavit_jax.models.settings import computes, differences, told
 from lavit_jax.porting.leaves import disk_full
 from lavit_jax.training import integrity
 from lavit_jax.training.processes import wait_for_all
@@ -76,7 +76,7 @@ class Checkpoints:
     """Raises UserError where a checkpoint was trained with another setting; runs of before there were any had the variant's own."""
     before, row = saved.get('settings', {}), lavit.row(self.identity['variant'])
     for name, field in differences(before, self.settings):
-      if PARTS[name].fields[field].computes or 'settings' in saved:
+      if computes(name, field, self.settings) or 'settings' in saved:
         raise UserError(f'{self.folder / str(step)} was trained with {told(before, name, field, row)} of {name}, and the folders of this run have '
                         f'{told(self.settings, name, field, row)}; name the folders that it began with, or choose another --workdir')
 

@@ -64,6 +64,7 @@ class Family(NamedTuple):
   settings: the name under which the settings are kept; None where nothing is followed.
   complete: description -> the same in the newest spelling; ValueError says what is wrong with it.
   check: (the settings, the model): raises ValueError for settings that do not go together, or do not suit the model.
+  others: why a key without a rule is harmless; None: such a key is an error.
   """
 
   part: str
@@ -73,6 +74,7 @@ class Family(NamedTuple):
   settings: str | None = None
   complete: Callable[[dict], dict] = dict
   check: Callable[[Mapping, lavit.Lavit], None] = lambda settings, model: None
+  others: str | None = None
 
 
 def read(family: Family, description: Mapping, model: lavit.Lavit, file: pathlib.Path) -> dict[str, Any]:
@@ -90,7 +92,8 @@ def read(family: Family, description: Mapping, model: lavit.Lavit, file: pathlib
   except ValueError as error:
     raise UserError(f'{file}: {error}') from None
   for key in description:
-    if key not in family.rules and not key.startswith(PRIVATE):
+    known = key in family.rules or key.startswith(PRIVATE)
+    if not known and family.others is None:
       near = difflib.get_close_matches(key, family.rules, 1)
       hint = f' (nearest known: {near[0]})' if near else ''
       raise UserError(f'{file}: {key}={_short(description[key])} is no key that is known of {family.library}{hint}; '
@@ -166,6 +169,8 @@ def table(families: Iterable[Family]) -> list[tuple[str, str, str]]:
         rows.append((key, 'checked', rule.remedy))
       else:
         rows.append((key, 'harmless', rule.reason))
+    if family.others is not None:
+      rows.append(('any other key', 'harmless', family.others))
   return rows
 
 
