@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from lavit_jax.training import loop, optim
+from lavit_jax.training import optim, train_step
 from lavit_jax.training.checkpoint import Checkpoints
 from lavit_jax.training.codebook import create
 
@@ -20,7 +20,7 @@ class Position:
     assert state == {}
 
 
-def train_state(seed: int) -> loop.TrainState:
+def train_state(seed: int) -> train_step.TrainState:
   """A state with all that stages carry: NamedTuples within tuples, empty ones, a codebook."""
   rng = np.random.default_rng(seed)
   params = {'w': jnp.asarray(rng.normal(size=(4, 4)), jnp.float32)}
@@ -30,7 +30,7 @@ def train_state(seed: int) -> loop.TrainState:
   tx = optim.make(options, 10, params)
   _, moments = tx.update(params, tx.init(params), params)
   book = create(jnp.asarray(rng.normal(size=(8, 4)), jnp.float32))
-  return loop.TrainState(jnp.int32(seed), params, moments, (book, ()), {})
+  return train_step.TrainState(jnp.int32(seed), params, moments, (book, ()), {})
 
 
 def test_a_train_state_comes_back_with_its_types(tmp_path):
@@ -45,7 +45,7 @@ def test_a_train_state_comes_back_with_its_types(tmp_path):
   restored = checkpoints.restore(1, abstract, Position())
   checkpoints.close()
   assert jax.tree.structure(restored) == jax.tree.structure(state)
-  assert type(restored) is loop.TrainState and type(restored.state) is tuple
+  assert type(restored) is train_step.TrainState and type(restored.state) is tuple
   assert type(restored.state[0]) is type(state.state[0])
   for found, saved in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
     assert found.dtype == saved.dtype
