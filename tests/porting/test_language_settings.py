@@ -91,6 +91,17 @@ def test_every_key_of_the_class_has_a_rule():
   assert not [key for key in known if key not in ours and not key.startswith('_')]
 
 
+def test_the_page_lists_every_key():
+  page = (pathlib.Path(__file__).parents[2] / 'docs' / 'checkpoints-language-model.md').read_text()
+  config, beside = page.split('## generation_config.json')
+  for text, family in ((config, tables.CONFIG), (beside, tables.GENERATION_CONFIG), (beside, tables.TOKENIZER_CONFIG)):
+    for key, rule in family.rules.items():
+      kind = type(rule).__name__.lower()
+      if kind != 'harmless' or family is tables.CONFIG:
+        row = next((line for line in text.splitlines() if line.startswith('|') and f'`{key}`' in line), '')
+        assert kind in row, key
+
+
 @pytest.mark.parametrize('file, said, about', [
     ('config.json', dict(hidden_act='gelu'), "hidden_act=\"gelu\", but the variant 'letters' computes with \"silu\""),
     ('config.json', dict(num_attention_heads=8, head_dim=8, num_key_value_heads=8), 'num_attention_heads=8, but'),

@@ -88,7 +88,7 @@ RULES = {
     'add_cross_attention': Checked(constant(False, None), False, 'choose a decoder alone'),
     'is_encoder_decoder': Checked(constant(False, None), False, 'choose a decoder alone'),
     **harmless('the rows of the weights count', 'vocab_size'),
-    **harmless('the weights decide: they are tied where lm_head.weight is not among them', 'tie_word_embeddings'),
+    **harmless('it counts only where embedding or head is missing, as in transformers', 'tie_word_embeddings'),
     'eos_token_id': END,
     **harmless('the ids of the tokenizer beside the weights are used', 'bos_token_id', 'pad_token_id', 'sep_token_id',
                'decoder_start_token_id', 'forced_bos_token_id', 'forced_eos_token_id', 'tokenizer_class', 'prefix'),
