@@ -19,7 +19,7 @@ from lavit_jax.models import lavit
 from lavit_jax.models import settings as checkpoint_settings
 from lavit_jax.models.rope import Rope
 from lavit_jax.models.sequence import prompt_mask, prompt_positions
-from lavit_jax.porting import configs, convert, folder, from_torch, layouts, to_torch, torch_settings
+from lavit_jax.porting import configs, convert, folder, from_torch, layouts, show, to_torch, torch_settings
 from lavit_jax.porting.configs import llama, rules
 
 torch = pytest.importorskip('torch')
@@ -146,7 +146,8 @@ def test_settings_are_what_transformers_makes_of_the_file(over, tmp_path):
     (dict(rope_parameters=dict(rope_type='default', rope_theta=1e4, partial_rotary_factor=0.5)), 'partial_rotary_factor=0.5'),
     (dict(model_type='mistral'), 'model_type="mistral"'),
     (dict(quantization_config=dict(quant_method='gptq')), 'quantization_config='),
-    (dict(rope_scaling=dict(rope_type='longrope', short_factor=[1.0], long_factor=[1.0])), 'rope_scaling has the key long_factor'),
+    (dict(rope_scaling=dict(rope_type='longrope', short_factor=[1.0], long_factor=[1.0])), "cannot be followed: the type 'longrope' is not computed here"),
+    (dict(rope_scaling=dict(rope_type='linear', factor=2.0, ntk_alpha=1.0)), 'rope_scaling has the key ntk_alpha=1.0, which is not followed'),
     (dict(rope_scaling=dict(rope_type='longrope', factor=2.0)), "rope_scaling=.* cannot be followed: the type 'longrope' is not computed here"),
     (dict(rope_scaling='linear'), "rope_scaling='linear' is no object"),
     (dict(rope_theta=0), 'rope_theta=0 cannot be followed: it must be a number above 0'),
@@ -279,3 +280,9 @@ def test_settings_that_are_the_variants_own_are_none():
   assert model.settings == {} and model == lavit.build('tiny') and hash(model) == hash(lavit.build('tiny'))
   assert layouts.llama_config(model, 5) == layouts.llama_config(lavit.build('tiny'), 5)
   assert lavit.build('tiny', settings={'llama': {'rope_theta': 2e4}}) != model
+
+
+def test_inspect_shows_them(tmp_path, capsys):
+  folder.save_parts(tmp_path / 'ours', 'narrow', {'llama': {'norm': np.ones(3, np.float32)}}, settings={'llama': {'rope_theta': 1e6}})
+  show.inspect(tmp_path / 'ours')
+  assert '"rope_theta": 1000000.0' in capsys.readouterr().out

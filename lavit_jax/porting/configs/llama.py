@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lavit_jax.models.lavit import Lavit
-from lavit_jax.models.rope import KEYS
+from lavit_jax.models.rope import KEYS, REQUIRED
 from lavit_jax.porting.configs.rules import AnyOf, Checked, Family, Followed, harmless
 
 ORIGINAL = 'original_max_position_embeddings'
@@ -29,12 +29,13 @@ def complete(config: dict) -> dict:
   config.pop('rope_parameters', None)
   if not isinstance(told, dict):
     raise ValueError(f'rope_scaling={told!r} is no object; give one with the key rope_type, or null')
-  if unknown := sorted(told.keys() - KEYS - IGNORED):
+  kind = told.get('rope_type', told.get('type', 'default'))
+  unknown = sorted(told.keys() - KEYS - IGNORED)
+  if unknown and kind in (*REQUIRED, 'default'):  # of another type the type is told
     raise ValueError(f'rope_scaling has the key {unknown[0]}={told[unknown[0]]!r}, which is not followed here; remove it if transformers knows none')
   for key in ('rope_theta', 'partial_rotary_factor'):
     if told.get(key) is not None:
       config[key] = told[key]
-  kind = told.get('rope_type', told.get('type', 'default'))
   if kind != 'default':
     scaling = {**told, 'rope_type': kind}
     if kind in ('llama3', 'yarn'):
