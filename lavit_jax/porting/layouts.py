@@ -12,7 +12,6 @@ import functools
 import itertools
 import json
 import pathlib
-import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 

@@ -84,6 +84,8 @@ def inspect(path) -> None:
     for group, (count, leaf_count) in groups.items():
       branch.add(f'{group}: {count:,} in {leaf_count} {"leaf" if leaf_count == 1 else "leaves"}')
   console.print(tree)
+  if settings := folder.read_settings(path):
+    console.print_json(json.dumps(dict(settings=settings)))
   metadata = dict(config['metadata'])
   if metadata.get('overlay'):
     metadata['overlay'] = f'{len(metadata["overlay"])} tensors'  # their names are for the way back

@@ -25,16 +25,16 @@ from lavit_jax.data.sources import check_files
 from lavit_jax.errors import UserError
 from lavit_jax.local_paths import expand_home
 from lavit_jax.models import lavit
-from lavit_jax.models.settings import PARTS, differences, of_parts
-from lavit_jax.models.settings import told as told_value
+from lavit_jax.models.settings import of_parts
 from lavit_jax.porting import folder
 from lavit_jax.training import codebook, flops, metrics, processes, stages
-from lavit_jax.training.checkpoint import Checkpoints, saved_settings
+from lavit_jax.training.checkpoint import Checkpoints
 from lavit_jax.training.checks import check_options, check_values, told_of_data
 from lavit_jax.training.keys import Purpose, key_for
 from lavit_jax.training.lock import WorkdirLock, refuse_if_running
 from lavit_jax.training.processes import TERMINATED, Interrupt
 from lavit_jax.training.schedule import tell_schedule
+from lavit_jax.training.settings import of_run
 from lavit_jax.training.train_step import averaged, initialiser, loss_and_metrics, make_train_step
 from lavit_jax.training.watch import Watch
 
@@ -58,7 +58,7 @@ def train(config, workdir) -> None:
   trace = metrics.Trace(config.profile, workdir)
   model_flops = flops.of_step(config)  # which has a mesh of its own
   with Interrupt() as interrupt, jax.set_mesh(mesh), contextlib.ExitStack() as stack:
-    settings = checkpoint_settings(config, workdir)
+    settings = of_run(config, split_folders(config.frozen), split_folders(config.init_from), workdir)
     model = lavit.build(config.variant, config.dtype, config.remat, settings)
     stage = stages.build(config, model, sharding.batch_shards(mesh))
     parts = load_parts(config, stage, mesh)
@@ -241,38 +241,6 @@ def load_parts(config, stage, mesh) -> dict:
     raise UserError(f'stage {config.stage} needs {", ".join(missing)}: name the folders that earlier stages '
                     f'exported, --config.frozen=RUN/export,RUN/export (now {config.frozen!r})')
   return parts
-
-
-def checkpoint_settings(config, workdir) -> dict[str, dict]:
-  """The settings (models/settings.py) of the parts that the run reads from `frozen` and `init_from`; of the others, those that the run's last
-  checkpoint was trained with.
-
-  Raises:
-    UserError: two folders disagree about a part.
-  """
-  stage = stages.build(config, lavit.build(config.variant), 1)
-  wanted = stage.needs + stage.starts
-  found, origins = {}, {}  # origins: settings' name -> the folder
-
-  def add(path, parts):
-    told = of_parts(folder.read_settings(path), parts)
-    for name, part in PARTS.items():
-      if part.owner not in parts:
-        continue
-      fields = told.get(name, {})
-      if name in origins and (odd := differences({name: found[name]}, {name: fields})):
-        row, field = lavit.row(config.variant), odd[0][1]
-        raise UserError(f'{origins[name]} has {told_value(found, name, field, row)} of {name}, and {path} has '
-                        f'{told_value(told, name, field, row)}; name one of the two, in frozen or init_from')
-      found[name] = fields
-      origins.setdefault(name, path)
-
-  for path in split_folders(config.frozen):
-    add(path, [name for name in folder.read_config(path)['parts'] if name in wanted])
-  for path in split_folders(config.init_from):
-    add(path, [name for name in folder.read_config(path)['parts'] if name not in stage.needs])
-  before = {name: fields for name, fields in saved_settings(workdir).items() if name not in found}
-  return before | {name: fields for name, fields in found.items() if fields}
 
 
 def split_folders(text: str) -> list[str]:

@@ -289,6 +289,10 @@ def lm(config, model: Lavit, shards: int) -> Stage:
     raise UserError(f'lm.num_rows={c.num_rows} must be a multiple of the {pieces} pieces of a batch')
   if c.row_length % c.loss_chunks:
     raise UserError(f'lm.row_length={c.row_length} must be a multiple of lm.loss_chunks={c.loss_chunks}')
+  longest, positions = config.data.text_length + model.num_patches + 3, model.llama.max_position_embeddings
+  if longest > positions:
+    raise UserError(f'data.text_length={config.data.text_length}: with {model.num_patches} visual tokens and 3 marks a pair may have {longest} tokens, but the '
+                    f'language model of this checkpoint reads max_position_embeddings={positions}; lower data.text_length')
 
   def init(key, parts):
     params = initial_parts(model, key, ('llama', 'understanding'))

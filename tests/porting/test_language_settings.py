@@ -15,7 +15,7 @@ from lavit_jax.models import lavit
 from lavit_jax.models.llama import Llama
 from lavit_jax.models.rope import Rope
 from lavit_jax.models.sequence import prompt_mask, prompt_positions
-from lavit_jax.porting import configs, convert, folder, from_torch, to_torch, torch_settings
+from lavit_jax.porting import configs, convert, folder, from_torch, show, to_torch, torch_settings
 from lavit_jax.porting.configs import llama as tables
 
 torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
@@ -263,3 +263,10 @@ def test_a_folder_of_before_has_its_descriptions_settings(source, tmp_path):
   assert folder.read_settings(tmp_path / 'ours') == settings != {}
   shutil.rmtree(tmp_path / 'ours' / 'torch')
   assert folder.read_settings(tmp_path / 'ours') == {}
+
+
+def test_inspect_shows_the_settings(tmp_path, capsys):
+  parts = {'llama': {'norm': np.ones(3, np.float32)}}
+  folder.save_parts(tmp_path / 'ours', 'letters', parts, settings={'llama': {'rope_theta': 1e6}})
+  show.inspect(tmp_path / 'ours')
+  assert '"rope_theta": 1000000.0' in capsys.readouterr().out
