@@ -247,8 +247,8 @@ def build_parser():
     sub = command(name, run, text)
     sub.add_argument('--folder', type=local, default=TINY, metavar='DIR', help='the checkpoint (default: %(default)s)')
     sub.add_argument('--dtype', choices=('float32', 'bfloat16'), help='compute dtype (default: bfloat16 on accelerators, float32 on CPUs)')
-    sub.add_argument('--weights', choices=('int8',), help='of the language model, a byte a weight (default: as stored)')
-    sub.add_argument('--cache', choices=('bfloat16', 'int8'), help='keys and values of the language model (default: the compute dtype)')
+    sub.add_argument('--weights-dtype', '--weights', dest='weights', choices=('int8',), help='of the language model, a byte a weight (default: as stored)')
+    sub.add_argument('--cache-dtype', '--cache', dest='cache', choices=('bfloat16', 'int8'), help='keys and values of the language model (default: the compute dtype)')
     sub.add_argument('--tensor', type=number(int, 1), default=1, metavar='N', help='devices to split the model over (default: %(default)s)')
     sub.add_argument('--no-safety-checker', dest='safety_checker', action='store_false', help='do not look at what is drawn')
     return sub
@@ -268,18 +268,18 @@ def build_parser():
   def writing_options(sub, samples):
     sub.add_argument('--top-p', type=number(float, 0.001, 1), metavar='P', help='the likeliest that together reach this probability (default: all)')
     sub.add_argument('--repetition-penalty', type=number(float, 0.01), metavar='R', help='of tokens written before, above 1 (default: 1)')
-    sub.add_argument('--min-tokens', type=number(int, 0), metavar='N', help='fewest to write (default: as published)')
-    sub.add_argument('--max-tokens', type=number(int, 1), metavar='N', help='most to write (default: as published)')
-    sub.add_argument('--samples', type=number(int, 1), metavar='N', help=samples)
+    sub.add_argument('--min-new-tokens', '--min-tokens', dest='min_tokens', type=number(int, 0), metavar='N', help='fewest to write (default: as published)')
+    sub.add_argument('--max-new-tokens', '--max-tokens', dest='max_tokens', type=number(int, 1), metavar='N', help='most to write (default: as published)')
+    sub.add_argument('--num-return-sequences', '--samples', dest='samples', type=number(int, 1), metavar='N', help=samples)
 
   def telling_command(name, text, metavar, beams, penalty, **row):
     sub = reading_command(name, text, metavar, **row)
-    sub.add_argument('--beams', type=number(int, 1), metavar='N', help='of the search (default: %d)' % beams)
+    sub.add_argument('--num-beams', '--beams', dest='beams', type=number(int, 1), metavar='N', help='of the search (default: %d)' % beams)
     sub.add_argument('--length-penalty', type=number(float, -100, 100), metavar='L', help='of the search (default: %d)' % penalty)
-    sub.add_argument('--sample', action='store_const', const=True, help='sample in place of the search')
-    sub.add_argument('--top-k', type=number(int, 1), metavar='K', help='with --sample: tokens to choose among (default: 50)')
-    sub.add_argument('--temperature', type=number(float, 1e-3), metavar='T', help='with --sample (default: 1)')
-    writing_options(sub, 'of each, by other patches and, with --sample, words (default: 1)')
+    sub.add_argument('--do-sample', '--sample', dest='sample', action='store_const', const=True, help='sample in place of the search')
+    sub.add_argument('--top-k', type=number(int, 1), metavar='K', help='with --do-sample: tokens to choose among (default: 50)')
+    sub.add_argument('--temperature', type=number(float, 1e-3), metavar='T', help='with --do-sample (default: 1)')
+    writing_options(sub, 'of each, by other patches and, with --do-sample, words (default: 1)')
     return sub
 
   def reading_command(name, text, metavar, row='{"image": "cat.png"}'):
@@ -294,23 +294,23 @@ def build_parser():
     sub.add_argument('--out', type=local, default='drawn', metavar='DIR', help='where the PNGs go (default: %(default)s); of several '
                      'pictures, a folder or --input also manifest.jsonl, by which the command goes on when started again')
     sub.add_argument('--size', type=size, metavar='HxW', help="one of SDXL's, such as 1024x1024 (default: Stable Diffusion's square)")
-    sub.add_argument('--steps', type=number(int, 1, 999), help='of the sampler (default: 50, of SDXL 25)')
-    sub.add_argument('--decoder-guidance', type=number(float, 0), metavar='G', help='of the U-Net (default: 5, of SDXL 7)')
+    sub.add_argument('--num-inference-steps', '--steps', dest='steps', type=number(int, 1, 999), help='of the sampler (default: 50, of SDXL 25)')
+    sub.add_argument('--decoder-guidance-scale', '--decoder-guidance', dest='decoder_guidance', type=number(float, 0), metavar='G', help='of the U-Net (default: 5, of SDXL 7)')
     sub.add_argument('--sampler', choices=('ddim', 'euler', 'dpm++2m'), default='ddim', help='(default: %(default)s)')
-    sub.add_argument('--rescale', type=number(float, 0, 1), default=0.0, metavar='R', help='share of rescaled guidance (default: %(default)s)')
-    sub.add_argument('--tile', type=number(int, 64), metavar='PIXELS', help='decode in tiles, for less memory (default: above a megapixel)')
+    sub.add_argument('--guidance-rescale', '--rescale', dest='rescale', type=number(float, 0, 1), default=0.0, metavar='R', help='share of rescaled guidance (default: %(default)s)')
+    sub.add_argument('--vae-tile-size', '--tile', dest='tile', type=number(int, 64), metavar='PIXELS', help='decode in tiles, for less memory (default: above a megapixel)')
     return sub
 
   def sampling_command(name, text, metavar, row, guidance):
     sub = drawing_command(name, text, metavar, row)
-    sub.add_argument('--guidance', type=number(float, 0), default=guidance, metavar='G', help='of the language model (default: %(default)s)')
+    sub.add_argument('--guidance-scale', '--guidance', dest='guidance', type=number(float, 0), default=guidance, metavar='G', help='of the language model (default: %(default)s)')
     sub.add_argument('--top-k', type=number(int, 1), default=50, metavar='K', help='codes to choose among (default: %(default)s)')
     sub.add_argument('--temperature', type=number(float, 1e-3), default=1.0, metavar='T', help='(default: %(default)s)')
     writing_options(sub, 'pictures of each (default: 1)')
-    sub.add_argument('--negative', default='', metavar='TEXT', help='what not to draw')
-    sub.add_argument('--start', metavar='IMAGE', help='begin from this picture in place of noise')
+    sub.add_argument('--negative-prompt', '--negative', dest='negative', default='', metavar='TEXT', help='what not to draw')
+    sub.add_argument('--init-image', '--start', dest='start', metavar='IMAGE', help='begin from this picture in place of noise')
     sub.add_argument('--strength', type=number(float, 0.01, 1), default=0.8, metavar='S',
-                     help='of the change to --start, of which even 1 keeps a trace (default: %(default)s)')
+                     help='of the change to --init-image, of which even 1 keeps a trace (default: %(default)s)')
     return sub
 
   sub = command('train', train, 'train one stage; every value of its page can be set with --config.KEY=VALUE')
@@ -331,8 +331,8 @@ def build_parser():
   decoding.add_argument('--batch', type=number(int, 1), default=8, metavar='N', help='rows (default: %(default)s)')
   decoding.add_argument('--prompt', type=number(int, 1), default=512, metavar='N', help='tokens of a prompt (default: %(default)s)')
   decoding.add_argument('--new-tokens', type=number(int, 1), default=256, metavar='N', help='(default: %(default)s)')
-  decoding.add_argument('--weights', choices=('int8',), help='(default: bfloat16)')
-  decoding.add_argument('--cache', choices=('int8',), help='(default: bfloat16)')
+  decoding.add_argument('--weights-dtype', '--weights', dest='weights', choices=('int8',), help='(default: bfloat16)')
+  decoding.add_argument('--cache-dtype', '--cache', dest='cache', choices=('int8',), help='(default: bfloat16)')
   sub.add_argument('--json', action='store_true', help='print one JSON object')
 
   sub = command('bundle', bundle, 'make one checkpoint of what the stages exported')
