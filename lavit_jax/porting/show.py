@@ -83,6 +83,9 @@ def inspect(path) -> None:
       groups[group] = count + int(np.prod(array.shape)), leaf_count + 1
     for group, (count, leaf_count) in groups.items():
       branch.add(f'{group}: {count:,} in {leaf_count} {"leaf" if leaf_count == 1 else "leaves"}')
+  for name, fields in folder.read_settings(path).items():
+    told = ', '.join(f'{field}={json.dumps(value)}' for field, value in fields.items())
+    tree.add(f'settings of {name}: {told}')
   console.print(tree)
   if settings := folder.read_settings(path):
     console.print_json(json.dumps(dict(settings=settings)))

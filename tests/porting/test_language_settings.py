@@ -203,13 +203,15 @@ def close(logits, expected):
   assert np.abs(logits - expected).max() < 100 * (96 + 18 * 60) * np.finfo(np.float32).eps * expected.std()
 
 
-def test_there_and_back(source, tmp_path):
+def test_there_and_back(source, tmp_path, capsys):
   """Convert, convert back; and the same without the description that travelled along, as a training's export is."""
   src, expected = source
   convert.prepare(src, tmp_path / 'ours', variant='letters').run(lambda size: None)
   settings = folder.read_settings(tmp_path / 'ours')
   assert settings == {'llama': dict(rope_theta=1e6, rope_scaling=dict(rope_type='linear', factor=4.0), rms_norm_eps=1e-3,
                                     max_position_embeddings=512)}
+  show.inspect(tmp_path / 'ours')
+  assert 'settings of llama: rope_theta=1000000.0, rope_scaling={"rope_type": "linear"' in ' '.join(capsys.readouterr().out.split())
   parts = folder.load_parts(tmp_path / 'ours')
   close(ours(settings, parts['llama']), expected)
   assert np.abs(ours({}, parts['llama']) - expected).max() > 0.1 * expected.std()  # the settings are what does it
