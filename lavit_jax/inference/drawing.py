@@ -54,7 +54,14 @@ class Drawn(NamedTuple):
 
   pictures: Array  # uint8[B, H, W, 3]
   flagged: Array  # bool[B]
-  faults: Array | None = None  # i32[B], of `draw`: the module whose result is not finite, by its number in faults.py; 0 is none
+
+
+class Checked(NamedTuple):
+  """`Drawn`, and whether every number on the way to it was finite."""
+
+  pictures: Array
+  flagged: Array
+  faults: Array  # i32[B], the first module whose result is not finite, by its number in faults.py; 0 is none
 
 
 class Request(NamedTuple):
@@ -71,7 +78,7 @@ def draw(
     model: lavit.Lavit, parts: dict, ids: Array, mask: Array, keys: Array, start: Array | None, *, way: Way, size: tuple[int, int],
     guidance: float, steps: int, sampler: str = 'ddim', rescale: float = 0.0, strength: float = 1.0, tile: int | None = None,
     scheduler: Scheduler = Scheduler(),
-) -> Drawn:
+) -> Checked:
   """Codes i32[B, N] in a prefix, mask bool[B, N] of it, a key for each picture -> pictures.
 
   Args:
@@ -115,10 +122,10 @@ def draw(
   pictures, sound = _piecewise(decode, at_once, latents)
   computed += [(unet, latents), (pixels, sound)]
   if 'safety_checker' not in parts:
-    return Drawn(pictures, jnp.zeros(len(pictures), bool), faults.first(*computed))
+    return Checked(pictures, jnp.zeros(len(pictures), bool), faults.first(*computed))
   flagged, scores = apply('safety_checker', vit.preprocess(safety.center_square(pictures, model.safety_checker.image_size)))
   computed.append(('safety_checker', scores))
-  return Drawn(jnp.where(flagged[:, None, None, None], 0, pictures), flagged, faults.first(*computed))
+  return Checked(jnp.where(flagged[:, None, None, None], 0, pictures), flagged, faults.first(*computed))
 
 
 def highres_condition(context: Array, pooled: Array, size: tuple[int, int]) -> tuple[tuple, tuple]:

@@ -179,8 +179,9 @@ class Lavit:
       none = drawing.Drawn(np.zeros((0, *request.options['size'], 3), np.uint8), np.zeros(0, bool))
       return none if request.details else none.pictures
     way, checker = request.options['way'], drawing.checker(self.model, self.parts) if self.safety_checker else ()
-    drawn = self.in_batches(drawing.draw, way.parts + checker, ids, mask, keys, request.start, most=way.batch, **request.options)
-    faults.check(drawn.faults, drawn)
+    checked = self.in_batches(drawing.draw, way.parts + checker, ids, mask, keys, request.start, most=way.batch, **request.options)
+    drawn = drawing.Drawn(checked.pictures, checked.flagged)
+    faults.check(checked.faults, drawn)
     if request.details:
       return drawn
     drawing.report_flagged(f'picture {i + 1} of {len(ids)}' for i in drawn.flagged.nonzero()[0])
