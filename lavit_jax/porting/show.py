@@ -87,8 +87,6 @@ def inspect(path) -> None:
     told = ', '.join(f'{field}={json.dumps(value)}' for field, value in fields.items())
     tree.add(f'settings of {name}: {told}')
   console.print(tree)
-  if settings := folder.read_settings(path):
-    console.print_json(json.dumps(dict(settings=settings)))
   metadata = dict(config['metadata'])
   if metadata.get('overlay'):
     metadata['overlay'] = f'{len(metadata["overlay"])} tensors'  # their names are for the way back

@@ -265,10 +265,3 @@ def test_a_folder_of_before_has_its_descriptions_settings(source, tmp_path):
   assert folder.read_settings(tmp_path / 'ours') == settings != {}
   shutil.rmtree(tmp_path / 'ours' / 'torch')
   assert folder.read_settings(tmp_path / 'ours') == {}
-
-
-def test_inspect_shows_the_settings(tmp_path, capsys):
-  parts = {'llama': {'norm': np.ones(3, np.float32)}}
-  folder.save_parts(tmp_path / 'ours', 'letters', parts, settings={'llama': {'rope_theta': 1e6}})
-  show.inspect(tmp_path / 'ours')
-  assert '"rope_theta": 1000000.0' in capsys.readouterr().out
