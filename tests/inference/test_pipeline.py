@@ -120,7 +120,7 @@ def test_pictures(model):
     (lambda m: m.synthesize([[]]), 'empty'),
     (lambda m: m.answer(PICTURES[:1], ['']), 'empty'),
     (lambda m: m.answer(PICTURES, ['What is this?']), '2 pictures but 1 question'),
-    (lambda m: m.generate(['owl ' * 3000]), 'prompt is .* tokens long; shorten it to 1998'),
+    (lambda m: m.generate(['owl ' * 3000]), 'prompt is .* tokens long; shorten it to 4046'),
     (lambda m: m.caption(['nowhere.png']), 'nowhere.png'),
     (lambda m: m.synthesize(['on a red background']), 'each prompt in brackets'),
     (lambda m: m.synthesize([pathlib.Path('owl.png'), 'red']), 'owl.png: no such file'),
@@ -147,7 +147,7 @@ def test_pictures(model):
     (lambda m: m.generate(['an owl'], temperature=0), 'temperature=0 cannot be; choose a number above 0'),
     (lambda m: m.synthesize([['an owl']], guidance='much'), "guidance='much' cannot be"),
     (lambda m: m.generate(['an owl'], max_tokens=65), 'at most 64'),
-    (lambda m: m.caption(PICTURES, max_tokens=2046), 'max_tokens=2046 cannot be; .* at most 2045'),
+    (lambda m: m.caption(PICTURES, max_tokens=4094), 'max_tokens=4094 cannot be; .* at most 4093'),
 ])
 def test_bad_input(model, call, message):
   with pytest.raises(UserError, match=message):
@@ -166,9 +166,9 @@ def test_a_fault_of_the_settings_is_no_row_s(model):
 def test_prompts_too_long_are_told_before_anything_runs(model, monkeypatch):
   monkeypatch.setattr(model, '_run', lambda *_, **__: pytest.fail('ran'))
   long = 'word ' * 3000
-  with pytest.raises(InputError, match='the prompt, 33 of 33, is at least [0-9]+ tokens long; shorten it to 2032'):
+  with pytest.raises(InputError, match='the prompt, 33 of 33, is at least [0-9]+ tokens long; shorten it to 4080'):
     model.answer(np.repeat(PICTURES[:1], 33, 0), ['What is this?'] * 32 + [long])
-  with pytest.raises(InputError, match='the prompt, 2 of 2, is at least [0-9]+ tokens long; shorten it to 1998'):
+  with pytest.raises(InputError, match='the prompt, 2 of 2, is at least [0-9]+ tokens long; shorten it to 4046'):
     model.synthesize([[PICTURES[0], 'red'], [PICTURES[0], long]])
 
 
