@@ -7,7 +7,8 @@ import shutil
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from tensors import save_tensors
 
 from lavit_jax import cli
 from lavit_jax.errors import UserError
@@ -32,7 +33,7 @@ def same(tree, other):
 def test_prefixes_of_the_encoder(tmp_path, prefix):
   state = load_file(EVA)
   text = {'text.token_embedding.weight': np.ones((2, 2)), 'logit_scale': np.ones(())} if 'visual' in prefix else {}
-  save_file({**{prefix + name: x for name, x in state.items()}, **text}, tmp_path / 'eva.safetensors')
+  save_tensors({**{prefix + name: x for name, x in state.items()}, **text}, tmp_path / 'eva.safetensors')
   job = convert.prepare(tmp_path / 'eva.safetensors', tmp_path / 'ours')
   assert [item.tensors for item in job.items] == [len(state)] and job.variant == 'tiny'
   assert any('2 tensors of another model' in note and 'logit_scale' in note for note in job.notes) == bool(text)
@@ -57,7 +58,7 @@ def test_a_pickle_without_a_model_says_what_it_holds(tmp_path):
 
 
 def test_two_tensors_of_one_name(tmp_path):
-  save_file({'module.cls_token': np.ones(2), 'cls_token': np.zeros(2)}, tmp_path / 'eva.safetensors')
+  save_tensors({'module.cls_token': np.ones(2), 'cls_token': np.zeros(2)}, tmp_path / 'eva.safetensors')
   with pytest.raises(UserError, match='two tensors that are cls_token'):
     convert.prepare(tmp_path / 'eva.safetensors', tmp_path / 'ours')
 
@@ -71,7 +72,7 @@ def test_two_tensors_of_one_name(tmp_path):
     ('base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight', 'merge_and_unload'),
     ('model.layers.0.self_attn.q_proj.qweight', 'quantised')])
 def test_files_of_other_projects(tmp_path, name, told):
-  save_file({name: np.ones((2, 2), np.float32)}, tmp_path / 'x.safetensors')
+  save_tensors({name: np.ones((2, 2), np.float32)}, tmp_path / 'x.safetensors')
   with pytest.raises(UserError, match=told) as error:
     convert.prepare(tmp_path / 'x.safetensors', tmp_path / 'ours')
   assert '\n' not in str(error.value) and 'x.safetensors' in str(error.value)
@@ -87,7 +88,7 @@ def test_folders_of_other_projects(tmp_path):
 
 
 def test_a_long_list_is_cut(tmp_path):
-  save_file({f'strange.{i}.weight': x for i, x in enumerate(load_file(EVA).values())}, tmp_path / 'eva.safetensors')
+  save_tensors({f'strange.{i}.weight': x for i, x in enumerate(load_file(EVA).values())}, tmp_path / 'eva.safetensors')
   with pytest.raises(PortingError) as error:
     convert.prepare(tmp_path / 'eva.safetensors', tmp_path / 'ours', variant='tiny')
   lines = str(error.value).splitlines()
@@ -142,7 +143,7 @@ def test_one_layer_of_another_type(tmp_path):
   state = load_file(EVA)
   name = 'blocks.1.mlp.fc1.weight'
   state[name] = state[name].astype(np.float32) + np.float32(1e-6)
-  save_file(state, tmp_path / 'eva.safetensors')
+  save_tensors(state, tmp_path / 'eva.safetensors')
   with pytest.raises(PortingError, match=r'wrong dtype: blocks.*mlp.fc1.weight is .*, other layers of it are .*--dtype float32'):
     convert.prepare(tmp_path / 'eva.safetensors', tmp_path / 'ours')
   run(tmp_path / 'eva.safetensors', tmp_path / 'ours', dtype='float32')
@@ -156,16 +157,16 @@ def test_one_layer_of_another_type(tmp_path):
 def test_an_encoder_without_norm_and_head_captions(tmp_path):
   shutil.copytree(TINY, tmp_path / 'src')
   file = tmp_path / 'src' / 'visual_tokenizer' / 'eva_vitg_psz14.safetensors'
-  save_file({name: x for name, x in load_file(file).items() if not name.startswith(('norm.', 'head.'))}, file)
+  save_tensors({name: x for name, x in load_file(file).items() if not name.startswith(('norm.', 'head.'))}, file)
   run(tmp_path / 'src', tmp_path / 'ours')
   picture = ASSETS / 'demo' / '01.png'
   assert Lavit.from_pretrained(tmp_path / 'ours').caption([picture]) == Lavit.from_pretrained(TINY).caption([picture])
 
 
 def test_an_encoder_without_norm_and_head_opens(tmp_path):
-  save_file({name: x for name, x in load_file(EVA).items() if not name.startswith(('norm.', 'head.'))}, tmp_path / 'eva.safetensors')
+  save_tensors({name: x for name, x in load_file(EVA).items() if not name.startswith(('norm.', 'head.'))}, tmp_path / 'eva.safetensors')
   run(tmp_path / 'eva.safetensors', tmp_path / 'ours')
   assert 'head' not in Lavit.from_pretrained(tmp_path / 'ours').parts['vit']
-  save_file({name: x for name, x in load_file(EVA).items() if not name.startswith('blocks.0.norm1')}, tmp_path / 'less.safetensors')
+  save_tensors({name: x for name, x in load_file(EVA).items() if not name.startswith('blocks.0.norm1')}, tmp_path / 'less.safetensors')
   with pytest.raises(PortingError, match='missing: blocks.0.norm1'):
     convert.prepare(tmp_path / 'less.safetensors', tmp_path / 'ours2')

@@ -6,7 +6,8 @@ import shutil
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from tensors import save_tensors
 
 from lavit_jax import cli
 from lavit_jax.errors import UserError
@@ -51,7 +52,7 @@ def stable(tmp_path):
   def change(name, value):
     state = {key: x.astype(np.float32) for key, x in load_file(tmp_path / 'src' / VAE).items()}
     state[name] = np.ascontiguousarray(np.broadcast_to(value(state[name]), state[name].shape).astype(np.float32))
-    save_file(state, tmp_path / 'src' / VAE)
+    save_tensors(state, tmp_path / 'src' / VAE)
     return tmp_path / 'src'
 
   return change

@@ -7,7 +7,8 @@ import shutil
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from tensors import save_tensors
 
 from lavit_jax import cli
 from lavit_jax.errors import UserError
@@ -78,7 +79,7 @@ def test_the_rule_among_several_editions(tmp_path):
 
 def test_an_edition_beside_the_one_taken_is_told(stable, tmp_path, capsys):
   state = load_file(stable / 'vae' / f'{VAE}.safetensors')
-  save_file({name: x.astype(np.float16) for name, x in state.items()}, stable / 'vae' / f'{VAE}.fp16.safetensors')
+  save_tensors({name: x.astype(np.float16) for name, x in state.items()}, stable / 'vae' / f'{VAE}.fp16.safetensors')
   assert cli.main(['convert', '--src', str(stable), '--dst', str(tmp_path / 'a')]) == 0
   said = ' '.join(capsys.readouterr().err.split())
   assert f'vae: {VAE}.safetensors is taken, not {VAE}.fp16.safetensors beside it' in said and 'unet' not in said
@@ -131,7 +132,7 @@ def test_formats_are_known_by_content(tmp_path):
   blobs, snapshot = tmp_path / 'blobs', tmp_path / 'snapshots' / 'abc'
   blobs.mkdir()
   snapshot.mkdir(parents=True)
-  save_file(arrays, blobs / ('1f' * 32))
+  save_tensors(arrays, blobs / ('1f' * 32))
   torch.save({name: torch.from_numpy(x) for name, x in arrays.items()}, blobs / ('2e' * 32))
   os.symlink('../../blobs/' + '1f' * 32, snapshot / 'a.safetensors')
   os.symlink('../../blobs/' + '2e' * 32, snapshot / 'b.bin')

@@ -207,12 +207,14 @@ def test_detokenizer_learns_what_the_scheduler_says(parts, batch, kind):
   frozen = {name: parts[name] for name in ('vit', 'tokenizer', 'vae')}
   value, _ = nano.jit(stage.loss, static_argnums=5)(params, frozen, state, batch, jax.random.key(5), True)
 
-  keys = jax.random.split(jax.random.key(5), 5)
+  rows = jnp.arange(8)
+  keys = [jax.vmap(jax.random.fold_in, (None, 0))(key, rows) for key in jax.random.split(jax.random.key(5), 5)]
+  normal = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))
   mean, logvar = apply(MODEL.vae, parts['vae'], batch['image'] / np.float32(127.5) - 1, method='encode')
-  latents = np.asarray(mean + jnp.exp(logvar / 2) * jax.random.normal(keys[0], mean.shape), np.float64)
+  latents = np.asarray(mean + jnp.exp(logvar / 2) * normal(keys[0]), np.float64)
   latents = (latents - vae['latents_mean']) * vae['scaling_factor'] / vae['latents_std']  # as StableDiffusionXLImg2ImgPipeline
-  t = np.asarray(jax.random.randint(keys[3], (8,), 0, 50))
-  noise = np.asarray(jax.random.normal(keys[4], latents.shape), np.float64)
+  t = np.asarray(jax.vmap(lambda key: jax.random.randint(key, (), 0, 50))(keys[3]))
+  noise = np.asarray(normal(keys[4]), np.float64)
   alpha = DDIMScheduler(**said).alphas_cumprod.double().numpy()[t][:, None, None, None]
   target = dict(epsilon=noise, v_prediction=alpha**0.5 * noise - (1 - alpha)**0.5 * latents, sample=latents)[kind]
   assert float(value) == pytest.approx(np.square(target).mean(), rel=1e-4)

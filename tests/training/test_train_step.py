@@ -12,7 +12,7 @@ from lavit_jax.models.initial import initial_parts
 from lavit_jax.training import codebook, optim, stages
 from lavit_jax.training.stage import Mean, Stage, Sum
 from lavit_jax.training.train_step import (
-    averaged, initialiser, loss_and_metrics, make_train_step, numbers, purpose_key)
+    averaged, initialiser, loss_and_metrics, make_train_step, numbers)
 
 nano.install()
 MESH = sharding.make_mesh(dict(data=-1, fsdp=1, tensor=1), jax.devices()[:1])
@@ -115,13 +115,6 @@ def test_no_parameter_ever_overflows():
   config = nano.config('autoencoder', **PLAIN | dict(optim__lr_scale=(('w', 1e30),), optim__learning_rate=1e30))  # 1e60, refused of a page
   (state, values), = steps(config, of_one_weight(loss), {}, {}, [dict(x=np.zeros(8, np.float32))])
   assert values['nonfinite'] == 1 and np.isfinite(state.params['w']).all()
-
-
-def test_keys_of_steps_are_no_keys_of_weights():
-  """split(key, n)[i] is fold_in(key, i) in jax: the steps' keys come from another one."""
-  data = [jax.random.key_data(jax.random.fold_in(key, i)).tolist()
-          for key in (jax.random.key(0), purpose_key(0, 'train'), purpose_key(0, 'heldout'), jax.random.key(1)) for i in range(50)]
-  assert len(set(map(tuple, data))) == 200
 
 
 @pytest.fixture(scope='module')
