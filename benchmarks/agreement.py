@@ -21,17 +21,17 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from lavit_jax import Lavit
-from lavit_jax.data import mixtures
-from lavit_jax.evaluation import captioning, vqa
+from lavit_jax.data import loader
+from lavit_jax.evaluation import captions as captioning, vqa
 from lavit_jax.evaluation.report import pixels
 from lavit_jax.inference import decode
 from lavit_jax.inference.pipeline import EOS
-from lavit_jax.inference.programs import read
+from lavit_jax.inference.compiled import read
 from lavit_jax.models import sequence
 from lavit_jax.models.int8 import quantize_weights
 from lavit_jax.models.llama import Llama, unroll
-from lavit_jax.porting import engine
-from lavit_jax.porting.tables_language import llama_rows
+from lavit_jax.weights.torch import mapping
+from lavit_jax.weights.torch.names_llama import llama_rows
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 TINY, GOLDEN = REPOSITORY / 'lavit_jax/assets/tiny', REPOSITORY / 'tests/data/golden'
@@ -114,7 +114,7 @@ def golden_model(weights: str | None = None, cache: str | None = None) -> dict[s
       num_kv_heads=heads, head_dim=sizes['hidden_size'] // heads, mlp_dim=sizes['intermediate_size'])
   example = jnp.zeros((1, 2, llama.hidden_size)), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 1, 2, 2), bool)
   like = jax.eval_shape(llama.init, jax.random.key(0), *example)['params']
-  params = engine.from_torch(llama_rows(), load_file(GOLDEN / 'language_model.safetensors'), like)
+  params = mapping.from_torch(llama_rows(), load_file(GOLDEN / 'language_model.safetensors'), like)
   llama, params = unroll(llama, jax.tree.map(jnp.asarray, params))
   params = quantize_weights(params) if weights else params
   embed = functools.partial(llama.apply, {'params': params}, method='embed')
@@ -156,7 +156,7 @@ def main() -> None:
   parser.add_argument('--count', type=int, default=128)
   parser.add_argument('--json', type=pathlib.Path)
   args = parser.parse_args()
-  examples = mixtures.examples(args.source, 'heldout/pair', 0, args.count)
+  examples = loader.examples(args.source, 'heldout/pair', 0, args.count)
   result = dict(source=args.source, count=args.count, keep=keep(examples), precision=precision(examples))
   print(json.dumps(result, indent=1))
   if args.json:

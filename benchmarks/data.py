@@ -5,7 +5,7 @@
 
 Writes tars as img2dataset does (jpg, txt, json; pictures of 256 to 512 pixels a side with the spectrum of photographs), and reads them in
 turn: ours as a training reads them, with states and counts; webdataset in the loader's process and with a worker, its pictures through
-Pillow straight to the square, as ours are (`pil`), and through our own `pairs.decode` (`same decode`). The page cache is warm. Times are
+Pillow straight to the square, as ours are (`pil`), and through our own `transforms.decode` (`same decode`). The page cache is warm. Times are
 of the batches after the first, the best of the repeats: by the clock, and by the processor time of this process, which a core that is
 shared with other work does not blur, but which knows nothing of workers.
 """
@@ -25,7 +25,7 @@ import warnings
 import numpy as np
 from PIL import Image
 
-from lavit_jax.data import mixtures, pairs
+from lavit_jax.data import loader, transforms
 
 SIZE, BATCH, A_TAR = 224, 64, 500
 
@@ -60,7 +60,7 @@ def write(folder: pathlib.Path, count: int) -> int:
 
 def ours(folder: pathlib.Path, threads: int):
   source = dict(format='tars', path=f'{folder}/*.tar', window=512)
-  for batch in mixtures.batches('images', sources=(source,), batch_size=BATCH, image_size=SIZE, num_threads=threads):
+  for batch in loader.batches('images', sources=(source,), batch_size=BATCH, image_size=SIZE, num_threads=threads):
     yield batch['image']
 
 
@@ -81,7 +81,7 @@ def pil(data: bytes) -> np.ndarray:
 
 
 def same(data: bytes) -> np.ndarray:
-  return pairs.decode(data, SIZE)
+  return transforms.decode(data, SIZE)
 
 
 def speed(batches, count: int) -> np.ndarray:

@@ -9,22 +9,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lavit_jax.inference import diffusion, programs
+from lavit_jax.inference import diffusion, compiled
 from lavit_jax.models import lavit
-from lavit_jax.models.initial import initial_parts
-from lavit_jax.porting import engine
-from lavit_jax.porting.tables_pixels import unet_rows
-from lavit_jax.porting.tables_visual import tokenizer_rows, vit_rows
+from lavit_jax.models.initialization import initial_parts
+from lavit_jax.weights.torch import mapping
+from lavit_jax.weights.torch.names_diffusion import unet_rows
+from lavit_jax.weights.torch.names_visual import tokenizer_rows, vit_rows
 from weights import DRAWING_GUIDANCE, STEPS, Weights, drawing_inputs
 
 SMALL = lavit.build('small')
 
 
-def filled(part: str, rows: list[engine.Row]) -> dict:
+def filled(part: str, rows: list[mapping.Row]) -> dict:
   """The parameters of a part, of the weights that its PyTorch names have."""
   like = jax.eval_shape(functools.partial(initial_parts, SMALL, names=(part,)), jax.random.key(0))[part]
-  state = {name: Weights(name, shape) for name, shape in engine.torch_shapes(rows, like).items()}
-  return engine.from_torch(rows, state, like, lambda _, x: jnp.asarray(x))
+  state = {name: Weights(name, shape) for name, shape in mapping.torch_shapes(rows, like).items()}
+  return mapping.from_torch(rows, state, like, lambda _, x: jnp.asarray(x))
 
 
 def drawing() -> Callable[[], np.ndarray]:
@@ -42,4 +42,4 @@ def drawing() -> Callable[[], np.ndarray]:
 def tokenizing(images: np.ndarray) -> Callable[[], tuple[np.ndarray, np.ndarray]]:
   """Images uint8[B, H, W, 3] to codes [B, N] and keep [B, N], the most probable patches."""
   parts = dict(vit=filled('vit', vit_rows()), tokenizer=filled('tokenizer', tokenizer_rows()))
-  return lambda: [np.asarray(x) for x in programs.tokenize(SMALL, parts, jnp.asarray(images), None)]
+  return lambda: [np.asarray(x) for x in compiled.tokenize(SMALL, parts, jnp.asarray(images), None)]

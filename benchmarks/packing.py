@@ -6,7 +6,7 @@ Two distributions of visual tokens, each with captions for text: those that the 
 a made one of 256 patches, mean 85 (rho 1/3) and standard deviation 25. The step is the language model's forward and backward;
 packed and padded run in turn. `page`: of the made pairs, as many as a chip of v5e:16x16 has of a batch of configs/lm.py:lavit_7b, the share
 that finds no room in its rows of 2,048 (`lost`) and of the slots that hold a token (`filled`), if it packs them all at once or in the pieces
-of `accumulate`. On a CPU attention computes whole rows, which favours the short padded ones; TPUs skip what is masked (models/splash.py).
+of `accumulate`. On a CPU attention computes whole rows, which favours the short padded ones; TPUs skip what is masked (models/attention_kernels.py).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lavit_jax import Lavit
-from lavit_jax.data import mixtures
+from lavit_jax.data import loader
 from lavit_jax.evaluation.report import pixels
 from lavit_jax.models.llama import Llama
 from lavit_jax.models.sequence import Vocabulary, first_fit, pack
@@ -46,7 +46,7 @@ class Pairs(NamedTuple):
 
 def tiny_pairs(source: str, count: int) -> Pairs:
   model = Lavit.from_pretrained(ASSETS)
-  examples = mixtures.examples(source, 'train', 0, count)
+  examples = loader.examples(source, 'train', 0, count)
   return captioned([model.words.encode(example.caption) for example in examples], model.tokenize(pixels(examples)).counts, 64, 48)
 
 

@@ -29,9 +29,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lavit_jax.models import lavit
-from lavit_jax.porting import layouts, torch_files
-from lavit_jax.porting.engine import torch_shapes
-from lavit_jax.porting.folder import load_parts
+from lavit_jax.weights.torch import formats, files
+from lavit_jax.weights.torch.mapping import torch_shapes
+from lavit_jax.weights.store.folder import load_parts
 
 BLOCK = 1 << 25  # numbers
 REST = 30  # seconds
@@ -42,14 +42,14 @@ def write_folder(folder: pathlib.Path, variant: str) -> None:
   model = lavit.build(variant)
   block = np.tile(np.random.default_rng(0).standard_normal(BLOCK // 4, np.float32).astype(np.float16), 8)
   start = 0
-  for place in layouts.PUBLISHED:
-    like = layouts.shapes(model, [place.part])
+  for place in formats.PUBLISHED:
+    like = formats.shapes(model, [place.part])
     if not like:
       continue
-    shapes = torch_shapes(layouts.tables(model, place.part)[0], layouts.like_of(like[place.part]))
+    shapes = torch_shapes(formats.tables(model, place.part)[0], formats.like_of(like[place.part]))
     where, stem = place.overlay or (place.folder, place.stems[0])
     specs = {name: jax.ShapeDtypeStruct(shape, np.float16) for name, shape in shapes.items()}
-    with torch_files.Writer(folder / where, stem, specs) as writer:
+    with files.Writer(folder / where, stem, specs) as writer:
       for name, spec in specs.items():
         size, start = int(np.prod(spec.shape)), (start + 7919) % BLOCK
         pieces = [block[start:start + min(BLOCK, size - at)] for at in range(0, size, BLOCK)]
@@ -58,7 +58,7 @@ def write_folder(folder: pathlib.Path, variant: str) -> None:
 
 def digest(folder: pathlib.Path) -> dict:
   """(file's folder, name, shape, type, CRC-32) of every tensor."""
-  found = layouts.recognise(folder)[1]
+  found = formats.recognise(folder)[1]
   return {(each.place.part, name): (tensor.shape, str(tensor.dtype), zlib.crc32(np.asarray(tensor).reshape(-1).view(np.uint8)))
           for each in found for name, tensor in each.merged.items()}
 

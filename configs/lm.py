@@ -9,7 +9,7 @@ is asked; a packed row holds `row_length` tokens, a pair is expected to have `me
 
 from ml_collections import ConfigDict
 
-from lavit_jax.data import questions
+from lavit_jax.data.emoji import questions
 from lavit_jax.models import lavit
 
 MILLIONS = dict(caption=93, draw=100, text=21)  # pairs: REFERENCE 3; plain text: our choice, for no number is published

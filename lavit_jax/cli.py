@@ -64,10 +64,10 @@ def _fail(message, status=2):
 def train(args):
   from lavit_jax.training.config import load_config
   config = load_config(args.config, args.overrides)
-  from lavit_jax.training import processes
-  processes.connect(args.coordinator, args.processes, args.process, args.timeout)
+  from lavit_jax.training import distributed
+  distributed.connect(args.coordinator, args.processes, args.process, args.timeout)
   from lavit_jax.training.loop import train as run
-  with processes.together():
+  with distributed.together():
     run(config, args.workdir)
 
 
@@ -77,27 +77,27 @@ def compile_step(args):
   if (args.config is None) == (args.decode is None):
     raise UserError('give either --config PAGE.py:VARIANT, for its train step, or --decode VARIANT, for its language model')
   if args.decode:
-    from lavit_jax.aot.decode import run
+    from lavit_jax.compile.generate import run
     return run(args.decode, args.topology, args.batch, args.prompt, args.new_tokens, args.weights, args.cache, args.json)
   from lavit_jax.training.config import load_config
   config = load_config(args.config, args.overrides)
-  from lavit_jax.aot.train import run
+  from lavit_jax.compile.train_step import run
   run(config, os.path.basename(args.config), args.topology, args.slices, args.json)
 
 
 def bundle(args):
-  from lavit_jax.porting.folder import bundle as run
+  from lavit_jax.weights.store.folder import bundle as run
   print(run(args.out, args.exports, args.tokenizer, args.dtype))
 
 
 def demo(args):
-  from lavit_jax.inference.demo import run
+  from lavit_jax.apps.demo import run
   run(_model(args), args.inputs, args.out, seed=args.seed)
 
 
 def task(args):
   """caption, answer, generate, synthesize, reconstruct and tokenize; an option not of PLUMBING goes to the model's method by its name."""
-  from lavit_jax.inference import batch
+  from lavit_jax.apps import batch
   chosen = batch.TASKS[args.command]
   rows, base, many = batch.find_rows(chosen, args.inputs, args.input, args.out)
   options = {key: value for key, value in vars(args).items() if key not in PLUMBING and value is not None}
@@ -121,7 +121,7 @@ def task(args):
 
 def app(args):
   try:
-    from lavit_jax.inference.app import serve
+    from lavit_jax.apps.web import serve
   except ImportError as error:
     if (error.name or '').split('.')[0] != 'gradio':
       raise
@@ -131,20 +131,20 @@ def app(args):
 
 
 def convert(args):
-  from lavit_jax.porting.convert import prepare
-  from lavit_jax.porting.show import run
+  from lavit_jax.weights.torch.convert import prepare
+  from lavit_jax.apps.conversion import run
   job = prepare(args.src, args.dst, variant=args.variant, dtype=args.dtype, allow_missing=args.allow_missing, force=args.force,
                 pickles=args.bin, grow=not args.keep_vocabulary, weights_variant=args.weights_variant, allow_nonfinite=args.allow_nonfinite)
   run(job, args.dry_run)
 
 
 def inspect(args):
-  from lavit_jax.porting.show import inspect as run
+  from lavit_jax.apps.conversion import inspect as run
   run(args.folder)
 
 
 def data_build(args):
-  from lavit_jax.data.emoji import build
+  from lavit_jax.data.emoji.build import build
   from lavit_jax.errors import UserError
   try:
     print(build(args.data_dir, args.sample))
@@ -153,7 +153,7 @@ def data_build(args):
 
 
 def data_pack(args):
-  from lavit_jax.data.packing import pack
+  from lavit_jax.data.array_record import pack
   options = {'image': args.image} if args.image else {}
   packed = pack(args.sources, args.out, args.workers, **options)
   reasons = ''.join(', %s %d' % pair for pair in sorted(packed.skipped.items()))

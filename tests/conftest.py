@@ -13,12 +13,12 @@ from safetensors.numpy import load_file
 
 from lavit_jax.models import lavit
 from lavit_jax.models.decoder import Decoder
-from lavit_jax.models.initial import initial_parts
+from lavit_jax.models.initialization import initial_parts
 from lavit_jax.models.tokenizer import DynamicTokenizer, Understanding
 from lavit_jax.models.vit import ViT
-from lavit_jax.porting import tables_visual as tables
-from lavit_jax.porting.engine import from_torch
-from lavit_jax.porting.folder import save_parts
+from lavit_jax.weights.torch import names_visual as tables
+from lavit_jax.weights.torch.mapping import from_torch
+from lavit_jax.weights.store.folder import save_parts
 
 FOLDER = pathlib.Path(__file__).parent / 'data' / 'golden'
 

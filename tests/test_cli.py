@@ -18,7 +18,7 @@ from PIL import Image
 
 from lavit_jax import cli
 from lavit_jax.errors import Unreachable
-from lavit_jax.inference import output
+from lavit_jax import output
 
 ROOT = pathlib.Path(cli.__file__).parents[1]
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
@@ -242,7 +242,7 @@ def test_the_help_needs_nothing_heavy():
 
 def test_the_page_without_gradio(monkeypatch, fails):
   monkeypatch.setitem(sys.modules, 'gradio', None)
-  monkeypatch.delitem(sys.modules, 'lavit_jax.inference.app', raising=False)
+  monkeypatch.delitem(sys.modules, 'lavit_jax.apps.web', raising=False)
   fails(['app'], r"needs Gradio; pip install -e '.\[app\]' -c launch/constraints.txt")
   fails(['app', '--port', '0'], "--port: '0' is not an integer from 1 to 65535")
 

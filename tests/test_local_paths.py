@@ -10,9 +10,10 @@ from PIL import Image
 
 import lavit_jax
 from lavit_jax import cli
-from lavit_jax.data import images, sprites
+from lavit_jax.data import images
+from lavit_jax.data.emoji import sprites
 from lavit_jax.data.text import TextTokenizer
-from lavit_jax.inference import batch
+from lavit_jax.apps import batch
 from lavit_jax.inference.pipeline import Lavit
 from lavit_jax.training.config import load_config
 from lavit_jax.training.loop import split_folders

@@ -15,9 +15,9 @@ from ml_collections import ConfigDict
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
-from lavit_jax.models.initial import initial_parts
+from lavit_jax.models.initialization import initial_parts
 from lavit_jax import sharding
-from lavit_jax.training import optim
+from lavit_jax.training import optimizer
 
 MESH = AbstractMesh((2, 4, 2), sharding.AXES)
 
@@ -80,7 +80,7 @@ def test_optimizer_moments_lie_with_their_parameters(seven_b):
   params = {'llama': seven_b['llama']}
   config = ConfigDict(dict(learning_rate=1.0, warmup_steps=1, final_fraction=0.1, weight_decay=0.1, b1=0.9, b2=0.95,
                            mu_dtype='float32', nu_dtype='float32', clip_norm=1.0, freeze=(), lr_scale=()))
-  state = jax.eval_shape(optim.make(config, 10, params).init, params)
+  state = jax.eval_shape(optimizer.make(config, 10, params).init, params)
   specs = {sharding.path_name(path): s.spec for path, s in jax.tree_util.tree_leaves_with_path(sharding.shardings(state, MESH))}
   for moment in ('mu', 'nu'):
     mine = {re.sub(f'.*/{moment}/', '', name): spec for name, spec in specs.items() if f'/{moment}/' in name}

@@ -145,9 +145,9 @@ def save(tokenizer: Tokenizer, folder: str | os.PathLike) -> None:
 
 
 if __name__ == '__main__':
-  from lavit_jax.data import mixtures
+  from lavit_jax.data import loader
   parser = argparse.ArgumentParser(description='Train the tokenizer on the training captions.')
   parser.add_argument('--source', default='embedded', help="'embedded' or the data_dir of the emoji data set")
   parser.add_argument('--output', required=True)
   arguments = parser.parse_args()
-  save(train(mixtures.corpus(arguments.source)), arguments.output)
+  save(train(loader.corpus(arguments.source)), arguments.output)

@@ -15,7 +15,7 @@ import optax
 from jax import Array
 from PIL import Image
 
-from lavit_jax.data import colours
+from lavit_jax.data.emoji import colors
 from lavit_jax.data.images import read_images
 from lavit_jax.inference.pipeline import Lavit, Tokens
 from lavit_jax.models import lavit, vit
@@ -115,6 +115,6 @@ def train_classifier(images: np.ndarray, kinds: np.ndarray, num_kinds: int, *, e
 def background(image: np.ndarray) -> str:
   """The name of the background colour that is nearest to most of the border of a picture uint8[H, W, 3]."""
   border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]]).astype(np.float32)
-  names = list(colours.BACKGROUNDS)
-  distance = np.square(border[:, None] - np.array(list(colours.BACKGROUNDS.values()), np.float32)).sum(-1)
+  names = list(colors.BACKGROUNDS)
+  distance = np.square(border[:, None] - np.array(list(colors.BACKGROUNDS.values()), np.float32)).sum(-1)
   return names[np.bincount(distance.argmin(-1), minlength=len(names)).argmax()]

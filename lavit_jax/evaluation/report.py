@@ -6,10 +6,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from lavit_jax.data import mixtures, questions, sprites
+from lavit_jax.data import loader
+from lavit_jax.data.emoji import questions, sprites
 from lavit_jax.errors import UserError
-from lavit_jax.evaluation import captioning, images, vqa
-from lavit_jax.inference.output import write_json
+from lavit_jax.evaluation import captions, images, vqa
+from lavit_jax.output import write_json
 from lavit_jax.inference.pipeline import Lavit
 
 SPLITS = {'heldout/pair': 'unseen style of a concept', 'heldout/concept': 'unseen concept'}
@@ -35,19 +36,19 @@ def evaluate(model: Lavit, source: str, count: int, out, *, drawn: int = 256, tr
     known = sprites.load(source)
   except FileNotFoundError as error:
     raise UserError(str(error)) from None
-  taught = mixtures.examples(source, 'train', seed, train, 'single')
-  scenes = mixtures.examples(source, 'train', seed, train // 4, 'scene')
+  taught = loader.examples(source, 'train', seed, train, 'single')
+  scenes = loader.examples(source, 'train', seed, train // 4, 'scene')
   classify = images.train_classifier(pixels(taught), kinds(taught), len(KINDS), seed=seed)
   usual = vqa.majority(vqa.ask(taught + scenes))
   mean_features = images.mean_direction(images.features(model, pixels(taught[:256])), 0)
 
   report = dict(variant=model.model.variant, source=str(source), count=count, drawn=min(drawn, count), seed=seed, splits={})
   for split in SPLITS:
-    single = mixtures.examples(source, split, seed, count, 'single')
-    asked = single[:count // 2] + mixtures.examples(source, split, seed, count // 2, 'scene')
+    single = loader.examples(source, split, seed, count, 'single')
+    asked = single[:count // 2] + loader.examples(source, split, seed, count // 2, 'scene')
     report['splits'][split] = dict(
         tokens=measure_tokens(model, single, mean_features, seed),
-        captions=captioning.score(model.caption(pixels(single), seed=seed), single, captioning.groups_by_name(known), taught),
+        captions=captions.score(model.caption(pixels(single), seed=seed), single, captions.groups_by_name(known), taught),
         questions=measure_answers(model, asked, usual, seed),
         drawings=measure_drawings(model, single[:drawn], classify, seed))
   write_json(out, report)
@@ -94,7 +95,7 @@ def measure_drawings(model: Lavit, examples, classify, seed: int) -> dict[str, d
 
   def share(pictures, order=slice(None)):
     return dict(category=float((classify(pictures) == truth[order]).mean()),
-                background=captioning.mean(images.background(p) == name for p, name in zip(pictures, behind[order])))
+                background=captions.mean(images.background(p) == name for p, name in zip(pictures, behind[order])))
 
   return dict(drawn=share(drawn), reconstructed=share(model.reconstruct(real, steps=STEPS, seed=seed)), real=share(real),
               shuffled=share(drawn, rng.permutation(len(examples))), noise=share(rng.integers(0, 256, real.shape, np.uint8)))

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from lavit_jax.data.scenes import Example
+from lavit_jax.data.emoji.scenes import Example
 
 
 class Asked(NamedTuple):

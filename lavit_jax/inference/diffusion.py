@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lavit_jax.models.noise import Scheduler
+from lavit_jax.models.noise_schedule import Scheduler
 
 Denoiser = Callable[..., Array]  # (latents [B, h, w, Z], timesteps [B], *condition) -> prediction [B, h, w, Z]
 SAMPLERS = ('ddim', 'euler', 'dpm++2m')

@@ -33,14 +33,28 @@ from jax.sharding import Mesh
 
 from lavit_jax import sharding
 from lavit_jax.data.images import read_images
-from lavit_jax.data.questions import answerable, prompt
+from lavit_jax.data.emoji.questions import answerable, prompt
 from lavit_jax.data.text import TextTokenizer
 from lavit_jax.errors import InputError, UserError
-from lavit_jax.inference import decode, drawing, faults, programs
-from lavit_jax.inference.fetching import batches, fetch, one_behind
-from lavit_jax.inference.parts import Checkpoint, Parts, open_checkpoint
-from lavit_jax.inference.settings import (
-    SETTINGS, Purpose, RowSeed, Settings, Writing, as_prompts, check, fit, for_all, keys_for, row_keys, sample_keys, settle, texts)
+from lavit_jax.inference import decode, image_generation, faults, compiled
+from lavit_jax.inference.batching import batches, fetch, one_behind
+from lavit_jax.inference.parameters import Checkpoint, Parts, open_checkpoint
+from lavit_jax.inference.generation_config import (
+  SETTINGS,
+  Purpose,
+  RowSeed,
+  Settings,
+  Writing,
+  as_prompts,
+  check,
+  fit,
+  for_all,
+  keys_for,
+  row_keys,
+  sample_keys,
+  settle,
+  texts,
+)
 from lavit_jax.local_paths import expand_home
 from lavit_jax.models import lavit, sequence
 
@@ -112,7 +126,7 @@ class Lavit:
   @classmethod
   def from_pretrained(cls, folder, mesh: Mesh | Mapping[str, int] | None = None, dtype: str | None = None, variant: str | None = None,
                       weights: str | None = None, cache: str | None = None, safety_checker: bool = True) -> Lavit:
-    """Opens a checkpoint: a folder of ours (porting/folder.py) or a PyTorch one (porting/layouts.py); parts are read when first needed.
+    """Opens a checkpoint: a folder of ours (weights/store/folder.py) or a PyTorch one (weights/torch/formats.py); parts are read when first needed.
 
     Args:
       mesh: the devices to spread the model over: a mesh with the axes of sharding.py, or the sizes of some of them, {'tensor': 8};
@@ -150,11 +164,11 @@ class Lavit:
     """`rows`: the input that each picture is of, for messages."""
     if not len(images):
       return Tokens([], np.zeros((0, self.model.num_patches), bool), np.zeros(0, int))
-    ids, keep = self.in_batches(programs.tokenize, ('vit', 'tokenizer'), images, keys)
+    ids, keep = self.in_batches(compiled.tokenize, ('vit', 'tokenizer'), images, keys)
     faults.check(np.maximum(-ids[:, 0], 0), rows=rows)
     return Tokens([row[kept] for row, kept in zip(ids, keep)], keep, keep.sum(-1))
 
-  def draw(self, codes: Sequence[np.ndarray], *, seed: int | Sequence[int] = 0, **options) -> np.ndarray | drawing.Drawn:
+  def draw(self, codes: Sequence[np.ndarray], *, seed: int | Sequence[int] = 0, **options) -> np.ndarray | image_generation.Drawn:
     """Codes of each picture, i32[n] with n <= N -> uint8[B, H, W, 3].
 
     Args:
@@ -169,22 +183,22 @@ class Lavit:
         step expects noise laid over a picture, not noise alone. Without `start` it plays no part.
       tile: side of the tiles that the VAE decodes one at a time, in pixels, for less memory and faint differences; by default pictures
         are decoded whole up to a megapixel (all published sizes) and in tiles of 1024 beyond.
-      details: return `drawing.Drawn`, which also has the flags of the safety checker; these are then not in the log.
+      details: return `image_generation.Drawn`, which also has the flags of the safety checker; these are then not in the log.
     """
     return self._draw(codes, sample_keys(Purpose.LATENTS, row_keys(seed, len(codes)), 1), self._settle(len(codes), options))
 
-  def _draw(self, codes: Sequence[np.ndarray], keys: Array, request: drawing.Request) -> np.ndarray | drawing.Drawn:
+  def _draw(self, codes: Sequence[np.ndarray], keys: Array, request: image_generation.Request) -> np.ndarray | image_generation.Drawn:
     ids, mask = self.in_slots(codes)
     if not len(ids):
-      none = drawing.Drawn(np.zeros((0, *request.options['size'], 3), np.uint8), np.zeros(0, bool))
+      none = image_generation.Drawn(np.zeros((0, *request.options['size'], 3), np.uint8), np.zeros(0, bool))
       return none if request.details else none.pictures
-    way, checker = request.options['way'], drawing.checker(self.model, self.parts) if self.safety_checker else ()
-    checked = self.in_batches(drawing.draw, way.parts + checker, ids, mask, keys, request.start, most=way.batch, **request.options)
-    drawn = drawing.Drawn(checked.pictures, checked.flagged)
+    way, checker = request.options['way'], image_generation.checker(self.model, self.parts) if self.safety_checker else ()
+    checked = self.in_batches(image_generation.draw, way.parts + checker, ids, mask, keys, request.start, most=way.batch, **request.options)
+    drawn = image_generation.Drawn(checked.pictures, checked.flagged)
     faults.check(checked.faults, drawn)
     if request.details:
       return drawn
-    drawing.report_flagged(f'picture {i + 1} of {len(ids)}' for i in drawn.flagged.nonzero()[0])
+    image_generation.report_flagged(f'picture {i + 1} of {len(ids)}' for i in drawn.flagged.nonzero()[0])
     return drawn.pictures
 
   def reconstruct(self, images, *, seed: int | Sequence[int] = 0, **options) -> np.ndarray:
@@ -270,7 +284,7 @@ class Lavit:
   def _generate(self, prompts, *, decoder_guidance: float | None = None, negative: str = '', seed: int | Sequence[int] = 0, **options):
     asked, prompts = {name: options.pop(name) for name in Writing._fields if name in options}, as_prompts(prompts)
     writing, against = self._settle_codes(asked, negative)  # what is wrong is told before anything runs
-    decoder_guidance = check('decoder_guidance', decoder_guidance, drawing.LIMITS['guidance'])
+    decoder_guidance = check('decoder_guidance', decoder_guidance, image_generation.LIMITS['guidance'])
     request = self._settle(len(prompts) * writing.num_samples, dict(options, guidance=decoder_guidance))
     keys = row_keys(seed, len(prompts))
     sampled = self._sample(prompts, writing, keys, against)
@@ -368,7 +382,7 @@ class Lavit:
 
     def read():
       for n, rows in batches(len(images), MAX_BATCH if writing.beams else max(1, MAX_BATCH // writing.num_samples)):
-        yield n, rows, self._run(programs.read, ('vit', 'tokenizer', 'understanding'), images[rows], None if keys is None else patches[rows])
+        yield n, rows, self._run(compiled.read, ('vit', 'tokenizer', 'understanding'), images[rows], None if keys is None else patches[rows])
 
     def write():
       for n, rows, (features, counts) in one_behind(read()):
@@ -391,9 +405,9 @@ class Lavit:
     same = dict(min_new_tokens=writing.min_tokens, max_new_tokens=writing.max_tokens, repetition_penalty=writing.repetition_penalty,
                 num_samples=writing.num_samples, cache_dtype=self.cache, **more)
     if writing.beams is not None:
-      return self._run(programs.beam_search, ('llama',), embeddings, mask, num_beams=writing.beams, length_penalty=writing.length_penalty,
+      return self._run(compiled.beam_search, ('llama',), embeddings, mask, num_beams=writing.beams, length_penalty=writing.length_penalty,
                        early_stopping=writing.early_stopping, **same)
-    return self._run(programs.generate, ('llama',), embeddings, mask, key=sample_keys(Purpose.TOKENS, keys, writing.num_samples),
+    return self._run(compiled.generate, ('llama',), embeddings, mask, key=sample_keys(Purpose.TOKENS, keys, writing.num_samples),
                      temperature=writing.temperature, top_k=writing.top_k, top_p=writing.top_p, **same)
 
   def _encode(self, text: str, form: Callable[[str], str] = str, empty: bool = False) -> Sequence[int]:
@@ -411,7 +425,7 @@ class Lavit:
   def _embed(self, prompts, features: Array | None = None) -> tuple[Array, Array]:
     """Lists of pieces -> embeddings [B, S, H] and mask bool[B, S], left-padded."""
     embeddings, mask, _ = sequence.assemble(
-        prompts, functools.partial(self._run, programs.embed, ('llama',)), features, multiple=self.model.num_patches)
+        prompts, functools.partial(self._run, compiled.embed, ('llama',)), features, multiple=self.model.num_patches)
     return embeddings, mask
 
   def in_slots(self, codes: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -432,8 +446,8 @@ class Lavit:
                   for n, index in batches(len(rows[0]), most)), len(rows[0]), 'pictures')
     return jax.tree.map(lambda *x: np.concatenate(x), *(jax.tree.map(lambda x: x[:n], found) for n, found in out))
 
-  def _settle(self, count: int, options: Mapping) -> drawing.Request:
-    return drawing.settle(count, self.settings.drawn_size, self.settings.highres_sizes, self.parts, self.parts.scheduler, **options)
+  def _settle(self, count: int, options: Mapping) -> image_generation.Request:
+    return image_generation.settle(count, self.settings.drawn_size, self.settings.highres_sizes, self.parts, self.parts.scheduler, **options)
 
   def _run(self, program, names: tuple[str, ...], *args, **kwargs):
     """Calls a program with the parts that it needs, loading them first."""

@@ -20,8 +20,8 @@ from lavit_jax.errors import UserError
 from lavit_jax.models import settings as checkpoint_settings
 from lavit_jax.models.decoder import Decoder
 from lavit_jax.models.llama import Llama
-from lavit_jax.models.noise import Scheduler
-from lavit_jax.models.safety import SafetyChecker
+from lavit_jax.models.noise_schedule import Scheduler
+from lavit_jax.models.safety_checker import SafetyChecker
 from lavit_jax.models.sequence import Vocabulary
 from lavit_jax.models.tokenizer import DynamicTokenizer, Understanding
 from lavit_jax.models.unet import UNet

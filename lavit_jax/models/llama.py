@@ -29,7 +29,7 @@ from lavit_jax.models.layers import (
   split_heads,
 )
 from lavit_jax.models.rope import Rope
-from lavit_jax.models.splash import packed_attention
+from lavit_jax.models.attention_kernels import packed_attention
 
 Dtype = Any
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import rope
-from lavit_jax.models.noise import Scheduler
+from lavit_jax.models.noise_schedule import Scheduler
 
 
 class Field(NamedTuple):

@@ -16,7 +16,7 @@ from jax import Array
 from lavit_jax.models.layers import (
     CrossAttention, Dtype, LayerNorm, Mlp, SelfAttention, gelu, policy_attention, scan_blocks, split_batch,
 )
-from lavit_jax.models.rows import draw_rows
+from lavit_jax.models.row_random import draw_rows
 
 CODE_BLOCK = 2048  # codes whose distances are in memory at once
 

@@ -12,7 +12,7 @@ from jax import Array
 
 from lavit_jax.models.layers import REMAT_POLICIES, Dtype, LayerNorm, attention, gelu, merge_heads, scan_blocks, split_batch, split_heads
 from lavit_jax.models.resnet import Conv, Downsample, GroupNorm, ResnetBlock, Upsample
-from lavit_jax.models.splash import picture_attention
+from lavit_jax.models.attention_kernels import picture_attention
 
 MASKED = -10000.  # what diffusers adds to the scores of condition rows that do not count
 

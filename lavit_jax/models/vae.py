@@ -17,8 +17,8 @@ from jax import Array
 
 from lavit_jax.models.layers import Dtype
 from lavit_jax.models.resnet import Conv, Downsample, GroupNorm, ResnetBlock, Upsample
-from lavit_jax.models.rows import draw_rows
-from lavit_jax.models.splash import picture_attention
+from lavit_jax.models.row_random import draw_rows
+from lavit_jax.models.attention_kernels import picture_attention
 
 EPSILON = 1e-6
 TILE_OVERLAP = 0.25  # share of a tile that the next one covers again, as in diffusers

@@ -22,9 +22,9 @@ import orbax.checkpoint as ocp
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.models.settings import computes, differences, told
-from lavit_jax.porting.leaves import disk_full
+from lavit_jax.weights.store.arrays import disk_full
 from lavit_jax.training import integrity
-from lavit_jax.training.processes import wait_for_all
+from lavit_jax.training.distributed import wait_for_all
 
 MARK = 'damaged'  # in a step's folder: a file of a process that could not read it, with the reason
 INEXACT = ('data.', 'batch_size', 'seed')  # options after whose change a run sees other examples than it would have seen

@@ -14,11 +14,11 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from lavit_jax import sharding
-from lavit_jax.data import mixtures
+from lavit_jax.data import loader
 from lavit_jax.models import lavit
-from lavit_jax.models.initial import initial_parts
+from lavit_jax.models.initialization import initial_parts
 from lavit_jax.models.lavit import Lavit
-from lavit_jax.training import optim, stages
+from lavit_jax.training import optimizer, stages
 from lavit_jax.training.stage import apply, features
 
 ONE_CPU = AbstractMesh((1, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=AbstractDevice('cpu', 1, 'cpu'))
@@ -61,7 +61,7 @@ def of_step(config) -> StepFlops:
     if config.stage != 'lm':
       return StepFlops(traced(config, model))
     pair, c = of_pair(config, model), config.lm
-  read, drawn, text = mixtures.kind_shares(config.data.shares, config.data.sources)
+  read, drawn, text = loader.kind_shares(config.data.shares, config.data.sources)
   towers = (1 - text) * pair.see + drawn * pair.code + read * pair.read
   row = pair.row + c.row_length * pair.scores * (c.mean_length + 1) / 2
   return StepFlops(float(config.batch_size * towers), c.num_rows * row)
@@ -80,7 +80,7 @@ def traced(config, model: Lavit) -> float:
   frozen = {name: parts[name] for name in stage.needs}
 
   def step(params, frozen, state, batch):
-    return jax.grad(lambda params: stage.loss(optim.stop_frozen(config.optim, params), frozen, state, batch, jax.random.key(0), True),
+    return jax.grad(lambda params: stage.loss(optimizer.stop_frozen(config.optim, params), frozen, state, batch, jax.random.key(0), True),
                     has_aux=True)(params)
 
   return count(jax.make_jaxpr(step)(params, frozen, state, batch))

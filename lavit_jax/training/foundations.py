@@ -13,7 +13,7 @@ from jax import Array
 
 from lavit_jax.models import vae as pixels
 from lavit_jax.models import vit
-from lavit_jax.models.initial import initial_parts
+from lavit_jax.models.initialization import initial_parts
 from lavit_jax.models.lavit import Lavit
 from lavit_jax.models.llama import Llama
 from lavit_jax.models.sequence import segment_mask

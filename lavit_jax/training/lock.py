@@ -23,7 +23,7 @@ import time
 import jax
 
 from lavit_jax.errors import UserError
-from lavit_jax.training import processes
+from lavit_jax.training import distributed
 
 BEAT = 10.0  # seconds between two beats
 SILENCE = 60.0  # seconds without one after which a run on another machine is taken for dead
@@ -49,7 +49,7 @@ class WorkdirLock:
     while True:
       state = self._try(watched) if jax.process_index() == 0 else {}
       state = {key: value if value is True else value[:800] for key, value in state.items()}  # gather has room for a kilobyte
-      state = processes.gather(state)[0]  # the others learn it, all the while
+      state = distributed.gather(state)[0]  # the others learn it, all the while
       if refusal := state.get('refused'):
         raise UserError(refusal)
       if state.get('held'):

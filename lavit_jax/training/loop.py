@@ -18,21 +18,21 @@ from collections import Counter
 import jax
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from lavit_jax import chips, sharding
-from lavit_jax.data import mixtures, text
-from lavit_jax.data.rows import Skipped
+from lavit_jax import accelerators, sharding
+from lavit_jax.data import loader, text
+from lavit_jax.data.row_workers import Skipped
 from lavit_jax.data.sources import check_files
 from lavit_jax.errors import UserError
 from lavit_jax.local_paths import expand_home
 from lavit_jax.models import lavit
 from lavit_jax.models.settings import of_parts
-from lavit_jax.porting import folder
-from lavit_jax.training import codebook, flops, metrics, processes, stages
+from lavit_jax.weights.store import folder
+from lavit_jax.training import codebook, flops, metrics, distributed, stages
 from lavit_jax.training.checkpoint import Checkpoints
-from lavit_jax.training.checks import check_options, check_values, told_of_data
+from lavit_jax.training.validation import check_options, check_values, told_of_data
 from lavit_jax.training.keys import Purpose, key_for
 from lavit_jax.training.lock import WorkdirLock, refuse_if_running
-from lavit_jax.training.processes import TERMINATED, Interrupt
+from lavit_jax.training.distributed import TERMINATED, Interrupt
 from lavit_jax.training.schedule import tell_schedule
 from lavit_jax.training.settings import of_run
 from lavit_jax.training.train_step import averaged, initialiser, loss_and_metrics, make_train_step
@@ -53,7 +53,7 @@ def train(config, workdir) -> None:
   check_values(config)
   mesh = sharding.make_mesh(config.mesh)
   check_options(config, mesh)
-  processes.check_shared(workdir)
+  distributed.check_shared(workdir)
   refuse_if_running(workdir)
   trace = metrics.Trace(config.profile, workdir)
   model_flops = flops.of_step(config)  # which has a mesh of its own
@@ -86,7 +86,7 @@ def train(config, workdir) -> None:
     del parts
     interrupt.check()
 
-    peak = config.peak_tflops or chips.peak_tflops(jax.devices())
+    peak = config.peak_tflops or accelerators.peak_tflops(jax.devices())
     log = metrics.Log(workdir, first, config.num_steps, config.batch_size, flops=model_flops.at, peak_tflops=peak,
                       tokens=stages.tokens(config))
     stack.callback(log.close)
@@ -254,13 +254,13 @@ def split_folders(text: str) -> list[str]:
 def export(config, stage, train_state, workdir, settings) -> dict:
   """Writes the parts that this stage made to WORKDIR/export, averaged over the last steps if there is an average; -> its metadata."""
   params, state = averaged(stage, train_state)
-  parts = processes.to_host(stage.export(params, state))
+  parts = distributed.to_host(stage.export(params, state))
   about = dict(stage=config.stage, steps=int(train_state.step), config=json.loads(config.to_json_best_effort()))
   if stage.about is not None:
     about |= stage.about(state)
   if jax.process_index() == 0:
     folder.save_parts(workdir / 'export', config.variant, parts, metadata=about, settings=of_parts(settings, parts))
-  processes.wait_for_all('exported')
+  distributed.wait_for_all('exported')
   return about
 
 
@@ -287,7 +287,7 @@ def open_data(config, model, share, split: str, skipped: Skipped | None = None):
   with told_of_data():
     if options.get('tokenizer_folder'):
       text.TextTokenizer.load(options['tokenizer_folder'], model.vocabulary.text_size)
-    return mixtures.batches(
+    return loader.batches(
         **options, split=split, seed=config.seed, batch_size=len(share.rows), shard_index=share.index, shard_count=share.count,
         rows=share.rows, skipped=skipped, vit_size=stages.vit_size(config, model))
 
@@ -309,9 +309,9 @@ def skips(config, skipped: Skipped, share) -> dict[str, int]:
   if not config.data.get('sources'):
     return {}
   for source in range(len(config.data.sources) if jax.process_count() > 1 else 0):
-    known = processes.gather({'share': share.index, 'account': skipped.account_of(source)})
+    known = distributed.gather({'share': share.index, 'account': skipped.account_of(source)})
     skipped.check(source, {each['share']: each['account'] for each in known}.values(), config.data.max_skipped)
-  told = {each.pop('share'): each for each in processes.gather({'share': share.index, **skipped.metrics()})}
+  told = {each.pop('share'): each for each in distributed.gather({'share': share.index, **skipped.metrics()})}
   return dict(sum(map(Counter, told.values()), Counter()))
 
 

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lavit_jax.data import pairs, questions
+from lavit_jax.data import transforms
+from lavit_jax.data.emoji import questions
 from lavit_jax.errors import UserError
 from lavit_jax.models.layers import REMAT_POLICIES
 from lavit_jax.training.schedule import SCHEDULES
@@ -150,7 +151,7 @@ OPTIONS = {
     'frozen': Text(), 'init_from': Text(),
     'data.task': Choice(('images', 'contrastive', 'lm')), 'data.source': Text(False), 'data.image_size': Number(int, 1, 16384),
     'data.scene_share': SHARE, 'data.num_threads': Number(int, 0, 4096), 'data.sources': Sources(), 'data.heldout': Sources(),
-    'data.shards': AT_LEAST_ONE, 'data.crop': Choice(tuple(pairs.CROPS)), 'data.max_skipped': SHARE,
+    'data.shards': AT_LEAST_ONE, 'data.crop': Choice(tuple(transforms.CROPS)), 'data.max_skipped': SHARE,
     'data.tokenizer_folder': Text(False), 'data.text_length': AT_LEAST_ONE,
     **{f'data.shares.{kind}': WEIGHT for kind in ('caption', 'answer', 'draw', 'text')},
     **{f'data.question_weights.{kind}': Number(float, 0, 1e6, above=True) for kind in questions.TYPES},

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.models.settings import PARTS, differences, of_parts, told
-from lavit_jax.porting import folder
+from lavit_jax.weights.store import folder
 from lavit_jax.training import stages
 from lavit_jax.training.checkpoint import saved_settings
 

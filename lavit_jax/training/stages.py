@@ -18,17 +18,17 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lavit_jax.data import mixtures
+from lavit_jax.data import loader
 from lavit_jax.errors import UserError
 from lavit_jax.inference.diffusion import sample
 from lavit_jax.models import lavit
-from lavit_jax.models import noise as diffusion
+from lavit_jax.models import noise_schedule as diffusion
 from lavit_jax.models import vae as pixels
 from lavit_jax.models.decoder import null_context
-from lavit_jax.models.initial import initial_parts
+from lavit_jax.models.initialization import initial_parts
 from lavit_jax.models.lavit import Lavit
 from lavit_jax.models.layers import per_shard
-from lavit_jax.models.rows import draw_rows
+from lavit_jax.models.row_random import draw_rows
 from lavit_jax.models.sequence import compact, embed_sources, pack
 from lavit_jax.models.tokenizer import gumbel_keep
 from lavit_jax.training import codebook
@@ -91,7 +91,7 @@ def abstract_inputs(config, model: Lavit, stage: Stage) -> tuple[dict, dict]:
   """(the parts that the stage needs or starts from, a batch of all processes) as ShapeDtypeStructs."""
   parts = jax.eval_shape(lambda: initial_parts(model, jax.random.key(0), stage.needs + stage.starts))
   data = config.data
-  batch = mixtures.shapes(data.task, config.batch_size, data.image_size, data.get('text_length', 0),
+  batch = loader.shapes(data.task, config.batch_size, data.image_size, data.get('text_length', 0),
                           vit_size(config, model))
   return parts, {name: jax.ShapeDtypeStruct(*like) for name, like in batch.items()}
 

@@ -17,7 +17,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from lavit_jax import sharding
-from lavit_jax.training import metrics, optim
+from lavit_jax.training import metrics, optimizer
 from lavit_jax.training.keys import Purpose, key_for
 from lavit_jax.training.stage import ROW, Mean, Sum
 
@@ -37,7 +37,7 @@ def initialiser(config, stage, parts):
   """-> (init(key, parts) -> TrainState, the optimizer)."""
   params, _ = jax.eval_shape(stage.init, jax.random.key(0), parts)
   hold = stage.hold if stage.hold_of is None else stage.hold_of(parts)
-  tx = optim.make(config.optim, config.num_steps, params, hold)
+  tx = optimizer.make(config.optim, config.num_steps, params, hold)
 
   def init(key, parts):
     params, state = stage.init(key, parts)
@@ -143,12 +143,12 @@ def make_train_step(config, stage, tx, places, mesh):
   and state stay, and the next step has the next batch. So does a single parameter that would
   overflow: none is ever not finite.
   """
-  rate = optim.learning_rate(config.optim, config.num_steps)
+  rate = optimizer.learning_rate(config.optim, config.num_steps)
   pieces, shards = config.accumulate, sharding.batch_shards(mesh)
 
   def gradient_of(params, frozen, state, batch, key):
     def loss(params):
-      return stage.loss(optim.stop_frozen(config.optim, params), frozen, state, batch, key, True)
+      return stage.loss(optimizer.stop_frozen(config.optim, params), frozen, state, batch, key, True)
 
     (value, (state, values)), gradient = jax.value_and_grad(loss, has_aux=True)(params)
     gradient = jax.lax.with_sharding_constraint(gradient, places.params)
@@ -177,8 +177,8 @@ def make_train_step(config, stage, tx, places, mesh):
   def follow(ema, params, old, new, step):
     """The averages after a step that turned the stage's state from `old` into `new`."""
     if stage.average is None:
-      return optim.ema_update(ema, params, config.optim.ema_decay, step)
-    moved = optim.ema_update(ema, stage.average.join(params, new), config.optim.ema_decay, step)
+      return optimizer.ema_update(ema, params, config.optim.ema_decay, step)
+    moved = optimizer.ema_update(ema, stage.average.join(params, new), config.optim.ema_decay, step)
     return stage.average.settle(moved, old, new)
 
   @functools.partial(jax.jit, donate_argnums=0, out_shardings=(places, NamedSharding(mesh, P())))

@@ -9,7 +9,7 @@ import random
 import pytest
 
 from lavit_jax.data import captions_file, formats
-from lavit_jax.data.rows import Skipped
+from lavit_jax.data.row_workers import Skipped
 from lavit_jax.errors import UserError
 from things import batches, caption, number, picture
 

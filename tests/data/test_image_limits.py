@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lavit_jax.data import images, packing, pairs
+from lavit_jax.data import images, array_record, transforms
 from lavit_jax.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -62,7 +62,7 @@ def test_training_and_inference_read_the_same_image(kind):
   side = 40
   expected = np.asarray(Image.fromarray(ours).resize((side, side), Image.Resampling.BICUBIC))
   np.testing.assert_array_equal(images.read_images(KINDS[kind], side)[0], expected)
-  np.testing.assert_array_equal(pairs.decode(KINDS[kind], side), expected)
+  np.testing.assert_array_equal(transforms.decode(KINDS[kind], side), expected)
 
 
 def test_the_first_frame_and_the_right_side_up():
@@ -71,7 +71,7 @@ def test_the_first_frame_and_the_right_side_up():
   np.testing.assert_array_equal(images.read_image(KINDS['apng']), PIXELS)
   for kind, turns in (('turned png', -1), ('turned jpeg', 1), ('xmp jpeg', -1), ('upright jpeg', 0)):
     upright = np.rot90(PIXELS, turns)
-    found = pairs.decode(KINDS[kind], 24).astype(float)
+    found = transforms.decode(KINDS[kind], 24).astype(float)
     expected = np.asarray(Image.fromarray(upright).resize((24, 24), Image.Resampling.BICUBIC)).astype(float)
     assert np.abs(found - expected).mean() < np.abs(found - expected[::-1, ::-1]).mean() / 3, kind
 
@@ -90,14 +90,14 @@ def test_training_inference_and_packing_refuse_the_same(kind):
     images.read_image(data)
   for crop in ('none', 'random'):
     with pytest.raises(UserError, match=message):
-      pairs.decode(data, 8, crop, np.random.default_rng(0))
-  assert not packing._whole(data)
+      transforms.decode(data, 8, crop, np.random.default_rng(0))
+  assert not array_record._whole(data)
 
 
 def test_the_limit_itself_is_taken_by_both(monkeypatch):
   monkeypatch.setattr(images, 'MAX_PIXELS', PIXELS.shape[0] * PIXELS.shape[1])
-  assert images.read_image(JPEG).shape == PIXELS.shape and pairs.decode(JPEG, 8).shape == (8, 8, 3)
+  assert images.read_image(JPEG).shape == PIXELS.shape and transforms.decode(JPEG, 8).shape == (8, 8, 3)
   monkeypatch.setattr(images, 'MAX_PIXELS', PIXELS.shape[0] * PIXELS.shape[1] - 1)
-  for read in (images.read_image, lambda data: pairs.decode(data, 8)):
+  for read in (images.read_image, lambda data: transforms.decode(data, 8)):
     with pytest.raises(UserError, match='72 x 48 is too large'):
       read(JPEG)

@@ -7,8 +7,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from lavit_jax import local_paths
-from lavit_jax.data import formats, mixtures, paths
-from lavit_jax.data.rows import Skipped
+from lavit_jax.data import formats, loader, paths
+from lavit_jax.data.row_workers import Skipped
 from lavit_jax.errors import Unreachable, UserError
 from things import SIZE, write_folder, write_parquet, write_tars
 
@@ -74,7 +74,7 @@ def test_what_fails_now_and_then_is_read_whole(tmp_path, flaky, write, caplog):
 
   def rows():
     skipped = Skipped()
-    data = mixtures.batches('images', sources=(source,), batch_size=4, image_size=SIZE, num_threads=0, seed=1, skipped=skipped)
+    data = loader.batches('images', sources=(source,), batch_size=4, image_size=SIZE, num_threads=0, seed=1, skipped=skipped)
     found = [next(data)['image'].tobytes() for _ in range(6)]
     assert not skipped.reasons
     return found
@@ -108,7 +108,7 @@ def test_what_never_answers_is_an_error_with_its_name(tmp_path, flaky):
   with pytest.raises(Unreachable, match='00001.tar cannot be read'):
     paths.names_and_sizes(['flaky://bucket/00001.tar'])
   with pytest.raises(Unreachable, match=r'^sources.0.: flaky://bucket/0.parquet cannot be read'):  # of the same kind, wherever it is told
-    mixtures.batches('images', sources=({'format': 'parquet', 'path': 'flaky://bucket/0.parquet'},), batch_size=4, image_size=SIZE)
+    loader.batches('images', sources=({'format': 'parquet', 'path': 'flaky://bucket/0.parquet'},), batch_size=4, image_size=SIZE)
 
 
 @pytest.mark.parametrize('message, kind', [('Forbidden: b/0.tar', UserError), ('Service Unavailable', Unreachable)])

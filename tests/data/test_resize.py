@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from lavit_jax.data import images
-from lavit_jax.models import safety
+from lavit_jax.models import safety_checker
 
 
 def hard_edges(width: int, height: int) -> np.ndarray:
@@ -61,5 +61,5 @@ def test_whose_bicubic_is_which(sides, size):
 def test_the_safety_checker_sees_what_pillow_would_show_it(sides, size):
   """It resizes on the device, with bytes between the passes; of the 2, see above."""
   image = hard_edges(*sides)
-  found = np.asarray(safety.center_square(image[None], size))[0].astype(np.int32)
+  found = np.asarray(safety_checker.center_square(image[None], size))[0].astype(np.int32)
   assert np.abs(found - images.resize(image, size).astype(np.int32)).max() <= 2

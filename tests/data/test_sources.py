@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lavit_jax.data import formats, mixtures, paths, tars, text
-from lavit_jax.data.rows import Skipped
+from lavit_jax.data import formats, loader, paths, tars, text
+from lavit_jax.data.row_workers import Skipped
 from lavit_jax.errors import UserError
 from things import FOLDER, SIZE, WRITERS, batches, caption, number, picture, sample, write_parquet, write_tar, write_tars
 
@@ -53,7 +53,7 @@ def test_held_out_sources_come_in_order(written, name):
 def test_fields_are_those_of_the_composer(written):
   for task in ('images', 'lm'):
     batch = next(batches(written['tars'], task=task))
-    shapes = mixtures.shapes(task, 3, SIZE, 24)
+    shapes = loader.shapes(task, 3, SIZE, 24)
     assert {name: (value.shape, value.dtype) for name, value in batch.items()} == shapes
 
 
@@ -126,11 +126,11 @@ def test_a_source_is_known_by_its_files(written, tmp_path, name):
 def test_a_process_ends_with_its_own_status_while_threads_read_on(written):
   program = f'''
 import sys
-from lavit_jax.data import mixtures
-kept = mixtures.batches('images', sources=({written['tars']!r},), batch_size=4, image_size=8)  # with a tar that waits open
+from lavit_jax.data import loader as mixtures
+kept = loader.batches('images', sources=({written['tars']!r},), batch_size=4, image_size=8)  # with a tar that waits open
 next(kept)
 def main():
-  iterator = mixtures.batches('images', sources=({written['tars']!r},), batch_size=4, image_size=8)
+  iterator = loader.batches('images', sources=({written['tars']!r},), batch_size=4, image_size=8)
   next(iterator)
   sys.exit(3)
 main()
@@ -373,7 +373,7 @@ def test_the_end_of_a_text_that_was_cut_is_not_taught(tmp_path):
   room = len(TOKENS.encode(exact))
   for use, kind in (('caption', 0), ('draw', 1)):
     source = dict(format='tars', path=f'{tmp_path}/a.tar', use=use)
-    batch = next(mixtures.batches('lm', sources=[source], batch_size=32, image_size=SIZE, tokenizer_folder=FOLDER,
+    batch = next(loader.batches('lm', sources=[source], batch_size=32, image_size=SIZE, tokenizer_folder=FOLDER,
                                   text_length=room, drop_text=0.0))
     behind = np.take_along_axis(batch['text_weight'], batch['text_length'][:, None], axis=1)[:, 0]
     ends = {TOKENS.decode(ids[:n]): float(weight) for ids, n, weight in zip(batch['text'], batch['text_length'], behind)}

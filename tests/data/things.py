@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from lavit_jax.data import mixtures, packing, text
+from lavit_jax.data import loader, array_record, text
 
 SIZE = 8
 FOLDER = str(Path(text.__file__).parent.parent / 'assets/tiny/language_model')
@@ -66,7 +66,7 @@ def write_parquet(folder, count=24):
 
 def write_arrayrecord(folder, count=24):
   source = write_tars(folder, count)
-  packing.pack(source['path'], f'{folder}/packed', say=lambda line: None)
+  array_record.pack(source['path'], f'{folder}/packed', say=lambda line: None)
   return dict(format='arrayrecord', path=f'{folder}/packed/*.array_record')
 
 
@@ -103,7 +103,7 @@ WRITERS = {'tars': write_tars, 'parquet': write_parquet, 'arrayrecord': write_ar
 
 
 def batches(*given, sources=(), task='lm', batch_size=3, seed=1, **options):
-  """`mixtures.batches` of these sources, of captions alone unless something else is asked for."""
+  """`loader.batches` of these sources, of captions alone unless something else is asked for."""
   options = dict(shares={'caption': 1}, num_threads=2) | options
-  return mixtures.batches(task, sources=given or sources, batch_size=batch_size, image_size=SIZE, text_length=24, tokenizer_folder=FOLDER, seed=seed,
+  return loader.batches(task, sources=given or sources, batch_size=batch_size, image_size=SIZE, text_length=24, tokenizer_folder=FOLDER, seed=seed,
                           **options)

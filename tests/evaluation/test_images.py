@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lavit_jax.data import colours, mixtures
+from lavit_jax.data.emoji import colors
+from lavit_jax.data import loader
 from lavit_jax.evaluation import images
 from lavit_jax.inference.pipeline import Tokens
 
@@ -23,16 +24,16 @@ def test_cosine_broadcasts():
   assert images.cosine(x, jnp.array([[1.0, 0], [1, 0]])) == pytest.approx(0.75)
 
 
-@pytest.mark.parametrize('name', colours.BACKGROUNDS)
+@pytest.mark.parametrize('name', colors.BACKGROUNDS)
 def test_background_is_read_off_the_border(name):
   image = np.empty((20, 20, 3), np.uint8)
-  image[:] = np.clip(np.array(colours.BACKGROUNDS[name]) + 8, 0, 255)
+  image[:] = np.clip(np.array(colors.BACKGROUNDS[name]) + 8, 0, 255)
   image[3:17, 3:] = 77
   assert images.background(image) == name
 
 
 def test_background_of_real_examples():
-  examples = mixtures.examples('embedded', 'train', 3, 50)
+  examples = loader.examples('embedded', 'train', 3, 50)
   assert np.mean([images.background(e.image) == e.facts.background for e in examples]) > 0.95
 
 

@@ -6,7 +6,7 @@ import types
 import numpy as np
 import pytest
 
-from lavit_jax.data import mixtures
+from lavit_jax.data import loader
 from lavit_jax.errors import UserError
 from lavit_jax.evaluation import report
 from lavit_jax.inference.pipeline import Tokens
@@ -20,7 +20,7 @@ class Oracle:
   model = types.SimpleNamespace(variant='oracle', image_size=64, vocabulary=types.SimpleNamespace(codebook_size=8))
 
   def __init__(self, count):
-    single, scenes = ([mixtures.examples('embedded', split, 0, count, kind) for split in report.SPLITS] for kind in ('single', 'scene'))
+    single, scenes = ([loader.examples('embedded', split, 0, count, kind) for split in report.SPLITS] for kind in ('single', 'scene'))
     self.by_image = {e.image.tobytes(): e for examples in single + scenes for e in examples}
     self.by_captions = {tuple(e.caption for e in examples[:DRAWN]): [e.image for e in examples[:DRAWN]] for examples in single}
 

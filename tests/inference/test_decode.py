@@ -13,8 +13,8 @@ from safetensors.numpy import load_file
 from lavit_jax.inference.decode import beam_search, generate
 from lavit_jax.models.llama import Llama
 from lavit_jax.models.sequence import assemble, prompt_mask, prompt_positions
-from lavit_jax.porting import engine
-from lavit_jax.porting.tables_language import llama_rows
+from lavit_jax.weights.torch import mapping
+from lavit_jax.weights.torch.names_llama import llama_rows
 
 FOLDER = pathlib.Path(__file__).parents[1] / 'data/golden'
 SIZES = json.loads((FOLDER / 'language_model.json').read_text())
@@ -35,7 +35,7 @@ CAPTION = dict(
 def params():
   example = jnp.zeros((1, 2, SIZES['hidden_size'])), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 1, 2, 2), bool)
   like = jax.eval_shape(LLAMA.init, jax.random.key(0), *example)['params']
-  tree = engine.from_torch(llama_rows(), load_file(FOLDER / 'language_model.safetensors'), like)
+  tree = mapping.from_torch(llama_rows(), load_file(FOLDER / 'language_model.safetensors'), like)
   return jax.tree.map(jnp.asarray, tree)
 
 

@@ -11,8 +11,8 @@ from lavit_jax.inference import sampling
 from lavit_jax.inference.decode import beam_search, generate
 from lavit_jax.models.llama import Llama, unroll
 from lavit_jax.models.sequence import assemble
-from lavit_jax.porting import engine
-from lavit_jax.porting.tables_language import llama_rows
+from lavit_jax.weights.torch import mapping
+from lavit_jax.weights.torch.names_llama import llama_rows
 
 torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
 
@@ -33,7 +33,7 @@ def both():
       p += 0.25 * torch.randn(p.shape)
   example = jnp.zeros((1, 2, 32)), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 1, 2, 2), bool)
   like = jax.eval_shape(LLAMA.init, jax.random.key(0), *example)['params']
-  params = engine.from_torch(llama_rows(), {k: v.numpy() for k, v in peer.state_dict().items()}, like)
+  params = mapping.from_torch(llama_rows(), {k: v.numpy() for k, v in peer.state_dict().items()}, like)
   params = unroll(LLAMA, jax.tree.map(jnp.asarray, params))[1]
   r = np.random.default_rng(1)
   prompts = [[r.integers(3, 60, r.integers(1, 9))] for _ in range(7)]

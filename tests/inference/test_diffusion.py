@@ -10,10 +10,16 @@ import numpy as np
 import pytest
 
 from lavit_jax.inference.diffusion import SAMPLERS, guided, initial_latents, plan, sample, timesteps
-from lavit_jax.models.noise import Scheduler, add_noise, scaled_linear, training_target, velocity
+from lavit_jax.models.noise_schedule import (
+  Scheduler,
+  add_noise,
+  scaled_linear,
+  training_target,
+  velocity,
+)
 from lavit_jax.models.unet import UNet
-from lavit_jax.porting import engine
-from lavit_jax.porting.tables_pixels import unet_rows, unet_shapes
+from lavit_jax.weights.torch import mapping
+from lavit_jax.weights.torch.names_diffusion import unet_rows, unet_shapes
 
 torch = pytest.importorskip('torch')
 diffusers = pytest.importorskip('diffusers')
@@ -170,7 +176,7 @@ def test_tiny_unet_trajectory_matches_diffusers():
       block_out_channels=(8, 16), layers_per_block=1, down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D'),
       up_block_types=('CrossAttnUpBlock2D', 'UpBlock2D'), attention_head_dim=2, cross_attention_dim=12, norm_num_groups=4).eval()
   state = {name: p.numpy() for name, p in model.state_dict().items()}
-  params = {'params': engine.from_torch(unet_rows(module), state, unet_shapes(module))}
+  params = {'params': mapping.from_torch(unet_rows(module), state, unet_shapes(module))}
 
   @torch.no_grad()
   def both(latents, t):

@@ -14,12 +14,17 @@ import pytest
 import sentencepiece
 from PIL import Image
 
-from lavit_jax.data import mixtures
+from lavit_jax.data import loader
 from lavit_jax.errors import InputError, UserError
-from lavit_jax.inference import fetching, pipeline, programs, settings
+from lavit_jax.inference import (
+  batching,
+  pipeline,
+  compiled as programs,
+  generation_config as settings,
+)
 from lavit_jax.inference.pipeline import Lavit
-from lavit_jax.porting import convert
-from lavit_jax.porting.folder import bundle
+from lavit_jax.weights.torch import convert
+from lavit_jax.weights.store.folder import bundle
 
 TINY = pathlib.Path(pipeline.__file__).parents[1] / 'assets' / 'tiny'
 PICTURES = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
@@ -254,7 +259,7 @@ def test_drawing_reads_the_codebook_alone(tiny_folder, tiny_parts, tmp_path):
 def test_a_folder_with_a_sentencepiece_model_alone_is_opened(tmp_path):
   model, letters = io.BytesIO(), np.random.default_rng(0).choice(list('abcdefghij '), 20_000)
   sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=itertools.chain(mixtures.corpus('embedded'), ''.join(letters).split()), model_writer=model, model_type='bpe', vocab_size=2048,
+      sentence_iterator=itertools.chain(loader.corpus('embedded'), ''.join(letters).split()), model_writer=model, model_type='bpe', vocab_size=2048,
       byte_fallback=True, normalization_rule_name='identity', remove_extra_whitespaces=False, character_coverage=0.9999, minloglevel=2)
   theirs = shutil.copytree(TINY, tmp_path / 'theirs', ignore=shutil.ignore_patterns('tokenizer.json'))
   (theirs / 'language_model' / 'tokenizer.model').write_bytes(model.getvalue())
@@ -296,9 +301,9 @@ def test_weights_of_another_variant_are_named(model, tiny_parts):
 
 def test_batches_cover_everything_in_few_shapes():
   for count in (0, 1, 5, 16, 17, 40):
-    rows = [row for n, rows in fetching.batches(count, 16) for row in rows[:n]]
+    rows = [row for n, rows in batching.batches(count, 16) for row in rows[:n]]
     assert rows == list(range(count))
-  assert [len(rows) for _, rows in fetching.batches(21, 16)] == [16, 8]
+  assert [len(rows) for _, rows in batching.batches(21, 16)] == [16, 8]
 
 
 def test_details(model):
@@ -452,7 +457,7 @@ def test_small_weights_and_caches(tiny_folder, tiny_parts, model):
 
 
 def test_a_bar_only_on_terminals_and_for_long_work(monkeypatch):
-  monkeypatch.setattr(fetching, 'SHOW_AFTER', 0.2)
+  monkeypatch.setattr(batching, 'SHOW_AFTER', 0.2)
   monkeypatch.setenv('TERM', 'xterm')
   for terminal, batches, pause, shown in ((True, 1, 0.8, True), (False, 1, 0.8, False), (True, 3, 0., False)):
 
@@ -464,5 +469,5 @@ def test_a_bar_only_on_terminals_and_for_long_work(monkeypatch):
     screen = io.StringIO()
     screen.isatty = lambda: terminal
     monkeypatch.setattr('sys.stderr', screen)
-    assert [n for n, _ in fetching.fetch(dispatched(), 4 * batches, 'codes')] == [4] * batches
+    assert [n for n, _ in batching.fetch(dispatched(), 4 * batches, 'codes')] == [4] * batches
     assert ('codes' in screen.getvalue()) == shown

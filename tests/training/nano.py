@@ -123,7 +123,7 @@ def until(process, workdir, step):
 
 
 def main() -> None:
-  from lavit_jax.training import processes
+  from lavit_jax.training import distributed as processes
   processes.connect()  # by the environment
   from lavit_jax.training.loop import train
   install()

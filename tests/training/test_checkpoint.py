@@ -14,10 +14,10 @@ import xxhash
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from lavit_jax.data.mixtures import Batches
+from lavit_jax.data.loader import Batches
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
-from lavit_jax.training import checkpoint, integrity, optim
+from lavit_jax.training import checkpoint, integrity, optimizer
 from lavit_jax.training.checkpoint import Checkpoints
 
 
@@ -62,7 +62,7 @@ def test_small_moments_come_back_as_they_were(tmp_path):
   options = ConfigDict(dict(learning_rate=0.1, warmup_steps=0, final_fraction=1.0, weight_decay=0.0, b1=0.9, b2=0.95, mu_dtype='bfloat16',
                             nu_dtype='bfloat16', clip_norm=0.0, freeze=(), lr_scale=()))
   params = {'kernel': jax.random.normal(jax.random.key(0), (8, 8))}
-  tx = optim.make(options, 10, params)
+  tx = optimizer.make(options, 10, params)
   _, moments = tx.update(params, tx.init(params), params)
   checkpoints, data = Checkpoints(tmp_path, config(), keep=2), numbers()
   checkpoints.save(1, moments, data)

@@ -14,10 +14,10 @@ import pytest
 from nano import finish, launch, rows, until
 
 from lavit_jax.errors import UserError
-from lavit_jax.porting import folder
+from lavit_jax.weights.store import folder
 from lavit_jax import sharding
 from lavit_jax.training import loop
-from lavit_jax.inference.parts import open_checkpoint
+from lavit_jax.inference.parameters import open_checkpoint
 from lavit_jax.training.loop import train
 from lavit_jax.training.stage import Stage, Sum
 from lavit_jax.training.train_step import loss_and_metrics

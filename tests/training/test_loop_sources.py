@@ -13,7 +13,7 @@ from things import sample, write_tar
 
 from lavit_jax import sharding
 from lavit_jax.data import formats
-from lavit_jax.data.rows import Skipped
+from lavit_jax.data.row_workers import Skipped
 from lavit_jax.data.sources import check_files
 from lavit_jax.data.streams import Stream
 from lavit_jax.errors import UserError

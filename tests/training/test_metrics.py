@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lavit_jax import chips
+from lavit_jax import accelerators
 from lavit_jax.errors import UserError
 from lavit_jax.training import flops, metrics
 
@@ -135,7 +135,7 @@ def test_memory_in_use_is_that_of_the_fullest_device(monkeypatch):
     (['TPU v5', 'TPU v5p'], 918), (['TPU v5e'], 197), (['TPU v6 lite', 'TPU v6e'], 1836), (['TPU v4'], 275), (['TPU v4 lite'], 0),
     (['NVIDIA L4'], 121), (['NVIDIA L40S'], 0), (['cpu'], 0), (['NVIDIA L4', 'NVIDIA L40S'], 0)])
 def test_the_peak_of_known_accelerators(kinds, peak):
-  assert chips.peak_tflops([types.SimpleNamespace(device_kind=kind) for kind in kinds]) == peak
+  assert accelerators.peak_tflops([types.SimpleNamespace(device_kind=kind) for kind in kinds]) == peak
 
 
 def test_a_trace_of_chosen_steps(tmp_path):

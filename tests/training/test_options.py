@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lavit_jax.errors import UserError
-from lavit_jax.training import checks, options
+from lavit_jax.training import validation, options
 from lavit_jax.training.config import leaves, load_config
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -32,7 +32,7 @@ def test_every_option_of_every_page_has_a_row_and_no_row_is_without_one():
   known = set()
   for stage, variant in PAGES:
     config = page(stage, variant)
-    checks.check_values(config)  # and the values of the pages are in range
+    validation.check_values(config)  # and the values of the pages are in range
     known |= {key for key, _ in leaves(config)}
   assert known == set(options.OPTIONS)
 
@@ -95,7 +95,7 @@ def test_none_is_meant_by_one_option_alone():
     ('lm', dict(lm__max_overflow=2.0), 'lm.max_overflow=2.0 must be')])
 def test_what_cannot_be_meant_is_refused(stage, changes, message):
   with pytest.raises(UserError, match=message) as error:
-    checks.check_values(page(stage, **changes))
+    validation.check_values(page(stage, **changes))
   assert '\n' not in str(error.value) and 'lower optim.learning_rate' not in str(error.value)
 
 
@@ -110,10 +110,10 @@ def test_none_on_the_command_line():
   read = load_config(f'{ROOT}/configs/tokenizer.py:tiny', [('init_from', 'None'), ('data.sources', 'None')])
   assert read.init_from == '' and read.data.sources == ()
   off = load_config(f'{ROOT}/configs/tokenizer.py:tiny', [('optim.clip_norm', 'None')])
-  checks.check_values(off)
+  validation.check_values(off)
   for key in ('batch_size', 'seed', 'mesh.data', 'checkpoint_every'):
     with pytest.raises(UserError, match=f'^{key}=None must be an integer'):
-      checks.check_values(load_config(f'{ROOT}/configs/tokenizer.py:tiny', [(key, 'None')]))
+      validation.check_values(load_config(f'{ROOT}/configs/tokenizer.py:tiny', [(key, 'None')]))
 
 
 @pytest.mark.parametrize('options_of_source, message', [
@@ -121,8 +121,8 @@ def test_none_on_the_command_line():
     (dict(weight=math.nan), 'weight must be a number'), (dict(weight=math.inf), 'weight must be a number'),
     (dict(format='tars', window=True), 'window an integer'), (dict(path=None), 'has path None')])
 def test_options_of_sources(options_of_source, message, tmp_path):
-  from lavit_jax.data import mixtures
+  from lavit_jax.data import loader
   source = dict(format='folder', path=str(tmp_path)) | options_of_source  # nothing is there yet
   with pytest.raises(UserError, match=message):
-    with checks.told_of_data():
-      mixtures.batches('images', batch_size=2, sources=(source,))
+    with validation.told_of_data():
+      loader.batches('images', batch_size=2, sources=(source,))

@@ -8,12 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from lavit_jax.data import mixtures, paths
+from lavit_jax.data import loader, paths
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
-from lavit_jax.models.initial import initial_parts
+from lavit_jax.models.initialization import initial_parts
 from lavit_jax import sharding
-from lavit_jax.training import checks, loop, stages
+from lavit_jax.training import validation, loop, stages
 from lavit_jax.training.config import load_config
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -66,7 +66,7 @@ def test_published_pairs():
   assert ' '.join(source['path'].split('/')[3] for source in page.data.sources) == 'cc3m cc12m sbu blip-capfilt laion-aesthetics redpajama'
   assert page.num_steps * page.batch_size == pytest.approx(1e6 * sum(told.values()), rel=1e-3)
   assert len(page.data.sources) == sum(source['use'] in told for source in page.data.sources)
-  np.testing.assert_allclose(mixtures.kind_shares(page.data.shares, page.data.sources), np.array([93, 100, 21]) / 214)
+  np.testing.assert_allclose(loader.kind_shares(page.data.shares, page.data.sources), np.array([93, 100, 21]) / 214)
   images = [load_config(f'{ROOT}/configs/{stage}.py:lavit_7b').data.sources for stage in ('tokenizer', 'detokenizer')]
   assert images[0] == images[1] and len(images[0]) == 1 and 'laion400m' in images[0][0]['path']
 
@@ -88,17 +88,17 @@ def test_pages_fit_one_machine_or_a_pod(stage, variant, devices):
   config = load_config(f'{ROOT}/configs/{stage}.py:{variant}')
   data, rest = divmod(devices, config.mesh.fsdp)
   assert not rest
-  checks.check_options(config, jax.sharding.AbstractMesh((data, config.mesh.fsdp, 1), sharding.AXES))
+  validation.check_options(config, jax.sharding.AbstractMesh((data, config.mesh.fsdp, 1), sharding.AXES))
 
 
 def test_over_two_slices_the_language_models_batch_goes_in_four_pieces():
   config = load_config(f'{ROOT}/configs/lm.py:lavit_7b')
   mesh = jax.sharding.AbstractMesh((4, 128, 1), sharding.AXES)
   with pytest.raises(UserError, match='batch_size=34816 must be a multiple of the 8 x 512 pieces that the mesh makes of it; accumulate=4 would do'):
-    checks.check_options(config, mesh)
+    validation.check_options(config, mesh)
   with config.unlocked():
     config.accumulate = 4
-  checks.check_options(config, mesh)
+  validation.check_options(config, mesh)
 
 
 def test_packed_rows_hold_the_pairs_of_their_step():

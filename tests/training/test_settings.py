@@ -10,9 +10,10 @@ import pytest
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
-from lavit_jax.models.initial import initial_parts
-from lavit_jax.porting import engine, folder
-from lavit_jax.porting.tables_language import llama_rows
+from lavit_jax.models.initialization import initial_parts
+from lavit_jax.weights.torch import mapping
+from lavit_jax.weights.store import folder
+from lavit_jax.weights.torch.names_llama import llama_rows
 from lavit_jax.training import flops, loop, settings, stages
 from lavit_jax.training.checkpoint import Checkpoints
 
@@ -70,7 +71,7 @@ def test_a_step_has_the_loss_that_transformers_computes(parts):
       num_attention_heads=sizes['num_heads'], head_dim=sizes['head_dim'], rms_norm_eps=OTHER['rms_norm_eps'], max_position_embeddings=256,
       rope_parameters=dict(rope_type='linear', factor=4.0, rope_theta=100.0), tie_word_embeddings=False)
   peer = transformers.LlamaForCausalLM(config).eval()
-  peer.load_state_dict({name: torch.from_numpy(x) for name, x in engine.to_torch(llama_rows(), jax.device_get(llama)).items()})
+  peer.load_state_dict({name: torch.from_numpy(x) for name, x in mapping.to_torch(llama_rows(), jax.device_get(llama)).items()})
   costs = []
   for row, count in zip(text, length):
     ids = torch.tensor([1, *row[:count], 2])[None]
@@ -129,7 +130,7 @@ def test_checkpoints_of_before_there_were_settings(folders, tmp_path, monkeypatc
 def loop_data():
   import grain
 
-  from lavit_jax.data.mixtures import Batches
+  from lavit_jax.data.loader import Batches
   return Batches(lambda first: iter(grain.MapDataset.range(first, 100).to_iter_dataset().batch(1)))
 
 

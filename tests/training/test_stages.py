@@ -9,7 +9,7 @@ import pytest
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit, vit
-from lavit_jax.models.initial import initial_parts
+from lavit_jax.models.initialization import initial_parts
 from lavit_jax.models.sequence import compact
 from lavit_jax.models.tokenizer import l2_normalise
 from lavit_jax.training import codebook, foundations, stages

@@ -8,8 +8,8 @@ import pytest
 
 from lavit_jax import sharding
 from lavit_jax.models import lavit
-from lavit_jax.models.initial import initial_parts
-from lavit_jax.training import codebook, optim, stages
+from lavit_jax.models.initialization import initial_parts
+from lavit_jax.training import codebook, optimizer, stages
 from lavit_jax.training.stage import Mean, Stage, Sum
 from lavit_jax.training.train_step import (
     averaged, initialiser, loss_and_metrics, make_train_step, numbers)
@@ -185,4 +185,4 @@ def test_averaged_weights_have_the_average_of_their_codebook(tokenizer):
 
 def test_numbers_of_nothing_are_nan():
   assert np.isnan(numbers(dict(a=Mean(jnp.zeros([]), jnp.zeros([]))))['a'])
-  assert optim.ema_update({}, {}, 0.9, 0) == {}
+  assert optimizer.ema_update({}, {}, 0.9, 0) == {}

@@ -1,0 +1,1 @@
+"""Programs for users: batches of inputs, the demo, the web page, conversion."""

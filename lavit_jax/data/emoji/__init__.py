@@ -1,0 +1,1 @@
+"""The composed emoji: sprites, scenes, questions about them, and the data set that holds the sprites."""

@@ -1,0 +1,1 @@
+"""PyTorch files: reading, writing, and the tables that map their names to parameter trees."""

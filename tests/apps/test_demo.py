@@ -1,0 +1,115 @@
+"""The demo's inputs and page. A stand-in plays the model here; `slow` runs the one that lies in the repository."""
+
+import base64
+import html.parser
+import io
+import json
+import pathlib
+import time
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import lavit_jax
+from lavit_jax.errors import UserError
+from lavit_jax.apps import demo
+from lavit_jax.inference.pipeline import Lavit, Tokens
+
+ASSETS = pathlib.Path(lavit_jax.__file__).parent / 'assets'
+
+
+class Stub:
+  """Answers at once, with what it was asked, so that the page can be checked against it."""
+
+  model = types.SimpleNamespace(image_size=64, num_patches=64, variant='stub')
+
+  def tokenize(self, images, seed):
+    keep = np.zeros((len(images), 64), bool)
+    keep[:, :21] = True
+    return Tokens([np.arange(21)] * len(images), keep, keep.sum(-1))
+
+  def caption(self, images, seed):
+    return [f'<caption {i}>' for i in range(len(images))]
+
+  def answer(self, images, questions, seed):
+    assert len(images) == len(questions)
+    return [f'answer {i}' for i in range(len(images))]
+
+  def sample_codes(self, prompts, guidance, seed):
+    self.prompts = getattr(self, 'prompts', []) + prompts
+    return [np.arange(5)] * len(prompts)
+
+  def draw(self, codes, steps, seed):
+    return np.full((len(codes), 64, 64, 3), 99, np.uint8)
+
+
+@pytest.fixture(scope='module')
+def inputs(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('inputs')
+  demo.make('embedded', folder)
+  return folder
+
+
+def test_inputs_are_held_out_and_complete(inputs):
+  manifest = demo.read_manifest(inputs)
+  assert len(manifest['pictures']) == 8 and len(manifest['texts']) == 4 and len(manifest['mixed']) == 4
+  for row in manifest['pictures'] + manifest['texts']:
+    assert Image.open(inputs / row['file']).size == (64, 64)
+  kinds = {tuple(part.endswith('.png') for part in parts) for parts in manifest['mixed']}
+  assert kinds == {(True, False), (True, True)}
+  assert demo.make('embedded', inputs).read_text() == json.dumps(manifest, indent=1, ensure_ascii=False) + '\n'
+
+
+def test_the_page_holds_everything(inputs, tmp_path, capsys):
+  stub = Stub()
+  page = demo.run(stub, inputs, tmp_path / 'new' / 'out').read_text()
+  assert [p.name for p in (tmp_path / 'new' / 'out').iterdir()] == ['index.html']
+  pictures = []
+
+  class Reader(html.parser.HTMLParser):
+    def handle_starttag(self, tag, attrs):
+      assert not {'href', 'link', 'script'} & {tag, *dict(attrs)}
+      if tag == 'img':
+        kind, data = dict(attrs)['src'].split(',')
+        assert kind == 'data:image/png;base64'
+        pictures.append(np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))))
+
+  Reader().feed(page)
+  assert len(pictures) == 8 * 3 + 4 * 2 + 2 * 2 + 2 * 3 and all(p.shape == (64, 64, 3) for p in pictures)
+  manifest = demo.read_manifest(inputs)
+  assert '&lt;caption 7&gt;' in page and 'answer 7' in page and '21 tokens' in page and '5 tokens' in page
+  for row in manifest['pictures']:
+    assert html.escape(row['caption']) in page and html.escape(row['question']) in page
+  assert [[str(part).rpartition('/')[2] for part in parts] for parts in stub.prompts] == [
+      [row['text']] for row in manifest['texts']] + manifest['mixed']
+  assert 'reconstruct' in capsys.readouterr().out
+
+
+def test_kept_patches_stay_and_dropped_ones_fade():
+  image, keep = np.full((64, 64, 3), 50, np.uint8), np.zeros(64, bool)
+  keep[9] = True
+  shown = demo.show_kept(image, keep)
+  assert (shown[8:16, 8:16] == 50).all() and (shown == 50).sum() == 64 * 3 and shown.min() == 50 and shown.max() > 230
+
+
+def test_bad_inputs(tmp_path, inputs):
+  with pytest.raises(UserError, match='manifest.json is missing'):
+    demo.run(Stub(), tmp_path, tmp_path)
+  for text in ('{', '{}', '[]', '{"pictures": [{}], "texts": [], "mixed": []}', '{"pictures": [], "texts": [], "mixed": [5]}'):
+    (tmp_path / 'manifest.json').write_text(text)
+    with pytest.raises(UserError, match='manifest.json is damaged'):
+      demo.run(Stub(), tmp_path, tmp_path)
+  (tmp_path / 'manifest.json').write_text((inputs / 'manifest.json').read_text())
+  with pytest.raises(UserError, match='00.png: no such file'):
+    demo.run(Stub(), tmp_path, tmp_path)
+  assert not (tmp_path / 'index.html').exists()
+
+
+@pytest.mark.slow
+def test_the_demo_of_the_repository(tmp_path):
+  start = time.monotonic()
+  page = demo.run(Lavit.from_pretrained(ASSETS / 'tiny'), ASSETS / 'demo', tmp_path)
+  assert page.stat().st_size > 50_000
+  assert time.monotonic() - start < 120  # 60 s on two idle cores

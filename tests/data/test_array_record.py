@@ -1,0 +1,101 @@
+"""`lavit data pack`: the same pictures and texts, resumable, parallel, counted."""
+
+import json
+import os
+import re
+
+import pytest
+
+from lavit_jax import cli
+from lavit_jax.data import formats, array_record, tars
+from lavit_jax.errors import UserError
+from things import caption, picture, sample, write_tar, write_tars
+
+
+def stored(folder):
+  """{origin-free record} of every packed record, by text."""
+  records = formats.ArrayRecords(f'{folder}/*.array_record', None, ('txt', 'json.again'))
+  return {record.texts[0]: record for record in map(records.read, range(len(records)))}
+
+
+@pytest.mark.parametrize('workers', [1, 2])
+def test_pictures_and_texts_are_the_same(tmp_path, workers):
+  source = write_tars(tmp_path)
+  packed = array_record.pack(source['path'], str(tmp_path / 'out'), workers, say=lambda line: None)
+  assert packed == (24, {}, 0, [])
+  found = stored(tmp_path / 'out')
+  assert len(found) == 24
+  for i in range(24):
+    assert found[caption(i)][:2] == (picture(i), (caption(i), f'again {i}'))
+  assert sorted(os.listdir(tmp_path / 'out')) == sorted(
+      name for t in range(4) for name in (f'{t:05d}.array_record', f'{t:05d}.array_record.json'))
+
+
+def test_the_layout_is_as_documented(tmp_path):
+  record = formats.pack_record('key', {'txt': 'wörds'}, b'image')
+  length = int.from_bytes(record[:4], 'little')
+  assert json.loads(record[4:4 + length]) == {'key': 'key', 'fields': {'txt': 'wörds'}} and record[4 + length:] == b'image'
+  assert formats.unpack_record(record) == ({'key': 'key', 'fields': {'txt': 'wörds'}}, b'image')
+
+
+def test_goes_on_where_it_was_stopped(tmp_path):
+  source, out, lines = write_tars(tmp_path), tmp_path / 'out', []
+
+  def stop(line):
+    lines.append(line)
+    if len(lines) == 2:
+      raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    array_record.pack(source['path'], str(out), say=stop)
+  done = {path: path.stat().st_mtime_ns for path in out.glob('*.array_record')}
+  assert len(done) == 2
+  (out / '.00002.array_record.half').write_bytes(b'half a file')
+  packed = array_record.pack(source['path'], str(out), say=lines.append)
+  assert packed == (24, {}, 2, []) and len(lines) == 4 and len(stored(out)) == 24
+  assert {path: path.stat().st_mtime_ns for path in done} == done and not list(out.glob('.*'))
+  again = array_record.pack(source['path'], str(out), say=lines.append)
+  assert again == (24, {}, 4, []) and len(lines) == 4
+
+
+def test_what_is_skipped_is_counted_over_all_runs(tmp_path, capsys):
+  bad = [('x', {'png': picture(3)[:45], 'txt': b'cut'}), ('y', {'txt': b'no picture'})]
+  write_tar(tmp_path / '0.tar', [sample(i) for i in range(6)] + bad)
+  whole = (tmp_path / '0.tar').read_bytes()
+  (tmp_path / '1.tar').write_bytes(whole[:len(whole) // 2])
+  arguments = ['data', 'pack', f'{tmp_path}/{{0..2}}.tar', '--out', str(tmp_path / 'out')]
+  assert cli.main(arguments) == 2  # 2.tar is not there
+  out, err = capsys.readouterr()
+  assert 'broken tar 1, corrupt image 1, no image 1' in out and '1 tars are not packed: ' in err and '2.tar could not be opened: [Errno 2]' in err
+  write_tar(tmp_path / '2.tar', [sample(9)])
+  assert cli.main(arguments) == 0
+  out, _ = capsys.readouterr()
+  assert 'skipped: 3, broken tar 1, corrupt image 1, no image 1; tars done before: 2' in out
+  assert len(stored(tmp_path / 'out')) == 7 and 6 < int(out.splitlines()[-1].split()[0]) < 12
+
+
+def test_two_tars_of_one_name_are_refused(tmp_path):
+  for name in 'ab':
+    (tmp_path / name).mkdir()
+    write_tar(tmp_path / name / '0.tar', [sample(1)])
+  with pytest.raises(UserError, match='a/0.tar and .*b/0.tar would both become'):
+    array_record.pack(f'{tmp_path}/{{a,b}}/0.tar', str(tmp_path / 'out'))
+
+
+def test_a_failure_to_read_is_no_broken_tar(tmp_path, monkeypatch, capsys):
+  """What came before it is not taken for the whole; the next run reads the tar again."""
+  source, whole = write_tars(tmp_path), tars.samples
+
+  def samples(file):
+    for n, each in enumerate(whole(file)):
+      if n == 2:
+        raise ConnectionResetError('the network is gone')
+      yield each
+
+  monkeypatch.setattr(tars, 'samples', samples)
+  assert cli.main(['data', 'pack', source['path'], '--out', str(tmp_path / 'out')]) == 2
+  out, err = capsys.readouterr()
+  assert out.splitlines()[-1].startswith('0 records') and '2/4  ' in out
+  assert re.search(r'4 tars are not packed: \S*00000.tar failed after 2 samples: the network is gone, and others; the same command', err)
+  monkeypatch.undo()
+  assert array_record.pack(source['path'], str(tmp_path / 'out'), 1, say=lambda line: None) == (24, {}, 0, [])

@@ -1,0 +1,165 @@
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from lavit_jax.errors import UserError
+from lavit_jax.weights.torch.mapping import (
+  TRANSFORMS,
+  PortingError,
+  Row,
+  contiguous,
+  from_torch,
+  plan,
+  to_torch,
+  torch_shapes,
+)
+
+ROWS = [
+    Row('embed', 'embed', 'unbatch'),
+    Row('layers.{i}.fc.weight', 'blocks/fc/kernel', 'linear'),
+    Row('layers.{i}.fc.bias', 'blocks/fc/bias'),
+    Row('head.weight', 'head/kernel', 'linear', optional=True),
+    Row('other.weight', None),
+]
+LIKE = {
+    'embed': jax.ShapeDtypeStruct((5, 4), np.float32),
+    'blocks': {'fc': {'kernel': jax.ShapeDtypeStruct((3, 4, 6), np.float32), 'bias': jax.ShapeDtypeStruct((3, 6), np.float32)}},
+    'head': {'kernel': jax.ShapeDtypeStruct((4, 2), np.float32)},
+}
+
+
+def file(drop=(), **extra):
+  """A file that fits, less some names, plus others."""
+  rng = np.random.default_rng(0)
+  shapes = {'embed': (1, 5, 4), 'head.weight': (2, 4)}
+  for n in range(3):
+    shapes |= {f'layers.{n}.fc.weight': (6, 4), f'layers.{n}.fc.bias': (6,)}
+  state = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items() if name not in drop}
+  return state | extra
+
+
+def problems(state, rows=ROWS, like=LIKE):
+  with pytest.raises(PortingError) as error:
+    from_torch(rows, state, like)
+  return str(error.value)
+
+
+def test_both_directions():
+  state = file()
+  tree = from_torch(ROWS, state, LIKE)
+  assert jax.tree.map(np.shape, tree) == jax.tree.map(lambda x: x.shape, LIKE)
+  assert np.array_equal(tree['blocks']['fc']['kernel'][2], state['layers.2.fc.weight'].T)
+  assert np.array_equal(tree['embed'], state['embed'][0])
+  back = to_torch(ROWS, tree)
+  assert back.keys() == state.keys() and all(np.array_equal(back[k], state[k]) for k in state)
+  assert torch_shapes(ROWS, LIKE) == {k: x.shape for k, x in state.items()}
+
+
+SHAPES = {  # of one torch array, and of its leaf
+    'copy': ((6, 4), (6, 4)),
+    'linear': ((6, 4), (4, 6)),
+    'conv': ((6, 4, 3, 2), (3, 2, 4, 6)),
+    'conv1x1_to_linear': ((6, 4, 1, 1), (4, 6)),
+    'qkv': ((6, 4), (3, 4, 2)),
+    'qkv_bias': ((6,), (3, 2)),
+    'unbatch': ((1, 5, 4), (5, 4)),
+}
+
+
+@pytest.mark.parametrize('name', TRANSFORMS)
+def test_transforms_are_bijections(name):
+  shape, expected = SHAPES[name]
+  x = np.arange(np.prod(shape)).reshape(shape)
+  leaf = TRANSFORMS[name].to_flax(x)
+  assert np.array_equal(TRANSFORMS[name].to_torch(leaf), x)
+  assert leaf.shape == expected
+  if name == 'qkv':
+    assert np.array_equal(leaf[1], x[2:4].T)  # the keys' projection
+
+
+@pytest.mark.parametrize('shape', [(), (5,), (40, 3), (3, 40, 5), (2, 3, 17, 33)])
+def test_views_are_laid_out(shape):
+  x = np.arange(np.prod(shape, dtype=int)).reshape(shape)
+  assert contiguous(x.T).flags.c_contiguous and np.array_equal(contiguous(x.T), x.T)
+
+
+def test_types_follow_the_model():
+  state = {name: x.astype(ml_dtypes.bfloat16) for name, x in file().items()}
+  assert {x.dtype for x in jax.tree.leaves(from_torch(ROWS, state, LIKE))} == {np.dtype(np.float32)}
+
+
+def test_optional_rows_and_names_of_other_parts():
+  tree = from_torch(ROWS, file(drop=['head.weight'], **{'other.weight': np.ones(1)}), LIKE)
+  assert 'head' not in tree and 'embed' in tree
+  assert 'head.weight' not in to_torch(ROWS, tree)
+
+
+def test_an_optional_stack_is_whole_or_absent():
+  rows = [row._replace(optional=True) for row in ROWS[:4]]
+  assert list(from_torch(rows, {'embed': np.ones((1, 5, 4))}, LIKE)) == ['embed']
+  told = problems(file(drop=['layers.1.fc.bias']), rows)
+  assert 'missing: layers.1.fc.bias' in told
+  assert 'fills no leaf at all' in problems({}, rows)
+
+
+def test_every_offender_is_named_with_its_nearest():
+  state = file(
+      drop=['layers.1.fc.weight', 'embed'],
+      **{'layers.1.fc.wieght': np.ones((6, 4)), 'layers.3.fc.bias': np.ones(6), 'head.weight': np.ones((3, 4)), 'stranger': np.ones(1)},
+  )
+  told = problems(state).splitlines()
+  assert '(6 problems)' in told[0]
+  assert {line.strip() for line in told[1:]} == {
+      'unmapped: no row names layers.1.fc.wieght (nearest known: layers.1.fc.weight)',
+      'unmapped: no row names stranger',
+      'unexpected: the model has no place for layers.3.fc.bias (fewer layers?)',
+      'missing: embed',
+      'missing: layers.1.fc.weight (nearest known: layers.1.fc.wieght)',
+      'wrong shape: head.weight is [3, 4], the model wants [2, 4]',
+  }
+  assert issubclass(PortingError, UserError)
+
+
+def test_types_are_one_a_stack_and_of_the_right_kind():
+  half = {name: x.astype(np.float16) if name.endswith('bias') else x for name, x in file().items()}
+  assert {path: x.dtype for path, x in plan(ROWS, half, LIKE).leaves.items()} == {
+      'embed': np.float32, 'blocks/fc/kernel': np.float32, 'blocks/fc/bias': np.float16, 'head/kernel': np.float32}
+  assert plan(ROWS, half, LIKE).stacked == {'blocks/fc/kernel', 'blocks/fc/bias'}
+  told = problems(half | {'layers.1.fc.bias': np.ones(6, np.float32), 'embed': np.ones((1, 5, 4), np.int32)})
+  assert 'wrong dtype: layers.1.fc.bias is float32, other layers of it are float16' in told
+  assert 'wrong dtype: embed is int32, the model wants float32' in told
+
+
+def test_what_may_be_missing_is_said_by_pattern():
+  state = file(drop=['embed', 'layers.1.fc.bias'])
+  with pytest.raises(PortingError, match='missing: layers.1.fc.bias') as error:
+    plan(ROWS, state, LIKE, allow_missing='embed|bias')  # of a stack only the whole
+  assert 'missing: embed' not in str(error.value)
+  state = {name: x for name, x in state.items() if 'bias' not in name}
+  assert sorted(plan(ROWS, state, LIKE, allow_missing='embed|bias').leaves) == ['blocks/fc/kernel', 'head/kernel']
+
+
+def test_leaves_are_placed_one_by_one():
+  tree = from_torch(ROWS, file(), LIKE, place=lambda path, array: (path, array.shape))
+  assert tree['blocks']['fc']['bias'] == ('blocks/fc/bias', (3, 6))
+
+
+def test_a_leaf_that_the_model_lacks_is_unexpected():
+  like = {k: v for k, v in LIKE.items() if k not in ('head', 'embed')}
+  told = problems(file(), like=like)
+  assert 'unexpected: the model has no place for head.weight' in told
+  assert 'unexpected: embed belongs to leaf embed, which the model does not have' in told
+
+
+def test_tables_are_checked_too():
+  assert 'duplicate: leaf embed is claimed by embed and twin' in problems(file(), [*ROWS, Row('twin', 'embed')])
+  like = LIKE | {'extra': LIKE['embed']}
+  assert 'duplicate: embed is claimed by leaves embed and extra' in problems(file(), [*ROWS, Row('embed', 'extra')], like)
+  assert 'unmapped: no row names leaf extra' in problems(file(), like=like)
+  tree = from_torch(ROWS, file(), LIKE)
+  with pytest.raises(PortingError, match='no row names leaf extra'):
+    to_torch(ROWS, tree | {'extra': np.ones(1)})
+  del tree['embed']
+  with pytest.raises(PortingError, match='embed belongs to leaf embed'):
+    to_torch(ROWS, tree)

@@ -1,0 +1,80 @@
+"""Two processes of two devices each: a checkpoint goes straight onto their common mesh, and the first writes another alone."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import nano
+import numpy as np
+
+from lavit_jax.models import lavit
+from lavit_jax.models.initialization import initial_parts
+from lavit_jax.weights.store.folder import load_parts, save_parts
+
+CHILD = """
+import itertools, sys, pathlib
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+address, index, folder = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
+jax.distributed.initialize(address, 2, index)
+from lavit_jax.weights.store import arrays as leaves
+from lavit_jax.weights.store.folder import load_parts, save_parts
+import nano
+nano.install()
+mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ('x', 'y'))
+specs = itertools.cycle([P(), P('x'), P('y'), P(None, 'x'), P(None, 'y'), P('x', 'y'), P('y', 'x'), P(None, ('x', 'y')), P(None, None, 'x')])
+leaves.CHUNK_BYTES = 1000  # several stretches a leaf
+
+def shardings(tree):
+  def place(x):
+    fitting = (spec for spec in specs if len(spec) <= x.ndim)
+    return NamedSharding(mesh, next(spec for spec in fitting if not any(size % 4 for size, axis in zip(x.shape, spec) if axis) or spec == P()))
+  return jax.tree.map(place, tree)
+
+whole = load_parts(folder / 'model', ['llama'])['llama']
+parts = load_parts(folder / 'model', ['llama'], shardings=shardings)['llama']
+seen = set()
+for x, wanted in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
+  assert x.shape == wanted.shape and len(x.sharding.device_set) == 4
+  seen.add(str(x.sharding.spec))
+  for shard in x.addressable_shards:
+    np.testing.assert_array_equal(shard.data, wanted[shard.index])
+if index == 0:
+  save_parts(folder / 'again', 'nano', {'llama': whole})
+else:
+  try:
+    save_parts(folder / 'never', 'nano', {'llama': whole})
+  except ValueError as error:
+    assert 'process 0 writes' in str(error)
+  else:
+    raise AssertionError('process 1 wrote')
+print('ok', len(jax.devices()), len(jax.local_devices()), len(seen))
+"""
+
+
+def test_two_processes(tmp_path):
+  rng = np.random.default_rng(0)
+  nano.install()
+  shapes = jax.eval_shape(lambda: initial_parts(lavit.build('nano'), jax.random.key(0), ('llama',)))
+  parts = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
+  save_parts(tmp_path / 'model', 'nano', parts)
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    address = '127.0.0.1:%d' % free.getsockname()[1]
+  environment = os.environ | dict(XLA_FLAGS='--xla_force_host_platform_device_count=2', JAX_PLATFORMS='cpu',
+                                  PYTHONPATH=os.pathsep.join([str(nano.ROOT), str(nano.ROOT / 'tests' / 'training')]))
+  children = [subprocess.Popen([sys.executable, '-c', CHILD, address, str(index), str(tmp_path)], env=environment, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE) for index in range(2)]
+  try:
+    told = [child.communicate(timeout=120) for child in children]
+  finally:
+    for child in children:
+      child.kill()
+  assert [child.returncode for child in children] == [0, 0], told
+  for out, _ in told:
+    word, devices, local, seen = out.splitlines()[-1].split()
+    assert (word, devices, local) == ('ok', '4', '2') and int(seen) > 4
+  jax.tree.map(np.testing.assert_array_equal, load_parts(tmp_path / 'again'), parts)
+  assert {file.name for file in tmp_path.iterdir()} == {'model', 'again'}

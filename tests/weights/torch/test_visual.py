@@ -1,0 +1,78 @@
+"""The published visual files at full size, by shape only; and golden ones that lack something."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from lavit_jax.models.lavit import build
+from lavit_jax.weights.torch import names_visual as tables
+from lavit_jax.weights.torch.mapping import PortingError, from_torch, torch_shapes
+
+DATA = pathlib.Path(__file__).parents[1] / 'data'
+FILES = {name.split('/')[1]: shapes for name, shapes in json.loads((DATA / 'lavit_state_dict_shapes.json').read_text()).items()}
+
+
+def like(module, *shapes):
+  """The parameter tree of a module as structs; inputs by shape."""
+  inputs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
+  return jax.eval_shape(module.init, jax.random.key(0), *inputs)['params']
+
+
+@pytest.fixture(scope='module')
+def parts():
+  """Full-size parameter trees with their rows, by part."""
+  model = build('lavit_7b')
+  x, keep = ((1, 256, 1408), jnp.float32), ((1, 256), jnp.float32)
+  codes, mask = ((1, 256, 32), jnp.float32), ((1, 256), jnp.bool_)
+  return {
+      'vit': (tables.vit_rows(), like(model.vit, ((1, 224, 224, 3), jnp.float32))),
+      'tokenizer': (tables.tokenizer_rows(), like(model.tokenizer, x)),
+      'understanding': (tables.understanding_rows(), like(model.understanding, x, keep)),
+      'decoder': (tables.decoder_rows(1), like(model.decoder, codes, mask)),
+      'highres_decoder': (tables.decoder_rows(2), like(model.highres_decoder, codes, mask)),
+  }
+
+
+@pytest.mark.parametrize(
+    ('file', 'names', 'millions'),
+    [
+        ('eva_vitg_psz14.bin', ['vit'], 1012.6),
+        ('tokenizer_encoder.bin', ['tokenizer', 'understanding'], 409.8),
+        ('tokenizer_decoder.bin', ['decoder'], 404.1),
+        ('highres_tokenizer_decoder.bin', ['highres_decoder'], 414.0),
+    ],
+)
+def test_full_size_names_and_shapes(parts, file, names, millions):
+  """Every published name is a leaf and every leaf a published name, of the same shape."""
+  shapes = {}
+  for name in names:
+    shapes |= torch_shapes(*parts[name])
+  published = {name: tuple(shape) for name, shape in FILES[file].items()}
+  assert shapes == published
+  assert round(sum(map(np.prod, shapes.values())) / 1e6, 1) == millions
+
+
+def test_encoder_file_may_lack_what_another_part_owns(golden):
+  """`tokenizer_encoder` without vit_proj is a whole tokenizer; the understanding part then names what it misses."""
+  state = load_file(DATA / 'golden' / 'tokenizer_encoder.safetensors')
+  visual = {name: state.pop(name) for name in ('vit_proj.weight', 'vit_proj.bias')}
+  from_torch(tables.tokenizer_rows(), state, golden.params['tokenizer'])
+  with pytest.raises(PortingError, match=r'(?s)missing: vit_proj.weight.*missing: vit_proj.bias'):
+    from_torch(tables.understanding_rows(), state, golden.params['understanding'])
+  visual['causal_encoder.norm.bias'] = np.full(64, 3.0)  # the overlay of stage 2
+  tree = from_torch(tables.understanding_rows(), state | visual, golden.params['understanding'])
+  assert (tree['merger']['norm']['bias'] == 3).all() and 'vit_proj' in tree
+
+
+def test_vit_without_its_head_still_gives_features(golden):
+  state = load_file(DATA / 'golden' / 'eva_vit.safetensors')
+  headless = {name: x for name, x in state.items() if not name.startswith(('norm.', 'head.'))}
+  tree = from_torch(tables.vit_rows(), headless, golden.params['vit'])
+  assert not {'norm', 'head'} & tree.keys()
+  features = golden.modules['vit'].apply({'params': tree}, golden.io['images'].transpose(0, 2, 3, 1))
+  np.testing.assert_allclose(features, golden.io['vit_features'], atol=1e-4)
