@@ -29,9 +29,9 @@ from lavit_jax.inference.pipeline import EOS
 from lavit_jax.inference.compiled import read
 from lavit_jax.models import sequence
 from lavit_jax.models.int8 import quantize_weights
-from lavit_jax.models.llama import Llama, unroll
+from lavit_jax.models.llama import Llama, unroll_layers
 from lavit_jax.weights.torch import mapping
-from lavit_jax.weights.torch.names_llama import llama_rows
+from lavit_jax.weights.torch.names_llama import llama_rules
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 TINY, GOLDEN = REPOSITORY / 'lavit_jax/assets/tiny', REPOSITORY / 'tests/data/golden'
@@ -78,7 +78,7 @@ def keep(examples) -> dict:
 def losses(model: Lavit, examples) -> dict[str, float]:
   """Mean loss of the true captions after their pictures, and of the pictures' codes after their captions."""
   words, shown = model.model.vocabulary, pixels(examples)
-  llama, params = unroll(model.model.llama, model.parts['llama'])
+  llama, params = unroll_layers(model.model.llama, model.parts['llama'])
 
   @jax.jit
   def nll(embeddings, mask, ids):
@@ -89,8 +89,8 @@ def losses(model: Lavit, examples) -> dict[str, float]:
 
   def mean(prompts, ends, features=None):
     """Of the last ends[i] tokens of each prompt."""
-    laid = sequence.lay_out_prompts(prompts, multiple=64)
-    embeddings, mask, _ = sequence.assemble(
+    laid = sequence.layout_prompts(prompts, multiple=64)
+    embeddings, mask, _ = sequence.embed_prompts(
         prompts, lambda ids: llama.apply({'params': params}, ids, method='embed'), features, multiple=64)
     values = np.asarray(nll(embeddings, mask, laid.ids))
     return float(np.concatenate([row[-end:] for row, end in zip(values, ends)]).mean())
@@ -114,8 +114,8 @@ def golden_model(weights: str | None = None, cache: str | None = None) -> dict[s
       num_kv_heads=heads, head_dim=sizes['hidden_size'] // heads, mlp_dim=sizes['intermediate_size'])
   example = jnp.zeros((1, 2, llama.hidden_size)), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 1, 2, 2), bool)
   like = jax.eval_shape(llama.init, jax.random.key(0), *example)['params']
-  params = mapping.from_torch(llama_rows(), load_file(GOLDEN / 'language_model.safetensors'), like)
-  llama, params = unroll(llama, jax.tree.map(jnp.asarray, params))
+  params = mapping.from_torch(llama_rules(), load_file(GOLDEN / 'language_model.safetensors'), like)
+  llama, params = unroll_layers(llama, jax.tree.map(jnp.asarray, params))
   params = quantize_weights(params) if weights else params
   embed = functools.partial(llama.apply, {'params': params}, method='embed')
 
@@ -131,7 +131,7 @@ def golden_model(weights: str | None = None, cache: str | None = None) -> dict[s
   padded = jnp.stack([jnp.pad(f, ((0, width - len(f)), (0, 0))) for f in features])
   expected = golden['caption_greedy']
   out = decode.generate(
-      llama, params, *sequence.assemble(prompts, embed, padded)[:2], min_new_tokens=sizes['min_new_tokens'],
+      llama, params, *sequence.embed_prompts(prompts, embed, padded)[:2], min_new_tokens=sizes['min_new_tokens'],
       max_new_tokens=sizes['max_new_tokens'], eos_id=sizes['eos_id'], suppress=jnp.arange(sizes['vocab_size']) >= sizes['text_vocab'],
       cache_dtype=cache)
   return dict(golden_error=float(error), golden_tokens_alike=float((np.asarray(out.ids)[:, :expected.shape[1]] == expected).mean()))

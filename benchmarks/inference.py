@@ -37,9 +37,9 @@ import ours as jax_side
 import peers
 from lavit_jax.inference import decode
 from lavit_jax.models.int8 import quantize_weights
-from lavit_jax.models.llama import Llama, unroll
+from lavit_jax.models.llama import Llama, unroll_layers
 from lavit_jax.weights.torch import mapping
-from lavit_jax.weights.torch.names_llama import llama_rows
+from lavit_jax.weights.torch.names_llama import llama_rules
 
 LLAMA = Llama(vocab_size=48386, hidden_size=768, num_layers=12, num_heads=12, num_kv_heads=12, head_dim=64, mlp_dim=2048)
 PROMPT, NEW, GUIDANCE = 64, 128, 4.0
@@ -80,11 +80,11 @@ def llama_and_peer() -> tuple[dict, transformers.LlamaForCausalLM]:
   with torch.device('meta'):
     peer = transformers.LlamaForCausalLM(config)
   peer = peer.to_empty(device='cpu')
-  state = {name: torch.from_numpy(np.array(value)) for name, value in mapping.to_torch(llama_rows(), params).items()}
+  state = {name: torch.from_numpy(np.array(value)) for name, value in mapping.to_torch(llama_rules(), params).items()}
   peer.load_state_dict(state, assign=True)
   peer.model.rotary_emb = type(peer.model.rotary_emb)(config=config)  # its frequencies are no parameters
   peer.generation_config = transformers.GenerationConfig(do_sample=False, max_new_tokens=NEW, pad_token_id=2)
-  return unroll(LLAMA, params)[1], peer.eval()
+  return unroll_layers(LLAMA, params)[1], peer.eval()
 
 
 def decoding(repeats: int, rows: int, guided: bool = False, int8: bool = False) -> dict:

@@ -11,29 +11,29 @@ import numpy as np
 
 from lavit_jax.inference import diffusion, compiled
 from lavit_jax.models import lavit
-from lavit_jax.models.initialization import initial_parts
+from lavit_jax.models.initialization import init_params
 from lavit_jax.weights.torch import mapping
-from lavit_jax.weights.torch.names_diffusion import unet_rows
-from lavit_jax.weights.torch.names_visual import tokenizer_rows, vit_rows
+from lavit_jax.weights.torch.names_diffusion import unet_rules
+from lavit_jax.weights.torch.names_visual import tokenizer_rules, vit_rules
 from weights import DRAWING_GUIDANCE, STEPS, Weights, drawing_inputs
 
 SMALL = lavit.build('small')
 
 
-def filled(part: str, rows: list[mapping.Row]) -> dict:
+def filled(part: str, rows: list[mapping.NameRule]) -> dict:
   """The parameters of a part, of the weights that its PyTorch names have."""
-  like = jax.eval_shape(functools.partial(initial_parts, SMALL, names=(part,)), jax.random.key(0))[part]
+  like = jax.eval_shape(functools.partial(init_params, SMALL, names=(part,)), jax.random.key(0))[part]
   state = {name: Weights(name, shape) for name, shape in mapping.torch_shapes(rows, like).items()}
   return mapping.from_torch(rows, state, like, lambda _, x: jnp.asarray(x))
 
 
 def drawing() -> Callable[[], np.ndarray]:
   """Ten guided steps; -> latents [1, h, w, 4]."""
-  params = filled('unet', unet_rows(SMALL.unet))
+  params = filled('unet', unet_rules(SMALL.unet))
 
   @jax.jit
   def draw(params, noise, condition, null):
-    return diffusion.sample(functools.partial(SMALL.unet.apply, {'params': params}), noise, condition, null, steps=STEPS,
+    return diffusion.sample_latents(functools.partial(SMALL.unet.apply, {'params': params}), noise, condition, null, steps=STEPS,
                             guidance_scale=DRAWING_GUIDANCE)
 
   return lambda: np.asarray(draw(params, *drawing_inputs()))
@@ -41,5 +41,5 @@ def drawing() -> Callable[[], np.ndarray]:
 
 def tokenizing(images: np.ndarray) -> Callable[[], tuple[np.ndarray, np.ndarray]]:
   """Images uint8[B, H, W, 3] to codes [B, N] and keep [B, N], the most probable patches."""
-  parts = dict(vit=filled('vit', vit_rows()), tokenizer=filled('tokenizer', tokenizer_rows()))
+  parts = dict(vit=filled('vit', vit_rules()), tokenizer=filled('tokenizer', tokenizer_rules()))
   return lambda: [np.asarray(x) for x in compiled.tokenize(SMALL, parts, jnp.asarray(images), None)]

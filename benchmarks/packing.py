@@ -26,7 +26,7 @@ from lavit_jax import Lavit
 from lavit_jax.data import loader
 from lavit_jax.evaluation.report import pixels
 from lavit_jax.models.llama import Llama
-from lavit_jax.models.sequence import Vocabulary, first_fit, pack
+from lavit_jax.models.sequence import Vocabulary, assign_rows, pack_pairs
 
 ASSETS = pathlib.Path(__file__).parents[1] / 'lavit_jax' / 'assets' / 'tiny'
 ROUNDS = 5
@@ -68,7 +68,7 @@ def page(count: int, num_rows: int, row_length: int = 2048) -> dict[str, float]:
   """`lost` and `filled` of the made pairs, where every `count` of them are packed into `num_rows` rows."""
   pairs = made_pairs(PACKED_BATCHES * PIECES[0][0])
   lengths = (pairs.text_length + pairs.visual_length + 3).reshape(-1, count)
-  row, _ = jax.vmap(lambda lengths: first_fit(lengths, num_rows, row_length))(lengths)
+  row, _ = jax.vmap(lambda lengths: assign_rows(lengths, num_rows, row_length))(lengths)
   out = np.asarray(row == num_rows)
   return dict(lost=float(out.mean()), filled=float(lengths[~out].sum() / (len(lengths) * num_rows * row_length)))
 
@@ -91,10 +91,10 @@ def measure(pairs: Pairs, row_length: int, width: int) -> dict[str, float]:
     return (nll * rows.weights).sum() / rows.weights.sum(), rows.overflow.sum()
 
   def packed(params, *pairs):
-    return jax.value_and_grad(loss, has_aux=True)(params, pack(*pairs, vocabulary, num_rows=num_rows, row_length=row_length))
+    return jax.value_and_grad(loss, has_aux=True)(params, pack_pairs(*pairs, vocabulary, num_rows=num_rows, row_length=row_length))
 
   def one_a_row(params, *pairs):
-    rows = jax.vmap(lambda *pair: pack(*(x[None] for x in pair), vocabulary, num_rows=1, row_length=padded_length))(*pairs)
+    rows = jax.vmap(lambda *pair: pack_pairs(*(x[None] for x in pair), vocabulary, num_rows=1, row_length=padded_length))(*pairs)
     return jax.value_and_grad(loss, has_aux=True)(params, jax.tree.map(lambda x: x[:, 0] if x.ndim == 3 else x, rows))
 
   steps = {'packed': jax.jit(packed), 'padded': jax.jit(one_a_row)}

@@ -31,7 +31,7 @@ from jax.sharding import PartitionSpec as P
 from lavit_jax.models import lavit
 from lavit_jax.weights.torch import formats, files
 from lavit_jax.weights.torch.mapping import torch_shapes
-from lavit_jax.weights.store.folder import load_parts
+from lavit_jax.weights.store.folder import load_params
 
 BLOCK = 1 << 25  # numbers
 REST = 30  # seconds
@@ -46,7 +46,7 @@ def write_folder(folder: pathlib.Path, variant: str) -> None:
     like = formats.shapes(model, [place.part])
     if not like:
       continue
-    shapes = torch_shapes(formats.tables(model, place.part)[0], formats.like_of(like[place.part]))
+    shapes = torch_shapes(formats.name_rules(model, place.part)[0], formats.like_of(like[place.part]))
     where, stem = place.overlay or (place.folder, place.stems[0])
     specs = {name: jax.ShapeDtypeStruct(shape, np.float16) for name, shape in shapes.items()}
     with files.Writer(folder / where, stem, specs) as writer:
@@ -58,7 +58,7 @@ def write_folder(folder: pathlib.Path, variant: str) -> None:
 
 def digest(folder: pathlib.Path) -> dict:
   """(file's folder, name, shape, type, CRC-32) of every tensor."""
-  found = formats.recognise(folder)[1]
+  found = formats.detect(folder)[1]
   return {(each.place.part, name): (tensor.shape, str(tensor.dtype), zlib.crc32(np.asarray(tensor).reshape(-1).view(np.uint8)))
           for each in found for name, tensor in each.merged.items()}
 
@@ -71,7 +71,7 @@ def restore(folder: pathlib.Path) -> None:
     axis = max((n for n, size in enumerate(x.shape) if size % len(jax.devices()) == 0), default=None)
     return NamedSharding(mesh, P() if axis is None else P(*[None] * axis, 'x'))
 
-  params = load_parts(folder, ['llama'], shardings=lambda tree: jax.tree.map(place, tree), dtype=None)
+  params = load_params(folder, ['llama'], shardings=lambda tree: jax.tree.map(place, tree), dtype=None)
   print(f'{sum(x.nbytes for x in jax.tree.leaves(params)) / 1e9:.2f} GB on {len(jax.devices())} devices')
 
 

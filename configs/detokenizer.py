@@ -25,7 +25,7 @@ HELDOUT = (dict(format='tars', path='gs://BUCKET/laion400m/{41152..41407}.tar'),
 
 
 def get_config(variant: str = 'tiny') -> ConfigDict:
-  lavit.row(variant)  # names the nearest one if there is none
+  lavit.variant_config(variant)  # names the nearest one if there is none
   row, large = SCHEDULES[variant], variant != 'tiny'
   config = ConfigDict(dict(
       stage='detokenizer', variant=variant, batch_size=row['batch_size'], num_steps=row['num_steps'],  # above

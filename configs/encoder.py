@@ -12,7 +12,7 @@ from lavit_jax.models import lavit
 
 
 def get_config(variant: str = 'tiny') -> ConfigDict:
-  lavit.row(variant)  # names the nearest one if there is none
+  lavit.variant_config(variant)  # names the nearest one if there is none
   if variant != 'tiny':
     raise UserError(f'configs/encoder.py trains tiny only, not {variant!r}: the encoders of larger variants are ported')
   config = ConfigDict(dict(

@@ -36,7 +36,7 @@ HELDOUT = (dict(format='tars', path='gs://BUCKET/blip-capfilt/{07640..07895}.tar
 
 
 def get_config(variant: str = 'tiny') -> ConfigDict:
-  size, row, large = lavit.row(variant)['vit']['image_size'], SCHEDULES[variant], variant != 'tiny'
+  size, row, large = lavit.variant_config(variant)['vit']['image_size'], SCHEDULES[variant], variant != 'tiny'
   config = ConfigDict(dict(
       stage='lm', variant=variant, batch_size=row['batch_size'], num_steps=row['num_steps'],  # above
       seed=0, accumulate=row['accumulate'], dtype='bfloat16' if large else 'float32', remat=row['remat'],  # above

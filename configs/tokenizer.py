@@ -25,7 +25,7 @@ HELDOUT = (dict(format='tars', path='gs://BUCKET/laion400m/{41152..41407}.tar'),
 
 
 def get_config(variant: str = 'tiny') -> ConfigDict:
-  size, row = lavit.row(variant)['vit']['image_size'], SCHEDULES[variant]
+  size, row = lavit.variant_config(variant)['vit']['image_size'], SCHEDULES[variant]
   large = variant != 'tiny'
   config = ConfigDict(dict(
       stage='tokenizer', variant=variant, batch_size=row['batch_size'], num_steps=row['num_steps'],  # above

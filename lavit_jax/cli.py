@@ -67,7 +67,7 @@ def train(args):
   from lavit_jax.training import distributed
   distributed.connect(args.coordinator, args.processes, args.process, args.timeout)
   from lavit_jax.training.loop import train as run
-  with distributed.together():
+  with distributed.exit_together():
     run(config, args.workdir)
 
 
@@ -99,7 +99,7 @@ def task(args):
   """caption, answer, generate, synthesize, reconstruct and tokenize; an option not of PLUMBING goes to the model's method by its name."""
   from lavit_jax.apps import batch
   chosen = batch.TASKS[args.command]
-  rows, base, many = batch.find_rows(chosen, args.inputs, args.input, args.out)
+  rows, base, many = batch.resolve_rows(chosen, args.inputs, args.input, args.out)
   options = {key: value for key, value in vars(args).items() if key not in PLUMBING and value is not None}
   settings = dict(options, command=args.command, **{key: getattr(args, key) for key in LOADING if getattr(args, key) is not None})
   from lavit_jax.local_paths import expand_home
@@ -115,8 +115,8 @@ def task(args):
   results, pictures = args.out, None
   if 'file' in chosen.gives:
     results, pictures = os.path.join(args.out, 'manifest.jsonl') if many else None, args.out
-  known = batch.Results(results, chosen.gives, settings) if results else None
-  batch.run(chosen, _model(args), rows, args.seed, options, base=base, many=many, as_json=args.json, results=known, pictures=pictures)
+  known = batch.ResultsFile(results, chosen.gives, settings) if results else None
+  batch.run_batch(chosen, _model(args), rows, args.seed, options, base=base, many=many, as_json=args.json, results=known, pictures=pictures)
 
 
 def app(args):
@@ -131,9 +131,9 @@ def app(args):
 
 
 def convert(args):
-  from lavit_jax.weights.torch.convert import prepare
+  from lavit_jax.weights.torch.convert import plan_conversion
   from lavit_jax.apps.conversion import run
-  job = prepare(args.src, args.dst, variant=args.variant, dtype=args.dtype, allow_missing=args.allow_missing, force=args.force,
+  job = plan_conversion(args.src, args.dst, variant=args.variant, dtype=args.dtype, allow_missing=args.allow_missing, force=args.force,
                 pickles=args.bin, grow=not args.keep_vocabulary, weights_variant=args.weights_variant, allow_nonfinite=args.allow_nonfinite)
   run(job, args.dry_run)
 
@@ -153,9 +153,9 @@ def data_build(args):
 
 
 def data_pack(args):
-  from lavit_jax.data.array_record import pack
+  from lavit_jax.data.array_record import write_array_records
   options = {'image': args.image} if args.image else {}
-  packed = pack(args.sources, args.out, args.workers, **options)
+  packed = write_array_records(args.sources, args.out, args.workers, **options)
   reasons = ''.join(', %s %d' % pair for pair in sorted(packed.skipped.items()))
   print('%d records in %s; skipped: %d%s; tars done before: %d' % (
       packed.records, args.out, sum(packed.skipped.values()), reasons, packed.found))

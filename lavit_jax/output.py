@@ -16,7 +16,7 @@ from lavit_jax.errors import UserError
 from lavit_jax.data.images import SUFFIXES
 
 
-def write(path, data: bytes | str) -> pathlib.Path:
+def write_atomic(path, data: bytes | str) -> pathlib.Path:
   """Writes a file atomically, making its folder. Raises UserError naming it (full disk, no permission); leaves no fragment."""
   path = pathlib.Path(path)
   scratch = None
@@ -38,10 +38,10 @@ def write(path, data: bytes | str) -> pathlib.Path:
 
 def write_json(path, value) -> pathlib.Path:
   """Writes `value` as indented JSON."""
-  return write(path, json.dumps(value, indent=1, ensure_ascii=False) + '\n')
+  return write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + '\n')
 
 
-def png(image: np.ndarray) -> bytes:
+def encode_png(image: np.ndarray) -> bytes:
   """uint8[H, W, 3] -> the bytes of a PNG."""
   buffer = io.BytesIO()
   Image.fromarray(image).save(buffer, 'PNG')

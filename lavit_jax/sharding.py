@@ -114,7 +114,7 @@ def shardings(tree, mesh: Mesh, rules=RULES):
   return jax.tree_util.tree_map_with_path(place, tree)
 
 
-class Share(NamedTuple):
+class ProcessShare(NamedTuple):
   """`rows` of a global batch that the devices of one process hold, ascending; of all shares this is number `index` of `count`."""
 
   rows: np.ndarray
@@ -122,7 +122,7 @@ class Share(NamedTuple):
   count: int
 
 
-def share(mesh: Mesh, batch_size: int) -> Share:
+def process_share(mesh: Mesh, batch_size: int) -> ProcessShare:
   """What this process must read. Processes whose devices differ along `tensor` alone have the same share.
 
   Raises:
@@ -135,10 +135,10 @@ def share(mesh: Mesh, batch_size: int) -> Share:
   if sum(map(len, shares)) != batch_size or len({len(rows) for rows in shares}) != 1:
     raise UserError('mesh: the pieces of a batch do not fall evenly to the processes; tensor must divide their devices, or be a multiple of them')
   mine = tuple(sorted(held[jax.process_index()]))
-  return Share(np.array(mine), shares.index(mine), len(shares))
+  return ProcessShare(np.array(mine), shares.index(mine), len(shares))
 
 
-def put_batch(batch: dict, mesh: Mesh, share: Share) -> dict:
+def put_batch(batch: dict, mesh: Mesh, share: ProcessShare) -> dict:
   """This process's rows (numpy) as global arrays, split over `data` and `fsdp`."""
   batch_size = len(share.rows) * share.count
 

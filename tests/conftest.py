@@ -12,13 +12,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from lavit_jax.models import lavit
-from lavit_jax.models.decoder import Decoder
-from lavit_jax.models.initialization import initial_parts
+from lavit_jax.models.decoder import FeatureDecoder
+from lavit_jax.models.initialization import init_params
 from lavit_jax.models.tokenizer import DynamicTokenizer, Understanding
 from lavit_jax.models.vit import ViT
 from lavit_jax.weights.torch import names_visual as tables
 from lavit_jax.weights.torch.mapping import from_torch
-from lavit_jax.weights.store.folder import save_parts
+from lavit_jax.weights.store.folder import save_params
 
 FOLDER = pathlib.Path(__file__).parent / 'data' / 'golden'
 
@@ -37,8 +37,8 @@ def golden():
               width // size['vit_heads'], mlp_dim, size['vit_head_dim']),
       tokenizer=DynamicTokenizer(*merger, size['codebook_size'], size['code_dim']),
       understanding=Understanding(*merger, size['llm_dim']),
-      decoder=Decoder(*decoder, (size['cross_attention_dim'],)),
-      highres_decoder=Decoder(
+      decoder=FeatureDecoder(*decoder, (size['cross_attention_dim'],)),
+      highres_decoder=FeatureDecoder(
           *decoder, (size['cross_attention_dim_1'], size['cross_attention_dim_2']), size['pooled_dim']
       ),
   )
@@ -49,11 +49,11 @@ def golden():
   )
   inputs['highres_decoder'] = inputs['decoder']
   files = dict(
-      vit=('eva_vit', tables.vit_rows()),
-      tokenizer=('tokenizer_encoder', tables.tokenizer_rows()),
-      understanding=('tokenizer_encoder', tables.understanding_rows()),
-      decoder=('tokenizer_decoder', tables.decoder_rows(1)),
-      highres_decoder=('highres_tokenizer_decoder', tables.decoder_rows(2)),
+      vit=('eva_vit', tables.vit_rules()),
+      tokenizer=('tokenizer_encoder', tables.tokenizer_rules()),
+      understanding=('tokenizer_encoder', tables.understanding_rules()),
+      decoder=('tokenizer_decoder', tables.decoder_rules(1)),
+      highres_decoder=('highres_tokenizer_decoder', tables.decoder_rules(2)),
   )
   params = {}
   for part, (file, rows) in files.items():
@@ -87,12 +87,12 @@ def tiny_parts():
     fan_in = np.prod(leaf.shape[-2:-1] if leaf.ndim < 4 else leaf.shape[:3])
     return jnp.asarray(rng.normal(0, fan_in**-0.5, leaf.shape), jnp.float32)
 
-  return jax.tree.map(draw, jax.eval_shape(functools.partial(initial_parts, lavit.build('tiny')), jax.random.key(0)))
+  return jax.tree.map(draw, jax.eval_shape(functools.partial(init_params, lavit.build('tiny')), jax.random.key(0)))
 
 
 @pytest.fixture(scope='session')
 def tiny_folder(tiny_parts, tmp_path_factory):
   """These parts as a checkpoint folder with its tokenizer."""
   folder = tmp_path_factory.mktemp('checkpoint') / 'tiny'
-  save_parts(folder, 'tiny', tiny_parts, tokenizer=pathlib.Path(lavit.__file__).parents[1] / 'assets' / 'tiny' / 'language_model')
+  save_params(folder, 'tiny', tiny_parts, tokenizer=pathlib.Path(lavit.__file__).parents[1] / 'assets' / 'tiny' / 'language_model')
   return folder

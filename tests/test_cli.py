@@ -192,25 +192,25 @@ def test_a_full_disk(tmp_path, monkeypatch, fails):
   from lavit_jax.training import loop
   monkeypatch.setattr(loop, 'train', full)
   fails(['train', '--config', ROOT / 'configs/tokenizer.py', '--workdir', tmp_path], 'disk is full at runs/x/state; free some space')
-  old = output.write(tmp_path / 'report.json', 'old')
+  old = output.write_atomic(tmp_path / 'report.json', 'old')
 
   class Full(io.BytesIO):
     write = full
 
   monkeypatch.setattr(output.os, 'fdopen', lambda *_: Full())
   with pytest.raises(output.UserError, match='cannot write .*report.json: No space left'):
-    output.write(old, 'new')
+    output.write_atomic(old, 'new')
   assert [path.name for path in tmp_path.iterdir()] == ['report.json'] and old.read_text() == 'old'
 
 
 def test_output_is_whole_and_readable(tmp_path):
-  path = output.write(tmp_path / 'a' / 'b.txt', 'words')
+  path = output.write_atomic(tmp_path / 'a' / 'b.txt', 'words')
   assert path.read_text() == 'words' and path.stat().st_mode & 0o777 == 0o644
   assert output.slug('Two owls, on a RED background!.png') == 'two-owls-on-a-red-background' and output.slug('???') == 'picture'
   assert output.slug('00.png and on a red background') == '00-and-on-a-red-background'
   assert output.slug('St. Lucia / a flag') == 'st-lucia-a-flag'
   with pytest.raises(output.UserError, match='cannot write .*b.txt/c'):
-    output.write(path / 'c', 'words')
+    output.write_atomic(path / 'c', 'words')
 
 
 def test_other_errors_are_not_hidden(monkeypatch):

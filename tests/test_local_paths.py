@@ -65,8 +65,8 @@ def test_images_and_rows(home):
   pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
   Image.fromarray(pixels).save(home / 'a.png')
   np.testing.assert_array_equal(images.read_image('~/a.png'), pixels)
-  assert batch.find_pictures(['~']) == batch.find_pictures(['~/a.png']) == [f'{home}/a.png']
-  rows, base, many = batch.find_rows(batch.TASKS['caption'], ['~'], None, None)
+  assert batch.find_images(['~']) == batch.find_images(['~/a.png']) == [f'{home}/a.png']
+  rows, base, many = batch.resolve_rows(batch.TASKS['caption'], ['~'], None, None)
   assert (rows, many) == ([dict(image=f'{home}/a.png')], True)
   (home / 'rows.jsonl').write_text(json.dumps(dict(image='~/a.png')))
   np.testing.assert_array_equal(batch.load(dict(image='~/a.png'), ('image',), home / 'x', 8)['image'], pixels)

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
-from lavit_jax.models.initialization import initial_parts
+from lavit_jax.models.initialization import init_params
 from lavit_jax import sharding
 from lavit_jax.training import optimizer
 
@@ -60,7 +60,7 @@ def test_a_large_leaf_without_a_rule_is_an_error():
 
 @pytest.fixture(scope='module')
 def seven_b():
-  return jax.eval_shape(functools.partial(initial_parts, lavit.build('lavit_7b')), jax.random.key(0))
+  return jax.eval_shape(functools.partial(init_params, lavit.build('lavit_7b')), jax.random.key(0))
 
 
 def test_every_large_leaf_of_the_7b_model_is_split(seven_b):
@@ -80,7 +80,7 @@ def test_optimizer_moments_lie_with_their_parameters(seven_b):
   params = {'llama': seven_b['llama']}
   config = ConfigDict(dict(learning_rate=1.0, warmup_steps=1, final_fraction=0.1, weight_decay=0.1, b1=0.9, b2=0.95,
                            mu_dtype='float32', nu_dtype='float32', clip_norm=1.0, freeze=(), lr_scale=()))
-  state = jax.eval_shape(optimizer.make(config, 10, params).init, params)
+  state = jax.eval_shape(optimizer.make_optimizer(config, 10, params).init, params)
   specs = {sharding.path_name(path): s.spec for path, s in jax.tree_util.tree_leaves_with_path(sharding.shardings(state, MESH))}
   for moment in ('mu', 'nu'):
     mine = {re.sub(f'.*/{moment}/', '', name): spec for name, spec in specs.items() if f'/{moment}/' in name}
@@ -123,7 +123,7 @@ def test_slices_that_data_does_not_run_across(sizes):
 def test_batches_and_trees_arrive_as_they_were():
   mesh = sharding.make_mesh(dict(data=-1, fsdp=1, tensor=1))
   rows = {'image': np.arange(24 * 8, dtype=np.uint8).reshape(8, 24)}
-  batch = sharding.put_batch(rows, mesh, sharding.share(mesh, 8))
+  batch = sharding.put_batch(rows, mesh, sharding.process_share(mesh, 8))
   assert batch['image'].sharding.spec == sharding.BATCH
   np.testing.assert_array_equal(batch['image'], rows['image'])
   tree = {'fc1': {'kernel': np.ones((4, 2), np.float32)}, 'uncond_embeddings': jnp.zeros((1, 3))}
@@ -156,7 +156,7 @@ def test_a_process_reads_the_rows_that_its_devices_hold(monkeypatch, sizes, proc
       return held
 
   monkeypatch.setattr(sharding, 'NamedSharding', Places)
-  share = sharding.share(None, 8)
+  share = sharding.process_share(None, 8)
   assert (share.rows.tolist(), share.index, share.count) == (rows, index, count)
 
 
@@ -171,7 +171,7 @@ def test_rows_that_two_processes_hold_in_part(monkeypatch):
 
   monkeypatch.setattr(sharding, 'NamedSharding', Places)
   with pytest.raises(UserError, match='do not fall evenly to the processes'):
-    sharding.share(None, 6)
+    sharding.process_share(None, 6)
 
 
 EIGHT_DEVICES = '''

@@ -23,10 +23,11 @@ from typing import NamedTuple
 
 from lavit_jax.data.images import SUFFIXES, read_images
 from lavit_jax.errors import InputError, UserError
-from lavit_jax.inference.image_generation import Drawn, report_flagged
+from lavit_jax.inference.image_generation import DecodedImages, report_flagged
 from lavit_jax.inference.faults import NotFinite
-from lavit_jax.output import png, slug, write
-from lavit_jax.inference.pipeline import MAX_BATCH, Generated, Lavit, RowSeed
+from lavit_jax.output import encode_png, slug, write_atomic
+from lavit_jax.inference.generation_config import IndexedSeed
+from lavit_jax.inference.pipeline import MAX_BATCH, ImageOutput, Lavit
 from lavit_jax.local_paths import expand_home
 
 
@@ -64,7 +65,7 @@ def _reconstruct(model, rows, decoder_guidance=None, **options):
   return _drawn(model.reconstruct(_column(rows, 'image'), guidance=decoder_guidance, details=True, **options))
 
 
-def _drawn(drawn: Drawn | Generated):
+def _drawn(drawn: DecodedImages | ImageOutput):
   return [dict(picture=picture) | (dict(flagged=True) if flagged else {}) for picture, flagged in zip(drawn.pictures, drawn.flagged)]
 
 
@@ -83,7 +84,7 @@ TASKS = dict(
 
 # -------------------------------------------------------------------------------------------------------------------- rows
 
-def find_rows(task: Task, inputs: Sequence[str], path: str | None, out: str | None) -> tuple[list[dict], pathlib.Path, bool]:
+def resolve_rows(task: Task, inputs: Sequence[str], path: str | None, out: str | None) -> tuple[list[dict], pathlib.Path, bool]:
   """What a command is to be done on: from its arguments `inputs` or from the file `path`.
 
   Of a folder among the arguments every picture is meant; `out`, where results go, is not read.
@@ -91,7 +92,7 @@ def find_rows(task: Task, inputs: Sequence[str], path: str | None, out: str | No
   Returns:
     The rows; the folder that their pictures are relative to; whether there may be many, of which one at fault must not stop the others.
   Raises:
-    UserError: neither arguments nor a file, or both; a picture in the place of a question; and as `read_rows`, `find_pictures`.
+    UserError: neither arguments nor a file, or both; a picture in the place of a question; and as `read_rows`, `find_images`.
   """
   if path is not None:
     if inputs:
@@ -106,19 +107,19 @@ def find_rows(task: Task, inputs: Sequence[str], path: str | None, out: str | No
   if task.needs == ('parts',):
     if len(folders) > 1:
       raise UserError('several folders are given; pictures are drawn with each of one folder at a time')
-    each = [find_pictures([part], out) if i in folders else [part] for i, part in enumerate(inputs)]
+    each = [find_images([part], out) if i in folders else [part] for i, part in enumerate(inputs)]
     return [dict(parts=list(parts)) for parts in itertools.product(*each)], pathlib.Path(), bool(folders)
   if 'question' in task.needs:
-    taken = [each for each in inputs[1:] if is_picture(each) or os.path.exists(each)]
+    taken = [each for each in inputs[1:] if is_image_path(each) or os.path.exists(each)]
     if taken:
       raise UserError(f'{taken[0]!r} is a picture or a file, not a question; ask about one picture or folder at a time, '
                       f'IMAGE QUESTION ..., or give rows by --input ROWS.jsonl: {example(task.needs)}')
-    pictures = find_pictures(inputs[:1], out)
+    pictures = find_images(inputs[:1], out)
     return [dict(image=image, question=text) for image in pictures for text in inputs[1:]], pathlib.Path(), 0 in folders
-  return [dict(image=image) for image in find_pictures(inputs, out)], pathlib.Path(), bool(folders) or len(inputs) > 1
+  return [dict(image=image) for image in find_images(inputs, out)], pathlib.Path(), bool(folders) or len(inputs) > 1
 
 
-def find_pictures(paths: Sequence[str], but: str | None = None) -> list[str]:
+def find_images(paths: Sequence[str], but: str | None = None) -> list[str]:
   """Files as they are, and folders as the pictures in them: at any depth, by suffix, in order of their names, hidden ones left out.
 
   Raises:
@@ -134,14 +135,14 @@ def find_pictures(paths: Sequence[str], but: str | None = None) -> list[str]:
     inside = []
     for folder, deeper, names in os.walk(path):
       deeper[:] = [name for name in deeper if not name.startswith('.') and os.path.realpath(os.path.join(folder, name)) != but]
-      inside += [os.path.join(folder, name) for name in names if is_picture(name) and not name.startswith('.')]
+      inside += [os.path.join(folder, name) for name in names if is_image_path(name) and not name.startswith('.')]
     if not inside:
       raise UserError(f'{path}: no pictures in this folder; their names end in {", ".join(SUFFIXES)}')
     found += sorted(inside, key=lambda name: name.split(os.sep))
   return found
 
 
-def is_picture(path: str) -> bool:
+def is_image_path(path: str) -> bool:
   """Whether a name or path is a picture's, by its suffix."""
   return path.lower().endswith(SUFFIXES)
 
@@ -196,7 +197,7 @@ def load(row: dict, needs: Sequence[str], base: pathlib.Path, size: int) -> dict
   def read(key, text):
     path = text if text.startswith('file:') else base / expand_home(text)
     try:
-      if key == 'image' or key == 'parts' and (is_picture(text) or os.path.isfile(path)):
+      if key == 'image' or key == 'parts' and (is_image_path(text) or os.path.isfile(path)):
         return read_images(path, size)[0]
       return text.encode().decode()
     except ValueError as error:
@@ -207,7 +208,7 @@ def load(row: dict, needs: Sequence[str], base: pathlib.Path, size: int) -> dict
 
 # ----------------------------------------------------------------------------------------------------------------- results
 
-class Results:
+class ResultsFile:
   """A file of result lines that only grows. Opened again, it knows which rows are done; a torn last line of ours is dropped.
 
   Attributes:
@@ -298,8 +299,8 @@ def _identity(row: dict) -> int:
 
 # ---------------------------------------------------------------------------------------------------------------- the run
 
-def run(task: Task, model: Lavit, rows: Sequence[dict], seed: int | None, options: dict, *, base: pathlib.Path, many: bool,
-        as_json: bool = False, results: Results | None = None, pictures: str | None = None):
+def run_batch(task: Task, model: Lavit, rows: Sequence[dict], seed: int | None, options: dict, *, base: pathlib.Path, many: bool,
+        as_json: bool = False, results: ResultsFile | None = None, pictures: str | None = None):
   """Computes the rows that have no line in `results` yet; tells each on stdout and adds its line.
 
   Args:
@@ -358,7 +359,7 @@ def _block(task: Task, model: Lavit, rows: dict[int, dict], seed: int | None, op
       outcomes[place] = dict(error=str(error))
 
   def computed(places):
-    found = task.compute(model, [loaded[i] for i in places], seed=None if seed is None else RowSeed(seed, places), **options)
+    found = task.compute(model, [loaded[i] for i in places], seed=None if seed is None else IndexedSeed(seed, places), **options)
     return dict(zip(places, found))
 
   try:
@@ -383,17 +384,17 @@ def _block(task: Task, model: Lavit, rows: dict[int, dict], seed: int | None, op
 
 def _save(folder: str, number: int, name: str, picture) -> tuple[int, str]:
   """Writes a picture; returns its number, the first from `number` on by which it replaces no other, and its file's name."""
-  data = png(picture)
+  data = encode_png(picture)
   for number in itertools.count(number):
     path = pathlib.Path(folder, f'{number}-{name}.png')
     if not os.path.lexists(path) or path.is_file() and path.read_bytes() == data:  # itself, of a run that ended there
-      return number, write(path, data).name
+      return number, write_atomic(path, data).name
 
 
 def _name(source: str | list[str]) -> str:
   """A file's name for what is drawn from a text or a picture's path, or several."""
   texts = source if isinstance(source, list) else [source]
-  return slug(' and '.join(os.path.basename(text) if is_picture(text) or os.path.isfile(text) else text for text in texts))
+  return slug(' and '.join(os.path.basename(text) if is_image_path(text) or os.path.isfile(text) else text for text in texts))
 
 
 def _tell(line: dict, task: Task, many: bool, as_json: bool):

@@ -17,7 +17,7 @@ from lavit_jax.weights.torch import convert, formats
 from lavit_jax.weights.store import folder, arrays as leaves
 
 
-def run(job: convert.Job, dry_run: bool) -> None:
+def run(job: convert.Conversion, dry_run: bool) -> None:
   """Prints the plan, and carries it out unless `dry_run`; every byte counts twice, once written and once read back."""
   console = _console()
   table = Table('part', 'PyTorch files', 'tensors', 'parameters', 'dtype', 'bytes', title=f'{job.direction}: {job.kind}, variant {job.variant}',
@@ -60,21 +60,21 @@ def inspect(path) -> None:
   """Prints what a folder holds: of ours the parts as trees with their parameters, and where they are from; of PyTorch's, the parts."""
   path, console = pathlib.Path(path), _console()
   if path.is_file() or 'variant' not in formats.read_json(path / 'config.json'):
-    kind, found = formats.recognise(path)
+    kind, found = formats.detect(path)
     tree = Tree(f'{path}: {kind}')
     for each in found:
       state = each.merged
       tree.add(f'{each.place.part}: {len(state):,} tensors in its files, {sum(int(np.prod(x.shape)) for x in state.values()):,} parameters, '
                f'{", ".join(sorted({str(x.dtype) for x in state.values()}))}')
     console.print(tree)
-    about = formats.read_json(path / formats.ABOUT)
+    about = formats.read_json(path / formats.EXPORT_INFO)
     if about:
       console.print_json(json.dumps(about))
     return
   config = folder.read_config(path)
   tree = Tree(f'{path}: lavit_jax, variant {config["variant"]}, {sum(part["parameters"] for part in config["parts"].values()):,} parameters')
   for name, part in config['parts'].items():
-    with folder.reading(path / 'parts' / name):
+    with folder.reading_errors(path / 'parts' / name):
       arrays = leaves.open_leaves(path / 'parts' / name, folder.read_checksums(path, name))
     branch = tree.add(f'{name}: {part["parameters"]:,} parameters, {part["dtype"]}')
     groups = {}

@@ -24,7 +24,7 @@ import numpy as np
 
 from lavit_jax.errors import UserError
 from lavit_jax.data.images import read_images
-from lavit_jax.output import png, write, write_json
+from lavit_jax.output import encode_png, write_atomic, write_json
 from lavit_jax.inference.pipeline import Lavit
 
 STEPS = 25  # DDIM; half of the published 50, which at 64 pixels nobody can tell apart
@@ -87,7 +87,7 @@ def run(model: Lavit, inputs, out, seed: int = 0) -> pathlib.Path:
     given = [(read_images(part, size)[0], 'input') for part in parts if not isinstance(part, str)]
     said = [('text', name, None) for part, name in zip(parts, names) if isinstance(part, str)]
     page.card([*given, (picture, f'drawn, {len(ids)} tokens')], said)
-  path = write(pathlib.Path(out) / 'index.html', page.html(
+  path = write_atomic(pathlib.Path(out) / 'index.html', page.html(
       f'LaVIT {model.model.variant}', f'{len(rows)} held-out pictures, seed {seed}, {time.monotonic() - clock:.0f} s'))
   say(f'wrote {path}')
   return path
@@ -135,7 +135,7 @@ class Page:
   def card(self, pictures, said):
     """pictures: (uint8[H, W, 3], caption) pairs; said: (what, text, truth or None) triples."""
     figures = ''.join(
-        f'<figure><img alt="{html.escape(text)}" src="data:image/png;base64,{base64.b64encode(png(picture)).decode()}">'
+        f'<figure><img alt="{html.escape(text)}" src="data:image/png;base64,{base64.b64encode(encode_png(picture)).decode()}">'
         f'<figcaption><small>{html.escape(text)}</small></figcaption></figure>' for picture, text in pictures)
     lines = ''.join(
         f'<dt>{html.escape(what)}</dt><dd>{html.escape(text)}{f" <small>({html.escape(truth)})</small>" if truth is not None else ""}</dd>'
@@ -160,11 +160,11 @@ def make(source: str, out, seed: int = 7) -> pathlib.Path:
     kind, question, answer = min(example.questions, key=lambda each: asked[each[0]])  # of every type once, before any comes again
     asked[kind] += 1
     rows.append(dict(file=f'{i:02}.png', caption=example.caption, question=question, answer=answer))
-    write(out / rows[-1]['file'], png(example.image))
+    write_atomic(out / rows[-1]['file'], encode_png(example.image))
   texts = []
   for i, example in enumerate(single[6:]):
     texts.append(dict(text=example.caption, file=f'text-{i}.png'))
-    write(out / texts[-1]['file'], png(example.image))
+    write_atomic(out / texts[-1]['file'], encode_png(example.image))
   mixed = [['00.png', 'on a blue background'], ['01.png', 'on a yellow background'], ['02.png', '03.png'], ['04.png', '05.png']]
   return write_json(out / 'manifest.json', dict(pictures=rows, texts=texts, mixed=mixed))
 

@@ -28,7 +28,7 @@ from lavit_jax.data.images import read_image, resize
 from lavit_jax.errors import UserError
 from lavit_jax.inference import image_generation
 from lavit_jax.apps.demo import STEPS, read_manifest, show_kept
-from lavit_jax.output import png
+from lavit_jax.output import encode_png
 from lavit_jax.inference.pipeline import Lavit
 
 MAX_BYTES = 20 * 2**20
@@ -96,7 +96,7 @@ class Tasks:
 
   def _draw(self, parts, seed, guidance, steps, size):
     model, seed, options = self.model, _seed(seed), dict(steps=int(steps), size=_size(size))
-    image_generation.settle(1, model.settings.drawn_size, model.settings.highres_sizes, model.parts, model.parts.scheduler,
+    image_generation.resolve_image_request(1, model.settings.drawn_size, model.settings.highres_sizes, model.parts, model.parts.scheduler,
                    **options)  # before anything runs
     codes = model.sample_codes([parts], guidance=guidance, seed=seed)
     picture = _shown(model.draw(codes, seed=seed, details=True, **options))
@@ -150,7 +150,7 @@ def open_upload(path: str | None) -> np.ndarray:
   return read_image(data, name)
 
 
-def _shown(drawn: image_generation.Drawn) -> np.ndarray:
+def _shown(drawn: image_generation.DecodedImages) -> np.ndarray:
   if drawn.flagged[0]:
     raise UserError('the safety checker found fault with this picture; try other words or another seed')
   return drawn.pictures[0]
@@ -181,7 +181,7 @@ def _size(text: str | None) -> tuple[int, int] | None:
 
 
 def _img(picture: np.ndarray, text: str) -> str:
-  return f'<img alt="{html.escape(text)}" src="data:image/png;base64,{base64.b64encode(png(picture)).decode()}">'
+  return f'<img alt="{html.escape(text)}" src="data:image/png;base64,{base64.b64encode(encode_png(picture)).decode()}">'
 
 
 def _strip(title: str, codes, shown: list[str], colours: list[str]) -> str:
@@ -190,7 +190,7 @@ def _strip(title: str, codes, shown: list[str], colours: list[str]) -> str:
   return f'<div class="tokens"><p>{html.escape(title)}</p><ol>{cells}</ol></div>'
 
 
-def told(function):
+def report_errors(function):
   """`function`, whose errors become a message on the page: the user's own as they are, any other in the log alone."""
 
   @functools.wraps(function)
@@ -262,7 +262,7 @@ def build(tasks: Tasks) -> gr.Blocks:
     return [seed, strict, steps, size]
 
   def on(function, triggers, given, found):
-    gr.on(triggers, told(function), given, found, api_name=function.__name__, show_progress_on=found[0],
+    gr.on(triggers, report_errors(function), given, found, api_name=function.__name__, show_progress_on=found[0],
           concurrency_id='model', concurrency_limit=1)
 
   with gr.Blocks(title='LaVIT', analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as page:

@@ -21,9 +21,9 @@ from lavit_jax.compile.topology import GIB
 from lavit_jax.errors import UserError
 from lavit_jax.inference import decode
 from lavit_jax.models import lavit
-from lavit_jax.models.initialization import initial_parts
+from lavit_jax.models.initialization import init_params
 from lavit_jax.models.int8 import quantize_weights
-from lavit_jax.models.llama import unroll
+from lavit_jax.models.llama import unroll_layers
 
 DTYPE = 'bfloat16'
 
@@ -74,7 +74,7 @@ def run(variant: str, topology: str, batch: int, prompt: int, new: int, weights:
       f'{variant} on {topology}: {chips}, mesh {first.mesh}; {batch} rows of {prompt} tokens and '
       f'{new} new ones, weights {first.weights}, cache {first.cache}'))
   lines = {
-      'parameters, GiB': lambda r: f'{r.hbm_parameters_gib:.2f}', 'cache, GiB': lambda r: f'{r.hbm_cache_gib:.2f}', 'memory, GiB': pods.limit,
+      'parameters, GiB': lambda r: f'{r.hbm_parameters_gib:.2f}', 'cache, GiB': lambda r: f'{r.hbm_cache_gib:.2f}', 'memory, GiB': pods.memory_limit_note,
       'TFLOP': lambda r: f'{r.flops_per_chip / 1e12:,.3f}', 'GB to and from HBM': lambda r: f'{r.hbm_bytes_per_chip / 1e9:,.2f}',
       'GB to other chips': lambda r: f'{r.collective_bytes_per_chip / 1e9:,.3f}', 'ms of compute': lambda r: f'{1e3 * r.compute_seconds:.2f}',
       'ms of memory': lambda r: f'{1e3 * r.memory_seconds:.2f}', 'ms of network': lambda r: f'{1e3 * r.network_seconds:.2f}',
@@ -95,7 +95,7 @@ def compile_decoding(variant: str, topology: str, batch: int, prompt: int, new: 
   """
   if new < 2:
     raise UserError(f'--new-tokens {new}: the first comes of the prompt; ask for 2 or more')
-  chip, devices = pods.pod(topology)
+  chip, devices = pods.pod_devices(topology)
   mesh = sharding.make_mesh(dict(data=1, fsdp=1, tensor=-1), devices)
   llama, params = _abstract_llama(variant, weights, mesh)
 
@@ -119,8 +119,8 @@ def compile_decoding(variant: str, topology: str, batch: int, prompt: int, new: 
     times = half.times(chip)
     return Report(
         name, topology, mesh.size, pods.devices_per_chip(topology), dict(mesh.shape), batch, prompt,
-        new, weights or DTYPE, cache or DTYPE, pods.bytes_a_chip(params) / GIB,
-        pods.bytes_a_chip(slots) / GIB, program.hbm_bytes / GIB, chip.hbm_gib, program.fits(chip), cost.flops, cost.bytes, half.sent, *times,
+        new, weights or DTYPE, cache or DTYPE, pods.bytes_per_chip(params) / GIB,
+        pods.bytes_per_chip(slots) / GIB, program.hbm_bytes / GIB, chip.hbm_gib, program.fits(chip), cost.flops, cost.bytes, half.sent, *times,
         tokens / max(times), program.compile_seconds)
 
   return [report(name, *half) for name, half in halves.items()]
@@ -131,11 +131,11 @@ def _abstract_llama(variant: str, weights: str | None, mesh: Mesh):
   model = lavit.build(variant, DTYPE)
 
   def parameters():
-    params = jax.tree.map(lambda x: x.astype(DTYPE), initial_parts(model, jax.random.key(0), ('llama',))['llama'])
-    params = unroll(model.llama, params)[1]
+    params = jax.tree.map(lambda x: x.astype(DTYPE), init_params(model, jax.random.key(0), ('llama',))['llama'])
+    params = unroll_layers(model.llama, params)[1]
     return quantize_weights(params) if weights == 'int8' else params
 
   params = jax.eval_shape(parameters)
   places = sharding.shardings({'llama': params}, mesh)['llama']
   params = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params, places)
-  return unroll(model.llama, params)[0], params
+  return unroll_layers(model.llama, params)[0], params

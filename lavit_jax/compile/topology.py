@@ -53,7 +53,7 @@ class Program(NamedTuple):
     return self.hbm_bytes <= (1 - SPARE) * chip.hbm_gib * GIB
 
 
-def pod(topology: str, slices: int = 1) -> tuple[Chip, list]:
+def pod_devices(topology: str, slices: int = 1) -> tuple[Chip, list]:
   """The figures of one device of a topology CHIP:SHAPE such as 'v5e:16x16', and its devices, of
   `slices` such pods.
 
@@ -116,20 +116,20 @@ def compile_on(topology: str, mesh: Mesh, function, *inputs) -> Program:
   return Program(total, *hlo.costs(compiled.as_text(), kernel_flops), seconds)
 
 
-def bytes_a_chip(tree) -> int:
+def bytes_per_chip(tree) -> int:
   """Of the arrays of a tree with shardings."""
   arrays = [x for x in jax.tree.leaves(tree) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
   return sum(math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize for x in arrays)
 
 
-def limit(report) -> str:
+def memory_limit_note(report) -> str:
   """How much of a chip's memory a report says is taken, and whether that is well."""
   fits = 'fits' if report.fits else 'does not fit with a tenth to spare'
   return f'{report.hbm_per_chip_gib:.2f} of {report.hbm_limit_gib:g}: {fits}'
 
 
 def devices_per_chip(topology: str) -> int:
-  """Of the chips of a topology that `pod` knows."""
+  """Of the chips of a topology that `pod_devices` knows."""
   return TPUS[libtpu_topology(topology)[0]].devices
 
 

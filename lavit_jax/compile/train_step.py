@@ -73,7 +73,7 @@ def rows(report: Report) -> list[tuple[str, str]]:
   """The lines of the table, (what, how much)."""
   return [
       ('parameters, GiB', f'{report.hbm_parameters_gib:.2f}'), ('optimizer, GiB', f'{report.hbm_optimizer_gib:.2f}'),
-      ('activations and gradients, GiB', f'{report.hbm_activations_gib:.2f}'), ('memory, GiB', pods.limit(report)),
+      ('activations and gradients, GiB', f'{report.hbm_activations_gib:.2f}'), ('memory, GiB', pods.memory_limit_note(report)),
       ('tokens a step, all chips', f'{report.tokens_per_step:,}, of which {report.packed_share:.1%} are expected to be filled'),
       ('TFLOP of the program', f'{report.flops_per_chip / 1e12:,.1f}'), ('TFLOP of the model', f'{report.model_flops_per_chip / 1e12:,.1f}'),
       ('GB to and from HBM', f'{report.hbm_bytes_per_chip / 1e9:,.1f}'),
@@ -93,21 +93,21 @@ def compile_step(config, page: str, topology: str, slices: int = 1) -> Report:
   Raises:
     UserError: no such chip or topology, libtpu is missing, or the config does not fit it.
   """
-  chip, devices = pods.pod(topology, slices)
+  chip, devices = pods.pod_devices(topology, slices)
   check_values(config)
   mesh = sharding.make_mesh(config.mesh, devices)
   step, inputs = abstract_step(config, mesh)
   program = pods.compile_on(topology, mesh, step, *inputs)
 
   state, frozen, _ = inputs
-  parameters = pods.bytes_a_chip((state.params, state.ema, state.state, frozen))
-  optimizer = pods.bytes_a_chip(state.opt_state)
+  parameters = pods.bytes_per_chip((state.params, state.ema, state.state, frozen))
+  optimizer = pods.bytes_per_chip(state.opt_state)
   packed_share = flops.expected_share(config)
-  model_flops = flops.of_step(config).at(packed_share) / mesh.size
+  model_flops = flops.step_flops(config).at(packed_share) / mesh.size
   times = program.times(chip)
   return Report(
       page, topology, slices, mesh.size, pods.devices_per_chip(topology), dict(mesh.shape),
-      stages.tokens(config), packed_share, parameters / GIB,
+      stages.tokens_per_step(config), packed_share, parameters / GIB,
       optimizer / GIB, (program.hbm_bytes - parameters - optimizer) / GIB, program.hbm_bytes / GIB, chip.hbm_gib, program.fits(chip),
       program.cost.flops, model_flops, program.cost.bytes, program.sent, dict(program.cost.network), *times,
       model_flops / (chip.tflops * 1e12 * max(times)), program.compile_seconds)
@@ -117,9 +117,9 @@ def abstract_step(config, mesh):
   """(the train step, its inputs as ShapeDtypeStructs with their shardings) on a mesh whose devices need not be here."""
   check_options(config, mesh)
   model = lavit.build(config.variant, config.dtype, config.remat)
-  stage = stages.build(config, model, sharding.batch_shards(mesh))
+  stage = stages.build_stage(config, model, sharding.batch_shards(mesh))
   parts, batch = stages.abstract_inputs(config, model, stage)
-  init, tx = loop.initialiser(config, stage, parts)
+  init, tx = loop.make_init(config, stage, parts)
   state = jax.eval_shape(init, jax.random.key(0), parts)
   places = sharding.shardings(state, mesh)
 

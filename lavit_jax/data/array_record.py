@@ -26,7 +26,7 @@ from lavit_jax.errors import UserError
 _MEMBERS = 16  # extensions that are kept for messages
 
 
-class Packed(NamedTuple):
+class WriteSummary(NamedTuple):
   """`records` written, `skipped` by reason, tars `found` done already, tars that `failed`, with what happened: the next run tries again."""
 
   records: int
@@ -35,8 +35,8 @@ class Packed(NamedTuple):
   failed: list[str]
 
 
-def pack(sources: str | Sequence[str], out: str, workers: int = 1, say: Callable[[str], None] = print,
-         image: Sequence[str] = formats.IMAGE_EXTENSIONS) -> Packed:
+def write_array_records(sources: str | Sequence[str], out: str, workers: int = 1, say: Callable[[str], None] = print,
+         image: Sequence[str] = formats.IMAGE_EXTENSIONS) -> WriteSummary:
   """Packs the tars that paths, globs and braces name into the folder `out`, with so many processes; files that are there already stay.
 
   `image`: the extensions of pictures, of which a sample's first counts.
@@ -80,7 +80,7 @@ def pack(sources: str | Sequence[str], out: str, workers: int = 1, say: Callable
       broken = broken or about.get('broken', '')
   if not records and not failed:
     raise UserError(_nothing(files, skipped, members, image, broken))
-  return Packed(records, dict(skipped), len(targets) - len(waiting), failed)
+  return WriteSummary(records, dict(skipped), len(targets) - len(waiting), failed)
 
 
 def _nothing(files: Sequence[str], skipped: collections.Counter, members: collections.Counter, image: Sequence[str], broken: str) -> str:

@@ -10,9 +10,9 @@ import numpy as np
 from lavit_jax.data import images, long_text, transforms
 from lavit_jax.data.emoji import questions, splits, sprites
 from lavit_jax.data.cleaning import clean_caption, clean_text
-from lavit_jax.data.row_workers import Made, Skipped, closed_at_exit
+from lavit_jax.data.row_workers import RowDataset, SkipCounter, closed_at_exit
 from lavit_jax.data.emoji.scenes import Composer, Example
-from lavit_jax.data.sources import mix
+from lavit_jax.data.sources import mix_sources
 from lavit_jax.data.streams import shards_of
 from lavit_jax.data.text import TextTokenizer
 from lavit_jax.errors import UserError
@@ -30,7 +30,7 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
             shares: Mapping[str, float] | None = None, question_weights: Mapping[str, float] | None = None,
             draw_text_weight: float = 0.1, drop_text: float = 0.1, scene_share: float = 0.3, shard_index: int = 0, shard_count: int = 1,
             rows: Sequence[int] | None = None, num_threads: int = 2, sources: Sequence[Mapping] = (), heldout: Sequence[Mapping] = (), shards: int = 1,
-            crop: str = 'none', max_skipped: float = 0.05, skipped: Skipped | None = None,
+            crop: str = 'none', max_skipped: float = 0.05, skipped: SkipCounter | None = None,
             vit_size: int | None = None) -> Iterator[dict[str, np.ndarray]]:
   """An endless iterator over batches of numpy arrays, with `get_state` / `set_state`.
 
@@ -58,7 +58,7 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
 
   Raises ValueError for an unknown task, share, question type, crop or split, and for a composed text of more than `text_length` tokens.
   """
-  check(task, shares=shares, question_weights=question_weights, crop=crop, sources=sources, heldout=heldout)
+  validate_options(task, shares=shares, question_weights=question_weights, crop=crop, sources=sources, heldout=heldout)
   rows = list(range(shard_index * batch_size, (shard_index + 1) * batch_size) if rows is None else rows)
   if len(rows) != batch_size:
     raise ValueError(f'{len(rows)} rows make no batch of {batch_size}')
@@ -75,12 +75,12 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
     held = shards_of(rows, batch_size * shard_count, shards)
     captioned = write is not None
     if split == 'train':
-      deal, of = mix(chosen, seed, shards, held, captioned=captioned)
+      deal, of = mix_sources(chosen, seed, shards, held, captioned=captioned)
     else:
-      deal, of = mix(chosen, None, shards, held, 'heldout', captioned)
+      deal, of = mix_sources(chosen, None, shards, held, 'heldout', captioned)
     crop = crop if split == 'train' or crop == 'none' else 'center'
-    make = transforms.make_row(seed, image_size, crop, write, vit_size)
-    made = Made(deal, of, make, skipped or Skipped(), max_skipped, num_threads, batch_size // len(held))
+    make = transforms.row_builder(seed, image_size, crop, write, vit_size)
+    made = RowDataset(deal, of, make, skipped or SkipCounter(), max_skipped, num_threads, batch_size // len(held))
     made = made.batch(batch_size, drop_remainder=True)
     return closed_at_exit(iter(grain.experimental.ThreadPrefetchIterDataset(made, prefetch_buffer_size=2 if num_threads else 0)))
   composer = Composer(sprites.load(source), split, scene_share, image_size)
@@ -125,7 +125,7 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
   return Batches(pipeline)
 
 
-def check(task: str, *, shares: Mapping[str, float] | None = None, question_weights: Mapping[str, float] | None = None, crop: str = 'none',
+def validate_options(task: str, *, shares: Mapping[str, float] | None = None, question_weights: Mapping[str, float] | None = None, crop: str = 'none',
           sources: Sequence[Mapping] = (), heldout: Sequence[Mapping] = (), **others) -> None:
   """Raises what `batches` would of these options, whatever the data, which are not opened."""
   del others
@@ -183,7 +183,7 @@ class Batches(Iterator):
       self._iterator.close()
 
 
-def shapes(task: str, batch_size: int, image_size: int, text_length: int = 0,
+def batch_shapes(task: str, batch_size: int, image_size: int, text_length: int = 0,
            vit_size: int | None = None) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
   """What `batches` yields for a task: name -> (shape, dtype)."""
   made = {'image': ((batch_size, image_size, image_size, 3), np.uint8)}
@@ -287,7 +287,7 @@ def _write_pair(write: _Writer, shares: Mapping[str, float], draw_text_weight: f
   kinds, cumulative = _cumulative(_of_pictures(shares))
 
   def write_pair(texts, use, rng, epoch):
-    text = transforms.choose(texts, rng, clean_text if use == 'text' else clean_caption)
+    text = transforms.choose_caption(texts, rng, clean_text if use == 'text' else clean_caption)
     if text and use == 'text':
       return {**write.piece(text, 1.0, epoch, seed), 'kind': np.int32(_KINDS['text'])}
     if not text:
@@ -305,7 +305,7 @@ def _of_pictures(shares: Mapping[str, float]) -> dict[str, float]:
   return {kind: shares[kind] for kind in ('caption', 'draw') if shares.get(kind)} or {'caption': 1.0}
 
 
-def kind_shares(shares: Mapping[str, float], sources: Sequence[Mapping] = ()) -> np.ndarray:
+def task_shares(shares: Mapping[str, float], sources: Sequence[Mapping] = ()) -> np.ndarray:
   """How often a row of the task 'lm' is of each kind, f64[3]: image to text, text to image, text only.
 
   What is no kind does not count: `batches` says so.

@@ -11,7 +11,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 import grain
 
 from lavit_jax.data.formats import Skip
-from lavit_jax.data.skips import Skipped
+from lavit_jax.data.skips import SkipCounter
 from lavit_jax.data.streams import OpenUnits, Shard, Ticket
 
 _AHEAD = 64  # tickets in the threads at least
@@ -19,7 +19,7 @@ _READERS = 16  # threads that read windows
 _alive = weakref.WeakSet()
 
 
-class Made(grain.IterDataset):
+class RowDataset(grain.IterDataset):
   """What `make` makes of the tickets of shards, by `num_threads` threads (0: none): `each` of a shard, then of the next, and again.
 
   `deal(pool)` gives the shards by number, and what they keep open; the pool reads for them. `of` says in the state what it is a state of
@@ -29,12 +29,12 @@ class Made(grain.IterDataset):
   """
 
   def __init__(self, deal: Callable[[Executor], tuple[Mapping[int, Shard], OpenUnits]], of: dict, make: Callable[[Ticket], dict | Skip],
-               skipped: Skipped, limit: float, num_threads: int, each: int):
+               skipped: SkipCounter, limit: float, num_threads: int, each: int):
     super().__init__()
     self.deal, self.of, self.make, self.skipped, self.limit, self.num_threads, self.each = deal, of, make, skipped, limit, num_threads, each
 
   def __iter__(self):
-    return _MadeIterator(self)
+    return _RowIterator(self)
 
 
 class _ShardRows:
@@ -94,9 +94,9 @@ class _ShardRows:
     self._drawn[number].append((ticket, future, source.get_state()))
 
 
-class _MadeIterator(grain.DatasetIterator):
+class _RowIterator(grain.DatasetIterator):
 
-  def __init__(self, made: Made):
+  def __init__(self, made: RowDataset):
     super().__init__()
     self._made, self._reading = made, ThreadPoolExecutor(_READERS)
     self._pool = ThreadPoolExecutor(made.num_threads) if made.num_threads else None

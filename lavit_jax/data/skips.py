@@ -30,7 +30,7 @@ _TOLD = 3  # of each reason, by name
 _OF_LOOKING = ('no image', 'empty caption')  # reasons where it helps to say what was looked for
 
 
-class About(NamedTuple):
+class SourceInfo(NamedTuple):
   """A source, for messages: 'sources[1]', its path, its units (1 of a store) and what is looked for in a record."""
 
   name: str = 'the data'
@@ -42,7 +42,7 @@ class About(NamedTuple):
 class _Account:
   """What is known of one source."""
 
-  def __init__(self, about: About):
+  def __init__(self, about: SourceInfo):
     self.about = about
     self.seen, self.skipped, self.reasons = collections.Counter(), collections.Counter(), collections.Counter()
     self.units = {}  # unit -> [records, skipped ones]
@@ -70,7 +70,7 @@ class _Account:
     return skipped / seen if seen >= _LEAST[unit] else None
 
 
-class Skipped:
+class SkipCounter:
   """Counts what this process left out by reason, since it started, and names the first few.
 
   `alone`: it is the only process that reads, so that its shares are those of all.
@@ -80,7 +80,7 @@ class Skipped:
     self.seen, self.skipped, self.reasons = collections.Counter(), collections.Counter(), collections.Counter()
     self._alone, self._sources = alone, {}
 
-  def add(self, made: dict | Skip, limit: float, source: int = 0, about: About = About(), unit: int = 0) -> None:
+  def add(self, made: dict | Skip, limit: float, source: int = 0, about: SourceInfo = SourceInfo(), unit: int = 0) -> None:
     """Counts an example, or a Skip, of a unit of a source.
 
     Raises:
@@ -119,7 +119,7 @@ class Skipped:
 
   def account_of(self, source: int) -> dict[str, list]:
     """What this process knows of a source, for `check`: numbers that can be added up."""
-    account = self._sources.get(source) or _Account(About())
+    account = self._sources.get(source) or _Account(SourceInfo())
     return {'records': [account.seen['records'], account.skipped['records']],
             'files': [account.seen['files'], account.skipped['files']],
             'units': [len(account.units), round(account.unit_shares, 6)]}
@@ -134,7 +134,7 @@ class Skipped:
     for account in accounts:
       for key, numbers in account.items():
         total[key] = [a + b for a, b in zip(total[key], numbers)]
-    mine = self._sources.get(source) or _Account(About(f'sources[{source}]'))
+    mine = self._sources.get(source) or _Account(SourceInfo(f'sources[{source}]'))
     units, unit_shares = total['units']
     for kind in ('records', 'files'):
       seen, skipped = total[kind]

@@ -21,8 +21,8 @@ import grain
 import xxhash
 
 from lavit_jax.data import formats
-from lavit_jax.data.skips import About
-from lavit_jax.data.streams import OpenUnits, Reader, Shard, Stored, Stream, Windows, store
+from lavit_jax.data.skips import SourceInfo
+from lavit_jax.data.streams import OpenUnits, Reader, Shard, Stored, Stream, Windows, open_stored
 from lavit_jax.errors import UserError
 
 USES = ('', 'caption', 'draw', 'text')
@@ -31,7 +31,7 @@ _COMMON = ('format', 'path', 'weight', 'use', 'image', 'text')
 _WINDOW, _LEAST_WINDOW, _HELDOUT_WINDOW = 2048, 32, 64
 
 
-def mix(sources: Sequence[Mapping], seed: int | None, shards: int, held: Sequence[int], name: str = 'sources',
+def mix_sources(sources: Sequence[Mapping], seed: int | None, shards: int, held: Sequence[int], name: str = 'sources',
         captioned: bool = True) -> tuple[
     Callable[[Executor], tuple[dict[int, Shard], OpenUnits]], dict]:
   """(`deal` of the shards `held` of so many, all that a position among them depends on), both for `rows.Made`.
@@ -81,7 +81,7 @@ def check_files(name: str, sources: Sequence[Mapping], limit: float) -> None:
 
 def _open(
     name: str, number: int, options: dict, seed: int | None, shards: int, captioned: bool = True
-) -> tuple[Stream | grain.MapDataset, dict, About]:
+) -> tuple[Stream | grain.MapDataset, dict, SourceInfo]:
   kind = options.get('format')
   if kind not in formats.FORMATS:
     raise UserError(f'{name} has format {kind!r}; choose one of {", ".join(formats.FORMATS)}')
@@ -112,7 +112,7 @@ def _open(
   if not len(records):
     raise UserError(f'{name}: {options["path"]} holds no records')
   path = options['path'] if isinstance(options['path'], str) else formats.some(map(str, options['path']), 2)
-  about = About(name, f'{kind} {path}', len(records) if 'window' in known else 1, getattr(records, 'looked_for', ''))
+  about = SourceInfo(name, f'{kind} {path}', len(records) if 'window' in known else 1, getattr(records, 'looked_for', ''))
   use, account = options.get('use', ''), {'format': kind, 'units': len(records)}
   if seed is not None:
     account['files'] = xxhash.xxh32_hexdigest(json.dumps(records.names()).encode())
@@ -121,7 +121,7 @@ def _open(
   if 'window' in known:
     window = account['window'] = _window(options.get('window'), shards) if seed is not None else max(_HELDOUT_WINDOW // shards, _LEAST_WINDOW)
     return Stream.of(records, number, use, seed, window, shards, name), account, about
-  return store(records, number, use, seed), account, about
+  return open_stored(records, number, use, seed), account, about
 
 
 def _check_values(name: str, kind: str, options: Mapping) -> None:

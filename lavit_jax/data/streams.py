@@ -23,7 +23,7 @@ import numpy as np
 
 from lavit_jax.data import paths
 from lavit_jax.data.formats import Record, Skip
-from lavit_jax.data.skips import About
+from lavit_jax.data.skips import SourceInfo
 from lavit_jax.errors import UserError
 
 _OPEN = min(512, max(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 128) // 2)  # tars that wait open, or an eighth of it row groups
@@ -70,7 +70,7 @@ class Shard:
   every batch has its part of every source. `abouts` (skips.About) are the sources for messages.
   """
 
-  def __init__(self, number: int, count: int, sources: Sequence[Stored | Windows], weights: Sequence[float], abouts: Sequence[About]):
+  def __init__(self, number: int, count: int, sources: Sequence[Stored | Windows], weights: Sequence[float], abouts: Sequence[SourceInfo]):
     self.sources, self.abouts = sources, abouts
     self._bounds, self._phase = np.cumsum(weights) / sum(weights), number / count
     self._bounds[-1] = 1.0
@@ -106,7 +106,7 @@ def turned(dealt: int, among: int) -> int:
 
 
 class Stored:
-  """Tickets of a store for a shard: one of each `count`, of all as `store` orders them."""
+  """Tickets of a store for a shard: one of each `count`, of all as `open_stored` orders them."""
 
   def __init__(self, tickets: grain.MapDataset, number: int, count: int):
     self._tickets, self._number, self._count, self._taken = tickets, number, count, 0
@@ -126,7 +126,7 @@ class Stored:
     self._taken = state
 
 
-def store(records, number: int, use: str, seed: int | None) -> grain.MapDataset:
+def open_stored(records, number: int, use: str, seed: int | None) -> grain.MapDataset:
   """Tickets of a store (formats.py), shuffled anew each epoch (seed None: in order), endless."""
   def ticket(position, index):
     return Ticket((number, position), use, functools.partial(records.read, index), position // len(records))

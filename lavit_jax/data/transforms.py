@@ -18,7 +18,7 @@ CROPS = ('none', 'center', 'random')
 LEAST_AREA = 0.5  # of the largest square, of a random crop
 
 
-def make_row(seed: int, image_size: int, crop: str, write: Callable | None,
+def row_builder(seed: int, image_size: int, crop: str, write: Callable | None,
              vit_size: int | None = None) -> Callable[[Ticket], dict | Skip]:
   """A function from a ticket to the row of its record, or to a Skip. `write` (record texts, use, rng, epoch) -> fields of the row or None.
 
@@ -100,7 +100,7 @@ def crop_box(size: tuple[int, int], crop: str, rng: np.random.Generator | None) 
   return left, top, min(left + side, size[0]), min(top + side, size[1])
 
 
-def choose(texts: Sequence[str], rng: np.random.Generator, clean: Callable[[str], str] = clean) -> str:
+def choose_caption(texts: Sequence[str], rng: np.random.Generator, clean: Callable[[str], str] = clean) -> str:
   """One of the texts that are not empty once they are clean, at random; '' if there is none."""
   left = [text for text in map(clean, texts) if text]
   return left[rng.integers(len(left))] if len(left) > 1 else ''.join(left)

@@ -17,16 +17,16 @@ from PIL import Image
 
 from lavit_jax.data.emoji import colors
 from lavit_jax.data.images import read_images
-from lavit_jax.inference.pipeline import Lavit, Tokens
+from lavit_jax.inference.pipeline import Lavit, VisualTokens
 from lavit_jax.models import lavit, vit
-from lavit_jax.models.tokenizer import l2_normalise
+from lavit_jax.models.tokenizer import l2_normalize
 
 SIDE = 16  # pixels of what the classifier sees
 
 
 # ------------------------------------------------------------------------------------------------------------------ tokens
 
-def usage(tokens: Tokens, codebook_size: int) -> dict[str, float]:
+def usage(tokens: VisualTokens, codebook_size: int) -> dict[str, float]:
   """tokens: how many an image has; codes, code_share: how many of the codebook are in use; perplexity: of their frequencies."""
   counts = np.bincount(np.concatenate(tokens.ids), minlength=codebook_size)
   p = counts[counts > 0] / counts.sum()
@@ -39,28 +39,28 @@ def features(model: Lavit, images: np.ndarray) -> np.ndarray:
   return model.in_batches(_features, ('vit',), read_images(images, model.model.image_size))
 
 
-def rebuilt_features(model: Lavit, tokens: Tokens) -> np.ndarray:
+def rebuilt_features(model: Lavit, tokens: VisualTokens) -> np.ndarray:
   """Features f32[B, N, D] that the decoder makes of the tokens alone."""
   return model.in_batches(_rebuilt, ('tokenizer', 'decoder'), *model.in_slots(tokens.ids))
 
 
 def cosine(x: np.ndarray, y: np.ndarray) -> float:
   """Mean cosine similarity of rows; [..., D], y may broadcast."""
-  return float((l2_normalise(jnp.asarray(x)) * l2_normalise(jnp.asarray(y))).sum(-1).mean())
+  return float((l2_normalize(jnp.asarray(x)) * l2_normalize(jnp.asarray(y))).sum(-1).mean())
 
 
 def mean_direction(x: np.ndarray, axis: int) -> np.ndarray:
   """The mean of x f32[B, N, D] as unit vectors over `axis`, which stays with length 1: the constant with the highest mean cosine."""
-  return np.asarray(l2_normalise(jnp.asarray(x))).mean(axis, keepdims=True)
+  return np.asarray(l2_normalize(jnp.asarray(x))).mean(axis, keepdims=True)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _features(model: lavit.Lavit, parts: dict, images: Array) -> Array:
+def _features(model: lavit.LavitModules, parts: dict, images: Array) -> Array:
   return model.vit.apply({'params': parts['vit']}, vit.preprocess(images))[:, 1:].astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _rebuilt(model: lavit.Lavit, parts: dict, ids: Array, mask: Array) -> Array:
+def _rebuilt(model: lavit.LavitModules, parts: dict, ids: Array, mask: Array) -> Array:
   codes = model.tokenizer.apply({'params': parts['tokenizer']}, ids, method='lookup')
   return model.decoder.apply({'params': parts['decoder']}, codes, mask).astype(jnp.float32)
 

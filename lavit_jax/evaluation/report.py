@@ -39,7 +39,7 @@ def evaluate(model: Lavit, source: str, count: int, out, *, drawn: int = 256, tr
   taught = loader.examples(source, 'train', seed, train, 'single')
   scenes = loader.examples(source, 'train', seed, train // 4, 'scene')
   classify = images.train_classifier(pixels(taught), kinds(taught), len(KINDS), seed=seed)
-  usual = vqa.majority(vqa.ask(taught + scenes))
+  usual = vqa.fit_majority(vqa.ask(taught + scenes))
   mean_features = images.mean_direction(images.features(model, pixels(taught[:256])), 0)
 
   report = dict(variant=model.model.variant, source=str(source), count=count, drawn=min(drawn, count), seed=seed, splits={})
@@ -75,7 +75,7 @@ def measure_tokens(model: Lavit, examples, mean_features: np.ndarray, seed: int)
               **images.usage(tokens, model.model.vocabulary.codebook_size))
 
 
-def measure_answers(model: Lavit, examples, usual: vqa.Usual, seed: int) -> dict:
+def measure_answers(model: Lavit, examples, usual: vqa.MajorityBaseline, seed: int) -> dict:
   """Every question of every example."""
   asked, shown = vqa.ask(examples), pixels(examples)
   answers = model.answer(shown[[each.index for each in asked]], [each.question for each in asked], seed=seed)

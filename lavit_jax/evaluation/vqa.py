@@ -10,7 +10,7 @@ from typing import NamedTuple
 from lavit_jax.data.emoji.scenes import Example
 
 
-class Asked(NamedTuple):
+class VQAExample(NamedTuple):
   """One question about one picture."""
 
   index: int  # of the example
@@ -19,9 +19,9 @@ class Asked(NamedTuple):
   answer: str
 
 
-def ask(examples: Sequence[Example]) -> list[Asked]:
+def ask(examples: Sequence[Example]) -> list[VQAExample]:
   """Every question of every example."""
-  return [Asked(i, *question) for i, example in enumerate(examples) for question in example.questions]
+  return [VQAExample(i, *question) for i, example in enumerate(examples) for question in example.questions]
 
 
 def normalise(answer: str) -> str:
@@ -29,18 +29,18 @@ def normalise(answer: str) -> str:
   return re.sub(r'^(a|an|the) ', '', re.split(r'[\n,.]', answer.strip())[0].strip().lower())
 
 
-class Usual(NamedTuple):
+class MajorityBaseline(NamedTuple):
   """The most frequent training answers, by the type of a question and by its very words."""
 
   by_type: dict[str, str]
   by_question: dict[str, str]
 
-  def blind(self, asked: Asked) -> str | None:
+  def blind(self, asked: VQAExample) -> str | None:
     """The best answer for who reads the question and does not see the picture."""
     return self.by_question.get(asked.question, self.by_type.get(asked.type))
 
 
-def majority(asked: Sequence[Asked]) -> Usual:
+def fit_majority(asked: Sequence[VQAExample]) -> MajorityBaseline:
   """The most frequent answer to each type of question and to each question."""
 
   def most_common(keys):
@@ -49,10 +49,10 @@ def majority(asked: Sequence[Asked]) -> Usual:
       answers[key][normalise(each.answer)] += 1
     return {key: counter.most_common(1)[0][0] for key, counter in answers.items()}
 
-  return Usual(most_common(each.type for each in asked), most_common(each.question for each in asked))
+  return MajorityBaseline(most_common(each.type for each in asked), most_common(each.question for each in asked))
 
 
-def score(answers: Sequence[str], asked: Sequence[Asked], usual: Usual) -> dict[str, dict[str, float]]:
+def score(answers: Sequence[str], asked: Sequence[VQAExample], usual: MajorityBaseline) -> dict[str, dict[str, float]]:
   """By type, and over all ('all'): accuracy; count; majority and blind, which the usual answers to the type and to the question score."""
   rows = defaultdict(list)
   for answer, each in zip(answers, asked, strict=True):

@@ -16,14 +16,14 @@ from rich.progress import Progress, TimeElapsedColumn
 SHOW_AFTER = 2.0  # seconds of work, after which a bar shows how far it is
 
 
-def batches(count: int, size: int) -> Iterator[tuple[int, np.ndarray]]:
+def batch_ranges(count: int, size: int) -> Iterator[tuple[int, np.ndarray]]:
   """Covers range(count) by (n, rows): n rows that count, at most `size`, filled up to a power of two by repeating the last."""
   for start in range(0, count, size):
     n = min(size, count - start)
     yield n, start + np.minimum(np.arange(1 << (n - 1).bit_length()), n - 1)
 
 
-def one_behind(dispatched: Iterable) -> Iterator:
+def double_buffer(dispatched: Iterable) -> Iterator:
   """The same, each after the next has been asked for: so the device has more to do while the host waits for what it did."""
   before = []
   for each in dispatched:
@@ -32,11 +32,11 @@ def one_behind(dispatched: Iterable) -> Iterator:
   yield from before
 
 
-def fetch(dispatched: Iterable[tuple[int, Any]], total: int, what: str) -> list[tuple[int, Any]]:
+def fetch_batches(dispatched: Iterable[tuple[int, Any]], total: int, what: str) -> list[tuple[int, Any]]:
   """(n, arrays) of each batch as they are dispatched -> the same as numpy arrays, with a bar of the n of `total` that are done."""
   out = []
   with _bar(total, what) as advance:
-    for n, found in one_behind(dispatched):
+    for n, found in double_buffer(dispatched):
       out.append((n, jax.device_get(found)))
       advance(n)
   return out

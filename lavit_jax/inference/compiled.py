@@ -19,19 +19,19 @@ from lavit_jax.models.tokenizer import gumbel_keep
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def read(model: lavit.Lavit, parts: dict, images: Array, keys: Array | None) -> tuple[Array, Array]:
+def read(model: lavit.LavitModules, parts: dict, images: Array, keys: Array | None) -> tuple[Array, Array]:
   """uint8[B, H, W, 3] -> what the language model reads: features compacted to a prefix [B, N, H], and their number i32[B].
 
   Of a picture for which a module's result is not finite, the number is that of the fault (faults.py), negative.
   """
   x, keep, sound = _select(model, parts, images, keys)
   features, mask = sequence.compact(_apply(model.understanding, parts['understanding'], x, keep), keep)
-  fault = faults.first(('vit', x), ('tokenizer', sound), ('understanding', features))
+  fault = faults.first_fault(('vit', x), ('tokenizer', sound), ('understanding', features))
   return features, jnp.where(fault > 0, -fault, mask.sum(-1))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def tokenize(model: lavit.Lavit, parts: dict, images: Array, keys: Array | None) -> tuple[Array, Array]:
+def tokenize(model: lavit.LavitModules, parts: dict, images: Array, keys: Array | None) -> tuple[Array, Array]:
   """uint8[B, H, W, 3] -> codes i32[B, N] in the place of their patches, and keep bool[B, N].
 
   Of a picture for which a module's result is not finite, the codes are the number of the fault (faults.py), negative.
@@ -39,27 +39,27 @@ def tokenize(model: lavit.Lavit, parts: dict, images: Array, keys: Array | None)
   x, keep, sound = _select(model, parts, images, keys)
   merged = _apply(model.tokenizer, parts['tokenizer'], x, keep, method='merge')
   ids, _ = _apply(model.tokenizer, parts['tokenizer'], merged, method='quantize')
-  fault = faults.first(('vit', x), ('tokenizer', sound), ('tokenizer', merged))[:, None]
+  fault = faults.first_fault(('vit', x), ('tokenizer', sound), ('tokenizer', merged))[:, None]
   return jnp.where(fault > 0, -fault, ids), keep > 0.5
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def embed(model: lavit.Lavit, parts: dict, ids: Array) -> Array:
+def embed(model: lavit.LavitModules, parts: dict, ids: Array) -> Array:
   """Words and codes, ids i32[B, S] -> embeddings [B, S, H]."""
   return _apply(model.llama, parts['llama'], ids, method='embed')
 
 
-def generate(model: lavit.Lavit, parts: dict, *args, **kwargs) -> decode.GenerateOutput:
+def generate(model: lavit.LavitModules, parts: dict, *args, **kwargs) -> decode.GenerateOutput:
   """`decode.generate` by the language model."""
   return decode.generate(model.llama, parts['llama'], *args, **kwargs)
 
 
-def beam_search(model: lavit.Lavit, parts: dict, *args, **kwargs) -> decode.GenerateOutput:
+def beam_search(model: lavit.LavitModules, parts: dict, *args, **kwargs) -> decode.GenerateOutput:
   """`decode.beam_search` by the language model."""
   return decode.beam_search(model.llama, parts['llama'], *args, **kwargs)
 
 
-def _select(model: lavit.Lavit, parts: dict, images: Array, keys: Array | None) -> tuple[Array, Array, Array]:
+def _select(model: lavit.LavitModules, parts: dict, images: Array, keys: Array | None) -> tuple[Array, Array, Array]:
   """uint8[B, H, W, 3] -> patch features [B, N, D], keep f32[B, N], and whether the choice had numbers to go by, bool[B].
 
   Patches are sampled with keys [B]; without, the most probable ones are kept.

@@ -5,7 +5,7 @@ argument, never baked in. What changes a shape or the program is static (the mod
 other settings are data, so that turning them compiles nothing.
 
 Layers are unrolled. Parameters of scanned layers are taken apart inside the program, which copies them at each call: who calls often
-does it once (`llama.unstack`).
+does it once (`llama.unstack_layers`).
 
 Axis letters: B rows, S prompt slots, T new tokens at most, M slots of the cache, K beams, V vocabulary.
 """
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lavit_jax.inference import sampling
-from lavit_jax.models.llama import KVCache, Llama, unroll
+from lavit_jax.models.llama import KVCache, Llama, unroll_layers
 from lavit_jax.models.sequence import prompt_mask, prompt_positions
 
 NEVER = -1e9  # The score of a beam that is not there: finite, so that it may be divided and compared.
@@ -90,12 +90,12 @@ def generate(
 
   Args:
     llama: the model; params: its 'params' subtree, of scanned or unrolled layers, quantised or not (`int8.quantize_weights`).
-    embeddings: [B, S, H], left-padded prompts; mask: bool[B, S], False in padding (`sequence.assemble`).
+    embeddings: [B, S, H], left-padded prompts; mask: bool[B, S], False in padding (`sequence.embed_prompts`).
     key: one typed key, or keys[B * num_samples]: a row's tokens depend on its own key only. None: greedy, and temperature, top_k and
       top_p play no part.
     eos_id: stops a row, but not among its first `min_new_tokens`.
     suppress: bool[V], ids never chosen.
-    repetition_penalty: of the ids that a row has chosen so far (`sampling.penalise`); the prompt does not count, for it may be no ids.
+    repetition_penalty: of the ids that a row has chosen so far (`sampling.penalize`); the prompt does not count, for it may be no ids.
     num_samples: continuations of each prompt, which is read once; the rows of the result are those of the first prompt, then of the
       second, ... They only differ if sampled.
     cache_dtype: of the keys and values: the compute dtype if None, 'bfloat16', or 'int8' with a scale a head and slot.
@@ -117,15 +117,15 @@ def generate(
     if uncond_embeddings.shape != embeddings.shape or uncond_mask.shape != mask.shape:
       raise ValueError(f'uncond_embeddings {uncond_embeddings.shape} must have the shape of embeddings, {embeddings.shape}')
     embeddings, mask = jnp.concatenate([embeddings, uncond_embeddings]), jnp.concatenate([mask, uncond_mask])
-  llama, params = unroll(llama, params)
+  llama, params = unroll_layers(llama, params)
   batch *= num_samples
   keys = None if key is None else sampling.row_keys(key, batch)
 
   def choose(logits: Array, step: Array, used: Array | None) -> tuple[Array, Array]:
     """Token i32[B] number `step` and its log-probability f32[B]."""
     if guided:
-      logits = sampling.guide(*jnp.split(logits, 2), guidance_scale)
-    allowed = logits if used is None else sampling.penalise(logits, used, repetition_penalty)
+      logits = sampling.guided_log_probs(*jnp.split(logits, 2), guidance_scale)
+    allowed = logits if used is None else sampling.penalize(logits, used, repetition_penalty)
     allowed = sampling.suppress(allowed, _forbidden(suppress, llama.vocab_size, eos_id, step < min_new_tokens))
     if keys is None:
       token = jnp.argmax(allowed, axis=-1).astype(jnp.int32)
@@ -235,7 +235,7 @@ def beam_search(
     raise ValueError(f'num_samples={num_samples} must be in 1..{num_beams}, the beams')
   if early_stopping not in (True, False, 'never'):
     raise ValueError(f"early_stopping is True, False or 'never', not {early_stopping!r}")
-  llama, params = unroll(llama, params)
+  llama, params = unroll_layers(llama, params)
   batch, rows = mask.shape[0], jnp.arange(num_beams)
 
   class State(NamedTuple):
@@ -254,7 +254,7 @@ def beam_search(
     sound = state.sound & (jnp.isfinite(logits).all((1, 2)) | ~state.open)
     log_probs = jax.nn.log_softmax(logits)
     if state.used is not None:
-      log_probs = sampling.penalise(log_probs, state.used, repetition_penalty)
+      log_probs = sampling.penalize(log_probs, state.used, repetition_penalty)
     log_probs = sampling.suppress(
         log_probs, _forbidden(suppress, llama.vocab_size, eos_id, state.step < min_new_tokens)
     )

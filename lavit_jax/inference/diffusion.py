@@ -7,7 +7,7 @@ DDIM, Euler and DPM-Solver++ 2M are one update under three plans. Given what the
     x' = signal' * ahead + noise' * e,    ahead = clean + c * (clean - clean before),    x = signal * ahead + noise * e
 
 and the plan says which timesteps are visited, where each step leads (signal', noise'), and how far it looks ahead (c = 0 but for
-2M). So another deterministic sampler needs only its plan; `guided` makes the prediction and `jax.lax.scan` runs the steps.
+2M). So another deterministic sampler needs only its plan; `guided_denoiser` makes the prediction and `jax.lax.scan` runs the steps.
 
 diffusers' schedulers do the same, made by `from_config` of the same scheduler config (`noise.Scheduler`):
 
@@ -43,7 +43,7 @@ REFUSED = {  # what a scheduler config may say that a sampler would go by, and c
 }
 
 
-class Plan(NamedTuple):
+class SamplerPlan(NamedTuple):
   """What a sampler does in its S steps, from noise to image."""
 
   t: np.ndarray  # i32[S], or f32[S] where they lie between training steps: what the network is asked at
@@ -98,7 +98,7 @@ def timesteps(num_train_steps: int, steps: int, spacing: str | None = None, step
   return visited.astype(np.float32 if between else np.int32)
 
 
-def plan(scheduler: Scheduler, steps: int, *, sampler: str = 'ddim', strength: float = 1.0) -> Plan:
+def make_plan(scheduler: Scheduler, steps: int, *, sampler: str = 'ddim', strength: float = 1.0) -> SamplerPlan:
   """The steps of a sampler, at its `timesteps`.
 
   DDIM (Song et al. 2021, equation 12 with eta 0) goes T // steps back, and in the end to the schedule's first step, or, with
@@ -134,10 +134,10 @@ def plan(scheduler: Scheduler, steps: int, *, sampler: str = 'ddim', strength: f
     gains = np.diff(np.log(here / (1 - here)) / 2)  # of log(signal / noise), by each step but the last
     ahead[1:-1] = gains[1:] / gains[:-1] / 2
   rest = (np.sqrt(here), np.sqrt(1 - here), np.sqrt(following), np.sqrt(1 - following), ahead)
-  return Plan(t, *(x.astype(np.float32) for x in rest))
+  return SamplerPlan(t, *(x.astype(np.float32) for x in rest))
 
 
-def guided(denoise: Denoiser, condition: tuple, null_condition: tuple | None, guidance_scale: float | Array,
+def guided_denoiser(denoise: Denoiser, condition: tuple, null_condition: tuple | None, guidance_scale: float | Array,
            rescale: float = 0.0) -> Denoiser:
   """Classifier-free guidance (Ho & Salimans 2022): null + scale * (conditional - null), both in one batch of 2B.
 
@@ -196,7 +196,7 @@ def limited(clean: Array, scheduler: Scheduler, sampler: str) -> Array:
   return clean
 
 
-def sample(
+def sample_latents(
     denoise: Denoiser, latents: Array, condition: tuple, null_condition: tuple | None = None, *, steps: int,
     scheduler: Scheduler = Scheduler(), sampler: str = 'ddim', guidance_scale: float | Array = 1.0, rescale: float = 0.0,
     start: Array | None = None, strength: float = 1.0,
@@ -208,10 +208,10 @@ def sample(
   Args:
     denoise: (latents, timesteps i32[B] or f32[B], *condition) -> prediction, float32.
     latents: f32[B, h, w, Z], unit Gaussian; see `initial_latents`.
-    condition, null_condition, guidance_scale, rescale: see `guided`.
+    condition, null_condition, guidance_scale, rescale: see `guided_denoiser`.
     steps: how many timesteps to visit.
     scheduler: how the network was trained, and the options of the sampler.
-    sampler: 'ddim', 'euler' or 'dpm++2m'; see `plan`.
+    sampler: 'ddim', 'euler' or 'dpm++2m'; see `make_plan`.
     start: clean latents f32[B, h, w, Z] to begin from in place of pure noise (Meng et al. 2022, SDEdit); `latents` is then the noise
       that is laid over them, as much as the first step that is left expects.
     strength: with `start`, the share of the steps that is made.
@@ -220,17 +220,17 @@ def sample(
     f32[B, h, w, Z].
 
   Raises:
-    ValueError: as `plan`, and for a prediction_type that is not known.
+    ValueError: as `make_plan`, and for a prediction_type that is not known.
   """
-  todo = plan(scheduler, steps, sampler=sampler, strength=1.0 if start is None else strength)
-  predict = guided(denoise, condition, null_condition, guidance_scale, rescale)
+  todo = make_plan(scheduler, steps, sampler=sampler, strength=1.0 if start is None else strength)
+  predict = guided_denoiser(denoise, condition, null_condition, guidance_scale, rescale)
   latents = latents.astype(jnp.float32)
   if start is not None:
     latents = todo.signal[0] * start + todo.noise[0] * latents
   elif sampler == 'euler' and (scheduler.timestep_spacing or SPACINGS[sampler]) != 'leading':
     latents = latents * todo.noise[0]  # diffusers begins with sigma times the noise, without a signal
 
-  def step(carry: tuple[Array, Array], now: Plan) -> tuple[tuple[Array, Array], None]:
+  def step(carry: tuple[Array, Array], now: SamplerPlan) -> tuple[tuple[Array, Array], None]:
     latents, before = carry
     t = jnp.full(len(latents), now.t)
     prediction = predict(latents, t).astype(jnp.float32)

@@ -1,6 +1,6 @@
 """NaN and infinity in what the modules compute: found where they arise, so that nobody takes a black picture or an empty caption for a result.
 
-A program counts with `first`, on the device and in the same pass as its result, which part of the model was the first whose result for a
+A program counts with `first_fault`, on the device and in the same pass as its result, which part of the model was the first whose result for a
 row was not finite. The pipeline looks at that number when the result has come to the host, and raises `NotFinite`.
 """
 
@@ -36,7 +36,7 @@ class NotFinite(InputError):
     self.rows, self.results = dict(rows or {}), results
 
 
-def first(*results: tuple[str, Array]) -> Array:
+def first_fault(*results: tuple[str, Array]) -> Array:
   """i32[B]: the number of the first part, of (part, its result [B, ...]) in the order of computation, that is not finite in a row, or 0.
 
   A result may also be bool[B]: whether the row is sound.
@@ -62,7 +62,7 @@ def check(faults: np.ndarray, results=None, rows: Sequence[int] | None = None) -
   """Raises NotFinite if any of the faults i32[B] is one.
 
   Args:
-    faults: numbers as `first` gives them.
+    faults: numbers as `first_fault` gives them.
     results: for the exception.
     rows: the row of the batch that each fault is of, where a row has several; by default they are in order.
   """

@@ -24,7 +24,7 @@ from lavit_jax.errors import InputError, UserError
 HIGHRES_SIZES = ((1024, 1024), (896, 1152), (832, 1216), (768, 1344), (1216, 832), (1152, 896))  # (height, width), REFERENCE section 2
 
 
-class Settings(NamedTuple):
+class VariantDefaults(NamedTuple):
   """What depends on how a model was trained: (fewest, most) new tokens, the sizes of what it draws, the form of a prompt."""
 
   caption_tokens: tuple[int, int] = (8, 36)
@@ -35,10 +35,10 @@ class Settings(NamedTuple):
   bracketed: bool = False  # pictures of a prompt to draw from are [IMG] codes [/IMG]; the released weights are given bare codes
 
 
-SETTINGS = {'tiny': Settings((4, 36), (1, 16), (16, 50), 64, bracketed=True)}
+VARIANT_DEFAULTS = {'tiny': VariantDefaults((4, 36), (1, 16), (16, 50), 64, bracketed=True)}
 
 
-class Writing(NamedTuple):
+class GenerationConfig(NamedTuple):
   """How the language model continues a prompt: by beam search, or, where `beams` is None, by sampling."""
 
   min_tokens: int
@@ -70,18 +70,18 @@ _LIMITS = dict(  # what a setting is, which of these it may be, and how to say i
 _OFF = dict(top_p=1, repetition_penalty=1, guidance=1)  # settings that change nothing at this value, and then cost nothing
 
 
-def settle(task: Writing, asked: Mapping, most: int) -> Writing:
+def resolve_generation_config(task: GenerationConfig, asked: Mapping, most: int) -> GenerationConfig:
   """The settings of a task, changed by those that are asked for. The one place that checks them.
 
   Args:
-    asked: fields of `Writing` by name; of a task that searches also `sample`: whether to sample instead.
+    asked: fields of `GenerationConfig` by name; of a task that searches also `sample`: whether to sample instead.
     most: tokens that the task has room for.
   Raises:
     UserError: a name that is none of these, a value that cannot be, or one that would play no part.
   """
   asked = dict(asked)
   searches = task.beams is not None and not asked.pop('sample', False)
-  known = [name for name in Writing._fields if name != 'guidance' or task.guidance is not None]
+  known = [name for name in GenerationConfig._fields if name != 'guidance' or task.guidance is not None]
   unknown = asked.keys() - {*known}
   if unknown:
     raise UserError(f'no such setting: {", ".join(sorted(unknown))}; choose among {", ".join(known)}' + ', sample' * (task.beams is not None))
@@ -90,7 +90,7 @@ def settle(task: Writing, asked: Mapping, most: int) -> Writing:
       raise UserError(f'{name} plays no part in ' + (
           'beam search; ask for sampling too' if searches else 'sampling; leave it out' + (', or do not sample' if task.beams else '')))
   chosen = task._replace(**asked)._asdict() | ({} if searches else dict(beams=None))
-  writing = Writing(**{name: check(name, value, _LIMITS[name]) for name, value in chosen.items() if name != 'beams' or searches})
+  writing = GenerationConfig(**{name: check_value(name, value, _LIMITS[name]) for name, value in chosen.items() if name != 'beams' or searches})
   if not writing.min_tokens <= writing.max_tokens <= most:
     raise UserError(f'min_tokens={writing.min_tokens} to max_tokens={writing.max_tokens} cannot be; choose min_tokens and max_tokens in '
                     f'order, and at most {most}')
@@ -99,7 +99,7 @@ def settle(task: Writing, asked: Mapping, most: int) -> Writing:
   return writing._replace(**{name: None for name, off in _OFF.items() if getattr(writing, name) == off})
 
 
-def check(name: str, value, limits: tuple):
+def check_value(name: str, value, limits: tuple):
   """A value, as the int or float that it is: the types of what compiled programs are given stay the same. Raises UserError.
 
   `limits`: its type, which of that it may be, and how to say it, with 'None' at the end where that is allowed.
@@ -117,7 +117,7 @@ def check(name: str, value, limits: tuple):
 
 # ------------------------------------------------------------------------------------------------------- texts and prompts
 
-def texts(given, name: str) -> list:
+def as_texts(given, name: str) -> list:
   """One text, or several in a sequence, as a list. Raises UserError if it is neither."""
   try:
     return [given] if isinstance(given, str) else list(given)
@@ -136,7 +136,7 @@ def as_prompts(given) -> list[Sequence]:
   return parts
 
 
-def fit(lengths: Sequence[int], room: int, rows: Sequence[int] | None = None, count: int | None = None, least: bool = False):
+def check_prompt_lengths(lengths: Sequence[int], room: int, rows: Sequence[int] | None = None, count: int | None = None, least: bool = False):
   """Prompts' numbers of tokens against what there is room for.
 
   Args:
@@ -153,7 +153,7 @@ def fit(lengths: Sequence[int], room: int, rows: Sequence[int] | None = None, co
 
 
 @contextlib.contextmanager
-def for_all(name: str):
+def shared_argument(name: str):
   """A text that is at fault inside is a setting, which all rows share: it is no row's fault."""
   try:
     yield
@@ -174,14 +174,14 @@ class Purpose(enum.IntEnum):
 SEED = (int, lambda x: 0 <= x < 2**32, f'a whole number in 0..{2**32 - 1}')
 
 
-class RowSeed(NamedTuple):
+class IndexedSeed(NamedTuple):
   """A seed for some of many rows: given in place of a seed, row i of the call gets the key that row `rows[i]` has among all of them."""
 
   seed: int
   rows: Sequence[int]
 
 
-def row_keys(seed: int | Sequence[int] | RowSeed | None, count: int, optional: bool = False) -> Array | None:
+def example_keys(seed: int | Sequence[int] | IndexedSeed | None, count: int, optional: bool = False) -> Array | None:
   """A key for each row, so that what a row becomes does not depend on its batch; of its own seed, or of one seed and its place.
 
   Raises UserError: a seed that cannot be, or another number of them; or none, unless that is an `optional` thing to have, which gives None.
@@ -190,19 +190,19 @@ def row_keys(seed: int | Sequence[int] | RowSeed | None, count: int, optional: b
     if not optional:
       raise UserError('what is sampled needs a seed; give one')
     return None
-  if isinstance(seed, RowSeed):
+  if isinstance(seed, IndexedSeed):
     seed, rows = seed
   elif np.ndim(seed) == 0:
     rows = range(count)
   elif len(seed) == count:
-    keys = [jax.random.key(check('seed', each, SEED)) for each in seed]
+    keys = [jax.random.key(check_value('seed', each, SEED)) for each in seed]
     return jnp.stack(keys) if keys else jax.random.split(jax.random.key(0), 0)
   else:
     raise UserError(f'{len(seed)} seeds for {count}; give one for each, or one for all')
-  return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(check('seed', seed, SEED)), np.asarray(rows))
+  return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(check_value('seed', seed, SEED)), np.asarray(rows))
 
 
-def keys_for(purpose: Purpose, keys: Array | None, numbers=0) -> Array | None:
+def purpose_keys(purpose: Purpose, keys: Array | None, numbers=0) -> Array | None:
   """Rows' keys [B] -> their keys for a purpose, of which a row has several by `numbers`, an int or i32[B]."""
   if keys is None:
     return None
@@ -212,4 +212,4 @@ def keys_for(purpose: Purpose, keys: Array | None, numbers=0) -> Array | None:
 
 def sample_keys(purpose: Purpose, keys: Array, count: int) -> Array:
   """Rows' keys [B] -> their keys for the first `count` samples, [B * count]: more samples change no earlier one."""
-  return keys_for(purpose, keys[np.repeat(np.arange(len(keys)), count)], np.tile(np.arange(count), len(keys)))
+  return purpose_keys(purpose, keys[np.repeat(np.arange(len(keys)), count)], np.tile(np.arange(count), len(keys)))

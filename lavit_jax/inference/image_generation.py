@@ -1,5 +1,5 @@
 """Codes -> pictures: the condition that the decoder makes of codes, the latents that a U-Net finds under it, their pixels, and
-whether these may be shown. One compiled program, `draw`, and `settle`, which makes its arguments of what a user asks for.
+whether these may be shown. One compiled program, `decode_images`, and `resolve_image_request`, which makes its arguments of what a user asks for.
 
 Axes: B images, N patches, H and W pixels, h and w latents, Z latent channels.
 """
@@ -21,7 +21,7 @@ from jax import Array
 from lavit_jax.data.images import as_list, read_images
 from lavit_jax.errors import UserError
 from lavit_jax.inference import diffusion, faults
-from lavit_jax.inference.generation_config import check
+from lavit_jax.inference.generation_config import check_value
 from lavit_jax.models import lavit, safety_checker, vae, vit
 from lavit_jax.models.decoder import null_context
 from lavit_jax.models.noise_schedule import Scheduler
@@ -31,7 +31,7 @@ WHOLE_PIXELS = 1024 * 1024  # what the VAE decodes at once, in 2.5 GiB: four pic
 TILE = 1024  # side of these; that of SDXL's VAE in diffusers
 
 
-class Way(NamedTuple):
+class ImageDecoderConfig(NamedTuple):
   """One of the two ways from codes to pixels, with its published settings (REFERENCE section 4)."""
 
   prefix: str  # of the names of its parts
@@ -45,11 +45,11 @@ class Way(NamedTuple):
     return ('codebook', *own, *(() if self.prefix else ('uncond_embeddings',)))
 
 
-LOWRES = Way('', 50, 5.0, 16)  # Stable Diffusion 1.5
-HIGHRES = Way('highres_', 25, 7.0, 4)  # SDXL
+LOWRES = ImageDecoderConfig('', 50, 5.0, 16)  # Stable Diffusion 1.5
+HIGHRES = ImageDecoderConfig('highres_', 25, 7.0, 4)  # SDXL
 
 
-class Drawn(NamedTuple):
+class DecodedImages(NamedTuple):
   """B pictures, and which of them the safety checker found fault with: these are black."""
 
   pictures: Array  # uint8[B, H, W, 3]
@@ -57,25 +57,25 @@ class Drawn(NamedTuple):
 
 
 class Checked(NamedTuple):
-  """`Drawn`, and whether every number on the way to it was finite."""
+  """`DecodedImages`, and whether every number on the way to it was finite."""
 
   pictures: Array
   flagged: Array
   faults: Array  # i32[B], the first module whose result is not finite, by its number in faults.py; 0 is none
 
 
-class Request(NamedTuple):
+class ImageRequest(NamedTuple):
   """What to draw by, every default filled in."""
 
   start: np.ndarray | None  # uint8[B, H, W, 3]
-  options: dict[str, Any]  # of `draw`, by name
-  details: bool  # whether `Drawn` is asked for
+  options: dict[str, Any]  # of `decode_images`, by name
+  details: bool  # whether `DecodedImages` is asked for
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'way', 'size', 'steps', 'sampler', 'rescale', 'strength', 'tile', 'scheduler'),
                    donate_argnames='start')
-def draw(
-    model: lavit.Lavit, parts: dict, ids: Array, mask: Array, keys: Array, start: Array | None, *, way: Way, size: tuple[int, int],
+def decode_images(
+    model: lavit.LavitModules, parts: dict, ids: Array, mask: Array, keys: Array, start: Array | None, *, way: ImageDecoderConfig, size: tuple[int, int],
     guidance: float, steps: int, sampler: str = 'ddim', rescale: float = 0.0, strength: float = 1.0, tile: int | None = None,
     scheduler: Scheduler = Scheduler(),
 ) -> Checked:
@@ -85,7 +85,7 @@ def draw(
     parts: those of `way`; with 'safety_checker' among them, pictures that it flags are made black.
     start: uint8[B, H, W, 3] to begin from in place of noise; given away, for the pictures may take its place.
     size: (H, W).
-    guidance, rescale, steps, sampler, strength: see `diffusion.sample`.
+    guidance, rescale, steps, sampler, strength: see `diffusion.sample_latents`.
     tile: side of the tiles in which the VAE decodes, in pixels; None decodes a picture as a whole.
     scheduler: of the U-Net.
   """
@@ -116,16 +116,16 @@ def draw(
     start = _piecewise(encode, at_once, start, jax.vmap(jax.random.fold_in, (0, None))(keys, 1))
     computed.append((pixels, start))
   shape = (*(side // autoencoder.factor for side in size), autoencoder.latent_channels)
-  latents = diffusion.sample(
+  latents = diffusion.sample_latents(
       functools.partial(apply, unet), diffusion.initial_latents(keys, shape), condition, null, steps=steps, sampler=sampler,
       guidance_scale=guidance, rescale=rescale, start=start, strength=strength, scheduler=scheduler)
   pictures, sound = _piecewise(decode, at_once, latents)
   computed += [(unet, latents), (pixels, sound)]
   if 'safety_checker' not in parts:
-    return Checked(pictures, jnp.zeros(len(pictures), bool), faults.first(*computed))
+    return Checked(pictures, jnp.zeros(len(pictures), bool), faults.first_fault(*computed))
   flagged, scores = apply('safety_checker', vit.preprocess(safety_checker.center_square(pictures, model.safety_checker.image_size)))
   computed.append(('safety_checker', scores))
-  return Checked(jnp.where(flagged[:, None, None, None], 0, pictures), flagged, faults.first(*computed))
+  return Checked(jnp.where(flagged[:, None, None, None], 0, pictures), flagged, faults.first_fault(*computed))
 
 
 def highres_condition(context: Array, pooled: Array, size: tuple[int, int]) -> tuple[tuple, tuple]:
@@ -138,7 +138,7 @@ def highres_condition(context: Array, pooled: Array, size: tuple[int, int]) -> t
           (jnp.zeros_like(context), None, (jnp.zeros_like(pooled), ids)))
 
 
-LIMITS = dict(  # as `check` takes them
+LIMITS = dict(  # as `check_value` takes them
     guidance=(float, lambda x: x >= 0, 'a number from 0 up, or None'),
     steps=(int, lambda x: x >= 1, 'a whole number from 1 up, or None'),
     rescale=(float, lambda x: 0 <= x <= 1, 'a number in 0..1'),
@@ -146,12 +146,12 @@ LIMITS = dict(  # as `check` takes them
     tile=(int, lambda x: x >= 64, 'a whole number of pixels from 64 up, or None'))
 
 
-def settle(
+def resolve_image_request(
     count: int, drawn_size: int, highres_sizes: Collection[tuple[int, int]], held: Collection[str],
     schedulers: Callable[[str], Scheduler] = lambda prefix: Scheduler(), /, *, size: tuple[int, int] | None = None,
     guidance: float | None = None, steps: int | None = None, sampler: str = 'ddim', rescale: float = 0.0, start=None, strength: float = 0.8,
     tile: int | None = None, details: bool = False, **unknown,
-) -> Request:
+) -> ImageRequest:
   """What a user asks for -> what to draw by. So that what is wrong is told before a language model has run for minutes.
 
   Args:
@@ -165,24 +165,24 @@ def settle(
     known = 'size, guidance, steps, sampler, rescale, start, strength, tile, details'
     raise UserError(f'no such setting: {", ".join(sorted(unknown))}; of drawing there are {known}')
   given = dict(guidance=guidance, steps=steps, rescale=rescale, strength=strength, tile=tile)
-  guidance, steps, rescale, strength, tile = (check(name, value, LIMITS[name]) for name, value in given.items())
+  guidance, steps, rescale, strength, tile = (check_value(name, value, LIMITS[name]) for name, value in given.items())
   own = (drawn_size, drawn_size)
   size = own if size is None else tuple(np.ravel(size).tolist())
   way = LOWRES if size == own else HIGHRES
   if size not in (own, *highres_sizes):
-    known = ', '.join(map(_by, (own, *highres_sizes)))
-    raise UserError(f'pictures of {_by(size)} cannot be drawn; choose one of (height x width): {known}')
+    known = ', '.join(map(_format_size, (own, *highres_sizes)))
+    raise UserError(f'pictures of {_format_size(size)} cannot be drawn; choose one of (height x width): {known}')
   size = tuple(map(int, size))
   missing = [name for name in way.parts if name not in held]
   if way is HIGHRES and missing:
-    raise UserError(f'{_by(size)} is drawn by {", ".join(missing)}, which this checkpoint does not hold; draw at {_by(own)}, or take one '
+    raise UserError(f'{_format_size(size)} is drawn by {", ".join(missing)}, which this checkpoint does not hold; draw at {_format_size(own)}, or take one '
                     'with highres_pixel_decoding and highres_tokenizer_decoder')
   steps = way.steps if steps is None else steps
   if start is None:
     strength = 1.0
   scheduler = schedulers(way.prefix)
   try:
-    diffusion.plan(scheduler, steps, sampler=sampler, strength=strength)
+    diffusion.make_plan(scheduler, steps, sampler=sampler, strength=strength)
   except ValueError as error:
     raise UserError(str(error)) from None
   if start is not None:
@@ -192,11 +192,11 @@ def settle(
     start = np.repeat(read_images(start, size), count // max(1, len(start)), 0)
   if tile is None and math.prod(size) > WHOLE_PIXELS:
     tile = TILE
-  return Request(start, dict(way=way, size=size, guidance=way.guidance if guidance is None else guidance, steps=steps, sampler=sampler,
+  return ImageRequest(start, dict(way=way, size=size, guidance=way.guidance if guidance is None else guidance, steps=steps, sampler=sampler,
                              rescale=rescale, strength=strength, tile=tile, scheduler=scheduler), details)
 
 
-def checker(model: lavit.Lavit, held: Collection[str]) -> tuple[str, ...]:
+def safety_checker_part(model: lavit.LavitModules, held: Collection[str]) -> tuple[str, ...]:
   """The name of the safety checker among the parts, if it is there; a warning if the variant has one and it is not."""
   if model.safety_checker is None:
     return ()
@@ -213,7 +213,7 @@ def report_flagged(pictures: Iterable[str]) -> None:
     LOG.warning('%s was flagged by the safety checker and is black; try another prompt or seed', name)
 
 
-def _by(size: tuple[int, ...]) -> str:
+def _format_size(size: tuple[int, ...]) -> str:
   return 'x'.join(map(str, size))
 
 

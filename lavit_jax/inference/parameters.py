@@ -19,38 +19,38 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lavit_jax import sharding
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
-from lavit_jax.models.initialization import initial_parts
+from lavit_jax.models.initialization import init_params
 from lavit_jax.models.int8 import quantize_weight
 from lavit_jax.models.noise_schedule import Scheduler
 from lavit_jax.weights.torch import configs, formats, weight_files
 from lavit_jax.weights.torch.api import open_torch
-from lavit_jax.weights.store.folder import check_codebook, open_part, read_config, read_settings
-from lavit_jax.weights.store.arrays import Source, flatten, unflatten
+from lavit_jax.weights.store.folder import check_codebook, open_params, read_config, read_settings
+from lavit_jax.weights.store.arrays import ParameterSource, flatten, unflatten
 
 FLOAT32 = ('tokenizer', 'vae', 'highres_vae', 'uncond_embeddings')  # parts that decide or draw in float32 whatever the compute dtype
 CODEBOOK = 'quantizer/embedding'  # the leaf of the tokenizer that drawing needs
 
 
-class Checkpoint(NamedTuple):
+class CheckpointInfo(NamedTuple):
   """A folder that has been looked at: its variant, where its words are, the parts that it holds, how one is opened, and the settings
   (models/settings.py)."""
 
   variant: str
   words: pathlib.Path
   held: frozenset[str]
-  open: Callable[..., Source]  # (part, dtype=...)
+  open: Callable[..., ParameterSource]  # (part, dtype=...)
   settings: Mapping[str, dict]
 
 
-def open_checkpoint(folder, variant: str | None) -> Checkpoint:
+def open_checkpoint(folder, variant: str | None) -> CheckpointInfo:
   """Looks at a folder of ours (weights/store/folder.py) or a PyTorch one (weights/torch/formats.py).
 
   Raises:
     UserError: it is missing, damaged, or not of `variant`.
   """
   folder = pathlib.Path(folder)
-  if formats.kind_of(folder) == 'LaVIT':
-    known = formats.read_json(folder / formats.ABOUT).get('variant') or variant or formats.find_variant(formats.recognise(folder)[1])
+  if formats.detect_kind(folder) == 'LaVIT':
+    known = formats.read_json(folder / formats.EXPORT_INFO).get('variant') or variant or formats.find_variant(formats.detect(folder)[1])
     words, opener = folder / 'language_model', functools.partial(open_torch, folder, variant=known)
     held = {place.part for place in formats.PUBLISHED if weight_files.choose(folder / place.folder, place.stems)}
     settings = configs.read_settings(folder, {place.part: place.folder for place in formats.PUBLISHED}, held, known)
@@ -58,14 +58,14 @@ def open_checkpoint(folder, variant: str | None) -> Checkpoint:
     config = read_config(folder)
     if 'tokenizer' in config['parts']:
       check_codebook(folder)
-    known, held, words, opener = config['variant'], config['parts'], folder / 'tokenizer', functools.partial(open_part, folder)
+    known, held, words, opener = config['variant'], config['parts'], folder / 'tokenizer', functools.partial(open_params, folder)
     settings = read_settings(folder)
   if variant not in (None, known):
     raise UserError(f'{folder} holds variant {known!r}, but {variant!r} was asked for')
-  return Checkpoint(known, words, frozenset(held), opener, settings)
+  return CheckpointInfo(known, words, frozenset(held), opener, settings)
 
 
-class Parts:
+class LazyParams:
   """part name -> its parameters, read at the first asking. 'codebook' is what drawing needs of 'tokenizer', and is read alone.
 
   Args:
@@ -75,8 +75,8 @@ class Parts:
     mesh: where they lie (sharding.py); None leaves them on the first device.
   """
 
-  def __init__(self, model: lavit.Lavit, checkpoint: Checkpoint | Mapping, weights: str | None = None, mesh: Mesh | None = None):
-    known = isinstance(checkpoint, Checkpoint)
+  def __init__(self, model: lavit.LavitModules, checkpoint: CheckpointInfo | Mapping, weights: str | None = None, mesh: Mesh | None = None):
+    known = isinstance(checkpoint, CheckpointInfo)
     self._model, self._weights, self.mesh, self._ready = model, weights, mesh, {}
     self._held, self._open = (checkpoint.held, checkpoint.open) if known else (checkpoint, functools.partial(_of_tree, checkpoint))
     self.max_length = model.llama.longest  # of prompt and answer together
@@ -127,7 +127,7 @@ class Parts:
     return unflatten(flat)
 
   def _check(self, name: str, structs: Mapping) -> None:
-    expected = jax.eval_shape(lambda: initial_parts(self._model, jax.random.key(0), (name,)))[name]
+    expected = jax.eval_shape(lambda: init_params(self._model, jax.random.key(0), (name,)))[name]
     want, have = ({path: x.shape for path, x in flat.items()} for flat in (flatten(expected), structs))
     absent = optional_leaves(self._model, name) - have.keys()
     wrong = [f'{key}: {have.get(key, "missing")} instead of {want.get(key, "nothing")}'
@@ -138,16 +138,16 @@ class Parts:
                       f'{"; ".join(wrong[:3])}{more}')
 
 
-def optional_leaves(model: lavit.Lavit, part: str) -> frozenset[str]:
+def optional_leaves(model: lavit.LavitModules, part: str) -> frozenset[str]:
   """The leaves of a part that its files may lack, for no task here computes with them: norm and head of the image encoder."""
-  return frozenset(row.leaf for row in formats.tables(model, part)[0] if row.optional)
+  return frozenset(row.leaf for row in formats.name_rules(model, part)[0] if row.optional)
 
 
 def _part_of(name: str) -> str:
   return 'tokenizer' if name == 'codebook' else name
 
 
-def _of_tree(trees: Mapping, name: str, dtype: str) -> Source:
+def _of_tree(trees: Mapping, name: str, dtype: str) -> ParameterSource:
   """A part that is there already, in its own dtype."""
   flat = flatten(trees[name])
 
@@ -156,4 +156,4 @@ def _of_tree(trees: Mapping, name: str, dtype: str) -> Source:
     leaf = leaf if row is None else jax.lax.index_in_dim(leaf, row, keepdims=False)  # not leaf[row], which moves one of many devices to one
     return leaf if place is None else jax.device_put(leaf, place)
 
-  return Source({path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in flat.items()}, read)
+  return ParameterSource({path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in flat.items()}, read)

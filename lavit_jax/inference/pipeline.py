@@ -37,23 +37,23 @@ from lavit_jax.data.emoji.questions import answerable, prompt
 from lavit_jax.data.text import TextTokenizer
 from lavit_jax.errors import InputError, UserError
 from lavit_jax.inference import decode, image_generation, faults, compiled
-from lavit_jax.inference.batching import batches, fetch, one_behind
-from lavit_jax.inference.parameters import Checkpoint, Parts, open_checkpoint
+from lavit_jax.inference.batching import batch_ranges, fetch_batches, double_buffer
+from lavit_jax.inference.parameters import CheckpointInfo, LazyParams, open_checkpoint
 from lavit_jax.inference.generation_config import (
-  SETTINGS,
+  VARIANT_DEFAULTS,
   Purpose,
-  RowSeed,
-  Settings,
-  Writing,
+  IndexedSeed,
+  VariantDefaults,
+  GenerationConfig,
   as_prompts,
-  check,
-  fit,
-  for_all,
-  keys_for,
-  row_keys,
+  check_value,
+  check_prompt_lengths,
+  shared_argument,
+  purpose_keys,
+  example_keys,
   sample_keys,
-  settle,
-  texts,
+  resolve_generation_config,
+  as_texts,
 )
 from lavit_jax.local_paths import expand_home
 from lavit_jax.models import lavit, sequence
@@ -64,7 +64,7 @@ DTYPES = ('float32', 'bfloat16', 'float16')
 BARE = 3  # tokens of a picture, at least: [IMG], one of its own, [/IMG]
 
 
-class Told(NamedTuple):
+class TextOutput(NamedTuple):
   """What `caption` or `answer` found, in detail."""
 
   text: str  # as they return it
@@ -72,7 +72,7 @@ class Told(NamedTuple):
   score: float  # by which the beam was ranked: summed log-probability / n ** length_penalty; of a sample, the sum
 
 
-class Sampled(NamedTuple):
+class CodesOutput(NamedTuple):
   """What `sample_codes` found, in detail."""
 
   codes: np.ndarray  # i32[n], as it returns them
@@ -80,15 +80,15 @@ class Sampled(NamedTuple):
   score: float  # their summed log-probability under guidance, before any id was forbidden
 
 
-class Generated(NamedTuple):
+class ImageOutput(NamedTuple):
   """What `generate` or `synthesize` made, in detail: B pictures."""
 
   pictures: np.ndarray  # uint8[B, H, W, 3]
   flagged: np.ndarray  # bool[B], by the safety checker: these are black
-  sampled: list[Sampled]  # what each was drawn from
+  sampled: list[CodesOutput]  # what each was drawn from
 
 
-class Tokens(NamedTuple):
+class VisualTokens(NamedTuple):
   """The visual tokens of B images."""
 
   ids: list[np.ndarray]  # i32[n] codes of each image, in the order of its patches
@@ -105,7 +105,7 @@ class Lavit:
   RowSeed, for a part of a longer run.
   """
 
-  def __init__(self, model: lavit.Lavit, parts: Mapping[str, dict] | Parts | Checkpoint, words: TextTokenizer | str | os.PathLike,
+  def __init__(self, model: lavit.LavitModules, parts: Mapping[str, dict] | LazyParams | CheckpointInfo, words: TextTokenizer | str | os.PathLike,
                weights: str | None = None, cache: str | None = None, safety_checker: bool = True, mesh: Mesh | Mapping[str, int] | None = None):
     """`parts`: part name -> parameters, at least of the parts that the tasks at hand need, or another model's `parts`, on its mesh and with its
     weights. `words`: also the folder of them, which is read when a task first needs it. The other arguments: see `from_pretrained`."""
@@ -115,13 +115,13 @@ class Lavit:
     if mesh is not None and not isinstance(mesh, Mesh):
       mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1) | dict(mesh))
     self.model, self._words, self.cache, self.safety_checker, self.mesh = model, words, cache, safety_checker, mesh
-    if isinstance(parts, Parts):  # another model's, shared
+    if isinstance(parts, LazyParams):  # another model's, shared
       if weights is not None or mesh is not None:
         raise UserError('the parts of another model have their weights and mesh; leave `weights` and `mesh` out, or open the checkpoint again')
       self.parts, self.mesh = parts, parts.mesh
     else:
-      self.parts = Parts(model, parts, weights, mesh)
-    self.settings = SETTINGS.get(model.variant, Settings())
+      self.parts = LazyParams(model, parts, weights, mesh)
+    self.settings = VARIANT_DEFAULTS.get(model.variant, VariantDefaults())
 
   @classmethod
   def from_pretrained(cls, folder, mesh: Mesh | Mapping[str, int] | None = None, dtype: str | None = None, variant: str | None = None,
@@ -155,20 +155,20 @@ class Lavit:
 
   # Pictures to codes and back.
 
-  def tokenize(self, images, seed: int | None = 0) -> Tokens:
+  def tokenize(self, images, seed: int | None = 0) -> VisualTokens:
     """Pictures -> their visual tokens."""
     images = read_images(images, self.model.image_size)
-    return self._tokens(images, keys_for(Purpose.PATCHES, row_keys(seed, len(images), optional=True)))
+    return self._tokens(images, purpose_keys(Purpose.PATCHES, example_keys(seed, len(images), optional=True)))
 
-  def _tokens(self, images: np.ndarray, keys: Array | None, rows: np.ndarray | None = None) -> Tokens:
+  def _tokens(self, images: np.ndarray, keys: Array | None, rows: np.ndarray | None = None) -> VisualTokens:
     """`rows`: the input that each picture is of, for messages."""
     if not len(images):
-      return Tokens([], np.zeros((0, self.model.num_patches), bool), np.zeros(0, int))
+      return VisualTokens([], np.zeros((0, self.model.num_patches), bool), np.zeros(0, int))
     ids, keep = self.in_batches(compiled.tokenize, ('vit', 'tokenizer'), images, keys)
     faults.check(np.maximum(-ids[:, 0], 0), rows=rows)
-    return Tokens([row[kept] for row, kept in zip(ids, keep)], keep, keep.sum(-1))
+    return VisualTokens([row[kept] for row, kept in zip(ids, keep)], keep, keep.sum(-1))
 
-  def draw(self, codes: Sequence[np.ndarray], *, seed: int | Sequence[int] = 0, **options) -> np.ndarray | image_generation.Drawn:
+  def draw(self, codes: Sequence[np.ndarray], *, seed: int | Sequence[int] = 0, **options) -> np.ndarray | image_generation.DecodedImages:
     """Codes of each picture, i32[n] with n <= N -> uint8[B, H, W, 3].
 
     Args:
@@ -183,18 +183,18 @@ class Lavit:
         step expects noise laid over a picture, not noise alone. Without `start` it plays no part.
       tile: side of the tiles that the VAE decodes one at a time, in pixels, for less memory and faint differences; by default pictures
         are decoded whole up to a megapixel (all published sizes) and in tiles of 1024 beyond.
-      details: return `image_generation.Drawn`, which also has the flags of the safety checker; these are then not in the log.
+      details: return `image_generation.DecodedImages`, which also has the flags of the safety checker; these are then not in the log.
     """
-    return self._draw(codes, sample_keys(Purpose.LATENTS, row_keys(seed, len(codes)), 1), self._settle(len(codes), options))
+    return self._draw(codes, sample_keys(Purpose.LATENTS, example_keys(seed, len(codes)), 1), self._settle(len(codes), options))
 
-  def _draw(self, codes: Sequence[np.ndarray], keys: Array, request: image_generation.Request) -> np.ndarray | image_generation.Drawn:
+  def _draw(self, codes: Sequence[np.ndarray], keys: Array, request: image_generation.ImageRequest) -> np.ndarray | image_generation.DecodedImages:
     ids, mask = self.in_slots(codes)
     if not len(ids):
-      none = image_generation.Drawn(np.zeros((0, *request.options['size'], 3), np.uint8), np.zeros(0, bool))
+      none = image_generation.DecodedImages(np.zeros((0, *request.options['size'], 3), np.uint8), np.zeros(0, bool))
       return none if request.details else none.pictures
-    way, checker = request.options['way'], image_generation.checker(self.model, self.parts) if self.safety_checker else ()
-    checked = self.in_batches(image_generation.draw, way.parts + checker, ids, mask, keys, request.start, most=way.batch, **request.options)
-    drawn = image_generation.Drawn(checked.pictures, checked.flagged)
+    way, checker = request.options['way'], image_generation.safety_checker_part(self.model, self.parts) if self.safety_checker else ()
+    checked = self.in_batches(image_generation.decode_images, way.parts + checker, ids, mask, keys, request.start, most=way.batch, **request.options)
+    drawn = image_generation.DecodedImages(checked.pictures, checked.flagged)
     faults.check(checked.faults, drawn)
     if request.details:
       return drawn
@@ -207,50 +207,50 @@ class Lavit:
 
   # Pictures to words.
 
-  def caption(self, images, prompt: str | Sequence[str] = '', *, seed: int | None = 0, details: bool = False, **options) -> list[str] | list[Told]:
+  def caption(self, images, prompt: str | Sequence[str] = '', *, seed: int | None = 0, details: bool = False, **options) -> list[str] | list[TextOutput]:
     """What is in each picture: the continuation of [IMG] features [/IMG] prompt, cut at the first full stop.
 
     Args:
       prompt: of all pictures, or one for each; published results have none.
-      details: return `Told`.
+      details: return `TextOutput`.
       options: fields of `settings.Writing`. By default, as published, a search by 2 beams. sample=True samples instead, by temperature 1
         and top-k 50 unless others are given; num_samples captions of a picture come one after the other.
     """
     images = read_images(images, self.model.image_size)
-    writing = self._settle_words(Writing(*self.settings.caption_tokens, beams=2), options)
+    writing = self._settle_words(GenerationConfig(*self.settings.caption_tokens, beams=2), options)
     if isinstance(prompt, str):
-      with for_all('prompt'):
+      with shared_argument('prompt'):
         asked = [self._encode(prompt, empty=True)] * len(images)
         self._fit([BARE + len(ids) for ids in asked[:1]], writing, least=True)
     else:
-      asked = [self._encode(text, empty=True) for text in texts(prompt, 'prompt')]
+      asked = [self._encode(text, empty=True) for text in as_texts(prompt, 'prompt')]
     if len(asked) != len(images):
       raise UserError(f'{len(images)} pictures but {len(asked)} prompts; give one for each, or one for all')
     told = self._tell(images, asked, writing, seed)
     return _as_asked([each._replace(text=each.text.split('.')[0].strip()) for each in told], details)
 
   def answer(self, images, questions: Sequence[str], *, judge: bool = False, seed: int | None = 0, details: bool = False,
-             **options) -> list[str] | list[Told]:
+             **options) -> list[str] | list[TextOutput]:
     """The answer to a question about each picture, lower case, cut at the first newline, comma or full stop.
 
     The published evaluation lemmatises it too.
 
     Args:
       judge: ask first whether the picture answers the question, and answer 'unanswerable' where that says 'no', as published for VizWiz.
-      details: return `Told`.
+      details: return `TextOutput`.
       options: as of `caption`; by default, as published, a search by 5 beams with length penalty 0 that stops early.
     """
     images = read_images(images, self.model.image_size)
-    questions = texts(questions, 'questions')
+    questions = as_texts(questions, 'questions')
     if len(images) != len(questions):
       raise UserError(f'{len(images)} pictures but {len(questions)} questions; give one question for each picture')
-    writing = self._settle_words(Writing(*self.settings.answer_tokens, beams=5, length_penalty=0.0, early_stopping=True), options)
+    writing = self._settle_words(GenerationConfig(*self.settings.answer_tokens, beams=5, length_penalty=0.0, early_stopping=True), options)
 
     forms = (prompt, lambda question: prompt(answerable(question)))[:1 + bool(judge)]
     asked = [[self._encode(question, form) for question in questions] for form in forms]
     self._fit([BARE + len(ids) for ids in asked[-1]], writing, least=True)  # the longer of both, before the first is computed
 
-    def ask(asked: Sequence[Sequence[int]]) -> list[Told]:
+    def ask(asked: Sequence[Sequence[int]]) -> list[TextOutput]:
       told = self._tell(images, asked, writing, seed)
       return [each._replace(text=re.split(r'[\n,.]', each.text.strip())[0].strip().lower()) for each in told]
 
@@ -262,18 +262,18 @@ class Lavit:
 
   # Words and pictures to pictures.
 
-  def generate(self, prompts: Sequence[str], *, guidance: float | None = 4.0, **options) -> np.ndarray | Generated:
+  def generate(self, prompts: Sequence[str], *, guidance: float | None = 4.0, **options) -> np.ndarray | ImageOutput:
     """A picture of each text, uint8[B, H, W, 3].
 
     Args:
       guidance: of the language model; None or 1 is none, which takes half the work.
       decoder_guidance: of the U-Net: the `guidance` of `draw`.
-      details: return `Generated`.
+      details: return `ImageOutput`.
       options: all others of `sample_codes` and `draw`.
     """
-    return self._generate([[text] for text in texts(prompts, 'prompts')], guidance=guidance, **options)
+    return self._generate([[text] for text in as_texts(prompts, 'prompts')], guidance=guidance, **options)
 
-  def synthesize(self, prompts: Sequence[Sequence], *, guidance: float | None = 5.0, **options) -> np.ndarray | Generated:
+  def synthesize(self, prompts: Sequence[Sequence], *, guidance: float | None = 5.0, **options) -> np.ndarray | ImageOutput:
     """A picture from each sequence of pictures and words, in any order, uint8[B, H, W, 3].
 
     A `str` is words; a picture on disk is a `pathlib.Path`. One prompt may go without brackets, if it has both words and pictures:
@@ -282,17 +282,17 @@ class Lavit:
     return self._generate(prompts, guidance=guidance, **options)
 
   def _generate(self, prompts, *, decoder_guidance: float | None = None, negative: str = '', seed: int | Sequence[int] = 0, **options):
-    asked, prompts = {name: options.pop(name) for name in Writing._fields if name in options}, as_prompts(prompts)
+    asked, prompts = {name: options.pop(name) for name in GenerationConfig._fields if name in options}, as_prompts(prompts)
     writing, against = self._settle_codes(asked, negative)  # what is wrong is told before anything runs
-    decoder_guidance = check('decoder_guidance', decoder_guidance, image_generation.LIMITS['guidance'])
+    decoder_guidance = check_value('decoder_guidance', decoder_guidance, image_generation.LIMITS['guidance'])
     request = self._settle(len(prompts) * writing.num_samples, dict(options, guidance=decoder_guidance))
-    keys = row_keys(seed, len(prompts))
+    keys = example_keys(seed, len(prompts))
     sampled = self._sample(prompts, writing, keys, against)
     drawn = self._draw([each.codes for each in sampled], sample_keys(Purpose.LATENTS, keys, writing.num_samples), request)
-    return Generated(drawn.pictures, drawn.flagged, sampled) if request.details else drawn
+    return ImageOutput(drawn.pictures, drawn.flagged, sampled) if request.details else drawn
 
   def sample_codes(self, prompts: Sequence[Sequence], *, guidance: float | None = 4.0, negative: str = '', seed: int | Sequence[int] = 0,
-                   details: bool = False, **options) -> list[np.ndarray] | list[Sampled]:
+                   details: bool = False, **options) -> list[np.ndarray] | list[CodesOutput]:
     """The codes that the language model continues each prompt with, i32[n].
 
     A prompt is its pictures and words in their order, then [IMG], which asks for a picture. Pictures are put as their discrete codes: this is
@@ -302,31 +302,31 @@ class Lavit:
     Args:
       prompts: sequences of words (`str`) and pictures; one alone as of `synthesize`.
       guidance: of the language model, against the context `negative` [IMG]; None or 1 is none, which takes half the work and no `negative`.
-      details: return `Sampled`.
+      details: return `CodesOutput`.
       options: fields of `settings.Writing` but those of a search. By default, as published, temperature 1 and top-k 50. num_samples codes of a
         prompt come one after the other; the first of each is what one alone would be.
     """
     prompts, (writing, against) = as_prompts(prompts), self._settle_codes(dict(options, guidance=guidance), negative)
-    sampled = self._sample(prompts, writing, row_keys(seed, len(prompts)), against)
+    sampled = self._sample(prompts, writing, example_keys(seed, len(prompts)), against)
     return sampled if details else [each.codes for each in sampled]
 
-  def _settle_words(self, task: Writing, asked: Mapping[str, Any]) -> Writing:
-    return settle(task, asked, self.parts.max_length - BARE)
+  def _settle_words(self, task: GenerationConfig, asked: Mapping[str, Any]) -> GenerationConfig:
+    return resolve_generation_config(task, asked, self.parts.max_length - BARE)
 
-  def _settle_codes(self, asked: Mapping[str, Any], negative: str) -> tuple[Writing, list[Sequence[int]]]:
+  def _settle_codes(self, asked: Mapping[str, Any], negative: str) -> tuple[GenerationConfig, list[Sequence[int]]]:
     """The settings, and the context that guidance is against."""
-    writing = settle(Writing(*self.settings.image_tokens, guidance=4.0), asked, self.model.num_patches)
+    writing = resolve_generation_config(GenerationConfig(*self.settings.image_tokens, guidance=4.0), asked, self.model.num_patches)
     against = [[self.model.vocabulary.image_start]]
     if negative in ('', None):
       return writing, against
     if writing.guidance is None:
       raise UserError('negative plays no part without guidance; leave it out, or choose a guidance above 1')
-    with for_all('negative'):
+    with shared_argument('negative'):
       against = [self._encode(negative), *against]
       self._fit([sum(map(len, against))], writing)
     return writing, against
 
-  def _sample(self, prompts: Sequence[Sequence], writing: Writing, keys: Array, against: Sequence[Sequence[int]]) -> list[Sampled]:
+  def _sample(self, prompts: Sequence[Sequence], writing: GenerationConfig, keys: Array, against: Sequence[Sequence[int]]) -> list[CodesOutput]:
     words = self.model.vocabulary
     start, end = [words.image_start], [words.image_end]
     bare = BARE if self.settings.bracketed else 1
@@ -339,7 +339,7 @@ class Lavit:
     if places:  # the j-th picture of a prompt has the j-th key of its row's, whatever the other rows are
       rows = np.array([i for i, _ in places])
       images = read_images([part for _, part in places], self.model.image_size)
-      picked = keys_for(Purpose.PATCHES, keys[rows], np.arange(len(rows)) - np.searchsorted(rows, rows))
+      picked = purpose_keys(Purpose.PATCHES, keys[rows], np.arange(len(rows)) - np.searchsorted(rows, rows))
       codes = iter(self._tokens(images, picked, rows).ids)
 
     def pieces(prompt):
@@ -363,29 +363,29 @@ class Lavit:
       return self._write(writing, embeddings[:b], mask[:b], keys[rows], eos_id=words.image_end, suppress=forbidden, **null)
 
     most = max(1, MAX_BATCH // writing.num_samples)
-    out = fetch(((n, sample(rows)) for n, rows in batches(len(prompts), most)), len(prompts), 'codes')
-    sampled = [Sampled(ids[ids >= words.code_offset] - words.code_offset, ids, score) for ids, score in _rows_of(out, writing.num_samples)]
+    out = fetch_batches(((n, sample(rows)) for n, rows in batch_ranges(len(prompts), most)), len(prompts), 'codes')
+    sampled = [CodesOutput(ids[ids >= words.code_offset] - words.code_offset, ids, score) for ids, score in _rows_of(out, writing.num_samples)]
     _check_scores(sampled)
     return sampled
 
   # What the tasks share.
 
-  def _tell(self, images: np.ndarray, asked: Sequence[Sequence[int]], writing: Writing, seed) -> list[Told]:
+  def _tell(self, images: np.ndarray, asked: Sequence[Sequence[int]], writing: GenerationConfig, seed) -> list[TextOutput]:
     """Continues [IMG] features [/IMG] asked, for each picture, in words alone."""
     decoded, words, slots = self.words.decode, self.model.vocabulary, self.model.num_patches  # what is wrong with the words is told first
     forbidden = np.arange(words.size) >= words.text_size
-    keys = row_keys(seed, len(images), optional=writing.beams is not None)
-    patches = keys_for(Purpose.PATCHES, keys)
+    keys = example_keys(seed, len(images), optional=writing.beams is not None)
+    patches = purpose_keys(Purpose.PATCHES, keys)
     self._fit([BARE + len(ids) for ids in asked], writing, least=True)
 
     broken = []  # the number of the fault of each picture, 0 for none
 
     def read():
-      for n, rows in batches(len(images), MAX_BATCH if writing.beams else max(1, MAX_BATCH // writing.num_samples)):
+      for n, rows in batch_ranges(len(images), MAX_BATCH if writing.beams else max(1, MAX_BATCH // writing.num_samples)):
         yield n, rows, self._run(compiled.read, ('vit', 'tokenizer', 'understanding'), images[rows], None if keys is None else patches[rows])
 
     def write():
-      for n, rows, (features, counts) in one_behind(read()):
+      for n, rows, (features, counts) in double_buffer(read()):
         counts = np.asarray(counts)
         broken.extend(np.maximum(-counts[:n], 0))
         counts = np.maximum(counts, 1)
@@ -395,12 +395,12 @@ class Lavit:
         embeddings, mask = self._embed(prompts, features)
         yield n, self._write(writing, embeddings, mask, None if keys is None else keys[rows], eos_id=EOS, suppress=forbidden)
 
-    out = fetch(write(), len(images), 'words')
-    told = [Told(decoded(ids), ids, score) for ids, score in _rows_of(out, writing.num_samples)]
+    out = fetch_batches(write(), len(images), 'words')
+    told = [TextOutput(decoded(ids), ids, score) for ids, score in _rows_of(out, writing.num_samples)]
     _check_scores(told, np.repeat(broken, writing.num_samples))
     return told
 
-  def _write(self, writing: Writing, embeddings: Array, mask: Array, keys: Array | None, **more) -> decode.GenerateOutput:
+  def _write(self, writing: GenerationConfig, embeddings: Array, mask: Array, keys: Array | None, **more) -> decode.GenerateOutput:
     """Continues prompts [B, S, H] with keys [B]; B * num_samples rows."""
     same = dict(min_new_tokens=writing.min_tokens, max_new_tokens=writing.max_tokens, repetition_penalty=writing.repetition_penalty,
                 num_samples=writing.num_samples, cache_dtype=self.cache, **more)
@@ -419,12 +419,12 @@ class Lavit:
       raise InputError('the text is empty; say what to draw or what to ask')
     return () if blank else self.words.encode(form(text))
 
-  def _fit(self, lengths: Sequence[int], writing: Writing, **of):
-    fit(lengths, self.parts.max_length - writing.max_tokens, **of)
+  def _fit(self, lengths: Sequence[int], writing: GenerationConfig, **of):
+    check_prompt_lengths(lengths, self.parts.max_length - writing.max_tokens, **of)
 
   def _embed(self, prompts, features: Array | None = None) -> tuple[Array, Array]:
     """Lists of pieces -> embeddings [B, S, H] and mask bool[B, S], left-padded."""
-    embeddings, mask, _ = sequence.assemble(
+    embeddings, mask, _ = sequence.embed_prompts(
         prompts, functools.partial(self._run, compiled.embed, ('llama',)), features, multiple=self.model.num_patches)
     return embeddings, mask
 
@@ -442,12 +442,12 @@ class Lavit:
 
   def in_batches(self, program, names: tuple[str, ...], *rows, most: int = MAX_BATCH, **same):
     """program(model, parts, *rows, **same) over batches of `rows`, arrays [B, ...] or None; numpy arrays."""
-    out = fetch(((n, self._run(program, names, *(None if x is None else x[index] for x in rows), **same))
-                  for n, index in batches(len(rows[0]), most)), len(rows[0]), 'pictures')
+    out = fetch_batches(((n, self._run(program, names, *(None if x is None else x[index] for x in rows), **same))
+                  for n, index in batch_ranges(len(rows[0]), most)), len(rows[0]), 'pictures')
     return jax.tree.map(lambda *x: np.concatenate(x), *(jax.tree.map(lambda x: x[:n], found) for n, found in out))
 
-  def _settle(self, count: int, options: Mapping) -> image_generation.Request:
-    return image_generation.settle(count, self.settings.drawn_size, self.settings.highres_sizes, self.parts, self.parts.scheduler, **options)
+  def _settle(self, count: int, options: Mapping) -> image_generation.ImageRequest:
+    return image_generation.resolve_image_request(count, self.settings.drawn_size, self.settings.highres_sizes, self.parts, self.parts.scheduler, **options)
 
   def _run(self, program, names: tuple[str, ...], *args, **kwargs):
     """Calls a program with the parts that it needs, loading them first."""
@@ -461,11 +461,11 @@ def _rows_of(found: list[tuple[int, decode.GenerateOutput]], num_samples: int) -
   return [(ids[:length], float(score)) for n, batch in found for ids, length, score in zip(*(x[:n * num_samples] for x in batch))]
 
 
-def _check_scores(found: Sequence[Told] | Sequence[Sampled], broken: Sequence[int] | None = None) -> None:
+def _check_scores(found: Sequence[TextOutput] | Sequence[CodesOutput], broken: Sequence[int] | None = None) -> None:
   """Raises NotFinite where the language model's results are not finite; `broken`: the faults of what it read, by row."""
   wrong = np.array([0 if np.isfinite(each.score) else faults.number('llama') for each in found], int)
   faults.check(wrong if broken is None else np.where(broken, broken, wrong), found)
 
 
-def _as_asked(told: list[Told], details: bool) -> list[Told] | list[str]:
+def _as_asked(told: list[TextOutput], details: bool) -> list[TextOutput] | list[str]:
   return told if details else [each.text for each in told]

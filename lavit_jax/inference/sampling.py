@@ -14,7 +14,7 @@ def suppress(logits: Array, suppressed: Array) -> Array:
   return jnp.where(suppressed, -jnp.inf, logits)
 
 
-def guide(conditional: Array, unconditional: Array, scale: float | Array) -> Array:
+def guided_log_probs(conditional: Array, unconditional: Array, scale: float | Array) -> Array:
   """Classifier-free guidance, `scale (log p_cond - log p_uncond) + log p_uncond`; comes before every other filter.
 
   At scale 1 this is log p_cond, at 0 log p_uncond. The result is not normalised.
@@ -23,7 +23,7 @@ def guide(conditional: Array, unconditional: Array, scale: float | Array) -> Arr
   return scale * (conditional - unconditional) + unconditional
 
 
-def penalise(logits: Array, used: Array, penalty: float | Array) -> Array:
+def penalize(logits: Array, used: Array, penalty: float | Array) -> Array:
   """Repetition penalty: makes the ids where `used`, bool[B, V], is true less probable, if `penalty` > 1.
 
   Positive logits are divided by it and negative ones multiplied (Keskar et al. 2019, arXiv 1909.05858, section 4.1).

@@ -32,7 +32,7 @@ def packed_attention(q: Array, k: Array, v: Array, segments: Array) -> Array:
 
   Args:
     q: [R, S, H, d]. k, v: [R, S, G, d], where G divides H. All rotated and unscaled.
-    segments: i32[R, S] (`sequence.Packed.segments`).
+    segments: i32[R, S] (`sequence.PackedBatch.segments`).
 
   Returns:
     [R, S, H, d] in the dtype of v.
@@ -44,7 +44,7 @@ def packed_attention(q: Array, k: Array, v: Array, segments: Array) -> Array:
   return attention(q, k, v, segment_mask(segments))
 
 
-def picture_attention(q: Array, k: Array, v: Array) -> Array:
+def image_attention(q: Array, k: Array, v: Array) -> Array:
   """Attention of every position to every position, softmax in float32; [R, S, H, d] each, unscaled, to the same in the dtype of v."""
   if _platform() == 'tpu' and q.shape[1] >= LONG and q.shape[1] % LANES == 0:
     return _over_mesh(splash_attention, q, k, v)
@@ -54,7 +54,7 @@ def picture_attention(q: Array, k: Array, v: Array) -> Array:
 
 
 def splash_attention(q: Array, k: Array, v: Array, segments: Array | None = None, interpret: bool = False) -> Array:
-  """`packed_attention`, or without segments `picture_attention`, by the kernel, on one device; `interpret` runs it where there is no TPU.
+  """`packed_attention`, or without segments `image_attention`, by the kernel, on one device; `interpret` runs it where there is no TPU.
   S is a multiple of 128, with segments d too."""
   length, heads = q.shape[1], q.shape[2]
   block = math.gcd(length, BLOCK)

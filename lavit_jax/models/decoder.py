@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lavit_jax.models.layers import (
-    CrossAttention, Dtype, LayerNorm, Mlp, SelfAttention, attention, merge_heads, scan_blocks, split_batch, split_heads,
+    CrossAttention, Dtype, LayerNorm, Mlp, SelfAttention, attention, merge_heads, scan_blocks, constrain_batch, split_heads,
 )
 
 
@@ -28,7 +28,7 @@ class DecoderBlock(nn.Module):
 
     among = SelfAttention(self.num_heads, x.shape[-1] // self.num_heads, dtype=self.dtype, name='self_attn')
     cross = CrossAttention(self.num_heads, self.dtype, name='cross_attn')
-    x = split_batch(x)
+    x = constrain_batch(x)
     x = x + among(norm('norm0')(x))
     x = x + cross(norm('norm1')(x), codes, partial(attention, mask=mask))
     x = x + Mlp(self.mlp_dim, self.dtype, name='mlp')(norm('norm2')(x))
@@ -55,7 +55,7 @@ class AttentionPool(nn.Module):
     return linear(self.output_dim, 'proj')(merge_heads(pooled)[:, 0])
 
 
-class Decoder(nn.Module):
+class FeatureDecoder(nn.Module):
   """N learned queries read the codes and become the feature map.
 
   `context_dims` are the widths of the linear heads whose outputs, side by side, condition the U-Net: (768,) for SD 1.5,

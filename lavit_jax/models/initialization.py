@@ -5,10 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from lavit_jax.models.lavit import Lavit
+from lavit_jax.models.lavit import LavitModules
 
 
-def initial_parts(model: Lavit, key: jax.Array, names: tuple[str, ...] | None = None) -> dict:
+def init_params(model: LavitModules, key: jax.Array, names: tuple[str, ...] | None = None) -> dict:
   """Part name -> parameters, float32, as `porting.folder` stores them; of all parts or of those in `names`."""
   side, patches, width = model.image_size, model.num_patches, model.vit.hidden_size
   context_dim = sum(model.decoder.context_dims)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import settings as checkpoint_settings
-from lavit_jax.models.decoder import Decoder
+from lavit_jax.models.decoder import FeatureDecoder
 from lavit_jax.models.llama import Llama
 from lavit_jax.models.noise_schedule import Scheduler
 from lavit_jax.models.safety_checker import SafetyChecker
@@ -74,7 +74,7 @@ VARIANTS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Lavit:
+class LavitModules:
   """The parts of one variant, as unbound Linen modules; their parameters travel apart, keyed by the field names."""
 
   variant: str
@@ -82,8 +82,8 @@ class Lavit:
   vit: ViT
   tokenizer: DynamicTokenizer
   understanding: Understanding
-  decoder: Decoder
-  highres_decoder: Decoder | None
+  decoder: FeatureDecoder
+  highres_decoder: FeatureDecoder | None
   llama: Llama
   unet: UNet
   vae: AutoencoderKL
@@ -111,7 +111,7 @@ class Lavit:
     return (self.vit.image_size // self.vit.patch_size) ** 2
 
 
-def row(variant: str) -> dict:
+def variant_config(variant: str) -> dict:
   """The row of `VARIANTS` under this name; a `UserError` that names the nearest one if there is none."""
   if variant not in VARIANTS:
     near = difflib.get_close_matches(variant, VARIANTS, 1)
@@ -120,7 +120,7 @@ def row(variant: str) -> dict:
   return VARIANTS[variant]
 
 
-def build(variant: str, dtype: str = 'float32', remat: str = 'none', settings: Mapping | None = None) -> Lavit:
+def build(variant: str, dtype: str = 'float32', remat: str = 'none', settings: Mapping | None = None) -> LavitModules:
   """Builds the parts of a variant.
 
   Args:
@@ -131,8 +131,8 @@ def build(variant: str, dtype: str = 'float32', remat: str = 'none', settings: M
   Raises:
     UserError: no such variant, or settings that are not known or not possible.
   """
-  settings = checkpoint_settings.differing(variant, row(variant), settings)
-  sizes = with_settings(row(variant), settings)
+  settings = checkpoint_settings.differing(variant, variant_config(variant), settings)
+  sizes = with_settings(variant_config(variant), settings)
   common = dict(dtype=jnp.dtype(dtype), remat=remat)
   tokenizer = sizes['tokenizer']
   vocabulary = Vocabulary(text_size=sizes['text_vocab_size'], codebook_size=tokenizer['codebook_size'])
@@ -141,9 +141,9 @@ def build(variant: str, dtype: str = 'float32', remat: str = 'none', settings: M
 
   def decoder(kwargs):
     sizes = {**stack, 'code_dim': tokenizer['code_dim'], 'num_patches': num_patches, 'pooled_dim': None, **kwargs}
-    return Decoder(**sizes, **common)
+    return FeatureDecoder(**sizes, **common)
 
-  return Lavit(
+  return LavitModules(
       variant=variant,
       vocabulary=vocabulary,
       vit=ViT(**sizes['vit'], **common),

@@ -265,7 +265,7 @@ def rotary(x: Array, positions: Array, frequency: Array, magnitude: float = 1.0)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def split_batch(x: Array) -> Array:
+def constrain_batch(x: Array) -> Array:
   """Keeps activations [B, ...] split by rows over `BATCH_AXES`; does nothing without such a mesh, or where B does not divide.
 
   Blocks begin with it. Left to itself, the compiler may split activations by width, as the weights are, and then move them about.

@@ -1,6 +1,6 @@
 """The language model: LLaMA over embeddings (REFERENCE section 2), in two forms that share every block.
 
-Training scans over stacked layers, which compiles one of them. Decoding has the layers one by one (`unroll`), each with its own
+Training scans over stacked layers, which compiles one of them. Decoding has the layers one by one (`unroll_layers`), each with its own
 parameters and cache: a scan would copy them from the stack at every token.
 
 Axis letters: L layers, B rows, S new tokens, M slots of the cache, K keys (S without a cache, M with one), H width,
@@ -25,7 +25,7 @@ from lavit_jax.models.layers import (
   merge_heads,
   rotary,
   scan_blocks,
-  split_batch,
+  constrain_batch,
   split_heads,
 )
 from lavit_jax.models.rope import Rope
@@ -103,7 +103,7 @@ class Block(nn.Module):
   def __call__(
     self, x: Array, positions: Array, mask: Array, cache: LayerCache | None = None, start: Array | None = None
   ) -> tuple[Array, LayerCache | None]:
-    x = split_batch(x)
+    x = constrain_batch(x)
     attend = SelfAttention(
       self.num_heads, self.num_kv_heads, self.head_dim, self.rope, self.dtype, name='attention'
     )
@@ -188,7 +188,7 @@ class Llama(nn.Module):
     x = embeddings.astype(self.dtype)
     if self.scan:
       if cache is not None:
-        raise ValueError('a cache is for unrolled layers; see `unroll`')
+        raise ValueError('a cache is for unrolled layers; see `unroll_layers`')
       return self.norm(self.layers(x, positions, mask)[0]), None
     start, states = None if cache is None else cache.length, []
     for i, block in enumerate(self.layers):
@@ -211,12 +211,12 @@ class Llama(nn.Module):
     return KVCache((LayerCache(empty, empty),) * self.num_layers, jnp.zeros((), jnp.int32))
 
 
-def unroll(llama: Llama, params: dict) -> tuple[Llama, dict]:
-  """The same model with its layers one by one, as decoding wants it, and its parameters in that form (`unstack`)."""
-  return llama.clone(scan=False), unstack(jax.tree.map(lambda x: x, params)) if 'layers' in params else params  # the caller's stay whole
+def unroll_layers(llama: Llama, params: dict) -> tuple[Llama, dict]:
+  """The same model with its layers one by one, as decoding wants it, and its parameters in that form (`unstack_layers`)."""
+  return llama.clone(scan=False), unstack_layers(jax.tree.map(lambda x: x, params)) if 'layers' in params else params  # the caller's stay whole
 
 
-def unstack(params: dict) -> dict:
+def unstack_layers(params: dict) -> dict:
   """Parameters of scanned layers -> of unrolled ones: 'layers', stacked [L, ...], becomes 'layers_0', 'layers_1', ...
 
   Leaves are removed from `params['layers']` as they are taken apart, so that memory never holds two models.

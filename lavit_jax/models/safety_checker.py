@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lavit_jax.models.layers import CrossAttention, Dtype, LayerNorm, Mlp, scan_blocks, split_batch
+from lavit_jax.models.layers import CrossAttention, Dtype, LayerNorm, Mlp, scan_blocks, constrain_batch
 
 SPECIAL_CARE = 0.01  # by how much a special concept lowers the thresholds of all others
 
@@ -29,7 +29,7 @@ class ClipBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> tuple[Array, None]:
-    x = split_batch(x)
+    x = constrain_batch(x)
     y = LayerNorm(dtype=self.dtype, name='norm1')(x)
     x = x + CrossAttention(self.num_heads, self.dtype, name='attn')(y, y)
     y = LayerNorm(dtype=self.dtype, name='norm2')(x)

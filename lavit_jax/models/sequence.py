@@ -40,7 +40,7 @@ class Vocabulary(NamedTuple):
     return self.text_size + 2 + self.codebook_size
 
 
-class Packed(NamedTuple):
+class PackedBatch(NamedTuple):
   """Rows of several pairs each. All fields are [R, S] but the last two, which are scalars."""
 
   ids: Array  # i32; a code id stands at visual positions too, 0 in empty slots.
@@ -78,7 +78,7 @@ def compact(x: Array, keep: Array) -> tuple[Array, Array]:
   return jax.vmap(compact_row)(x, keep > 0.5)
 
 
-def first_fit(lengths: Array, num_rows: int, row_length: int) -> tuple[Array, Array]:
+def assign_rows(lengths: Array, num_rows: int, row_length: int) -> tuple[Array, Array]:
   """Gives each length, in order, to the first row with room left.
 
   Args:
@@ -111,7 +111,7 @@ class _Pair(NamedTuple):
 def _lay_out(
   text, text_length, text_weight, kind, codes, visual_length, *, vocabulary, bos_id, eos_id, image_loss
 ) -> _Pair:
-  """One pair as a line of tokens; see `pack` for the three kinds."""
+  """One pair as a line of tokens; see `pack_pairs` for the three kinds."""
   p = jnp.arange(text.shape[0] + codes.shape[0] + 3)
   has_image = kind != TEXT_ONLY
   length = text_length + jnp.where(has_image, visual_length + 3, 2)
@@ -152,7 +152,7 @@ def _lay_out(
   )
 
 
-def pack(
+def pack_pairs(
   text: Array,
   text_length: Array,
   text_weight: Array,
@@ -166,7 +166,7 @@ def pack(
   image_loss: bool = False,
   bos_id: int = 1,
   eos_id: int = 2,
-) -> Packed:
+) -> PackedBatch:
   """Packs pairs into rows, first fit in the order of the batch; pure, static shapes, no communication.
 
       kind 0, image to text   [IMG] v v v [/IMG] w w w eos    v: continuous features through `source`
@@ -197,7 +197,7 @@ def pack(
   pair = jnp.arange(batch, dtype=jnp.int32)[:, None]
   source = jnp.where(pairs.source >= 0, pair * capacity + pairs.source, -1)
 
-  row, start = first_fit(pairs.length, num_rows, row_length)
+  row, start = assign_rows(pairs.length, num_rows, row_length)
   p = jnp.arange(pairs.ids.shape[1], dtype=jnp.int32)
   dropped = row == num_rows
   slot = (row * row_length + start)[:, None] + p
@@ -210,7 +210,7 @@ def pack(
     field = jnp.broadcast_to(field, slot.shape).reshape(-1)
     return jnp.where(token >= 0, field[token], jnp.asarray(empty, field.dtype))
 
-  return Packed(
+  return PackedBatch(
     ids=take(pairs.ids),
     source=take(source, -1),
     positions=take(p),
@@ -274,11 +274,11 @@ class Prompts(NamedTuple):
   """Left-padded prompts on the host, all [B, S]."""
 
   ids: np.ndarray  # i32; the padding id in padding and at visual slots.
-  source: np.ndarray  # i32; as in `Packed`.
+  source: np.ndarray  # i32; as in `PackedBatch`.
   mask: np.ndarray  # bool; False is padding.
 
 
-def lay_out_prompts(prompts: Sequence[Sequence[Sequence[int]]], *, pad_id: int = 2, multiple: int = 32) -> Prompts:
+def layout_prompts(prompts: Sequence[Sequence[Sequence[int]]], *, pad_id: int = 2, multiple: int = 32) -> Prompts:
   """Left-pads prompts to one bucketed length, so that a new length seldom means a new compilation.
 
   A prompt is a list of pieces. A piece is a sequence of ids, or a `range` of rows of the flattened visual features:
@@ -307,7 +307,7 @@ def prompt_positions(mask: Array) -> Array:
   return jnp.maximum(jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1, 0)
 
 
-def assemble(
+def embed_prompts(
   prompts: Sequence[Sequence[Sequence[int]]],
   embed: Callable[[Array], Array],
   features: Array | None = None,
@@ -318,14 +318,14 @@ def assemble(
   """Prompts of interleaved text and visual features, ready for `inference.decode`.
 
   Args:
-    prompts: B lists of pieces, see `lay_out_prompts`.
+    prompts: B lists of pieces, see `layout_prompts`.
     embed: ids i32[B, S] to embeddings [B, S, H].
     features: [B', N, H] compacted visual features that the ranges index once flattened; None without images.
 
   Returns:
     embeddings [B, S, H], mask bool[B, S], positions i32[B, S].
   """
-  laid = lay_out_prompts(prompts, pad_id=pad_id, multiple=multiple)
+  laid = layout_prompts(prompts, pad_id=pad_id, multiple=multiple)
   embeddings = embed(jnp.asarray(laid.ids))
   if features is not None:
     embeddings = embed_sources(embeddings, jnp.asarray(laid.source), features)

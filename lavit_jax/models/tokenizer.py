@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lavit_jax.models.layers import (
-    CrossAttention, Dtype, LayerNorm, Mlp, SelfAttention, gelu, policy_attention, scan_blocks, split_batch,
+    CrossAttention, Dtype, LayerNorm, Mlp, SelfAttention, gelu, policy_attention, scan_blocks, constrain_batch,
 )
 from lavit_jax.models.row_random import draw_rows
 
@@ -114,7 +114,7 @@ class MergerBlock(nn.Module):
 
     causal = SelfAttention(self.num_heads, x.shape[-1] // self.num_heads, dtype=self.dtype, name='self_attn')
     cross = CrossAttention(self.num_heads, self.dtype, name='cross_attn')
-    x = split_batch(x)
+    x = constrain_batch(x)
     x = x + causal(norm('norm0')(x), partial(policy_attention, policy=kept_policy))
     x = x + cross(norm('norm1')(x), dropped, partial(policy_attention, policy=dropped_policy))
     x = x + Mlp(self.mlp_dim, self.dtype, name='mlp')(norm('norm2')(x))
@@ -148,7 +148,7 @@ class Merger(nn.Module):
     With `all_blocks`, returns (merged, ln_vision [B, N, D], the stream after each block [L, B, N, D]).
     """
     # Both by rows: left to choose how masks lie on a mesh of data=2, fsdp=2, tensor=2, XLA (jax 0.10.2) gave rows 1 and 2 each other's.
-    x, keep = split_batch(x.astype(self.dtype)), split_batch(keep.astype(jnp.float32))
+    x, keep = constrain_batch(x.astype(self.dtype)), constrain_batch(keep.astype(jnp.float32))
     keep = keep[:, None, None, :]  # [B, 1, 1, N]: over keys
     tokens = x.shape[1]
     itself = jnp.eye(tokens)
@@ -162,7 +162,7 @@ class Merger(nn.Module):
     return (x, vision, streams) if all_blocks else x
 
 
-def l2_normalise(x: Array) -> Array:
+def l2_normalize(x: Array) -> Array:
   """Unit vectors along the last axis, f32; a zero vector stays zero, with a finite gradient."""
   x = x.astype(jnp.float32)
   return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
@@ -192,7 +192,7 @@ def nearest_code(z: Array, codebook: Array) -> Array:
 
 def unit_rows(key: Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> Array:
   """Initialiser: directions uniform on the sphere."""
-  return l2_normalise(jax.random.normal(key, shape)).astype(dtype)
+  return l2_normalize(jax.random.normal(key, shape)).astype(dtype)
 
 
 class Quantizer(nn.Module):
@@ -219,7 +219,7 @@ class Quantizer(nn.Module):
 
   def project(self, x: Array) -> Array:
     """[..., D] -> z f32[..., C] of unit length."""
-    return l2_normalise(self.encode(x))
+    return l2_normalize(self.encode(x))
 
   def assign(self, z: Array, codebook: Array | None = None) -> Array:
     """Nearest code i32[...] of z [..., C], in a codebook f32[K, C] that is the module's own by default."""

@@ -10,9 +10,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from lavit_jax.models.layers import REMAT_POLICIES, Dtype, LayerNorm, attention, gelu, merge_heads, scan_blocks, split_batch, split_heads
+from lavit_jax.models.layers import REMAT_POLICIES, Dtype, LayerNorm, attention, gelu, merge_heads, scan_blocks, constrain_batch, split_heads
 from lavit_jax.models.resnet import Conv, Downsample, GroupNorm, ResnetBlock, Upsample
-from lavit_jax.models.attention_kernels import picture_attention
+from lavit_jax.models.attention_kernels import image_attention
 
 MASKED = -10000.  # what diffusers adds to the scores of condition rows that do not count
 
@@ -48,7 +48,7 @@ class Attention(nn.Module):
     seen = x if source is None else source
     q, k, v = (split_heads(nn.Dense(x.shape[-1], use_bias=False, dtype=self.dtype, name=name)(y), self.num_heads)
                for name, y in (('to_q', x), ('to_k', seen), ('to_v', seen)))
-    heads = picture_attention(q, k, v) if source is None else attention(q, k, v, bias=bias)
+    heads = image_attention(q, k, v) if source is None else attention(q, k, v, bias=bias)
     return nn.Dense(x.shape[-1], dtype=self.dtype, name='to_out')(merge_heads(heads))
 
 
@@ -169,7 +169,7 @@ class UNet(nn.Module):
     resnet_cls = ResnetBlock if self.remat == 'none' else nn.remat(ResnetBlock, policy=REMAT_POLICIES[self.remat])
 
     def resnet(x, level, name):
-      return resnet_cls(widths[level], self.norm_num_groups, self.norm_eps, self.dtype, name=name)(split_batch(x), time)
+      return resnet_cls(widths[level], self.norm_num_groups, self.norm_eps, self.dtype, name=name)(constrain_batch(x), time)
 
     def transformer(x, level, name):
       return Transformer(self.transformer_layers[level], self.num_heads[level], self.norm_num_groups, self.dtype,

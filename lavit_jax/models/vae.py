@@ -18,7 +18,7 @@ from jax import Array
 from lavit_jax.models.layers import Dtype
 from lavit_jax.models.resnet import Conv, Downsample, GroupNorm, ResnetBlock, Upsample
 from lavit_jax.models.row_random import draw_rows
-from lavit_jax.models.attention_kernels import picture_attention
+from lavit_jax.models.attention_kernels import image_attention
 
 EPSILON = 1e-6
 TILE_OVERLAP = 0.25  # share of a tile that the next one covers again, as in diffusers
@@ -35,11 +35,11 @@ class SpatialAttention(nn.Module):
     batch, h, w, channels = x.shape
     y = GroupNorm(self.num_groups, EPSILON, self.dtype, name='group_norm')(x).reshape(batch, h * w, channels)
     q, k, v = (nn.Dense(channels, dtype=self.dtype, name=f'to_{n}')(y)[:, :, None] for n in 'qkv')
-    y = nn.Dense(channels, dtype=self.dtype, name='to_out')(picture_attention(q, k, v)[:, :, 0])
+    y = nn.Dense(channels, dtype=self.dtype, name='to_out')(image_attention(q, k, v)[:, :, 0])
     return x + y.reshape(x.shape)
 
 
-class Middle(nn.Module):
+class MidBlock(nn.Module):
   """Resnet, attention, resnet at the lowest resolution."""
 
   num_groups: int
@@ -52,7 +52,7 @@ class Middle(nn.Module):
     return ResnetBlock(x.shape[-1], self.num_groups, EPSILON, self.dtype, name='resnet_1')(x)
 
 
-class Encoder(nn.Module):
+class VAEEncoder(nn.Module):
   """Pixels [B, H, W, 3] -> moments [B, h, w, 2Z]."""
 
   block_out_channels: tuple[int, ...]
@@ -69,12 +69,12 @@ class Encoder(nn.Module):
         x = Downsample((0, 1), self.dtype, name=f'down_{i - 1}_downsample')(x)
       for j in range(self.layers_per_block):
         x = ResnetBlock(channels, self.num_groups, EPSILON, self.dtype, name=f'down_{i}_resnet_{j}')(x)
-    x = Middle(self.num_groups, self.dtype, name='mid')(x)
+    x = MidBlock(self.num_groups, self.dtype, name='mid')(x)
     x = nn.silu(GroupNorm(self.num_groups, EPSILON, self.dtype, name='conv_norm_out')(x))
     return Conv(2 * self.latent_channels, (3, 3), padding=1, dtype=self.dtype, name='conv_out')(x)
 
 
-class Decoder(nn.Module):
+class VAEDecoder(nn.Module):
   """Latents [B, h, w, Z] -> pixels [B, H, W, 3]."""
 
   block_out_channels: tuple[int, ...]
@@ -85,7 +85,7 @@ class Decoder(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     x = Conv(self.block_out_channels[-1], (3, 3), padding=1, dtype=self.dtype, name='conv_in')(x)
-    x = Middle(self.num_groups, self.dtype, name='mid')(x)
+    x = MidBlock(self.num_groups, self.dtype, name='mid')(x)
     for i, channels in enumerate(reversed(self.block_out_channels)):
       if i:
         x = Upsample(self.dtype, name=f'up_{i - 1}_upsample')(x)
@@ -115,10 +115,10 @@ class AutoencoderKL(nn.Module):
   def setup(self):
     sizes = dict(block_out_channels=self.block_out_channels, layers_per_block=self.layers_per_block,
                  num_groups=self.norm_num_groups, dtype=self.dtype)
-    self.encoder = Encoder(latent_channels=self.latent_channels, **sizes)
+    self.encoder = VAEEncoder(latent_channels=self.latent_channels, **sizes)
     self.quant_conv = Conv(2 * self.latent_channels, (1, 1), dtype=self.dtype)
     self.post_quant_conv = Conv(self.latent_channels, (1, 1), dtype=self.dtype)
-    self.decoder = Decoder(**sizes)
+    self.decoder = VAEDecoder(**sizes)
 
   @property
   def factor(self) -> int:

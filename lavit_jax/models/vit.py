@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from lavit_jax.models.layers import Dtype, LayerNorm, Mlp, SelfAttention, scan_blocks, split_batch
+from lavit_jax.models.layers import Dtype, LayerNorm, Mlp, SelfAttention, scan_blocks, constrain_batch
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -28,7 +28,7 @@ class ViTBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> tuple[Array, None]:
-    x = split_batch(x)
+    x = constrain_batch(x)
     attn = SelfAttention(self.num_heads, self.head_dim, key_bias=False, dtype=self.dtype, name='attn')
     x = x + attn(LayerNorm(1e-6, self.dtype, name='norm1')(x))
     x = x + Mlp(self.mlp_dim, self.dtype, name='mlp')(LayerNorm(1e-6, self.dtype, name='norm2')(x))

@@ -47,7 +47,7 @@ class Checkpoints:
 
   def __init__(self, workdir, config, keep: int, settings: dict | None = None):
     self.folder = pathlib.Path(os.path.abspath(workdir)) / 'checkpoints'
-    self.identity = dict(stage=config.stage, variant=config.variant, sizes=json.loads(json.dumps(lavit.row(config.variant))))
+    self.identity = dict(stage=config.stage, variant=config.variant, sizes=json.loads(json.dumps(lavit.variant_config(config.variant))))
     self.settings = settings or {}
     self.config = json.loads(config.to_json_best_effort())
     self.clear_half_written()
@@ -74,7 +74,7 @@ class Checkpoints:
 
   def _check_settings(self, step: int, saved: dict) -> None:
     """Raises UserError where a checkpoint was trained with another setting; runs of before there were any had the variant's own."""
-    before, row = saved.get('settings', {}), lavit.row(self.identity['variant'])
+    before, row = saved.get('settings', {}), lavit.variant_config(self.identity['variant'])
     for name, field in differences(before, self.settings):
       if computes(name, field, self.settings) or 'settings' in saved:
         raise UserError(f'{self.folder / str(step)} was trained with {told(before, name, field, row)} of {name}, and the folders of this run have '

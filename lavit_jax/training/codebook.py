@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lavit_jax.models.tokenizer import l2_normalise, nearest_code
+from lavit_jax.models.tokenizer import l2_normalize, nearest_code
 
 LIVE = 100  # a code is dead once this many batches have passed it by
 
@@ -28,7 +28,7 @@ class Codebook(NamedTuple):
   started: Array
 
 
-def create(embedding: Array, started: bool = False) -> Codebook:
+def init_codebook(embedding: Array, started: bool = False) -> Codebook:
   """A codebook of these unit rows f32[K, C], all of them alive; `started` if they are those of an earlier training."""
   num_codes = len(embedding)
   return Codebook(embedding, jnp.ones(num_codes), jnp.zeros(num_codes, jnp.int32), jnp.zeros([], jnp.int32), jnp.full([], started))
@@ -53,7 +53,7 @@ def put_in(params: dict, embedding: Array) -> dict:
 
 
 def moved_away(book: Codebook, revive_after: int) -> Array:
-  """bool[K]: the codes that the last `update` has put elsewhere. Alive they are only when a token chooses them."""
+  """bool[K]: the codes that the last `update_codebook` has put elsewhere. Alive they are only when a token chooses them."""
   if not revive_after:
     return jnp.zeros(len(book.idle), bool)
   return (book.idle > 0) & (book.idle % revive_after == 0)
@@ -66,17 +66,17 @@ def settle(average: Array, old: Codebook, new: Codebook, revive_after: int) -> A
   all until the step at which k-means begins them, and those that are moved onto another token.
   """
   anew = ~old.started | moved_away(new, revive_after)
-  return jnp.where(anew[:, None], new.embedding, l2_normalise(average))
+  return jnp.where(anew[:, None], new.embedding, l2_normalize(average))
 
 
-def tally(z: Array, weight: Array, ids: Array, num_codes: int) -> tuple[Array, Array]:
+def count_assignments(z: Array, weight: Array, ids: Array, num_codes: int) -> tuple[Array, Array]:
   """How many tokens chose each code, f32[K], and their sum f32[K, C]."""
   total = jnp.concatenate([weight[:, None], z * weight[:, None]], axis=-1)
   total = jax.ops.segment_sum(total, ids, num_codes)
   return total[:, 0], total[:, 1:]
 
 
-def draw(key: Array, z: Array, weight: Array, num: int) -> Array:
+def draw_vectors(key: Array, z: Array, weight: Array, num: int) -> Array:
   """`num` rows of z f32[T, C], without repeats while there are enough, with chances proportional to `weight` f32[T]."""
   score = jnp.where(weight > 0, jnp.log(weight) + jax.random.gumbel(key, weight.shape), -jnp.inf)
   order = jnp.argsort(-score)
@@ -91,21 +91,21 @@ def kmeans(key: Array, z: Array, weight: Array, num_codes: int, iterations: int 
   """
 
   def iterate(_, embedding):
-    count, total = tally(z, weight, nearest_code(z, embedding), num_codes)
-    return jnp.where(count[:, None] > 0, l2_normalise(total), embedding)
+    count, total = count_assignments(z, weight, nearest_code(z, embedding), num_codes)
+    return jnp.where(count[:, None] > 0, l2_normalize(total), embedding)
 
-  embedding = jax.lax.fori_loop(0, iterations, iterate, draw(key, z, weight, num_codes))
-  count, _ = tally(z, weight, nearest_code(z, embedding), num_codes)
+  embedding = jax.lax.fori_loop(0, iterations, iterate, draw_vectors(key, z, weight, num_codes))
+  count, _ = count_assignments(z, weight, nearest_code(z, embedding), num_codes)
   return embedding, count
 
 
-def start(key: Array, book: Codebook, z: Array, weight: Array) -> Codebook:
+def start_from_kmeans(key: Array, book: Codebook, z: Array, weight: Array) -> Codebook:
   """The codebook that k-means finds in the first quantised batch."""
   embedding, count = kmeans(key, z, weight, len(book.embedding))
   return book._replace(embedding=embedding, cluster_size=count, idle=jnp.zeros_like(book.idle), started=jnp.ones([], bool))
 
 
-def update(key: Array, book: Codebook, z: Array, weight: Array, ids: Array, decay: float, revive_after: int) -> Codebook:
+def update_codebook(key: Array, book: Codebook, z: Array, weight: Array, ids: Array, decay: float, revive_after: int) -> Codebook:
   """One batch's step of the codes towards the means of their tokens.
 
   Args:
@@ -116,9 +116,9 @@ def update(key: Array, book: Codebook, z: Array, weight: Array, ids: Array, deca
       proportional to the squared distance, as in k-means++), and again after as many more. 0: never.
   """
   num_codes = len(book.embedding)
-  count, total = tally(z, weight, ids, num_codes)
+  count, total = count_assignments(z, weight, ids, num_codes)
   used = count > 0
-  moved = l2_normalise(decay * book.embedding + (1 - decay) * l2_normalise(total))
+  moved = l2_normalize(decay * book.embedding + (1 - decay) * l2_normalize(total))
   embedding = jnp.where(used[:, None], moved, book.embedding)
   cluster_size = decay * book.cluster_size + (1 - decay) * count
   idle = jnp.where(used, 0, book.idle + 1)
@@ -128,11 +128,11 @@ def update(key: Array, book: Codebook, z: Array, weight: Array, ids: Array, deca
     order = jnp.maximum(jnp.cumsum(moves) - 1, 0)  # the first token drawn is the likeliest to be badly described: none goes to waste
     # Only then: to draw sorts all tokens.
     embedding = jax.lax.cond(
-        moves.any(), lambda e: jnp.where(moves[:, None], draw(key, z, error, num_codes)[order], e), lambda e: e, embedding)
+        moves.any(), lambda e: jnp.where(moves[:, None], draw_vectors(key, z, error, num_codes)[order], e), lambda e: e, embedding)
   return book._replace(embedding=embedding, cluster_size=cluster_size, idle=idle)
 
 
-def usage(book: Codebook) -> dict[str, Array]:
+def usage_metrics(book: Codebook) -> dict[str, Array]:
   """What collapse looks like, over the last steps: the share of codes alive, how many are dead, the perplexity of their use (1..K)."""
   dead = book.idle >= LIVE
   return dict(code_usage=1 - dead.mean(), dead_codes=dead.sum().astype(jnp.float32), perplexity=perplexity(book.cluster_size))

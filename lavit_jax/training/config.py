@@ -42,7 +42,7 @@ def load_config(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigD
 
 def override(config: ConfigDict, key: str, text: str) -> None:
   """Sets the dotted `key` to `text`, read in the type of the value that is there. Raises UserError as `load_config`."""
-  known = dict(leaves(config))
+  known = dict(config_leaves(config))
   if key not in known:
     near = [k for k in known if k.startswith(f'{key}.')][:3] or difflib.get_close_matches(key, known, n=1, cutoff=0.4)
     hint = f'did you mean {" or ".join("--config." + k for k in near)}?' if near else 'the page names them all'
@@ -82,11 +82,11 @@ def _read_page(path: str):
     raise UserError(f'--config: {path} is not a config page, which defines get_config(argument) ({error})') from error
 
 
-def leaves(config: ConfigDict, prefix: str = '') -> Iterator[tuple[str, object]]:
+def config_leaves(config: ConfigDict, prefix: str = '') -> Iterator[tuple[str, object]]:
   """('optim.learning_rate', 0.1), ..."""
   for key, value in config.items():
     if isinstance(value, ConfigDict):
-      yield from leaves(value, f'{prefix}{key}.')
+      yield from config_leaves(value, f'{prefix}{key}.')
     else:
       yield prefix + key, value
 

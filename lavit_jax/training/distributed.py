@@ -75,7 +75,7 @@ def connect(coordinator: str | None = None, processes: int | None = None, proces
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def exit_together() -> Iterator[None]:
   """Around the work of a job: a process that fails ends without waiting for the others, who learn of it by its silence.
 
   Raises:
@@ -123,7 +123,7 @@ def _number(option: str, variable: str, value: int | None) -> int | None:
   return int(text)
 
 
-class Interrupt:
+class InterruptHandler:
   """SIGTERM as a question that is asked in every phase, and that all processes of a job answer alike, at the same point of the program.
 
   Which point it is, JAX settles behind the program: the first that no process has passed. So all must ask equally often.

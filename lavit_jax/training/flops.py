@@ -16,10 +16,10 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from lavit_jax import sharding
 from lavit_jax.data import loader
 from lavit_jax.models import lavit
-from lavit_jax.models.initialization import initial_parts
-from lavit_jax.models.lavit import Lavit
+from lavit_jax.models.initialization import init_params
+from lavit_jax.models.lavit import LavitModules
 from lavit_jax.training import optimizer, stages
-from lavit_jax.training.stage import apply, features
+from lavit_jax.training.stage import apply_module, image_features
 
 ONE_CPU = AbstractMesh((1, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=AbstractDevice('cpu', 1, 'cpu'))
 
@@ -35,7 +35,7 @@ class StepFlops(NamedTuple):
     return self.fixed + packed_share * self.slots
 
 
-class Pair(NamedTuple):
+class PairFlops(NamedTuple):
   """What one pair and one packed row take in the language model's step."""
 
   see: float  # the encoder and the selector, of a picture
@@ -45,7 +45,7 @@ class Pair(NamedTuple):
   scores: float  # attention of a slot to one other, and its gradient
 
 
-def of_step(config) -> StepFlops:
+def step_flops(config) -> StepFlops:
   """Of one step of a training: each product of the model once forward and, where it is trained, its gradients.
 
   So 6 operations for each parameter and token that are trained, 2 where they are frozen. What the program does besides does not count:
@@ -60,8 +60,8 @@ def of_step(config) -> StepFlops:
     model = lavit.build(config.variant, config.dtype)
     if config.stage != 'lm':
       return StepFlops(traced(config, model))
-    pair, c = of_pair(config, model), config.lm
-  read, drawn, text = loader.kind_shares(config.data.shares, config.data.sources)
+    pair, c = pair_flops(config, model), config.lm
+  read, drawn, text = loader.task_shares(config.data.shares, config.data.sources)
   towers = (1 - text) * pair.see + drawn * pair.code + read * pair.read
   row = pair.row + c.row_length * pair.scores * (c.mean_length + 1) / 2
   return StepFlops(float(config.batch_size * towers), c.num_rows * row)
@@ -69,50 +69,50 @@ def of_step(config) -> StepFlops:
 
 def expected_share(config) -> float:
   """The share of the slots of packed rows that hold a token, if pairs are of `lm.mean_length`; 1 where nothing is packed."""
-  return min(1.0, config.batch_size * config.lm.mean_length / stages.tokens(config)) if config.stage == 'lm' else 1.0
+  return min(1.0, config.batch_size * config.lm.mean_length / stages.tokens_per_step(config)) if config.stage == 'lm' else 1.0
 
 
-def traced(config, model: Lavit) -> float:
+def traced(config, model: LavitModules) -> float:
   """Of a stage's loss and gradient as they are computed, whatever they are needed for."""
-  stage = stages.build(config, model, 1)
+  stage = stages.build_stage(config, model, 1)
   parts, batch = stages.abstract_inputs(config, model, stage)
   params, state = jax.eval_shape(stage.init, jax.random.key(0), parts)
   frozen = {name: parts[name] for name in stage.needs}
 
   def step(params, frozen, state, batch):
-    return jax.grad(lambda params: stage.loss(optimizer.stop_frozen(config.optim, params), frozen, state, batch, jax.random.key(0), True),
+    return jax.grad(lambda params: stage.loss(optimizer.stop_frozen_gradients(config.optim, params), frozen, state, batch, jax.random.key(0), True),
                     has_aux=True)(params)
 
   return count(jax.make_jaxpr(step)(params, frozen, state, batch))
 
 
-def of_pair(config, model: Lavit) -> Pair:
+def pair_flops(config, model: LavitModules) -> PairFlops:
   """The parts of the language model's step, traced one by one."""
-  parts = jax.eval_shape(lambda: initial_parts(model, jax.random.key(0), ('vit', 'tokenizer', 'understanding', 'llama')))
+  parts = jax.eval_shape(lambda: init_params(model, jax.random.key(0), ('vit', 'tokenizer', 'understanding', 'llama')))
   side, length, llama = model.image_size, config.lm.row_length, model.llama
   image, slots = jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8), jax.ShapeDtypeStruct((1, length), jnp.int32)
-  x = jax.eval_shape(lambda p, image: features(model, p, image)[:, 1:], parts['vit'], image)
+  x = jax.eval_shape(lambda p, image: image_features(model, p, image)[:, 1:], parts['vit'], image)
   keep = jax.ShapeDtypeStruct(x.shape[:2], jnp.float32)
 
   def of(name, function, *inputs):
     return count(jax.make_jaxpr(function)(parts[name], *inputs))
 
   def code(p, x, keep):
-    return apply(model.tokenizer, p, apply(model.tokenizer, p, x, keep, method='merge'), method='quantize')
+    return apply_module(model.tokenizer, p, apply_module(model.tokenizer, p, x, keep, method='merge'), method='quantize')
 
   def read(p, x, keep):
-    return apply(model.understanding, p, x, keep).astype(jnp.float32).sum()
+    return apply_module(model.understanding, p, x, keep).astype(jnp.float32).sum()
 
   def row(p, ids):
-    hidden, _ = apply(llama, p, apply(llama, p, ids, method='embed'), ids, ids)
-    return apply(llama, p, hidden, method='logits')
+    hidden, _ = apply_module(llama, p, apply_module(llama, p, ids, method='embed'), ids, ids)
+    return apply_module(llama, p, hidden, method='logits')
 
   def select(p, x):
-    return apply(model.tokenizer, p, x, method='select')
+    return apply_module(model.tokenizer, p, x, method='select')
 
   scores = 2 * 2 * llama.num_heads * llama.head_dim * llama.num_layers  # two products
-  return Pair(
-      see=of('vit', lambda p, image: features(model, p, image), image) + of('tokenizer', select, x),
+  return PairFlops(
+      see=of('vit', lambda p, image: image_features(model, p, image), image) + of('tokenizer', select, x),
       code=of('tokenizer', code, x, keep), read=of('understanding', jax.grad(read), x, keep),
       row=3 * (of('llama', row, slots) - length**2 * scores), scores=3 * scores)
 

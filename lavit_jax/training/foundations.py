@@ -13,15 +13,15 @@ from jax import Array
 
 from lavit_jax.models import vae as pixels
 from lavit_jax.models import vit
-from lavit_jax.models.initialization import initial_parts
-from lavit_jax.models.lavit import Lavit
+from lavit_jax.models.initialization import init_params
+from lavit_jax.models.lavit import LavitModules
 from lavit_jax.models.llama import Llama
 from lavit_jax.models.sequence import segment_mask
-from lavit_jax.models.tokenizer import l2_normalise
-from lavit_jax.training.stage import Stage, Tree, apply, begin, features, row_keys
+from lavit_jax.models.tokenizer import l2_normalize
+from lavit_jax.training.stage import Stage, Tree, apply_module, initialize_params, image_features, row_keys
 
 
-def encoder(config, model: Lavit, shards: int) -> Stage:
+def encoder(config, model: LavitModules, shards: int) -> Stage:
   """Contrastive image-text training of the ViT: symmetric cross-entropy over the batch, learned temperature (CLIP).
 
   And a patch must tell its own pixels and its place: EVA's features come from masked image modelling and stay local, while those of the
@@ -35,29 +35,29 @@ def encoder(config, model: Lavit, shards: int) -> Stage:
     width = tower.hidden_size
     mask, positions = jnp.ones((1, 1, 1, 1), bool), jnp.zeros((1, 1), jnp.int32)
     params = dict(
-        **initial_parts(model, k1, ('vit',)),
+        **init_params(model, k1, ('vit',)),
         text=tower.init(k2, jnp.zeros((1, 1, width)), positions, mask)['params'],
         text_proj=dict(kernel=jax.random.normal(k3, (width, model.vit.output_dim)) * width**-0.5),
         to_pixels=jax.random.normal(k4, (model.vit.hidden_size, 3 * model.vit.patch_size**2)),
         to_place=jax.random.normal(k5, (model.vit.hidden_size, 2)),
         temperature=jnp.log(1 / 0.07))
-    return begin(params, parts), {}
+    return initialize_params(params, parts), {}
 
   def embed(params, batch):
-    x = features(model, params['vit'], batch['image'])
-    image = apply(model.vit, params['vit'], x, method='pooled')
+    x = image_features(model, params['vit'], batch['image'])
+    image = apply_module(model.vit, params['vit'], x, method='pooled')
     ids, length = batch['text'], batch['text_length']
     slots = jnp.arange(ids.shape[1])
     mask = segment_mask((slots < length[:, None]).astype(jnp.int32))
     positions = jnp.broadcast_to(slots, ids.shape)
-    hidden, _ = apply(tower, params['text'], apply(tower, params['text'], ids, method='embed'), positions, mask)
+    hidden, _ = apply_module(tower, params['text'], apply_module(tower, params['text'], ids, method='embed'), positions, mask)
     last = jnp.take_along_axis(hidden, jnp.maximum(length - 1, 0)[:, None, None], axis=1)[:, 0]
-    return x, l2_normalise(image), l2_normalise(last.astype(jnp.float32) @ params['text_proj']['kernel'])
+    return x, l2_normalize(image), l2_normalize(last.astype(jnp.float32) @ params['text_proj']['kernel'])
 
   def pixel_error(params, x, images):
     """Mean squared error of a linear read-out of the patches' pixels. Its columns are short, so that x [B, 1 + N, D] cannot hide the
     picture in components that are too small to survive the tokenizer."""
-    kernel = 0.5 * l2_normalise(params['to_pixels'].T).T
+    kernel = 0.5 * l2_normalize(params['to_pixels'].T).T
     said = jax.nn.standardize(x[:, 1:].astype(jnp.float32)) @ kernel
     side, patch = model.image_size // model.vit.patch_size, model.vit.patch_size
     true = vit.preprocess(images).reshape(-1, side, patch, side, patch, 3).swapaxes(2, 3)
@@ -65,7 +65,7 @@ def encoder(config, model: Lavit, shards: int) -> Stage:
 
   def place_error(params, x):
     """Mean squared error of a linear read-out of the patches' rows and columns, from -1 to 1."""
-    said = jax.nn.standardize(x[:, 1:].astype(jnp.float32)) @ l2_normalise(params['to_place'].T).T
+    said = jax.nn.standardize(x[:, 1:].astype(jnp.float32)) @ l2_normalize(params['to_place'].T).T
     side = jnp.linspace(-1, 1, model.image_size // model.vit.patch_size)
     return jnp.square(said - jnp.stack(jnp.meshgrid(side, side, indexing='ij'), -1).reshape(-1, 2)).mean()
 
@@ -102,20 +102,20 @@ class Moments(NamedTuple):
   weight: Array
 
 
-def autoencoder(config, model: Lavit, shards: int) -> Stage:
+def autoencoder(config, model: LavitModules, shards: int) -> Stage:
   """L1 on pixels and on their differences, and a little KL. The export has latents of mean 0 and deviation 1."""
   del shards
 
   def init(key, parts):
     zeros = jnp.zeros(model.vae.latent_channels)
-    return begin(initial_parts(model, key, ('vae',)), parts), Moments(zeros, zeros, jnp.zeros([]))
+    return initialize_params(init_params(model, key, ('vae',)), parts), Moments(zeros, zeros, jnp.zeros([]))
 
   def loss(params, frozen, state, batch, key, train):
     del frozen, train
     x = pixels.preprocess(batch['image'])
-    mean, logvar = apply(model.vae, params['vae'], x, method='encode')
+    mean, logvar = apply_module(model.vae, params['vae'], x, method='encode')
     z = pixels.sample_latents(mean, logvar, row_keys(key, batch, len(x)))
-    y = apply(model.vae, params['vae'], z, method='decode')
+    y = apply_module(model.vae, params['vae'], z, method='decode')
     l1 = jnp.abs(y - x).mean()
     edges = sum(jnp.abs(jnp.diff(y - x, axis=axis)).mean() for axis in (1, 2))
     kl = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1 - logvar).mean()
@@ -130,7 +130,7 @@ def autoencoder(config, model: Lavit, shards: int) -> Stage:
 
   def draw(params, frozen, state, batch, key):
     del frozen, state, key
-    y, _, _ = apply(model.vae, params['vae'], pixels.preprocess(batch['image'][:8]))
+    y, _, _ = apply_module(model.vae, params['vae'], pixels.preprocess(batch['image'][:8]))
     return [batch['image'][:8], pixels.postprocess(y)]
 
   return Stage((), (), init, loss, export, draw, takes=('vae',))

@@ -86,7 +86,7 @@ class PositionHandler(ocp.CheckpointHandler):
     if len(files) != count:
       raise ValueError(f'{directory} holds {len(files)} of {count} positions in the data')
     with ThreadPoolExecutor(16) as pool:
-      state = unite(list(pool.map(_read_position, files)), f'{directory}: the position')
+      state = merge_positions(list(pool.map(_read_position, files)), f'{directory}: the position')
     try:
       args.item.set_state(state)
     except (ValueError, KeyError) as error:  # sound, so it is no damage that an earlier checkpoint could mend
@@ -95,7 +95,7 @@ class PositionHandler(ocp.CheckpointHandler):
     return args.item
 
 
-def unite(states: list[dict], name: str) -> dict:
+def merge_positions(states: list[dict], name: str) -> dict:
   """One state of those of all processes.
 
   Raises:

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from lavit_jax import accelerators, sharding
 from lavit_jax.data import loader, text
-from lavit_jax.data.row_workers import Skipped
+from lavit_jax.data.row_workers import SkipCounter
 from lavit_jax.data.sources import check_files
 from lavit_jax.errors import UserError
 from lavit_jax.local_paths import expand_home
@@ -29,14 +29,14 @@ from lavit_jax.models.settings import of_parts
 from lavit_jax.weights.store import folder
 from lavit_jax.training import codebook, flops, metrics, distributed, stages
 from lavit_jax.training.checkpoint import Checkpoints
-from lavit_jax.training.validation import check_options, check_values, told_of_data
+from lavit_jax.training.validation import check_options, check_values, name_data_option
 from lavit_jax.training.keys import Purpose, key_for
 from lavit_jax.training.lock import WorkdirLock, refuse_if_running
-from lavit_jax.training.distributed import TERMINATED, Interrupt
-from lavit_jax.training.schedule import tell_schedule
-from lavit_jax.training.settings import of_run
-from lavit_jax.training.train_step import averaged, initialiser, loss_and_metrics, make_train_step
-from lavit_jax.training.watch import Watch
+from lavit_jax.training.distributed import TERMINATED, InterruptHandler
+from lavit_jax.training.schedule import warn_of_schedule
+from lavit_jax.training.settings import run_settings
+from lavit_jax.training.train_step import averaged, make_init, loss_and_metrics, make_train_step
+from lavit_jax.training.watch import MetricWatch
 
 
 def train(config, workdir) -> None:
@@ -55,15 +55,15 @@ def train(config, workdir) -> None:
   check_options(config, mesh)
   distributed.check_shared(workdir)
   refuse_if_running(workdir)
-  trace = metrics.Trace(config.profile, workdir)
-  model_flops = flops.of_step(config)  # which has a mesh of its own
-  with Interrupt() as interrupt, jax.set_mesh(mesh), contextlib.ExitStack() as stack:
-    settings = of_run(config, split_folders(config.frozen), split_folders(config.init_from), workdir)
+  trace = metrics.ProfilerTrace(config.profile, workdir)
+  model_flops = flops.step_flops(config)  # which has a mesh of its own
+  with InterruptHandler() as interrupt, jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+    settings = run_settings(config, split_folders(config.frozen), split_folders(config.init_from), workdir)
     model = lavit.build(config.variant, config.dtype, config.remat, settings)
-    stage = stages.build(config, model, sharding.batch_shards(mesh))
+    stage = stages.build_stage(config, model, sharding.batch_shards(mesh))
     parts = load_parts(config, stage, mesh)
     frozen = {name: parts[name] for name in stage.needs}
-    share, skipped = sharding.share(mesh, config.batch_size), Skipped(jax.process_count() == 1)
+    share, skipped = sharding.process_share(mesh, config.batch_size), SkipCounter(jax.process_count() == 1)
     data = open_data(config, model, share, 'train', skipped)
     stack.callback(data.close)
     check_heldout(config, model, share)
@@ -72,7 +72,7 @@ def train(config, workdir) -> None:
     stack.callback(checkpoints.close)
     interrupt.check()
 
-    init, tx = initialiser(config, stage, parts)
+    init, tx = make_init(config, stage, parts)
     weights_key = key_for(config.seed, Purpose.WEIGHTS)
     shapes = jax.eval_shape(init, weights_key, parts)
     places = sharding.shardings(shapes, mesh)
@@ -87,8 +87,8 @@ def train(config, workdir) -> None:
     interrupt.check()
 
     peak = config.peak_tflops or accelerators.peak_tflops(jax.devices())
-    log = metrics.Log(workdir, first, config.num_steps, config.batch_size, flops=model_flops.at, peak_tflops=peak,
-                      tokens=stages.tokens(config))
+    log = metrics.MetricLogger(workdir, first, config.num_steps, config.batch_size, flops=model_flops.at, peak_tflops=peak,
+                      tokens=stages.tokens_per_step(config))
     stack.callback(log.close)
     stack.callback(trace.close)
     count = sum(x.size for x in jax.tree.leaves(shapes.params))
@@ -96,7 +96,7 @@ def train(config, workdir) -> None:
             + (f'continuing from step {first}' if first else f'starting in {workdir}'))
     if first:
       tell_changes(log, *checkpoints.changes(first))
-      tell_schedule(log, config, checkpoints.saved_config(first), first)
+      warn_of_schedule(log, config, checkpoints.saved_config(first), first)
     elif absent:
       log.say(f'warning: init_from={config.init_from} has no {", ".join(absent)}: zeros take the place')
     for line in warnings:
@@ -104,13 +104,13 @@ def train(config, workdir) -> None:
     if trace.last and not (first < trace.last and trace.first <= config.num_steps):
       log.say(f'warning: profile={config.profile} traces nothing: this run makes steps {first + 1} to {config.num_steps}')
     write_config(config, workdir)
-    watch, due = Watch(config, log, checkpoints, sharding.batch_shards(mesh)), False
+    watch, due = MetricWatch(config, log, checkpoints, sharding.batch_shards(mesh)), False
 
     if first < config.num_steps:
       batch = sharding.put_batch(next_batch(data), mesh, share)
       train_step = make_train_step(config, stage, tx, places, mesh)
       train_step = train_step.lower(state, frozen, batch).compile()
-      look = Look(config, model, stage, mesh, share, frozen)
+      look = Evaluator(config, model, stage, mesh, share, frozen)
       interrupt.check()
       log.restart_clock()
 
@@ -164,7 +164,7 @@ def train(config, workdir) -> None:
 
 # ----------------------------------------------------------------------------------------------------------- looking at it
 
-class Look:
+class Evaluator:
   """Held-out metrics and pictures; always of the same examples and the same noise, with the averaged weights if there are any."""
 
   def __init__(self, config, model, stage, mesh, share, frozen):
@@ -198,7 +198,7 @@ class Look:
       rows.append(jax.device_get(self.metrics_of(state, self.frozen, batch, key)))
       if interrupt.requested():
         return True
-    log.evaluation(step, metrics.mean(rows))
+    log.evaluation(step, metrics.mean_metrics(rows))
     log.pause(time.monotonic() - start)
     return False
 
@@ -206,7 +206,7 @@ class Look:
     start = time.monotonic()
     (key, batch), = self.batches(1)
     rows = jax.device_get(self.pictures_of(state, self.frozen, batch, key))
-    log.pictures(step, {self.config.stage: metrics.sheet(*rows)})
+    log.pictures(step, {self.config.stage: metrics.image_grid(*rows)})
     log.pause(time.monotonic() - start)
 
 
@@ -223,7 +223,7 @@ def load_parts(config, stage, mesh) -> dict:
   parts, wanted = {}, stage.needs + stage.starts
 
   def load(path, names, dtype):
-    return folder.load_parts(path, names, config.variant, lambda tree: sharding.shardings(tree, mesh), dtype)
+    return folder.load_params(path, names, config.variant, lambda tree: sharding.shardings(tree, mesh), dtype)
 
   for path in split_folders(config.frozen):
     names = [name for name in folder.read_config(path)['parts'] if name in wanted]
@@ -259,7 +259,7 @@ def export(config, stage, train_state, workdir, settings) -> dict:
   if stage.about is not None:
     about |= stage.about(state)
   if jax.process_index() == 0:
-    folder.save_parts(workdir / 'export', config.variant, parts, metadata=about, settings=of_parts(settings, parts))
+    folder.save_params(workdir / 'export', config.variant, parts, metadata=about, settings=of_parts(settings, parts))
   distributed.wait_for_all('exported')
   return about
 
@@ -277,14 +277,14 @@ def write_config(config, workdir) -> None:
     (workdir / 'config.json').write_text(json.dumps(json.loads(config.to_json_best_effort()), indent=1) + '\n')
 
 
-def open_data(config, model, share, split: str, skipped: Skipped | None = None):
+def open_data(config, model, share, split: str, skipped: SkipCounter | None = None):
   """An iterator over this process's share of the batches of a split.
 
   Raises:
     UserError: the data set or the tokenizer is not there, or is of another vocabulary than the model.
   """
   options = config.data.to_dict()
-  with told_of_data():
+  with name_data_option():
     if options.get('tokenizer_folder'):
       text.TextTokenizer.load(options['tokenizer_folder'], model.vocabulary.text_size)
     return loader.batches(
@@ -300,7 +300,7 @@ def check_heldout(config, model, share) -> None:
         check_files('data.heldout', config.data.heldout, config.data.max_skipped)
 
 
-def skips(config, skipped: Skipped, share) -> dict[str, int]:
+def skips(config, skipped: SkipCounter, share) -> dict[str, int]:
   """What all processes together skipped; those that read the same rows count once.
 
   Raises:

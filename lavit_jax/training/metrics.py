@@ -26,7 +26,7 @@ SHOWN = {'tokens_per_s': 'tokens/s', 'mfu': 'MFU', 'hbm_gib': 'HBM GiB'}  # on t
 VITAL = ('loss', 'grad_norm')  # never without a number: if one of these is lost, so are the parameters of the next step
 
 
-class Log:
+class MetricLogger:
   """The record of one run in `workdir`. Only process 0 writes.
 
   Args:
@@ -73,7 +73,7 @@ class Log:
       self.jsonl.flush()
     self.since += rows
     self.new += rows
-    return mean(made(self.since))
+    return mean_metrics(made(self.since))
 
   def take_new(self) -> list[dict]:
     """The metrics of the steps that were flushed since the last call."""
@@ -178,7 +178,7 @@ def memory_in_use() -> dict[str, float]:
   return {name: max(stats[key] for stats in known) / 2**30 for name, key in keys.items() if known and all(key in stats for stats in known)}
 
 
-class Trace:
+class ProfilerTrace:
   """An xprof trace of some steps in WORKDIR/profile, by process 0. `steps`: 'FIRST:LAST', or '' for none.
 
   Raises:
@@ -213,7 +213,7 @@ def json_line(row: dict) -> str:
   return json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}, allow_nan=False) + '\n'
 
 
-def mean(rows: list[dict]) -> dict[str, float]:
+def mean_metrics(rows: list[dict]) -> dict[str, float]:
   """The mean of each key, where a nan says "nothing to measure here"; but one nan in what is VITAL makes its mean nan, to be seen."""
 
   def average(key):
@@ -228,7 +228,7 @@ def made(rows: list[dict]) -> list[dict]:
   return [row for row in rows if not row.get('nonfinite')] or rows
 
 
-def sheet(*rows: np.ndarray) -> np.ndarray:
+def image_grid(*rows: np.ndarray) -> np.ndarray:
   """Rows of pictures uint8[n, H, W, 3] -> one picture uint8[rows * H, n * W, 3]."""
   return np.concatenate([np.concatenate(list(np.asarray(row)), axis=1) for row in rows], axis=0)
 

@@ -18,7 +18,7 @@ from lavit_jax.sharding import path_name
 from lavit_jax.training.schedule import learning_rate
 
 
-def make(config, num_steps: int, params, hold=()) -> optax.GradientTransformation:
+def make_optimizer(config, num_steps: int, params, hold=()) -> optax.GradientTransformation:
   """Builds the optimizer of one run.
 
   Args:
@@ -43,7 +43,7 @@ def make(config, num_steps: int, params, hold=()) -> optax.GradientTransformatio
   def scale(name):
     return next((factor for regex, factor in config.lr_scale if re.search(regex, name)), 1.0)
 
-  holds = [held(match(regex), step) for regex, step in hold]
+  holds = [hold_from(match(regex), step) for regex, step in hold]
   trained = optax.chain(
       *holds,  # before the clipping, so that what no longer moves does not count in the norm
       optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
@@ -58,7 +58,7 @@ def make(config, num_steps: int, params, hold=()) -> optax.GradientTransformatio
   return optax.partition({'trained': trained, 'frozen': optax.set_to_zero()}, labels)
 
 
-def stop_frozen(config, params):
+def stop_frozen_gradients(config, params):
   """`params` with no gradient to those that `config.freeze` names, so that none is computed."""
 
   def stop(path, x):
@@ -94,7 +94,7 @@ class HoldState(NamedTuple):
   count: jax.Array
 
 
-def held(mask, step: int) -> optax.GradientTransformation:
+def hold_from(mask, step: int) -> optax.GradientTransformation:
   """Zeroes the updates of the masked leaves from the `step`-th update (counted from 0) on."""
 
   def init(_):

@@ -41,7 +41,7 @@ def learning_rate(config: Mapping, num_steps: int) -> optax.Schedule:
   return cosine(0.0, num_steps)
 
 
-def tell_schedule(log, config, saved: dict, first: int) -> None:
+def warn_of_schedule(log, config, saved: dict, first: int) -> None:
   """A warning where the next update's rate, after `first` steps, is another than under the options
   that these were made with."""
   if first >= config.num_steps:

@@ -13,7 +13,7 @@ from lavit_jax.training import stages
 from lavit_jax.training.checkpoint import saved_settings
 
 
-def of_run(config, frozen: Iterable[str], init_from: Iterable[str], workdir: pathlib.Path) -> dict[str, dict]:
+def run_settings(config, frozen: Iterable[str], init_from: Iterable[str], workdir: pathlib.Path) -> dict[str, dict]:
   """The settings of the parts that a run reads from its folders; of the others, those that its last checkpoint was trained with.
 
   Args:
@@ -23,7 +23,7 @@ def of_run(config, frozen: Iterable[str], init_from: Iterable[str], workdir: pat
   Raises:
     UserError: two folders disagree about a part, or one is damaged.
   """
-  stage = stages.build(config, lavit.build(config.variant), 1)
+  stage = stages.build_stage(config, lavit.build(config.variant), 1)
   wanted = stage.needs + stage.starts
   taken = [(path, [name for name in folder.read_config(path)['parts'] if name in wanted]) for path in frozen]
   taken += [(path, [name for name in folder.read_config(path)['parts'] if name not in stage.needs]) for path in init_from]
@@ -35,7 +35,7 @@ def of_run(config, frozen: Iterable[str], init_from: Iterable[str], workdir: pat
         continue
       fields = theirs.get(name, {})
       if name in found and (odd := differences({name: found[name]}, {name: fields})):
-        row, field = lavit.row(config.variant), odd[0][1]
+        row, field = lavit.variant_config(config.variant), odd[0][1]
         raise UserError(f'{origins[name]} has {told(found, name, field, row)} of {name}, and {path} has {told(theirs, name, field, row)}; '
                         'name one of the two alone, in frozen or init_from')
       found[name] = fields

@@ -14,9 +14,9 @@ from jax import Array
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import vit
-from lavit_jax.models.layers import split_batch
-from lavit_jax.models.lavit import Lavit
-from lavit_jax.models.tokenizer import l2_normalise
+from lavit_jax.models.layers import constrain_batch
+from lavit_jax.models.lavit import LavitModules
+from lavit_jax.models.tokenizer import l2_normalize
 
 Tree = Any
 ROW = '_row'  # of a batch that is a piece of a larger one: i32[B], the rows that it has there
@@ -80,18 +80,18 @@ class Stage(NamedTuple):
   about: Callable | None = None
 
 
-def apply(module, params: Tree, *args, **kwargs):
+def apply_module(module, params: Tree, *args, **kwargs):
   """`module.apply` on a bare tree of parameters."""
   return module.apply({'params': params}, *args, **kwargs)
 
 
 def row_keys(key: Array, batch: dict, size: int) -> Array:
   """A key for each of the `size` rows of a batch. They go by the row in the whole batch: pieces draw what the whole draws."""
-  rows = split_batch(batch.get(ROW, jnp.arange(size, dtype=jnp.int32)))
+  rows = constrain_batch(batch.get(ROW, jnp.arange(size, dtype=jnp.int32)))
   return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
 
 
-def features(model: Lavit, params: Tree, images: Array) -> Array:
+def image_features(model: LavitModules, params: Tree, images: Array) -> Array:
   """uint8[B, H, W, 3] of the size that the ViT takes -> its features [B, 1 + N, D].
 
   Resizing is the loader's, by Pillow as at inference: `jax.image.resize` does not round and clip
@@ -100,7 +100,7 @@ def features(model: Lavit, params: Tree, images: Array) -> Array:
   side = model.image_size
   if images.shape[1:3] != (side, side):
     raise ValueError(f'the ViT takes images of {side} x {side}, not {list(images.shape)}')
-  return apply(model.vit, params, vit.preprocess(images))
+  return apply_module(model.vit, params, vit.preprocess(images))
 
 
 def vit_images(batch: dict) -> Array:
@@ -110,10 +110,10 @@ def vit_images(batch: dict) -> Array:
 
 def cosine_similarity(x: Array, y: Array) -> Array:
   """[..., D] twice -> f32[...]."""
-  return (l2_normalise(x) * l2_normalise(y)).sum(-1)
+  return (l2_normalize(x) * l2_normalize(y)).sum(-1)
 
 
-def begin(params: Tree, parts: dict) -> Tree:
+def initialize_params(params: Tree, parts: dict) -> Tree:
   """`params` with the parts that earlier stages (or `init_from`) offer in place of fresh ones.
 
   A language model with a smaller vocabulary keeps its rows and gets fresh ones for [IMG], [/IMG] and the codes.
@@ -150,10 +150,10 @@ def shade_dropped(images: Array, keep: Array) -> Array:
   return (images * (0.15 + 0.85 * mask) + 217 * (1 - mask)).clip(0, 255).astype(jnp.uint8)
 
 
-def feature_colours(x: Array, y: Array, size: int) -> list[Array]:
+def feature_colors(x: Array, y: Array, size: int) -> list[Array]:
   """Directions of features and of their reconstruction f32[B, N, D] as colours: the first three principal axes of the former,
   uint8[B, size, size, 3] each. The length is left out: the loss does not see it."""
-  side, x, y = round(x.shape[1] ** 0.5), l2_normalise(x), l2_normalise(y)
+  side, x, y = round(x.shape[1] ** 0.5), l2_normalize(x), l2_normalize(y)
   mean = x.mean((0, 1))
   _, _, axes = jnp.linalg.svd((x - mean).reshape(-1, x.shape[-1]), full_matrices=False)
   shown = [(f - mean) @ axes[:3].T for f in (x, y)]

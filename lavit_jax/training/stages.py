@@ -20,21 +20,21 @@ import jax.numpy as jnp
 
 from lavit_jax.data import loader
 from lavit_jax.errors import UserError
-from lavit_jax.inference.diffusion import sample
+from lavit_jax.inference.diffusion import sample_latents
 from lavit_jax.models import lavit
 from lavit_jax.models import noise_schedule as diffusion
 from lavit_jax.models import vae as pixels
 from lavit_jax.models.decoder import null_context
-from lavit_jax.models.initialization import initial_parts
-from lavit_jax.models.lavit import Lavit
+from lavit_jax.models.initialization import init_params
+from lavit_jax.models.lavit import LavitModules
 from lavit_jax.models.layers import per_shard
 from lavit_jax.models.row_random import draw_rows
-from lavit_jax.models.sequence import compact, embed_sources, pack
+from lavit_jax.models.sequence import compact, embed_sources, pack_pairs
 from lavit_jax.models.tokenizer import gumbel_keep
 from lavit_jax.training import codebook
 from lavit_jax.training.foundations import autoencoder, encoder
 from lavit_jax.training.stage import (
-    Average, Mean, Stage, Sum, apply, begin, cosine_similarity, feature_colours, features, row_keys, shade_dropped, vit_images)
+    Average, Mean, Stage, Sum, apply_module, initialize_params, cosine_similarity, feature_colors, image_features, row_keys, shade_dropped, vit_images)
 
 
 SELECTOR = r'^tokenizer/selector/'
@@ -43,10 +43,10 @@ PAGES = dict(  # data.task of each stage, and what its page alone has
     detokenizer=('images', 'detokenizer'), lm=('lm', 'lm'))
 
 
-def build(config, model: Lavit, shards: int) -> Stage:
+def build_stage(config, model: LavitModules, shards: int) -> Stage:
   """The stage that `config.stage` names; `shards` is the number of pieces that a batch is split into."""
   _known(config.stage)
-  stages = dict(encoder=encoder, autoencoder=autoencoder, tokenizer=tokenizer, detokenizer=detokenizer, lm=lm)
+  stages = dict(encoder=encoder, autoencoder=autoencoder, tokenizer=tokenizer, detokenizer=detokenizer, lm=language_model)
   return stages[config.stage](config, model, shards)
 
 
@@ -56,7 +56,7 @@ def _known(stage: str) -> tuple[str, str]:
   return PAGES[stage]
 
 
-def check(config) -> None:
+def validate_stage(config) -> None:
   """Raises UserError for a stage that is not the page's, and for pictures of a size that it cannot take."""
   task, own = _known(config.stage)
   if config.data.task != task or own not in config:
@@ -87,16 +87,16 @@ def warnings(config, stage: Stage, parts: dict) -> list[str]:
   return lines
 
 
-def abstract_inputs(config, model: Lavit, stage: Stage) -> tuple[dict, dict]:
+def abstract_inputs(config, model: LavitModules, stage: Stage) -> tuple[dict, dict]:
   """(the parts that the stage needs or starts from, a batch of all processes) as ShapeDtypeStructs."""
-  parts = jax.eval_shape(lambda: initial_parts(model, jax.random.key(0), stage.needs + stage.starts))
+  parts = jax.eval_shape(lambda: init_params(model, jax.random.key(0), stage.needs + stage.starts))
   data = config.data
-  batch = loader.shapes(data.task, config.batch_size, data.image_size, data.get('text_length', 0),
+  batch = loader.batch_shapes(data.task, config.batch_size, data.image_size, data.get('text_length', 0),
                           vit_size(config, model))
   return parts, {name: jax.ShapeDtypeStruct(*like) for name, like in batch.items()}
 
 
-def vit_size(config, model: Lavit) -> int | None:
+def vit_size(config, model: LavitModules) -> int | None:
   """The side of the images that the loader makes for the ViT beside those of `data.image_size`.
 
   None if there is no need: those have that size, or the stage has no ViT.
@@ -105,14 +105,14 @@ def vit_size(config, model: Lavit) -> int | None:
   return None if needless else model.image_size
 
 
-def tokens(config) -> int:
+def tokens_per_step(config) -> int:
   """What a step has room for: slots of packed rows of the language model (`packed_share` of them hold a token), patches of the others."""
   if config.stage == 'lm':
     return config.lm.num_rows * config.lm.row_length
   return config.batch_size * lavit.build(config.variant).num_patches
 
 
-def tokenizer(config, model: Lavit, shards: int) -> Stage:
+def tokenizer(config, model: LavitModules, shards: int) -> Stage:
   """Stage 1: as few tokens as needed to reconstruct the features, first continuous, from `quantize_from` on quantised.
 
   The codebook is state: k-means on the first quantised batch, then moving averages. At `freeze_selector_from` (-1: when
@@ -127,13 +127,13 @@ def tokenizer(config, model: Lavit, shards: int) -> Stage:
   freeze_from = c.quantize_from if c.freeze_selector_from < 0 else c.freeze_selector_from
 
   def init(key, parts):
-    fresh = initial_parts(model, key, ('tokenizer', 'decoder'))
+    fresh = init_params(model, key, ('tokenizer', 'decoder'))
     offered = codebook.is_offered(parts)
     if 'tokenizer' in parts and not offered:
       quantizer = {**parts['tokenizer']['quantizer'], 'embedding': fresh['tokenizer']['quantizer']['embedding']}
       parts = {**parts, 'tokenizer': {**parts['tokenizer'], 'quantizer': quantizer}}
-    params, embedding = codebook.take_out(begin(fresh, parts))
-    return params, codebook.create(embedding, started=offered)
+    params, embedding = codebook.take_out(initialize_params(fresh, parts))
+    return params, codebook.init_codebook(embedding, started=offered)
 
   def hold_of(parts):
     start = 0 if codebook.is_offered(parts) and c.freeze_selector_from < 0 else freeze_from
@@ -146,22 +146,22 @@ def tokenizer(config, model: Lavit, shards: int) -> Stage:
   def encode(params, book, x, key):
     """Features [B, N, D] -> (keep f32[B, N], unit vectors before quantisation f32[B, N, C])."""
     tok = whole(params, book)
-    keep = gumbel_keep(apply(model.tokenizer, tok, x, method='select'), key=key)
-    merged = apply(model.tokenizer, tok, x, keep, method='merge')
-    return keep, apply(model.tokenizer, tok, merged, method='quantize')[1]
+    keep = gumbel_keep(apply_module(model.tokenizer, tok, x, method='select'), key=key)
+    merged = apply_module(model.tokenizer, tok, x, keep, method='merge')
+    return keep, apply_module(model.tokenizer, tok, merged, method='quantize')[1]
 
   def reconstruct(params, codes, keep):
     """codes [B, N, C] * keep f32[B, N], through which the gradient reaches the selector -> features [B, N, D]."""
-    return apply(model.decoder, params['decoder'], *compact(codes * keep[..., None], keep))
+    return apply_module(model.decoder, params['decoder'], *compact(codes * keep[..., None], keep))
 
   def loss(params, frozen, book, batch, key, train):
     k1, k2, k3 = jax.random.split(key, 3)
-    x = features(model, frozen['vit'], vit_images(batch))[:, 1:].astype(jnp.float32)
+    x = image_features(model, frozen['vit'], vit_images(batch))[:, 1:].astype(jnp.float32)
     keep, z = encode(params, book, x, k1)
     flat, weight = jax.lax.stop_gradient((z.reshape(-1, code_dim), keep.reshape(-1)))
     if train:  # the first quantised batch of the training, never one that is only looked at
       due = (book.step >= c.quantize_from) & ~book.started
-      book = jax.lax.cond(due, lambda b: codebook.start(k2, b, flat, weight), lambda b: b, book)
+      book = jax.lax.cond(due, lambda b: codebook.start_from_kmeans(k2, b, flat, weight), lambda b: b, book)
     quantizing = book.started
     ids = codebook.nearest_code(flat, book.embedding)
     e = book.embedding[ids].reshape(z.shape)
@@ -172,12 +172,12 @@ def tokenizer(config, model: Lavit, shards: int) -> Stage:
     ratio = jnp.square(c.keep_ratio - keep.mean(-1)).mean()
     value = cosine + c.ratio_weight * ratio + jnp.where(quantizing, c.commitment_weight * commitment, 0.0)
 
-    moved = codebook.update(k3, book, flat, weight, ids, c.decay, c.revive_after)
+    moved = codebook.update_codebook(k3, book, flat, weight, ids, c.decay, c.revive_after)
     book = moved._replace(embedding=jnp.where(quantizing, moved.embedding, book.embedding), step=book.step + 1)
     metrics = dict(cosine=cosine, ratio=ratio, commitment=commitment, keep_ratio=keep.mean())
-    count, _ = codebook.tally(flat, weight, ids, len(book.embedding))
+    count, _ = codebook.count_assignments(flat, weight, ids, len(book.embedding))
     metrics |= dict(batch_codes=(count > 0).mean(), batch_perplexity=codebook.perplexity(count))
-    return value, (book, metrics | codebook.usage(book) if train else metrics)  # a held-out batch is all that it can tell of
+    return value, (book, metrics | codebook.usage_metrics(book) if train else metrics)  # a held-out batch is all that it can tell of
 
   def part(average, book):
     params, embedding = codebook.take_out(average)
@@ -197,16 +197,16 @@ def tokenizer(config, model: Lavit, shards: int) -> Stage:
 
   def draw(params, frozen, book, batch, key):
     images = batch['image'][:8]
-    x = features(model, frozen['vit'], vit_images(batch)[:8])[:, 1:].astype(jnp.float32)
+    x = image_features(model, frozen['vit'], vit_images(batch)[:8])[:, 1:].astype(jnp.float32)
     keep, z = encode(params, book, x, key)
     codes = jnp.where(book.started, book.embedding[codebook.nearest_code(z, book.embedding)], z)
-    return [images, shade_dropped(images, keep), *feature_colours(x, reconstruct(params, codes, keep), images.shape[1])]
+    return [images, shade_dropped(images, keep), *feature_colors(x, reconstruct(params, codes, keep), images.shape[1])]
 
   hold = ((SELECTOR, freeze_from),)
   return Stage(('vit',), (), init, loss, export, draw, hold, takes=('tokenizer', 'decoder'), hold_of=hold_of, average=average, about=about)
 
 
-def detokenizer(config, model: Lavit, shards: int) -> Stage:
+def detokenizer(config, model: LavitModules, shards: int) -> Stage:
   """Stage 1b: the U-Net learns to denoise latents under the reconstructed features, sometimes under none (for guidance).
 
   Of the decoder only the context heads train (the page's `optim.freeze`): the features stay what stage 1 made them.
@@ -217,15 +217,15 @@ def detokenizer(config, model: Lavit, shards: int) -> Stage:
   num_rows = model.num_patches
 
   def init(key, parts):
-    fresh = initial_parts(model, key, ('decoder', 'unet', 'uncond_embeddings'))
+    fresh = init_params(model, key, ('decoder', 'unet', 'uncond_embeddings'))
     uncond = parts.get('uncond_embeddings', fresh.pop('uncond_embeddings'))
-    return begin(fresh, parts), dict(uncond_embeddings=uncond)
+    return initialize_params(fresh, parts), dict(uncond_embeddings=uncond)
 
   def condition(params, frozen, images, key):
-    x = features(model, frozen['vit'], images)[:, 1:]
-    out = apply(model.tokenizer, frozen['tokenizer'], x, key)
-    rebuilt = apply(model.decoder, params['decoder'], *compact(out.codes, out.keep))
-    context, _ = apply(model.decoder, params['decoder'], jax.lax.stop_gradient(rebuilt), method='context')
+    x = image_features(model, frozen['vit'], images)[:, 1:]
+    out = apply_module(model.tokenizer, frozen['tokenizer'], x, key)
+    rebuilt = apply_module(model.decoder, params['decoder'], *compact(out.codes, out.keep))
+    context, _ = apply_module(model.decoder, params['decoder'], jax.lax.stop_gradient(rebuilt), method='context')
     return context, out.keep
 
   def unconditional(state, batch_size):
@@ -236,7 +236,7 @@ def detokenizer(config, model: Lavit, shards: int) -> Stage:
     del train
     images = batch['image']
     keys = [row_keys(k, batch, len(images)) for k in jax.random.split(key, 5)]
-    mean, logvar = apply(model.vae, frozen['vae'], pixels.preprocess(images), method='encode')
+    mean, logvar = apply_module(model.vae, frozen['vae'], pixels.preprocess(images), method='encode')
     latents = model.vae.to_unet(pixels.sample_latents(mean, logvar, keys[0]))
     context, keep = condition(params, frozen, vit_images(batch), keys[1])
     drop = draw_rows(jax.random.uniform, keys[2], (len(images), 1)) < config.detokenizer.drop_condition
@@ -244,7 +244,7 @@ def detokenizer(config, model: Lavit, shards: int) -> Stage:
     context, mask = jnp.where(drop[..., None], null, context), jnp.where(drop, null_mask, True)
     t = draw_rows(lambda key, shape: jax.random.randint(key, shape, 0, len(schedule.betas)), keys[3], (len(images),))
     noise = draw_rows(jax.random.normal, keys[4], latents.shape)
-    predicted = apply(model.unet, params['unet'], diffusion.add_noise(schedule, latents, noise, t), t, context, mask)
+    predicted = apply_module(model.unet, params['unet'], diffusion.add_noise(schedule, latents, noise, t), t, context, mask)
     target = diffusion.training_target(scheduler.prediction_type, schedule, latents, noise, t)
     value = jnp.square(predicted - target).mean()
     return value, (state, dict(keep_ratio=keep.mean(), latent_std=latents.std()))
@@ -257,9 +257,9 @@ def detokenizer(config, model: Lavit, shards: int) -> Stage:
     null, null_mask = unconditional(state, len(images))
     side = images.shape[1] // model.vae.factor
     latents = jax.random.normal(k2, (len(images), side, side, model.vae.latent_channels))
-    x = sample(functools.partial(apply, model.unet, params['unet']), latents, (context, jnp.ones_like(null_mask)), (null, null_mask),
+    x = sample_latents(functools.partial(apply_module, model.unet, params['unet']), latents, (context, jnp.ones_like(null_mask)), (null, null_mask),
                steps=num_steps, guidance_scale=config.detokenizer.guidance_scale, scheduler=scheduler)
-    drawn = apply(model.vae, frozen['vae'], model.vae.from_unet(x), method='decode')
+    drawn = apply_module(model.vae, frozen['vae'], model.vae.from_unet(x), method='decode')
     return [images, shade_dropped(images, keep), pixels.postprocess(drawn)]
 
   def export(params, state):
@@ -277,7 +277,7 @@ def count_cut(batch: dict) -> jax.Array:
   return (behind == 0).sum().astype(jnp.float32)
 
 
-def lm(config, model: Lavit, shards: int) -> Stage:
+def language_model(config, model: LavitModules, shards: int) -> Stage:
   """Stage 2: the next word or code, over one head. [image, text] reads continuous features, [text, image] code embeddings.
 
   The merger that understands starts as a copy of the tokenizer's and trains along; the codes stay stage 1's. Each shard
@@ -295,13 +295,13 @@ def lm(config, model: Lavit, shards: int) -> Stage:
                     f'language model of this checkpoint reads max_position_embeddings={positions}; lower data.text_length')
 
   def init(key, parts):
-    params = initial_parts(model, key, ('llama', 'understanding'))
+    params = init_params(model, key, ('llama', 'understanding'))
     params['understanding'] = {**params['understanding'], 'merger': parts['tokenizer']['merger']}
-    return begin(params, parts), {}
+    return initialize_params(params, parts), {}
 
   def pack_shard(text, text_length, text_weight, kind, codes, visual_length):
     """The pairs of one shard -> their rows, numbered within the shard, and the kind i32[R, S] of each slot's pair, -1 if it is empty."""
-    rows = pack(text, text_length, text_weight, kind, codes, visual_length, model.vocabulary, num_rows=c.num_rows * len(text) // config.batch_size,
+    rows = pack_pairs(text, text_length, text_weight, kind, codes, visual_length, model.vocabulary, num_rows=c.num_rows * len(text) // config.batch_size,
                 row_length=c.row_length, image_loss=c.image_loss)
     kinds = jnp.where(rows.segments > 0, kind[jnp.maximum(rows.segments - 1, 0)], -1)
     return rows._replace(overflow=rows.overflow[None], used=rows.used[None]), kinds
@@ -311,7 +311,7 @@ def lm(config, model: Lavit, shards: int) -> Stage:
 
     def chunk(_, inputs):
       hidden, targets = inputs
-      logits = apply(model.llama, llama, hidden, method='logits')
+      logits = apply_module(model.llama, llama, hidden, method='logits')
       chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
       return None, (jax.nn.logsumexp(logits, axis=-1) - chosen, (logits.argmax(-1) == targets).astype(jnp.float32))
 
@@ -324,15 +324,15 @@ def lm(config, model: Lavit, shards: int) -> Stage:
 
   def loss(params, frozen, state, batch, key, train):
     del train
-    x = features(model, frozen['vit'], vit_images(batch))[:, 1:]
-    out = apply(model.tokenizer, frozen['tokenizer'], x, row_keys(key, batch, len(x)))
-    visual, mask = compact(apply(model.understanding, params['understanding'], x, out.keep), out.keep)
+    x = image_features(model, frozen['vit'], vit_images(batch))[:, 1:]
+    out = apply_module(model.tokenizer, frozen['tokenizer'], x, row_keys(key, batch, len(x)))
+    visual, mask = compact(apply_module(model.understanding, params['understanding'], x, out.keep), out.keep)
     codes, _ = compact(out.ids, out.keep)
     pairs = (batch['text'], batch['text_length'], batch['text_weight'], batch['kind'], codes, mask.sum(-1))
     rows, kind = per_shard(pack_shard, shards, *pairs)
-    embedded = apply(model.llama, params['llama'], rows.ids, method='embed')
+    embedded = apply_module(model.llama, params['llama'], rows.ids, method='embed')
     embedded = per_shard(embed_sources, shards, embedded, rows.source, visual)
-    hidden, _ = apply(model.llama, params['llama'], embedded, rows.positions, rows.segments)
+    hidden, _ = apply_module(model.llama, params['llama'], embedded, rows.positions, rows.segments)
     nll, correct = next_token(params['llama'], hidden, rows.targets)
 
     def mean(values, weights):
@@ -356,7 +356,7 @@ def lm(config, model: Lavit, shards: int) -> Stage:
     """Pictures, and the patches that the language model gets to see."""
     del params, state
     images = batch['image'][:8]
-    x = features(model, frozen['vit'], vit_images(batch)[:8])[:, 1:]
-    return [images, shade_dropped(images, apply(model.tokenizer, frozen['tokenizer'], x, key).keep)]
+    x = image_features(model, frozen['vit'], vit_images(batch)[:8])[:, 1:]
+    return [images, shade_dropped(images, apply_module(model.tokenizer, frozen['tokenizer'], x, key).keep)]
 
   return Stage(('vit', 'tokenizer'), (), init, loss, export, draw, takes=('llama', 'understanding'))

@@ -33,11 +33,11 @@ class TrainState(NamedTuple):
   ema: Any
 
 
-def initialiser(config, stage, parts):
+def make_init(config, stage, parts):
   """-> (init(key, parts) -> TrainState, the optimizer)."""
   params, _ = jax.eval_shape(stage.init, jax.random.key(0), parts)
   hold = stage.hold if stage.hold_of is None else stage.hold_of(parts)
-  tx = optimizer.make(config.optim, config.num_steps, params, hold)
+  tx = optimizer.make_optimizer(config.optim, config.num_steps, params, hold)
 
   def init(key, parts):
     params, state = stage.init(key, parts)
@@ -148,7 +148,7 @@ def make_train_step(config, stage, tx, places, mesh):
 
   def gradient_of(params, frozen, state, batch, key):
     def loss(params):
-      return stage.loss(optimizer.stop_frozen(config.optim, params), frozen, state, batch, key, True)
+      return stage.loss(optimizer.stop_frozen_gradients(config.optim, params), frozen, state, batch, key, True)
 
     (value, (state, values)), gradient = jax.value_and_grad(loss, has_aux=True)(params)
     gradient = jax.lax.with_sharding_constraint(gradient, places.params)

@@ -8,12 +8,12 @@ from lavit_jax import sharding
 from lavit_jax.data import loader
 from lavit_jax.errors import UserError
 from lavit_jax.training import options, stages
-from lavit_jax.training.config import leaves
+from lavit_jax.training.config import config_leaves
 
 
 def check_values(config) -> None:
   """Raises UserError for an option that cannot be meant, whatever the others are (options.py)."""
-  options.check_values(dict(leaves(config)))
+  options.check_values(dict(config_leaves(config)))
   if config.optim.get('schedule') == 'rewarm' and not 0 < config.optim.rewarm_from < config.num_steps:
     raise UserError(f"optim.schedule='rewarm' needs optim.rewarm_from, the step from which it warms up anew, between 0 and num_steps={config.num_steps} "
                     f'(now {config.optim.rewarm_from})')
@@ -22,12 +22,12 @@ def check_values(config) -> None:
 def check_options(config, mesh) -> None:
   """Raises UserError for values that would fail later, in the middle of something."""
   check_values(config)
-  values = dict(leaves(config))
+  values = dict(config_leaves(config))
   if config.eval_every and config.eval_batches < 1:
     raise UserError(f'eval_batches={config.eval_batches} with eval_every={config.eval_every}: give at least 1, or eval_every=0')
-  stages.check(config)
-  with told_of_data():
-    loader.check(**config.data.to_dict())
+  stages.validate_stage(config)
+  with name_data_option():
+    loader.validate_options(**config.data.to_dict())
   if config.accumulate > 1 and config.stage in ('encoder', 'tokenizer'):
     raise UserError(f'accumulate={config.accumulate}: stage {config.stage} learns from whole batches; use more devices or another remat policy')
   if config.data.get('sources') and not config.data.heldout and (config.eval_every or config.picture_every):
@@ -44,7 +44,7 @@ def check_options(config, mesh) -> None:
 
 
 @contextlib.contextmanager
-def told_of_data():
+def name_data_option():
   """What is wrong with data, as a UserError that names the option, or at least 'data'."""
   try:
     yield

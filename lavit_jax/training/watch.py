@@ -12,7 +12,7 @@ WORTH_A_WARNING = 0.02  # share of the pairs that find no room
 FILL = 0.9  # share of the slots of packed rows that first fit fills, whatever the lengths
 
 
-class Watch:
+class MetricWatch:
   """Looks at the metrics that were flushed.
 
   Args:

@@ -14,8 +14,9 @@ from PIL import Image
 from lavit_jax import cli
 from lavit_jax.errors import InputError, UserError
 from lavit_jax.apps import batch
-from lavit_jax.inference.image_generation import Drawn
-from lavit_jax.inference.pipeline import Lavit, RowSeed
+from lavit_jax.inference.image_generation import DecodedImages
+from lavit_jax.inference.generation_config import IndexedSeed
+from lavit_jax.inference.pipeline import Lavit
 
 RNG = np.random.default_rng(0)
 
@@ -54,7 +55,7 @@ class Stub:
 
 
 def drawn(pictures, flagged=None):
-  return Drawn(np.stack(pictures), np.array(flagged or [False] * len(pictures)))
+  return DecodedImages(np.stack(pictures), np.array(flagged or [False] * len(pictures)))
 
 
 @pytest.fixture
@@ -408,12 +409,12 @@ def test_a_row_is_drawn_alike_in_any_part_of_a_run(tiny_folder):
   """With the model itself: the seed's key of a row, and of the pictures in it, follow the row."""
   model = Lavit.from_pretrained(tiny_folder)
   pictures = RNG.integers(0, 256, (3, 64, 64, 3), np.uint8)
-  part = RowSeed(4, [1, 2])
+  part = IndexedSeed(4, [1, 2])
   np.testing.assert_array_equal(model.tokenize(pictures, seed=4).keep[1:], model.tokenize(pictures[1:], seed=part).keep)
   drawn = model.reconstruct(pictures, steps=1, seed=4)  # batches of one shape, for others may round otherwise
-  np.testing.assert_array_equal(drawn[[2, 0, 1]], model.reconstruct(pictures[[2, 0, 1]], steps=1, seed=RowSeed(4, [2, 0, 1])))
+  np.testing.assert_array_equal(drawn[[2, 0, 1]], model.reconstruct(pictures[[2, 0, 1]], steps=1, seed=IndexedSeed(4, [2, 0, 1])))
   prompts = [[pictures[0], 'a'], [pictures[1], pictures[2]], [pictures[2], 'b']]
-  whole = model.sample_codes(prompts, seed=RowSeed(4, [0, 1, 2]))
+  whole = model.sample_codes(prompts, seed=IndexedSeed(4, [0, 1, 2]))
   for ours, again in zip(whole[1:], model.sample_codes(prompts[1:], seed=part), strict=True):
     np.testing.assert_array_equal(ours, again)
   for ours, again in zip(whole, model.sample_codes(prompts, seed=4), strict=True):

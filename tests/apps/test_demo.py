@@ -15,7 +15,7 @@ from PIL import Image
 import lavit_jax
 from lavit_jax.errors import UserError
 from lavit_jax.apps import demo
-from lavit_jax.inference.pipeline import Lavit, Tokens
+from lavit_jax.inference.pipeline import Lavit, VisualTokens
 
 ASSETS = pathlib.Path(lavit_jax.__file__).parent / 'assets'
 
@@ -28,7 +28,7 @@ class Stub:
   def tokenize(self, images, seed):
     keep = np.zeros((len(images), 64), bool)
     keep[:, :21] = True
-    return Tokens([np.arange(21)] * len(images), keep, keep.sum(-1))
+    return VisualTokens([np.arange(21)] * len(images), keep, keep.sum(-1))
 
   def caption(self, images, seed):
     return [f'<caption {i}>' for i in range(len(images))]

@@ -25,8 +25,8 @@ import lavit_jax
 from lavit_jax.errors import UserError
 from lavit_jax.apps import web
 from lavit_jax.inference import image_generation
-from lavit_jax.inference.image_generation import Drawn
-from lavit_jax.inference.pipeline import Lavit, Settings, Tokens
+from lavit_jax.inference.image_generation import DecodedImages
+from lavit_jax.inference.pipeline import Lavit, VariantDefaults, VisualTokens
 from lavit_jax.models.noise_schedule import Scheduler
 
 ASSETS = pathlib.Path(lavit_jax.__file__).parent / 'assets'
@@ -46,13 +46,13 @@ class Stub:
 
   model = types.SimpleNamespace(image_size=64, variant='stub', vocabulary=types.SimpleNamespace(codebook_size=50), tokenizer=types.SimpleNamespace(
       apply=lambda variables, codes, method: np.random.default_rng(0).normal(size=(50, 8))))
-  parts, settings = Held(codebook={}), Settings()
+  parts, settings = Held(codebook={}), VariantDefaults()
 
   def __init__(self):
     self.now, self.most, self.seen = 0, 0, []
 
   def tokenize(self, images, seed):
-    return Tokens([IDS] * len(images), np.tile(KEEP, (len(images), 1)), np.full(len(images), KEEP.sum()))
+    return VisualTokens([IDS] * len(images), np.tile(KEEP, (len(images), 1)), np.full(len(images), KEEP.sum()))
 
   def caption(self, images):
     self.now += 1
@@ -73,11 +73,11 @@ class Stub:
   def draw(self, codes, steps, seed, size, details):
     assert details
     self.size = size
-    return Drawn(np.full((len(codes), 64, 64, 3), steps, np.uint8), np.array([steps == 66] * len(codes)))
+    return DecodedImages(np.full((len(codes), 64, 64, 3), steps, np.uint8), np.array([steps == 66] * len(codes)))
 
   def reconstruct(self, images, guidance, steps, seed, size, details):
     assert details
-    return Drawn(np.stack(images), np.array([steps == 66]))
+    return DecodedImages(np.stack(images), np.array([steps == 66]))
 
 
 @pytest.fixture
@@ -224,12 +224,12 @@ def test_inputs_that_are_none(tasks, call, message):
 
 def test_errors_are_told_without_their_insides(tasks, caplog):
   with pytest.raises(gr.Error) as error:
-    web.told(tasks.ask)('<i>.png', 'a')
+    web.report_errors(tasks.ask)('<i>.png', 'a')
   with pytest.raises(gr.Error) as error:
-    web.told(tasks.draw)('owl', -1, 4, 2)
+    web.report_errors(tasks.draw)('owl', -1, 4, 2)
   assert error.value.message == 'the seed is a whole number from 0 up to four billion; choose another.'
   with pytest.raises(gr.Error) as error:
-    web.told(tasks.ask)(PICTURE, 'fail')
+    web.report_errors(tasks.ask)(PICTURE, 'fail')
   assert 'log of the server' in error.value.message and 'secret' not in error.value.message and 'secret.py' in caplog.text
 
 

@@ -42,12 +42,12 @@ def test_a_refusal_does_not_advise_to_install_what_is_there(monkeypatch):
 
   monkeypatch.setattr(pods.topologies, 'get_topology_desc', refuse)
   with pytest.raises(UserError, match=r'refuses it \(not divisible by the bounds\);') as told:
-    pods.pod('v5e:3x3')
+    pods.pod_devices('v5e:3x3')
   assert 'pip install' not in str(told.value)
   monkeypatch.delenv('TPU_LIBRARY_PATH')
   monkeypatch.setattr(pods.importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(UserError, match='libtpu is missing; pip install'):
-    pods.pod('v5e:2x2')
+    pods.pod_devices('v5e:2x2')
 
 
 def test_half_a_chip_is_a_device_of_tpu7x():

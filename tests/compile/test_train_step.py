@@ -35,8 +35,8 @@ def computed(page, options):
   """Operations of a step of a page, each once: of the language model on all slots and with all towers, whatever they hold."""
   config = load_config(f'configs/{page}', split_overrides(options)[0])
   if config.stage != 'lm':
-    return flops.of_step(config).fixed
-  pair, c = flops.of_pair(config, lavit.build(config.variant, config.dtype)), config.lm
+    return flops.step_flops(config).fixed
+  pair, c = flops.pair_flops(config, lavit.build(config.variant, config.dtype)), config.lm
   return config.batch_size * (pair.see + pair.code + pair.read) + c.num_rows * (pair.row + c.row_length**2 * pair.scores / 2)
 
 

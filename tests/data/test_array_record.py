@@ -21,7 +21,7 @@ def stored(folder):
 @pytest.mark.parametrize('workers', [1, 2])
 def test_pictures_and_texts_are_the_same(tmp_path, workers):
   source = write_tars(tmp_path)
-  packed = array_record.pack(source['path'], str(tmp_path / 'out'), workers, say=lambda line: None)
+  packed = array_record.write_array_records(source['path'], str(tmp_path / 'out'), workers, say=lambda line: None)
   assert packed == (24, {}, 0, [])
   found = stored(tmp_path / 'out')
   assert len(found) == 24
@@ -47,14 +47,14 @@ def test_goes_on_where_it_was_stopped(tmp_path):
       raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt):
-    array_record.pack(source['path'], str(out), say=stop)
+    array_record.write_array_records(source['path'], str(out), say=stop)
   done = {path: path.stat().st_mtime_ns for path in out.glob('*.array_record')}
   assert len(done) == 2
   (out / '.00002.array_record.half').write_bytes(b'half a file')
-  packed = array_record.pack(source['path'], str(out), say=lines.append)
+  packed = array_record.write_array_records(source['path'], str(out), say=lines.append)
   assert packed == (24, {}, 2, []) and len(lines) == 4 and len(stored(out)) == 24
   assert {path: path.stat().st_mtime_ns for path in done} == done and not list(out.glob('.*'))
-  again = array_record.pack(source['path'], str(out), say=lines.append)
+  again = array_record.write_array_records(source['path'], str(out), say=lines.append)
   assert again == (24, {}, 4, []) and len(lines) == 4
 
 
@@ -79,7 +79,7 @@ def test_two_tars_of_one_name_are_refused(tmp_path):
     (tmp_path / name).mkdir()
     write_tar(tmp_path / name / '0.tar', [sample(1)])
   with pytest.raises(UserError, match='a/0.tar and .*b/0.tar would both become'):
-    array_record.pack(f'{tmp_path}/{{a,b}}/0.tar', str(tmp_path / 'out'))
+    array_record.write_array_records(f'{tmp_path}/{{a,b}}/0.tar', str(tmp_path / 'out'))
 
 
 def test_a_failure_to_read_is_no_broken_tar(tmp_path, monkeypatch, capsys):
@@ -98,4 +98,4 @@ def test_a_failure_to_read_is_no_broken_tar(tmp_path, monkeypatch, capsys):
   assert out.splitlines()[-1].startswith('0 records') and '2/4  ' in out
   assert re.search(r'4 tars are not packed: \S*00000.tar failed after 2 samples: the network is gone, and others; the same command', err)
   monkeypatch.undo()
-  assert array_record.pack(source['path'], str(tmp_path / 'out'), 1, say=lambda line: None) == (24, {}, 0, [])
+  assert array_record.write_array_records(source['path'], str(tmp_path / 'out'), 1, say=lambda line: None) == (24, {}, 0, [])

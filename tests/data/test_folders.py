@@ -9,7 +9,7 @@ import random
 import pytest
 
 from lavit_jax.data import captions_file, formats
-from lavit_jax.data.row_workers import Skipped
+from lavit_jax.data.row_workers import SkipCounter
 from lavit_jax.errors import UserError
 from things import batches, caption, number, picture
 
@@ -238,7 +238,7 @@ def test_two_files_of_captions_are_told(folder, caplog):
 def test_images_that_are_gone_later_are_counted(folder):
   (folder / 'captions.jsonl').write_text('\n'.join(json.dumps(dict(file_name=name, text=caption(i))) for i, name in enumerate(NAMES)))
   (folder / '1.png').unlink()
-  skipped, source = Skipped(), dict(format='folder', path=str(folder))
+  skipped, source = SkipCounter(), dict(format='folder', path=str(folder))
   data = batches(source, heldout=(source,), split='heldout', skipped=skipped, num_threads=0, batch_size=1)
   assert [number(next(data)['image'][0]) for _ in range(2)] == [0, 2]
   assert skipped.reasons == {'no image': 1}

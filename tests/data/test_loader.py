@@ -128,7 +128,7 @@ def test_shares_are_met():
     (dict(caption=1, answer=7, draw=3), (dict(weight=2.0), dict(use='text'), dict(use='draw', weight=1.0)), (0.125, 0.625, 0.25)),
     (dict(text=1), (dict(use=''),), (1, 0, 0))])
 def test_kinds_to_expect(shares, sources, expected):
-  np.testing.assert_allclose(loader.kind_shares(shares, sources), expected)
+  np.testing.assert_allclose(loader.task_shares(shares, sources), expected)
 
 
 def test_questions_are_asked_by_weight():

@@ -8,7 +8,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from lavit_jax import local_paths
 from lavit_jax.data import formats, loader, paths
-from lavit_jax.data.row_workers import Skipped
+from lavit_jax.data.row_workers import SkipCounter
 from lavit_jax.errors import Unreachable, UserError
 from things import SIZE, write_folder, write_parquet, write_tars
 
@@ -73,7 +73,7 @@ def test_what_fails_now_and_then_is_read_whole(tmp_path, flaky, write, caplog):
   source['path'] = source['path'].replace(str(tmp_path), 'flaky://bucket')
 
   def rows():
-    skipped = Skipped()
+    skipped = SkipCounter()
     data = loader.batches('images', sources=(source,), batch_size=4, image_size=SIZE, num_threads=0, seed=1, skipped=skipped)
     found = [next(data)['image'].tobytes() for _ in range(6)]
     assert not skipped.reasons

@@ -3,10 +3,10 @@
 import pytest
 
 from lavit_jax.data.formats import Skip
-from lavit_jax.data.skips import About, Skipped
+from lavit_jax.data.skips import SourceInfo, SkipCounter
 from lavit_jax.errors import UserError
 
-TARS = About('sources[0]', 'tars x', 40, 'text in txt')
+TARS = SourceInfo('sources[0]', 'tars x', 40, 'text in txt')
 BAD = Skip('no image', 'x.tar: 7 (txt)')
 
 
@@ -18,7 +18,7 @@ def add(skipped, good, bad, unit, limit=0.05, source=0, about=TARS):
 
 
 def test_one_bad_unit_is_one_of_many():
-  skipped = Skipped()
+  skipped = SkipCounter()
   add(skipped, 0, 5000, 0)
   for unit in range(1, 20):
     add(skipped, 100, 0, unit)
@@ -28,7 +28,7 @@ def test_one_bad_unit_is_one_of_many():
 
 
 def test_what_is_bad_everywhere_is_told_before_many_units_are_seen():
-  skipped = Skipped()
+  skipped = SkipCounter()
   add(skipped, 700, 300, 0)
   with pytest.raises(UserError, match=': 601 of 2001 records were skipped'):
     for _ in range(10):
@@ -37,9 +37,9 @@ def test_what_is_bad_everywhere_is_told_before_many_units_are_seen():
 
 
 def test_a_small_source_does_not_hide_behind_a_large_one():
-  skipped = Skipped()
+  skipped = SkipCounter()
   add(skipped, 30_000, 0, 0)
-  small = About('sources[1]', 'tars y', 1, '')
+  small = SourceInfo('sources[1]', 'tars y', 1, '')
   with pytest.raises(UserError, match=r'^sources\[1\] \(tars y\): 400 of 1000 records'):
     add(skipped, 600, 399, 0, source=1, about=small)
     add(skipped, 0, 1, 0, source=1, about=small)
@@ -47,7 +47,7 @@ def test_a_small_source_does_not_hide_behind_a_large_one():
 
 def test_processes_add_up_what_they_know():
   """One of two meets more than the limit, both together do not; until the other one does too."""
-  one, other = Skipped(alone=False), Skipped(alone=False)
+  one, other = SkipCounter(alone=False), SkipCounter(alone=False)
   for unit in range(20):
     add(one, 92, 8, unit)
     add(other, 99, 1, unit)
@@ -60,14 +60,14 @@ def test_processes_add_up_what_they_know():
 
 
 def test_a_process_that_finds_nothing_does_not_wait_for_the_others():
-  skipped = Skipped(alone=False)
+  skipped = SkipCounter(alone=False)
   add(skipped, 0, 3000, 0)
   with pytest.raises(UserError, match='no example'):
     add(skipped, 0, 1000, 1)
 
 
 def test_members_are_counted_only():
-  skipped = Skipped()
+  skipped = SkipCounter()
   for _ in range(2000):
     skipped.add(Skip('link', 'x.tar: a', 'members'), 0.05, 0, TARS, 0)
   assert skipped.metrics() == {'data/skipped_link': 2000} and skipped.seen['records'] == 0

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lavit_jax.data import formats, loader, paths, tars, text
-from lavit_jax.data.row_workers import Skipped
+from lavit_jax.data.row_workers import SkipCounter
 from lavit_jax.errors import UserError
 from things import FOLDER, SIZE, WRITERS, batches, caption, number, picture, sample, write_parquet, write_tar, write_tars
 
@@ -53,7 +53,7 @@ def test_held_out_sources_come_in_order(written, name):
 def test_fields_are_those_of_the_composer(written):
   for task in ('images', 'lm'):
     batch = next(batches(written['tars'], task=task))
-    shapes = loader.shapes(task, 3, SIZE, 24)
+    shapes = loader.batch_shapes(task, 3, SIZE, 24)
     assert {name: (value.shape, value.dtype) for name, value in batch.items()} == shapes
 
 
@@ -187,7 +187,7 @@ def test_skipped_by_reason(tmp_path, caplog):
   whole = (tmp_path / '0.tar').read_bytes()
   (tmp_path / '1.tar').write_bytes(whole[:len(whole) // 4])  # breaks off
   (tmp_path / '2.tar').write_bytes(whole[:len(whole) // 4 - 100] + b'?' * 600 + whole[len(whole) // 4 + 500:])  # a damaged header
-  skipped, read = Skipped(), formats.Tars(f'{tmp_path}/{{0..3}}.tar', None, ('txt',))
+  skipped, read = SkipCounter(), formats.Tars(f'{tmp_path}/{{0..3}}.tar', None, ('txt',))
   source = dict(format='tars', path=f'{tmp_path}/{{0..3}}.tar')
   iterator = batches(source, heldout=(source,), split='heldout', skipped=skipped, num_threads=0, batch_size=1, max_skipped=1.0)
   before = [sum(isinstance(item, formats.Record) for *_, item in read.read(unit)) for unit in (0, 1, 2)]
@@ -339,7 +339,7 @@ def test_captions_of_a_folder_that_are_no_strings(tmp_path):
   folder = formats.Folder(str(tmp_path), None, ())
   assert [folder.read(i).texts for i in range(len(folder))] == [
       ('an owl', 'a bird', 'it'), (), (), (), (), ('a dog',), (), (), ('a bee',)]
-  skipped, source = Skipped(), dict(format='folder', path=str(tmp_path))
+  skipped, source = SkipCounter(), dict(format='folder', path=str(tmp_path))
   data = batches(source, heldout=(source,), split='heldout', skipped=skipped, num_threads=0, batch_size=1, max_skipped=1.0)
   assert [number(next(data)['image'][0]) for _ in range(3)] == [0, 5, 8]
   assert skipped.reasons == {'empty caption': 6}

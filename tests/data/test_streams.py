@@ -39,7 +39,7 @@ class Job:
     return whole
 
   def get_state(self):
-    return integrity.unite([json.loads(json.dumps(iterator.get_state())) for iterator in self.iterators], 'it')
+    return integrity.merge_positions([json.loads(json.dumps(iterator.get_state())) for iterator in self.iterators], 'it')
 
   def set_state(self, state):
     for iterator in self.iterators:
@@ -174,7 +174,7 @@ def test_each_example_of_each_epoch_and_source_has_a_key_of_its_own():
   """It seeds crop and caption."""
   def of(number):
     shards = windows(Counted(), 4, range(4), number)
-    return [key for shard in shards for key in keys(shard, 2 * 6 * 41)] + keys(streams.Stored(streams.store(Counted(), number + 2, '', 1), 0, 1), 48)
+    return [key for shard in shards for key in keys(shard, 2 * 6 * 41)] + keys(streams.Stored(streams.open_stored(Counted(), number + 2, '', 1), 0, 1), 48)
 
   found = of(0) + of(1)
   assert len(set(found)) == len(found) == 2 * (2 * 24 * 41 + 48)
@@ -312,7 +312,7 @@ def test_epochs_and_windows_are_shuffled_apart():
 
 def test_sources_of_equal_length_have_orders_of_their_own():
   """Else a picture as 'caption' meets itself as 'draw' in one batch; the first source has the order of a list of one."""
-  from lavit_jax.data.streams import store
+  from lavit_jax.data.streams import open_stored
 
   class Numbers:
     def __len__(self):
@@ -321,7 +321,7 @@ def test_sources_of_equal_length_have_orders_of_their_own():
     def read(self, index):
       return index
 
-  orders = [[store(Numbers(), number, '', 7)[i].read() for i in range(32)] for number in (0, 1, 2)]
+  orders = [[open_stored(Numbers(), number, '', 7)[i].read() for i in range(32)] for number in (0, 1, 2)]
   same = [sum(a == b for a, b in zip(orders[i], orders[j])) for i, j in ((0, 1), (0, 2), (1, 2))]
   assert all(sorted(order) == list(range(32)) for order in orders)
   # Two random permutations agree in k places with a chance of about 1/(e k!): more than 8 in 1 of a million.

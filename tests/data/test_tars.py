@@ -13,7 +13,7 @@ from things import batches, caption, number, picture, sample, write_tar
 
 from lavit_jax import cli
 from lavit_jax.data import formats, tars
-from lavit_jax.data.row_workers import Skipped
+from lavit_jax.data.row_workers import SkipCounter
 from lavit_jax.errors import UserError
 
 # Written by GNU tar 1.34 with --sparse: x.txt of 65,539 bytes, three words and holes; y.txt. (xz, base64)
@@ -171,7 +171,7 @@ def test_extensions_with_dots_are_named_whole(tmp_path, image, text):
 
 def numbers(source, count, **options):
   """The things in the first `count` rows, and what was skipped."""
-  skipped = Skipped()
+  skipped = SkipCounter()
   iterator = batches(source, batch_size=8, shards=8, skipped=skipped, **options)
   found = [number(image) for _ in range(count // 8) for image in next(iterator)['image']]
   iterator.close()

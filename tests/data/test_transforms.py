@@ -87,5 +87,5 @@ def test_cleaning(text, expected):
 
 def test_choice():
   rng = np.random.default_rng(0)
-  assert transforms.choose(['', ' one thing ', '?'], rng) == 'one thing' and transforms.choose([], rng) == transforms.choose(['!'], rng) == ''
-  assert {transforms.choose(['one', 'two', ''], rng) for _ in range(20)} == {'one', 'two'}
+  assert transforms.choose_caption(['', ' one thing ', '?'], rng) == 'one thing' and transforms.choose_caption([], rng) == transforms.choose_caption(['!'], rng) == ''
+  assert {transforms.choose_caption(['one', 'two', ''], rng) for _ in range(20)} == {'one', 'two'}

@@ -66,7 +66,7 @@ def write_parquet(folder, count=24):
 
 def write_arrayrecord(folder, count=24):
   source = write_tars(folder, count)
-  array_record.pack(source['path'], f'{folder}/packed', say=lambda line: None)
+  array_record.write_array_records(source['path'], f'{folder}/packed', say=lambda line: None)
   return dict(format='arrayrecord', path=f'{folder}/packed/*.array_record')
 
 

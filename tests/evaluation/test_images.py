@@ -9,11 +9,11 @@ import pytest
 from lavit_jax.data.emoji import colors
 from lavit_jax.data import loader
 from lavit_jax.evaluation import images
-from lavit_jax.inference.pipeline import Tokens
+from lavit_jax.inference.pipeline import VisualTokens
 
 
 def test_usage():
-  tokens = Tokens([np.array([3, 3, 5]), np.array([5])], None, np.array([3, 1]))
+  tokens = VisualTokens([np.array([3, 3, 5]), np.array([5])], None, np.array([3, 1]))
   usage = images.usage(tokens, 8)
   assert usage == dict(tokens=2.0, codes=2, code_share=0.25, perplexity=pytest.approx(2.0))
 

@@ -9,7 +9,7 @@ import pytest
 from lavit_jax.data import loader
 from lavit_jax.errors import UserError
 from lavit_jax.evaluation import report
-from lavit_jax.inference.pipeline import Tokens
+from lavit_jax.inference.pipeline import VisualTokens
 
 DRAWN = 16
 
@@ -25,7 +25,7 @@ class Oracle:
     self.by_captions = {tuple(e.caption for e in examples[:DRAWN]): [e.image for e in examples[:DRAWN]] for examples in single}
 
   def tokenize(self, images, seed):
-    return Tokens([np.array([1, 2])] * len(images), None, np.full(len(images), 2))
+    return VisualTokens([np.array([1, 2])] * len(images), None, np.full(len(images), 2))
 
   def in_slots(self, codes):
     return np.stack(codes), None

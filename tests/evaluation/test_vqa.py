@@ -13,12 +13,12 @@ def test_normalise(answer, same):
 
 
 def test_majority_and_score_by_type():
-  train = [vqa.Asked(0, 'colour', 'q', 'red'), vqa.Asked(0, 'colour', 'q', 'Red'), vqa.Asked(1, 'colour', 'q', 'blue'),
-           vqa.Asked(1, 'colour', 'the sky?', 'blue'), vqa.Asked(2, 'colour', 'q', 'red'), vqa.Asked(1, 'yes/no', 'q?', 'no')]
-  usual = vqa.majority(train)
+  train = [vqa.VQAExample(0, 'colour', 'q', 'red'), vqa.VQAExample(0, 'colour', 'q', 'Red'), vqa.VQAExample(1, 'colour', 'q', 'blue'),
+           vqa.VQAExample(1, 'colour', 'the sky?', 'blue'), vqa.VQAExample(2, 'colour', 'q', 'red'), vqa.VQAExample(1, 'yes/no', 'q?', 'no')]
+  usual = vqa.fit_majority(train)
   assert usual == ({'colour': 'red', 'yes/no': 'no'}, {'q': 'red', 'the sky?': 'blue', 'q?': 'no'})
-  asked = [vqa.Asked(0, 'colour', 'q', 'red'), vqa.Asked(0, 'colour', 'the sky?', 'blue'), vqa.Asked(0, 'yes/no', 'new', 'yes'),
-           vqa.Asked(0, 'what', 'what?', 'owl')]
+  asked = [vqa.VQAExample(0, 'colour', 'q', 'red'), vqa.VQAExample(0, 'colour', 'the sky?', 'blue'), vqa.VQAExample(0, 'yes/no', 'new', 'yes'),
+           vqa.VQAExample(0, 'what', 'what?', 'owl')]
   scores = vqa.score(['blue', 'Blue.', 'yes', 'an owl'], asked, usual)
   assert scores['colour'] == dict(accuracy=0.5, majority=0.5, blind=1.0, count=2)
   assert scores['yes/no'] == dict(accuracy=1.0, majority=0.0, blind=0.0, count=1)
@@ -30,6 +30,6 @@ def test_majority_and_score_by_type():
 
 def test_true_answers_score_one():
   asked = vqa.ask(loader.examples('embedded', 'heldout', 1, 10, 'scene') + loader.examples('embedded', 'heldout', 1, 10))
-  scores = vqa.score([each.answer for each in asked], asked, vqa.majority(asked))
+  scores = vqa.score([each.answer for each in asked], asked, vqa.fit_majority(asked))
   assert {kind: row['accuracy'] for kind, row in scores.items()} == dict.fromkeys(scores, 1.0)
   assert scores['all']['count'] == len(asked) and 0 < scores['all']['majority'] < 1

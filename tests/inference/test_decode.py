@@ -12,9 +12,9 @@ from safetensors.numpy import load_file
 
 from lavit_jax.inference.decode import beam_search, generate
 from lavit_jax.models.llama import Llama
-from lavit_jax.models.sequence import assemble, prompt_mask, prompt_positions
+from lavit_jax.models.sequence import embed_prompts, prompt_mask, prompt_positions
 from lavit_jax.weights.torch import mapping
-from lavit_jax.weights.torch.names_llama import llama_rows
+from lavit_jax.weights.torch.names_llama import llama_rules
 
 FOLDER = pathlib.Path(__file__).parents[1] / 'data/golden'
 SIZES = json.loads((FOLDER / 'language_model.json').read_text())
@@ -35,7 +35,7 @@ CAPTION = dict(
 def params():
   example = jnp.zeros((1, 2, SIZES['hidden_size'])), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 1, 2, 2), bool)
   like = jax.eval_shape(LLAMA.init, jax.random.key(0), *example)['params']
-  tree = mapping.from_torch(llama_rows(), load_file(FOLDER / 'language_model.safetensors'), like)
+  tree = mapping.from_torch(llama_rules(), load_file(FOLDER / 'language_model.safetensors'), like)
   return jax.tree.map(jnp.asarray, tree)
 
 
@@ -51,7 +51,7 @@ def captions(embed):
   width = max(map(len, features))
   padded = jnp.stack([jnp.pad(f, ((0, width - len(f)), (0, 0)), constant_values=jnp.nan) for f in features])
   prompts = [[[IMG], range(b * width, b * width + len(f)), [END]] for b, f in enumerate(features)]
-  return assemble(prompts, embed, padded)[:2]
+  return embed_prompts(prompts, embed, padded)[:2]
 
 
 def assert_ids(out, expected, eos_id=SIZES['eos_id']):
@@ -77,7 +77,7 @@ def test_golden_beam_captions(params, captions, num_beams, length_penalty):
 
 @pytest.mark.parametrize('scale', [1, 4])
 def test_golden_text_to_image(params, embed, scale):
-  embeddings, mask, _ = assemble([[GOLDEN['t2i_prompt_ids'][0], [IMG]], [[IMG]]], embed)
+  embeddings, mask, _ = embed_prompts([[GOLDEN['t2i_prompt_ids'][0], [IMG]], [[IMG]]], embed)
   settings = dict(max_new_tokens=SIZES['t2i_max_new_tokens'], min_new_tokens=SIZES['min_new_tokens'], eos_id=END, suppress=TEXT)
   guided = generate(
       LLAMA, params, embeddings[:1], mask[:1], guidance_scale=scale, uncond_embeddings=embeddings[1:], uncond_mask=mask[1:], **settings)
@@ -98,7 +98,7 @@ def test_guidance_needs_both_prompts(params, captions):
 def test_greedy_equals_a_loop_without_a_cache(params, embed):
   """And its scores are the log-probabilities of the full forward; padding and batch neighbours change nothing."""
   prompts = [[[1, 7, 9]], [[1, 30, 31, 32, 33, 34, 35]]]
-  out = generate(LLAMA, params, *assemble(prompts, embed)[:2], max_new_tokens=6, eos_id=-1)
+  out = generate(LLAMA, params, *embed_prompts(prompts, embed)[:2], max_new_tokens=6, eos_id=-1)
 
   @jax.jit
   def log_probs(ids):
@@ -134,7 +134,7 @@ def test_beam_search_equals_transformers(params, embed, peer, early_stopping, nu
   torch = pytest.importorskip('torch')
   r = np.random.default_rng(5)
   prompts = [[r.integers(3, 100, r.integers(1, 9))] for _ in range(8)]
-  embeddings, mask, _ = assemble(prompts, embed, multiple=8)
+  embeddings, mask, _ = embed_prompts(prompts, embed, multiple=8)
   settings = dict(num_beams=num_beams, length_penalty=length_penalty, early_stopping=early_stopping, min_new_tokens=min_new_tokens)
   eos_id, suppressed = 44, np.r_[0:3, 100:230]
   ours = beam_search(
@@ -155,7 +155,7 @@ def test_one_beam_is_greedy(params, captions):
 
 
 def test_sampled_rows_depend_on_their_own_key_only(params, embed):
-  embeddings, mask, _ = assemble([[[1, 7, 9]]] * 4, embed)
+  embeddings, mask, _ = embed_prompts([[[1, 7, 9]]] * 4, embed)
   sample = functools.partial(generate, LLAMA, params, max_new_tokens=8, eos_id=-1, top_k=50, suppress=~TEXT)
   out = sample(embeddings, mask, key=jax.random.key(3))
   assert len({tuple(row) for row in np.asarray(out.ids)}) == 4
@@ -168,7 +168,7 @@ def test_sampled_rows_depend_on_their_own_key_only(params, embed):
 @pytest.mark.parametrize('cache_dtype', [None, 'int8'])
 def test_samples_of_a_prompt_share_its_prefill(params, embed, cache_dtype):
   """The result is that of the prompt repeated, under guidance too."""
-  embeddings, mask, _ = assemble([[[1, 7, 9]], [[1, 30, 31, 32, 33]], [[IMG]], [[IMG]]], embed)
+  embeddings, mask, _ = embed_prompts([[[1, 7, 9]], [[1, 30, 31, 32, 33]], [[IMG]], [[IMG]]], embed)
   sample = functools.partial(
       generate, LLAMA, params, key=jax.random.key(3), max_new_tokens=6, eos_id=-1, suppress=~TEXT, guidance_scale=1.5, top_p=0.99,
       repetition_penalty=1.2, cache_dtype=cache_dtype)

@@ -9,10 +9,10 @@ import pytest
 
 from lavit_jax.inference import sampling
 from lavit_jax.inference.decode import beam_search, generate
-from lavit_jax.models.llama import Llama, unroll
-from lavit_jax.models.sequence import assemble
+from lavit_jax.models.llama import Llama, unroll_layers
+from lavit_jax.models.sequence import embed_prompts
 from lavit_jax.weights.torch import mapping
-from lavit_jax.weights.torch.names_llama import llama_rows
+from lavit_jax.weights.torch.names_llama import llama_rules
 
 torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
 
@@ -33,11 +33,11 @@ def both():
       p += 0.25 * torch.randn(p.shape)
   example = jnp.zeros((1, 2, 32)), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 1, 2, 2), bool)
   like = jax.eval_shape(LLAMA.init, jax.random.key(0), *example)['params']
-  params = mapping.from_torch(llama_rows(), {k: v.numpy() for k, v in peer.state_dict().items()}, like)
-  params = unroll(LLAMA, jax.tree.map(jnp.asarray, params))[1]
+  params = mapping.from_torch(llama_rules(), {k: v.numpy() for k, v in peer.state_dict().items()}, like)
+  params = unroll_layers(LLAMA, jax.tree.map(jnp.asarray, params))[1]
   r = np.random.default_rng(1)
   prompts = [[r.integers(3, 60, r.integers(1, 9))] for _ in range(7)]
-  embeddings, mask, _ = assemble(prompts, lambda ids: LLAMA.apply({'params': params}, ids, method='embed'), multiple=8)
+  embeddings, mask, _ = embed_prompts(prompts, lambda ids: LLAMA.apply({'params': params}, ids, method='embed'), multiple=8)
   return params, peer, embeddings, mask
 
 
@@ -124,7 +124,7 @@ def test_distributions(temperature, top_k, top_p, penalty):
   for processor in chain:
     expected = processor(torch.from_numpy(used), expected)
   expected = expected.softmax(-1).numpy()
-  penalised = sampling.penalise(logits, jnp.zeros(logits.shape, bool).at[jnp.arange(5)[:, None], used].set(True), penalty)
+  penalised = sampling.penalize(logits, jnp.zeros(logits.shape, bool).at[jnp.arange(5)[:, None], used].set(True), penalty)
   probs = np.asarray(jax.nn.softmax(sampling.filter_logits(penalised, temperature, top_k or None, top_p)))
   # Logits / temperature reach 50, where float32 rounds by 4e-6: exponentials are as far off.
   np.testing.assert_allclose(probs, expected, atol=2e-5, rtol=0)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lavit_jax.inference.diffusion import SAMPLERS, guided, initial_latents, plan, sample, timesteps
+from lavit_jax.inference.diffusion import SAMPLERS, guided_denoiser, initial_latents, make_plan, sample_latents, timesteps
 from lavit_jax.models.noise_schedule import (
   Scheduler,
   add_noise,
@@ -19,7 +19,7 @@ from lavit_jax.models.noise_schedule import (
 )
 from lavit_jax.models.unet import UNet
 from lavit_jax.weights.torch import mapping
-from lavit_jax.weights.torch.names_diffusion import unet_rows, unet_shapes
+from lavit_jax.weights.torch.names_diffusion import unet_rules, unet_shapes
 
 torch = pytest.importorskip('torch')
 diffusers = pytest.importorskip('diffusers')
@@ -72,7 +72,7 @@ def toy_pair(latents, t):
 def assert_same_trajectory(**settings):
   want = peer_sample(toy_pair, LATENTS, guidance_scale=3., **settings)
   call = {key: settings.pop(key) for key in OPTIONS if key in settings}
-  got = sample(toy, LATENTS, (CONTEXT, MASK), (NULL, NULL_MASK), guidance_scale=3., scheduler=Scheduler(**settings), **call)
+  got = sample_latents(toy, LATENTS, (CONTEXT, MASK), (NULL, NULL_MASK), guidance_scale=3., scheduler=Scheduler(**settings), **call)
   assert np.abs(want - LATENTS).max() > 0.5
   # Each step rounds latents of up to 10 times the result, guidance multiplies by 5, in up to 50 steps.
   scale = 10 * max(1, np.abs(want).max())
@@ -104,7 +104,7 @@ def test_trajectory_matches_diffusers(sampler, prediction, spacing, steps):
 def test_options_match_diffusers(sampler, options):
   """DDIM knows all of these, DPM++ no clip_sample, and Euler neither that nor thresholding: `from_config` says so."""
   changed = assert_same_trajectory(sampler=sampler, steps=12, **options)
-  plain = sample(toy, LATENTS, (CONTEXT, MASK), (NULL, NULL_MASK), guidance_scale=3., steps=12, sampler=sampler)
+  plain = sample_latents(toy, LATENTS, (CONTEXT, MASK), (NULL, NULL_MASK), guidance_scale=3., steps=12, sampler=sampler)
   ignored = {'euler': {'clip_sample'}, 'dpm++2m': {'clip_sample'}, 'ddim': set()}[sampler]
   assert options.keys() <= ignored or sampler == 'euler' and 'thresholding' in options or np.abs(changed - plain).max() > 1e-3
 
@@ -115,11 +115,11 @@ def test_zero_terminal_snr_begins_at_noise_alone(sampler):
   peer = PEERS[sampler].from_config(SETTINGS | said)
   peer.set_timesteps(10)
   scheduler = Scheduler(**said)
-  steps = plan(scheduler, 10, sampler=sampler)
+  steps = make_plan(scheduler, 10, sampler=sampler)
   np.testing.assert_array_equal(steps.t, peer.timesteps)
   assert steps.signal[0] == (0 if sampler == 'ddim' else 2 ** -12)
   with pytest.raises(ValueError, match="rescale_betas_zero_snr leaves no signal.*take timestep_spacing='leading'"):
-    plan(scheduler._replace(prediction_type='epsilon'), 10)
+    make_plan(scheduler._replace(prediction_type='epsilon'), 10)
 
 
 @pytest.mark.parametrize('sampler,first', [('ddim', 981), ('euler', 999), ('dpm++2m', 999)])
@@ -133,8 +133,8 @@ def test_spacing_that_is_not_named_is_the_default_of_the_class(sampler, first):
 @pytest.mark.parametrize('sampler', ['euler', 'dpm++2m'])
 def test_what_a_sampler_cannot_follow_is_named(sampler):
   with pytest.raises(ValueError, match=f"sampler='{re.escape(sampler)}' cannot draw with use_karras_sigmas=True .*draw with sampler='ddim'"):
-    plan(Scheduler(use_karras_sigmas=True), 10, sampler=sampler)
-  plan(Scheduler(use_karras_sigmas=True), 10)
+    make_plan(Scheduler(use_karras_sigmas=True), 10, sampler=sampler)
+  make_plan(Scheduler(use_karras_sigmas=True), 10)
 
 
 @pytest.mark.parametrize('sampler', SAMPLERS)
@@ -144,7 +144,7 @@ def test_short_trajectories_match_too(sampler, steps):
 
 
 def test_the_samplers_differ():
-  results = [sample(toy, LATENTS, (CONTEXT, MASK), steps=7, sampler=sampler) for sampler in SAMPLERS]
+  results = [sample_latents(toy, LATENTS, (CONTEXT, MASK), steps=7, sampler=sampler) for sampler in SAMPLERS]
   assert min(np.abs(a - b).max() for a, b in itertools.combinations(results, 2)) > 1e-3
 
 
@@ -176,7 +176,7 @@ def test_tiny_unet_trajectory_matches_diffusers():
       block_out_channels=(8, 16), layers_per_block=1, down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D'),
       up_block_types=('CrossAttnUpBlock2D', 'UpBlock2D'), attention_head_dim=2, cross_attention_dim=12, norm_num_groups=4).eval()
   state = {name: p.numpy() for name, p in model.state_dict().items()}
-  params = {'params': mapping.from_torch(unet_rows(module), state, unet_shapes(module))}
+  params = {'params': mapping.from_torch(unet_rules(module), state, unet_shapes(module))}
 
   @torch.no_grad()
   def both(latents, t):
@@ -187,7 +187,7 @@ def test_tiny_unet_trajectory_matches_diffusers():
 
   @jax.jit
   def draw(params, scale):
-    return sample(lambda *inputs: module.apply(params, *inputs), LATENTS, (CONTEXT, MASK), (NULL, NULL_MASK), steps=10,
+    return sample_latents(lambda *inputs: module.apply(params, *inputs), LATENTS, (CONTEXT, MASK), (NULL, NULL_MASK), steps=10,
                   guidance_scale=scale)
 
   want = peer_sample(both, LATENTS, steps=10, guidance_scale=5.)
@@ -198,7 +198,7 @@ def test_an_image_does_not_depend_on_its_batch():
   keys = jax.random.split(jax.random.key(0), 3)
 
   def draw(rows):
-    return sample(toy, initial_latents(keys[rows], (4, 4, 4)), (CONTEXT[:1].repeat(len(rows), 0), MASK[:1].repeat(len(rows), 0)),
+    return sample_latents(toy, initial_latents(keys[rows], (4, 4, 4)), (CONTEXT[:1].repeat(len(rows), 0), MASK[:1].repeat(len(rows), 0)),
                   steps=5)
 
   together = draw(np.arange(3))
@@ -211,16 +211,16 @@ def test_guidance_interpolates_and_extrapolates():
   given = toy(LATENTS, t, CONTEXT, MASK)
   null = toy(LATENTS, t, np.stack([NULL, NULL]), np.stack([NULL_MASK, NULL_MASK]))
   for scale, want in ((0., null), (1., given), (3., 3 * given - 2 * null)):
-    got = guided(toy, (CONTEXT, MASK), (NULL, NULL_MASK), scale)(LATENTS, t)
+    got = guided_denoiser(toy, (CONTEXT, MASK), (NULL, NULL_MASK), scale)(LATENTS, t)
     np.testing.assert_allclose(got, want, atol=1e-5)
-  np.testing.assert_array_equal(guided(toy, (CONTEXT, MASK), None, 3.)(LATENTS, t), given)
+  np.testing.assert_array_equal(guided_denoiser(toy, (CONTEXT, MASK), None, 3.)(LATENTS, t), given)
 
 
 def test_bfloat16_denoiser_is_finite():
   def denoise(latents, t, *condition):
     return toy(latents, t, *condition).astype(jnp.bfloat16)
 
-  got = sample(denoise, LATENTS, (CONTEXT, MASK), (NULL, NULL_MASK), steps=10, guidance_scale=3.)
+  got = sample_latents(denoise, LATENTS, (CONTEXT, MASK), (NULL, NULL_MASK), steps=10, guidance_scale=3.)
   assert got.dtype == jnp.float32 and np.isfinite(got).all()
 
 
@@ -247,6 +247,6 @@ def test_bad_settings_are_named(change, message):
 
 def test_bad_prediction_is_named():
   with pytest.raises(ValueError, match="prediction='flow'"):
-    sample(toy, LATENTS, (CONTEXT, MASK), steps=2, scheduler=Scheduler(prediction_type='flow'))
+    sample_latents(toy, LATENTS, (CONTEXT, MASK), steps=2, scheduler=Scheduler(prediction_type='flow'))
   with pytest.raises(ValueError, match="prediction='flow'"):
     training_target('flow', SCHEDULE, LATENTS, LATENTS, np.array([0, 1]))

@@ -94,9 +94,9 @@ def test_a_start_picture_that_the_vae_cannot_encode(whole):
 def test_first_is_the_earliest_of_each_row():
   x = jnp.ones((4, 3)).at[0, 1].set(jnp.nan).at[2, 0].set(jnp.inf)
   y = jnp.ones((4, 2)).at[1].set(-jnp.inf).at[2].set(jnp.nan)
-  found = faults.first(('vit', x), ('vae', y))
+  found = faults.first_fault(('vit', x), ('vae', y))
   assert found.tolist() == [faults.number('vit'), faults.number('vae'), faults.number('vit'), 0]
-  assert faults.first(('unet', jnp.array([True, False]))).tolist() == [0, faults.number('unet')]
+  assert faults.first_fault(('unet', jnp.array([True, False]))).tolist() == [0, faults.number('unet')]
 
 
 def test_rows_of_several_pictures():

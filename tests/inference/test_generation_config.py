@@ -9,27 +9,27 @@ import pytest
 from lavit_jax.errors import UserError
 from lavit_jax.inference.generation_config import (
   Purpose,
-  RowSeed,
-  Settings,
-  Writing,
-  keys_for,
-  row_keys,
+  IndexedSeed,
+  VariantDefaults,
+  GenerationConfig,
+  purpose_keys,
+  example_keys,
   sample_keys,
-  settle,
+  resolve_generation_config,
 )
 
-WORDS, CODES = Writing(8, 36, beams=2), Writing(20, 200, guidance=4.0)
+WORDS, CODES = GenerationConfig(8, 36, beams=2), GenerationConfig(20, 200, guidance=4.0)
 
 
 def test_what_is_asked_for():
-  assert settle(WORDS, {}, 2048) == WORDS and settle(CODES, {}, 256) == CODES
-  assert settle(WORDS, dict(sample=True, top_p=0.9), 2048) == Writing(8, 36, top_p=0.9)
-  assert settle(WORDS, dict(sample=False, beams=np.int64(5), length_penalty=-1, early_stopping='never'), 2048) == Writing(8, 36, 5, -1, 'never')
-  assert settle(CODES, dict(top_k=None, temperature=np.float32(0.5), max_tokens=50), 256) == Writing(20, 50, temperature=0.5, top_k=None, guidance=4.)
-  assert settle(CODES, dict(top_p=1.0, repetition_penalty=1, guidance=1), 256) == CODES._replace(guidance=None)  # off, and costs nothing
-  kinds = {name: type(value) for name, value in settle(WORDS, dict(length_penalty=-1, beams=np.int64(3)), 2048)._asdict().items()}
+  assert resolve_generation_config(WORDS, {}, 2048) == WORDS and resolve_generation_config(CODES, {}, 256) == CODES
+  assert resolve_generation_config(WORDS, dict(sample=True, top_p=0.9), 2048) == GenerationConfig(8, 36, top_p=0.9)
+  assert resolve_generation_config(WORDS, dict(sample=False, beams=np.int64(5), length_penalty=-1, early_stopping='never'), 2048) == GenerationConfig(8, 36, 5, -1, 'never')
+  assert resolve_generation_config(CODES, dict(top_k=None, temperature=np.float32(0.5), max_tokens=50), 256) == GenerationConfig(20, 50, temperature=0.5, top_k=None, guidance=4.)
+  assert resolve_generation_config(CODES, dict(top_p=1.0, repetition_penalty=1, guidance=1), 256) == CODES._replace(guidance=None)  # off, and costs nothing
+  kinds = {name: type(value) for name, value in resolve_generation_config(WORDS, dict(length_penalty=-1, beams=np.int64(3)), 2048)._asdict().items()}
   assert kinds['length_penalty'] is float and kinds['beams'] is int  # one program, whatever number was written
-  published = Settings()
+  published = VariantDefaults()
   assert (published.caption_tokens, published.answer_tokens, published.image_tokens) == ((8, 36), (2, 10), (20, 200))
 
 
@@ -45,45 +45,45 @@ def test_values_that_cannot_be(task, name, values):
   sample = dict(sample=True) if task is WORDS and name in of_sampling else {}
   for value in values:
     with pytest.raises(UserError, match=name):
-      settle(task, {name: value, **sample}, 2048)
+      resolve_generation_config(task, {name: value, **sample}, 2048)
 
 
 def test_settings_that_would_play_no_part():
   for task, asked in ((WORDS, dict(temperature=2.)), (WORDS, dict(top_k=5)), (WORDS, dict(sample=True, beams=3)), (CODES, dict(beams=3))):
     with pytest.raises(UserError, match='plays no part'):
-      settle(task, asked, 2048)
+      resolve_generation_config(task, asked, 2048)
   with pytest.raises(UserError, match='num_samples=3 of 2 beams'):
-    settle(WORDS, dict(num_samples=3), 2048)
+    resolve_generation_config(WORDS, dict(num_samples=3), 2048)
   for task, name in ((WORDS, 'guidance'), (WORDS, 'size'), (CODES, 'sample')):
     with pytest.raises(UserError, match=f'no such setting: {name}; choose among min_tokens, '):
-      settle(task, {name: 1}, 2048)
+      resolve_generation_config(task, {name: 1}, 2048)
 
 
 def test_the_fewest_and_the_most_are_told_by_name():
   with pytest.raises(UserError, match='min_tokens=20 to max_tokens=5 cannot be; choose min_tokens and max_tokens in order, and at most 64'):
-    settle(CODES, dict(max_tokens=5), 64)
+    resolve_generation_config(CODES, dict(max_tokens=5), 64)
 
 
-@pytest.mark.parametrize('seed', [-1, 2**32, 1.5, '1', True, [0, -1], [0, 0.5], [0, None], RowSeed(-1, [0, 1])])
+@pytest.mark.parametrize('seed', [-1, 2**32, 1.5, '1', True, [0, -1], [0, 0.5], [0, None], IndexedSeed(-1, [0, 1])])
 def test_seeds_that_cannot_be(seed):
   with pytest.raises(UserError, match=r'seed=.* cannot be; choose a whole number in 0..4294967295'):
-    row_keys(seed, 2)
+    example_keys(seed, 2)
 
 
 def test_seeds_of_any_integer_type():
-  data = jax.random.key_data(row_keys(3, 2))
+  data = jax.random.key_data(example_keys(3, 2))
   for seed in (np.int64(3), np.array(3), jax.numpy.int32(3)):
-    np.testing.assert_array_equal(jax.random.key_data(row_keys(seed, 2)), data)
-  assert row_keys(2**32 - 1, 2).shape == (2,) and row_keys(0, 0).shape == row_keys([], 0).shape == (0,)
+    np.testing.assert_array_equal(jax.random.key_data(example_keys(seed, 2)), data)
+  assert example_keys(2**32 - 1, 2).shape == (2,) and example_keys(0, 0).shape == example_keys([], 0).shape == (0,)
 
 
 def test_keys_follow_the_row_and_differ_by_purpose():
   data = jax.random.key_data
-  keys = row_keys(3, 4)
-  np.testing.assert_array_equal(data(row_keys(RowSeed(3, [2, 0]), 2)), data(keys)[np.array([2, 0])])
+  keys = example_keys(3, 4)
+  np.testing.assert_array_equal(data(example_keys(IndexedSeed(3, [2, 0]), 2)), data(keys)[np.array([2, 0])])
   several = [sample_keys(purpose, keys, 3) for purpose in Purpose]
   every = np.concatenate([data(each) for each in several])
   assert len(np.unique(every, axis=0)) == len(every) == 36
   np.testing.assert_array_equal(data(several[1]).reshape(4, 3, -1)[:, 0], data(sample_keys(Purpose.TOKENS, keys, 1)))
-  np.testing.assert_array_equal(data(several[0]).reshape(4, 3, -1)[:, 2], data(keys_for(Purpose.PATCHES, keys, 2)))
-  assert keys_for(Purpose.PATCHES, None) is None and row_keys(None, 4, optional=True) is None
+  np.testing.assert_array_equal(data(several[0]).reshape(4, 3, -1)[:, 2], data(purpose_keys(Purpose.PATCHES, keys, 2)))
+  assert purpose_keys(Purpose.PATCHES, None) is None and example_keys(None, 4, optional=True) is None

@@ -49,7 +49,7 @@ def variants():
   with pytest.MonkeyPatch.context() as patch:
     for name, row in ROWS.items():
       patch.setitem(lavit.VARIANTS, name, row)
-    patch.setitem(pipeline.SETTINGS, 'both', pipeline.Settings((1, 4), (1, 4), (2, 4), 16, highres_sizes=((16, 24), (24, 16))))
+    patch.setitem(pipeline.VARIANT_DEFAULTS, 'both', pipeline.VariantDefaults((1, 4), (1, 4), (2, 4), 16, highres_sizes=((16, 24), (24, 16))))
     yield
 
 
@@ -103,7 +103,7 @@ def test_golden_codes_become_the_pictures_that_diffusers_draws(golden, tmp_path,
   settings = dict(beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear', steps_offset=1, timestep_spacing='leading')
   settings = settings | told if sampler != 'ddim' else {**settings, 'clip_sample': False, 'set_alpha_to_one': False, **told}
   (tmp_path / 'scheduler_config.json').write_text(json.dumps(settings))
-  drawn = image_generation.draw(model, {name: parts[name] for name in way.parts}, ids, mask, keys, start, way=way, size=size, steps=steps,
+  drawn = image_generation.decode_images(model, {name: parts[name] for name in way.parts}, ids, mask, keys, start, way=way, size=size, steps=steps,
                        guidance=way.guidance, sampler=sampler, strength=strength, scheduler=Scheduler(**rules.read(FAMILIES[0], settings, model, tmp_path)))
 
   def nchw(x):
@@ -162,13 +162,13 @@ def test_both_ways_by_size(model):
 def test_every_published_size_of_sdxl_at_full_scale(height, width, monkeypatch):
   """lavit_7b draws it in bfloat16, of latents an eighth as high and wide; nothing is computed."""
   full, seen = lavit.build('lavit_7b', 'bfloat16'), []
-  options = image_generation.settle(2, 512, pipeline.Settings().highres_sizes, [*formats.TABLES, 'codebook'], size=(height, width)).options
+  options = image_generation.resolve_image_request(2, 512, pipeline.VariantDefaults().highres_sizes, [*formats.TABLES, 'codebook'], size=(height, width)).options
   shapes = formats.shapes(full, ('tokenizer', *options['way'].parts[1:], 'safety_checker'))
   shapes['codebook'] = shapes.pop('tokenizer')
-  sample = diffusion.sample
-  monkeypatch.setattr(diffusion, 'sample', lambda denoise, noise, *args, **kwargs: seen.append(noise.shape) or sample(denoise, noise, *args, **kwargs))
+  sample = diffusion.sample_latents
+  monkeypatch.setattr(diffusion, 'sample_latents', lambda denoise, noise, *args, **kwargs: seen.append(noise.shape) or sample(denoise, noise, *args, **kwargs))
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
-  drawn = jax.eval_shape(functools.partial(image_generation.draw.__wrapped__, full, **options), shapes, jax.ShapeDtypeStruct((2, 256), jnp.int32),
+  drawn = jax.eval_shape(functools.partial(image_generation.decode_images.__wrapped__, full, **options), shapes, jax.ShapeDtypeStruct((2, 256), jnp.int32),
                          jax.ShapeDtypeStruct((2, 256), bool), keys, None)
   assert seen == [(2, height // 8, width // 8, 4)]
   assert (drawn.pictures.shape, drawn.pictures.dtype, drawn.flagged.shape) == ((2, height, width, 3), jnp.uint8, (2,))
@@ -177,9 +177,9 @@ def test_every_published_size_of_sdxl_at_full_scale(height, width, monkeypatch):
 def test_defaults_are_those_published():
   held = (*image_generation.LOWRES.parts, *image_generation.HIGHRES.parts)
   for size, steps, guidance in ((None, 50, 5.), ((512, 512), 50, 5.), ((1024, 1024), 25, 7.), ((768, 1344), 25, 7.)):
-    options = image_generation.settle(2, 512, pipeline.Settings().highres_sizes, held, size=size).options
+    options = image_generation.resolve_image_request(2, 512, pipeline.VariantDefaults().highres_sizes, held, size=size).options
     assert [options[name] for name in ('steps', 'guidance', 'sampler', 'rescale', 'tile')] == [steps, guidance, 'ddim', 0., None]
-  assert image_generation.settle(2, 512, ((2048, 2048),), held, size=(2048, 2048)).options['tile'] == 1024
+  assert image_generation.resolve_image_request(2, 512, ((2048, 2048),), held, size=(2048, 2048)).options['tile'] == 1024
 
 
 def test_a_picture_does_not_depend_on_its_batch(model):
@@ -245,7 +245,7 @@ def test_equal_guidance_is_one_program(model):
   count = []
   for guidance in (5, 5.0, np.float32(5), np.int64(5), jnp.float32(5)):
     model.draw(CODES[:1], steps=1, guidance=guidance)
-    count.append(image_generation.draw._cache_size())
+    count.append(image_generation.decode_images._cache_size())
   assert len({*count}) == 1
 
 
@@ -297,7 +297,7 @@ def test_flagged_pictures_are_black_and_reported(parts, model, caplog):
 
 
 def test_the_folder_says_whether_there_is_a_checker(parts, tmp_path):
-  folder.save_parts(tmp_path / 'ours', 'both', parts, tokenizer=WORDS)
+  folder.save_params(tmp_path / 'ours', 'both', parts, tokenizer=WORDS)
   to_torch(parts['unet'], tmp_path / 'theirs' / 'pixel_decoding' / 'unet', 'unet', variant='both')
   to_torch(parts['safety_checker'], tmp_path / 'theirs' / 'pixel_decoding' / 'safety_checker', 'safety_checker', variant='both')
   shutil.copytree(WORDS, tmp_path / 'theirs' / 'language_model', ignore=shutil.ignore_patterns('*.safetensors'))

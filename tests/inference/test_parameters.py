@@ -11,17 +11,17 @@ import pytest
 
 from lavit_jax.errors import UserError
 from lavit_jax.inference import parameters
-from lavit_jax.inference.parameters import Checkpoint, Parts, open_checkpoint
+from lavit_jax.inference.parameters import CheckpointInfo, LazyParams, open_checkpoint
 from lavit_jax.inference.pipeline import Lavit
 from lavit_jax.models import lavit
 from lavit_jax.models.int8 import quantize_weights
-from lavit_jax.models.llama import unstack
+from lavit_jax.models.llama import unstack_layers
 from lavit_jax.models.noise_schedule import Scheduler
 from lavit_jax.weights.torch import convert
 from lavit_jax.porting import from_torch
 from lavit_jax.weights.torch.api import open_torch
-from lavit_jax.weights.store.folder import load_parts, open_part
-from lavit_jax.weights.store.arrays import Source
+from lavit_jax.weights.store.folder import load_params, open_params
+from lavit_jax.weights.store.arrays import ParameterSource
 
 TINY = pathlib.Path(lavit.__file__).parents[1] / 'assets' / 'tiny'
 PUBLISHED = json.loads((TINY / 'pixel_decoding' / 'scheduler' / 'scheduler_config.json').read_text())
@@ -30,7 +30,7 @@ PUBLISHED = json.loads((TINY / 'pixel_decoding' / 'scheduler' / 'scheduler_confi
 @pytest.fixture(scope='module')
 def ours(tmp_path_factory):
   folder = tmp_path_factory.mktemp('ours') / 'tiny'
-  convert.prepare(TINY, folder).run(lambda size: None)
+  convert.plan_conversion(TINY, folder).run(lambda size: None)
   return folder
 
 
@@ -50,13 +50,13 @@ def test_no_more_than_the_result_and_a_layer_is_on_the_device(tiny_parts, weight
     return array if place is None else jax.device_put(array, place)
 
   structs = {path: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for path, x in flat.items()}
-  checkpoint = Checkpoint('tiny', None, {'llama'}, lambda part, dtype: Source(structs, read), lambda prefix: Scheduler())
+  checkpoint = CheckpointInfo('tiny', None, {'llama'}, lambda part, dtype: ParameterSource(structs, read), lambda prefix: Scheduler())
   mesh = mesh and jax.make_mesh((1, 1, 1), ('data', 'fsdp', 'tensor'))
-  found = Parts(model, checkpoint, weights, mesh)['llama']
+  found = LazyParams(model, checkpoint, weights, mesh)['llama']
   result = sum(x.nbytes for x in jax.tree.leaves(found))
   assert len(most) == sum(x.shape[0] if path.startswith('layers/') else 1 for path, x in flat.items())
   assert max(most) <= result and live() - before == result
-  want = unstack(jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), tiny_parts['llama']))
+  want = unstack_layers(jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), tiny_parts['llama']))
   want = quantize_weights(want) if weights else want
   assert jax.tree.structure(found) == jax.tree.structure(want)
   jax.tree.map(np.testing.assert_array_equal, found, want)
@@ -64,10 +64,10 @@ def test_no_more_than_the_result_and_a_layer_is_on_the_device(tiny_parts, weight
 
 @pytest.mark.parametrize('name', ['llama', 'unet'])
 def test_rows_are_those_of_the_whole(ours, name):
-  whole = parameters.flatten(load_parts(ours, [name], dtype='bfloat16')[name])
+  whole = parameters.flatten(load_params(ours, [name], dtype='bfloat16')[name])
   again = parameters.flatten(from_torch(TINY, name, variant='tiny', dtype='bfloat16'))
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  for source in (open_part(ours, name, 'bfloat16'), open_torch(TINY, name, variant='tiny', dtype='bfloat16')):
+  for source in (open_params(ours, name, 'bfloat16'), open_torch(TINY, name, variant='tiny', dtype='bfloat16')):
     assert source.structs.keys() == whole.keys() == again.keys()
     for path, x in whole.items():
       np.testing.assert_array_equal(again[path], x)
@@ -80,7 +80,7 @@ def test_rows_are_those_of_the_whole(ours, name):
 
 def test_a_damaged_layer_is_named(ours, tmp_path):
   folder = shutil.copytree(ours, tmp_path / 'tiny')
-  kernel = load_parts(folder, ['llama'], dtype=None)['llama']['layers']['mlp']['up']['kernel']
+  kernel = load_params(folder, ['llama'], dtype=None)['llama']['layers']['mlp']['up']['kernel']
   for data in (folder / 'parts' / 'llama').rglob('*/d/*'):
     content = data.read_bytes()
     if (at := content.find(kernel[1].tobytes())) >= 0:
@@ -113,7 +113,7 @@ def test_the_scheduler_is_the_folders(ours, tmp_path):
   assert open_checkpoint(theirs, None).settings == dict(scheduler=settings)
   other = Lavit.from_pretrained(theirs).draw(codes, steps=2)
   assert (other != plain).any()
-  convert.prepare(theirs, tmp_path / 'other').run(lambda size: None)
+  convert.plan_conversion(theirs, tmp_path / 'other').run(lambda size: None)
   np.testing.assert_array_equal(Lavit.from_pretrained(tmp_path / 'other').draw(codes, steps=2), other)
   np.testing.assert_array_equal(Lavit.from_pretrained(ours).draw(codes, steps=2), plain)
   config = json.loads((tmp_path / 'other' / 'config.json').read_text())

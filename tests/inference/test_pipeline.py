@@ -82,7 +82,7 @@ def test_the_prompt_is_picture_then_question(model, monkeypatch):
 def test_synthesis_prompts_hold_codes(model, monkeypatch):
   seen = []
   monkeypatch.setattr(model, '_embed', intercept(seen))
-  keys = settings.keys_for(settings.Purpose.PATCHES, settings.row_keys(3, 1)[np.zeros(2, int)], np.arange(2))  # of the row's, one a picture
+  keys = settings.purpose_keys(settings.Purpose.PATCHES, settings.example_keys(3, 1)[np.zeros(2, int)], np.arange(2))  # of the row's, one a picture
   ids = model.in_batches(programs.tokenize, ('vit', 'tokenizer'), PICTURES[:2], keys)
   first, second = ([row[kept] + 2050] for row, kept in zip(*ids))
   owl = [model.words.encode('owl')]
@@ -93,7 +93,7 @@ def test_synthesis_prompts_hold_codes(model, monkeypatch):
       model.synthesize([[PICTURES[0], 'owl', PICTURES[1]]], seed=3)
     prompt, against = seen.pop()
     assert [list(piece) for piece in prompt] == [list(piece) for piece in expected] and against == [[2048]]
-  assert settings.SETTINGS['tiny'].bracketed and not settings.Settings().bracketed
+  assert settings.VARIANT_DEFAULTS['tiny'].bracketed and not settings.VariantDefaults().bracketed
 
 
 def test_generated_codes(model):
@@ -241,7 +241,7 @@ def test_drawing_reads_the_codebook_alone(tiny_folder, tiny_parts, tmp_path):
   codes, tokens = [np.arange(20)], []
   for folder in (tiny_folder, tmp_path / 'theirs'):
     if folder != tiny_folder:
-      convert.prepare(tiny_folder, folder).run(lambda size: None)
+      convert.plan_conversion(tiny_folder, folder).run(lambda size: None)
     model = Lavit.from_pretrained(folder)
     drawn = model.draw(codes, steps=1)
     assert 'tokenizer' not in model.parts.loaded
@@ -263,8 +263,8 @@ def test_a_folder_with_a_sentencepiece_model_alone_is_opened(tmp_path):
       byte_fallback=True, normalization_rule_name='identity', remove_extra_whitespaces=False, character_coverage=0.9999, minloglevel=2)
   theirs = shutil.copytree(TINY, tmp_path / 'theirs', ignore=shutil.ignore_patterns('tokenizer.json'))
   (theirs / 'language_model' / 'tokenizer.model').write_bytes(model.getvalue())
-  convert.prepare(theirs, tmp_path / 'ours').run(lambda size: None)
-  convert.prepare(tmp_path / 'ours', tmp_path / 'again').run(lambda size: None)
+  convert.plan_conversion(theirs, tmp_path / 'ours').run(lambda size: None)
+  convert.plan_conversion(tmp_path / 'ours', tmp_path / 'again').run(lambda size: None)
   for file in ('theirs/language_model', 'ours/tokenizer', 'again/language_model'):
     assert (tmp_path / file / 'tokenizer.model').read_bytes() == model.getvalue() and not (tmp_path / file / 'tokenizer.json').exists()
   told = [Lavit.from_pretrained(tmp_path / name).answer(PICTURES, ['What is this?', 'How many?'], details=True)
@@ -279,7 +279,7 @@ def test_a_folder_with_a_sentencepiece_model_alone_is_opened(tmp_path):
 
 def test_a_folder_of_pytorch_names_says_the_same(tmp_path):
   theirs = TINY
-  convert.prepare(theirs, tmp_path / 'ours').run(lambda size: None)
+  convert.plan_conversion(theirs, tmp_path / 'ours').run(lambda size: None)
   first, second = (Lavit.from_pretrained(path) for path in (theirs, tmp_path / 'ours'))
   assert first.caption(PICTURES) == second.caption(PICTURES)
   np.testing.assert_array_equal(first.reconstruct(PICTURES, steps=2), second.reconstruct(PICTURES, steps=2))
@@ -301,9 +301,9 @@ def test_weights_of_another_variant_are_named(model, tiny_parts):
 
 def test_batches_cover_everything_in_few_shapes():
   for count in (0, 1, 5, 16, 17, 40):
-    rows = [row for n, rows in batching.batches(count, 16) for row in rows[:n]]
+    rows = [row for n, rows in batching.batch_ranges(count, 16) for row in rows[:n]]
     assert rows == list(range(count))
-  assert [len(rows) for _, rows in batching.batches(21, 16)] == [16, 8]
+  assert [len(rows) for _, rows in batching.batch_ranges(21, 16)] == [16, 8]
 
 
 def test_details(model):
@@ -368,7 +368,7 @@ def test_questions_that_the_picture_does_not_answer(model, monkeypatch):
   def tell(images, prompts, *_):
     asked.append([model.words.decode(each) for each in prompts])
     judged = ['I know nothing' if 'What' in text else 'No, not' if 'Who' in text else 'Yes' for text in asked[-1]]
-    return [pipeline.Told(says if 'answerable? Answer:' in text else 'Yes', np.array([1]), -1.) for text, says in zip(asked[-1], judged)]
+    return [pipeline.TextOutput(says if 'answerable? Answer:' in text else 'Yes', np.array([1]), -1.) for text, says in zip(asked[-1], judged)]
 
   monkeypatch.setattr(model, '_tell', tell)
   assert model.answer(PICTURES, ['What is it?', 'Who is it?']) == ['yes', 'yes']
@@ -469,5 +469,5 @@ def test_a_bar_only_on_terminals_and_for_long_work(monkeypatch):
     screen = io.StringIO()
     screen.isatty = lambda: terminal
     monkeypatch.setattr('sys.stderr', screen)
-    assert [n for n, _ in batching.fetch(dispatched(), 4 * batches, 'codes')] == [4] * batches
+    assert [n for n, _ in batching.fetch_batches(dispatched(), 4 * batches, 'codes')] == [4] * batches
     assert ('codes' in screen.getvalue()) == shown

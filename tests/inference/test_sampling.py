@@ -34,8 +34,8 @@ def test_filters_compose_with_what_is_already_forbidden():
 def test_guidance():
   conditional, unconditional = jax.random.normal(jax.random.key(0), (2, 3, 7))
   a, b = jax.nn.log_softmax(conditional), jax.nn.log_softmax(unconditional)
-  np.testing.assert_allclose(sampling.guide(conditional, unconditional, 1.0), a, atol=1e-5)
-  np.testing.assert_allclose(sampling.guide(conditional + 5, unconditional, 4.0), 4 * a - 3 * b, atol=1e-5)
+  np.testing.assert_allclose(sampling.guided_log_probs(conditional, unconditional, 1.0), a, atol=1e-5)
+  np.testing.assert_allclose(sampling.guided_log_probs(conditional + 5, unconditional, 4.0), 4 * a - 3 * b, atol=1e-5)
 
 
 def test_draws_follow_the_distribution_and_their_own_key():

@@ -12,7 +12,7 @@ from lavit_jax.models.attention_kernels import (
   LONG,
   cudnn_attention,
   packed_attention,
-  picture_attention,
+  image_attention,
   splash_attention,
 )
 
@@ -45,7 +45,7 @@ def test_as_torch(attend, heads, expected):
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
-@pytest.mark.parametrize('attend', [picture_attention, functools.partial(splash_attention, interpret=True)], ids=['products', 'kernel'])
+@pytest.mark.parametrize('attend', [image_attention, functools.partial(splash_attention, interpret=True)], ids=['products', 'kernel'])
 def test_of_pictures_as_torch(attend):
   """Heads of 40, as Stable Diffusion's."""
   torch = pytest.importorskip('torch')
@@ -80,7 +80,7 @@ def test_the_kernel_is_for_tpus():
 @pytest.mark.parametrize('rows, length, kernel', [(8, LONG, True), (2, LONG, True), (8, LONG // 4, False), (8, LONG + 1, False)])
 def test_the_kernel_is_for_long_rows(rows, length, kernel):
   """Two rows, which four devices cannot share, go to each of them."""
-  assert ('pallas_call' in program('tpu', picture_attention, *[((rows, length, 4, 40), jnp.bfloat16)] * 3)) == kernel
+  assert ('pallas_call' in program('tpu', image_attention, *[((rows, length, 4, 40), jnp.bfloat16)] * 3)) == kernel
 
 
 def lowered(attend, dtype=jnp.bfloat16, width=128, length=256, kind='NVIDIA H100 80GB HBM3', segmented=True):
@@ -107,7 +107,7 @@ def test_gpus_attend_by_cudnn(with_cudnn):
   text = lowered(packed_attention)
   assert '__cudnn$fmhaScaleBiasSoftmax(' in text and '__cudnn$fmhaScaleBiasSoftmaxBackward(' in text
   assert 'tensor<2x2x256x256xf32>' not in text and 'tensor<8x4x256x256xf32>' not in text
-  text = lowered(picture_attention, width=40, length=LONG, segmented=False)
+  text = lowered(image_attention, width=40, length=LONG, segmented=False)
   assert '__cudnn$fmhaSoftmax(' in text and '__cudnn$fmhaSoftmaxBackward(' in text
 
 

@@ -12,10 +12,10 @@ from bounds import assert_product
 from safetensors.numpy import load_file
 
 from lavit_jax.models import int8
-from lavit_jax.models.llama import Llama, unroll
+from lavit_jax.models.llama import Llama, unroll_layers
 from lavit_jax.models.sequence import prompt_mask, prompt_positions
 from lavit_jax.weights.torch import mapping
-from lavit_jax.weights.torch.names_llama import llama_rows
+from lavit_jax.weights.torch.names_llama import llama_rules
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'data/golden'
 
@@ -72,7 +72,7 @@ def test_golden_language_model():
       num_kv_heads=heads, head_dim=sizes['hidden_size'] // heads, mlp_dim=sizes['intermediate_size'])
   example = jnp.zeros((1, 2, llama.hidden_size)), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 1, 2, 2), bool)
   like = jax.eval_shape(llama.init, jax.random.key(0), *example)['params']
-  llama, params = unroll(llama, jax.tree.map(jnp.asarray, mapping.from_torch(llama_rows(), load_file(GOLDEN / 'language_model.safetensors'), like)))
+  llama, params = unroll_layers(llama, jax.tree.map(jnp.asarray, mapping.from_torch(llama_rules(), load_file(GOLDEN / 'language_model.safetensors'), like)))
   rounded = jax.tree.map(lambda x: x, params)
   for holder, name in [(rounded, 'head')] + [(module, 'kernel') for i in range(llama.num_layers) for block in ('attention', 'mlp')
                                              for module in rounded[f'layers_{i}'][block].values()]:

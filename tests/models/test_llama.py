@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from lavit_jax.models.llama import Llama, unroll, unstack
+from lavit_jax.models.llama import Llama, unroll_layers, unstack_layers
 from lavit_jax.models.sequence import prompt_mask, prompt_positions
 from lavit_jax.weights.torch import mapping
-from lavit_jax.weights.torch.names_llama import llama_rows
+from lavit_jax.weights.torch.names_llama import llama_rules
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'data/golden'
 TINY = Llama(vocab_size=97, hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64)
@@ -45,7 +45,7 @@ def test_golden_logits():
       num_kv_heads=heads, head_dim=sizes['hidden_size'] // heads, mlp_dim=sizes['intermediate_size'],
       rms_norm_eps=sizes['rms_norm_eps'], rope_theta=sizes['rope_theta'])
   like = jax.eval_shape(lambda: init(llama))
-  params = mapping.from_torch(llama_rows(), load_file(GOLDEN / 'language_model.safetensors'), like)
+  params = mapping.from_torch(llama_rules(), load_file(GOLDEN / 'language_model.safetensors'), like)
   ids = jnp.asarray(golden['forward_ids'], jnp.int32)
   logits = forward(llama, params, ids, jnp.ones(ids.shape, bool))
   assert logits.dtype == jnp.float32
@@ -59,7 +59,7 @@ def test_matches_transformers_with_grouped_heads(padding):
   with torch.no_grad():
     for p in peer.parameters():
       p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
-  params = mapping.from_torch(llama_rows(), {k: v.numpy() for k, v in peer.state_dict().items()}, jax.eval_shape(lambda: init(TINY)))
+  params = mapping.from_torch(llama_rules(), {k: v.numpy() for k, v in peer.state_dict().items()}, jax.eval_shape(lambda: init(TINY)))
   ids = np.random.default_rng(0).integers(0, 97, (2, 12))
   mask = np.ones(ids.shape, bool)
   mask[1, :padding] = False
@@ -101,7 +101,7 @@ def test_cached_steps_equal_full_forward():
 
 def stepper(llama):
   """(ids, positions, mask, cache) -> (logits, cache), of the unrolled model."""
-  unrolled, params = unroll(llama, init(llama))
+  unrolled, params = unroll_layers(llama, init(llama))
 
   @jax.jit
   def step(ids, positions, mask, cache):
@@ -140,10 +140,10 @@ def test_small_caches_lose_little(dtype, least, most):
 def test_unrolled_layers_are_the_scanned_ones():
   ids, mask, params = jnp.arange(8)[None], jnp.ones((1, 8), bool), init(TINY)
   expected, size = forward(TINY, params, ids, mask), sum(x.size for x in jax.tree.leaves(params))
-  unrolled, apart = unroll(TINY, params)
+  unrolled, apart = unroll_layers(TINY, params)
   np.testing.assert_allclose(forward(unrolled, apart, ids, mask), expected, atol=1e-6)
   assert jax.tree.leaves(params['layers'])  # the caller's
-  unstack(params)
+  unstack_layers(params)
   assert not jax.tree.leaves(params['layers'])  # nothing is held twice
   assert sum(x.size for x in jax.tree.leaves(apart)) == size
   assert jax.tree.map(jnp.shape, init(unrolled)) == jax.tree.map(jnp.shape, apart)
@@ -192,4 +192,4 @@ def test_full_size():
   assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 6_872_649_728
   with torch.device('meta'):
     expected = {name: tuple(p.shape) for name, p in _peer(LAVIT_7B).state_dict().items()}
-  assert mapping.torch_shapes(llama_rows(), shapes) == expected
+  assert mapping.torch_shapes(llama_rules(), shapes) == expected

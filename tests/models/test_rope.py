@@ -9,12 +9,12 @@ import pytest
 
 from lavit_jax.models.int8 import dequantize
 from lavit_jax.models.layers import rotary
-from lavit_jax.models.llama import Llama, unroll
+from lavit_jax.models.llama import Llama, unroll_layers
 from lavit_jax.models.rope import Rope, check_scaling
 from lavit_jax.models.sequence import prompt_mask, prompt_positions
 from lavit_jax.models.settings import frozen
 from lavit_jax.weights.torch import mapping
-from lavit_jax.weights.torch.names_llama import llama_rows
+from lavit_jax.weights.torch.names_llama import llama_rules
 
 torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
 
@@ -90,8 +90,8 @@ def model(name: str) -> tuple[Llama, dict]:
   example = jnp.zeros((1, 2, WIDTH)), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 1, 2, 2), bool)
   stacked = jax.eval_shape(llama.clone(scan=True).init, jax.random.key(0), *example)['params']
   state = {key: x.numpy() for key, x in weights().items()}
-  params = jax.tree.map(jnp.asarray, mapping.from_torch(llama_rows(), state, stacked))
-  return unroll(llama, params)
+  params = jax.tree.map(jnp.asarray, mapping.from_torch(llama_rules(), state, stacked))
+  return unroll_layers(llama, params)
 
 
 PROMPT, TOTAL = 10, 40  # tokens: the first within FIRST, the last far beyond it

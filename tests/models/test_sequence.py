@@ -9,7 +9,7 @@ import pytest
 
 from lavit_jax.models.llama import Llama
 from lavit_jax.models.sequence import (
-    Vocabulary, assemble, compact, embed_sources, lay_out_prompts, pack, prompt_mask, prompt_positions, segment_mask)
+    Vocabulary, embed_prompts, compact, embed_sources, layout_prompts, pack_pairs, prompt_mask, prompt_positions, segment_mask)
 
 VOCABULARY = Vocabulary(text_size=50, codebook_size=30)
 BATCH, TEXT, VISUAL = 9, 6, 8
@@ -64,7 +64,7 @@ def reference(pairs, num_rows, row_length, image_loss):
 def test_pack_equals_plain_python(seed, num_rows, row_length, image_loss, draw):
   pairs = draw(seed)
   run = jax.jit(functools.partial(
-      pack, vocabulary=VOCABULARY, num_rows=num_rows, row_length=row_length, image_loss=image_loss))
+      pack_pairs, vocabulary=VOCABULARY, num_rows=num_rows, row_length=row_length, image_loss=image_loss))
   packed = run(**{k: jnp.asarray(v) for k, v in pairs.items()})
   rows, overflow = reference(pairs, num_rows, row_length, image_loss)
   for field, expected in zip(packed, np.moveaxis(np.array(rows), -1, 0)):
@@ -90,11 +90,11 @@ def test_packed_losses_equal_those_of_each_pair_alone():
     log_probs = jax.nn.log_softmax(llama.apply(params, hidden, method='logits'))
     return -jnp.take_along_axis(log_probs, packed.targets[..., None], -1)[..., 0]
 
-  packed = pack(**pairs, vocabulary=VOCABULARY, num_rows=4, row_length=34, image_loss=True)
+  packed = pack_pairs(**pairs, vocabulary=VOCABULARY, num_rows=4, row_length=34, image_loss=True)
   together = losses(packed, features)
   assert packed.overflow == 0
   assert any(len(set(np.asarray(row)) - {0}) > 1 for row in packed.segments)  # rows are shared
-  pack_one = jax.jit(functools.partial(pack, vocabulary=VOCABULARY, num_rows=1, row_length=17, image_loss=True))
+  pack_one = jax.jit(functools.partial(pack_pairs, vocabulary=VOCABULARY, num_rows=1, row_length=17, image_loss=True))
   for b in range(BATCH):
     alone = pack_one(**{k: v[b : b + 1] for k, v in pairs.items()})
     expected = losses(alone, features[b : b + 1])[alone.segments > 0]
@@ -103,7 +103,7 @@ def test_packed_losses_equal_those_of_each_pair_alone():
 
 def test_gradient_reaches_only_the_features_of_image_to_text():
   pairs = {k: jnp.asarray(v) for k, v in batch(0).items()}
-  packed = pack(**pairs, vocabulary=VOCABULARY, num_rows=9, row_length=17)
+  packed = pack_pairs(**pairs, vocabulary=VOCABULARY, num_rows=9, row_length=17)
   text = jnp.ones(packed.ids.shape + (4,))
   gradient = jax.grad(lambda f: embed_sources(text, packed.source, f).sum())(jnp.ones((BATCH, VISUAL, 4)))
   used = (pairs['kind'] == 0)[:, None] & (jnp.arange(VISUAL) < pairs['visual_length'][:, None])
@@ -136,15 +136,15 @@ def test_masks_are_those_of_their_pictures():
 
 def test_prompts_are_left_padded_to_a_bucket():
   prompts = [[[50], range(3, 5), [51], [7, 8]], [[9]]]
-  laid = lay_out_prompts(prompts, pad_id=2, multiple=8)
+  laid = layout_prompts(prompts, pad_id=2, multiple=8)
   np.testing.assert_array_equal(laid.ids, [[2, 2, 50, 2, 2, 51, 7, 8], [2] * 7 + [9]])
   np.testing.assert_array_equal(laid.source, [[-1, -1, -1, 3, 4, -1, -1, -1], [-1] * 8])
   np.testing.assert_array_equal(laid.mask, np.array([[0, 0, 1, 1, 1, 1, 1, 1], [0] * 7 + [1]], bool))
-  assert lay_out_prompts(prompts).ids.shape == (2, 32)
-  assert lay_out_prompts([[range(33)]]).ids.shape == (1, 64)
+  assert layout_prompts(prompts).ids.shape == (2, 32)
+  assert layout_prompts([[range(33)]]).ids.shape == (1, 64)
 
   features = jnp.arange(6.0).reshape(2, 3, 1) + 100
-  embeddings, mask, positions = assemble(prompts, lambda ids: ids[..., None].astype(jnp.float32), features, multiple=8)
+  embeddings, mask, positions = embed_prompts(prompts, lambda ids: ids[..., None].astype(jnp.float32), features, multiple=8)
   np.testing.assert_array_equal(embeddings[..., 0], [[2, 2, 50, 103, 104, 51, 7, 8], [2] * 7 + [9]])
   np.testing.assert_array_equal(positions, [[0, 0, 0, 1, 2, 3, 4, 5], [0] * 8])
   np.testing.assert_array_equal(mask, laid.mask)

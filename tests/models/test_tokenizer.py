@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lavit_jax.models.tokenizer import Selector, gumbel, gumbel_keep, l2_normalise, nearest_code
+from lavit_jax.models.tokenizer import Selector, gumbel, gumbel_keep, l2_normalize, nearest_code
 
 
 def normal(*shape, seed=0):
@@ -139,7 +139,7 @@ def test_nearest_code_by_brute_force():
 def test_l2_normalise_survives_zero():
   x = normal(2, 4)
   x[1] = 0
-  unit, pull = jax.vjp(l2_normalise, x)
+  unit, pull = jax.vjp(l2_normalize, x)
   np.testing.assert_allclose(unit[0], x[0] / np.linalg.norm(x[0]), rtol=1e-6)
   assert not unit[1].any() and np.isfinite(pull(jnp.ones_like(x))[0]).all()
 

@@ -10,7 +10,7 @@ import pytest
 
 from lavit_jax.models.unet import UNet
 from lavit_jax.weights.torch import mapping
-from lavit_jax.weights.torch.names_diffusion import unet_rows, unet_shapes
+from lavit_jax.weights.torch.names_diffusion import unet_rules, unet_shapes
 
 torch = pytest.importorskip('torch')
 diffusers = pytest.importorskip('diffusers')
@@ -53,7 +53,7 @@ def ported(module):
     for p in model.parameters():
       p += 0.05 * torch.randn(p.shape, generator=generator)
   state = {name: p.numpy() for name, p in model.state_dict().items()}
-  return model, state, {'params': mapping.from_torch(unet_rows(module), state, unet_shapes(module))}
+  return model, state, {'params': mapping.from_torch(unet_rules(module), state, unet_shapes(module))}
 
 
 def inputs(module, batch=2, height=8, width=12, rows=7):
@@ -90,7 +90,7 @@ def test_parity_with_diffusers(module, mask):
 @pytest.mark.parametrize('module', [SD15, SDXL], ids=['sd15', 'sdxl'])
 def test_weights_return_to_diffusers_bit_for_bit(module):
   _, state, params = ported(module)
-  back = mapping.to_torch(unet_rows(module), params['params'])
+  back = mapping.to_torch(unet_rules(module), params['params'])
   assert back.keys() == state.keys()
   for name in state:
     np.testing.assert_array_equal(back[name], state[name], err_msg=name, strict=True)
@@ -102,7 +102,7 @@ def test_full_size_covers_every_weight_of_diffusers(module, size):
   assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == size
   with torch.device('meta'):
     want = {name: tuple(p.shape) for name, p in peer(module).state_dict().items()}
-  assert mapping.torch_shapes(unet_rows(module), shapes) == want
+  assert mapping.torch_shapes(unet_rules(module), shapes) == want
 
 
 def test_masked_rows_have_no_influence():

@@ -9,7 +9,7 @@ import pytest
 
 from lavit_jax.models.vae import AutoencoderKL, decode_tiled, postprocess, preprocess, sample_latents
 from lavit_jax.weights.torch import mapping
-from lavit_jax.weights.torch.names_diffusion import vae_rows, vae_shapes
+from lavit_jax.weights.torch.names_diffusion import vae_rules, vae_shapes
 
 torch = pytest.importorskip('torch')
 diffusers = pytest.importorskip('diffusers')
@@ -36,7 +36,7 @@ def ported():
     for p in model.parameters():
       p += 0.05 * torch.randn(p.shape, generator=generator)
   state = {name: p.numpy() for name, p in model.state_dict().items()}
-  return model, state, mapping.from_torch(vae_rows(VAE), state, vae_shapes(VAE))
+  return model, state, mapping.from_torch(vae_rules(VAE), state, vae_shapes(VAE))
 
 
 def nchw(x):
@@ -101,7 +101,7 @@ def test_a_picture_of_one_tile_is_decoded_whole(ported):
 
 def test_weights_return_to_diffusers_bit_for_bit(ported):
   _, state, params = ported
-  back = mapping.to_torch(vae_rows(VAE), params)
+  back = mapping.to_torch(vae_rules(VAE), params)
   assert back.keys() == state.keys()
   for name in state:
     np.testing.assert_array_equal(back[name], state[name], err_msg=name, strict=True)
@@ -113,7 +113,7 @@ def test_old_attention_names_load_into_the_same_tree(ported):
   for new, old in names.items():
     state = {name.replace(new, old): array for name, array in state.items()}
   assert 'encoder.mid_block.attentions.0.proj_attn.weight' in state
-  jax.tree.map(np.testing.assert_array_equal, mapping.from_torch(vae_rows(VAE, old_attention=True), state, vae_shapes(VAE)), params)
+  jax.tree.map(np.testing.assert_array_equal, mapping.from_torch(vae_rules(VAE, old_attention=True), state, vae_shapes(VAE)), params)
 
 
 def test_full_size_covers_every_weight_of_diffusers():
@@ -122,7 +122,7 @@ def test_full_size_covers_every_weight_of_diffusers():
   assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 83_653_863
   with torch.device('meta'):
     want = {name: tuple(p.shape) for name, p in peer(module).state_dict().items()}
-  assert mapping.torch_shapes(vae_rows(module), shapes) == want
+  assert mapping.torch_shapes(vae_rules(module), shapes) == want
 
 
 def test_sampled_latents_have_the_encoders_mean_and_variance():

@@ -130,7 +130,7 @@ def main() -> None:
   stage, workdir, *pairs = sys.argv[1:]
   if stage == 'all':
     return train_all(pathlib.Path(workdir))
-  with processes.together():
+  with processes.exit_together():
     train(config(stage, **{key: ast.literal_eval(value) for key, _, value in (pair.partition('=') for pair in pairs)}), workdir)
 
 

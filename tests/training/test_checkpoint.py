@@ -62,7 +62,7 @@ def test_small_moments_come_back_as_they_were(tmp_path):
   options = ConfigDict(dict(learning_rate=0.1, warmup_steps=0, final_fraction=1.0, weight_decay=0.0, b1=0.9, b2=0.95, mu_dtype='bfloat16',
                             nu_dtype='bfloat16', clip_norm=0.0, freeze=(), lr_scale=()))
   params = {'kernel': jax.random.normal(jax.random.key(0), (8, 8))}
-  tx = optimizer.make(options, 10, params)
+  tx = optimizer.make_optimizer(options, 10, params)
   _, moments = tx.update(params, tx.init(params), params)
   checkpoints, data = Checkpoints(tmp_path, config(), keep=2), numbers()
   checkpoints.save(1, moments, data)
@@ -396,7 +396,7 @@ def test_every_shard_is_found_whoever_saved_it(tmp_path, monkeypatch):
      '^it in data.sources was saved by an earlier version, which dealt them to processes, and cannot be read any more; begin in another --workdir')])
 def test_positions_that_are_not_of_one_data_set(states, error, message):
   with pytest.raises(error, match=message):
-    integrity.unite(states, 'it')
+    integrity.merge_positions(states, 'it')
 
 
 def test_the_position_of_an_earlier_version(saved):

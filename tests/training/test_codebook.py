@@ -3,17 +3,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lavit_jax.models.tokenizer import l2_normalise, nearest_code
+from lavit_jax.models.tokenizer import l2_normalize, nearest_code
 from lavit_jax.training import codebook
 
 
 def tokens(seed, shape):
-  return l2_normalise(jax.random.normal(jax.random.key(seed), shape))
+  return l2_normalize(jax.random.normal(jax.random.key(seed), shape))
 
 
 def test_tally_counts_only_what_weighs():
   z, ids = tokens(0, (5, 3)), jnp.array([1, 0, 1, 1, 2])
-  count, total = codebook.tally(z, jnp.array([1.0, 1, 1, 0, 0]), ids, 4)
+  count, total = codebook.count_assignments(z, jnp.array([1.0, 1, 1, 0, 0]), ids, 4)
   np.testing.assert_allclose(count, [1, 2, 0, 0])
   np.testing.assert_allclose(total[1], z[0] + z[2], rtol=1e-6)
   np.testing.assert_array_equal(total[2:], 0)
@@ -21,7 +21,7 @@ def test_tally_counts_only_what_weighs():
 
 def test_kmeans_finds_the_clusters_and_ignores_what_does_not_weigh():
   centres = jnp.eye(4)
-  z = l2_normalise(jnp.repeat(centres, 20, axis=0) + 0.05 * jax.random.normal(jax.random.key(0), (80, 4)))
+  z = l2_normalize(jnp.repeat(centres, 20, axis=0) + 0.05 * jax.random.normal(jax.random.key(0), (80, 4)))
   weight = jnp.repeat(jnp.array([1.0, 1, 1, 0]), 20)
   embedding, count = jax.jit(codebook.kmeans, static_argnums=3)(jax.random.key(3), z, weight, 8)
   assert float(count.sum()) == 60
@@ -33,16 +33,16 @@ def test_kmeans_finds_the_clusters_and_ignores_what_does_not_weigh():
 def test_draw_repeats_only_when_there_are_too_few():
   z = jnp.arange(6.0)[:, None]
   weight = jnp.array([1.0, 0, 1, 1, 0, 1])
-  four = codebook.draw(jax.random.key(0), z, weight, 4)[:, 0]
+  four = codebook.draw_vectors(jax.random.key(0), z, weight, 4)[:, 0]
   assert sorted(four.tolist()) == [0, 2, 3, 5]
-  assert set(codebook.draw(jax.random.key(0), z, weight, 9)[:, 0].tolist()) == {0, 2, 3, 5}
+  assert set(codebook.draw_vectors(jax.random.key(0), z, weight, 9)[:, 0].tolist()) == {0, 2, 3, 5}
 
 
 def test_update_is_the_moving_average_of_beit_v2():
   z, weight = tokens(0, (12, 4)), jnp.array([1.0] * 9 + [0.0] * 3)
-  book = codebook.create(tokens(1, (5, 4)))
+  book = codebook.init_codebook(tokens(1, (5, 4)))
   ids = nearest_code(z, book.embedding)
-  new = codebook.update(jax.random.key(0), book, z, weight, ids, decay=0.9, revive_after=0)
+  new = codebook.update_codebook(jax.random.key(0), book, z, weight, ids, decay=0.9, revive_after=0)
   for k in range(5):
     mine = np.asarray(z)[(np.asarray(ids) == k) & (np.asarray(weight) > 0)]
     np.testing.assert_allclose(new.cluster_size[k], 0.9 + 0.1 * len(mine), rtol=1e-6)
@@ -58,10 +58,10 @@ def test_update_is_the_moving_average_of_beit_v2():
 @pytest.mark.parametrize('revive_after', [0, 3])
 def test_dead_codes_come_back_to_life_on_tokens_they_describe_badly(revive_after):
   z = tokens(0, (20, 4))
-  book = codebook.create(tokens(1, (5, 4)))
+  book = codebook.init_codebook(tokens(1, (5, 4)))
   for i in range(3):
     ids = nearest_code(z, book.embedding[:4])  # nobody chooses the last one
-    before, book = book, codebook.update(jax.random.key(i), book, z, jnp.ones(20), ids, 0.99, revive_after)
+    before, book = book, codebook.update_codebook(jax.random.key(i), book, z, jnp.ones(20), ids, 0.99, revive_after)
   distance = jnp.square(book.embedding[4] - z).sum(-1)
   if revive_after:
     error = jnp.square(z - before.embedding[ids]).sum(-1)
@@ -74,11 +74,11 @@ def test_dead_codes_come_back_to_life_on_tokens_they_describe_badly(revive_after
 
 
 def test_a_code_moves_again_only_after_as_many_batches_more():
-  z, book = tokens(0, (20, 4)), codebook.create(tokens(1, (5, 4)))
+  z, book = tokens(0, (20, 4)), codebook.init_codebook(tokens(1, (5, 4)))
   places = []
   for i in range(7):
     ids = nearest_code(z, book.embedding[:4])
-    book = codebook.update(jax.random.key(i), book, z, jnp.ones(20), ids, 0.99, 3)
+    book = codebook.update_codebook(jax.random.key(i), book, z, jnp.ones(20), ids, 0.99, 3)
     places.append(np.asarray(book.embedding[4]))
   moved = [bool((a != b).any()) for a, b in zip([tokens(1, (5, 4))[4], *places], places)]
   assert moved == [False, False, True, False, False, True, False]
@@ -86,11 +86,11 @@ def test_a_code_moves_again_only_after_as_many_batches_more():
 
 def test_a_dead_code_goes_where_the_error_is_whatever_its_index():
   z, num_codes = tokens(0, (200, 4)), 180
-  book = codebook.create(tokens(1, (num_codes, 4)))._replace(idle=jnp.zeros(num_codes, jnp.int32).at[num_codes - 1].set(2))
+  book = codebook.init_codebook(tokens(1, (num_codes, 4)))._replace(idle=jnp.zeros(num_codes, jnp.int32).at[num_codes - 1].set(2))
   ids = nearest_code(z, book.embedding[:-1])
   error = np.asarray(jnp.square(z - book.embedding[ids]).sum(-1))
   chances = error / error.sum()
-  revive = jax.jit(jax.vmap(lambda key: codebook.update(key, book, z, jnp.ones(200), ids, 0.99, 3).embedding[-1]))
+  revive = jax.jit(jax.vmap(lambda key: codebook.update_codebook(key, book, z, jnp.ones(200), ids, 0.99, 3).embedding[-1]))
   places = revive(jax.random.split(jax.random.key(2), 40))
   found = error[jnp.square(z - places[:, None]).sum(-1).argmin(-1)]
   expected, spread = chances @ error, np.sqrt(chances @ error**2 - (chances @ error)**2)
@@ -98,9 +98,9 @@ def test_a_dead_code_goes_where_the_error_is_whatever_its_index():
 
 
 def test_usage():
-  book = codebook.create(jnp.eye(8))
-  assert codebook.usage(book)['perplexity'] == pytest.approx(8, rel=1e-5)
+  book = codebook.init_codebook(jnp.eye(8))
+  assert codebook.usage_metrics(book)['perplexity'] == pytest.approx(8, rel=1e-5)
   book = book._replace(cluster_size=jnp.array([1.0, 1] + [0] * 6), idle=jnp.array([0, 99] + [100] * 6))
-  usage = codebook.usage(book)
+  usage = codebook.usage_metrics(book)
   assert usage['perplexity'] == pytest.approx(2, rel=1e-5)
   assert usage['dead_codes'] == 6 and usage['code_usage'] == 0.25

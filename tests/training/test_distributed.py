@@ -76,7 +76,7 @@ def test_two_processes_have_the_losses_of_one(start_job, alone, tmp_path):
   assert len(losses(tmp_path)) == 18
   np.testing.assert_allclose(losses(tmp_path), losses(alone), rtol=1e-5)
   assert (tmp_path / 'pictures' / 'encoder_0000016.png').exists()
-  exports = [folder.load_parts(run / 'export', variant='nano') for run in (tmp_path, alone)]
+  exports = [folder.load_params(run / 'export', variant='nano') for run in (tmp_path, alone)]
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), *exports)
 
 
@@ -273,6 +273,6 @@ def test_a_process_that_fails_does_not_wait_for_the_others(monkeypatch, error, s
   monkeypatch.setattr(distributed.jax, 'process_index', lambda: 1)
   monkeypatch.setattr(distributed.atexit, 'register', lambda *call: at_exit.append(call))
   with pytest.raises({1: RuntimeError, 2: UserError, 200: Unreachable}[status], match=message):
-    with distributed.together():
+    with distributed.exit_together():
       raise error
   assert at_exit == [(distributed._leave, status)]

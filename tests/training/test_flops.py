@@ -47,7 +47,7 @@ def test_the_parts_of_the_language_models_step_are_all_of_it():
   """Every product of the loss and its gradient, as they are traced, is in one of them: the towers on all pairs, all slots, all scores."""
   config = nano.config('lm')
   with jax.sharding.use_abstract_mesh(flops.ONE_CPU):
-    pair, whole = flops.of_pair(config, lavit.build('nano')), flops.traced(config, lavit.build('nano'))
+    pair, whole = flops.pair_flops(config, lavit.build('nano')), flops.traced(config, lavit.build('nano'))
   c = config.lm
   rows = c.num_rows * (pair.row + c.row_length**2 * pair.scores)
   assert whole == pytest.approx(config.batch_size * (pair.see + pair.code + pair.read) + rows, rel=1e-6)
@@ -60,10 +60,10 @@ def test_flops_of_slots_follow_the_formula():
   width, heads = llama['hidden_size'], llama['num_heads'] * llama['head_dim']
   weights = llama['num_layers'] * (4 * width * heads + 3 * width * llama['mlp_dim']) + width * lavit.build('nano').vocabulary.size
   attention = llama['num_layers'] * 3 * 2 * 2 * (31 + 1) / 2 * heads
-  step = flops.of_step(config)
-  assert step.slots == pytest.approx(stages.tokens(config) * (6 * weights + attention), rel=1e-6)
+  step = flops.step_flops(config)
+  assert step.slots == pytest.approx(stages.tokens_per_step(config) * (6 * weights + attention), rel=1e-6)
   assert step.at(1.0) - step.at(0.25) == pytest.approx(0.75 * step.slots)
-  assert flops.of_step(nano.config('lm', lm__mean_length=31, remat='full')) == step
+  assert flops.step_flops(nano.config('lm', lm__mean_length=31, remat='full')) == step
 
 
 def test_what_a_kind_has_no_use_for_is_not_counted():
@@ -71,10 +71,10 @@ def test_what_a_kind_has_no_use_for_is_not_counted():
     config = nano.config('lm')
     with config.unlocked():
       config.data.shares = shares
-    return flops.of_step(config).fixed
+    return flops.step_flops(config).fixed
 
   with jax.sharding.use_abstract_mesh(flops.ONE_CPU):
-    pair = flops.of_pair(nano.config('lm'), lavit.build('nano'))
+    pair = flops.pair_flops(nano.config('lm'), lavit.build('nano'))
   assert min(pair.see, pair.code, pair.read) > 0
   assert fixed(text=1.0) == 0 and fixed(draw=1.0) == 8 * (pair.see + pair.code)
   assert fixed(caption=1.0, answer=2.0) == pytest.approx(8 * (pair.see + pair.read))
@@ -89,8 +89,8 @@ def test_expected_share():
 
 def test_a_frozen_layer_counts_its_forward(monkeypatch):
   config, vit = nano.config('tokenizer'), nano.NANO['vit']
-  before = flops.of_step(config).fixed
+  before = flops.step_flops(config).fixed
   monkeypatch.setitem(lavit.VARIANTS, 'nano', {**nano.NANO, 'vit': {**vit, 'num_layers': vit['num_layers'] + 1}})
   width, heads, tokens = vit['hidden_size'], vit['num_heads'] * vit['head_dim'], (vit['image_size'] // vit['patch_size'])**2 + 1
   products = 2 * (4 * width * heads + 2 * width * vit['mlp_dim']) + 2 * 2 * tokens * heads
-  assert flops.of_step(config).fixed - before == config.batch_size * tokens * products
+  assert flops.step_flops(config).fixed - before == config.batch_size * tokens * products

@@ -38,7 +38,7 @@ def step_keys(config) -> list:
 
   stage = Stage((), (), lambda key, parts: (dict(w=jnp.ones(2)), {}), loss, None)
   mesh = sharding.make_mesh(dict(data=1, fsdp=1, tensor=1), jax.devices()[:1])
-  init, tx = loop.initialiser(config, stage, {})
+  init, tx = loop.make_init(config, stage, {})
   state = init(jax.random.key(0), {})
   step = loop.make_train_step(config, stage, tx, sharding.shardings(state, mesh), mesh)
   found = []
@@ -70,9 +70,9 @@ def test_no_key_of_a_run_is_made_elsewhere():
 
 def test_the_keys_of_a_call_at_inference_are_distinct():
   """Rows, purposes, the numbers of pictures or samples, the steps of a sample, the start of a picture."""
-  rows = generation_config.row_keys(7, 4)
+  rows = generation_config.example_keys(7, 4)
   keys = [jax.random.key(7), *rows]
   for purpose, number in itertools.product(generation_config.Purpose, range(4)):
-    of_rows = generation_config.keys_for(purpose, rows, number)
+    of_rows = generation_config.purpose_keys(purpose, rows, number)
     keys += [*of_rows, *(jax.random.fold_in(key, step) for key in of_rows for step in range(8))]
   assert len(set(map(data_of, keys))) == len(keys)

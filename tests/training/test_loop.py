@@ -40,7 +40,7 @@ def test_killed_at_any_step_it_repeats_itself_bit_for_bit(start, tmp_path):
   assert [row['step'] for row in whole if 'loss' in row] == list(range(1, 41))
   assert whole == broken  # all metrics, those of the held-out split among them, all digits
   assert len({row['loss'] for row in whole if 'loss' in row}) == 40
-  exports = [folder.load_parts(tmp_path / name / 'export', variant='nano')['vit'] for name in ('whole', 'broken')]
+  exports = [folder.load_params(tmp_path / name / 'export', variant='nano')['vit'] for name in ('whole', 'broken')]
   jax.tree.map(np.testing.assert_array_equal, *exports)
 
 
@@ -77,18 +77,18 @@ def finished(tmp_path_factory, cache):
 
 
 def test_every_stage_exports_its_parts(finished):
-  parts = {stage: sorted(folder.load_parts(run / 'export', variant='nano')) for stage, run in finished.items()}
+  parts = {stage: sorted(folder.load_params(run / 'export', variant='nano')) for stage, run in finished.items()}
   assert parts == dict(encoder=['vit'], autoencoder=['vae'], tokenizer=['decoder', 'tokenizer'],
                        detokenizer=['decoder', 'uncond_embeddings', 'unet'], lm=['llama', 'understanding'])
 
 
 def test_what_is_frozen_stays(finished):
-  before = folder.load_parts(finished['tokenizer'] / 'export', ['decoder'])['decoder']
-  after = folder.load_parts(finished['detokenizer'] / 'export', ['decoder'])['decoder']
+  before = folder.load_params(finished['tokenizer'] / 'export', ['decoder'])['decoder']
+  after = folder.load_params(finished['detokenizer'] / 'export', ['decoder'])['decoder']
   np.testing.assert_array_equal(before['fc1']['kernel'], after['fc1']['kernel'])
   assert np.abs(before['context_proj_0']['kernel'] - after['context_proj_0']['kernel']).max() > 0
-  first = folder.load_parts(finished['tokenizer'] / 'export', ['tokenizer'])['tokenizer']['merger']
-  copy = folder.load_parts(finished['lm'] / 'export', ['understanding'])['understanding']['merger']
+  first = folder.load_params(finished['tokenizer'] / 'export', ['tokenizer'])['tokenizer']['merger']
+  copy = folder.load_params(finished['lm'] / 'export', ['understanding'])['understanding']['merger']
   difference = np.abs(first['blocks']['mlp']['fc1']['kernel'] - copy['blocks']['mlp']['fc1']['kernel'])
   assert 0 < difference.max() < 0.05  # it began as a copy and trains along
 
@@ -140,7 +140,7 @@ def test_a_unet_goes_on_learning_by_its_own_scheduler(finished, tmp_path):
   losses = []
   for settings in ({}, said):
     start, run = tmp_path / f'start{len(settings)}', tmp_path / f'run{len(settings)}'
-    folder.save_parts(start, 'nano', folder.load_parts(exports[3]), settings=settings)
+    folder.save_params(start, 'nano', folder.load_params(exports[3]), settings=settings)
     train(nano.config('detokenizer', frozen=','.join(map(str, exports[:3])), init_from=str(start), num_steps=1, checkpoint_every=1), run)
     losses.append(json.loads((run / 'metrics.jsonl').read_text().splitlines()[0])['loss'])
     assert folder.read_settings(run / 'export') == settings
@@ -290,7 +290,7 @@ def test_averages_of_pieces_are_those_of_the_whole():
 
 def test_init_from_reads_only_what_the_stage_trains_in_the_type_it_has(tmp_path, monkeypatch):
   saved = {name: {'a': np.ones((2, 2), np.float32)} for name in ('vit', 'llama', 'understanding', 'vae')}
-  folder.save_parts(tmp_path / 'start', 'nano', saved, dtype='bfloat16')
+  folder.save_params(tmp_path / 'start', 'nano', saved, dtype='bfloat16')
   asked = []
   monkeypatch.setattr(loop.folder, 'load_parts', lambda path, names, variant, shardings, dtype: asked.append((names, dtype)) or dict.fromkeys(names))
   stage = Stage(('vit',), (), None, None, None, takes=('llama', 'understanding'))
@@ -320,7 +320,7 @@ def test_a_tokenizer_without_a_codebook_is_told_marked_and_refused(finished, tmp
 def test_a_trained_tokenizer_goes_on_with_its_codebook(finished, tmp_path, capsys):
   start = finished['tokenizer'] / 'export'
   train(nano.config('tokenizer', frozen=str(finished['encoder'] / 'export'), init_from=str(start), num_steps=2), tmp_path)
-  before, after = (folder.load_parts(path, ['tokenizer'])['tokenizer']['quantizer']['embedding'] for path in (start, tmp_path / 'export'))
+  before, after = (folder.load_params(path, ['tokenizer'])['tokenizer']['quantizer']['embedding'] for path in (start, tmp_path / 'export'))
   assert 0 < np.linalg.norm(after - before, axis=1).max() < 0.05  # two moving averages of 0.99
   assert 'the codebook of init_from goes on' in ' '.join(capsys.readouterr().out.split())
 

@@ -13,7 +13,7 @@ from things import sample, write_tar
 
 from lavit_jax import sharding
 from lavit_jax.data import formats
-from lavit_jax.data.row_workers import Skipped
+from lavit_jax.data.row_workers import SkipCounter
 from lavit_jax.data.sources import check_files
 from lavit_jax.data.streams import Stream
 from lavit_jax.errors import UserError
@@ -88,7 +88,7 @@ def test_a_step_is_saved_before_it_is_looked_at(tmp_path, monkeypatch):
   def fail(self, *args):
     raise UserError('no such data any more')
 
-  monkeypatch.setattr(loop.Look, 'evaluate', fail)
+  monkeypatch.setattr(loop.Evaluator, 'evaluate', fail)
   with pytest.raises(UserError, match='no such data any more'):
     loop.train(nano.config('autoencoder', eval_every=2, checkpoint_every=2), tmp_path)
   assert [row['step'] for row in lines(tmp_path)] == [1, 2]
@@ -100,7 +100,7 @@ def test_held_out_rows_are_of_the_held_out_sources(tmp_path):
     write_tar(tmp_path / f'{name}.tar', [sample(i) for i in range(start, start + 20)])
   sources = {f'data__{key}': (dict(format='tars', path=f'{tmp_path}/{name}.tar'),) for key, name in (('sources', 'a'), ('heldout', 'b'))}
   config, model = nano.config('lm', **sources), lavit.build('nano')
-  share = sharding.share(sharding.make_mesh(config.mesh), config.batch_size)
+  share = sharding.process_share(sharding.make_mesh(config.mesh), config.batch_size)
   red = {split: loop.next_batch(loop.open_data(config, model, share, split))['image'][:, 0, 0, 0] for split in ('train', 'heldout')}
   assert red['train'].max() < 20 and red['heldout'].tolist() == list(range(100, 108))
 
@@ -146,7 +146,7 @@ class Computing(float):
 @pytest.fixture
 def timed(tmp_path, monkeypatch):
   """(a log, the clock it goes by)."""
-  log, clock = metrics.Log(tmp_path, 0, num_steps=12, batch_size=4), Clock()
+  log, clock = metrics.MetricLogger(tmp_path, 0, num_steps=12, batch_size=4), Clock()
   log.watch.shutdown()
   log.watch = clock
   monkeypatch.setattr(metrics, 'time', clock)
@@ -204,4 +204,4 @@ def test_processes_with_the_same_rows_count_once(monkeypatch):
   told = [{'share': 0, 'a': 1}, {'share': 1, 'a': 2, 'b': 5}, {'share': 0, 'a': 1}]
   monkeypatch.setattr(loop.processes, 'gather', lambda values: told)
   config = nano.config('autoencoder', data__sources=(dict(format='tars', path='x'),))
-  assert loop.skips(config, Skipped(), sharding.Share(None, 0, 2)) == {'a': 3, 'b': 5}
+  assert loop.skips(config, SkipCounter(), sharding.ProcessShare(None, 0, 2)) == {'a': 3, 'b': 5}

@@ -18,7 +18,7 @@ def lines(folder):
 
 
 def test_every_step_is_in_the_jsonl_and_the_terminal_shows_means(tmp_path, capsys):
-  log = metrics.Log(tmp_path, 0, num_steps=10, batch_size=4, flops=lambda share: 2e9, peak_tflops=1.0, tokens=7)
+  log = metrics.MetricLogger(tmp_path, 0, num_steps=10, batch_size=4, flops=lambda share: 2e9, peak_tflops=1.0, tokens=7)
   for step in (1, 2, 3):
     log.step(step, {'keep_ratio': jnp.float32(0.1), 'loss': jnp.float32(step)})
   means = log.report()
@@ -37,7 +37,7 @@ def test_every_step_is_in_the_jsonl_and_the_terminal_shows_means(tmp_path, capsy
 def test_padding_lowers_the_mfu_and_the_speed(tmp_path, monkeypatch):
   """Of a quarter of the slots that are filled, as the metric says."""
   shown = {}
-  log = metrics.Log(tmp_path, 0, 10, 4, flops=flops.StepFlops(1e12, 4e12).at, peak_tflops=8.0, tokens=1000)
+  log = metrics.MetricLogger(tmp_path, 0, 10, 4, flops=flops.StepFlops(1e12, 4e12).at, peak_tflops=8.0, tokens=1000)
   monkeypatch.setattr(log, 'scalars', lambda step, values: shown.update(values))
   for step, share in ((1, 0.2), (2, 0.3)):
     log.step(step, {'loss': jnp.float32(1), 'packed_share': jnp.float32(share)})
@@ -51,7 +51,7 @@ def test_a_run_goes_on_when_nobody_reads_what_it_says(tmp_path, monkeypatch):
   read, write = os.pipe()
   os.close(read)
   monkeypatch.setattr(metrics.sys, 'stdout', os.fdopen(write, 'w'))
-  log = metrics.Log(tmp_path, 0, 2, 4)
+  log = metrics.MetricLogger(tmp_path, 0, 2, 4)
   for step in (1, 2):
     log.step(step, {'loss': jnp.float32(step)})
     log.report()
@@ -60,20 +60,20 @@ def test_a_run_goes_on_when_nobody_reads_what_it_says(tmp_path, monkeypatch):
 
 
 def test_a_continued_run_drops_the_steps_that_it_makes_again(tmp_path):
-  log = metrics.Log(tmp_path, 0, 10, 4)
+  log = metrics.MetricLogger(tmp_path, 0, 10, 4)
   for step in range(1, 6):
     log.step(step, {'loss': jnp.float32(step)})
   log.close()
   with (tmp_path / 'metrics.jsonl').open('a') as file:
     file.write('{"step": 6, "los')  # killed in the middle of a line
-  log = metrics.Log(tmp_path, 3, 10, 4)
+  log = metrics.MetricLogger(tmp_path, 3, 10, 4)
   log.step(4, {'loss': jnp.float32(40)})
   log.close()
   assert [(row['step'], row['loss']) for row in lines(tmp_path)] == [(1, 1), (2, 2), (3, 3), (4, 40)]
 
 
 def test_the_jsonl_is_json_even_where_nothing_was_measured(tmp_path):
-  log = metrics.Log(tmp_path, 0, 10, 4)
+  log = metrics.MetricLogger(tmp_path, 0, 10, 4)
   log.step(1, {'loss': jnp.float32(1), 'accuracy_text_only': jnp.float32(math.nan)})
   log.evaluation(1, {'loss': math.inf})
   log.close()
@@ -82,7 +82,7 @@ def test_the_jsonl_is_json_even_where_nothing_was_measured(tmp_path):
 
 
 def test_what_there_was_nothing_of_is_not_told(tmp_path, monkeypatch, capsys):
-  log, shown = metrics.Log(tmp_path, 0, 10, 4), []
+  log, shown = metrics.MetricLogger(tmp_path, 0, 10, 4), []
   monkeypatch.setattr(log.board, 'add_scalar', lambda name, value, step: shown.append(name))
   log.step(1, {'loss': jnp.float32(1), 'loss_text_only': jnp.float32(math.nan)})
   log.report()
@@ -92,13 +92,13 @@ def test_what_there_was_nothing_of_is_not_told(tmp_path, monkeypatch, capsys):
 
 def test_mean_skips_what_was_not_measured_but_shows_a_lost_loss():
   rows = [{'loss': 1.0, 'a': math.nan, 'b': math.nan}, {'loss': math.nan, 'a': 2.0, 'b': math.nan}]
-  mean = metrics.mean(rows)
+  mean = metrics.mean_metrics(rows)
   assert math.isnan(mean['loss']) and mean['a'] == 2.0 and math.isnan(mean['b'])
-  assert metrics.mean([]) == {}
+  assert metrics.mean_metrics([]) == {}
 
 
 def test_steps_that_were_skipped_are_counted_and_leave_the_means_alone(tmp_path, capsys):
-  log = metrics.Log(tmp_path, 0, 10, 4)
+  log = metrics.MetricLogger(tmp_path, 0, 10, 4)
   for step, loss in enumerate((1.0, math.nan, 3.0), 1):
     log.step(step, {'loss': jnp.float32(loss), 'nonfinite': jnp.float32(math.isnan(loss))})
   assert log.report()['loss'] == 2.0
@@ -109,8 +109,8 @@ def test_steps_that_were_skipped_are_counted_and_leave_the_means_alone(tmp_path,
 
 def test_pictures(tmp_path):
   rows = [np.full((3, 4, 4, 3), value, np.uint8) for value in (10, 200)]
-  log = metrics.Log(tmp_path, 0, 10, 4)
-  log.pictures(5, {'tokenizer': metrics.sheet(*rows)})
+  log = metrics.MetricLogger(tmp_path, 0, 10, 4)
+  log.pictures(5, {'tokenizer': metrics.image_grid(*rows)})
   log.close()
   with Image.open(tmp_path / 'pictures' / 'tokenizer_0000005.png') as image:
     pixels = np.asarray(image)
@@ -139,13 +139,13 @@ def test_the_peak_of_known_accelerators(kinds, peak):
 
 
 def test_a_trace_of_chosen_steps(tmp_path):
-  trace = metrics.Trace('2:3', tmp_path)
+  trace = metrics.ProfilerTrace('2:3', tmp_path)
   for step in range(1, 5):
     trace.before(step)
     assert trace.running == (step in (2, 3))
     trace.after(step, jnp.ones(3) + step)
   assert not trace.running and len(list((tmp_path / 'profile').rglob('*.xplane.pb'))) == 1
-  trace = metrics.Trace('', tmp_path / 'other')
+  trace = metrics.ProfilerTrace('', tmp_path / 'other')
   trace.before(1)
   trace.after(1, None)
   assert not (tmp_path / 'other').exists()
@@ -154,7 +154,7 @@ def test_a_trace_of_chosen_steps(tmp_path):
 @pytest.mark.parametrize('steps', ['3', '3:2', '0:1', 'a:b', '1:', '-1:2'])
 def test_steps_that_cannot_be_traced(steps, tmp_path):
   with pytest.raises(UserError, match=f"profile='{steps}': give the first and the last step to trace, such as 10:12"):
-    metrics.Trace(steps, tmp_path)
+    metrics.ProfilerTrace(steps, tmp_path)
 
 
 def test_duration():

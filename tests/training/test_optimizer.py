@@ -19,7 +19,7 @@ PARAMS = {'vit': {'kernel': jnp.ones((2, 3)), 'bias': jnp.ones(3)}, 'head': {'ke
 
 def run(config, steps=1, hold=(), gradient=1.0):
   """The parameters after each of `steps` equal gradients."""
-  tx = optimizer.make(config, 10, PARAMS, hold)
+  tx = optimizer.make_optimizer(config, 10, PARAMS, hold)
   params, state, seen = PARAMS, tx.init(PARAMS), []
   for _ in range(steps):
     updates, state = tx.update(jax.tree.map(lambda x: jnp.full_like(x, gradient), params), state, params)
@@ -38,7 +38,7 @@ def test_frozen_parameters_neither_move_nor_have_moments():
 
 def test_no_gradient_is_computed_for_frozen_parameters():
   def loss(params):
-    return sum(jnp.square(x).sum() for x in jax.tree.leaves(optimizer.stop_frozen(options(freeze=('kernel$',)), params)))
+    return sum(jnp.square(x).sum() for x in jax.tree.leaves(optimizer.stop_frozen_gradients(options(freeze=('kernel$',)), params)))
 
   gradient = jax.grad(loss)(PARAMS)
   assert not gradient['vit']['kernel'].any() and not gradient['head']['kernel'].any()
@@ -77,7 +77,7 @@ def test_learning_rates_by_regex():
 @pytest.mark.parametrize('freeze, message', [(('^vot/',), 'matches no parameter.*head, |vit'), (('(',), 'not a regular expression')])
 def test_bad_regexes_are_refused(freeze, message):
   with pytest.raises(UserError, match=message):
-    optimizer.make(options(freeze=freeze), 10, PARAMS)
+    optimizer.make_optimizer(options(freeze=freeze), 10, PARAMS)
 
 
 def test_learning_rate_warms_up_and_comes_down():
@@ -97,7 +97,7 @@ GRADIENTS = [jax.tree.map(lambda x: jax.random.normal(jax.random.key(step), x.sh
 
 
 def follow(steps=20, **changes):
-  tx = optimizer.make(options(**{'learning_rate': 1e-3, 'b2': 0.95, **changes}), 1000, PARAMS)
+  tx = optimizer.make_optimizer(options(**{'learning_rate': 1e-3, 'b2': 0.95, **changes}), 1000, PARAMS)
   params, state = PARAMS, tx.init(PARAMS)
   for gradient in GRADIENTS[:steps]:
     updates, state = tx.update(gradient, state, params)
@@ -110,7 +110,7 @@ def test_moments_of_half_the_size(dtypes):
   """The state is of these types before and after, moves as float32's does, within what 8 bits can tell, and not just as that."""
   changes = dict(zip(('mu_dtype', 'nu_dtype'), dtypes))
   (exact, _), (params, state) = follow(), follow(**changes)
-  for now in (optimizer.make(options(**changes), 1000, PARAMS).init(PARAMS), state):
+  for now in (optimizer.make_optimizer(options(**changes), 1000, PARAMS).init(PARAMS), state):
     named = {optimizer.path_name(path): str(x.dtype) for path, x in jax.tree_util.tree_leaves_with_path(now)}
     for moment, dtype in zip(('/mu/', '/nu/'), dtypes):
       assert {kind for name, kind in named.items() if moment in name} == {dtype}
@@ -132,4 +132,4 @@ def test_the_second_moment_is_rounded_once_a_step():
 
 def test_a_slow_second_moment_needs_float32():
   with pytest.raises(UserError, match="optim.nu_dtype='bfloat16' needs optimizer.b2 of at most 0.99, not 0.999"):
-    optimizer.make(options(nu_dtype='bfloat16', b2=0.999), 10, PARAMS)
+    optimizer.make_optimizer(options(nu_dtype='bfloat16', b2=0.999), 10, PARAMS)

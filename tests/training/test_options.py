@@ -8,7 +8,7 @@ import pytest
 
 from lavit_jax.errors import UserError
 from lavit_jax.training import validation, options
-from lavit_jax.training.config import leaves, load_config
+from lavit_jax.training.config import config_leaves, load_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [('encoder', 'tiny'), ('autoencoder', 'tiny')]
@@ -33,7 +33,7 @@ def test_every_option_of_every_page_has_a_row_and_no_row_is_without_one():
   for stage, variant in PAGES:
     config = page(stage, variant)
     validation.check_values(config)  # and the values of the pages are in range
-    known |= {key for key, _ in leaves(config)}
+    known |= {key for key, _ in config_leaves(config)}
   assert known == set(options.OPTIONS)
 
 
@@ -124,5 +124,5 @@ def test_options_of_sources(options_of_source, message, tmp_path):
   from lavit_jax.data import loader
   source = dict(format='folder', path=str(tmp_path)) | options_of_source  # nothing is there yet
   with pytest.raises(UserError, match=message):
-    with validation.told_of_data():
+    with validation.name_data_option():
       loader.batches('images', batch_size=2, sources=(source,))

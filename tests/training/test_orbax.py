@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from lavit_jax.training import optimizer, train_step
 from lavit_jax.training.checkpoint import Checkpoints
-from lavit_jax.training.codebook import create
+from lavit_jax.training.codebook import init_codebook
 
 
 class Position:
@@ -27,9 +27,9 @@ def train_state(seed: int) -> train_step.TrainState:
   options = ConfigDict(dict(
       learning_rate=0.1, warmup_steps=0, final_fraction=1.0, weight_decay=0.1, b1=0.9, b2=0.95,
       mu_dtype='float32', nu_dtype='float32', clip_norm=1.0, freeze=(), lr_scale=()))
-  tx = optimizer.make(options, 10, params)
+  tx = optimizer.make_optimizer(options, 10, params)
   _, moments = tx.update(params, tx.init(params), params)
-  book = create(jnp.asarray(rng.normal(size=(8, 4)), jnp.float32))
+  book = init_codebook(jnp.asarray(rng.normal(size=(8, 4)), jnp.float32))
   return train_step.TrainState(jnp.int32(seed), params, moments, (book, ()), {})
 
 

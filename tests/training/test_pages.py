@@ -11,7 +11,7 @@ import pytest
 from lavit_jax.data import loader, paths
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
-from lavit_jax.models.initialization import initial_parts
+from lavit_jax.models.initialization import init_params
 from lavit_jax import sharding
 from lavit_jax.training import validation, loop, stages
 from lavit_jax.training.config import load_config
@@ -23,7 +23,7 @@ PAGES = [('encoder', 'tiny'), ('autoencoder', 'tiny')] + [
 
 @functools.cache
 def shapes(variant):
-  return jax.eval_shape(functools.partial(initial_parts, lavit.build(variant)), jax.random.key(0))
+  return jax.eval_shape(functools.partial(init_params, lavit.build(variant)), jax.random.key(0))
 
 
 @pytest.mark.parametrize('stage, variant', PAGES)
@@ -34,9 +34,9 @@ def test_page(stage, variant):
   assert f'lavit train --config configs/{stage}.py:tiny --workdir' in page
   assert len(page.splitlines()) < 65
   model = lavit.build(variant, config.dtype, config.remat)
-  built = stages.build(config, model, shards=16 if variant != 'tiny' else 1)
+  built = stages.build_stage(config, model, shards=16 if variant != 'tiny' else 1)
   parts = {name: shapes(variant)[name] for name in built.needs + built.starts}
-  init, _ = loop.initialiser(config, built, parts)  # raises if a regex of the page names nothing
+  init, _ = loop.make_init(config, built, parts)  # raises if a regex of the page names nothing
   state = jax.eval_shape(init, jax.random.key(0), parts)
   mesh = jax.sharding.AbstractMesh((1, 16, 1), sharding.AXES)
   sharding.shardings(state, mesh)  # raises for a large leaf without a rule
@@ -66,7 +66,7 @@ def test_published_pairs():
   assert ' '.join(source['path'].split('/')[3] for source in page.data.sources) == 'cc3m cc12m sbu blip-capfilt laion-aesthetics redpajama'
   assert page.num_steps * page.batch_size == pytest.approx(1e6 * sum(told.values()), rel=1e-3)
   assert len(page.data.sources) == sum(source['use'] in told for source in page.data.sources)
-  np.testing.assert_allclose(loader.kind_shares(page.data.shares, page.data.sources), np.array([93, 100, 21]) / 214)
+  np.testing.assert_allclose(loader.task_shares(page.data.shares, page.data.sources), np.array([93, 100, 21]) / 214)
   images = [load_config(f'{ROOT}/configs/{stage}.py:lavit_7b').data.sources for stage in ('tokenizer', 'detokenizer')]
   assert images[0] == images[1] and len(images[0]) == 1 and 'laion400m' in images[0][0]['path']
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lavit_jax.training.schedule import learning_rate, tell_schedule
+from lavit_jax.training.schedule import learning_rate, warn_of_schedule
 
 OPTIONS = dict(learning_rate=0.1, warmup_steps=10, final_fraction=0.1)
 
@@ -49,7 +49,7 @@ class Config(dict):
     (dict(schedule='rewarm', rewarm_from=100), 200, False), (dict(learning_rate=0.2), 200, True)])
 def test_a_jump_is_told_with_both_numbers(changes, steps, told):
   said = Said()
-  tell_schedule(said, Config(optim=OPTIONS | changes, num_steps=steps), dict(optim=OPTIONS, num_steps=100), 100)
+  warn_of_schedule(said, Config(optim=OPTIONS | changes, num_steps=steps), dict(optim=OPTIONS, num_steps=100), 100)
   assert bool(said) == (told and steps > 100)
   if said:
     now = float(learning_rate(OPTIONS | changes, steps)(100))

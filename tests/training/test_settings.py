@@ -10,10 +10,10 @@ import pytest
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
-from lavit_jax.models.initialization import initial_parts
+from lavit_jax.models.initialization import init_params
 from lavit_jax.weights.torch import mapping
 from lavit_jax.weights.store import folder
-from lavit_jax.weights.torch.names_llama import llama_rows
+from lavit_jax.weights.torch.names_llama import llama_rules
 from lavit_jax.training import flops, loop, settings, stages
 from lavit_jax.training.checkpoint import Checkpoints
 
@@ -25,7 +25,7 @@ OTHER = dict(rope_theta=100.0, rope_scaling=dict(rope_type='linear', factor=4.0)
 def parts():
   """Of a model whose keys and queries are large enough for positions to matter."""
   model = lavit.build('nano')
-  trees = nano.jit(lambda key: initial_parts(model, key, ('vit', 'tokenizer', 'llama')))(jax.random.key(0))
+  trees = nano.jit(lambda key: init_params(model, key, ('vit', 'tokenizer', 'llama')))(jax.random.key(0))
   attention = trees['llama']['layers']['attention']
   for name in ('query', 'key'):
     attention[name]['kernel'] = 3 * attention[name]['kernel']
@@ -36,9 +36,9 @@ def parts():
 def folders(parts, tmp_path_factory):
   """`towers`: what the language model's stage needs; `other`, `own`: a language model with and without settings of its own."""
   root = tmp_path_factory.mktemp('folders')
-  folder.save_parts(root / 'towers', 'nano', {name: parts[name] for name in ('vit', 'tokenizer')})
-  folder.save_parts(root / 'other', 'nano', {'llama': parts['llama']}, settings={'llama': OTHER})
-  folder.save_parts(root / 'own', 'nano', {'llama': parts['llama']})
+  folder.save_params(root / 'towers', 'nano', {name: parts[name] for name in ('vit', 'tokenizer')})
+  folder.save_params(root / 'other', 'nano', {'llama': parts['llama']}, settings={'llama': OTHER})
+  folder.save_params(root / 'own', 'nano', {'llama': parts['llama']})
   return root
 
 
@@ -48,7 +48,7 @@ def page(folders, *init_from, **changes):
 
 
 def of_run(config, workdir):
-  return settings.of_run(config, loop.split_folders(config.frozen), loop.split_folders(config.init_from), workdir)
+  return settings.run_settings(config, loop.split_folders(config.frozen), loop.split_folders(config.init_from), workdir)
 
 
 def test_a_step_has_the_loss_that_transformers_computes(parts):
@@ -60,7 +60,7 @@ def test_a_step_has_the_loss_that_transformers_computes(parts):
   batch = dict(image=np.zeros((8, 32, 32, 3), np.uint8), text=text, text_length=length, text_weight=inside.astype(np.float32), kind=np.full(8, 2, np.int32))
 
   def step(own):
-    stage = stages.build(nano.config('lm'), lavit.build('nano', settings=own), 1)
+    stage = stages.build_stage(nano.config('lm'), lavit.build('nano', settings=own), 1)
     params, state = nano.jit(stage.init)(jax.random.key(0), parts)
     return params['llama'], nano.jit(lambda params, batch: stage.loss(params, parts, state, batch, jax.random.key(1), True)[0])(params, batch)
 
@@ -71,7 +71,7 @@ def test_a_step_has_the_loss_that_transformers_computes(parts):
       num_attention_heads=sizes['num_heads'], head_dim=sizes['head_dim'], rms_norm_eps=OTHER['rms_norm_eps'], max_position_embeddings=256,
       rope_parameters=dict(rope_type='linear', factor=4.0, rope_theta=100.0), tie_word_embeddings=False)
   peer = transformers.LlamaForCausalLM(config).eval()
-  peer.load_state_dict({name: torch.from_numpy(x) for name, x in mapping.to_torch(llama_rows(), jax.device_get(llama)).items()})
+  peer.load_state_dict({name: torch.from_numpy(x) for name, x in mapping.to_torch(llama_rules(), jax.device_get(llama)).items()})
   costs = []
   for row, count in zip(text, length):
     ids = torch.tensor([1, *row[:count], 2])[None]
@@ -136,12 +136,12 @@ def loop_data():
 
 def test_pairs_longer_than_the_language_model_reads_are_refused():
   with pytest.raises(UserError, match='data.text_length=48: with 16 visual tokens and 3 marks a pair may have 67 tokens, but .*max_position_embeddings=64'):
-    stages.build(nano.config('lm'), lavit.build('nano', settings={'llama': {'max_position_embeddings': 64}}), 1)
+    stages.build_stage(nano.config('lm'), lavit.build('nano', settings={'llama': {'max_position_embeddings': 64}}), 1)
 
 
 def test_settings_change_no_flops():
   config, (plain, other) = nano.config('lm'), (lavit.build('nano'), lavit.build('nano', settings={'llama': OTHER}))
-  assert flops.of_pair(config, plain).row == pytest.approx(flops.of_pair(config, other).row)
+  assert flops.pair_flops(config, plain).row == pytest.approx(flops.pair_flops(config, other).row)
 
 
 @pytest.mark.slow

@@ -9,11 +9,11 @@ import pytest
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit, vit
-from lavit_jax.models.initialization import initial_parts
+from lavit_jax.models.initialization import init_params
 from lavit_jax.models.sequence import compact
-from lavit_jax.models.tokenizer import l2_normalise
+from lavit_jax.models.tokenizer import l2_normalize
 from lavit_jax.training import codebook, foundations, stages
-from lavit_jax.training.stage import apply, begin, features, row_keys
+from lavit_jax.training.stage import apply_module, initialize_params, image_features, row_keys
 from lavit_jax.training.train_step import numbers
 
 nano.install()
@@ -30,8 +30,8 @@ def parts():
       return jnp.ones(leaf.shape)
     return jnp.asarray(rng.normal(0, max(math.prod(leaf.shape[:-1][-3:]), 1) ** -0.5, leaf.shape), jnp.float32)
 
-  parts = jax.tree_util.tree_map_with_path(draw, jax.eval_shape(functools.partial(initial_parts, MODEL), jax.random.key(0)))
-  parts['tokenizer']['quantizer']['embedding'] = l2_normalise(parts['tokenizer']['quantizer']['embedding'])
+  parts = jax.tree_util.tree_map_with_path(draw, jax.eval_shape(functools.partial(init_params, MODEL), jax.random.key(0)))
+  parts['tokenizer']['quantizer']['embedding'] = l2_normalize(parts['tokenizer']['quantizer']['embedding'])
   return parts
 
 
@@ -46,7 +46,7 @@ def batch():
 
 
 def build(name, **changes):
-  return stages.build(nano.config(name, **changes), MODEL, shards=1)
+  return stages.build_stage(nano.config(name, **changes), MODEL, shards=1)
 
 
 def start(stage, parts):
@@ -59,7 +59,7 @@ def test_unknown_stage():
   with config.unlocked():
     config.stage = 'decoder'
   with pytest.raises(UserError, match='unknown stage .decoder.'):
-    stages.build(config, MODEL, 1)
+    stages.build_stage(config, MODEL, 1)
 
 
 def test_equal_captions_are_no_negatives(batch):
@@ -85,7 +85,7 @@ def test_a_patch_must_tell_its_own_pixels_and_place(batch):
   value, (_, metrics) = nano.jit(stage.loss, static_argnums=5)(params, {}, state, batch, None, True)
   assert value == pytest.approx(float(metrics['contrastive'] + 3 * metrics['pixel'] + 5 * metrics['place']), rel=1e-5)
 
-  x = np.asarray(nano.jit(lambda: features(MODEL, params['vit'], batch['image']))())[:, 1:]
+  x = np.asarray(nano.jit(lambda: image_features(MODEL, params['vit'], batch['image']))())[:, 1:]
   x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
   kernel = np.asarray(params['to_pixels'])
   kernel = 0.5 * kernel / np.linalg.norm(kernel, axis=0)  # columns of length 1/2
@@ -101,16 +101,16 @@ def test_a_patch_must_tell_its_own_pixels_and_place(batch):
 
 def test_standardised_autoencoder_is_the_same_with_unit_latents(parts):
   images = jax.random.uniform(jax.random.key(1), (16, 16, 16, 3), minval=-1, maxval=1)
-  mean, logvar = apply(MODEL.vae, parts['vae'], images, method='encode')
+  mean, logvar = apply_module(MODEL.vae, parts['vae'], images, method='encode')
   one = jnp.float32(0.5)
   moments = foundations.Moments(one * mean.mean((0, 1, 2)), one * jnp.square(mean).mean((0, 1, 2)), one)
   new = foundations.standardise(parts['vae'], moments, 0.25)
-  new_mean, new_logvar = apply(MODEL.vae, new, images, method='encode')
+  new_mean, new_logvar = apply_module(MODEL.vae, new, images, method='encode')
   np.testing.assert_allclose(0.25 * new_mean.std((0, 1, 2)), 1, rtol=1e-3)
   np.testing.assert_allclose(new_mean.mean((0, 1, 2)), 0, atol=1e-3)
   deviation = mean.std((0, 1, 2))
   np.testing.assert_allclose(jnp.exp(new_logvar / 2) * 0.25 * deviation, jnp.exp(logvar / 2), rtol=1e-3)
-  np.testing.assert_allclose(apply(MODEL.vae, new, new_mean, method='decode'), apply(MODEL.vae, parts['vae'], mean, method='decode'),
+  np.testing.assert_allclose(apply_module(MODEL.vae, new, new_mean, method='decode'), apply_module(MODEL.vae, parts['vae'], mean, method='decode'),
                              atol=1e-4)
 
 
@@ -118,13 +118,13 @@ def test_standardised_latents_suit_the_factors_of_the_vae(parts):
   settings = dict(scaling_factor=0.5, latents_mean=[0.3, -0.2, 0.1, 0.4], latents_std=[1.5, 0.5, 2.0, 0.8])
   model = lavit.build('nano', settings=dict(vae=settings)).vae
   images = jax.random.uniform(jax.random.key(1), (16, 16, 16, 3), minval=-1, maxval=1)
-  mean, _ = apply(model, parts['vae'], images, method='encode')
+  mean, _ = apply_module(model, parts['vae'], images, method='encode')
   moments = foundations.Moments(mean.mean((0, 1, 2)), jnp.square(mean).mean((0, 1, 2)), jnp.float32(1))
   new = foundations.standardise(parts['vae'], moments, model.scaling_factor, *model.moments())
-  new_mean, _ = apply(model, new, images, method='encode')
+  new_mean, _ = apply_module(model, new, images, method='encode')
   np.testing.assert_allclose(model.to_unet(new_mean).mean((0, 1, 2)), 0, atol=1e-3)
   np.testing.assert_allclose(model.to_unet(new_mean).std((0, 1, 2)), 1, rtol=1e-3)
-  np.testing.assert_allclose(apply(model, new, new_mean, method='decode'), apply(model, parts['vae'], mean, method='decode'), atol=1e-4)
+  np.testing.assert_allclose(apply_module(model, new, new_mean, method='decode'), apply_module(model, parts['vae'], mean, method='decode'), atol=1e-4)
 
 
 @pytest.fixture(scope='module')
@@ -201,7 +201,7 @@ def test_detokenizer_learns_what_the_scheduler_says(parts, batch, kind):
   from diffusers import DDIMScheduler
   vae = dict(scaling_factor=0.5, latents_mean=[0.3, -0.2, 0.1, 0.4], latents_std=[1.5, 0.5, 2.0, 0.8])
   said = dict(prediction_type=kind, beta_schedule='linear', beta_start=1e-4, beta_end=0.02, num_train_timesteps=50, rescale_betas_zero_snr=True)
-  stage = stages.build(nano.config('detokenizer'), lavit.build('nano', settings=dict(vae=vae, scheduler=said)), shards=1)
+  stage = stages.build_stage(nano.config('detokenizer'), lavit.build('nano', settings=dict(vae=vae, scheduler=said)), shards=1)
   params, state = start(stage, {name: parts[name] for name in ('unet', 'decoder', 'uncond_embeddings')})
   params['unet'] = {**params['unet'], 'conv_out': jax.tree.map(jnp.zeros_like, params['unet']['conv_out'])}
   frozen = {name: parts[name] for name in ('vit', 'tokenizer', 'vae')}
@@ -210,7 +210,7 @@ def test_detokenizer_learns_what_the_scheduler_says(parts, batch, kind):
   rows = jnp.arange(8)
   keys = [jax.vmap(jax.random.fold_in, (None, 0))(key, rows) for key in jax.random.split(jax.random.key(5), 5)]
   normal = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))
-  mean, logvar = apply(MODEL.vae, parts['vae'], batch['image'] / np.float32(127.5) - 1, method='encode')
+  mean, logvar = apply_module(MODEL.vae, parts['vae'], batch['image'] / np.float32(127.5) - 1, method='encode')
   latents = np.asarray(mean + jnp.exp(logvar / 2) * normal(keys[0]), np.float64)
   latents = (latents - vae['latents_mean']) * vae['scaling_factor'] / vae['latents_std']  # as StableDiffusionXLImg2ImgPipeline
   t = np.asarray(jax.vmap(lambda key: jax.random.randint(key, (), 0, 50))(keys[3]))
@@ -236,7 +236,7 @@ def test_lm_draws_what_it_sees(parts, batch):
 
 
 def lm_loss(parts, batch, shards=1, **changes):
-  stage = stages.build(nano.config('lm', **changes), MODEL, shards)
+  stage = stages.build_stage(nano.config('lm', **changes), MODEL, shards)
   params, state = start(stage, parts)
   value, (_, metrics) = nano.jit(lambda params, batch: stage.loss(params, parts, state, batch, jax.random.key(1), True))(params, batch)
   return params, value, numbers(metrics)
@@ -249,9 +249,9 @@ def test_lm_loss_is_that_of_the_pairs_one_by_one(parts, batch):
 
   @nano.jit
   def tokens(images):
-    x = features(MODEL, parts['vit'], images)[:, 1:]
-    out = apply(MODEL.tokenizer, parts['tokenizer'], x, row_keys(jax.random.key(1), {}, 8))
-    return *compact(apply(MODEL.understanding, params['understanding'], x, out.keep), out.keep), compact(out.ids, out.keep)[0]
+    x = image_features(MODEL, parts['vit'], images)[:, 1:]
+    out = apply_module(MODEL.tokenizer, parts['tokenizer'], x, row_keys(jax.random.key(1), {}, 8))
+    return *compact(apply_module(MODEL.understanding, params['understanding'], x, out.keep), out.keep), compact(out.ids, out.keep)[0]
 
   visual, mask, codes = tokens(batch['image'])
   words = MODEL.vocabulary
@@ -259,11 +259,11 @@ def test_lm_loss_is_that_of_the_pairs_one_by_one(parts, batch):
   @nano.jit
   def costs(ids, continuous):
     """-log p of ids[1:], where `continuous` f32[S, H] is not nan instead of the embeddings; S is padded, which causality ignores."""
-    embedded = apply(MODEL.llama, params['llama'], ids[None], method='embed')
+    embedded = apply_module(MODEL.llama, params['llama'], ids[None], method='embed')
     embedded = jnp.where(jnp.isnan(continuous), embedded, continuous)
     causal = jnp.tril(jnp.ones((1, 1, len(ids), len(ids)), bool))
-    hidden, _ = apply(MODEL.llama, params['llama'], embedded, jnp.arange(len(ids))[None], causal)
-    log_probs = jax.nn.log_softmax(apply(MODEL.llama, params['llama'], hidden, method='logits'))
+    hidden, _ = apply_module(MODEL.llama, params['llama'], embedded, jnp.arange(len(ids))[None], causal)
+    log_probs = jax.nn.log_softmax(apply_module(MODEL.llama, params['llama'], hidden, method='logits'))
     return -log_probs[0, jnp.arange(len(ids) - 1), ids[1:]]
 
   total = {0: [0.0, 0.0], 1: [0.0, 0.0], 2: [0.0, 0.0]}
@@ -296,16 +296,16 @@ def test_lm_counts_what_overflows(parts, batch):
 @pytest.mark.parametrize('changes, message', [(dict(lm__num_rows=6), 'num_rows=6'), (dict(lm__loss_chunks=5), 'loss_chunks=5')])
 def test_lm_sizes_that_do_not_divide(changes, message):
   with pytest.raises(UserError, match=message):
-    stages.build(nano.config('lm', **changes), MODEL, 4)
+    stages.build_stage(nano.config('lm', **changes), MODEL, 4)
 
 
 def test_begin_takes_parts_strictly_and_lets_a_vocabulary_grow():
   fresh = {'llama': {'embedding': jnp.zeros((5, 2)), 'head': jnp.zeros((2, 5)), 'norm': {'scale': jnp.zeros(2)}}}
   given = {'llama': {'embedding': jnp.ones((3, 2)), 'head': jnp.ones((2, 3)), 'norm': {'scale': jnp.ones(2)}}, 'other': {}}
-  grown = begin(fresh, given)['llama']
+  grown = initialize_params(fresh, given)['llama']
   np.testing.assert_array_equal(grown['embedding'][:, 0], [1, 1, 1, 0, 0])
   np.testing.assert_array_equal(grown['head'][0], [1, 1, 1, 0, 0])
   with pytest.raises(UserError, match='norm/scale: the given weights are'):
-    begin(fresh, {'llama': {**given['llama'], 'norm': {'scale': jnp.ones(1)}}})
+    initialize_params(fresh, {'llama': {**given['llama'], 'norm': {'scale': jnp.ones(1)}}})
   with pytest.raises(UserError, match="missing .'head'.*unexpected .'foot'"):
-    begin(fresh, {'llama': {'embedding': given['llama']['embedding'], 'foot': jnp.ones(1), 'norm': given['llama']['norm']}})
+    initialize_params(fresh, {'llama': {'embedding': given['llama']['embedding'], 'foot': jnp.ones(1), 'norm': given['llama']['norm']}})

@@ -8,11 +8,11 @@ import pytest
 
 from lavit_jax import sharding
 from lavit_jax.models import lavit
-from lavit_jax.models.initialization import initial_parts
+from lavit_jax.models.initialization import init_params
 from lavit_jax.training import codebook, optimizer, stages
 from lavit_jax.training.stage import Mean, Stage, Sum
 from lavit_jax.training.train_step import (
-    averaged, initialiser, loss_and_metrics, make_train_step, numbers)
+    averaged, make_init, loss_and_metrics, make_train_step, numbers)
 
 nano.install()
 MESH = sharding.make_mesh(dict(data=-1, fsdp=1, tensor=1), jax.devices()[:1])
@@ -20,7 +20,7 @@ MESH = sharding.make_mesh(dict(data=-1, fsdp=1, tensor=1), jax.devices()[:1])
 
 def steps(config, stage, parts, frozen, batches):
   """The states and metrics after each batch."""
-  init, tx = initialiser(config, stage, parts)
+  init, tx = make_init(config, stage, parts)
   seen = []
   with jax.set_mesh(MESH):
     state = nano.jit(init)(jax.random.key(config.seed), parts)
@@ -67,7 +67,7 @@ def test_pieces_count_by_the_weights_of_their_means():
 def test_a_stage_has_one_loss_and_gradient_for_any_accumulate(name):
   """What is random about a picture goes by its row in the batch, so pieces choose the same patches and noise."""
   model = lavit.build('nano')
-  parts = nano.jit(lambda key: initial_parts(model, key))(jax.random.key(5))
+  parts = nano.jit(lambda key: init_params(model, key))(jax.random.key(5))
   rng = np.random.default_rng(0)
   length = np.array([1, 30, 2, 25, 40, 3, 3, 9], np.int32)
   text = rng.integers(3, 2048, (8, 48)).astype(np.int32)
@@ -77,7 +77,7 @@ def test_a_stage_has_one_loss_and_gradient_for_any_accumulate(name):
   results, looks = [], []
   for pieces in (1, 4):
     config = nano.config(name, accumulate=pieces)
-    stage = stages.build(config, model, 1)
+    stage = stages.build_stage(config, model, 1)
     frozen = {name: parts[name] for name in stage.needs}
     (state, values), = steps(config, stage, parts, frozen, [batch])
     results.append(values)
@@ -120,7 +120,7 @@ def test_no_parameter_ever_overflows():
 @pytest.fixture(scope='module')
 def tokenizer():
   """(parts, frozen, batches) for the tokenizer's stage."""
-  parts = nano.jit(lambda key: initial_parts(lavit.build('nano'), key))(jax.random.key(5))
+  parts = nano.jit(lambda key: init_params(lavit.build('nano'), key))(jax.random.key(5))
   rng = np.random.default_rng(1)
   batches = [dict(image=rng.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)) for _ in range(6)]
   return parts, {'vit': parts['vit']}, batches
@@ -129,7 +129,7 @@ def tokenizer():
 def run_tokenizer(tokenizer, offered, count, **changes):
   parts, frozen, batches = tokenizer
   config = nano.config('tokenizer', **changes)
-  stage = stages.build(config, lavit.build('nano'), 1)
+  stage = stages.build_stage(config, lavit.build('nano'), 1)
   return stage, steps(config, stage, frozen | offered, frozen, batches[:count])
 
 

@@ -45,8 +45,8 @@ def seen_by_vit(monkeypatch):
       built.loss(parts, parts, None, batch, jax.random.key(0), True)
     return seen.value.args[0]
 
-  monkeypatch.setattr(stage, 'apply', apply)
-  monkeypatch.setattr(stages, 'apply', apply)
+  monkeypatch.setattr(stage, 'apply_module', apply)
+  monkeypatch.setattr(stages, 'apply_module', apply)
   return run
 
 
@@ -67,9 +67,9 @@ def folder(tmp_path_factory):
 def test_training_and_inference_show_the_vit_the_same(folder, seen_by_vit, name, size):
   source = dict(format='folder', path=str(folder))
   config = nano.config(name, data__image_size=size, data__sources=(source,), data__num_threads=0)
-  built = stages.build(config, MODEL, 1)
+  built = stages.build_stage(config, MODEL, 1)
   parts, described = stages.abstract_inputs(config, MODEL, built)
-  share = sharding.share(sharding.make_mesh(config.mesh, jax.devices()[:1]), 8)
+  share = sharding.process_share(sharding.make_mesh(config.mesh, jax.devices()[:1]), 8)
   with contextlib.closing(loop.open_data(config, MODEL, share, 'train')) as data:
     batch = next(data)
   assert {key: (x.shape, x.dtype) for key, x in batch.items()} == {
@@ -82,4 +82,4 @@ def test_training_and_inference_show_the_vit_the_same(folder, seen_by_vit, name,
 
 def test_images_of_another_size_are_not_resized_on_the_device():
   with pytest.raises(ValueError, match=r'the ViT takes images of 32 x 32, not \[2, 64, 64, 3\]'):
-    stage.features(MODEL, {}, np.zeros((2, 64, 64, 3), np.uint8))
+    stage.image_features(MODEL, {}, np.zeros((2, 64, 64, 3), np.uint8))

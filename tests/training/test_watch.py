@@ -7,7 +7,7 @@ import nano
 import pytest
 
 from lavit_jax.errors import UserError
-from lavit_jax.training.watch import Watch
+from lavit_jax.training.watch import MetricWatch
 
 nano.install()
 
@@ -17,7 +17,7 @@ def watch(config, rows=()):
   log = SimpleNamespace(say=said.append, take_new=lambda: [dict(step=step, nonfinite=lost) for step, lost in rows])
   checkpoints = SimpleNamespace(set_aside_broken=lambda first: aside.append(first) or [first],
                                 manager=SimpleNamespace(all_steps=lambda read: [2]))
-  return Watch(config, log, checkpoints, 1), said, aside
+  return MetricWatch(config, log, checkpoints, 1), said, aside
 
 
 @pytest.mark.parametrize('lost, last, ends', [

@@ -60,7 +60,7 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
     sample = self.builder_config.name == 'sample'
     for concept in chosen:
       for style in rendering.STYLES:
-        sprite = rendering.draw(concept, style)
+        sprite = rendering.render(concept, style)
         if sample:  # Half the bytes, to travel with the package.
           sprite = sprite.quantize(128, Image.Quantize.FASTOCTREE).convert('RGBA')
         png = io.BytesIO()

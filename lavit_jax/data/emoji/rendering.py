@@ -54,7 +54,7 @@ def concepts() -> list[Concept]:
   return found
 
 
-def draw(concept: Concept, style: str) -> Image.Image:
+def render(concept: Concept, style: str) -> Image.Image:
   """Draws one emoji: RGBA, 96 x 96, cropped to its ink and centred. Raises LookupError if the style lacks it."""
   canvas = {'twemoji': _twemoji, 'openmoji': _openmoji, 'noto': _noto}[style](concept)
   box = canvas.getchannel('A').getbbox()

@@ -16,7 +16,7 @@ CANVAS = 64
 _WHITE_SHARE = 0.25  # Plain white is what most pictures of things have behind them.
 
 
-class Thing(NamedTuple):
+class SceneObject(NamedTuple):
   """Equal sprites of a picture. boxes: (left, top, side) of each, in canvas units."""
   sprite: int
   codepoint: str
@@ -38,7 +38,7 @@ class Facts(NamedTuple):
   index: int
   style: str
   background: str
-  things: tuple[Thing, ...]
+  things: tuple[SceneObject, ...]
   relation: str | None
   heldout: str | None
 
@@ -90,9 +90,9 @@ class Composer:
     asked = questions.ask(rng, facts, self._names[reason])
     return Example(self._paint(rng, facts), _caption(rng, facts), asked, facts)
 
-  def _thing(self, sprite: int, boxes) -> Thing:
+  def _thing(self, sprite: int, boxes) -> SceneObject:
     row = self.sprites.rows[sprite]
-    return Thing(int(sprite), row.codepoint, row.name, row.group, row.colour, tuple(boxes))
+    return SceneObject(int(sprite), row.codepoint, row.name, row.group, row.colour, tuple(boxes))
 
   def _scene(self, rng, focus):
     """Two to four sprites: equal ones in the quarters of the picture, or two kinds in its halves."""
@@ -138,7 +138,7 @@ def _box(rng, left: float, top: float, width: float, height: float) -> tuple[flo
   return float(left + rng.uniform(0, width - side)), float(top + rng.uniform(0, height - side)), float(side)
 
 
-def _background(rng, things: tuple[Thing, ...], reason: str | None) -> str:
+def _background(rng, things: tuple[SceneObject, ...], reason: str | None) -> str:
   """A colour on which the things may stand for this reason, and, if possible, none of them has."""
   def heldout(colour):
     return any(splits.heldout_combination(thing.group, colour) for thing in things)

@@ -34,7 +34,7 @@ DIRECT = ts.Context({'file_io_mode': {'mode': 'direct'}})  # past the page cache
 SMALL_BYTES = 1 << 20  # a leaf up to this size is one chunk, written when it is complete
 
 
-class Source(NamedTuple):
+class ParameterSource(NamedTuple):
   """A part that can be read: its leaves, and how to read one of them, or one row of it."""
 
   structs: dict[str, jax.ShapeDtypeStruct]  # by path
@@ -137,7 +137,7 @@ def open_leaves(folder: pathlib.Path, paths, context: ts.Context | None = None) 
   return {path: future.result() for path, future in waiting.items()}
 
 
-def place(store: ts.TensorStore, like: jax.ShapeDtypeStruct) -> jax.Array:
+def read_sharded(store: ts.TensorStore, like: jax.ShapeDtypeStruct) -> jax.Array:
   """A leaf straight onto the devices that the sharding of `like` names, in its dtype.
 
   A process reads what its own devices hold, each stretch once. (Orbax would read each device's share apart, in whole chunks, and all
@@ -154,7 +154,7 @@ def place(store: ts.TensorStore, like: jax.ShapeDtypeStruct) -> jax.Array:
   def stretch(start, stop):
     return start, stop, store[(slice(start, stop), *(slice(*side) for side in sides))].read().result()
 
-  for start, stop, block in ahead(functools.partial(stretch, start, min(start + step, bottom)) for start in range(top, bottom, step)):
+  for start, stop, block in prefetch(functools.partial(stretch, start, min(start + step, bottom)) for start in range(top, bottom, step)):
     for ((first, last), *rest), shard in shards.items():
       low, high = max(start, first), min(stop, last)
       if low < high:
@@ -178,10 +178,10 @@ def checksums(folder: pathlib.Path, paths) -> Iterator[tuple[str, int, int]]:
       for start in range(0, length, step):
         yield functools.partial(piece, path, array, start, min(start + step, length))
 
-  return ahead(pieces())
+  return prefetch(pieces())
 
 
-def ahead(tasks: Iterable[Callable], depth: int = 3) -> Iterator:
+def prefetch(tasks: Iterable[Callable], depth: int = 3) -> Iterator:
   """The results of the tasks in order, worked at by two threads; at most `depth` wait, so that memory stays bounded."""
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
     waiting = collections.deque()

@@ -34,11 +34,11 @@ from lavit_jax.weights.store import arrays as leaves
 from lavit_jax.weights.store.arrays import flatten, unflatten
 
 FORMAT = 2
-WORDS = ('tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json')
+TOKENIZER_FILES = ('tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json')
 DTYPES = {'float32': np.float32, 'float16': np.float16, 'bfloat16': ml_dtypes.bfloat16}
 
 
-class Building:
+class FolderWriter:
   """A folder in the making: its parts go into `path`, side by side."""
 
   def __init__(self, path: pathlib.Path, variant: str, metadata: dict, settings: dict):
@@ -57,7 +57,7 @@ class Building:
 
 
 @contextlib.contextmanager
-def building(folder, variant: str, metadata: dict | None = None, tokenizer=None, settings: Mapping | None = None) -> Iterator[Building]:
+def open_writer(folder, variant: str, metadata: dict | None = None, tokenizer=None, settings: Mapping | None = None) -> Iterator[FolderWriter]:
   """Makes a checkpoint folder, which takes its place when the block ends well.
 
   Args:
@@ -70,32 +70,32 @@ def building(folder, variant: str, metadata: dict | None = None, tokenizer=None,
     UserError: something else stands there, the disk is full or the folder cannot be written; nothing half-written is left. Or settings
       that are not known.
   """
-  settings = checkpoint_settings.differing(variant, lavit.row(variant), settings) if settings else {}
-  with replacing(folder) as scratch:
+  settings = checkpoint_settings.differing(variant, lavit.variant_config(variant), settings) if settings else {}
+  with replace_folder(folder) as scratch:
     (scratch / 'parts').mkdir()
-    made = Building(scratch, variant, metadata or {}, settings)
+    made = FolderWriter(scratch, variant, metadata or {}, settings)
     yield made
     if tokenizer is not None:
-      copy_words(pathlib.Path(tokenizer), scratch / 'tokenizer')
+      copy_tokenizer_files(pathlib.Path(tokenizer), scratch / 'tokenizer')
     (scratch / 'checksums.json').write_text(json.dumps(made.sums, indent=0) + '\n')
     (scratch / 'config.json').write_text(json.dumps(made.config, indent=1) + '\n')
 
 
 @contextlib.contextmanager
-def replacing(folder, mark: str = 'config.json') -> Iterator[pathlib.Path]:
+def replace_folder(folder, mark: str = 'config.json') -> Iterator[pathlib.Path]:
   """A new folder, which takes the place of `folder` when the block ends well; what a killed run left of one is cleared away.
 
   Raises:
-    UserError: as `building`; a folder that stands there is replaced if it holds the file `mark`.
+    UserError: as `open_writer`; a folder that stands there is replaced if it holds the file `mark`.
   """
   folder = pathlib.Path(folder).resolve()  # of a link, what it points to
-  check_place(folder, mark)
+  check_destination(folder, mark)
   scratch = folder.with_name(f'.{folder.name}.partial')
   try:
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     yield scratch
-    swap(scratch, folder)
+    swap_folders(scratch, folder)
   except OSError as error:
     raise UserError(f'cannot write {folder}: {error.strerror or error}; free some space or choose another folder') from error
   except ValueError as error:  # TensorStore reports a full disk in words
@@ -106,17 +106,17 @@ def replacing(folder, mark: str = 'config.json') -> Iterator[pathlib.Path]:
     shutil.rmtree(scratch, ignore_errors=True)
 
 
-def save_parts(folder, variant: str, parts: dict, metadata: dict | None = None, dtype: str = 'float32',
+def save_params(folder, variant: str, parts: dict, metadata: dict | None = None, dtype: str = 'float32',
                tokenizer=None, settings: Mapping | None = None) -> pathlib.Path:
   """Writes the parameters of some parts of a model.
 
   Args:
     parts: part name -> parameter tree (or one bare array); floating leaves are stored in `dtype`.
     dtype: 'float32', 'float16' or 'bfloat16'.
-    folder, variant, metadata, tokenizer, settings, and what is raised: as in `building`.
+    folder, variant, metadata, tokenizer, settings, and what is raised: as in `open_writer`.
   """
   folder = pathlib.Path(folder).resolve()  # now: the folder one stands in may be replaced
-  with building(folder, variant, metadata, tokenizer, settings) as made:
+  with open_writer(folder, variant, metadata, tokenizer, settings) as made:
     for name, tree in parts.items():
       flat = {path: _stored(f'{name}/{path}', leaf, dtype) for path, leaf in flatten(tree).items()}
       with made.part(name, flat) as writer:
@@ -151,11 +151,11 @@ def read_settings(folder) -> dict[str, dict]:
   config = read_config(folder)
   variant = config['variant']
   if 'settings' not in config:
-    places = formats.places(config['metadata'].get('source', {}).get('kind', 'LaVIT'))
+    places = formats.locations(config['metadata'].get('source', {}).get('kind', 'LaVIT'))
     folders = {part: place.folder for part, place in places.items()}
     return configs.read_settings(folder / 'torch', folders, config['parts'], variant)
   try:
-    return checkpoint_settings.differing(variant, lavit.row(variant), config['settings'])
+    return checkpoint_settings.differing(variant, lavit.variant_config(variant), config['settings'])
   except UserError as error:
     raise error.within(f'{folder / "config.json"}') from None
 
@@ -183,11 +183,11 @@ def check_codebook(folder) -> None:
                     'from it with --config.init_from')
 
 
-def load_parts(folder, names=None, variant: str | None = None, shardings: Callable | None = None, dtype: str | None = 'float32') -> dict:
+def load_params(folder, names=None, variant: str | None = None, shardings: Callable | None = None, dtype: str | None = 'float32') -> dict:
   """Reads parameter trees.
 
   Args:
-    folder: a folder that `save_parts` or `lavit convert` wrote.
+    folder: a folder that `save_params` or `lavit convert` wrote.
     names: the parts to read; None reads all.
     variant: if given, the variant that the folder must be of.
     shardings: {part: tree of ShapeDtypeStructs} -> the same tree of shardings; the leaves then go straight onto the devices, each
@@ -206,24 +206,24 @@ def load_parts(folder, names=None, variant: str | None = None, shardings: Callab
   for name in config['parts'] if names is None else names:
     if name not in config['parts']:
       raise UserError(f'{folder} has no part {name!r}; it holds {", ".join(config["parts"])}')
-    part = open_part(folder, name, dtype)
+    part = open_params(folder, name, dtype)
     places = {} if shardings is None else flatten(shardings({name: unflatten(part.structs)})[name])
     parts[name] = unflatten({path: part.read(path, sharding=places.get(path)) for path in part.structs})
   return parts
 
 
-def open_part(folder, name: str, dtype: str | None = 'float32') -> leaves.Source:
+def open_params(folder, name: str, dtype: str | None = 'float32') -> leaves.ParameterSource:
   """A part of a folder, to be read a leaf or a row at a time.
 
   The checksum of a leaf is looked at when it, or the last of its rows, has been read to the host.
 
   Args:
-    folder, name, dtype: as for `load_parts`.
+    folder, name, dtype: as for `load_params`.
   Raises:
     UserError: it is missing or damaged; later too, as it is read.
   """
   path = pathlib.Path(folder).resolve() / 'parts' / name
-  with reading(path):
+  with reading_errors(path):
     sums = read_checksums(folder, name)
     arrays = leaves.open_leaves(path, sums)
   structs = {leaf: cast(jax.ShapeDtypeStruct(x.shape, x.dtype.numpy_dtype), dtype) for leaf, x in arrays.items()}
@@ -241,19 +241,19 @@ def open_part(folder, name: str, dtype: str | None = 'float32') -> leaves.Source
       raise ValueError(f'the checksum of {leaf} is another')
 
   def read(leaf, row=None, sharding=None):
-    with reading(path):
+    with reading_errors(path):
       store, struct = arrays[leaf] if row is None else arrays[leaf][row], structs[leaf]
       if sharding is not None:
-        return leaves.place(store, jax.ShapeDtypeStruct(store.shape, struct.dtype, sharding=sharding))
+        return leaves.read_sharded(store, jax.ShapeDtypeStruct(store.shape, struct.dtype, sharding=sharding))
       array = store.read().result()
       check(leaf, row, array)
     return finite.convert(f'{path}: {leaf}', array, struct.dtype, allow_nonfinite=True)
 
-  return leaves.Source(structs, read)
+  return leaves.ParameterSource(structs, read)
 
 
 @contextlib.contextmanager
-def reading(path: pathlib.Path):
+def reading_errors(path: pathlib.Path):
   """Turns what Orbax and TensorStore say of a bad part into a UserError."""
   if not path.is_dir():
     raise UserError(f'{path} is missing; the checkpoint is incomplete')
@@ -269,18 +269,18 @@ def bundle(folder, sources, tokenizer, dtype: str = 'bfloat16') -> pathlib.Path:
   """Makes one model of what the stages exported: a folder for `Lavit.from_pretrained`.
 
   Args:
-    folder: where; as in `save_parts`.
+    folder: where; as in `save_params`.
     sources: the stages' export folders, all of one variant; of a part that several hold, the last one's is taken.
     tokenizer: the tokenizer folder of the language model.
-    dtype: as in `save_parts`. The settings of a part come from where the part does.
+    dtype: as in `save_params`. The settings of a part come from where the part does.
   Raises:
     UserError: a source is missing, damaged or of another variant, the tokenizer is another model's, or the folder cannot be written.
   """
   parts, about, variant = {}, {}, read_config(sources[0])['variant']
   settings = {}
-  TextTokenizer.load(tokenizer, lavit.row(variant)['text_vocab_size'])
+  TextTokenizer.load(tokenizer, lavit.variant_config(variant)['text_vocab_size'])
   for source in sources:
-    made = load_parts(source, variant=variant)
+    made = load_params(source, variant=variant)
     if 'tokenizer' in made:
       check_codebook(source)
     metadata = read_config(source)['metadata']
@@ -289,18 +289,18 @@ def bundle(folder, sources, tokenizer, dtype: str = 'bfloat16') -> pathlib.Path:
     settings |= checkpoint_settings.of_parts(read_settings(source), made)
     of_part = {name: metadata.get(name, metadata) for name in made}  # a bundle says it of each part
     about |= {name: {key: told[key] for key in ('stage', 'steps') if key in told} for name, told in of_part.items()}
-  return save_parts(folder, variant, parts, about, dtype, tokenizer, settings)
+  return save_params(folder, variant, parts, about, dtype, tokenizer, settings)
 
 
-def copy_words(src: pathlib.Path, dst: pathlib.Path) -> None:
+def copy_tokenizer_files(src: pathlib.Path, dst: pathlib.Path) -> None:
   """Copies a tokenizer's files from among others; those that are there already stay."""
-  for name in WORDS:
+  for name in TOKENIZER_FILES:
     if (src / name).is_file() and not (dst / name).exists():
       dst.mkdir(parents=True, exist_ok=True)
       shutil.copyfile(src / name, dst / name)
 
 
-def check_place(folder: pathlib.Path, mark: str = 'config.json') -> None:
+def check_destination(folder: pathlib.Path, mark: str = 'config.json') -> None:
   """Raises UserError unless the folder is free, empty, or one of ours, as the file `mark` in it shows."""
   if folder.exists() and not (folder.is_dir() and ((folder / mark).exists() or not any(folder.iterdir()))):
     raise UserError(f'{folder} exists and is not a checkpoint of lavit_jax; choose another folder, or remove it first')
@@ -308,7 +308,7 @@ def check_place(folder: pathlib.Path, mark: str = 'config.json') -> None:
     read_config(folder)  # a config.json of somebody else's is not ours to replace
 
 
-def swap(scratch: pathlib.Path, folder: pathlib.Path) -> None:
+def swap_folders(scratch: pathlib.Path, folder: pathlib.Path) -> None:
   """Puts the finished folder in its place; the old one goes only once the new one can stand there."""
   if folder.exists():
     old = folder.with_name(f'.{folder.name}.old')

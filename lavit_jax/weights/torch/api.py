@@ -15,7 +15,7 @@ from lavit_jax.models import lavit
 from lavit_jax.models import settings as checkpoint_settings
 from lavit_jax.weights.torch import configs, mapping, vocabulary_growth, formats, finite, files
 from lavit_jax.weights.store import folder
-from lavit_jax.weights.store.arrays import Source, flatten, unflatten
+from lavit_jax.weights.store.arrays import ParameterSource, flatten, unflatten
 
 
 def from_torch(path, part: str | None = None, *, variant: str | None = None, dtype: str | None = 'float32', grow: bool = False,
@@ -40,11 +40,11 @@ def from_torch(path, part: str | None = None, *, variant: str | None = None, dty
     UserError: unknown or damaged files, or other settings; PortingError: they do not fit the variant.
   """
   path = pathlib.Path(path)
-  found = _of_part(path, part) if part else formats.recognise(path)[1]
+  found = _of_part(path, part) if part else formats.detect(path)[1]
   model = lavit.build(variant or formats.find_variant(found), settings=settings)
   _check_settings(path, found, model)
   parts = {}
-  for name, fit in formats.fit(model, found, allow_missing, mixed=dtype is not None).items():
+  for name, fit in formats.map_modules(model, found, allow_missing, mixed=dtype is not None).items():
     rows = model.vocabulary.size if grow and name == 'llama' else None
     source = _source(fit, dtype, rows, allow_nonfinite)
     places = {} if shardings is None else flatten(shardings({name: unflatten(source.structs)})[name])
@@ -61,17 +61,17 @@ def torch_settings(path, part: str | None = None, *, variant: str | None = None)
     UserError: unknown or damaged files, or a description that asks for what the variant does not compute.
   """
   path = pathlib.Path(path)
-  found = _of_part(path, part) if part else formats.recognise(path)[1]
+  found = _of_part(path, part) if part else formats.detect(path)[1]
   return _settings_of(path, found, variant or formats.find_variant(found))
 
 
-def _settings_of(path: pathlib.Path, found: list[formats.Found], variant: str) -> dict[str, dict]:
+def _settings_of(path: pathlib.Path, found: list[formats.SourceModule], variant: str) -> dict[str, dict]:
   return configs.read_settings(path, {each.place.part: each.place.folder for each in found}, [each.place.part for each in found], variant)
 
 
-def _check_settings(path: pathlib.Path, found: list[formats.Found], model: lavit.Lavit) -> None:
+def _check_settings(path: pathlib.Path, found: list[formats.SourceModule], model: lavit.LavitModules) -> None:
   """Raises UserError where the folder's settings are not the model's; what changes no number that is computed is a warning."""
-  row, theirs = lavit.row(model.variant), _settings_of(path, found, model.variant)
+  row, theirs = lavit.variant_config(model.variant), _settings_of(path, found, model.variant)
   ours = checkpoint_settings.of_parts(model.settings, [each.place.part for each in found])
   for name, field in checkpoint_settings.differences(theirs, ours):
     message = (f'{path} has {checkpoint_settings.told(theirs, name, field, row)} of {name}, not {checkpoint_settings.told(ours, name, field, row)}; take '
@@ -81,15 +81,15 @@ def _check_settings(path: pathlib.Path, found: list[formats.Found], model: lavit
     logging.getLogger(__name__).warning(message)
 
 
-def open_torch(path, part: str, *, variant: str, dtype: str | None = 'float32') -> Source:
+def open_torch(path, part: str, *, variant: str, dtype: str | None = 'float32') -> ParameterSource:
   """A part of a PyTorch folder or file, to be read a leaf or a layer of it at a time. The arguments, and what is raised: as for `from_torch`."""
   found = _of_part(pathlib.Path(path), part)
-  return _source(formats.fit(lavit.build(variant), found, mixed=dtype is not None)[part], dtype)
+  return _source(formats.map_modules(lavit.build(variant), found, mixed=dtype is not None)[part], dtype)
 
 
-def _source(fit: formats.Fit, dtype: str | None, rows: int | None = None, allow_nonfinite: bool = False) -> Source:
+def _source(fit: formats.MappedModule, dtype: str | None, rows: int | None = None, allow_nonfinite: bool = False) -> ParameterSource:
   """`rows`: of the vocabulary that a language model grows to; None leaves it alone."""
-  structs = {leaf: vocabulary_growth.grown(leaf, folder.cast(x, dtype), rows) for leaf, x in fit.plan.leaves.items()}
+  structs = {leaf: vocabulary_growth.grown_struct(leaf, folder.cast(x, dtype), rows) for leaf, x in fit.plan.leaves.items()}
   slots = {}  # leaf -> layer, or None -> (name, slot, tensor)
   for name, slot in fit.plan.slots.items():
     slots.setdefault(slot.leaf, {})[slot.layer] = name, slot, fit.state[name]
@@ -106,10 +106,10 @@ def _source(fit: formats.Fit, dtype: str | None, rows: int | None = None, allow_
       array = np.empty(structs[leaf].shape, structs[leaf].dtype)
       for layer in slots[leaf]:
         array[layer] = one(leaf, layer)
-    array = vocabulary_growth.grow(array, structs[leaf].shape) if row is None else array
+    array = vocabulary_growth.grow_rows(array, structs[leaf].shape) if row is None else array
     return array if sharding is None else jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
-  return Source(structs, read)
+  return ParameterSource(structs, read)
 
 
 def to_torch(params, path, part: str, *, variant: str, settings: Mapping | None = None) -> pathlib.Path:
@@ -128,8 +128,8 @@ def to_torch(params, path, part: str, *, variant: str, settings: Mapping | None 
   path, model = pathlib.Path(path), lavit.build(variant, settings=settings)
   file = path.suffix == '.safetensors'
   leaves = {name: np.asarray(x) for name, x in flatten(params).items()}
-  tensors = {name: slot.array(leaves) for name, slot in mapping.slots_of(formats.tables(model, part)[0], leaves).items()}  # views
-  where = (path.parent, path.stem, tensors, 1 << 62) if file else (path, formats.places('LaVIT')[part].stems[0], tensors)
+  tensors = {name: slot.array(leaves) for name, slot in mapping.slots_of(formats.name_rules(model, part)[0], leaves).items()}  # views
+  where = (path.parent, path.stem, tensors, 1 << 62) if file else (path, formats.locations('LaVIT')[part].stems[0], tensors)
   try:
     with files.Writer(*where) as writer:
       for name, array in tensors.items():
@@ -141,9 +141,9 @@ def to_torch(params, path, part: str, *, variant: str, settings: Mapping | None 
   return path
 
 
-def _of_part(path: pathlib.Path, part: str) -> list[formats.Found]:
+def _of_part(path: pathlib.Path, part: str) -> list[formats.SourceModule]:
   if part not in formats.TABLES:
     raise UserError(f'unknown part {part!r}; known: {", ".join(formats.TABLES)}')
-  if path.is_dir() and formats.kind_of(path):
-    return formats.recognise(path, part)[1]
-  return [formats.found_in(formats.Place(part, '', ('',)), files.load(path), path)]
+  if path.is_dir() and formats.detect_kind(path):
+    return formats.detect(path, part)[1]
+  return [formats.found_in(formats.ModuleLocation(part, '', ('',)), files.load(path), path)]

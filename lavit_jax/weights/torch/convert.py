@@ -33,12 +33,12 @@ from lavit_jax.weights.torch import (
 )
 from lavit_jax.weights.store import folder, arrays as leaves
 from lavit_jax.weights.torch.mapping import contiguous, slots_of
-from lavit_jax.weights.torch.formats import Fit, Found
+from lavit_jax.weights.torch.formats import MappedModule, SourceModule
 
 VERSION = 1  # of the tables: counts their changes
 
 
-class Item(NamedTuple):
+class ConversionItem(NamedTuple):
   """A line of the plan: what becomes of one part. `place`: where the PyTorch folder has it; dtype, bytes: of the result."""
 
   part: str
@@ -49,7 +49,7 @@ class Item(NamedTuple):
   bytes: int
 
 
-class Job(NamedTuple):
+class Conversion(NamedTuple):
   """A conversion that has been looked at: `items` says what `run(tell)` will do; it calls tell(bytes) as it moves and checks them.
 
   `notes` says what of the source is not taken; `run` adds what it lets through.
@@ -58,13 +58,13 @@ class Job(NamedTuple):
   direction: str
   kind: str
   variant: str
-  items: list[Item]
+  items: list[ConversionItem]
   run: Callable[[Callable[[int], None]], None]
   notes: list[str] = []
 
 
-def prepare(src, dst, *, variant: str | None = None, dtype: str | None = None, allow_missing: str = '', force: bool = False,
-            pickles: bool = False, grow: bool = True, weights_variant: str | None = None, allow_nonfinite: bool = False) -> Job:
+def plan_conversion(src, dst, *, variant: str | None = None, dtype: str | None = None, allow_missing: str = '', force: bool = False,
+            pickles: bool = False, grow: bool = True, weights_variant: str | None = None, allow_nonfinite: bool = False) -> Conversion:
   """Looks at a folder and says how it would be converted; nothing is written.
 
   Args:
@@ -100,27 +100,27 @@ def prepare(src, dst, *, variant: str | None = None, dtype: str | None = None, a
 # ------------------------------------------------------------------------------------------------------------ torch -> orbax
 
 def _to_orbax(src: pathlib.Path, dst: pathlib.Path, variant: str | None, dtype: str | None, allow_missing: str, grow: bool,
-              weights_variant: str | None, allow_nonfinite: bool) -> Job:
-  kind, found = formats.recognise(src, edition_of=weights_variant)
+              weights_variant: str | None, allow_nonfinite: bool) -> Conversion:
+  kind, found = formats.detect(src, edition_of=weights_variant)
   variant = variant or formats.find_variant(found)
   model = lavit.build(variant)
   settings = configs.read_settings(src, {each.place.part: each.place.folder for each in found}, [each.place.part for each in found], variant)
-  fits = formats.fit(model, found, allow_missing, mixed=dtype is not None)
+  fits = formats.map_modules(model, found, allow_missing, mixed=dtype is not None)
   rows = {part: model.vocabulary.size for part in fits if part == 'llama' and grow}
-  structs = {part: {path: vocabulary_growth.grown(path, folder.cast(x, dtype), rows.get(part)) for path, x in fit.plan.leaves.items()} for part, fit in fits.items()}
+  structs = {part: {path: vocabulary_growth.grown_struct(path, folder.cast(x, dtype), rows.get(part)) for path, x in fit.plan.leaves.items()} for part, fit in fits.items()}
   items = [_item(each, len(fits[each.place.part].plan.slots), structs[each.place.part]) for each in found]
   notes = leftovers.notes(src, kind, found, model.vocabulary.text_size)
 
   def run(tell):
-    ledger = finite.Ledger()
+    ledger = finite.FiniteLedger()
     sources = sorted({tensor.file for each in found for tensor in each.merged.values()})
-    with folder.building(dst, variant, settings=settings) as made, torch_files.Digests() as digests:
+    with folder.open_writer(dst, variant, settings=settings) as made, torch_files.Digests() as digests:
       for part, fit in fits.items():
         with made.part(part, structs[part], fit.plan.stacked) as writer:
           _fill(writer, part, fit, structs[part], digests, ledger, tell)
           ledger.check(dtype, allow_nonfinite)
       _keep_the_rest(src, found, fits, made.path)
-      trained = formats.read_json(src / formats.ABOUT).get('source', {}).get('metadata', {})  # of a folder that came from one of ours
+      trained = formats.read_json(src / formats.EXPORT_INFO).get('source', {}).get('metadata', {})  # of a folder that came from one of ours
       made.config['metadata'] = trained | dict(
           source=dict(kind=kind, files={_within(src, file): f'sha256:{digests.of(file)}' for file in sources}),
           tables=dict(version=VERSION, chosen={part: fit.table for part, fit in fits.items() if fit.table}),
@@ -131,10 +131,10 @@ def _to_orbax(src: pathlib.Path, dst: pathlib.Path, variant: str | None, dtype: 
       _check_leaves(made, tell)
     notes.extend(ledger.notes())
 
-  return Job('torch -> orbax', kind, variant, items, run, notes)
+  return Conversion('torch -> orbax', kind, variant, items, run, notes)
 
 
-def _fill(writer: leaves.Writer, part: str, fit: Fit, structs: Mapping, digests: torch_files.Digests, ledger: finite.Ledger, tell) -> None:
+def _fill(writer: leaves.Writer, part: str, fit: MappedModule, structs: Mapping, digests: torch_files.Digests, ledger: finite.FiniteLedger, tell) -> None:
   """Writes a part, tensor by tensor in the order of the files."""
   def read(name, slot, tensor):
     return name, slot, tensor, np.asarray(tensor)
@@ -145,18 +145,18 @@ def _fill(writer: leaves.Writer, part: str, fit: Fit, structs: Mapping, digests:
     turned = contiguous(slot.row_of(converted))
     if counted is not None:
       counted.result()
-    return name, counts, slot, vocabulary_growth.grow(turned, struct.shape) if slot.layer is None else turned
+    return name, counts, slot, vocabulary_growth.grow_rows(turned, struct.shape) if slot.layer is None else turned
 
   slots = fit.plan.slots
-  reads = leaves.ahead(functools.partial(read, name, slots[name], tensor) for name, tensor in fit.state.items() if name in slots)
-  turns = leaves.ahead(functools.partial(turn, name, slot, array, digests.add(tensor, array)) for name, slot, tensor, array in reads)
+  reads = leaves.prefetch(functools.partial(read, name, slots[name], tensor) for name, tensor in fit.state.items() if name in slots)
+  turns = leaves.prefetch(functools.partial(turn, name, slot, array, digests.add(tensor, array)) for name, slot, tensor, array in reads)
   for name, counts, slot, array in turns:
     ledger.add(f'{part}: {name}', counts)
     writer.write(slot.leaf, slot.layer, array)
     tell(array.nbytes)
 
 
-def _keep_the_rest(src: pathlib.Path, found: list[Found], fits: Mapping[str, Fit], scratch: pathlib.Path) -> None:
+def _keep_the_rest(src: pathlib.Path, found: list[SourceModule], fits: Mapping[str, MappedModule], scratch: pathlib.Path) -> None:
   """Into `torch/`: tensors that no leaf takes, and the files that hold no weights of ours; its words also into `tokenizer/`."""
   if not src.is_dir():
     return
@@ -174,16 +174,16 @@ def _keep_the_rest(src: pathlib.Path, found: list[Found], fits: Mapping[str, Fit
           writer.write(name, np.asarray(tensor))
   ours = leftovers.taken_files(found) | set(leftovers.other_editions(src, found))
   for file in sorted(src.rglob('*')):
-    if not file.is_file() or file == src / formats.ABOUT or file in ours:
+    if not file.is_file() or file == src / formats.EXPORT_INFO or file in ours:
       continue
     target = scratch / 'torch' / file.relative_to(src)
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(file, target)
   for where in (src, src / 'language_model'):
-    folder.copy_words(where, scratch / 'tokenizer')
+    folder.copy_tokenizer_files(where, scratch / 'tokenizer')
 
 
-def _check_leaves(made: folder.Building, tell) -> None:
+def _check_leaves(made: folder.FolderWriter, tell) -> None:
   """Reads all of it back."""
   for part, sums in made.sums.items():
     left = dict(sums)
@@ -196,7 +196,7 @@ def _check_leaves(made: folder.Building, tell) -> None:
 
 # ------------------------------------------------------------------------------------------------------------ orbax -> torch
 
-def _to_torch(src: pathlib.Path, dst: pathlib.Path, dtype: str | None, pickles: bool, allow_nonfinite: bool) -> Job:
+def _to_torch(src: pathlib.Path, dst: pathlib.Path, dtype: str | None, pickles: bool, allow_nonfinite: bool) -> Conversion:
   config = folder.read_config(src)
   settings = folder.read_settings(src)
   metadata, model = config['metadata'], lavit.build(config['variant'], settings=settings)
@@ -204,13 +204,13 @@ def _to_torch(src: pathlib.Path, dst: pathlib.Path, dtype: str | None, pickles: 
   _check_descriptions(src, config, kind, settings)
   chosen = metadata.get('tables', {}).get('chosen', {})
   files, jobs, items = {}, [], []  # files: (folder, stem) -> name -> shape and dtype
-  places = formats.places(kind)
+  places = formats.locations(kind)
   for part in (part for part in places if part in config['parts']):  # the tokenizer before the part that shares its file
     place = places[part]
-    with folder.reading(src / 'parts' / part):
+    with folder.reading_errors(src / 'parts' / part):
       arrays = leaves.open_leaves(src / 'parts' / part, folder.read_checksums(src, part), leaves.DIRECT)
     structs = {path: jax.ShapeDtypeStruct(x.shape, x.dtype.numpy_dtype) for path, x in arrays.items()}
-    slots, writes = slots_of(formats.tables(model, part)[chosen.get(part, 0)], structs), {}
+    slots, writes = slots_of(formats.name_rules(model, part)[chosen.get(part, 0)], structs), {}
     for name, slot in slots.items():
       file = place.folder, place.stems[0]
       if place.overlay and (metadata.get('overlay') is None or name in metadata['overlay']):
@@ -219,11 +219,11 @@ def _to_torch(src: pathlib.Path, dst: pathlib.Path, dtype: str | None, pickles: 
         continue  # the two parts share it
       if part == 'llama' and name == metadata.get('tied'):
         continue  # the source had one tensor for embedding and head
-      shape = slot.array({slot.leaf: formats.blank(structs[slot.leaf])}).shape
+      shape = slot.array({slot.leaf: formats.zeros_view(structs[slot.leaf])}).shape
       files.setdefault(file, {})[name] = folder.cast(jax.ShapeDtypeStruct(shape, structs[slot.leaf].dtype), dtype)
       writes[name] = file, slot
     jobs.append((part, arrays, writes))
-    items.append(_item(Found(place, {}, {}), len(writes), {name: files[file][name] for name, (file, _) in writes.items()}))
+    items.append(_item(SourceModule(place, {}, {}), len(writes), {name: files[file][name] for name, (file, _) in writes.items()}))
   if not jobs:
     raise UserError(f'{src} holds {", ".join(config["parts"])}: nothing that a {kind} folder has a place for')
   extras = {}
@@ -236,12 +236,12 @@ def _to_torch(src: pathlib.Path, dst: pathlib.Path, dtype: str | None, pickles: 
   notes = []
 
   def run(tell):
-    ledger = finite.Ledger()
-    with folder.replacing(dst, formats.ABOUT) as scratch:
+    ledger = finite.FiniteLedger()
+    with folder.replace_folder(dst, formats.EXPORT_INFO) as scratch:
       with contextlib.ExitStack() as stack:
         writers = {file: stack.enter_context(torch_files.Writer(scratch / file[0], file[1], specs)) for file, specs in files.items()}
         for part, arrays, writes in jobs:
-          with folder.reading(src / 'parts' / part):
+          with folder.reading_errors(src / 'parts' / part):
             _pour(arrays, writes, writers, folder.read_checksums(src, part), dtype, ledger, tell)
           ledger.check(dtype, allow_nonfinite)
         for file, tensors in extras.items():
@@ -254,22 +254,22 @@ def _to_torch(src: pathlib.Path, dst: pathlib.Path, dtype: str | None, pickles: 
       _describe(src, scratch, kind, model, config, files, dtype)
     notes.extend(ledger.notes())
 
-  return Job('orbax -> torch', kind, config['variant'], items, run, notes)
+  return Conversion('orbax -> torch', kind, config['variant'], items, run, notes)
 
 
 def _check_descriptions(src: pathlib.Path, config: dict, kind: str, settings: Mapping) -> None:
   """Raises UserError where the descriptions in `torch/`, which the result will have, are not of the checkpoint's settings."""
-  variant, places = config['variant'], formats.places(kind)
+  variant, places = config['variant'], formats.locations(kind)
   described = configs.described(src / 'torch', {part: place.folder for part, place in places.items()}, config['parts'])
   told = configs.read_settings(src / 'torch', {part: place.folder for part, place in places.items()}, config['parts'], variant)
   for name, field in checkpoint_settings.differences(told, settings):
     if name in described:
-      row = lavit.row(variant)
+      row = lavit.variant_config(variant)
       raise UserError(f'{described[name]} says {checkpoint_settings.told(told, name, field, row)}, but the settings in {src / "config.json"} say '
                       f'{checkpoint_settings.told(settings, name, field, row)} of {name}; correct one of the two')
 
 
-def _pour(arrays: Mapping, writes: Mapping, writers: Mapping, sums: Mapping, dtype: str | None, ledger: finite.Ledger, tell) -> None:
+def _pour(arrays: Mapping, writes: Mapping, writers: Mapping, sums: Mapping, dtype: str | None, ledger: finite.FiniteLedger, tell) -> None:
   """Leaf by leaf, layer by layer, into the files."""
   left = {slot.leaf: sums[slot.leaf] for _, slot in writes.values()}
 
@@ -280,7 +280,7 @@ def _pour(arrays: Mapping, writes: Mapping, writers: Mapping, sums: Mapping, dty
     return name, file, slot.leaf, total, counts, contiguous(slot.tensor_of(converted))
 
   tasks = (functools.partial(read, name, file, slot) for name, (file, slot) in sorted(writes.items(), key=lambda item: item[1][1].leaf))
-  for name, file, path, total, counts, array in leaves.ahead(tasks):
+  for name, file, path, total, counts, array in leaves.prefetch(tasks):
     ledger.add(f'{file[1]}: {name}', counts)
     left[path] ^= total
     writers[file].write(name, array)
@@ -296,22 +296,22 @@ def _check_tensors(writer: torch_files.Writer, tell) -> None:
     return file, name, xxhash.xxh3_64_intdigest(array.reshape(-1).view(np.uint8)), array.nbytes
 
   tasks = (functools.partial(read, file, name, tensor) for file in writer.files for name, tensor in torch_files.load(file).items())
-  for file, name, total, size in leaves.ahead(tasks):
+  for file, name, total, size in leaves.prefetch(tasks):
     if total != writer.sums[name]:
       raise UserError(f'{name} of {file.name} is not on the disk as it was written; the disk is at fault, convert again to another one')
     tell(size)
 
 
-def _describe(src: pathlib.Path, scratch: pathlib.Path, kind: str, model: lavit.Lavit, config: dict, files: Mapping, dtype: str | None) -> None:
+def _describe(src: pathlib.Path, scratch: pathlib.Path, kind: str, model: lavit.LavitModules, config: dict, files: Mapping, dtype: str | None) -> None:
   """The files beside the weights: those that came along, the descriptions that are missing, and where all this is from."""
   if (src / 'torch').is_dir():
     shutil.copytree(src / 'torch', scratch, dirs_exist_ok=True, ignore=shutil.ignore_patterns('*.extras.safetensors'))
-  places = formats.places(kind)
+  places = formats.locations(kind)
   language = scratch / places['llama'].folder if 'llama' in places and 'llama' in config['parts'] else None
   rows = 0
   if language is not None:
     rows = files[places['llama'].folder, places['llama'].stems[0]]['model.embed_tokens.weight'].shape[0]
-    folder.copy_words(src / 'tokenizer', language)
+    folder.copy_tokenizer_files(src / 'tokenizer', language)
   if 'source' not in config['metadata']:  # trained here
     for path, content in formats.descriptions(model, config['parts'], rows).items():
       if not (scratch / path).exists():
@@ -326,14 +326,14 @@ def _describe(src: pathlib.Path, scratch: pathlib.Path, kind: str, model: lavit.
     (language / 'config.json').write_text(json.dumps(about, indent=2) + '\n')
   about = dict(variant=config['variant'], tables=VERSION, dtype=dtype, source=dict(
       kind='lavit_jax', files={'checksums.json': f'sha256:{torch_files.sha256(src / "checksums.json")}'}, metadata=config['metadata']))
-  (scratch / formats.ABOUT).write_text(json.dumps(about, indent=1) + '\n')
+  (scratch / formats.EXPORT_INFO).write_text(json.dumps(about, indent=1) + '\n')
 
 
 # ------------------------------------------------------------------------------------------------------------------- details
 
-def _item(found: Found, tensors: int, structs: Mapping) -> Item:
+def _item(found: SourceModule, tensors: int, structs: Mapping) -> ConversionItem:
   dtypes = sorted({str(np.dtype(x.dtype)) for x in structs.values()})
-  return Item(found.place.part, str(pathlib.PurePosixPath(found.place.folder, found.place.stems[0])), tensors,
+  return ConversionItem(found.place.part, str(pathlib.PurePosixPath(found.place.folder, found.place.stems[0])), tensors,
               sum(int(np.prod(x.shape)) for x in structs.values()), ', '.join(dtypes), sum(torch_files.nbytes(x) for x in structs.values()))
 
 

@@ -70,13 +70,13 @@ def cast(array: np.ndarray, dtype) -> tuple[np.ndarray, Counts]:
 def convert(name: str, array: np.ndarray, dtype, allow_nonfinite: bool = False) -> np.ndarray:
   """`array` in another type; UserError, which names it, if a number does not survive (`Ledger.check`)."""
   after, counts = cast(array, dtype)
-  ledger = Ledger()
+  ledger = FiniteLedger()
   ledger.add(name, counts)
   ledger.check(np.dtype(dtype).name, allow_nonfinite)
   return after
 
 
-class Ledger:
+class FiniteLedger:
   """What the conversion of many tensors lost.
 
   Attributes:

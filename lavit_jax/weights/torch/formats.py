@@ -20,20 +20,20 @@ import numpy as np
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit, vit
-from lavit_jax.models.initialization import initial_parts
+from lavit_jax.models.initialization import init_params
 from lavit_jax.models.noise_schedule import Scheduler
 from lavit_jax.models.unet import UNet
 from lavit_jax.models.vae import AutoencoderKL
 from lavit_jax.weights.torch import state_dict_names as names, files as torch_files, weight_files
-from lavit_jax.weights.torch.mapping import Plan, PortingError, Row, plan, torch_shapes
-from lavit_jax.weights.torch.names_llama import llama_rows
-from lavit_jax.weights.torch.names_diffusion import unet_rows, unet_shapes, vae_rows, vae_shapes
+from lavit_jax.weights.torch.mapping import MappingPlan, PortingError, NameRule, make_plan, torch_shapes
+from lavit_jax.weights.torch.names_llama import llama_rules
+from lavit_jax.weights.torch.names_diffusion import unet_rules, unet_shapes, vae_rules, vae_shapes
 from lavit_jax.weights.torch.names_visual import (
-  decoder_rows,
-  safety_rows,
-  tokenizer_rows,
-  understanding_rows,
-  vit_rows,
+  decoder_rules,
+  safety_rules,
+  tokenizer_rules,
+  understanding_rules,
+  vit_rules,
 )
 
 DIFFUSERS = ('diffusion_pytorch_model',)
@@ -41,30 +41,30 @@ TRANSFORMERS = ('model', 'pytorch_model')
 VOCABULARY = ('model.embed_tokens.weight', 'lm_head.weight')  # the two that may have fewer rows
 SAID = (  # the keys that a scheduler_config.json of ours always has
     'beta_schedule', 'beta_start', 'beta_end', 'num_train_timesteps', 'clip_sample', 'set_alpha_to_one', 'steps_offset', 'prediction_type')
-ABOUT = 'lavit_jax.json'  # in a folder that we wrote: where it is from
-TABLES: dict[str, Callable[[lavit.Lavit], list[list[Row]]]] = {  # by part: the names that its files may use, the usual ones first
-    'vit': lambda model: [vit_rows()],
-    'tokenizer': lambda model: [tokenizer_rows()],
-    'understanding': lambda model: [understanding_rows()],
-    'decoder': lambda model: [decoder_rows(1)],
-    'highres_decoder': lambda model: [decoder_rows(2)],
-    'llama': lambda model: [llama_rows()],
-    'unet': lambda model: [unet_rows(model.unet)],
-    'highres_unet': lambda model: [unet_rows(model.highres_unet)],
-    'vae': lambda model: [vae_rows(model.vae), vae_rows(model.vae, old_attention=True)],
-    'highres_vae': lambda model: [vae_rows(model.highres_vae), vae_rows(model.highres_vae, old_attention=True)],
-    'safety_checker': lambda model: [safety_rows(), safety_rows(nested=False)],
-    'uncond_embeddings': lambda model: [[Row('uncond_embeddings', 'value', 'unbatch')], [Row('uncond_embeddings', 'value')]],
+EXPORT_INFO = 'lavit_jax.json'  # in a folder that we wrote: where it is from
+TABLES: dict[str, Callable[[lavit.LavitModules], list[list[NameRule]]]] = {  # by part: the names that its files may use, the usual ones first
+    'vit': lambda model: [vit_rules()],
+    'tokenizer': lambda model: [tokenizer_rules()],
+    'understanding': lambda model: [understanding_rules()],
+    'decoder': lambda model: [decoder_rules(1)],
+    'highres_decoder': lambda model: [decoder_rules(2)],
+    'llama': lambda model: [llama_rules()],
+    'unet': lambda model: [unet_rules(model.unet)],
+    'highres_unet': lambda model: [unet_rules(model.highres_unet)],
+    'vae': lambda model: [vae_rules(model.vae), vae_rules(model.vae, old_attention=True)],
+    'highres_vae': lambda model: [vae_rules(model.highres_vae), vae_rules(model.highres_vae, old_attention=True)],
+    'safety_checker': lambda model: [safety_rules(), safety_rules(nested=False)],
+    'uncond_embeddings': lambda model: [[NameRule('uncond_embeddings', 'value', 'unbatch')], [NameRule('uncond_embeddings', 'value')]],
 }
 
 
 @functools.cache
-def tables(model: lavit.Lavit, part: str) -> list[list[Row]]:
+def name_rules(model: lavit.LavitModules, part: str) -> list[list[NameRule]]:
   """The tables of one part."""
   return TABLES[part](model)
 
 
-class Place(NamedTuple):
+class ModuleLocation(NamedTuple):
   """Where a part lies: files that begin with one of `stems` (the first is the one we write), in a folder. An `overlay` replaces some of it."""
 
   part: str
@@ -74,25 +74,25 @@ class Place(NamedTuple):
 
 
 PUBLISHED = (
-    Place('vit', 'visual_tokenizer', ('eva_vitg_psz14',)),
-    Place('tokenizer', 'visual_tokenizer', ('tokenizer_encoder',)),
-    Place('understanding', 'visual_tokenizer', ('tokenizer_encoder',), overlay=('language_model', 'visual_weight')),
-    Place('decoder', 'visual_tokenizer', ('tokenizer_decoder',)),
-    Place('highres_decoder', 'visual_tokenizer', ('highres_tokenizer_decoder',)),
-    Place('llama', 'language_model', TRANSFORMERS),
-    Place('unet', 'pixel_decoding/unet', DIFFUSERS),
-    Place('vae', 'pixel_decoding/vae', DIFFUSERS),
-    Place('safety_checker', 'pixel_decoding/safety_checker', TRANSFORMERS),
-    Place('uncond_embeddings', 'pixel_decoding', ('uncond_embeddings',)),
-    Place('highres_unet', 'highres_pixel_decoding/unet', DIFFUSERS),
-    Place('highres_vae', 'highres_pixel_decoding/vae', DIFFUSERS),
+    ModuleLocation('vit', 'visual_tokenizer', ('eva_vitg_psz14',)),
+    ModuleLocation('tokenizer', 'visual_tokenizer', ('tokenizer_encoder',)),
+    ModuleLocation('understanding', 'visual_tokenizer', ('tokenizer_encoder',), overlay=('language_model', 'visual_weight')),
+    ModuleLocation('decoder', 'visual_tokenizer', ('tokenizer_decoder',)),
+    ModuleLocation('highres_decoder', 'visual_tokenizer', ('highres_tokenizer_decoder',)),
+    ModuleLocation('llama', 'language_model', TRANSFORMERS),
+    ModuleLocation('unet', 'pixel_decoding/unet', DIFFUSERS),
+    ModuleLocation('vae', 'pixel_decoding/vae', DIFFUSERS),
+    ModuleLocation('safety_checker', 'pixel_decoding/safety_checker', TRANSFORMERS),
+    ModuleLocation('uncond_embeddings', 'pixel_decoding', ('uncond_embeddings',)),
+    ModuleLocation('highres_unet', 'highres_pixel_decoding/unet', DIFFUSERS),
+    ModuleLocation('highres_vae', 'highres_pixel_decoding/vae', DIFFUSERS),
 )
 
 
-class Found(NamedTuple):
+class SourceModule(NamedTuple):
   """A part in a folder: its tensors under the names of the tables, and those that an overlay puts over them."""
 
-  place: Place
+  place: ModuleLocation
   state: dict[str, torch_files.Tensor]
   overlay: dict[str, torch_files.Tensor]
   edition: weight_files.Edition | None = None  # the files of `state`, where there was a choice
@@ -104,7 +104,7 @@ class Found(NamedTuple):
     return self.state | self.overlay
 
 
-def kind_of(src: pathlib.Path) -> str | None:
+def detect_kind(src: pathlib.Path) -> str | None:
   """What kind of folder this is, by the names in it; None if none that is known."""
   if any((src / place.folder).is_dir() for place in PUBLISHED):
     return 'LaVIT'
@@ -113,7 +113,7 @@ def kind_of(src: pathlib.Path) -> str | None:
   return 'LLaMA' if read_json(src / 'config.json').get('model_type') == 'llama' else None
 
 
-def recognise(src: pathlib.Path, only: str | None = None, edition_of: str | None = None) -> tuple[str, list[Found]]:
+def detect(src: pathlib.Path, only: str | None = None, edition_of: str | None = None) -> tuple[str, list[SourceModule]]:
   """What kind of folder (or file) this is, and the parts that it holds.
 
   Args:
@@ -124,15 +124,15 @@ def recognise(src: pathlib.Path, only: str | None = None, edition_of: str | None
     UserError: none that is known, a damaged one, or one that lists a part whose weights are not there.
   """
   if src.is_file():
-    return 'EVA-CLIP image encoder', [found_in(Place('vit', '', (src.stem,)), torch_files.load(src), src)]
+    return 'EVA-CLIP image encoder', [found_in(ModuleLocation('vit', '', (src.stem,)), torch_files.load(src), src)]
   if not src.is_dir():
     raise UserError(f'{src} does not exist')
-  kind, found = kind_of(src), []
+  kind, found = detect_kind(src), []
   if kind is None:
     names.refuse_foreign_folder(src)
     raise UserError(f'{src} is no folder that is known: no visual_tokenizer/, language_model/, pixel_decoding/, unet/ or vae/ in it, and no config.json of a '
                     'LLaMA or of lavit_jax')
-  for place in places(kind).values():
+  for place in locations(kind).values():
     if only not in (None, place.part):
       continue
     folder = src / place.folder
@@ -156,15 +156,15 @@ def recognise(src: pathlib.Path, only: str | None = None, edition_of: str | None
   return kind, found
 
 
-def found_in(place: Place, state: dict, file: pathlib.Path, overlay: dict | None = None, edition=None) -> Found:
+def found_in(place: ModuleLocation, state: dict, file: pathlib.Path, overlay: dict | None = None, edition=None) -> SourceModule:
   """A part whose tensors have the names of the tables."""
-  named = names.normalise(place.part, state, str(file))
-  over = names.normalise(place.part, overlay or {}, str(file)).state
+  named = names.normalize(place.part, state, str(file))
+  over = names.normalize(place.part, overlay or {}, str(file)).state
   plain, tied = named.state, None
   if place.part == 'llama':
-    plain = names.tie(named.state, read_json(file / 'config.json'))
+    plain = names.tie_head(named.state, read_json(file / 'config.json'))
     tied = next((name for name in plain if name not in named.state), None)
-  return Found(place, plain, over, edition, named.others, tied)
+  return SourceModule(place, plain, over, edition, named.others, tied)
 
 
 def check_left(folder: pathlib.Path, part: str) -> None:
@@ -175,9 +175,9 @@ def check_left(folder: pathlib.Path, part: str) -> None:
                     f'(.safetensors or .bin); download those, or move the folder away to convert the rest without {part}')
 
 
-def check_listed(src: pathlib.Path, kind: str, found: list[Place]) -> None:
+def check_listed(src: pathlib.Path, kind: str, found: list[ModuleLocation]) -> None:
   """Raises UserError if the `model_index.json` of a diffusers folder lists a part of ours that was not found."""
-  for place in places(kind).values():
+  for place in locations(kind).values():
     folder = src / place.folder
     file = folder.parent / 'model_index.json'
     listed = read_json(file).get(folder.name)
@@ -186,32 +186,32 @@ def check_listed(src: pathlib.Path, kind: str, found: list[Place]) -> None:
                       f'{folder.name} in that file to convert the rest without it')
 
 
-def places(kind: str) -> dict[str, Place]:
+def locations(kind: str) -> dict[str, ModuleLocation]:
   """By part: where a folder of this kind has it."""
   if kind == 'LLaMA':
-    return {'llama': Place('llama', '', TRANSFORMERS)}
+    return {'llama': ModuleLocation('llama', '', TRANSFORMERS)}
   if kind in ('Stable Diffusion', 'SDXL'):
     prefix = 'highres_' if kind == 'SDXL' else ''
-    pixels = [Place(prefix + name, name, DIFFUSERS) for name in ('unet', 'vae')]
-    return {place.part: place for place in (*pixels, *[Place('safety_checker', 'safety_checker', TRANSFORMERS)] * (not prefix))}
+    pixels = [ModuleLocation(prefix + name, name, DIFFUSERS) for name in ('unet', 'vae')]
+    return {place.part: place for place in (*pixels, *[ModuleLocation('safety_checker', 'safety_checker', TRANSFORMERS)] * (not prefix))}
   return {place.part: place for place in PUBLISHED}
 
 
-def blank(struct) -> np.ndarray:
+def zeros_view(struct) -> np.ndarray:
   """An array of zeros that takes no memory."""
   return np.broadcast_to(np.zeros((), struct.dtype), struct.shape)
 
 
-def shapes(model: lavit.Lavit, parts) -> dict:
+def shapes(model: lavit.LavitModules, parts) -> dict:
   """part -> tree of ShapeDtypeStructs, of those parts that the model has."""
   return {part: _shape(model, part) for part in parts if part == 'uncond_embeddings' or getattr(model, part) is not None}
 
 
 @functools.cache
-def _shape(model: lavit.Lavit, part: str):
+def _shape(model: lavit.LavitModules, part: str):
   if isinstance(module := getattr(model, part, None), UNet | AutoencoderKL):  # their tables have been made of these
     return unet_shapes(module) if isinstance(module, UNet) else vae_shapes(module)
-  return jax.eval_shape(lambda: initial_parts(model, jax.random.key(0), (part,)))[part]
+  return jax.eval_shape(lambda: init_params(model, jax.random.key(0), (part,)))[part]
 
 
 def like_of(tree):
@@ -219,21 +219,21 @@ def like_of(tree):
   return tree if isinstance(tree, Mapping) else {'value': tree}
 
 
-def table_of(model: lavit.Lavit, part: str, names) -> int:
+def choose_rules(model: lavit.LavitModules, part: str, names) -> int:
   """Which of the part's tables a file uses: the one that knows most of its names."""
-  known = [{row.name for row in rows} for rows in tables(model, part)]
+  known = [{row.name for row in rows} for rows in name_rules(model, part)]
   return max(range(len(known)), key=lambda n: len(known[n] & names.keys()))
 
 
-class Fit(NamedTuple):
+class MappedModule(NamedTuple):
   """A part that fits: how its tensors become leaves, the tensors, and which of the part's tables says so."""
 
-  plan: Plan
+  plan: MappingPlan
   state: dict[str, torch_files.Tensor]
   table: int
 
 
-def fit(model: lavit.Lavit, found: list[Found], allow_missing: str = '', mixed: bool = False) -> dict[str, Fit]:
+def map_modules(model: lavit.LavitModules, found: list[SourceModule], allow_missing: str = '', mixed: bool = False) -> dict[str, MappedModule]:
   """Matches every part with the model.
 
   A language model may have the text's rows only: it then stays as it is, and a training gives it the others.
@@ -259,9 +259,9 @@ def fit(model: lavit.Lavit, found: list[Found], allow_missing: str = '', mixed: 
                       f'the visual tokens are added) and {model.vocabulary.size} (with them). Rows that a <pad> token added go by '
                       f"transformers' resize_token_embeddings({model.vocabulary.text_size}) before save_pretrained")
       continue
-    table = table_of(model, part, state)
+    table = choose_rules(model, part, state)
     try:
-      fits[part] = Fit(plan(tables(model, part)[table], state, like, allow_missing, mixed), state, table)
+      fits[part] = MappedModule(make_plan(name_rules(model, part)[table], state, like, allow_missing, mixed), state, table)
     except PortingError as error:
       problems += [f'{part}: {problem}' for problem in error.problems]
   if problems:
@@ -275,15 +275,15 @@ def text_only(like: Mapping, rows: int) -> dict:
   return dict(embedding=jax.ShapeDtypeStruct((rows, width), dtype), head=jax.ShapeDtypeStruct((width, rows), dtype))
 
 
-def find_variant(found: list[Found]) -> str:
-  """The variant whose shapes most of the parts have; the larger one if several do. `fit` says what is wrong with it, if anything is."""
+def find_variant(found: list[SourceModule]) -> str:
+  """The variant whose shapes most of the parts have; the larger one if several do. `map_modules` says what is wrong with it, if anything is."""
 
   def alike(model, each):
     part, state = each.place.part, each.merged
     wanted = shapes(model, [part])
     if not wanted:
       return False
-    expected = torch_shapes(tables(model, part)[table_of(model, part, state)], like_of(wanted[part]))
+    expected = torch_shapes(name_rules(model, part)[choose_rules(model, part, state)], like_of(wanted[part]))
     return all(state[name].shape == shape for name, shape in expected.items() if name in state and name not in VOCABULARY)
 
   def fitting(variant):
@@ -304,7 +304,7 @@ def read_json(file: pathlib.Path) -> dict:
 
 # ------------------------------------------------------------------------------- the descriptions that other libraries want
 
-def llama_config(model: lavit.Lavit, rows: int) -> dict:
+def llama_config(model: lavit.LavitModules, rows: int) -> dict:
   """transformers' LlamaConfig."""
   llama = model.llama
   scaling = {} if llama.rope_scaling is None else dict(rope_scaling=dict(llama.rope_scaling))
@@ -377,14 +377,14 @@ def scheduler_config(scheduler: Scheduler) -> dict:
   return dict(_class_name='DDIMScheduler', **options)
 
 
-def description(model: lavit.Lavit, part: str, rows: int | None = None) -> dict | None:
+def description(model: lavit.LavitModules, part: str, rows: int | None = None) -> dict | None:
   """The `config.json` by which transformers or diffusers know a part; None if neither has it. `rows`: of the vocabulary, if not the whole."""
   makers = dict(llama=lambda _: llama_config(model, rows or model.vocabulary.size), unet=unet_config, vae=vae_config,
                 highres_unet=unet_config, highres_vae=vae_config, safety_checker=safety_config)
   return makers[part](getattr(model, part)) if part in makers else None
 
 
-def descriptions(model: lavit.Lavit, parts, rows: int) -> dict[str, dict]:
+def descriptions(model: lavit.LavitModules, parts, rows: int) -> dict[str, dict]:
   """path -> content of the JSON files that a published folder has for these parts."""
   places = {place.part: place.folder for place in PUBLISHED if place.part in parts}
   files = {f'{folder}/config.json': about for part, folder in places.items() if (about := description(model, part, rows))}

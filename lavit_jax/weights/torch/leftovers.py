@@ -12,11 +12,11 @@ from lavit_jax.weights.torch import formats, weight_files
 LISTED = 6  # names in a line
 
 
-def notes(src: pathlib.Path, kind: str, found: list[formats.Found], text_size: int) -> list[str]:
+def notes(src: pathlib.Path, kind: str, found: list[formats.SourceModule], text_size: int) -> list[str]:
   """Lines that say what of a PyTorch folder is not converted, and which of several editions is taken.
 
   Args:
-    src, kind, found: the source, as `formats.recognise` sees it.
+    src, kind, found: the source, as `formats.detect` sees it.
     text_size: words of the variant's vocabulary.
   """
   lines = []
@@ -29,12 +29,12 @@ def notes(src: pathlib.Path, kind: str, found: list[formats.Found], text_size: i
   return lines + (_of_folder(src, kind, found, text_size) if src.is_dir() else [])
 
 
-def taken_files(found: list[formats.Found]) -> set[pathlib.Path]:
+def taken_files(found: list[formats.SourceModule]) -> set[pathlib.Path]:
   """The weight files that a conversion reads."""
   return {tensor.file for each in found for tensor in each.merged.values()}
 
 
-def other_editions(src: pathlib.Path, found: list[formats.Found]) -> list[pathlib.Path]:
+def other_editions(src: pathlib.Path, found: list[formats.SourceModule]) -> list[pathlib.Path]:
   """Files with other editions of the weights that are taken, and the lists of the shards of these and of those."""
   places = {(src / each.place.folder, stem) for each in found for stem in each.place.stems}
   places |= {(src / each.place.overlay[0], each.place.overlay[1]) for each in found if each.place.overlay}
@@ -42,7 +42,7 @@ def other_editions(src: pathlib.Path, found: list[formats.Found]) -> list[pathli
   return sorted(set(known) - taken_files(found))
 
 
-def _of_folder(src: pathlib.Path, kind: str, found: list[formats.Found], text_size: int) -> list[str]:
+def _of_folder(src: pathlib.Path, kind: str, found: list[formats.SourceModule], text_size: int) -> list[str]:
   lines, aside = [], other_editions(src, found)
   for each in found:
     folder = src / each.place.folder
@@ -56,7 +56,7 @@ def _of_folder(src: pathlib.Path, kind: str, found: list[formats.Found], text_si
   if weights:
     lines.append(f'not converted, but copied as they are into torch/: {len(weights)} files with weights of other models: {_listed(weights)}')
   parts = {each.place.part for each in found}
-  for part, place in formats.places(kind).items():
+  for part, place in formats.locations(kind).items():
     if part not in parts and place.folder and place.stems[0] in weight_files.STEMS and (src / place.folder).is_dir():
       lines.append(f'{part}: {place.folder}/ holds no weights, so the result has no {part}')
   return lines + _of_tokenizer(src, text_size)
@@ -73,7 +73,7 @@ def _of_tokenizer(src: pathlib.Path, text_size: int) -> list[str]:
   return []
 
 
-def _same_place(file: pathlib.Path, each: formats.Found) -> bool:
+def _same_place(file: pathlib.Path, each: formats.SourceModule) -> bool:
   return any(weight_files.parse(file.name, stem) for stem in each.place.stems)
 
 

@@ -53,7 +53,7 @@ def shortened(problems: list[str]) -> list[str]:
   return lines
 
 
-class Row(NamedTuple):
+class NameRule(NamedTuple):
   """One line of a table: a torch name is a leaf, seen through a transform.
 
   An `optional` row may be absent from the file, as a whole; its leaf is then absent from the tree. A row whose `leaf` is
@@ -101,7 +101,7 @@ class Slot(NamedTuple):
 
   leaf: str
   layer: int | None
-  row: Row
+  row: NameRule
 
   def array(self, leaves: Mapping) -> np.ndarray:
     """The torch array, made of the leaves; a view where that is possible."""
@@ -117,7 +117,7 @@ class Slot(NamedTuple):
     return TRANSFORMS[self.row.transform].to_flax(array)
 
 
-class Plan(NamedTuple):
+class MappingPlan(NamedTuple):
   """What becomes of a file: torch name -> slot, path -> shape and dtype of each leaf, and the leaves that are stacks."""
 
   slots: dict[str, Slot]
@@ -125,7 +125,7 @@ class Plan(NamedTuple):
   stacked: frozenset[str]
 
 
-def plan(rows: Iterable[Row], state: Mapping, like: Mapping, allow_missing: str = '', mixed: bool = False) -> Plan:
+def make_plan(rows: Iterable[NameRule], state: Mapping, like: Mapping, allow_missing: str = '', mixed: bool = False) -> MappingPlan:
   """Matches a file with a model, without touching any array.
 
   Args:
@@ -139,7 +139,7 @@ def plan(rows: Iterable[Row], state: Mapping, like: Mapping, allow_missing: str 
     PortingError: a name is unmapped (no row knows it), unexpected (the model has no such layer or leaf) or missing, a name or
       leaf is claimed twice, a shape is wrong, or a type (integers for numbers, or several types in one stack).
   """
-  rows, like = [Row(*row) for row in rows], flatten_dict(like, sep='/')
+  rows, like = [NameRule(*row) for row in rows], flatten_dict(like, sep='/')
   slots, problems = _slots(rows, like)
   try:
     allowed = re.compile(allow_missing) if allow_missing else None
@@ -166,24 +166,24 @@ def plan(rows: Iterable[Row], state: Mapping, like: Mapping, allow_missing: str 
   if not wanted:
     problems.append('the file fills no leaf at all')
   _check(problems)
-  return Plan(wanted, {leaf: jax.ShapeDtypeStruct(like[leaf].shape, dtype) for leaf, dtype in dtypes.items()},
+  return MappingPlan(wanted, {leaf: jax.ShapeDtypeStruct(like[leaf].shape, dtype) for leaf, dtype in dtypes.items()},
               frozenset(slot.leaf for slot in wanted.values() if slot.layer is not None))
 
 
-def from_torch(rows: Iterable[Row], state: Mapping, like: Mapping, place: Callable | None = None) -> dict:
+def from_torch(rows: Iterable[NameRule], state: Mapping, like: Mapping, place: Callable | None = None) -> dict:
   """Torch arrays -> parameter tree of numpy arrays, in the types of `like`.
 
   Args:
-    rows, state, like: as for `plan`; `np.asarray` reads the arrays of `state`, when their turn comes.
+    rows, state, like: as for `make_plan`; `np.asarray` reads the arrays of `state`, when their turn comes.
     place: (path, array) -> what to put in the tree; one leaf at a time is in memory.
 
   Returns:
     A tree like `like`, less the leaves of optional rows that the file lacks.
 
   Raises:
-    PortingError: as `plan`.
+    PortingError: as `make_plan`.
   """
-  slots, leaves, _ = plan(rows, state, like)
+  slots, leaves, _ = make_plan(rows, state, like)
   like, tree = flatten_dict(like, sep='/'), {}
   for leaf in leaves:
     array = np.empty(like[leaf].shape, like[leaf].dtype)
@@ -194,7 +194,7 @@ def from_torch(rows: Iterable[Row], state: Mapping, like: Mapping, place: Callab
   return unflatten_dict(tree, sep='/')
 
 
-def to_torch(rows: Iterable[Row], params: Mapping) -> dict[str, np.ndarray]:
+def to_torch(rows: Iterable[NameRule], params: Mapping) -> dict[str, np.ndarray]:
   """Parameter tree -> torch name -> contiguous array; the inverse of `from_torch`.
 
   Raises:
@@ -205,25 +205,25 @@ def to_torch(rows: Iterable[Row], params: Mapping) -> dict[str, np.ndarray]:
   return {name: contiguous(slot.array(leaves)) for name, slot in slots.items()}
 
 
-def slots_of(rows: Iterable[Row], leaves: Mapping) -> dict[str, Slot]:
+def slots_of(rows: Iterable[NameRule], leaves: Mapping) -> dict[str, Slot]:
   """torch name -> slot, for these leaves (path -> anything with a shape) and no others.
 
   Raises:
     PortingError: as `to_torch`.
   """
-  slots, problems = _slots([Row(*row) for row in rows], leaves)
+  slots, problems = _slots([NameRule(*row) for row in rows], leaves)
   _check(problems)
   return slots
 
 
-def torch_shapes(rows: Iterable[Row], like: Mapping) -> dict[str, tuple[int, ...]]:
+def torch_shapes(rows: Iterable[NameRule], like: Mapping) -> dict[str, tuple[int, ...]]:
   """The torch name and shape of everything in a tree of arrays or structs, without computing on any."""
   blank = {path: np.broadcast_to(np.float32(0), x.shape) for path, x in flatten_dict(like, sep='/').items()}
   slots = slots_of(rows, blank)
   return {name: slot.array(blank).shape for name, slot in slots.items()}
 
 
-def _slots(rows: list[Row], leaves: Mapping) -> tuple[dict[str, Slot], list[str]]:
+def _slots(rows: list[NameRule], leaves: Mapping) -> tuple[dict[str, Slot], list[str]]:
   """Expands the rows over the layers of the leaves: torch name -> slot, and what is wrong with the table."""
   slots, claimed, problems = {}, {}, []
   for row in rows:
@@ -246,7 +246,7 @@ def _slots(rows: list[Row], leaves: Mapping) -> tuple[dict[str, Slot], list[str]
   return slots, problems
 
 
-def _strangers(rows: list[Row], slots: Mapping, state: Mapping) -> list[str]:
+def _strangers(rows: list[NameRule], slots: Mapping, state: Mapping) -> list[str]:
   """Names in the file that nothing takes: of leaves or layers the model lacks (unexpected), or of no row (unmapped)."""
   table, elsewhere = _pattern(rows), _pattern([row for row in rows if row.leaf is None])
   problems, hints = [], 0
@@ -261,7 +261,7 @@ def _strangers(rows: list[Row], slots: Mapping, state: Mapping) -> list[str]:
   return problems
 
 
-def _pattern(rows: list[Row]) -> re.Pattern:
+def _pattern(rows: list[NameRule]) -> re.Pattern:
   """Matches every torch name that the rows know, of whatever layer."""
   return re.compile('|'.join(re.escape(row.name).replace(re.escape('{i}'), r'\d+') for row in rows))
 

@@ -13,7 +13,7 @@ from flax import traverse_util
 
 from lavit_jax.models.unet import UNet
 from lavit_jax.models.vae import AutoencoderKL
-from lavit_jax.weights.torch.mapping import Row
+from lavit_jax.weights.torch.mapping import NameRule
 
 NAMES = (
     (r'\b(down|up)_(\d+)_', r'\1_blocks/\2/'),
@@ -46,17 +46,17 @@ def vae_shapes(module: AutoencoderKL) -> dict:
   return jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, module.factor, module.factor, 3)))['params']
 
 
-def unet_rows(module: UNet) -> list[Row]:
+def unet_rules(module: UNet) -> list[NameRule]:
   """diffusers' UNet2DConditionModel of this config."""
   return _rows(unet_shapes(module), NAMES, () if module.use_linear_projection else ('proj_in', 'proj_out'))
 
 
-def vae_rows(module: AutoencoderKL, old_attention: bool = False) -> list[Row]:
+def vae_rules(module: AutoencoderKL, old_attention: bool = False) -> list[NameRule]:
   """diffusers' AutoencoderKL of this config; `old_attention` for files written before diffusers 0.12."""
   return _rows(vae_shapes(module), NAMES + OLD_ATTENTION * old_attention, ())
 
 
-def _rows(shapes: dict, names: tuple, convolved: tuple[str, ...]) -> list[Row]:
+def _rows(shapes: dict, names: tuple, convolved: tuple[str, ...]) -> list[NameRule]:
   """One row a leaf; the layers in `convolved` are Dense here and 1x1 convolutions in diffusers."""
   rows = []
   for path, leaf in traverse_util.flatten_dict(shapes).items():
@@ -69,5 +69,5 @@ def _rows(shapes: dict, names: tuple, convolved: tuple[str, ...]) -> list[Row]:
       transform = 'conv'
     else:
       transform = 'conv1x1_to_linear' if path[-2] in convolved else 'linear'
-    rows.append(Row(torch_name.replace('/', '.'), leaf_name, transform))
+    rows.append(NameRule(torch_name.replace('/', '.'), leaf_name, transform))
   return rows

@@ -3,25 +3,25 @@
 Rotary positions are in the half-split layout on both sides, so no head is permuted.
 """
 
-from lavit_jax.weights.torch.mapping import Row
+from lavit_jax.weights.torch.mapping import NameRule
 
 _LAYER = 'model.layers.{i}.'
 
 
-def llama_rows() -> list[Row]:
+def llama_rules() -> list[NameRule]:
   """`Llama` of any size. Old files also carry the rotary frequencies, which are computed here."""
   return [
-      Row('model.embed_tokens.weight', 'embedding'),
-      Row(_LAYER + 'input_layernorm.weight', 'layers/attention_norm/scale'),
-      Row(_LAYER + 'self_attn.q_proj.weight', 'layers/attention/query/kernel', 'linear'),
-      Row(_LAYER + 'self_attn.k_proj.weight', 'layers/attention/key/kernel', 'linear'),
-      Row(_LAYER + 'self_attn.v_proj.weight', 'layers/attention/value/kernel', 'linear'),
-      Row(_LAYER + 'self_attn.o_proj.weight', 'layers/attention/proj/kernel', 'linear'),
-      Row(_LAYER + 'post_attention_layernorm.weight', 'layers/mlp_norm/scale'),
-      Row(_LAYER + 'mlp.gate_proj.weight', 'layers/mlp/gate/kernel', 'linear'),
-      Row(_LAYER + 'mlp.up_proj.weight', 'layers/mlp/up/kernel', 'linear'),
-      Row(_LAYER + 'mlp.down_proj.weight', 'layers/mlp/down/kernel', 'linear'),
-      Row(_LAYER + 'self_attn.rotary_emb.inv_freq', None),
-      Row('model.norm.weight', 'norm/scale'),
-      Row('lm_head.weight', 'head', 'linear'),
+      NameRule('model.embed_tokens.weight', 'embedding'),
+      NameRule(_LAYER + 'input_layernorm.weight', 'layers/attention_norm/scale'),
+      NameRule(_LAYER + 'self_attn.q_proj.weight', 'layers/attention/query/kernel', 'linear'),
+      NameRule(_LAYER + 'self_attn.k_proj.weight', 'layers/attention/key/kernel', 'linear'),
+      NameRule(_LAYER + 'self_attn.v_proj.weight', 'layers/attention/value/kernel', 'linear'),
+      NameRule(_LAYER + 'self_attn.o_proj.weight', 'layers/attention/proj/kernel', 'linear'),
+      NameRule(_LAYER + 'post_attention_layernorm.weight', 'layers/mlp_norm/scale'),
+      NameRule(_LAYER + 'mlp.gate_proj.weight', 'layers/mlp/gate/kernel', 'linear'),
+      NameRule(_LAYER + 'mlp.up_proj.weight', 'layers/mlp/up/kernel', 'linear'),
+      NameRule(_LAYER + 'mlp.down_proj.weight', 'layers/mlp/down/kernel', 'linear'),
+      NameRule(_LAYER + 'self_attn.rotary_emb.inv_freq', None),
+      NameRule('model.norm.weight', 'norm/scale'),
+      NameRule('lm_head.weight', 'head', 'linear'),
   ]

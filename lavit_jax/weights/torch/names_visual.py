@@ -1,39 +1,39 @@
 """Names of the published visual files (REFERENCE section 5) <-> leaves of the ViT, the tokenizer, the decoders and the safety checker."""
 
-from lavit_jax.weights.torch.mapping import Row
+from lavit_jax.weights.torch.mapping import NameRule
 
 
-def vit_rows() -> list[Row]:
+def vit_rules() -> list[NameRule]:
   """`eva_vitg_psz14`; its norm and head serve only `ViT.pooled` and may be absent."""
   block = [
-      *norm('norm1'), Row('attn.q_bias', 'attn/q_bias'), Row('attn.v_bias', 'attn/v_bias'),
-      Row('attn.qkv.weight', 'attn/qkv/kernel', 'qkv'), *linear('attn.proj'), *norm('norm2'), *mlp(),
+      *norm('norm1'), NameRule('attn.q_bias', 'attn/q_bias'), NameRule('attn.v_bias', 'attn/v_bias'),
+      NameRule('attn.qkv.weight', 'attn/qkv/kernel', 'qkv'), *linear('attn.proj'), *norm('norm2'), *mlp(),
   ]
   return [
-      Row('cls_token', 'cls_token', 'unbatch'), Row('pos_embed', 'pos_embed', 'unbatch'),
-      Row('patch_embed.proj.weight', 'patch_embed/kernel', 'conv'), Row('patch_embed.proj.bias', 'patch_embed/bias'),
+      NameRule('cls_token', 'cls_token', 'unbatch'), NameRule('pos_embed', 'pos_embed', 'unbatch'),
+      NameRule('patch_embed.proj.weight', 'patch_embed/kernel', 'conv'), NameRule('patch_embed.proj.bias', 'patch_embed/bias'),
       *under('blocks.{i}.', 'blocks/', block),
       *optional([*norm('norm'), *linear('head')]),
   ]
 
 
-def tokenizer_rows() -> list[Row]:
+def tokenizer_rules() -> list[NameRule]:
   """`DynamicTokenizer` in `tokenizer_encoder`; a `vit_proj` there belongs to `Understanding`."""
-  return [*codes_rows(), *under('causal_encoder.', 'merger/', merger_rows()), *elsewhere(linear('vit_proj'))]
+  return [*codes_rules(), *under('causal_encoder.', 'merger/', merger_rules()), *elsewhere(linear('vit_proj'))]
 
 
-def understanding_rows() -> list[Row]:
+def understanding_rules() -> list[NameRule]:
   """`Understanding` in `tokenizer_encoder` overlaid by `visual_weight`; the rest there belongs to `DynamicTokenizer`."""
-  return [*under('causal_encoder.', 'merger/', merger_rows()), *linear('vit_proj'), *elsewhere(codes_rows())]
+  return [*under('causal_encoder.', 'merger/', merger_rules()), *linear('vit_proj'), *elsewhere(codes_rules())]
 
 
-def decoder_rows(num_contexts: int) -> list[Row]:
+def decoder_rules(num_contexts: int) -> list[NameRule]:
   """`tokenizer_decoder` (one context head) or `highres_tokenizer_decoder` (two, and the pool)."""
   block = [
       *norm('norm0'), *fused('self_attn'), *norm('norm1'), *cross('cross_attn'), *norm('norm2'), *mlp(),
   ]
   trunk = [
-      Row('pos_embed', 'pos_embed', 'unbatch'), Row('query_embed', 'query_embed', 'unbatch'), *linear('in_proj'),
+      NameRule('pos_embed', 'pos_embed', 'unbatch'), NameRule('query_embed', 'query_embed', 'unbatch'), *linear('in_proj'),
       *under('blocks.{i}.', 'blocks/', block), *norm('norm'),
       *linear('decode_task_layer.0', 'fc1'), *linear('decode_task_layer.2', 'fc2'),
   ]
@@ -41,29 +41,29 @@ def decoder_rows(num_contexts: int) -> list[Row]:
     return [*trunk, *linear('unet_proj', 'context_proj_0')]
   heads = [row for n in range(num_contexts) for row in linear(f'unet_proj_{n + 1}', f'context_proj_{n}')]
   pool = [
-      Row('positional_embedding', 'pos_embed'), *linear('q_proj', 'query'), *linear('k_proj', 'key'),
+      NameRule('positional_embedding', 'pos_embed'), *linear('q_proj', 'query'), *linear('k_proj', 'key'),
       *linear('v_proj', 'value'), *linear('c_proj', 'proj'),
   ]
   return [*trunk, *heads, *under('unet_attnpool.', 'pool/', pool)]
 
 
-def safety_rows(nested: bool = True) -> list[Row]:
+def safety_rules(nested: bool = True) -> list[NameRule]:
   """The safety checker; up to version 4 transformers' image encoder was a module within a module (`nested`). The buffer of positions is computed here."""
   encoder = 'vision_model.vision_model.' if nested else 'vision_model.'
   attention = [row for theirs, ours in (('q', 'query'), ('k', 'key'), ('v', 'value'), ('out', 'proj'))
                for row in linear(f'self_attn.{theirs}_proj', f'attn/{ours}')]
   block = [*norm('layer_norm1', 'norm1'), *attention, *norm('layer_norm2', 'norm2'), *mlp()]
   return [
-      Row(f'{encoder}embeddings.class_embedding', 'cls_token'), Row(f'{encoder}embeddings.position_embedding.weight', 'pos_embed'),
-      Row(f'{encoder}embeddings.patch_embedding.weight', 'patch_embed/kernel', 'conv'), Row(f'{encoder}embeddings.position_ids', None),
+      NameRule(f'{encoder}embeddings.class_embedding', 'cls_token'), NameRule(f'{encoder}embeddings.position_embedding.weight', 'pos_embed'),
+      NameRule(f'{encoder}embeddings.patch_embedding.weight', 'patch_embed/kernel', 'conv'), NameRule(f'{encoder}embeddings.position_ids', None),
       *norm(f'{encoder}pre_layrnorm', 'norm_in'), *under(f'{encoder}encoder.layers.{{i}}.', 'blocks/', block),
-      *norm(f'{encoder}post_layernorm', 'norm'), Row('visual_projection.weight', 'proj/kernel', 'linear'),
-      Row('concept_embeds', 'concepts'), Row('concept_embeds_weights', 'concepts_thresholds'),
-      Row('special_care_embeds', 'special'), Row('special_care_embeds_weights', 'special_thresholds'),
+      *norm(f'{encoder}post_layernorm', 'norm'), NameRule('visual_projection.weight', 'proj/kernel', 'linear'),
+      NameRule('concept_embeds', 'concepts'), NameRule('concept_embeds_weights', 'concepts_thresholds'),
+      NameRule('special_care_embeds', 'special'), NameRule('special_care_embeds_weights', 'special_thresholds'),
   ]
 
 
-def merger_rows() -> list[Row]:
+def merger_rules() -> list[NameRule]:
   """The merger, called `causal_encoder` in every file that holds one."""
   block = [
       *norm('norm0'), *fused('token_causal_attn', 'self_attn'), *norm('norm1'),
@@ -72,7 +72,7 @@ def merger_rows() -> list[Row]:
   return [*norm('ln_vision'), *under('blocks.{i}.', 'blocks/', block), *norm('norm')]
 
 
-def codes_rows() -> list[Row]:
+def codes_rules() -> list[NameRule]:
   """Selector and quantizer: what `DynamicTokenizer` has beside the merger."""
   selector = [
       *norm('in_conv.0', 'norm'), *linear('in_conv.1', 'fc_in'),
@@ -81,51 +81,51 @@ def codes_rows() -> list[Row]:
   return [
       *under('token_predictor.', 'selector/', selector),
       *linear('encode_task_layer.0', 'quantizer/fc1'), *linear('encode_task_layer.2', 'quantizer/fc2'),
-      Row('quantize.embedding.weight', 'quantizer/embedding'),
+      NameRule('quantize.embedding.weight', 'quantizer/embedding'),
   ]
 
 
-def linear(name: str, leaf: str | None = None) -> list[Row]:
+def linear(name: str, leaf: str | None = None) -> list[NameRule]:
   """A torch Linear is a Dense."""
   leaf = leaf or name.replace('.', '/')
-  return [Row(f'{name}.weight', f'{leaf}/kernel', 'linear'), Row(f'{name}.bias', f'{leaf}/bias')]
+  return [NameRule(f'{name}.weight', f'{leaf}/kernel', 'linear'), NameRule(f'{name}.bias', f'{leaf}/bias')]
 
 
-def norm(name: str, leaf: str | None = None) -> list[Row]:
+def norm(name: str, leaf: str | None = None) -> list[NameRule]:
   """A torch LayerNorm is a LayerNorm."""
   leaf = leaf or name.replace('.', '/')
-  return [Row(f'{name}.weight', f'{leaf}/scale'), Row(f'{name}.bias', f'{leaf}/bias')]
+  return [NameRule(f'{name}.weight', f'{leaf}/scale'), NameRule(f'{name}.bias', f'{leaf}/bias')]
 
 
-def mlp() -> list[Row]:
+def mlp() -> list[NameRule]:
   """fc1, fc2 under the same names on both sides."""
   return [*linear('mlp.fc1'), *linear('mlp.fc2')]
 
 
-def fused(name: str, leaf: str | None = None) -> list[Row]:
+def fused(name: str, leaf: str | None = None) -> list[NameRule]:
   """Self-attention with fused q, k, v."""
   leaf = leaf or name
   return [
-      Row(f'{name}.qkv.weight', f'{leaf}/qkv/kernel', 'qkv'), Row(f'{name}.qkv.bias', f'{leaf}/qkv/bias', 'qkv_bias'),
+      NameRule(f'{name}.qkv.weight', f'{leaf}/qkv/kernel', 'qkv'), NameRule(f'{name}.qkv.bias', f'{leaf}/qkv/bias', 'qkv_bias'),
       *linear(f'{name}.proj', f'{leaf}/proj'),
   ]
 
 
-def cross(name: str, leaf: str | None = None) -> list[Row]:
+def cross(name: str, leaf: str | None = None) -> list[NameRule]:
   """Cross-attention with projections of its own for query, key and value."""
   return [row for part in ('query', 'key', 'value', 'proj') for row in linear(f'{name}.{part}', f'{leaf or name}/{part}')]
 
 
-def under(name: str, leaf: str, rows: list[Row]) -> list[Row]:
+def under(name: str, leaf: str, rows: list[NameRule]) -> list[NameRule]:
   """Rows one level down on both sides."""
   return [row._replace(name=name + row.name, leaf=leaf + row.leaf) for row in rows]
 
 
-def optional(rows: list[Row]) -> list[Row]:
+def optional(rows: list[NameRule]) -> list[NameRule]:
   """Rows that a file may lack."""
   return [row._replace(optional=True) for row in rows]
 
 
-def elsewhere(rows: list[Row]) -> list[Row]:
+def elsewhere(rows: list[NameRule]) -> list[NameRule]:
   """Names that the file may hold for another part of the model."""
   return [row._replace(leaf=None) for row in rows]

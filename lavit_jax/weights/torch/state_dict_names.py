@@ -51,7 +51,7 @@ class Named(NamedTuple):
   others: tuple[str, ...]  # names without the prefix: tensors of another model, left out
 
 
-def normalise(part: str, state: Mapping, file: str) -> Named:
+def normalize(part: str, state: Mapping, file: str) -> Named:
   """Takes wrappers and the prefix of a part off the names of its tensors.
 
   Args:
@@ -106,7 +106,7 @@ def refuse_foreign_folder(src: pathlib.Path) -> None:
                     f'what it is, give the file itself to --src')
 
 
-def tie(state: Mapping, config: Mapping) -> dict:
+def tie_head(state: Mapping, config: Mapping) -> dict:
   """A language model's tensors, with the one of embedding and head that the file leaves out as they are one.
 
   As transformers 5 does: `tie_word_embeddings` counts where one of the two is missing; where both are there, each is taken as it is.

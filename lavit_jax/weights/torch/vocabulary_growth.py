@@ -8,7 +8,7 @@ import numpy as np
 RULE = "new rows: the mean of the text's rows, plus 0.1 of their standard deviation times numpy's default_rng(0).standard_normal"
 
 
-def grown(path: str, struct, rows: int | None) -> jax.ShapeDtypeStruct:
+def grown_struct(path: str, struct, rows: int | None) -> jax.ShapeDtypeStruct:
   """Shape and type of the language model's leaf at `path` when its vocabulary has `rows`; None leaves it as it is."""
   if rows is None or path not in ('embedding', 'head'):
     return struct
@@ -16,7 +16,7 @@ def grown(path: str, struct, rows: int | None) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct((rows, width) if path == 'embedding' else (width, rows), struct.dtype)
 
 
-def grow(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def grow_rows(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
   """An embedding [V, H] or a head [H, V] with more rows (columns), by `RULE`; any other array, or one of this shape already, as it is."""
   if array.shape == tuple(shape):
     return array

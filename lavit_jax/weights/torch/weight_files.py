@@ -47,7 +47,7 @@ class Edition(NamedTuple):
     return (self.index or self.files[0]).name
 
 
-class Name(NamedTuple):
+class FileName(NamedTuple):
   """A file name, taken apart."""
 
   variant: str
@@ -56,18 +56,18 @@ class Name(NamedTuple):
   index: bool
 
 
-def parse(name: str, stem: str) -> Name | None:
+def parse(name: str, stem: str) -> FileName | None:
   """Takes a file name apart; None if it is not a name of weights, or of an index of weights, called `stem`."""
   ends = '|'.join(map(re.escape, FORMATS))
   file = re.fullmatch(
       rf'{re.escape(stem)}(?:{_VARIANT.format("a")})?(?P<shard>{_SHARD})?(?:{_VARIANT.format("b")})?(?P<suffix>{ends})', name)
   if file:
-    return Name(file['a'] or file['b'] or '', file['suffix'], bool(file['shard']), False)
+    return FileName(file['a'] or file['b'] or '', file['suffix'], bool(file['shard']), False)
   index = re.fullmatch(
       rf'{re.escape(stem)}(?:{_VARIANT.format("a")})?(?P<suffix>{ends})'
       rf'(?:{_VARIANT.format("b")})?\.index(?:{_VARIANT.format("c")})?\.json', name)
   if index:
-    return Name(index['a'] or index['b'] or index['c'] or '', index['suffix'], True, True)
+    return FileName(index['a'] or index['b'] or index['c'] or '', index['suffix'], True, True)
   return None
 
 
@@ -107,7 +107,7 @@ def is_weights(name: str) -> bool:
   return name.endswith(WEIGHTS) or re.search(r'\.(safetensors|bin)\..*index.*\.json$|\.(safetensors|bin)\.index\.json$', name) is not None
 
 
-def _of_variant(folder: pathlib.Path, stem: str, variant: str, suffix: str, names: dict[str, Name]) -> list[Edition]:
+def _of_variant(folder: pathlib.Path, stem: str, variant: str, suffix: str, names: dict[str, FileName]) -> list[Edition]:
   """The single file and the shards of one variant: two editions, if both are there."""
   singles = sorted(name for name, parts in names.items() if not parts.sharded)
   indexes = sorted(name for name, parts in names.items() if parts.index)

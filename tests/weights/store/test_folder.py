@@ -14,7 +14,7 @@ import pytest
 import lavit_jax
 from lavit_jax.errors import UserError
 from lavit_jax.weights.store import disk, arrays as leaves
-from lavit_jax.weights.store.folder import bundle, load_parts, read_config, save_parts
+from lavit_jax.weights.store.folder import bundle, load_params, read_config, save_params
 
 WORDS = pathlib.Path(lavit_jax.__file__).parent / 'assets' / 'tiny' / 'language_model'
 PARTS = {
@@ -24,8 +24,8 @@ PARTS = {
 
 
 def test_float32_comes_back_as_it_was(tmp_path):
-  save_parts(tmp_path / 'model', 'tiny', PARTS, {'step': 7})
-  parts = load_parts(tmp_path / 'model', variant='tiny')
+  save_params(tmp_path / 'model', 'tiny', PARTS, {'step': 7})
+  parts = load_params(tmp_path / 'model', variant='tiny')
   np.testing.assert_array_equal(parts['vit']['blocks']['kernel'], PARTS['vit']['blocks']['kernel'])
   np.testing.assert_array_equal(parts['uncond_embeddings'], PARTS['uncond_embeddings'])
   assert {x.stat().st_mode & 0o044 for x in (tmp_path / 'model').rglob('*')} == {0o044}  # anyone may read them
@@ -34,30 +34,30 @@ def test_float32_comes_back_as_it_was(tmp_path):
 
 
 def test_bfloat16_rounds_once_and_integers_stay(tmp_path):
-  save_parts(tmp_path / 'model', 'tiny', PARTS, dtype='bfloat16')
+  save_params(tmp_path / 'model', 'tiny', PARTS, dtype='bfloat16')
   stored = ocp.PyTreeCheckpointer().restore(tmp_path / 'model' / 'parts' / 'vit')  # anyone's Orbax reads it
   assert stored['blocks']['kernel'].dtype == ml_dtypes.bfloat16 and stored['ids'].dtype == np.int32
-  kernel = load_parts(tmp_path / 'model', ['vit'])['vit']['blocks']['kernel']
+  kernel = load_params(tmp_path / 'model', ['vit'])['vit']['blocks']['kernel']
   np.testing.assert_array_equal(kernel, PARTS['vit']['blocks']['kernel'].astype(ml_dtypes.bfloat16).astype(np.float32))
 
 
 def test_a_second_save_replaces_the_first(tmp_path):
-  save_parts(tmp_path / 'model', 'tiny', PARTS)
-  save_parts(tmp_path / 'model', 'tiny', {'vae': {'w': np.zeros(2, np.float32)}})
+  save_params(tmp_path / 'model', 'tiny', PARTS)
+  save_params(tmp_path / 'model', 'tiny', {'vae': {'w': np.zeros(2, np.float32)}})
   assert sorted(x.name for x in (tmp_path / 'model').iterdir()) == ['checksums.json', 'config.json', 'parts']
   assert [x.name for x in tmp_path.iterdir()] == ['model']
 
 
 @pytest.mark.parametrize('error', [OSError(errno.ENOSPC, 'No space left on device'), ValueError('...: No space left on device [...]')])
 def test_full_disk_leaves_the_old_folder_and_nothing_else(tmp_path, monkeypatch, error):
-  save_parts(tmp_path / 'model', 'tiny', PARTS)
+  save_params(tmp_path / 'model', 'tiny', PARTS)
 
   def full(*_):
     raise error
 
   monkeypatch.setattr(leaves.Writer, 'write', full)
   with pytest.raises(UserError, match='No space left on device'):
-    save_parts(tmp_path / 'model', 'tiny', PARTS)
+    save_params(tmp_path / 'model', 'tiny', PARTS)
   assert [x.name for x in tmp_path.iterdir()] == ['model']
   assert set(read_config(tmp_path / 'model')['parts']) == set(PARTS)
 
@@ -93,7 +93,7 @@ def test_a_part_with_a_slice_missing_is_no_part(tmp_path):
 
 
 def test_parts_go_straight_onto_a_mesh(tmp_path):
-  save_parts(tmp_path / 'model', 'tiny', PARTS, dtype='bfloat16')
+  save_params(tmp_path / 'model', 'tiny', PARTS, dtype='bfloat16')
   place = jax.sharding.SingleDeviceSharding(jax.devices()[-1])
   seen = []
 
@@ -101,8 +101,8 @@ def test_parts_go_straight_onto_a_mesh(tmp_path):
     seen.append(tree)
     return jax.tree.map(lambda _: place, tree)
 
-  parts = load_parts(tmp_path / 'model', shardings=shardings)
-  host = load_parts(tmp_path / 'model')
+  parts = load_params(tmp_path / 'model', shardings=shardings)
+  host = load_params(tmp_path / 'model')
   assert jax.tree.structure(parts) == jax.tree.structure(host) == jax.tree.structure(PARTS)
   jax.tree.map(np.testing.assert_array_equal, parts, host)
   assert {(x.sharding, x.dtype) for x in jax.tree.leaves(parts)} == {(place, np.dtype('float32')), (place, np.dtype('int32'))}
@@ -110,13 +110,13 @@ def test_parts_go_straight_onto_a_mesh(tmp_path):
 
 
 def test_a_folder_may_be_named_by_a_way_around(tmp_path, monkeypatch):
-  save_parts(tmp_path / 'model', 'tiny', {'vae': {'kernel': np.arange(6.0)}})
+  save_params(tmp_path / 'model', 'tiny', {'vae': {'kernel': np.arange(6.0)}})
   (tmp_path / 'runs').mkdir()
   monkeypatch.chdir(tmp_path / 'runs')
-  assert load_parts('../model')['vae']['kernel'].tolist() == list(range(6))
+  assert load_params('../model')['vae']['kernel'].tolist() == list(range(6))
   mesh = jax.make_mesh((1,), ('x',))
   places = lambda tree: jax.tree.map(lambda _: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()), tree)  # noqa: E731
-  assert load_parts('../model', shardings=places)['vae']['kernel'].tolist() == list(range(6))
+  assert load_params('../model', shardings=places)['vae']['kernel'].tolist() == list(range(6))
 
 
 def test_what_is_no_checkpoint_is_left_alone(tmp_path, monkeypatch):
@@ -126,55 +126,55 @@ def test_what_is_no_checkpoint_is_left_alone(tmp_path, monkeypatch):
   (tmp_path / 'theirs' / 'config.json').write_text('{"model_type": "llama"}')
   for name, fault in (('runs', 'is not a checkpoint of'), ('notes', 'is not a checkpoint of'), ('theirs', 'not a lavit_jax checkpoint')):
     with pytest.raises(UserError, match=fault):
-      save_parts(tmp_path / name, 'tiny', PARTS)
+      save_params(tmp_path / name, 'tiny', PARTS)
   assert sorted(x.name for x in tmp_path.iterdir()) == ['notes', 'runs', 'theirs'] and (tmp_path / 'runs' / 'encoder').is_dir()
   (tmp_path / 'here').mkdir()
   monkeypatch.chdir(tmp_path / 'here')
-  save_parts('.', 'tiny', PARTS)  # empty: nothing is lost
+  save_params('.', 'tiny', PARTS)  # empty: nothing is lost
   (tmp_path / 'link').symlink_to(tmp_path / 'here')
-  save_parts(tmp_path / 'link', 'small', PARTS)
+  save_params(tmp_path / 'link', 'small', PARTS)
   assert (tmp_path / 'link').is_symlink() and read_config(tmp_path / 'here')['variant'] == 'small'
 
 
 def test_damage_is_named(tmp_path):
-  folder = save_parts(tmp_path / 'model', 'tiny', PARTS)
+  folder = save_params(tmp_path / 'model', 'tiny', PARTS)
   with pytest.raises(UserError, match="holds variant 'tiny', but 'lavit_7b'"):
-    load_parts(folder, variant='lavit_7b')
+    load_params(folder, variant='lavit_7b')
   with pytest.raises(UserError, match="no part 'llama'; it holds vit, uncond_embeddings"):
-    load_parts(folder, ['llama'])
+    load_params(folder, ['llama'])
   data = max((folder / 'parts' / 'vit').rglob('*/d/*'), key=lambda x: x.stat().st_size)
   content = data.read_bytes()
   at = content.index(PARTS['vit']['blocks']['kernel'].tobytes())
   data.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1:])
   with pytest.raises(UserError, match='model/parts/vit is truncated or damaged .the checksum of blocks/kernel is another'):
-    load_parts(folder, ['vit'])
+    load_params(folder, ['vit'])
   data.write_bytes(content[:1000])
   with pytest.raises(UserError, match='model/parts/vit is truncated or damaged'):
-    load_parts(folder, ['vit'])
+    load_params(folder, ['vit'])
   shutil.rmtree(folder / 'parts' / 'vit')
   with pytest.raises(UserError, match='model/parts/vit is missing'):
-    load_parts(folder)
+    load_params(folder)
   (folder / 'checksums.json').write_text('{}')
   with pytest.raises(UserError, match='checksums.json is missing or damaged'):
-    load_parts(folder, ['uncond_embeddings'])
+    load_params(folder, ['uncond_embeddings'])
   for config in ({'format': 99, 'variant': 'tiny', 'parts': {}, 'metadata': {}}, {'format': 2, 'parts': {}}):
     (folder / 'config.json').write_text(json.dumps(config))
     with pytest.raises(UserError, match='format 2'):
-      load_parts(folder)
+      load_params(folder)
   with pytest.raises(UserError, match='config.json is missing'):
-    load_parts(tmp_path / 'nowhere')
+    load_params(tmp_path / 'nowhere')
 
 
 def test_bundle_takes_the_last_of_each_part_and_the_words(tmp_path):
-  first = save_parts(tmp_path / 'first', 'tiny', PARTS, {'stage': 'encoder', 'steps': 1})
-  second = save_parts(tmp_path / 'second', 'tiny', {'vit': {'w': np.ones(2, np.float32)}}, {'stage': 'encoder', 'steps': 2})
+  first = save_params(tmp_path / 'first', 'tiny', PARTS, {'stage': 'encoder', 'steps': 1})
+  second = save_params(tmp_path / 'second', 'tiny', {'vit': {'w': np.ones(2, np.float32)}}, {'stage': 'encoder', 'steps': 2})
   with pytest.raises(UserError, match='words/tokenizer.json does not exist'):
     bundle(tmp_path / 'model', [first, second], tmp_path / 'words')
   model = bundle(tmp_path / 'model', [first, second], WORDS)
-  assert sorted(load_parts(model)) == ['uncond_embeddings', 'vit'] and list(load_parts(model)['vit']) == ['w']
+  assert sorted(load_params(model)) == ['uncond_embeddings', 'vit'] and list(load_params(model)['vit']) == ['w']
   assert read_config(model)['metadata']['vit'] == {'stage': 'encoder', 'steps': 2}
   assert (model / 'tokenizer' / 'tokenizer.json').read_bytes() == (WORDS / 'tokenizer.json').read_bytes()
-  other = save_parts(tmp_path / 'other', 'small', PARTS)
+  other = save_params(tmp_path / 'other', 'small', PARTS)
   with pytest.raises(UserError, match="holds variant 'small', but 'tiny'"):
     bundle(tmp_path / 'model', [first, other], WORDS)
   with pytest.raises(UserError, match='2048 ids, but the text vocabulary of the model has 32000'):

@@ -69,8 +69,8 @@ def params():
 def published(params, tmp_path_factory):
   """A LaVIT folder of what draws, without any setting."""
   ours = tmp_path_factory.mktemp('described')
-  folder.save_parts(ours / 'ours', 'described', params)
-  convert.prepare(ours / 'ours', ours / 'torch').run(lambda size: None)
+  folder.save_params(ours / 'ours', 'described', params)
+  convert.plan_conversion(ours / 'ours', ours / 'torch').run(lambda size: None)
   return ours / 'torch'
 
 
@@ -208,7 +208,7 @@ def test_a_unet_by_its_description_computes_as_theirs(published, params, tmp_pat
 def test_the_factors_of_a_vae_travel_and_come_back(published, tmp_path, part, keys):
   """Encoding and decoding as diffusers' StableDiffusion3 and XL pipelines apply the factors, in float64."""
   src = edited(published, tmp_path / 'src', f'{PLACES[part]}/config.json', **keys)
-  convert.prepare(src, tmp_path / 'ours').run(lambda size: None)
+  convert.plan_conversion(src, tmp_path / 'ours').run(lambda size: None)
   settings = folder.read_settings(tmp_path / 'ours')
   assert settings == {part: keys}
   model, x = (
@@ -222,7 +222,7 @@ def test_the_factors_of_a_vae_travel_and_come_back(published, tmp_path, part, ke
     encoded, decoded = (x - mean) * 0.5 / std, x * std / 0.5 + mean
   np.testing.assert_allclose(model.to_unet(x.astype(np.float32)), encoded, rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(model.from_unet(x.astype(np.float32)), decoded, rtol=1e-5, atol=1e-5)
-  convert.prepare(tmp_path / 'ours', tmp_path / 'theirs').run(lambda size: None)
+  convert.plan_conversion(tmp_path / 'ours', tmp_path / 'theirs').run(lambda size: None)
   again = diffusers.AutoencoderKL.from_pretrained(tmp_path / 'theirs' / PLACES[part]).config
   assert {key: again[key] for key in keys} == keys
 
@@ -239,8 +239,8 @@ def test_what_was_trained_here_says_its_settings(params, tmp_path):
     highres_vae=dict(latents_mean=[1.0, 2.0, 3.0, 4.0], latents_std=[2.0, 3.0, 4.0, 5.0]),
     highres_scheduler=dict(clip_sample=True),
   )
-  folder.save_parts(tmp_path / 'ours', 'described', params, settings=settings)
-  convert.prepare(tmp_path / 'ours', tmp_path / 'theirs').run(lambda size: None)
+  folder.save_params(tmp_path / 'ours', 'described', params, settings=settings)
+  convert.plan_conversion(tmp_path / 'ours', tmp_path / 'theirs').run(lambda size: None)
   assert settings_of(tmp_path / 'theirs') == lavit.build('described', settings=settings).settings
   theirs = diffusers.DDIMScheduler.from_pretrained(
     tmp_path / 'theirs' / 'pixel_decoding' / 'scheduler'
@@ -352,7 +352,7 @@ def test_what_cannot_be_followed_is_refused_in_one_line_when_converting(
 ):
   src = edited(published, tmp_path / 'src', file, **keys)
   with pytest.raises(UserError, match=message) as caught:
-    convert.prepare(src, tmp_path / 'ours', variant='described')
+    convert.plan_conversion(src, tmp_path / 'ours', variant='described')
   assert '\n' not in str(caught.value) and file.split('/')[-1] in str(caught.value)
 
 
@@ -395,7 +395,7 @@ def test_a_scheduler_by_what_it_says_and_does_not_say(published, tmp_path, keys,
 
 
 def test_the_documentation_names_every_key():
-  page = (pathlib.Path(__file__).parents[2] / 'docs' / 'checkpoints-diffusion.md').read_text()
+  page = (pathlib.Path(__file__).parents[3] / 'docs' / 'checkpoints-diffusion.md').read_text()
   for family in configs.FAMILIES:
     if family.part not in ('llama', 'vit') and not family.part.startswith('highres_'):
       for key in family.rules:

@@ -10,7 +10,7 @@ from tensors import save_tensors
 
 from lavit_jax.weights.torch import files as torch_files
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 X = np.arange(12, dtype=np.float32).reshape(3, 4)
 LAYOUTS = {
     'plain': X, 'transposed': X.T, 'fortran': np.asfortranarray(X), 'every_other': X[:, ::2],

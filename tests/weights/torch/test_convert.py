@@ -22,7 +22,7 @@ from lavit_jax.porting import to_torch as write_torch
 from lavit_jax.weights.torch.mapping import PortingError, to_torch
 
 WORDS = pathlib.Path(lavit.__file__).parents[1] / 'assets' / 'tiny' / 'language_model'
-GOLDEN_FOLDER = pathlib.Path(__file__).parents[1] / 'data' / 'golden'
+GOLDEN_FOLDER = pathlib.Path(__file__).parents[2] / 'data' / 'golden'
 WHOLE = {  # every part that a published folder may have
     **NANO,
     'highres_decoder': dict(num_layers=1, context_dims=(16, 24), pooled_dim=20),
@@ -100,7 +100,7 @@ def published(states, tmp_path_factory):
   for path, content in formats.descriptions(model, described, model.vocabulary.size).items():
     (src / path).parent.mkdir(parents=True, exist_ok=True)
     (src / path).write_text(json.dumps(content))
-  folder.copy_words(WORDS, src / 'language_model')
+  folder.copy_tokenizer_files(WORDS, src / 'language_model')
   return src
 
 
@@ -111,7 +111,7 @@ def write(where, stem, state, shard_bytes=10**9):
 
 
 def run(src, dst, variant='whole', **options):
-  job = convert.prepare(src, dst, variant=variant, **options)
+  job = convert.plan_conversion(src, dst, variant=variant, **options)
   moved = []
   job.run(moved.append)
   assert sum(moved) > 0
@@ -143,7 +143,7 @@ def test_a_whole_folder_there_and_back_to_the_bit(published, tmp_path):
   back = run(tmp_path / 'ours', tmp_path / 'theirs')
   assert (back.direction, {item.part for item in back.items}) == ('orbax -> torch', set(formats.TABLES))
   (weights, others), (wanted, beside) = contents(tmp_path / 'theirs'), contents(published)
-  about = others.pop(formats.ABOUT)
+  about = others.pop(formats.EXPORT_INFO)
   assert about['variant'] == 'whole' and others == beside
   assert weights.keys() == wanted.keys()
   for file, state in wanted.items():
@@ -159,7 +159,7 @@ def test_what_our_folder_says_of_itself(published, states, tmp_path):
   assert len(shards) > 1 and {f'language_model/{file.name}' for file in shards} < metadata['source']['files'].keys()
   assert metadata['source']['files'][f'language_model/{shards[0].name}'] == f'sha256:{files.sha256(shards[0])}'
   assert config['parts']['vit']['dtype'] == 'float16' and config['parts']['llama']['dtype'] == 'bfloat16'
-  parts = folder.load_parts(tmp_path / 'ours')
+  parts = folder.load_params(tmp_path / 'ours')
   merger, overlaid = parts['tokenizer']['merger'], parts['understanding']['merger']
   np.testing.assert_array_equal(overlaid['norm']['scale'], states['understanding']['causal_encoder.norm.weight'])
   np.testing.assert_array_equal(overlaid['norm']['bias'], merger['norm']['bias'])  # not in the overlay
@@ -179,8 +179,8 @@ def test_pickles_on_request(published, tmp_path):
   bare = torch.load(tmp_path / 'theirs' / 'pixel_decoding' / 'uncond_embeddings.bin', weights_only=True)
   assert isinstance(bare, torch.Tensor) and bare.shape == (1, 3, 16)
   run(tmp_path / 'theirs', tmp_path / 'again')
-  for part, tree in folder.load_parts(tmp_path / 'ours').items():
-    jax.tree.map(np.testing.assert_array_equal, folder.load_parts(tmp_path / 'again', [part])[part], tree)
+  for part, tree in folder.load_params(tmp_path / 'ours').items():
+    jax.tree.map(np.testing.assert_array_equal, folder.load_params(tmp_path / 'again', [part])[part], tree)
 
 
 def test_types_change_on_request(published, tmp_path):
@@ -202,12 +202,12 @@ def test_every_fault_of_every_part_is_told_at_once(published, tmp_path):
   del state['decoder.conv_in.bias']
   write(broken / 'pixel_decoding' / 'vae', 'diffusion_pytorch_model', state)
   with pytest.raises(PortingError) as error:
-    convert.prepare(broken, tmp_path / 'ours', variant='whole')
+    convert.plan_conversion(broken, tmp_path / 'ours', variant='whole')
   for told in ("variant 'whole' do not fit (4 problems)", 'decoder: unmapped: no row names in_proj.wieght (nearest known: in_proj.weight)',
                'decoder: missing: in_proj.weight', 'vae: wrong shape: encoder.conv_in.bias is [7]', 'vae: missing: decoder.conv_in.bias'):
     assert told in str(error.value), told
   with pytest.raises(PortingError, match='wrong shape'):
-    convert.prepare(broken, tmp_path / 'ours')  # no variant fits; the nearest is told
+    convert.plan_conversion(broken, tmp_path / 'ours')  # no variant fits; the nearest is told
   (broken / 'visual_tokenizer' / 'tokenizer_decoder.safetensors').unlink()
   shutil.copy(published / 'pixel_decoding' / 'vae' / 'diffusion_pytorch_model.safetensors', broken / 'pixel_decoding' / 'vae')
   del state['encoder.conv_in.bias']
@@ -220,7 +220,7 @@ def test_every_fault_of_every_part_is_told_at_once(published, tmp_path):
 def test_nothing_is_overwritten_unasked(published, tmp_path):
   run(published, tmp_path / 'ours')
   with pytest.raises(UserError, match='exists; choose another place, or --force'):
-    convert.prepare(published, tmp_path / 'ours')
+    convert.plan_conversion(published, tmp_path / 'ours')
   run(published, tmp_path / 'ours', force=True)
   (tmp_path / 'mine').mkdir()
   (tmp_path / 'mine' / 'notes').write_text('mine')
@@ -230,7 +230,7 @@ def test_nothing_is_overwritten_unasked(published, tmp_path):
   run(tmp_path / 'ours', tmp_path / 'theirs')
   run(tmp_path / 'ours', tmp_path / 'theirs', force=True)
   with pytest.raises(UserError, match='lie within each other'):
-    convert.prepare(published, published / 'ours')
+    convert.plan_conversion(published, published / 'ours')
 
 
 def test_an_interrupted_conversion_leaves_nothing_that_looks_complete(published, tmp_path, monkeypatch):
@@ -238,7 +238,7 @@ def test_an_interrupted_conversion_leaves_nothing_that_looks_complete(published,
     raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt):
-    convert.prepare(published, tmp_path / 'ours').run(stop)
+    convert.plan_conversion(published, tmp_path / 'ours').run(stop)
   assert not list(tmp_path.iterdir())
   (tmp_path / '.ours.partial' / 'parts').mkdir(parents=True)  # as after a kill
   run(published, tmp_path / 'ours')
@@ -278,7 +278,7 @@ def test_unknown_folders_are_told(tmp_path):
   (tmp_path / 'hollow' / 'language_model').mkdir(parents=True)
   for name, fault in (('empty', 'is no folder that is known'), ('nowhere', 'does not exist'), ('hollow', 'holds no weights')):
     with pytest.raises(UserError, match=fault):
-      convert.prepare(tmp_path / name, tmp_path / 'out')
+      convert.plan_conversion(tmp_path / name, tmp_path / 'out')
 
 
 def test_what_is_printed(published, tmp_path, capsys):
@@ -307,14 +307,14 @@ def llama_folder(states, tmp_path):
   state = {name: x[:words] if name in ('model.embed_tokens.weight', 'lm_head.weight') else x for name, x in states['llama'].items()}
   write(tmp_path / 'llama', 'model', state, 200_000)
   (tmp_path / 'llama' / 'config.json').write_text(json.dumps(dict(formats.llama_config(lavit.build('whole'), words), torch_dtype='bfloat16')))
-  folder.copy_words(WORDS, tmp_path / 'llama')
+  folder.copy_tokenizer_files(WORDS, tmp_path / 'llama')
   return tmp_path / 'llama'
 
 
 def test_a_llama_keeps_its_words_and_gets_the_visual_ones(llama_folder, states, tmp_path):
   job = run(llama_folder, tmp_path / 'ours', variant=None)
   assert (job.kind, job.variant) == ('LLaMA', 'whole')
-  tree = folder.load_parts(tmp_path / 'ours')['llama']
+  tree = folder.load_params(tmp_path / 'ours')['llama']
   words, total = WHOLE['text_vocab_size'], lavit.build('whole').vocabulary.size
   assert tree['embedding'].shape == (total, 32) and tree['head'].shape == (32, total)
   assert folder.read_config(tmp_path / 'ours')['metadata']['grown'] == vocabulary_growth.RULE
@@ -347,17 +347,17 @@ def test_a_diffusers_folder(states, tmp_path, kind, prefix):
   assert (job.kind, [item.part for item in job.items]) == (kind, [f'{prefix}unet', f'{prefix}vae'])
   run(tmp_path / 'ours', tmp_path / 'theirs')
   back, wanted = contents(tmp_path / 'theirs'), contents(tmp_path / 'sd')
-  back[1].pop(formats.ABOUT)
+  back[1].pop(formats.EXPORT_INFO)
   assert back[1] == wanted[1]
   for file, state in wanted[0].items():
     same(back[0][file], state)
 
 
 def test_old_names_of_the_autoencoder_come_back(states, tmp_path):
-  from lavit_jax.weights.torch.names_diffusion import vae_rows
+  from lavit_jax.weights.torch.names_diffusion import vae_rules
   model = lavit.build('whole')
   tree = formats.shapes(model, ['vae'])['vae']
-  old = to_torch(vae_rows(model.vae, old_attention=True), jax.tree.map(lambda x: np.full(x.shape, 0.5, np.float32), tree))
+  old = to_torch(vae_rules(model.vae, old_attention=True), jax.tree.map(lambda x: np.full(x.shape, 0.5, np.float32), tree))
   write(tmp_path / 'sd' / 'vae', 'diffusion_pytorch_model', old)
   run(tmp_path / 'sd', tmp_path / 'ours')
   assert folder.read_config(tmp_path / 'ours')['metadata']['tables']['chosen'] == {'vae': 1}
@@ -376,13 +376,13 @@ def test_an_image_encoder_with_its_text_tower(states, tmp_path):
 def test_what_was_trained_here_gets_its_descriptions(tmp_path):
   model, rng = lavit.build('whole'), np.random.default_rng(0)
   parts = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), formats.shapes(model, formats.TABLES))
-  folder.save_parts(tmp_path / 'ours', 'whole', parts, {'llama': {'stage': 'lm', 'steps': 7}}, tokenizer=WORDS)
+  folder.save_params(tmp_path / 'ours', 'whole', parts, {'llama': {'stage': 'lm', 'steps': 7}}, tokenizer=WORDS)
   run(tmp_path / 'ours', tmp_path / 'theirs')
   assert json.loads((tmp_path / 'theirs' / 'language_model' / 'config.json').read_text())['vocab_size'] == model.vocabulary.size
   assert (tmp_path / 'theirs' / 'language_model' / 'tokenizer.json').is_file()
   assert (tmp_path / 'theirs' / 'highres_pixel_decoding' / 'scheduler' / 'scheduler_config.json').is_file()
   run(tmp_path / 'theirs', tmp_path / 'again')
-  jax.tree.map(np.testing.assert_array_equal, folder.load_parts(tmp_path / 'again'), parts)
+  jax.tree.map(np.testing.assert_array_equal, folder.load_params(tmp_path / 'again'), parts)
   assert folder.read_config(tmp_path / 'again')['metadata']['llama'] == {'stage': 'lm', 'steps': 7}
 
 
@@ -393,7 +393,7 @@ def test_transformers_and_diffusers_load_our_folders(tmp_path):
   model, rng = lavit.build('whole'), np.random.default_rng(0)
   names = ('llama', 'unet', 'vae', 'highres_unet', 'highres_vae')
   parts = jax.tree.map(lambda x: (0.1 * rng.normal(size=x.shape)).astype(np.float32), formats.shapes(model, names))
-  folder.save_parts(tmp_path / 'ours', 'whole', parts)
+  folder.save_params(tmp_path / 'ours', 'whole', parts)
   run(tmp_path / 'ours', tmp_path / 'theirs')
   theirs = tmp_path / 'theirs'
 
@@ -446,7 +446,7 @@ def test_the_safety_checker_judges_as_theirs(tmp_path, nested):
   # Each list finds some of the pictures, but not all.
   params['special_thresholds'] = np.quantile(cosines(np.resize(params['special'], (17, 12)))[:, :3], 0.9, axis=0).astype(np.float32)
   params['concepts_thresholds'] = np.quantile(cosines(params['concepts']), 0.98, axis=0).astype(np.float32)
-  folder.save_parts(tmp_path / 'ours', 'whole', {'safety_checker': params})
+  folder.save_params(tmp_path / 'ours', 'whole', {'safety_checker': params})
   run(tmp_path / 'ours', tmp_path / 'theirs')
   place = tmp_path / 'theirs' / 'pixel_decoding'
   if not nested:  # as transformers 5 writes it
@@ -454,7 +454,7 @@ def test_the_safety_checker_judges_as_theirs(tmp_path, nested):
     state = {name.replace('vision_model.vision_model.', 'vision_model.'): x for name, x in safetensors.numpy.load_file(file).items()}
     write(place / 'safety_checker', 'model', state)
     run(tmp_path / 'theirs', tmp_path / 'again')
-    jax.tree.map(np.testing.assert_array_equal, folder.load_parts(tmp_path / 'again')['safety_checker'], params)
+    jax.tree.map(np.testing.assert_array_equal, folder.load_params(tmp_path / 'again')['safety_checker'], params)
 
   peer = peers.StableDiffusionSafetyChecker.from_pretrained(place / 'safety_checker').eval()
   extractor = transformers.CLIPImageProcessor.from_pretrained(place / 'feature_extractor')
@@ -478,7 +478,7 @@ def test_a_llama_from_python(llama_folder, states, tmp_path):
   total, words = lavit.build('whole').vocabulary.size, WHOLE['text_vocab_size']
   run(llama_folder, tmp_path / 'ours')
   params = from_torch(llama_folder, 'llama', variant='whole', dtype=None, grow=True)
-  kept = folder.load_parts(tmp_path / 'ours', ['llama'], dtype=None)['llama']  # by the command, which grows too
+  kept = folder.load_params(tmp_path / 'ours', ['llama'], dtype=None)['llama']  # by the command, which grows too
   jax.tree.map(np.testing.assert_array_equal, params, kept)
   assert {x.dtype for x in jax.tree.leaves([params, kept])} == {np.dtype(ml_dtypes.bfloat16)}
   assert from_torch(llama_folder, 'llama', variant='whole')['embedding'].shape == (words, 32)
@@ -518,7 +518,7 @@ def test_golden_files_as_a_folder(tmp_path):
 def test_from_python(published, states, tmp_path):
   parts = from_torch(published, variant='whole')
   run(published, tmp_path / 'ours')
-  jax.tree.map(np.testing.assert_array_equal, parts, folder.load_parts(tmp_path / 'ours'))
+  jax.tree.map(np.testing.assert_array_equal, parts, folder.load_params(tmp_path / 'ours'))
   place = jax.sharding.SingleDeviceSharding(jax.devices()[-1])
   vit = from_torch(published / 'visual_tokenizer' / 'eva_vitg_psz14.safetensors', 'vit', variant='whole',
                    shardings=lambda tree: jax.tree.map(lambda _: place, tree))
@@ -534,9 +534,9 @@ def test_bin_files_that_cannot_be_written(tmp_path, monkeypatch):
   """Told before anything is: there is no PyTorch, or it is our own folder that is made."""
   tiny = WORDS.parent
   with pytest.raises(UserError, match='leave out --bin'):
-    convert.prepare(tiny, tmp_path / 'ours', pickles=True)
-  convert.prepare(tiny, tmp_path / 'ours').run(lambda *_: None)
-  convert.prepare(tmp_path / 'ours', tmp_path / 'theirs', pickles=True)
+    convert.plan_conversion(tiny, tmp_path / 'ours', pickles=True)
+  convert.plan_conversion(tiny, tmp_path / 'ours').run(lambda *_: None)
+  convert.plan_conversion(tmp_path / 'ours', tmp_path / 'theirs', pickles=True)
   monkeypatch.setitem(sys.modules, 'torch', None)
   with pytest.raises(UserError, match='need PyTorch'):
-    convert.prepare(tmp_path / 'ours', tmp_path / 'theirs', pickles=True)
+    convert.plan_conversion(tmp_path / 'ours', tmp_path / 'theirs', pickles=True)

@@ -72,7 +72,7 @@ def first(value):
 def test_a_conversion_to_float16(stable, tmp_path, capsys, value, told):
   src = stable('decoder.conv_in.bias', value)
   with pytest.raises(UserError, match=told):
-    convert.prepare(src, tmp_path / 'ours', dtype='float16').run(lambda size: None)
+    convert.plan_conversion(src, tmp_path / 'ours', dtype='float16').run(lambda size: None)
   assert not (tmp_path / 'ours').exists()
 
 
@@ -86,28 +86,28 @@ def test_what_vanishes_beside_larger_numbers_is_told(stable, tmp_path, capsys):
 def test_nan_of_a_source_and_the_way_back(stable, tmp_path, capsys):
   src = stable('decoder.conv_in.bias', first(np.nan))
   with pytest.raises(UserError, match='decoder.conv_in.bias'):
-    convert.prepare(src, tmp_path / 'ours').run(lambda size: None)
+    convert.plan_conversion(src, tmp_path / 'ours').run(lambda size: None)
   with pytest.raises(UserError, match='decoder.conv_in.bias'):
     from_torch(src, 'vae', variant='tiny')
   assert np.isnan(from_torch(src, 'vae', variant='tiny', allow_nonfinite=True)['decoder']['conv_in']['bias'][0])
   assert cli.main(['convert', '--src', str(src), '--dst', str(tmp_path / 'ours'), '--allow-nonfinite']) == 0
   assert 'NaN or infinity kept in 1 tensor: vae: decoder.conv_in.bias' in capsys.readouterr().err
   with pytest.raises(UserError, match='decoder.conv_in.bias'):
-    convert.prepare(tmp_path / 'ours', tmp_path / 'back').run(lambda size: None)
-  convert.prepare(tmp_path / 'ours', tmp_path / 'back', allow_nonfinite=True).run(lambda size: None)
+    convert.plan_conversion(tmp_path / 'ours', tmp_path / 'back').run(lambda size: None)
+  convert.plan_conversion(tmp_path / 'ours', tmp_path / 'back', allow_nonfinite=True).run(lambda size: None)
   assert np.isnan(load_file(tmp_path / 'back' / VAE)['decoder.conv_in.bias'][0])
 
 
 def test_the_way_back_to_float16(stable, tmp_path):
   src = stable('decoder.conv_in.bias', first(1e5))
-  convert.prepare(src, tmp_path / 'ours').run(lambda size: None)
+  convert.plan_conversion(src, tmp_path / 'ours').run(lambda size: None)
   with pytest.raises(UserError, match='decoder.conv_in.bias .1 of 48 numbers'):
-    convert.prepare(tmp_path / 'ours', tmp_path / 'back', dtype='float16').run(lambda size: None)
+    convert.plan_conversion(tmp_path / 'ours', tmp_path / 'back', dtype='float16').run(lambda size: None)
 
 
 def test_our_own_folders(tmp_path):
   with pytest.raises(UserError, match='vae/value .1 of 2 numbers'):
-    folder.save_parts(tmp_path / 'half', 'tiny', {'vae': np.array([1, 1e5], np.float32)}, dtype='float16')
-  folder.save_parts(tmp_path / 'whole', 'tiny', {'vae': np.array([1, 1e5], np.float32)})
+    folder.save_params(tmp_path / 'half', 'tiny', {'vae': np.array([1, 1e5], np.float32)}, dtype='float16')
+  folder.save_params(tmp_path / 'whole', 'tiny', {'vae': np.array([1, 1e5], np.float32)})
   with pytest.raises(UserError, match='beyond the range of float16'):
-    folder.load_parts(tmp_path / 'whole', dtype='float16')
+    folder.load_params(tmp_path / 'whole', dtype='float16')

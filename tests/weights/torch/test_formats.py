@@ -17,7 +17,7 @@ def test_tables_cover_every_leaf(variant, part):
   model = lavit.build(variant)
   tree = formats.shapes(model, [part])[part]
   flat = flatten(tree)
-  for rows in formats.tables(model, part):
+  for rows in formats.name_rules(model, part):
     slots = slots_of(rows, flat)
     assert {slot.leaf for slot in slots.values()} == flat.keys()
     shapes = torch_shapes(rows, formats.like_of(tree))
@@ -34,6 +34,6 @@ def test_the_safety_checker_at_full_size():
     want = {name: tuple(p.shape) for name, p in peers.StableDiffusionSafetyChecker(config).state_dict().items()}
   tree = formats.shapes(model, ['safety_checker'])['safety_checker']
   assert sum(x.size for x in jax.tree.leaves(tree)) == 303_981_588
-  nested, flat = (torch_shapes(rows, tree) for rows in formats.tables(model, 'safety_checker'))
+  nested, flat = (torch_shapes(rows, tree) for rows in formats.name_rules(model, 'safety_checker'))
   assert want in (nested, flat)
   assert {name.replace('vision_model.vision_model.', 'vision_model.'): shape for name, shape in nested.items()} == flat

@@ -95,7 +95,7 @@ def test_every_key_of_the_class_has_a_rule():
 
 
 def test_the_page_lists_every_key():
-  page = (pathlib.Path(__file__).parents[2] / 'docs' / 'checkpoints-language-model.md').read_text()
+  page = (pathlib.Path(__file__).parents[3] / 'docs' / 'checkpoints-language-model.md').read_text()
   config, beside = page.split('## generation_config.json')
   for text, family in ((config, tables.CONFIG), (beside, tables.GENERATION_CONFIG), (beside, tables.TOKENIZER_CONFIG)):
     for key, rule in family.rules.items():
@@ -209,20 +209,20 @@ def close(logits, expected):
 def test_there_and_back(source, tmp_path, capsys):
   """Convert, convert back; and the same without the description that travelled along, as a training's export is."""
   src, expected = source
-  convert.prepare(src, tmp_path / 'ours', variant='letters').run(lambda size: None)
+  convert.plan_conversion(src, tmp_path / 'ours', variant='letters').run(lambda size: None)
   settings = folder.read_settings(tmp_path / 'ours')
   assert settings == {'llama': dict(rope_theta=1e6, rope_scaling=dict(rope_type='linear', factor=4.0), rms_norm_eps=1e-3,
                                     max_position_embeddings=512)}
   conversion.inspect(tmp_path / 'ours')
   assert 'settings of llama: rope_theta=1000000.0, rope_scaling={"rope_type": "linear"' in ' '.join(capsys.readouterr().out.split())
-  parts = folder.load_parts(tmp_path / 'ours')
+  parts = folder.load_params(tmp_path / 'ours')
   close(ours(settings, parts['llama']), expected)
   assert np.abs(ours({}, parts['llama']) - expected).max() > 0.1 * expected.std()  # the settings are what does it
 
-  convert.prepare(tmp_path / 'ours', tmp_path / 'back').run(lambda size: None)
+  convert.plan_conversion(tmp_path / 'ours', tmp_path / 'back').run(lambda size: None)
   close(theirs(tmp_path / 'back'), expected)
-  folder.save_parts(tmp_path / 'export', 'letters', dict(llama=parts['llama']), settings=settings)
-  convert.prepare(tmp_path / 'export', tmp_path / 'exported').run(lambda size: None)
+  folder.save_params(tmp_path / 'export', 'letters', dict(llama=parts['llama']), settings=settings)
+  convert.plan_conversion(tmp_path / 'export', tmp_path / 'exported').run(lambda size: None)
   close(theirs(tmp_path / 'exported' / 'language_model'), expected)
   assert open_checkpoint(tmp_path / 'export', None).settings == settings
 
@@ -231,9 +231,9 @@ def test_a_bundle_takes_each_parts_settings(tmp_path):
   words = pathlib.Path(lavit.__file__).parents[1] / 'assets' / 'tiny' / 'language_model'
   tree = {'embedding': np.zeros((3, 2), np.float32)}
   first, second = {'llama': dict(rope_theta=1e6)}, {'llama': dict(rms_norm_eps=1e-6)}
-  folder.save_parts(tmp_path / 'a', 'tiny', dict(llama=tree), settings=first)
-  folder.save_parts(tmp_path / 'b', 'tiny', dict(llama=tree), settings=second)
-  folder.save_parts(tmp_path / 'c', 'tiny', dict(decoder=tree))
+  folder.save_params(tmp_path / 'a', 'tiny', dict(llama=tree), settings=first)
+  folder.save_params(tmp_path / 'b', 'tiny', dict(llama=tree), settings=second)
+  folder.save_params(tmp_path / 'c', 'tiny', dict(decoder=tree))
   for sources, expected in (('abc', second), ('bac', first), ('ca', first)):
     made = folder.bundle(tmp_path / 'made', [tmp_path / name for name in sources], words)
     assert folder.read_settings(made) == expected
@@ -252,15 +252,15 @@ def test_scripts_name_the_settings(source, tmp_path):
 
 
 def test_a_description_that_disagrees_with_the_settings_is_not_written(source, tmp_path):
-  convert.prepare(source[0], tmp_path / 'ours', variant='letters').run(lambda size: None)
+  convert.plan_conversion(source[0], tmp_path / 'ours', variant='letters').run(lambda size: None)
   file = tmp_path / 'ours' / 'torch' / 'config.json'
   file.write_text(json.dumps(json.loads(file.read_text()) | dict(rms_norm_eps=1e-6)))
   with pytest.raises(UserError, match='rms_norm_eps=1e-06, but the settings .* say rms_norm_eps=0.001 of llama'):
-    convert.prepare(tmp_path / 'ours', tmp_path / 'back')
+    convert.plan_conversion(tmp_path / 'ours', tmp_path / 'back')
 
 
 def test_a_folder_of_before_has_its_descriptions_settings(source, tmp_path):
-  convert.prepare(source[0], tmp_path / 'ours', variant='letters').run(lambda size: None)
+  convert.plan_conversion(source[0], tmp_path / 'ours', variant='letters').run(lambda size: None)
   file = tmp_path / 'ours' / 'config.json'
   config = json.loads(file.read_text())
   settings = config.pop('settings')

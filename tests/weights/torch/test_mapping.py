@@ -7,20 +7,20 @@ from lavit_jax.errors import UserError
 from lavit_jax.weights.torch.mapping import (
   TRANSFORMS,
   PortingError,
-  Row,
+  NameRule,
   contiguous,
   from_torch,
-  plan,
+  make_plan,
   to_torch,
   torch_shapes,
 )
 
 ROWS = [
-    Row('embed', 'embed', 'unbatch'),
-    Row('layers.{i}.fc.weight', 'blocks/fc/kernel', 'linear'),
-    Row('layers.{i}.fc.bias', 'blocks/fc/bias'),
-    Row('head.weight', 'head/kernel', 'linear', optional=True),
-    Row('other.weight', None),
+    NameRule('embed', 'embed', 'unbatch'),
+    NameRule('layers.{i}.fc.weight', 'blocks/fc/kernel', 'linear'),
+    NameRule('layers.{i}.fc.bias', 'blocks/fc/bias'),
+    NameRule('head.weight', 'head/kernel', 'linear', optional=True),
+    NameRule('other.weight', None),
 ]
 LIKE = {
     'embed': jax.ShapeDtypeStruct((5, 4), np.float32),
@@ -123,9 +123,9 @@ def test_every_offender_is_named_with_its_nearest():
 
 def test_types_are_one_a_stack_and_of_the_right_kind():
   half = {name: x.astype(np.float16) if name.endswith('bias') else x for name, x in file().items()}
-  assert {path: x.dtype for path, x in plan(ROWS, half, LIKE).leaves.items()} == {
+  assert {path: x.dtype for path, x in make_plan(ROWS, half, LIKE).leaves.items()} == {
       'embed': np.float32, 'blocks/fc/kernel': np.float32, 'blocks/fc/bias': np.float16, 'head/kernel': np.float32}
-  assert plan(ROWS, half, LIKE).stacked == {'blocks/fc/kernel', 'blocks/fc/bias'}
+  assert make_plan(ROWS, half, LIKE).stacked == {'blocks/fc/kernel', 'blocks/fc/bias'}
   told = problems(half | {'layers.1.fc.bias': np.ones(6, np.float32), 'embed': np.ones((1, 5, 4), np.int32)})
   assert 'wrong dtype: layers.1.fc.bias is float32, other layers of it are float16' in told
   assert 'wrong dtype: embed is int32, the model wants float32' in told
@@ -134,10 +134,10 @@ def test_types_are_one_a_stack_and_of_the_right_kind():
 def test_what_may_be_missing_is_said_by_pattern():
   state = file(drop=['embed', 'layers.1.fc.bias'])
   with pytest.raises(PortingError, match='missing: layers.1.fc.bias') as error:
-    plan(ROWS, state, LIKE, allow_missing='embed|bias')  # of a stack only the whole
+    make_plan(ROWS, state, LIKE, allow_missing='embed|bias')  # of a stack only the whole
   assert 'missing: embed' not in str(error.value)
   state = {name: x for name, x in state.items() if 'bias' not in name}
-  assert sorted(plan(ROWS, state, LIKE, allow_missing='embed|bias').leaves) == ['blocks/fc/kernel', 'head/kernel']
+  assert sorted(make_plan(ROWS, state, LIKE, allow_missing='embed|bias').leaves) == ['blocks/fc/kernel', 'head/kernel']
 
 
 def test_leaves_are_placed_one_by_one():
@@ -153,9 +153,9 @@ def test_a_leaf_that_the_model_lacks_is_unexpected():
 
 
 def test_tables_are_checked_too():
-  assert 'duplicate: leaf embed is claimed by embed and twin' in problems(file(), [*ROWS, Row('twin', 'embed')])
+  assert 'duplicate: leaf embed is claimed by embed and twin' in problems(file(), [*ROWS, NameRule('twin', 'embed')])
   like = LIKE | {'extra': LIKE['embed']}
-  assert 'duplicate: embed is claimed by leaves embed and extra' in problems(file(), [*ROWS, Row('embed', 'extra')], like)
+  assert 'duplicate: embed is claimed by leaves embed and extra' in problems(file(), [*ROWS, NameRule('embed', 'extra')], like)
   assert 'unmapped: no row names leaf extra' in problems(file(), like=like)
   tree = from_torch(ROWS, file(), LIKE)
   with pytest.raises(PortingError, match='no row names leaf extra'):

@@ -10,8 +10,8 @@ import nano
 import numpy as np
 
 from lavit_jax.models import lavit
-from lavit_jax.models.initialization import initial_parts
-from lavit_jax.weights.store.folder import load_parts, save_parts
+from lavit_jax.models.initialization import init_params
+from lavit_jax.weights.store.folder import load_params, save_params
 
 CHILD = """
 import itertools, sys, pathlib
@@ -57,9 +57,9 @@ print('ok', len(jax.devices()), len(jax.local_devices()), len(seen))
 def test_two_processes(tmp_path):
   rng = np.random.default_rng(0)
   nano.install()
-  shapes = jax.eval_shape(lambda: initial_parts(lavit.build('nano'), jax.random.key(0), ('llama',)))
+  shapes = jax.eval_shape(lambda: init_params(lavit.build('nano'), jax.random.key(0), ('llama',)))
   parts = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
-  save_parts(tmp_path / 'model', 'nano', parts)
+  save_params(tmp_path / 'model', 'nano', parts)
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     address = '127.0.0.1:%d' % free.getsockname()[1]
@@ -76,5 +76,5 @@ def test_two_processes(tmp_path):
   for out, _ in told:
     word, devices, local, seen = out.splitlines()[-1].split()
     assert (word, devices, local) == ('ok', '4', '2') and int(seen) > 4
-  jax.tree.map(np.testing.assert_array_equal, load_parts(tmp_path / 'again'), parts)
+  jax.tree.map(np.testing.assert_array_equal, load_params(tmp_path / 'again'), parts)
   assert {file.name for file in tmp_path.iterdir()} == {'model', 'again'}

@@ -36,7 +36,7 @@ def test_prefixes_of_the_encoder(tmp_path, prefix):
   state = load_file(EVA)
   text = {'text.token_embedding.weight': np.ones((2, 2)), 'logit_scale': np.ones(())} if 'visual' in prefix else {}
   save_tensors({**{prefix + name: x for name, x in state.items()}, **text}, tmp_path / 'eva.safetensors')
-  job = convert.prepare(tmp_path / 'eva.safetensors', tmp_path / 'ours')
+  job = convert.plan_conversion(tmp_path / 'eva.safetensors', tmp_path / 'ours')
   assert [item.tensors for item in job.items] == [len(state)] and job.variant == 'tiny'
   assert any('2 tensors of another model' in note and 'logit_scale' in note for note in job.notes) == bool(text)
   same(from_torch(tmp_path / 'eva.safetensors', 'vit', variant='tiny'), from_torch(EVA, 'vit', variant='tiny'))
@@ -62,7 +62,7 @@ def test_a_pickle_without_a_model_says_what_it_holds(tmp_path):
 def test_two_tensors_of_one_name(tmp_path):
   save_tensors({'module.cls_token': np.ones(2), 'cls_token': np.zeros(2)}, tmp_path / 'eva.safetensors')
   with pytest.raises(UserError, match='two tensors that are cls_token'):
-    convert.prepare(tmp_path / 'eva.safetensors', tmp_path / 'ours')
+    convert.plan_conversion(tmp_path / 'eva.safetensors', tmp_path / 'ours')
 
 
 @pytest.mark.parametrize(('name', 'told'), [
@@ -76,7 +76,7 @@ def test_two_tensors_of_one_name(tmp_path):
 def test_files_of_other_projects(tmp_path, name, told):
   save_tensors({name: np.ones((2, 2), np.float32)}, tmp_path / 'x.safetensors')
   with pytest.raises(UserError, match=told) as error:
-    convert.prepare(tmp_path / 'x.safetensors', tmp_path / 'ours')
+    convert.plan_conversion(tmp_path / 'x.safetensors', tmp_path / 'ours')
   assert '\n' not in str(error.value) and 'x.safetensors' in str(error.value)
 
 
@@ -86,13 +86,13 @@ def test_folders_of_other_projects(tmp_path):
     (tmp_path / name).mkdir()
     (tmp_path / name / file).write_bytes(b'{}')
     with pytest.raises(UserError, match=told):
-      convert.prepare(tmp_path / name, tmp_path / 'ours')
+      convert.plan_conversion(tmp_path / name, tmp_path / 'ours')
 
 
 def test_a_long_list_is_cut(tmp_path):
   save_tensors({f'strange.{i}.weight': x for i, x in enumerate(load_file(EVA).values())}, tmp_path / 'eva.safetensors')
   with pytest.raises(PortingError) as error:
-    convert.prepare(tmp_path / 'eva.safetensors', tmp_path / 'ours', variant='tiny')
+    convert.plan_conversion(tmp_path / 'eva.safetensors', tmp_path / 'ours', variant='tiny')
   lines = str(error.value).splitlines()
   strange = sum('strange' in problem and 'unmapped' in problem for problem in error.value.problems)
   assert strange == len(load_file(EVA)) and len(lines) < 20 and len(str(error.value)) < 3000
@@ -108,7 +108,7 @@ def make_llama(where, **over):
 
 
 def run(src, dst, **options):
-  job = convert.prepare(src, dst, **options)
+  job = convert.plan_conversion(src, dst, **options)
   job.run(lambda size: None)
   return job
 
@@ -119,7 +119,7 @@ def test_tied_embeddings(tmp_path):
   assert 'lm_head.weight' not in files
   job = run(tmp_path / 'src', tmp_path / 'ours', variant='tiny')
   assert any('lm_head.weight is not in the files' in note for note in job.notes)
-  llama = folder.load_parts(tmp_path / 'ours')['llama']
+  llama = folder.load_params(tmp_path / 'ours')['llama']
   np.testing.assert_array_equal(llama['head'][:, :2048], model.lm_head.weight.detach().numpy().T)
   np.testing.assert_array_equal(llama['head'], llama['embedding'].T)  # the new rows too
   run(tmp_path / 'ours', tmp_path / 'back')
@@ -132,13 +132,13 @@ def test_tied_embeddings(tmp_path):
   config = tmp_path / 'src' / 'config.json'
   config.write_text(json.dumps(json.loads(config.read_text()) | {'tie_word_embeddings': False}))
   with pytest.raises(PortingError, match='missing: lm_head.weight'):
-    convert.prepare(tmp_path / 'src', tmp_path / 'untied', variant='tiny')
+    convert.plan_conversion(tmp_path / 'src', tmp_path / 'untied', variant='tiny')
 
 
 def test_rows_that_are_not_taken_say_which_are(tmp_path):
   make_llama(tmp_path / 'src', vocab_size=2049)
   with pytest.raises(PortingError, match='the vocabulary has 2049; taken are 2048 .* and 3074 '):
-    convert.prepare(tmp_path / 'src', tmp_path / 'ours', variant='tiny')
+    convert.plan_conversion(tmp_path / 'src', tmp_path / 'ours', variant='tiny')
 
 
 def test_one_layer_of_another_type(tmp_path):
@@ -147,9 +147,9 @@ def test_one_layer_of_another_type(tmp_path):
   state[name] = state[name].astype(np.float32) + np.float32(1e-6)
   save_tensors(state, tmp_path / 'eva.safetensors')
   with pytest.raises(PortingError, match=r'wrong dtype: blocks.*mlp.fc1.weight is .*, other layers of it are .*--dtype float32'):
-    convert.prepare(tmp_path / 'eva.safetensors', tmp_path / 'ours')
+    convert.plan_conversion(tmp_path / 'eva.safetensors', tmp_path / 'ours')
   run(tmp_path / 'eva.safetensors', tmp_path / 'ours', dtype='float32')
-  kernel = folder.load_parts(tmp_path / 'ours')['vit']['blocks']['mlp']['fc1']['kernel']
+  kernel = folder.load_params(tmp_path / 'ours')['vit']['blocks']['mlp']['fc1']['kernel']
   np.testing.assert_array_equal(kernel[1], state[name].T)
   np.testing.assert_array_equal(kernel[0], state['blocks.0.mlp.fc1.weight'].astype(np.float32).T)
   same(from_torch(tmp_path / 'eva.safetensors', 'vit', variant='tiny')['blocks']['mlp']['fc1']['kernel'], kernel)
@@ -171,4 +171,4 @@ def test_an_encoder_without_norm_and_head_opens(tmp_path):
   assert 'head' not in Lavit.from_pretrained(tmp_path / 'ours').parts['vit']
   save_tensors({name: x for name, x in load_file(EVA).items() if not name.startswith('blocks.0.norm1')}, tmp_path / 'less.safetensors')
   with pytest.raises(PortingError, match='missing: blocks.0.norm1'):
-    convert.prepare(tmp_path / 'less.safetensors', tmp_path / 'ours2')
+    convert.plan_conversion(tmp_path / 'less.safetensors', tmp_path / 'ours2')

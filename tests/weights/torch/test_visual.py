@@ -13,7 +13,7 @@ from lavit_jax.models.lavit import build
 from lavit_jax.weights.torch import names_visual as tables
 from lavit_jax.weights.torch.mapping import PortingError, from_torch, torch_shapes
 
-DATA = pathlib.Path(__file__).parents[1] / 'data'
+DATA = pathlib.Path(__file__).parents[2] / 'data'
 FILES = {name.split('/')[1]: shapes for name, shapes in json.loads((DATA / 'lavit_state_dict_shapes.json').read_text()).items()}
 
 
@@ -30,11 +30,11 @@ def parts():
   x, keep = ((1, 256, 1408), jnp.float32), ((1, 256), jnp.float32)
   codes, mask = ((1, 256, 32), jnp.float32), ((1, 256), jnp.bool_)
   return {
-      'vit': (tables.vit_rows(), like(model.vit, ((1, 224, 224, 3), jnp.float32))),
-      'tokenizer': (tables.tokenizer_rows(), like(model.tokenizer, x)),
-      'understanding': (tables.understanding_rows(), like(model.understanding, x, keep)),
-      'decoder': (tables.decoder_rows(1), like(model.decoder, codes, mask)),
-      'highres_decoder': (tables.decoder_rows(2), like(model.highres_decoder, codes, mask)),
+      'vit': (tables.vit_rules(), like(model.vit, ((1, 224, 224, 3), jnp.float32))),
+      'tokenizer': (tables.tokenizer_rules(), like(model.tokenizer, x)),
+      'understanding': (tables.understanding_rules(), like(model.understanding, x, keep)),
+      'decoder': (tables.decoder_rules(1), like(model.decoder, codes, mask)),
+      'highres_decoder': (tables.decoder_rules(2), like(model.highres_decoder, codes, mask)),
   }
 
 
@@ -61,18 +61,18 @@ def test_encoder_file_may_lack_what_another_part_owns(golden):
   """`tokenizer_encoder` without vit_proj is a whole tokenizer; the understanding part then names what it misses."""
   state = load_file(DATA / 'golden' / 'tokenizer_encoder.safetensors')
   visual = {name: state.pop(name) for name in ('vit_proj.weight', 'vit_proj.bias')}
-  from_torch(tables.tokenizer_rows(), state, golden.params['tokenizer'])
+  from_torch(tables.tokenizer_rules(), state, golden.params['tokenizer'])
   with pytest.raises(PortingError, match=r'(?s)missing: vit_proj.weight.*missing: vit_proj.bias'):
-    from_torch(tables.understanding_rows(), state, golden.params['understanding'])
+    from_torch(tables.understanding_rules(), state, golden.params['understanding'])
   visual['causal_encoder.norm.bias'] = np.full(64, 3.0)  # the overlay of stage 2
-  tree = from_torch(tables.understanding_rows(), state | visual, golden.params['understanding'])
+  tree = from_torch(tables.understanding_rules(), state | visual, golden.params['understanding'])
   assert (tree['merger']['norm']['bias'] == 3).all() and 'vit_proj' in tree
 
 
 def test_vit_without_its_head_still_gives_features(golden):
   state = load_file(DATA / 'golden' / 'eva_vit.safetensors')
   headless = {name: x for name, x in state.items() if not name.startswith(('norm.', 'head.'))}
-  tree = from_torch(tables.vit_rows(), headless, golden.params['vit'])
+  tree = from_torch(tables.vit_rules(), headless, golden.params['vit'])
   assert not {'norm', 'head'} & tree.keys()
   features = golden.modules['vit'].apply({'params': tree}, golden.io['images'].transpose(0, 2, 3, 1))
   np.testing.assert_allclose(features, golden.io['vit_features'], atol=1e-4)

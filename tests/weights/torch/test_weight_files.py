@@ -50,7 +50,7 @@ def test_whatever_diffusers_saves_is_found(stable, options):
   vae.save_pretrained(stable / 'vae', **options)
   if 'max_shard_size' in options:
     assert len(list((stable / 'vae').glob('*-of-*'))) > 1
-  found = {each.place.part: each for each in formats.recognise(stable)[1]}
+  found = {each.place.part: each for each in formats.detect(stable)[1]}
   state = found['vae'].state
   assert state.keys() == vae.state_dict().keys() and found['vae'].edition.variant == options.get('variant', '')
   for name, x in vae.state_dict().items():
@@ -63,7 +63,7 @@ def test_whatever_transformers_saves_is_found(tmp_path, options):
   config = transformers.LlamaConfig(vocab_size=9, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
   model = transformers.LlamaForCausalLM(config)
   model.save_pretrained(tmp_path, variant='fp16', **options)
-  (found,) = formats.recognise(tmp_path)[1]
+  (found,) = formats.detect(tmp_path)[1]
   assert found.state.keys() == model.state_dict().keys()
 
 
@@ -96,14 +96,14 @@ def test_an_edition_beside_the_one_taken_is_told(stable, tmp_path, capsys):
 def test_a_broken_edition_matters_if_it_is_the_one(stable):
   index = stable / 'vae' / f'{VAE}.safetensors.index.fp16.json'
   index.write_text(json.dumps({'weight_map': {'x': f'{VAE}.fp16-00001-of-00002.safetensors'}}))
-  assert len(formats.recognise(stable)[1]) == 2
+  assert len(formats.detect(stable)[1]) == 2
   (stable / 'vae' / f'{VAE}.safetensors').unlink()
   with pytest.raises(UserError, match='vae lacks .*fp16-00001-of-00002.safetensors, which .*index.fp16.json names'):
-    formats.recognise(stable)
+    formats.detect(stable)
   index.unlink()
   (stable / 'vae' / f'{VAE}.fp16-00001-of-00002.safetensors').touch()
   with pytest.raises(UserError, match='shards of weights .* but no index'):
-    formats.recognise(stable)
+    formats.detect(stable)
 
 
 def test_a_part_does_not_vanish(stable, tmp_path, capsys):
@@ -117,13 +117,13 @@ def test_a_part_does_not_vanish(stable, tmp_path, capsys):
   weights = stable / 'unet' / f'{VAE}.safetensors'
   weights.rename(weights.with_name('diffusion_flax_model.msgpack'))
   with pytest.raises(UserError, match='unet holds diffusion_flax_model.msgpack, which is none of the names'):
-    convert.prepare(stable, tmp_path / 'b')
+    convert.plan_conversion(stable, tmp_path / 'b')
   weights.with_name('diffusion_flax_model.msgpack').unlink()
   with pytest.raises(UserError, match='model_index.json lists unet, but .*unet holds no weights .*null'):
-    convert.prepare(stable, tmp_path / 'b')
+    convert.plan_conversion(stable, tmp_path / 'b')
   index = json.loads((stable / 'model_index.json').read_text())
   (stable / 'model_index.json').write_text(json.dumps(index | {'unet': [None, None]}))
-  assert any('unet: unet/ holds no weights, so the result has no unet' in note for note in convert.prepare(stable, tmp_path / 'b').notes)
+  assert any('unet: unet/ holds no weights, so the result has no unet' in note for note in convert.plan_conversion(stable, tmp_path / 'b').notes)
 
 
 def test_formats_are_known_by_content(tmp_path):
@@ -153,6 +153,6 @@ def test_a_linked_encoder_converts(tmp_path):
   blob.parent.mkdir()
   shutil.copy(TINY / 'visual_tokenizer' / 'eva_vitg_psz14.safetensors', blob)
   os.symlink(blob, tmp_path / 'eva.safetensors')
-  job = convert.prepare(tmp_path / 'eva.safetensors', tmp_path / 'ours')
+  job = convert.plan_conversion(tmp_path / 'eva.safetensors', tmp_path / 'ours')
   job.run(lambda size: None)
   assert folder.read_config(tmp_path / 'ours')['metadata']['source']['files'].keys() == {'eva.safetensors'}

@@ -32,7 +32,7 @@ def read_settings(src: pathlib.Path, folders: Mapping[str, str], parts: Iterable
     fields = rules.read(family, rules.read_description(file), model, file)
     if family.settings is not None:
       found.setdefault(family.settings, {}).update(fields)
-  return checkpoint_settings.differing(variant, lavit.row(variant), found)
+  return checkpoint_settings.differing(variant, lavit.variant_config(variant), found)
 
 
 def described(src: pathlib.Path, folders: Mapping[str, str], parts: Iterable[str]) -> dict[str, pathlib.Path]:

@@ -31,7 +31,7 @@ class Followed(NamedTuple):
 class Checked(NamedTuple):
   """The value must be what the model computes. `own`: model -> that value, or a tuple `Any of` several."""
 
-  own: Callable[[lavit.Lavit], Any]
+  own: Callable[[lavit.LavitModules], Any]
   default: Any
   remedy: str = 'choose a variant, or a checkpoint, that agrees'
 
@@ -49,7 +49,7 @@ class Harmless(NamedTuple):
 Rule = Followed | Checked | Harmless
 
 
-def constant(*values: Any) -> Callable[[lavit.Lavit], AnyOf]:
+def constant(*values: Any) -> Callable[[lavit.LavitModules], AnyOf]:
   """What `Checked.own` is where every variant computes the same: any of these."""
   return lambda model: AnyOf(values)
 
@@ -73,11 +73,11 @@ class Family(NamedTuple):
   rules: Mapping[str, Rule]
   settings: str | None = None
   complete: Callable[[dict], dict] = dict
-  check: Callable[[Mapping, lavit.Lavit], None] = lambda settings, model: None
+  check: Callable[[Mapping, lavit.LavitModules], None] = lambda settings, model: None
   others: str | None = None
 
 
-def read(family: Family, description: Mapping, model: lavit.Lavit, file: pathlib.Path) -> dict[str, Any]:
+def read(family: Family, description: Mapping, model: lavit.LavitModules, file: pathlib.Path) -> dict[str, Any]:
   """The settings {field: value} that a description asks for, after all its keys have been checked.
 
   Args:
@@ -118,7 +118,7 @@ def _followed(family: Family, rule: Followed, key: str, value: Any, file: pathli
     raise UserError(f'{file}: {key}={_short(value)} cannot be followed: {error}') from None
 
 
-def _check(family: Family, rule: Checked, key: str, description: Mapping, model: lavit.Lavit, file: pathlib.Path) -> None:
+def _check(family: Family, rule: Checked, key: str, description: Mapping, model: lavit.LavitModules, file: pathlib.Path) -> None:
   value, own = plain(description.get(key, rule.default)), rule.own(model)
   allowed = [plain(each) for each in own] if isinstance(own, AnyOf) else [plain(own)]
   if not any(same(value, each) for each in allowed):

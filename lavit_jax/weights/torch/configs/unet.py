@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lavit_jax.models.lavit import Lavit
+from lavit_jax.models.lavit import LavitModules
 from lavit_jax.weights.torch.configs.rules import (
   AnyOf,
   Checked,
@@ -70,14 +70,14 @@ def _rules(part: str) -> dict:
   def own(name: str):
     return lambda model: getattr(getattr(model, part), name)
 
-  def sized(model: Lavit) -> bool:
+  def sized(model: LavitModules) -> bool:
     return getattr(model, part).addition_time_embed_dim is not None
 
-  def pooled(model: Lavit) -> int | None:
+  def pooled(model: LavitModules) -> int | None:
     unet = getattr(model, part)
     return unet.pooled_dim + 6 * unet.addition_time_embed_dim if sized(model) else None
 
-  def layers(model: Lavit) -> AnyOf:
+  def layers(model: LavitModules) -> AnyOf:
     """Of levels without attention, and of those alone, the number does not count."""
     return getattr(model, part).transformer_layers
 
