@@ -22,11 +22,12 @@ from safetensors.numpy import load_file
 
 from lavit_jax import Lavit
 from lavit_jax.data import loader
-from lavit_jax.evaluation import captions as captioning, vqa
+from lavit_jax.evaluation import captions as captioning
+from lavit_jax.evaluation import vqa
 from lavit_jax.evaluation.report import pixels
 from lavit_jax.inference import decode
-from lavit_jax.inference.pipeline import EOS
 from lavit_jax.inference.compiled import read
+from lavit_jax.inference.pipeline import EOS
 from lavit_jax.models import sequence
 from lavit_jax.models.int8 import quantize_weights
 from lavit_jax.models.llama import Llama, unroll_layers
@@ -36,8 +37,13 @@ from lavit_jax.weights.torch.names_llama import llama_rules
 REPOSITORY = pathlib.Path(__file__).parents[1]
 TINY, GOLDEN = REPOSITORY / 'lavit_jax/assets/tiny', REPOSITORY / 'tests/data/golden'
 SEEDS = range(8)
-PRECISIONS = {'float32': {}, 'int8 weights': dict(weights='int8'), 'bfloat16 cache': dict(cache='bfloat16'), 'int8 cache': dict(cache='int8'),
-              'int8 weights and cache': dict(weights='int8', cache='int8')}
+PRECISIONS = {
+  'float32': {},
+  'int8 weights': dict(weights='int8'),
+  'bfloat16 cache': dict(cache='bfloat16'),
+  'int8 cache': dict(cache='int8'),
+  'int8 weights and cache': dict(weights='int8', cache='int8'),
+}
 
 
 def agreement(one, other) -> float:
@@ -52,27 +58,45 @@ def keep(examples) -> dict:
   sampled = [model.tokenize(shown, seed=seed) for seed in SEEDS]
   captions = [model.caption(shown, seed=seed) for seed in SEEDS]
   counts = np.stack([tokens.counts for tokens in sampled])
-  common = [(tokens.keep & fixed.keep).sum(-1) / (tokens.keep | fixed.keep).sum(-1) for tokens in sampled]
+  common = [
+    (tokens.keep & fixed.keep).sum(-1) / (tokens.keep | fixed.keep).sum(-1) for tokens in sampled
+  ]
 
   side = model.model.vit.patch_size
-  rows = shown.reshape(len(shown), shown.shape[1] // side, side, -1, side, 3).swapaxes(2, 3).reshape(*fixed.keep.shape, -1, 3)
+  rows = (
+    shown.reshape(len(shown), shown.shape[1] // side, side, -1, side, 3)
+    .swapaxes(2, 3)
+    .reshape(*fixed.keep.shape, -1, 3)
+  )
   plain = (rows.max(2) == rows.min(2)).all(-1)  # [B, N]
 
   def right(texts, which=slice(None)):
-    return captioning.mean(np.array([f'{example.facts.background} background' in text for example, text in zip(examples, texts)])[which])
+    return captioning.mean(
+      np.array(
+        [f'{example.facts.background} background' in text for example, text in zip(examples, texts)]
+      )[which]
+    )
 
   shows = (plain & fixed.keep).any(-1)
   return dict(
-      deterministic_tokens=float(fixed.counts.mean()), sampled_tokens=float(counts.mean()), spread_of_a_picture=float(counts.std(0).mean()),
-      difference_to_deterministic=float((counts - fixed.counts).mean()), spread_of_means=float(counts.mean(1).std()),
-      patches_in_common=float(np.mean(common)),
-      captions_as_deterministic=[agreement(texts, said) for texts in captions],
-      captions_of_a_picture=captioning.mean(len(set(texts)) for texts in zip(*captions)),
-      plain_patches=float(plain.sum(-1).mean()), plain_tokens_deterministic=float((plain & fixed.keep).sum(-1).mean()),
-      plain_tokens=float(np.mean([(plain & tokens.keep).sum(-1).mean() for tokens in sampled])),
-      no_plain_token_deterministic=float((~shows).mean()), no_plain_token=[float((~(plain & tokens.keep).any(-1)).mean()) for tokens in sampled],
-      background_right_deterministic=right(said), background_right=[right(texts) for texts in captions],
-      background_right_with_plain_token=right(said, shows), background_right_without=right(said, ~shows))
+    deterministic_tokens=float(fixed.counts.mean()),
+    sampled_tokens=float(counts.mean()),
+    spread_of_a_picture=float(counts.std(0).mean()),
+    difference_to_deterministic=float((counts - fixed.counts).mean()),
+    spread_of_means=float(counts.mean(1).std()),
+    patches_in_common=float(np.mean(common)),
+    captions_as_deterministic=[agreement(texts, said) for texts in captions],
+    captions_of_a_picture=captioning.mean(len(set(texts)) for texts in zip(*captions)),
+    plain_patches=float(plain.sum(-1).mean()),
+    plain_tokens_deterministic=float((plain & fixed.keep).sum(-1).mean()),
+    plain_tokens=float(np.mean([(plain & tokens.keep).sum(-1).mean() for tokens in sampled])),
+    no_plain_token_deterministic=float((~shows).mean()),
+    no_plain_token=[float((~(plain & tokens.keep).any(-1)).mean()) for tokens in sampled],
+    background_right_deterministic=right(said),
+    background_right=[right(texts) for texts in captions],
+    background_right_with_plain_token=right(said, shows),
+    background_right_without=right(said, ~shows),
+  )
 
 
 def losses(model: Lavit, examples) -> dict[str, float]:
@@ -83,7 +107,13 @@ def losses(model: Lavit, examples) -> dict[str, float]:
   @jax.jit
   def nll(embeddings, mask, ids):
     cache = llama.init_cache(*mask.shape, model.cache)
-    hidden, _ = llama.apply({'params': params}, embeddings, sequence.prompt_positions(mask), sequence.prompt_mask(mask), cache)
+    hidden, _ = llama.apply(
+      {'params': params},
+      embeddings,
+      sequence.prompt_positions(mask),
+      sequence.prompt_mask(mask),
+      cache,
+    )
     log_probs = jax.nn.log_softmax(llama.apply({'params': params}, hidden[:, :-1], method='logits'))
     return -jnp.take_along_axis(log_probs, ids[:, 1:, None], axis=-1)[..., 0]
 
@@ -91,28 +121,53 @@ def losses(model: Lavit, examples) -> dict[str, float]:
     """Of the last ends[i] tokens of each prompt."""
     laid = sequence.layout_prompts(prompts, multiple=64)
     embeddings, mask, _ = sequence.embed_prompts(
-        prompts, lambda ids: llama.apply({'params': params}, ids, method='embed'), features, multiple=64)
+      prompts,
+      lambda ids: llama.apply({'params': params}, ids, method='embed'),
+      features,
+      multiple=64,
+    )
     values = np.asarray(nll(embeddings, mask, laid.ids))
     return float(np.concatenate([row[-end:] for row, end in zip(values, ends)]).mean())
 
   texts = [model.words.encode(example.caption) for example in examples]
   features, counts = model._run(read, ('vit', 'tokenizer', 'understanding'), shown, None)
   slots = model.model.num_patches
-  told = [[[words.image_start], range(i * slots, i * slots + int(n)), [words.image_end], text, [EOS]]
-          for i, (n, text) in enumerate(zip(np.asarray(counts), texts))]
+  told = [
+    [[words.image_start], range(i * slots, i * slots + int(n)), [words.image_end], text, [EOS]]
+    for i, (n, text) in enumerate(zip(np.asarray(counts), texts))
+  ]
   codes = model.tokenize(shown, seed=None).ids
-  drawn = [[text, [words.image_start], ids + words.code_offset, [words.image_end]] for text, ids in zip(texts, codes)]
-  return dict(caption_loss=mean(told, [len(text) + 1 for text in texts], features), code_loss=mean(drawn, [len(ids) + 1 for ids in codes]))
+  drawn = [
+    [text, [words.image_start], ids + words.code_offset, [words.image_end]]
+    for text, ids in zip(texts, codes)
+  ]
+  return dict(
+    caption_loss=mean(told, [len(text) + 1 for text in texts], features),
+    code_loss=mean(drawn, [len(ids) + 1 for ids in codes]),
+  )
 
 
 def golden_model(weights: str | None = None, cache: str | None = None) -> dict[str, float]:
   """Mean absolute error of the golden logits, in standard deviations of them, and the share of the tokens of the greedy captions."""
-  sizes, golden = json.loads((GOLDEN / 'language_model.json').read_text()), np.load(GOLDEN / 'language_model_io.npz')
+  sizes, golden = (
+    json.loads((GOLDEN / 'language_model.json').read_text()),
+    np.load(GOLDEN / 'language_model_io.npz'),
+  )
   heads = sizes['num_attention_heads']
   llama = Llama(
-      vocab_size=sizes['vocab_size'], hidden_size=sizes['hidden_size'], num_layers=sizes['num_hidden_layers'], num_heads=heads,
-      num_kv_heads=heads, head_dim=sizes['hidden_size'] // heads, mlp_dim=sizes['intermediate_size'])
-  example = jnp.zeros((1, 2, llama.hidden_size)), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 1, 2, 2), bool)
+    vocab_size=sizes['vocab_size'],
+    hidden_size=sizes['hidden_size'],
+    num_layers=sizes['num_hidden_layers'],
+    num_heads=heads,
+    num_kv_heads=heads,
+    head_dim=sizes['hidden_size'] // heads,
+    mlp_dim=sizes['intermediate_size'],
+  )
+  example = (
+    jnp.zeros((1, 2, llama.hidden_size)),
+    jnp.zeros((1, 2), jnp.int32),
+    jnp.ones((1, 1, 2, 2), bool),
+  )
   like = jax.eval_shape(llama.init, jax.random.key(0), *example)['params']
   params = mapping.from_torch(llama_rules(), load_file(GOLDEN / 'language_model.safetensors'), like)
   llama, params = unroll_layers(llama, jax.tree.map(jnp.asarray, params))
@@ -121,20 +176,39 @@ def golden_model(weights: str | None = None, cache: str | None = None) -> dict[s
 
   ids, logits = jnp.asarray(golden['forward_ids'], jnp.int32), golden['forward_logits']
   mask = jnp.ones(ids.shape, bool)
-  hidden, _ = llama.apply({'params': params}, embed(ids), sequence.prompt_positions(mask), sequence.prompt_mask(mask),
-                          llama.init_cache(*ids.shape, cache))
-  error = np.abs(llama.apply({'params': params}, hidden, method='logits') - logits).mean() / logits.std()
+  hidden, _ = llama.apply(
+    {'params': params},
+    embed(ids),
+    sequence.prompt_positions(mask),
+    sequence.prompt_mask(mask),
+    llama.init_cache(*ids.shape, cache),
+  )
+  error = (
+    np.abs(llama.apply({'params': params}, hidden, method='logits') - logits).mean() / logits.std()
+  )
 
   features = [golden['caption_features_0'], golden['caption_features_1']]
   width = max(map(len, features))
-  prompts = [[[sizes['image_start_id']], range(b * width, b * width + len(f)), [sizes['image_end_id']]] for b, f in enumerate(features)]
+  prompts = [
+    [[sizes['image_start_id']], range(b * width, b * width + len(f)), [sizes['image_end_id']]]
+    for b, f in enumerate(features)
+  ]
   padded = jnp.stack([jnp.pad(f, ((0, width - len(f)), (0, 0))) for f in features])
   expected = golden['caption_greedy']
   out = decode.generate(
-      llama, params, *sequence.embed_prompts(prompts, embed, padded)[:2], min_new_tokens=sizes['min_new_tokens'],
-      max_new_tokens=sizes['max_new_tokens'], eos_id=sizes['eos_id'], suppress=jnp.arange(sizes['vocab_size']) >= sizes['text_vocab'],
-      cache_dtype=cache)
-  return dict(golden_error=float(error), golden_tokens_alike=float((np.asarray(out.ids)[:, :expected.shape[1]] == expected).mean()))
+    llama,
+    params,
+    *sequence.embed_prompts(prompts, embed, padded)[:2],
+    min_new_tokens=sizes['min_new_tokens'],
+    max_new_tokens=sizes['max_new_tokens'],
+    eos_id=sizes['eos_id'],
+    suppress=jnp.arange(sizes['vocab_size']) >= sizes['text_vocab'],
+    cache_dtype=cache,
+  )
+  return dict(
+    golden_error=float(error),
+    golden_tokens_alike=float((np.asarray(out.ids)[:, : expected.shape[1]] == expected).mean()),
+  )
 
 
 def precision(examples) -> dict:
@@ -142,11 +216,17 @@ def precision(examples) -> dict:
   for name, settings in PRECISIONS.items():
     model = Lavit.from_pretrained(TINY, **settings)
     captions = model.caption(shown, seed=None)
-    answers = model.answer(shown[[each.index for each in asked]], [each.question for each in asked], seed=None)
+    answers = model.answer(
+      shown[[each.index for each in asked]], [each.question for each in asked], seed=None
+    )
     if name == 'float32':
       reference = captions, answers
-    found[name] = dict(losses(model, examples), captions_alike=agreement(captions, reference[0]), answers_alike=agreement(answers, reference[1]),
-                       **golden_model(**settings))
+    found[name] = dict(
+      losses(model, examples),
+      captions_alike=agreement(captions, reference[0]),
+      answers_alike=agreement(answers, reference[1]),
+      **golden_model(**settings),
+    )
   return found
 
 
@@ -157,7 +237,9 @@ def main() -> None:
   parser.add_argument('--json', type=pathlib.Path)
   args = parser.parse_args()
   examples = loader.examples(args.source, 'heldout/pair', 0, args.count)
-  result = dict(source=args.source, count=args.count, keep=keep(examples), precision=precision(examples))
+  result = dict(
+    source=args.source, count=args.count, keep=keep(examples), precision=precision(examples)
+  )
   print(json.dumps(result, indent=1))
   if args.json:
     args.json.write_text(json.dumps(result) + '\n')

@@ -8,21 +8,23 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from weights import DRAWING_GUIDANCE, STEPS, Weights, drawing_inputs
 
-from lavit_jax.inference import diffusion, compiled
+from lavit_jax.inference import compiled, diffusion
 from lavit_jax.models import lavit
 from lavit_jax.models.initialization import init_params
 from lavit_jax.weights.torch import mapping
 from lavit_jax.weights.torch.names_diffusion import unet_rules
 from lavit_jax.weights.torch.names_visual import tokenizer_rules, vit_rules
-from weights import DRAWING_GUIDANCE, STEPS, Weights, drawing_inputs
 
 SMALL = lavit.build('small')
 
 
 def filled(part: str, rows: list[mapping.NameRule]) -> dict:
   """The parameters of a part, of the weights that its PyTorch names have."""
-  like = jax.eval_shape(functools.partial(init_params, SMALL, names=(part,)), jax.random.key(0))[part]
+  like = jax.eval_shape(functools.partial(init_params, SMALL, names=(part,)), jax.random.key(0))[
+    part
+  ]
   state = {name: Weights(name, shape) for name, shape in mapping.torch_shapes(rows, like).items()}
   return mapping.from_torch(rows, state, like, lambda _, x: jnp.asarray(x))
 
@@ -33,8 +35,14 @@ def drawing() -> Callable[[], np.ndarray]:
 
   @jax.jit
   def draw(params, noise, condition, null):
-    return diffusion.sample_latents(functools.partial(SMALL.unet.apply, {'params': params}), noise, condition, null, steps=STEPS,
-                            guidance_scale=DRAWING_GUIDANCE)
+    return diffusion.sample_latents(
+      functools.partial(SMALL.unet.apply, {'params': params}),
+      noise,
+      condition,
+      null,
+      steps=STEPS,
+      guidance_scale=DRAWING_GUIDANCE,
+    )
 
   return lambda: np.asarray(draw(params, *drawing_inputs()))
 

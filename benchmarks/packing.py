@@ -47,21 +47,33 @@ class Pairs(NamedTuple):
 def tiny_pairs(source: str, count: int) -> Pairs:
   model = Lavit.from_pretrained(ASSETS)
   examples = loader.examples(source, 'train', 0, count)
-  return captioned([model.words.encode(example.caption) for example in examples], model.tokenize(pixels(examples)).counts, 64, 48)
+  return captioned(
+    [model.words.encode(example.caption) for example in examples],
+    model.tokenize(pixels(examples)).counts,
+    64,
+    48,
+  )
 
 
 def made_pairs(count: int) -> Pairs:
   """Captions of 8 to 36 tokens, as published captions are asked for."""
   rng = np.random.default_rng(0)
   visual = np.clip(np.round(rng.normal(85, 25, count)), 1, 256).astype(np.int32)
-  return captioned([rng.integers(3, 2000, rng.integers(8, 37)) for _ in range(count)], visual, 256, 48)
+  return captioned(
+    [rng.integers(3, 2000, rng.integers(8, 37)) for _ in range(count)], visual, 256, 48
+  )
 
 
 def captioned(texts, visual, capacity: int, text_length: int) -> Pairs:
   padded = np.zeros((len(texts), text_length), np.int32)
   for row, text in zip(padded, texts):
-    row[:len(text)] = text
-  return Pairs(padded, np.array([len(text) for text in texts], np.int32), np.asarray(visual, np.int32), capacity)
+    row[: len(text)] = text
+  return Pairs(
+    padded,
+    np.array([len(text) for text in texts], np.int32),
+    np.asarray(visual, np.int32),
+    capacity,
+  )
 
 
 def page(count: int, num_rows: int, row_length: int = 2048) -> dict[str, float]:
@@ -70,32 +82,56 @@ def page(count: int, num_rows: int, row_length: int = 2048) -> dict[str, float]:
   lengths = (pairs.text_length + pairs.visual_length + 3).reshape(-1, count)
   row, _ = jax.vmap(lambda lengths: assign_rows(lengths, num_rows, row_length))(lengths)
   out = np.asarray(row == num_rows)
-  return dict(lost=float(out.mean()), filled=float(lengths[~out].sum() / (len(lengths) * num_rows * row_length)))
+  return dict(
+    lost=float(out.mean()),
+    filled=float(lengths[~out].sum() / (len(lengths) * num_rows * row_length)),
+  )
 
 
 def measure(pairs: Pairs, row_length: int, width: int) -> dict[str, float]:
   """Both ways of laying out the same pairs, timed in turn: medians of `ROUNDS`."""
   vocabulary, count = Vocabulary(2048, 1024), len(pairs.text)
   llama = Llama(vocabulary.size, width, 4, 4, 4, width // 4, 3 * width)
-  params = llama.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32), method=lambda m, ids: m(m.embed(ids), ids, ids))
+  params = llama.init(
+    jax.random.key(0), jnp.zeros((1, 8), jnp.int32), method=lambda m, ids: m(m.embed(ids), ids, ids)
+  )
   useful = int((pairs.text_length + pairs.visual_length + 3).sum())
   num_rows = -(-useful // int(FILL * row_length))
   padded_length = pairs.text.shape[1] + pairs.capacity + 3
-  inputs = (pairs.text, pairs.text_length, np.ones(pairs.text.shape, np.float32), np.arange(count, dtype=np.int32) % 2,
-            np.zeros((count, pairs.capacity), np.int32), pairs.visual_length)
+  inputs = (
+    pairs.text,
+    pairs.text_length,
+    np.ones(pairs.text.shape, np.float32),
+    np.arange(count, dtype=np.int32) % 2,
+    np.zeros((count, pairs.capacity), np.int32),
+    pairs.visual_length,
+  )
 
   def loss(params, rows):
-    hidden, _ = llama.apply(params, llama.apply(params, rows.ids, method='embed'), rows.positions, rows.segments)
+    hidden, _ = llama.apply(
+      params, llama.apply(params, rows.ids, method='embed'), rows.positions, rows.segments
+    )
     logits = llama.apply(params, hidden, method='logits')
-    nll = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, rows.targets[..., None], -1)[..., 0]
+    nll = (
+      jax.nn.logsumexp(logits, -1)
+      - jnp.take_along_axis(logits, rows.targets[..., None], -1)[..., 0]
+    )
     return (nll * rows.weights).sum() / rows.weights.sum(), rows.overflow.sum()
 
   def packed(params, *pairs):
-    return jax.value_and_grad(loss, has_aux=True)(params, pack_pairs(*pairs, vocabulary, num_rows=num_rows, row_length=row_length))
+    return jax.value_and_grad(loss, has_aux=True)(
+      params, pack_pairs(*pairs, vocabulary, num_rows=num_rows, row_length=row_length)
+    )
 
   def one_a_row(params, *pairs):
-    rows = jax.vmap(lambda *pair: pack_pairs(*(x[None] for x in pair), vocabulary, num_rows=1, row_length=padded_length))(*pairs)
-    return jax.value_and_grad(loss, has_aux=True)(params, jax.tree.map(lambda x: x[:, 0] if x.ndim == 3 else x, rows))
+    rows = jax.vmap(
+      lambda *pair: pack_pairs(
+        *(x[None] for x in pair), vocabulary, num_rows=1, row_length=padded_length
+      )
+    )(*pairs)
+    return jax.value_and_grad(loss, has_aux=True)(
+      params, jax.tree.map(lambda x: x[:, 0] if x.ndim == 3 else x, rows)
+    )
 
   steps = {'packed': jax.jit(packed), 'padded': jax.jit(one_a_row)}
   values = {name: jax.device_get(step(params, *inputs)[0]) for name, step in steps.items()}
@@ -106,11 +142,17 @@ def measure(pairs: Pairs, row_length: int, width: int) -> dict[str, float]:
       jax.block_until_ready(step(params, *inputs))
       seconds[name].append(time.monotonic() - start)
   speed = {name: useful / statistics.median(times) for name, times in seconds.items()}
-  return dict(mean_visual=float(pairs.visual_length.mean()), mean_length=useful / count, overflow=int(values['packed'][1]),
-              loss_difference=float(abs(values['packed'][0] - values['padded'][0])),
-              useful_packed=useful / (num_rows * row_length), useful_padded=useful / (count * padded_length),
-              tokens_per_second_packed=round(speed['packed']), tokens_per_second_padded=round(speed['padded']),
-              speedup=speed['packed'] / speed['padded'])
+  return dict(
+    mean_visual=float(pairs.visual_length.mean()),
+    mean_length=useful / count,
+    overflow=int(values['packed'][1]),
+    loss_difference=float(abs(values['packed'][0] - values['padded'][0])),
+    useful_packed=useful / (num_rows * row_length),
+    useful_padded=useful / (count * padded_length),
+    tokens_per_second_packed=round(speed['packed']),
+    tokens_per_second_padded=round(speed['padded']),
+    speedup=speed['packed'] / speed['padded'],
+  )
 
 
 def main() -> None:
@@ -118,8 +160,11 @@ def main() -> None:
   parser.add_argument('--source', default='embedded', help='the data set of the tiny distribution')
   parser.add_argument('--json', type=pathlib.Path)
   args = parser.parse_args()
-  result = dict(tiny=measure(tiny_pairs(args.source, 128), 256, 160), mean_85=measure(made_pairs(160), 1024, 160),
-                page={f'{count} pairs to {rows} rows': page(count, rows) for count, rows in PIECES})
+  result = dict(
+    tiny=measure(tiny_pairs(args.source, 128), 256, 160),
+    mean_85=measure(made_pairs(160), 1024, 160),
+    page={f'{count} pairs to {rows} rows': page(count, rows) for count, rows in PIECES},
+  )
   print(json.dumps(result, indent=1))
   if args.json:
     args.json.write_text(json.dumps(result) + '\n')

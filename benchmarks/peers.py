@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-
 from weights import DRAWING_GUIDANCE, STEPS, Weights, drawing_inputs
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -17,7 +16,10 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 def fill(module: nn.Module) -> nn.Module:
   """Gives a module on the meta device the weights of its names."""
-  state = {name: torch.from_numpy(np.asarray(Weights(name, tuple(x.shape)))) for name, x in module.state_dict().items()}
+  state = {
+    name: torch.from_numpy(np.asarray(Weights(name, tuple(x.shape))))
+    for name, x in module.state_dict().items()
+  }
   module.load_state_dict(state, assign=True)
   return module.eval()
 
@@ -27,8 +29,14 @@ def drawing() -> Callable[[], np.ndarray]:
   with torch.device('meta'):
     unet = diffusers.UNet2DConditionModel(cross_attention_dim=768)
   fill(unet)
-  scheduler = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear', steps_offset=1, clip_sample=False,
-                                      set_alpha_to_one=False)
+  scheduler = diffusers.DDIMScheduler(
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule='scaled_linear',
+    steps_offset=1,
+    clip_sample=False,
+    set_alpha_to_one=False,
+  )
 
   def draw():
     noise, *branches = drawing_inputs()
@@ -37,14 +45,18 @@ def drawing() -> Callable[[], np.ndarray]:
     scheduler.set_timesteps(STEPS)
     with torch.no_grad():
       for t in scheduler.timesteps:
-        given, null = unet(torch.cat([x, x]), t, encoder_hidden_states=context, encoder_attention_mask=mask).sample.chunk(2)
+        given, null = unet(
+          torch.cat([x, x]), t, encoder_hidden_states=context, encoder_attention_mask=mask
+        ).sample.chunk(2)
         x = scheduler.step(null + DRAWING_GUIDANCE * (given - null), t, x).prev_sample
     return x.permute(0, 2, 3, 1).numpy()
 
   return draw
 
 
-def tokenizing(encoder_sizes, tokenizer_sizes, images: np.ndarray) -> Callable[[], tuple[np.ndarray, np.ndarray]]:
+def tokenizing(
+  encoder_sizes, tokenizer_sizes, images: np.ndarray
+) -> Callable[[], tuple[np.ndarray, np.ndarray]]:
   """Images uint8[B, H, W, 3] to codes [B, N] and keep [B, N], by modules of the sizes that ours have as fields."""
   with torch.device('meta'):
     encoder, tokenizer = ViT(encoder_sizes), Tokenizer(tokenizer_sizes)
@@ -76,7 +88,9 @@ class Attention(nn.Module):
     if memory is not None:
       qkv = self.query(x), self.key(memory), self.value(memory)
     elif hasattr(self, 'q_bias'):
-      qkv = F.linear(x, self.qkv.weight, torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])).chunk(3, -1)
+      qkv = F.linear(
+        x, self.qkv.weight, torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+      ).chunk(3, -1)
     else:
       qkv = self.qkv(x).chunk(3, -1)
     q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in qkv)
@@ -90,7 +104,6 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-
   def __init__(self, width: int, mlp_dim: int):
     super().__init__()
     self.fc1, self.fc2 = nn.Linear(width, mlp_dim), nn.Linear(mlp_dim, width)
@@ -100,7 +113,6 @@ class Mlp(nn.Module):
 
 
 class ViTBlock(nn.Module):
-
   def __init__(self, width: int, num_heads: int, mlp_dim: int):
     super().__init__()
     self.norm1, self.norm2 = (nn.LayerNorm(width, 1e-6) for _ in range(2))
@@ -112,26 +124,39 @@ class ViTBlock(nn.Module):
 
 
 class ViT(nn.Module):
-
   def __init__(self, sizes):
     super().__init__()
     width = sizes.hidden_size
-    self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv2d(3, width, sizes.patch_size, sizes.patch_size)))
-    self.cls_token, self.pos_embed = nn.Parameter(torch.zeros(1, 1, width)), nn.Parameter(torch.zeros(1, 1 + sizes.num_patches, width))
-    self.blocks = nn.Sequential(*(ViTBlock(width, sizes.num_heads, sizes.mlp_dim) for _ in range(sizes.num_layers)))
+    self.patch_embed = nn.ModuleDict(
+      dict(proj=nn.Conv2d(3, width, sizes.patch_size, sizes.patch_size))
+    )
+    self.cls_token, self.pos_embed = (
+      nn.Parameter(torch.zeros(1, 1, width)),
+      nn.Parameter(torch.zeros(1, 1 + sizes.num_patches, width)),
+    )
+    self.blocks = nn.Sequential(
+      *(ViTBlock(width, sizes.num_heads, sizes.mlp_dim) for _ in range(sizes.num_layers))
+    )
 
   def forward(self, pixels):
     x = self.patch_embed['proj'](pixels).flatten(2).transpose(1, 2)
-    return self.blocks(torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed)[:, 1:]
+    return self.blocks(torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed)[
+      :, 1:
+    ]
 
 
 class Selector(nn.Module):
-
   def __init__(self, width: int):
     super().__init__()
     self.in_conv = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
-    self.out_conv = nn.Sequential(nn.Linear(width, width // 2), nn.GELU(), nn.Linear(width // 2, width // 4), nn.GELU(),
-                                  nn.Linear(width // 4, 2), nn.LogSoftmax(-1))
+    self.out_conv = nn.Sequential(
+      nn.Linear(width, width // 2),
+      nn.GELU(),
+      nn.Linear(width // 2, width // 4),
+      nn.GELU(),
+      nn.Linear(width // 4, 2),
+      nn.LogSoftmax(-1),
+    )
 
   def forward(self, x):
     local, context = self.in_conv(x).chunk(2, -1)
@@ -139,11 +164,13 @@ class Selector(nn.Module):
 
 
 class MergerBlock(nn.Module):
-
   def __init__(self, width: int, num_heads: int, mlp_dim: int):
     super().__init__()
     self.norm0, self.norm1, self.norm2 = (nn.LayerNorm(width) for _ in range(3))
-    self.token_causal_attn, self.token_cross_attn = Attention(width, num_heads, True), Attention(width, num_heads, False)
+    self.token_causal_attn, self.token_cross_attn = (
+      Attention(width, num_heads, True),
+      Attention(width, num_heads, False),
+    )
     self.mlp = Mlp(width, mlp_dim)
 
   def forward(self, x, dropped, kept_policy, dropped_policy):
@@ -153,7 +180,6 @@ class MergerBlock(nn.Module):
 
 
 class Merger(nn.Module):
-
   def __init__(self, width: int, num_layers: int, num_heads: int, mlp_dim: int):
     super().__init__()
     self.ln_vision, self.norm = nn.LayerNorm(width), nn.LayerNorm(width)
@@ -168,13 +194,14 @@ class Merger(nn.Module):
 
 
 class Tokenizer(nn.Module):
-
   def __init__(self, sizes):
     super().__init__()
     width = sizes.hidden_size
     self.token_predictor = Selector(width)
     self.causal_encoder = Merger(width, sizes.num_layers, sizes.num_heads, sizes.mlp_dim)
-    self.encode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, sizes.code_dim))
+    self.encode_task_layer = nn.Sequential(
+      nn.Linear(width, width), nn.Tanh(), nn.Linear(width, sizes.code_dim)
+    )
     self.quantize = nn.ModuleDict(dict(embedding=nn.Embedding(sizes.codebook_size, sizes.code_dim)))
 
   def forward(self, x):

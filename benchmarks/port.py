@@ -29,9 +29,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lavit_jax.models import lavit
-from lavit_jax.weights.torch import formats, files
-from lavit_jax.weights.torch.mapping import torch_shapes
 from lavit_jax.weights.store.folder import load_params
+from lavit_jax.weights.torch import files, formats
+from lavit_jax.weights.torch.mapping import torch_shapes
 
 BLOCK = 1 << 25  # numbers
 REST = 30  # seconds
@@ -40,27 +40,43 @@ REST = 30  # seconds
 def write_folder(folder: pathlib.Path, variant: str) -> None:
   """All parts, each tensor another stretch of one block of random numbers; a tensor at a time."""
   model = lavit.build(variant)
-  block = np.tile(np.random.default_rng(0).standard_normal(BLOCK // 4, np.float32).astype(np.float16), 8)
+  block = np.tile(
+    np.random.default_rng(0).standard_normal(BLOCK // 4, np.float32).astype(np.float16), 8
+  )
   start = 0
   for place in formats.PUBLISHED:
     like = formats.shapes(model, [place.part])
     if not like:
       continue
-    shapes = torch_shapes(formats.name_rules(model, place.part)[0], formats.like_of(like[place.part]))
+    shapes = torch_shapes(
+      formats.name_rules(model, place.part)[0], formats.like_of(like[place.part])
+    )
     where, stem = place.overlay or (place.folder, place.stems[0])
     specs = {name: jax.ShapeDtypeStruct(shape, np.float16) for name, shape in shapes.items()}
     with files.Writer(folder / where, stem, specs) as writer:
       for name, spec in specs.items():
         size, start = int(np.prod(spec.shape)), (start + 7919) % BLOCK
-        pieces = [block[start:start + min(BLOCK, size - at)] for at in range(0, size, BLOCK)]
-        writer.write(name, np.concatenate(pieces).reshape(spec.shape) if len(pieces) > 1 else pieces[0].reshape(spec.shape))
+        pieces = [block[start : start + min(BLOCK, size - at)] for at in range(0, size, BLOCK)]
+        writer.write(
+          name,
+          np.concatenate(pieces).reshape(spec.shape)
+          if len(pieces) > 1
+          else pieces[0].reshape(spec.shape),
+        )
 
 
 def digest(folder: pathlib.Path) -> dict:
   """(file's folder, name, shape, type, CRC-32) of every tensor."""
   found = formats.detect(folder)[1]
-  return {(each.place.part, name): (tensor.shape, str(tensor.dtype), zlib.crc32(np.asarray(tensor).reshape(-1).view(np.uint8)))
-          for each in found for name, tensor in each.merged.items()}
+  return {
+    (each.place.part, name): (
+      tensor.shape,
+      str(tensor.dtype),
+      zlib.crc32(np.asarray(tensor).reshape(-1).view(np.uint8)),
+    )
+    for each in found
+    for name, tensor in each.merged.items()
+  }
 
 
 def restore(folder: pathlib.Path) -> None:
@@ -68,11 +84,17 @@ def restore(folder: pathlib.Path) -> None:
   mesh = Mesh(np.array(jax.devices()), 'x')
 
   def place(x):
-    axis = max((n for n, size in enumerate(x.shape) if size % len(jax.devices()) == 0), default=None)
+    axis = max(
+      (n for n, size in enumerate(x.shape) if size % len(jax.devices()) == 0), default=None
+    )
     return NamedSharding(mesh, P() if axis is None else P(*[None] * axis, 'x'))
 
-  params = load_params(folder, ['llama'], shardings=lambda tree: jax.tree.map(place, tree), dtype=None)
-  print(f'{sum(x.nbytes for x in jax.tree.leaves(params)) / 1e9:.2f} GB on {len(jax.devices())} devices')
+  params = load_params(
+    folder, ['llama'], shardings=lambda tree: jax.tree.map(place, tree), dtype=None
+  )
+  print(
+    f'{sum(x.nbytes for x in jax.tree.leaves(params)) / 1e9:.2f} GB on {len(jax.devices())} devices'
+  )
 
 
 def timed(command: list[str], **environment) -> tuple[float, float]:
@@ -101,7 +123,9 @@ def apart(function, *args):
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--scratch', type=pathlib.Path)
-  parser.add_argument('--restore', type=pathlib.Path, help=argparse.SUPPRESS)  # what a process of ours is asked for
+  parser.add_argument(
+    '--restore', type=pathlib.Path, help=argparse.SUPPRESS
+  )  # what a process of ours is asked for
   parser.add_argument('--variant', default='lavit_7b')
   parser.add_argument('--json', type=pathlib.Path)
   args = parser.parse_args()
@@ -121,13 +145,23 @@ def main() -> None:
     rows['torch -> orbax'] = timed([*convert, '--src', str(source), '--dst', str(ours)])
     wanted = apart(digest, source)
     shutil.rmtree(source)
-    on_mesh = timed([sys.executable, __file__, '--restore', str(ours)], XLA_FLAGS='--xla_force_host_platform_device_count=8')
+    on_mesh = timed(
+      [sys.executable, __file__, '--restore', str(ours)],
+      XLA_FLAGS='--xla_force_host_platform_device_count=8',
+    )
     rows['orbax -> torch'] = timed([*convert, '--src', str(ours), '--dst', str(back)])
     same = apart(digest, back) == wanted
   finally:
     shutil.rmtree(scratch, ignore_errors=True)
-  result = {name: dict(seconds=round(seconds, 1), mb_per_second=round(size / seconds / 1e6), peak_gb=round(peak, 2),
-                       of_cp=round(rows['cp'][0] / seconds, 2)) for name, (seconds, peak) in rows.items()}
+  result = {
+    name: dict(
+      seconds=round(seconds, 1),
+      mb_per_second=round(size / seconds / 1e6),
+      peak_gb=round(peak, 2),
+      of_cp=round(rows['cp'][0] / seconds, 2),
+    )
+    for name, (seconds, peak) in rows.items()
+  }
   result['orbax -> 8 devices'] = dict(seconds=round(on_mesh[0], 1), peak_gb=round(on_mesh[1], 2))
   result |= dict(bytes=size, tensors=len(wanted), same=same)
   print(json.dumps(result, indent=1))

@@ -1,6 +1,6 @@
 """Puts the pictures of the demo's page on one sheet for the README: a row of it for each card, cards side by side in columns.
 
-    python benchmarks/sheet.py demo_out/index.html --out lavit_jax/assets/demo/sheet.png
+python benchmarks/sheet.py demo_out/index.html --out lavit_jax/assets/demo/sheet.png
 """
 
 import argparse
@@ -20,7 +20,9 @@ def cards(page: str) -> list[list[np.ndarray]]:
   found = []
   for article in re.findall('<article>.*?</article>', page, re.DOTALL):
     data = re.findall('src="data:image/png;base64,([^"]+)"', article)
-    found.append([np.asarray(Image.open(io.BytesIO(base64.b64decode(each))).convert('RGB')) for each in data])
+    found.append(
+      [np.asarray(Image.open(io.BytesIO(base64.b64decode(each))).convert('RGB')) for each in data]
+    )
   return found
 
 
@@ -31,8 +33,11 @@ def sheet(cards: list[list[np.ndarray]]) -> np.ndarray:
   out = np.full((rows * side + GAP, COLUMNS * (widest * side + 2 * GAP), 3), 255, np.uint8)
   for i, card in enumerate(cards):
     for j, picture in enumerate(card):
-      top, left = i // COLUMNS * side + GAP, i % COLUMNS * (widest * side + 2 * GAP) + GAP + j * side
-      out[top:top + side - GAP, left:left + side - GAP] = picture
+      top, left = (
+        i // COLUMNS * side + GAP,
+        i % COLUMNS * (widest * side + 2 * GAP) + GAP + j * side,
+      )
+      out[top : top + side - GAP, left : left + side - GAP] = picture
   return out
 
 

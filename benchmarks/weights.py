@@ -8,7 +8,9 @@ import zlib
 import numpy as np
 
 SIDE, STEPS, DRAWING_GUIDANCE, ROWS, NULL_ROWS, CONTEXT = 32, 10, 5.0, 256, 77, 768
-POOL = np.random.default_rng(0).standard_normal(1_000_003, np.float32)  # a prime: no two rows of a matrix are the same part of it
+POOL = np.random.default_rng(0).standard_normal(
+  1_000_003, np.float32
+)  # a prime: no two rows of a matrix are the same part of it
 
 
 class Weights:
@@ -25,7 +27,9 @@ class Weights:
     values = np.resize(np.roll(POOL, -start)[:size], self.shape)
     if len(self.shape) > 1:
       return values / np.float32(math.sqrt(math.prod(self.shape[1:])))
-    return values * np.float32(0.1) + np.float32(self.name.endswith('weight'))  # of a norm, or a bias
+    return values * np.float32(0.1) + np.float32(
+      self.name.endswith('weight')
+    )  # of a norm, or a bias
 
 
 def drawing_inputs() -> tuple[np.ndarray, tuple, tuple]:

@@ -15,5 +15,6 @@ def __getattr__(name):
   """Imports the pipeline, and with it jax, only when somebody asks for it: `lavit --help` stays instant."""
   if name == 'Lavit':
     from lavit_jax.inference.pipeline import Lavit
+
     return Lavit
   raise AttributeError('module %r has no attribute %r' % (__name__, name))

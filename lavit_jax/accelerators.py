@@ -27,16 +27,21 @@ class Chip(NamedTuple):
 
 
 TPUS = {
-    'v4': Chip('TPU v4', 275, 32, 1.2, 2400),
-    'v5e': Chip('TPU v5 lite', 197, 16, 0.82, 1600),
-    'v5p': Chip('TPU v5', 459, 95, 2.77, 4800),
-    'v6e': Chip('TPU v6 lite', 918, 32, 1.64, 3584),
-    'tpu7x': Chip('TPU7x', 2307, 192, 7.38, 4800, devices=2),  # Ironwood
+  'v4': Chip('TPU v4', 275, 32, 1.2, 2400),
+  'v5e': Chip('TPU v5 lite', 197, 16, 0.82, 1600),
+  'v5p': Chip('TPU v5', 459, 95, 2.77, 4800),
+  'v6e': Chip('TPU v6 lite', 918, 32, 1.64, 3584),
+  'tpu7x': Chip('TPU7x', 2307, 192, 7.38, 4800, devices=2),  # Ironwood
 }
 
 
 GPUS = (  # bfloat16 TFLOP/s without sparsity, of what JAX's `device_kind` holds; the first match counts
-    (r'\bA100\b', 312), (r'\bH100 PCIe\b', 756), (r'\bH100 NVL\b', 835), (r'\bH100\b', 989), (r'\bL4\b', 121))
+  (r'\bA100\b', 312),
+  (r'\bH100 PCIe\b', 756),
+  (r'\bH100 NVL\b', 835),
+  (r'\bH100\b', 989),
+  (r'\bL4\b', 121),
+)
 
 
 def peak_tflops(devices) -> float:

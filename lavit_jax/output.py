@@ -12,8 +12,8 @@ import tempfile
 import numpy as np
 from PIL import Image
 
-from lavit_jax.errors import UserError
 from lavit_jax.data.images import SUFFIXES
+from lavit_jax.errors import UserError
 
 
 def write_atomic(path, data: bytes | str) -> pathlib.Path:
@@ -29,7 +29,9 @@ def write_atomic(path, data: bytes | str) -> pathlib.Path:
     os.replace(scratch, path)
     scratch = None
   except OSError as error:
-    raise UserError(f'cannot write {path}: {error.strerror or error}; free some space or choose another place') from error
+    raise UserError(
+      f'cannot write {path}: {error.strerror or error}; free some space or choose another place'
+    ) from error
   finally:
     if scratch is not None:
       os.unlink(scratch)

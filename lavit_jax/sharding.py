@@ -14,7 +14,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from lavit_jax.errors import UserError
 from lavit_jax.models.layers import BATCH_AXES, TENSOR_AXIS
@@ -25,13 +26,16 @@ LARGE = 1 << 20  # elements; a leaf below this may go without a row, and every d
 
 # The last axes of a leaf. Into a block: the output is split over `tensor`; out of a block: the input is.
 RULES = (
-    (r'/(qkv|query|key|value|to_[qkv]|gate|up|fc1|fc_in|proj_in|linear_1)/kernel$', P('fsdp', 'tensor')),  # [.., D, F]
-    (r'/(proj|to_out|down|fc2|proj_out|linear_2)/kernel$', P('tensor', 'fsdp')),                           # [.., F, D]
-    (r'/(vit_proj|text_proj|context_proj_\d+|time_emb_proj|head)/kernel$', P('fsdp', 'tensor')),
-    (r'/(conv\w*|patch_embed)/kernel$', P('fsdp', 'tensor')),                                             # [h, w, in, out]
-    (r'(^state|/quantizer)/embedding$', P()),                                                             # the codebook, [K, C]
-    (r'/embedding$', P('tensor', 'fsdp')),                                                                # [V, D]
-    (r'/head$', P('fsdp', 'tensor')),                                                                     # [D, V]
+  (
+    r'/(qkv|query|key|value|to_[qkv]|gate|up|fc1|fc_in|proj_in|linear_1)/kernel$',
+    P('fsdp', 'tensor'),
+  ),  # [.., D, F]
+  (r'/(proj|to_out|down|fc2|proj_out|linear_2)/kernel$', P('tensor', 'fsdp')),  # [.., F, D]
+  (r'/(vit_proj|text_proj|context_proj_\d+|time_emb_proj|head)/kernel$', P('fsdp', 'tensor')),
+  (r'/(conv\w*|patch_embed)/kernel$', P('fsdp', 'tensor')),  # [h, w, in, out]
+  (r'(^state|/quantizer)/embedding$', P()),  # the codebook, [K, C]
+  (r'/embedding$', P('tensor', 'fsdp')),  # [V, D]
+  (r'/head$', P('fsdp', 'tensor')),  # [D, V]
 )
 
 
@@ -57,13 +61,23 @@ def make_mesh(sizes, devices=None) -> Mesh:
     shape[shape.index(-1)] = count // known
   asked = ', '.join(f'{axis}={sizes[axis]}' for axis in AXES)
   if math.prod(shape) != count or min(shape) < 1:
-    raise UserError(f'mesh: {asked} does not fit {count} device(s); the product must be {count} (-1 takes what is left)')
-  slices = len({getattr(device, 'slice_index', None) for device in devices}) if devices[0].platform == 'tpu' else 1
+    raise UserError(
+      f'mesh: {asked} does not fit {count} device(s); the product must be {count} (-1 takes what is left)'
+    )
+  slices = (
+    len({getattr(device, 'slice_index', None) for device in devices})
+    if devices[0].platform == 'tpu'
+    else 1
+  )
   if shape[0] % slices:
-    raise UserError(f'mesh: {asked} does not fit {slices} slices; data must be a multiple of {slices}')
+    raise UserError(
+      f'mesh: {asked} does not fit {slices} slices; data must be a multiple of {slices}'
+    )
   if slices > 1:
     across = (slices, 1, 1)
-    array = mesh_utils.create_hybrid_device_mesh([n // s for n, s in zip(shape, across)], across, devices, allow_split_physical_axes=True)
+    array = mesh_utils.create_hybrid_device_mesh(
+      [n // s for n, s in zip(shape, across)], across, devices, allow_split_physical_axes=True
+    )
   else:
     array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -92,7 +106,7 @@ def spec(name: str, shape: tuple[int, ...], mesh: Mesh, rules=RULES) -> P:
       raise ValueError(f'{name} {list(shape)} is large, and no row of sharding.RULES names it')
     return P()
   width = min(len(rule), len(shape))
-  sizes, wanted, axes = shape[len(shape) - width:], rule[len(rule) - width:], [None] * width
+  sizes, wanted, axes = shape[len(shape) - width :], rule[len(rule) - width :], [None] * width
 
   def divides(axis, n):
     return axis and mesh.shape[axis] > 1 and sizes[n] % mesh.shape[axis] == 0
@@ -100,7 +114,9 @@ def spec(name: str, shape: tuple[int, ...], mesh: Mesh, rules=RULES) -> P:
   for n, axis in enumerate(wanted):
     axes[n] = axis if divides(axis, n) else None
   for axis in wanted:
-    if axis not in axes and (free := [n for n in range(width) if axes[n] is None and divides(axis, n)]):
+    if axis not in axes and (
+      free := [n for n in range(width) if axes[n] is None and divides(axis, n)]
+    ):
       axes[free[0]] = axis
   return P(*(None,) * (len(shape) - width), *axes)
 
@@ -133,7 +149,9 @@ def process_share(mesh: Mesh, batch_size: int) -> ProcessShare:
     held.setdefault(device.process_index, set()).update(range(*rows.indices(batch_size)))
   shares = sorted({tuple(sorted(rows)) for rows in held.values()})
   if sum(map(len, shares)) != batch_size or len({len(rows) for rows in shares}) != 1:
-    raise UserError('mesh: the pieces of a batch do not fall evenly to the processes; tensor must divide their devices, or be a multiple of them')
+    raise UserError(
+      'mesh: the pieces of a batch do not fall evenly to the processes; tensor must divide their devices, or be a multiple of them'
+    )
   mine = tuple(sorted(held[jax.process_index()]))
   return ProcessShare(np.array(mine), shares.index(mine), len(shares))
 
@@ -146,8 +164,10 @@ def put_batch(batch: dict, mesh: Mesh, share: ProcessShare) -> dict:
     def piece(index):
       start, stop, _ = index[0].indices(batch_size)
       first = int(np.searchsorted(share.rows, start))
-      return x[first:first + stop - start]
+      return x[first : first + stop - start]
 
-    return jax.make_array_from_callback((batch_size, *x.shape[1:]), NamedSharding(mesh, BATCH), piece)
+    return jax.make_array_from_callback(
+      (batch_size, *x.shape[1:]), NamedSharding(mesh, BATCH), piece
+    )
 
   return {key: put(x) for key, x in batch.items()}

@@ -39,5 +39,6 @@ def assert_within(got, expected, error) -> None:
     worst = np.argmax(np.where(over, difference / np.maximum(error, 1e-300), 0))
     place = tuple(map(int, np.unravel_index(worst, got.shape)))
     raise AssertionError(
-        f'{over.sum()} of {over.size} are out of bounds; at {place} {got[place]} is '
-        f'{difference[place]:.3g} from {expected[place]}, and may be {error[place]:.3g}')
+      f'{over.sum()} of {over.size} are out of bounds; at {place} {got[place]} is '
+      f'{difference[place]:.3g} from {expected[place]}, and may be {error[place]:.3g}'
+    )

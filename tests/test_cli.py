@@ -16,9 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lavit_jax import cli
+from lavit_jax import cli, output
 from lavit_jax.errors import Unreachable
-from lavit_jax import output
 
 ROOT = pathlib.Path(cli.__file__).parents[1]
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
@@ -31,7 +30,9 @@ def fails(capsys):
   def run(arguments, pattern):
     assert cli.main([str(argument) for argument in arguments]) == 2
     error = capsys.readouterr().err
-    assert error.startswith('lavit: error: ') and error.count('\n') == 1 and re.search(pattern, error), error
+    assert (
+      error.startswith('lavit: error: ') and error.count('\n') == 1 and re.search(pattern, error)
+    ), error
 
   return run
 
@@ -42,8 +43,15 @@ def jpeg(**kwargs):
   return buffer.getvalue()
 
 
-@pytest.mark.parametrize('data, message', [
-    (b'words', 'not a picture'), (b'', 'empty'), (jpeg()[:-800], 'truncated'), (None, 'no such file')])
+@pytest.mark.parametrize(
+  'data, message',
+  [
+    (b'words', 'not a picture'),
+    (b'', 'empty'),
+    (jpeg()[:-800], 'truncated'),
+    (None, 'no such file'),
+  ],
+)
 @pytest.mark.parametrize('command', ['caption', 'reconstruct', 'tokenize', 'answer', 'synthesize'])
 def test_pictures_that_are_none(tiny_folder, tmp_path, fails, command, data, message):
   path, out = tmp_path / 'picture.jpg', tmp_path / 'out'
@@ -56,19 +64,37 @@ def test_pictures_that_are_none(tiny_folder, tmp_path, fails, command, data, mes
 
 def test_pictures_of_every_mode_are_tokenized(tiny_folder, tmp_path, capsys):
   pictures = {
-      'one.png': NOISE.resize((1, 1)), 'palette.png': NOISE.quantize(16), 'cmyk.jpg': NOISE.convert('CMYK'),
-      'deep.png': Image.fromarray(np.asarray(NOISE)[..., 0].astype(np.uint16) * 257), 'alpha.png': NOISE.convert('RGBA')}
+    'one.png': NOISE.resize((1, 1)),
+    'palette.png': NOISE.quantize(16),
+    'cmyk.jpg': NOISE.convert('CMYK'),
+    'deep.png': Image.fromarray(np.asarray(NOISE)[..., 0].astype(np.uint16) * 257),
+    'alpha.png': NOISE.convert('RGBA'),
+  }
   for name, picture in pictures.items():
     picture.save(tmp_path / name)
   out = tmp_path / 'tokens.jsonl'
-  assert cli.main(['tokenize', *[str(tmp_path / name) for name in pictures], '--folder', str(tiny_folder), '--out', str(out)]) == 0
+  assert (
+    cli.main(
+      [
+        'tokenize',
+        *[str(tmp_path / name) for name in pictures],
+        '--folder',
+        str(tiny_folder),
+        '--out',
+        str(out),
+      ]
+    )
+    == 0
+  )
   rows = [json.loads(line) for line in out.read_text().splitlines()]
   assert [os.path.basename(row['image']) for row in rows] == list(pictures)
   assert all(len(row['ids']) == len(row['patches']) == row['count'] > 0 for row in rows)
   assert len(capsys.readouterr().out.splitlines()) == 5
 
 
-@pytest.mark.parametrize('arguments, message', [
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
     (['generate', ' '], 'text is empty'),
     (['generate', 'owl ' * 3000], 'tokens long; shorten it to'),
     (['answer', 'PICTURE', ''], 'text is empty'),
@@ -81,17 +107,30 @@ def test_pictures_of_every_mode_are_tokenized(tiny_folder, tmp_path, capsys):
     (['generate', 'owl', '--samples', '0'], '--samples'),
     (['generate', 'owl', '--max-tokens', '99'], 'max_tokens in order, and at most 64'),
     (['caption', 'PICTURE', '--beams', '0'], '--beams'),
-    (['answer', 'PICTURE', 'What?', '--temperature', '2'], 'temperature plays no part in beam search; ask for sampling too'),
+    (
+      ['answer', 'PICTURE', 'What?', '--temperature', '2'],
+      'temperature plays no part in beam search; ask for sampling too',
+    ),
     (['generate', 'owl', '--max-tokens', '5'], 'min_tokens=16 to max_tokens=5 cannot be'),
-    (['caption', 'PICTURE', '--most-probable', '--sample'], '--most-probable has no seed, by which --sample chooses words; leave it out'),
-    (['caption', 'PICTURE', '--most-probable', '--samples', '2'], 'no seed, by which --samples 2 would differ; leave it out'),
+    (
+      ['caption', 'PICTURE', '--most-probable', '--sample'],
+      '--most-probable has no seed, by which --sample chooses words; leave it out',
+    ),
+    (
+      ['caption', 'PICTURE', '--most-probable', '--samples', '2'],
+      'no seed, by which --samples 2 would differ; leave it out',
+    ),
     (['app', '--seed', '1'], 'app does not know --seed 1'),
     (['generate', 'owl', '--seed', '-1'], "--seed: '-1' is not an integer from 0"),
-    (['generate', 'owl', '--guidance', 'much'], "--guidance: 'much' is not a number from 0 up; see lavit generate --help"),
+    (
+      ['generate', 'owl', '--guidance', 'much'],
+      "--guidance: 'much' is not a number from 0 up; see lavit generate --help",
+    ),
     (['generate', 'owl', '--sped', '1'], '--sped'),
     (['generate'], 'required: TEXT'),
     (['draw', 'owl'], "'draw'.*generate"),
-])
+  ],
+)
 def test_prompts_and_options(tiny_folder, tmp_path, fails, arguments, message):
   picture, out = tmp_path / 'picture.png', tmp_path / 'out'
   NOISE.save(picture)
@@ -101,7 +140,9 @@ def test_prompts_and_options(tiny_folder, tmp_path, fails, arguments, message):
 
 
 def test_checkpoints(tiny_folder, tmp_path, fails):
-  fails(['generate', 'owl', '--folder', tmp_path / 'nowhere'], 'nowhere is not a lavit_jax checkpoint')
+  fails(
+    ['generate', 'owl', '--folder', tmp_path / 'nowhere'], 'nowhere is not a lavit_jax checkpoint'
+  )
   folder = shutil.copytree(tiny_folder, tmp_path / 'broken')
   data = max((folder / 'parts' / 'llama').rglob('*/d/*'), key=lambda x: x.stat().st_size)
   data.write_bytes(data.read_bytes()[:1000])
@@ -119,18 +160,30 @@ def test_checkpoints(tiny_folder, tmp_path, fails):
 def test_training_options(tmp_path, fails):
   workdir = tmp_path / 'run'
   page = ROOT / 'configs' / 'tokenizer.py'
-  fails(['train', '--config', 'configs/nowhere.py:tiny', '--workdir', workdir], 'no file configs/nowhere.py')
+  fails(
+    ['train', '--config', 'configs/nowhere.py:tiny', '--workdir', workdir],
+    'no file configs/nowhere.py',
+  )
   fails(['train', '--config', f'{page}:tinny', '--workdir', workdir], 'tinny.*tiny')
-  fails(['train', '--config', page, '--workdir', workdir, '--config.batchsize=1'], 'did you mean --config.batch_size')
+  fails(
+    ['train', '--config', page, '--workdir', workdir, '--config.batchsize=1'],
+    'did you mean --config.batch_size',
+  )
   fails(['train', '--config', page, '--workdir', workdir, '--config.batch_size=few'], 'type int')
-  fails(['train', '--config', page, '--workdir', workdir, '--workdirs', 'x'], 'does not know --workdirs x')
+  fails(
+    ['train', '--config', page, '--workdir', workdir, '--workdirs', 'x'],
+    'does not know --workdirs x',
+  )
   assert not workdir.exists()
 
 
 def test_patches_are_sampled_unless_the_most_probable_are_asked_for(monkeypatch, tmp_path):
   NOISE.save(tmp_path / 'owl.png')
   seen = []
-  model = types.SimpleNamespace(model=types.SimpleNamespace(image_size=8), caption=lambda images, seed: seen.append(seed) or ['owl'])
+  model = types.SimpleNamespace(
+    model=types.SimpleNamespace(image_size=8),
+    caption=lambda images, seed: seen.append(seed) or ['owl'],
+  )
   monkeypatch.setattr(cli, '_model', lambda args: model)
   for options in ([], ['--seed', '3'], ['--most-probable']):
     assert cli.main(['caption', str(tmp_path / 'owl.png'), *options]) == 0
@@ -139,18 +192,41 @@ def test_patches_are_sampled_unless_the_most_probable_are_asked_for(monkeypatch,
 
 def test_a_workdir_that_is_a_file(tmp_path, fails):
   (tmp_path / 'notes').write_text('mine')
-  fails(['train', '--config', f'{ROOT}/configs/encoder.py:tiny', '--workdir', tmp_path / 'notes', '--config.data.source=embedded'],
-        'notes.*Not a directory')
+  fails(
+    [
+      'train',
+      '--config',
+      f'{ROOT}/configs/encoder.py:tiny',
+      '--workdir',
+      tmp_path / 'notes',
+      '--config.data.source=embedded',
+    ],
+    'notes.*Not a directory',
+  )
   assert (tmp_path / 'notes').read_text() == 'mine'
 
 
 def test_overrides_reach_the_loop(tmp_path, monkeypatch):
   from lavit_jax.training import loop
+
   seen = []
   monkeypatch.setattr(loop, 'train', lambda config, workdir: seen.append((config, workdir)))
-  assert cli.main(['train', '--config', str(ROOT / 'configs/tokenizer.py') + ':tiny', '--workdir', 'runs/x',
-                   '--config.batch_size=3', '--config.seed', '7']) == 0
-  (config, workdir), = seen
+  assert (
+    cli.main(
+      [
+        'train',
+        '--config',
+        str(ROOT / 'configs/tokenizer.py') + ':tiny',
+        '--workdir',
+        'runs/x',
+        '--config.batch_size=3',
+        '--config.seed',
+        '7',
+      ]
+    )
+    == 0
+  )
+  ((config, workdir),) = seen
   assert (config.batch_size, config.seed, config.variant, workdir) == (3, 7, 'tiny', 'runs/x')
 
 
@@ -159,28 +235,57 @@ def test_what_a_restart_may_mend_has_a_status_of_its_own(tmp_path, monkeypatch, 
     raise Unreachable('gs://b/0.tar cannot be read')
 
   monkeypatch.setattr('lavit_jax.training.loop.train', run)
-  assert cli.main(['train', '--config', str(ROOT / 'configs' / 'encoder.py:tiny'), '--workdir', str(tmp_path)]) == 200
+  assert (
+    cli.main(
+      ['train', '--config', str(ROOT / 'configs' / 'encoder.py:tiny'), '--workdir', str(tmp_path)]
+    )
+    == 200
+  )
   assert capsys.readouterr().err == 'lavit: error: gs://b/0.tar cannot be read\n'
 
 
-@pytest.mark.parametrize('arguments', [
-    ['train', '--config', 'configs/encoder.py:tiny', '--workdir', 'gs://b/run'], ['data', 'pack', 'gs://b/0.tar', '--out', 'gs://b/x'],
-    ['convert', '--src', 'gs://b/x', '--dst', 'x'], ['convert', '--src', 'x', '--dst', 's3://b/x'], ['bundle', 'gs://b/export', '--out', 'x'],
-    ['bundle', 'export', '--out', 'gs://b/x'], ['inspect', 'gs://b/x'], ['caption', 'x.png', '--out', 'gs://b/x.jsonl'],
-    ['generate', 'x', '--folder', 'gs://b/model']])
+@pytest.mark.parametrize(
+  'arguments',
+  [
+    ['train', '--config', 'configs/encoder.py:tiny', '--workdir', 'gs://b/run'],
+    ['data', 'pack', 'gs://b/0.tar', '--out', 'gs://b/x'],
+    ['convert', '--src', 'gs://b/x', '--dst', 'x'],
+    ['convert', '--src', 'x', '--dst', 's3://b/x'],
+    ['bundle', 'gs://b/export', '--out', 'x'],
+    ['bundle', 'export', '--out', 'gs://b/x'],
+    ['inspect', 'gs://b/x'],
+    ['caption', 'x.png', '--out', 'gs://b/x.jsonl'],
+    ['generate', 'x', '--folder', 'gs://b/model'],
+  ],
+)
 def test_a_bucket_is_no_folder(tmp_path, monkeypatch, fails, arguments):
   monkeypatch.chdir(tmp_path)
-  fails(arguments, r"'(gs|s3)://b/.* is no path here; mount the bucket \(gcsfuse\), or use a disk that all machines share; see lavit")
+  fails(
+    arguments,
+    r"'(gs|s3)://b/.* is no path here; mount the bucket \(gcsfuse\), or use a disk that all machines share; see lavit",
+  )
   assert not any(tmp_path.iterdir())
 
 
 def test_parts_in_a_bucket(tmp_path, fails):
-  fails(['train', '--config', ROOT / 'configs' / 'tokenizer.py:tiny', '--workdir', tmp_path / 'run', '--config.frozen=a, gs://b/export'],
-        'gs://b/export is no folder here')
+  fails(
+    [
+      'train',
+      '--config',
+      ROOT / 'configs' / 'tokenizer.py:tiny',
+      '--workdir',
+      tmp_path / 'run',
+      '--config.frozen=a, gs://b/export',
+    ],
+    'gs://b/export is no folder here',
+  )
 
 
 def test_a_missing_data_set(tiny_folder, tmp_path, fails):
-  fails(['evaluate', '--folder', tiny_folder, '--source', tmp_path, '--out', tmp_path / 'report.json'], 'no emoji data set; build one')
+  fails(
+    ['evaluate', '--folder', tiny_folder, '--source', tmp_path, '--out', tmp_path / 'report.json'],
+    'no emoji data set; build one',
+  )
   assert not list(tmp_path.iterdir())
 
 
@@ -190,8 +295,12 @@ def full(*_args, **_kwargs):
 
 def test_a_full_disk(tmp_path, monkeypatch, fails):
   from lavit_jax.training import loop
+
   monkeypatch.setattr(loop, 'train', full)
-  fails(['train', '--config', ROOT / 'configs/tokenizer.py', '--workdir', tmp_path], 'disk is full at runs/x/state; free some space')
+  fails(
+    ['train', '--config', ROOT / 'configs/tokenizer.py', '--workdir', tmp_path],
+    'disk is full at runs/x/state; free some space',
+  )
   old = output.write_atomic(tmp_path / 'report.json', 'old')
 
   class Full(io.BytesIO):
@@ -206,7 +315,10 @@ def test_a_full_disk(tmp_path, monkeypatch, fails):
 def test_output_is_whole_and_readable(tmp_path):
   path = output.write_atomic(tmp_path / 'a' / 'b.txt', 'words')
   assert path.read_text() == 'words' and path.stat().st_mode & 0o777 == 0o644
-  assert output.slug('Two owls, on a RED background!.png') == 'two-owls-on-a-red-background' and output.slug('???') == 'picture'
+  assert (
+    output.slug('Two owls, on a RED background!.png') == 'two-owls-on-a-red-background'
+    and output.slug('???') == 'picture'
+  )
   assert output.slug('00.png and on a red background') == '00-and-on-a-red-background'
   assert output.slug('St. Lucia / a flag') == 'st-lucia-a-flag'
   with pytest.raises(output.UserError, match='cannot write .*b.txt/c'):
@@ -215,6 +327,7 @@ def test_output_is_whole_and_readable(tmp_path):
 
 def test_other_errors_are_not_hidden(monkeypatch):
   from lavit_jax.training import loop
+
   monkeypatch.setattr(loop, 'train', lambda *_: 1 // 0)
   with pytest.raises(ZeroDivisionError):
     cli.main(['train', '--config', str(ROOT / 'configs/tokenizer.py'), '--workdir', 'x'])
@@ -227,16 +340,32 @@ def test_the_python_version(capsys):
     cli.check_python((3, 10, 9))
   assert error.value.code == 2
   assert capsys.readouterr().err == (
-      'lavit: error: Python 3.10 is too old; make the virtual environment with Python 3.11 or newer\n')
+    'lavit: error: Python 3.10 is too old; make the virtual environment with Python 3.11 or newer\n'
+  )
 
 
 def test_the_help_needs_nothing_heavy():
   code = 'import sys; from lavit_jax.cli import main\ntry: main(["--help"])\nexcept SystemExit: print(sorted(sys.modules))'
   start = time.monotonic()
-  out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+  out = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, check=True
+  ).stdout
   assert time.monotonic() - start < 10  # a fifth of a second on an idle machine
   assert not {'jax', 'numpy', 'flax', 'PIL', 'ml_collections'} & set(eval(out.splitlines()[-1]))
-  for command in ('train', 'demo', 'caption', 'answer', 'generate', 'synthesize', 'reconstruct', 'tokenize', 'data', 'evaluate', 'variants', 'app'):
+  for command in (
+    'train',
+    'demo',
+    'caption',
+    'answer',
+    'generate',
+    'synthesize',
+    'reconstruct',
+    'tokenize',
+    'data',
+    'evaluate',
+    'variants',
+    'app',
+  ):
     assert command in out
 
 
@@ -254,17 +383,32 @@ def test_variants_are_listed(capsys):
 
 
 SPELLINGS = {  # as transformers and diffusers spell it -> the older spelling, which goes on to work
-    '--num-beams': '--beams', '--max-new-tokens': '--max-tokens', '--min-new-tokens': '--min-tokens',
-    '--num-return-sequences': '--samples', '--weights-dtype': '--weights', '--cache-dtype': '--cache'}
+  '--num-beams': '--beams',
+  '--max-new-tokens': '--max-tokens',
+  '--min-new-tokens': '--min-tokens',
+  '--num-return-sequences': '--samples',
+  '--weights-dtype': '--weights',
+  '--cache-dtype': '--cache',
+}
 DRAWING = {
-    '--guidance-scale': '--guidance', '--decoder-guidance-scale': '--decoder-guidance',
-    '--num-inference-steps': '--steps', '--negative-prompt': '--negative', '--init-image': '--start',
-    '--guidance-rescale': '--rescale', '--vae-tile-size': '--tile'}
+  '--guidance-scale': '--guidance',
+  '--decoder-guidance-scale': '--decoder-guidance',
+  '--num-inference-steps': '--steps',
+  '--negative-prompt': '--negative',
+  '--init-image': '--start',
+  '--guidance-rescale': '--rescale',
+  '--vae-tile-size': '--tile',
+}
 
 
 @pytest.mark.parametrize('command, spellings', [('caption', SPELLINGS), ('generate', DRAWING)])
 def test_both_spellings_are_one_option(command, spellings):
-  values = {'--weights-dtype': 'int8', '--cache-dtype': 'int8', '--guidance-rescale': '0.5', '--vae-tile-size': '64'}
+  values = {
+    '--weights-dtype': 'int8',
+    '--cache-dtype': 'int8',
+    '--guidance-rescale': '0.5',
+    '--vae-tile-size': '64',
+  }
   new, old = [command, 'x'], [command, 'x']
   for name, alias in spellings.items():
     new += [name, values.get(name, '3')]

@@ -10,10 +10,10 @@ from PIL import Image
 
 import lavit_jax
 from lavit_jax import cli
+from lavit_jax.apps import batch
 from lavit_jax.data import images
 from lavit_jax.data.emoji import sprites
 from lavit_jax.data.text import TextTokenizer
-from lavit_jax.apps import batch
 from lavit_jax.inference.pipeline import Lavit
 from lavit_jax.training.config import load_config
 from lavit_jax.training.loop import split_folders
@@ -41,20 +41,28 @@ def options(parser):
 
 
 def test_every_option_that_is_a_path_of_this_machine(home):
-  found = [(prog, action) for prog, action in options(cli.build_parser()) if action.metavar in PATHS]
+  found = [
+    (prog, action) for prog, action in options(cli.build_parser()) if action.metavar in PATHS
+  ]
   assert len(found) > 20
   for prog, action in found:
     assert action.type('~/x') == f'{home}/x', (prog, action.dest)
 
 
 def test_config_pages_and_their_folders(home):
-  (home / 'page.py').write_text('from ml_collections import ConfigDict\ndef get_config(variant):\n  return ConfigDict(dict(variant=variant))\n')
+  (home / 'page.py').write_text(
+    'from ml_collections import ConfigDict\ndef get_config(variant):\n  return ConfigDict(dict(variant=variant))\n'
+  )
   assert load_config('~/page.py:tiny').variant == 'tiny'
   assert split_folders('~/a/export, b,~') == [f'{home}/a/export', 'b', str(home)]
 
 
 def test_checkpoints_words_and_data_sets(home):
-  for name, target in (('model', 'tiny'), ('words', 'tiny/language_model'), ('data', 'emoji_sample')):
+  for name, target in (
+    ('model', 'tiny'),
+    ('words', 'tiny/language_model'),
+    ('data', 'emoji_sample'),
+  ):
     (home / name).symlink_to(ASSETS / target)
   assert Lavit.from_pretrained('~/model').model.image_size == 64
   assert TextTokenizer.load('~/words').vocab_size == 2048
@@ -69,5 +77,9 @@ def test_images_and_rows(home):
   rows, base, many = batch.resolve_rows(batch.TASKS['caption'], ['~'], None, None)
   assert (rows, many) == ([dict(image=f'{home}/a.png')], True)
   (home / 'rows.jsonl').write_text(json.dumps(dict(image='~/a.png')))
-  np.testing.assert_array_equal(batch.load(dict(image='~/a.png'), ('image',), home / 'x', 8)['image'], pixels)
-  assert batch.load(dict(parts=['~ 5 cats', '~/a.png']), ('parts',), home, 8)['parts'][0] == '~ 5 cats'
+  np.testing.assert_array_equal(
+    batch.load(dict(image='~/a.png'), ('image',), home / 'x', 8)['image'], pixels
+  )
+  assert (
+    batch.load(dict(parts=['~ 5 cats', '~/a.png']), ('parts',), home, 8)['parts'][0] == '~ 5 cats'
+  )

@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, PartitionSpec as P
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from lavit_jax import sharding
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.models.initialization import init_params
-from lavit_jax import sharding
 from lavit_jax.training import optimizer
 
 MESH = AbstractMesh((2, 4, 2), sharding.AXES)
@@ -35,9 +36,15 @@ def test_mesh_that_does_not_fit(sizes):
 
 
 def test_specs_are_right_aligned_and_leave_out_what_does_not_divide():
-  assert sharding.spec('params/llama/layers/mlp/up/kernel', (32, 64, 128), MESH) == P(None, 'fsdp', 'tensor')
-  assert sharding.spec('params/llama/layers/mlp/down/kernel', (32, 128, 64), MESH) == P(None, 'tensor', 'fsdp')
-  assert sharding.spec('params/unet/conv_in/kernel', (3, 3, 4, 320), MESH) == P(None, None, 'fsdp', 'tensor')
+  assert sharding.spec('params/llama/layers/mlp/up/kernel', (32, 64, 128), MESH) == P(
+    None, 'fsdp', 'tensor'
+  )
+  assert sharding.spec('params/llama/layers/mlp/down/kernel', (32, 128, 64), MESH) == P(
+    None, 'tensor', 'fsdp'
+  )
+  assert sharding.spec('params/unet/conv_in/kernel', (3, 3, 4, 320), MESH) == P(
+    None, None, 'fsdp', 'tensor'
+  )
   assert sharding.spec('params/llama/embedding', (48387, 64), MESH) == P(None, 'fsdp')
   assert sharding.spec('params/vit/norm/scale', (64,), MESH) == P()
   assert sharding.spec('params/conv/kernel', (3, 3, 5, 5), MESH) == P(None, None, None, None)
@@ -46,10 +53,16 @@ def test_specs_are_right_aligned_and_leave_out_what_does_not_divide():
 def test_an_axis_goes_where_it_divides():
   """1408 is no multiple of 256, and each of 256 devices would hold the whole of the merger."""
   wide = AbstractMesh((1, 256, 1), sharding.AXES)
-  assert sharding.spec('params/understanding/merger/blocks/mlp/fc1/kernel', (12, 1408, 6144), wide) == P(None, None, 'fsdp')
-  assert sharding.spec('params/understanding/merger/blocks/mlp/fc2/kernel', (12, 6144, 1408), wide) == P(None, 'fsdp', None)
+  assert sharding.spec(
+    'params/understanding/merger/blocks/mlp/fc1/kernel', (12, 1408, 6144), wide
+  ) == P(None, None, 'fsdp')
+  assert sharding.spec(
+    'params/understanding/merger/blocks/mlp/fc2/kernel', (12, 6144, 1408), wide
+  ) == P(None, 'fsdp', None)
   both = AbstractMesh((1, 256, 2), sharding.AXES)  # what another axis of the mesh lies on is taken
-  assert sharding.spec('params/understanding/merger/blocks/mlp/fc1/kernel', (12, 1408, 6144), both) == P(None, None, 'tensor')
+  assert sharding.spec(
+    'params/understanding/merger/blocks/mlp/fc1/kernel', (12, 1408, 6144), both
+  ) == P(None, None, 'tensor')
 
 
 def test_a_large_leaf_without_a_rule_is_an_error():
@@ -78,14 +91,36 @@ def test_every_large_leaf_of_the_7b_model_is_split(seven_b):
 
 def test_optimizer_moments_lie_with_their_parameters(seven_b):
   params = {'llama': seven_b['llama']}
-  config = ConfigDict(dict(learning_rate=1.0, warmup_steps=1, final_fraction=0.1, weight_decay=0.1, b1=0.9, b2=0.95,
-                           mu_dtype='float32', nu_dtype='float32', clip_norm=1.0, freeze=(), lr_scale=()))
+  config = ConfigDict(
+    dict(
+      learning_rate=1.0,
+      warmup_steps=1,
+      final_fraction=0.1,
+      weight_decay=0.1,
+      b1=0.9,
+      b2=0.95,
+      mu_dtype='float32',
+      nu_dtype='float32',
+      clip_norm=1.0,
+      freeze=(),
+      lr_scale=(),
+    )
+  )
   state = jax.eval_shape(optimizer.make_optimizer(config, 10, params).init, params)
-  specs = {sharding.path_name(path): s.spec for path, s in jax.tree_util.tree_leaves_with_path(sharding.shardings(state, MESH))}
+  specs = {
+    sharding.path_name(path): s.spec
+    for path, s in jax.tree_util.tree_leaves_with_path(sharding.shardings(state, MESH))
+  }
   for moment in ('mu', 'nu'):
-    mine = {re.sub(f'.*/{moment}/', '', name): spec for name, spec in specs.items() if f'/{moment}/' in name}
-    assert mine == {sharding.path_name(path): s.spec for path, s in
-                    jax.tree_util.tree_leaves_with_path(sharding.shardings(params, MESH))}
+    mine = {
+      re.sub(f'.*/{moment}/', '', name): spec
+      for name, spec in specs.items()
+      if f'/{moment}/' in name
+    }
+    assert mine == {
+      sharding.path_name(path): s.spec
+      for path, s in jax.tree_util.tree_leaves_with_path(sharding.shardings(params, MESH))
+    }
   assert P(None, 'fsdp', 'tensor') in specs.values()
 
 
@@ -98,17 +133,23 @@ class Chip:
     self.id, self.slice_index, self.coords = number, slice_index, (number % 2, number // 2 % 2, 0)
 
 
-@pytest.mark.parametrize('slices, sizes, rows', [
+@pytest.mark.parametrize(
+  'slices, sizes, rows',
+  [
     (2, (2, -1, 1), [[0] * 4, [1] * 4]),
     (2, (-1, 2, 1), [[0] * 2, [0] * 2, [1] * 2, [1] * 2]),
     (2, (4, 1, 2), [[0] * 2, [0] * 2, [1] * 2, [1] * 2]),
     (4, (4, 2, 2), [[n] * 4 for n in range(4)]),
-    (1, (2, 2, 1), [[0] * 2, [0] * 2])])
+    (1, (2, 2, 1), [[0] * 2, [0] * 2]),
+  ],
+)
 def test_over_slices_only_data_runs_across(slices, sizes, rows):
   """The chips of one row of `data` are all of one slice, whichever order they are told in."""
   chips = [Chip(n, n // 4) for n in range(4 * slices)]
   mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes)), chips[1::2] + chips[::2])
-  assert mesh.axis_names == sharding.AXES and {chip.id for chip in mesh.devices.flat} == set(range(4 * slices))
+  assert mesh.axis_names == sharding.AXES and {chip.id for chip in mesh.devices.flat} == set(
+    range(4 * slices)
+  )
   assert [[chip.slice_index for chip in row.flat] for row in mesh.devices] == rows
 
 
@@ -116,7 +157,9 @@ def test_over_slices_only_data_runs_across(slices, sizes, rows):
 def test_slices_that_data_does_not_run_across(sizes):
   chips = [Chip(n, n // 4) for n in range(12 if sizes[2] == 3 else 8)]
   count = len(chips) // 4
-  with pytest.raises(UserError, match=f'mesh: .* does not fit {count} slices; data must be a multiple of {count}'):
+  with pytest.raises(
+    UserError, match=f'mesh: .* does not fit {count} slices; data must be a multiple of {count}'
+  ):
     sharding.make_mesh(dict(zip(sharding.AXES, sizes)), chips)
 
 
@@ -127,7 +170,9 @@ def test_batches_and_trees_arrive_as_they_were():
   assert batch['image'].sharding.spec == sharding.BATCH
   np.testing.assert_array_equal(batch['image'], rows['image'])
   tree = {'fc1': {'kernel': np.ones((4, 2), np.float32)}, 'uncond_embeddings': jnp.zeros((1, 3))}
-  jax.tree.map(np.testing.assert_array_equal, jax.device_put(tree, sharding.shardings(tree, mesh)), tree)
+  jax.tree.map(
+    np.testing.assert_array_equal, jax.device_put(tree, sharding.shardings(tree, mesh)), tree
+  )
 
 
 class Device:
@@ -135,14 +180,20 @@ class Device:
     self.id, self.process_index = number, process
 
 
-@pytest.mark.parametrize('sizes, processes, rows, index, count', [
+@pytest.mark.parametrize(
+  'sizes, processes, rows, index, count',
+  [
     ((4, 1, 1), [0, 0, 1, 1], [0, 1, 2, 3], 0, 2),
     ((4, 1, 1), [1, 1, 0, 0], [4, 5, 6, 7], 1, 2),
     ((4, 1, 1), [0, 1, 0, 1], [0, 1, 4, 5], 0, 2),  # as on a pod, whose hosts hold squares of it
     ((2, 1, 2), [0, 1, 2, 3], [0, 1, 2, 3], 0, 2),  # 0 and 1 split `tensor`, not the batch
     ((1, 2, 2), [2, 3, 0, 1], [4, 5, 6, 7], 1, 2),
-    ((1, 1, 4), [0, 1, 2, 3], list(range(8)), 0, 1)])
-def test_a_process_reads_the_rows_that_its_devices_hold(monkeypatch, sizes, processes, rows, index, count):
+    ((1, 1, 4), [0, 1, 2, 3], list(range(8)), 0, 1),
+  ],
+)
+def test_a_process_reads_the_rows_that_its_devices_hold(
+  monkeypatch, sizes, processes, rows, index, count
+):
   held = {}
 
   class Places:
@@ -152,7 +203,12 @@ def test_a_process_reads_the_rows_that_its_devices_hold(monkeypatch, sizes, proc
     def devices_indices_map(self, shape):
       pieces = np.repeat(np.arange(sizes[0] * sizes[1]), sizes[2])
       step = shape[0] // (sizes[0] * sizes[1])
-      held.update({Device(i, process): (slice(piece * step, piece * step + step),) for i, (piece, process) in enumerate(zip(pieces, processes))})
+      held.update(
+        {
+          Device(i, process): (slice(piece * step, piece * step + step),)
+          for i, (piece, process) in enumerate(zip(pieces, processes))
+        }
+      )
       return held
 
   monkeypatch.setattr(sharding, 'NamedSharding', Places)
@@ -167,14 +223,17 @@ def test_rows_that_two_processes_hold_in_part(monkeypatch):
 
     def devices_indices_map(self, shape):
       del shape
-      return {Device(i, process): (slice(2 * (i // 2), 2 * (i // 2) + 2),) for i, process in enumerate([0, 0, 0, 1, 1, 1])}
+      return {
+        Device(i, process): (slice(2 * (i // 2), 2 * (i // 2) + 2),)
+        for i, process in enumerate([0, 0, 0, 1, 1, 1])
+      }
 
   monkeypatch.setattr(sharding, 'NamedSharding', Places)
   with pytest.raises(UserError, match='do not fall evenly to the processes'):
     sharding.process_share(None, 6)
 
 
-EIGHT_DEVICES = '''
+EIGHT_DEVICES = """
 import sys
 import jax, jax.numpy as jnp
 from lavit_jax.models import layers, vit
@@ -189,15 +248,21 @@ params = jax.device_put(params, sharding.shardings(params, mesh))
 print('weights', params['params']['blocks']['mlp']['fc1']['kernel'].sharding.spec)
 with jax.set_mesh(mesh):
   print('rows a device', jax.jit(model.apply)(params, images).addressable_shards[0].data.shape[0])
-'''
+"""
 
 
 @pytest.mark.parametrize('axes, rows', [('data,fsdp', 2), ('nothing,like_it', 8)])
 def test_activations_are_split_by_rows_whatever_the_input(axes, rows):
   """The constraint at block boundaries binds: a batch that is whole on every device leaves the blocks split; without it, whole."""
-  env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
-         'PYTHONPATH': str(pathlib.Path(lavit.__file__).parents[2])}
-  out = subprocess.run([sys.executable, '-c', EIGHT_DEVICES, axes], env=env, capture_output=True, text=True)
+  env = {
+    **os.environ,
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
+    'PYTHONPATH': str(pathlib.Path(lavit.__file__).parents[2]),
+  }
+  out = subprocess.run(
+    [sys.executable, '-c', EIGHT_DEVICES, axes], env=env, capture_output=True, text=True
+  )
   assert out.returncode == 0, out.stderr
   assert "(None, 'fsdp', 'tensor')" in out.stdout
   assert f'rows a device {rows}' in out.stdout

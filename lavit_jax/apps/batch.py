@@ -23,19 +23,23 @@ from typing import NamedTuple
 
 from lavit_jax.data.images import SUFFIXES, read_images
 from lavit_jax.errors import InputError, UserError
-from lavit_jax.inference.image_generation import DecodedImages, report_flagged
 from lavit_jax.inference.faults import NotFinite
-from lavit_jax.output import encode_png, slug, write_atomic
 from lavit_jax.inference.generation_config import IndexedSeed
+from lavit_jax.inference.image_generation import DecodedImages, report_flagged
 from lavit_jax.inference.pipeline import MAX_BATCH, ImageOutput, Lavit
 from lavit_jax.local_paths import expand_home
+from lavit_jax.output import encode_png, slug, write_atomic
 
 
 class Task(NamedTuple):
   """A command on rows."""
 
-  needs: tuple[str, ...]  # the keys of a row: 'image', 'question', 'prompt' are text, 'parts' is a list of it
-  gives: tuple[str, ...]  # the keys of a result; 'file' names a drawn picture, 'flagged' is there where that was made black
+  needs: tuple[
+    str, ...
+  ]  # the keys of a row: 'image', 'question', 'prompt' are text, 'parts' is a list of it
+  gives: tuple[
+    str, ...
+  ]  # the keys of a result; 'file' names a drawn picture, 'flagged' is there where that was made black
   show: str  # how a result is told, a format of all these
   compute: Callable  # (model, rows with arrays in place of pictures, **options and seed) -> results; 'picture' of one is to become its file
 
@@ -45,12 +49,17 @@ def _caption(model, rows, **options):
 
 
 def _answer(model, rows, **options):
-  return [dict(answer=text) for text in model.answer(_column(rows, 'image'), _column(rows, 'question'), **options)]
+  return [
+    dict(answer=text)
+    for text in model.answer(_column(rows, 'image'), _column(rows, 'question'), **options)
+  ]
 
 
 def _tokenize(model, rows, **options):
-  return [dict(count=int(count), ids=ids.tolist(), patches=keep.nonzero()[0].tolist())
-          for ids, keep, count in zip(*model.tokenize(_column(rows, 'image'), **options))]
+  return [
+    dict(count=int(count), ids=ids.tolist(), patches=keep.nonzero()[0].tolist())
+    for ids, keep, count in zip(*model.tokenize(_column(rows, 'image'), **options))
+  ]
 
 
 def _generate(model, rows, **options):
@@ -62,11 +71,16 @@ def _synthesize(model, rows, **options):
 
 
 def _reconstruct(model, rows, decoder_guidance=None, **options):
-  return _drawn(model.reconstruct(_column(rows, 'image'), guidance=decoder_guidance, details=True, **options))
+  return _drawn(
+    model.reconstruct(_column(rows, 'image'), guidance=decoder_guidance, details=True, **options)
+  )
 
 
 def _drawn(drawn: DecodedImages | ImageOutput):
-  return [dict(picture=picture) | (dict(flagged=True) if flagged else {}) for picture, flagged in zip(drawn.pictures, drawn.flagged)]
+  return [
+    dict(picture=picture) | (dict(flagged=True) if flagged else {})
+    for picture, flagged in zip(drawn.pictures, drawn.flagged)
+  ]
 
 
 def _column(rows, key):
@@ -74,17 +88,23 @@ def _column(rows, key):
 
 
 TASKS = dict(
-    caption=Task(('image',), ('caption',), '{image}: {caption}', _caption),
-    answer=Task(('image', 'question'), ('answer',), '{image}: {question} {answer}', _answer),
-    tokenize=Task(('image',), ('count', 'ids', 'patches'), '{image}: {count} tokens {ids}', _tokenize),
-    generate=Task(('prompt',), ('file', 'flagged'), '{file}', _generate),
-    synthesize=Task(('parts',), ('file', 'flagged'), '{file}', _synthesize),
-    reconstruct=Task(('image',), ('file', 'flagged'), '{file}', _reconstruct))
+  caption=Task(('image',), ('caption',), '{image}: {caption}', _caption),
+  answer=Task(('image', 'question'), ('answer',), '{image}: {question} {answer}', _answer),
+  tokenize=Task(
+    ('image',), ('count', 'ids', 'patches'), '{image}: {count} tokens {ids}', _tokenize
+  ),
+  generate=Task(('prompt',), ('file', 'flagged'), '{file}', _generate),
+  synthesize=Task(('parts',), ('file', 'flagged'), '{file}', _synthesize),
+  reconstruct=Task(('image',), ('file', 'flagged'), '{file}', _reconstruct),
+)
 
 
 # -------------------------------------------------------------------------------------------------------------------- rows
 
-def resolve_rows(task: Task, inputs: Sequence[str], path: str | None, out: str | None) -> tuple[list[dict], pathlib.Path, bool]:
+
+def resolve_rows(
+  task: Task, inputs: Sequence[str], path: str | None, out: str | None
+) -> tuple[list[dict], pathlib.Path, bool]:
   """What a command is to be done on: from its arguments `inputs` or from the file `path`.
 
   Of a folder among the arguments every picture is meant; `out`, where results go, is not read.
@@ -98,25 +118,46 @@ def resolve_rows(task: Task, inputs: Sequence[str], path: str | None, out: str |
     if inputs:
       raise UserError(f'both {inputs[0]!r} and --input {path} are given; give one of them')
     return read_rows(path, task.needs, task.gives), pathlib.Path(path).parent, True
-  wanted = [dict(image='IMAGE', question='QUESTION', prompt='TEXT', parts='IMAGE or TEXT')[key] for key in task.needs]
+  wanted = [
+    dict(image='IMAGE', question='QUESTION', prompt='TEXT', parts='IMAGE or TEXT')[key]
+    for key in task.needs
+  ]
   if len(inputs) < len(wanted):
-    raise UserError(f'required: {", ".join(wanted[len(inputs):])}; name it, or give rows by --input ROWS.jsonl')
+    raise UserError(
+      f'required: {", ".join(wanted[len(inputs) :])}; name it, or give rows by --input ROWS.jsonl'
+    )
   folders = [i for i, each in enumerate(inputs) if os.path.isdir(expand_home(each))]
   if task.needs == ('prompt',):
     return [dict(prompt=text) for text in inputs], pathlib.Path(), False
   if task.needs == ('parts',):
     if len(folders) > 1:
-      raise UserError('several folders are given; pictures are drawn with each of one folder at a time')
+      raise UserError(
+        'several folders are given; pictures are drawn with each of one folder at a time'
+      )
     each = [find_images([part], out) if i in folders else [part] for i, part in enumerate(inputs)]
-    return [dict(parts=list(parts)) for parts in itertools.product(*each)], pathlib.Path(), bool(folders)
+    return (
+      [dict(parts=list(parts)) for parts in itertools.product(*each)],
+      pathlib.Path(),
+      bool(folders),
+    )
   if 'question' in task.needs:
     taken = [each for each in inputs[1:] if is_image_path(each) or os.path.exists(each)]
     if taken:
-      raise UserError(f'{taken[0]!r} is a picture or a file, not a question; ask about one picture or folder at a time, '
-                      f'IMAGE QUESTION ..., or give rows by --input ROWS.jsonl: {example(task.needs)}')
+      raise UserError(
+        f'{taken[0]!r} is a picture or a file, not a question; ask about one picture or folder at a time, '
+        f'IMAGE QUESTION ..., or give rows by --input ROWS.jsonl: {example(task.needs)}'
+      )
     pictures = find_images(inputs[:1], out)
-    return [dict(image=image, question=text) for image in pictures for text in inputs[1:]], pathlib.Path(), 0 in folders
-  return [dict(image=image) for image in find_images(inputs, out)], pathlib.Path(), bool(folders) or len(inputs) > 1
+    return (
+      [dict(image=image, question=text) for image in pictures for text in inputs[1:]],
+      pathlib.Path(),
+      0 in folders,
+    )
+  return (
+    [dict(image=image) for image in find_images(inputs, out)],
+    pathlib.Path(),
+    bool(folders) or len(inputs) > 1,
+  )
 
 
 def find_images(paths: Sequence[str], but: str | None = None) -> list[str]:
@@ -134,10 +175,20 @@ def find_images(paths: Sequence[str], but: str | None = None) -> list[str]:
       raise UserError(f'{path} is both read and written; give --out another folder')
     inside = []
     for folder, deeper, names in os.walk(path):
-      deeper[:] = [name for name in deeper if not name.startswith('.') and os.path.realpath(os.path.join(folder, name)) != but]
-      inside += [os.path.join(folder, name) for name in names if is_image_path(name) and not name.startswith('.')]
+      deeper[:] = [
+        name
+        for name in deeper
+        if not name.startswith('.') and os.path.realpath(os.path.join(folder, name)) != but
+      ]
+      inside += [
+        os.path.join(folder, name)
+        for name in names
+        if is_image_path(name) and not name.startswith('.')
+      ]
     if not inside:
-      raise UserError(f'{path}: no pictures in this folder; their names end in {", ".join(SUFFIXES)}')
+      raise UserError(
+        f'{path}: no pictures in this folder; their names end in {", ".join(SUFFIXES)}'
+      )
     found += sorted(inside, key=lambda name: name.split(os.sep))
   return found
 
@@ -159,7 +210,9 @@ def read_rows(path: str, needs: Sequence[str], results: Sequence[str]) -> list[d
   try:
     lines = pathlib.Path(path).read_text(encoding='utf-8').split('\n')
   except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f'{path} cannot be read ({getattr(error, "strerror", "not UTF-8")}); give --input a file of JSON lines') from None
+    raise UserError(
+      f'{path} cannot be read ({getattr(error, "strerror", "not UTF-8")}); give --input a file of JSON lines'
+    ) from None
   rows = []
   for number, line in enumerate(lines, 1):
     if not line.strip():
@@ -171,12 +224,16 @@ def read_rows(path: str, needs: Sequence[str], results: Sequence[str]) -> list[d
     for key in needs:
       value = row.get(key) if isinstance(row, dict) else None
       texts = value if key == 'parts' else [value]
-      if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+      if (
+        not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts)
+      ):
         form = 'that is a list of texts' if key == 'parts' else 'that is a text'
         raise UserError(f'{path}:{number} has no {key!r} {form}; give each line {example(needs)}')
     taken = sorted(row.keys() & {*results, 'error', 'settings'})
     if taken:
-      raise UserError(f'{path}:{number} has the key {taken[0]!r}, which is what the result is written to; name it otherwise')
+      raise UserError(
+        f'{path}:{number} has the key {taken[0]!r}, which is what the result is written to; name it otherwise'
+      )
     rows.append(row)
   if not rows:
     raise UserError(f'{path} has no rows; give it lines such as {example(needs)}')
@@ -185,7 +242,12 @@ def read_rows(path: str, needs: Sequence[str], results: Sequence[str]) -> list[d
 
 def example(needs: Sequence[str]) -> str:
   """A row of --input, to show."""
-  values = dict(image='cat.png', question='What is this?', prompt='a cat', parts=['cat.png', 'on a red background'])
+  values = dict(
+    image='cat.png',
+    question='What is this?',
+    prompt='a cat',
+    parts=['cat.png', 'on a red background'],
+  )
   return json.dumps({key: values[key] for key in needs})
 
 
@@ -194,6 +256,7 @@ def load(row: dict, needs: Sequence[str], base: pathlib.Path, size: int) -> dict
 
   Raises UserError as `read_images`, and for what JSON can say and no text or path can be, such as half a character.
   """
+
   def read(key, text):
     path = text if text.startswith('file:') else base / expand_home(text)
     try:
@@ -203,10 +266,14 @@ def load(row: dict, needs: Sequence[str], base: pathlib.Path, size: int) -> dict
     except ValueError as error:
       raise UserError(f'{text!r} is no text or path ({error}); write it anew') from None
 
-  return {key: [read(key, part) for part in row[key]] if key == 'parts' else read(key, row[key]) for key in needs}
+  return {
+    key: [read(key, part) for part in row[key]] if key == 'parts' else read(key, row[key])
+    for key in needs
+  }
 
 
 # ----------------------------------------------------------------------------------------------------------------- results
+
 
 class ResultsFile:
   """A file of result lines that only grows. Opened again, it knows which rows are done; a torn last line of ours is dropped.
@@ -246,8 +313,12 @@ class ResultsFile:
       raise self._foreign() from None
     changed = [key for key in self.settings | theirs if self.settings.get(key) != theirs.get(key)]
     if changed:
-      was, is_ = (f'{changed[0]} {json.dumps(each.get(changed[0]))}' for each in (theirs, self.settings))
-      raise UserError(f'{self.path} holds results of {was}, not of {is_}; give --out another name, or delete it to begin anew')
+      was, is_ = (
+        f'{changed[0]} {json.dumps(each.get(changed[0]))}' for each in (theirs, self.settings)
+      )
+      raise UserError(
+        f'{self.path} holds results of {was}, not of {is_}; give --out another name, or delete it to begin anew'
+      )
     self.count += 1
     own = re.match('[0-9]{1,9}(?=-)', str(result.get('file')))
     self.number = max(self.number, int(own[0]) if own else 0) + 1
@@ -267,7 +338,9 @@ class ResultsFile:
     return bool(key) and f'{json.dumps(self.settings)}}}'.encode().startswith(torn)
 
   def _foreign(self) -> UserError:
-    return UserError(f'{self.path}:{self.count + 1} is no result of such a run; give --out another name')
+    return UserError(
+      f'{self.path}:{self.count + 1} is no result of such a run; give --out another name'
+    )
 
   def missing(self, rows: Sequence[dict]) -> list[bool]:
     """Which rows have no line yet; of several that are alike, the later ones."""
@@ -283,7 +356,9 @@ class ResultsFile:
     """Appends lines, and sees to it that they are the file's before it returns. In ASCII, for the name of a picture may be no UTF-8."""
     self.path.parent.mkdir(parents=True, exist_ok=True)
     with open(self.path, 'ab') as file:
-      file.write(''.join(json.dumps(line | dict(settings=self.settings)) + '\n' for line in lines).encode())
+      file.write(
+        ''.join(json.dumps(line | dict(settings=self.settings)) + '\n' for line in lines).encode()
+      )
     for line in lines:
       self._note(line)
 
@@ -299,8 +374,20 @@ def _identity(row: dict) -> int:
 
 # ---------------------------------------------------------------------------------------------------------------- the run
 
-def run_batch(task: Task, model: Lavit, rows: Sequence[dict], seed: int | None, options: dict, *, base: pathlib.Path, many: bool,
-        as_json: bool = False, results: ResultsFile | None = None, pictures: str | None = None):
+
+def run_batch(
+  task: Task,
+  model: Lavit,
+  rows: Sequence[dict],
+  seed: int | None,
+  options: dict,
+  *,
+  base: pathlib.Path,
+  many: bool,
+  as_json: bool = False,
+  results: ResultsFile | None = None,
+  pictures: str | None = None,
+):
   """Computes the rows that have no line in `results` yet; tells each on stdout and adds its line.
 
   Args:
@@ -316,17 +403,26 @@ def run_batch(task: Task, model: Lavit, rows: Sequence[dict], seed: int | None, 
   pending = [True] * len(rows) if results is None else results.missing(rows)
   errors, number = [], 0 if results is None else results.number
   if not all(pending):
-    print(f'lavit: {len(rows) - sum(pending)} of {len(rows)} are in {results.path} already', file=sys.stderr)
+    print(
+      f'lavit: {len(rows) - sum(pending)} of {len(rows)} are in {results.path} already',
+      file=sys.stderr,
+    )
   progress = _Progress(sum(pending))
   for start in range(0, len(rows), MAX_BATCH):
     block = range(start, min(start + MAX_BATCH, len(rows)))
     if not any(pending[i] for i in block):
       continue
-    outcomes, lines, flagged = _block(task, model, {i: rows[i] for i in block}, seed, options, base, many), [], []
+    outcomes, lines, flagged = (
+      _block(task, model, {i: rows[i] for i in block}, seed, options, base, many),
+      [],
+      [],
+    )
     for i in block:
       if pending[i]:
         if 'picture' in outcomes[i]:
-          number, outcomes[i]['file'] = _save(pictures, number, _name(rows[i][task.needs[0]]), outcomes[i].pop('picture'))
+          number, outcomes[i]['file'] = _save(
+            pictures, number, _name(rows[i][task.needs[0]]), outcomes[i].pop('picture')
+          )
           if 'flagged' in outcomes[i]:
             flagged.append(f'{outcomes[i]["file"]}, of row {i + 1} of {len(rows)},')
         lines.append(rows[i] | outcomes[i])
@@ -338,16 +434,35 @@ def run_batch(task: Task, model: Lavit, rows: Sequence[dict], seed: int | None, 
     progress.clear()
     report_flagged(flagged)
     for line in lines:
-      _tell(line | dict(file=os.path.join(pictures, line['file'])) if pictures and 'file' in line else line, task, many, as_json)
+      _tell(
+        line | dict(file=os.path.join(pictures, line['file']))
+        if pictures and 'file' in line
+        else line,
+        task,
+        many,
+        as_json,
+      )
     progress.step(len(lines))
   progress.clear()
   errors = errors if results is None else results.errors(rows)
   if errors:
-    again = f'mend it, and delete its line from {results.path} to try it again' if results else 'mend it, and try again'
+    again = (
+      f'mend it, and delete its line from {results.path} to try it again'
+      if results
+      else 'mend it, and try again'
+    )
     raise UserError(f'{len(errors)} of {len(rows)} failed, the first: {errors[0]}; {again}')
 
 
-def _block(task: Task, model: Lavit, rows: dict[int, dict], seed: int | None, options: dict, base: pathlib.Path, many: bool) -> dict[int, dict]:
+def _block(
+  task: Task,
+  model: Lavit,
+  rows: dict[int, dict],
+  seed: int | None,
+  options: dict,
+  base: pathlib.Path,
+  many: bool,
+) -> dict[int, dict]:
   """What each row becomes, by its place among all rows; where `many`, an 'error' for a row at fault."""
   loaded, outcomes = {}, {}
   for place, row in rows.items():
@@ -359,7 +474,12 @@ def _block(task: Task, model: Lavit, rows: dict[int, dict], seed: int | None, op
       outcomes[place] = dict(error=str(error))
 
   def computed(places):
-    found = task.compute(model, [loaded[i] for i in places], seed=None if seed is None else IndexedSeed(seed, places), **options)
+    found = task.compute(
+      model,
+      [loaded[i] for i in places],
+      seed=None if seed is None else IndexedSeed(seed, places),
+      **options,
+    )
     return dict(zip(places, found))
 
   try:
@@ -370,7 +490,9 @@ def _block(task: Task, model: Lavit, rows: dict[int, dict], seed: int | None, op
     places = list(loaded)
     for i, message in error.rows.items():
       outcomes[places[i]] = dict(error=message)
-    return outcomes | _block(task, model, {i: rows[i] for i in places if i not in outcomes}, seed, options, base, many)
+    return outcomes | _block(
+      task, model, {i: rows[i] for i in places if i not in outcomes}, seed, options, base, many
+    )
   except InputError:  # a text that is empty or too long: each row alone shows whose
     if not many:
       raise
@@ -387,14 +509,21 @@ def _save(folder: str, number: int, name: str, picture) -> tuple[int, str]:
   data = encode_png(picture)
   for number in itertools.count(number):
     path = pathlib.Path(folder, f'{number}-{name}.png')
-    if not os.path.lexists(path) or path.is_file() and path.read_bytes() == data:  # itself, of a run that ended there
+    if (
+      not os.path.lexists(path) or path.is_file() and path.read_bytes() == data
+    ):  # itself, of a run that ended there
       return number, write_atomic(path, data).name
 
 
 def _name(source: str | list[str]) -> str:
   """A file's name for what is drawn from a text or a picture's path, or several."""
   texts = source if isinstance(source, list) else [source]
-  return slug(' and '.join(os.path.basename(text) if is_image_path(text) or os.path.isfile(text) else text for text in texts))
+  return slug(
+    ' and '.join(
+      os.path.basename(text) if is_image_path(text) or os.path.isfile(text) else text
+      for text in texts
+    )
+  )
 
 
 def _tell(line: dict, task: Task, many: bool, as_json: bool):
@@ -403,7 +532,9 @@ def _tell(line: dict, task: Task, many: bool, as_json: bool):
   elif 'error' in line:
     print('lavit: ' + ' '.join(line['error'].split()), file=sys.stderr)
   else:
-    show = task.show if many or 'question' not in line else '{question} {answer}'  # of one picture, which everybody knows
+    show = (
+      task.show if many or 'question' not in line else '{question} {answer}'
+    )  # of one picture, which everybody knows
     text, encoding = show.format(**line), sys.stdout.encoding or 'utf-8'
     print(text.encode(encoding, 'backslashreplace').decode(encoding), flush=True)
 
@@ -420,7 +551,11 @@ class _Progress:
     self.count += count
     if self.on:
       rate = self.count / max(time.monotonic() - self.start, 1e-9)
-      rest = f', {rate:.1f} a second, {(self.total - self.count) / rate / 60:.0f} min to go' if self.count else ''
+      rest = (
+        f', {rate:.1f} a second, {(self.total - self.count) / rate / 60:.0f} min to go'
+        if self.count
+        else ''
+      )
       print(f'\r\x1b[K{self.count} of {self.total}{rest}', end='', file=sys.stderr, flush=True)
 
   def clear(self):

@@ -9,30 +9,65 @@ import sys
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+  BarColumn,
+  DownloadColumn,
+  Progress,
+  TimeRemainingColumn,
+  TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.tree import Tree
 
+from lavit_jax.weights.store import arrays as leaves
+from lavit_jax.weights.store import folder
 from lavit_jax.weights.torch import convert, formats
-from lavit_jax.weights.store import folder, arrays as leaves
 
 
 def run(job: convert.Conversion, dry_run: bool) -> None:
   """Prints the plan, and carries it out unless `dry_run`; every byte counts twice, once written and once read back."""
   console = _console()
-  table = Table('part', 'PyTorch files', 'tensors', 'parameters', 'dtype', 'bytes', title=f'{job.direction}: {job.kind}, variant {job.variant}',
-                title_justify='left')
+  table = Table(
+    'part',
+    'PyTorch files',
+    'tensors',
+    'parameters',
+    'dtype',
+    'bytes',
+    title=f'{job.direction}: {job.kind}, variant {job.variant}',
+    title_justify='left',
+  )
   for item in job.items:
-    table.add_row(item.part, item.place, f'{item.tensors:,}', f'{item.parameters:,}', item.dtype, f'{item.bytes:,}')
+    table.add_row(
+      item.part,
+      item.place,
+      f'{item.tensors:,}',
+      f'{item.parameters:,}',
+      item.dtype,
+      f'{item.bytes:,}',
+    )
   total = sum(item.bytes for item in job.items)
-  table.add_row('all', '', f'{sum(item.tensors for item in job.items):,}', f'{sum(item.parameters for item in job.items):,}', '', f'{total:,}')
+  table.add_row(
+    'all',
+    '',
+    f'{sum(item.tensors for item in job.items):,}',
+    f'{sum(item.parameters for item in job.items):,}',
+    '',
+    f'{total:,}',
+  )
   console.print(table)
   told = len(job.notes)
   _tell(job.notes)
   if dry_run:
     return
   _keep_memory()
-  columns = ('{task.description}', BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+  columns = (
+    '{task.description}',
+    BarColumn(),
+    DownloadColumn(),
+    TransferSpeedColumn(),
+    TimeRemainingColumn(),
+  )
   with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
     task = progress.add_task('convert and check', total=2 * total)
     job.run(lambda size: progress.advance(task, size))
@@ -52,7 +87,11 @@ def _keep_memory() -> None:
     mallopt = ctypes.CDLL(None).mallopt
   except (AttributeError, OSError, TypeError):  # another C library
     return
-  for option, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
+  for option, value in (
+    (-4, 0),
+    (-1, 2**31 - 1),
+    (-8, 1),
+  ):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
     mallopt(option, value)
 
 
@@ -64,15 +103,19 @@ def inspect(path) -> None:
     tree = Tree(f'{path}: {kind}')
     for each in found:
       state = each.merged
-      tree.add(f'{each.place.part}: {len(state):,} tensors in its files, {sum(int(np.prod(x.shape)) for x in state.values()):,} parameters, '
-               f'{", ".join(sorted({str(x.dtype) for x in state.values()}))}')
+      tree.add(
+        f'{each.place.part}: {len(state):,} tensors in its files, {sum(int(np.prod(x.shape)) for x in state.values()):,} parameters, '
+        f'{", ".join(sorted({str(x.dtype) for x in state.values()}))}'
+      )
     console.print(tree)
     about = formats.read_json(path / formats.EXPORT_INFO)
     if about:
       console.print_json(json.dumps(about))
     return
   config = folder.read_config(path)
-  tree = Tree(f'{path}: lavit_jax, variant {config["variant"]}, {sum(part["parameters"] for part in config["parts"].values()):,} parameters')
+  tree = Tree(
+    f'{path}: lavit_jax, variant {config["variant"]}, {sum(part["parameters"] for part in config["parts"].values()):,} parameters'
+  )
   for name, part in config['parts'].items():
     with folder.reading_errors(path / 'parts' / name):
       arrays = leaves.open_leaves(path / 'parts' / name, folder.read_checksums(path, name))

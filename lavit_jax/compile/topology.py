@@ -19,8 +19,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from lavit_jax.compile import hlo
 from lavit_jax.accelerators import TPUS, Chip
+from lavit_jax.compile import hlo
 from lavit_jax.errors import UserError
 from lavit_jax.models.attention_kernels import kernel_flops
 
@@ -47,7 +47,11 @@ class Program(NamedTuple):
 
   def times(self, chip: Chip) -> tuple[float, float, float]:
     """Seconds of compute, of memory and of network, if nothing else held it up."""
-    return self.cost.flops / (chip.tflops * 1e12), self.cost.bytes / (chip.hbm_tbps * 1e12), self.sent / (chip.ici_gbps * 1e9 / 8)
+    return (
+      self.cost.flops / (chip.tflops * 1e12),
+      self.cost.bytes / (chip.hbm_tbps * 1e12),
+      self.sent / (chip.ici_gbps * 1e9 / 8),
+    )
 
   def fits(self, chip: Chip) -> bool:
     return self.hbm_bytes <= (1 - SPARE) * chip.hbm_gib * GIB
@@ -66,14 +70,16 @@ def pod_devices(topology: str, slices: int = 1) -> tuple[Chip, list]:
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # else libtpu looks for the pod it runs on
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # no chip is taken: several may compile
   if importlib.util.find_spec('libtpu') is None and 'TPU_LIBRARY_PATH' not in os.environ:
-    raise UserError(f'--topology {topology}: libtpu is missing; '
-                    "pip install -e '.[tpu]' -c launch/constraints.txt")
+    raise UserError(
+      f"--topology {topology}: libtpu is missing; pip install -e '.[tpu]' -c launch/constraints.txt"
+    )
   try:
     described = topologies.get_topology_desc(platform='tpu', topology_name=name, **options)
   except Exception as error:  # libtpu's own, of whatever kind
     reason = ' '.join(str(error).split())[:300]
-    raise UserError(f'--topology {topology}: libtpu refuses it ({reason}); '
-                    'choose a shape that such chips come in') from error
+    raise UserError(
+      f'--topology {topology}: libtpu refuses it ({reason}); choose a shape that such chips come in'
+    ) from error
   return TPUS[kind].device(), described.devices
 
 
@@ -86,8 +92,9 @@ def libtpu_topology(topology: str, slices: int = 1) -> tuple[str, str, dict]:
   kind, _, shape = topology.partition(':')
   kind = ALIASES.get(kind, kind)
   if kind not in TPUS or not re.fullmatch(r'[1-9]\d*(x[1-9]\d*){1,2}', shape):
-    raise UserError(f'--topology {topology}: write CHIP:SHAPE such as v5e:16x16; '
-                    f'known chips: {", ".join(TPUS)}')
+    raise UserError(
+      f'--topology {topology}: write CHIP:SHAPE such as v5e:16x16; known chips: {", ".join(TPUS)}'
+    )
   options = dict(MEGACORE.get(kind, {}))
   if slices > 1:
     options['num_slices'] = slices
@@ -111,15 +118,22 @@ def compile_on(topology: str, mesh: Mesh, function, *inputs) -> Program:
   except jax.errors.JaxRuntimeError as error:
     raise UserError(f'{topology}: the compiler says: {" ".join(str(error).split())}') from error
   seconds, memory = time.monotonic() - start, compiled.memory_analysis()
-  total = (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
-           + memory.generated_code_size_in_bytes)
+  total = (
+    memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes
+    + memory.temp_size_in_bytes
+    + memory.generated_code_size_in_bytes
+  )
   return Program(total, *hlo.costs(compiled.as_text(), kernel_flops), seconds)
 
 
 def bytes_per_chip(tree) -> int:
   """Of the arrays of a tree with shardings."""
   arrays = [x for x in jax.tree.leaves(tree) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
-  return sum(math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize for x in arrays)
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize for x in arrays
+  )
 
 
 def memory_limit_note(report) -> str:

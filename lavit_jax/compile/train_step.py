@@ -49,7 +49,9 @@ class Report(NamedTuple):
   collectives: dict[str, float]  # bytes sent, by kind
   compute_seconds: float
   memory_seconds: float
-  network_seconds: float  # as if all of it went between chips of one slice: what crosses slices takes longer
+  network_seconds: (
+    float  # as if all of it went between chips of one slice: what crosses slices takes longer
+  )
   mfu_bound: float
   compile_seconds: float
 
@@ -72,15 +74,27 @@ def run(config, page: str, topology: str, slices: int, as_json: bool) -> None:
 def rows(report: Report) -> list[tuple[str, str]]:
   """The lines of the table, (what, how much)."""
   return [
-      ('parameters, GiB', f'{report.hbm_parameters_gib:.2f}'), ('optimizer, GiB', f'{report.hbm_optimizer_gib:.2f}'),
-      ('activations and gradients, GiB', f'{report.hbm_activations_gib:.2f}'), ('memory, GiB', pods.memory_limit_note(report)),
-      ('tokens a step, all chips', f'{report.tokens_per_step:,}, of which {report.packed_share:.1%} are expected to be filled'),
-      ('TFLOP of the program', f'{report.flops_per_chip / 1e12:,.1f}'), ('TFLOP of the model', f'{report.model_flops_per_chip / 1e12:,.1f}'),
-      ('GB to and from HBM', f'{report.hbm_bytes_per_chip / 1e9:,.1f}'),
-      *((f'GB of {kind}', f'{size / 1e9:,.2f}') for kind, size in sorted(report.collectives.items())),
-      ('seconds of compute', f'{report.compute_seconds:.3f}'), ('seconds of memory', f'{report.memory_seconds:.3f}'),
-      ('seconds of network', f'{report.network_seconds:.3f}{", more where it crosses slices" if report.slices > 1 else ""}'), ('bound of the MFU', f'{report.mfu_bound:.1%}'),
-      ('compiled in, s', f'{report.compile_seconds:.0f}')]
+    ('parameters, GiB', f'{report.hbm_parameters_gib:.2f}'),
+    ('optimizer, GiB', f'{report.hbm_optimizer_gib:.2f}'),
+    ('activations and gradients, GiB', f'{report.hbm_activations_gib:.2f}'),
+    ('memory, GiB', pods.memory_limit_note(report)),
+    (
+      'tokens a step, all chips',
+      f'{report.tokens_per_step:,}, of which {report.packed_share:.1%} are expected to be filled',
+    ),
+    ('TFLOP of the program', f'{report.flops_per_chip / 1e12:,.1f}'),
+    ('TFLOP of the model', f'{report.model_flops_per_chip / 1e12:,.1f}'),
+    ('GB to and from HBM', f'{report.hbm_bytes_per_chip / 1e9:,.1f}'),
+    *((f'GB of {kind}', f'{size / 1e9:,.2f}') for kind, size in sorted(report.collectives.items())),
+    ('seconds of compute', f'{report.compute_seconds:.3f}'),
+    ('seconds of memory', f'{report.memory_seconds:.3f}'),
+    (
+      'seconds of network',
+      f'{report.network_seconds:.3f}{", more where it crosses slices" if report.slices > 1 else ""}',
+    ),
+    ('bound of the MFU', f'{report.mfu_bound:.1%}'),
+    ('compiled in, s', f'{report.compile_seconds:.0f}'),
+  ]
 
 
 def compile_step(config, page: str, topology: str, slices: int = 1) -> Report:
@@ -106,11 +120,29 @@ def compile_step(config, page: str, topology: str, slices: int = 1) -> Report:
   model_flops = flops.step_flops(config).at(packed_share) / mesh.size
   times = program.times(chip)
   return Report(
-      page, topology, slices, mesh.size, pods.devices_per_chip(topology), dict(mesh.shape),
-      stages.tokens_per_step(config), packed_share, parameters / GIB,
-      optimizer / GIB, (program.hbm_bytes - parameters - optimizer) / GIB, program.hbm_bytes / GIB, chip.hbm_gib, program.fits(chip),
-      program.cost.flops, model_flops, program.cost.bytes, program.sent, dict(program.cost.network), *times,
-      model_flops / (chip.tflops * 1e12 * max(times)), program.compile_seconds)
+    page,
+    topology,
+    slices,
+    mesh.size,
+    pods.devices_per_chip(topology),
+    dict(mesh.shape),
+    stages.tokens_per_step(config),
+    packed_share,
+    parameters / GIB,
+    optimizer / GIB,
+    (program.hbm_bytes - parameters - optimizer) / GIB,
+    program.hbm_bytes / GIB,
+    chip.hbm_gib,
+    program.fits(chip),
+    program.cost.flops,
+    model_flops,
+    program.cost.bytes,
+    program.sent,
+    dict(program.cost.network),
+    *times,
+    model_flops / (chip.tflops * 1e12 * max(times)),
+    program.compile_seconds,
+  )
 
 
 def abstract_step(config, mesh):
@@ -124,8 +156,14 @@ def abstract_step(config, mesh):
   places = sharding.shardings(state, mesh)
 
   def put(tree, places):
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
+    return jax.tree.map(
+      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places
+    )
 
   frozen = {name: parts[name] for name in stage.needs}
-  inputs = put(state, places), put(frozen, sharding.shardings(frozen, mesh)), put(batch, dict.fromkeys(batch, NamedSharding(mesh, sharding.BATCH)))
+  inputs = (
+    put(state, places),
+    put(frozen, sharding.shardings(frozen, mesh)),
+    put(batch, dict.fromkeys(batch, NamedSharding(mesh, sharding.BATCH))),
+  )
   return loop.make_train_step(config, stage, tx, places, mesh), inputs

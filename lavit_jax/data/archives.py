@@ -26,24 +26,34 @@ import pyarrow
 
 from lavit_jax.data import paths
 
-ENDINGS = ('.tar', '.tar.gz', '.tgz', '.tar.bz2', '.tbz2', '.tbz', '.tar.xz', '.txz', '.tar.zst',
-           '.tzst')
+ENDINGS = (
+  '.tar',
+  '.tar.gz',
+  '.tgz',
+  '.tar.bz2',
+  '.tbz2',
+  '.tbz',
+  '.tar.xz',
+  '.txz',
+  '.tar.zst',
+  '.tzst',
+)
 _MAGIC = {b'\x1f\x8b': 'gzip', b'BZh': 'bzip2', b'\xfd7zXZ\0': 'xz', b'\x28\xb5\x2f\xfd': 'zstd'}
 _DECOMPRESS = {
-    'gzip': lambda file: gzip.GzipFile(fileobj=file),
-    'bzip2': bz2.BZ2File,
-    'xz': lzma.LZMAFile,
-    'zstd': lambda file: pyarrow.CompressedInputStream(file, 'zstd'),
+  'gzip': lambda file: gzip.GzipFile(fileobj=file),
+  'bzip2': bz2.BZ2File,
+  'xz': lzma.LZMAFile,
+  'zstd': lambda file: pyarrow.CompressedInputStream(file, 'zstd'),
 }
 _OTHERS = {  # what people take for a tar
-    b'PK\x03\x04': 'a zip archive; unpack it and write a tar',
-    b'7z\xbc\xaf': 'a 7z archive; unpack it and write a tar',
-    b'Rar!': 'a RAR archive; unpack it and write a tar',
-    b'\x04\x22\x4d\x18': 'compressed by lz4; decompress it',
-    b'\x1f\x9d': 'compressed by compress; decompress it',
-    b'version https://git-lfs': 'a pointer of Git LFS, not the file; run git lfs pull',
-    b'<': 'a page of HTML or XML, as servers send with an error; download it again',
-    b'PAR1': "a Parquet file; read it with format='parquet'",
+  b'PK\x03\x04': 'a zip archive; unpack it and write a tar',
+  b'7z\xbc\xaf': 'a 7z archive; unpack it and write a tar',
+  b'Rar!': 'a RAR archive; unpack it and write a tar',
+  b'\x04\x22\x4d\x18': 'compressed by lz4; decompress it',
+  b'\x1f\x9d': 'compressed by compress; decompress it',
+  b'version https://git-lfs': 'a pointer of Git LFS, not the file; run git lfs pull',
+  b'<': 'a page of HTML or XML, as servers send with an error; download it again',
+  b'PAR1': "a Parquet file; read it with format='parquet'",
 }
 _DAMAGE = (EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException, OSError, ValueError)
 
@@ -93,7 +103,7 @@ def stem(path: str) -> str:
   name = os.path.basename(path)
   for ending in sorted(ENDINGS, key=len, reverse=True):
     if name.lower().endswith(ending) and len(name) > len(ending):
-      return name[:-len(ending)]
+      return name[: -len(ending)]
   return os.path.splitext(name)[0]
 
 
@@ -116,9 +126,11 @@ class _Decompressed(io.RawIOBase):
       data = self._file.read(len(buffer))
     except paths.NO_FILE:
       raise
-    except _DAMAGE as error:  # a fault of the network or the disk is none of these by now (paths.py)
+    except (
+      _DAMAGE
+    ) as error:  # a fault of the network or the disk is none of these by now (paths.py)
       raise Broken(f'its {self._kind} data are damaged or break off: {error}') from None
-    buffer[:len(data)] = data
+    buffer[: len(data)] = data
     self._at += len(data)
     return len(data)
 
@@ -130,6 +142,6 @@ class _Decompressed(io.RawIOBase):
     if whence == os.SEEK_END or target < self._at:
       raise io.UnsupportedOperation('compressed data are read forward only')
     room = memoryview(bytearray(1 << 20))
-    while self._at < target and self.readinto(room[:target - self._at]):
+    while self._at < target and self.readinto(room[: target - self._at]):
       pass
     return self._at

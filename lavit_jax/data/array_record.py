@@ -35,8 +35,13 @@ class WriteSummary(NamedTuple):
   failed: list[str]
 
 
-def write_array_records(sources: str | Sequence[str], out: str, workers: int = 1, say: Callable[[str], None] = print,
-         image: Sequence[str] = formats.IMAGE_EXTENSIONS) -> WriteSummary:
+def write_array_records(
+  sources: str | Sequence[str],
+  out: str,
+  workers: int = 1,
+  say: Callable[[str], None] = print,
+  image: Sequence[str] = formats.IMAGE_EXTENSIONS,
+) -> WriteSummary:
   """Packs the tars that paths, globs and braces name into the folder `out`, with so many processes; files that are there already stay.
 
   `image`: the extensions of pictures, of which a sample's first counts.
@@ -52,20 +57,30 @@ def write_array_records(sources: str | Sequence[str], out: str, workers: int = 1
   for file in files:
     target = os.path.join(out, archives.stem(file) + formats.ARRAY_RECORD)
     if targets.setdefault(target, file) != file:
-      raise UserError(f'{targets[target]} and {file} would both become {target}; pack them into different folders')
+      raise UserError(
+        f'{targets[target]} and {file} would both become {target}; pack them into different folders'
+      )
   os.makedirs(out, exist_ok=True)
   for half in glob.glob(os.path.join(glob.escape(out), f'.*{formats.ARRAY_RECORD}.half')):
     os.remove(half)  # of a run that was stopped
   waiting = {target: file for target, file in targets.items() if not os.path.exists(target)}
   failed = []
-  pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context('spawn')) if workers > 1 else None
+  pool = (
+    concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'))
+    if workers > 1
+    else None
+  )
   try:
     run = pool.map if pool else map
-    for i, (file, error) in enumerate(run(functools.partial(_pack_one, image=image), waiting.values(), waiting.keys()), 1):
+    for i, (file, error) in enumerate(
+      run(functools.partial(_pack_one, image=image), waiting.values(), waiting.keys()), 1
+    ):
       failed += [f'{file} {error}'] if error else []
       say(f'{i}/{len(waiting)}  {file}' + (f'  {error}' if error else ''))
   except concurrent.futures.process.BrokenProcessPool:
-    raise UserError('a process that packed was killed (out of memory?); the same command goes on, with fewer --workers') from None
+    raise UserError(
+      'a process that packed was killed (out of memory?); the same command goes on, with fewer --workers'
+    ) from None
   finally:
     if pool:
       pool.shutdown(wait=True, cancel_futures=True)
@@ -83,21 +98,33 @@ def write_array_records(sources: str | Sequence[str], out: str, workers: int = 1
   return WriteSummary(records, dict(skipped), len(targets) - len(waiting), failed)
 
 
-def _nothing(files: Sequence[str], skipped: collections.Counter, members: collections.Counter, image: Sequence[str], broken: str) -> str:
+def _nothing(
+  files: Sequence[str],
+  skipped: collections.Counter,
+  members: collections.Counter,
+  image: Sequence[str],
+  broken: str,
+) -> str:
   """What to say when there is no record in any tar."""
-  reasons = ', '.join(f'{reason} {count}' for reason, count in skipped.most_common()) or 'they have no samples'
+  reasons = (
+    ', '.join(f'{reason} {count}' for reason, count in skipped.most_common())
+    or 'they have no samples'
+  )
   reasons += f' ({broken})' if broken else ''
   line = f'nothing is packed of {formats.some(files, 2)}: {reasons}'
   if members:
     there = [extension for extension, _ in members.most_common()]
-    line += (f'; the samples have {formats.some(there)}, and the image is looked for in {formats.some(image)}, where an extension is all '
-             'behind the first dot of a name; rename the members, or give --image')
+    line += (
+      f'; the samples have {formats.some(there)}, and the image is looked for in {formats.some(image)}, where an extension is all '
+      'behind the first dot of a name; rename the members, or give --image'
+    )
   return f'{line}; nothing was written of them'
 
 
 def _pack_one(file: str, target: str, image: Sequence[str]) -> tuple[str, str]:
   """(the tar, '' or what happened to it). `target` appears when it is complete: of a broken tar, with what comes before the break."""
   from array_record.python.array_record_module import ArrayRecordWriter
+
   skipped, members, records = collections.Counter(), collections.Counter(), 0
   half = os.path.join(os.path.dirname(target), f'.{os.path.basename(target)}.half')
   writer, broken = None, ''
@@ -121,14 +148,25 @@ def _pack_one(file: str, target: str, image: Sequence[str]) -> tuple[str, str]:
   except tars.Broken as error:
     skipped['broken tar'] += 1
     broken = f'{file}: {error}'
-  except (OSError, UserError) as error:  # of the network or the disk, not of the tar: the next run tries again
+  except (
+    OSError,
+    UserError,
+  ) as error:  # of the network or the disk, not of the tar: the next run tries again
     what = f'failed after {records + skipped.total()} samples' if writer else 'could not be opened'
     return file, f'{what}: {error}'
   finally:
     if writer:
       writer.close()
   with open(f'{target}.json', 'w', encoding='utf-8') as about:
-    json.dump({'records': records, 'skipped': skipped, 'members': dict(members.most_common(_MEMBERS)), 'broken': broken}, about)
+    json.dump(
+      {
+        'records': records,
+        'skipped': skipped,
+        'members': dict(members.most_common(_MEMBERS)),
+        'broken': broken,
+      },
+      about,
+    )
   if records:
     os.replace(half, target)
   elif os.path.exists(half):

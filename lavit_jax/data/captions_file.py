@@ -60,8 +60,14 @@ def read_rows(file: str, data: bytes, fields: Fields) -> list[Row]:
   return _Table(file, text).rows(fields)
 
 
-def choose_fields(file: str, rows: Sequence[Row], name: str | None, texts: Sequence[str],
-                  needs_name: bool = True, needs_text: bool = True) -> Fields:
+def choose_fields(
+  file: str,
+  rows: Sequence[Row],
+  name: str | None,
+  texts: Sequence[str],
+  needs_name: bool = True,
+  needs_text: bool = True,
+) -> Fields:
   """Which fields of the rows hold the name of the image and its texts.
 
   Args:
@@ -93,13 +99,17 @@ def _find(file: str, known: Mapping[str, None], wanted: str, option: str) -> str
   if len(alike) == 1:
     return alike[0]
   if len(alike) > 1:
-    raise UserError(f'{file} has several fields like {wanted!r}: {", ".join(map(repr, alike))}; '
-                    f'say which with {option}=')
+    raise UserError(
+      f'{file} has several fields like {wanted!r}: {", ".join(map(repr, alike))}; '
+      f'say which with {option}='
+    )
   near = difflib.get_close_matches(wanted, known, n=1)
   hint = f' ({near[0]!r} is near)' if near else ''
-  raise UserError(f'{file} has no field {wanted!r}{hint}; its fields are '
-                  f'{", ".join(map(repr, list(known)[:20])) or "none"}; name the one to use with '
-                  f'{option}=')
+  raise UserError(
+    f'{file} has no field {wanted!r}{hint}; its fields are '
+    f'{", ".join(map(repr, list(known)[:20])) or "none"}; name the one to use with '
+    f'{option}='
+  )
 
 
 def _plain(key: str) -> str:
@@ -117,12 +127,14 @@ def decode(file: str, data: bytes) -> str:
     text = data.decode('utf-16' if wide else 'utf-8-sig')
   except UnicodeDecodeError as error:
     line = data.count(b'\n', 0, error.start) + 1
-    raise UserError(f'{file}:{line}: not {"UTF-16" if wide else "UTF-8"}; save the file as '
-                    'UTF-8') from None
+    raise UserError(
+      f'{file}:{line}: not {"UTF-16" if wide else "UTF-8"}; save the file as UTF-8'
+    ) from None
   return text.replace('\r\n', '\n').replace('\r', '\n')
 
 
 # -------------------------------------------------------------------------------------------- JSON
+
 
 def _json_lines(file: str, text: str) -> list[Row]:
   rows = []
@@ -134,8 +146,10 @@ def _json_lines(file: str, text: str) -> list[Row]:
     except (ValueError, RecursionError) as error:
       raise UserError(f'{file}:{line}: not JSON ({error}); give one object a line') from None
     if not isinstance(fields, dict):
-      raise UserError(f'{file}:{line}: not an object but {type(fields).__name__}; give each line '
-                      '{"file_name": ..., "text": ...}')
+      raise UserError(
+        f'{file}:{line}: not an object but {type(fields).__name__}; give each line '
+        '{"file_name": ..., "text": ...}'
+      )
     rows.append(Row(fields, line))
   return rows
 
@@ -151,12 +165,16 @@ def _json_rows(file: str, text: str, name: str) -> list[Row]:
   if isinstance(content, dict):
     content = _dict_rows(file, content, name)
   if not isinstance(content, list):
-    raise UserError(f'{file}: holds {type(content).__name__}; give a list of objects with '
-                    'file_name and text, or {name: caption}')
+    raise UserError(
+      f'{file}: holds {type(content).__name__}; give a list of objects with '
+      'file_name and text, or {name: caption}'
+    )
   for number, fields in enumerate(content):
     if not isinstance(fields, dict):
-      raise UserError(f'{file}: entry {number} is not an object but {type(fields).__name__}; give '
-                      'each {"file_name": ..., "text": ...}')
+      raise UserError(
+        f'{file}: entry {number} is not an object but {type(fields).__name__}; give '
+        'each {"file_name": ..., "text": ...}'
+      )
   return [Row(fields, 0) for fields in content]
 
 
@@ -173,8 +191,10 @@ def _coco(file: str, content: dict) -> list[Row]:
   for number, fields in enumerate(content['annotations']):
     name = images.get(fields.get('image_id'))
     if name is None:
-      raise UserError(f'{file}: annotation {number} is of the image {fields.get("image_id")!r}, '
-                      'which "images" does not name')
+      raise UserError(
+        f'{file}: annotation {number} is of the image {fields.get("image_id")!r}, '
+        'which "images" does not name'
+      )
     usual = {TEXT: fields['caption']} if 'caption' in fields else {}
     rows.append(Row({**usual, **fields, NAME: name}, 0))
   return rows
@@ -202,8 +222,10 @@ def _columns(file: str, content: dict, name: str) -> list[dict]:
     fields = {}
     for column, values in content.items():
       if type(values) is not type(content[name]) or len(values) != len(content[name]):
-        raise UserError(f'{file}: {column!r} has not one value for each {name!r}; give all fields '
-                        'the same number of values')
+        raise UserError(
+          f'{file}: {column!r} has not one value for each {name!r}; give all fields '
+          'the same number of values'
+        )
       if isinstance(values, dict) and key not in values:
         raise UserError(f'{file}: {column!r} has no value for {key!r}')
       fields[column] = values[key]
@@ -212,6 +234,7 @@ def _columns(file: str, content: dict, name: str) -> list[dict]:
 
 
 # ------------------------------------------------------------------------------------------ tables
+
 
 class _Table:
   """A CSV or TSV file, whose rows are read one after the other."""
@@ -226,7 +249,8 @@ class _Table:
     mark = re.escape(self.delimiter)
     # A quoted field, in which "" is a quotation mark and a line may end, or a bare one.
     self.field = re.compile(
-        rf' *"(?P<quoted>[^"]*(?:""[^"]*)*)" *(?={mark}|\n|\Z)|(?P<bare>[^{mark}\n]*)')
+      rf' *"(?P<quoted>[^"]*(?:""[^"]*)*)" *(?={mark}|\n|\Z)|(?P<bare>[^{mark}\n]*)'
+    )
     self.quotes = not self.is_tsv or self._is_quoted()
 
   def rows(self, fields: Fields) -> list[Row]:
@@ -250,8 +274,10 @@ class _Table:
   def _header(self, values: list[str], line: int) -> list[str]:
     header = [value.strip() for value in values]
     if any(value.lower().endswith(IMAGE_SUFFIXES) for value in header):
-      raise UserError(f'{self.file}:{line}: the first line names an image, where the names of the '
-                      f'columns belong; write {self.delimiter.join((NAME, TEXT))!r} above it')
+      raise UserError(
+        f'{self.file}:{line}: the first line names an image, where the names of the '
+        f'columns belong; write {self.delimiter.join((NAME, TEXT))!r} above it'
+      )
     for value in header:
       if value and header.count(value) > 1:
         raise UserError(f'{self.file}:{line}: has the column {value!r} twice; rename one')
@@ -267,13 +293,16 @@ class _Table:
       return bare.split(self.delimiter), end
     values, _, after = self._quoted(place)
     if after > end and self._swallows_rows(end, after):
-      raise UserError(f'{self.file}:{line}: a quotation mark opens a field here that would take '
-                      'in the rows below; close it, or write it twice in a field in quotation '
-                      'marks')
+      raise UserError(
+        f'{self.file}:{line}: a quotation mark opens a field here that would take '
+        'in the rows below; close it, or write it twice in a field in quotation '
+        'marks'
+      )
     if values is None or header is not None and len(values) != len(header):
       if '\\"' in bare:
-        raise UserError(f'{self.file}:{line}: has \\" in a field in quotation marks; CSV writes it '
-                        'as ""')
+        raise UserError(
+          f'{self.file}:{line}: has \\" in a field in quotation marks; CSV writes it as ""'
+        )
       return bare.split(self.delimiter), end  # quotation marks of the caption itself
     return values, after
 
@@ -291,7 +320,7 @@ class _Table:
       values.append(match['quoted'].replace('""', '"') if quoted else match['bare'])
       flags.append(quoted)
       place = match.end()
-      if self.text[place:place + 1] != self.delimiter:
+      if self.text[place : place + 1] != self.delimiter:
         return values, flags, place + 1
       place += 1
 
@@ -327,8 +356,9 @@ class _Table:
       place = after
     return not needless or not bare
 
-  def _fit(self, header: list[str], values: list[str], place: int, after: int, line: int,
-           fields: Fields) -> dict[str, str]:
+  def _fit(
+    self, header: list[str], values: list[str], place: int, after: int, line: int, fields: Fields
+  ) -> dict[str, str]:
     """The values by their columns; more of them than columns belong to the caption, where that
     is the only reading.
 
@@ -339,17 +369,21 @@ class _Table:
       values = values[:-1]  # of delimiters at the end of the line
     extra = len(values) - len(header)
     if extra < 0:
-      raise UserError(f'{self.file}:{line}: has {len(values)} of {len(header)} fields '
-                      f'({self.text[place:after].strip()[:60]!r}); mend the line')
+      raise UserError(
+        f'{self.file}:{line}: has {len(values)} of {len(header)} fields '
+        f'({self.text[place:after].strip()[:60]!r}); mend the line'
+      )
     if extra:
       column = self._caption_column(header, fields)
       if column is not None:
-        middle = self.delimiter.join(values[column:column + extra + 1])
-        values = values[:column] + [middle] + values[column + extra + 1:]
+        middle = self.delimiter.join(values[column : column + extra + 1])
+        values = values[:column] + [middle] + values[column + extra + 1 :]
       if column is None or not self._is_plausible(header, values, column, fields):
-        raise UserError(f'{self.file}:{line}: has {extra} more {self.delimiter!r} than the header '
-                        f'({self.text[place:after].strip()[:60]!r}), and it is not clear to which '
-                        'field they belong; put the field in quotation marks')
+        raise UserError(
+          f'{self.file}:{line}: has {extra} more {self.delimiter!r} than the header '
+          f'({self.text[place:after].strip()[:60]!r}), and it is not clear to which '
+          'field they belong; put the field in quotation marks'
+        )
     return dict(zip(header, values))
 
   def _caption_column(self, header: list[str], fields: Fields) -> int | None:
@@ -360,8 +394,9 @@ class _Table:
       places = [i for i, key in enumerate(header) if _plain(key) != name]
     return places[0] if len(places) == 1 else None
 
-  def _is_plausible(self, header: list[str], values: list[str], column: int,
-                    fields: Fields) -> bool:
+  def _is_plausible(
+    self, header: list[str], values: list[str], column: int, fields: Fields
+  ) -> bool:
     """Whether the other fields can be what they would be: a name of an image, and numbers."""
     for i, (key, value) in enumerate(zip(header, values)):
       if i == column:

@@ -22,13 +22,15 @@ import unicodedata
 _TAG = re.compile(r'</?[a-z][^<>]*>', re.I)
 _BREAK_HINT = re.compile(r'</?wbr\s*/?>', re.I)  # as a soft hyphen
 _URL = re.compile(r'(https?://|www\.)\S+', re.I)
-_FLAG = re.compile('\U0001F3F4[\U000E0020-\U000E007E]+\U000E007F')  # of England, Scotland ...: tags
+_FLAG = re.compile('\U0001f3f4[\U000e0020-\U000e007e]+\U000e007f')  # of England, Scotland ...: tags
 _JOINERS = '\u200c\u200d'
 _VISIBLE_FORMATS = frozenset(  # category Cf, but drawn: Arabic, Syriac and Kaithi number signs
-    [chr(c) for c in range(0x600, 0x606)]
-    + [chr(c) for c in (0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0x110BD, 0x110CD)])
-_EMOJI = re.compile('[\u231a-\u23ff\u25fb-\u25fe\u2600-\u27bf\u2b1b-\u2b55\U0001F000-\U0001FAFF]'
-                    '|\ufe0f')
+  [chr(c) for c in range(0x600, 0x606)]
+  + [chr(c) for c in (0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0x110BD, 0x110CD)]
+)
+_EMOJI = re.compile(
+  '[\u231a-\u23ff\u25fb-\u25fe\u2600-\u27bf\u2b1b-\u2b55\U0001f000-\U0001faff]|\ufe0f'
+)
 _VIRAMA = 9  # canonical combining class
 
 
@@ -93,7 +95,7 @@ def _is_noncharacter(character: str) -> bool:
 def _joins(text: str, i: int) -> bool:
   """Whether the joiner at `i` shapes what is drawn: after a virama, or between two letters of
   a script without case (Arabic, Indic), or between two emoji. Elsewhere it is litter."""
-  before, after = text[i - 1:i], text[i + 1:i + 2]
+  before, after = text[i - 1 : i], text[i + 1 : i + 2]
   if before and unicodedata.combining(before) == _VIRAMA:
     return True
   return _can_be_joined(before) and _can_be_joined(after)

@@ -24,8 +24,14 @@ from lavit_jax.data.captions_file import IMAGE_SUFFIXES, Fields
 from lavit_jax.errors import UserError
 from lavit_jax.local_paths import expand_home
 
-CAPTIONS = ('captions.jsonl', 'captions.csv', 'captions.tsv', 'captions.json', 'metadata.jsonl',
-            'metadata.csv')
+CAPTIONS = (
+  'captions.jsonl',
+  'captions.csv',
+  'captions.tsv',
+  'captions.json',
+  'metadata.jsonl',
+  'metadata.csv',
+)
 _BESIDE = '.txt'
 _SAMPLED = 512  # images that are looked for when a folder is opened, at most
 _SHOWN = 3  # names in a message
@@ -54,9 +60,16 @@ class ImageFolder:
     UserError: no such folder or file of captions, a file that cannot be read, no images, no texts.
   """
 
-  def __init__(self, path: str, image: str | None, texts: Sequence[str], captions: str | None,
-               use: str, captioned: bool,
-               find_texts: Callable[[Mapping[str, Any], Sequence[str]], tuple[str, ...]]):
+  def __init__(
+    self,
+    path: str,
+    image: str | None,
+    texts: Sequence[str],
+    captions: str | None,
+    use: str,
+    captioned: bool,
+    find_texts: Callable[[Mapping[str, Any], Sequence[str]], tuple[str, ...]],
+  ):
     self.path = _folder_path(path)
     self.is_text, self.captioned = use == 'text', captioned
     self.entries: list[Entry] = []
@@ -124,16 +137,19 @@ class ImageFolder:
     if len(present) > 1:
       others = ', '.join(os.path.basename(file) for file in present[1:])
       logging.getLogger(__name__).warning(
-          '%s is read, and not %s; say which with captions=', present[0], others)
+        '%s is read, and not %s; say which with captions=', present[0], others
+      )
     return (present[0], data) if present else ('', b'')
 
-  def _read_captions(self, data: bytes, image: str | None, texts: Sequence[str],
-                     find_texts: Callable) -> None:
+  def _read_captions(
+    self, data: bytes, image: str | None, texts: Sequence[str], find_texts: Callable
+  ) -> None:
     rows = captions_file.read_rows(self.file, data, Fields(image or '', tuple(texts)))
     if not rows:
       raise UserError(f'{self.file} has no rows; give it file_name and text of each image')
     fields = captions_file.choose_fields(
-        self.file, rows, image, texts, needs_name=not self.is_text, needs_text=self.captioned)
+      self.file, rows, image, texts, needs_name=not self.is_text, needs_text=self.captioned
+    )
     found = {}
     for number, row in enumerate(rows):
       name = number if not fields.name else row.fields.get(fields.name)
@@ -147,8 +163,10 @@ class ImageFolder:
       self.entries.append(Entry(name.strip() if fields.name else '', tuple(mine)))
     empty = all(not text.strip() for entry in self.entries for text in entry.texts)
     if self.captioned and empty:
-      raise UserError(f'{self.file}: none of {len(rows)} rows has a text in '
-                      f'{" or ".join(map(repr, fields.texts))}; name the field with text=')
+      raise UserError(
+        f'{self.file}: none of {len(rows)} rows has a text in '
+        f'{" or ".join(map(repr, fields.texts))}; name the field with text='
+      )
 
   def _list(self, texts: Sequence[str]) -> None:
     names = self._names()
@@ -165,15 +183,21 @@ class ImageFolder:
     there = f'it has {_some(names)}'
     if not self.entries:
       kind = f'file that ends with {_BESIDE}' if self.is_text else 'image'
-      raise UserError(f'{self.path} has no {" or ".join(CAPTIONS)}, nor any {kind}; {there}; check '
-                      'the path, or give captions=NAME')
+      raise UserError(
+        f'{self.path} has no {" or ".join(CAPTIONS)}, nor any {kind}; {there}; check '
+        'the path, or give captions=NAME'
+      )
     if self.captioned and not self.is_text and not beside:
-      raise UserError(f'{self.path} has no {" or ".join(CAPTIONS)}, nor NAME{_BESIDE} beside an '
-                      f'image; {there}; write one with file_name and text of each image, or give '
-                      'captions=NAME')
+      raise UserError(
+        f'{self.path} has no {" or ".join(CAPTIONS)}, nor NAME{_BESIDE} beside an '
+        f'image; {there}; write one with file_name and text of each image, or give '
+        'captions=NAME'
+      )
     if texts and not self.is_text:
-      raise UserError(f'{self.path} has no {" or ".join(CAPTIONS)}, whose field '
-                      f'text={", ".join(texts)!r} would name; {there}; leave it out')
+      raise UserError(
+        f'{self.path} has no {" or ".join(CAPTIONS)}, whose field '
+        f'text={", ".join(texts)!r} would name; {there}; leave it out'
+      )
 
   def _names(self) -> list[str]:
     """All files in the folder and below it, relative, sorted, hidden ones left out."""
@@ -201,9 +225,11 @@ class ImageFolder:
     sampled = _sample(self.entries)
     sizes = paths.names_and_sizes([self.place(entry.name) for entry in sampled])
     if all(size == -1 for _, size in sizes):
-      raise UserError(f'{self.file} names {len(self.entries)} images, such as {sampled[0].name!r}, '
-                      f'and none of {len(sizes)} that were looked for is in {self.path}; it has '
-                      f'{self._shown()}')
+      raise UserError(
+        f'{self.file} names {len(self.entries)} images, such as {sampled[0].name!r}, '
+        f'and none of {len(sizes)} that were looked for is in {self.path}; it has '
+        f'{self._shown()}'
+      )
     return [(entry.name, size) for entry, (_, size) in zip(sampled, sizes)]
 
 
@@ -218,8 +244,10 @@ def _folder_path(path: str) -> str:
     return path.rstrip('/') or '/'
   if os.path.exists(path):
     folder, name = os.path.split(path)
-    raise UserError(f'{path} is a file; give the folder, path={folder or "."!r}, and, if it is the '
-                    f'file of captions, captions={name!r}')
+    raise UserError(
+      f'{path} is a file; give the folder, path={folder or "."!r}, and, if it is the '
+      f'file of captions, captions={name!r}'
+    )
   raise UserError(f'{path}: no such folder; check the path')
 
 

@@ -50,15 +50,19 @@ class Skip(NamedTuple):
 
 # ------------------------------------------------------------------------------------------------------------------ stores
 
+
 class ArrayRecords:
   """Local files that `pack_record` filled, one record behind the other."""
 
   def __init__(self, path, image, text):
     from array_record.python.array_record_data_source import ArrayRecordDataSource
+
     files = paths.expand(path, ARRAY_RECORD)
     for file in files:
       if paths.is_remote(file):
-        raise UserError(f'{file}: ArrayRecord reads local files only; mount the bucket (gcsfuse), or read the tars as they are')
+        raise UserError(
+          f'{file}: ArrayRecord reads local files only; mount the bucket (gcsfuse), or read the tars as they are'
+        )
       if not os.path.isfile(file):
         raise UserError(f'{file}: no such file; make it with lavit data pack')
     try:
@@ -82,7 +86,9 @@ class ArrayRecords:
       head, image = unpack_record(self.source[index])
     except (ValueError, struct.error, RuntimeError):
       return Skip('broken record', origin)
-    return Record(image, find_texts(head['fields'], self.text), f'{origin} ({some(head["fields"])})')
+    return Record(
+      image, find_texts(head['fields'], self.text), f'{origin} ({some(head["fields"])})'
+    )
 
   @property
   def looked_for(self) -> str:
@@ -91,21 +97,26 @@ class ArrayRecords:
 
 def _look_at_array_record(file: str) -> None:
   from array_record.python.array_record_module import ArrayRecordReader
+
   try:
     ArrayRecordReader(file).close()
   except RuntimeError as error:
-    raise UserError(f'{file}: no ArrayRecord, or damaged ({error}); give the folder or its *{ARRAY_RECORD}, or pack anew') from error
+    raise UserError(
+      f'{file}: no ArrayRecord, or damaged ({error}); give the folder or its *{ARRAY_RECORD}, or pack anew'
+    ) from error
 
 
 def pack_record(key: str, fields: Mapping[str, str], image: bytes) -> bytes:
   """The layout of our ArrayRecords: u32 length (little endian), JSON {"key", "fields"} of that length, the picture's file."""
-  head = json.dumps({'key': key, 'fields': dict(fields)}, ensure_ascii=False).encode('utf-8', 'replace')
+  head = json.dumps({'key': key, 'fields': dict(fields)}, ensure_ascii=False).encode(
+    'utf-8', 'replace'
+  )
   return _LENGTH.pack(len(head)) + head + image
 
 
 def unpack_record(record: bytes) -> tuple[dict, bytes]:
   (length,), start = _LENGTH.unpack_from(record), _LENGTH.size
-  return json.loads(record[start:start + length]), record[start + length:]
+  return json.loads(record[start : start + length]), record[start + length :]
 
 
 class Tfds:
@@ -113,14 +124,21 @@ class Tfds:
 
   def __init__(self, path, image, text, split='train', data_dir=None):
     import tensorflow_datasets as tfds  # Here, because it takes seconds.
+
     path, data_dir = expand_home(path), data_dir and expand_home(data_dir)
     try:
-      builder = tfds.builder_from_directory(path) if os.path.isdir(path) else tfds.builder(path, data_dir=data_dir)
+      builder = (
+        tfds.builder_from_directory(path)
+        if os.path.isdir(path)
+        else tfds.builder(path, data_dir=data_dir)
+      )
       decoders = {image: tfds.decode.SkipDecoding()} if image in builder.info.features else None
       self.source = builder.as_data_source(split, decoders=decoders)
     except Exception as error:  # of many kinds, all about what was asked for
       reason = ' '.join(str(error).split())[:300]
-      raise UserError(f'tfds {path!r}, split {split!r}: {reason}; prepare it as array_record with tfds build, and give data_dir') from error
+      raise UserError(
+        f'tfds {path!r}, split {split!r}: {reason}; prepare it as array_record with tfds build, and give data_dir'
+      ) from error
     self.name, self.image, self.text, self.split, self.info = path, image, text, split, builder.info
 
   def __len__(self) -> int:
@@ -131,7 +149,11 @@ class Tfds:
 
   def read(self, index: int) -> Record | Skip:
     record = self.source[index]
-    return Record(bytes(record.get(self.image, b'')), find_texts(record, self.text), f'{self.name}: record {index} ({some(record)})')
+    return Record(
+      bytes(record.get(self.image, b'')),
+      find_texts(record, self.text),
+      f'{self.name}: record {index} ({some(record)})',
+    )
 
   @property
   def looked_for(self) -> str:
@@ -174,6 +196,7 @@ class Folder:
 
 # ----------------------------------------------------------------------------------------------------------------- streams
 
+
 class Tars:
   """Tars as they are. A unit is a tar, a position in it a byte."""
 
@@ -181,7 +204,9 @@ class Tars:
 
   def __init__(self, path, image, text):
     self.files, self.text = tar_files(path), text
-    self.image = IMAGE_EXTENSIONS if image is None else tuple(extension.lower() for extension in image)
+    self.image = (
+      IMAGE_EXTENSIONS if image is None else tuple(extension.lower() for extension in image)
+    )
     self._kinds, self._wanted = {}, set(self.image)
     for name in text:
       parts = name.lower().split('.')
@@ -222,7 +247,9 @@ class Tars:
     origin = f'{path}: {sample.key} ({some(sample.fields)})'
     if sample.repeated:  # whose caption is whose cannot be known
       return Skip('repeated member', f'{origin}, which has {some(sample.repeated)} twice')
-    image = next((sample.fields[extension] for extension in self.image if extension in sample.fields), b'')
+    image = next(
+      (sample.fields[extension] for extension in self.image if extension in sample.fields), b''
+    )
     return Record(image, find_texts(sample.fields, self.text, lower=True), origin)
 
 
@@ -238,9 +265,15 @@ def tar_files(path: str | Sequence[str]) -> list[str]:
     if not os.path.isdir(folder):
       files += paths.expand(each, '.tar')
       continue
-    names = [name for name in sorted(os.listdir(folder)) if name.lower().endswith(archives.ENDINGS) and not name.startswith('.')]
+    names = [
+      name
+      for name in sorted(os.listdir(folder))
+      if name.lower().endswith(archives.ENDINGS) and not name.startswith('.')
+    ]
     if not names:
-      raise UserError(f'{os.path.join(folder, "*.tar")} matches no file; the folder has no {", ".join(archives.ENDINGS)}; check the path')
+      raise UserError(
+        f'{os.path.join(folder, "*.tar")} matches no file; the folder has no {", ".join(archives.ENDINGS)}; check the path'
+      )
     files += [os.path.join(folder, name) for name in names]
   if not files:
     raise UserError(f'{path!r} names no files; give a path, a glob or a list')
@@ -287,7 +320,10 @@ class Parquets:
 
 # ------------------------------------------------------------------------------------------------------------------- texts
 
-def find_texts(fields: Mapping[str, Any], names: Sequence[str], lower: bool = False) -> tuple[str, ...]:
+
+def find_texts(
+  fields: Mapping[str, Any], names: Sequence[str], lower: bool = False
+) -> tuple[str, ...]:
   """All texts that the dotted names lead to; a list on the way means each of its items.
 
   A field may have dots in its own name ('outputs.txt'): the longest one that a name begins with is taken. With `lower`
@@ -309,7 +345,9 @@ def find_texts(fields: Mapping[str, Any], names: Sequence[str], lower: bool = Fa
 def some(names: Iterable[str], count: int = 8) -> str:
   """'jpg, txt, json', and of many the first `count`; for messages."""
   names = tuple(names)
-  return ', '.join(names[:count]) + (f' and {len(names) - count} more' if len(names) > count else '')
+  return ', '.join(names[:count]) + (
+    f' and {len(names) - count} more' if len(names) > count else ''
+  )
 
 
 def _dig(value, path: str, found: list[str]) -> None:
@@ -336,6 +374,17 @@ def _json(value: str):
     return None
 
 
-FORMATS = {'arrayrecord': ArrayRecords, 'tfds': Tfds, 'folder': Folder, 'tars': Tars, 'parquet': Parquets}
+FORMATS = {
+  'arrayrecord': ArrayRecords,
+  'tfds': Tfds,
+  'folder': Folder,
+  'tars': Tars,
+  'parquet': Parquets,
+}
 DEFAULTS = {  # of image and text
-    'arrayrecord': (None, 'txt'), 'tfds': ('image', 'text'), 'folder': (None, ''), 'tars': (None, 'txt'), 'parquet': ('image', 'text')}
+  'arrayrecord': (None, 'txt'),
+  'tfds': ('image', 'text'),
+  'folder': (None, ''),
+  'tars': (None, 'txt'),
+  'parquet': ('image', 'text'),
+}

@@ -28,7 +28,9 @@ def read_images(sources, size: int | tuple[int, int]) -> np.ndarray:
 
   The resize is bicubic and straight to the size, aspect ratio not kept (REFERENCE section 2). Raises UserError as `read_image`.
   """
-  images = [resize(read_image(source, f'image {i}'), size) for i, source in enumerate(as_list(sources))]
+  images = [
+    resize(read_image(source, f'image {i}'), size) for i, source in enumerate(as_list(sources))
+  ]
   return np.stack(images) if images else np.zeros((0, *_sides(size), 3), np.uint8)
 
 
@@ -39,12 +41,17 @@ def as_list(sources) -> list:
   try:
     return list(sources)
   except TypeError:
-    raise UserError(f'pictures are paths, bytes, PIL images or arrays, one or a list of them; got {type(sources).__name__}') from None
+    raise UserError(
+      f'pictures are paths, bytes, PIL images or arrays, one or a list of them; got {type(sources).__name__}'
+    ) from None
 
 
 def is_one(source) -> bool:
   """Whether this would be one picture, by its type."""
-  return isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)) or getattr(source, 'ndim', 4) < 4
+  return (
+    isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image))
+    or getattr(source, 'ndim', 4) < 4
+  )
 
 
 def resize(image: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
@@ -86,7 +93,9 @@ def _read(path) -> bytes:
   except IsADirectoryError:
     raise UserError(f'{path}: a folder; name the pictures in it') from None
   except OSError as error:
-    raise UserError(f'{path}: cannot be read ({error.strerror}); check the path and its permissions') from None
+    raise UserError(
+      f'{path}: cannot be read ({error.strerror}); check the path and its permissions'
+    ) from None
 
 
 def _decode(data: bytes, name: str) -> np.ndarray:
@@ -106,9 +115,13 @@ def open_image(data: bytes, name: str) -> Image.Image:
       warnings.simplefilter('error', Image.DecompressionBombWarning)
       image = Image.open(io.BytesIO(data))
   except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-    raise UserError(f'{name}: too large; scale it below {MAX_PIXELS // 10**6} million pixels') from None
+    raise UserError(
+      f'{name}: too large; scale it below {MAX_PIXELS // 10**6} million pixels'
+    ) from None
   except Exception:  # a decoder may throw anything at damaged bytes
-    raise UserError(f'{name}: not a picture that Pillow can read; convert it to PNG or JPEG') from None
+    raise UserError(
+      f'{name}: not a picture that Pillow can read; convert it to PNG or JPEG'
+    ) from None
   _check_size(*image.size, name)
   return image
 
@@ -116,7 +129,9 @@ def open_image(data: bytes, name: str) -> Image.Image:
 def _check_size(width: int, height: int, name: str) -> None:
   """For pictures in files this runs on the header, before anything large is decoded."""
   if width * height > MAX_PIXELS:
-    raise UserError(f'{name}: {width} x {height} is too large; scale it below {MAX_PIXELS // 10**6} million pixels')
+    raise UserError(
+      f'{name}: {width} x {height} is too large; scale it below {MAX_PIXELS // 10**6} million pixels'
+    )
   if not width * height:
     raise UserError(f'{name}: the picture has no pixels; give one of at least 1 x 1')
 
@@ -136,7 +151,9 @@ def _rgb(image: Image.Image, name: str) -> np.ndarray:
   except UserError:
     raise
   except Exception as error:  # as above; this is where Pillow decodes
-    raise UserError(f'{name}: the picture is truncated or damaged ({error}); copy or export it again') from None
+    raise UserError(
+      f'{name}: the picture is truncated or damaged ({error}); copy or export it again'
+    ) from None
   return _from_array(pixels, name)
 
 
@@ -159,10 +176,14 @@ def _deep(pixels: np.ndarray, name: str) -> np.ndarray:
   if pixels.dtype.kind == 'f' and low >= 0 and top <= 1:
     return pixels
   if not (low >= 0 and top <= 65535):  # written so that NaN fails too
-    raise UserError(f'{name}: its numbers go from {low:g} to {top:g}; scale them to 0..1, or save the picture with 8 or 16 bits')
+    raise UserError(
+      f'{name}: its numbers go from {low:g} to {top:g}; scale them to 0..1, or save the picture with 8 or 16 bits'
+    )
   whole = pixels.astype(np.uint8 if top <= 255 else np.uint16)
   if (whole != pixels).any():
-    raise UserError(f'{name}: its numbers are fractions from {low:g} to {top:g}, of which none is known to be white; scale them to 0..1')
+    raise UserError(
+      f'{name}: its numbers are fractions from {low:g} to {top:g}, of which none is known to be white; scale them to 0..1'
+    )
   return whole
 
 

@@ -8,10 +8,10 @@ import grain.experimental
 import numpy as np
 
 from lavit_jax.data import images, long_text, transforms
-from lavit_jax.data.emoji import questions, splits, sprites
 from lavit_jax.data.cleaning import clean_caption, clean_text
-from lavit_jax.data.row_workers import RowDataset, SkipCounter, closed_at_exit
+from lavit_jax.data.emoji import questions, splits, sprites
 from lavit_jax.data.emoji.scenes import Composer, Example
+from lavit_jax.data.row_workers import RowDataset, SkipCounter, closed_at_exit
 from lavit_jax.data.sources import mix_sources
 from lavit_jax.data.streams import shards_of
 from lavit_jax.data.text import TextTokenizer
@@ -20,18 +20,50 @@ from lavit_jax.models.sequence import IMAGE_TO_TEXT, TEXT_ONLY, TEXT_TO_IMAGE
 
 DEFAULT_SHARES = {'caption': 0.35, 'answer': 0.3, 'draw': 0.3, 'text': 0.05}
 _ENDLESS = 1 << 62
-_TYPES = {'format': (str,), 'path': (str, list, tuple), 'use': (str,), 'weight': (float, int), 'window': (int,)}  # of a source's options
-_NAMES = {'image': True, 'text': True, 'captions': False, 'split': False, 'data_dir': False}  # may it be several?
+_TYPES = {
+  'format': (str,),
+  'path': (str, list, tuple),
+  'use': (str,),
+  'weight': (float, int),
+  'window': (int,),
+}  # of a source's options
+_NAMES = {
+  'image': True,
+  'text': True,
+  'captions': False,
+  'split': False,
+  'data_dir': False,
+}  # may it be several?
 _LONG = 16  # characters for each token that there is room for: more than any language needs
 
 
-def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embedded', split: str = 'train', seed: int = 0,
-            batch_size: int, image_size: int = 64, text_length: int = 48, tokenizer_folder: str | None = None,
-            shares: Mapping[str, float] | None = None, question_weights: Mapping[str, float] | None = None,
-            draw_text_weight: float = 0.1, drop_text: float = 0.1, scene_share: float = 0.3, shard_index: int = 0, shard_count: int = 1,
-            rows: Sequence[int] | None = None, num_threads: int = 2, sources: Sequence[Mapping] = (), heldout: Sequence[Mapping] = (), shards: int = 1,
-            crop: str = 'none', max_skipped: float = 0.05, skipped: SkipCounter | None = None,
-            vit_size: int | None = None) -> Iterator[dict[str, np.ndarray]]:
+def batches(
+  task: Literal['images', 'contrastive', 'lm'],
+  *,
+  source: str = 'embedded',
+  split: str = 'train',
+  seed: int = 0,
+  batch_size: int,
+  image_size: int = 64,
+  text_length: int = 48,
+  tokenizer_folder: str | None = None,
+  shares: Mapping[str, float] | None = None,
+  question_weights: Mapping[str, float] | None = None,
+  draw_text_weight: float = 0.1,
+  drop_text: float = 0.1,
+  scene_share: float = 0.3,
+  shard_index: int = 0,
+  shard_count: int = 1,
+  rows: Sequence[int] | None = None,
+  num_threads: int = 2,
+  sources: Sequence[Mapping] = (),
+  heldout: Sequence[Mapping] = (),
+  shards: int = 1,
+  crop: str = 'none',
+  max_skipped: float = 0.05,
+  skipped: SkipCounter | None = None,
+  vit_size: int | None = None,
+) -> Iterator[dict[str, np.ndarray]]:
   """An endless iterator over batches of numpy arrays, with `get_state` / `set_state`.
 
   `batch_size` counts the rows of one shard; all shards together make a global batch of B = batch_size * shard_count, whose row r in
@@ -58,20 +90,39 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
 
   Raises ValueError for an unknown task, share, question type, crop or split, and for a composed text of more than `text_length` tokens.
   """
-  validate_options(task, shares=shares, question_weights=question_weights, crop=crop, sources=sources, heldout=heldout)
-  rows = list(range(shard_index * batch_size, (shard_index + 1) * batch_size) if rows is None else rows)
+  validate_options(
+    task,
+    shares=shares,
+    question_weights=question_weights,
+    crop=crop,
+    sources=sources,
+    heldout=heldout,
+  )
+  rows = list(
+    range(shard_index * batch_size, (shard_index + 1) * batch_size) if rows is None else rows
+  )
   if len(rows) != batch_size:
     raise ValueError(f'{len(rows)} rows make no batch of {batch_size}')
   if sources:
     splits.parse(split)
     chosen = sources if split == 'train' else heldout
     if not chosen:
-      raise ValueError('there are sources, but none that are held out: give data.heldout, or eval_every=0 and picture_every=0')
+      raise ValueError(
+        'there are sources, but none that are held out: give data.heldout, or eval_every=0 and picture_every=0'
+      )
     write = None
     if task == 'lm':
-      write = _write_pair(_Writer(tokenizer_folder, text_length), DEFAULT_SHARES if shares is None else shares, draw_text_weight, drop_text, seed)
+      write = _write_pair(
+        _Writer(tokenizer_folder, text_length),
+        DEFAULT_SHARES if shares is None else shares,
+        draw_text_weight,
+        drop_text,
+        seed,
+      )
     elif task != 'images' or any(source.get('use') == 'text' for source in chosen):
-      raise ValueError(f"sources are for the tasks 'images' and 'lm', those of use 'text' for 'lm' only; the task is {task!r}")
+      raise ValueError(
+        f"sources are for the tasks 'images' and 'lm', those of use 'text' for 'lm' only; the task is {task!r}"
+      )
     held = shards_of(rows, batch_size * shard_count, shards)
     captioned = write is not None
     if split == 'train':
@@ -80,9 +131,17 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
       deal, of = mix_sources(chosen, None, shards, held, 'heldout', captioned)
     crop = crop if split == 'train' or crop == 'none' else 'center'
     make = transforms.row_builder(seed, image_size, crop, write, vit_size)
-    made = RowDataset(deal, of, make, skipped or SkipCounter(), max_skipped, num_threads, batch_size // len(held))
+    made = RowDataset(
+      deal, of, make, skipped or SkipCounter(), max_skipped, num_threads, batch_size // len(held)
+    )
     made = made.batch(batch_size, drop_remainder=True)
-    return closed_at_exit(iter(grain.experimental.ThreadPrefetchIterDataset(made, prefetch_buffer_size=2 if num_threads else 0)))
+    return closed_at_exit(
+      iter(
+        grain.experimental.ThreadPrefetchIterDataset(
+          made, prefetch_buffer_size=2 if num_threads else 0
+        )
+      )
+    )
   composer = Composer(sprites.load(source), split, scene_share, image_size)
 
   def shown(example: Example) -> dict[str, np.ndarray]:
@@ -92,6 +151,7 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
 
   match task:
     case 'images':
+
       def row(index):
         return shown(composer(seed, index))
     case 'contrastive':
@@ -112,6 +172,7 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
         kind = kinds[np.searchsorted(cumulative, rng.random(), side='right')]
         text = write(_texts(kind, example, composer, rng, weights, draw_text_weight, drop_text))
         return {**shown(example), **text, 'kind': np.int32(_KINDS[kind])}
+
   options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * batch_size)
 
   def example_of(position):
@@ -120,13 +181,26 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
 
   def pipeline(first):
     positions = grain.MapDataset.range(first * batch_size, _ENDLESS)
-    return iter(positions.map(example_of).map(row).to_iter_dataset(options).batch(batch_size, drop_remainder=True))
+    return iter(
+      positions.map(example_of)
+      .map(row)
+      .to_iter_dataset(options)
+      .batch(batch_size, drop_remainder=True)
+    )
 
   return Batches(pipeline)
 
 
-def validate_options(task: str, *, shares: Mapping[str, float] | None = None, question_weights: Mapping[str, float] | None = None, crop: str = 'none',
-          sources: Sequence[Mapping] = (), heldout: Sequence[Mapping] = (), **others) -> None:
+def validate_options(
+  task: str,
+  *,
+  shares: Mapping[str, float] | None = None,
+  question_weights: Mapping[str, float] | None = None,
+  crop: str = 'none',
+  sources: Sequence[Mapping] = (),
+  heldout: Sequence[Mapping] = (),
+  **others,
+) -> None:
   """Raises what `batches` would of these options, whatever the data, which are not opened."""
   del others
   if task not in ('images', 'contrastive', 'lm'):
@@ -142,11 +216,15 @@ def validate_options(task: str, *, shares: Mapping[str, float] | None = None, qu
         raise UserError(f"{name}[{number}] is {source!r}; give {{'format': ..., 'path': ...}}")
       for key, kinds in _TYPES.items():
         if key in source and not isinstance(source[key], kinds):
-          raise UserError(f'{name}[{number}] has {key} {source[key]!r}, which is no {kinds[0].__name__}')
+          raise UserError(
+            f'{name}[{number}] has {key} {source[key]!r}, which is no {kinds[0].__name__}'
+          )
       for key, several in _NAMES.items():
         if not _is_name(source.get(key), several):
-          raise UserError(f'{name}[{number}] has {key} {source[key]!r}, which is no str'
-                          + (' and no list of them' if several else ''))
+          raise UserError(
+            f'{name}[{number}] has {key} {source[key]!r}, which is no str'
+            + (' and no list of them' if several else '')
+          )
 
 
 def _is_name(value, several: bool) -> bool:
@@ -183,21 +261,34 @@ class Batches(Iterator):
       self._iterator.close()
 
 
-def batch_shapes(task: str, batch_size: int, image_size: int, text_length: int = 0,
-           vit_size: int | None = None) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+def batch_shapes(
+  task: str, batch_size: int, image_size: int, text_length: int = 0, vit_size: int | None = None
+) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
   """What `batches` yields for a task: name -> (shape, dtype)."""
   made = {'image': ((batch_size, image_size, image_size, 3), np.uint8)}
   if vit_size:
     made['vit_image'] = ((batch_size, vit_size, vit_size, 3), np.uint8)
   if task != 'images':
-    made |= {'text': ((batch_size, text_length), np.int32), 'text_length': ((batch_size,), np.int32)}
+    made |= {
+      'text': ((batch_size, text_length), np.int32),
+      'text_length': ((batch_size,), np.int32),
+    }
   if task == 'lm':
-    made |= {'text_weight': ((batch_size, text_length + 1), np.float32), 'kind': ((batch_size,), np.int32)}
+    made |= {
+      'text_weight': ((batch_size, text_length + 1), np.float32),
+      'kind': ((batch_size,), np.int32),
+    }
   return {name: (shape, np.dtype(dtype)) for name, (shape, dtype) in made.items()}
 
 
-def examples(source: str = 'embedded', split: str = 'heldout', seed: int = 0, count: int = 8,
-             kind: Literal['single', 'scene'] = 'single', image_size: int = 64) -> list[Example]:
+def examples(
+  source: str = 'embedded',
+  split: str = 'heldout',
+  seed: int = 0,
+  count: int = 8,
+  kind: Literal['single', 'scene'] = 'single',
+  image_size: int = 64,
+) -> list[Example]:
   """The first `count` examples of a split that show one sprite each, or a scene each; for evaluation and the demo."""
   composer = Composer(sprites.load(source), split, {'single': 0.0, 'scene': 1.0}[kind], image_size)
   return [composer(seed, index) for index in range(count)]
@@ -206,9 +297,16 @@ def examples(source: str = 'embedded', split: str = 'heldout', seed: int = 0, co
 def sentences(composer: Composer, sprite: int) -> str:
   """What the data set says of an emoji in words: 'owl: bird of prey. Kind: nature, animal bird.'"""
   row = composer.sprites.rows[sprite]
-  unspoken = composer.heldout_names - {row.name}  # 'information desk person' would tell of 'information'.
-  keywords = ', '.join([keyword for keyword in row.keywords.split(', ')
-                        if len(keyword) <= 24 and not any(f' {name} ' in f' {keyword} ' for name in unspoken)][:2])
+  unspoken = composer.heldout_names - {
+    row.name
+  }  # 'information desk person' would tell of 'information'.
+  keywords = ', '.join(
+    [
+      keyword
+      for keyword in row.keywords.split(', ')
+      if len(keyword) <= 24 and not any(f' {name} ' in f' {keyword} ' for name in unspoken)
+    ][:2]
+  )
   kind = f'{questions.CATEGORIES[row.group]}, {row.subgroup.replace("-", " ")}'
   return f'{row.name}: {keywords}. Kind: {kind}.' if keywords else f'{row.name}. Kind: {kind}.'
 
@@ -224,18 +322,32 @@ def corpus(source: str = 'embedded', count: int = 20_000, seed: int = 0) -> Iter
       yield f'{questions.prompt(question)} {answer}'
 
 
-_KINDS = {'caption': IMAGE_TO_TEXT, 'answer': IMAGE_TO_TEXT, 'draw': TEXT_TO_IMAGE, 'text': TEXT_ONLY}
+_KINDS = {
+  'caption': IMAGE_TO_TEXT,
+  'answer': IMAGE_TO_TEXT,
+  'draw': TEXT_TO_IMAGE,
+  'text': TEXT_ONLY,
+}
 
 
-def _texts(kind: str, example: Example, composer: Composer, rng, weights: Mapping[str, float], draw_text_weight: float,
-           drop_text: float) -> tuple[str, str, float]:
+def _texts(
+  kind: str,
+  example: Example,
+  composer: Composer,
+  rng,
+  weights: Mapping[str, float],
+  draw_text_weight: float,
+  drop_text: float,
+) -> tuple[str, str, float]:
   """(context without weight, text, weight of the text's tokens)."""
   match kind:
     case 'caption':
       return '', example.caption, 1.0
     case 'answer':
       cumulative = np.cumsum([weights[kind] for kind, _, _ in example.questions])
-      _, question, answer = example.questions[np.searchsorted(cumulative, rng.random() * cumulative[-1], side='right')]
+      _, question, answer = example.questions[
+        np.searchsorted(cumulative, rng.random() * cumulative[-1], side='right')
+      ]
       return questions.prompt(question), f' {answer}', 1.0
     case 'draw':  # Now and then of nothing: what guidance compares with.
       return '', '' if rng.random() < drop_text else example.caption, draw_text_weight
@@ -254,35 +366,43 @@ class _Writer:
   def __call__(self, texts: tuple[str, str, float]) -> dict[str, np.ndarray]:
     context, text, weight = texts
     given = self._tokenizer.encode(context) if context else ()
-    told = self._tokenizer.encode(text.removeprefix(' ') if context else text)  # every text is given a space; LLaMA's would be two
+    told = self._tokenizer.encode(
+      text.removeprefix(' ') if context else text
+    )  # every text is given a space; LLaMA's would be two
     ids = given + told
     if len(ids) > self._length:
-      raise ValueError(f'text_length is {self._length}, but this text has {len(ids)} tokens: {context + text!r}')
+      raise ValueError(
+        f'text_length is {self._length}, but this text has {len(ids)} tokens: {context + text!r}'
+      )
     return self._row(ids, len(given), weight)
 
   def cut(self, text: str, weight: float) -> dict[str, np.ndarray]:
     """As much of the text as there is room for."""
-    ids = self._tokenizer.encode_once(text[:_LONG * self._length])
+    ids = self._tokenizer.encode_once(text[: _LONG * self._length])
     whole = len(ids) <= self._length and len(text) <= _LONG * self._length
-    return self._row(ids[:self._length], 0, weight, whole)
+    return self._row(ids[: self._length], 0, weight, whole)
 
   def piece(self, text: str, weight: float, epoch: int, seed: int) -> dict[str, np.ndarray]:
     """The piece of a plain text that its row has in this epoch (long_text.py)."""
     ids, ends = long_text.piece_of(text, self._tokenizer.encode_once, self._length, epoch, seed)
     row = self._row(ids, 0, weight)
     if not ends:  # the text goes on: what is behind the piece is not learnt
-      row['text_weight'][len(ids):] = 0.0
+      row['text_weight'][len(ids) :] = 0.0
     return row
 
-  def _row(self, ids: Sequence[int], given: int, weight: float, whole: bool = True) -> dict[str, np.ndarray]:
+  def _row(
+    self, ids: Sequence[int], given: int, weight: float, whole: bool = True
+  ) -> dict[str, np.ndarray]:
     """`whole`: the text ends with these ids, which then is learnt."""
     padded, weights = np.zeros(self._length, np.int32), np.zeros(self._length + 1, np.float32)
-    padded[:len(ids)], weights[given:len(ids)] = ids, weight
+    padded[: len(ids)], weights[given : len(ids)] = ids, weight
     weights[len(ids)] = float(whole)
     return {'text': padded, 'text_length': np.int32(len(ids)), 'text_weight': weights}
 
 
-def _write_pair(write: _Writer, shares: Mapping[str, float], draw_text_weight: float, drop_text: float, seed: int) -> Callable:
+def _write_pair(
+  write: _Writer, shares: Mapping[str, float], draw_text_weight: float, drop_text: float, seed: int
+) -> Callable:
   """The texts of a record, the use of its source, an rng, the epoch -> text fields and kind of its row; None if there is no text."""
   kinds, cumulative = _cumulative(_of_pictures(shares))
 
@@ -295,14 +415,19 @@ def _write_pair(write: _Writer, shares: Mapping[str, float], draw_text_weight: f
     kind = use or kinds[np.searchsorted(cumulative, rng.random(), side='right')]
     if kind == 'draw' and rng.random() < drop_text:
       text = ''
-    return {**write.cut(text, draw_text_weight if kind == 'draw' else 1.0), 'kind': np.int32(_KINDS[kind])}
+    return {
+      **write.cut(text, draw_text_weight if kind == 'draw' else 1.0),
+      'kind': np.int32(_KINDS[kind]),
+    }
 
   return write_pair
 
 
 def _of_pictures(shares: Mapping[str, float]) -> dict[str, float]:
   """What is made of the pairs of a source that does not say its use."""
-  return {kind: shares[kind] for kind in ('caption', 'draw') if shares.get(kind)} or {'caption': 1.0}
+  return {kind: shares[kind] for kind in ('caption', 'draw') if shares.get(kind)} or {
+    'caption': 1.0
+  }
 
 
 def task_shares(shares: Mapping[str, float], sources: Sequence[Mapping] = ()) -> np.ndarray:
@@ -310,6 +435,7 @@ def task_shares(shares: Mapping[str, float], sources: Sequence[Mapping] = ()) ->
 
   What is no kind does not count: `batches` says so.
   """
+
   def mixed(of):
     found = np.zeros(3)
     for kind in set(of) & set(_KINDS):
@@ -318,20 +444,26 @@ def task_shares(shares: Mapping[str, float], sources: Sequence[Mapping] = ()) ->
 
   if not sources:
     return mixed(shares)
-  rows = [mixed({source['use']: 1.0} if source.get('use') else _of_pictures(shares)) for source in sources]
+  rows = [
+    mixed({source['use']: 1.0} if source.get('use') else _of_pictures(shares)) for source in sources
+  ]
   return np.average(rows, axis=0, weights=[source.get('weight', 1.0) for source in sources])
 
 
 def _weights(given: Mapping[str, float]) -> dict[str, float]:
   if set(given) - set(questions.TYPES) or not all(weight > 0 for weight in given.values()):
-    raise ValueError(f'question_weights must be positive numbers for any of {", ".join(questions.TYPES)}; got {dict(given)}')
+    raise ValueError(
+      f'question_weights must be positive numbers for any of {", ".join(questions.TYPES)}; got {dict(given)}'
+    )
   return dict.fromkeys(questions.TYPES, 1.0) | dict(given)
 
 
 def _cumulative(shares: Mapping[str, float]) -> tuple[tuple[str, ...], np.ndarray]:
   unknown, values = set(shares) - set(_KINDS), np.array(list(shares.values()), np.float64)
   if unknown or (values < 0).any() or not values.sum() > 0:
-    raise ValueError(f'shares must be non-negative numbers, not all 0, for any of {", ".join(_KINDS)}; got {dict(shares)}')
+    raise ValueError(
+      f'shares must be non-negative numbers, not all 0, for any of {", ".join(_KINDS)}; got {dict(shares)}'
+    )
   kinds = tuple(kind for kind in _KINDS if shares.get(kind))
   cumulative = np.cumsum([shares[kind] for kind in kinds])
   return kinds, cumulative / cumulative[-1]

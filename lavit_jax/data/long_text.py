@@ -22,8 +22,9 @@ CHARACTERS = 16  # of a block, for each token of a row: more than a row of any l
 _SPACE = re.compile(r'\s')
 
 
-def piece_of(text: str, encode: Callable[[str], Sequence[int]], length: int, epoch: int,
-             seed: int = 0) -> tuple[Sequence[int], bool]:
+def piece_of(
+  text: str, encode: Callable[[str], Sequence[int]], length: int, epoch: int, seed: int = 0
+) -> tuple[Sequence[int], bool]:
   """The ids of the piece of `text` that a row of `length` tokens has in `epoch`.
 
   Args:
@@ -39,10 +40,10 @@ def piece_of(text: str, encode: Callable[[str], Sequence[int]], length: int, epo
   start = xxhash.xxh64_intdigest(text.encode('utf-8', 'replace'), seed)
   turn = epoch + start % count
   block = turn % count
-  ids = encode(text[_edge(text, block, size):_edge(text, block + 1, size)])
+  ids = encode(text[_edge(text, block, size) : _edge(text, block + 1, size)])
   pieces = max(-(-len(ids) // length), 1)
   piece = (turn // count + (start >> 32)) % pieces
-  ids = ids[piece * len(ids) // pieces:(piece + 1) * len(ids) // pieces]
+  ids = ids[piece * len(ids) // pieces : (piece + 1) * len(ids) // pieces]
   return ids, block == count - 1 and piece == pieces - 1
 
 

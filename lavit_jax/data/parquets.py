@@ -24,7 +24,10 @@ _A_TAR = 2 << 20  # bytes
 DAMAGE = (OSError, ValueError, pa.ArrowException)
 _BUFFER = 1 << 20  # bytes read at a time; without it, all of a column chunk
 _BATCH_BYTES, _BATCH_ROWS = 4 << 20, 64  # of rows that are decoded together
-_PAGE_ROWS, _PAGE_BYTES = 1024, 1 << 20  # pyarrow ends a page after so many rows at the earliest, others after so many bytes
+_PAGE_ROWS, _PAGE_BYTES = (
+  1024,
+  1 << 20,
+)  # pyarrow ends a page after so many rows at the earliest, others after so many bytes
 _DEFAULTS = ('image', 'text')  # columns that may be absent: not every use needs both
 
 
@@ -56,18 +59,27 @@ def units(files: Sequence[str], image: str, text: Sequence[str]) -> list[Unit]:
     looks = list(pool.map(_look, files))
   sound = [(file, look) for file, look in zip(files, looks) if not look.fault]
   if not sound:
-    raise UserError(f'{files[0]}: not a Parquet file that can be read ({looks[0].fault}); check the path')
+    raise UserError(
+      f'{files[0]}: not a Parquet file that can be read ({looks[0].fault}); check the path'
+    )
   known = dict.fromkeys(name for _, look in sound for name in look.types)
   asked = dict.fromkeys((image, *text))
   absent = [name for name in asked if not _column(name, known)]
   if len(absent) == len(asked) or any(name not in _DEFAULTS for name in absent):
-    raise UserError(f'{sound[0][0]} has the columns {", ".join(known)}, and no file has {", ".join(absent)}; '
-                    'name those of picture and text with image= and text=')
+    raise UserError(
+      f'{sound[0][0]} has the columns {", ".join(known)}, and no file has {", ".join(absent)}; '
+      'name those of picture and text with image= and text='
+    )
   for name in asked:
     without = [file for file, look in sound if not _column(name, look.types)]
     if without and name not in absent:
-      logging.getLogger(__name__).warning('%d of %d Parquet files have no column %s, such as %s',
-                                          len(without), len(sound), name, without[0])
+      logging.getLogger(__name__).warning(
+        '%d of %d Parquet files have no column %s, such as %s',
+        len(without),
+        len(sound),
+        name,
+        without[0],
+      )
   found = []
   for file, look in zip(files, looks):
     if look.fault:
@@ -76,7 +88,10 @@ def units(files: Sequence[str], image: str, text: Sequence[str]) -> list[Unit]:
     _check_image(file, image, look.types)
     columns = (_column(name, look.types) for name in asked)
     columns = tuple(dict.fromkeys(name for name in columns if name))
-    found += [Unit(file, group, columns, held=_held(look.metadata, group, set(columns))) for group in range(look.groups)]
+    found += [
+      Unit(file, group, columns, held=_held(look.metadata, group, set(columns)))
+      for group in range(look.groups)
+    ]
   return found
 
 
@@ -110,14 +125,17 @@ def rows(unit: Unit, start: int, **options) -> Iterator[dict[str, Any]]:
       skipped = min(start, batch.num_rows)
       start -= skipped
       for row in range(skipped, batch.num_rows):
-        yield {name: column[row].as_py(maps_as_pydicts='lossy') for name, column in zip(batch.schema.names, batch.columns)}
+        yield {
+          name: column[row].as_py(maps_as_pydicts='lossy')
+          for name, column in zip(batch.schema.names, batch.columns)
+        }
 
 
 def image_of(values: Mapping[str, Any], name: str) -> bytes:
   """The bytes of a row's image; b'' where they are null or the row has no such column."""
   column = _column(name, values)
   value = values.get(column) if column else None
-  for part in filter(None, name[len(column or ''):].split('.')):
+  for part in filter(None, name[len(column or '') :].split('.')):
     value = value.get(part) if isinstance(value, dict) else None
   if isinstance(value, dict):
     value = value.get('bytes')
@@ -128,7 +146,9 @@ def _look(path: str) -> _Look:
   try:
     with _opened(path) as file:
       schema = file.schema_arrow
-      return _Look(file.num_row_groups, dict(zip(schema.names, schema.types)), metadata=file.metadata)
+      return _Look(
+        file.num_row_groups, dict(zip(schema.names, schema.types)), metadata=file.metadata
+      )
   except DAMAGE as error:
     return _Look(0, {}, ' '.join(str(error).split()) or type(error).__name__)
 
@@ -148,7 +168,9 @@ def _column(name: str, columns) -> str:
 def _size(group: pq.RowGroupMetaData, columns: set[str]) -> int:
   """Plain bytes of some columns of a row group."""
   chunks = (group.column(i) for i in range(group.num_columns))
-  return sum(chunk.total_uncompressed_size for chunk in chunks if _root(chunk.path_in_schema, columns))
+  return sum(
+    chunk.total_uncompressed_size for chunk in chunks if _root(chunk.path_in_schema, columns)
+  )
 
 
 def _held(metadata: pq.FileMetaData, number: int, columns: set[str]) -> int:
@@ -172,16 +194,25 @@ def _check_image(file: str, name: str, types: Mapping[str, pa.DataType]) -> None
   if not column:
     return
   kind = types[column]
-  for part in filter(None, name[len(column):].split('.')):
+  for part in filter(None, name[len(column) :].split('.')):
     index = kind.get_field_index(part) if pa.types.is_struct(kind) else -1
     if index < 0:
-      raise UserError(f'{file}: the column {column} has no {part}: it is {kind}; name the column of the images with image=')
+      raise UserError(
+        f'{file}: the column {column} has no {part}: it is {kind}; name the column of the images with image='
+      )
     kind = kind.field(index).type
   if pa.types.is_struct(kind) and kind.get_field_index('bytes') >= 0:
     kind = kind.field('bytes').type
   if pa.types.is_dictionary(kind):
     kind = kind.value_type
-  bytes_of_a_kind = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary,
-                     pa.types.is_binary_view, pa.types.is_null)
+  bytes_of_a_kind = (
+    pa.types.is_binary,
+    pa.types.is_large_binary,
+    pa.types.is_fixed_size_binary,
+    pa.types.is_binary_view,
+    pa.types.is_null,
+  )
   if not any(is_kind(kind) for is_kind in bytes_of_a_kind):
-    raise UserError(f'{file}: the column {name} is {kind}, not the bytes of images; name their column with image=')
+    raise UserError(
+      f'{file}: the column {name} is {kind}, not the bytes of images; name their column with image='
+    )

@@ -28,7 +28,12 @@ _BRACES = re.compile(r'\{([^{}]*)\}')
 _AHEAD, _LEAST_AHEAD = 8 << 20, 256 << 10  # bytes asked of a remote store at a time
 _TOGETHER = 400 << 20  # of all files that are read in turn; with their buffers, half a gigabyte
 _BUFFER = 1 << 20  # or an eighth of what is read ahead
-NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)  # no matter of patience
+NO_FILE = (
+  FileNotFoundError,
+  IsADirectoryError,
+  NotADirectoryError,
+  PermissionError,
+)  # no matter of patience
 _WAITS = (1.0, 4.0, 16.0)  # seconds before another try
 _SIZED = 512  # files of a source whose sizes are asked for, at most
 
@@ -57,12 +62,12 @@ def _expand_one(path: str, suffix: str) -> list[str]:
   if there == path:
     return _files_of(path, suffix)
   found = []
-  for rest in _braces(path[len(there):]):
+  for rest in _braces(path[len(there) :]):
     each = there + rest
     there_too = _existing(each)
     if there_too == each:
       found += _files_of(each, suffix)
-    elif _GLOB.search(each[len(there_too):]):
+    elif _GLOB.search(each[len(there_too) :]):
       found += _glob(each, there_too)
     else:
       found.append(each)
@@ -82,7 +87,7 @@ def _existing(path: str) -> str:
     return ''
   part = path
   while part and not os.path.exists(part):
-    part = path[:part.rstrip('/').rfind('/') + 1]
+    part = path[: part.rstrip('/').rfind('/') + 1]
   return part
 
 
@@ -175,11 +180,16 @@ def _patiently(path: str, act: Callable[[], Any]) -> Any:
         raise FileNotFoundError(error.errno, os.strerror(error.errno), path) from error
       reason = ' '.join(str(error).split())[:200] or type(error).__name__
       if wait is None:
-        refused = getattr(error, 'code', None) == 401 or reason.startswith('Forbidden')  # in the words of gcsfs
+        refused = getattr(error, 'code', None) == 401 or reason.startswith(
+          'Forbidden'
+        )  # in the words of gcsfs
         raise (UserError if refused else Unreachable)(
-            f'{path} cannot be read ({reason}; tried {1 + len(_WAITS)} times); see to the {"permissions" if refused else "network or the disk"}, '
-            'and start the same command again: it goes on from where it was saved') from error
-      logging.getLogger(__name__).warning('%s cannot be read (%s); again in %g s', path, reason, wait)
+          f'{path} cannot be read ({reason}; tried {1 + len(_WAITS)} times); see to the {"permissions" if refused else "network or the disk"}, '
+          'and start the same command again: it goes on from where it was saved'
+        ) from error
+      logging.getLogger(__name__).warning(
+        '%s cannot be read (%s); again in %g s', path, reason, wait
+      )
       time.sleep(wait)
 
 
@@ -188,6 +198,7 @@ def names_and_sizes(files: Sequence[str]) -> list[tuple[str, int | None]]:
 
   Not the size of all, where there are many: a question to a store takes its time. None: not asked; -1: there is no such file.
   """
+
   def size(file: str) -> int:
     try:
       if not is_remote(file):
@@ -216,8 +227,10 @@ def store(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
   try:
     return fsspec.core.url_to_fs(path)
   except (ImportError, ValueError) as error:
-    raise UserError(f"{path}: {error}; install what fsspec needs for it (gs://: pip install -e '.[gcs]' -c launch/constraints.txt, "
-                    's3://: pip install s3fs)') from error
+    raise UserError(
+      f"{path}: {error}; install what fsspec needs for it (gs://: pip install -e '.[gcs]' -c launch/constraints.txt, "
+      's3://: pip install s3fs)'
+    ) from error
 
 
 def _braces(path: str) -> list[str]:
@@ -229,8 +242,8 @@ def _braces(path: str) -> list[str]:
     inner = [f'{i:0{len(low)}d}' for i in range(int(low), int(high) + 1)]
   else:
     inner = match[1].split(',')
-  tails = _braces(path[match.end():])
-  return [path[:match.start()] + middle + tail for middle in inner for tail in tails]
+  tails = _braces(path[match.end() :])
+  return [path[: match.start()] + middle + tail for middle in inner for tail in tails]
 
 
 def _glob(path: str, literal: str = '') -> list[str]:
@@ -245,7 +258,7 @@ def _glob(path: str, literal: str = '') -> list[str]:
       return [path]
     found = [files.unstrip_protocol(name) for name in found]
   else:
-    found = sorted(glob.glob(glob.escape(literal) + path[len(literal):], recursive=True))
+    found = sorted(glob.glob(glob.escape(literal) + path[len(literal) :], recursive=True))
   if not found:
     raise UserError(f'{path} matches no file; check the path')
   return found

@@ -28,10 +28,26 @@ class RowDataset(grain.IterDataset):
   Raises UserError, as Skipped.add, when more than the share `limit` was skipped.
   """
 
-  def __init__(self, deal: Callable[[Executor], tuple[Mapping[int, Shard], OpenUnits]], of: dict, make: Callable[[Ticket], dict | Skip],
-               skipped: SkipCounter, limit: float, num_threads: int, each: int):
+  def __init__(
+    self,
+    deal: Callable[[Executor], tuple[Mapping[int, Shard], OpenUnits]],
+    of: dict,
+    make: Callable[[Ticket], dict | Skip],
+    skipped: SkipCounter,
+    limit: float,
+    num_threads: int,
+    each: int,
+  ):
     super().__init__()
-    self.deal, self.of, self.make, self.skipped, self.limit, self.num_threads, self.each = deal, of, make, skipped, limit, num_threads, each
+    self.deal, self.of, self.make, self.skipped, self.limit, self.num_threads, self.each = (
+      deal,
+      of,
+      make,
+      skipped,
+      limit,
+      num_threads,
+      each,
+    )
 
   def __iter__(self):
     return _RowIterator(self)
@@ -44,7 +60,9 @@ class _ShardRows:
   source: what is skipped is replaced by the same source, so that the weights are those of the rows.
   """
 
-  def __init__(self, shard: Shard, make: Callable[[Ticket], dict | Skip], pool: Executor | None, ahead: int):
+  def __init__(
+    self, shard: Shard, make: Callable[[Ticket], dict | Skip], pool: Executor | None, ahead: int
+  ):
     self.shard, self._make, self._pool = shard, make, pool
     self._ahead = ahead if pool else 0
     self._drawn = [collections.deque() for _ in shard.sources]  # per source, in order
@@ -95,7 +113,6 @@ class _ShardRows:
 
 
 class _RowIterator(grain.DatasetIterator):
-
   def __init__(self, made: RowDataset):
     super().__init__()
     self._made, self._reading = made, ThreadPoolExecutor(_READERS)
@@ -103,7 +120,9 @@ class _RowIterator(grain.DatasetIterator):
     shards, self._open = made.deal(self._reading)
     self._order = [number for number in shards for _ in range(made.each)]
     ahead = max(made.each, -(-_AHEAD // len(shards)))  # tickets of each shard in the threads
-    self._rows = {number: _ShardRows(shard, made.make, self._pool, ahead) for number, shard in shards.items()}
+    self._rows = {
+      number: _ShardRows(shard, made.make, self._pool, ahead) for number, shard in shards.items()
+    }
     self._given, self._begun = 0, False
 
   def __next__(self) -> dict:
@@ -123,7 +142,10 @@ class _RowIterator(grain.DatasetIterator):
         return example
 
   def get_state(self):
-    return {'of': self._made.of, 'shards': {str(number): _copy(rows.state) for number, rows in self._rows.items()}}
+    return {
+      'of': self._made.of,
+      'shards': {str(number): _copy(rows.state) for number, rows in self._rows.items()},
+    }
 
   def set_state(self, state):
     """`state` may have more shards than these. It is one between batches."""
@@ -156,12 +178,20 @@ def changed(was: dict, now: dict) -> list[str]:
   was, now = _flat(was), _flat(now)
   for key in [key for key in now if key.endswith('.contents') and key not in was]:
     del now[key]  # an earlier version did not write it
-  return [f'{key} {was.get(key, "(none)")} -> {now.get(key, "(none)")}' for key in {**was, **now} if was.get(key) != now.get(key)]
+  return [
+    f'{key} {was.get(key, "(none)")} -> {now.get(key, "(none)")}'
+    for key in {**was, **now}
+    if was.get(key) != now.get(key)
+  ]
 
 
 def _flat(of: dict) -> dict:
   rest = {key: value for key, value in of.items() if key != 'sources'}
-  return rest | {f'sources[{i}].{key}': value for i, source in enumerate(of['sources']) for key, value in source.items()}
+  return rest | {
+    f'sources[{i}].{key}': value
+    for i, source in enumerate(of['sources'])
+    for key, value in source.items()
+  }
 
 
 def closed_at_exit(iterator: grain.DatasetIterator) -> grain.DatasetIterator:
@@ -174,4 +204,6 @@ def closed_at_exit(iterator: grain.DatasetIterator) -> grain.DatasetIterator:
 def _close():
   for iterator in list(_alive):
     iterator.close()
-    iterator.close = lambda: None  # which __del__ calls once more, when the modules that it needs are gone
+    iterator.close = lambda: (
+      None
+    )  # which __del__ calls once more, when the modules that it needs are gone

@@ -44,7 +44,11 @@ class _Account:
 
   def __init__(self, about: SourceInfo):
     self.about = about
-    self.seen, self.skipped, self.reasons = collections.Counter(), collections.Counter(), collections.Counter()
+    self.seen, self.skipped, self.reasons = (
+      collections.Counter(),
+      collections.Counter(),
+      collections.Counter(),
+    )
     self.units = {}  # unit -> [records, skipped ones]
     self.unit_shares = 0.0  # their sum
     self.last = None
@@ -77,10 +81,21 @@ class SkipCounter:
   """
 
   def __init__(self, alone: bool = True):
-    self.seen, self.skipped, self.reasons = collections.Counter(), collections.Counter(), collections.Counter()
+    self.seen, self.skipped, self.reasons = (
+      collections.Counter(),
+      collections.Counter(),
+      collections.Counter(),
+    )
     self._alone, self._sources = alone, {}
 
-  def add(self, made: dict | Skip, limit: float, source: int = 0, about: SourceInfo = SourceInfo(), unit: int = 0) -> None:
+  def add(
+    self,
+    made: dict | Skip,
+    limit: float,
+    source: int = 0,
+    about: SourceInfo = SourceInfo(),
+    unit: int = 0,
+  ) -> None:
     """Counts an example, or a Skip, of a unit of a source.
 
     Raises:
@@ -115,14 +130,19 @@ class SkipCounter:
 
   def metrics(self) -> dict[str, int]:
     """{'data/skipped_corrupt_image': 3, ...}."""
-    return {f'data/skipped_{reason.replace(" ", "_")}': count for reason, count in sorted(self.reasons.items())}
+    return {
+      f'data/skipped_{reason.replace(" ", "_")}': count
+      for reason, count in sorted(self.reasons.items())
+    }
 
   def account_of(self, source: int) -> dict[str, list]:
     """What this process knows of a source, for `check`: numbers that can be added up."""
     account = self._sources.get(source) or _Account(SourceInfo())
-    return {'records': [account.seen['records'], account.skipped['records']],
-            'files': [account.seen['files'], account.skipped['files']],
-            'units': [len(account.units), round(account.unit_shares, 6)]}
+    return {
+      'records': [account.seen['records'], account.skipped['records']],
+      'files': [account.seen['files'], account.skipped['files']],
+      'units': [len(account.units), round(account.unit_shares, 6)],
+    }
 
   def check(self, source: int, accounts: Iterable[dict[str, list]], limit: float) -> None:
     """Judges a source by what all processes know of it, which `accounts` are.

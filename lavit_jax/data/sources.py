@@ -26,14 +26,25 @@ from lavit_jax.data.streams import OpenUnits, Reader, Shard, Stored, Stream, Win
 from lavit_jax.errors import UserError
 
 USES = ('', 'caption', 'draw', 'text')
-_OPTIONS = {'tfds': ('split', 'data_dir'), 'folder': ('captions',), 'tars': ('window',), 'parquet': ('window',), 'arrayrecord': ()}
+_OPTIONS = {
+  'tfds': ('split', 'data_dir'),
+  'folder': ('captions',),
+  'tars': ('window',),
+  'parquet': ('window',),
+  'arrayrecord': (),
+}
 _COMMON = ('format', 'path', 'weight', 'use', 'image', 'text')
 _WINDOW, _LEAST_WINDOW, _HELDOUT_WINDOW = 2048, 32, 64
 
 
-def mix_sources(sources: Sequence[Mapping], seed: int | None, shards: int, held: Sequence[int], name: str = 'sources',
-        captioned: bool = True) -> tuple[
-    Callable[[Executor], tuple[dict[int, Shard], OpenUnits]], dict]:
+def mix_sources(
+  sources: Sequence[Mapping],
+  seed: int | None,
+  shards: int,
+  held: Sequence[int],
+  name: str = 'sources',
+  captioned: bool = True,
+) -> tuple[Callable[[Executor], tuple[dict[int, Shard], OpenUnits]], dict]:
   """(`deal` of the shards `held` of so many, all that a position among them depends on), both for `rows.Made`.
 
   `seed` None: every source in its order, and no such account. `name`: of the option, for messages.
@@ -42,14 +53,20 @@ def mix_sources(sources: Sequence[Mapping], seed: int | None, shards: int, held:
   Raises:
     UserError: an option that is unknown or wrong, files that are not there, an empty source.
   """
-  opened, accounts, abouts = zip(*(
+  opened, accounts, abouts = zip(
+    *(
       _open(f'{name}[{number}]', number, dict(source), seed, shards, captioned)
-      for number, source in enumerate(sources)))
+      for number, source in enumerate(sources)
+    )
+  )
   weights = [float(source.get('weight', 1.0)) for source in sources]
 
   def deal(pool: Executor) -> tuple[dict[int, Shard], OpenUnits]:
     streams = [source for source in opened if isinstance(source, Stream)]
-    dealt, units = [], OpenUnits(sum(len({shard // stream.fan for shard in held}) for stream in streams))
+    dealt, units = (
+      [],
+      OpenUnits(sum(len({shard // stream.fan for shard in held}) for stream in streams)),
+    )
     for source in opened:
       if isinstance(source, Stream):
         among = {}  # the shards of each reader
@@ -59,7 +76,10 @@ def mix_sources(sources: Sequence[Mapping], seed: int | None, shards: int, held:
         dealt.append([Windows(readers[shard // source.fan], shard % source.fan) for shard in held])
       else:
         dealt.append([Stored(source, shard, shards) for shard in held])
-    return {shard: Shard(shard, shards, of_shard, weights, abouts) for shard, of_shard in zip(held, zip(*dealt))}, units
+    return {
+      shard: Shard(shard, shards, of_shard, weights, abouts)
+      for shard, of_shard in zip(held, zip(*dealt))
+    }, units
 
   return deal, {} if seed is None else {'seed': seed, 'shards': shards, 'sources': list(accounts)}
 
@@ -73,14 +93,18 @@ def check_files(name: str, sources: Sequence[Mapping], limit: float) -> None:
   for number, source in enumerate(sources):
     if source['format'] == 'tars':
       records = formats.Tars(source['path'], None, ())
-      asked = [(file, size) for file, (_, size) in zip(records.files, records.names()) if size is not None]
+      asked = [
+        (file, size) for file, (_, size) in zip(records.files, records.names()) if size is not None
+      ]
       absent = [file for file, size in asked if size < 0]
       if len(absent) > limit * len(asked):
-        raise UserError(f'{name}[{number}]: {len(absent)} of {len(asked)} tars are not there, such as {absent[0]}; check the path')
+        raise UserError(
+          f'{name}[{number}]: {len(absent)} of {len(asked)} tars are not there, such as {absent[0]}; check the path'
+        )
 
 
 def _open(
-    name: str, number: int, options: dict, seed: int | None, shards: int, captioned: bool = True
+  name: str, number: int, options: dict, seed: int | None, shards: int, captioned: bool = True
 ) -> tuple[Stream | grain.MapDataset, dict, SourceInfo]:
   kind = options.get('format')
   if kind not in formats.FORMATS:
@@ -94,10 +118,16 @@ def _open(
   if not options.get('path'):
     raise UserError(f'{name} has no path')
   if options.get('use', '') not in USES:
-    raise UserError(f'{name} has use {options["use"]!r}; choose one of {", ".join(map(repr, USES))}')
+    raise UserError(
+      f'{name} has use {options["use"]!r}; choose one of {", ".join(map(repr, USES))}'
+    )
   weight, window = options.get('weight', 1.0), options.get('window', 1)
-  if isinstance(weight, bool) or not 0 < weight < math.inf or isinstance(window, bool) or window < 1:
-    raise UserError(f'{name}: weight must be a number above 0 (now {weight}) and window an integer of at least 1 (now {window})')
+  if (
+    isinstance(weight, bool) or not 0 < weight < math.inf or isinstance(window, bool) or window < 1
+  ):
+    raise UserError(
+      f'{name}: weight must be a number above 0 (now {weight}) and window an integer of at least 1 (now {window})'
+    )
   _check_values(name, kind, options)
   image, text = formats.DEFAULTS[kind]
   image = options.get('image') or image
@@ -106,20 +136,35 @@ def _open(
   if kind == 'folder':
     extra |= {'use': options.get('use', ''), 'captioned': captioned}
   try:
-    records = formats.FORMATS[kind](options['path'], image, _names(options.get('text') or text), **extra)
+    records = formats.FORMATS[kind](
+      options['path'], image, _names(options.get('text') or text), **extra
+    )
   except UserError as error:
     raise error.within(name) from error
   if not len(records):
     raise UserError(f'{name}: {options["path"]} holds no records')
-  path = options['path'] if isinstance(options['path'], str) else formats.some(map(str, options['path']), 2)
-  about = SourceInfo(name, f'{kind} {path}', len(records) if 'window' in known else 1, getattr(records, 'looked_for', ''))
+  path = (
+    options['path']
+    if isinstance(options['path'], str)
+    else formats.some(map(str, options['path']), 2)
+  )
+  about = SourceInfo(
+    name,
+    f'{kind} {path}',
+    len(records) if 'window' in known else 1,
+    getattr(records, 'looked_for', ''),
+  )
   use, account = options.get('use', ''), {'format': kind, 'units': len(records)}
   if seed is not None:
     account['files'] = xxhash.xxh32_hexdigest(json.dumps(records.names()).encode())
     if kind == 'folder':
       account['contents'] = records.digest()
   if 'window' in known:
-    window = account['window'] = _window(options.get('window'), shards) if seed is not None else max(_HELDOUT_WINDOW // shards, _LEAST_WINDOW)
+    window = account['window'] = (
+      _window(options.get('window'), shards)
+      if seed is not None
+      else max(_HELDOUT_WINDOW // shards, _LEAST_WINDOW)
+    )
     return Stream.of(records, number, use, seed, window, shards, name), account, about
   return open_stored(records, number, use, seed), account, about
 
@@ -128,7 +173,9 @@ def _check_values(name: str, kind: str, options: Mapping) -> None:
   """Raises UserError where a format has no such option, or reads one name where several are given."""
   image = options.get('image')
   if image and kind == 'arrayrecord':
-    raise UserError(f'{name} (arrayrecord) has image {image!r}, but each record has one image; leave it out')
+    raise UserError(
+      f'{name} (arrayrecord) has image {image!r}, but each record has one image; leave it out'
+    )
   if image is not None and kind in ('parquet', 'tfds') and not isinstance(image, str):
     raise UserError(f'{name} ({kind}) has image {image!r}; give the name of one column or feature')
 

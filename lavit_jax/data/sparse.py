@@ -20,7 +20,7 @@ def gnu_map(header: bytes, file: BinaryIO) -> tuple[list[int], int, int]:
   Raises:
     ValueError: it is damaged.
   """
-  pairs = _numbers(header[386:386 + 4 * _ENTRY])
+  pairs = _numbers(header[386 : 386 + 4 * _ENTRY])
   more = header[482]
   whole = _number(header[483:495])
   read = 0
@@ -29,7 +29,7 @@ def gnu_map(header: bytes, file: BinaryIO) -> tuple[list[int], int, int]:
     if len(block) < BLOCK:
       raise ValueError('breaks off in its map')
     read += BLOCK
-    pairs += _numbers(block[:21 * _ENTRY])
+    pairs += _numbers(block[: 21 * _ENTRY])
     more = block[504]
   return pairs, whole, read
 
@@ -49,7 +49,7 @@ def expand_pax(pax: Mapping[str, str], content: bytes) -> bytes:
       number, content = _line(content)
       used += len(str(number)) + 1
       pairs.append(number)
-    content = content[-used % BLOCK:]
+    content = content[-used % BLOCK :]
   else:
     pairs = [int(number) for number in pax['GNU.sparse.map'].split(',') if number]
   return expand(pairs, whole, content)
@@ -68,7 +68,7 @@ def expand(pairs: Sequence[int], whole: int, content: bytes) -> bytes:
   for offset, size in zip(pairs[::2], pairs[1::2]):
     if size < 0 or offset < 0 or offset + size > whole or at + size > len(content):
       raise ValueError('a map that does not fit')
-    spread[offset:offset + size] = content[at:at + size]
+    spread[offset : offset + size] = content[at : at + size]
     at += size
   return bytes(spread)
 
@@ -77,7 +77,7 @@ def _numbers(entries: bytes) -> list[int]:
   """The numbers of (offset, size) entries up to the first that is empty."""
   found = []
   for start in range(0, len(entries), _ENTRY):
-    entry = entries[start:start + _ENTRY]
+    entry = entries[start : start + _ENTRY]
     if not entry[0]:
       break
     found += [_number(entry[:12]), _number(entry[12:])]

@@ -26,7 +26,9 @@ from lavit_jax.data.formats import Record, Skip
 from lavit_jax.data.skips import SourceInfo
 from lavit_jax.errors import UserError
 
-_OPEN = min(512, max(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 128) // 2)  # tars that wait open, or an eighth of it row groups
+_OPEN = min(
+  512, max(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 128) // 2
+)  # tars that wait open, or an eighth of it row groups
 _BARREN = 100  # units in a row without a record, or all there are, are taken for a wrong path
 _GOLDEN = (5**0.5 - 1) / 2
 
@@ -47,6 +49,7 @@ class Ticket(NamedTuple):
 
 # ---------------------------------------------------------------------------------------------------------------- shards
 
+
 def shards_of(rows: Sequence[int], batch_size: int, shards: int) -> list[int]:
   """The shards that fill these `rows` of a global batch, ascending.
 
@@ -58,8 +61,10 @@ def shards_of(rows: Sequence[int], batch_size: int, shards: int) -> list[int]:
   each = batch_size // shards
   held = sorted({int(row) // each for row in rows})
   if len(held) * each != len(rows):
-    raise UserError(f'data.shards={shards} cannot be dealt to processes that hold {len(rows)} of {batch_size} rows in this order; data.shards must be a '
-                    'multiple of the pieces that the mesh makes of a batch (data x fsdp), or start fewer processes')
+    raise UserError(
+      f'data.shards={shards} cannot be dealt to processes that hold {len(rows)} of {batch_size} rows in this order; data.shards must be a '
+      'multiple of the pieces that the mesh makes of a batch (data x fsdp), or start fewer processes'
+    )
   return held
 
 
@@ -70,7 +75,14 @@ class Shard:
   every batch has its part of every source. `abouts` (skips.About) are the sources for messages.
   """
 
-  def __init__(self, number: int, count: int, sources: Sequence[Stored | Windows], weights: Sequence[float], abouts: Sequence[SourceInfo]):
+  def __init__(
+    self,
+    number: int,
+    count: int,
+    sources: Sequence[Stored | Windows],
+    weights: Sequence[float],
+    abouts: Sequence[SourceInfo],
+  ):
     self.sources, self.abouts = sources, abouts
     self._bounds, self._phase = np.cumsum(weights) / sum(weights), number / count
     self._bounds[-1] = 1.0
@@ -128,8 +140,11 @@ class Stored:
 
 def open_stored(records, number: int, use: str, seed: int | None) -> grain.MapDataset:
   """Tickets of a store (formats.py), shuffled anew each epoch (seed None: in order), endless."""
+
   def ticket(position, index):
-    return Ticket((number, position), use, functools.partial(records.read, index), position // len(records))
+    return Ticket(
+      (number, position), use, functools.partial(records.read, index), position // len(records)
+    )
 
   indices = grain.MapDataset.range(len(records))
   indices = indices if seed is None else indices.shuffle(_seed_of(seed, number))
@@ -142,6 +157,7 @@ def _seed_of(seed: int, number: int) -> int:
 
 
 # --------------------------------------------------------------------------------------------------------------- streams
+
 
 class Stream(NamedTuple):
   """How a stream (formats.py) comes to the shards.
@@ -161,7 +177,16 @@ class Stream(NamedTuple):
   name: str = 'the data'  # for messages
 
   @classmethod
-  def of(cls, records, number: int, use: str, seed: int | None, window: int, shards: int, name: str = 'the data') -> Stream:
+  def of(
+    cls,
+    records,
+    number: int,
+    use: str,
+    seed: int | None,
+    window: int,
+    shards: int,
+    name: str = 'the data',
+  ) -> Stream:
     readers = max(n for n in range(1, min(len(records), shards) + 1) if shards % n == 0)
     return cls(records, number, use, seed, window, readers, shards // readers, name)
 
@@ -171,7 +196,9 @@ class Stream(NamedTuple):
     units = np.arange(len(self.records))
     if self.seed is not None:
       np.random.default_rng((self.seed, self.number, epoch)).shuffle(units)
-    elif self.readers > 1:  # or a reader would have the same ones in every epoch, and maybe none with a record
+    elif (
+      self.readers > 1
+    ):  # or a reader would have the same ones in every epoch, and maybe none with a record
       place = (place + int(epoch * _GOLDEN % 1 * len(units))) % len(units)
     return epoch, int(units[place])
 
@@ -183,8 +210,16 @@ class Reader:
   share it; it lives as long as one of them holds it.
   """
 
-  def __init__(self, stream: Stream, index: int, held: Sequence[int], pool: Executor, open_units: OpenUnits):
-    self.stream, self.index, self.held, self._pool, self._open = stream, index, held, pool, open_units
+  def __init__(
+    self, stream: Stream, index: int, held: Sequence[int], pool: Executor, open_units: OpenUnits
+  ):
+    self.stream, self.index, self.held, self._pool, self._open = (
+      stream,
+      index,
+      held,
+      pool,
+      open_units,
+    )
     self._windows = weakref.WeakValueDictionary()
 
   def window(self, start: tuple[int, int, int]) -> Future:
@@ -194,7 +229,9 @@ class Reader:
       self._windows[start] = future = self._pool.submit(self.read, *start)
     return future
 
-  def read(self, turn: int, start: int, dealt: int) -> tuple[dict[int, list[Ticket]], tuple[int, int, int]]:
+  def read(
+    self, turn: int, start: int, dealt: int
+  ) -> tuple[dict[int, list[Ticket]], tuple[int, int, int]]:
     """The tickets of a window for each shard in `held`, and where the next window starts. What becomes of whole units is told the first shard.
 
     Raises UserError if there is no record in sight: in all units, or in a hundred in a row.
@@ -202,15 +239,21 @@ class Reader:
     with self._open.room(self.stream.records.cost, (self.index, self.stream.number, turn, start)):
       return self._read(turn, start, dealt)
 
-  def _read(self, turn: int, start: int, dealt: int) -> tuple[dict[int, list[Ticket]], tuple[int, int, int]]:
+  def _read(
+    self, turn: int, start: int, dealt: int
+  ) -> tuple[dict[int, list[Ticket]], tuple[int, int, int]]:
     stream, here, count, barren = self.stream, (turn, start, dealt), 0, set()
     found, files = {shard: [] for shard in self.held}, []
     epoch, unit = stream.unit(self.index, turn)
     while True:
-      rows = self._open.take((self.index, stream.number, turn, start)) or stream.records.read(unit, start, ahead=self._open.ahead)
+      rows = self._open.take((self.index, stream.number, turn, start)) or stream.records.read(
+        unit, start, ahead=self._open.ahead
+      )
       before, whole = count, start == 0
       for start, end, record in rows:
-        ticket = Ticket((stream.number, epoch, unit, start), stream.use, functools.partial(_same, record), epoch)
+        ticket = Ticket(
+          (stream.number, epoch, unit, start), stream.use, functools.partial(_same, record), epoch
+        )
         if isinstance(record, Skip) and record.unit != 'records':
           files.append(ticket)
           continue
@@ -225,17 +268,23 @@ class Reader:
         barren.add(unit)
       if not count and len(barren) >= min(len(stream.records), _BARREN):
         last = files[-1].read()
-        raise UserError(f'{stream.name}: {len(barren)} files in a row have no record ({last.reason or "read to its end"}: {last.origin}); '
-                        'check the path, or give more')
+        raise UserError(
+          f'{stream.name}: {len(barren)} files in a row have no record ({last.reason or "read to its end"}: {last.origin}); '
+          'check the path, or give more'
+        )
       turn, start = turn + 1, 0
       before, (epoch, unit) = epoch, stream.unit(self.index, turn)
       if count and epoch != before:
         return self._shuffled(found, files, here), (turn, 0, dealt)
 
-  def _shuffled(self, found: dict[int, list[Ticket]], files: list[Ticket], here: tuple[int, int, int]) -> dict[int, list[Ticket]]:
+  def _shuffled(
+    self, found: dict[int, list[Ticket]], files: list[Ticket], here: tuple[int, int, int]
+  ) -> dict[int, list[Ticket]]:
     if self.stream.seed is not None:
       for shard, tickets in found.items():
-        rng = np.random.default_rng((self.stream.seed, self.stream.number, self.index, shard, *here))
+        rng = np.random.default_rng(
+          (self.stream.seed, self.stream.number, self.index, shard, *here)
+        )
         found[shard] = [tickets[i] for i in rng.permutation(len(tickets))]
     if 0 in found:
       found[0] += files
@@ -249,7 +298,10 @@ class OpenUnits:
   buffers, about half a gigabyte at most; to which Parquet adds a gigabyte of pages at most, of all that wait and all that are read.
   """
 
-  _all, _lock = weakref.WeakSet(), threading.RLock()  # an iterator may be collected, and close, while its thread has the lock
+  _all, _lock = (
+    weakref.WeakSet(),
+    threading.RLock(),
+  )  # an iterator may be collected, and close, while its thread has the lock
   _room = threading.Condition(_lock)
   _busy = [0]  # the cost of what is being read, in all of them
 

@@ -22,7 +22,14 @@ from lavit_jax.data.archives import Broken, what_else
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
 _META = re.compile(r'__[^/]*__($|/)')  # webdataset's own
-_WITHOUT_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)
+_WITHOUT_DATA = (
+  tarfile.LNKTYPE,
+  tarfile.SYMTYPE,
+  tarfile.CHRTYPE,
+  tarfile.BLKTYPE,
+  tarfile.DIRTYPE,
+  tarfile.FIFOTYPE,
+)
 _PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 _HEADERS = (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE)  # that say nothing of a regular file
 
@@ -50,7 +57,9 @@ class _Member(NamedTuple):
   unread: str = ''  # why its content is not read
 
 
-def samples(file: BinaryIO, start: int = 0, wanted: Container[str] | None = None) -> Iterator[Sample]:
+def samples(
+  file: BinaryIO, start: int = 0, wanted: Container[str] | None = None
+) -> Iterator[Sample]:
   """Yields each sample from byte `start` on, which is where a sample starts. Contents that are not `wanted` are left empty.
 
   A tar may lack its end mark. Then its last sample is taken for whole if it has all the extensions of the one before it, or
@@ -106,7 +115,12 @@ def _key(name: str) -> str | None:
 def _is_data(name: str) -> bool:
   """Whether a member may be data: not a hidden file, as macOS adds ('._NAME', '.DS_Store', '__MACOSX/'), nor webdataset's '__NAME__'."""
   base = name.rpartition('/')[2]
-  return not (base.startswith('.') or name.startswith('__') and (_META.match(name) or name.startswith('__MACOSX/')) or '/__MACOSX/' in name)
+  return not (
+    base.startswith('.')
+    or name.startswith('__')
+    and (_META.match(name) or name.startswith('__MACOSX/'))
+    or '/__MACOSX/' in name
+  )
 
 
 def _members(file: BinaryIO, offset: int) -> Iterator[_Member | None]:
@@ -155,7 +169,13 @@ def _members(file: BinaryIO, offset: int) -> Iterator[_Member | None]:
     if kind in _HEADERS:
       continue
     name = pax.get('GNU.sparse.name', pax.get('path', name))
-    unread = '' if kind == tarfile.REGTYPE else 'link' if kind in (tarfile.LNKTYPE, tarfile.SYMTYPE) else 'special member'
+    unread = (
+      ''
+      if kind == tarfile.REGTYPE
+      else 'link'
+      if kind in (tarfile.LNKTYPE, tarfile.SYMTYPE)
+      else 'special member'
+    )
     if spread or _is_sparse(pax):
       try:
         content = sparse.expand(*spread, content) if spread else sparse.expand_pax(pax, content)
@@ -169,9 +189,15 @@ def _members(file: BinaryIO, offset: int) -> Iterator[_Member | None]:
 def _plain(header: bytes) -> tuple[str, int] | None:
   """Name and size of a regular file with an ordinary, sound header, in a tenth of tarfile's time; None: ask tarfile."""
   try:
-    if header[156:157] != b'0' or header[345] or int(header[148:155].rstrip(b'\0 '), 8) != sum(header) - sum(header[148:156]) + 256:
+    if (
+      header[156:157] != b'0'
+      or header[345]
+      or int(header[148:155].rstrip(b'\0 '), 8) != sum(header) - sum(header[148:156]) + 256
+    ):
       return None
-    return header[:100].partition(b'\0')[0].decode('utf-8', 'surrogateescape'), int(header[124:136].rstrip(b'\0 '), 8)
+    return header[:100].partition(b'\0')[0].decode('utf-8', 'surrogateescape'), int(
+      header[124:136].rstrip(b'\0 '), 8
+    )
   except (ValueError, IndexError):
     return None
 
@@ -184,15 +210,22 @@ def _pax(content: bytes) -> dict[str, str | int]:
       length, _ = content.split(b' ', 1)
       if not len(length) < int(length) <= len(content):
         raise ValueError(length)
-      record, content = content[len(length) + 1:int(length) - 1], content[int(length):]
+      record, content = content[len(length) + 1 : int(length) - 1], content[int(length) :]
       name, _, value = record.decode('utf-8', 'surrogateescape').partition('=')
-      if name in ('GNU.sparse.offset', 'GNU.sparse.numbytes'):  # version 0.0 has one of each a piece
+      if name in (
+        'GNU.sparse.offset',
+        'GNU.sparse.numbytes',
+      ):  # version 0.0 has one of each a piece
         found['GNU.sparse.map'] = f'{found.get("GNU.sparse.map", "")},{value}'
       else:
         found[name] = int(value) if name == 'size' else value
   except ValueError:
     raise Broken('a pax header is damaged') from None
-  return {name: value for name, value in found.items() if name in ('path', 'size') or name.startswith('GNU.sparse.')}
+  return {
+    name: value
+    for name, value in found.items()
+    if name in ('path', 'size') or name.startswith('GNU.sparse.')
+  }
 
 
 def _is_sparse(pax: dict) -> bool:

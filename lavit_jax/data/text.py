@@ -57,9 +57,14 @@ class TextTokenizer:
     Raises UserError when neither is in it or it is damaged, or when it has not `vocab_size` ids.
     """
     folder = packaged(expand_home(folder))
-    path = next((path for name in (_PIECES, _FILE) if os.path.exists(path := os.path.join(folder, name))), None)
+    path = next(
+      (path for name in (_PIECES, _FILE) if os.path.exists(path := os.path.join(folder, name))),
+      None,
+    )
     if path is None:
-      raise UserError(f'{os.path.join(folder, _FILE)} does not exist, nor {_PIECES} beside it; give the folder of a Hugging Face tokenizer')
+      raise UserError(
+        f'{os.path.join(folder, _FILE)} does not exist, nor {_PIECES} beside it; give the folder of a Hugging Face tokenizer'
+      )
     try:
       words = cls(_read_pieces(path) if path.endswith(_PIECES) else _read_json(path, vocab_size))
     except Exception as error:  # neither library raises anything narrower
@@ -67,10 +72,14 @@ class TextTokenizer:
     for token, expected in (('<s>', BEGIN), ('</s>', END)):
       found = words.id_of(token)
       if vocab_size is not None and found not in (None, expected):
-        raise UserError(f'{path} has {token} under the id {found}, and the model reads and writes it as '
-                        f"{expected}; give the model's own tokenizer")
+        raise UserError(
+          f'{path} has {token} under the id {found}, and the model reads and writes it as '
+          f"{expected}; give the model's own tokenizer"
+        )
     if vocab_size not in (None, words.vocab_size):
-      raise UserError(f'{path} has {words.vocab_size} ids, but the text vocabulary of the model has {vocab_size}; give the model\'s own')
+      raise UserError(
+        f"{path} has {words.vocab_size} ids, but the text vocabulary of the model has {vocab_size}; give the model's own"
+      )
     return words
 
   def id_of(self, token: str) -> int | None:
@@ -85,14 +94,20 @@ class TextTokenizer:
     return self._encode(text)
 
   def _encode(self, text: str) -> tuple[int, ...]:
-    return tuple(self._tokenizer.encode(text) if self._pieces else self._tokenizer.encode(text, add_special_tokens=False).ids)
+    return tuple(
+      self._tokenizer.encode(text)
+      if self._pieces
+      else self._tokenizer.encode(text, add_special_tokens=False).ids
+    )
 
   def decode(self, ids: Sequence[int]) -> str:
     """The text of ids, special tokens left out, without the space that precedes every first word."""
     ids = [int(i) for i in ids if 0 <= i < self.vocab_size]  # the others are no words
     if not self._pieces:
       return self._tokenizer.decode(ids, skip_special_tokens=True)
-    return self._tokenizer.decode([i for i in ids if not (self._tokenizer.is_control(i) or self._tokenizer.is_unknown(i))])
+    return self._tokenizer.decode(
+      [i for i in ids if not (self._tokenizer.is_control(i) or self._tokenizer.is_unknown(i))]
+    )
 
 
 def _read_json(path: str, vocab_size: int | None) -> Tokenizer:
@@ -100,7 +115,9 @@ def _read_json(path: str, vocab_size: int | None) -> Tokenizer:
   with open(path, encoding='utf-8') as file:
     content = json.load(file)
   if vocab_size is not None:
-    content['added_tokens'] = [token for token in content.get('added_tokens') or () if token['id'] < vocab_size]
+    content['added_tokens'] = [
+      token for token in content.get('added_tokens') or () if token['id'] < vocab_size
+    ]
   tokenizer = Tokenizer.from_str(json.dumps(content))
   tokenizer.no_truncation()
   tokenizer.no_padding()
@@ -110,7 +127,9 @@ def _read_json(path: str, vocab_size: int | None) -> Tokenizer:
 def _read_pieces(path: str) -> SentencePieceProcessor:
   pieces = SentencePieceProcessor()
   with open(path, 'rb') as file:
-    pieces.LoadFromSerializedProto(file.read())  # its argument `model_proto` takes an empty file for none
+    pieces.LoadFromSerializedProto(
+      file.read()
+    )  # its argument `model_proto` takes an empty file for none
   return pieces
 
 
@@ -120,11 +139,18 @@ def train(corpus: Iterable[str], vocab_size: int = 2048) -> Tokenizer:
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
   tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(' ', 1, 0)])
   special = [AddedToken(token, special=True, normalized=False) for token in _SPECIAL]
-  tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(
-      vocab_size=vocab_size, special_tokens=special, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-      show_progress=False))
+  tokenizer.train_from_iterator(
+    corpus,
+    trainers.BpeTrainer(
+      vocab_size=vocab_size,
+      special_tokens=special,
+      initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+      show_progress=False,
+    ),
+  )
   tokenizer.post_processor = processors.TemplateProcessing(
-      single='<s> $A', pair='<s> $A $B', special_tokens=[('<s>', BEGIN)])  # As LLaMA's: begin, never end.
+    single='<s> $A', pair='<s> $A $B', special_tokens=[('<s>', BEGIN)]
+  )  # As LLaMA's: begin, never end.
   return tokenizer
 
 
@@ -134,10 +160,21 @@ def save(tokenizer: Tokenizer, folder: str | os.PathLike) -> None:
   tokenizer.save(os.path.join(folder, _FILE))
   unknown, begin, end = _SPECIAL
   files = {
-      'tokenizer_config.json': {
-          'tokenizer_class': 'PreTrainedTokenizerFast', 'unk_token': unknown, 'bos_token': begin, 'eos_token': end,
-          'pad_token': unknown, 'clean_up_tokenization_spaces': False, 'model_max_length': 2048},
-      'special_tokens_map.json': {'unk_token': unknown, 'bos_token': begin, 'eos_token': end, 'pad_token': unknown},
+    'tokenizer_config.json': {
+      'tokenizer_class': 'PreTrainedTokenizerFast',
+      'unk_token': unknown,
+      'bos_token': begin,
+      'eos_token': end,
+      'pad_token': unknown,
+      'clean_up_tokenization_spaces': False,
+      'model_max_length': 2048,
+    },
+    'special_tokens_map.json': {
+      'unk_token': unknown,
+      'bos_token': begin,
+      'eos_token': end,
+      'pad_token': unknown,
+    },
   }
   for name, content in files.items():
     with open(os.path.join(folder, name), 'w', encoding='utf-8') as file:
@@ -146,8 +183,11 @@ def save(tokenizer: Tokenizer, folder: str | os.PathLike) -> None:
 
 if __name__ == '__main__':
   from lavit_jax.data import loader
+
   parser = argparse.ArgumentParser(description='Train the tokenizer on the training captions.')
-  parser.add_argument('--source', default='embedded', help="'embedded' or the data_dir of the emoji data set")
+  parser.add_argument(
+    '--source', default='embedded', help="'embedded' or the data_dir of the emoji data set"
+  )
   parser.add_argument('--output', required=True)
   arguments = parser.parse_args()
   save(train(loader.corpus(arguments.source)), arguments.output)

@@ -10,23 +10,26 @@ from PIL import ExifTags, Image
 
 from lavit_jax.data.cleaning import clean_caption as clean
 from lavit_jax.data.formats import Skip
+from lavit_jax.data.images import open_image, read_image
 from lavit_jax.data.streams import Ticket
 from lavit_jax.errors import UserError
-from lavit_jax.data.images import open_image, read_image
 
 CROPS = ('none', 'center', 'random')
 LEAST_AREA = 0.5  # of the largest square, of a random crop
 
 
-def row_builder(seed: int, image_size: int, crop: str, write: Callable | None,
-             vit_size: int | None = None) -> Callable[[Ticket], dict | Skip]:
+def row_builder(
+  seed: int, image_size: int, crop: str, write: Callable | None, vit_size: int | None = None
+) -> Callable[[Ticket], dict | Skip]:
   """A function from a ticket to the row of its record, or to a Skip. `write` (record texts, use, rng, epoch) -> fields of the row or None.
 
   With `vit_size` a row has the picture at that size too, as 'vit_image'.
   What is random depends on (seed, ticket.key) alone. Without `write` a row is a picture; with it, rows of use 'text' have a black one.
   """
   sizes = {'image': image_size} | ({'vit_image': vit_size} if vit_size else {})
-  random = write is not None or crop == 'random'  # a generator is not made for nothing: it takes a hundredth of the time
+  random = (
+    write is not None or crop == 'random'
+  )  # a generator is not made for nothing: it takes a hundredth of the time
 
   def make(ticket: Ticket) -> dict | Skip:
     record = ticket.read()
@@ -52,13 +55,16 @@ def row_builder(seed: int, image_size: int, crop: str, write: Callable | None,
   return make
 
 
-def decode(data: bytes, size: int, crop: str = 'none', rng: np.random.Generator | None = None) -> np.ndarray:
+def decode(
+  data: bytes, size: int, crop: str = 'none', rng: np.random.Generator | None = None
+) -> np.ndarray:
   """The bytes of a picture's file -> uint8[size, size, 3] RGB, as `decode_sizes` makes it."""
   return decode_sizes(data, [size], crop, rng)[0]
 
 
-def decode_sizes(data: bytes, sizes: Sequence[int], crop: str = 'none',
-                 rng: np.random.Generator | None = None) -> list[np.ndarray]:
+def decode_sizes(
+  data: bytes, sizes: Sequence[int], crop: str = 'none', rng: np.random.Generator | None = None
+) -> list[np.ndarray]:
   """The bytes of a picture's file -> the same part of it at each size, uint8[size, size, 3] RGB.
 
   Each is resized from the picture itself, by Pillow's bicubic, as inference does: it clips to bytes
@@ -75,7 +81,9 @@ def decode_sizes(data: bytes, sizes: Sequence[int], crop: str = 'none',
     image, size = open_image(data, 'image'), max(sizes)
     least = 2 * math.ceil(size / math.sqrt(LEAST_AREA)) if crop == 'random' else 2 * size
     image.draft(None, (least, least))
-    upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1  # of EXIF, and of XMP where it has none
+    upright = (
+      image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    )  # of EXIF, and of XMP where it has none
     plain = image.format == 'JPEG' and image.mode == 'RGB' and upright
     if not plain:  # turned, transparent, grey, of a palette ...
       image = Image.fromarray(read_image(image))
@@ -88,7 +96,9 @@ def decode_sizes(data: bytes, sizes: Sequence[int], crop: str = 'none',
     raise UserError(f'not a picture, or a damaged one: {error}') from None
 
 
-def crop_box(size: tuple[int, int], crop: str, rng: np.random.Generator | None) -> tuple[float, float, float, float] | None:
+def crop_box(
+  size: tuple[int, int], crop: str, rng: np.random.Generator | None
+) -> tuple[float, float, float, float] | None:
   """(left, top, right, bottom) of the part that is kept of a picture of (width, height)."""
   if crop == 'none':
     return None
@@ -100,7 +110,9 @@ def crop_box(size: tuple[int, int], crop: str, rng: np.random.Generator | None) 
   return left, top, min(left + side, size[0]), min(top + side, size[1])
 
 
-def choose_caption(texts: Sequence[str], rng: np.random.Generator, clean: Callable[[str], str] = clean) -> str:
+def choose_caption(
+  texts: Sequence[str], rng: np.random.Generator, clean: Callable[[str], str] = clean
+) -> str:
   """One of the texts that are not empty once they are clean, at random; '' if there is none."""
   left = [text for text in map(clean, texts) if text]
   return left[rng.integers(len(left))] if len(left) > 1 else ''.join(left)

@@ -33,7 +33,12 @@ def groups_by_name(sprites: Sprites) -> dict[str, str]:
   return {spoken(row.name): row.group for row in sprites.rows}
 
 
-def score(captions: Sequence[str], examples: Sequence[Example], groups: dict[str, str], train: Sequence[Example]) -> dict[str, float]:
+def score(
+  captions: Sequence[str],
+  examples: Sequence[Example],
+  groups: dict[str, str],
+  train: Sequence[Example],
+) -> dict[str, float]:
   """Scores captions of pictures of one thing each.
 
   Returns:
@@ -47,17 +52,19 @@ def score(captions: Sequence[str], examples: Sequence[Example], groups: dict[str
   truth = [example.facts.things[0] for example in examples]
 
   def majority(value):
-    (most, _), = Counter(map(value, train)).most_common(1)
+    ((most, _),) = Counter(map(value, train)).most_common(1)
     return mean(value(example) == most for example in examples)
 
   return dict(
-      name=mean(text == spoken(thing.name) for text, thing in zip(said, truth)),
-      category=mean(groups.get(text) == thing.group for text, thing in zip(said, truth)),
-      background=mean(background(text) == example.facts.background for text, example in zip(captions, examples)),
-      named=mean(text in groups for text in said),
-      name_majority=majority(lambda example: example.facts.things[0].name),
-      category_majority=majority(lambda example: example.facts.things[0].group),
-      background_majority=majority(lambda example: example.facts.background),
+    name=mean(text == spoken(thing.name) for text, thing in zip(said, truth)),
+    category=mean(groups.get(text) == thing.group for text, thing in zip(said, truth)),
+    background=mean(
+      background(text) == example.facts.background for text, example in zip(captions, examples)
+    ),
+    named=mean(text in groups for text in said),
+    name_majority=majority(lambda example: example.facts.things[0].name),
+    category_majority=majority(lambda example: example.facts.things[0].group),
+    background_majority=majority(lambda example: example.facts.background),
   )
 
 

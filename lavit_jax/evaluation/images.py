@@ -26,12 +26,17 @@ SIDE = 16  # pixels of what the classifier sees
 
 # ------------------------------------------------------------------------------------------------------------------ tokens
 
+
 def usage(tokens: VisualTokens, codebook_size: int) -> dict[str, float]:
   """tokens: how many an image has; codes, code_share: how many of the codebook are in use; perplexity: of their frequencies."""
   counts = np.bincount(np.concatenate(tokens.ids), minlength=codebook_size)
   p = counts[counts > 0] / counts.sum()
-  return dict(tokens=float(tokens.counts.mean()), codes=int(len(p)), code_share=len(p) / codebook_size,
-              perplexity=float(np.exp(-(p * np.log(p)).sum())))
+  return dict(
+    tokens=float(tokens.counts.mean()),
+    codes=int(len(p)),
+    code_share=len(p) / codebook_size,
+    perplexity=float(np.exp(-(p * np.log(p)).sum())),
+  )
 
 
 def features(model: Lavit, images: np.ndarray) -> np.ndarray:
@@ -56,7 +61,9 @@ def mean_direction(x: np.ndarray, axis: int) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _features(model: lavit.LavitModules, parts: dict, images: Array) -> Array:
-  return model.vit.apply({'params': parts['vit']}, vit.preprocess(images))[:, 1:].astype(jnp.float32)
+  return model.vit.apply({'params': parts['vit']}, vit.preprocess(images))[:, 1:].astype(
+    jnp.float32
+  )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -66,6 +73,7 @@ def _rebuilt(model: lavit.LavitModules, parts: dict, ids: Array, mask: Array) ->
 
 
 # ------------------------------------------------------------------------------------------- an independent classifier
+
 
 class Classifier(nn.Module):
   """A small convolutional classifier of 16 x 16 pixels; [B, 16, 16, 3] -> logits f32[B, K]."""
@@ -82,18 +90,32 @@ class Classifier(nn.Module):
 
 def shrink(images: np.ndarray) -> np.ndarray:
   """uint8[B, H, W, 3] -> f32[B, 16, 16, 3] in -1..1, each pixel the mean of those it covers."""
-  small = [np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BOX)) for image in images]
+  small = [
+    np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BOX))
+    for image in images
+  ]
   return np.stack(small).astype(np.float32) / 127.5 - 1
 
 
-def train_classifier(images: np.ndarray, kinds: np.ndarray, num_kinds: int, *, epochs: int = 12, batch_size: int = 128, seed: int = 0):
+def train_classifier(
+  images: np.ndarray,
+  kinds: np.ndarray,
+  num_kinds: int,
+  *,
+  epochs: int = 12,
+  batch_size: int = 128,
+  seed: int = 0,
+):
   """Learns to tell the kinds i32[B] of real training pictures uint8[B, H, W, 3]; returns classify(images) -> i32[B].
 
   It never sees a drawn picture, nor any feature of the model that it judges.
   """
   x, kinds = shrink(images), np.asarray(kinds, np.int32)
   steps = epochs * (len(x) // batch_size)
-  module, tx = Classifier(num_kinds), optax.adamw(optax.cosine_decay_schedule(2e-3, steps), weight_decay=1e-2)
+  module, tx = (
+    Classifier(num_kinds),
+    optax.adamw(optax.cosine_decay_schedule(2e-3, steps), weight_decay=1e-2),
+  )
   params = module.init(jax.random.key(seed), x[:1])
 
   def loss(params, x, kinds):
@@ -106,7 +128,9 @@ def train_classifier(images: np.ndarray, kinds: np.ndarray, num_kinds: int, *, e
 
   opt_state, rng = tx.init(params), np.random.default_rng(seed)
   for _ in range(epochs):
-    for rows in rng.permutation(len(x))[:len(x) // batch_size * batch_size].reshape(-1, batch_size):
+    for rows in rng.permutation(len(x))[: len(x) // batch_size * batch_size].reshape(
+      -1, batch_size
+    ):
       params, opt_state = step(params, opt_state, x[rows], kinds[rows])
   predict = jax.jit(lambda x: module.apply(params, x).argmax(-1))
   return lambda images: np.asarray(predict(shrink(images)))
@@ -116,5 +140,7 @@ def background(image: np.ndarray) -> str:
   """The name of the background colour that is nearest to most of the border of a picture uint8[H, W, 3]."""
   border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]]).astype(np.float32)
   names = list(colors.BACKGROUNDS)
-  distance = np.square(border[:, None] - np.array(list(colors.BACKGROUNDS.values()), np.float32)).sum(-1)
+  distance = np.square(
+    border[:, None] - np.array(list(colors.BACKGROUNDS.values()), np.float32)
+  ).sum(-1)
   return names[np.bincount(distance.argmin(-1), minlength=len(names)).argmax()]

@@ -21,7 +21,9 @@ class VQAExample(NamedTuple):
 
 def ask(examples: Sequence[Example]) -> list[VQAExample]:
   """Every question of every example."""
-  return [VQAExample(i, *question) for i, example in enumerate(examples) for question in example.questions]
+  return [
+    VQAExample(i, *question) for i, example in enumerate(examples) for question in example.questions
+  ]
 
 
 def normalise(answer: str) -> str:
@@ -49,16 +51,29 @@ def fit_majority(asked: Sequence[VQAExample]) -> MajorityBaseline:
       answers[key][normalise(each.answer)] += 1
     return {key: counter.most_common(1)[0][0] for key, counter in answers.items()}
 
-  return MajorityBaseline(most_common(each.type for each in asked), most_common(each.question for each in asked))
+  return MajorityBaseline(
+    most_common(each.type for each in asked), most_common(each.question for each in asked)
+  )
 
 
-def score(answers: Sequence[str], asked: Sequence[VQAExample], usual: MajorityBaseline) -> dict[str, dict[str, float]]:
+def score(
+  answers: Sequence[str], asked: Sequence[VQAExample], usual: MajorityBaseline
+) -> dict[str, dict[str, float]]:
   """By type, and over all ('all'): accuracy; count; majority and blind, which the usual answers to the type and to the question score."""
   rows = defaultdict(list)
   for answer, each in zip(answers, asked, strict=True):
     truth = normalise(each.answer)
-    row = normalise(answer) == truth, usual.by_type.get(each.type) == truth, usual.blind(each) == truth
+    row = (
+      normalise(answer) == truth,
+      usual.by_type.get(each.type) == truth,
+      usual.blind(each) == truth,
+    )
     rows[each.type].append(row)
     rows['all'].append(row)
-  return {kind: dict(zip(('accuracy', 'majority', 'blind'), (sum(column) / len(row) for column in zip(*row))), count=len(row))
-          for kind, row in sorted(rows.items())}
+  return {
+    kind: dict(
+      zip(('accuracy', 'majority', 'blind'), (sum(column) / len(row) for column in zip(*row))),
+      count=len(row),
+    )
+    for kind, row in sorted(rows.items())
+  }

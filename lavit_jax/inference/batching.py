@@ -32,7 +32,9 @@ def double_buffer(dispatched: Iterable) -> Iterator:
   yield from before
 
 
-def fetch_batches(dispatched: Iterable[tuple[int, Any]], total: int, what: str) -> list[tuple[int, Any]]:
+def fetch_batches(
+  dispatched: Iterable[tuple[int, Any]], total: int, what: str
+) -> list[tuple[int, Any]]:
   """(n, arrays) of each batch as they are dispatched -> the same as numpy arrays, with a bar of the n of `total` that are done."""
   out = []
   with _bar(total, what) as advance:
@@ -48,7 +50,12 @@ def _bar(total: int, what: str) -> Iterator[Callable[[int], None]]:
   if not sys.stderr.isatty():
     yield lambda count: None
     return
-  bar = Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=Console(stderr=True), transient=True)
+  bar = Progress(
+    *Progress.get_default_columns(),
+    TimeElapsedColumn(),
+    console=Console(stderr=True),
+    transient=True,
+  )
   task = bar.add_task(what, total=total)
 
   def show():

@@ -19,19 +19,25 @@ from lavit_jax.models.tokenizer import gumbel_keep
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def read(model: lavit.LavitModules, parts: dict, images: Array, keys: Array | None) -> tuple[Array, Array]:
+def read(
+  model: lavit.LavitModules, parts: dict, images: Array, keys: Array | None
+) -> tuple[Array, Array]:
   """uint8[B, H, W, 3] -> what the language model reads: features compacted to a prefix [B, N, H], and their number i32[B].
 
   Of a picture for which a module's result is not finite, the number is that of the fault (faults.py), negative.
   """
   x, keep, sound = _select(model, parts, images, keys)
-  features, mask = sequence.compact(_apply(model.understanding, parts['understanding'], x, keep), keep)
+  features, mask = sequence.compact(
+    _apply(model.understanding, parts['understanding'], x, keep), keep
+  )
   fault = faults.first_fault(('vit', x), ('tokenizer', sound), ('understanding', features))
   return features, jnp.where(fault > 0, -fault, mask.sum(-1))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def tokenize(model: lavit.LavitModules, parts: dict, images: Array, keys: Array | None) -> tuple[Array, Array]:
+def tokenize(
+  model: lavit.LavitModules, parts: dict, images: Array, keys: Array | None
+) -> tuple[Array, Array]:
   """uint8[B, H, W, 3] -> codes i32[B, N] in the place of their patches, and keep bool[B, N].
 
   Of a picture for which a module's result is not finite, the codes are the number of the fault (faults.py), negative.
@@ -59,7 +65,9 @@ def beam_search(model: lavit.LavitModules, parts: dict, *args, **kwargs) -> deco
   return decode.beam_search(model.llama, parts['llama'], *args, **kwargs)
 
 
-def _select(model: lavit.LavitModules, parts: dict, images: Array, keys: Array | None) -> tuple[Array, Array, Array]:
+def _select(
+  model: lavit.LavitModules, parts: dict, images: Array, keys: Array | None
+) -> tuple[Array, Array, Array]:
   """uint8[B, H, W, 3] -> patch features [B, N, D], keep f32[B, N], and whether the choice had numbers to go by, bool[B].
 
   Patches are sampled with keys [B]; without, the most probable ones are kept.

@@ -21,7 +21,9 @@ from lavit_jax.inference import sampling
 from lavit_jax.models.llama import KVCache, Llama, unroll_layers
 from lavit_jax.models.sequence import prompt_mask, prompt_positions
 
-NEVER = -1e9  # The score of a beam that is not there: finite, so that it may be divided and compared.
+NEVER = (
+  -1e9
+)  # The score of a beam that is not there: finite, so that it may be divided and compared.
 
 
 class GenerateOutput(NamedTuple):
@@ -29,11 +31,18 @@ class GenerateOutput(NamedTuple):
 
   ids: Array  # i32[B, T], with eos where one was reached, then padding.
   lengths: Array  # i32[B], eos included.
-  scores: Array  # f32[B]; see the function that made it. NaN if the logits of a row were NaN or infinite.
+  scores: (
+    Array  # f32[B]; see the function that made it. NaN if the logits of a row were NaN or infinite.
+  )
 
 
 def prefill(
-    llama: Llama, params: dict, embeddings: Array, mask: Array, new_slots: int, cache_dtype: str | None
+  llama: Llama,
+  params: dict,
+  embeddings: Array,
+  mask: Array,
+  new_slots: int,
+  cache_dtype: str | None,
 ) -> tuple[Array, KVCache]:
   """Reads the prompts: logits f32[B, V] of what comes next, and a cache with `new_slots` free."""
   cache = llama.init_cache(mask.shape[0], mask.shape[1] + new_slots, cache_dtype)
@@ -48,7 +57,7 @@ def _repeat(cache: KVCache, times: int) -> KVCache:
 
 
 def extend(
-    llama: Llama, params: dict, tokens: Array, positions: Array, seen: Array, cache: KVCache
+  llama: Llama, params: dict, tokens: Array, positions: Array, seen: Array, cache: KVCache
 ) -> tuple[Array, KVCache]:
   """Reads tokens i32[B, Q] at positions i32[B], which see bool[B, Q, M]: logits f32[B, Q, V], and the longer cache."""
   embeddings = llama.apply({'params': params}, tokens, method='embed')
@@ -63,28 +72,30 @@ def _forbidden(suppress: Array | None, vocab_size: int, eos_id: int, too_early: 
   return forbidden if suppress is None else forbidden | suppress
 
 
-@functools.partial(jax.jit, static_argnames=('llama', 'max_new_tokens', 'top_k', 'num_samples', 'cache_dtype'))
+@functools.partial(
+  jax.jit, static_argnames=('llama', 'max_new_tokens', 'top_k', 'num_samples', 'cache_dtype')
+)
 def generate(
-    llama: Llama,
-    params: dict,
-    embeddings: Array,
-    mask: Array,
-    *,
-    key: Array | None = None,
-    max_new_tokens: int,
-    min_new_tokens: int = 0,
-    eos_id: int,
-    pad_id: int = 2,
-    suppress: Array | None = None,
-    repetition_penalty: float | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    num_samples: int = 1,
-    cache_dtype: str | None = None,
-    guidance_scale: float | None = None,
-    uncond_embeddings: Array | None = None,
-    uncond_mask: Array | None = None,
+  llama: Llama,
+  params: dict,
+  embeddings: Array,
+  mask: Array,
+  *,
+  key: Array | None = None,
+  max_new_tokens: int,
+  min_new_tokens: int = 0,
+  eos_id: int,
+  pad_id: int = 2,
+  suppress: Array | None = None,
+  repetition_penalty: float | None = None,
+  temperature: float = 1.0,
+  top_k: int | None = None,
+  top_p: float | None = None,
+  num_samples: int = 1,
+  cache_dtype: str | None = None,
+  guidance_scale: float | None = None,
+  uncond_embeddings: Array | None = None,
+  uncond_mask: Array | None = None,
 ) -> GenerateOutput:
   """Continues each prompt token by token: the most probable one without a key, a drawn one with.
 
@@ -112,11 +123,18 @@ def generate(
   batch, length = mask.shape
   guided = guidance_scale is not None
   if guided != (uncond_embeddings is not None) or guided != (uncond_mask is not None):
-    raise ValueError('guidance_scale, uncond_embeddings and uncond_mask come together or not at all')
+    raise ValueError(
+      'guidance_scale, uncond_embeddings and uncond_mask come together or not at all'
+    )
   if guided:
     if uncond_embeddings.shape != embeddings.shape or uncond_mask.shape != mask.shape:
-      raise ValueError(f'uncond_embeddings {uncond_embeddings.shape} must have the shape of embeddings, {embeddings.shape}')
-    embeddings, mask = jnp.concatenate([embeddings, uncond_embeddings]), jnp.concatenate([mask, uncond_mask])
+      raise ValueError(
+        f'uncond_embeddings {uncond_embeddings.shape} must have the shape of embeddings, {embeddings.shape}'
+      )
+    embeddings, mask = (
+      jnp.concatenate([embeddings, uncond_embeddings]),
+      jnp.concatenate([mask, uncond_mask]),
+    )
   llama, params = unroll_layers(llama, params)
   batch *= num_samples
   keys = None if key is None else sampling.row_keys(key, batch)
@@ -126,7 +144,9 @@ def generate(
     if guided:
       logits = sampling.guided_log_probs(*jnp.split(logits, 2), guidance_scale)
     allowed = logits if used is None else sampling.penalize(logits, used, repetition_penalty)
-    allowed = sampling.suppress(allowed, _forbidden(suppress, llama.vocab_size, eos_id, step < min_new_tokens))
+    allowed = sampling.suppress(
+      allowed, _forbidden(suppress, llama.vocab_size, eos_id, step < min_new_tokens)
+    )
     if keys is None:
       token = jnp.argmax(allowed, axis=-1).astype(jnp.int32)
     else:
@@ -146,9 +166,9 @@ def generate(
     token, log_prob = choose(logits, state.step, state.used)
     token = jnp.where(state.done, pad_id, token)
     out = GenerateOutput(
-        ids=state.out.ids.at[:, state.step].set(token),
-        lengths=state.out.lengths + ~state.done,
-        scores=state.out.scores + jnp.where(state.done, 0.0, log_prob),
+      ids=state.out.ids.at[:, state.step].set(token),
+      lengths=state.out.lengths + ~state.done,
+      scores=state.out.scores + jnp.where(state.done, 0.0, log_prob),
     )
     used = None if state.used is None else state.used.at[jnp.arange(batch), token].set(True)
     return State(state.step + 1, token, state.done | (token == eos_id), used, out, cache)
@@ -157,19 +177,29 @@ def generate(
     return (state.step < max_new_tokens) & ~state.done.all()
 
   def advance(state: State) -> State:
-    written = jnp.broadcast_to(jnp.arange(max_new_tokens) < state.step, (mask.shape[0], max_new_tokens))
+    written = jnp.broadcast_to(
+      jnp.arange(max_new_tokens) < state.step, (mask.shape[0], max_new_tokens)
+    )
     seen = jnp.concatenate([mask, written], axis=1)[:, None]
     tokens = jnp.tile(state.token, 2 if guided else 1)[:, None]
     logits, cache = extend(llama, params, tokens, mask.sum(1) + state.step - 1, seen, state.cache)
     return commit(state, logits[:, 0], cache)
 
   logits, cache = prefill(llama, params, embeddings, mask, max_new_tokens, cache_dtype)
-  logits, mask, cache = jnp.repeat(logits, num_samples, axis=0), jnp.repeat(mask, num_samples, axis=0), _repeat(cache, num_samples)
+  logits, mask, cache = (
+    jnp.repeat(logits, num_samples, axis=0),
+    jnp.repeat(mask, num_samples, axis=0),
+    _repeat(cache, num_samples),
+  )
   used = None if repetition_penalty is None else jnp.zeros((batch, llama.vocab_size), bool)
   nothing = GenerateOutput(
-      jnp.full((batch, max_new_tokens), pad_id, jnp.int32), jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.float32)
+    jnp.full((batch, max_new_tokens), pad_id, jnp.int32),
+    jnp.zeros(batch, jnp.int32),
+    jnp.zeros(batch, jnp.float32),
   )
-  start = State(jnp.int32(0), jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool), used, nothing, cache)
+  start = State(
+    jnp.int32(0), jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool), used, nothing, cache
+  )
   return jax.lax.while_loop(unfinished, advance, commit(start, logits, cache)).out
 
 
@@ -185,24 +215,34 @@ def _take(tree, index: Array):
   return jax.tree.map(lambda x: jax.vmap(lambda row, i: row[i])(x, index), tree)
 
 
-@functools.partial(jax.jit, static_argnames=('llama', 'num_beams', 'early_stopping', 'max_new_tokens', 'num_samples', 'cache_dtype'))
+@functools.partial(
+  jax.jit,
+  static_argnames=(
+    'llama',
+    'num_beams',
+    'early_stopping',
+    'max_new_tokens',
+    'num_samples',
+    'cache_dtype',
+  ),
+)
 def beam_search(
-    llama: Llama,
-    params: dict,
-    embeddings: Array,
-    mask: Array,
-    *,
-    num_beams: int,
-    length_penalty: float = 1.0,
-    early_stopping: bool | str = False,
-    max_new_tokens: int,
-    min_new_tokens: int = 0,
-    eos_id: int,
-    pad_id: int = 2,
-    suppress: Array | None = None,
-    repetition_penalty: float | None = None,
-    num_samples: int = 1,
-    cache_dtype: str | None = None,
+  llama: Llama,
+  params: dict,
+  embeddings: Array,
+  mask: Array,
+  *,
+  num_beams: int,
+  length_penalty: float = 1.0,
+  early_stopping: bool | str = False,
+  max_new_tokens: int,
+  min_new_tokens: int = 0,
+  eos_id: int,
+  pad_id: int = 2,
+  suppress: Array | None = None,
+  repetition_penalty: float | None = None,
+  num_samples: int = 1,
+  cache_dtype: str | None = None,
 ) -> GenerateOutput:
   """The best continuations by beam search, with the semantics of transformers' `generate`.
 
@@ -256,7 +296,7 @@ def beam_search(
     if state.used is not None:
       log_probs = sampling.penalize(log_probs, state.used, repetition_penalty)
     log_probs = sampling.suppress(
-        log_probs, _forbidden(suppress, llama.vocab_size, eos_id, state.step < min_new_tokens)
+      log_probs, _forbidden(suppress, llama.vocab_size, eos_id, state.step < min_new_tokens)
     )
     scores = (state.live.scores[..., None] + log_probs).reshape(batch, -1)
     # Each beam offers one eos at most, so that among 2K candidates K can go on.
@@ -268,12 +308,14 @@ def beam_search(
 
     live_scores, chosen = jax.lax.top_k(jnp.where(ends, NEVER, scores), num_beams)
     live = _Beams(_take(ids, chosen), live_scores)
-    own = (jnp.arange(state.ancestry.shape[-1]) == state.step * num_beams + rows[:, None])
+    own = jnp.arange(state.ancestry.shape[-1]) == state.step * num_beams + rows[:, None]
     ancestors = _take(parent, chosen)
     ancestry = _take(state.ancestry, ancestors) | own
     used = None
     if state.used is not None:
-      used = _take(state.used, ancestors) | (_take(token, chosen)[..., None] == jnp.arange(llama.vocab_size))
+      used = _take(state.used, ancestors) | (
+        _take(token, chosen)[..., None] == jnp.arange(llama.vocab_size)
+      )
 
     # Only the K best candidates may finish: the others are there to keep the search alive.
     ends &= (jnp.arange(2 * num_beams) < num_beams) & state.open[:, None]
@@ -294,7 +336,12 @@ def beam_search(
     prompt = jnp.broadcast_to(mask[:, None], (batch, num_beams, mask.shape[1]))
     seen = jnp.concatenate([prompt, state.ancestry], axis=-1)
     logits, cache = extend(
-        llama, params, state.live.ids[:, :, state.step - 1], mask.sum(1) + state.step - 1, seen, state.cache
+      llama,
+      params,
+      state.live.ids[:, :, state.step - 1],
+      mask.sum(1) + state.step - 1,
+      seen,
+      state.cache,
     )
     return commit(state, logits, cache)
 
@@ -303,20 +350,26 @@ def beam_search(
   ids = jnp.full((batch, num_beams, max_new_tokens), pad_id, jnp.int32)
   absent = jnp.full((batch, num_beams), NEVER)
   start = State(
-      step=jnp.int32(0),
-      live=_Beams(ids, absent.at[:, 0].set(0.0)),  # One beam to begin with, or all would choose the same.
-      ancestry=jnp.zeros((batch, num_beams, new_slots), bool),
-      finished=_Beams(ids, absent),
-      count=jnp.zeros(batch, jnp.int32),
-      open=jnp.ones(batch, bool),
-      used=None if repetition_penalty is None else jnp.zeros((batch, num_beams, llama.vocab_size), bool),
-      sound=jnp.ones(batch, bool),
-      cache=cache,
+    step=jnp.int32(0),
+    live=_Beams(
+      ids, absent.at[:, 0].set(0.0)
+    ),  # One beam to begin with, or all would choose the same.
+    ancestry=jnp.zeros((batch, num_beams, new_slots), bool),
+    finished=_Beams(ids, absent),
+    count=jnp.zeros(batch, jnp.int32),
+    open=jnp.ones(batch, bool),
+    used=None
+    if repetition_penalty is None
+    else jnp.zeros((batch, num_beams, llama.vocab_size), bool),
+    sound=jnp.ones(batch, bool),
+    cache=cache,
   )
   logits = jnp.broadcast_to(logits[:, None], (batch, num_beams, llama.vocab_size))
   state = jax.lax.while_loop(unfinished, advance, commit(start, logits, cache))
   ids = state.finished.ids[:, :num_samples].reshape(-1, max_new_tokens)
-  scores = jnp.where(state.sound[:, None], state.finished.scores[:, :num_samples], jnp.nan).reshape(-1)
+  scores = jnp.where(state.sound[:, None], state.finished.scores[:, :num_samples], jnp.nan).reshape(
+    -1
+  )
   ends = ids == eos_id
   lengths = jnp.where(ends.any(1), jnp.argmax(ends, 1) + 1, max_new_tokens).astype(jnp.int32)
   return GenerateOutput(ids, lengths, scores)

@@ -15,10 +15,17 @@ from jax import Array
 from lavit_jax.errors import InputError
 
 MODULES = {  # part -> what it is called; the number of a fault is a part's place in it, from 1 on, and 0 is none
-    'vit': 'the image encoder', 'tokenizer': 'the visual tokenizer', 'understanding': 'the projection to the language model',
-    'llama': 'the language model', 'decoder': 'the decoder of visual tokens', 'unet': 'the U-Net', 'vae': 'the VAE',
-    'highres_decoder': 'the decoder of visual tokens', 'highres_unet': 'the U-Net', 'highres_vae': 'the VAE',
-    'safety_checker': 'the safety checker',
+  'vit': 'the image encoder',
+  'tokenizer': 'the visual tokenizer',
+  'understanding': 'the projection to the language model',
+  'llama': 'the language model',
+  'decoder': 'the decoder of visual tokens',
+  'unet': 'the U-Net',
+  'vae': 'the VAE',
+  'highres_decoder': 'the decoder of visual tokens',
+  'highres_unet': 'the U-Net',
+  'highres_vae': 'the VAE',
+  'safety_checker': 'the safety checker',
 }
 _NUMBERS = {part: number for number, part in enumerate(MODULES, 1)}
 
@@ -75,7 +82,13 @@ def check(faults: np.ndarray, results=None, rows: Sequence[int] | None = None) -
   if not messages:
     return
   count = len(set(map(int, rows)))
-  places = ', '.join(str(row + 1) for row in list(messages)[:4]) + (', ...' if len(messages) > 4 else '')
+  places = ', '.join(str(row + 1) for row in list(messages)[:4]) + (
+    ', ...' if len(messages) > 4 else ''
+  )
   counted = f' for {len(messages)} of {count} inputs (number {places})' if count > 1 else ''
-  raise NotFinite(f'{next(iter(messages.values()))}{counted}; its weights are damaged or beyond the range of the compute dtype: convert the '
-                  'checkpoint again, and in float16 try bfloat16 or float32', messages, results)
+  raise NotFinite(
+    f'{next(iter(messages.values()))}{counted}; its weights are damaged or beyond the range of the compute dtype: convert the '
+    'checkpoint again, and in float16 try bfloat16 or float32',
+    messages,
+    results,
+  )

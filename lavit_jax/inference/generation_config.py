@@ -21,7 +21,14 @@ from lavit_jax.errors import InputError, UserError
 # ---------------------------------------------------------------------------------------------------------------- settings
 
 
-HIGHRES_SIZES = ((1024, 1024), (896, 1152), (832, 1216), (768, 1344), (1216, 832), (1152, 896))  # (height, width), REFERENCE section 2
+HIGHRES_SIZES = (
+  (1024, 1024),
+  (896, 1152),
+  (832, 1216),
+  (768, 1344),
+  (1216, 832),
+  (1152, 896),
+)  # (height, width), REFERENCE section 2
 
 
 class VariantDefaults(NamedTuple):
@@ -54,23 +61,31 @@ class GenerationConfig(NamedTuple):
   guidance: float | None = None  # of sampled codes; None: none
 
 
-SEARCHING, SAMPLING = ('beams', 'length_penalty', 'early_stopping'), ('temperature', 'top_k', 'top_p')
+SEARCHING, SAMPLING = (
+  ('beams', 'length_penalty', 'early_stopping'),
+  ('temperature', 'top_k', 'top_p'),
+)
 _LIMITS = dict(  # what a setting is, which of these it may be, and how to say it
-    min_tokens=(int, lambda x: x >= 0, 'a whole number from 0 up'),
-    max_tokens=(int, lambda x: x >= 1, 'a whole number from 1 up'),
-    beams=(int, lambda x: x >= 1, 'a whole number from 1 up'),
-    length_penalty=(float, lambda x: True, 'a number'),
-    early_stopping=(None, lambda x: x in (False, True, 'never'), "False, True or 'never'"),
-    temperature=(float, lambda x: x > 0, 'a number above 0'),
-    top_k=(int, lambda x: x >= 1, 'a whole number from 1 up, or None'),
-    top_p=(float, lambda x: 0 < x <= 1, 'a number above 0 and at most 1, or None'),
-    repetition_penalty=(float, lambda x: x > 0, 'a number above 0, or None'),
-    num_samples=(int, lambda x: x >= 1, 'a whole number from 1 up'),
-    guidance=(float, lambda x: x >= 0, 'a number from 0 up, or None'))
-_OFF = dict(top_p=1, repetition_penalty=1, guidance=1)  # settings that change nothing at this value, and then cost nothing
+  min_tokens=(int, lambda x: x >= 0, 'a whole number from 0 up'),
+  max_tokens=(int, lambda x: x >= 1, 'a whole number from 1 up'),
+  beams=(int, lambda x: x >= 1, 'a whole number from 1 up'),
+  length_penalty=(float, lambda x: True, 'a number'),
+  early_stopping=(None, lambda x: x in (False, True, 'never'), "False, True or 'never'"),
+  temperature=(float, lambda x: x > 0, 'a number above 0'),
+  top_k=(int, lambda x: x >= 1, 'a whole number from 1 up, or None'),
+  top_p=(float, lambda x: 0 < x <= 1, 'a number above 0 and at most 1, or None'),
+  repetition_penalty=(float, lambda x: x > 0, 'a number above 0, or None'),
+  num_samples=(int, lambda x: x >= 1, 'a whole number from 1 up'),
+  guidance=(float, lambda x: x >= 0, 'a number from 0 up, or None'),
+)
+_OFF = dict(
+  top_p=1, repetition_penalty=1, guidance=1
+)  # settings that change nothing at this value, and then cost nothing
 
 
-def resolve_generation_config(task: GenerationConfig, asked: Mapping, most: int) -> GenerationConfig:
+def resolve_generation_config(
+  task: GenerationConfig, asked: Mapping, most: int
+) -> GenerationConfig:
   """The settings of a task, changed by those that are asked for. The one place that checks them.
 
   Args:
@@ -81,22 +96,45 @@ def resolve_generation_config(task: GenerationConfig, asked: Mapping, most: int)
   """
   asked = dict(asked)
   searches = task.beams is not None and not asked.pop('sample', False)
-  known = [name for name in GenerationConfig._fields if name != 'guidance' or task.guidance is not None]
+  known = [
+    name for name in GenerationConfig._fields if name != 'guidance' or task.guidance is not None
+  ]
   unknown = asked.keys() - {*known}
   if unknown:
-    raise UserError(f'no such setting: {", ".join(sorted(unknown))}; choose among {", ".join(known)}' + ', sample' * (task.beams is not None))
+    raise UserError(
+      f'no such setting: {", ".join(sorted(unknown))}; choose among {", ".join(known)}'
+      + ', sample' * (task.beams is not None)
+    )
   for name in SAMPLING if searches else SEARCHING:
     if asked.get(name) is not None:
-      raise UserError(f'{name} plays no part in ' + (
-          'beam search; ask for sampling too' if searches else 'sampling; leave it out' + (', or do not sample' if task.beams else '')))
+      raise UserError(
+        f'{name} plays no part in '
+        + (
+          'beam search; ask for sampling too'
+          if searches
+          else 'sampling; leave it out' + (', or do not sample' if task.beams else '')
+        )
+      )
   chosen = task._replace(**asked)._asdict() | ({} if searches else dict(beams=None))
-  writing = GenerationConfig(**{name: check_value(name, value, _LIMITS[name]) for name, value in chosen.items() if name != 'beams' or searches})
+  writing = GenerationConfig(
+    **{
+      name: check_value(name, value, _LIMITS[name])
+      for name, value in chosen.items()
+      if name != 'beams' or searches
+    }
+  )
   if not writing.min_tokens <= writing.max_tokens <= most:
-    raise UserError(f'min_tokens={writing.min_tokens} to max_tokens={writing.max_tokens} cannot be; choose min_tokens and max_tokens in '
-                    f'order, and at most {most}')
+    raise UserError(
+      f'min_tokens={writing.min_tokens} to max_tokens={writing.max_tokens} cannot be; choose min_tokens and max_tokens in '
+      f'order, and at most {most}'
+    )
   if searches and writing.num_samples > writing.beams:
-    raise UserError(f'num_samples={writing.num_samples} of {writing.beams} beams cannot be; choose as many beams, or sample')
-  return writing._replace(**{name: None for name, off in _OFF.items() if getattr(writing, name) == off})
+    raise UserError(
+      f'num_samples={writing.num_samples} of {writing.beams} beams cannot be; choose as many beams, or sample'
+    )
+  return writing._replace(
+    **{name: None for name, off in _OFF.items() if getattr(writing, name) == off}
+  )
 
 
 def check_value(name: str, value, limits: tuple):
@@ -110,12 +148,20 @@ def check_value(name: str, value, limits: tuple):
   if isinstance(value, (np.ndarray, Array)) and value.ndim == 0:
     value = value.item()
   known = {int: numbers.Integral, float: numbers.Real, None: object}[kind]
-  if not isinstance(value, known) or kind and isinstance(value, bool) or kind is float and not math.isfinite(value) or not fits(value):
+  if (
+    not isinstance(value, known)
+    or kind
+    and isinstance(value, bool)
+    or kind is float
+    and not math.isfinite(value)
+    or not fits(value)
+  ):
     raise UserError(f'{name}={value!r} cannot be; choose {form}')
   return kind(value) if kind else value
 
 
 # ------------------------------------------------------------------------------------------------------- texts and prompts
+
 
 def as_texts(given, name: str) -> list:
   """One text, or several in a sequence, as a list. Raises UserError if it is neither."""
@@ -132,11 +178,19 @@ def as_prompts(given) -> list[Sequence]:
   if any(words) and not all(words) and all(map(is_one, parts)):
     return [parts]
   if not all(isinstance(each, Sequence) and not is_one(each) for each in parts):
-    raise UserError('prompts are lists of parts, [[picture, words], [words], ...]; put each prompt in brackets')
+    raise UserError(
+      'prompts are lists of parts, [[picture, words], [words], ...]; put each prompt in brackets'
+    )
   return parts
 
 
-def check_prompt_lengths(lengths: Sequence[int], room: int, rows: Sequence[int] | None = None, count: int | None = None, least: bool = False):
+def check_prompt_lengths(
+  lengths: Sequence[int],
+  room: int,
+  rows: Sequence[int] | None = None,
+  count: int | None = None,
+  least: bool = False,
+):
   """Prompts' numbers of tokens against what there is room for.
 
   Args:
@@ -149,7 +203,9 @@ def check_prompt_lengths(lengths: Sequence[int], room: int, rows: Sequence[int] 
   for row, length in zip(range(count) if rows is None else rows, lengths):
     if length > room:
       which = f', {row + 1} of {count},' if count > 1 else ''
-      raise InputError(f'the prompt{which} is {"at least " * least}{length} tokens long; shorten it to {room}')
+      raise InputError(
+        f'the prompt{which} is {"at least " * least}{length} tokens long; shorten it to {room}'
+      )
 
 
 @contextlib.contextmanager
@@ -162,6 +218,7 @@ def shared_argument(name: str):
 
 
 # -------------------------------------------------------------------------------------------------------------------- keys
+
 
 class Purpose(enum.IntEnum):
   """What a random key is for. The same seed and row give each purpose keys of its own."""
@@ -181,7 +238,9 @@ class IndexedSeed(NamedTuple):
   rows: Sequence[int]
 
 
-def example_keys(seed: int | Sequence[int] | IndexedSeed | None, count: int, optional: bool = False) -> Array | None:
+def example_keys(
+  seed: int | Sequence[int] | IndexedSeed | None, count: int, optional: bool = False
+) -> Array | None:
   """A key for each row, so that what a row becomes does not depend on its batch; of its own seed, or of one seed and its place.
 
   Raises UserError: a seed that cannot be, or another number of them; or none, unless that is an `optional` thing to have, which gives None.
@@ -199,7 +258,9 @@ def example_keys(seed: int | Sequence[int] | IndexedSeed | None, count: int, opt
     return jnp.stack(keys) if keys else jax.random.split(jax.random.key(0), 0)
   else:
     raise UserError(f'{len(seed)} seeds for {count}; give one for each, or one for all')
-  return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(check_value('seed', seed, SEED)), np.asarray(rows))
+  return jax.vmap(jax.random.fold_in, (None, 0))(
+    jax.random.key(check_value('seed', seed, SEED)), np.asarray(rows)
+  )
 
 
 def purpose_keys(purpose: Purpose, keys: Array | None, numbers=0) -> Array | None:
@@ -207,9 +268,13 @@ def purpose_keys(purpose: Purpose, keys: Array | None, numbers=0) -> Array | Non
   if keys is None:
     return None
   numbers = np.broadcast_to(np.asarray(numbers, np.int32), keys.shape)
-  return jax.vmap(lambda key, number: jax.random.fold_in(jax.random.fold_in(key, purpose), number))(keys, numbers)
+  return jax.vmap(lambda key, number: jax.random.fold_in(jax.random.fold_in(key, purpose), number))(
+    keys, numbers
+  )
 
 
 def sample_keys(purpose: Purpose, keys: Array, count: int) -> Array:
   """Rows' keys [B] -> their keys for the first `count` samples, [B * count]: more samples change no earlier one."""
-  return purpose_keys(purpose, keys[np.repeat(np.arange(len(keys)), count)], np.tile(np.arange(count), len(keys)))
+  return purpose_keys(
+    purpose, keys[np.repeat(np.arange(len(keys)), count)], np.tile(np.arange(count), len(keys))
+  )

@@ -27,7 +27,9 @@ from lavit_jax.models.decoder import null_context
 from lavit_jax.models.noise_schedule import Scheduler
 
 LOG = logging.getLogger(__name__)
-WHOLE_PIXELS = 1024 * 1024  # what the VAE decodes at once, in 2.5 GiB: four pictures of 512 or one of 1024; a larger one is cut into tiles
+WHOLE_PIXELS = (
+  1024 * 1024
+)  # what the VAE decodes at once, in 2.5 GiB: four pictures of 512 or one of 1024; a larger one is cut into tiles
 TILE = 1024  # side of these; that of SDXL's VAE in diffusers
 
 
@@ -72,12 +74,38 @@ class ImageRequest(NamedTuple):
   details: bool  # whether `DecodedImages` is asked for
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'way', 'size', 'steps', 'sampler', 'rescale', 'strength', 'tile', 'scheduler'),
-                   donate_argnames='start')
+@functools.partial(
+  jax.jit,
+  static_argnames=(
+    'model',
+    'way',
+    'size',
+    'steps',
+    'sampler',
+    'rescale',
+    'strength',
+    'tile',
+    'scheduler',
+  ),
+  donate_argnames='start',
+)
 def decode_images(
-    model: lavit.LavitModules, parts: dict, ids: Array, mask: Array, keys: Array, start: Array | None, *, way: ImageDecoderConfig, size: tuple[int, int],
-    guidance: float, steps: int, sampler: str = 'ddim', rescale: float = 0.0, strength: float = 1.0, tile: int | None = None,
-    scheduler: Scheduler = Scheduler(),
+  model: lavit.LavitModules,
+  parts: dict,
+  ids: Array,
+  mask: Array,
+  keys: Array,
+  start: Array | None,
+  *,
+  way: ImageDecoderConfig,
+  size: tuple[int, int],
+  guidance: float,
+  steps: int,
+  sampler: str = 'ddim',
+  rescale: float = 0.0,
+  strength: float = 1.0,
+  tile: int | None = None,
+  scheduler: Scheduler = Scheduler(),
 ) -> Checked:
   """Codes i32[B, N] in a prefix, mask bool[B, N] of it, a key for each picture -> pictures.
 
@@ -90,7 +118,10 @@ def decode_images(
     scheduler: of the U-Net.
   """
   decoder, unet, pixels = (way.prefix + name for name in ('decoder', 'unet', 'vae'))
-  autoencoder, at_once = getattr(model, pixels), 1 if tile else max(1, WHOLE_PIXELS // math.prod(size))
+  autoencoder, at_once = (
+    getattr(model, pixels),
+    1 if tile else max(1, WHOLE_PIXELS // math.prod(size)),
+  )
 
   def apply(part: str, *args, **kwargs):
     return getattr(model, part).apply({'params': parts[part]}, *args, **kwargs)
@@ -101,31 +132,58 @@ def decode_images(
 
   def decode(latents: Array) -> tuple[Array, Array]:
     """Latents -> pictures uint8[B, H, W, 3], and whether their numbers were finite, bool[B]."""
-    whole, latents = functools.partial(apply, pixels, method='decode'), autoencoder.from_unet(latents)
-    found = vae.decode_tiled(whole, latents, autoencoder.factor, tile // autoencoder.factor) if tile else whole(latents)
+    whole, latents = (
+      functools.partial(apply, pixels, method='decode'),
+      autoencoder.from_unet(latents),
+    )
+    found = (
+      vae.decode_tiled(whole, latents, autoencoder.factor, tile // autoencoder.factor)
+      if tile
+      else whole(latents)
+    )
     return vae.postprocess(found), faults.finite(found)
 
-  features = apply(decoder, model.tokenizer.apply({'params': parts['codebook']}, ids, method='lookup'), mask)
+  features = apply(
+    decoder, model.tokenizer.apply({'params': parts['codebook']}, ids, method='lookup'), mask
+  )
   context, pooled = apply(decoder, features, method='context')
   if way.prefix:
     condition, null = highres_condition(context, pooled, size)
   else:
-    condition, null = (context, jnp.ones_like(mask)), null_context(parts['uncond_embeddings'], model.num_patches)
+    condition, null = (
+      (context, jnp.ones_like(mask)),
+      null_context(parts['uncond_embeddings'], model.num_patches),
+    )
   computed = [(decoder, context)]
   if start is not None:
     start = _piecewise(encode, at_once, start, jax.vmap(jax.random.fold_in, (0, None))(keys, 1))
     computed.append((pixels, start))
   shape = (*(side // autoencoder.factor for side in size), autoencoder.latent_channels)
   latents = diffusion.sample_latents(
-      functools.partial(apply, unet), diffusion.initial_latents(keys, shape), condition, null, steps=steps, sampler=sampler,
-      guidance_scale=guidance, rescale=rescale, start=start, strength=strength, scheduler=scheduler)
+    functools.partial(apply, unet),
+    diffusion.initial_latents(keys, shape),
+    condition,
+    null,
+    steps=steps,
+    sampler=sampler,
+    guidance_scale=guidance,
+    rescale=rescale,
+    start=start,
+    strength=strength,
+    scheduler=scheduler,
+  )
   pictures, sound = _piecewise(decode, at_once, latents)
   computed += [(unet, latents), (pixels, sound)]
   if 'safety_checker' not in parts:
     return Checked(pictures, jnp.zeros(len(pictures), bool), faults.first_fault(*computed))
-  flagged, scores = apply('safety_checker', vit.preprocess(safety_checker.center_square(pictures, model.safety_checker.image_size)))
+  flagged, scores = apply(
+    'safety_checker',
+    vit.preprocess(safety_checker.center_square(pictures, model.safety_checker.image_size)),
+  )
   computed.append(('safety_checker', scores))
-  return Checked(jnp.where(flagged[:, None, None, None], 0, pictures), flagged, faults.first_fault(*computed))
+  return Checked(
+    jnp.where(flagged[:, None, None, None], 0, pictures), flagged, faults.first_fault(*computed)
+  )
 
 
 def highres_condition(context: Array, pooled: Array, size: tuple[int, int]) -> tuple[tuple, tuple]:
@@ -134,23 +192,43 @@ def highres_condition(context: Array, pooled: Array, size: tuple[int, int]) -> t
   The six ids say that the picture was of `size` before it was scaled, was cut nowhere, and is of `size`.
   """
   ids = jnp.array([*size, 0, 0, *size], jnp.float32)
-  return ((context, None, (pooled, jnp.broadcast_to(ids, (len(pooled), 6)))),
-          (jnp.zeros_like(context), None, (jnp.zeros_like(pooled), ids)))
+  return (
+    (context, None, (pooled, jnp.broadcast_to(ids, (len(pooled), 6)))),
+    (jnp.zeros_like(context), None, (jnp.zeros_like(pooled), ids)),
+  )
 
 
 LIMITS = dict(  # as `check_value` takes them
-    guidance=(float, lambda x: x >= 0, 'a number from 0 up, or None'),
-    steps=(int, lambda x: x >= 1, 'a whole number from 1 up, or None'),
-    rescale=(float, lambda x: 0 <= x <= 1, 'a number in 0..1'),
-    strength=(float, lambda x: 0 < x <= 1, 'a number above 0 and at most 1, which keeps almost nothing of the picture to start from'),
-    tile=(int, lambda x: x >= 64, 'a whole number of pixels from 64 up, or None'))
+  guidance=(float, lambda x: x >= 0, 'a number from 0 up, or None'),
+  steps=(int, lambda x: x >= 1, 'a whole number from 1 up, or None'),
+  rescale=(float, lambda x: 0 <= x <= 1, 'a number in 0..1'),
+  strength=(
+    float,
+    lambda x: 0 < x <= 1,
+    'a number above 0 and at most 1, which keeps almost nothing of the picture to start from',
+  ),
+  tile=(int, lambda x: x >= 64, 'a whole number of pixels from 64 up, or None'),
+)
 
 
 def resolve_image_request(
-    count: int, drawn_size: int, highres_sizes: Collection[tuple[int, int]], held: Collection[str],
-    schedulers: Callable[[str], Scheduler] = lambda prefix: Scheduler(), /, *, size: tuple[int, int] | None = None,
-    guidance: float | None = None, steps: int | None = None, sampler: str = 'ddim', rescale: float = 0.0, start=None, strength: float = 0.8,
-    tile: int | None = None, details: bool = False, **unknown,
+  count: int,
+  drawn_size: int,
+  highres_sizes: Collection[tuple[int, int]],
+  held: Collection[str],
+  schedulers: Callable[[str], Scheduler] = lambda prefix: Scheduler(),
+  /,
+  *,
+  size: tuple[int, int] | None = None,
+  guidance: float | None = None,
+  steps: int | None = None,
+  sampler: str = 'ddim',
+  rescale: float = 0.0,
+  start=None,
+  strength: float = 0.8,
+  tile: int | None = None,
+  details: bool = False,
+  **unknown,
 ) -> ImageRequest:
   """What a user asks for -> what to draw by. So that what is wrong is told before a language model has run for minutes.
 
@@ -165,18 +243,24 @@ def resolve_image_request(
     known = 'size, guidance, steps, sampler, rescale, start, strength, tile, details'
     raise UserError(f'no such setting: {", ".join(sorted(unknown))}; of drawing there are {known}')
   given = dict(guidance=guidance, steps=steps, rescale=rescale, strength=strength, tile=tile)
-  guidance, steps, rescale, strength, tile = (check_value(name, value, LIMITS[name]) for name, value in given.items())
+  guidance, steps, rescale, strength, tile = (
+    check_value(name, value, LIMITS[name]) for name, value in given.items()
+  )
   own = (drawn_size, drawn_size)
   size = own if size is None else tuple(np.ravel(size).tolist())
   way = LOWRES if size == own else HIGHRES
   if size not in (own, *highres_sizes):
     known = ', '.join(map(_format_size, (own, *highres_sizes)))
-    raise UserError(f'pictures of {_format_size(size)} cannot be drawn; choose one of (height x width): {known}')
+    raise UserError(
+      f'pictures of {_format_size(size)} cannot be drawn; choose one of (height x width): {known}'
+    )
   size = tuple(map(int, size))
   missing = [name for name in way.parts if name not in held]
   if way is HIGHRES and missing:
-    raise UserError(f'{_format_size(size)} is drawn by {", ".join(missing)}, which this checkpoint does not hold; draw at {_format_size(own)}, or take one '
-                    'with highres_pixel_decoding and highres_tokenizer_decoder')
+    raise UserError(
+      f'{_format_size(size)} is drawn by {", ".join(missing)}, which this checkpoint does not hold; draw at {_format_size(own)}, or take one '
+      'with highres_pixel_decoding and highres_tokenizer_decoder'
+    )
   steps = way.steps if steps is None else steps
   if start is None:
     strength = 1.0
@@ -188,12 +272,27 @@ def resolve_image_request(
   if start is not None:
     start = as_list(start)
     if len(start) not in (1, count):
-      raise UserError(f'{len(start)} pictures to start from, but {count} to draw; give one for each, or one for all')
+      raise UserError(
+        f'{len(start)} pictures to start from, but {count} to draw; give one for each, or one for all'
+      )
     start = np.repeat(read_images(start, size), count // max(1, len(start)), 0)
   if tile is None and math.prod(size) > WHOLE_PIXELS:
     tile = TILE
-  return ImageRequest(start, dict(way=way, size=size, guidance=way.guidance if guidance is None else guidance, steps=steps, sampler=sampler,
-                             rescale=rescale, strength=strength, tile=tile, scheduler=scheduler), details)
+  return ImageRequest(
+    start,
+    dict(
+      way=way,
+      size=size,
+      guidance=way.guidance if guidance is None else guidance,
+      steps=steps,
+      sampler=sampler,
+      rescale=rescale,
+      strength=strength,
+      tile=tile,
+      scheduler=scheduler,
+    ),
+    details,
+  )
 
 
 def safety_checker_part(model: lavit.LavitModules, held: Collection[str]) -> tuple[str, ...]:
@@ -202,15 +301,20 @@ def safety_checker_part(model: lavit.LavitModules, held: Collection[str]) -> tup
     return ()
   if 'safety_checker' in held:
     return ('safety_checker',)
-  warnings.warn('this checkpoint holds no safety checker, so what it draws is not looked at; put pixel_decoding/safety_checker into it, or '
-                'open it with safety_checker=False', stacklevel=3)
+  warnings.warn(
+    'this checkpoint holds no safety checker, so what it draws is not looked at; put pixel_decoding/safety_checker into it, or '
+    'open it with safety_checker=False',
+    stacklevel=3,
+  )
   return ()
 
 
 def report_flagged(pictures: Iterable[str]) -> None:
   """A line in the log for each picture that was made black, by what it is called there."""
   for name in pictures:
-    LOG.warning('%s was flagged by the safety checker and is black; try another prompt or seed', name)
+    LOG.warning(
+      '%s was flagged by the safety checker and is black; try another prompt or seed', name
+    )
 
 
 def _format_size(size: tuple[int, ...]) -> str:
@@ -222,6 +326,7 @@ def _piecewise(function: Callable, most: int, *arrays: Array) -> Any:
   size = math.gcd(len(arrays[0]), most)
   if size == len(arrays[0]):
     return function(*arrays)
-  found = jax.lax.map(lambda piece: function(*piece), [x.reshape(-1, size, *x.shape[1:]) for x in arrays])
+  found = jax.lax.map(
+    lambda piece: function(*piece), [x.reshape(-1, size, *x.shape[1:]) for x in arrays]
+  )
   return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
-

@@ -22,12 +22,17 @@ from lavit_jax.models import lavit
 from lavit_jax.models.initialization import init_params
 from lavit_jax.models.int8 import quantize_weight
 from lavit_jax.models.noise_schedule import Scheduler
+from lavit_jax.weights.store.arrays import ParameterSource, flatten, unflatten
+from lavit_jax.weights.store.folder import check_codebook, open_params, read_config, read_settings
 from lavit_jax.weights.torch import configs, formats, weight_files
 from lavit_jax.weights.torch.api import open_torch
-from lavit_jax.weights.store.folder import check_codebook, open_params, read_config, read_settings
-from lavit_jax.weights.store.arrays import ParameterSource, flatten, unflatten
 
-FLOAT32 = ('tokenizer', 'vae', 'highres_vae', 'uncond_embeddings')  # parts that decide or draw in float32 whatever the compute dtype
+FLOAT32 = (
+  'tokenizer',
+  'vae',
+  'highres_vae',
+  'uncond_embeddings',
+)  # parts that decide or draw in float32 whatever the compute dtype
 CODEBOOK = 'quantizer/embedding'  # the leaf of the tokenizer that drawing needs
 
 
@@ -50,15 +55,30 @@ def open_checkpoint(folder, variant: str | None) -> CheckpointInfo:
   """
   folder = pathlib.Path(folder)
   if formats.detect_kind(folder) == 'LaVIT':
-    known = formats.read_json(folder / formats.EXPORT_INFO).get('variant') or variant or formats.find_variant(formats.detect(folder)[1])
+    known = (
+      formats.read_json(folder / formats.EXPORT_INFO).get('variant')
+      or variant
+      or formats.find_variant(formats.detect(folder)[1])
+    )
     words, opener = folder / 'language_model', functools.partial(open_torch, folder, variant=known)
-    held = {place.part for place in formats.PUBLISHED if weight_files.choose(folder / place.folder, place.stems)}
-    settings = configs.read_settings(folder, {place.part: place.folder for place in formats.PUBLISHED}, held, known)
+    held = {
+      place.part
+      for place in formats.PUBLISHED
+      if weight_files.choose(folder / place.folder, place.stems)
+    }
+    settings = configs.read_settings(
+      folder, {place.part: place.folder for place in formats.PUBLISHED}, held, known
+    )
   else:
     config = read_config(folder)
     if 'tokenizer' in config['parts']:
       check_codebook(folder)
-    known, held, words, opener = config['variant'], config['parts'], folder / 'tokenizer', functools.partial(open_params, folder)
+    known, held, words, opener = (
+      config['variant'],
+      config['parts'],
+      folder / 'tokenizer',
+      functools.partial(open_params, folder),
+    )
     settings = read_settings(folder)
   if variant not in (None, known):
     raise UserError(f'{folder} holds variant {known!r}, but {variant!r} was asked for')
@@ -75,10 +95,20 @@ class LazyParams:
     mesh: where they lie (sharding.py); None leaves them on the first device.
   """
 
-  def __init__(self, model: lavit.LavitModules, checkpoint: CheckpointInfo | Mapping, weights: str | None = None, mesh: Mesh | None = None):
+  def __init__(
+    self,
+    model: lavit.LavitModules,
+    checkpoint: CheckpointInfo | Mapping,
+    weights: str | None = None,
+    mesh: Mesh | None = None,
+  ):
     known = isinstance(checkpoint, CheckpointInfo)
     self._model, self._weights, self.mesh, self._ready = model, weights, mesh, {}
-    self._held, self._open = (checkpoint.held, checkpoint.open) if known else (checkpoint, functools.partial(_of_tree, checkpoint))
+    self._held, self._open = (
+      (checkpoint.held, checkpoint.open)
+      if known
+      else (checkpoint, functools.partial(_of_tree, checkpoint))
+    )
     self.max_length = model.llama.longest  # of prompt and answer together
 
   @property
@@ -105,14 +135,22 @@ class LazyParams:
     there = {CODEBOOK: self._ready[other]['quantizer']['embedding']} if other in self._ready else {}
     if name == 'codebook' and there:
       return unflatten(there)
-    source = self._open(part, dtype='float32' if part in FLOAT32 else jnp.dtype(self._model.vit.dtype).name)
+    source = self._open(
+      part, dtype='float32' if part in FLOAT32 else jnp.dtype(self._model.vit.dtype).name
+    )
     self._check(part, source.structs)
-    places = {} if self.mesh is None else flatten(sharding.shardings({part: unflatten(source.structs)}, self.mesh)[part])
+    places = (
+      {}
+      if self.mesh is None
+      else flatten(sharding.shardings({part: unflatten(source.structs)}, self.mesh)[part])
+    )
     small = self._weights == 'int8' and part == 'llama'
 
     def leaf(path, place, row=None):
       array = jnp.asarray(source.read(path, row, place))
-      return jax.block_until_ready(quantize_weight(path.split('/')[-1], array) if small else array)  # before the next is begun
+      return jax.block_until_ready(
+        quantize_weight(path.split('/')[-1], array) if small else array
+      )  # before the next is begun
 
     flat = {}
     for path in (CODEBOOK,) if name == 'codebook' else source.structs:
@@ -120,22 +158,34 @@ class LazyParams:
       if path in there:
         flat[path] = there[path]
       elif part == 'llama' and path.startswith('layers/'):
-        place = place and NamedSharding(self.mesh, PartitionSpec(*place.spec[1:]))  # that axis is never split
-        flat |= {path.replace('layers', f'layers_{i}', 1): leaf(path, place, i) for i in range(source.structs[path].shape[0])}
+        place = place and NamedSharding(
+          self.mesh, PartitionSpec(*place.spec[1:])
+        )  # that axis is never split
+        flat |= {
+          path.replace('layers', f'layers_{i}', 1): leaf(path, place, i)
+          for i in range(source.structs[path].shape[0])
+        }
       else:
         flat[path] = leaf(path, place)
     return unflatten(flat)
 
   def _check(self, name: str, structs: Mapping) -> None:
     expected = jax.eval_shape(lambda: init_params(self._model, jax.random.key(0), (name,)))[name]
-    want, have = ({path: x.shape for path, x in flat.items()} for flat in (flatten(expected), structs))
+    want, have = (
+      {path: x.shape for path, x in flat.items()} for flat in (flatten(expected), structs)
+    )
     absent = optional_leaves(self._model, name) - have.keys()
-    wrong = [f'{key}: {have.get(key, "missing")} instead of {want.get(key, "nothing")}'
-             for key in sorted(want.keys() | have.keys()) if want.get(key) != have.get(key) and key not in absent]
+    wrong = [
+      f'{key}: {have.get(key, "missing")} instead of {want.get(key, "nothing")}'
+      for key in sorted(want.keys() | have.keys())
+      if want.get(key) != have.get(key) and key not in absent
+    ]
     if wrong:
       more = f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''
-      raise UserError(f'the weights of {name} are not of variant {self._model.variant!r}, export the checkpoint again; '
-                      f'{"; ".join(wrong[:3])}{more}')
+      raise UserError(
+        f'the weights of {name} are not of variant {self._model.variant!r}, export the checkpoint again; '
+        f'{"; ".join(wrong[:3])}{more}'
+      )
 
 
 def optional_leaves(model: lavit.LavitModules, part: str) -> frozenset[str]:
@@ -153,7 +203,11 @@ def _of_tree(trees: Mapping, name: str, dtype: str) -> ParameterSource:
 
   def read(path, row=None, place=None):
     leaf = jnp.asarray(flat[path])
-    leaf = leaf if row is None else jax.lax.index_in_dim(leaf, row, keepdims=False)  # not leaf[row], which moves one of many devices to one
+    leaf = (
+      leaf if row is None else jax.lax.index_in_dim(leaf, row, keepdims=False)
+    )  # not leaf[row], which moves one of many devices to one
     return leaf if place is None else jax.device_put(leaf, place)
 
-  return ParameterSource({path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in flat.items()}, read)
+  return ParameterSource(
+    {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in flat.items()}, read
+  )

@@ -32,29 +32,28 @@ from jax import Array
 from jax.sharding import Mesh
 
 from lavit_jax import sharding
-from lavit_jax.data.images import read_images
 from lavit_jax.data.emoji.questions import answerable, prompt
+from lavit_jax.data.images import read_images
 from lavit_jax.data.text import TextTokenizer
 from lavit_jax.errors import InputError, UserError
-from lavit_jax.inference import decode, image_generation, faults, compiled
-from lavit_jax.inference.batching import batch_ranges, fetch_batches, double_buffer
-from lavit_jax.inference.parameters import CheckpointInfo, LazyParams, open_checkpoint
+from lavit_jax.inference import compiled, decode, faults, image_generation
+from lavit_jax.inference.batching import batch_ranges, double_buffer, fetch_batches
 from lavit_jax.inference.generation_config import (
   VARIANT_DEFAULTS,
-  Purpose,
-  IndexedSeed,
-  VariantDefaults,
   GenerationConfig,
+  Purpose,
+  VariantDefaults,
   as_prompts,
-  check_value,
-  check_prompt_lengths,
-  shared_argument,
-  purpose_keys,
-  example_keys,
-  sample_keys,
-  resolve_generation_config,
   as_texts,
+  check_prompt_lengths,
+  check_value,
+  example_keys,
+  purpose_keys,
+  resolve_generation_config,
+  sample_keys,
+  shared_argument,
 )
+from lavit_jax.inference.parameters import CheckpointInfo, LazyParams, open_checkpoint
 from lavit_jax.local_paths import expand_home
 from lavit_jax.models import lavit, sequence
 
@@ -105,27 +104,56 @@ class Lavit:
   RowSeed, for a part of a longer run.
   """
 
-  def __init__(self, model: lavit.LavitModules, parts: Mapping[str, dict] | LazyParams | CheckpointInfo, words: TextTokenizer | str | os.PathLike,
-               weights: str | None = None, cache: str | None = None, safety_checker: bool = True, mesh: Mesh | Mapping[str, int] | None = None):
+  def __init__(
+    self,
+    model: lavit.LavitModules,
+    parts: Mapping[str, dict] | LazyParams | CheckpointInfo,
+    words: TextTokenizer | str | os.PathLike,
+    weights: str | None = None,
+    cache: str | None = None,
+    safety_checker: bool = True,
+    mesh: Mesh | Mapping[str, int] | None = None,
+  ):
     """`parts`: part name -> parameters, at least of the parts that the tasks at hand need, or another model's `parts`, on its mesh and with its
     weights. `words`: also the folder of them, which is read when a task first needs it. The other arguments: see `from_pretrained`."""
-    for name, value, known in (('weights', weights, (None, 'int8')), ('cache', cache, (None, 'bfloat16', 'int8'))):
+    for name, value, known in (
+      ('weights', weights, (None, 'int8')),
+      ('cache', cache, (None, 'bfloat16', 'int8')),
+    ):
       if value not in known:
-        raise UserError(f'{name}={value!r} is not known; choose one of {", ".join(map(repr, known))}')
+        raise UserError(
+          f'{name}={value!r} is not known; choose one of {", ".join(map(repr, known))}'
+        )
     if mesh is not None and not isinstance(mesh, Mesh):
       mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1) | dict(mesh))
-    self.model, self._words, self.cache, self.safety_checker, self.mesh = model, words, cache, safety_checker, mesh
+    self.model, self._words, self.cache, self.safety_checker, self.mesh = (
+      model,
+      words,
+      cache,
+      safety_checker,
+      mesh,
+    )
     if isinstance(parts, LazyParams):  # another model's, shared
       if weights is not None or mesh is not None:
-        raise UserError('the parts of another model have their weights and mesh; leave `weights` and `mesh` out, or open the checkpoint again')
+        raise UserError(
+          'the parts of another model have their weights and mesh; leave `weights` and `mesh` out, or open the checkpoint again'
+        )
       self.parts, self.mesh = parts, parts.mesh
     else:
       self.parts = LazyParams(model, parts, weights, mesh)
     self.settings = VARIANT_DEFAULTS.get(model.variant, VariantDefaults())
 
   @classmethod
-  def from_pretrained(cls, folder, mesh: Mesh | Mapping[str, int] | None = None, dtype: str | None = None, variant: str | None = None,
-                      weights: str | None = None, cache: str | None = None, safety_checker: bool = True) -> Lavit:
+  def from_pretrained(
+    cls,
+    folder,
+    mesh: Mesh | Mapping[str, int] | None = None,
+    dtype: str | None = None,
+    variant: str | None = None,
+    weights: str | None = None,
+    cache: str | None = None,
+    safety_checker: bool = True,
+  ) -> Lavit:
     """Opens a checkpoint: a folder of ours (weights/store/folder.py) or a PyTorch one (weights/torch/formats.py); parts are read when first needed.
 
     Args:
@@ -142,7 +170,9 @@ class Lavit:
       UserError: the folder is missing, damaged, or not of `variant`; an option is not known; the mesh does not fit the devices.
     """
     if dtype not in (None, *DTYPES):
-      raise UserError(f'dtype={dtype!r} is not known; choose one of {", ".join(map(repr, (None, *DTYPES)))}')
+      raise UserError(
+        f'dtype={dtype!r} is not known; choose one of {", ".join(map(repr, (None, *DTYPES)))}'
+      )
     found = open_checkpoint(expand_home(folder), variant)
     compute = dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
     model = lavit.build(found.variant, compute, settings=found.settings)
@@ -151,16 +181,24 @@ class Lavit:
   @functools.cached_property
   def words(self) -> TextTokenizer:
     """Raises UserError if they are missing, damaged, or another model's."""
-    return self._words if isinstance(self._words, TextTokenizer) else TextTokenizer.load(self._words, self.model.vocabulary.text_size)
+    return (
+      self._words
+      if isinstance(self._words, TextTokenizer)
+      else TextTokenizer.load(self._words, self.model.vocabulary.text_size)
+    )
 
   # Pictures to codes and back.
 
   def tokenize(self, images, seed: int | None = 0) -> VisualTokens:
     """Pictures -> their visual tokens."""
     images = read_images(images, self.model.image_size)
-    return self._tokens(images, purpose_keys(Purpose.PATCHES, example_keys(seed, len(images), optional=True)))
+    return self._tokens(
+      images, purpose_keys(Purpose.PATCHES, example_keys(seed, len(images), optional=True))
+    )
 
-  def _tokens(self, images: np.ndarray, keys: Array | None, rows: np.ndarray | None = None) -> VisualTokens:
+  def _tokens(
+    self, images: np.ndarray, keys: Array | None, rows: np.ndarray | None = None
+  ) -> VisualTokens:
     """`rows`: the input that each picture is of, for messages."""
     if not len(images):
       return VisualTokens([], np.zeros((0, self.model.num_patches), bool), np.zeros(0, int))
@@ -168,7 +206,9 @@ class Lavit:
     faults.check(np.maximum(-ids[:, 0], 0), rows=rows)
     return VisualTokens([row[kept] for row, kept in zip(ids, keep)], keep, keep.sum(-1))
 
-  def draw(self, codes: Sequence[np.ndarray], *, seed: int | Sequence[int] = 0, **options) -> np.ndarray | image_generation.DecodedImages:
+  def draw(
+    self, codes: Sequence[np.ndarray], *, seed: int | Sequence[int] = 0, **options
+  ) -> np.ndarray | image_generation.DecodedImages:
     """Codes of each picture, i32[n] with n <= N -> uint8[B, H, W, 3].
 
     Args:
@@ -185,20 +225,42 @@ class Lavit:
         are decoded whole up to a megapixel (all published sizes) and in tiles of 1024 beyond.
       details: return `image_generation.DecodedImages`, which also has the flags of the safety checker; these are then not in the log.
     """
-    return self._draw(codes, sample_keys(Purpose.LATENTS, example_keys(seed, len(codes)), 1), self._settle(len(codes), options))
+    return self._draw(
+      codes,
+      sample_keys(Purpose.LATENTS, example_keys(seed, len(codes)), 1),
+      self._settle(len(codes), options),
+    )
 
-  def _draw(self, codes: Sequence[np.ndarray], keys: Array, request: image_generation.ImageRequest) -> np.ndarray | image_generation.DecodedImages:
+  def _draw(
+    self, codes: Sequence[np.ndarray], keys: Array, request: image_generation.ImageRequest
+  ) -> np.ndarray | image_generation.DecodedImages:
     ids, mask = self.in_slots(codes)
     if not len(ids):
-      none = image_generation.DecodedImages(np.zeros((0, *request.options['size'], 3), np.uint8), np.zeros(0, bool))
+      none = image_generation.DecodedImages(
+        np.zeros((0, *request.options['size'], 3), np.uint8), np.zeros(0, bool)
+      )
       return none if request.details else none.pictures
-    way, checker = request.options['way'], image_generation.safety_checker_part(self.model, self.parts) if self.safety_checker else ()
-    checked = self.in_batches(image_generation.decode_images, way.parts + checker, ids, mask, keys, request.start, most=way.batch, **request.options)
+    way, checker = (
+      request.options['way'],
+      image_generation.safety_checker_part(self.model, self.parts) if self.safety_checker else (),
+    )
+    checked = self.in_batches(
+      image_generation.decode_images,
+      way.parts + checker,
+      ids,
+      mask,
+      keys,
+      request.start,
+      most=way.batch,
+      **request.options,
+    )
     drawn = image_generation.DecodedImages(checked.pictures, checked.flagged)
     faults.check(checked.faults, drawn)
     if request.details:
       return drawn
-    image_generation.report_flagged(f'picture {i + 1} of {len(ids)}' for i in drawn.flagged.nonzero()[0])
+    image_generation.report_flagged(
+      f'picture {i + 1} of {len(ids)}' for i in drawn.flagged.nonzero()[0]
+    )
     return drawn.pictures
 
   def reconstruct(self, images, *, seed: int | Sequence[int] = 0, **options) -> np.ndarray:
@@ -207,7 +269,15 @@ class Lavit:
 
   # Pictures to words.
 
-  def caption(self, images, prompt: str | Sequence[str] = '', *, seed: int | None = 0, details: bool = False, **options) -> list[str] | list[TextOutput]:
+  def caption(
+    self,
+    images,
+    prompt: str | Sequence[str] = '',
+    *,
+    seed: int | None = 0,
+    details: bool = False,
+    **options,
+  ) -> list[str] | list[TextOutput]:
     """What is in each picture: the continuation of [IMG] features [/IMG] prompt, cut at the first full stop.
 
     Args:
@@ -225,12 +295,24 @@ class Lavit:
     else:
       asked = [self._encode(text, empty=True) for text in as_texts(prompt, 'prompt')]
     if len(asked) != len(images):
-      raise UserError(f'{len(images)} pictures but {len(asked)} prompts; give one for each, or one for all')
+      raise UserError(
+        f'{len(images)} pictures but {len(asked)} prompts; give one for each, or one for all'
+      )
     told = self._tell(images, asked, writing, seed)
-    return _as_asked([each._replace(text=each.text.split('.')[0].strip()) for each in told], details)
+    return _as_asked(
+      [each._replace(text=each.text.split('.')[0].strip()) for each in told], details
+    )
 
-  def answer(self, images, questions: Sequence[str], *, judge: bool = False, seed: int | None = 0, details: bool = False,
-             **options) -> list[str] | list[TextOutput]:
+  def answer(
+    self,
+    images,
+    questions: Sequence[str],
+    *,
+    judge: bool = False,
+    seed: int | None = 0,
+    details: bool = False,
+    **options,
+  ) -> list[str] | list[TextOutput]:
     """The answer to a question about each picture, lower case, cut at the first newline, comma or full stop.
 
     The published evaluation lemmatises it too.
@@ -243,26 +325,43 @@ class Lavit:
     images = read_images(images, self.model.image_size)
     questions = as_texts(questions, 'questions')
     if len(images) != len(questions):
-      raise UserError(f'{len(images)} pictures but {len(questions)} questions; give one question for each picture')
-    writing = self._settle_words(GenerationConfig(*self.settings.answer_tokens, beams=5, length_penalty=0.0, early_stopping=True), options)
+      raise UserError(
+        f'{len(images)} pictures but {len(questions)} questions; give one question for each picture'
+      )
+    writing = self._settle_words(
+      GenerationConfig(
+        *self.settings.answer_tokens, beams=5, length_penalty=0.0, early_stopping=True
+      ),
+      options,
+    )
 
-    forms = (prompt, lambda question: prompt(answerable(question)))[:1 + bool(judge)]
+    forms = (prompt, lambda question: prompt(answerable(question)))[: 1 + bool(judge)]
     asked = [[self._encode(question, form) for question in questions] for form in forms]
-    self._fit([BARE + len(ids) for ids in asked[-1]], writing, least=True)  # the longer of both, before the first is computed
+    self._fit(
+      [BARE + len(ids) for ids in asked[-1]], writing, least=True
+    )  # the longer of both, before the first is computed
 
     def ask(asked: Sequence[Sequence[int]]) -> list[TextOutput]:
       told = self._tell(images, asked, writing, seed)
-      return [each._replace(text=re.split(r'[\n,.]', each.text.strip())[0].strip().lower()) for each in told]
+      return [
+        each._replace(text=re.split(r'[\n,.]', each.text.strip())[0].strip().lower())
+        for each in told
+      ]
 
     told = ask(asked[0])
     if judge:
       judged = ask(asked[1])
-      told = [each._replace(text='unanswerable') if re.search(r'\bno\b', verdict.text) else each for each, verdict in zip(told, judged)]
+      told = [
+        each._replace(text='unanswerable') if re.search(r'\bno\b', verdict.text) else each
+        for each, verdict in zip(told, judged)
+      ]
     return _as_asked(told, details)
 
   # Words and pictures to pictures.
 
-  def generate(self, prompts: Sequence[str], *, guidance: float | None = 4.0, **options) -> np.ndarray | ImageOutput:
+  def generate(
+    self, prompts: Sequence[str], *, guidance: float | None = 4.0, **options
+  ) -> np.ndarray | ImageOutput:
     """A picture of each text, uint8[B, H, W, 3].
 
     Args:
@@ -271,9 +370,13 @@ class Lavit:
       details: return `ImageOutput`.
       options: all others of `sample_codes` and `draw`.
     """
-    return self._generate([[text] for text in as_texts(prompts, 'prompts')], guidance=guidance, **options)
+    return self._generate(
+      [[text] for text in as_texts(prompts, 'prompts')], guidance=guidance, **options
+    )
 
-  def synthesize(self, prompts: Sequence[Sequence], *, guidance: float | None = 5.0, **options) -> np.ndarray | ImageOutput:
+  def synthesize(
+    self, prompts: Sequence[Sequence], *, guidance: float | None = 5.0, **options
+  ) -> np.ndarray | ImageOutput:
     """A picture from each sequence of pictures and words, in any order, uint8[B, H, W, 3].
 
     A `str` is words; a picture on disk is a `pathlib.Path`. One prompt may go without brackets, if it has both words and pictures:
@@ -281,18 +384,47 @@ class Lavit:
     """
     return self._generate(prompts, guidance=guidance, **options)
 
-  def _generate(self, prompts, *, decoder_guidance: float | None = None, negative: str = '', seed: int | Sequence[int] = 0, **options):
-    asked, prompts = {name: options.pop(name) for name in GenerationConfig._fields if name in options}, as_prompts(prompts)
-    writing, against = self._settle_codes(asked, negative)  # what is wrong is told before anything runs
-    decoder_guidance = check_value('decoder_guidance', decoder_guidance, image_generation.LIMITS['guidance'])
-    request = self._settle(len(prompts) * writing.num_samples, dict(options, guidance=decoder_guidance))
+  def _generate(
+    self,
+    prompts,
+    *,
+    decoder_guidance: float | None = None,
+    negative: str = '',
+    seed: int | Sequence[int] = 0,
+    **options,
+  ):
+    asked, prompts = (
+      {name: options.pop(name) for name in GenerationConfig._fields if name in options},
+      as_prompts(prompts),
+    )
+    writing, against = self._settle_codes(
+      asked, negative
+    )  # what is wrong is told before anything runs
+    decoder_guidance = check_value(
+      'decoder_guidance', decoder_guidance, image_generation.LIMITS['guidance']
+    )
+    request = self._settle(
+      len(prompts) * writing.num_samples, dict(options, guidance=decoder_guidance)
+    )
     keys = example_keys(seed, len(prompts))
     sampled = self._sample(prompts, writing, keys, against)
-    drawn = self._draw([each.codes for each in sampled], sample_keys(Purpose.LATENTS, keys, writing.num_samples), request)
+    drawn = self._draw(
+      [each.codes for each in sampled],
+      sample_keys(Purpose.LATENTS, keys, writing.num_samples),
+      request,
+    )
     return ImageOutput(drawn.pictures, drawn.flagged, sampled) if request.details else drawn
 
-  def sample_codes(self, prompts: Sequence[Sequence], *, guidance: float | None = 4.0, negative: str = '', seed: int | Sequence[int] = 0,
-                   details: bool = False, **options) -> list[np.ndarray] | list[CodesOutput]:
+  def sample_codes(
+    self,
+    prompts: Sequence[Sequence],
+    *,
+    guidance: float | None = 4.0,
+    negative: str = '',
+    seed: int | Sequence[int] = 0,
+    details: bool = False,
+    **options,
+  ) -> list[np.ndarray] | list[CodesOutput]:
     """The codes that the language model continues each prompt with, i32[n].
 
     A prompt is its pictures and words in their order, then [IMG], which asks for a picture. Pictures are put as their discrete codes: this is
@@ -306,40 +438,68 @@ class Lavit:
       options: fields of `settings.Writing` but those of a search. By default, as published, temperature 1 and top-k 50. num_samples codes of a
         prompt come one after the other; the first of each is what one alone would be.
     """
-    prompts, (writing, against) = as_prompts(prompts), self._settle_codes(dict(options, guidance=guidance), negative)
+    prompts, (writing, against) = (
+      as_prompts(prompts),
+      self._settle_codes(dict(options, guidance=guidance), negative),
+    )
     sampled = self._sample(prompts, writing, example_keys(seed, len(prompts)), against)
     return sampled if details else [each.codes for each in sampled]
 
   def _settle_words(self, task: GenerationConfig, asked: Mapping[str, Any]) -> GenerationConfig:
     return resolve_generation_config(task, asked, self.parts.max_length - BARE)
 
-  def _settle_codes(self, asked: Mapping[str, Any], negative: str) -> tuple[GenerationConfig, list[Sequence[int]]]:
+  def _settle_codes(
+    self, asked: Mapping[str, Any], negative: str
+  ) -> tuple[GenerationConfig, list[Sequence[int]]]:
     """The settings, and the context that guidance is against."""
-    writing = resolve_generation_config(GenerationConfig(*self.settings.image_tokens, guidance=4.0), asked, self.model.num_patches)
+    writing = resolve_generation_config(
+      GenerationConfig(*self.settings.image_tokens, guidance=4.0), asked, self.model.num_patches
+    )
     against = [[self.model.vocabulary.image_start]]
     if negative in ('', None):
       return writing, against
     if writing.guidance is None:
-      raise UserError('negative plays no part without guidance; leave it out, or choose a guidance above 1')
+      raise UserError(
+        'negative plays no part without guidance; leave it out, or choose a guidance above 1'
+      )
     with shared_argument('negative'):
       against = [self._encode(negative), *against]
       self._fit([sum(map(len, against))], writing)
     return writing, against
 
-  def _sample(self, prompts: Sequence[Sequence], writing: GenerationConfig, keys: Array, against: Sequence[Sequence[int]]) -> list[CodesOutput]:
+  def _sample(
+    self,
+    prompts: Sequence[Sequence],
+    writing: GenerationConfig,
+    keys: Array,
+    against: Sequence[Sequence[int]],
+  ) -> list[CodesOutput]:
     words = self.model.vocabulary
     start, end = [words.image_start], [words.image_end]
     bare = BARE if self.settings.bracketed else 1
     if not all(map(len, prompts)):
       raise InputError('the prompt is empty; give it words or pictures')
-    asked = [[self._encode(part) if isinstance(part, str) else None for part in prompt] for prompt in prompts]
-    self._fit([sum(bare if ids is None else len(ids) for ids in each) + 1 for each in asked], writing, least=True)  # before anything runs
-    places = [(i, part) for i, prompt in enumerate(prompts) for part in prompt if not isinstance(part, str)]
+    asked = [
+      [self._encode(part) if isinstance(part, str) else None for part in prompt]
+      for prompt in prompts
+    ]
+    self._fit(
+      [sum(bare if ids is None else len(ids) for ids in each) + 1 for each in asked],
+      writing,
+      least=True,
+    )  # before anything runs
+    places = [
+      (i, part) for i, prompt in enumerate(prompts) for part in prompt if not isinstance(part, str)
+    ]
     codes = iter(())
-    if places:  # the j-th picture of a prompt has the j-th key of its row's, whatever the other rows are
+    if (
+      places
+    ):  # the j-th picture of a prompt has the j-th key of its row's, whatever the other rows are
       rows = np.array([i for i, _ in places])
       images = read_images([part for _, part in places], self.model.image_size)
-      picked = purpose_keys(Purpose.PATCHES, keys[rows], np.arange(len(rows)) - np.searchsorted(rows, rows))
+      picked = purpose_keys(
+        Purpose.PATCHES, keys[rows], np.arange(len(rows)) - np.searchsorted(rows, rows)
+      )
       codes = iter(self._tokens(images, picked, rows).ids)
 
     def pieces(prompt):
@@ -359,20 +519,45 @@ class Lavit:
       guided = writing.guidance is not None
       embeddings, mask = self._embed([prompts[i] for i in rows] + [against] * len(rows) * guided)
       b = len(rows)
-      null = dict(guidance_scale=writing.guidance, uncond_embeddings=embeddings[b:], uncond_mask=mask[b:]) if guided else {}
-      return self._write(writing, embeddings[:b], mask[:b], keys[rows], eos_id=words.image_end, suppress=forbidden, **null)
+      null = (
+        dict(
+          guidance_scale=writing.guidance, uncond_embeddings=embeddings[b:], uncond_mask=mask[b:]
+        )
+        if guided
+        else {}
+      )
+      return self._write(
+        writing,
+        embeddings[:b],
+        mask[:b],
+        keys[rows],
+        eos_id=words.image_end,
+        suppress=forbidden,
+        **null,
+      )
 
     most = max(1, MAX_BATCH // writing.num_samples)
-    out = fetch_batches(((n, sample(rows)) for n, rows in batch_ranges(len(prompts), most)), len(prompts), 'codes')
-    sampled = [CodesOutput(ids[ids >= words.code_offset] - words.code_offset, ids, score) for ids, score in _rows_of(out, writing.num_samples)]
+    out = fetch_batches(
+      ((n, sample(rows)) for n, rows in batch_ranges(len(prompts), most)), len(prompts), 'codes'
+    )
+    sampled = [
+      CodesOutput(ids[ids >= words.code_offset] - words.code_offset, ids, score)
+      for ids, score in _rows_of(out, writing.num_samples)
+    ]
     _check_scores(sampled)
     return sampled
 
   # What the tasks share.
 
-  def _tell(self, images: np.ndarray, asked: Sequence[Sequence[int]], writing: GenerationConfig, seed) -> list[TextOutput]:
+  def _tell(
+    self, images: np.ndarray, asked: Sequence[Sequence[int]], writing: GenerationConfig, seed
+  ) -> list[TextOutput]:
     """Continues [IMG] features [/IMG] asked, for each picture, in words alone."""
-    decoded, words, slots = self.words.decode, self.model.vocabulary, self.model.num_patches  # what is wrong with the words is told first
+    decoded, words, slots = (
+      self.words.decode,
+      self.model.vocabulary,
+      self.model.num_patches,
+    )  # what is wrong with the words is told first
     forbidden = np.arange(words.size) >= words.text_size
     keys = example_keys(seed, len(images), optional=writing.beams is not None)
     patches = purpose_keys(Purpose.PATCHES, keys)
@@ -381,36 +566,95 @@ class Lavit:
     broken = []  # the number of the fault of each picture, 0 for none
 
     def read():
-      for n, rows in batch_ranges(len(images), MAX_BATCH if writing.beams else max(1, MAX_BATCH // writing.num_samples)):
-        yield n, rows, self._run(compiled.read, ('vit', 'tokenizer', 'understanding'), images[rows], None if keys is None else patches[rows])
+      for n, rows in batch_ranges(
+        len(images), MAX_BATCH if writing.beams else max(1, MAX_BATCH // writing.num_samples)
+      ):
+        yield (
+          n,
+          rows,
+          self._run(
+            compiled.read,
+            ('vit', 'tokenizer', 'understanding'),
+            images[rows],
+            None if keys is None else patches[rows],
+          ),
+        )
 
     def write():
       for n, rows, (features, counts) in double_buffer(read()):
         counts = np.asarray(counts)
         broken.extend(np.maximum(-counts[:n], 0))
         counts = np.maximum(counts, 1)
-        prompts = [[[words.image_start], range(i * slots, i * slots + int(count)), [words.image_end], asked[row]]
-                   for i, (row, count) in enumerate(zip(rows, counts))]
-        self._fit([sum(map(len, pieces)) for pieces in prompts], writing, rows=rows, count=len(images))
+        prompts = [
+          [
+            [words.image_start],
+            range(i * slots, i * slots + int(count)),
+            [words.image_end],
+            asked[row],
+          ]
+          for i, (row, count) in enumerate(zip(rows, counts))
+        ]
+        self._fit(
+          [sum(map(len, pieces)) for pieces in prompts], writing, rows=rows, count=len(images)
+        )
         embeddings, mask = self._embed(prompts, features)
-        yield n, self._write(writing, embeddings, mask, None if keys is None else keys[rows], eos_id=EOS, suppress=forbidden)
+        yield (
+          n,
+          self._write(
+            writing,
+            embeddings,
+            mask,
+            None if keys is None else keys[rows],
+            eos_id=EOS,
+            suppress=forbidden,
+          ),
+        )
 
     out = fetch_batches(write(), len(images), 'words')
-    told = [TextOutput(decoded(ids), ids, score) for ids, score in _rows_of(out, writing.num_samples)]
+    told = [
+      TextOutput(decoded(ids), ids, score) for ids, score in _rows_of(out, writing.num_samples)
+    ]
     _check_scores(told, np.repeat(broken, writing.num_samples))
     return told
 
-  def _write(self, writing: GenerationConfig, embeddings: Array, mask: Array, keys: Array | None, **more) -> decode.GenerateOutput:
+  def _write(
+    self, writing: GenerationConfig, embeddings: Array, mask: Array, keys: Array | None, **more
+  ) -> decode.GenerateOutput:
     """Continues prompts [B, S, H] with keys [B]; B * num_samples rows."""
-    same = dict(min_new_tokens=writing.min_tokens, max_new_tokens=writing.max_tokens, repetition_penalty=writing.repetition_penalty,
-                num_samples=writing.num_samples, cache_dtype=self.cache, **more)
+    same = dict(
+      min_new_tokens=writing.min_tokens,
+      max_new_tokens=writing.max_tokens,
+      repetition_penalty=writing.repetition_penalty,
+      num_samples=writing.num_samples,
+      cache_dtype=self.cache,
+      **more,
+    )
     if writing.beams is not None:
-      return self._run(compiled.beam_search, ('llama',), embeddings, mask, num_beams=writing.beams, length_penalty=writing.length_penalty,
-                       early_stopping=writing.early_stopping, **same)
-    return self._run(compiled.generate, ('llama',), embeddings, mask, key=sample_keys(Purpose.TOKENS, keys, writing.num_samples),
-                     temperature=writing.temperature, top_k=writing.top_k, top_p=writing.top_p, **same)
+      return self._run(
+        compiled.beam_search,
+        ('llama',),
+        embeddings,
+        mask,
+        num_beams=writing.beams,
+        length_penalty=writing.length_penalty,
+        early_stopping=writing.early_stopping,
+        **same,
+      )
+    return self._run(
+      compiled.generate,
+      ('llama',),
+      embeddings,
+      mask,
+      key=sample_keys(Purpose.TOKENS, keys, writing.num_samples),
+      temperature=writing.temperature,
+      top_k=writing.top_k,
+      top_p=writing.top_p,
+      **same,
+    )
 
-  def _encode(self, text: str, form: Callable[[str], str] = str, empty: bool = False) -> Sequence[int]:
+  def _encode(
+    self, text: str, form: Callable[[str], str] = str, empty: bool = False
+  ) -> Sequence[int]:
     try:
       blank = not text.encode().strip()
     except (AttributeError, UnicodeEncodeError):
@@ -425,7 +669,11 @@ class Lavit:
   def _embed(self, prompts, features: Array | None = None) -> tuple[Array, Array]:
     """Lists of pieces -> embeddings [B, S, H] and mask bool[B, S], left-padded."""
     embeddings, mask, _ = sequence.embed_prompts(
-        prompts, functools.partial(self._run, compiled.embed, ('llama',)), features, multiple=self.model.num_patches)
+      prompts,
+      functools.partial(self._run, compiled.embed, ('llama',)),
+      features,
+      multiple=self.model.num_patches,
+    )
     return embeddings, mask
 
   def in_slots(self, codes: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -433,21 +681,42 @@ class Lavit:
     slots, size = np.arange(self.model.num_patches), self.model.vocabulary.codebook_size
     for row in map(np.asarray, codes):
       if row.ndim != 1 or row.size and row.dtype.kind not in 'iu':
-        raise UserError(f'the codes of a picture are whole numbers in a row, of several pictures a list of these; got {row.tolist()!r}')
+        raise UserError(
+          f'the codes of a picture are whole numbers in a row, of several pictures a list of these; got {row.tolist()!r}'
+        )
       if len(row) > len(slots) or ((row < 0) | (row >= size)).any():
-        raise UserError(f'the codes of a picture are at most {len(slots)} numbers in 0..{size - 1}; got {len(row)}: {row[:4].tolist()} ...')
+        raise UserError(
+          f'the codes of a picture are at most {len(slots)} numbers in 0..{size - 1}; got {len(row)}: {row[:4].tolist()} ...'
+        )
     ids = [np.resize(np.append(row, 0), slots.shape) for row in codes]
-    mask = slots < np.array([max(1, len(row)) for row in codes], int)[:, None]  # no code at all would leave nothing to attend to
+    mask = (
+      slots < np.array([max(1, len(row)) for row in codes], int)[:, None]
+    )  # no code at all would leave nothing to attend to
     return np.array(ids, np.int32).reshape(-1, len(slots)), mask
 
   def in_batches(self, program, names: tuple[str, ...], *rows, most: int = MAX_BATCH, **same):
     """program(model, parts, *rows, **same) over batches of `rows`, arrays [B, ...] or None; numpy arrays."""
-    out = fetch_batches(((n, self._run(program, names, *(None if x is None else x[index] for x in rows), **same))
-                  for n, index in batch_ranges(len(rows[0]), most)), len(rows[0]), 'pictures')
-    return jax.tree.map(lambda *x: np.concatenate(x), *(jax.tree.map(lambda x: x[:n], found) for n, found in out))
+    out = fetch_batches(
+      (
+        (n, self._run(program, names, *(None if x is None else x[index] for x in rows), **same))
+        for n, index in batch_ranges(len(rows[0]), most)
+      ),
+      len(rows[0]),
+      'pictures',
+    )
+    return jax.tree.map(
+      lambda *x: np.concatenate(x), *(jax.tree.map(lambda x: x[:n], found) for n, found in out)
+    )
 
   def _settle(self, count: int, options: Mapping) -> image_generation.ImageRequest:
-    return image_generation.resolve_image_request(count, self.settings.drawn_size, self.settings.highres_sizes, self.parts, self.parts.scheduler, **options)
+    return image_generation.resolve_image_request(
+      count,
+      self.settings.drawn_size,
+      self.settings.highres_sizes,
+      self.parts,
+      self.parts.scheduler,
+      **options,
+    )
 
   def _run(self, program, names: tuple[str, ...], *args, **kwargs):
     """Calls a program with the parts that it needs, loading them first."""
@@ -456,14 +725,24 @@ class Lavit:
       return program(self.model, parts, *args, **kwargs)
 
 
-def _rows_of(found: list[tuple[int, decode.GenerateOutput]], num_samples: int) -> list[tuple[np.ndarray, float]]:
+def _rows_of(
+  found: list[tuple[int, decode.GenerateOutput]], num_samples: int
+) -> list[tuple[np.ndarray, float]]:
   """The new tokens i32[length] and the score of each row that counts, of batches with n * num_samples of them."""
-  return [(ids[:length], float(score)) for n, batch in found for ids, length, score in zip(*(x[:n * num_samples] for x in batch))]
+  return [
+    (ids[:length], float(score))
+    for n, batch in found
+    for ids, length, score in zip(*(x[: n * num_samples] for x in batch))
+  ]
 
 
-def _check_scores(found: Sequence[TextOutput] | Sequence[CodesOutput], broken: Sequence[int] | None = None) -> None:
+def _check_scores(
+  found: Sequence[TextOutput] | Sequence[CodesOutput], broken: Sequence[int] | None = None
+) -> None:
   """Raises NotFinite where the language model's results are not finite; `broken`: the faults of what it read, by row."""
-  wrong = np.array([0 if np.isfinite(each.score) else faults.number('llama') for each in found], int)
+  wrong = np.array(
+    [0 if np.isfinite(each.score) else faults.number('llama') for each in found], int
+  )
   faults.check(wrong if broken is None else np.where(broken, broken, wrong), found)
 
 

@@ -47,7 +47,10 @@ def keep_top_p(logits: Array, p: float | Array) -> Array:
 
 
 def filter_logits(
-    logits: Array, temperature: float | Array = 1.0, top_k: int | None = None, top_p: float | Array | None = None
+  logits: Array,
+  temperature: float | Array = 1.0,
+  top_k: int | None = None,
+  top_p: float | Array | None = None,
 ) -> Array:
   """Temperature, then top-k, then top-p; None leaves a filter out."""
   logits = logits / temperature

@@ -53,14 +53,22 @@ def image_attention(q: Array, k: Array, v: Array) -> Array:
   return attention(q, k, v)
 
 
-def splash_attention(q: Array, k: Array, v: Array, segments: Array | None = None, interpret: bool = False) -> Array:
+def splash_attention(
+  q: Array, k: Array, v: Array, segments: Array | None = None, interpret: bool = False
+) -> Array:
   """`packed_attention`, or without segments `image_attention`, by the kernel, on one device; `interpret` runs it where there is no TPU.
   S is a multiple of 128, with segments d too."""
   length, heads = q.shape[1], q.shape[2]
   block = math.gcd(length, BLOCK)
-  sizes = splash.BlockSizes(block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, use_fused_bwd_kernel=True)
-  mask = splash.MultiHeadMask([(splash.FullMask if segments is None else splash.CausalMask)((length, length))] * heads)
-  kernel = splash.make_splash_mha_single_device(mask, block_sizes=sizes, residual_checkpoint_name=SAVED_ATTENTION, interpret=interpret)
+  sizes = splash.BlockSizes(
+    block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, use_fused_bwd_kernel=True
+  )
+  mask = splash.MultiHeadMask(
+    [(splash.FullMask if segments is None else splash.CausalMask)((length, length))] * heads
+  )
+  kernel = splash.make_splash_mha_single_device(
+    mask, block_sizes=sizes, residual_checkpoint_name=SAVED_ATTENTION, interpret=interpret
+  )
   q = q * q.shape[3] ** -0.5
   inputs = [x.swapaxes(1, 2) for x in (q, k, v)]
   if segments is not None:
@@ -72,19 +80,30 @@ def cudnn_attention(q: Array, k: Array, v: Array, segments: Array | None = None)
   """As `splash_attention`, by cuDNN. The mask of the segments becomes a bias [R, 1, S, S] in the dtype of q, the same for all heads; told that
   it is causal too, cuDNN leaves out what that forbids."""
   mask = None if segments is None else segment_mask(segments)
-  return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=segments is not None, implementation='cudnn')
+  return jax.nn.dot_product_attention(
+    q, k, v, mask=mask, is_causal=segments is not None, implementation='cudnn'
+  )
 
 
 def cudnn_takes(q: Array) -> bool:
   """Whether cuDNN attends with such queries: of 16 bits, heads of a multiple of 8 up to 128, an even number of slots."""
-  return q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[3] % 8 == 0 and q.shape[3] <= 128 and q.shape[1] % 2 == 0
+  return (
+    q.dtype in (jnp.bfloat16, jnp.float16)
+    and q.shape[3] % 8 == 0
+    and q.shape[3] <= 128
+    and q.shape[1] % 2 == 0
+  )
 
 
 def kernel_flops(name: str, shapes: Sequence[tuple[int, ...]]) -> float:
   """Operations of one call of the kernel in a compiled program, by its name there and the shapes of its operands: forward has two
   products of [S, d] and [d, S], backward five (the scores again among them), with segments in the blocks that causality does not forbid."""
-  times = Counter(shape for shape in map(tuple, shapes) if len(shape) >= 3)  # queries, keys and values have one shape, masks others
-  *rows, heads, length, width = max(times, key=lambda shape: (times[shape], math.prod(shape)))  # of one row, that axis is left out
+  times = Counter(
+    shape for shape in map(tuple, shapes) if len(shape) >= 3
+  )  # queries, keys and values have one shape, masks others
+  *rows, heads, length, width = max(
+    times, key=lambda shape: (times[shape], math.prod(shape))
+  )  # of one row, that axis is left out
   blocks = length // math.gcd(length, BLOCK)
   share = (blocks + 1) / (2 * blocks) if 'segmented' in name else 1
   products = 2 if 'fwd' in name else 5
@@ -94,7 +113,11 @@ def kernel_flops(name: str, shapes: Sequence[tuple[int, ...]]) -> float:
 def _platform() -> str:
   """What the program being traced is for, as its mesh says, else the machine; 'cuda' are GPUs of Ampere and later, whose kind begins so."""
   device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-  return 'cuda' if device.platform == 'gpu' and device.device_kind.startswith('NVIDIA') else device.platform
+  return (
+    'cuda'
+    if device.platform == 'gpu' and device.device_kind.startswith('NVIDIA')
+    else device.platform
+  )
 
 
 def _over_mesh(kernel, q: Array, *others: Array) -> Array:
@@ -102,8 +125,12 @@ def _over_mesh(kernel, q: Array, *others: Array) -> Array:
   mesh = jax.sharding.get_abstract_mesh()
   if not {*BATCH_AXES, TENSOR_AXIS} <= set(mesh.axis_names):
     return kernel(q, *others)
-  rows = BATCH_AXES if q.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES) == 0 else None
+  rows = (
+    BATCH_AXES if q.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES) == 0 else None
+  )
   heads = TENSOR_AXIS if others[0].shape[2] % mesh.shape[TENSOR_AXIS] == 0 else None
   spec = P(rows, None, heads)
-  split = jax.shard_map(kernel, in_specs=(spec, spec, spec, P(rows))[:1 + len(others)], out_specs=spec, check_vma=False)
+  split = jax.shard_map(
+    kernel, in_specs=(spec, spec, spec, P(rows))[: 1 + len(others)], out_specs=spec, check_vma=False
+  )
   return split(q, *others)

@@ -10,7 +10,16 @@ import jax.numpy as jnp
 from jax import Array
 
 from lavit_jax.models.layers import (
-    CrossAttention, Dtype, LayerNorm, Mlp, SelfAttention, attention, merge_heads, scan_blocks, constrain_batch, split_heads,
+  CrossAttention,
+  Dtype,
+  LayerNorm,
+  Mlp,
+  SelfAttention,
+  attention,
+  constrain_batch,
+  merge_heads,
+  scan_blocks,
+  split_heads,
 )
 
 
@@ -26,7 +35,9 @@ class DecoderBlock(nn.Module):
     def norm(name: str) -> LayerNorm:
       return LayerNorm(1e-5, self.dtype, name=name)
 
-    among = SelfAttention(self.num_heads, x.shape[-1] // self.num_heads, dtype=self.dtype, name='self_attn')
+    among = SelfAttention(
+      self.num_heads, x.shape[-1] // self.num_heads, dtype=self.dtype, name='self_attn'
+    )
     cross = CrossAttention(self.num_heads, self.dtype, name='cross_attn')
     x = constrain_batch(x)
     x = x + among(norm('norm0')(x))
@@ -49,7 +60,9 @@ class AttentionPool(nn.Module):
 
     _, n, width = x.shape
     x = jnp.concatenate([x.mean(1, keepdims=True), x], axis=1)
-    x = x + self.param('pos_embed', nn.initializers.normal(width**-0.5), (n + 1, width)).astype(x.dtype)
+    x = x + self.param('pos_embed', nn.initializers.normal(width**-0.5), (n + 1, width)).astype(
+      x.dtype
+    )
     q, k, v = linear(width, 'query')(x[:, :1]), linear(width, 'key')(x), linear(width, 'value')(x)
     pooled = attention(*(split_heads(t, self.num_heads) for t in (q, k, v)))
     return linear(self.output_dim, 'proj')(merge_heads(pooled)[:, 0])
@@ -81,7 +94,9 @@ class FeatureDecoder(nn.Module):
     self.pos_embed = self.param('pos_embed', table, (self.num_patches, self.hidden_size))
     self.query_embed = self.param('query_embed', table, (self.num_patches, self.hidden_size))
     self.in_proj = linear(self.hidden_size)
-    self.blocks = scan_blocks(DecoderBlock, self.num_layers, self.remat)(self.num_heads, self.mlp_dim, self.dtype)
+    self.blocks = scan_blocks(DecoderBlock, self.num_layers, self.remat)(
+      self.num_heads, self.mlp_dim, self.dtype
+    )
     self.norm = LayerNorm(1e-5, self.dtype)
     self.fc1, self.fc2 = linear(self.hidden_size), linear(self.hidden_size)
     self.context_proj = [linear(width) for width in self.context_dims]

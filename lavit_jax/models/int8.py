@@ -65,7 +65,9 @@ def _quantize_matrix(kernel: Array) -> Int8:
 
 def weight(module: nn.Module, name: str, init: Callable, shape: tuple[int, int]) -> Array | Int8:
   """The matrix `name` among a module's parameters: f32[I, O], or whatever stands in its place as Int8."""
-  if module.has_variable('params', name) and isinstance(given := module.get_variable('params', name), Int8):
+  if module.has_variable('params', name) and isinstance(
+    given := module.get_variable('params', name), Int8
+  ):
     return given
   return module.param(name, init, shape)
 
@@ -89,14 +91,23 @@ def product(x: Array, kernel: Array | Int8, out_dtype: Any) -> Array:
   # In a loop the weights are constant, and XLA would convert them all before it begins: they must seem to depend on x.
   values, rows = jax.lax.optimization_barrier((kernel.values, x.reshape(-1, x.shape[-1])))
   # Chips that hold parts of I send each other their sums: in the output's type, as with float weights, or these would be twice the bytes.
-  sums = functools.partial(_product, dtype=jnp.promote_types(out_dtype, jnp.bfloat16))  # float16 is too narrow for them, before the scale
-  y = jax.lax.platform_dependent(rows, values, cpu=_on_cpu, default=lambda *given: sums(*given).astype(jnp.float32)) * kernel.scale
+  sums = functools.partial(
+    _product, dtype=jnp.promote_types(out_dtype, jnp.bfloat16)
+  )  # float16 is too narrow for them, before the scale
+  y = (
+    jax.lax.platform_dependent(
+      rows, values, cpu=_on_cpu, default=lambda *given: sums(*given).astype(jnp.float32)
+    )
+    * kernel.scale
+  )
   return y.reshape(*x.shape[:-1], -1).astype(out_dtype)
 
 
 def _product(x: Array, values: Array, dtype: Any = jnp.float32) -> Array:
   """[N, I] by int8[O, I]: dtype[N, O]."""
-  return jax.lax.dot_general(x, values.astype(x.dtype), (((1,), (1,)), ((), ())), preferred_element_type=dtype)
+  return jax.lax.dot_general(
+    x, values.astype(x.dtype), (((1,), (1,)), ((), ())), preferred_element_type=dtype
+  )
 
 
 def _on_cpu(x: Array, values: Array) -> Array:
@@ -109,13 +120,22 @@ def _on_cpu(x: Array, values: Array) -> Array:
   blocks, 63 by converting whole matrices, over 500 by a multiplication and a sum, which are not vectorised; 21.9 with float32 weights.
   """
   (n, inputs), outputs = x.shape, values.shape[0]
-  width = next((w for w in range(LANES, inputs + 1, LANES) if inputs % w == 0 and inputs // w <= TERMS), None)
+  width = next(
+    (w for w in range(LANES, inputs + 1, LANES) if inputs % w == 0 and inputs // w <= TERMS), None
+  )
   if n <= FEW and width:
     x = x.astype(jnp.float32)[:, None]
-    terms = [x[..., i:i + width] * values[:, i:i + width].astype(jnp.float32) for i in range(0, inputs, width)]
-    while len(terms) > 1:  # by pairs: rounding errors grow with the depth of the tree, not with its leaves
-      terms = [sum(terms[i:i + 2]) for i in range(0, len(terms), 2)]
-    return jax.lax.optimization_barrier(terms[0]) @ jnp.ones(width)  # or the sums would be fused into what computes the parts
+    terms = [
+      x[..., i : i + width] * values[:, i : i + width].astype(jnp.float32)
+      for i in range(0, inputs, width)
+    ]
+    while (
+      len(terms) > 1
+    ):  # by pairs: rounding errors grow with the depth of the tree, not with its leaves
+      terms = [sum(terms[i : i + 2]) for i in range(0, len(terms), 2)]
+    return jax.lax.optimization_barrier(terms[0]) @ jnp.ones(
+      width
+    )  # or the sums would be fused into what computes the parts
 
   size = min(BLOCK, outputs)
 

@@ -26,11 +26,15 @@ QUERY_BLOCK = 256  # queries whose scores are in memory at once, where there are
 SAVED_QKV, SAVED_ATTENTION, SAVED_PROJ, SAVED_MLP_OUT = 'qkv', 'attention', 'proj', 'mlp_out'
 _policies = jax.checkpoint_policies
 REMAT_POLICIES = {
-    'full': _policies.nothing_saveable,
-    'save_qkv_proj': _policies.save_only_these_names(SAVED_QKV, SAVED_ATTENTION, SAVED_PROJ),
-    'save_all_but_mlp_in': _policies.save_only_these_names(SAVED_QKV, SAVED_ATTENTION, SAVED_PROJ, SAVED_MLP_OUT),
-    'minimal': _policies.save_from_both_policies(  # every product with weights
-        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(SAVED_QKV, SAVED_ATTENTION)),
+  'full': _policies.nothing_saveable,
+  'save_qkv_proj': _policies.save_only_these_names(SAVED_QKV, SAVED_ATTENTION, SAVED_PROJ),
+  'save_all_but_mlp_in': _policies.save_only_these_names(
+    SAVED_QKV, SAVED_ATTENTION, SAVED_PROJ, SAVED_MLP_OUT
+  ),
+  'minimal': _policies.save_from_both_policies(  # every product with weights
+    _policies.dots_with_no_batch_dims_saveable,
+    _policies.save_only_these_names(SAVED_QKV, SAVED_ATTENTION),
+  ),
 }
 
 
@@ -45,7 +49,9 @@ class LayerNorm(nn.Module):
     scale = self.param('scale', nn.initializers.ones, x.shape[-1:])
     bias = self.param('bias', nn.initializers.zeros, x.shape[-1:])
     x = x.astype(jnp.float32)
-    x = x - x.mean(-1, keepdims=True)  # the two-pass variance: E[x^2] - E[x]^2 cancels on large activations
+    x = x - x.mean(
+      -1, keepdims=True
+    )  # the two-pass variance: E[x^2] - E[x]^2 cancels on large activations
     x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
     return (x * scale + bias).astype(self.dtype)
 
@@ -80,7 +86,9 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     hidden = self.activation(nn.Dense(self.mlp_dim, dtype=self.dtype, name='fc1')(x))
-    return checkpoint_name(nn.Dense(x.shape[-1], dtype=self.dtype, name='fc2')(hidden), SAVED_MLP_OUT)
+    return checkpoint_name(
+      nn.Dense(x.shape[-1], dtype=self.dtype, name='fc2')(hidden), SAVED_MLP_OUT
+    )
 
 
 class SwiGLU(nn.Module):
@@ -117,7 +125,13 @@ def _mix(weights: Array, v: Array) -> Array:
 
 
 def attention(
-  q: Array, k: Array, v: Array, mask: Array | None = None, scale: float | None = None, *, bias: Array | None = None
+  q: Array,
+  k: Array,
+  v: Array,
+  mask: Array | None = None,
+  scale: float | None = None,
+  *,
+  bias: Array | None = None,
 ) -> Array:
   """Softmax attention, softmax in float32.
 
@@ -150,8 +164,16 @@ def _attention_by_blocks(q: Array, k: Array, v: Array, scale: float | None) -> A
   b, n, h, d = q.shape
   count = -(-n // QUERY_BLOCK)
   size = -(-n // count)
-  blocks = jnp.pad(q, ((0, 0), (0, count * size - n), (0, 0), (0, 0))).reshape(b, count, size, h, d).swapaxes(0, 1)
-  return jax.lax.scan(block, None, blocks)[1].swapaxes(0, 1).reshape(b, count * size, h, v.shape[-1])[:, :n]
+  blocks = (
+    jnp.pad(q, ((0, 0), (0, count * size - n), (0, 0), (0, 0)))
+    .reshape(b, count, size, h, d)
+    .swapaxes(0, 1)
+  )
+  return (
+    jax.lax.scan(block, None, blocks)[1]
+    .swapaxes(0, 1)
+    .reshape(b, count * size, h, v.shape[-1])[:, :n]
+  )
 
 
 def policy_attention(q: Array, k: Array, v: Array, policy: Array) -> Array:
@@ -213,7 +235,9 @@ class SelfAttention(nn.Module):
     if not self.key_bias:
       q = q + self.param('q_bias', nn.initializers.zeros, (width,)).astype(self.dtype)
       v = v + self.param('v_bias', nn.initializers.zeros, (width,)).astype(self.dtype)
-    return attend_and_project(q, k, v, self.num_heads, attend, nn.Dense(x.shape[-1], dtype=self.dtype, name='proj'))
+    return attend_and_project(
+      q, k, v, self.num_heads, attend, nn.Dense(x.shape[-1], dtype=self.dtype, name='proj')
+    )
 
 
 class CrossAttention(nn.Module):
@@ -233,7 +257,9 @@ class CrossAttention(nn.Module):
     return attend_and_project(q, k, v, self.num_heads, attend, linear('proj'))
 
 
-def attend_and_project(q: Array, k: Array, v: Array, num_heads: int, attend: Callable, proj: Callable) -> Array:
+def attend_and_project(
+  q: Array, k: Array, v: Array, num_heads: int, attend: Callable, proj: Callable
+) -> Array:
   """Queries, keys and values [B, N, W] through `attend`, head by head, and `proj`."""
   q, k, v = (checkpoint_name(x, SAVED_QKV) for x in (q, k, v))
   heads = attend(*(split_heads(x, num_heads) for x in (q, k, v)))
@@ -271,7 +297,9 @@ def constrain_batch(x: Array) -> Array:
   Blocks begin with it. Left to itself, the compiler may split activations by width, as the weights are, and then move them about.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if not set(BATCH_AXES) <= set(mesh.axis_names) or x.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
+  if not set(BATCH_AXES) <= set(mesh.axis_names) or x.shape[0] % math.prod(
+    mesh.shape[axis] for axis in BATCH_AXES
+  ):
     return x
   return jax.lax.with_sharding_constraint(x, P(BATCH_AXES))
 
@@ -282,7 +310,13 @@ def per_shard(function: Callable, shards: int, *arrays: Array) -> Any:
   Over a mesh a piece is what lies on one place of `BATCH_AXES`, and nothing is sent; without one the pieces are mapped over.
   """
   if set(BATCH_AXES) <= set(jax.sharding.get_abstract_mesh().axis_names):
-    return jax.shard_map(function, in_specs=P(BATCH_AXES), out_specs=P(BATCH_AXES), axis_names=set(BATCH_AXES), check_vma=False)(*arrays)
+    return jax.shard_map(
+      function,
+      in_specs=P(BATCH_AXES),
+      out_specs=P(BATCH_AXES),
+      axis_names=set(BATCH_AXES),
+      check_vma=False,
+    )(*arrays)
   pieces = [x.reshape(shards, -1, *x.shape[1:]) for x in arrays]
   return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.vmap(function)(*pieces))
 
@@ -305,8 +339,15 @@ def scan_blocks(
   """
   if remat != 'none':
     if remat not in REMAT_POLICIES:
-      raise ValueError(f"remat={remat!r} is not one of 'none', {', '.join(map(repr, REMAT_POLICIES))}")
+      raise ValueError(
+        f"remat={remat!r} is not one of 'none', {', '.join(map(repr, REMAT_POLICIES))}"
+      )
     block = nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
   return nn.scan(
-    block, variable_axes={'params': 0}, split_rngs={'params': True}, in_axes=in_axes, out_axes=0, length=length
+    block,
+    variable_axes={'params': 0},
+    split_rngs={'params': True},
+    in_axes=in_axes,
+    out_axes=0,
+    length=length,
   )

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from lavit_jax.models.attention_kernels import packed_attention
 from lavit_jax.models.int8 import Int8, Linear, dequantize, product, quantize, weight
 from lavit_jax.models.layers import (
   SAVED_PROJ,
@@ -22,14 +23,13 @@ from lavit_jax.models.layers import (
   RMSNorm,
   SwiGLU,
   attention,
+  constrain_batch,
   merge_heads,
   rotary,
   scan_blocks,
-  constrain_batch,
   split_heads,
 )
 from lavit_jax.models.rope import Rope
-from lavit_jax.models.attention_kernels import packed_attention
 
 Dtype = Any
 
@@ -57,7 +57,9 @@ class KVCache(NamedTuple):
   """What the tokens seen so far have left behind."""
 
   layers: tuple[LayerCache, ...]
-  length: Array  # i32[]; slots written, the same for all rows: what a row may see is the mask's business.
+  length: (
+    Array  # i32[]; slots written, the same for all rows: what a row may see is the mask's business.
+  )
 
 
 class SelfAttention(nn.Module):
@@ -80,7 +82,10 @@ class SelfAttention(nn.Module):
     k = split_heads(linear(self.num_kv_heads * self.head_dim, 'key')(x), self.num_kv_heads)
     v = split_heads(linear(self.num_kv_heads * self.head_dim, 'value')(x), self.num_kv_heads)
     frequency = self.rope.frequency(self.head_dim, positions)
-    q, k = rotary(q, positions, frequency, self.rope.magnitude), rotary(k, positions, frequency, self.rope.magnitude)
+    q, k = (
+      rotary(q, positions, frequency, self.rope.magnitude),
+      rotary(k, positions, frequency, self.rope.magnitude),
+    )
     if cache is not None:
       cache, k, v = cache.append(start, k, v)
     q, k, v = (checkpoint_name(x.astype(self.dtype), SAVED_QKV) for x in (q, k, v))
@@ -101,7 +106,12 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Array, positions: Array, mask: Array, cache: LayerCache | None = None, start: Array | None = None
+    self,
+    x: Array,
+    positions: Array,
+    mask: Array,
+    cache: LayerCache | None = None,
+    start: Array | None = None,
   ) -> tuple[Array, LayerCache | None]:
     x = constrain_batch(x)
     attend = SelfAttention(
@@ -213,7 +223,9 @@ class Llama(nn.Module):
 
 def unroll_layers(llama: Llama, params: dict) -> tuple[Llama, dict]:
   """The same model with its layers one by one, as decoding wants it, and its parameters in that form (`unstack_layers`)."""
-  return llama.clone(scan=False), unstack_layers(jax.tree.map(lambda x: x, params)) if 'layers' in params else params  # the caller's stay whole
+  return llama.clone(scan=False), unstack_layers(
+    jax.tree.map(lambda x: x, params)
+  ) if 'layers' in params else params  # the caller's stay whole
 
 
 def unstack_layers(params: dict) -> dict:
@@ -223,7 +235,9 @@ def unstack_layers(params: dict) -> dict:
   """
 
   def rows(leaf: Array) -> list[Array]:  # not list(leaf), which moves a leaf of many devices to one
-    return jax.block_until_ready([jax.lax.index_in_dim(leaf, i, keepdims=False) for i in range(len(leaf))])  # before the next is begun
+    return jax.block_until_ready(
+      [jax.lax.index_in_dim(leaf, i, keepdims=False) for i in range(len(leaf))]
+    )  # before the next is begun
 
   def apart(stacked: dict) -> list[dict]:
     columns = {}

@@ -76,9 +76,11 @@ def _schedule_of(scheduler: Scheduler) -> NoiseSchedule:
   return zero_terminal_snr(schedule) if scheduler.rescale_betas_zero_snr else schedule
 
 
-def scaled_linear(num_steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> NoiseSchedule:
+def scaled_linear(
+  num_steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
+) -> NoiseSchedule:
   """The schedule of SD 1.5 and SDXL: the square roots of the betas are evenly spaced."""
-  return from_betas(np.linspace(beta_start ** 0.5, beta_end ** 0.5, num_steps) ** 2)
+  return from_betas(np.linspace(beta_start**0.5, beta_end**0.5, num_steps) ** 2)
 
 
 def linear(num_steps: int, beta_start: float, beta_end: float) -> NoiseSchedule:
@@ -102,7 +104,7 @@ def zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
   roots = np.sqrt(np.cumprod(1 - schedule.betas.astype(np.float64)))
   first, last = roots[0], roots[-1]
   signal = ((roots - last) * first / (first - last)) ** 2
-  ratios = signal / np.concatenate([[1.], signal[:-1]])
+  ratios = signal / np.concatenate([[1.0], signal[:-1]])
   return NoiseSchedule((1 - ratios).astype(np.float32), signal.astype(np.float32))
 
 
@@ -124,7 +126,9 @@ def velocity(schedule: NoiseSchedule, latents: Array, noise: Array, t: Array) ->
   return signal * noise - sigma * latents
 
 
-def training_target(prediction: str, schedule: NoiseSchedule, latents: Array, noise: Array, t: Array) -> Array:
+def training_target(
+  prediction: str, schedule: NoiseSchedule, latents: Array, noise: Array, t: Array
+) -> Array:
   """What a network of this `prediction_type` learns to give for x_t; shapes as `add_noise`.
 
   Raises:

@@ -20,7 +20,9 @@ def convolve(x: Array, kernel: Array, strides: tuple[int, int], padding: Any, **
   A convolution on CPU reads its kernel again for every few pixels, so at 8 x 8 latents and 1,280 channels it does half of what a product
   does, at 4 x 4 a seventh. The product is of all neighbourhoods [pixels, k l C], and worth it while they are no larger than the kernel.
   """
-  direct = partial(jax.lax.conv_general_dilated, window_strides=strides, padding=padding, **settings)
+  direct = partial(
+    jax.lax.conv_general_dilated, window_strides=strides, padding=padding, **settings
+  )
   b, h, w, _ = jax.eval_shape(direct, x, kernel).shape
   rows, columns, channels, features = kernel.shape
   if b * h * w > features or rows * columns == 1:
@@ -29,7 +31,11 @@ def convolve(x: Array, kernel: Array, strides: tuple[int, int], padding: Any, **
   def product(x: Array, kernel: Array) -> Array:
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     (down, right), (_, height, width, _) = strides, x.shape
-    shifted = [x[:, i:height - rows + i + 1:down, j:width - columns + j + 1:right] for i in range(rows) for j in range(columns)]
+    shifted = [
+      x[:, i : height - rows + i + 1 : down, j : width - columns + j + 1 : right]
+      for i in range(rows)
+      for j in range(columns)
+    ]
     near = jnp.concatenate(shifted, axis=-1).reshape(b * h * w, -1)
     return (near @ kernel.reshape(-1, features)).reshape(b, h, w, features)
 
@@ -64,7 +70,9 @@ class GroupNorm(nn.Module):
     bias = self.param('bias', nn.initializers.zeros, (channels,))
     x = x.astype(jnp.float32)
     x = x - mean(x)
-    return (x * (jax.lax.rsqrt(mean(jnp.square(x)) + self.epsilon) * scale) + bias).astype(self.dtype)
+    return (x * (jax.lax.rsqrt(mean(jnp.square(x)) + self.epsilon) * scale) + bias).astype(
+      self.dtype
+    )
 
 
 class ResnetBlock(nn.Module):
@@ -84,7 +92,9 @@ class ResnetBlock(nn.Module):
     y = nn.silu(GroupNorm(self.num_groups, self.epsilon, self.dtype, name='norm1')(x))
     y = Conv(self.channels, (3, 3), padding=1, dtype=self.dtype, name='conv1')(y)
     if time is not None:
-      y += nn.Dense(self.channels, dtype=self.dtype, name='time_emb_proj')(nn.silu(time))[:, None, None]
+      y += nn.Dense(self.channels, dtype=self.dtype, name='time_emb_proj')(nn.silu(time))[
+        :, None, None
+      ]
     y = nn.silu(GroupNorm(self.num_groups, self.epsilon, self.dtype, name='norm2')(y))
     y = Conv(self.channels, (3, 3), padding=1, dtype=self.dtype, name='conv2')(y)
     if x.shape[-1] != self.channels:
@@ -103,7 +113,9 @@ class Downsample(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    return Conv(x.shape[-1], (3, 3), strides=2, padding=(self.padding,) * 2, dtype=self.dtype, name='conv')(x)
+    return Conv(
+      x.shape[-1], (3, 3), strides=2, padding=(self.padding,) * 2, dtype=self.dtype, name='conv'
+    )(x)
 
 
 class Upsample(nn.Module):

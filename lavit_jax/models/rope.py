@@ -15,12 +15,14 @@ import numpy as np
 from jax import Array
 
 REQUIRED = {  # by type: the numbers that a scaling must have
-    'linear': ('factor',),
-    'dynamic': ('factor',),
-    'yarn': ('factor', 'original_max_position_embeddings'),
-    'llama3': ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'),
+  'linear': ('factor',),
+  'dynamic': ('factor',),
+  'yarn': ('factor', 'original_max_position_embeddings'),
+  'llama3': ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'),
 }
-OPTIONAL = {'yarn': ('attention_factor', 'beta_fast', 'beta_slow', 'mscale', 'mscale_all_dim', 'truncate')}
+OPTIONAL = {
+  'yarn': ('attention_factor', 'beta_fast', 'beta_slow', 'mscale', 'mscale_all_dim', 'truncate')
+}
 KEYS = {key for keys in (*REQUIRED.values(), *OPTIONAL.values()) for key in keys}
 
 
@@ -57,7 +59,9 @@ def check_scaling(value: Any) -> dict | None:
   if kind == 'default':
     return None
   if kind not in REQUIRED:
-    raise ValueError(f'the type {kind!r} is not computed here; known: default, {", ".join(REQUIRED)}')
+    raise ValueError(
+      f'the type {kind!r} is not computed here; known: default, {", ".join(REQUIRED)}'
+    )
   scaling = {'rope_type': kind}
   for key in REQUIRED[kind]:
     if not _number(value.get(key)) or value[key] <= 0:
@@ -95,7 +99,9 @@ def frequencies(head_dim: int, theta: float = 1e4, scaling: Mapping | None = Non
   return scaled.astype(np.float32)
 
 
-def dynamic_frequencies(head_dim: int, theta: float, scaling: Mapping, max_positions: int, positions: Array) -> Array:
+def dynamic_frequencies(
+  head_dim: int, theta: float, scaling: Mapping, max_positions: int, positions: Array
+) -> Array:
   """Of the type dynamic: the base grows with a row's last position once that lies beyond `max_positions`.
 
   As transformers has it, keys that are in the cache keep the frequencies with which they were written.
@@ -106,7 +112,9 @@ def dynamic_frequencies(head_dim: int, theta: float, scaling: Mapping, max_posit
     f32[B, 1, 1, d / 2].
   """
   factor = scaling['factor']
-  length = jnp.maximum(positions.max(-1) + 1, max_positions).astype(jnp.float32)[:, None, None, None]
+  length = jnp.maximum(positions.max(-1) + 1, max_positions).astype(jnp.float32)[
+    :, None, None, None
+  ]
   base = theta * (factor * length / max_positions - (factor - 1)) ** (head_dim / (head_dim - 2))
   steps = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
   return base**-steps
@@ -129,7 +137,10 @@ def magnitude(scaling: Mapping | None) -> float:
 
 def _llama3(plain: np.ndarray, scaling: Mapping) -> np.ndarray:
   """Long waves are divided by the factor, short ones stay, and between them lies a ramp."""
-  original, low, high = (scaling[key] for key in ('original_max_position_embeddings', 'low_freq_factor', 'high_freq_factor'))
+  original, low, high = (
+    scaling[key]
+    for key in ('original_max_position_embeddings', 'low_freq_factor', 'high_freq_factor')
+  )
   turns = original * plain / (2 * math.pi)  # within the original length
   ramp = np.clip((turns - low) / (high - low), 0, 1)
   return (1 - ramp) * plain / scaling['factor'] + ramp * plain

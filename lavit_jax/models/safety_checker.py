@@ -10,7 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lavit_jax.models.layers import CrossAttention, Dtype, LayerNorm, Mlp, scan_blocks, constrain_batch
+from lavit_jax.models.layers import (
+  CrossAttention,
+  Dtype,
+  LayerNorm,
+  Mlp,
+  constrain_batch,
+  scan_blocks,
+)
 
 SPECIAL_CARE = 0.01  # by how much a special concept lowers the thresholds of all others
 
@@ -59,19 +66,33 @@ class SafetyChecker(nn.Module):
     """
     table, (b, *_) = nn.initializers.normal(0.02), images.shape
     patch = (self.patch_size, self.patch_size)
-    x = nn.Conv(self.hidden_size, patch, patch, padding='VALID', use_bias=False, dtype=self.dtype, name='patch_embed')(images)
+    x = nn.Conv(
+      self.hidden_size,
+      patch,
+      patch,
+      padding='VALID',
+      use_bias=False,
+      dtype=self.dtype,
+      name='patch_embed',
+    )(images)
     x = x.reshape(b, -1, self.hidden_size)
     cls = self.param('cls_token', table, (self.hidden_size,)).astype(x.dtype)
     x = jnp.concatenate([jnp.broadcast_to(cls, (b, 1, self.hidden_size)), x], 1)
     x = x + self.param('pos_embed', table, x.shape[1:]).astype(x.dtype)
     x = LayerNorm(dtype=self.dtype, name='norm_in')(x)
-    x, _ = scan_blocks(ClipBlock, self.num_layers, self.remat)(self.num_heads, self.mlp_dim, self.dtype, name='blocks')(x)
+    x, _ = scan_blocks(ClipBlock, self.num_layers, self.remat)(
+      self.num_heads, self.mlp_dim, self.dtype, name='blocks'
+    )(x)
     x = LayerNorm(dtype=self.dtype, name='norm')(x[:, 0])
-    x = nn.Dense(self.output_dim, use_bias=False, dtype=self.dtype, name='proj')(x).astype(jnp.float32)
+    x = nn.Dense(self.output_dim, use_bias=False, dtype=self.dtype, name='proj')(x).astype(
+      jnp.float32
+    )
 
     def over(name: str, count: int) -> Array:
       concepts = self.param(name, nn.initializers.ones, (count, self.output_dim))
-      return _unit(x) @ _unit(concepts).T - self.param(f'{name}_thresholds', nn.initializers.ones, (count,))
+      return _unit(x) @ _unit(concepts).T - self.param(
+        f'{name}_thresholds', nn.initializers.ones, (count,)
+      )
 
     special = (jnp.round(over('special', self.num_special), 3) > 0).any(-1, keepdims=True)
     scores = jnp.round(over('concepts', self.num_concepts) + SPECIAL_CARE * special, 3)
@@ -93,7 +114,7 @@ def center_square(images: Array, size: int) -> Array:
   def axis(length: int) -> np.ndarray:
     longer = int(size * length / short)
     first = (longer - size) // 2
-    return _bicubic(length, longer)[first:first + size]
+    return _bicubic(length, longer)[first : first + size]
 
   for axes, weights in (('bhwc,nw->bhnc', axis(width)), ('bhwc,nh->bnwc', axis(height))):
     x = jnp.einsum(axes, images.astype(jnp.float32), weights, precision=jax.lax.Precision.HIGHEST)
@@ -107,5 +128,7 @@ def _bicubic(length: int, new_length: int) -> np.ndarray:
   middle = (np.arange(new_length)[:, None] + 0.5) * scale
   pixels, wide = np.arange(length), max(scale, 1)
   x = np.abs(pixels + 0.5 - middle) / wide
-  weights = np.where(x < 1, (1.5 * x - 2.5) * x**2 + 1, np.where(x < 2, ((-0.5 * x + 2.5) * x - 4) * x + 2, 0))
+  weights = np.where(
+    x < 1, (1.5 * x - 2.5) * x**2 + 1, np.where(x < 2, ((-0.5 * x + 2.5) * x - 4) * x + 2, 0)
+  )
   return (weights / weights.sum(1, keepdims=True)).astype(np.float32)

@@ -73,7 +73,9 @@ def compact(x: Array, keep: Array) -> tuple[Array, Array]:
     order = jnp.zeros(n, jnp.int32).at[slot].set(jnp.arange(n, dtype=jnp.int32), mode='drop')
     mask = jnp.arange(n) < keep.sum()
     # Indices are scattered and rows gathered: a gather of wide rows is the faster of the two.
-    return jnp.where(mask.reshape((n,) + (1,) * (x.ndim - 1)), x[order], jnp.zeros((), x.dtype)), mask
+    return jnp.where(
+      mask.reshape((n,) + (1,) * (x.ndim - 1)), x[order], jnp.zeros((), x.dtype)
+    ), mask
 
   return jax.vmap(compact_row)(x, keep > 0.5)
 
@@ -91,7 +93,9 @@ def assign_rows(lengths: Array, num_rows: int, row_length: int) -> tuple[Array, 
   def place(fill, length):
     fits = fill + length <= row_length
     row = jnp.where(fits.any(), jnp.argmax(fits), num_rows)
-    start = fill[row]  # Out of bounds clamps on reading and drops on writing: a pair without a row changes nothing.
+    start = fill[
+      row
+    ]  # Out of bounds clamps on reading and drops on writing: a pair without a row changes nothing.
     return fill.at[row].add(length, mode='drop'), (row, start)
 
   _, placed = jax.lax.scan(place, jnp.zeros(num_rows, jnp.int32), lengths.astype(jnp.int32))
@@ -109,7 +113,17 @@ class _Pair(NamedTuple):
 
 
 def _lay_out(
-  text, text_length, text_weight, kind, codes, visual_length, *, vocabulary, bos_id, eos_id, image_loss
+  text,
+  text_length,
+  text_weight,
+  kind,
+  codes,
+  visual_length,
+  *,
+  vocabulary,
+  bos_id,
+  eos_id,
+  image_loss,
 ) -> _Pair:
   """One pair as a line of tokens; see `pack_pairs` for the three kinds."""
   p = jnp.arange(text.shape[0] + codes.shape[0] + 3)
@@ -128,7 +142,14 @@ def _lay_out(
 
   ids = jnp.select(
     [is_text, is_code, is_image & (v < 0), is_image, is_end, p == 0],
-    [at(text, t), at(codes, v) + vocabulary.code_offset, vocabulary.image_start, vocabulary.image_end, eos_id, bos_id],
+    [
+      at(text, t),
+      at(codes, v) + vocabulary.code_offset,
+      vocabulary.image_start,
+      vocabulary.image_end,
+      eos_id,
+      bos_id,
+    ],
   )
   # What it costs to miss each token. The end costs as much as the word it ends, so that an answer learns to stop.
   if text_weight.shape[0] > text.shape[0]:
@@ -140,7 +161,9 @@ def _lay_out(
   is_drawn = kind == TEXT_TO_IMAGE
   image_weight = jnp.where(is_drawn, jnp.where(v < 0, start_weight, 1.0), float(image_loss))
   end_weight = jnp.where(is_drawn, 1.0, next_weight)
-  weight = jnp.select([is_text, is_image, is_end], [at(text_weight, t), image_weight, end_weight], 0.0)
+  weight = jnp.select(
+    [is_text, is_image, is_end], [at(text_weight, t), image_weight, end_weight], 0.0
+  )
 
   has_next = p < length - 1
   return _Pair(
@@ -191,7 +214,9 @@ def pack_pairs(
   batch, capacity = codes.shape
 
   def lay_out(*pair):
-    return _lay_out(*pair, vocabulary=vocabulary, bos_id=bos_id, eos_id=eos_id, image_loss=image_loss)
+    return _lay_out(
+      *pair, vocabulary=vocabulary, bos_id=bos_id, eos_id=eos_id, image_loss=image_loss
+    )
 
   pairs = jax.vmap(lay_out)(text, text_length, text_weight, kind, codes, visual_length)
   pair = jnp.arange(batch, dtype=jnp.int32)[:, None]
@@ -203,7 +228,11 @@ def pack_pairs(
   slot = (row * row_length + start)[:, None] + p
   slot = jnp.where((p < pairs.length[:, None]) & ~dropped[:, None], slot, num_rows * row_length)
   # One scatter tells every slot its token; all fields are then gathers.
-  token = jnp.full(num_rows * row_length, -1).at[slot].set(jnp.arange(slot.size).reshape(slot.shape), mode='drop')
+  token = (
+    jnp.full(num_rows * row_length, -1)
+    .at[slot]
+    .set(jnp.arange(slot.size).reshape(slot.shape), mode='drop')
+  )
   token = token.reshape(num_rows, row_length)
 
   def take(field, empty=0):
@@ -225,13 +254,13 @@ def pack_pairs(
 def segment_mask(segments: Array) -> Array:
   """Causal attention inside each segment: i32[R, S] to bool[R, 1, S, S], queries down, keys across.
 
-      segments  1 1 2 2 0
+  segments  1 1 2 2 0
 
-             1  x . . . .
-             1  x x . . .
-             2  . . x . .
-             2  . . x x .
-             0  . . . . x    empty slots see each other: no row is without a key, and nobody reads them
+         1  x . . . .
+         1  x x . . .
+         2  . . x . .
+         2  . . x x .
+         0  . . . . x    empty slots see each other: no row is without a key, and nobody reads them
 
   """
   slots = jnp.arange(segments.shape[-1])
@@ -242,13 +271,13 @@ def segment_mask(segments: Array) -> Array:
 def prompt_mask(mask: Array) -> Array:
   """Causal attention over left-padded prompts: bool[B, S] to bool[B, 1, S, S], queries down, keys across.
 
-      mask  0 0 1 1 1
+  mask  0 0 1 1 1
 
-         0  . . . . .    padding sees nothing and nobody sees it
-         0  . . . . .
-         1  . . x . .
-         1  . . x x .
-         1  . . x x x
+     0  . . . . .    padding sees nothing and nobody sees it
+     0  . . . . .
+     1  . . x . .
+     1  . . x x .
+     1  . . x x x
 
   """
   slots = jnp.arange(mask.shape[-1])
@@ -278,7 +307,9 @@ class Prompts(NamedTuple):
   mask: np.ndarray  # bool; False is padding.
 
 
-def layout_prompts(prompts: Sequence[Sequence[Sequence[int]]], *, pad_id: int = 2, multiple: int = 32) -> Prompts:
+def layout_prompts(
+  prompts: Sequence[Sequence[Sequence[int]]], *, pad_id: int = 2, multiple: int = 32
+) -> Prompts:
   """Left-pads prompts to one bucketed length, so that a new length seldom means a new compilation.
 
   A prompt is a list of pieces. A piece is a sequence of ids, or a `range` of rows of the flattened visual features:
@@ -291,7 +322,9 @@ def layout_prompts(prompts: Sequence[Sequence[Sequence[int]]], *, pad_id: int = 
   """
   longest = max(sum(map(len, pieces)) for pieces in prompts)
   shape = len(prompts), -(-longest // multiple) * multiple
-  laid = Prompts(np.full(shape, pad_id, np.int32), np.full(shape, -1, np.int32), np.zeros(shape, bool))
+  laid = Prompts(
+    np.full(shape, pad_id, np.int32), np.full(shape, -1, np.int32), np.zeros(shape, bool)
+  )
   for row, pieces in enumerate(prompts):
     slot = shape[1] - sum(map(len, pieces))
     laid.mask[row, slot:] = True

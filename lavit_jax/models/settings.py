@@ -55,19 +55,23 @@ def number(value: Any) -> float:
 
 def within(least: float, most: float) -> Callable[[Any], float]:
   """A number of a range, its ends included."""
+
   def check(value: Any) -> float:
     if not _number(value) or not least <= value <= most:
       raise ValueError(f'it must be a number in {least:g}..{most:g}')
     return float(value)
+
   return check
 
 
 def whole(least: int, most: int) -> Callable[[Any], int]:
   """A whole number of a range, its ends included."""
+
   def check(value: Any) -> int:
     if not _number(value) or value != int(value) or not least <= value <= most:
       raise ValueError(f'it must be a whole number in {least}..{most}')
     return int(value)
+
   return check
 
 
@@ -80,19 +84,23 @@ def switch(value: Any) -> bool:
 
 def one_of(*words: str | None) -> Callable[[Any], str | None]:
   """One of some words."""
+
   def check(value: Any) -> str | None:
     if not any(value is word or (isinstance(word, str) and value == word) for word in words):
       raise ValueError(f'it must be one of {", ".join(json.dumps(word) for word in words)}')
     return value
+
   return check
 
 
 def listed(check: Callable[[Any], Any]) -> Callable[[Any], list]:
   """A list, of one entry or more, each of which `check` takes."""
+
   def check_list(values: Any) -> list:
     if not isinstance(values, list | tuple) or not values:
       raise ValueError('it must be a list')
     return [check(value) for value in values]
+
   return check_list
 
 
@@ -102,15 +110,17 @@ def optional(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 UNET = dict(
-    num_heads=Field(listed(count), [8, 8, 8, 8]),
-    norm_eps=Field(positive, 1e-5),
-    flip_sin_to_cos=Field(switch, True),
-    freq_shift=Field(number, 0.0))
+  num_heads=Field(listed(count), [8, 8, 8, 8]),
+  norm_eps=Field(positive, 1e-5),
+  flip_sin_to_cos=Field(switch, True),
+  freq_shift=Field(number, 0.0),
+)
 VAE = dict(
-    scaling_factor=Field(positive, 0.18215),
-    shift_factor=Field(number, 0.0),
-    latents_mean=Field(optional(listed(number)), None),
-    latents_std=Field(optional(listed(positive)), None))
+  scaling_factor=Field(positive, 0.18215),
+  shift_factor=Field(number, 0.0),
+  latents_mean=Field(optional(listed(number)), None),
+  latents_std=Field(optional(listed(positive)), None),
+)
 _published = Scheduler()._asdict()
 
 
@@ -119,7 +129,9 @@ def _option(name: str, check: Callable[[Any], Any], computes: bool = False) -> F
   return Field(check, _published[name], computes)
 
 
-SCHEDULER = {name: _option(name, *rest) for name, *rest in (
+SCHEDULER = {
+  name: _option(name, *rest)
+  for name, *rest in (
     ('prediction_type', one_of('epsilon', 'v_prediction', 'sample'), True),
     ('beta_schedule', one_of('linear', 'scaled_linear', 'squaredcos_cap_v2'), True),
     ('beta_start', within(0, 1), True),
@@ -141,21 +153,27 @@ SCHEDULER = {name: _option(name, *rest) for name, *rest in (
     ('use_lu_lambdas', switch),
     ('interpolation_type', one_of('linear', 'log_linear')),
     ('final_sigmas_type', one_of('zero', 'sigma_min')),
-    ('lambda_min_clipped', optional(number)))}
+    ('lambda_min_clipped', optional(number)),
+  )
+}
 
 PARTS: dict[str, Part] = {
-    'unet': Part('unet', UNET),
-    'vae': Part('vae', VAE),
-    'scheduler': Part('unet', SCHEDULER),
-    'highres_unet': Part('highres_unet', UNET),
-    'highres_vae': Part('highres_vae', VAE),
-    'highres_scheduler': Part('highres_unet', SCHEDULER),
-    'llama': Part('llama', dict(
-        rope_theta=Field(positive, 1e4),
-        rope_scaling=Field(rope.check_scaling, None),
-        rms_norm_eps=Field(positive, 1e-5),
-        max_position_embeddings=Field(count, 4096, computes=False),
-        max_sequence_length=Field(optional(count), None, computes=False))),
+  'unet': Part('unet', UNET),
+  'vae': Part('vae', VAE),
+  'scheduler': Part('unet', SCHEDULER),
+  'highres_unet': Part('highres_unet', UNET),
+  'highres_vae': Part('highres_vae', VAE),
+  'highres_scheduler': Part('highres_unet', SCHEDULER),
+  'llama': Part(
+    'llama',
+    dict(
+      rope_theta=Field(positive, 1e4),
+      rope_scaling=Field(rope.check_scaling, None),
+      rms_norm_eps=Field(positive, 1e-5),
+      max_position_embeddings=Field(count, 4096, computes=False),
+      max_sequence_length=Field(optional(count), None, computes=False),
+    ),
+  ),
 }
 
 
@@ -165,7 +183,9 @@ def own(row: Mapping) -> dict[str, dict]:
   for name, part in PARTS.items():
     if part.owner in row:
       named = row.get(name, {})
-      found[name] = {field: _thawed(named.get(field, spec.default)) for field, spec in part.fields.items()}
+      found[name] = {
+        field: _thawed(named.get(field, spec.default)) for field, spec in part.fields.items()
+      }
   return found
 
 
@@ -182,7 +202,9 @@ def differing(variant: str, row: Mapping, settings: Mapping | None) -> dict[str,
   known, found = own(row), {}
   for name, fields in (settings or {}).items():
     if name not in known:
-      raise UserError(f'settings of {name!r}: the variant {variant!r} has none of that name; it has {", ".join(known)}')
+      raise UserError(
+        f'settings of {name!r}: the variant {variant!r} has none of that name; it has {", ".join(known)}'
+      )
     if not isinstance(fields, Mapping):
       raise UserError(f'settings of {name}: {fields!r} is not an object of fields and values')
     for field, value in fields.items():
@@ -198,7 +220,9 @@ def checked(name: str, field: str, value: Any) -> Any:
   if field not in fields:
     near = difflib.get_close_matches(field, fields, 1)
     hint = f' did you mean {near[0]!r}?' if near else ''
-    raise UserError(f'settings of {name}: unknown field {field!r};{hint} known: {", ".join(fields)}')
+    raise UserError(
+      f'settings of {name}: unknown field {field!r};{hint} known: {", ".join(fields)}'
+    )
   try:
     return fields[field].check(value)
   except ValueError as error:
@@ -223,7 +247,11 @@ def differences(first: Mapping, second: Mapping) -> list[tuple[str, str]]:
   pairs = []
   for name, part in PARTS.items():
     one, other = first.get(name, {}), second.get(name, {})
-    pairs += [(name, field) for field in part.fields if (field in one, one.get(field)) != (field in other, other.get(field))]
+    pairs += [
+      (name, field)
+      for field in part.fields
+      if (field in one, one.get(field)) != (field in other, other.get(field))
+    ]
   return pairs
 
 

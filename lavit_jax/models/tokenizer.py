@@ -14,7 +14,15 @@ import jax.numpy as jnp
 from jax import Array
 
 from lavit_jax.models.layers import (
-    CrossAttention, Dtype, LayerNorm, Mlp, SelfAttention, gelu, policy_attention, scan_blocks, constrain_batch,
+  CrossAttention,
+  Dtype,
+  LayerNorm,
+  Mlp,
+  SelfAttention,
+  constrain_batch,
+  gelu,
+  policy_attention,
+  scan_blocks,
 )
 from lavit_jax.models.row_random import draw_rows
 
@@ -38,7 +46,11 @@ def gumbel(u: Array) -> Array:
 
 
 def gumbel_keep(
-    log_probs: Array, *, key: Array | None = None, noise: Array | None = None, temperature: float = 1.0
+  log_probs: Array,
+  *,
+  key: Array | None = None,
+  noise: Array | None = None,
+  temperature: float = 1.0,
 ) -> Array:
   """Which patches to keep: hard 0/1 forward, soft gradient (REFERENCE section 2, "Selector").
 
@@ -69,8 +81,12 @@ def gumbel_keep(
   else:
     noisy = logits + noise
     soft, hard = jax.nn.softmax(noisy / temperature)[..., 0], noisy[..., 0] >= noisy[..., 1]
-  hard = jnp.where(hard.any(-1, keepdims=True), hard, jax.nn.one_hot(p.argmax(-1), p.shape[-1], dtype=bool))
-  return hard + (soft - jax.lax.stop_gradient(soft))  # in this order the forward value is exactly 0 or 1
+  hard = jnp.where(
+    hard.any(-1, keepdims=True), hard, jax.nn.one_hot(p.argmax(-1), p.shape[-1], dtype=bool)
+  )
+  return hard + (
+    soft - jax.lax.stop_gradient(soft)
+  )  # in this order the forward value is exactly 0 or 1
 
 
 def most_probable(p: Array) -> Array:
@@ -93,7 +109,9 @@ class Selector(nn.Module):
     dense = partial(nn.Dense, precision=jax.lax.Precision.HIGHEST)
     x = gelu(dense(self.hidden_size, name='fc_in')(LayerNorm(name='norm')(x)))
     local, context = x[..., :half], x[..., half:].mean(1, keepdims=True)
-    x = jnp.concatenate([local, jnp.broadcast_to(context, (*x.shape[:2], context.shape[-1]))], axis=-1)
+    x = jnp.concatenate(
+      [local, jnp.broadcast_to(context, (*x.shape[:2], context.shape[-1]))], axis=-1
+    )
     x = gelu(dense(half, name='fc1')(x))
     x = gelu(dense(self.hidden_size // 4, name='fc2')(x))
     return nn.log_softmax(dense(2, name='fc_out')(x))
@@ -108,11 +126,15 @@ class MergerBlock(nn.Module):
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Array, dropped: Array, kept_policy: Array, dropped_policy: Array) -> tuple[Array, Array | None]:
+  def __call__(
+    self, x: Array, dropped: Array, kept_policy: Array, dropped_policy: Array
+  ) -> tuple[Array, Array | None]:
     def norm(name: str) -> LayerNorm:
       return LayerNorm(1e-5, self.dtype, name=name)
 
-    causal = SelfAttention(self.num_heads, x.shape[-1] // self.num_heads, dtype=self.dtype, name='self_attn')
+    causal = SelfAttention(
+      self.num_heads, x.shape[-1] // self.num_heads, dtype=self.dtype, name='self_attn'
+    )
     cross = CrossAttention(self.num_heads, self.dtype, name='cross_attn')
     x = constrain_batch(x)
     x = x + causal(norm('norm0')(x), partial(policy_attention, policy=kept_policy))
@@ -142,7 +164,9 @@ class Merger(nn.Module):
   remat: str = 'none'
 
   @nn.compact
-  def __call__(self, x: Array, keep: Array, all_blocks: bool = False) -> Array | tuple[Array, Array, Array]:
+  def __call__(
+    self, x: Array, keep: Array, all_blocks: bool = False
+  ) -> Array | tuple[Array, Array, Array]:
     """Merges x under keep f32[B, N], through which gradients reach the selector.
 
     With `all_blocks`, returns (merged, ln_vision [B, N, D], the stream after each block [L, B, N, D]).
@@ -155,7 +179,7 @@ class Merger(nn.Module):
     kept_policy = jnp.tril(jnp.ones((tokens, tokens)), -1) * keep + itself
     vision = LayerNorm(1e-5, self.dtype, name='ln_vision')(x)
     blocks = scan_blocks(MergerBlock, self.num_layers, self.remat)(
-        self.num_heads, self.mlp_dim, all_blocks, self.dtype, name='blocks'
+      self.num_heads, self.mlp_dim, all_blocks, self.dtype, name='blocks'
     )
     x, streams = blocks(x, vision, kept_policy, 1 - keep)
     x = LayerNorm(1e-5, self.dtype, name='norm')(x)
@@ -182,7 +206,10 @@ def nearest_code(z: Array, codebook: Array) -> Array:
     distance = jnp.square(codes).sum(-1) - 2 * product  # |z|^2 is the same for all
     least = distance.min(-1)
     closer = least < nearest[0]
-    return (jnp.where(closer, least, nearest[0]), jnp.where(closer, first + distance.argmin(-1), nearest[1])), None
+    return (
+      jnp.where(closer, least, nearest[0]),
+      jnp.where(closer, first + distance.argmin(-1), nearest[1]),
+    ), None
 
   starts = jnp.arange(0, len(codebook), block, dtype=jnp.int32)
   none = jnp.full(z.shape[:-1], jnp.inf), jnp.zeros(z.shape[:-1], jnp.int32)
@@ -244,7 +271,9 @@ class DynamicTokenizer(nn.Module):
 
   def setup(self):
     self.selector = Selector(self.hidden_size)
-    self.merger = Merger(self.hidden_size, self.num_layers, self.num_heads, self.mlp_dim, self.dtype, self.remat)
+    self.merger = Merger(
+      self.hidden_size, self.num_layers, self.num_heads, self.mlp_dim, self.dtype, self.remat
+    )
     self.quantizer = Quantizer(self.hidden_size, self.codebook_size, self.code_dim, self.dtype)
 
   def __call__(self, x: Array, key: Array | None = None) -> TokenizerOutput:
@@ -287,6 +316,12 @@ class Understanding(nn.Module):
   def __call__(self, x: Array, keep: Array) -> Array:
     """Patch features [B, N, D] and keep f32[B, N] -> dtype[B, N, H]."""
     merger = Merger(
-        self.hidden_size, self.num_layers, self.num_heads, self.mlp_dim, self.dtype, self.remat, name='merger'
+      self.hidden_size,
+      self.num_layers,
+      self.num_heads,
+      self.mlp_dim,
+      self.dtype,
+      self.remat,
+      name='merger',
     )
     return nn.Dense(self.llm_dim, dtype=self.dtype, name='vit_proj')(merger(x, keep))

@@ -10,17 +10,29 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from lavit_jax.models.layers import REMAT_POLICIES, Dtype, LayerNorm, attention, gelu, merge_heads, scan_blocks, constrain_batch, split_heads
-from lavit_jax.models.resnet import Conv, Downsample, GroupNorm, ResnetBlock, Upsample
 from lavit_jax.models.attention_kernels import image_attention
+from lavit_jax.models.layers import (
+  REMAT_POLICIES,
+  Dtype,
+  LayerNorm,
+  attention,
+  constrain_batch,
+  gelu,
+  merge_heads,
+  scan_blocks,
+  split_heads,
+)
+from lavit_jax.models.resnet import Conv, Downsample, GroupNorm, ResnetBlock, Upsample
 
-MASKED = -10000.  # what diffusers adds to the scores of condition rows that do not count
+MASKED = -10000.0  # what diffusers adds to the scores of condition rows that do not count
 
 
-def sinusoids(values: Array, width: int, cosines_first: bool = True, shift: float = 0.) -> Array:
+def sinusoids(values: Array, width: int, cosines_first: bool = True, shift: float = 0.0) -> Array:
   """[...] -> f32[..., width]: cosines and sines of the values times 10000^(-i / (width/2 - shift)), i = 0, ..., width/2 - 1."""
   half = width // 2
-  angles = values[..., None].astype(jnp.float32) * jnp.exp(-jnp.log(10000.) * jnp.arange(half) / (half - shift))
+  angles = values[..., None].astype(jnp.float32) * jnp.exp(
+    -jnp.log(10000.0) * jnp.arange(half) / (half - shift)
+  )
   waves = [jnp.cos(angles), jnp.sin(angles)]
   return jnp.concatenate(waves if cosines_first else waves[::-1], axis=-1)
 
@@ -46,8 +58,12 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x: Array, source: Array | None = None, bias: Array | None = None) -> Array:
     seen = x if source is None else source
-    q, k, v = (split_heads(nn.Dense(x.shape[-1], use_bias=False, dtype=self.dtype, name=name)(y), self.num_heads)
-               for name, y in (('to_q', x), ('to_k', seen), ('to_v', seen)))
+    q, k, v = (
+      split_heads(
+        nn.Dense(x.shape[-1], use_bias=False, dtype=self.dtype, name=name)(y), self.num_heads
+      )
+      for name, y in (('to_q', x), ('to_k', seen), ('to_v', seen))
+    )
     heads = image_attention(q, k, v) if source is None else attention(q, k, v, bias=bias)
     return nn.Dense(x.shape[-1], dtype=self.dtype, name='to_out')(merge_heads(heads))
 
@@ -131,8 +147,12 @@ class UNet(nn.Module):
 
   @nn.compact
   def __call__(
-      self, latents: Array, timesteps: Array, context: Array, context_mask: Array | None = None,
-      added: tuple[Array, Array] | None = None,
+    self,
+    latents: Array,
+    timesteps: Array,
+    context: Array,
+    context_mask: Array | None = None,
+    added: tuple[Array, Array] | None = None,
   ) -> Array:
     """Predicts the noise (or the velocity: the same network).
 
@@ -154,7 +174,7 @@ class UNet(nn.Module):
     widths = self.block_out_channels
     self._check(latents, context, added)
     if context_mask is not None:
-      context_mask = jnp.where(context_mask, 0., MASKED)[:, None, None]  # [B, H, Q, M]
+      context_mask = jnp.where(context_mask, 0.0, MASKED)[:, None, None]  # [B, H, Q, M]
 
     def waves(values, width):
       return sinusoids(values, width, self.flip_sin_to_cos, self.freq_shift)
@@ -164,16 +184,30 @@ class UNet(nn.Module):
     if added is not None:
       pooled, time_ids = added
       sizes = waves(time_ids, self.addition_time_embed_dim).reshape(len(pooled), -1)
-      time += Embedding(4 * widths[0], self.dtype, name='add_embedding')(jnp.concatenate([pooled, sizes], axis=-1))
+      time += Embedding(4 * widths[0], self.dtype, name='add_embedding')(
+        jnp.concatenate([pooled, sizes], axis=-1)
+      )
 
-    resnet_cls = ResnetBlock if self.remat == 'none' else nn.remat(ResnetBlock, policy=REMAT_POLICIES[self.remat])
+    resnet_cls = (
+      ResnetBlock
+      if self.remat == 'none'
+      else nn.remat(ResnetBlock, policy=REMAT_POLICIES[self.remat])
+    )
 
     def resnet(x, level, name):
-      return resnet_cls(widths[level], self.norm_num_groups, self.norm_eps, self.dtype, name=name)(constrain_batch(x), time)
+      return resnet_cls(widths[level], self.norm_num_groups, self.norm_eps, self.dtype, name=name)(
+        constrain_batch(x), time
+      )
 
     def transformer(x, level, name):
-      return Transformer(self.transformer_layers[level], self.num_heads[level], self.norm_num_groups, self.dtype,
-                         self.remat, name=name)(x, context, context_mask)
+      return Transformer(
+        self.transformer_layers[level],
+        self.num_heads[level],
+        self.norm_num_groups,
+        self.dtype,
+        self.remat,
+        name=name,
+      )(x, context, context_mask)
 
     # 2. down
     x = Conv(widths[0], (3, 3), padding=1, dtype=self.dtype, name='conv_in')(latents)
@@ -203,18 +237,30 @@ class UNet(nn.Module):
           x = transformer(x, level, f'up_{i}_attention_{j}')
 
     x = nn.silu(GroupNorm(self.norm_num_groups, self.norm_eps, self.dtype, name='conv_norm_out')(x))
-    return Conv(self.out_channels, (3, 3), padding=1, dtype=self.dtype, name='conv_out')(x).astype(jnp.float32)
+    return Conv(self.out_channels, (3, 3), padding=1, dtype=self.dtype, name='conv_out')(x).astype(
+      jnp.float32
+    )
 
   def _check(self, latents, context, added):
     levels = len(self.block_out_channels)
     for name in ('down_block_attention', 'transformer_layers', 'num_heads'):
       if len(getattr(self, name)) != levels:
-        raise ValueError(f'{name}={getattr(self, name)} must have {levels} entries, as block_out_channels has')
+        raise ValueError(
+          f'{name}={getattr(self, name)} must have {levels} entries, as block_out_channels has'
+        )
     if any(side % 2 ** (levels - 1) for side in latents.shape[1:3]):
-      raise ValueError(f'latent sides {latents.shape[1:3]} must be multiples of {2 ** (levels - 1)}')
+      raise ValueError(
+        f'latent sides {latents.shape[1:3]} must be multiples of {2 ** (levels - 1)}'
+      )
     if context.shape[-1] != self.cross_attention_dim:
-      raise ValueError(f'context is {context.shape[-1]} wide, cross_attention_dim={self.cross_attention_dim}')
+      raise ValueError(
+        f'context is {context.shape[-1]} wide, cross_attention_dim={self.cross_attention_dim}'
+      )
     if (added is None) != (self.addition_time_embed_dim is None):
-      raise ValueError('added=(pooled, time_ids) and addition_time_embed_dim go together: one is missing')
+      raise ValueError(
+        'added=(pooled, time_ids) and addition_time_embed_dim go together: one is missing'
+      )
     if added is not None and added[0].shape[-1] != self.pooled_dim:
-      raise ValueError(f'pooled condition is {added[0].shape[-1]} wide, pooled_dim={self.pooled_dim}')
+      raise ValueError(
+        f'pooled condition is {added[0].shape[-1]} wide, pooled_dim={self.pooled_dim}'
+      )

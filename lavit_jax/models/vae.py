@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from lavit_jax.models.attention_kernels import image_attention
 from lavit_jax.models.layers import Dtype
 from lavit_jax.models.resnet import Conv, Downsample, GroupNorm, ResnetBlock, Upsample
 from lavit_jax.models.row_random import draw_rows
-from lavit_jax.models.attention_kernels import image_attention
 
 EPSILON = 1e-6
 TILE_OVERLAP = 0.25  # share of a tile that the next one covers again, as in diffusers
@@ -33,7 +33,9 @@ class SpatialAttention(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     batch, h, w, channels = x.shape
-    y = GroupNorm(self.num_groups, EPSILON, self.dtype, name='group_norm')(x).reshape(batch, h * w, channels)
+    y = GroupNorm(self.num_groups, EPSILON, self.dtype, name='group_norm')(x).reshape(
+      batch, h * w, channels
+    )
     q, k, v = (nn.Dense(channels, dtype=self.dtype, name=f'to_{n}')(y)[:, :, None] for n in 'qkv')
     y = nn.Dense(channels, dtype=self.dtype, name='to_out')(image_attention(q, k, v)[:, :, 0])
     return x + y.reshape(x.shape)
@@ -68,7 +70,9 @@ class VAEEncoder(nn.Module):
       if i:
         x = Downsample((0, 1), self.dtype, name=f'down_{i - 1}_downsample')(x)
       for j in range(self.layers_per_block):
-        x = ResnetBlock(channels, self.num_groups, EPSILON, self.dtype, name=f'down_{i}_resnet_{j}')(x)
+        x = ResnetBlock(
+          channels, self.num_groups, EPSILON, self.dtype, name=f'down_{i}_resnet_{j}'
+        )(x)
     x = MidBlock(self.num_groups, self.dtype, name='mid')(x)
     x = nn.silu(GroupNorm(self.num_groups, EPSILON, self.dtype, name='conv_norm_out')(x))
     return Conv(2 * self.latent_channels, (3, 3), padding=1, dtype=self.dtype, name='conv_out')(x)
@@ -90,7 +94,9 @@ class VAEDecoder(nn.Module):
       if i:
         x = Upsample(self.dtype, name=f'up_{i - 1}_upsample')(x)
       for j in range(self.layers_per_block + 1):
-        x = ResnetBlock(channels, self.num_groups, EPSILON, self.dtype, name=f'up_{i}_resnet_{j}')(x)
+        x = ResnetBlock(channels, self.num_groups, EPSILON, self.dtype, name=f'up_{i}_resnet_{j}')(
+          x
+        )
     x = nn.silu(GroupNorm(self.num_groups, EPSILON, self.dtype, name='conv_norm_out')(x))
     return Conv(3, (3, 3), padding=1, dtype=self.dtype, name='conv_out')(x)
 
@@ -113,8 +119,12 @@ class AutoencoderKL(nn.Module):
   dtype: Dtype = jnp.float32
 
   def setup(self):
-    sizes = dict(block_out_channels=self.block_out_channels, layers_per_block=self.layers_per_block,
-                 num_groups=self.norm_num_groups, dtype=self.dtype)
+    sizes = dict(
+      block_out_channels=self.block_out_channels,
+      layers_per_block=self.layers_per_block,
+      num_groups=self.norm_num_groups,
+      dtype=self.dtype,
+    )
     self.encoder = VAEEncoder(latent_channels=self.latent_channels, **sizes)
     self.quant_conv = Conv(2 * self.latent_channels, (1, 1), dtype=self.dtype)
     self.post_quant_conv = Conv(self.latent_channels, (1, 1), dtype=self.dtype)
@@ -133,7 +143,7 @@ class AutoencoderKL(nn.Module):
     if pixels.shape[1] % self.factor or pixels.shape[2] % self.factor:
       raise ValueError(f'image sides {pixels.shape[1:3]} must be multiples of {self.factor}')
     mean, logvar = jnp.split(self.quant_conv(self.encoder(pixels)).astype(jnp.float32), 2, axis=-1)
-    return mean, jnp.clip(logvar, -30., 20.)
+    return mean, jnp.clip(logvar, -30.0, 20.0)
 
   def decode(self, latents: Array) -> Array:
     """f32[B, h, w, Z], unscaled -> pixels f32[B, H, W, 3], about -1..1."""
@@ -163,7 +173,11 @@ class AutoencoderKL(nn.Module):
 
 def sample_latents(mean: Array, logvar: Array, key: Array | None = None) -> Array:
   """A draw from the encoder's Gaussian by a key or by keys [B], or its mean without; f32[B, h, w, Z] throughout."""
-  return mean if key is None else mean + jnp.exp(logvar / 2) * draw_rows(jax.random.normal, key, mean.shape)
+  return (
+    mean
+    if key is None
+    else mean + jnp.exp(logvar / 2) * draw_rows(jax.random.normal, key, mean.shape)
+  )
 
 
 def decode_tiled(decode: Callable[[Array], Array], latents: Array, factor: int, tile: int) -> Array:
@@ -183,9 +197,15 @@ def decode_tiled(decode: Callable[[Array], Array], latents: Array, factor: int, 
 
   def add(canvas: Array, now: tuple[_Tiles, _Tiles]) -> tuple[Array, None]:
     row, column = now
-    pixels = decode(jax.lax.dynamic_slice(latents, (0, row.start, column.start, 0), (batch, min(tile, h), min(tile, w), channels)))
+    pixels = decode(
+      jax.lax.dynamic_slice(
+        latents, (0, row.start, column.start, 0), (batch, min(tile, h), min(tile, w), channels)
+      )
+    )
     # Where a row fades into the next, diffusers fades its tiles sideways twice: once in this row, and again in the next.
-    weight = row.weight[:, None] * jnp.where(row.passing[:, None], column.weight_twice, column.weight)
+    weight = row.weight[:, None] * jnp.where(
+      row.passing[:, None], column.weight_twice, column.weight
+    )
     at = (0, row.start * factor, column.start * factor, 0)
     before = jax.lax.dynamic_slice(canvas, at, pixels.shape)
     return jax.lax.dynamic_update_slice(canvas, before + pixels * weight[..., None], at), None
@@ -206,9 +226,13 @@ class _Tiles(NamedTuple):
 
 def _tiles(side: int, tile: int, factor: int) -> _Tiles:
   """Covers `side` latents; a tile fades in over the overlap, and what came before it fades out."""
-  start = np.array([*range(0, side - tile, int(tile * (1 - TILE_OVERLAP))), max(0, side - tile)], np.int32)
+  start = np.array(
+    [*range(0, side - tile, int(tile * (1 - TILE_OVERLAP))), max(0, side - tile)], np.int32
+  )
   pixels = np.arange(side * factor)
-  ramp = np.clip((pixels - start[:, None] * factor) / max(1, int(tile * factor * TILE_OVERLAP)), 0, 1)
+  ramp = np.clip(
+    (pixels - start[:, None] * factor) / max(1, int(tile * factor * TILE_OVERLAP)), 0, 1
+  )
   ramp[0] = 1
 
   def weights(ramp):
@@ -217,7 +241,9 @@ def _tiles(side: int, tile: int, factor: int) -> _Tiles:
 
   passing = pixels >= np.append(start[1:], side)[:, None] * factor
   own = start[:, None] * factor + np.arange(min(tile, side) * factor)  # the pixels of each tile
-  return _Tiles(start, *(np.take_along_axis(x, own, 1) for x in (weights(ramp), weights(ramp**2), passing)))
+  return _Tiles(
+    start, *(np.take_along_axis(x, own, 1) for x in (weights(ramp), weights(ramp**2), passing))
+  )
 
 
 def preprocess(images: Array) -> Array:

@@ -7,7 +7,14 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from lavit_jax.models.layers import Dtype, LayerNorm, Mlp, SelfAttention, scan_blocks, constrain_batch
+from lavit_jax.models.layers import (
+  Dtype,
+  LayerNorm,
+  Mlp,
+  SelfAttention,
+  constrain_batch,
+  scan_blocks,
+)
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -29,7 +36,9 @@ class ViTBlock(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> tuple[Array, None]:
     x = constrain_batch(x)
-    attn = SelfAttention(self.num_heads, self.head_dim, key_bias=False, dtype=self.dtype, name='attn')
+    attn = SelfAttention(
+      self.num_heads, self.head_dim, key_bias=False, dtype=self.dtype, name='attn'
+    )
     x = x + attn(LayerNorm(1e-6, self.dtype, name='norm1')(x))
     x = x + Mlp(self.mlp_dim, self.dtype, name='mlp')(LayerNorm(1e-6, self.dtype, name='norm2')(x))
     return x, None
@@ -72,7 +81,9 @@ class ViT(nn.Module):
     """Normalised images f32[B, H, W, 3] -> dtype[B, 1 + N, D], CLS row first."""
     patches = self.patch_embed(images)
     patches = patches.reshape(images.shape[0], -1, self.hidden_size)
-    cls = jnp.broadcast_to(self.cls_token.astype(patches.dtype), (images.shape[0], 1, self.hidden_size))
+    cls = jnp.broadcast_to(
+      self.cls_token.astype(patches.dtype), (images.shape[0], 1, self.hidden_size)
+    )
     x = jnp.concatenate([cls, patches], axis=1) + self.pos_embed.astype(patches.dtype)
     x, _ = self.blocks(x)
     if self.is_initializing():

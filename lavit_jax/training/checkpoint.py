@@ -22,13 +22,22 @@ import orbax.checkpoint as ocp
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.models.settings import computes, differences, told
-from lavit_jax.weights.store.arrays import disk_full
 from lavit_jax.training import integrity
 from lavit_jax.training.distributed import wait_for_all
+from lavit_jax.weights.store.arrays import disk_full
 
 MARK = 'damaged'  # in a step's folder: a file of a process that could not read it, with the reason
-INEXACT = ('data.', 'batch_size', 'seed')  # options after whose change a run sees other examples than it would have seen
-HARMLESS = ('data.num_threads', 'data.max_skipped', 'data.heldout', 'data.shards')  # of the last, PositionHandler tells
+INEXACT = (
+  'data.',
+  'batch_size',
+  'seed',
+)  # options after whose change a run sees other examples than it would have seen
+HARMLESS = (
+  'data.num_threads',
+  'data.max_skipped',
+  'data.heldout',
+  'data.shards',
+)  # of the last, PositionHandler tells
 
 
 class Damaged(UserError):
@@ -47,13 +56,25 @@ class Checkpoints:
 
   def __init__(self, workdir, config, keep: int, settings: dict | None = None):
     self.folder = pathlib.Path(os.path.abspath(workdir)) / 'checkpoints'
-    self.identity = dict(stage=config.stage, variant=config.variant, sizes=json.loads(json.dumps(lavit.variant_config(config.variant))))
+    self.identity = dict(
+      stage=config.stage,
+      variant=config.variant,
+      sizes=json.loads(json.dumps(lavit.variant_config(config.variant))),
+    )
     self.settings = settings or {}
     self.config = json.loads(config.to_json_best_effort())
     self.clear_half_written()
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-    self.manager = _Manager(self.folder, options=options, item_names=('state', 'data', 'config'), item_handlers={
-        'state': ocp.StandardCheckpointHandler(), 'data': integrity.PositionHandler(), 'config': ocp.JsonCheckpointHandler()})
+    self.manager = _Manager(
+      self.folder,
+      options=options,
+      item_names=('state', 'data', 'config'),
+      item_handlers={
+        'state': ocp.StandardCheckpointHandler(),
+        'data': integrity.PositionHandler(),
+        'config': ocp.JsonCheckpointHandler(),
+      },
+    )
 
   def latest(self) -> int | None:
     """The last complete step, after checking that it is of this stage and variant.
@@ -67,8 +88,14 @@ class Checkpoints:
       for key in ('stage', 'variant', 'sizes'):
         if saved[key] != self.identity[key]:
           was, now = (f'{d["stage"]}:{d["variant"]}' for d in (saved, self.identity))
-          difference = f'{was}, and this run is {now}' if was != now else f'{was} with other sizes than the variants table has now'
-          raise UserError(f'{self.folder / str(step)} is a checkpoint of {difference}; choose another --workdir')
+          difference = (
+            f'{was}, and this run is {now}'
+            if was != now
+            else f'{was} with other sizes than the variants table has now'
+          )
+          raise UserError(
+            f'{self.folder / str(step)} is a checkpoint of {difference}; choose another --workdir'
+          )
       self._check_settings(step, saved)
     return step
 
@@ -77,8 +104,10 @@ class Checkpoints:
     before, row = saved.get('settings', {}), lavit.variant_config(self.identity['variant'])
     for name, field in differences(before, self.settings):
       if computes(name, field, self.settings) or 'settings' in saved:
-        raise UserError(f'{self.folder / str(step)} was trained with {told(before, name, field, row)} of {name}, and the folders of this run have '
-                        f'{told(self.settings, name, field, row)}; name the folders that it began with, or choose another --workdir')
+        raise UserError(
+          f'{self.folder / str(step)} was trained with {told(before, name, field, row)} of {name}, and the folders of this run have '
+          f'{told(self.settings, name, field, row)}; name the folders that it began with, or choose another --workdir'
+        )
 
   def restore_latest(self, abstract, data, skip_damaged: bool = False):
     """`restore` of the last step -> (step, train state); (0, None) if there never was one.
@@ -98,13 +127,17 @@ class Checkpoints:
       except Damaged as error:
         if not skip_damaged:
           raise
-        if jax.process_count() > 1 and error.__cause__:  # perhaps this process alone could not read it, and the others wait elsewhere
+        if (
+          jax.process_count() > 1 and error.__cause__
+        ):  # perhaps this process alone could not read it, and the others wait elsewhere
           (self.folder / str(step) / f'{MARK}-{jax.process_index()}').write_text(str(error))
           raise UserError(f'{error}; start again: it will be skipped') from error
         self._set_aside(step, error)
     if aside := sorted(self.folder.glob('*.damaged')):
-      raise UserError(f'all checkpoints in {self.folder} are damaged ({", ".join(path.name for path in aside)}): there is nothing to go on from; '
-                      'begin in another --workdir, or delete these to begin anew in this one')
+      raise UserError(
+        f'all checkpoints in {self.folder} are damaged ({", ".join(path.name for path in aside)}): there is nothing to go on from; '
+        'begin in another --workdir, or delete these to begin anew in this one'
+      )
     return 0, None
 
   def changes(self, step: int) -> tuple[list[str], list[str]]:
@@ -140,21 +173,32 @@ class Checkpoints:
       Damaged: it cannot be read, or is not what was saved.
       UserError: it has other arrays or types than `abstract`, or the position in the data is one in other data.
     """
-    wanted, saved = integrity.names(abstract), self._about(step).get('digests')  # none in runs of before there were any
+    wanted, saved = (
+      integrity.names(abstract),
+      self._about(step).get('digests'),
+    )  # none in runs of before there were any
     if saved and (odd := sorted(saved.keys() ^ set(wanted))):
-      raise UserError(f'the checkpoint {self.folder / str(step)} does not fit this config ({len(odd)} arrays differ: {", ".join(odd[:3])}); '
-                      'give the options that it was made with, or choose another --workdir')
+      raise UserError(
+        f'the checkpoint {self.folder / str(step)} does not fit this config ({len(odd)} arrays differ: {", ".join(odd[:3])}); '
+        'give the options that it was made with, or choose another --workdir'
+      )
     self._check_types(step, integrity.types(abstract))
     try:
-      restored = self.manager.restore(step, args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(abstract), data=integrity.PositionRestore(data)))
+      restored = self.manager.restore(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardRestore(abstract), data=integrity.PositionRestore(data)
+        ),
+      )
     except (UserError, MemoryError, jax.errors.JaxRuntimeError):
       raise
     except Exception as error:  # of many kinds, as Orbax stumbles over what it reads
       raise self._damaged(step, error) from error
     now = integrity.digests(restored['state']) if saved else {}
     if wrong := [name for name in now if saved[name] != now[name]]:
-      raise self._damaged(step, f'{len(wrong)} of {len(saved)} arrays are not what was saved: {", ".join(wrong[:3])}')
+      raise self._damaged(
+        step, f'{len(wrong)} of {len(saved)} arrays are not what was saved: {", ".join(wrong[:3])}'
+      )
     return restored['state']
 
   def save(self, step: int, state, data) -> None:
@@ -163,11 +207,21 @@ class Checkpoints:
     Raises:
       UserError: the disk is full, now or while the previous checkpoint was written. Nothing half-written stays.
     """
-    about = {**self.identity, 'settings': self.settings, 'config': self.config, 'digests': integrity.digests(state)}
+    about = {
+      **self.identity,
+      'settings': self.settings,
+      'config': self.config,
+      'digests': integrity.digests(state),
+    }
     with _DiskFull(self):
-      self.manager.save(step, args=ocp.args.Composite(
-          state=ocp.args.StandardSave(state), data=integrity.PositionSave(data),
-          config=ocp.args.JsonSave({**about, 'sum': integrity.checksum(about)})))
+      self.manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state),
+          data=integrity.PositionSave(data),
+          config=ocp.args.JsonSave({**about, 'sum': integrity.checksum(about)}),
+        ),
+      )
 
   def check(self) -> None:
     """Raises what went wrong behind us, if anything did."""
@@ -191,7 +245,9 @@ class Checkpoints:
 
   def _about(self, step: int) -> dict:
     try:
-      about = self.manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))['config']
+      about = self.manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))[
+        'config'
+      ]
       saved = about.pop('sum', None)  # none in runs of before there was one
       if saved and saved != integrity.checksum(about):
         raise ValueError('its config is not what was saved')
@@ -205,16 +261,28 @@ class Checkpoints:
       saved = integrity.types(self.manager.item_metadata(step)['state'].tree)
     except Exception:  # of many kinds, of what is damaged; reading the arrays tells
       return
-    if odd := [f'{name} {saved[name]}, not {dtype}' for name, dtype in wanted.items() if saved.get(name, dtype) != dtype]:
+    if odd := [
+      f'{name} {saved[name]}, not {dtype}'
+      for name, dtype in wanted.items()
+      if saved.get(name, dtype) != dtype
+    ]:
       was, now = _leaves(self._about(step)['config']), _leaves(self.config)
-      remedy = [f'--config.{key}={was[key]}' for key in was if key.endswith('dtype') and key in now and was[key] != now[key]]
-      raise UserError(f'the checkpoint {self.folder / str(step)} has other types than this config ({len(odd)} arrays differ: {", ".join(odd[:3])}); '
-                      f'give {" ".join(remedy) or "the options"}, as it was made with, or choose another --workdir')
+      remedy = [
+        f'--config.{key}={was[key]}'
+        for key in was
+        if key.endswith('dtype') and key in now and was[key] != now[key]
+      ]
+      raise UserError(
+        f'the checkpoint {self.folder / str(step)} has other types than this config ({len(odd)} arrays differ: {", ".join(odd[:3])}); '
+        f'give {" ".join(remedy) or "the options"}, as it was made with, or choose another --workdir'
+      )
 
   def _damaged(self, step: int, error) -> Damaged:
     reason = ' '.join(str(error).split())[:300]
-    return Damaged(f'the checkpoint {self.folder / str(step)} is damaged or does not fit this config ({reason}); '
-                   '--config.skip_damaged=true goes on from the one before, or choose another --workdir')
+    return Damaged(
+      f'the checkpoint {self.folder / str(step)} is damaged or does not fit this config ({reason}); '
+      '--config.skip_damaged=true goes on from the one before, or choose another --workdir'
+    )
 
   def _set_aside(self, step: int, reason) -> None:
     """By process 0, while no other one reads it; all call this."""
@@ -230,7 +298,9 @@ class Checkpoints:
 
 def saved_settings(workdir) -> dict[str, dict]:
   """The settings that the run in `workdir` was trained with, by its last checkpoint; {} where there is none, or none that can be read."""
-  steps = [path for path in (pathlib.Path(workdir) / 'checkpoints').glob('*') if path.name.isdecimal()]
+  steps = [
+    path for path in (pathlib.Path(workdir) / 'checkpoints').glob('*') if path.name.isdecimal()
+  ]
   if not steps:
     return {}
   last = max(steps, key=lambda path: int(path.name))
@@ -276,4 +346,6 @@ class _DiskFull:
     self.checkpoints.clear_half_written()
     steps = self.checkpoints.manager.all_steps(read=True)
     remedy = f'it goes on from step {max(steps)}' if steps else 'it begins anew'
-    raise UserError(f'the disk is full while saving to {folder}; free some space and start the same command again: {remedy}') from error
+    raise UserError(
+      f'the disk is full while saving to {folder}; free some space and start the same command again: {remedy}'
+    ) from error

@@ -31,7 +31,13 @@ class Codebook(NamedTuple):
 def init_codebook(embedding: Array, started: bool = False) -> Codebook:
   """A codebook of these unit rows f32[K, C], all of them alive; `started` if they are those of an earlier training."""
   num_codes = len(embedding)
-  return Codebook(embedding, jnp.ones(num_codes), jnp.zeros(num_codes, jnp.int32), jnp.zeros([], jnp.int32), jnp.full([], started))
+  return Codebook(
+    embedding,
+    jnp.ones(num_codes),
+    jnp.zeros(num_codes, jnp.int32),
+    jnp.zeros([], jnp.int32),
+    jnp.full([], started),
+  )
 
 
 def is_offered(parts: dict) -> bool:
@@ -83,7 +89,9 @@ def draw_vectors(key: Array, z: Array, weight: Array, num: int) -> Array:
   return z[order[jnp.arange(num) % jnp.maximum((weight > 0).sum(), 1)]]
 
 
-def kmeans(key: Array, z: Array, weight: Array, num_codes: int, iterations: int = 10) -> tuple[Array, Array]:
+def kmeans(
+  key: Array, z: Array, weight: Array, num_codes: int, iterations: int = 10
+) -> tuple[Array, Array]:
   """Spherical k-means of z f32[T, C] (unit rows) from tokens drawn at random; empty clusters stay where they are.
 
   Returns:
@@ -102,10 +110,17 @@ def kmeans(key: Array, z: Array, weight: Array, num_codes: int, iterations: int 
 def start_from_kmeans(key: Array, book: Codebook, z: Array, weight: Array) -> Codebook:
   """The codebook that k-means finds in the first quantised batch."""
   embedding, count = kmeans(key, z, weight, len(book.embedding))
-  return book._replace(embedding=embedding, cluster_size=count, idle=jnp.zeros_like(book.idle), started=jnp.ones([], bool))
+  return book._replace(
+    embedding=embedding,
+    cluster_size=count,
+    idle=jnp.zeros_like(book.idle),
+    started=jnp.ones([], bool),
+  )
 
 
-def update_codebook(key: Array, book: Codebook, z: Array, weight: Array, ids: Array, decay: float, revive_after: int) -> Codebook:
+def update_codebook(
+  key: Array, book: Codebook, z: Array, weight: Array, ids: Array, decay: float, revive_after: int
+) -> Codebook:
   """One batch's step of the codes towards the means of their tokens.
 
   Args:
@@ -125,17 +140,27 @@ def update_codebook(key: Array, book: Codebook, z: Array, weight: Array, ids: Ar
   if revive_after:
     error = weight * jnp.square(z - book.embedding[ids]).sum(-1)
     moves = moved_away(book._replace(idle=idle), revive_after)
-    order = jnp.maximum(jnp.cumsum(moves) - 1, 0)  # the first token drawn is the likeliest to be badly described: none goes to waste
+    order = jnp.maximum(
+      jnp.cumsum(moves) - 1, 0
+    )  # the first token drawn is the likeliest to be badly described: none goes to waste
     # Only then: to draw sorts all tokens.
     embedding = jax.lax.cond(
-        moves.any(), lambda e: jnp.where(moves[:, None], draw_vectors(key, z, error, num_codes)[order], e), lambda e: e, embedding)
+      moves.any(),
+      lambda e: jnp.where(moves[:, None], draw_vectors(key, z, error, num_codes)[order], e),
+      lambda e: e,
+      embedding,
+    )
   return book._replace(embedding=embedding, cluster_size=cluster_size, idle=idle)
 
 
 def usage_metrics(book: Codebook) -> dict[str, Array]:
   """What collapse looks like, over the last steps: the share of codes alive, how many are dead, the perplexity of their use (1..K)."""
   dead = book.idle >= LIVE
-  return dict(code_usage=1 - dead.mean(), dead_codes=dead.sum().astype(jnp.float32), perplexity=perplexity(book.cluster_size))
+  return dict(
+    code_usage=1 - dead.mean(),
+    dead_codes=dead.sum().astype(jnp.float32),
+    perplexity=perplexity(book.cluster_size),
+  )
 
 
 def perplexity(count: Array) -> Array:

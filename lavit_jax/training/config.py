@@ -33,7 +33,9 @@ def load_config(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigD
   try:
     config = get_config(argument) if argument else get_config()
   except (KeyError, ValueError, TypeError) as error:
-    raise UserError(f'--config: {path} refuses {argument!r} ({error}); see the first lines of the page') from error
+    raise UserError(
+      f'--config: {path} refuses {argument!r} ({error}); see the first lines of the page'
+    ) from error
   for key, text in overrides:
     override(config, key, text)
   config.lock()
@@ -44,8 +46,14 @@ def override(config: ConfigDict, key: str, text: str) -> None:
   """Sets the dotted `key` to `text`, read in the type of the value that is there. Raises UserError as `load_config`."""
   known = dict(config_leaves(config))
   if key not in known:
-    near = [k for k in known if k.startswith(f'{key}.')][:3] or difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-    hint = f'did you mean {" or ".join("--config." + k for k in near)}?' if near else 'the page names them all'
+    near = [k for k in known if k.startswith(f'{key}.')][:3] or difflib.get_close_matches(
+      key, known, n=1, cutoff=0.4
+    )
+    hint = (
+      f'did you mean {" or ".join("--config." + k for k in near)}?'
+      if near
+      else 'the page names them all'
+    )
     raise UserError(f'--config.{key}: no such key; {hint}')
   *parents, name = key.split('.')
   node = config
@@ -79,7 +87,9 @@ def _read_page(path: str):
     spec.loader.exec_module(page)
     return page.get_config
   except (SyntaxError, AttributeError) as error:
-    raise UserError(f'--config: {path} is not a config page, which defines get_config(argument) ({error})') from error
+    raise UserError(
+      f'--config: {path} is not a config page, which defines get_config(argument) ({error})'
+    ) from error
 
 
 def config_leaves(config: ConfigDict, prefix: str = '') -> Iterator[tuple[str, object]]:
@@ -101,7 +111,9 @@ def _parse(key: str, text: str, old, kind: type):
     value = text
   if value is None and kind in (tuple, list):
     return kind()
-  if value is None or kind is type(None) or type(value) is kind:  # options.py says where None may be
+  if (
+    value is None or kind is type(None) or type(value) is kind
+  ):  # options.py says where None may be
     return value
   if {type(value), kind} == {int, float} and kind(value) == value:
     return kind(value)

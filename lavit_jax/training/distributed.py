@@ -29,14 +29,21 @@ from jax.experimental import multihost_utils
 from lavit_jax.errors import Unreachable, UserError
 
 TERMINATED = 143  # 128 + SIGTERM
-LOST = re.compile(r'Gloo [^\n]{,80}failed|Connection (closed|reset|refused)|NCCL [^\n]{,80}|Socket closed|heartbeat timeout|'
-                  r'(UNAVAILABLE|DEADLINE_EXCEEDED)[^\n]{,80}')
+LOST = re.compile(
+  r'Gloo [^\n]{,80}failed|Connection (closed|reset|refused)|NCCL [^\n]{,80}|Socket closed|heartbeat timeout|'
+  r'(UNAVAILABLE|DEADLINE_EXCEEDED)[^\n]{,80}'
+)
 TIMEOUT = 60  # seconds of silence after which a process is given up
 ROOM = 1024  # bytes of what one process tells the others
 PATIENCE = 10  # seconds that a shared folder has to show a new file everywhere
 
 
-def connect(coordinator: str | None = None, processes: int | None = None, process: int | None = None, timeout: int | None = None) -> None:
+def connect(
+  coordinator: str | None = None,
+  processes: int | None = None,
+  process: int | None = None,
+  timeout: int | None = None,
+) -> None:
   """Joins the job, before anything else of JAX runs; a process on its own does nothing here.
 
   TPU pods, GKE and SLURM say by themselves who belongs to the job. Elsewhere the arguments do, or for those that are None the variables
@@ -59,19 +66,31 @@ def connect(coordinator: str | None = None, processes: int | None = None, proces
     return
   if given != (None,) * 3:
     if None in given and not in_a_cluster():
-      raise UserError('a job of several processes needs --coordinator HOST:PORT, --processes N and --process I (or JAX_COORDINATOR_ADDRESS, '
-                      f'JAX_NUM_PROCESSES, JAX_PROCESS_ID); there is {coordinator}, {processes}, {process}')
+      raise UserError(
+        'a job of several processes needs --coordinator HOST:PORT, --processes N and --process I (or JAX_COORDINATOR_ADDRESS, '
+        f'JAX_NUM_PROCESSES, JAX_PROCESS_ID); there is {coordinator}, {processes}, {process}'
+      )
     if None not in given and not 0 <= process < processes:
-      raise UserError(f'--process {process}: of {processes} processes the first is 0 and the last {processes - 1}')
+      raise UserError(
+        f'--process {process}: of {processes} processes the first is 0 and the last {processes - 1}'
+      )
     if coordinator and not coordinator.rpartition(':')[2].isdigit():
       raise UserError(f'--coordinator {coordinator}: give host and port, such as 10.0.0.1:9876')
   try:
-    jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=timeout, shutdown_timeout_seconds=timeout)
+    jax.distributed.initialize(
+      coordinator,
+      processes,
+      process,
+      heartbeat_timeout_seconds=timeout,
+      shutdown_timeout_seconds=timeout,
+    )
   except (RuntimeError, ValueError) as error:
     reason = ' '.join(str(error).split())[:300]
     kind = UserError if isinstance(error, ValueError) else Unreachable
-    raise kind(f'the {processes or ""} processes of the job did not meet at {coordinator or "their coordinator"} ({reason}); '
-               'start all of them, with the same --coordinator and --processes') from error
+    raise kind(
+      f'the {processes or ""} processes of the job did not meet at {coordinator or "their coordinator"} ({reason}); '
+      'start all of them, with the same --coordinator and --processes'
+    ) from error
 
 
 @contextlib.contextmanager
@@ -89,8 +108,10 @@ def exit_together() -> Iterator[None]:
       raise
     told = error if isinstance(error, UserError) else None
     if told is None and (lost := LOST.search(f'{error} {error.__context__ or ""}')):
-      told = Unreachable(f'process {jax.process_index()} of {jax.process_count()} has lost another one ({" ".join(lost[0].split())}); look '
-                         'at what the others say, and start all of them again: the run goes on from its last checkpoint')
+      told = Unreachable(
+        f'process {jax.process_index()} of {jax.process_count()} has lost another one ({" ".join(lost[0].split())}); look '
+        'at what the others say, and start all of them again: the run goes on from its last checkpoint'
+      )
     atexit.register(_leave, told.status if told else 1)  # runs before JAX's, which waits for all
     if told is None or told is error:
       raise
@@ -111,7 +132,11 @@ def in_a_cluster() -> bool:
   if 'SLURM_STEP_NODELIST' in os.environ and int(os.environ.get('SLURM_NTASKS', 1)) > 1:
     return True
   cpu = os.environ.get('JAX_PLATFORMS', '').startswith('cpu')
-  return not cpu and bool(glob.glob('/dev/accel*') or glob.glob('/dev/vfio/[0-9]*')) and importlib.util.find_spec('libtpu') is not None
+  return (
+    not cpu
+    and bool(glob.glob('/dev/accel*') or glob.glob('/dev/vfio/[0-9]*'))
+    and importlib.util.find_spec('libtpu') is not None
+  )
 
 
 def _number(option: str, variable: str, value: int | None) -> int | None:
@@ -132,7 +157,9 @@ class InterruptHandler:
   def __enter__(self):
     self.flag = threading.Event()
     self.previous, self.asked = None, 0
-    if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:  # else jax.distributed listens
+    if (
+      threading.current_thread() is threading.main_thread() and jax.process_count() == 1
+    ):  # else jax.distributed listens
       self.previous = signal.signal(signal.SIGTERM, lambda *_: self.flag.set())
     return self
 
@@ -156,8 +183,13 @@ class InterruptHandler:
 
 def to_host(tree):
   """The arrays of a tree as numpy on process 0, one after the other; None in their place on the others, which must call it too."""
+
   def fetch(x):
-    x = multihost_utils.process_allgather(x, tiled=True) if jax.process_count() > 1 else jax.device_get(x)
+    x = (
+      multihost_utils.process_allgather(x, tiled=True)
+      if jax.process_count() > 1
+      else jax.device_get(x)
+    )
     return np.asarray(x) if jax.process_index() == 0 else None
 
   return jax.tree.map(fetch, tree)
@@ -195,8 +227,10 @@ def check_shared(folder: pathlib.Path) -> None:
   if jax.process_index() == 0:
     probe.unlink()
   if blind := [f'{i} ({each["host"]})' for i, each in enumerate(told) if not each['seen']]:
-    raise UserError(f'what process 0 ({told[0]["host"]}) writes to {folder.absolute()} is not seen by process {", ".join(blind[:5])}'
-                    f'{f" and {len(blind) - 5} more" if len(blind) > 5 else ""}; --workdir must be one folder that all machines share')
+    raise UserError(
+      f'what process 0 ({told[0]["host"]}) writes to {folder.absolute()} is not seen by process {", ".join(blind[:5])}'
+      f'{f" and {len(blind) - 5} more" if len(blind) > 5 else ""}; --workdir must be one folder that all machines share'
+    )
 
 
 def wait_for_all(what: str) -> None:

@@ -21,7 +21,12 @@ from lavit_jax.models.lavit import LavitModules
 from lavit_jax.training import optimizer, stages
 from lavit_jax.training.stage import apply_module, image_features
 
-ONE_CPU = AbstractMesh((1, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=AbstractDevice('cpu', 1, 'cpu'))
+ONE_CPU = AbstractMesh(
+  (1, 1, 1),
+  sharding.AXES,
+  axis_types=(AxisType.Auto,) * 3,
+  abstract_device=AbstractDevice('cpu', 1, 'cpu'),
+)
 
 
 class StepFlops(NamedTuple):
@@ -69,7 +74,11 @@ def step_flops(config) -> StepFlops:
 
 def expected_share(config) -> float:
   """The share of the slots of packed rows that hold a token, if pairs are of `lm.mean_length`; 1 where nothing is packed."""
-  return min(1.0, config.batch_size * config.lm.mean_length / stages.tokens_per_step(config)) if config.stage == 'lm' else 1.0
+  return (
+    min(1.0, config.batch_size * config.lm.mean_length / stages.tokens_per_step(config))
+    if config.stage == 'lm'
+    else 1.0
+  )
 
 
 def traced(config, model: LavitModules) -> float:
@@ -80,17 +89,31 @@ def traced(config, model: LavitModules) -> float:
   frozen = {name: parts[name] for name in stage.needs}
 
   def step(params, frozen, state, batch):
-    return jax.grad(lambda params: stage.loss(optimizer.stop_frozen_gradients(config.optim, params), frozen, state, batch, jax.random.key(0), True),
-                    has_aux=True)(params)
+    return jax.grad(
+      lambda params: stage.loss(
+        optimizer.stop_frozen_gradients(config.optim, params),
+        frozen,
+        state,
+        batch,
+        jax.random.key(0),
+        True,
+      ),
+      has_aux=True,
+    )(params)
 
   return count(jax.make_jaxpr(step)(params, frozen, state, batch))
 
 
 def pair_flops(config, model: LavitModules) -> PairFlops:
   """The parts of the language model's step, traced one by one."""
-  parts = jax.eval_shape(lambda: init_params(model, jax.random.key(0), ('vit', 'tokenizer', 'understanding', 'llama')))
+  parts = jax.eval_shape(
+    lambda: init_params(model, jax.random.key(0), ('vit', 'tokenizer', 'understanding', 'llama'))
+  )
   side, length, llama = model.image_size, config.lm.row_length, model.llama
-  image, slots = jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8), jax.ShapeDtypeStruct((1, length), jnp.int32)
+  image, slots = (
+    jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8),
+    jax.ShapeDtypeStruct((1, length), jnp.int32),
+  )
   x = jax.eval_shape(lambda p, image: image_features(model, p, image)[:, 1:], parts['vit'], image)
   keep = jax.ShapeDtypeStruct(x.shape[:2], jnp.float32)
 
@@ -98,7 +121,12 @@ def pair_flops(config, model: LavitModules) -> PairFlops:
     return count(jax.make_jaxpr(function)(parts[name], *inputs))
 
   def code(p, x, keep):
-    return apply_module(model.tokenizer, p, apply_module(model.tokenizer, p, x, keep, method='merge'), method='quantize')
+    return apply_module(
+      model.tokenizer,
+      p,
+      apply_module(model.tokenizer, p, x, keep, method='merge'),
+      method='quantize',
+    )
 
   def read(p, x, keep):
     return apply_module(model.understanding, p, x, keep).astype(jnp.float32).sum()
@@ -112,9 +140,13 @@ def pair_flops(config, model: LavitModules) -> PairFlops:
 
   scores = 2 * 2 * llama.num_heads * llama.head_dim * llama.num_layers  # two products
   return PairFlops(
-      see=of('vit', lambda p, image: image_features(model, p, image), image) + of('tokenizer', select, x),
-      code=of('tokenizer', code, x, keep), read=of('understanding', jax.grad(read), x, keep),
-      row=3 * (of('llama', row, slots) - length**2 * scores), scores=3 * scores)
+    see=of('vit', lambda p, image: image_features(model, p, image), image)
+    + of('tokenizer', select, x),
+    code=of('tokenizer', code, x, keep),
+    read=of('understanding', jax.grad(read), x, keep),
+    row=3 * (of('llama', row, slots) - length**2 * scores),
+    scores=3 * scores,
+  )
 
 
 def count(jaxpr) -> float:

@@ -25,14 +25,19 @@ def digests(tree) -> dict[str, int]:
   always shows, any other but once in 2^32 times.
   """
   digest = _program()
-  values = [int(digest(leaf)) for leaf in jax.tree.leaves(tree)]  # one at a time: on CPU, sums that overtake each other deadlock
+  values = [
+    int(digest(leaf)) for leaf in jax.tree.leaves(tree)
+  ]  # one at a time: on CPU, sums that overtake each other deadlock
   return dict(zip(names(tree), values, strict=True))
 
 
 def names(tree) -> list[str]:
   """'path [shape]' of each array, or ShapeDtypeStruct, of a tree."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return [f'{jax.tree_util.keystr(path, simple=True, separator="/")} {list(leaf.shape)}' for path, leaf in leaves]
+  return [
+    f'{jax.tree_util.keystr(path, simple=True, separator="/")} {list(leaf.shape)}'
+    for path, leaf in leaves
+  ]
 
 
 def types(tree) -> dict[str, str]:
@@ -42,7 +47,9 @@ def types(tree) -> dict[str, str]:
 
 @functools.cache
 def _program():
-  quick = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None  # compiling costs more than running
+  quick = (
+    {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
+  )  # compiling costs more than running
   return jax.jit(_digest, compiler_options=quick)
 
 
@@ -89,9 +96,14 @@ class PositionHandler(ocp.CheckpointHandler):
       state = merge_positions(list(pool.map(_read_position, files)), f'{directory}: the position')
     try:
       args.item.set_state(state)
-    except (ValueError, KeyError) as error:  # sound, so it is no damage that an earlier checkpoint could mend
-      raise UserError(f'{directory}: the position in the data is one in other data than data.sources or data.source name now ({error}); give '
-                      'what it began with, or begin in another --workdir, with --config.init_from=RUN/export of a finished run') from error
+    except (
+      ValueError,
+      KeyError,
+    ) as error:  # sound, so it is no damage that an earlier checkpoint could mend
+      raise UserError(
+        f'{directory}: the position in the data is one in other data than data.sources or data.source name now ({error}); give '
+        'what it began with, or begin in another --workdir, with --config.init_from=RUN/export of a finished run'
+      ) from error
     return args.item
 
 
@@ -103,12 +115,16 @@ def merge_positions(states: list[dict], name: str) -> dict:
     UserError: they are of an earlier version, whose positions belonged to processes.
   """
   if any('tickets' in state for state in states):
-    raise UserError(f'{name} in data.sources was saved by an earlier version, which dealt them to processes, and cannot be read any more; begin in '
-                    'another --workdir, with --config.init_from=RUN/export of a finished run')
+    raise UserError(
+      f'{name} in data.sources was saved by an earlier version, which dealt them to processes, and cannot be read any more; begin in '
+      'another --workdir, with --config.init_from=RUN/export of a finished run'
+    )
   shards = {}
   for state in states:
     mine = state.get('shards', {})
-    if state | {'shards': {}} != states[0] | {'shards': {}} or any(shards.get(shard, mine[shard]) != mine[shard] for shard in mine):
+    if state | {'shards': {}} != states[0] | {'shards': {}} or any(
+      shards.get(shard, mine[shard]) != mine[shard] for shard in mine
+    ):
       raise ValueError(f'{name} that one process saved contradicts that of another')
     shards |= mine
   return states[0] | ({'shards': shards} if shards else {})

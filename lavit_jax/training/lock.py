@@ -48,7 +48,9 @@ class WorkdirLock:
     watched = Watched(self.file)
     while True:
       state = self._try(watched) if jax.process_index() == 0 else {}
-      state = {key: value if value is True else value[:800] for key, value in state.items()}  # gather has room for a kilobyte
+      state = {
+        key: value if value is True else value[:800] for key, value in state.items()
+      }  # gather has room for a kilobyte
       state = distributed.gather(state)[0]  # the others learn it, all the while
       if refusal := state.get('refused'):
         raise UserError(refusal)
@@ -89,14 +91,18 @@ class WorkdirLock:
         return {}
       if not watched.told:
         watched.told = True
-        return {'waiting': f'{self.file} is of a run on {watched.host}, which may have been killed: waiting up to {SILENCE:.0f} seconds for a sign of it'}
+        return {
+          'waiting': f'{self.file} is of a run on {watched.host}, which may have been killed: waiting up to {SILENCE:.0f} seconds for a sign of it'
+        }
       return {}
     with os.fdopen(descriptor, 'w') as file:
       file.write(self._text(0))
     return {'held': True}
 
   def _text(self, beat: int) -> str:
-    return json.dumps(dict(run=self.run, host=_machine(), pid=os.getpid(), began=_began(os.getpid()), beat=beat))
+    return json.dumps(
+      dict(run=self.run, host=_machine(), pid=os.getpid(), began=_began(os.getpid()), beat=beat)
+    )
 
   def _beat(self) -> None:
     beat = 0
@@ -104,8 +110,10 @@ class WorkdirLock:
       beat += 1
       now = _read(self.file)
       if now and now.get('run') != self.run:
-        self.lost = (f'{self.file} is now of process {now.get("pid")} on {_name(now)}: another run has taken this work directory over, and '
-                     'this one ends; choose another --workdir')
+        self.lost = (
+          f'{self.file} is now of process {now.get("pid")} on {_name(now)}: another run has taken this work directory over, and '
+          'this one ends; choose another --workdir'
+        )
         return
       try:
         scratch = self.file.with_name(f'.lock.{self.run}')
@@ -154,8 +162,10 @@ class Watched:
     self.seen, self.since = {}, time.monotonic()
 
   def refusal(self) -> str:
-    return (f'{self.file.parent} is in use: process {self.seen.get("pid")} on {self.host} is running there ({self.file}); choose another '
-            '--workdir, or stop that run first')
+    return (
+      f'{self.file.parent} is in use: process {self.seen.get("pid")} on {self.host} is running there ({self.file}); choose another '
+      '--workdir, or stop that run first'
+    )
 
 
 def refuse_if_running(workdir) -> None:
@@ -177,7 +187,11 @@ def _read(file: pathlib.Path) -> dict:
 def _machine() -> list[str]:
   """What tells this machine, since it was started, and this container from others, as far as /proc
   says."""
-  return [socket.gethostname(), _line('/proc/sys/kernel/random/boot_id'), _link('/proc/self/ns/pid')]
+  return [
+    socket.gethostname(),
+    _line('/proc/sys/kernel/random/boot_id'),
+    _link('/proc/self/ns/pid'),
+  ]
 
 
 def _is_here(told: dict) -> bool:

@@ -16,7 +16,8 @@ import time
 from collections import Counter
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from lavit_jax import accelerators, sharding
 from lavit_jax.data import loader, text
@@ -26,17 +27,17 @@ from lavit_jax.errors import UserError
 from lavit_jax.local_paths import expand_home
 from lavit_jax.models import lavit
 from lavit_jax.models.settings import of_parts
-from lavit_jax.weights.store import folder
-from lavit_jax.training import codebook, flops, metrics, distributed, stages
+from lavit_jax.training import codebook, distributed, flops, metrics, stages
 from lavit_jax.training.checkpoint import Checkpoints
-from lavit_jax.training.validation import check_options, check_values, name_data_option
+from lavit_jax.training.distributed import TERMINATED, InterruptHandler
 from lavit_jax.training.keys import Purpose, key_for
 from lavit_jax.training.lock import WorkdirLock, refuse_if_running
-from lavit_jax.training.distributed import TERMINATED, InterruptHandler
 from lavit_jax.training.schedule import warn_of_schedule
 from lavit_jax.training.settings import run_settings
-from lavit_jax.training.train_step import averaged, make_init, loss_and_metrics, make_train_step
+from lavit_jax.training.train_step import averaged, loss_and_metrics, make_init, make_train_step
+from lavit_jax.training.validation import check_options, check_values, name_data_option
 from lavit_jax.training.watch import MetricWatch
+from lavit_jax.weights.store import folder
 
 
 def train(config, workdir) -> None:
@@ -58,17 +59,24 @@ def train(config, workdir) -> None:
   trace = metrics.ProfilerTrace(config.profile, workdir)
   model_flops = flops.step_flops(config)  # which has a mesh of its own
   with InterruptHandler() as interrupt, jax.set_mesh(mesh), contextlib.ExitStack() as stack:
-    settings = run_settings(config, split_folders(config.frozen), split_folders(config.init_from), workdir)
+    settings = run_settings(
+      config, split_folders(config.frozen), split_folders(config.init_from), workdir
+    )
     model = lavit.build(config.variant, config.dtype, config.remat, settings)
     stage = stages.build_stage(config, model, sharding.batch_shards(mesh))
     parts = load_parts(config, stage, mesh)
     frozen = {name: parts[name] for name in stage.needs}
-    share, skipped = sharding.process_share(mesh, config.batch_size), SkipCounter(jax.process_count() == 1)
+    share, skipped = (
+      sharding.process_share(mesh, config.batch_size),
+      SkipCounter(jax.process_count() == 1),
+    )
     data = open_data(config, model, share, 'train', skipped)
     stack.callback(data.close)
     check_heldout(config, model, share)
     lock = stack.enter_context(WorkdirLock(workdir))
-    checkpoints = Checkpoints(workdir, config, config.keep, model.settings)  # the first to write: what is missing has been told by now
+    checkpoints = Checkpoints(
+      workdir, config, config.keep, model.settings
+    )  # the first to write: what is missing has been told by now
     stack.callback(checkpoints.close)
     interrupt.check()
 
@@ -76,10 +84,14 @@ def train(config, workdir) -> None:
     weights_key = key_for(config.seed, Purpose.WEIGHTS)
     shapes = jax.eval_shape(init, weights_key, parts)
     places = sharding.shardings(shapes, mesh)
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
+    abstract = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places
+    )
     first, state = checkpoints.restore_latest(abstract, data, config.skip_damaged)
     if state is None:
-      once = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None  # compiling costs more than running
+      once = (
+        {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
+      )  # compiling costs more than running
       state = jax.jit(init, out_shardings=places, compiler_options=once)(weights_key, parts)
     absent = [name for name in stage.zeros if config.init_from and name not in parts]
     warnings = stages.warnings(config, stage, parts)
@@ -87,22 +99,35 @@ def train(config, workdir) -> None:
     interrupt.check()
 
     peak = config.peak_tflops or accelerators.peak_tflops(jax.devices())
-    log = metrics.MetricLogger(workdir, first, config.num_steps, config.batch_size, flops=model_flops.at, peak_tflops=peak,
-                      tokens=stages.tokens_per_step(config))
+    log = metrics.MetricLogger(
+      workdir,
+      first,
+      config.num_steps,
+      config.batch_size,
+      flops=model_flops.at,
+      peak_tflops=peak,
+      tokens=stages.tokens_per_step(config),
+    )
     stack.callback(log.close)
     stack.callback(trace.close)
     count = sum(x.size for x in jax.tree.leaves(shapes.params))
-    log.say(f'{config.stage}:{config.variant}  {count / 1e6:.2f} M parameters  mesh {dict(mesh.shape)}  '
-            + (f'continuing from step {first}' if first else f'starting in {workdir}'))
+    log.say(
+      f'{config.stage}:{config.variant}  {count / 1e6:.2f} M parameters  mesh {dict(mesh.shape)}  '
+      + (f'continuing from step {first}' if first else f'starting in {workdir}')
+    )
     if first:
       tell_changes(log, *checkpoints.changes(first))
       warn_of_schedule(log, config, checkpoints.saved_config(first), first)
     elif absent:
-      log.say(f'warning: init_from={config.init_from} has no {", ".join(absent)}: zeros take the place')
+      log.say(
+        f'warning: init_from={config.init_from} has no {", ".join(absent)}: zeros take the place'
+      )
     for line in warnings:
       log.say(f'warning: {line}')
     if trace.last and not (first < trace.last and trace.first <= config.num_steps):
-      log.say(f'warning: profile={config.profile} traces nothing: this run makes steps {first + 1} to {config.num_steps}')
+      log.say(
+        f'warning: profile={config.profile} traces nothing: this run makes steps {first + 1} to {config.num_steps}'
+      )
     write_config(config, workdir)
     watch, due = MetricWatch(config, log, checkpoints, sharding.batch_shards(mesh)), False
 
@@ -157,12 +182,15 @@ def train(config, workdir) -> None:
     lock.check()
     about = export(config, stage, state, workdir, model.settings)
     if about.get('codebook') == 'untrained':
-      log.say('warning: the codebook of this run was never trained, so its codes mean nothing: the export says so, and is only for init_from')
+      log.say(
+        'warning: the codebook of this run was never trained, so its codes mean nothing: the export says so, and is only for init_from'
+      )
     before = ' before; a larger num_steps goes on' if first >= config.num_steps else ''
     log.say(f'done{before}; the weights are in {workdir / "export"}')
 
 
 # ----------------------------------------------------------------------------------------------------------- looking at it
+
 
 class Evaluator:
   """Held-out metrics and pictures; always of the same examples and the same noise, with the averaged weights if there are any."""
@@ -170,7 +198,9 @@ class Evaluator:
   def __init__(self, config, model, stage, mesh, share, frozen):
     self.config, self.model, self.frozen, self.mesh, self.share = config, model, frozen, mesh, share
     self.key = key_for(config.seed, Purpose.HELDOUT)
-    jit = functools.partial(jax.jit, out_shardings=NamedSharding(mesh, P()))  # every process sees all of it
+    jit = functools.partial(
+      jax.jit, out_shardings=NamedSharding(mesh, P())
+    )  # every process sees all of it
 
     measure = loss_and_metrics(stage, config.accumulate, sharding.batch_shards(mesh), mesh)
 
@@ -204,13 +234,14 @@ class Evaluator:
 
   def draw(self, state, step, log) -> None:
     start = time.monotonic()
-    (key, batch), = self.batches(1)
+    ((key, batch),) = self.batches(1)
     rows = jax.device_get(self.pictures_of(state, self.frozen, batch, key))
     log.pictures(step, {self.config.stage: metrics.image_grid(*rows)})
     log.pause(time.monotonic() - start)
 
 
 # ------------------------------------------------------------------------------------------------------------- in and out
+
 
 def load_parts(config, stage, mesh) -> dict:
   """Parts of the model from the folders `frozen` and `init_from`, of each what the stage uses, on the mesh; the last one wins.
@@ -223,7 +254,9 @@ def load_parts(config, stage, mesh) -> dict:
   parts, wanted = {}, stage.needs + stage.starts
 
   def load(path, names, dtype):
-    return folder.load_params(path, names, config.variant, lambda tree: sharding.shardings(tree, mesh), dtype)
+    return folder.load_params(
+      path, names, config.variant, lambda tree: sharding.shardings(tree, mesh), dtype
+    )
 
   for path in split_folders(config.frozen):
     names = [name for name in folder.read_config(path)['parts'] if name in wanted]
@@ -238,8 +271,10 @@ def load_parts(config, stage, mesh) -> dict:
     parts |= offered
   missing = [name for name in wanted if name not in parts]
   if missing:
-    raise UserError(f'stage {config.stage} needs {", ".join(missing)}: name the folders that earlier stages '
-                    f'exported, --config.frozen=RUN/export,RUN/export (now {config.frozen!r})')
+    raise UserError(
+      f'stage {config.stage} needs {", ".join(missing)}: name the folders that earlier stages '
+      f'exported, --config.frozen=RUN/export,RUN/export (now {config.frozen!r})'
+    )
   return parts
 
 
@@ -247,7 +282,9 @@ def split_folders(text: str) -> list[str]:
   """'a,b' -> ['a', 'b'], of this machine, or a UserError."""
   found = [path.strip() for path in text.split(',') if path.strip()]
   if remote := [path for path in found if '://' in path]:
-    raise UserError(f'{remote[0]} is no folder here; mount the bucket (gcsfuse), or use a disk that all machines share')
+    raise UserError(
+      f'{remote[0]} is no folder here; mount the bucket (gcsfuse), or use a disk that all machines share'
+    )
   return [expand_home(path) for path in found]
 
 
@@ -255,11 +292,15 @@ def export(config, stage, train_state, workdir, settings) -> dict:
   """Writes the parts that this stage made to WORKDIR/export, averaged over the last steps if there is an average; -> its metadata."""
   params, state = averaged(stage, train_state)
   parts = distributed.to_host(stage.export(params, state))
-  about = dict(stage=config.stage, steps=int(train_state.step), config=json.loads(config.to_json_best_effort()))
+  about = dict(
+    stage=config.stage, steps=int(train_state.step), config=json.loads(config.to_json_best_effort())
+  )
   if stage.about is not None:
     about |= stage.about(state)
   if jax.process_index() == 0:
-    folder.save_params(workdir / 'export', config.variant, parts, metadata=about, settings=of_parts(settings, parts))
+    folder.save_params(
+      workdir / 'export', config.variant, parts, metadata=about, settings=of_parts(settings, parts)
+    )
   distributed.wait_for_all('exported')
   return about
 
@@ -269,12 +310,16 @@ def tell_changes(log, others: list[str], inexact: list[str]) -> None:
   if others:
     log.say(f'changed since then: {", ".join(others)}')
   if inexact:
-    log.say(f'warning: changed since then, so the next examples are not those that it would have seen: {", ".join(inexact)}')
+    log.say(
+      f'warning: changed since then, so the next examples are not those that it would have seen: {", ".join(inexact)}'
+    )
 
 
 def write_config(config, workdir) -> None:
   if jax.process_index() == 0:
-    (workdir / 'config.json').write_text(json.dumps(json.loads(config.to_json_best_effort()), indent=1) + '\n')
+    (workdir / 'config.json').write_text(
+      json.dumps(json.loads(config.to_json_best_effort()), indent=1) + '\n'
+    )
 
 
 def open_data(config, model, share, split: str, skipped: SkipCounter | None = None):
@@ -288,8 +333,16 @@ def open_data(config, model, share, split: str, skipped: SkipCounter | None = No
     if options.get('tokenizer_folder'):
       text.TextTokenizer.load(options['tokenizer_folder'], model.vocabulary.text_size)
     return loader.batches(
-        **options, split=split, seed=config.seed, batch_size=len(share.rows), shard_index=share.index, shard_count=share.count,
-        rows=share.rows, skipped=skipped, vit_size=stages.vit_size(config, model))
+      **options,
+      split=split,
+      seed=config.seed,
+      batch_size=len(share.rows),
+      shard_index=share.index,
+      shard_count=share.count,
+      rows=share.rows,
+      skipped=skipped,
+      vit_size=stages.vit_size(config, model),
+    )
 
 
 def check_heldout(config, model, share) -> None:
@@ -310,8 +363,13 @@ def skips(config, skipped: SkipCounter, share) -> dict[str, int]:
     return {}
   for source in range(len(config.data.sources) if jax.process_count() > 1 else 0):
     known = distributed.gather({'share': share.index, 'account': skipped.account_of(source)})
-    skipped.check(source, {each['share']: each['account'] for each in known}.values(), config.data.max_skipped)
-  told = {each.pop('share'): each for each in distributed.gather({'share': share.index, **skipped.metrics()})}
+    skipped.check(
+      source, {each['share']: each['account'] for each in known}.values(), config.data.max_skipped
+    )
+  told = {
+    each.pop('share'): each
+    for each in distributed.gather({'share': share.index, **skipped.metrics()})
+  }
   return dict(sum(map(Counter, told.values()), Counter()))
 
 

@@ -22,8 +22,15 @@ from tensorboardX import SummaryWriter
 
 from lavit_jax.errors import UserError
 
-SHOWN = {'tokens_per_s': 'tokens/s', 'mfu': 'MFU', 'hbm_gib': 'HBM GiB'}  # on the terminal, where they are known
-VITAL = ('loss', 'grad_norm')  # never without a number: if one of these is lost, so are the parameters of the next step
+SHOWN = {
+  'tokens_per_s': 'tokens/s',
+  'mfu': 'MFU',
+  'hbm_gib': 'HBM GiB',
+}  # on the terminal, where they are known
+VITAL = (
+  'loss',
+  'grad_norm',
+)  # never without a number: if one of these is lost, so are the parameters of the next step
 
 
 class MetricLogger:
@@ -38,8 +45,16 @@ class MetricLogger:
     tokens: slots of one step (stages.tokens), for tokens/s, of which those that hold a token count.
   """
 
-  def __init__(self, workdir, first_step: int, num_steps: int, batch_size: int, flops: Callable[[float], float] | None = None,
-               peak_tflops: float = 0.0, tokens: int = 0):
+  def __init__(
+    self,
+    workdir,
+    first_step: int,
+    num_steps: int,
+    batch_size: int,
+    flops: Callable[[float], float] | None = None,
+    peak_tflops: float = 0.0,
+    tokens: int = 0,
+  ):
     self.workdir = pathlib.Path(workdir)
     self.num_steps, self.batch_size, self.tokens = num_steps, batch_size, tokens
     self.flops, self.peak = flops, 1e12 * peak_tflops
@@ -61,13 +76,18 @@ class MetricLogger:
     """Takes the metrics of training step `step` (1 is the first), still on the device."""
     self.pending.append((step, values))
     self.ready = self.watch.submit(_when_ready, values)
-    if len(self.pending) > 2:  # the host may run two steps ahead, not a whole report: every step in flight holds a batch
+    if (
+      len(self.pending) > 2
+    ):  # the host may run two steps ahead, not a whole report: every step in flight holds a batch
       jax.block_until_ready(self.pending[-3][1])
 
   def flush(self) -> dict[str, float]:
     """Writes what is pending to metrics.jsonl; returns the mean of each value since the last report."""
     pending, self.pending = jax.device_get(self.pending), []
-    rows = [{'step': step, 'loss': 0.0, **{k: float(v) for k, v in values.items()}} for step, values in pending]  # in this order
+    rows = [
+      {'step': step, 'loss': 0.0, **{k: float(v) for k, v in values.items()}}
+      for step, values in pending
+    ]  # in this order
     if self.writes:
       self.jsonl.writelines(json_line(row) for row in rows)
       self.jsonl.flush()
@@ -101,9 +121,19 @@ class MetricLogger:
       self.say(f'warning: {skipped:g} updates were skipped: loss or gradient was not finite')
       counts = {**(counts or {}), 'nonfinite': int(skipped)}
     seconds = max(time.monotonic() - self.clock, 1e-9)
-    speed, wait, share = (step - self.last_step) / seconds, self.waited / seconds, means.get('packed_share', 1.0)
+    speed, wait, share = (
+      (step - self.last_step) / seconds,
+      self.waited / seconds,
+      means.get('packed_share', 1.0),
+    )
     self.last_step, self.clock, self.waited = step, time.monotonic(), 0.0
-    rates = {'steps_per_s': speed, 'examples_per_s': speed * self.batch_size, 'data_wait': wait, **memory_in_use(), **(counts or {})}
+    rates = {
+      'steps_per_s': speed,
+      'examples_per_s': speed * self.batch_size,
+      'data_wait': wait,
+      **memory_in_use(),
+      **(counts or {}),
+    }
     if self.tokens:
       rates['tokens_per_s'] = speed * share * self.tokens
     if self.flops:
@@ -112,10 +142,14 @@ class MetricLogger:
       rates['mfu'] = self.flops(share) * speed / self.peak
     self.scalars(step, {**means, **rates})
     left = (self.num_steps - step) / speed
-    told = '  '.join(f'{k} {v:.4g}' for k, v in {**means, **(counts or {})}.items() if not math.isnan(v))  # nan: there was nothing of it
-    self.say(f'step {step}/{self.num_steps}  {speed:.2f} steps/s  {speed * self.batch_size:.0f} examples/s  '
-             + ''.join(f'{shown} {rates[k]:.3g}  ' for k, shown in SHOWN.items() if k in rates)
-             + f'ETA {duration(left)}  data_wait {wait:.1%}  {told}')
+    told = '  '.join(
+      f'{k} {v:.4g}' for k, v in {**means, **(counts or {})}.items() if not math.isnan(v)
+    )  # nan: there was nothing of it
+    self.say(
+      f'step {step}/{self.num_steps}  {speed:.2f} steps/s  {speed * self.batch_size:.0f} examples/s  '
+      + ''.join(f'{shown} {rates[k]:.3g}  ' for k, shown in SHOWN.items() if k in rates)
+      + f'ETA {duration(left)}  data_wait {wait:.1%}  {told}'
+    )
     return means
 
   def evaluation(self, step: int, values: dict[str, float]) -> None:
@@ -126,7 +160,10 @@ class MetricLogger:
       self.jsonl.write(json_line({'step': step, **values}))
       self.jsonl.flush()
     self.scalars(step, values)
-    self.say(f'step {step} held-out  ' + '  '.join(f'{k.removeprefix("heldout/")} {v:.4g}' for k, v in values.items()))
+    self.say(
+      f'step {step} held-out  '
+      + '  '.join(f'{k.removeprefix("heldout/")} {v:.4g}' for k, v in values.items())
+    )
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
     if self.writes:
@@ -155,7 +192,9 @@ class MetricLogger:
     if self.writes:
       try:
         print(line, flush=True)
-      except OSError:  # nobody reads any more: a lost terminal does not end a job, whose record is in workdir
+      except (
+        OSError
+      ):  # nobody reads any more: a lost terminal does not end a job, whose record is in workdir
         sys.stdout = open(os.devnull, 'w')
 
   def close(self) -> None:
@@ -175,7 +214,11 @@ def memory_in_use() -> dict[str, float]:
   """GiB of device memory in use now and at most so far, on the fullest device of this process; {} where it is not told (CPU)."""
   known = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
   keys = {'hbm_gib': 'bytes_in_use', 'hbm_peak_gib': 'peak_bytes_in_use'}
-  return {name: max(stats[key] for stats in known) / 2**30 for name, key in keys.items() if known and all(key in stats for stats in known)}
+  return {
+    name: max(stats[key] for stats in known) / 2**30
+    for name, key in keys.items()
+    if known and all(key in stats for stats in known)
+  }
 
 
 class ProfilerTrace:
@@ -188,9 +231,15 @@ class ProfilerTrace:
   def __init__(self, steps: str, workdir):
     self.folder, self.running = str(pathlib.Path(workdir) / 'profile'), False
     first, colon, last = steps.partition(':')
-    if steps and not (colon and first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
-      raise UserError(f'profile={steps!r}: give the first and the last step to trace, such as 10:12')
-    self.first, self.last = (int(first), int(last)) if steps and jax.process_index() == 0 else (0, 0)
+    if steps and not (
+      colon and first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)
+    ):
+      raise UserError(
+        f'profile={steps!r}: give the first and the last step to trace, such as 10:12'
+      )
+    self.first, self.last = (
+      (int(first), int(last)) if steps and jax.process_index() == 0 else (0, 0)
+    )
 
   def before(self, step: int) -> None:
     if self.first <= step <= self.last and not self.running:  # a run may be continued in the middle
@@ -210,7 +259,9 @@ class ProfilerTrace:
 
 def json_line(row: dict) -> str:
   """A line of metrics.jsonl. JSON knows neither nan nor infinity: null stands for "nothing to measure here"."""
-  return json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}, allow_nan=False) + '\n'
+  return (
+    json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}, allow_nan=False) + '\n'
+  )
 
 
 def mean_metrics(rows: list[dict]) -> dict[str, float]:

@@ -33,7 +33,9 @@ def make_optimizer(config, num_steps: int, params, hold=()) -> optax.GradientTra
   """
   names = jax.tree_util.tree_map_with_path(lambda path, _: path_name(path), params)
   known = jax.tree.leaves(names)
-  for option, regexes in dict(freeze=config.freeze, lr_scale=[r for r, _ in config.lr_scale], hold=[r for r, _ in hold]).items():
+  for option, regexes in dict(
+    freeze=config.freeze, lr_scale=[r for r, _ in config.lr_scale], hold=[r for r, _ in hold]
+  ).items():
     for regex in regexes:
       _check(option, regex, known)
 
@@ -45,13 +47,13 @@ def make_optimizer(config, num_steps: int, params, hold=()) -> optax.GradientTra
 
   holds = [hold_from(match(regex), step) for regex, step in hold]
   trained = optax.chain(
-      *holds,  # before the clipping, so that what no longer moves does not count in the norm
-      optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
-      adam(config),
-      optax.add_decayed_weights(config.weight_decay, mask=match('kernel$')),
-      scaled(jax.tree.map(scale, names)),
-      optax.scale_by_learning_rate(learning_rate(config, num_steps)),
-      *holds,  # and after Adam and the decay, which move what has no gradient
+    *holds,  # before the clipping, so that what no longer moves does not count in the norm
+    optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+    adam(config),
+    optax.add_decayed_weights(config.weight_decay, mask=match('kernel$')),
+    scaled(jax.tree.map(scale, names)),
+    optax.scale_by_learning_rate(learning_rate(config, num_steps)),
+    *holds,  # and after Adam and the decay, which move what has no gradient
   )
   frozen = jax.tree.map(lambda name: any(re.search(regex, name) for regex in config.freeze), names)
   labels = jax.tree.map(lambda f: 'frozen' if f else 'trained', frozen)
@@ -75,7 +77,9 @@ def adam(config) -> optax.GradientTransformation:
     UserError: bfloat16 at a `b2` above 0.99: of a step that changes a number by less than 1 in 512, rounding leaves nothing.
   """
   if config.nu_dtype == 'bfloat16' and config.b2 > 0.99:
-    raise UserError(f"optim.nu_dtype='bfloat16' needs optim.b2 of at most 0.99, not {config.b2}: slower averages stand still in it")
+    raise UserError(
+      f"optim.nu_dtype='bfloat16' needs optim.b2 of at most 0.99, not {config.b2}: slower averages stand still in it"
+    )
   inner = optax.scale_by_adam(config.b1, config.b2, eps=1e-8, mu_dtype=config.mu_dtype)
 
   def kept(state, dtype):
@@ -85,7 +89,9 @@ def adam(config) -> optax.GradientTransformation:
     updates, state = inner.update(updates, kept(state, jnp.float32), params)
     return updates, kept(state, config.nu_dtype)
 
-  return optax.GradientTransformation(lambda params: kept(inner.init(params), config.nu_dtype), update)
+  return optax.GradientTransformation(
+    lambda params: kept(inner.init(params), config.nu_dtype), update
+  )
 
 
 class HoldState(NamedTuple):
@@ -111,19 +117,27 @@ def hold_from(mask, step: int) -> optax.GradientTransformation:
 
 def scaled(factors) -> optax.GradientTransformation:
   """Multiplies each leaf of the updates by its own constant."""
-  return optax.stateless(lambda updates, _: map_masked(lambda u, f: u if f == 1.0 else f * u, updates, factors))
+  return optax.stateless(
+    lambda updates, _: map_masked(lambda u, f: u if f == 1.0 else f * u, updates, factors)
+  )
 
 
 def map_masked(fn, updates, tree):
   """`fn(update, leaf of tree)`, leaving alone what `optax.partition` has masked out."""
-  return jax.tree.map(lambda u, x: u if isinstance(u, optax.MaskedNode) else fn(u, x),
-                      updates, tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+  return jax.tree.map(
+    lambda u, x: u if isinstance(u, optax.MaskedNode) else fn(u, x),
+    updates,
+    tree,
+    is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+  )
 
 
 def ema_update(ema, params, decay: float, step: jax.Array):
   """Moving average of the parameters; early on it follows faster: decay at most (1 + step) / (10 + step)."""
   decay = jnp.minimum(decay, (1 + step) / (10 + step))
-  return jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)  # what stands still has itself as its average, to the bit
+  return jax.tree.map(
+    lambda e, p: e + (1 - decay) * (p - e), ema, params
+  )  # what stands still has itself as its average, to the bit
 
 
 def _check(option: str, regex: str, names) -> None:
@@ -133,4 +147,6 @@ def _check(option: str, regex: str, names) -> None:
     raise UserError(f'optim.{option}: {regex!r} is not a regular expression ({error})') from None
   if not found:
     parts = sorted({'/'.join(name.split('/')[:2]) for name in names})
-    raise UserError(f'optim.{option}: {regex!r} matches no parameter; they begin with {", ".join(parts)}')
+    raise UserError(
+      f'optim.{option}: {regex!r} matches no parameter; they begin with {", ".join(parts)}'
+    )

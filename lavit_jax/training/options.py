@@ -34,10 +34,16 @@ class Number(NamedTuple):
 
   def fault(self, value) -> str:
     """What is wrong with a value, '' if nothing."""
-    if any(value is other or (type(value) is type(other) and value == other) for other in self.also):
+    if any(
+      value is other or (type(value) is type(other) and value == other) for other in self.also
+    ):
       return ''
     kinds = (int, np.integer) if self.kind is int else (int, float, np.integer, np.floating)
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, kinds) or not math.isfinite(value):
+    if (
+      isinstance(value, (bool, np.bool_))
+      or not isinstance(value, kinds)
+      or not math.isfinite(value)
+    ):
       return f'must be {self.words()}'
     low = value > self.low if self.above else value >= self.low
     high = value < self.high if self.below else value <= self.high
@@ -57,7 +63,11 @@ class Choice(NamedTuple):
   values: tuple[str, ...]
 
   def fault(self, value) -> str:
-    return '' if isinstance(value, str) and value in self.values else f'is unknown; choose {" or ".join(self.values)}'
+    return (
+      ''
+      if isinstance(value, str) and value in self.values
+      else f'is unknown; choose {" or ".join(self.values)}'
+    )
 
   def words(self) -> str:
     return ' or '.join(map(repr, self.values))
@@ -103,7 +113,11 @@ class Sources(NamedTuple):
   """A list of sources, whose options are checked in data/sources.py."""
 
   def fault(self, value) -> str:
-    return '' if isinstance(value, (tuple, list)) else "must be a list of sources, ({'format': ..., 'path': ...},)"
+    return (
+      ''
+      if isinstance(value, (tuple, list))
+      else "must be a list of sources, ({'format': ..., 'path': ...},)"
+    )
 
   def words(self) -> str:
     return 'a list of sources'
@@ -134,7 +148,11 @@ class Regexes(NamedTuple):
     return ''
 
   def words(self) -> str:
-    return "a list of regular expressions, ('^vit/',)" if self.factors is None else "a list of pairs, (('^vit/', 0.1),)"
+    return (
+      "a list of regular expressions, ('^vit/',)"
+      if self.factors is None
+      else "a list of pairs, (('^vit/', 0.1),)"
+    )
 
 
 COUNT, AT_LEAST_ONE = Number(int, 0), Number(int, 1)
@@ -144,33 +162,85 @@ DTYPE = Choice(('float32', 'bfloat16'))
 AXIS = Number(int, 1, also=(-1,))
 
 OPTIONS = {
-    'stage': Text(False), 'variant': Text(False),  # stages.check and lavit.row know them
-    'seed': Number(int, 0, 2**31 - 1), 'batch_size': AT_LEAST_ONE, 'num_steps': Number(int, 1, 2**31 - 1), 'accumulate': AT_LEAST_ONE,
-    'dtype': DTYPE, 'remat': Choice(('none', *REMAT_POLICIES)),
-    'mesh.data': AXIS, 'mesh.fsdp': AXIS, 'mesh.tensor': AXIS, 'peak_tflops': Number(float, 0),
-    'frozen': Text(), 'init_from': Text(),
-    'data.task': Choice(('images', 'contrastive', 'lm')), 'data.source': Text(False), 'data.image_size': Number(int, 1, 16384),
-    'data.scene_share': SHARE, 'data.num_threads': Number(int, 0, 4096), 'data.sources': Sources(), 'data.heldout': Sources(),
-    'data.shards': AT_LEAST_ONE, 'data.crop': Choice(tuple(transforms.CROPS)), 'data.max_skipped': SHARE,
-    'data.tokenizer_folder': Text(False), 'data.text_length': AT_LEAST_ONE,
-    **{f'data.shares.{kind}': WEIGHT for kind in ('caption', 'answer', 'draw', 'text')},
-    **{f'data.question_weights.{kind}': Number(float, 0, 1e6, above=True) for kind in questions.TYPES},
-    'data.draw_text_weight': WEIGHT, 'data.drop_text': SHARE,
-    **{f'text_tower.{size}': AT_LEAST_ONE for size in ('hidden_size', 'num_layers', 'num_heads', 'num_kv_heads', 'head_dim', 'mlp_dim')},
-    'pixel_weight': WEIGHT, 'place_weight': WEIGHT, 'kl_weight': WEIGHT, 'edge_weight': WEIGHT,
-    'tokenizer.keep_ratio': Number(float, 0, 1, above=True), 'tokenizer.ratio_weight': WEIGHT, 'tokenizer.decay': DECAY,
-    'tokenizer.commitment_weight': WEIGHT, 'tokenizer.quantize_from': COUNT, 'tokenizer.revive_after': COUNT,
-    'tokenizer.freeze_selector_from': Number(int, -1),
-    'detokenizer.drop_condition': SHARE, 'detokenizer.guidance_scale': Number(float, 0, 100),
-    'lm.num_rows': AT_LEAST_ONE, 'lm.row_length': AT_LEAST_ONE, 'lm.mean_length': AT_LEAST_ONE, 'lm.loss_chunks': AT_LEAST_ONE,
-    'lm.image_loss': Flag(), 'lm.max_overflow': SHARE,
-    'optim.learning_rate': Number(float, 0, 1, above=True), 'optim.schedule': Choice(SCHEDULES), 'optim.warmup_steps': COUNT,
-    'optim.rewarm_from': COUNT, 'optim.final_fraction': SHARE, 'optim.weight_decay': Number(float, 0, 10),
-    'optim.b1': DECAY, 'optim.b2': DECAY, 'optim.mu_dtype': DTYPE, 'optim.nu_dtype': DTYPE,
-    'optim.clip_norm': Number(float, 0, 1e6, above=True, also=(None,)), 'optim.ema_decay': DECAY, 'optim.max_nonfinite': AT_LEAST_ONE,
-    'optim.freeze': Regexes(), 'optim.lr_scale': Regexes(Number(float, 0, 1e3)),
-    'log_every': AT_LEAST_ONE, 'eval_every': COUNT, 'eval_batches': COUNT, 'picture_every': COUNT, 'checkpoint_every': COUNT,
-    'keep': AT_LEAST_ONE, 'skip_damaged': Flag(), 'profile': Steps()}
+  'stage': Text(False),
+  'variant': Text(False),  # stages.check and lavit.row know them
+  'seed': Number(int, 0, 2**31 - 1),
+  'batch_size': AT_LEAST_ONE,
+  'num_steps': Number(int, 1, 2**31 - 1),
+  'accumulate': AT_LEAST_ONE,
+  'dtype': DTYPE,
+  'remat': Choice(('none', *REMAT_POLICIES)),
+  'mesh.data': AXIS,
+  'mesh.fsdp': AXIS,
+  'mesh.tensor': AXIS,
+  'peak_tflops': Number(float, 0),
+  'frozen': Text(),
+  'init_from': Text(),
+  'data.task': Choice(('images', 'contrastive', 'lm')),
+  'data.source': Text(False),
+  'data.image_size': Number(int, 1, 16384),
+  'data.scene_share': SHARE,
+  'data.num_threads': Number(int, 0, 4096),
+  'data.sources': Sources(),
+  'data.heldout': Sources(),
+  'data.shards': AT_LEAST_ONE,
+  'data.crop': Choice(tuple(transforms.CROPS)),
+  'data.max_skipped': SHARE,
+  'data.tokenizer_folder': Text(False),
+  'data.text_length': AT_LEAST_ONE,
+  **{f'data.shares.{kind}': WEIGHT for kind in ('caption', 'answer', 'draw', 'text')},
+  **{
+    f'data.question_weights.{kind}': Number(float, 0, 1e6, above=True) for kind in questions.TYPES
+  },
+  'data.draw_text_weight': WEIGHT,
+  'data.drop_text': SHARE,
+  **{
+    f'text_tower.{size}': AT_LEAST_ONE
+    for size in ('hidden_size', 'num_layers', 'num_heads', 'num_kv_heads', 'head_dim', 'mlp_dim')
+  },
+  'pixel_weight': WEIGHT,
+  'place_weight': WEIGHT,
+  'kl_weight': WEIGHT,
+  'edge_weight': WEIGHT,
+  'tokenizer.keep_ratio': Number(float, 0, 1, above=True),
+  'tokenizer.ratio_weight': WEIGHT,
+  'tokenizer.decay': DECAY,
+  'tokenizer.commitment_weight': WEIGHT,
+  'tokenizer.quantize_from': COUNT,
+  'tokenizer.revive_after': COUNT,
+  'tokenizer.freeze_selector_from': Number(int, -1),
+  'detokenizer.drop_condition': SHARE,
+  'detokenizer.guidance_scale': Number(float, 0, 100),
+  'lm.num_rows': AT_LEAST_ONE,
+  'lm.row_length': AT_LEAST_ONE,
+  'lm.mean_length': AT_LEAST_ONE,
+  'lm.loss_chunks': AT_LEAST_ONE,
+  'lm.image_loss': Flag(),
+  'lm.max_overflow': SHARE,
+  'optim.learning_rate': Number(float, 0, 1, above=True),
+  'optim.schedule': Choice(SCHEDULES),
+  'optim.warmup_steps': COUNT,
+  'optim.rewarm_from': COUNT,
+  'optim.final_fraction': SHARE,
+  'optim.weight_decay': Number(float, 0, 10),
+  'optim.b1': DECAY,
+  'optim.b2': DECAY,
+  'optim.mu_dtype': DTYPE,
+  'optim.nu_dtype': DTYPE,
+  'optim.clip_norm': Number(float, 0, 1e6, above=True, also=(None,)),
+  'optim.ema_decay': DECAY,
+  'optim.max_nonfinite': AT_LEAST_ONE,
+  'optim.freeze': Regexes(),
+  'optim.lr_scale': Regexes(Number(float, 0, 1e3)),
+  'log_every': AT_LEAST_ONE,
+  'eval_every': COUNT,
+  'eval_batches': COUNT,
+  'picture_every': COUNT,
+  'checkpoint_every': COUNT,
+  'keep': AT_LEAST_ONE,
+  'skip_damaged': Flag(),
+  'profile': Steps(),
+}
 
 
 def check_values(values: Mapping[str, object]) -> None:

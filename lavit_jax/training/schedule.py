@@ -51,6 +51,8 @@ def warn_of_schedule(log, config, saved: dict, first: int) -> None:
   low, high = sorted((was, now))
   if high <= NOTICEABLE * low:
     return
-  log.say(f'warning: at step {first} the learning rate goes from {was:.3g}, as this run was begun (num_steps={saved["num_steps"]}), to {now:.3g} '
-          f'(num_steps={config.num_steps}); --config.optim.schedule=constant --config.optim.learning_rate={was:.3g} goes on as it was, '
-          f'--config.optim.schedule=rewarm --config.optim.rewarm_from={first} warms up anew')
+  log.say(
+    f'warning: at step {first} the learning rate goes from {was:.3g}, as this run was begun (num_steps={saved["num_steps"]}), to {now:.3g} '
+    f'(num_steps={config.num_steps}); --config.optim.schedule=constant --config.optim.learning_rate={was:.3g} goes on as it was, '
+    f'--config.optim.schedule=rewarm --config.optim.rewarm_from={first} warms up anew'
+  )

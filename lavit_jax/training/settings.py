@@ -8,12 +8,14 @@ from collections.abc import Iterable
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.models.settings import PARTS, differences, of_parts, told
-from lavit_jax.weights.store import folder
 from lavit_jax.training import stages
 from lavit_jax.training.checkpoint import saved_settings
+from lavit_jax.weights.store import folder
 
 
-def run_settings(config, frozen: Iterable[str], init_from: Iterable[str], workdir: pathlib.Path) -> dict[str, dict]:
+def run_settings(
+  config, frozen: Iterable[str], init_from: Iterable[str], workdir: pathlib.Path
+) -> dict[str, dict]:
   """The settings of the parts that a run reads from its folders; of the others, those that its last checkpoint was trained with.
 
   Args:
@@ -25,8 +27,14 @@ def run_settings(config, frozen: Iterable[str], init_from: Iterable[str], workdi
   """
   stage = stages.build_stage(config, lavit.build(config.variant), 1)
   wanted = stage.needs + stage.starts
-  taken = [(path, [name for name in folder.read_config(path)['parts'] if name in wanted]) for path in frozen]
-  taken += [(path, [name for name in folder.read_config(path)['parts'] if name not in stage.needs]) for path in init_from]
+  taken = [
+    (path, [name for name in folder.read_config(path)['parts'] if name in wanted])
+    for path in frozen
+  ]
+  taken += [
+    (path, [name for name in folder.read_config(path)['parts'] if name not in stage.needs])
+    for path in init_from
+  ]
   found, origins = {}, {}
   for path, parts in taken:
     theirs = of_parts(folder.read_settings(path), parts)
@@ -36,8 +44,10 @@ def run_settings(config, frozen: Iterable[str], init_from: Iterable[str], workdi
       fields = theirs.get(name, {})
       if name in found and (odd := differences({name: found[name]}, {name: fields})):
         row, field = lavit.variant_config(config.variant), odd[0][1]
-        raise UserError(f'{origins[name]} has {told(found, name, field, row)} of {name}, and {path} has {told(theirs, name, field, row)}; '
-                        'name one of the two alone, in frozen or init_from')
+        raise UserError(
+          f'{origins[name]} has {told(found, name, field, row)} of {name}, and {path} has {told(theirs, name, field, row)}; '
+          'name one of the two alone, in frozen or init_from'
+        )
       found[name] = fields
       origins.setdefault(name, path)
   before = {name: fields for name, fields in saved_settings(workdir).items() if name not in found}

@@ -14,8 +14,8 @@ from jax import Array
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import vit
-from lavit_jax.models.layers import constrain_batch
 from lavit_jax.models.lavit import LavitModules
+from lavit_jax.models.layers import constrain_batch
 from lavit_jax.models.tokenizer import l2_normalize
 
 Tree = Any
@@ -128,15 +128,24 @@ def initialize_params(params: Tree, parts: dict) -> Tree:
     name = jax.tree_util.keystr(path, simple=True, separator='/')
     if name in ('embedding', 'head') and all(g <= f for g, f in zip(given.shape, fresh.shape)):
       return fresh.at[tuple(slice(n) for n in given.shape)].set(given)
-    raise UserError(f'{name}: the given weights are {list(given.shape)}, the model wants {list(fresh.shape)}')
+    raise UserError(
+      f'{name}: the given weights are {list(given.shape)}, the model wants {list(fresh.shape)}'
+    )
 
   def take(name):
     if name not in parts:
       return params[name]
     if jax.tree.structure(params[name]) != jax.tree.structure(parts[name]):
-      ours, theirs = (set(jax.tree_util.keystr(p, simple=True, separator='/') for p, _ in jax.tree_util.tree_leaves_with_path(t))
-                      for t in (params[name], parts[name]))
-      raise UserError(f'{name}: missing {sorted(ours - theirs)[:5]}, unexpected {sorted(theirs - ours)[:5]} in the given weights')
+      ours, theirs = (
+        set(
+          jax.tree_util.keystr(p, simple=True, separator='/')
+          for p, _ in jax.tree_util.tree_leaves_with_path(t)
+        )
+        for t in (params[name], parts[name])
+      )
+      raise UserError(
+        f'{name}: missing {sorted(ours - theirs)[:5]}, unexpected {sorted(theirs - ours)[:5]} in the given weights'
+      )
     return jax.tree_util.tree_map_with_path(fit, params[name], parts[name])
 
   return {name: take(name) for name in params}
@@ -158,5 +167,13 @@ def feature_colors(x: Array, y: Array, size: int) -> list[Array]:
   _, _, axes = jnp.linalg.svd((x - mean).reshape(-1, x.shape[-1]), full_matrices=False)
   shown = [(f - mean) @ axes[:3].T for f in (x, y)]
   scale = 2 * shown[0].std((0, 1))
-  return [((127.5 + 127.5 * (s / scale).clip(-1, 1)).astype(jnp.uint8).reshape(-1, side, side, 3)
-           .repeat(size // side, 1).repeat(size // side, 2)) for s in shown]
+  return [
+    (
+      (127.5 + 127.5 * (s / scale).clip(-1, 1))
+      .astype(jnp.uint8)
+      .reshape(-1, side, side, 3)
+      .repeat(size // side, 1)
+      .repeat(size // side, 2)
+    )
+    for s in shown
+  ]

@@ -34,19 +34,40 @@ from lavit_jax.models.tokenizer import gumbel_keep
 from lavit_jax.training import codebook
 from lavit_jax.training.foundations import autoencoder, encoder
 from lavit_jax.training.stage import (
-    Average, Mean, Stage, Sum, apply_module, initialize_params, cosine_similarity, feature_colors, image_features, row_keys, shade_dropped, vit_images)
-
+  Average,
+  Mean,
+  Stage,
+  Sum,
+  apply_module,
+  cosine_similarity,
+  feature_colors,
+  image_features,
+  initialize_params,
+  row_keys,
+  shade_dropped,
+  vit_images,
+)
 
 SELECTOR = r'^tokenizer/selector/'
 PAGES = dict(  # data.task of each stage, and what its page alone has
-    encoder=('contrastive', 'text_tower'), autoencoder=('images', 'kl_weight'), tokenizer=('images', 'tokenizer'),
-    detokenizer=('images', 'detokenizer'), lm=('lm', 'lm'))
+  encoder=('contrastive', 'text_tower'),
+  autoencoder=('images', 'kl_weight'),
+  tokenizer=('images', 'tokenizer'),
+  detokenizer=('images', 'detokenizer'),
+  lm=('lm', 'lm'),
+)
 
 
 def build_stage(config, model: LavitModules, shards: int) -> Stage:
   """The stage that `config.stage` names; `shards` is the number of pieces that a batch is split into."""
   _known(config.stage)
-  stages = dict(encoder=encoder, autoencoder=autoencoder, tokenizer=tokenizer, detokenizer=detokenizer, lm=language_model)
+  stages = dict(
+    encoder=encoder,
+    autoencoder=autoencoder,
+    tokenizer=tokenizer,
+    detokenizer=detokenizer,
+    lm=language_model,
+  )
   return stages[config.stage](config, model, shards)
 
 
@@ -60,30 +81,53 @@ def validate_stage(config) -> None:
   """Raises UserError for a stage that is not the page's, and for pictures of a size that it cannot take."""
   task, own = _known(config.stage)
   if config.data.task != task or own not in config:
-    raise UserError(f'stage={config.stage!r} needs data.task={task!r} (now {config.data.task!r}) and {own!r} in the page; take configs/{config.stage}.py')
+    raise UserError(
+      f'stage={config.stage!r} needs data.task={task!r} (now {config.data.task!r}) and {own!r} in the page; take configs/{config.stage}.py'
+    )
   model, size = lavit.build(config.variant), config.data.image_size
   if config.stage == 'encoder' and size != model.image_size:
-    raise UserError(f'data.image_size={size}: the encoder of variant {config.variant} learns from {model.image_size} pixels a side')
-  latents = dict(autoencoder=1, detokenizer=2 ** (len(model.unet.block_out_channels) - 1)).get(config.stage)
-  shaded = config.picture_every and config.stage in ('tokenizer', 'detokenizer', 'lm')  # patch by patch
-  multiple = math.lcm(latents * model.vae.factor if latents else 1, model.image_size // model.vit.patch_size if shaded else 1)
+    raise UserError(
+      f'data.image_size={size}: the encoder of variant {config.variant} learns from {model.image_size} pixels a side'
+    )
+  latents = dict(autoencoder=1, detokenizer=2 ** (len(model.unet.block_out_channels) - 1)).get(
+    config.stage
+  )
+  shaded = config.picture_every and config.stage in (
+    'tokenizer',
+    'detokenizer',
+    'lm',
+  )  # patch by patch
+  multiple = math.lcm(
+    latents * model.vae.factor if latents else 1,
+    model.image_size // model.vit.patch_size if shaded else 1,
+  )
   if size % multiple:
-    raise UserError(f'data.image_size={size} must be a multiple of {multiple} for stage {config.stage} of variant {config.variant}')
+    raise UserError(
+      f'data.image_size={size} must be a multiple of {multiple} for stage {config.stage} of variant {config.variant}'
+    )
 
 
 def warnings(config, stage: Stage, parts: dict) -> list[str]:
   """What of a run's options will not do what one may think, a line each."""
   lines = []
-  if config.init_from and not any(name in parts for name in stage.takes if name not in stage.starts):
-    lines.append(f'init_from={config.init_from} has none of {", ".join(stage.takes)}, which stage {config.stage} trains: they begin anew')
+  if config.init_from and not any(
+    name in parts for name in stage.takes if name not in stage.starts
+  ):
+    lines.append(
+      f'init_from={config.init_from} has none of {", ".join(stage.takes)}, which stage {config.stage} trains: they begin anew'
+    )
   if config.stage != 'tokenizer':
     return lines
   first = config.tokenizer.quantize_from
   if codebook.is_offered(parts):
-    lines.append('the codebook of init_from goes on: quantisation begins with the first step, whatever tokenizer.quantize_from says')
+    lines.append(
+      'the codebook of init_from goes on: quantisation begins with the first step, whatever tokenizer.quantize_from says'
+    )
   elif config.num_steps <= first:
-    lines.append(f'num_steps={config.num_steps} ends before quantisation begins (tokenizer.quantize_from={first}): the codebook stays untrained, '
-                 'and later stages will refuse the export')
+    lines.append(
+      f'num_steps={config.num_steps} ends before quantisation begins (tokenizer.quantize_from={first}): the codebook stays untrained, '
+      'and later stages will refuse the export'
+    )
   return lines
 
 
@@ -91,8 +135,13 @@ def abstract_inputs(config, model: LavitModules, stage: Stage) -> tuple[dict, di
   """(the parts that the stage needs or starts from, a batch of all processes) as ShapeDtypeStructs."""
   parts = jax.eval_shape(lambda: init_params(model, jax.random.key(0), stage.needs + stage.starts))
   data = config.data
-  batch = loader.batch_shapes(data.task, config.batch_size, data.image_size, data.get('text_length', 0),
-                          vit_size(config, model))
+  batch = loader.batch_shapes(
+    data.task,
+    config.batch_size,
+    data.image_size,
+    data.get('text_length', 0),
+    vit_size(config, model),
+  )
   return parts, {name: jax.ShapeDtypeStruct(*like) for name, like in batch.items()}
 
 
@@ -130,7 +179,10 @@ def tokenizer(config, model: LavitModules, shards: int) -> Stage:
     fresh = init_params(model, key, ('tokenizer', 'decoder'))
     offered = codebook.is_offered(parts)
     if 'tokenizer' in parts and not offered:
-      quantizer = {**parts['tokenizer']['quantizer'], 'embedding': fresh['tokenizer']['quantizer']['embedding']}
+      quantizer = {
+        **parts['tokenizer']['quantizer'],
+        'embedding': fresh['tokenizer']['quantizer']['embedding'],
+      }
       parts = {**parts, 'tokenizer': {**parts['tokenizer'], 'quantizer': quantizer}}
     params, embedding = codebook.take_out(initialize_params(fresh, parts))
     return params, codebook.init_codebook(embedding, started=offered)
@@ -161,7 +213,9 @@ def tokenizer(config, model: LavitModules, shards: int) -> Stage:
     flat, weight = jax.lax.stop_gradient((z.reshape(-1, code_dim), keep.reshape(-1)))
     if train:  # the first quantised batch of the training, never one that is only looked at
       due = (book.step >= c.quantize_from) & ~book.started
-      book = jax.lax.cond(due, lambda b: codebook.start_from_kmeans(k2, b, flat, weight), lambda b: b, book)
+      book = jax.lax.cond(
+        due, lambda b: codebook.start_from_kmeans(k2, b, flat, weight), lambda b: b, book
+      )
     quantizing = book.started
     ids = codebook.nearest_code(flat, book.embedding)
     e = book.embedding[ids].reshape(z.shape)
@@ -170,14 +224,21 @@ def tokenizer(config, model: LavitModules, shards: int) -> Stage:
 
     cosine = 1 - cosine_similarity(x, reconstruct(params, codes, keep)).mean()
     ratio = jnp.square(c.keep_ratio - keep.mean(-1)).mean()
-    value = cosine + c.ratio_weight * ratio + jnp.where(quantizing, c.commitment_weight * commitment, 0.0)
+    value = (
+      cosine + c.ratio_weight * ratio + jnp.where(quantizing, c.commitment_weight * commitment, 0.0)
+    )
 
     moved = codebook.update_codebook(k3, book, flat, weight, ids, c.decay, c.revive_after)
-    book = moved._replace(embedding=jnp.where(quantizing, moved.embedding, book.embedding), step=book.step + 1)
+    book = moved._replace(
+      embedding=jnp.where(quantizing, moved.embedding, book.embedding), step=book.step + 1
+    )
     metrics = dict(cosine=cosine, ratio=ratio, commitment=commitment, keep_ratio=keep.mean())
     count, _ = codebook.count_assignments(flat, weight, ids, len(book.embedding))
     metrics |= dict(batch_codes=(count > 0).mean(), batch_perplexity=codebook.perplexity(count))
-    return value, (book, metrics | codebook.usage_metrics(book) if train else metrics)  # a held-out batch is all that it can tell of
+    return value, (
+      book,
+      metrics | codebook.usage_metrics(book) if train else metrics,
+    )  # a held-out batch is all that it can tell of
 
   def part(average, book):
     params, embedding = codebook.take_out(average)
@@ -200,10 +261,26 @@ def tokenizer(config, model: LavitModules, shards: int) -> Stage:
     x = image_features(model, frozen['vit'], vit_images(batch)[:8])[:, 1:].astype(jnp.float32)
     keep, z = encode(params, book, x, key)
     codes = jnp.where(book.started, book.embedding[codebook.nearest_code(z, book.embedding)], z)
-    return [images, shade_dropped(images, keep), *feature_colors(x, reconstruct(params, codes, keep), images.shape[1])]
+    return [
+      images,
+      shade_dropped(images, keep),
+      *feature_colors(x, reconstruct(params, codes, keep), images.shape[1]),
+    ]
 
   hold = ((SELECTOR, freeze_from),)
-  return Stage(('vit',), (), init, loss, export, draw, hold, takes=('tokenizer', 'decoder'), hold_of=hold_of, average=average, about=about)
+  return Stage(
+    ('vit',),
+    (),
+    init,
+    loss,
+    export,
+    draw,
+    hold,
+    takes=('tokenizer', 'decoder'),
+    hold_of=hold_of,
+    average=average,
+    about=about,
+  )
 
 
 def detokenizer(config, model: LavitModules, shards: int) -> Stage:
@@ -225,26 +302,40 @@ def detokenizer(config, model: LavitModules, shards: int) -> Stage:
     x = image_features(model, frozen['vit'], images)[:, 1:]
     out = apply_module(model.tokenizer, frozen['tokenizer'], x, key)
     rebuilt = apply_module(model.decoder, params['decoder'], *compact(out.codes, out.keep))
-    context, _ = apply_module(model.decoder, params['decoder'], jax.lax.stop_gradient(rebuilt), method='context')
+    context, _ = apply_module(
+      model.decoder, params['decoder'], jax.lax.stop_gradient(rebuilt), method='context'
+    )
     return context, out.keep
 
   def unconditional(state, batch_size):
     context, mask = null_context(state['uncond_embeddings'], num_rows)
-    return jnp.broadcast_to(context, (batch_size, *context.shape)), jnp.broadcast_to(mask, (batch_size, num_rows))
+    return jnp.broadcast_to(context, (batch_size, *context.shape)), jnp.broadcast_to(
+      mask, (batch_size, num_rows)
+    )
 
   def loss(params, frozen, state, batch, key, train):
     del train
     images = batch['image']
     keys = [row_keys(k, batch, len(images)) for k in jax.random.split(key, 5)]
-    mean, logvar = apply_module(model.vae, frozen['vae'], pixels.preprocess(images), method='encode')
+    mean, logvar = apply_module(
+      model.vae, frozen['vae'], pixels.preprocess(images), method='encode'
+    )
     latents = model.vae.to_unet(pixels.sample_latents(mean, logvar, keys[0]))
     context, keep = condition(params, frozen, vit_images(batch), keys[1])
-    drop = draw_rows(jax.random.uniform, keys[2], (len(images), 1)) < config.detokenizer.drop_condition
+    drop = (
+      draw_rows(jax.random.uniform, keys[2], (len(images), 1)) < config.detokenizer.drop_condition
+    )
     null, null_mask = unconditional(state, len(images))
     context, mask = jnp.where(drop[..., None], null, context), jnp.where(drop, null_mask, True)
-    t = draw_rows(lambda key, shape: jax.random.randint(key, shape, 0, len(schedule.betas)), keys[3], (len(images),))
+    t = draw_rows(
+      lambda key, shape: jax.random.randint(key, shape, 0, len(schedule.betas)),
+      keys[3],
+      (len(images),),
+    )
     noise = draw_rows(jax.random.normal, keys[4], latents.shape)
-    predicted = apply_module(model.unet, params['unet'], diffusion.add_noise(schedule, latents, noise, t), t, context, mask)
+    predicted = apply_module(
+      model.unet, params['unet'], diffusion.add_noise(schedule, latents, noise, t), t, context, mask
+    )
     target = diffusion.training_target(scheduler.prediction_type, schedule, latents, noise, t)
     value = jnp.square(predicted - target).mean()
     return value, (state, dict(keep_ratio=keep.mean(), latent_std=latents.std()))
@@ -257,16 +348,33 @@ def detokenizer(config, model: LavitModules, shards: int) -> Stage:
     null, null_mask = unconditional(state, len(images))
     side = images.shape[1] // model.vae.factor
     latents = jax.random.normal(k2, (len(images), side, side, model.vae.latent_channels))
-    x = sample_latents(functools.partial(apply_module, model.unet, params['unet']), latents, (context, jnp.ones_like(null_mask)), (null, null_mask),
-               steps=num_steps, guidance_scale=config.detokenizer.guidance_scale, scheduler=scheduler)
+    x = sample_latents(
+      functools.partial(apply_module, model.unet, params['unet']),
+      latents,
+      (context, jnp.ones_like(null_mask)),
+      (null, null_mask),
+      steps=num_steps,
+      guidance_scale=config.detokenizer.guidance_scale,
+      scheduler=scheduler,
+    )
     drawn = apply_module(model.vae, frozen['vae'], model.vae.from_unet(x), method='decode')
     return [images, shade_dropped(images, keep), pixels.postprocess(drawn)]
 
   def export(params, state):
-    return dict(unet=params['unet'], decoder=params['decoder'], uncond_embeddings=state['uncond_embeddings'])
+    return dict(
+      unet=params['unet'], decoder=params['decoder'], uncond_embeddings=state['uncond_embeddings']
+    )
 
-  return Stage(('vit', 'tokenizer', 'vae'), ('decoder',), init, loss, export, draw, zeros=('uncond_embeddings',),
-               takes=('decoder', 'unet', 'uncond_embeddings'))
+  return Stage(
+    ('vit', 'tokenizer', 'vae'),
+    ('decoder',),
+    init,
+    loss,
+    export,
+    draw,
+    zeros=('uncond_embeddings',),
+    takes=('decoder', 'unet', 'uncond_embeddings'),
+  )
 
 
 def count_cut(batch: dict) -> jax.Array:
@@ -286,13 +394,22 @@ def language_model(config, model: LavitModules, shards: int) -> Stage:
   c = config.lm
   pieces = shards * config.accumulate
   if c.num_rows % pieces:
-    raise UserError(f'lm.num_rows={c.num_rows} must be a multiple of the {pieces} pieces of a batch')
+    raise UserError(
+      f'lm.num_rows={c.num_rows} must be a multiple of the {pieces} pieces of a batch'
+    )
   if c.row_length % c.loss_chunks:
-    raise UserError(f'lm.row_length={c.row_length} must be a multiple of lm.loss_chunks={c.loss_chunks}')
-  longest, positions = config.data.text_length + model.num_patches + 3, model.llama.max_position_embeddings
+    raise UserError(
+      f'lm.row_length={c.row_length} must be a multiple of lm.loss_chunks={c.loss_chunks}'
+    )
+  longest, positions = (
+    config.data.text_length + model.num_patches + 3,
+    model.llama.max_position_embeddings,
+  )
   if longest > positions:
-    raise UserError(f'data.text_length={config.data.text_length}: with {model.num_patches} visual tokens and 3 marks a pair may have {longest} tokens, but the '
-                    f'language model of this checkpoint reads max_position_embeddings={positions}; lower data.text_length')
+    raise UserError(
+      f'data.text_length={config.data.text_length}: with {model.num_patches} visual tokens and 3 marks a pair may have {longest} tokens, but the '
+      f'language model of this checkpoint reads max_position_embeddings={positions}; lower data.text_length'
+    )
 
   def init(key, parts):
     params = init_params(model, key, ('llama', 'understanding'))
@@ -301,8 +418,18 @@ def language_model(config, model: LavitModules, shards: int) -> Stage:
 
   def pack_shard(text, text_length, text_weight, kind, codes, visual_length):
     """The pairs of one shard -> their rows, numbered within the shard, and the kind i32[R, S] of each slot's pair, -1 if it is empty."""
-    rows = pack_pairs(text, text_length, text_weight, kind, codes, visual_length, model.vocabulary, num_rows=c.num_rows * len(text) // config.batch_size,
-                row_length=c.row_length, image_loss=c.image_loss)
+    rows = pack_pairs(
+      text,
+      text_length,
+      text_weight,
+      kind,
+      codes,
+      visual_length,
+      model.vocabulary,
+      num_rows=c.num_rows * len(text) // config.batch_size,
+      row_length=c.row_length,
+      image_loss=c.image_loss,
+    )
     kinds = jnp.where(rows.segments > 0, kind[jnp.maximum(rows.segments - 1, 0)], -1)
     return rows._replace(overflow=rows.overflow[None], used=rows.used[None]), kinds
 
@@ -313,7 +440,10 @@ def language_model(config, model: LavitModules, shards: int) -> Stage:
       hidden, targets = inputs
       logits = apply_module(model.llama, llama, hidden, method='logits')
       chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-      return None, (jax.nn.logsumexp(logits, axis=-1) - chosen, (logits.argmax(-1) == targets).astype(jnp.float32))
+      return None, (
+        jax.nn.logsumexp(logits, axis=-1) - chosen,
+        (logits.argmax(-1) == targets).astype(jnp.float32),
+      )
 
     def split(x):
       return jnp.moveaxis(x.reshape(len(x), c.loss_chunks, -1, *x.shape[2:]), 1, 0)
@@ -326,9 +456,18 @@ def language_model(config, model: LavitModules, shards: int) -> Stage:
     del train
     x = image_features(model, frozen['vit'], vit_images(batch))[:, 1:]
     out = apply_module(model.tokenizer, frozen['tokenizer'], x, row_keys(key, batch, len(x)))
-    visual, mask = compact(apply_module(model.understanding, params['understanding'], x, out.keep), out.keep)
+    visual, mask = compact(
+      apply_module(model.understanding, params['understanding'], x, out.keep), out.keep
+    )
     codes, _ = compact(out.ids, out.keep)
-    pairs = (batch['text'], batch['text_length'], batch['text_weight'], batch['kind'], codes, mask.sum(-1))
+    pairs = (
+      batch['text'],
+      batch['text_length'],
+      batch['text_weight'],
+      batch['kind'],
+      codes,
+      mask.sum(-1),
+    )
     rows, kind = per_shard(pack_shard, shards, *pairs)
     embedded = apply_module(model.llama, params['llama'], rows.ids, method='embed')
     embedded = per_shard(embed_sources, shards, embedded, rows.source, visual)
@@ -340,9 +479,15 @@ def language_model(config, model: LavitModules, shards: int) -> Stage:
 
     total = mean(nll, rows.weights)
     value = total.total / jnp.maximum(total.weight, 1e-6)
-    metrics = dict(loss=total, token_accuracy=mean(correct, rows.weights), packed_share=rows.used.mean(),
-                   overflow=Sum(rows.overflow.sum().astype(jnp.float32)), cut_texts=Sum(count_cut(batch)),
-                   loss_tokens=Sum((rows.weights > 0).sum().astype(jnp.float32)), keep_ratio=out.keep.mean())
+    metrics = dict(
+      loss=total,
+      token_accuracy=mean(correct, rows.weights),
+      packed_share=rows.used.mean(),
+      overflow=Sum(rows.overflow.sum().astype(jnp.float32)),
+      cut_texts=Sum(count_cut(batch)),
+      loss_tokens=Sum((rows.weights > 0).sum().astype(jnp.float32)),
+      keep_ratio=out.keep.mean(),
+    )
     for i, name in enumerate(('image_to_text', 'text_to_image', 'text_only')):
       weights = rows.weights * (kind == i)
       metrics |= {f'loss_{name}': mean(nll, weights), f'accuracy_{name}': mean(correct, weights)}
@@ -357,6 +502,9 @@ def language_model(config, model: LavitModules, shards: int) -> Stage:
     del params, state
     images = batch['image'][:8]
     x = image_features(model, frozen['vit'], vit_images(batch)[:8])[:, 1:]
-    return [images, shade_dropped(images, apply_module(model.tokenizer, frozen['tokenizer'], x, key).keep)]
+    return [
+      images,
+      shade_dropped(images, apply_module(model.tokenizer, frozen['tokenizer'], x, key).keep),
+    ]
 
   return Stage(('vit', 'tokenizer'), (), init, loss, export, draw, takes=('llama', 'understanding'))

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from lavit_jax import sharding
 from lavit_jax.training import metrics, optimizer
@@ -70,7 +71,9 @@ def in_pieces(function, pieces: int, shards: int, mesh):
   def split(x):
     """[B, ...] -> [pieces, B / pieces, ...]."""
     x = jnp.moveaxis(x.reshape(shards, pieces, -1, *x.shape[1:]), 1, 0)
-    return jax.lax.with_sharding_constraint(x.reshape(pieces, -1, *x.shape[3:]), NamedSharding(mesh, P(None, *sharding.BATCH)))
+    return jax.lax.with_sharding_constraint(
+      x.reshape(pieces, -1, *x.shape[3:]), NamedSharding(mesh, P(None, *sharding.BATCH))
+    )
 
   def run(carry, batch):
     size = len(jax.tree.leaves(batch)[0])
@@ -112,7 +115,9 @@ def loss_and_metrics(stage, pieces: int, shards: int, mesh):
 
   def whole(params, frozen, state, batch, key):
     value, (_, values) = stage.loss(params, frozen, state, batch, key, False)
-    return dict(loss=value, **{name: value for name, value in values.items() if name != 'loss'}), values.get('loss')
+    return dict(
+      loss=value, **{name: value for name, value in values.items() if name != 'loss'}
+    ), values.get('loss')
 
   def run(params, frozen, state, batch, key):
     if pieces == 1:
@@ -148,7 +153,9 @@ def make_train_step(config, stage, tx, places, mesh):
 
   def gradient_of(params, frozen, state, batch, key):
     def loss(params):
-      return stage.loss(optimizer.stop_frozen_gradients(config.optim, params), frozen, state, batch, key, True)
+      return stage.loss(
+        optimizer.stop_frozen_gradients(config.optim, params), frozen, state, batch, key, True
+      )
 
     (value, (state, values)), gradient = jax.value_and_grad(loss, has_aux=True)(params)
     gradient = jax.lax.with_sharding_constraint(gradient, places.params)
@@ -171,7 +178,9 @@ def make_train_step(config, stage, tx, places, mesh):
     values = combine(values)
     weight = values['loss'].weight
     gradient = jax.tree.map(lambda t: t / jnp.maximum(weight, 1e-6), total)
-    values['loss'] = values['loss'].total / jnp.maximum(weight, 1e-6)  # as the stage's own: 0 of a batch without a target
+    values['loss'] = values['loss'].total / jnp.maximum(
+      weight, 1e-6
+    )  # as the stage's own: 0 of a batch without a target
     return gradient, state, numbers(values)
 
   def follow(ema, params, old, new, step):
@@ -185,9 +194,13 @@ def make_train_step(config, stage, tx, places, mesh):
   def train_step(train_state, frozen, batch):
     step, params, opt_state, state, ema = train_state
     key = jax.random.fold_in(key_for(config.seed, Purpose.STEPS), step)
-    gradient, new_state, values = (whole if pieces == 1 else accumulated)(params, frozen, state, batch, key)
+    gradient, new_state, values = (whole if pieces == 1 else accumulated)(
+      params, frozen, state, batch, key
+    )
     grad_norm = optax.global_norm(gradient)
-    fine = jnp.isfinite(values['loss']) & jnp.isfinite(grad_norm) & all_finite(new_state)  # then the moments are finite too
+    fine = (
+      jnp.isfinite(values['loss']) & jnp.isfinite(grad_norm) & all_finite(new_state)
+    )  # then the moments are finite too
 
     def choose(new, old):
       return jax.tree.map(lambda new, old: jnp.where(fine, new, old), new, old)
@@ -195,19 +208,25 @@ def make_train_step(config, stage, tx, places, mesh):
     updates, new_opt_state = tx.update(gradient, opt_state, params)
     updated = choose(optax.apply_updates(params, updates), params)
     # Number by number, for to wait until all are known would take the memory of a second set of parameters.
-    new_params = jax.tree.map(lambda new, old: jnp.where(jnp.isfinite(new), new, old), updated, params)
+    new_params = jax.tree.map(
+      lambda new, old: jnp.where(jnp.isfinite(new), new, old), updated, params
+    )
     new_state = choose(new_state, state)
     if config.optim.ema_decay:
       ema = choose(follow(ema, new_params, state, new_state, step), ema)
     skipped = 1.0 - (fine & all_finite(updated))
     loss = dict(loss=values.pop('loss'))
     values = loss | values | dict(grad_norm=grad_norm, learning_rate=rate(step), nonfinite=skipped)
-    return TrainState(step + 1, new_params, choose(new_opt_state, opt_state), new_state, ema), values
+    return TrainState(
+      step + 1, new_params, choose(new_opt_state, opt_state), new_state, ema
+    ), values
 
   return train_step
 
 
 def all_finite(tree) -> jax.Array:
   """Whether every floating number of a tree is finite, bool[]."""
-  flags = [jnp.isfinite(x).all() for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+  flags = [
+    jnp.isfinite(x).all() for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)
+  ]
   return jnp.stack(flags).all() if flags else jnp.ones([], bool)

@@ -55,10 +55,16 @@ class MetricWatch:
       return
     aside = self.checkpoints.set_aside_broken(self.first - 1)
     remaining = self.checkpoints.manager.all_steps(read=True)
-    told = f'the checkpoints {", ".join(f"{step}.broken" for step in aside)} have these parameters and are set aside; ' if aside else ''
+    told = (
+      f'the checkpoints {", ".join(f"{step}.broken" for step in aside)} have these parameters and are set aside; '
+      if aside
+      else ''
+    )
     place = f'it goes on from step {max(remaining)}' if remaining else 'it begins anew'
-    raise UserError(f'loss or gradient was not finite in {self.streak} steps in a row, from step {self.first} on; {told}lower optim.learning_rate or '
-                    f'optim.clip_norm, or look at the data, and start again: {place}')
+    raise UserError(
+      f'loss or gradient was not finite in {self.streak} steps in a row, from step {self.first} on; {told}lower optim.learning_rate or '
+      f'optim.clip_norm, or look at the data, and start again: {place}'
+    )
 
   def check_packing(self, means: dict[str, float], step: int) -> None:
     """Looks at the means since the last report.
@@ -73,7 +79,9 @@ class MetricWatch:
     limit = self.config.lm.get('max_overflow', 1.0)
     line = f'{means["overflow"]:.3g} of the {batch_size} pairs of a step ({share:.0%}) find no room in the packed rows and are dropped; {self.remedy(means)}'
     if share > limit:
-      raise UserError(f'at step {step} {line} (lm.max_overflow={limit} is the share that a run puts up with)')
+      raise UserError(
+        f'at step {step} {line} (lm.max_overflow={limit} is the share that a run puts up with)'
+      )
     if share > WORTH_A_WARNING and not self.warned:
       self.warned = True
       self.log.say(f'warning: {line}')
@@ -87,7 +95,9 @@ class MetricWatch:
       return f'lm.row_length={length} is less than the {longest} tokens that a pair may have: set lm.row_length={_multiple(longest, config.lm.loss_chunks)}'
     placed = max(config.batch_size - means['overflow'], 1.0)
     mean_length = means['packed_share'] * rows * length / placed
-    wanted = _multiple(config.batch_size * mean_length / (FILL * length), config.accumulate * self.shards)
+    wanted = _multiple(
+      config.batch_size * mean_length / (FILL * length), config.accumulate * self.shards
+    )
     wanted = max(wanted, rows + config.accumulate * self.shards)
     return f'set lm.num_rows={wanted} (now {rows}) and lm.mean_length={round(mean_length)}, or lower batch_size'
 

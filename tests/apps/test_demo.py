@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 import lavit_jax
-from lavit_jax.errors import UserError
 from lavit_jax.apps import demo
+from lavit_jax.errors import UserError
 from lavit_jax.inference.pipeline import Lavit, VisualTokens
 
 ASSETS = pathlib.Path(lavit_jax.__file__).parent / 'assets'
@@ -54,12 +54,17 @@ def inputs(tmp_path_factory):
 
 def test_inputs_are_held_out_and_complete(inputs):
   manifest = demo.read_manifest(inputs)
-  assert len(manifest['pictures']) == 8 and len(manifest['texts']) == 4 and len(manifest['mixed']) == 4
+  assert (
+    len(manifest['pictures']) == 8 and len(manifest['texts']) == 4 and len(manifest['mixed']) == 4
+  )
   for row in manifest['pictures'] + manifest['texts']:
     assert Image.open(inputs / row['file']).size == (64, 64)
   kinds = {tuple(part.endswith('.png') for part in parts) for parts in manifest['mixed']}
   assert kinds == {(True, False), (True, True)}
-  assert demo.make('embedded', inputs).read_text() == json.dumps(manifest, indent=1, ensure_ascii=False) + '\n'
+  assert (
+    demo.make('embedded', inputs).read_text()
+    == json.dumps(manifest, indent=1, ensure_ascii=False) + '\n'
+  )
 
 
 def test_the_page_holds_everything(inputs, tmp_path, capsys):
@@ -77,13 +82,21 @@ def test_the_page_holds_everything(inputs, tmp_path, capsys):
         pictures.append(np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))))
 
   Reader().feed(page)
-  assert len(pictures) == 8 * 3 + 4 * 2 + 2 * 2 + 2 * 3 and all(p.shape == (64, 64, 3) for p in pictures)
+  assert len(pictures) == 8 * 3 + 4 * 2 + 2 * 2 + 2 * 3 and all(
+    p.shape == (64, 64, 3) for p in pictures
+  )
   manifest = demo.read_manifest(inputs)
-  assert '&lt;caption 7&gt;' in page and 'answer 7' in page and '21 tokens' in page and '5 tokens' in page
+  assert (
+    '&lt;caption 7&gt;' in page
+    and 'answer 7' in page
+    and '21 tokens' in page
+    and '5 tokens' in page
+  )
   for row in manifest['pictures']:
     assert html.escape(row['caption']) in page and html.escape(row['question']) in page
   assert [[str(part).rpartition('/')[2] for part in parts] for parts in stub.prompts] == [
-      [row['text']] for row in manifest['texts']] + manifest['mixed']
+    [row['text']] for row in manifest['texts']
+  ] + manifest['mixed']
   assert 'reconstruct' in capsys.readouterr().out
 
 
@@ -91,13 +104,24 @@ def test_kept_patches_stay_and_dropped_ones_fade():
   image, keep = np.full((64, 64, 3), 50, np.uint8), np.zeros(64, bool)
   keep[9] = True
   shown = demo.show_kept(image, keep)
-  assert (shown[8:16, 8:16] == 50).all() and (shown == 50).sum() == 64 * 3 and shown.min() == 50 and shown.max() > 230
+  assert (
+    (shown[8:16, 8:16] == 50).all()
+    and (shown == 50).sum() == 64 * 3
+    and shown.min() == 50
+    and shown.max() > 230
+  )
 
 
 def test_bad_inputs(tmp_path, inputs):
   with pytest.raises(UserError, match='manifest.json is missing'):
     demo.run(Stub(), tmp_path, tmp_path)
-  for text in ('{', '{}', '[]', '{"pictures": [{}], "texts": [], "mixed": []}', '{"pictures": [], "texts": [], "mixed": [5]}'):
+  for text in (
+    '{',
+    '{}',
+    '[]',
+    '{"pictures": [{}], "texts": [], "mixed": []}',
+    '{"pictures": [], "texts": [], "mixed": [5]}',
+  ):
     (tmp_path / 'manifest.json').write_text(text)
     with pytest.raises(UserError, match='manifest.json is damaged'):
       demo.run(Stub(), tmp_path, tmp_path)

@@ -12,8 +12,13 @@ from lavit_jax.models import lavit
 
 def compile_decoding(*options):
   env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'TPU_WORKER_HOSTNAMES': 'localhost'}
-  done = subprocess.run([sys.executable, '-m', 'lavit_jax', 'compile', '--topology', 'v5e:2x4', *options], env=env, capture_output=True,
-                        text=True, timeout=1500)
+  done = subprocess.run(
+    [sys.executable, '-m', 'lavit_jax', 'compile', '--topology', 'v5e:2x4', *options],
+    env=env,
+    capture_output=True,
+    text=True,
+    timeout=1500,
+  )
   return done.returncode, done.stdout, done.stderr
 
 
@@ -34,14 +39,21 @@ def test_a_token_reads_the_model_and_the_cache_once(options, width):
   assert status == 0, errors
   prefill, decode = map(json.loads, output.splitlines())
   llama = lavit.build('lavit_7b').llama
-  matrices = llama.num_layers * (4 * llama.hidden_size**2 + 3 * llama.hidden_size * llama.mlp_dim) + llama.hidden_size * llama.vocab_size
+  matrices = (
+    llama.num_layers * (4 * llama.hidden_size**2 + 3 * llama.hidden_size * llama.mlp_dim)
+    + llama.hidden_size * llama.vocab_size
+  )
   cache = 2 * llama.num_layers * 8 * (512 + 256) * llama.hidden_size
-  assert decode['hbm_cache_gib'] * 8 * 2**30 == pytest.approx(cache * width, rel=0.05)  # int8 has scales beside it
+  assert decode['hbm_cache_gib'] * 8 * 2**30 == pytest.approx(
+    cache * width, rel=0.05
+  )  # int8 has scales beside it
   once = (matrices + cache) * width / 8
   assert once < decode['hbm_bytes_per_chip'] < 1.15 * once
   assert prefill['fits'] and decode['fits'] and decode['hbm_per_chip_gib'] < 3
   assert prefill['flops_per_chip'] == pytest.approx(2 * 8 * 512 * matrices / 8, rel=0.1)
-  assert decode['tokens_per_second'] == pytest.approx(8 / max(decode[f'{kind}_seconds'] for kind in ('compute', 'memory', 'network')))
+  assert decode['tokens_per_second'] == pytest.approx(
+    8 / max(decode[f'{kind}_seconds'] for kind in ('compute', 'memory', 'network'))
+  )
 
 
 def test_one_token_has_no_loop():

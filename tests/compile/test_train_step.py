@@ -13,15 +13,41 @@ from lavit_jax.models import lavit
 from lavit_jax.training import flops
 from lavit_jax.training.config import load_config, split_overrides
 
-KEYS = ('topology', 'chips', 'hbm_per_chip_gib', 'hbm_limit_gib', 'fits', 'flops_per_chip', 'model_flops_per_chip', 'packed_share',
-        'collective_bytes_per_chip', 'mfu_bound', 'compile_seconds')
+KEYS = (
+  'topology',
+  'chips',
+  'hbm_per_chip_gib',
+  'hbm_limit_gib',
+  'fits',
+  'flops_per_chip',
+  'model_flops_per_chip',
+  'packed_share',
+  'collective_bytes_per_chip',
+  'mfu_bound',
+  'compile_seconds',
+)
 
 
 def compile_page(page, topology, *options):
   """(status, output, errors) of `lavit compile`, in a process of its own: libtpu cannot be unloaded."""
   env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'TPU_WORKER_HOSTNAMES': 'localhost'}
-  done = subprocess.run([sys.executable, '-m', 'lavit_jax', 'compile', '--config', page, '--topology', topology, *options],
-                        env=env, capture_output=True, text=True, timeout=3000)
+  done = subprocess.run(
+    [
+      sys.executable,
+      '-m',
+      'lavit_jax',
+      'compile',
+      '--config',
+      page,
+      '--topology',
+      topology,
+      *options,
+    ],
+    env=env,
+    capture_output=True,
+    text=True,
+    timeout=3000,
+  )
   return done.returncode, done.stdout, done.stderr
 
 
@@ -37,18 +63,43 @@ def computed(page, options):
   if config.stage != 'lm':
     return flops.step_flops(config).fixed
   pair, c = flops.pair_flops(config, lavit.build(config.variant, config.dtype)), config.lm
-  return config.batch_size * (pair.see + pair.code + pair.read) + c.num_rows * (pair.row + c.row_length**2 * pair.scores / 2)
+  return config.batch_size * (pair.see + pair.code + pair.read) + c.num_rows * (
+    pair.row + c.row_length**2 * pair.scores / 2
+  )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('page, topology, options, mfu, most', [
+@pytest.mark.parametrize(
+  'page, topology, options, mfu, most',
+  [
     ('tokenizer.py:tiny', 'v5e:2x2', (), 0.0, 2.0),
     ('lm.py:tiny', 'v5e:2x2', ('--config.batch_size=64', '--config.lm.num_rows=16'), 0.0, 2.0),
-    ('lm.py:tiny', 'v5e:2x2', ('--config.batch_size=64', '--config.lm.num_rows=16', '--config.mesh.data=1', '--config.mesh.fsdp=2',
-                               '--config.mesh.tensor=2', '--config.optim.mu_dtype=bfloat16'), 0.0, 3.0),  # five heads do not go in two
-    ('lm.py:tiny', 'v5e:2x2', ('--slices', '2', '--config.batch_size=64', '--config.lm.num_rows=16'), 0.0, 2.0),
-    ('tokenizer.py:lavit_7b', 'v5e:8x8', (), 0.9, 1.1), ('detokenizer.py:lavit_7b', 'v5p:4x4x8', (), 0.9, 1.1),
-    ('lm.py:lavit_7b', 'v5p:4x4x8', (), 0.6, 1.3)])
+    (
+      'lm.py:tiny',
+      'v5e:2x2',
+      (
+        '--config.batch_size=64',
+        '--config.lm.num_rows=16',
+        '--config.mesh.data=1',
+        '--config.mesh.fsdp=2',
+        '--config.mesh.tensor=2',
+        '--config.optim.mu_dtype=bfloat16',
+      ),
+      0.0,
+      3.0,
+    ),  # five heads do not go in two
+    (
+      'lm.py:tiny',
+      'v5e:2x2',
+      ('--slices', '2', '--config.batch_size=64', '--config.lm.num_rows=16'),
+      0.0,
+      2.0,
+    ),
+    ('tokenizer.py:lavit_7b', 'v5e:8x8', (), 0.9, 1.1),
+    ('detokenizer.py:lavit_7b', 'v5p:4x4x8', (), 0.9, 1.1),
+    ('lm.py:lavit_7b', 'v5p:4x4x8', (), 0.6, 1.3),
+  ],
+)
 @pytest.mark.timeout(3100)
 def test_fits_and_is_accounted_for(page, topology, options, mfu, most):
   """Of each stage the smallest pod of the README's table, and some that compile in seconds. `mfu`: at least; `most`: operations of the
@@ -61,13 +112,30 @@ def test_fits_and_is_accounted_for(page, topology, options, mfu, most):
   assert not set(KEYS) - set(report)
   chip = TPUS[topology.split(':')[0]]
   assert report['fits'] and report['hbm_per_chip_gib'] < 0.9 * chip.hbm_gib
-  assert 0.98 < report['flops_per_chip'] * report['chips'] / computed(page, options) < most  # nothing is missing from what was counted
+  assert (
+    0.98 < report['flops_per_chip'] * report['chips'] / computed(page, options) < most
+  )  # nothing is missing from what was counted
   if page.startswith('lm'):
-    assert report['packed_share'] < 1 and report['model_flops_per_chip'] * report['chips'] < 0.85 * computed(page, options)
+    assert report['packed_share'] < 1 and report['model_flops_per_chip'] * report[
+      'chips'
+    ] < 0.85 * computed(page, options)
   seconds = max(report[f'{what}_seconds'] for what in ('compute', 'memory', 'network'))
-  assert report['mfu_bound'] == pytest.approx(report['model_flops_per_chip'] / (chip.tflops * 1e12 * seconds)) and report['mfu_bound'] > mfu
-  assert math.prod(report['mesh'].values()) == report['chips'] == math.prod(map(int, topology.split(':')[1].split('x'))) * report['slices']
+  assert (
+    report['mfu_bound']
+    == pytest.approx(report['model_flops_per_chip'] / (chip.tflops * 1e12 * seconds))
+    and report['mfu_bound'] > mfu
+  )
+  assert (
+    math.prod(report['mesh'].values())
+    == report['chips']
+    == math.prod(map(int, topology.split(':')[1].split('x'))) * report['slices']
+  )
   if page == 'lm.py:lavit_7b':
     llama = lavit.build('lavit_7b').llama
-    weights = llama.num_layers * (4 * llama.hidden_size**2 + 3 * llama.hidden_size * llama.mlp_dim) + 2 * llama.hidden_size * llama.vocab_size
-    assert report['flops_per_chip'] * report['chips'] < 1.4 * 6 * weights * report['tokens_per_step']
+    weights = (
+      llama.num_layers * (4 * llama.hidden_size**2 + 3 * llama.hidden_size * llama.mlp_dim)
+      + 2 * llama.hidden_size * llama.vocab_size
+    )
+    assert (
+      report['flops_per_chip'] * report['chips'] < 1.4 * 6 * weights * report['tokens_per_step']
+    )

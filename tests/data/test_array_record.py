@@ -5,11 +5,11 @@ import os
 import re
 
 import pytest
+from things import caption, picture, sample, write_tar, write_tars
 
 from lavit_jax import cli
-from lavit_jax.data import formats, array_record, tars
+from lavit_jax.data import array_record, formats, tars
 from lavit_jax.errors import UserError
-from things import caption, picture, sample, write_tar, write_tars
 
 
 def stored(folder):
@@ -21,20 +21,26 @@ def stored(folder):
 @pytest.mark.parametrize('workers', [1, 2])
 def test_pictures_and_texts_are_the_same(tmp_path, workers):
   source = write_tars(tmp_path)
-  packed = array_record.write_array_records(source['path'], str(tmp_path / 'out'), workers, say=lambda line: None)
+  packed = array_record.write_array_records(
+    source['path'], str(tmp_path / 'out'), workers, say=lambda line: None
+  )
   assert packed == (24, {}, 0, [])
   found = stored(tmp_path / 'out')
   assert len(found) == 24
   for i in range(24):
     assert found[caption(i)][:2] == (picture(i), (caption(i), f'again {i}'))
   assert sorted(os.listdir(tmp_path / 'out')) == sorted(
-      name for t in range(4) for name in (f'{t:05d}.array_record', f'{t:05d}.array_record.json'))
+    name for t in range(4) for name in (f'{t:05d}.array_record', f'{t:05d}.array_record.json')
+  )
 
 
 def test_the_layout_is_as_documented(tmp_path):
   record = formats.pack_record('key', {'txt': 'wörds'}, b'image')
   length = int.from_bytes(record[:4], 'little')
-  assert json.loads(record[4:4 + length]) == {'key': 'key', 'fields': {'txt': 'wörds'}} and record[4 + length:] == b'image'
+  assert (
+    json.loads(record[4 : 4 + length]) == {'key': 'key', 'fields': {'txt': 'wörds'}}
+    and record[4 + length :] == b'image'
+  )
   assert formats.unpack_record(record) == ({'key': 'key', 'fields': {'txt': 'wörds'}}, b'image')
 
 
@@ -62,11 +68,15 @@ def test_what_is_skipped_is_counted_over_all_runs(tmp_path, capsys):
   bad = [('x', {'png': picture(3)[:45], 'txt': b'cut'}), ('y', {'txt': b'no picture'})]
   write_tar(tmp_path / '0.tar', [sample(i) for i in range(6)] + bad)
   whole = (tmp_path / '0.tar').read_bytes()
-  (tmp_path / '1.tar').write_bytes(whole[:len(whole) // 2])
+  (tmp_path / '1.tar').write_bytes(whole[: len(whole) // 2])
   arguments = ['data', 'pack', f'{tmp_path}/{{0..2}}.tar', '--out', str(tmp_path / 'out')]
   assert cli.main(arguments) == 2  # 2.tar is not there
   out, err = capsys.readouterr()
-  assert 'broken tar 1, corrupt image 1, no image 1' in out and '1 tars are not packed: ' in err and '2.tar could not be opened: [Errno 2]' in err
+  assert (
+    'broken tar 1, corrupt image 1, no image 1' in out
+    and '1 tars are not packed: ' in err
+    and '2.tar could not be opened: [Errno 2]' in err
+  )
   write_tar(tmp_path / '2.tar', [sample(9)])
   assert cli.main(arguments) == 0
   out, _ = capsys.readouterr()
@@ -96,6 +106,11 @@ def test_a_failure_to_read_is_no_broken_tar(tmp_path, monkeypatch, capsys):
   assert cli.main(['data', 'pack', source['path'], '--out', str(tmp_path / 'out')]) == 2
   out, err = capsys.readouterr()
   assert out.splitlines()[-1].startswith('0 records') and '2/4  ' in out
-  assert re.search(r'4 tars are not packed: \S*00000.tar failed after 2 samples: the network is gone, and others; the same command', err)
+  assert re.search(
+    r'4 tars are not packed: \S*00000.tar failed after 2 samples: the network is gone, and others; the same command',
+    err,
+  )
   monkeypatch.undo()
-  assert array_record.write_array_records(source['path'], str(tmp_path / 'out'), 1, say=lambda line: None) == (24, {}, 0, [])
+  assert array_record.write_array_records(
+    source['path'], str(tmp_path / 'out'), 1, say=lambda line: None
+  ) == (24, {}, 0, [])

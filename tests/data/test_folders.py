@@ -7,11 +7,11 @@ import json
 import random
 
 import pytest
+from things import batches, caption, number, picture
 
 from lavit_jax.data import captions_file, formats
 from lavit_jax.data.row_workers import SkipCounter
 from lavit_jax.errors import UserError
-from things import batches, caption, number, picture
 
 NAMES = ['0.png', '1.png', '2.png']
 WORDS = ['a dog, a cat, and a bee', 'an owl', 'the "best" pie']
@@ -52,7 +52,9 @@ ROWS = [dict(file_name=name, text=text) for name, text in zip(NAMES, WORDS)]
 COLUMNS = dict(file_name=NAMES, text=WORDS)
 
 
-@pytest.mark.parametrize('name, content, words', [
+@pytest.mark.parametrize(
+  'name, content, words',
+  [
     ('captions.csv', table(WORDS), WORDS),
     ('captions.csv', table(WORDS, quoting=csv.QUOTE_ALL), WORDS),
     ('captions.csv', table(WORDS, delimiter=';'), WORDS),
@@ -61,27 +63,58 @@ COLUMNS = dict(file_name=NAMES, text=WORDS)
     ('captions.csv', '\ufeff' + table(WORDS), WORDS),
     ('captions.csv', 'file_name,text\n' + ''.join(map('{},{}\n'.format, NAMES, WORDS)), WORDS),
     ('captions.csv', 'text,file_name\n' + ''.join(map('{1},{0}\n'.format, NAMES, WORDS)), WORDS),
-    ('captions.csv', 'file_name,width,text\n' + ''.join(map('{},32,{}\n'.format, NAMES, WORDS)), WORDS),
-    ('captions.csv', 'file_name,text\n0.png,"Hm", she said, "no"\n1.png,"what?\n2.png,a 12" pie\n',
-     ['"Hm", she said, "no"', '"what?', 'a 12" pie']),
+    (
+      'captions.csv',
+      'file_name,width,text\n' + ''.join(map('{},32,{}\n'.format, NAMES, WORDS)),
+      WORDS,
+    ),
+    (
+      'captions.csv',
+      'file_name,text\n0.png,"Hm", she said, "no"\n1.png,"what?\n2.png,a 12" pie\n',
+      ['"Hm", she said, "no"', '"what?', 'a 12" pie'],
+    ),
     ('captions.csv', 'File Name , TEXT\n0.png,a\n1.png,b\n2.png,c\n\n', ['a', 'b', 'c']),
-    ('captions.tsv', 'file_name\ttext\n0.png\t"Never\n1.png\ta "b"\n2.png\tc"\n', ['"Never', 'a "b"', 'c"']),
-    ('captions.tsv', 'file_name\ttext\n0.png\t"all of it"\n1.png\tb\n2.png\tc', ['"all of it"', 'b', 'c']),
+    (
+      'captions.tsv',
+      'file_name\ttext\n0.png\t"Never\n1.png\ta "b"\n2.png\tc"\n',
+      ['"Never', 'a "b"', 'c"'],
+    ),
+    (
+      'captions.tsv',
+      'file_name\ttext\n0.png\t"all of it"\n1.png\tb\n2.png\tc',
+      ['"all of it"', 'b', 'c'],
+    ),
     ('captions.tsv', table(LINES, delimiter='\t'), LINES),
     ('captions.tsv', table(WORDS, delimiter='\t', quoting=csv.QUOTE_ALL), WORDS),
     ('captions.tsv', table(WORDS, delimiter='\t').encode('utf-16'), WORDS),
     ('captions.jsonl', '\ufeff' + '\r\n'.join(map(json.dumps, ROWS)) + '\r\n', WORDS),
     ('captions.jsonl', json.dumps(ROWS, indent=1), WORDS),
-    ('captions.jsonl', '\n'.join(json.dumps(row | {'text': '\u2028'.join('ab')}, ensure_ascii=False) for row in ROWS),
-     ['a\u2028b'] * 3),
+    (
+      'captions.jsonl',
+      '\n'.join(
+        json.dumps(row | {'text': '\u2028'.join('ab')}, ensure_ascii=False) for row in ROWS
+      ),
+      ['a\u2028b'] * 3,
+    ),
     ('captions.json', json.dumps(ROWS), WORDS),
     ('captions.json', json.dumps({'data': ROWS, 'version': 1}), WORDS),
     ('captions.json', json.dumps(dict(zip(NAMES, WORDS))), WORDS),
-    ('captions.json', json.dumps({name: {'text': text} for name, text in zip(NAMES, WORDS)}), WORDS),
+    (
+      'captions.json',
+      json.dumps({name: {'text': text} for name, text in zip(NAMES, WORDS)}),
+      WORDS,
+    ),
     ('captions.json', json.dumps(COLUMNS), WORDS),
-    ('captions.json', json.dumps({key: dict(zip('012', values)) for key, values in COLUMNS.items()}), WORDS),  # pandas
+    (
+      'captions.json',
+      json.dumps({key: dict(zip('012', values)) for key, values in COLUMNS.items()}),
+      WORDS,
+    ),  # pandas
     ('captions.json', '\ufeff' + json.dumps(ROWS), WORDS),
-    ('metadata.csv', table(WORDS), WORDS)], ids=lambda value: value if str(value)[8:9] == '.' else '')
+    ('metadata.csv', table(WORDS), WORDS),
+  ],
+  ids=lambda value: value if str(value)[8:9] == '.' else '',
+)
 def test_files_of_captions_as_people_have_them(folder, name, content, words):
   content = content if isinstance(content, bytes) else content.encode()
   (folder / name).write_bytes(content)
@@ -90,12 +123,22 @@ def test_files_of_captions_as_people_have_them(folder, name, content, words):
 
 def test_several_captions_in_each_form(folder):
   forms = {
-      'a.json': json.dumps({name: ['one', 'two'] for name in NAMES}),
-      'b.jsonl': '\n'.join(json.dumps(dict(file_name=name, text=each)) for name in NAMES for each in ('one', 'two')),
-      'c.json': json.dumps(dict(
-          images=[dict(id=i, file_name=name) for i, name in enumerate(NAMES)],
-          annotations=[dict(image_id=i, caption=each) for i in range(3) for each in ('one', 'two')])),
-      'd.json': json.dumps(dict(images=[dict(filename=name, sentences=[dict(raw='one'), dict(raw='two')]) for name in NAMES]))}
+    'a.json': json.dumps({name: ['one', 'two'] for name in NAMES}),
+    'b.jsonl': '\n'.join(
+      json.dumps(dict(file_name=name, text=each)) for name in NAMES for each in ('one', 'two')
+    ),
+    'c.json': json.dumps(
+      dict(
+        images=[dict(id=i, file_name=name) for i, name in enumerate(NAMES)],
+        annotations=[dict(image_id=i, caption=each) for i in range(3) for each in ('one', 'two')],
+      )
+    ),
+    'd.json': json.dumps(
+      dict(
+        images=[dict(filename=name, sentences=[dict(raw='one'), dict(raw='two')]) for name in NAMES]
+      )
+    ),
+  }
   for name, content in forms.items():
     (folder / name).write_text(content)
     text = ('sentences.raw',) if name == 'd.json' else ()
@@ -104,41 +147,104 @@ def test_several_captions_in_each_form(folder):
 
 @pytest.mark.parametrize('name', ['captions.jsonl', 'captions.csv', 'captions.json'])
 def test_the_options_image_and_text_are_obeyed(folder, name):
-  rows = [{'file_name': 'no.png', 'img': each, 'text': 'junk', 'caption': 'good', 'a.b': 'dotted'} for each in NAMES]
-  content = {'captions.jsonl': '\n'.join(map(json.dumps, rows)),
-             'captions.csv': '\n'.join([','.join(rows[0]), *(','.join(row.values()) for row in rows)]),
-             'captions.json': json.dumps({key: [row[key] for row in rows] for key in rows[0]})}
+  rows = [
+    {'file_name': 'no.png', 'img': each, 'text': 'junk', 'caption': 'good', 'a.b': 'dotted'}
+    for each in NAMES
+  ]
+  content = {
+    'captions.jsonl': '\n'.join(map(json.dumps, rows)),
+    'captions.csv': '\n'.join([','.join(rows[0]), *(','.join(row.values()) for row in rows)]),
+    'captions.json': json.dumps({key: [row[key] for row in rows] for key in rows[0]}),
+  }
   (folder / name).write_text(content[name])
   assert read(folder, 'img', ('caption',)) == {each: ('good',) for each in NAMES}
   assert read(folder, 'img', ('a.b', 'caption')) == {each: ('dotted', 'good') for each in NAMES}
-  with pytest.raises(UserError, match=rf"{name} has no field 'captions' \('caption' is near\); its fields are .*with text="):
+  with pytest.raises(
+    UserError,
+    match=rf"{name} has no field 'captions' \('caption' is near\); its fields are .*with text=",
+  ):
     formats.Folder(str(folder), 'img', ('captions',))
 
 
-@pytest.mark.parametrize('name, content, message', [
-    ('captions.csv', 'file_name,title,text\n0.png,a,b\n1.png,a,b,c\n', r"captions.csv:3: has 1 more ',' than the header"),
+@pytest.mark.parametrize(
+  'name, content, message',
+  [
+    (
+      'captions.csv',
+      'file_name,title,text\n0.png,a,b\n1.png,a,b,c\n',
+      r"captions.csv:3: has 1 more ',' than the header",
+    ),
     ('captions.csv', 'file_name,text\n0.png,a\na, b.png,c\n', r"captions.csv:3: has 1 more ','"),
-    ('captions.csv', 'file_name,text\n0.png,"a\nb"\n1.png\n', r"captions.csv:4: has 1 of 2 fields \('1.png'\)"),
-    ('captions.csv', 'file_name,text\n0.png,"a\n1.png,b\n2.png,c"\n', 'captions.csv:2: a quotation mark opens'),
-    ('captions.csv', 'file_name,text\n0.png,"a \\"b\\", c"\n', r'captions.csv:2: has \\" in a field'),
-    ('captions.csv', '0.png,a dog\n1.png,a cat\n', "captions.csv:1: the first line names an image.*write 'file_name,text'"),
+    (
+      'captions.csv',
+      'file_name,text\n0.png,"a\nb"\n1.png\n',
+      r"captions.csv:4: has 1 of 2 fields \('1.png'\)",
+    ),
+    (
+      'captions.csv',
+      'file_name,text\n0.png,"a\n1.png,b\n2.png,c"\n',
+      'captions.csv:2: a quotation mark opens',
+    ),
+    (
+      'captions.csv',
+      'file_name,text\n0.png,"a \\"b\\", c"\n',
+      r'captions.csv:2: has \\" in a field',
+    ),
+    (
+      'captions.csv',
+      '0.png,a dog\n1.png,a cat\n',
+      "captions.csv:1: the first line names an image.*write 'file_name,text'",
+    ),
     ('captions.csv', 'file_name,text,text\n', "captions.csv:1: has the column 'text' twice"),
-    ('captions.csv', 'file_name,Text,TEXT\n0.png,a,b\n', "several fields like 'text': 'Text', 'TEXT'; say which with text="),
+    (
+      'captions.csv',
+      'file_name,Text,TEXT\n0.png,a,b\n',
+      "several fields like 'text': 'Text', 'TEXT'; say which with text=",
+    ),
     ('captions.csv', b'file_name,text\n0.png,a\n1.png,caf\xe9\n', 'captions.csv:3: not UTF-8'),
     ('captions.csv', 'file_name,text\n', 'captions.csv has no rows'),
     ('captions.csv', 'file_name,text\n0.png,\n1.png, \n', "none of 2 rows has a text in 'text'"),
     ('captions.tsv', 'file_name\ttext\n0.png\ta\n1.png b\n', 'captions.tsv:3: has 1 of 2 fields'),
-    ('captions.jsonl', '{"file_name": "0.png", "text": "a"}\n{"file_name": "1.png"\n', 'captions.jsonl:2: not JSON'),
-    ('captions.jsonl', '{"file_name": "0.png", "text": "a"}\n"b"\n', 'captions.jsonl:2: not an object but str'),
-    ('captions.jsonl', '{"file_name": "0.png", "text": "a"}\n{"text": "b"}\n', 'captions.jsonl:2: file_name is None'),
+    (
+      'captions.jsonl',
+      '{"file_name": "0.png", "text": "a"}\n{"file_name": "1.png"\n',
+      'captions.jsonl:2: not JSON',
+    ),
+    (
+      'captions.jsonl',
+      '{"file_name": "0.png", "text": "a"}\n"b"\n',
+      'captions.jsonl:2: not an object but str',
+    ),
+    (
+      'captions.jsonl',
+      '{"file_name": "0.png", "text": "a"}\n{"text": "b"}\n',
+      'captions.jsonl:2: file_name is None',
+    ),
     ('captions.json', '5', 'captions.json: holds int'),
     ('captions.json', '[1]', 'captions.json: entry 0 is not an object but int'),
-    ('captions.json', '{"file_name": ["0.png", "1.png"], "text": ["a"]}', "captions.json: 'text' has not one value"),
-    ('captions.json', '{"images": [{"id": 1, "file_name": "0.png"}], "annotations": [{"image_id": 2, "caption": "a"}]}',
-     'captions.json: annotation 0 is of the image 2'),
+    (
+      'captions.json',
+      '{"file_name": ["0.png", "1.png"], "text": ["a"]}',
+      "captions.json: 'text' has not one value",
+    ),
+    (
+      'captions.json',
+      '{"images": [{"id": 1, "file_name": "0.png"}], "annotations": [{"image_id": 2, "caption": "a"}]}',
+      'captions.json: annotation 0 is of the image 2',
+    ),
     ('captions.json', '{"a": ', 'captions.json:1: not JSON'),
-    ('captions.jsonl', '{"file_name": "img/0.png", "text": "a"}', "names 1 images, such as 'img/0.png', and none of 1 .* is in .*; it has 4 files"),
-    ('notes.md', 'x', r'has no captions.jsonl or .*, nor NAME.txt beside an image; it has 4 files \(0.png, 1.png, 2.png ...\)')])
+    (
+      'captions.jsonl',
+      '{"file_name": "img/0.png", "text": "a"}',
+      "names 1 images, such as 'img/0.png', and none of 1 .* is in .*; it has 4 files",
+    ),
+    (
+      'notes.md',
+      'x',
+      r'has no captions.jsonl or .*, nor NAME.txt beside an image; it has 4 files \(0.png, 1.png, 2.png ...\)',
+    ),
+  ],
+)
 def test_what_cannot_be_read_is_told_with_its_line(folder, name, content, message):
   content = content if isinstance(content, bytes) else content.encode()
   (folder / name).write_bytes(content)
@@ -147,11 +253,21 @@ def test_what_cannot_be_read_is_told_with_its_line(folder, name, content, messag
   assert '\n' not in str(caught.value) and str(folder) in str(caught.value)
 
 
-@pytest.mark.parametrize('options, message', [
-    (dict(path=['d', 'e']), 'is not one folder'), (dict(path='nowhere'), 'nowhere: no such folder'),
-    (dict(captions='no.csv'), "has no file 'no.csv'; it has 3 files"), (dict(captions=5), "captions 5, which is no str"),
-    (dict(text=5), 'text 5, which is no str'), (dict(text=('a', None)), r"text \('a', None\), which"),
-    (dict(image=('a',)), 'image'), (dict(path=None), 'path'), (dict(use=None), 'use'), (dict(weight=None), 'weight')])
+@pytest.mark.parametrize(
+  'options, message',
+  [
+    (dict(path=['d', 'e']), 'is not one folder'),
+    (dict(path='nowhere'), 'nowhere: no such folder'),
+    (dict(captions='no.csv'), "has no file 'no.csv'; it has 3 files"),
+    (dict(captions=5), 'captions 5, which is no str'),
+    (dict(text=5), 'text 5, which is no str'),
+    (dict(text=('a', None)), r"text \('a', None\), which"),
+    (dict(image=('a',)), 'image'),
+    (dict(path=None), 'path'),
+    (dict(use=None), 'use'),
+    (dict(weight=None), 'weight'),
+  ],
+)
 def test_options_of_another_type_are_told_in_a_line(folder, options, message):
   with pytest.raises(UserError, match=message) as caught:
     batches(dict(format='folder', path=str(folder)) | options)
@@ -160,7 +276,9 @@ def test_options_of_another_type_are_told_in_a_line(folder, options, message):
 
 def test_a_folder_that_is_a_file_of_captions(folder):
   (folder / 'x.csv').write_text(table(WORDS))
-  with pytest.raises(UserError, match=rf"x.csv is a file; give the folder, path='{folder}', and.*captions='x.csv'"):
+  with pytest.raises(
+    UserError, match=rf"x.csv is a file; give the folder, path='{folder}', and.*captions='x.csv'"
+  ):
     formats.Folder(f'{folder}/x.csv', None, ())
 
 
@@ -191,7 +309,9 @@ def test_texts_without_images(tmp_path):
   (tmp_path / 'captions.jsonl').write_text('{"text": "one"}\n{"text": "one"}\n')
   records = formats.Folder(str(tmp_path), None, (), use='text')
   assert [records.read(i).texts for i in range(len(records))] == [('one',), ('one',)]
-  assert next(batches(dict(format='folder', path=str(tmp_path), use='text')))['kind'].tolist() == [2] * 3
+  assert (
+    next(batches(dict(format='folder', path=str(tmp_path), use='text')))['kind'].tolist() == [2] * 3
+  )
 
 
 @pytest.mark.parametrize('beside', [False, True])
@@ -201,7 +321,9 @@ def test_changes_between_two_legs_are_told(folder, beside, what):
     for i, name in enumerate(NAMES):
       (folder / f'{i}.txt').write_text(f'{word} {i}')
     if not beside:
-      (folder / 'captions.jsonl').write_text('\n'.join(json.dumps(dict(file_name=name, text=word)) for name in NAMES))
+      (folder / 'captions.jsonl').write_text(
+        '\n'.join(json.dumps(dict(file_name=name, text=word)) for name in NAMES)
+      )
 
   write('one')
   source = dict(format='folder', path=str(folder))
@@ -222,10 +344,16 @@ def test_changes_between_two_legs_are_told(folder, beside, what):
 def test_names_as_windows_writes_them_and_whole_paths(folder):
   (folder / 'deep').mkdir()
   (folder / '0.png').rename(folder / 'deep' / '0.png')
-  rows = [dict(file_name='deep\\0.png', text='a'), dict(file_name=f'{folder}/1.png', text='b'), dict(file_name='./2.png', text='c')]
+  rows = [
+    dict(file_name='deep\\0.png', text='a'),
+    dict(file_name=f'{folder}/1.png', text='b'),
+    dict(file_name='./2.png', text='c'),
+  ]
   (folder / 'captions.jsonl').write_text('\n'.join(map(json.dumps, rows)))
   opened = formats.Folder(str(folder), None, ())
-  assert [opened.read(i)[:2] for i in range(3)] == [(picture(i), (word,)) for i, word in enumerate('abc')]
+  assert [opened.read(i)[:2] for i in range(3)] == [
+    (picture(i), (word,)) for i, word in enumerate('abc')
+  ]
 
 
 def test_two_files_of_captions_are_told(folder, caplog):
@@ -236,10 +364,14 @@ def test_two_files_of_captions_are_told(folder, caplog):
 
 
 def test_images_that_are_gone_later_are_counted(folder):
-  (folder / 'captions.jsonl').write_text('\n'.join(json.dumps(dict(file_name=name, text=caption(i))) for i, name in enumerate(NAMES)))
+  (folder / 'captions.jsonl').write_text(
+    '\n'.join(json.dumps(dict(file_name=name, text=caption(i))) for i, name in enumerate(NAMES))
+  )
   (folder / '1.png').unlink()
   skipped, source = SkipCounter(), dict(format='folder', path=str(folder))
-  data = batches(source, heldout=(source,), split='heldout', skipped=skipped, num_threads=0, batch_size=1)
+  data = batches(
+    source, heldout=(source,), split='heldout', skipped=skipped, num_threads=0, batch_size=1
+  )
   assert [number(next(data)['image'][0]) for _ in range(2)] == [0, 2]
   assert skipped.reasons == {'no image': 1}
 
@@ -270,5 +402,9 @@ def test_a_raw_tsv_is_read_as_it_is():
 
 
 def test_a_file_of_captions_with_another_name(folder):
-  (folder / 'results.token').write_text('image\tcomment\n' + ''.join(f'{name}\ta, b\n' for name in NAMES))
-  assert read(folder, 'image', ('comment',), captions='results.token') == {name: ('a, b',) for name in NAMES}
+  (folder / 'results.token').write_text(
+    'image\tcomment\n' + ''.join(f'{name}\ta, b\n' for name in NAMES)
+  )
+  assert read(folder, 'image', ('comment',), captions='results.token') == {
+    name: ('a, b',) for name in NAMES
+  }

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lavit_jax.errors import UserError
 from lavit_jax.data import images
+from lavit_jax.errors import UserError
 
 RED = (200, 40, 30)
 
@@ -24,7 +24,9 @@ def solid(mode='RGB', color=RED, size=(9, 7)):
   return Image.new(mode, size, color)
 
 
-@pytest.mark.parametrize('data, expected', [
+@pytest.mark.parametrize(
+  'data, expected',
+  [
     (encode(solid()), RED),
     (encode(solid(size=(1, 1))), RED),
     (encode(solid().quantize(4)), RED),
@@ -39,7 +41,9 @@ def solid(mode='RGB', color=RED, size=(9, 7)):
     (encode(Image.fromarray(np.full((7, 9), 257 * 120, np.uint16))), (120,) * 3),
     (encode(Image.fromarray(np.full((7, 9), 257 * 120, np.int32)), 'TIFF'), (120,) * 3),
     (encode(Image.fromarray(np.full((7, 9), 0.2, np.float32)), 'TIFF'), (51,) * 3),
-], ids='rgb 1x1 palette grey bit alpha clear half grey-clear palette-clear rgb-clear 16bit 32bit float'.split())
+  ],
+  ids='rgb 1x1 palette grey bit alpha clear half grey-clear palette-clear rgb-clear 16bit 32bit float'.split(),
+)
 def test_every_mode_reads_as_rgb(data, expected):
   image = images.read_image(data)
   assert image.dtype == np.uint8 and image.shape[-1] == 3
@@ -49,15 +53,22 @@ def test_every_mode_reads_as_rgb(data, expected):
 RAMP = np.arange(35, dtype=np.float64).reshape(5, 7) / 34
 
 
-@pytest.mark.parametrize('source, expected', [
-    ((RAMP * 255).astype(np.float32).round(), (RAMP * 255).round()),  # whole numbers in a float file
+@pytest.mark.parametrize(
+  'source, expected',
+  [
+    (
+      (RAMP * 255).astype(np.float32).round(),
+      (RAMP * 255).round(),
+    ),  # whole numbers in a float file
     (RAMP.astype(np.float32), (RAMP * 255).round()),
     ((RAMP * 65535).astype(np.float32).round(), (RAMP * 255).round()),  # was white from 255 on
     ((RAMP * 65535).round().astype(np.int32), (RAMP * 255).round()),
     ((RAMP * 65535).round().astype('>u2'), (RAMP * 255).round()),
     ((RAMP * 200).round().astype('>u2'), (RAMP * 200 / 257).round()),  # dark, and still of 16 bits
     ((RAMP * 200).round().astype('<u2'), (RAMP * 200 / 257).round()),
-], ids='float255 float1 float65535 int32 big-endian big-endian-dark little-endian-dark'.split())
+  ],
+  ids='float255 float1 float65535 int32 big-endian big-endian-dark little-endian-dark'.split(),
+)
 def test_deep_pictures_are_scaled_not_clipped(source, expected):
   modes = {'f': 'F', 'i': 'I', 'u': 'I;16B' if source.dtype.byteorder == '>' else 'I;16'}
   image = Image.frombytes(modes[source.dtype.kind], source.shape[::-1], source.tobytes())
@@ -67,22 +78,37 @@ def test_deep_pictures_are_scaled_not_clipped(source, expected):
   np.testing.assert_array_equal(images.read_image(encode(image, 'TIFF')), found)
 
 
-@pytest.mark.parametrize('source, message', [
-    (RAMP * 3.7, 'fractions from 0 to 3.7'), (RAMP - 0.5, 'from -0.5 to 0.5'), (RAMP * 1e6, 'from 0 to 1e.06'),
-    (RAMP * np.nan, 'from nan'), ((RAMP * 70000).astype(np.int32), 'to 70000'), ((RAMP * 9 - 3).astype(np.int32), 'from -3'),
-])
+@pytest.mark.parametrize(
+  'source, message',
+  [
+    (RAMP * 3.7, 'fractions from 0 to 3.7'),
+    (RAMP - 0.5, 'from -0.5 to 0.5'),
+    (RAMP * 1e6, 'from 0 to 1e.06'),
+    (RAMP * np.nan, 'from nan'),
+    ((RAMP * 70000).astype(np.int32), 'to 70000'),
+    ((RAMP * 9 - 3).astype(np.int32), 'from -3'),
+  ],
+)
 def test_numbers_without_a_white_are_refused(tmp_path, source, message):
   source = source if source.dtype == np.int32 else source.astype(np.float32)
   Image.fromarray(source).save(tmp_path / 'deep.tif')
   with pytest.raises(UserError, match=message) as error:
     images.read_image(tmp_path / 'deep.tif')
-  assert 'deep.tif' in str(error.value) and 'scale' in str(error.value) and 'damaged' not in str(error.value)
+  assert (
+    'deep.tif' in str(error.value)
+    and 'scale' in str(error.value)
+    and 'damaged' not in str(error.value)
+  )
 
 
 def test_premultiplied_and_palette_alpha_lie_on_white():
   palette = Image.new('PA', (3, 2), (5, 0))
   palette.putpalette([90] * 768)
-  for clear in (Image.new('LA', (3, 2), (90, 0)).convert('La'), Image.new('RGBA', (3, 2), RED + (0,)).convert('RGBa'), palette):
+  for clear in (
+    Image.new('LA', (3, 2), (90, 0)).convert('La'),
+    Image.new('RGBA', (3, 2), RED + (0,)).convert('RGBa'),
+    palette,
+  ):
     assert (images.read_image(clear) == 255).all(), clear.mode
 
 
@@ -103,8 +129,15 @@ def test_sources_agree(tmp_path):
   pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 3), np.uint8)
   path = tmp_path / 'picture.png'
   Image.fromarray(pixels).save(path)
-  for source in (path, str(path), path.read_bytes(), Image.open(path), pixels, pixels.astype(np.uint16) * 257,
-                 pixels / np.float32(255)):
+  for source in (
+    path,
+    str(path),
+    path.read_bytes(),
+    Image.open(path),
+    pixels,
+    pixels.astype(np.uint16) * 257,
+    pixels / np.float32(255),
+  ):
     np.testing.assert_array_equal(images.read_image(source), pixels)
   np.testing.assert_array_equal(images.read_image(pixels[..., 0])[..., 1], pixels[..., 0])
 
@@ -122,8 +155,10 @@ def test_batches_are_square_and_bicubic():
 
 def huge_png():
   """A few bytes that promise 100,000 x 100,000 pixels."""
+
   def chunk(kind, data):
     return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+
   header = struct.pack('>IIBBBBB', 100_000, 100_000, 8, 2, 0, 0, 0)
   return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', b'') + chunk(b'IEND', b'')
 
@@ -131,7 +166,9 @@ def huge_png():
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
 
 
-@pytest.mark.parametrize('data, message', [
+@pytest.mark.parametrize(
+  'data, message',
+  [
     (b'', 'empty'),
     (b'these are words', 'not a picture'),
     (encode(NOISE, 'JPEG')[:-900], 'truncated'),
@@ -139,7 +176,9 @@ NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), n
     (encode(NOISE, 'JPEG')[:30], 'not a picture'),
     (huge_png(), 'too large'),
     (encode(solid(size=(10_001, 10_000), mode='1', color=0)), 'too large'),
-], ids=['empty', 'text', 'jpeg', 'png', 'header', 'bomb', 'huge'])
+  ],
+  ids=['empty', 'text', 'jpeg', 'png', 'header', 'bomb', 'huge'],
+)
 def test_broken_files_are_named_in_one_line(tmp_path, data, message):
   path = tmp_path / 'broken.jpg'
   path.write_bytes(data)
@@ -150,7 +189,9 @@ def test_broken_files_are_named_in_one_line(tmp_path, data, message):
     images.read_images([solid(), data], 8)
 
 
-@pytest.mark.parametrize('source, message', [
+@pytest.mark.parametrize(
+  'source, message',
+  [
     ('nowhere/cat.png', 'nowhere/cat.png: no such file'),
     ('.', 'a folder'),
     (np.zeros((4, 4, 2), np.uint8), 'shape'),
@@ -158,7 +199,8 @@ def test_broken_files_are_named_in_one_line(tmp_path, data, message):
     (np.zeros((4, 4, 3), np.int64), 'int64'),
     (np.full((4, 4, 3), 200.0), 'outside'),
     (np.full((4, 4, 3), np.nan), 'outside'),
-])
+  ],
+)
 def test_other_bad_sources(source, message):
   with pytest.raises(UserError, match=message):
     images.read_image(source)

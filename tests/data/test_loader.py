@@ -21,32 +21,53 @@ def equal(one, other):
     np.testing.assert_array_equal(one[key], other[key], err_msg=key)
 
 
-@pytest.mark.parametrize('task, keys', [('images', {'image'}), ('contrastive', {'image', 'text', 'text_length'}),
-                                        ('lm', {'image', 'text', 'text_length', 'text_weight', 'kind'})])
+@pytest.mark.parametrize(
+  'task, keys',
+  [
+    ('images', {'image'}),
+    ('contrastive', {'image', 'text', 'text_length'}),
+    ('lm', {'image', 'text', 'text_length', 'text_weight', 'kind'}),
+  ],
+)
 def test_shapes_and_dtypes(task, keys):
   batch = next(batches(task, text_length=40))
   assert batch.keys() == keys
-  shapes = {'image': ((8, 64, 64, 3), 'uint8'), 'text': ((8, 40), 'int32'), 'text_length': ((8,), 'int32'),
-            'text_weight': ((8, 41), 'float32'), 'kind': ((8,), 'int32')}
-  assert {key: (value.shape, str(value.dtype)) for key, value in batch.items()} == {key: shapes[key] for key in keys}
+  shapes = {
+    'image': ((8, 64, 64, 3), 'uint8'),
+    'text': ((8, 40), 'int32'),
+    'text_length': ((8,), 'int32'),
+    'text_weight': ((8, 41), 'float32'),
+    'kind': ((8,), 'int32'),
+  }
+  assert {key: (value.shape, str(value.dtype)) for key, value in batch.items()} == {
+    key: shapes[key] for key in keys
+  }
 
 
 @pytest.mark.parametrize('num_threads', [0, 1, 5])
 def test_threads_change_nothing(num_threads):
-  for one, other in zip(take(batches('lm', num_threads=2), 4), take(batches('lm', num_threads=num_threads), 4)):
+  for one, other in zip(
+    take(batches('lm', num_threads=2), 4), take(batches('lm', num_threads=num_threads), 4)
+  ):
     equal(one, other)
 
 
 @pytest.mark.parametrize('shards', [2, 4])
 def test_shards_are_the_blocks_of_the_unsharded_batches(shards):
   whole = take(batches('lm'), 3)
-  parts = [take(batches('lm', batch_size=8 // shards, shard_index=shard, shard_count=shards), 3) for shard in range(shards)]
+  parts = [
+    take(batches('lm', batch_size=8 // shards, shard_index=shard, shard_count=shards), 3)
+    for shard in range(shards)
+  ]
   for step, batch in enumerate(whole):
     equal(batch, {key: np.concatenate([part[step][key] for part in parts]) for key in batch})
 
 
 def test_rows_of_a_shard_may_lie_apart():
-  whole, some = take(batches('lm'), 3), take(batches('lm', batch_size=4, shard_count=2, rows=[0, 1, 4, 5]), 3)
+  whole, some = (
+    take(batches('lm'), 3),
+    take(batches('lm', batch_size=4, shard_count=2, rows=[0, 1, 4, 5]), 3),
+  )
   for batch, part in zip(whole, some):
     equal({key: value[[0, 1, 4, 5]] for key, value in batch.items()}, part)
 
@@ -95,7 +116,11 @@ def test_weights_and_kinds_of_each_share():
     batch['text_weight'] = batch['text_weight'][:, :48]
     assert (batch['text_weight'][~inside] == 0).all()
     assert not np.isin(batch['text'][inside], (text.UNKNOWN, text.BEGIN, text.END)).any()
-    return batch, inside, [tokenizer.decode(ids[:n]) for ids, n in zip(batch['text'], batch['text_length'])]
+    return (
+      batch,
+      inside,
+      [tokenizer.decode(ids[:n]) for ids, n in zip(batch['text'], batch['text_length'])],
+    )
 
   batch, inside, texts = rows(caption=1)
   assert (batch['kind'] == 0).all() and (batch['text_weight'][inside] == 1).all()
@@ -118,26 +143,52 @@ def test_weights_and_kinds_of_each_share():
 
 
 def test_shares_are_met():
-  kinds = np.concatenate([batch['kind'] for batch in take(batches('lm', batch_size=200, shares={'caption': 1, 'draw': 3}), 5)])
+  kinds = np.concatenate(
+    [
+      batch['kind']
+      for batch in take(batches('lm', batch_size=200, shares={'caption': 1, 'draw': 3}), 5)
+    ]
+  )
   assert set(kinds) == {0, 1}
   assert abs((kinds == 1).mean() - 0.75) < 4 * (0.75 * 0.25 / 1000) ** 0.5
 
 
-@pytest.mark.parametrize('shares, sources, expected', [
+@pytest.mark.parametrize(
+  'shares, sources, expected',
+  [
     (dict(caption=2, answer=3, draw=4, text=1), (), (0.5, 0.4, 0.1)),
-    (dict(caption=1, answer=7, draw=3), (dict(weight=2.0), dict(use='text'), dict(use='draw', weight=1.0)), (0.125, 0.625, 0.25)),
-    (dict(text=1), (dict(use=''),), (1, 0, 0))])
+    (
+      dict(caption=1, answer=7, draw=3),
+      (dict(weight=2.0), dict(use='text'), dict(use='draw', weight=1.0)),
+      (0.125, 0.625, 0.25),
+    ),
+    (dict(text=1), (dict(use=''),), (1, 0, 0)),
+  ],
+)
 def test_kinds_to_expect(shares, sources, expected):
   np.testing.assert_allclose(loader.task_shares(shares, sources), expected)
 
 
 def test_questions_are_asked_by_weight():
   def kinds(weights):
-    iterator = batches('lm', batch_size=400, shares={'answer': 1}, scene_share=1.0, question_weights=weights)
+    iterator = batches(
+      'lm', batch_size=400, shares={'answer': 1}, scene_share=1.0, question_weights=weights
+    )
     tokenizer, batch = text.TextTokenizer.load(FOLDER), next(iterator)
-    asked = [tokenizer.decode(ids[:n]).split(' Answer: ') for ids, n in zip(batch['text'], batch['text_length'])]
-    return np.array(['yes/no' if answer in ('yes', 'no') else 'position' if ', seen from' in question else 'other'
-                     for question, answer in asked])
+    asked = [
+      tokenizer.decode(ids[:n]).split(' Answer: ')
+      for ids, n in zip(batch['text'], batch['text_length'])
+    ]
+    return np.array(
+      [
+        'yes/no'
+        if answer in ('yes', 'no')
+        else 'position'
+        if ', seen from' in question
+        else 'other'
+        for question, answer in asked
+      ]
+    )
 
   def close(found, share):
     return abs(found.mean() - share) < 4 * (share * (1 - share) / len(found)) ** 0.5
@@ -150,25 +201,40 @@ def test_questions_are_asked_by_weight():
 
 @pytest.mark.parametrize('drop_text', [0.0, 0.3, 1.0])
 def test_pictures_to_draw_are_without_text_now_and_then(drop_text):
-  rows = take(batches('lm', batch_size=200, shares={'caption': 1, 'draw': 3}, drop_text=drop_text), 3)
+  rows = take(
+    batches('lm', batch_size=200, shares={'caption': 1, 'draw': 3}, drop_text=drop_text), 3
+  )
   kind, length = (np.concatenate([batch[key] for batch in rows]) for key in ('kind', 'text_length'))
   assert (length[kind == 0] > 0).all()  # nothing else loses its text
   drawn = (kind == 1).sum()
-  assert abs((length[kind == 1] == 0).mean() - drop_text) <= 4 * (drop_text * (1 - drop_text) / drawn) ** 0.5
+  assert (
+    abs((length[kind == 1] == 0).mean() - drop_text)
+    <= 4 * (drop_text * (1 - drop_text) / drawn) ** 0.5
+  )
 
 
 def test_examples_are_singles_or_scenes():
-  assert all(example.facts.things[0].count == len(example.facts.things) == 1 for example in loader.examples(count=20))
+  assert all(
+    example.facts.things[0].count == len(example.facts.things) == 1
+    for example in loader.examples(count=20)
+  )
   scenes = loader.examples(count=20, kind='scene')
   assert all(2 <= sum(thing.count for thing in example.facts.things) <= 4 for example in scenes)
   assert {example.facts.heldout for example in scenes} == {'concept', 'pair', 'combination'}
 
 
-@pytest.mark.parametrize('options, message', [
-    ({'task': 'pictures'}, "unknown task 'pictures'"), ({'split': 'test'}, "unknown split 'test'"),
-    ({'shares': {'captions': 1}}, 'shares must be.*captions'), ({'shares': {'caption': 0}}, 'shares must be'),
+@pytest.mark.parametrize(
+  'options, message',
+  [
+    ({'task': 'pictures'}, "unknown task 'pictures'"),
+    ({'split': 'test'}, "unknown split 'test'"),
+    ({'shares': {'captions': 1}}, 'shares must be.*captions'),
+    ({'shares': {'caption': 0}}, 'shares must be'),
     ({'question_weights': {'where': 1}}, "question_weights must be.*position.*'where'"),
-    ({'question_weights': {'what': 0}}, 'question_weights must be'), ({'tokenizer_folder': None}, 'tokenizer_folder')])
+    ({'question_weights': {'what': 0}}, 'question_weights must be'),
+    ({'tokenizer_folder': None}, 'tokenizer_folder'),
+  ],
+)
 def test_bad_options_are_named(options, message):
   with pytest.raises(ValueError, match=message):
     batches(**{'task': 'lm', **options})

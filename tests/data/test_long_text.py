@@ -5,10 +5,10 @@ import json
 
 import numpy as np
 import pytest
+from things import FOLDER, batches, write_tar
 
 from lavit_jax.data import long_text, text
 from lavit_jax.data.long_text import piece_of
-from things import FOLDER, batches, write_tar
 
 TOKENS = text.TextTokenizer.load(FOLDER)
 
@@ -17,8 +17,16 @@ def letters(words: str) -> list[int]:
   return [ord(letter) for letter in words]
 
 
-@pytest.mark.parametrize('words', [
-    'short', 'x' * 100, ' '.join(f'word{i}' for i in range(700)), 'no-space-' * 200, '\n'.join('abc' * 40)])
+@pytest.mark.parametrize(
+  'words',
+  [
+    'short',
+    'x' * 100,
+    ' '.join(f'word{i}' for i in range(700)),
+    'no-space-' * 200,
+    '\n'.join('abc' * 40),
+  ],
+)
 def test_the_pieces_of_a_round_of_epochs_are_the_text(words):
   length = 5  # so blocks of about 80 letters, and at most 160
   most = 2 * long_text.CHARACTERS
@@ -36,10 +44,10 @@ def test_the_pieces_of_a_round_of_epochs_are_the_text(words):
     start = words.find(piece)
     assert start >= 0
     while start >= 0:
-      covered[start:start + len(piece)] = True
+      covered[start : start + len(piece)] = True
       start = words.find(piece, start + 1)
   assert covered.all()
-  last, = [''.join(map(chr, ids)) for ids, count in ends.items() if count]
+  (last,) = [''.join(map(chr, ids)) for ids, count in ends.items() if count]
   assert words.endswith(last)
 
 
@@ -51,7 +59,7 @@ def test_one_epoch_over_many_texts_reads_openings_and_ends_alike():
     ids, _ = piece_of(words, lambda block: [words.index(block) // 80], 5, epoch=0)
     places[ids[0]] += 1
   assert set(places) == {0, 1, 2, 3}
-  assert all(abs(count - 100) < 5 * (400 * 0.25 * 0.75)**0.5 for count in places.values())
+  assert all(abs(count - 100) < 5 * (400 * 0.25 * 0.75) ** 0.5 for count in places.values())
 
 
 def test_a_source_of_long_texts_gives_all_their_words(tmp_path):
@@ -60,7 +68,9 @@ def test_a_source_of_long_texts_gives_all_their_words(tmp_path):
   for i in range(3):
     lines = [f'line {k} of text {i}\nhttps://a.b/{i}/{k}' for k in range(60)]
     documents.append('\n\n'.join(lines))
-  write_tar(tmp_path / 't.tar', [(str(i), {'txt': words.encode()}) for i, words in enumerate(documents)])
+  write_tar(
+    tmp_path / 't.tar', [(str(i), {'txt': words.encode()}) for i, words in enumerate(documents)]
+  )
   source = dict(format='tars', path=str(tmp_path / 't.tar'), use='text', window=2)
   longest = max(len(TOKENS.encode(words)) for words in documents)
   rows = 3 * 4 * longest // 24  # four times what one token an id needs

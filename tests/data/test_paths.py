@@ -5,12 +5,12 @@ import io
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from things import SIZE, write_folder, write_parquet, write_tars
 
 from lavit_jax import local_paths
 from lavit_jax.data import formats, loader, paths
 from lavit_jax.data.row_workers import SkipCounter
 from lavit_jax.errors import Unreachable, UserError
-from things import SIZE, write_folder, write_parquet, write_tars
 
 
 class NoAnswer(Exception):
@@ -46,7 +46,6 @@ class Flaky(MemoryFileSystem):
 
 
 class File(io.BytesIO):
-
   def readinto(self, buffer):
     Flaky.fail(memoryview(buffer))
     return super().readinto(buffer)
@@ -74,7 +73,15 @@ def test_what_fails_now_and_then_is_read_whole(tmp_path, flaky, write, caplog):
 
   def rows():
     skipped = SkipCounter()
-    data = loader.batches('images', sources=(source,), batch_size=4, image_size=SIZE, num_threads=0, seed=1, skipped=skipped)
+    data = loader.batches(
+      'images',
+      sources=(source,),
+      batch_size=4,
+      image_size=SIZE,
+      num_threads=0,
+      seed=1,
+      skipped=skipped,
+    )
     found = [next(data)['image'].tobytes() for _ in range(6)]
     assert not skipped.reasons
     return found
@@ -95,7 +102,10 @@ def test_what_never_answers_is_an_error_with_its_name(tmp_path, flaky):
   rows = formats.Tars('flaky://bucket/{00000..00001}.tar', None, ('txt',)).read(1)
   next(rows)
   flaky.failing = 1
-  with pytest.raises(Unreachable, match=r'^flaky://bucket/00001.tar cannot be read \(the line is dead; tried 4 times\); see to the network'):
+  with pytest.raises(
+    Unreachable,
+    match=r'^flaky://bucket/00001.tar cannot be read \(the line is dead; tried 4 times\); see to the network',
+  ):
     list(rows)
   assert flaky.waited == [1, 4, 16]
   flaky.failing = 0
@@ -107,11 +117,20 @@ def test_what_never_answers_is_an_error_with_its_name(tmp_path, flaky):
     list(rows.read(1))
   with pytest.raises(Unreachable, match='00001.tar cannot be read'):
     paths.names_and_sizes(['flaky://bucket/00001.tar'])
-  with pytest.raises(Unreachable, match=r'^sources.0.: flaky://bucket/0.parquet cannot be read'):  # of the same kind, wherever it is told
-    loader.batches('images', sources=({'format': 'parquet', 'path': 'flaky://bucket/0.parquet'},), batch_size=4, image_size=SIZE)
+  with pytest.raises(
+    Unreachable, match=r'^sources.0.: flaky://bucket/0.parquet cannot be read'
+  ):  # of the same kind, wherever it is told
+    loader.batches(
+      'images',
+      sources=({'format': 'parquet', 'path': 'flaky://bucket/0.parquet'},),
+      batch_size=4,
+      image_size=SIZE,
+    )
 
 
-@pytest.mark.parametrize('message, kind', [('Forbidden: b/0.tar', UserError), ('Service Unavailable', Unreachable)])
+@pytest.mark.parametrize(
+  'message, kind', [('Forbidden: b/0.tar', UserError), ('Service Unavailable', Unreachable)]
+)
 def test_a_store_that_refuses_is_no_matter_of_a_restart(flaky, message, kind):
   def refuse():
     raise OSError(message)
@@ -132,9 +151,23 @@ def test_names_and_sizes(tmp_path, monkeypatch):
   for i in range(5):
     (tmp_path / str(i)).write_bytes(b'x' * i)
   files = [f'{tmp_path}/{i}' for i in range(6)]
-  assert paths.names_and_sizes(files) == [('0', 0), ('1', 1), ('2', 2), ('3', 3), ('4', 4), ('5', -1)]
+  assert paths.names_and_sizes(files) == [
+    ('0', 0),
+    ('1', 1),
+    ('2', 2),
+    ('3', 3),
+    ('4', 4),
+    ('5', -1),
+  ]
   monkeypatch.setattr(paths, '_SIZED', 3)
-  assert paths.names_and_sizes(files) == [('0', 0), ('1', None), ('2', 2), ('3', None), ('4', None), ('5', -1)]
+  assert paths.names_and_sizes(files) == [
+    ('0', 0),
+    ('1', None),
+    ('2', 2),
+    ('3', None),
+    ('4', None),
+    ('5', -1),
+  ]
 
 
 @pytest.mark.parametrize('name', ['x' * 300, 'loop', 'no'])
@@ -144,7 +177,17 @@ def test_what_no_patience_opens(tmp_path, name):
     paths.open_file(str(tmp_path / name))
 
 
-AWKWARD = ['a[1].tar', 'b*.tar', 'c?.tar', 'd {x,y}.tar', 'e {1..3}.tar', '~f.tar', 'g h.tar', 'i::j.tar', '%41.tar']
+AWKWARD = [
+  'a[1].tar',
+  'b*.tar',
+  'c?.tar',
+  'd {x,y}.tar',
+  'e {1..3}.tar',
+  '~f.tar',
+  'g h.tar',
+  'i::j.tar',
+  '%41.tar',
+]
 
 
 @pytest.mark.parametrize('name', AWKWARD)
@@ -153,7 +196,7 @@ def test_a_path_that_exists_is_meant_literally(tmp_path, monkeypatch, name):
     (tmp_path / other).write_bytes(b'123' if other == name else b'')
   monkeypatch.chdir(tmp_path)
   for path in (f'{tmp_path}/{name}', f'file://{tmp_path}/{name}', name):
-    file, = paths.expand(path, '.tar')
+    (file,) = paths.expand(path, '.tar')
     assert file == path.removeprefix('file://')
     assert paths.names_and_sizes([file]) == [(name, 3)]
     assert paths.open_file(file).read() == b'123'
@@ -181,8 +224,14 @@ def test_the_home_folder(tmp_path, monkeypatch):
   monkeypatch.setenv('HOME', str(tmp_path))
   monkeypatch.chdir(tmp_path)
   write_tars(tmp_path)
-  assert paths.expand('~/{00000..00001}.tar', '.tar') == [f'{tmp_path}/0000{i}.tar' for i in range(2)]
-  assert paths.expand('~/*.tar', '.tar') == paths.expand('~', '.tar') == [f'{tmp_path}/0000{i}.tar' for i in range(4)]
+  assert paths.expand('~/{00000..00001}.tar', '.tar') == [
+    f'{tmp_path}/0000{i}.tar' for i in range(2)
+  ]
+  assert (
+    paths.expand('~/*.tar', '.tar')
+    == paths.expand('~', '.tar')
+    == [f'{tmp_path}/0000{i}.tar' for i in range(4)]
+  )
   assert local_paths.expand_home('~') == str(tmp_path) and local_paths.expand_home('a/~') == 'a/~'
   assert local_paths.expand_home('~nobody_of_this_name/x') == '~nobody_of_this_name/x'
   (tmp_path / 'pairs').mkdir()

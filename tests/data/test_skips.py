@@ -3,7 +3,7 @@
 import pytest
 
 from lavit_jax.data.formats import Skip
-from lavit_jax.data.skips import SourceInfo, SkipCounter
+from lavit_jax.data.skips import SkipCounter, SourceInfo
 from lavit_jax.errors import UserError
 
 TARS = SourceInfo('sources[0]', 'tars x', 40, 'text in txt')
@@ -23,7 +23,10 @@ def test_one_bad_unit_is_one_of_many():
   for unit in range(1, 20):
     add(skipped, 100, 0, unit)
   add(skipped, 0, 5000, 0)  # in the next epoch too: 1 of 20 is no more than 5%
-  with pytest.raises(UserError, match=r'^sources\[0\] \(tars x\): 1\d\d\d\d of 1\d\d\d\d records were skipped .*; looked for: text in txt; .*data.max_skipped=0.05$'):
+  with pytest.raises(
+    UserError,
+    match=r'^sources\[0\] \(tars x\): 1\d\d\d\d of 1\d\d\d\d records were skipped .*; looked for: text in txt; .*data.max_skipped=0.05$',
+  ):
     add(skipped, 0, 5000, 20)
 
 
@@ -55,7 +58,9 @@ def test_processes_add_up_what_they_know():
   for unit in range(20):
     add(other, 80, 20, unit)
   for process in (one, other):  # 580 of 6,000; the mean over the units is 0.0925
-    with pytest.raises(UserError, match=r'^sources\[0\] \(tars x\): 580 of 6000 records were skipped'):
+    with pytest.raises(
+      UserError, match=r'^sources\[0\] \(tars x\): 580 of 6000 records were skipped'
+    ):
       process.check(0, [one.account_of(0), other.account_of(0)], 0.05)
 
 

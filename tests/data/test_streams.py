@@ -10,16 +10,20 @@ import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractBufferedFile
+from things import WRITERS, batches, number, write_tars
 
 from lavit_jax.data import formats, paths, streams
 from lavit_jax.errors import UserError
 from lavit_jax.training import integrity
-from things import WRITERS, batches, number, write_tars
 
 SEQUENTIAL = ('tars', 'parquet')
 PROCESSES = {  # the rows of a global batch of 8 that each process holds
-    '1': [range(8)], '2': [range(4), range(4, 8)], '4': [(0, 1), (2, 3), (4, 5), (6, 7)],
-    'permuted': [(2, 3, 6, 7), (0, 1, 4, 5)], 'shared': [range(4), range(4), range(4, 8), range(4, 8)]}
+  '1': [range(8)],
+  '2': [range(4), range(4, 8)],
+  '4': [(0, 1), (2, 3), (4, 5), (6, 7)],
+  'permuted': [(2, 3, 6, 7), (0, 1, 4, 5)],
+  'shared': [range(4), range(4), range(4, 8), range(4, 8)],
+}
 
 
 class Job:
@@ -27,8 +31,18 @@ class Job:
 
   def __init__(self, processes, sources, shards=4, **options):
     self.rows = [list(rows) for rows in PROCESSES[processes]]
-    self.iterators = [batches(*sources, batch_size=len(rows), shard_index=7, shard_count=8 // len(rows), rows=rows, shards=shards, **options)
-                      for rows in self.rows]
+    self.iterators = [
+      batches(
+        *sources,
+        batch_size=len(rows),
+        shard_index=7,
+        shard_count=8 // len(rows),
+        rows=rows,
+        shards=shards,
+        **options,
+      )
+      for rows in self.rows
+    ]
 
   def __next__(self):
     """A global batch."""
@@ -39,7 +53,9 @@ class Job:
     return whole
 
   def get_state(self):
-    return integrity.merge_positions([json.loads(json.dumps(iterator.get_state())) for iterator in self.iterators], 'it')
+    return integrity.merge_positions(
+      [json.loads(json.dumps(iterator.get_state())) for iterator in self.iterators], 'it'
+    )
 
   def set_state(self, state):
     for iterator in self.iterators:
@@ -51,7 +67,9 @@ def uninterrupted(written, request):
   """(sources, 12 global batches of one process)."""
   mix = [written['tars'] | {'weight': 3.0}, written['folder'], written['parquet']]
   sources = mix if request.param == 'mix' else [written[request.param]]
-  return sources, list(itertools.islice(iter(lambda job=Job('1', sources, crop='random'): next(job), None), 12))
+  return sources, list(
+    itertools.islice(iter(lambda job=Job('1', sources, crop='random'): next(job), None), 12)
+  )
 
 
 def equal(batch, other):
@@ -68,7 +86,9 @@ def test_global_batches_do_not_depend_on_the_processes(uninterrupted, processes)
     equal(next(job), batch)
 
 
-@pytest.mark.parametrize('chain', [('1', '2', '4'), ('4', '1', '2'), ('2', 'permuted', '1'), ('permuted', 'shared', '4')])
+@pytest.mark.parametrize(
+  'chain', [('1', '2', '4'), ('4', '1', '2'), ('2', 'permuted', '1'), ('permuted', 'shared', '4')]
+)
 def test_others_go_on_where_some_processes_stopped(uninterrupted, chain):
   """In the midst of an epoch, each time after four batches."""
   sources, whole = uninterrupted
@@ -85,15 +105,24 @@ def test_others_go_on_where_some_processes_stopped(uninterrupted, chain):
 def test_an_epoch_of_all_processes_has_every_thing_once(written, name):
   job = Job('2', [written[name]])
   for _ in range(4):
-    assert sorted(number(image) for _ in range(3) for image in next(job)['image']) == list(range(24))
+    assert sorted(number(image) for _ in range(3) for image in next(job)['image']) == list(
+      range(24)
+    )
 
 
 @pytest.mark.parametrize('name', SEQUENTIAL)
 @pytest.mark.parametrize('shards', [2, 4])
 def test_no_unit_of_a_stream_is_read_by_two(written, name, shards):
-  whole = [number(image) for batch in itertools.islice(batches(written[name], batch_size=8, shards=shards), 3) for image in batch['image']]
+  whole = [
+    number(image)
+    for batch in itertools.islice(batches(written[name], batch_size=8, shards=shards), 3)
+    for image in batch['image']
+  ]
   unit, each = 6 if name == 'tars' else 3, 8 // shards
-  units = [{thing // unit for start in (0, 8, 16) for thing in whole[start + shard * each:][:each]} for shard in range(shards)]
+  units = [
+    {thing // unit for start in (0, 8, 16) for thing in whole[start + shard * each :][:each]}
+    for shard in range(shards)
+  ]
   assert sum(map(len, units)) == len(set.union(*units)) == 24 // unit
 
 
@@ -110,16 +139,34 @@ def test_fewer_tars_than_shards(tmp_path, processes):
   assert sorted(found) == sorted([*range(21)] * 8)
 
 
-@pytest.mark.parametrize('shards, processes, index, message', [
-    (3, 2, 0, r'batch_size=8 must be a multiple of data.shards=3'), (0, 2, 0, 'must be a multiple of data.shards=0'),
-    (2, 4, 1, r'data.shards=2 cannot be dealt to processes that hold 2 of 8 rows in this order; data.shards must be a multiple of the pieces')])
+@pytest.mark.parametrize(
+  'shards, processes, index, message',
+  [
+    (3, 2, 0, r'batch_size=8 must be a multiple of data.shards=3'),
+    (0, 2, 0, 'must be a multiple of data.shards=0'),
+    (
+      2,
+      4,
+      1,
+      r'data.shards=2 cannot be dealt to processes that hold 2 of 8 rows in this order; data.shards must be a multiple of the pieces',
+    ),
+  ],
+)
 def test_shards_that_do_not_fit(written, shards, processes, index, message):
   with pytest.raises(UserError, match=message):
-    batches(written['tars'], batch_size=8 // processes, shard_index=index, shard_count=processes, shards=shards)
+    batches(
+      written['tars'],
+      batch_size=8 // processes,
+      shard_index=index,
+      shard_count=processes,
+      shards=shards,
+    )
 
 
 def test_every_batch_has_its_part_of_every_source(written):
-  job = Job('1', [written['arrayrecord'] | {'weight': 3.0}, written['folder'] | {'use': 'draw'}], shards=8)
+  job = Job(
+    '1', [written['arrayrecord'] | {'weight': 3.0}, written['folder'] | {'use': 'draw'}], shards=8
+  )
   assert all(next(job)['kind'].sum() == 2 for _ in range(10))
 
 
@@ -128,7 +175,9 @@ def test_the_window_is_divided_among_the_shards(written):
     source = dict(format='parquet', path=written['parquet']['path'], **options)
     return batches(source, batch_size=512, shards=shards).get_state()['of']['sources'][0]['window']
 
-  assert [window(shards) for shards in (1, 16, 512)] == [2048, 128, 32] and [window(n, window=1000) for n in (1, 16, 512)] == [1000, 63, 2]
+  assert [window(shards) for shards in (1, 16, 512)] == [2048, 128, 32] and [
+    window(n, window=1000) for n in (1, 16, 512)
+  ] == [1000, 63, 2]
 
 
 class Counted:
@@ -159,10 +208,16 @@ class Now:
 
 def windows(records, shards, held, number=0, window=7, seed=1):
   """The tickets of some shards of a stream, each endless."""
-  stream, readers, units = streams.Stream.of(records, number, '', seed, window, shards), {}, streams.OpenUnits()
+  stream, readers, units = (
+    streams.Stream.of(records, number, '', seed, window, shards),
+    {},
+    streams.OpenUnits(),
+  )
   for shard in held:
     readers.setdefault(shard // stream.fan, []).append(shard % stream.fan)
-  readers = {index: streams.Reader(stream, index, mine, Now(), units) for index, mine in readers.items()}
+  readers = {
+    index: streams.Reader(stream, index, mine, Now(), units) for index, mine in readers.items()
+  }
   return [streams.Windows(readers[shard // stream.fan], shard % stream.fan) for shard in held]
 
 
@@ -172,15 +227,21 @@ def keys(iterator, count) -> list[tuple]:
 
 def test_each_example_of_each_epoch_and_source_has_a_key_of_its_own():
   """It seeds crop and caption."""
+
   def of(number):
     shards = windows(Counted(), 4, range(4), number)
-    return [key for shard in shards for key in keys(shard, 2 * 6 * 41)] + keys(streams.Stored(streams.open_stored(Counted(), number + 2, '', 1), 0, 1), 48)
+    return [key for shard in shards for key in keys(shard, 2 * 6 * 41)] + keys(
+      streams.Stored(streams.open_stored(Counted(), number + 2, '', 1), 0, 1), 48
+    )
 
   found = of(0) + of(1)
   assert len(set(found)) == len(found) == 2 * (2 * 24 * 41 + 48)
 
 
-@pytest.mark.parametrize('units, shards, held', [(1, 8, range(8)), (3, 8, range(8)), (47, 64, range(4, 8)), (47, 64, range(64))])
+@pytest.mark.parametrize(
+  'units, shards, held',
+  [(1, 8, range(8)), (3, 8, range(8)), (47, 64, range(4, 8)), (47, 64, range(64))],
+)
 def test_shards_that_share_a_unit_read_it_once(units, shards, held):
   """Where they are together; also when one of them has fallen back a little, as after pictures that were skipped."""
   records, steps = Counted(units), 60
@@ -215,7 +276,9 @@ def test_a_place_that_two_come_to_counts_once(alone):
   for place in range(streams._OPEN):
     units.keep(place, records.read(0), 1)
   units.keep(7, last := records.read(0), 1)
-  assert units.take(7) is last and all(units.take(place) for place in range(streams._OPEN) if place != 7)
+  assert units.take(7) is last and all(
+    units.take(place) for place in range(streams._OPEN) if place != 7
+  )
 
 
 def test_what_waits_is_bounded_over_all_iterators_of_a_process(alone):
@@ -248,7 +311,6 @@ class Bucket(MemoryFileSystem):
 
 
 class Fetched(AbstractBufferedFile):
-
   def _fetch_range(self, start, end):
     Bucket.fetched += end - start
     return Bucket.store[self.path].getvalue()[start:end]
@@ -300,14 +362,23 @@ def test_what_all_files_read_ahead_is_bounded():
 
 def test_epochs_and_windows_are_shuffled_apart():
   stream = streams.Stream.of(Counted(), 0, '', 1, 20, 1)
-  epochs = [[stream.unit(0, turn) for turn in range(24 * epoch, 24 * epoch + 24)] for epoch in (0, 1)]
-  assert [sorted(epoch) for epoch in epochs] == [[(epoch, unit) for unit in range(24)] for epoch in (0, 1)]
+  epochs = [
+    [stream.unit(0, turn) for turn in range(24 * epoch, 24 * epoch + 24)] for epoch in (0, 1)
+  ]
+  assert [sorted(epoch) for epoch in epochs] == [
+    [(epoch, unit) for unit in range(24)] for epoch in (0, 1)
+  ]
   assert [unit for _, unit in epochs[0]] != [unit for _, unit in epochs[1]]
   reader = streams.Reader(stream, 0, [0], Now(), streams.OpenUnits())
   (first, after), (again, _) = reader.read(0, 0, 0), reader.read(0, 0, 0)
   second, _ = reader.read(*after)
-  places = [[ticket.key[3] % 20 for ticket in tickets[0] if ticket.key[3] < 40] for tickets in (first, second, again)]
-  assert places[0] == places[2] != places[1] and sorted(places[0]) == sorted(places[1]) == list(range(20))
+  places = [
+    [ticket.key[3] % 20 for ticket in tickets[0] if ticket.key[3] < 40]
+    for tickets in (first, second, again)
+  ]
+  assert places[0] == places[2] != places[1] and sorted(places[0]) == sorted(places[1]) == list(
+    range(20)
+  )
 
 
 def test_sources_of_equal_length_have_orders_of_their_own():
@@ -321,11 +392,14 @@ def test_sources_of_equal_length_have_orders_of_their_own():
     def read(self, index):
       return index
 
-  orders = [[open_stored(Numbers(), number, '', 7)[i].read() for i in range(32)] for number in (0, 1, 2)]
+  orders = [
+    [open_stored(Numbers(), number, '', 7)[i].read() for i in range(32)] for number in (0, 1, 2)
+  ]
   same = [sum(a == b for a, b in zip(orders[i], orders[j])) for i, j in ((0, 1), (0, 2), (1, 2))]
   assert all(sorted(order) == list(range(32)) for order in orders)
   # Two random permutations agree in k places with a chance of about 1/(e k!): more than 8 in 1 of a million.
   assert max(same) <= 8
   import grain
+
   expected = grain.MapDataset.range(32).shuffle(7)
   assert orders[0] == [expected[i] for i in range(32)]

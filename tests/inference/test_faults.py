@@ -16,13 +16,13 @@ from lavit_jax.inference.pipeline import Lavit
 ASSETS = pathlib.Path(cli.ASSETS)
 PICTURES = [ASSETS / 'demo' / f'0{n}.png' for n in (1, 2)]
 POISONED = {  # part: a leaf of it, and the tasks that its result reaches
-    'vit': ('blocks/mlp/fc2/bias', ('tokenize', 'caption')),
-    'tokenizer': ('merger/norm/scale', ('tokenize',)),
-    'understanding': ('merger/norm/scale', ('caption', 'answer')),
-    'llama': ('norm/scale', ('caption', 'answer', 'generate')),
-    'decoder': ('norm/scale', ('draw',)),
-    'unet': ('conv_in/bias', ('draw',)),
-    'vae': ('decoder/conv_in/bias', ('draw',)),
+  'vit': ('blocks/mlp/fc2/bias', ('tokenize', 'caption')),
+  'tokenizer': ('merger/norm/scale', ('tokenize',)),
+  'understanding': ('merger/norm/scale', ('caption', 'answer')),
+  'llama': ('norm/scale', ('caption', 'answer', 'generate')),
+  'decoder': ('norm/scale', ('draw',)),
+  'unet': ('conv_in/bias', ('draw',)),
+  'vae': ('decoder/conv_in/bias', ('draw',)),
 }
 
 
@@ -49,18 +49,24 @@ def poisoned(whole, part, path):
   ready[part] = jax.tree_util.tree_map_with_path(spoil, whole[part])
   assert hit
   model.parts._ready.update(ready)
-  model.parts._ready['codebook'] = {'quantizer': {'embedding': ready['tokenizer']['quantizer']['embedding']}}
+  model.parts._ready['codebook'] = {
+    'quantizer': {'embedding': ready['tokenizer']['quantizer']['embedding']}
+  }
   return model
 
 
 TASKS = {
-    'tokenize': lambda model: model.tokenize(PICTURES),
-    'caption': lambda model: model.caption(PICTURES, min_tokens=1, max_tokens=4),
-    'answer': lambda model: model.answer(PICTURES, ['What is this?'] * 2, min_tokens=1, max_tokens=4),
-    'reconstruct': lambda model: model.reconstruct(PICTURES, steps=1),
-    'generate': lambda model: model.generate(['an owl', 'a cat'], min_tokens=1, max_tokens=4, steps=1),
-    'synthesize': lambda model: model.synthesize([[PICTURES[0], 'in snow'], ['an owl']], min_tokens=1, max_tokens=4, steps=1),
-    'draw': lambda model: model.draw([np.arange(4), np.arange(3)], steps=1),
+  'tokenize': lambda model: model.tokenize(PICTURES),
+  'caption': lambda model: model.caption(PICTURES, min_tokens=1, max_tokens=4),
+  'answer': lambda model: model.answer(PICTURES, ['What is this?'] * 2, min_tokens=1, max_tokens=4),
+  'reconstruct': lambda model: model.reconstruct(PICTURES, steps=1),
+  'generate': lambda model: model.generate(
+    ['an owl', 'a cat'], min_tokens=1, max_tokens=4, steps=1
+  ),
+  'synthesize': lambda model: model.synthesize(
+    [[PICTURES[0], 'in snow'], ['an owl']], min_tokens=1, max_tokens=4, steps=1
+  ),
+  'draw': lambda model: model.draw([np.arange(4), np.arange(3)], steps=1),
 }
 
 
@@ -69,7 +75,9 @@ def test_the_module_is_named(whole, part):
   path, tasks = POISONED[part]
   model = poisoned(whole, part, path)
   for task in tasks:
-    with pytest.raises(NotFinite, match=rf'NaN or infinity came out of .*\({part}\) for 2 of 2 inputs') as error:
+    with pytest.raises(
+      NotFinite, match=rf'NaN or infinity came out of .*\({part}\) for 2 of 2 inputs'
+    ) as error:
       TASKS[task](model)
     assert sorted(error.value.rows) == [0, 1] and '\n' not in str(error.value)
 
@@ -96,7 +104,10 @@ def test_first_is_the_earliest_of_each_row():
   y = jnp.ones((4, 2)).at[1].set(-jnp.inf).at[2].set(jnp.nan)
   found = faults.first_fault(('vit', x), ('vae', y))
   assert found.tolist() == [faults.number('vit'), faults.number('vae'), faults.number('vit'), 0]
-  assert faults.first_fault(('unet', jnp.array([True, False]))).tolist() == [0, faults.number('unet')]
+  assert faults.first_fault(('unet', jnp.array([True, False]))).tolist() == [
+    0,
+    faults.number('unet'),
+  ]
 
 
 def test_rows_of_several_pictures():
@@ -123,6 +134,7 @@ class OneBad:
 
 def test_the_sound_rows_of_a_batch_are_kept(tmp_path, monkeypatch, capsys):
   from PIL import Image
+
   for i in (5, 7, 9):
     Image.new('RGB', (8, 8), (i, i, i)).save(tmp_path / f'{i}.png')
   stub = OneBad()

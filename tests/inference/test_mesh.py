@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from lavit_jax.inference.pipeline import Lavit
 from lavit_jax.errors import UserError
+from lavit_jax.inference.pipeline import Lavit
 
-SCRIPT = '''
+SCRIPT = """
 import dataclasses, json, sys
 import jax, jax.numpy as jnp
 from pathlib import Path
@@ -41,7 +41,7 @@ for model in (one, many):
                   placed=sorted({len(x.sharding.device_set) for x in held}), split=sum(not x.sharding.is_fully_replicated for x in held),
                   rows=sorted(rows)))
 print(json.dumps(out))
-'''
+"""
 
 
 @pytest.mark.slow
@@ -49,13 +49,39 @@ print(json.dumps(out))
 def test_a_mesh_says_what_one_device_says(weights, heads):
   """The tiny checkpoint, and the same with three more heads that change nothing: two devices along `tensor` have four each, or two and a half.
   Rows are split four ways; of a text two under guidance are four."""
-  env = {**os.environ, 'XLA_FLAGS': '--xla_force_host_platform_device_count=8', 'JAX_PLATFORMS': 'cpu'}
-  done = subprocess.run([sys.executable, '-c', SCRIPT, weights, str(heads)], env=env, capture_output=True, text=True, timeout=600)
+  env = {
+    **os.environ,
+    'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
+    'JAX_PLATFORMS': 'cpu',
+  }
+  done = subprocess.run(
+    [sys.executable, '-c', SCRIPT, weights, str(heads)],
+    env=env,
+    capture_output=True,
+    text=True,
+    timeout=600,
+  )
   assert done.returncode == 0, done.stderr[-3000:]
   one, many = json.loads(done.stdout.splitlines()[-1])
-  assert one['placed'] == [1] and many['placed'] == [8] and many['split'] > 20 and one['rows'] == [] and 4 in many['rows']
-  assert one['told'] == many['told'] and one['tokens'] == many['tokens'] and one['codes'] == many['codes']
-  far = [abs(a - b) for x, y in zip(one['drawn'], many['drawn']) for p, q in zip(x, y) for u, v in zip(p, q) for a, b in zip(u, v)]
+  assert (
+    one['placed'] == [1]
+    and many['placed'] == [8]
+    and many['split'] > 20
+    and one['rows'] == []
+    and 4 in many['rows']
+  )
+  assert (
+    one['told'] == many['told']
+    and one['tokens'] == many['tokens']
+    and one['codes'] == many['codes']
+  )
+  far = [
+    abs(a - b)
+    for x, y in zip(one['drawn'], many['drawn'])
+    for p, q in zip(x, y)
+    for u, v in zip(p, q)
+    for a, b in zip(u, v)
+  ]
   assert max(far) <= 2 and sum(d > 0 for d in far) < 0.02 * len(far)  # rounding to bytes
 
 

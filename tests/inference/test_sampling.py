@@ -12,7 +12,9 @@ from lavit_jax.inference import sampling
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / 'data/golden/language_model_io.npz')
 
 
-@pytest.mark.parametrize('temperature, top_k, top_p', [(1.0, 50, 1.0), (0.7, 20, 0.9), (1.3, 300, 0.5)])
+@pytest.mark.parametrize(
+  'temperature, top_k, top_p', [(1.0, 50, 1.0), (0.7, 20, 0.9), (1.3, 300, 0.5)]
+)
 def test_golden_probabilities(temperature, top_k, top_p):
   logits = jnp.asarray(GOLDEN['sampling_logits'])
   expected = GOLDEN[f'sampling_probs_t{temperature}_k{top_k}_p{top_p}']
@@ -24,18 +26,28 @@ def test_golden_probabilities(temperature, top_k, top_p):
 def test_filters_compose_with_what_is_already_forbidden():
   logits = jnp.log(jnp.array([[0.4, 0.3, 0.2, 0.1]]))
   logits = sampling.suppress(logits, jnp.array([True, False, False, False]))
-  np.testing.assert_allclose(jax.nn.softmax(sampling.keep_top_k(logits, 2)), [[0, 0.6, 0.4, 0]], atol=1e-5)
-  np.testing.assert_allclose(jax.nn.softmax(sampling.keep_top_p(logits, 0.51)), [[0, 0.6, 0.4, 0]], atol=1e-5)
+  np.testing.assert_allclose(
+    jax.nn.softmax(sampling.keep_top_k(logits, 2)), [[0, 0.6, 0.4, 0]], atol=1e-5
+  )
+  np.testing.assert_allclose(
+    jax.nn.softmax(sampling.keep_top_p(logits, 0.51)), [[0, 0.6, 0.4, 0]], atol=1e-5
+  )
   for p in (0.0, 0.49):  # the best one always stays
-    np.testing.assert_allclose(jax.nn.softmax(sampling.keep_top_p(logits, p)), [[0, 1, 0, 0]], atol=1e-6)
+    np.testing.assert_allclose(
+      jax.nn.softmax(sampling.keep_top_p(logits, p)), [[0, 1, 0, 0]], atol=1e-6
+    )
   np.testing.assert_array_equal(sampling.keep_top_p(logits, 1.0), logits)
 
 
 def test_guidance():
   conditional, unconditional = jax.random.normal(jax.random.key(0), (2, 3, 7))
   a, b = jax.nn.log_softmax(conditional), jax.nn.log_softmax(unconditional)
-  np.testing.assert_allclose(sampling.guided_log_probs(conditional, unconditional, 1.0), a, atol=1e-5)
-  np.testing.assert_allclose(sampling.guided_log_probs(conditional + 5, unconditional, 4.0), 4 * a - 3 * b, atol=1e-5)
+  np.testing.assert_allclose(
+    sampling.guided_log_probs(conditional, unconditional, 1.0), a, atol=1e-5
+  )
+  np.testing.assert_allclose(
+    sampling.guided_log_probs(conditional + 5, unconditional, 4.0), 4 * a - 3 * b, atol=1e-5
+  )
 
 
 def test_draws_follow_the_distribution_and_their_own_key():
@@ -46,5 +58,9 @@ def test_draws_follow_the_distribution_and_their_own_key():
   np.testing.assert_allclose(jnp.bincount(draws, length=4) / 20000, probs, atol=0.015)
   assert not (draws == 3).any()
   np.testing.assert_array_equal(sampling.sample(keys[7:9], logits[7:9]), draws[7:9])
-  np.testing.assert_array_equal(sampling.sample(sampling.row_keys(jax.random.key(0), 9), logits[:9]), draws[:9])
-  np.testing.assert_array_equal(jax.random.key_data(sampling.row_keys(keys, 20000)), jax.random.key_data(keys))
+  np.testing.assert_array_equal(
+    sampling.sample(sampling.row_keys(jax.random.key(0), 9), logits[:9]), draws[:9]
+  )
+  np.testing.assert_array_equal(
+    jax.random.key_data(sampling.row_keys(keys, 20000)), jax.random.key_data(keys)
+  )

@@ -11,8 +11,8 @@ import pytest
 from lavit_jax.models.attention_kernels import (
   LONG,
   cudnn_attention,
-  packed_attention,
   image_attention,
+  packed_attention,
   splash_attention,
 )
 
@@ -38,30 +38,49 @@ def expected(heads):
   return [x.detach().transpose(1, 2).numpy() for x in (out, q.grad, k.grad, v.grad)]
 
 
-@pytest.mark.parametrize('attend', [packed_attention, functools.partial(splash_attention, interpret=True)], ids=['products', 'kernel'])
+@pytest.mark.parametrize(
+  'attend',
+  [packed_attention, functools.partial(splash_attention, interpret=True)],
+  ids=['products', 'kernel'],
+)
 def test_as_torch(attend, heads, expected):
   out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, jnp.asarray(SEGMENTS)), *heads[:3])
   for got, want in zip((out, *pull(heads[3])), expected, strict=True):
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
-@pytest.mark.parametrize('attend', [image_attention, functools.partial(splash_attention, interpret=True)], ids=['products', 'kernel'])
+@pytest.mark.parametrize(
+  'attend',
+  [image_attention, functools.partial(splash_attention, interpret=True)],
+  ids=['products', 'kernel'],
+)
 def test_of_pictures_as_torch(attend):
   """Heads of 40, as Stable Diffusion's."""
   torch = pytest.importorskip('torch')
-  q, k, v, cotangent = (jax.random.normal(key, (2, 256, 3, 40)) for key in jax.random.split(jax.random.key(1), 4))
+  q, k, v, cotangent = (
+    jax.random.normal(key, (2, 256, 3, 40)) for key in jax.random.split(jax.random.key(1), 4)
+  )
   out, pull = jax.vjp(attend, q, k, v)
   leaves = [torch.tensor(np.asarray(x)).requires_grad_() for x in (q, k, v)]
-  want = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in leaves)).transpose(1, 2)
+  want = torch.nn.functional.scaled_dot_product_attention(
+    *(x.transpose(1, 2) for x in leaves)
+  ).transpose(1, 2)
   want.backward(torch.tensor(np.asarray(cotangent)))
-  for got, want in zip((out, *pull(cotangent)), (want.detach(), *(x.grad for x in leaves)), strict=True):
+  for got, want in zip(
+    (out, *pull(cotangent)), (want.detach(), *(x.grad for x in leaves)), strict=True
+  ):
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
 def on_a_mesh(platform, kind, function, *like):
   """function(*inputs) for 2 x 2 x 2 devices that are not here."""
   device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
-  mesh = jax.sharding.AbstractMesh((2, 2, 2), ('data', 'fsdp', 'tensor'), axis_types=(jax.sharding.AxisType.Auto,) * 3, abstract_device=device)
+  mesh = jax.sharding.AbstractMesh(
+    (2, 2, 2),
+    ('data', 'fsdp', 'tensor'),
+    axis_types=(jax.sharding.AxisType.Auto,) * 3,
+    abstract_device=device,
+  )
   with jax.sharding.use_abstract_mesh(mesh):
     return function(*(jax.ShapeDtypeStruct(*each) for each in like))
 
@@ -77,13 +96,20 @@ def test_the_kernel_is_for_tpus():
   assert 'pallas_call' in program('tpu', *packed) and 'pallas_call' not in program('cpu', *packed)
 
 
-@pytest.mark.parametrize('rows, length, kernel', [(8, LONG, True), (2, LONG, True), (8, LONG // 4, False), (8, LONG + 1, False)])
+@pytest.mark.parametrize(
+  'rows, length, kernel',
+  [(8, LONG, True), (2, LONG, True), (8, LONG // 4, False), (8, LONG + 1, False)],
+)
 def test_the_kernel_is_for_long_rows(rows, length, kernel):
   """Two rows, which four devices cannot share, go to each of them."""
-  assert ('pallas_call' in program('tpu', image_attention, *[((rows, length, 4, 40), jnp.bfloat16)] * 3)) == kernel
+  assert (
+    'pallas_call' in program('tpu', image_attention, *[((rows, length, 4, 40), jnp.bfloat16)] * 3)
+  ) == kernel
 
 
-def lowered(attend, dtype=jnp.bfloat16, width=128, length=256, kind='NVIDIA H100 80GB HBM3', segmented=True):
+def lowered(
+  attend, dtype=jnp.bfloat16, width=128, length=256, kind='NVIDIA H100 80GB HBM3', segmented=True
+):
   """The program for such GPUs, forward and backward."""
   shape = (8, length, 4, width)
   like = [(shape, dtype)] * 3 + [((8, length), jnp.int32)] * segmented
@@ -92,14 +118,24 @@ def lowered(attend, dtype=jnp.bfloat16, width=128, length=256, kind='NVIDIA H100
     return attend(q, *others).astype(jnp.float32).sum()
 
   function = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
-  return on_a_mesh('gpu', kind, lambda *inputs: function.trace(*inputs).lower(lowering_platforms=('cuda',)).as_text(), *like)
+  return on_a_mesh(
+    'gpu',
+    kind,
+    lambda *inputs: function.trace(*inputs).lower(lowering_platforms=('cuda',)).as_text(),
+    *like,
+  )
 
 
 @pytest.fixture
 def with_cudnn(monkeypatch):
   """JAX asks the library for its version, which is not here; all its other rules are as they are."""
   from jax._src.cudnn import fused_attention_stablehlo
-  monkeypatch.setattr(fused_attention_stablehlo, 'cuda_versions', types.SimpleNamespace(cudnn_get_version=lambda: 91000))
+
+  monkeypatch.setattr(
+    fused_attention_stablehlo,
+    'cuda_versions',
+    types.SimpleNamespace(cudnn_get_version=lambda: 91000),
+  )
 
 
 def test_gpus_attend_by_cudnn(with_cudnn):
@@ -111,8 +147,17 @@ def test_gpus_attend_by_cudnn(with_cudnn):
   assert '__cudnn$fmhaSoftmax(' in text and '__cudnn$fmhaSoftmaxBackward(' in text
 
 
-@pytest.mark.parametrize('changes', [dict(dtype=jnp.float32), dict(width=12), dict(width=136), dict(length=255),
-                                     dict(kind='Tesla V100-SXM2-16GB'), dict(kind='AMD Instinct MI300X')])
+@pytest.mark.parametrize(
+  'changes',
+  [
+    dict(dtype=jnp.float32),
+    dict(width=12),
+    dict(width=136),
+    dict(length=255),
+    dict(kind='Tesla V100-SXM2-16GB'),
+    dict(kind='AMD Instinct MI300X'),
+  ],
+)
 def test_what_cudnn_does_not_take_goes_by_products(with_cudnn, changes):
   text = lowered(packed_attention, **changes)
   assert 'cudnn' not in text and 'dot_general' in text
@@ -121,7 +166,11 @@ def test_what_cudnn_does_not_take_goes_by_products(with_cudnn, changes):
 def test_the_mask_that_cudnn_gets(heads, expected, monkeypatch):
   """The same call by JAX's own products, in float32: no GPU is here."""
   attend = jax.nn.dot_product_attention
-  monkeypatch.setattr(jax.nn, 'dot_product_attention', lambda *args, **options: attend(*args, **options | dict(implementation='xla')))
+  monkeypatch.setattr(
+    jax.nn,
+    'dot_product_attention',
+    lambda *args, **options: attend(*args, **options | dict(implementation='xla')),
+  )
   out, pull = jax.vjp(lambda q, k, v: cudnn_attention(q, k, v, jnp.asarray(SEGMENTS)), *heads[:3])
   for got, want in zip((out, *pull(heads[3])), expected, strict=True):
     np.testing.assert_allclose(got, want, atol=1e-4)

@@ -23,7 +23,9 @@ def test_golden_features_and_lowres_context(golden, run):
 
 
 def test_golden_highres_context_and_pool(golden, run):
-  context, pooled = run('highres_decoder', run('highres_decoder', *prefix(golden)), method='context')
+  context, pooled = run(
+    'highres_decoder', run('highres_decoder', *prefix(golden)), method='context'
+  )
   np.testing.assert_allclose(context, golden.io['highres_context'], atol=1e-4, rtol=0)
   np.testing.assert_allclose(pooled, golden.io['highres_pooled'], atol=1e-4, rtol=0)
 
@@ -32,7 +34,9 @@ def test_padded_slots_do_not_matter(golden, run):
   codes, mask = prefix(golden)
   other = np.where(mask[..., None], codes, 7.0)
   np.testing.assert_allclose(run('decoder', other, mask), run('decoder', codes, mask), atol=1e-6)
-  assert np.abs(run('decoder', other, np.ones_like(mask)) - run('decoder', codes, mask)).max() > 1e-2
+  assert (
+    np.abs(run('decoder', other, np.ones_like(mask)) - run('decoder', codes, mask)).max() > 1e-2
+  )
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
@@ -44,7 +48,9 @@ def test_finite_at_the_extremes(golden, dtype):
     features = module.apply({'params': params}, codes, mask)
     context = module.apply({'params': params}, features, method='context')
     assert features.dtype == dtype
-    return sum(jnp.square(x.astype(jnp.float32)).mean() for x in jax.tree.leaves((features, context)))
+    return sum(
+      jnp.square(x.astype(jnp.float32)).mean() for x in jax.tree.leaves((features, context))
+    )
 
   value, grads = jax.jit(jax.value_and_grad(loss))(golden.params['highres_decoder'], codes, mask)
   assert np.isfinite(value) and all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
@@ -59,6 +65,8 @@ def test_bfloat16_is_near_float32(golden, run):
 def test_null_context_is_padded_and_masked():
   rows = np.ones((3, 4), np.float32)
   context, mask = null_context(rows, 5)
-  assert context.tolist() == [[1] * 4] * 3 + [[0] * 4] * 2 and mask.tolist() == [True] * 3 + [False] * 2
+  assert (
+    context.tolist() == [[1] * 4] * 3 + [[0] * 4] * 2 and mask.tolist() == [True] * 3 + [False] * 2
+  )
   with pytest.raises(ValueError, match='3 unconditional rows do not fit'):
     null_context(rows, 2)

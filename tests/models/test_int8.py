@@ -27,7 +27,9 @@ def normal(*shape):
 def test_quantize():
   x = normal(5, 40) * np.array([[1e-3], [1], [100], [0], [1]], np.float32)
   found = int8.quantize(jnp.asarray(x))
-  assert found.values.dtype == jnp.int8 and found.values.shape == x.shape and found.scale.shape == (5,)
+  assert (
+    found.values.dtype == jnp.int8 and found.values.shape == x.shape and found.scale.shape == (5,)
+  )
   steps = np.where(np.abs(x).max(-1) == 0, 1, np.abs(x).max(-1) / 127)
   np.testing.assert_allclose(found.scale, steps, rtol=1e-6)
   # To the nearest one; x / step is rounded, so near the middle between two it may be either.
@@ -48,7 +50,9 @@ def test_products(rows, inputs, outputs):
   assert_product(product, x, weights.T)
   elsewhere = int8._product(jnp.asarray(x), quantised.values) * quantised.scale
   assert_product(elsewhere, x, weights.T)
-  assert int8.product(jnp.asarray(x, jnp.bfloat16)[None], quantised, jnp.bfloat16).dtype == jnp.bfloat16
+  assert (
+    int8.product(jnp.asarray(x, jnp.bfloat16)[None], quantised, jnp.bfloat16).dtype == jnp.bfloat16
+  )
 
 
 @pytest.mark.parametrize('rows', [1, 4])
@@ -60,7 +64,9 @@ def test_a_loop_never_holds_the_weights_as_floats(rows):
     return jax.lax.fori_loop(0, 5, lambda _, x: jnp.tanh(int8.product(x, weights, jnp.float32)), x)
 
   memory = jax.jit(run).lower(jnp.ones((rows, 1024)), weights).compile().memory_analysis()
-  assert memory.temp_size_in_bytes < 2 * weights.values.nbytes  # as floats they would be four times their bytes
+  assert (
+    memory.temp_size_in_bytes < 2 * weights.values.nbytes
+  )  # as floats they would be four times their bytes
 
 
 def test_golden_language_model():
@@ -68,24 +74,52 @@ def test_golden_language_model():
   sizes = json.loads((GOLDEN / 'language_model.json').read_text())
   golden, heads = np.load(GOLDEN / 'language_model_io.npz'), sizes['num_attention_heads']
   llama = Llama(
-      vocab_size=sizes['vocab_size'], hidden_size=sizes['hidden_size'], num_layers=sizes['num_hidden_layers'], num_heads=heads,
-      num_kv_heads=heads, head_dim=sizes['hidden_size'] // heads, mlp_dim=sizes['intermediate_size'])
-  example = jnp.zeros((1, 2, llama.hidden_size)), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 1, 2, 2), bool)
+    vocab_size=sizes['vocab_size'],
+    hidden_size=sizes['hidden_size'],
+    num_layers=sizes['num_hidden_layers'],
+    num_heads=heads,
+    num_kv_heads=heads,
+    head_dim=sizes['hidden_size'] // heads,
+    mlp_dim=sizes['intermediate_size'],
+  )
+  example = (
+    jnp.zeros((1, 2, llama.hidden_size)),
+    jnp.zeros((1, 2), jnp.int32),
+    jnp.ones((1, 1, 2, 2), bool),
+  )
   like = jax.eval_shape(llama.init, jax.random.key(0), *example)['params']
-  llama, params = unroll_layers(llama, jax.tree.map(jnp.asarray, mapping.from_torch(llama_rules(), load_file(GOLDEN / 'language_model.safetensors'), like)))
+  llama, params = unroll_layers(
+    llama,
+    jax.tree.map(
+      jnp.asarray,
+      mapping.from_torch(llama_rules(), load_file(GOLDEN / 'language_model.safetensors'), like),
+    ),
+  )
   rounded = jax.tree.map(lambda x: x, params)
-  for holder, name in [(rounded, 'head')] + [(module, 'kernel') for i in range(llama.num_layers) for block in ('attention', 'mlp')
-                                             for module in rounded[f'layers_{i}'][block].values()]:
+  for holder, name in [(rounded, 'head')] + [
+    (module, 'kernel')
+    for i in range(llama.num_layers)
+    for block in ('attention', 'mlp')
+    for module in rounded[f'layers_{i}'][block].values()
+  ]:
     step = np.abs(holder[name]).max(0) / 127
     holder[name] = np.rint(holder[name] / step) * step
   params = int8.quantize_weights(params)
-  types = {name: {str(x.dtype) for x in jax.tree.leaves(leaf)} for name, leaf in {**params, **params['layers_1']['mlp']}.items()}
-  assert types['head'] == types['gate'] == {'int8', 'float32'} and types['embedding'] == types['norm'] == {'float32'}
+  types = {
+    name: {str(x.dtype) for x in jax.tree.leaves(leaf)}
+    for name, leaf in {**params, **params['layers_1']['mlp']}.items()
+  }
+  assert types['head'] == types['gate'] == {'int8', 'float32'} and types['embedding'] == types[
+    'norm'
+  ] == {'float32'}
 
   @jax.jit
   def forward(params, ids):
     mask, apply = jnp.ones(ids.shape, bool), functools.partial(llama.apply, {'params': params})
-    return apply(apply(apply(ids, method='embed'), prompt_positions(mask), prompt_mask(mask))[0], method='logits')
+    return apply(
+      apply(apply(ids, method='embed'), prompt_positions(mask), prompt_mask(mask))[0],
+      method='logits',
+    )
 
   ids, expected = jnp.asarray(golden['forward_ids'], jnp.int32), golden['forward_logits']
   found = forward(params, ids)

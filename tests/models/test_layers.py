@@ -11,10 +11,18 @@ import torch
 import torch.nn.functional as F
 
 from lavit_jax.models import layers
-from lavit_jax.models.rope import frequencies
 from lavit_jax.models.layers import (
-    LayerNorm, Mlp, RMSNorm, SwiGLU, attention, gelu, policy_attention, rotary, scan_blocks,
+  LayerNorm,
+  Mlp,
+  RMSNorm,
+  SwiGLU,
+  attention,
+  gelu,
+  policy_attention,
+  rotary,
+  scan_blocks,
 )
+from lavit_jax.models.rope import frequencies
 
 
 def normal(*shape, seed=0):
@@ -32,14 +40,18 @@ def test_attention_matches_torch(kv_heads, extra):
   q, k, v = normal(2, 5, 4, 8), normal(2, 7, kv_heads, 8, seed=1), normal(2, 7, kv_heads, 8, seed=2)
   mask, bias = normal(2, 1, 5, 7, seed=3) > -0.5, normal(1, 4, 5, 7, seed=4)
   mask[..., 0] = True
-  ours = {'none': {}, 'mask': {'mask': mask}, 'bias': {'bias': bias}, 'scale': {'scale': 0.3}}[extra]
+  ours = {'none': {}, 'mask': {'mask': mask}, 'bias': {'bias': bias}, 'scale': {'scale': 0.3}}[
+    extra
+  ]
   theirs = {'attn_mask' if name in ('mask', 'bias') else name: x for name, x in ours.items()}
   theirs = {name: torch.from_numpy(x) if name == 'attn_mask' else x for name, x in theirs.items()}
   expected = F.scaled_dot_product_attention(heads(q), heads(k), heads(v), enable_gqa=True, **theirs)
   np.testing.assert_allclose(attention(q, k, v, **ours), expected.numpy().swapaxes(1, 2), atol=1e-5)
 
 
-@pytest.mark.parametrize('block', [256, 4, 1])  # of queries; 4: five times four, one of which is none
+@pytest.mark.parametrize(
+  'block', [256, 4, 1]
+)  # of queries; 4: five times four, one of which is none
 def test_attention_gradient_matches_torch(monkeypatch, block):
   monkeypatch.setattr(layers, 'QUERY_BLOCK', block)
   q, k, v = (normal(2, 19, 4, 8, seed=n) for n in range(3))
@@ -78,16 +90,26 @@ def test_policy_attention():
 
 
 def test_policy_gradient_is_finite_and_reaches_the_policy():
-  q, k, v = (30 * normal(1, 4, 2, 8, seed=n) for n in range(3))  # large scores: where a naive softmax overflows
+  q, k, v = (
+    30 * normal(1, 4, 2, 8, seed=n) for n in range(3)
+  )  # large scores: where a naive softmax overflows
   for policy in (np.ones((1, 1, 4, 4)), np.zeros((1, 1, 4, 4)), np.eye(4)[None, None]):
-    grads = jax.grad(lambda *a: jnp.square(policy_attention(*a)).sum(), argnums=(0, 1, 2, 3))(q, k, v, np.float32(policy))
+    grads = jax.grad(lambda *a: jnp.square(policy_attention(*a)).sum(), argnums=(0, 1, 2, 3))(
+      q, k, v, np.float32(policy)
+    )
     assert all(np.isfinite(g).all() for g in grads)
     assert np.abs(grads[3]).max() > 0
 
 
-@pytest.mark.parametrize(('ours', 'theirs'), [(LayerNorm(1e-5), F.layer_norm), (RMSNorm(1e-5), F.rms_norm)])
+@pytest.mark.parametrize(
+  ('ours', 'theirs'), [(LayerNorm(1e-5), F.layer_norm), (RMSNorm(1e-5), F.rms_norm)]
+)
 def test_norms_match_torch(ours, theirs):
-  x, scale, bias = 100 + normal(3, 16), normal(16, seed=1), normal(16, seed=2)  # a large mean: where E[x^2] - E[x]^2 fails
+  x, scale, bias = (
+    100 + normal(3, 16),
+    normal(16, seed=1),
+    normal(16, seed=2),
+  )  # a large mean: where E[x^2] - E[x]^2 fails
   params = {'scale': scale} | ({'bias': bias} if isinstance(ours, LayerNorm) else {})
   expected = theirs(torch.from_numpy(x), (16,), *map(torch.from_numpy, params.values()), eps=1e-5)
   np.testing.assert_allclose(ours.apply({'params': params}, x), expected, atol=2e-4)
@@ -100,7 +122,9 @@ def test_gelu_matches_torch():
   few = 4 * np.finfo(np.float32).eps  # roundings
   np.testing.assert_allclose(gelu(x), F.gelu(torch.from_numpy(x)), atol=few * 8)  # of up to 8
   low = torch.from_numpy(x).bfloat16()
-  np.testing.assert_allclose(np.float32(gelu(x.astype(jnp.bfloat16))), F.gelu(low).float(), rtol=1e-2, atol=1e-6)
+  np.testing.assert_allclose(
+    np.float32(gelu(x.astype(jnp.bfloat16))), F.gelu(low).float(), rtol=1e-2, atol=1e-6
+  )
   slope = jax.vmap(jax.grad(gelu))(x)
   leaf = torch.from_numpy(x).requires_grad_()
   F.gelu(leaf).sum().backward()
@@ -112,7 +136,9 @@ def test_mlps_match_torch():
   params = Mlp(16).init(jax.random.key(0), x)
   w = jax.tree.map(lambda a: torch.from_numpy(np.array(a)), params['params'])
   hidden = F.gelu(torch.from_numpy(x) @ w['fc1']['kernel'] + w['fc1']['bias'])
-  np.testing.assert_allclose(Mlp(16).apply(params, x), hidden @ w['fc2']['kernel'] + w['fc2']['bias'], atol=1e-5)
+  np.testing.assert_allclose(
+    Mlp(16).apply(params, x), hidden @ w['fc2']['kernel'] + w['fc2']['bias'], atol=1e-5
+  )
   params = SwiGLU(16).init(jax.random.key(0), x)
   w = {name: torch.from_numpy(np.array(p['kernel'])) for name, p in params['params'].items()}
   hidden = F.silu(torch.from_numpy(x) @ w['gate']) * (torch.from_numpy(x) @ w['up'])
@@ -123,10 +149,18 @@ def test_rotary_turns_pairs_and_sees_only_differences():
   x, positions = normal(1, 3, 2, 8), np.array([[0, 1, 7]])
   pairs = x[..., :4] + 1j * x[..., 4:]
   turned = pairs * np.exp(1j * positions[..., None, None] * 100.0 ** (-np.arange(4) / 4))
-  np.testing.assert_allclose(rotary(x, positions, frequencies(8, 100.0)), np.concatenate([turned.real, turned.imag], -1), atol=1e-5)
+  np.testing.assert_allclose(
+    rotary(x, positions, frequencies(8, 100.0)),
+    np.concatenate([turned.real, turned.imag], -1),
+    atol=1e-5,
+  )
   q, k = normal(1, 1, 1, 8), normal(1, 1, 1, 8, seed=1)
-  near = (rotary(q, np.array([[5]]), frequencies(8)) * rotary(k, np.array([[2]]), frequencies(8))).sum()
-  far = (rotary(q, np.array([[105]]), frequencies(8)) * rotary(k, np.array([[102]]), frequencies(8))).sum()
+  near = (
+    rotary(q, np.array([[5]]), frequencies(8)) * rotary(k, np.array([[2]]), frequencies(8))
+  ).sum()
+  far = (
+    rotary(q, np.array([[105]]), frequencies(8)) * rotary(k, np.array([[102]]), frequencies(8))
+  ).sum()
   np.testing.assert_allclose(near, far, atol=1e-4)
 
 
@@ -155,7 +189,11 @@ def test_scan_blocks_is_a_loop(remat):
   scanned = lambda params: stack.apply({'params': params}, x, 0.5, slices)
   jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), scanned(params), loop(params))
   loss = lambda f: lambda params: jnp.square(f(params)[1]).sum()
-  jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), jax.grad(loss(scanned))(params), jax.grad(loss(loop))(params))
+  jax.tree.map(
+    partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5),
+    jax.grad(loss(scanned))(params),
+    jax.grad(loss(loop))(params),
+  )
 
 
 def test_scan_blocks_names_its_policies():

@@ -16,14 +16,28 @@ from lavit_jax.weights.torch import mapping
 from lavit_jax.weights.torch.names_llama import llama_rules
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'data/golden'
-TINY = Llama(vocab_size=97, hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64)
-LAVIT_7B = Llama(vocab_size=48386, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128, mlp_dim=11008)
+TINY = Llama(
+  vocab_size=97, hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64
+)
+LAVIT_7B = Llama(
+  vocab_size=48386,
+  hidden_size=4096,
+  num_layers=32,
+  num_heads=32,
+  num_kv_heads=32,
+  head_dim=128,
+  mlp_dim=11008,
+)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def init(llama):
   """Parameters of the model."""
-  example = jnp.zeros((1, 2, llama.hidden_size)), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 1, 2, 2), bool)
+  example = (
+    jnp.zeros((1, 2, llama.hidden_size)),
+    jnp.zeros((1, 2), jnp.int32),
+    jnp.ones((1, 1, 2, 2), bool),
+  )
   return llama.init(jax.random.key(0), *example)['params']
 
 
@@ -41,9 +55,16 @@ def test_golden_logits():
   golden = np.load(GOLDEN / 'language_model_io.npz')
   heads = sizes['num_attention_heads']
   llama = Llama(
-      vocab_size=sizes['vocab_size'], hidden_size=sizes['hidden_size'], num_layers=sizes['num_hidden_layers'], num_heads=heads,
-      num_kv_heads=heads, head_dim=sizes['hidden_size'] // heads, mlp_dim=sizes['intermediate_size'],
-      rms_norm_eps=sizes['rms_norm_eps'], rope_theta=sizes['rope_theta'])
+    vocab_size=sizes['vocab_size'],
+    hidden_size=sizes['hidden_size'],
+    num_layers=sizes['num_hidden_layers'],
+    num_heads=heads,
+    num_kv_heads=heads,
+    head_dim=sizes['hidden_size'] // heads,
+    mlp_dim=sizes['intermediate_size'],
+    rms_norm_eps=sizes['rms_norm_eps'],
+    rope_theta=sizes['rope_theta'],
+  )
   like = jax.eval_shape(lambda: init(llama))
   params = mapping.from_torch(llama_rules(), load_file(GOLDEN / 'language_model.safetensors'), like)
   ids = jnp.asarray(golden['forward_ids'], jnp.int32)
@@ -59,13 +80,19 @@ def test_matches_transformers_with_grouped_heads(padding):
   with torch.no_grad():
     for p in peer.parameters():
       p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
-  params = mapping.from_torch(llama_rules(), {k: v.numpy() for k, v in peer.state_dict().items()}, jax.eval_shape(lambda: init(TINY)))
+  params = mapping.from_torch(
+    llama_rules(),
+    {k: v.numpy() for k, v in peer.state_dict().items()},
+    jax.eval_shape(lambda: init(TINY)),
+  )
   ids = np.random.default_rng(0).integers(0, 97, (2, 12))
   mask = np.ones(ids.shape, bool)
   mask[1, :padding] = False
   with torch.no_grad():
     positions = torch.from_numpy(np.array(prompt_positions(jnp.asarray(mask))))
-    expected = peer(torch.from_numpy(ids), attention_mask=torch.from_numpy(mask).long(), position_ids=positions).logits.numpy()
+    expected = peer(
+      torch.from_numpy(ids), attention_mask=torch.from_numpy(mask).long(), position_ids=positions
+    ).logits.numpy()
   logits = forward(TINY, params, jnp.asarray(ids), jnp.asarray(mask))
   np.testing.assert_allclose(np.where(mask[..., None], logits - expected, 0), 0, atol=1e-4)
   assert expected.std() > 0.3  # not a comparison of zeros
@@ -75,9 +102,17 @@ def _peer(llama):
   """transformers' model of the same sizes."""
   transformers = pytest.importorskip('transformers')
   config = transformers.LlamaConfig(
-      vocab_size=llama.vocab_size, hidden_size=llama.hidden_size, intermediate_size=llama.mlp_dim,
-      num_hidden_layers=llama.num_layers, num_attention_heads=llama.num_heads, num_key_value_heads=llama.num_kv_heads,
-      head_dim=llama.head_dim, rms_norm_eps=llama.rms_norm_eps, tie_word_embeddings=False, attn_implementation='eager')
+    vocab_size=llama.vocab_size,
+    hidden_size=llama.hidden_size,
+    intermediate_size=llama.mlp_dim,
+    num_hidden_layers=llama.num_layers,
+    num_attention_heads=llama.num_heads,
+    num_key_value_heads=llama.num_kv_heads,
+    head_dim=llama.head_dim,
+    rms_norm_eps=llama.rms_norm_eps,
+    tie_word_embeddings=False,
+    attn_implementation='eager',
+  )
   return transformers.LlamaForCausalLM(config)
 
 
@@ -87,9 +122,14 @@ def test_cached_steps_equal_full_forward():
   mask = jnp.ones((2, 12), bool).at[1, :4].set(False)
   expected = forward(TINY, init(TINY), ids, mask)
   slots, step = 15, stepper(TINY)
-  positions, seen = prompt_positions(mask), jnp.pad(prompt_mask(mask), ((0, 0), (0, 0), (0, 0), (0, slots - 12)))
+  positions, seen = (
+    prompt_positions(mask),
+    jnp.pad(prompt_mask(mask), ((0, 0), (0, 0), (0, 0), (0, slots - 12))),
+  )
   cache = TINY.init_cache(2, slots)
-  cache = cache._replace(layers=tuple(layer._replace(k=layer.k + 9.0, v=layer.v - 9.0) for layer in cache.layers))
+  cache = cache._replace(
+    layers=tuple(layer._replace(k=layer.k + 9.0, v=layer.v - 9.0) for layer in cache.layers)
+  )
   logits = []
   for start, end in [(0, 6), (6, 7), (7, 8), (8, 9), (9, 10), (10, 12)]:
     part, cache = step(ids[:, start:end], positions[:, start:end], seen[:, :, start:end], cache)
@@ -116,21 +156,35 @@ def test_appending_to_caches():
   """Each slot and head as NumPy rounds it, the rest untouched."""
   k, v = np.random.default_rng(0).standard_normal((2, 1, 3, 2, 8), np.float32)  # [B, S, G, d]
   steps = np.abs(k).max(-1, keepdims=True) / 127
-  rounded = dict(float32=k, bfloat16=k.astype(jnp.bfloat16).astype(np.float32), int8=np.rint(k / steps) * steps)
+  rounded = dict(
+    float32=k, bfloat16=k.astype(jnp.bfloat16).astype(np.float32), int8=np.rint(k / steps) * steps
+  )
   for dtype, expected in rounded.items():
     cache, keys, _ = TINY.init_cache(1, 6, dtype).layers[0].append(jnp.int32(2), k, v)
     np.testing.assert_allclose(keys[:, 2:5], expected, rtol=1e-6)
     assert not keys[:, jnp.array([0, 1, 5])].any() and keys.dtype == jnp.float32
-    assert {x.dtype.name for x in jax.tree.leaves(cache)} == ({dtype, 'float32'} if dtype == 'int8' else {dtype})
+    assert {x.dtype.name for x in jax.tree.leaves(cache)} == (
+      {dtype, 'float32'} if dtype == 'int8' else {dtype}
+    )
 
 
 @pytest.mark.parametrize('dtype, least, most', [('bfloat16', 1e-5, 0.02), ('int8', 1e-5, 0.06)])
 def test_small_caches_lose_little(dtype, least, most):
   """The worst logit of a prompt and then single tokens, in units of their spread; float32 would lose less than `least`."""
   ids, mask = jax.random.randint(jax.random.key(1), (2, 12), 0, 97), jnp.ones((2, 12), bool)
-  expected, step, cache, logits = forward(TINY, init(TINY), ids, mask), stepper(TINY), TINY.init_cache(2, 12, dtype), []
+  expected, step, cache, logits = (
+    forward(TINY, init(TINY), ids, mask),
+    stepper(TINY),
+    TINY.init_cache(2, 12, dtype),
+    [],
+  )
   for start, end in [(0, 6), *((n, n + 1) for n in range(6, 12))]:
-    part, cache = step(ids[:, start:end], prompt_positions(mask)[:, start:end], prompt_mask(mask)[:, :, start:end], cache)
+    part, cache = step(
+      ids[:, start:end],
+      prompt_positions(mask)[:, start:end],
+      prompt_mask(mask)[:, :, start:end],
+      cache,
+    )
     logits.append(part)
   assert jax.tree.leaves(cache.layers)[0].dtype == dtype
   error = jnp.abs(jnp.concatenate(logits, 1) - expected).max() / expected.std()
@@ -148,7 +202,13 @@ def test_unrolled_layers_are_the_scanned_ones():
   assert sum(x.size for x in jax.tree.leaves(apart)) == size
   assert jax.tree.map(jnp.shape, init(unrolled)) == jax.tree.map(jnp.shape, apart)
   with pytest.raises(ValueError, match='unroll'):
-    TINY.apply({'params': init(TINY)}, jnp.zeros((1, 1, 32)), jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1, 1, 1), bool), TINY.init_cache(1, 1))
+    TINY.apply(
+      {'params': init(TINY)},
+      jnp.zeros((1, 1, 32)),
+      jnp.zeros((1, 1), jnp.int32),
+      jnp.ones((1, 1, 1, 1), bool),
+      TINY.init_cache(1, 1),
+    )
 
 
 def test_the_mask_decides_what_is_seen():
@@ -171,7 +231,11 @@ def test_padding_is_finite_and_harmless(dtype):
   assert logits.dtype == jnp.float32 and bool(jnp.isfinite(logits).all())
   gradient = jax.jit(jax.grad(lambda p: jnp.square(forward(llama, p, padded, mask)).sum()))(params)
   assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(gradient))
-  np.testing.assert_allclose(logits[:, 5:], forward(TINY, params, ids, mask[:, 5:]), atol=1e-4 if dtype == jnp.float32 else 5e-2)
+  np.testing.assert_allclose(
+    logits[:, 5:],
+    forward(TINY, params, ids, mask[:, 5:]),
+    atol=1e-4 if dtype == jnp.float32 else 5e-2,
+  )
 
 
 @pytest.mark.parametrize('remat', ['full', 'save_qkv_proj', 'save_all_but_mlp_in', 'minimal'])
@@ -181,7 +245,9 @@ def test_remat_changes_no_gradient(remat):
   def loss(llama, params):
     return jax.nn.logsumexp(forward(llama, params, ids, jnp.ones((1, 8), bool))).sum()
 
-  expected, gradient = (jax.jit(jax.grad(functools.partial(loss, TINY.clone(remat=r))))(params) for r in ('none', remat))
+  expected, gradient = (
+    jax.jit(jax.grad(functools.partial(loss, TINY.clone(remat=r))))(params) for r in ('none', remat)
+  )
   jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), gradient, expected)
 
 

@@ -10,17 +10,19 @@ from bounds import assert_within, sum_error
 from lavit_jax.models.resnet import Conv, Downsample, GroupNorm, Upsample
 
 
-@pytest.mark.parametrize('offset', [0., 1000.])
+@pytest.mark.parametrize('offset', [0.0, 1000.0])
 def test_group_norm_is_exact_far_from_zero(offset):
   x = (np.random.default_rng(0).standard_normal((2, 5, 3, 12)) + offset).astype(np.float32)
   groups = x.astype(np.float64).reshape(2, 15, 4, 3)
-  want = (groups - groups.mean((1, 3), keepdims=True)) / np.sqrt(groups.var((1, 3), keepdims=True) + 1e-5)
-  params = {'params': {'scale': np.arange(12.), 'bias': np.ones(12)}}
+  want = (groups - groups.mean((1, 3), keepdims=True)) / np.sqrt(
+    groups.var((1, 3), keepdims=True) + 1e-5
+  )
+  params = {'params': {'scale': np.arange(12.0), 'bias': np.ones(12)}}
   got = GroupNorm(4, 1e-5).apply(params, x)
   # The mean of 45 numbers errs as their sum does; scales and deviations make it 11 and 3 times that.
   # From a difference of squares the variance would be off by eps * 1000^2, a tenth.
   error = sum_error(abs(offset) + 3, 45) * 11 * 3
-  assert_within(got, want.reshape(x.shape) * np.arange(12.) + 1, error)
+  assert_within(got, want.reshape(x.shape) * np.arange(12.0) + 1, error)
 
 
 def test_group_norm_has_float32_statistics_in_bfloat16():
@@ -47,21 +49,34 @@ def test_upsample_repeats_and_the_two_paddings_of_downsample_differ():
 
 @pytest.mark.parametrize('strides,padding', [(1, (1, 1)), (2, (1, 1)), (2, (0, 1))])
 @pytest.mark.parametrize('height,product', [(4, True), (12, False)])
-def test_convolutions_are_those_of_torch_and_products_where_the_kernel_is_the_larger(strides, padding, height, product):
+def test_convolutions_are_those_of_torch_and_products_where_the_kernel_is_the_larger(
+  strides, padding, height, product
+):
   torch = pytest.importorskip('torch')
   rng, features = np.random.default_rng(0), 48 // strides**2
-  x, kernel, bias = (rng.standard_normal(shape, np.float32) for shape in ((2, height, 6, 5), (3, 3, 5, features), (features,)))
-  params, module = {'kernel': kernel, 'bias': bias}, Conv(features, (3, 3), strides, (padding, padding))
+  x, kernel, bias = (
+    rng.standard_normal(shape, np.float32)
+    for shape in ((2, height, 6, 5), (3, 3, 5, features), (features,))
+  )
+  params, module = (
+    {'kernel': kernel, 'bias': bias},
+    Conv(features, (3, 3), strides, (padding, padding)),
+  )
   forward = jax.jit(lambda params, x: module.apply({'params': params}, x))
   grads, grad_x = jax.grad(lambda *args: jnp.square(forward(*args)).sum(), (0, 1))(params, x)
 
   theirs, weight = (torch.tensor(y, requires_grad=True) for y in (x, kernel))
   padded = torch.nn.functional.pad(theirs.permute(0, 3, 1, 2), padding * 2)
-  want = torch.nn.functional.conv2d(padded, weight.permute(3, 2, 0, 1), torch.tensor(bias), strides).permute(0, 2, 3, 1)
+  want = torch.nn.functional.conv2d(
+    padded, weight.permute(3, 2, 0, 1), torch.tensor(bias), strides
+  ).permute(0, 2, 3, 1)
   want.square().sum().backward()
   np.testing.assert_allclose(forward(params, x), want.detach(), atol=1e-4)
   np.testing.assert_allclose(grads['kernel'], weight.grad, rtol=1e-4, atol=1e-3)
   np.testing.assert_allclose(grad_x, theirs.grad, rtol=1e-4, atol=1e-3)
 
   assert ('stablehlo.convolution' in forward.lower(params, x).as_text()) != product
-  assert 'stablehlo.convolution' in jax.export.export(forward, platforms=['tpu'])(params, x).mlir_module()  # on CPU only
+  assert (
+    'stablehlo.convolution'
+    in jax.export.export(forward, platforms=['tpu'])(params, x).mlir_module()
+  )  # on CPU only

@@ -20,18 +20,26 @@ torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transfo
 
 EPS = np.finfo(np.float32).eps
 WIDTH, HEADS, HEAD_DIM, FIRST = 64, 4, 16, 16  # FIRST: the length before scaling
-LLAMA3 = dict(rope_type='llama3', factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-              original_max_position_embeddings=FIRST)
+LLAMA3 = dict(
+  rope_type='llama3',
+  factor=8.0,
+  low_freq_factor=1.0,
+  high_freq_factor=4.0,
+  original_max_position_embeddings=FIRST,
+)
 YARN = dict(rope_type='yarn', factor=4.0, original_max_position_embeddings=FIRST)
 SCALINGS = {  # name: (theta, scaling)
-    'theta': (1e6, None),
-    'linear': (1e4, dict(rope_type='linear', factor=4.0)),
-    'dynamic': (1e4, dict(rope_type='dynamic', factor=4.0)),
-    'llama3': (5e5, LLAMA3),
-    'yarn': (1e4, YARN),
-    'yarn, all options': (1e4, YARN | dict(beta_fast=4, beta_slow=1, mscale=0.5, mscale_all_dim=1.5, truncate=False)),
-    'yarn, truncate null': (1e4, YARN | dict(truncate=None)),
-    'yarn, magnitude': (1e4, YARN | dict(attention_factor=0.7)),
+  'theta': (1e6, None),
+  'linear': (1e4, dict(rope_type='linear', factor=4.0)),
+  'dynamic': (1e4, dict(rope_type='dynamic', factor=4.0)),
+  'llama3': (5e5, LLAMA3),
+  'yarn': (1e4, YARN),
+  'yarn, all options': (
+    1e4,
+    YARN | dict(beta_fast=4, beta_slow=1, mscale=0.5, mscale_all_dim=1.5, truncate=False),
+  ),
+  'yarn, truncate null': (1e4, YARN | dict(truncate=None)),
+  'yarn, magnitude': (1e4, YARN | dict(attention_factor=0.7)),
 }
 every_scaling = pytest.mark.parametrize('name', SCALINGS)
 
@@ -45,31 +53,45 @@ def config(name: str):
   """transformers' LlamaConfig."""
   theta, scaling = SCALINGS[name]
   return transformers.LlamaConfig(
-      vocab_size=50, hidden_size=WIDTH, intermediate_size=96, num_hidden_layers=2, num_attention_heads=HEADS,
-      num_key_value_heads=2, head_dim=HEAD_DIM, rms_norm_eps=1e-6, max_position_embeddings=FIRST,
-      rope_parameters=dict(scaling or dict(rope_type='default'), rope_theta=theta), tie_word_embeddings=False,
-      attn_implementation='eager')
+    vocab_size=50,
+    hidden_size=WIDTH,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=HEADS,
+    num_key_value_heads=2,
+    head_dim=HEAD_DIM,
+    rms_norm_eps=1e-6,
+    max_position_embeddings=FIRST,
+    rope_parameters=dict(scaling or dict(rope_type='default'), rope_theta=theta),
+    tie_word_embeddings=False,
+    attn_implementation='eager',
+  )
 
 
 @every_scaling
 @pytest.mark.parametrize('length', [FIRST // 2, 40 * FIRST])
 def test_turns_as_transformers_does(name, length):
   from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
   x = np.random.default_rng(0).standard_normal((1, length, HEADS, HEAD_DIM), np.float32)
   positions = np.arange(length)[None]
   theirs = LlamaRotaryEmbedding(config(name))
   cos, sin = theirs(torch.from_numpy(x), torch.from_numpy(positions))
-  expected, _ = apply_rotary_pos_emb(torch.from_numpy(x), torch.from_numpy(x), cos, sin, unsqueeze_dim=2)
+  expected, _ = apply_rotary_pos_emb(
+    torch.from_numpy(x), torch.from_numpy(x), cos, sin, unsqueeze_dim=2
+  )
 
   rope = ours(name)
   frequency = np.asarray(rope.frequency(HEAD_DIM, jnp.asarray(positions))).reshape(-1)
   # Either side rounds the power, the quotient and the ramp: some ulps, and of the base's exponent
   # log(theta) < 14 times as many.
   np.testing.assert_allclose(frequency, theirs.inv_freq.numpy(), rtol=16 * EPS)
-  turned = rotary(x, jnp.asarray(positions), rope.frequency(HEAD_DIM, jnp.asarray(positions)), rope.magnitude)
+  turned = rotary(
+    x, jnp.asarray(positions), rope.frequency(HEAD_DIM, jnp.asarray(positions)), rope.magnitude
+  )
   # An angle is off by its own rounding and the frequency's, and moves the pair by that much of its norm.
   angle = positions[0, :, None] * frequency
-  norm = rope.magnitude * np.hypot(x[0, ..., :HEAD_DIM // 2], x[0, ..., HEAD_DIM // 2:])
+  norm = rope.magnitude * np.hypot(x[0, ..., : HEAD_DIM // 2], x[0, ..., HEAD_DIM // 2 :])
   bound = norm * (18 * EPS * angle + 8 * EPS)[:, None]
   assert (np.abs(turned - expected.numpy())[0] <= np.tile(bound, 2)).all()
 
@@ -79,14 +101,28 @@ def weights():
   """Of transformers' model, large enough that attention depends on the positions."""
   torch.manual_seed(0)
   state = transformers.LlamaForCausalLM(config('theta')).state_dict()
-  return {key: torch.randn(x.shape) * (1.5 / x.shape[-1] ** 0.5 if x.ndim == 2 else 1) for key, x in state.items()}
+  return {
+    key: torch.randn(x.shape) * (1.5 / x.shape[-1] ** 0.5 if x.ndim == 2 else 1)
+    for key, x in state.items()
+  }
 
 
 def model(name: str) -> tuple[Llama, dict]:
   theta, scaling = SCALINGS[name]
-  llama = Llama(vocab_size=50, hidden_size=WIDTH, num_layers=2, num_heads=HEADS, num_kv_heads=2, head_dim=HEAD_DIM,
-                mlp_dim=96, rms_norm_eps=1e-6, rope_theta=theta, rope_scaling=frozen(check_scaling(scaling)),
-                max_position_embeddings=FIRST, scan=False)
+  llama = Llama(
+    vocab_size=50,
+    hidden_size=WIDTH,
+    num_layers=2,
+    num_heads=HEADS,
+    num_kv_heads=2,
+    head_dim=HEAD_DIM,
+    mlp_dim=96,
+    rms_norm_eps=1e-6,
+    rope_theta=theta,
+    rope_scaling=frozen(check_scaling(scaling)),
+    max_position_embeddings=FIRST,
+    scan=False,
+  )
   example = jnp.zeros((1, 2, WIDTH)), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 1, 2, 2), bool)
   stacked = jax.eval_shape(llama.clone(scan=True).init, jax.random.key(0), *example)['params']
   state = {key: x.numpy() for key, x in weights().items()}
@@ -113,7 +149,9 @@ def steps(name: str, cache_dtype: str, pieces: tuple):
 
   cache, logits = llama.init_cache(1, TOTAL, cache_dtype), []
   for start, end in pieces:
-    part, cache = step(jnp.asarray(IDS[:, start:end]), positions[:, start:end], seen[:, :, start:end], cache)
+    part, cache = step(
+      jnp.asarray(IDS[:, start:end]), positions[:, start:end], seen[:, :, start:end], cache
+    )
     logits.append(np.asarray(part))
   return np.concatenate(logits, 1), cache
 
@@ -125,8 +163,12 @@ def theirs(name: str, pieces) -> np.ndarray:
   cache, logits = transformers.DynamicCache(), []
   for start, end in pieces:
     with torch.no_grad():
-      out = peer(torch.from_numpy(IDS[:, start:end]), past_key_values=cache, use_cache=True,
-                 position_ids=torch.arange(start, end)[None])
+      out = peer(
+        torch.from_numpy(IDS[:, start:end]),
+        past_key_values=cache,
+        use_cache=True,
+        position_ids=torch.arange(start, end)[None],
+      )
     logits.append(out.logits.numpy())
   return np.concatenate(logits, 1)
 
@@ -138,9 +180,17 @@ ONE_BY_ONE = ((0, PROMPT), *((i, i + 1) for i in range(PROMPT, TOTAL)))
 RELATIVE = 100 * (18 * TOTAL + 96) * EPS
 
 
-@pytest.mark.parametrize('name, pieces', [
-    ('theta', WHOLE), ('linear', WHOLE), ('llama3', WHOLE), ('dynamic', WHOLE), ('yarn, magnitude', ONE_BY_ONE),
-    ('dynamic', ONE_BY_ONE)])
+@pytest.mark.parametrize(
+  'name, pieces',
+  [
+    ('theta', WHOLE),
+    ('linear', WHOLE),
+    ('llama3', WHOLE),
+    ('dynamic', WHOLE),
+    ('yarn, magnitude', ONE_BY_ONE),
+    ('dynamic', ONE_BY_ONE),
+  ],
+)
 def test_logits_beyond_the_first_length(name, pieces):
   expected = theirs(name, pieces)
   logits, _ = steps(name, 'float32', pieces)
@@ -160,10 +210,17 @@ def test_int8_cache_holds_the_same_keys(name):
   assert (difference <= step * (0.5 + 254 * EPS)).all()
 
 
-@pytest.mark.parametrize('scaling, about', [
-    ({'rope_type': 'longrope'}, 'longrope'), ({'rope_type': 'linear'}, 'factor'), ({'rope_type': 'linear', 'factor': 0}, 'factor'),
-    (LLAMA3 | {'high_freq_factor': 1.0}, 'high_freq_factor'), ('linear', 'object'), (YARN | {'beta_fast': 'x'}, 'beta_fast'),
-])
+@pytest.mark.parametrize(
+  'scaling, about',
+  [
+    ({'rope_type': 'longrope'}, 'longrope'),
+    ({'rope_type': 'linear'}, 'factor'),
+    ({'rope_type': 'linear', 'factor': 0}, 'factor'),
+    (LLAMA3 | {'high_freq_factor': 1.0}, 'high_freq_factor'),
+    ('linear', 'object'),
+    (YARN | {'beta_fast': 'x'}, 'beta_fast'),
+  ],
+)
 def test_refuses_what_it_does_not_compute(scaling, about):
   with pytest.raises(ValueError, match=about):
     check_scaling(scaling)

@@ -11,12 +11,18 @@ from lavit_jax.weights.torch import formats
 transformers = pytest.importorskip('transformers')
 
 
-@pytest.mark.parametrize('height,width', [(512, 512), (224, 224), (64, 64), (832, 1216), (1344, 768), (301, 257)])
+@pytest.mark.parametrize(
+  'height,width', [(512, 512), (224, 224), (64, 64), (832, 1216), (1344, 768), (301, 257)]
+)
 def test_pictures_are_cut_as_theirs(height, width):
   rng = np.random.default_rng(height)
-  smooth = np.kron(rng.integers(0, 256, (1, 1 + height // 32, 1 + width // 32, 3)), np.ones((1, 32, 32, 1)))[:, :height, :width]
+  smooth = np.kron(
+    rng.integers(0, 256, (1, 1 + height // 32, 1 + width // 32, 3)), np.ones((1, 32, 32, 1))
+  )[:, :height, :width]
   images = np.clip(smooth + rng.normal(0, 20, smooth.shape), 0, 255).astype(np.uint8)
-  processor = transformers.CLIPImageProcessor(**formats.extractor_config(lavit.build('small').safety_checker))
+  processor = transformers.CLIPImageProcessor(
+    **formats.extractor_config(lavit.build('small').safety_checker)
+  )
   want = processor([images[0]], return_tensors='np')['pixel_values'].transpose(0, 2, 3, 1)
   got = jax.jit(lambda x: vit.preprocess(center_square(x, 224)))(images)
   assert got.shape == want.shape == (1, 224, 224, 3)

@@ -9,7 +9,16 @@ import pytest
 
 from lavit_jax.models.llama import Llama
 from lavit_jax.models.sequence import (
-    Vocabulary, embed_prompts, compact, embed_sources, layout_prompts, pack_pairs, prompt_mask, prompt_positions, segment_mask)
+  Vocabulary,
+  compact,
+  embed_prompts,
+  embed_sources,
+  layout_prompts,
+  pack_pairs,
+  prompt_mask,
+  prompt_positions,
+  segment_mask,
+)
 
 VOCABULARY = Vocabulary(text_size=50, codebook_size=30)
 BATCH, TEXT, VISUAL = 9, 6, 8
@@ -19,9 +28,13 @@ def batch(seed):
   """Random pairs of all kinds, some without a word."""
   r = np.random.default_rng(seed)
   return dict(
-      text=r.integers(3, 50, (BATCH, TEXT)), text_length=r.integers(0, TEXT + 1, BATCH),
-      text_weight=r.random((BATCH, TEXT), np.float32).round(2), kind=r.integers(0, 3, BATCH),
-      codes=r.integers(0, 30, (BATCH, VISUAL)), visual_length=r.integers(1, VISUAL + 1, BATCH))
+    text=r.integers(3, 50, (BATCH, TEXT)),
+    text_length=r.integers(0, TEXT + 1, BATCH),
+    text_weight=r.random((BATCH, TEXT), np.float32).round(2),
+    kind=r.integers(0, 3, BATCH),
+    codes=r.integers(0, 30, (BATCH, VISUAL)),
+    visual_length=r.integers(1, VISUAL + 1, BATCH),
+  )
 
 
 def cut_batch(seed):
@@ -39,19 +52,26 @@ def reference(pairs, num_rows, row_length, image_loss):
   rows, overflow = [[] for _ in range(num_rows)], 0
   for b in range(BATCH):
     n, v, kind = pairs['text_length'][b], pairs['visual_length'][b], pairs['kind'][b]
-    text = [(int(i), -1, float(w)) for i, w in zip(pairs['text'][b, :n], pairs['text_weight'][b, :n])]
+    text = [
+      (int(i), -1, float(w)) for i, w in zip(pairs['text'][b, :n], pairs['text_weight'][b, :n])
+    ]
     image_weight = 1.0 if kind == 1 else float(image_loss)
     told = pairs['text_weight'].shape[1] > TEXT
     behind = float(pairs['text_weight'][b, n if told else max(n - 1, 0)])
     start_weight = behind if told and kind == 1 else image_weight
-    image = [(52 + int(c), b * VISUAL + i if kind == 0 else -1, image_weight) for i, c in enumerate(pairs['codes'][b, :v])]
+    image = [
+      (52 + int(c), b * VISUAL + i if kind == 0 else -1, image_weight)
+      for i, c in enumerate(pairs['codes'][b, :v])
+    ]
     image = [(50, -1, start_weight), *image, (51, -1, image_weight)]
     end = [(2, -1, 1.0 if kind == 1 else behind)]
     tokens = [image + text, text + image, [(1, -1, 0.0)] + text][kind] + end
     for row in rows:
       if len(row) + len(tokens) <= row_length:
         following = [*tokens[1:], (0, -1, 0.0)]
-        row += [(i, s, p, b + 1, t, w) for p, ((i, s, _), (t, _, w)) in enumerate(zip(tokens, following))]
+        row += [
+          (i, s, p, b + 1, t, w) for p, ((i, s, _), (t, _, w)) in enumerate(zip(tokens, following))
+        ]
         break
     else:
       overflow += 1
@@ -60,11 +80,20 @@ def reference(pairs, num_rows, row_length, image_loss):
 
 @pytest.mark.parametrize('draw', [batch, cut_batch])
 @pytest.mark.parametrize('seed', range(6))
-@pytest.mark.parametrize('num_rows, row_length, image_loss', [(9, 17, False), (4, 25, True), (2, 16, False)])
+@pytest.mark.parametrize(
+  'num_rows, row_length, image_loss', [(9, 17, False), (4, 25, True), (2, 16, False)]
+)
 def test_pack_equals_plain_python(seed, num_rows, row_length, image_loss, draw):
   pairs = draw(seed)
-  run = jax.jit(functools.partial(
-      pack_pairs, vocabulary=VOCABULARY, num_rows=num_rows, row_length=row_length, image_loss=image_loss))
+  run = jax.jit(
+    functools.partial(
+      pack_pairs,
+      vocabulary=VOCABULARY,
+      num_rows=num_rows,
+      row_length=row_length,
+      image_loss=image_loss,
+    )
+  )
   packed = run(**{k: jnp.asarray(v) for k, v in pairs.items()})
   rows, overflow = reference(pairs, num_rows, row_length, image_loss)
   for field, expected in zip(packed, np.moveaxis(np.array(rows), -1, 0)):
@@ -72,11 +101,21 @@ def test_pack_equals_plain_python(seed, num_rows, row_length, image_loss, draw):
   assert packed.overflow == overflow
   assert overflow == 0 or num_rows < 9  # a row a pair is always enough ...
   assert overflow > 0 or num_rows > 2  # ... and two short rows never are
-  np.testing.assert_allclose(packed.used, np.mean([token[3] > 0 for row in rows for token in row]), atol=1e-6)
+  np.testing.assert_allclose(
+    packed.used, np.mean([token[3] > 0 for row in rows for token in row]), atol=1e-6
+  )
 
 
 def test_packed_losses_equal_those_of_each_pair_alone():
-  llama = Llama(VOCABULARY.size, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=8, mlp_dim=48)
+  llama = Llama(
+    VOCABULARY.size,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=8,
+    mlp_dim=48,
+  )
   example = jnp.zeros((1, 2, 32)), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 1, 2, 2), bool)
   params = jax.jit(llama.init)(jax.random.key(0), *example)
   params['params']['embedding'] *= 50.0  # as loud as the features
@@ -85,7 +124,9 @@ def test_packed_losses_equal_those_of_each_pair_alone():
 
   @jax.jit
   def losses(packed, features):
-    embeddings = embed_sources(llama.apply(params, packed.ids, method='embed'), packed.source, features)
+    embeddings = embed_sources(
+      llama.apply(params, packed.ids, method='embed'), packed.source, features
+    )
     hidden, _ = llama.apply(params, embeddings, packed.positions, segment_mask(packed.segments))
     log_probs = jax.nn.log_softmax(llama.apply(params, hidden, method='logits'))
     return -jnp.take_along_axis(log_probs, packed.targets[..., None], -1)[..., 0]
@@ -94,7 +135,9 @@ def test_packed_losses_equal_those_of_each_pair_alone():
   together = losses(packed, features)
   assert packed.overflow == 0
   assert any(len(set(np.asarray(row)) - {0}) > 1 for row in packed.segments)  # rows are shared
-  pack_one = jax.jit(functools.partial(pack_pairs, vocabulary=VOCABULARY, num_rows=1, row_length=17, image_loss=True))
+  pack_one = jax.jit(
+    functools.partial(pack_pairs, vocabulary=VOCABULARY, num_rows=1, row_length=17, image_loss=True)
+  )
   for b in range(BATCH):
     alone = pack_one(**{k: v[b : b + 1] for k, v in pairs.items()})
     expected = losses(alone, features[b : b + 1])[alone.segments > 0]
@@ -105,7 +148,9 @@ def test_gradient_reaches_only_the_features_of_image_to_text():
   pairs = {k: jnp.asarray(v) for k, v in batch(0).items()}
   packed = pack_pairs(**pairs, vocabulary=VOCABULARY, num_rows=9, row_length=17)
   text = jnp.ones(packed.ids.shape + (4,))
-  gradient = jax.grad(lambda f: embed_sources(text, packed.source, f).sum())(jnp.ones((BATCH, VISUAL, 4)))
+  gradient = jax.grad(lambda f: embed_sources(text, packed.source, f).sum())(
+    jnp.ones((BATCH, VISUAL, 4))
+  )
   used = (pairs['kind'] == 0)[:, None] & (jnp.arange(VISUAL) < pairs['visual_length'][:, None])
   np.testing.assert_array_equal(gradient, jnp.broadcast_to(used[..., None], gradient.shape))
 
@@ -127,10 +172,14 @@ def test_compact(keep_dtype):
 
 def test_masks_are_those_of_their_pictures():
   picture = ['x....', 'xx...', '..x..', '..xx.', '....x']
-  np.testing.assert_array_equal(segment_mask(jnp.array([[1, 1, 2, 2, 0]]))[0, 0], [[c == 'x' for c in row] for row in picture])
+  np.testing.assert_array_equal(
+    segment_mask(jnp.array([[1, 1, 2, 2, 0]]))[0, 0], [[c == 'x' for c in row] for row in picture]
+  )
   picture = ['.....', '.....', '..x..', '..xx.', '..xxx']
   mask = jnp.array([[0, 0, 1, 1, 1]], bool)
-  np.testing.assert_array_equal(prompt_mask(mask)[0, 0], [[c == 'x' for c in row] for row in picture])
+  np.testing.assert_array_equal(
+    prompt_mask(mask)[0, 0], [[c == 'x' for c in row] for row in picture]
+  )
   np.testing.assert_array_equal(prompt_positions(mask), [[0, 0, 0, 1, 2]])
 
 
@@ -139,12 +188,16 @@ def test_prompts_are_left_padded_to_a_bucket():
   laid = layout_prompts(prompts, pad_id=2, multiple=8)
   np.testing.assert_array_equal(laid.ids, [[2, 2, 50, 2, 2, 51, 7, 8], [2] * 7 + [9]])
   np.testing.assert_array_equal(laid.source, [[-1, -1, -1, 3, 4, -1, -1, -1], [-1] * 8])
-  np.testing.assert_array_equal(laid.mask, np.array([[0, 0, 1, 1, 1, 1, 1, 1], [0] * 7 + [1]], bool))
+  np.testing.assert_array_equal(
+    laid.mask, np.array([[0, 0, 1, 1, 1, 1, 1, 1], [0] * 7 + [1]], bool)
+  )
   assert layout_prompts(prompts).ids.shape == (2, 32)
   assert layout_prompts([[range(33)]]).ids.shape == (1, 64)
 
   features = jnp.arange(6.0).reshape(2, 3, 1) + 100
-  embeddings, mask, positions = embed_prompts(prompts, lambda ids: ids[..., None].astype(jnp.float32), features, multiple=8)
+  embeddings, mask, positions = embed_prompts(
+    prompts, lambda ids: ids[..., None].astype(jnp.float32), features, multiple=8
+  )
   np.testing.assert_array_equal(embeddings[..., 0], [[2, 2, 50, 103, 104, 51, 7, 8], [2] * 7 + [9]])
   np.testing.assert_array_equal(positions, [[0, 0, 0, 1, 2, 3, 4, 5], [0] * 8])
   np.testing.assert_array_equal(mask, laid.mask)

@@ -21,7 +21,9 @@ def test_the_selector_multiplies_in_float32_wherever_it_runs():
   params = selector.init(jax.random.key(0), jnp.zeros((1, 4, 8)))
   jaxpr = jax.make_jaxpr(selector.apply)(params, jnp.zeros((1, 4, 8)))
   products = [eqn.params['precision'] for eqn in jaxpr.eqns if eqn.primitive.name == 'dot_general']
-  assert len(products) == 4 and all(set(precision) == {jax.lax.Precision.HIGHEST} for precision in products)
+  assert len(products) == 4 and all(
+    set(precision) == {jax.lax.Precision.HIGHEST} for precision in products
+  )
 
 
 def merge_at_every_block(module, x, keep):
@@ -29,7 +31,9 @@ def merge_at_every_block(module, x, keep):
 
 
 def test_golden_merger_at_every_block(golden, run):
-  merged, vision, streams = run('tokenizer', golden.features, golden.io['keep_mask'], method=merge_at_every_block)
+  merged, vision, streams = run(
+    'tokenizer', golden.features, golden.io['keep_mask'], method=merge_at_every_block
+  )
   np.testing.assert_allclose(vision, golden.io['ln_vision'], atol=1e-4, rtol=0)
   assert streams.shape == golden.io['merger_blocks'].shape
   np.testing.assert_allclose(streams, golden.io['merger_blocks'], atol=1e-4, rtol=0)
@@ -50,7 +54,9 @@ def test_golden_codes(golden, run):
   np.testing.assert_allclose(encoded, golden.io['pre_quant'], atol=1e-4, rtol=0)
   ids, z = run('tokenizer', golden.io['merged'], method='quantize')
   assert ids[kept].tolist() == golden.io['code_ids'].tolist()
-  np.testing.assert_allclose(z[kept], encoded / np.linalg.norm(encoded, axis=-1, keepdims=True), atol=1e-6)
+  np.testing.assert_allclose(
+    z[kept], encoded / np.linalg.norm(encoded, axis=-1, keepdims=True), atol=1e-6
+  )
   codes = run('tokenizer', ids, method='lookup')
   np.testing.assert_allclose(codes[kept], golden.io['quantized'], atol=1e-4, rtol=0)
 
@@ -64,7 +70,9 @@ def test_golden_chain_from_pixels(golden, run):
 
 
 def test_golden_gumbel_decisions_and_gradient(golden):
-  log_probs, noise, weight = (golden.io[k] for k in ('selector_log_probs', 'gumbel_noise', 'gumbel_grad_weight'))
+  log_probs, noise, weight = (
+    golden.io[k] for k in ('selector_log_probs', 'gumbel_noise', 'gumbel_grad_weight')
+  )
   keep = gumbel_keep(log_probs, noise=noise)
   assert np.array_equal(keep, golden.io['gumbel_hard_keep'])
   grad = jax.grad(lambda x: (gumbel_keep(x, noise=noise) * weight).sum())(log_probs)
@@ -80,7 +88,7 @@ def test_gumbel_is_torch_straight_through(temperature):
   hard = torch.nn.functional.one_hot(soft.argmax(-1), 2) - soft.detach() + soft
   (hard[..., 0] * torch.from_numpy(weight)).sum().backward()
   keep, grad = jax.value_and_grad(
-      lambda x: (gumbel_keep(x, noise=noise, temperature=temperature) * weight).sum()
+    lambda x: (gumbel_keep(x, noise=noise, temperature=temperature) * weight).sum()
   )(logits)
   np.testing.assert_allclose(keep, (hard[..., 0].detach().numpy() * weight).sum(), atol=1e-5)
   np.testing.assert_allclose(grad, leaf.grad, atol=1e-5)
@@ -90,7 +98,9 @@ def test_gumbel_noise_is_finite_at_the_ends_and_gumbel_between():
   ends = np.float32([0, 1e-45, 1e-38, 1 - 2**-24, 1])
   assert np.isfinite(gumbel(ends)).all() and np.all(np.diff(gumbel(ends)) >= 0)
   sample = np.array(gumbel(jax.random.uniform(jax.random.key(0), (200_000,))))
-  np.testing.assert_allclose([sample.mean(), sample.var()], [np.euler_gamma, np.pi**2 / 6], rtol=0.02)
+  np.testing.assert_allclose(
+    [sample.mean(), sample.var()], [np.euler_gamma, np.pi**2 / 6], rtol=0.02
+  )
 
 
 def test_sampling_keeps_with_probability_p():
@@ -106,7 +116,9 @@ def test_sampling_keeps_with_probability_p():
 
 
 def test_without_a_key_the_expected_number_is_kept():
-  p = jnp.array([[0.30, 0.45, 0.40, 0.35, 0.45], [0.01, 0.02, 0.01, 0.02, 0.01], [0.9, 0.8, 0.9, 0.9, 0.4]])
+  p = jnp.array(
+    [[0.30, 0.45, 0.40, 0.35, 0.45], [0.01, 0.02, 0.01, 0.02, 0.01], [0.9, 0.8, 0.9, 0.9, 0.4]]
+  )
   log_probs = jnp.log(jnp.stack([p, 1 - p], -1))
   keep, pull = jax.vjp(gumbel_keep, log_probs)
   # round(1.95) most probable though each is below 1/2; never nothing, the first among equals; round(3.9).
@@ -129,7 +141,9 @@ def test_a_sampled_row_that_keeps_nothing_keeps_its_most_probable_patch():
 
 def test_nearest_code_by_brute_force():
   z, codebook = normal(3, 5, 8), normal(40, 8, seed=1)
-  expected = np.square(z[..., None, :].astype(float) - codebook).sum(-1).argmin(-1)  # codes of unequal length, too
+  expected = (
+    np.square(z[..., None, :].astype(float) - codebook).sum(-1).argmin(-1)
+  )  # codes of unequal length, too
   ids = nearest_code(z, codebook)
   assert ids.dtype == jnp.int32 and np.array_equal(ids, expected)
   twice = np.concatenate([codebook, codebook])
@@ -160,7 +174,11 @@ def test_merger_sees_dropped_patches_anywhere_but_kept_ones_only_before(golden, 
   assert change(11).min() > 1e-4  # a dropped one reaches all, also those before it
 
 
-KEEPS = {'none dropped': np.ones(16), 'all but one dropped': np.eye(16)[5], 'some': np.arange(16) % 3 == 0}
+KEEPS = {
+  'none dropped': np.ones(16),
+  'all but one dropped': np.eye(16)[5],
+  'some': np.arange(16) % 3 == 0,
+}
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
@@ -175,23 +193,33 @@ def test_finite_at_the_extremes(golden, dtype):
     assert merged.dtype == dtype and z.dtype == jnp.float32
     return jnp.square(merged.astype(jnp.float32)).mean() + (z * normal(*z.shape)).sum()
 
-  value, grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(golden.params['tokenizer'], x, keep)
-  assert np.isfinite(value) and all(np.isfinite(np.float32(g)).all() for g in jax.tree.leaves(grads))
+  value, grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(
+    golden.params['tokenizer'], x, keep
+  )
+  assert np.isfinite(value) and all(
+    np.isfinite(np.float32(g)).all() for g in jax.tree.leaves(grads)
+  )
   assert np.abs(grads[2]).max() > 0  # the way back to the selector
 
 
 def test_bfloat16_is_near_float32(golden, run):
-  merged = run('tokenizer', golden.features, golden.io['keep_mask'], method='merge', dtype=jnp.bfloat16)
+  merged = run(
+    'tokenizer', golden.features, golden.io['keep_mask'], method='merge', dtype=jnp.bfloat16
+  )
   error = np.abs(np.float32(merged) - golden.io['merged'])
   assert error.mean() < 0.02 * golden.io['merged'].std()
   log_probs = run('tokenizer', golden.features, method='select', dtype=jnp.bfloat16)
-  np.testing.assert_allclose(log_probs, golden.io['selector_log_probs'], atol=1e-4)  # the selector stays float32
+  np.testing.assert_allclose(
+    log_probs, golden.io['selector_log_probs'], atol=1e-4
+  )  # the selector stays float32
 
 
 def test_tokenizer_joins_its_parts(golden, run):
   out = run('tokenizer', golden.features)
   assert np.array_equal(out.keep, gumbel_keep(out.log_probs))
-  np.testing.assert_allclose(out.merged, run('tokenizer', golden.features, out.keep, method='merge'), atol=1e-5)
+  np.testing.assert_allclose(
+    out.merged, run('tokenizer', golden.features, out.keep, method='merge'), atol=1e-5
+  )
   embedding = golden.params['tokenizer']['quantizer']['embedding']
   assert np.array_equal(out.codes, embedding[out.ids]) and out.ids.dtype == jnp.int32
   sampled = run('tokenizer', golden.features, jax.random.key(3))

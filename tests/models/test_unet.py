@@ -15,34 +15,75 @@ from lavit_jax.weights.torch.names_diffusion import unet_rules, unet_shapes
 torch = pytest.importorskip('torch')
 diffusers = pytest.importorskip('diffusers')
 
-SD15 = UNet(block_out_channels=(16, 32), layers_per_block=2, down_block_attention=(True, False), transformer_layers=(1, 1),
-            num_heads=(4, 4), cross_attention_dim=24, norm_num_groups=8)
-TINY = UNet(block_out_channels=(8, 16), layers_per_block=1, down_block_attention=(False, True), transformer_layers=(1, 1),
-            num_heads=(2, 2), cross_attention_dim=12, norm_num_groups=4)
-SDXL = UNet(block_out_channels=(16, 32, 48), layers_per_block=1, down_block_attention=(False, True, True),
-            transformer_layers=(1, 2, 3), num_heads=(2, 4, 6), cross_attention_dim=24, norm_num_groups=8,
-            use_linear_projection=True, addition_time_embed_dim=8, pooled_dim=20)
-SDXL_FULL = UNet(block_out_channels=(320, 640, 1280), down_block_attention=(False, True, True),
-                 transformer_layers=(1, 2, 10), num_heads=(5, 10, 20), cross_attention_dim=2048,
-                 use_linear_projection=True, addition_time_embed_dim=256, pooled_dim=1280)
+SD15 = UNet(
+  block_out_channels=(16, 32),
+  layers_per_block=2,
+  down_block_attention=(True, False),
+  transformer_layers=(1, 1),
+  num_heads=(4, 4),
+  cross_attention_dim=24,
+  norm_num_groups=8,
+)
+TINY = UNet(
+  block_out_channels=(8, 16),
+  layers_per_block=1,
+  down_block_attention=(False, True),
+  transformer_layers=(1, 1),
+  num_heads=(2, 2),
+  cross_attention_dim=12,
+  norm_num_groups=4,
+)
+SDXL = UNet(
+  block_out_channels=(16, 32, 48),
+  layers_per_block=1,
+  down_block_attention=(False, True, True),
+  transformer_layers=(1, 2, 3),
+  num_heads=(2, 4, 6),
+  cross_attention_dim=24,
+  norm_num_groups=8,
+  use_linear_projection=True,
+  addition_time_embed_dim=8,
+  pooled_dim=20,
+)
+SDXL_FULL = UNet(
+  block_out_channels=(320, 640, 1280),
+  down_block_attention=(False, True, True),
+  transformer_layers=(1, 2, 10),
+  num_heads=(5, 10, 20),
+  cross_attention_dim=2048,
+  use_linear_projection=True,
+  addition_time_embed_dim=256,
+  pooled_dim=1280,
+)
 
 
 def peer(module):
   """diffusers' model of the same config."""
+
   def blocks(direction, attention):
-    return tuple(f'CrossAttn{direction}Block2D' if has else f'{direction}Block2D' for has in attention)
+    return tuple(
+      f'CrossAttn{direction}Block2D' if has else f'{direction}Block2D' for has in attention
+    )
 
   added = {}
   if module.addition_time_embed_dim is not None:
-    added = dict(addition_embed_type='text_time', addition_time_embed_dim=module.addition_time_embed_dim,
-                 projection_class_embeddings_input_dim=module.pooled_dim + 6 * module.addition_time_embed_dim)
+    added = dict(
+      addition_embed_type='text_time',
+      addition_time_embed_dim=module.addition_time_embed_dim,
+      projection_class_embeddings_input_dim=module.pooled_dim + 6 * module.addition_time_embed_dim,
+    )
   return diffusers.UNet2DConditionModel(
-      block_out_channels=module.block_out_channels, layers_per_block=module.layers_per_block,
-      down_block_types=blocks('Down', module.down_block_attention),
-      up_block_types=blocks('Up', module.down_block_attention[::-1]),
-      transformer_layers_per_block=module.transformer_layers, attention_head_dim=module.num_heads,
-      cross_attention_dim=module.cross_attention_dim, norm_num_groups=module.norm_num_groups,
-      use_linear_projection=module.use_linear_projection, **added).eval()
+    block_out_channels=module.block_out_channels,
+    layers_per_block=module.layers_per_block,
+    down_block_types=blocks('Down', module.down_block_attention),
+    up_block_types=blocks('Up', module.down_block_attention[::-1]),
+    transformer_layers_per_block=module.transformer_layers,
+    attention_head_dim=module.num_heads,
+    cross_attention_dim=module.cross_attention_dim,
+    norm_num_groups=module.norm_num_groups,
+    use_linear_projection=module.use_linear_projection,
+    **added,
+  ).eval()
 
 
 @functools.cache
@@ -53,7 +94,11 @@ def ported(module):
     for p in model.parameters():
       p += 0.05 * torch.randn(p.shape, generator=generator)
   state = {name: p.numpy() for name, p in model.state_dict().items()}
-  return model, state, {'params': mapping.from_torch(unet_rules(module), state, unet_shapes(module))}
+  return (
+    model,
+    state,
+    {'params': mapping.from_torch(unet_rules(module), state, unet_shapes(module))},
+  )
 
 
 def inputs(module, batch=2, height=8, width=12, rows=7):
@@ -62,7 +107,12 @@ def inputs(module, batch=2, height=8, width=12, rows=7):
   added = None
   if module.addition_time_embed_dim is not None:
     added = normal(batch, module.pooled_dim), rng.integers(0, 1024, (batch, 6)).astype(np.float32)
-  return normal(batch, height, width, 4), np.array([3, 741]), normal(batch, rows, module.cross_attention_dim), added
+  return (
+    normal(batch, height, width, 4),
+    np.array([3, 741]),
+    normal(batch, rows, module.cross_attention_dim),
+    added,
+  )
 
 
 def nchw(x):
@@ -72,15 +122,23 @@ def nchw(x):
 MASK = np.array([[1, 1, 1, 1, 1, 1, 1], [1, 1, 0, 1, 0, 0, 0]], bool)
 
 
-@pytest.mark.parametrize('module,mask', [(SD15, None), (SD15, MASK), (SDXL, MASK)],
-                         ids=['sd15', 'sd15-mask', 'sdxl-mask'])
+@pytest.mark.parametrize(
+  'module,mask', [(SD15, None), (SD15, MASK), (SDXL, MASK)], ids=['sd15', 'sd15-mask', 'sdxl-mask']
+)
 def test_parity_with_diffusers(module, mask):
   model, _, params = ported(module)
   latents, t, context, added = inputs(module)
-  condition = added and dict(text_embeds=torch.from_numpy(added[0]), time_ids=torch.from_numpy(added[1]))
+  condition = added and dict(
+    text_embeds=torch.from_numpy(added[0]), time_ids=torch.from_numpy(added[1])
+  )
   with torch.no_grad():
-    want = model(nchw(latents), torch.from_numpy(t), torch.from_numpy(context), added_cond_kwargs=condition,
-                 encoder_attention_mask=None if mask is None else torch.from_numpy(mask)).sample
+    want = model(
+      nchw(latents),
+      torch.from_numpy(t),
+      torch.from_numpy(context),
+      added_cond_kwargs=condition,
+      encoder_attention_mask=None if mask is None else torch.from_numpy(mask),
+    ).sample
   got = jax.jit(module.apply)(params, latents, t, context, mask, added)
   assert got.dtype == jnp.float32
   assert np.std(want.numpy()) > 0.1
@@ -96,7 +154,9 @@ def test_weights_return_to_diffusers_bit_for_bit(module):
     np.testing.assert_array_equal(back[name], state[name], err_msg=name, strict=True)
 
 
-@pytest.mark.parametrize('module,size', [(UNet(), 859_520_964), (SDXL_FULL, 2_567_463_684)], ids=['sd15', 'sdxl'])
+@pytest.mark.parametrize(
+  'module,size', [(UNet(), 859_520_964), (SDXL_FULL, 2_567_463_684)], ids=['sd15', 'sdxl']
+)
 def test_full_size_covers_every_weight_of_diffusers(module, size):
   shapes = unet_shapes(module)
   assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == size
@@ -108,12 +168,14 @@ def test_full_size_covers_every_weight_of_diffusers(module, size):
 def test_masked_rows_have_no_influence():
   _, _, params = ported(TINY)
   latents, t, context, _ = inputs(TINY, height=2, width=2)
-  changed = np.where(MASK[..., None], context, 100.)
+  changed = np.where(MASK[..., None], context, 100.0)
   apply = jax.jit(TINY.apply)
   got = apply(params, latents, t, context, MASK)
   np.testing.assert_array_equal(got, apply(params, latents, t, changed, MASK))
   seen = np.ones_like(MASK)
-  assert not np.allclose(apply(params, latents, t, context, seen), apply(params, latents, t, changed, seen))
+  assert not np.allclose(
+    apply(params, latents, t, context, seen), apply(params, latents, t, changed, seen)
+  )
   short = apply(params, latents, t, context[:, MASK[1]], np.ones((2, MASK[1].sum()), bool))
   np.testing.assert_allclose(got[1], short[1], atol=1e-5)
 
@@ -132,7 +194,9 @@ def gradient(module):
   """Of the sum of squares of a prediction, by every parameter of TINY."""
   _, _, params = ported(TINY)
   latents, t, context, _ = inputs(TINY, height=2, width=2)
-  loss = jax.jit(jax.grad(lambda params: jnp.square(module.apply(params, latents, t, context)).sum()))
+  loss = jax.jit(
+    jax.grad(lambda params: jnp.square(module.apply(params, latents, t, context)).sum())
+  )
   return jax.tree.leaves(loss(params)), str(loss.trace(params).jaxpr)
 
 
@@ -150,12 +214,15 @@ def test_remat_changes_no_gradient(remat, plain_gradient):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.abs(b).max())
 
 
-@pytest.mark.parametrize('change,message', [
+@pytest.mark.parametrize(
+  'change,message',
+  [
     (dict(num_heads=(4,)), 'num_heads=(4,) must have 2 entries'),
     (dict(cross_attention_dim=32), 'context is 24 wide'),
     (dict(addition_time_embed_dim=8), 'added='),
     (dict(norm_num_groups=5), '16 channels do not divide'),
-])
+  ],
+)
 def test_errors_name_the_field(change, message):
   latents, t, context, _ = inputs(SD15)
   with pytest.raises(ValueError, match=re.escape(message)):

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lavit_jax.models.vae import AutoencoderKL, decode_tiled, postprocess, preprocess, sample_latents
+from lavit_jax.models.vae import (
+  AutoencoderKL,
+  decode_tiled,
+  postprocess,
+  preprocess,
+  sample_latents,
+)
 from lavit_jax.weights.torch import mapping
 from lavit_jax.weights.torch.names_diffusion import vae_rules, vae_shapes
 
@@ -23,9 +29,13 @@ def peer(module):
   """diffusers' model of the same config."""
   levels = len(module.block_out_channels)
   return diffusers.AutoencoderKL(
-      block_out_channels=module.block_out_channels, layers_per_block=module.layers_per_block,
-      norm_num_groups=module.norm_num_groups, latent_channels=module.latent_channels,
-      down_block_types=('DownEncoderBlock2D',) * levels, up_block_types=('UpDecoderBlock2D',) * levels).eval()
+    block_out_channels=module.block_out_channels,
+    layers_per_block=module.layers_per_block,
+    norm_num_groups=module.norm_num_groups,
+    latent_channels=module.latent_channels,
+    down_block_types=('DownEncoderBlock2D',) * levels,
+    up_block_types=('UpDecoderBlock2D',) * levels,
+  ).eval()
 
 
 @pytest.fixture(scope='module')
@@ -66,37 +76,59 @@ def test_decode_matches_diffusers(ported):
 
 def test_tiles_match_diffusers(ported):
   model, _, params = ported
-  latents = np.random.default_rng(2).standard_normal((2, 20, 14, 4), np.float32)  # tiles begin at 0, 6, 12 and at 0, 6
+  latents = np.random.default_rng(2).standard_normal(
+    (2, 20, 14, 4), np.float32
+  )  # tiles begin at 0, 6, 12 and at 0, 6
   model.tile_latent_min_size, model.tile_sample_min_size = 8, 32
-  got = jax.jit(lambda latents: decode_tiled(functools.partial(decode, params), latents, 4, 8))(latents)
+  got = jax.jit(lambda latents: decode_tiled(functools.partial(decode, params), latents, 4, 8))(
+    latents
+  )
   with torch.no_grad():
     model.enable_tiling()
     want = np.moveaxis(model.decode(nchw(latents)).sample.numpy(), 1, -1)
     model.disable_tiling()
-    whole, last = (np.moveaxis(model.decode(nchw(x)).sample.numpy(), 1, -1) for x in (latents, latents[:, 12:, 6:]))
+    whole, last = (
+      np.moveaxis(model.decode(nchw(x)).sample.numpy(), 1, -1)
+      for x in (latents, latents[:, 12:, 6:])
+    )
   assert np.abs(want - whole).max() > 0.05  # a tile knows nothing of the others
-  np.testing.assert_allclose(got[:, :72, :48], want[:, :72, :48], rtol=0, atol=1e-4)  # theirs has more tiles, from 18 and from 12 on
-  np.testing.assert_allclose(got[:, 56:, 32:], last[:, 8:, 8:], rtol=0, atol=1e-4)  # the last one, past its fade
+  np.testing.assert_allclose(
+    got[:, :72, :48], want[:, :72, :48], rtol=0, atol=1e-4
+  )  # theirs has more tiles, from 18 and from 12 on
+  np.testing.assert_allclose(
+    got[:, 56:, 32:], last[:, 8:, 8:], rtol=0, atol=1e-4
+  )  # the last one, past its fade
 
 
 @pytest.mark.parametrize('side', [5, 8, 9, 14, 15, 26])
 def test_tiles_cover_a_picture_and_add_up_to_one(side):
   ones = lambda latents: jnp.ones((1, latents.shape[1] * 2, latents.shape[2] * 2, 3))
-  np.testing.assert_allclose(decode_tiled(ones, jnp.zeros((1, side, 11, 4)), 2, 8), jnp.ones((1, 2 * side, 22, 3)), atol=1e-6)
+  np.testing.assert_allclose(
+    decode_tiled(ones, jnp.zeros((1, side, 11, 4)), 2, 8), jnp.ones((1, 2 * side, 22, 3)), atol=1e-6
+  )
 
 
 def test_tiles_hold_one_tile_at_a_time(ported):
   _, _, params = ported
   latents = jax.ShapeDtypeStruct((1, 64, 64, 4), jnp.float32)
-  tiled, whole = (jax.jit(f).lower(latents).compile().memory_analysis().temp_size_in_bytes for f in (
-      lambda x: decode_tiled(functools.partial(decode, params), x, 4, 16), functools.partial(decode, params)))
+  tiled, whole = (
+    jax.jit(f).lower(latents).compile().memory_analysis().temp_size_in_bytes
+    for f in (
+      lambda x: decode_tiled(functools.partial(decode, params), x, 4, 16),
+      functools.partial(decode, params),
+    )
+  )
   assert tiled < whole / 5
 
 
 def test_a_picture_of_one_tile_is_decoded_whole(ported):
   _, _, params = ported
   latents = np.random.default_rng(3).standard_normal((1, 6, 8, 4), np.float32)
-  np.testing.assert_allclose(decode_tiled(functools.partial(decode, params), latents, 4, 8), decode(params, latents), atol=1e-5)
+  np.testing.assert_allclose(
+    decode_tiled(functools.partial(decode, params), latents, 4, 8),
+    decode(params, latents),
+    atol=1e-5,
+  )
 
 
 def test_weights_return_to_diffusers_bit_for_bit(ported):
@@ -113,7 +145,11 @@ def test_old_attention_names_load_into_the_same_tree(ported):
   for new, old in names.items():
     state = {name.replace(new, old): array for name, array in state.items()}
   assert 'encoder.mid_block.attentions.0.proj_attn.weight' in state
-  jax.tree.map(np.testing.assert_array_equal, mapping.from_torch(vae_rules(VAE, old_attention=True), state, vae_shapes(VAE)), params)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    mapping.from_torch(vae_rules(VAE, old_attention=True), state, vae_shapes(VAE)),
+    params,
+  )
 
 
 def test_full_size_covers_every_weight_of_diffusers():
@@ -126,7 +162,7 @@ def test_full_size_covers_every_weight_of_diffusers():
 
 
 def test_sampled_latents_have_the_encoders_mean_and_variance():
-  mean, logvar = jnp.full((1, 64, 64, 4), 3.), jnp.full((1, 64, 64, 4), np.log(0.25))
+  mean, logvar = jnp.full((1, 64, 64, 4), 3.0), jnp.full((1, 64, 64, 4), np.log(0.25))
   np.testing.assert_array_equal(sample_latents(mean, logvar), mean)
   drawn = sample_latents(mean, logvar, jax.random.key(0))
   np.testing.assert_allclose((drawn.mean(), drawn.std()), (3, 0.5), atol=0.02)
@@ -134,9 +170,11 @@ def test_sampled_latents_have_the_encoders_mean_and_variance():
 
 def test_logvar_is_clipped(ported):
   _, _, params = ported
-  quant_conv = params['quant_conv'] | {'bias': np.array([0.] * 4 + [-100., 100., 0., 0.], np.float32)}
+  quant_conv = params['quant_conv'] | {
+    'bias': np.array([0.0] * 4 + [-100.0, 100.0, 0.0, 0.0], np.float32)
+  }
   _, logvar = encode(params | {'quant_conv': quant_conv}, jnp.zeros((2, 24, 16, 3)))
-  np.testing.assert_array_equal(logvar[..., :2], np.broadcast_to([-30., 20.], (2, 6, 4, 2)))
+  np.testing.assert_array_equal(logvar[..., :2], np.broadcast_to([-30.0, 20.0], (2, 6, 4, 2)))
 
 
 def test_every_byte_survives_pre_and_postprocessing():
@@ -144,13 +182,15 @@ def test_every_byte_survives_pre_and_postprocessing():
   pixels = preprocess(images)
   assert pixels.min() == -1 and pixels.max() == 1
   np.testing.assert_array_equal(postprocess(pixels), images)
-  np.testing.assert_array_equal(postprocess(jnp.array([-7., 7.])), [0, 255])
+  np.testing.assert_array_equal(postprocess(jnp.array([-7.0, 7.0])), [0, 255])
 
 
 def test_bfloat16_follows_float32(ported):
   _, _, params = ported
   pixels = jax.random.uniform(jax.random.key(1), (1, 8, 8, 3), minval=-1)
-  got, want = (jax.jit(m.apply)({'params': params}, pixels)[0] for m in (VAE.clone(dtype=jnp.bfloat16), VAE))
+  got, want = (
+    jax.jit(m.apply)({'params': params}, pixels)[0] for m in (VAE.clone(dtype=jnp.bfloat16), VAE)
+  )
   assert got.dtype == jnp.float32 and np.isfinite(got).all()
   assert 0 < np.abs(got - want).max() < 0.1 * np.abs(want).max()
 

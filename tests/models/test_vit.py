@@ -22,7 +22,11 @@ def test_bfloat16_is_near_float32(golden, run):
 def test_preprocess_normalises_each_channel():
   images = np.zeros((1, 2, 2, 3), np.uint8)
   images[..., 0], images[..., 1] = 255, 51
-  expected = [(1 - 0.48145466) / 0.26862954, (0.2 - 0.4578275) / 0.26130258, -0.40821073 / 0.27577711]
+  expected = [
+    (1 - 0.48145466) / 0.26862954,
+    (0.2 - 0.4578275) / 0.26130258,
+    -0.40821073 / 0.27577711,
+  ]
   out = preprocess(images)
   assert out.dtype == jnp.float32
   np.testing.assert_allclose(out[0, 1, 1], expected, rtol=1e-6)

@@ -18,15 +18,33 @@ import jax
 
 ROOT = pathlib.Path(__file__).parents[2]
 NANO = dict(
-    text_vocab_size=2048,
-    vit=dict(image_size=32, patch_size=8, hidden_size=32, num_layers=2, num_heads=2, head_dim=16, mlp_dim=64, output_dim=16),
-    tokenizer=dict(hidden_size=32, num_layers=1, num_heads=2, mlp_dim=64, codebook_size=16, code_dim=8),
-    decoder=dict(num_layers=1, context_dims=(16,)),
-    llama=dict(hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16, mlp_dim=64),
-    unet=dict(block_out_channels=(16,), layers_per_block=1, down_block_attention=(True,), transformer_layers=(1,), num_heads=(2,),
-              cross_attention_dim=16, norm_num_groups=4),
-    vae=dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, scaling_factor=1.0),
-    uncond_rows=1,
+  text_vocab_size=2048,
+  vit=dict(
+    image_size=32,
+    patch_size=8,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=2,
+    head_dim=16,
+    mlp_dim=64,
+    output_dim=16,
+  ),
+  tokenizer=dict(
+    hidden_size=32, num_layers=1, num_heads=2, mlp_dim=64, codebook_size=16, code_dim=8
+  ),
+  decoder=dict(num_layers=1, context_dims=(16,)),
+  llama=dict(hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16, mlp_dim=64),
+  unet=dict(
+    block_out_channels=(16,),
+    layers_per_block=1,
+    down_block_attention=(True,),
+    transformer_layers=(1,),
+    num_heads=(2,),
+    cross_attention_dim=16,
+    norm_num_groups=4,
+  ),
+  vae=dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, scaling_factor=1.0),
+  uncond_rows=1,
 )
 
 
@@ -38,33 +56,56 @@ jit = functools.partial(jax.jit, compiler_options=QUICK_TO_COMPILE)
 def install() -> None:
   """Adds the variant to the table."""
   from lavit_jax.models import lavit
+
   lavit.VARIANTS['nano'] = NANO
 
 
 def config(stage: str, **changes):
   """The page of a stage for this variant; `changes` by dotted key with '__' for the dot."""
   from lavit_jax.training.config import load_config
+
   config = load_config(f'{ROOT}/configs/{stage}.py:tiny')
   data = dict(data__source='embedded', data__image_size=32)
   if config.data.task != 'images':
     data['data__tokenizer_folder'] = f'{ROOT}/lavit_jax/assets/tiny/language_model'
-  small = dict(variant='nano', batch_size=8, num_steps=4, log_every=1, eval_every=0, picture_every=0, checkpoint_every=0,
-               optim__warmup_steps=2, **data)
+  small = dict(
+    variant='nano',
+    batch_size=8,
+    num_steps=4,
+    log_every=1,
+    eval_every=0,
+    picture_every=0,
+    checkpoint_every=0,
+    optim__warmup_steps=2,
+    **data,
+  )
   if stage == 'encoder':
-    small['text_tower'] = dict(hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=16, mlp_dim=64)
+    small['text_tower'] = dict(
+      hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=16, mlp_dim=64
+    )
   if stage == 'lm':
     small |= dict(lm__num_rows=8, lm__row_length=128)
   with config.unlocked():
-    config.update_from_flattened_dict({key.replace('__', '.'): value for key, value in {**small, **changes}.items()})
+    config.update_from_flattened_dict(
+      {key.replace('__', '.'): value for key, value in {**small, **changes}.items()}
+    )
   return config
 
 
 def train_all(folder: pathlib.Path) -> None:
   """Every stage in turn, each from the exports of those before it, into folder/STAGE."""
   from lavit_jax.training.loop import train
-  earlier = {'tokenizer': ('encoder',), 'detokenizer': ('encoder', 'autoencoder', 'tokenizer'), 'lm': ('encoder', 'tokenizer')}
+
+  earlier = {
+    'tokenizer': ('encoder',),
+    'detokenizer': ('encoder', 'autoencoder', 'tokenizer'),
+    'lm': ('encoder', 'tokenizer'),
+  }
   for stage in ('encoder', 'autoencoder', 'tokenizer', 'detokenizer', 'lm'):
-    changes = dict(checkpoint_every=4, frozen=','.join(str(folder / name / 'export') for name in earlier.get(stage, ())))
+    changes = dict(
+      checkpoint_every=4,
+      frozen=','.join(str(folder / name / 'export') for name in earlier.get(stage, ())),
+    )
     if stage == 'tokenizer':
       changes |= dict(tokenizer__quantize_from=2, eval_every=2, eval_batches=1, picture_every=4)
     train(config(stage, **changes), folder / stage)
@@ -76,11 +117,26 @@ def launch(stage, workdir, cache, devices=1, env=(), **changes):
   if isa := re.search(r'xla_cpu_max_isa=(\w+)', os.environ.get('XLA_FLAGS', '')):
     flags['xla_cpu_max_isa'] = isa[1]  # a CPU that is imitated is so here too
   flags = ' '.join(f'--{key}={value}' for key, value in flags.items()).replace('False', 'false')
-  env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags,
-         'JAX_COMPILATION_CACHE_DIR': str(cache), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-         'PYTHONPATH': str(ROOT), 'TF_CPP_MIN_LOG_LEVEL': '3', **dict(env)}
-  command = [sys.executable, __file__, stage, str(workdir), *(f'{key}={value!r}' for key, value in changes.items())]
-  return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+  env = {
+    **os.environ,
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': flags,
+    'JAX_COMPILATION_CACHE_DIR': str(cache),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    'PYTHONPATH': str(ROOT),
+    'TF_CPP_MIN_LOG_LEVEL': '3',
+    **dict(env),
+  }
+  command = [
+    sys.executable,
+    __file__,
+    stage,
+    str(workdir),
+    *(f'{key}={value!r}' for key, value in changes.items()),
+  ]
+  return subprocess.Popen(
+    command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+  )
 
 
 def launch_job(stage, workdir, cache, processes, devices, timeout=5, own=(), **changes):
@@ -91,9 +147,16 @@ def launch_job(stage, workdir, cache, processes, devices, timeout=5, own=(), **c
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     address = '127.0.0.1:%d' % free.getsockname()[1]
-  env = dict(JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES=str(processes), JAX_HEARTBEAT_TIMEOUT=str(timeout))
+  env = dict(
+    JAX_COORDINATOR_ADDRESS=address,
+    JAX_NUM_PROCESSES=str(processes),
+    JAX_HEARTBEAT_TIMEOUT=str(timeout),
+  )
   changes = [{'workdir': workdir, **changes, **dict(own).get(i, {})} for i in range(processes)]
-  return [launch(stage, cache=cache, devices=devices, env={**env, 'JAX_PROCESS_ID': str(i)}, **each) for i, each in enumerate(changes)]
+  return [
+    launch(stage, cache=cache, devices=devices, env={**env, 'JAX_PROCESS_ID': str(i)}, **each)
+    for i, each in enumerate(changes)
+  ]
 
 
 def finish(process, status=0):
@@ -124,14 +187,24 @@ def until(process, workdir, step):
 
 def main() -> None:
   from lavit_jax.training import distributed as processes
+
   processes.connect()  # by the environment
   from lavit_jax.training.loop import train
+
   install()
   stage, workdir, *pairs = sys.argv[1:]
   if stage == 'all':
     return train_all(pathlib.Path(workdir))
   with processes.exit_together():
-    train(config(stage, **{key: ast.literal_eval(value) for key, _, value in (pair.partition('=') for pair in pairs)}), workdir)
+    train(
+      config(
+        stage,
+        **{
+          key: ast.literal_eval(value) for key, _, value in (pair.partition('=') for pair in pairs)
+        },
+      ),
+      workdir,
+    )
 
 
 if __name__ == '__main__':

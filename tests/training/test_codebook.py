@@ -21,7 +21,9 @@ def test_tally_counts_only_what_weighs():
 
 def test_kmeans_finds_the_clusters_and_ignores_what_does_not_weigh():
   centres = jnp.eye(4)
-  z = l2_normalize(jnp.repeat(centres, 20, axis=0) + 0.05 * jax.random.normal(jax.random.key(0), (80, 4)))
+  z = l2_normalize(
+    jnp.repeat(centres, 20, axis=0) + 0.05 * jax.random.normal(jax.random.key(0), (80, 4))
+  )
   weight = jnp.repeat(jnp.array([1.0, 1, 1, 0]), 20)
   embedding, count = jax.jit(codebook.kmeans, static_argnums=3)(jax.random.key(3), z, weight, 8)
   assert float(count.sum()) == 60
@@ -61,7 +63,10 @@ def test_dead_codes_come_back_to_life_on_tokens_they_describe_badly(revive_after
   book = codebook.init_codebook(tokens(1, (5, 4)))
   for i in range(3):
     ids = nearest_code(z, book.embedding[:4])  # nobody chooses the last one
-    before, book = book, codebook.update_codebook(jax.random.key(i), book, z, jnp.ones(20), ids, 0.99, revive_after)
+    before, book = (
+      book,
+      codebook.update_codebook(jax.random.key(i), book, z, jnp.ones(20), ids, 0.99, revive_after),
+    )
   distance = jnp.square(book.embedding[4] - z).sum(-1)
   if revive_after:
     error = jnp.square(z - before.embedding[ids]).sum(-1)
@@ -86,21 +91,31 @@ def test_a_code_moves_again_only_after_as_many_batches_more():
 
 def test_a_dead_code_goes_where_the_error_is_whatever_its_index():
   z, num_codes = tokens(0, (200, 4)), 180
-  book = codebook.init_codebook(tokens(1, (num_codes, 4)))._replace(idle=jnp.zeros(num_codes, jnp.int32).at[num_codes - 1].set(2))
+  book = codebook.init_codebook(tokens(1, (num_codes, 4)))._replace(
+    idle=jnp.zeros(num_codes, jnp.int32).at[num_codes - 1].set(2)
+  )
   ids = nearest_code(z, book.embedding[:-1])
   error = np.asarray(jnp.square(z - book.embedding[ids]).sum(-1))
   chances = error / error.sum()
-  revive = jax.jit(jax.vmap(lambda key: codebook.update_codebook(key, book, z, jnp.ones(200), ids, 0.99, 3).embedding[-1]))
+  revive = jax.jit(
+    jax.vmap(
+      lambda key: codebook.update_codebook(key, book, z, jnp.ones(200), ids, 0.99, 3).embedding[-1]
+    )
+  )
   places = revive(jax.random.split(jax.random.key(2), 40))
   found = error[jnp.square(z - places[:, None]).sum(-1).argmin(-1)]
-  expected, spread = chances @ error, np.sqrt(chances @ error**2 - (chances @ error)**2)
-  assert abs(np.mean(found) - expected) < 3.5 * spread / np.sqrt(40) and expected > 1.3 * error.mean()
+  expected, spread = chances @ error, np.sqrt(chances @ error**2 - (chances @ error) ** 2)
+  assert (
+    abs(np.mean(found) - expected) < 3.5 * spread / np.sqrt(40) and expected > 1.3 * error.mean()
+  )
 
 
 def test_usage():
   book = codebook.init_codebook(jnp.eye(8))
   assert codebook.usage_metrics(book)['perplexity'] == pytest.approx(8, rel=1e-5)
-  book = book._replace(cluster_size=jnp.array([1.0, 1] + [0] * 6), idle=jnp.array([0, 99] + [100] * 6))
+  book = book._replace(
+    cluster_size=jnp.array([1.0, 1] + [0] * 6), idle=jnp.array([0, 99] + [100] * 6)
+  )
   usage = codebook.usage_metrics(book)
   assert usage['perplexity'] == pytest.approx(2, rel=1e-5)
   assert usage['dead_codes'] == 6 and usage['code_usage'] == 0.25

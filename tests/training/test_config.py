@@ -25,11 +25,25 @@ def page(tmp_path):
   return str(path)
 
 
-@pytest.mark.parametrize('key, text, value', [
-    ('steps', '7', 7), ('steps', '2e3', 2000), ('rate', '1', 1.0), ('rate', '3e-4', 3e-4), ('freeze', 'false', False),
-    ('seed', '3', 3), ('seed', 'none', None), ('init', 'runs/a', 'runs/a'), ('init', '[1]', [1]), ('mesh', '(4, 2)', (4, 2)),
-    ('mesh', '[4, 2]', (4, 2)), ('optimizer.name', '7', '7'), ('optimizer.betas', '(0.5, 1)', [0.5, 1]), ('variant', '', ''),
-])
+@pytest.mark.parametrize(
+  'key, text, value',
+  [
+    ('steps', '7', 7),
+    ('steps', '2e3', 2000),
+    ('rate', '1', 1.0),
+    ('rate', '3e-4', 3e-4),
+    ('freeze', 'false', False),
+    ('seed', '3', 3),
+    ('seed', 'none', None),
+    ('init', 'runs/a', 'runs/a'),
+    ('init', '[1]', [1]),
+    ('mesh', '(4, 2)', (4, 2)),
+    ('mesh', '[4, 2]', (4, 2)),
+    ('optimizer.name', '7', '7'),
+    ('optimizer.betas', '(0.5, 1)', [0.5, 1]),
+    ('variant', '', ''),
+  ],
+)
 def test_an_override_takes_the_type_of_the_value(page, key, text, value):
   config = load_config(page, [(key, text)])
   for name in key.split('.'):
@@ -42,7 +56,9 @@ def test_the_argument_reaches_the_page_and_the_config_is_locked(page):
   assert config.variant == 'small' and config.is_locked and config.optimizer.is_locked
 
 
-@pytest.mark.parametrize('key, text, message', [
+@pytest.mark.parametrize(
+  'key, text, message',
+  [
     ('stepz', '1', '--config.stepz: no such key; did you mean --config.steps?'),
     ('optimizer.nam', 'x', '--config.optimizer.name'),
     ('optimizer', 'x', '--config.optimizer.betas or --config.optimizer.name'),
@@ -51,7 +67,8 @@ def test_the_argument_reaches_the_page_and_the_config_is_locked(page):
     ('freeze', '1', 'type bool'),
     ('rate', 'fast', 'type float'),
     ('seed', 'x', 'type int'),
-])
+  ],
+)
 def test_a_bad_override_names_the_option(page, key, text, message):
   with pytest.raises(UserError) as error:
     load_config(page, [(key, text)])

@@ -13,8 +13,8 @@ from nano import finish, launch, launch_job, rows, until
 from things import sample, write_tar
 
 from lavit_jax.errors import Unreachable, UserError
-from lavit_jax.weights.store import folder
 from lavit_jax.training import distributed
+from lavit_jax.weights.store import folder
 
 nano.install()
 STEPS = dict(num_steps=16, checkpoint_every=3, eval_every=8, eval_batches=1, picture_every=16)
@@ -62,7 +62,9 @@ def kill_on_the_way(stage, workdir, cache, **options):
 
 def whole_checkpoints(workdir):
   """Their steps, in order."""
-  return sorted(int(folder.name) for folder in (workdir / 'checkpoints').iterdir() if folder.name.isdigit())
+  return sorted(
+    int(folder.name) for folder in (workdir / 'checkpoints').iterdir() if folder.name.isdigit()
+  )
 
 
 def losses(workdir):
@@ -97,18 +99,24 @@ def test_started_again_they_repeat_themselves_bit_for_bit(start_job, alone, kill
   first, _ = map(finish, start_job('encoder', tmp_path, 2, 1, **STEPS))
   assert 'continuing from step' in first and not half.exists()
   after = losses(tmp_path)
-  assert before == after[:len(before)] and len(after) == 18
+  assert before == after[: len(before)] and len(after) == 18
   np.testing.assert_allclose(after, losses(alone), rtol=1e-5)
 
 
-@pytest.mark.parametrize('count, devices, mesh', [
+@pytest.mark.parametrize(
+  'count, devices, mesh',
+  [
     (1, 2, dict(mesh__data=1, mesh__fsdp=1, mesh__tensor=2)),
     pytest.param(1, 1, {}, marks=pytest.mark.slow),
     pytest.param(4, 1, {}, marks=pytest.mark.slow),
     pytest.param(4, 2, dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2), marks=pytest.mark.slow),
     pytest.param(2, 2, dict(mesh__data=2, mesh__fsdp=1, mesh__tensor=2), marks=pytest.mark.slow),
-    pytest.param(4, 1, dict(mesh__data=2, mesh__fsdp=1, mesh__tensor=2), marks=pytest.mark.slow)])  # two processes read the same rows
-def test_another_number_of_processes_or_another_mesh_goes_on(start_job, alone, killed, tmp_path, cache, count, devices, mesh):
+    pytest.param(4, 1, dict(mesh__data=2, mesh__fsdp=1, mesh__tensor=2), marks=pytest.mark.slow),
+  ],
+)  # two processes read the same rows
+def test_another_number_of_processes_or_another_mesh_goes_on(
+  start_job, alone, killed, tmp_path, cache, count, devices, mesh
+):
   shutil.copytree(killed[0], tmp_path, dirs_exist_ok=True)
   if count == 1:
     out = finish(launch('encoder', tmp_path, cache, devices, **STEPS, **mesh))
@@ -118,7 +126,9 @@ def test_another_number_of_processes_or_another_mesh_goes_on(start_job, alone, k
   assert 3 <= first < 16
   now, before = losses(tmp_path), losses(alone)
   assert [step for step, _ in now] == [step for step, _ in before]
-  np.testing.assert_allclose(now[:first + 3], before[:first + 3], rtol=1e-4)  # another batch would be off by a hundredth at least
+  np.testing.assert_allclose(
+    now[: first + 3], before[: first + 3], rtol=1e-4
+  )  # another batch would be off by a hundredth at least
   np.testing.assert_allclose(now, before, rtol=0.05)  # rounding grows as it trains
 
 
@@ -127,19 +137,38 @@ def on_tars(tmp_path_factory, cache):
   """(options of a run on tars, the run of one process on two devices, a run of two processes of which one was killed on the way)."""
   tars = tmp_path_factory.mktemp('tars')
   for t in range(5):
-    write_tar(tars / f'{t}.tar', [(f'bad{t}', {'png': b'no picture'})] + [sample(i) for i in range(20 * t, 20 * t + 20)])
+    write_tar(
+      tars / f'{t}.tar',
+      [(f'bad{t}', {'png': b'no picture'})] + [sample(i) for i in range(20 * t, 20 * t + 20)],
+    )
   source = dict(format='tars', path=f'{tars}/*.tar', window=32)
-  options = dict(num_steps=16, checkpoint_every=3, data__sources=(source,), data__crop='random', data__shards=4)
+  options = dict(
+    num_steps=16, checkpoint_every=3, data__sources=(source,), data__crop='random', data__shards=4
+  )
   finish(launch('autoencoder', tars / 'alone', cache, 2, **options))
-  return options, tars / 'alone', kill_on_the_way('autoencoder', tars / 'killed', cache, **options)[0]
+  return (
+    options,
+    tars / 'alone',
+    kill_on_the_way('autoencoder', tars / 'killed', cache, **options)[0],
+  )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('count, devices, mesh', [
-    (1, 2, {}), (2, 1, {}), (4, 1, {}), (1, 2, dict(mesh__data=1, mesh__tensor=2)), (2, 2, dict(mesh__data=2, mesh__tensor=2)),
+@pytest.mark.parametrize(
+  'count, devices, mesh',
+  [
+    (1, 2, {}),
+    (2, 1, {}),
+    (4, 1, {}),
+    (1, 2, dict(mesh__data=1, mesh__tensor=2)),
+    (2, 2, dict(mesh__data=2, mesh__tensor=2)),
     (4, 1, dict(mesh__data=2, mesh__tensor=2)),  # two processes read the same shards
-    (2, 2, dict(mesh__data=1, mesh__fsdp=4))])
-def test_a_run_on_tars_goes_on_on_other_machines(on_tars, tmp_path, start_job, cache, count, devices, mesh):
+    (2, 2, dict(mesh__data=1, mesh__fsdp=4)),
+  ],
+)
+def test_a_run_on_tars_goes_on_on_other_machines(
+  on_tars, tmp_path, start_job, cache, count, devices, mesh
+):
   """Over the end of an epoch, in which some pictures are skipped: the batches of a run that nobody stopped."""
   options, alone, killed = on_tars
   shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
@@ -151,13 +180,19 @@ def test_a_run_on_tars_goes_on_on_other_machines(on_tars, tmp_path, start_job, c
   assert 3 <= first < 16
   now, before = losses(tmp_path), losses(alone)
   assert [step for step, _ in now] == [step for step, _ in before] == list(range(1, 17))
-  np.testing.assert_allclose(now[:first + 3], before[:first + 3], rtol=1e-4)
+  np.testing.assert_allclose(now[: first + 3], before[: first + 3], rtol=1e-4)
   np.testing.assert_allclose(now, before, rtol=0.01)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('stage, mesh', [
-    ('autoencoder', {}), ('autoencoder', dict(mesh__data=1, mesh__fsdp=4)), ('encoder', dict(mesh__data=1, mesh__fsdp=4))])
+@pytest.mark.parametrize(
+  'stage, mesh',
+  [
+    ('autoencoder', {}),
+    ('autoencoder', dict(mesh__data=1, mesh__fsdp=4)),
+    ('encoder', dict(mesh__data=1, mesh__fsdp=4)),
+  ],
+)
 def test_four_processes_have_the_losses_of_one(start_job, tmp_path, cache, stage, mesh):
   finish(launch(stage, tmp_path / 'one', cache, 4, num_steps=6, **mesh))
   list(map(finish, start_job(stage, tmp_path / 'four', 4, 1, num_steps=6, **mesh)))
@@ -171,17 +206,26 @@ def test_two_processes_have_the_losses_of_one_in_the_stages_with_noise(start_job
   finish(launch('encoder', tmp_path / 'encoder', cache, num_steps=1))
   frozen = dict(frozen=f'{tmp_path}/encoder/export')
   for stage in ('tokenizer', 'lm'):
-    options = dict(num_steps=4, **frozen, **(dict(tokenizer__quantize_from=2) if stage == 'tokenizer' else {}))
+    options = dict(
+      num_steps=4, **frozen, **(dict(tokenizer__quantize_from=2) if stage == 'tokenizer' else {})
+    )
     finish(launch(stage, tmp_path / stage, cache, 2, **options))
     list(map(finish, start_job(stage, tmp_path / f'{stage}-two', 2, 1, **options)))
     assert len(losses(tmp_path / stage)) == 4
-    np.testing.assert_allclose(losses(tmp_path / f'{stage}-two'), losses(tmp_path / stage), rtol=1e-5)
+    np.testing.assert_allclose(
+      losses(tmp_path / f'{stage}-two'), losses(tmp_path / stage), rtol=1e-5
+    )
     frozen['frozen'] += f',{tmp_path}/{stage}/export'
 
 
-@pytest.mark.parametrize('phase, options', [
+@pytest.mark.parametrize(
+  'phase, options',
+  [
     pytest.param('steps', dict(eval_every=0), marks=pytest.mark.slow),
-    ('evaluation', dict(eval_every=3, eval_batches=1 << 20)), ('compilation', {})])
+    ('evaluation', dict(eval_every=3, eval_batches=1 << 20)),
+    ('compilation', {}),
+  ],
+)
 def test_sigterm_to_one_of_two_stops_both(start_job, tmp_path, phase, options):
   """At the same step, with everything saved; status 143."""
   job = start_job('encoder', tmp_path, 2, 1, num_steps=100_000, **options)
@@ -213,13 +257,21 @@ def test_a_process_that_falls_silent_ends_the_others(start_job, tmp_path, silent
   begin = time.monotonic()
   out, _ = job[1 - silent].communicate(timeout=60)
   assert time.monotonic() - begin < 2 * TIMEOUT + 10
-  assert job[1 - silent].returncode in (Unreachable.status, -signal.SIGABRT) and ('has lost another one' in out or 'another task died' in out)
+  assert job[1 - silent].returncode in (Unreachable.status, -signal.SIGABRT) and (
+    'has lost another one' in out or 'another task died' in out
+  )
 
 
 @pytest.mark.slow
 def test_a_workdir_that_is_not_shared(start_job, tmp_path):
-  for out in (finish(process, 2) for process in start_job('encoder', tmp_path / 'a', 2, 1, own={1: dict(workdir=tmp_path / 'b')})):
-    assert re.search(rf'UserError: what process 0 .* writes to {tmp_path}/. is not seen by process 1 .*; --workdir must be one folder', out), out
+  for out in (
+    finish(process, 2)
+    for process in start_job('encoder', tmp_path / 'a', 2, 1, own={1: dict(workdir=tmp_path / 'b')})
+  ):
+    assert re.search(
+      rf'UserError: what process 0 .* writes to {tmp_path}/. is not seen by process 1 .*; --workdir must be one folder',
+      out,
+    ), out
   assert not any((tmp_path / 'a').iterdir()) and not (tmp_path / 'b').exists()
 
 
@@ -236,21 +288,33 @@ def test_a_fault_of_one_process_is_told_and_ends_the_others(start_job, tmp_path)
 def test_two_processes_go_on_from_the_checkpoint_before_a_damaged_one(start_job, killed, tmp_path):
   shutil.copytree(killed[0], tmp_path, dirs_exist_ok=True)
   before, last = whole_checkpoints(tmp_path)[-2:]
-  largest = max((tmp_path / 'checkpoints' / str(last) / 'state').rglob('*'), key=lambda file: file.is_file() * file.stat().st_size)
+  largest = max(
+    (tmp_path / 'checkpoints' / str(last) / 'state').rglob('*'),
+    key=lambda file: file.is_file() * file.stat().st_size,
+  )
   content = bytearray(largest.read_bytes())
   content[len(content) // 2] ^= 1
   largest.write_bytes(content)
-  out = ''.join(process.communicate(timeout=100)[0] for process in start_job('encoder', tmp_path, 2, 1, **STEPS))
+  out = ''.join(
+    process.communicate(timeout=100)[0] for process in start_job('encoder', tmp_path, 2, 1, **STEPS)
+  )
   assert f'checkpoints/{last} is damaged' in out and 'step 16/16' not in out
   out, _ = map(finish, start_job('encoder', tmp_path, 2, 1, skip_damaged=True, **STEPS))
   assert int(out.split('continuing from step ')[1].split()[0]) == before
   assert 'step 16/16' in out
 
 
-@pytest.mark.parametrize('given, message', [
-    (('10.0.0.1:99', 2, None), r'needs --coordinator HOST:PORT, --processes N and --process I .*there is 10.0.0.1:99, 2, None'),
+@pytest.mark.parametrize(
+  'given, message',
+  [
+    (
+      ('10.0.0.1:99', 2, None),
+      r'needs --coordinator HOST:PORT, --processes N and --process I .*there is 10.0.0.1:99, 2, None',
+    ),
     (('10.0.0.1:99', 2, 2), r'--process 2: of 2 processes the first is 0 and the last 1'),
-    (('10.0.0.1', 2, 0), r'--coordinator 10.0.0.1: give host and port')])
+    (('10.0.0.1', 2, 0), r'--coordinator 10.0.0.1: give host and port'),
+  ],
+)
 def test_a_job_that_is_not_described_well(given, message):
   with pytest.raises(UserError, match=message):
     distributed.connect(*given)
@@ -262,11 +326,19 @@ def test_a_variable_that_is_no_number(monkeypatch):
     distributed.connect()
 
 
-@pytest.mark.parametrize('error, status, message', [
-    (RuntimeError('UNKNOWN: Gloo all-reduce failed: Connection reset by peer'), 200, r'process 1 of 3 has lost another one .Gloo all-reduce'),
+@pytest.mark.parametrize(
+  'error, status, message',
+  [
+    (
+      RuntimeError('UNKNOWN: Gloo all-reduce failed: Connection reset by peer'),
+      200,
+      r'process 1 of 3 has lost another one .Gloo all-reduce',
+    ),
     (UserError('the disk is full'), 2, '^the disk is full$'),
     (Unreachable('gs://b/0.tar cannot be read'), 200, '^gs://b/0.tar cannot be read$'),
-    (RuntimeError('RESOURCE_EXHAUSTED: Out of memory'), 1, '^RESOURCE_EXHAUSTED')])
+    (RuntimeError('RESOURCE_EXHAUSTED: Out of memory'), 1, '^RESOURCE_EXHAUSTED'),
+  ],
+)
 def test_a_process_that_fails_does_not_wait_for_the_others(monkeypatch, error, status, message):
   at_exit = []
   monkeypatch.setattr(distributed.jax, 'process_count', lambda: 3)

@@ -19,7 +19,9 @@ def test_products_and_convolutions():
   x, kernel = jnp.zeros((2, 8, 8, 6)), jnp.zeros((3, 3, 3, 10))  # two groups of 3 channels
 
   def convolve(x, kernel):
-    return jax.lax.conv_general_dilated(x, kernel, (2, 2), 'SAME', feature_group_count=2, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+    return jax.lax.conv_general_dilated(
+      x, kernel, (2, 2), 'SAME', feature_group_count=2, dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+    )
 
   assert counted(convolve, x, kernel) == 2 * (2 * 4 * 4 * 10) * (3 * 3 * 3)
   assert counted(jnp.sin, x) == 0
@@ -40,17 +42,24 @@ def test_a_scan_counts_as_often_as_it_runs_and_the_gradient_twice_over():
 
 def test_of_a_condition_the_cheaper_branch_counts():
   w = jnp.zeros((8, 8))
-  assert counted(lambda x: jax.lax.cond(x[0, 0] > 0, lambda: x @ x @ x, lambda: x @ x), w) == 2 * 8**3
+  assert (
+    counted(lambda x: jax.lax.cond(x[0, 0] > 0, lambda: x @ x @ x, lambda: x @ x), w) == 2 * 8**3
+  )
 
 
 def test_the_parts_of_the_language_models_step_are_all_of_it():
   """Every product of the loss and its gradient, as they are traced, is in one of them: the towers on all pairs, all slots, all scores."""
   config = nano.config('lm')
   with jax.sharding.use_abstract_mesh(flops.ONE_CPU):
-    pair, whole = flops.pair_flops(config, lavit.build('nano')), flops.traced(config, lavit.build('nano'))
+    pair, whole = (
+      flops.pair_flops(config, lavit.build('nano')),
+      flops.traced(config, lavit.build('nano')),
+    )
   c = config.lm
   rows = c.num_rows * (pair.row + c.row_length**2 * pair.scores)
-  assert whole == pytest.approx(config.batch_size * (pair.see + pair.code + pair.read) + rows, rel=1e-6)
+  assert whole == pytest.approx(
+    config.batch_size * (pair.see + pair.code + pair.read) + rows, rel=1e-6
+  )
 
 
 def test_flops_of_slots_follow_the_formula():
@@ -58,10 +67,15 @@ def test_flops_of_slots_follow_the_formula():
   config = nano.config('lm', lm__mean_length=31)
   llama = nano.NANO['llama']
   width, heads = llama['hidden_size'], llama['num_heads'] * llama['head_dim']
-  weights = llama['num_layers'] * (4 * width * heads + 3 * width * llama['mlp_dim']) + width * lavit.build('nano').vocabulary.size
+  weights = (
+    llama['num_layers'] * (4 * width * heads + 3 * width * llama['mlp_dim'])
+    + width * lavit.build('nano').vocabulary.size
+  )
   attention = llama['num_layers'] * 3 * 2 * 2 * (31 + 1) / 2 * heads
   step = flops.step_flops(config)
-  assert step.slots == pytest.approx(stages.tokens_per_step(config) * (6 * weights + attention), rel=1e-6)
+  assert step.slots == pytest.approx(
+    stages.tokens_per_step(config) * (6 * weights + attention), rel=1e-6
+  )
   assert step.at(1.0) - step.at(0.25) == pytest.approx(0.75 * step.slots)
   assert flops.step_flops(nano.config('lm', lm__mean_length=31, remat='full')) == step
 
@@ -78,19 +92,33 @@ def test_what_a_kind_has_no_use_for_is_not_counted():
   assert min(pair.see, pair.code, pair.read) > 0
   assert fixed(text=1.0) == 0 and fixed(draw=1.0) == 8 * (pair.see + pair.code)
   assert fixed(caption=1.0, answer=2.0) == pytest.approx(8 * (pair.see + pair.read))
-  assert fixed(caption=1.0, draw=1.0, text=2.0) == pytest.approx(8 * (pair.see / 2 + pair.code / 4 + pair.read / 4))
+  assert fixed(caption=1.0, draw=1.0, text=2.0) == pytest.approx(
+    8 * (pair.see / 2 + pair.code / 4 + pair.read / 4)
+  )
 
 
 def test_expected_share():
   """136 of the page's pairs to 8 rows of 2,048; a step cannot hold more than it has slots."""
-  assert flops.expected_share(load_config(f'{nano.ROOT}/configs/lm.py:lavit_7b')) == pytest.approx(136 * 110 / (8 * 2048))
-  assert flops.expected_share(nano.config('lm', batch_size=1000)) == 1 == flops.expected_share(nano.config('tokenizer'))
+  assert flops.expected_share(load_config(f'{nano.ROOT}/configs/lm.py:lavit_7b')) == pytest.approx(
+    136 * 110 / (8 * 2048)
+  )
+  assert (
+    flops.expected_share(nano.config('lm', batch_size=1000))
+    == 1
+    == flops.expected_share(nano.config('tokenizer'))
+  )
 
 
 def test_a_frozen_layer_counts_its_forward(monkeypatch):
   config, vit = nano.config('tokenizer'), nano.NANO['vit']
   before = flops.step_flops(config).fixed
-  monkeypatch.setitem(lavit.VARIANTS, 'nano', {**nano.NANO, 'vit': {**vit, 'num_layers': vit['num_layers'] + 1}})
-  width, heads, tokens = vit['hidden_size'], vit['num_heads'] * vit['head_dim'], (vit['image_size'] // vit['patch_size'])**2 + 1
+  monkeypatch.setitem(
+    lavit.VARIANTS, 'nano', {**nano.NANO, 'vit': {**vit, 'num_layers': vit['num_layers'] + 1}}
+  )
+  width, heads, tokens = (
+    vit['hidden_size'],
+    vit['num_heads'] * vit['head_dim'],
+    (vit['image_size'] // vit['patch_size']) ** 2 + 1,
+  )
   products = 2 * (4 * width * heads + 2 * width * vit['mlp_dim']) + 2 * 2 * tokens * heads
   assert flops.step_flops(config).fixed - before == config.batch_size * tokens * products

@@ -55,7 +55,13 @@ def test_the_keys_of_a_run_are_distinct():
   assert [data_of(key) for key in steps] == step_keys(config)
   weights = jax.random.split(key_for(7, Purpose.WEIGHTS), PARTS)
   heldout = [jax.random.fold_in(key_for(7, Purpose.HELDOUT), i) for i in range(STEPS)]
-  keys = [jax.random.key(7), *(key_for(7, purpose) for purpose in Purpose), *weights, *steps, *heldout]
+  keys = [
+    jax.random.key(7),
+    *(key_for(7, purpose) for purpose in Purpose),
+    *weights,
+    *steps,
+    *heldout,
+  ]
   keys += [part for key in (*weights, *steps, *heldout) for part in jax.random.split(key, SPLIT)]
   assert len(set(map(data_of, keys))) == len(keys)
 

@@ -29,8 +29,13 @@ def foreign(folder, **changes):
 
 def test_a_second_run_is_refused_and_the_next_one_is_not(tmp_path):
   with WorkdirLock(tmp_path / 'run'):
-    for enter in (WorkdirLock(tmp_path / 'run').__enter__, lambda: refuse_if_running(tmp_path / 'run')):
-      with pytest.raises(UserError, match=f'run is in use: process {os.getpid()} on .* choose another --workdir') as error:
+    for enter in (
+      WorkdirLock(tmp_path / 'run').__enter__,
+      lambda: refuse_if_running(tmp_path / 'run'),
+    ):
+      with pytest.raises(
+        UserError, match=f'run is in use: process {os.getpid()} on .* choose another --workdir'
+      ) as error:
         enter()
       assert '\n' not in str(error.value)
   assert not (tmp_path / 'run' / '.lock').exists()
@@ -47,7 +52,10 @@ def test_an_error_gives_the_directory_back(tmp_path):
 def test_after_a_kill_on_this_machine_the_next_run_begins_at_once(tmp_path, monkeypatch):
   monkeypatch.setattr(lock, 'SILENCE', 1e9)
   code = f'import os, pathlib, time\nfrom lavit_jax.training.lock import WorkdirLock\nWorkdirLock(pathlib.Path({str(tmp_path)!r})).__enter__()\n'
-  subprocess.run([sys.executable, '-c', code + 'os.kill(os.getpid(), 9)'], env={**os.environ, 'JAX_PLATFORMS': 'cpu'})
+  subprocess.run(
+    [sys.executable, '-c', code + 'os.kill(os.getpid(), 9)'],
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+  )
   assert (tmp_path / '.lock').exists()
   refuse_if_running(tmp_path)
   with WorkdirLock(tmp_path):

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import re
 import signal
 import time
 
@@ -13,23 +12,28 @@ import numpy as np
 import pytest
 from nano import finish, launch, rows, until
 
-from lavit_jax.errors import UserError
-from lavit_jax.weights.store import folder
 from lavit_jax import sharding
-from lavit_jax.training import loop
+from lavit_jax.errors import UserError
 from lavit_jax.inference.parameters import open_checkpoint
+from lavit_jax.training import loop
 from lavit_jax.training.loop import train
 from lavit_jax.training.stage import Stage, Sum
 from lavit_jax.training.train_step import loss_and_metrics
+from lavit_jax.weights.store import folder
 
 nano.install()
 
 
 def test_killed_at_any_step_it_repeats_itself_bit_for_bit(start, tmp_path):
   """SIGKILL before the first checkpoint and between two; then the same losses as without."""
-  options = dict(num_steps=40, checkpoint_every=5, eval_every=10, eval_batches=1, optim__ema_decay=0.9)
+  options = dict(
+    num_steps=40, checkpoint_every=5, eval_every=10, eval_batches=1, optim__ema_decay=0.9
+  )
   finish(start('encoder', tmp_path / 'whole', **options))
-  for step in (2, 12):  # far from the next evaluation: killed between a checkpoint and that, a run misses it
+  for step in (
+    2,
+    12,
+  ):  # far from the next evaluation: killed between a checkpoint and that, a run misses it
     process = start('encoder', tmp_path / 'broken', **options)
     until(process, tmp_path / 'broken', step)
     process.kill()
@@ -40,7 +44,10 @@ def test_killed_at_any_step_it_repeats_itself_bit_for_bit(start, tmp_path):
   assert [row['step'] for row in whole if 'loss' in row] == list(range(1, 41))
   assert whole == broken  # all metrics, those of the held-out split among them, all digits
   assert len({row['loss'] for row in whole if 'loss' in row}) == 40
-  exports = [folder.load_params(tmp_path / name / 'export', variant='nano')['vit'] for name in ('whole', 'broken')]
+  exports = [
+    folder.load_params(tmp_path / name / 'export', variant='nano')['vit']
+    for name in ('whole', 'broken')
+  ]
   jax.tree.map(np.testing.assert_array_equal, *exports)
 
 
@@ -77,9 +84,17 @@ def finished(tmp_path_factory, cache):
 
 
 def test_every_stage_exports_its_parts(finished):
-  parts = {stage: sorted(folder.load_params(run / 'export', variant='nano')) for stage, run in finished.items()}
-  assert parts == dict(encoder=['vit'], autoencoder=['vae'], tokenizer=['decoder', 'tokenizer'],
-                       detokenizer=['decoder', 'uncond_embeddings', 'unet'], lm=['llama', 'understanding'])
+  parts = {
+    stage: sorted(folder.load_params(run / 'export', variant='nano'))
+    for stage, run in finished.items()
+  }
+  assert parts == dict(
+    encoder=['vit'],
+    autoencoder=['vae'],
+    tokenizer=['decoder', 'tokenizer'],
+    detokenizer=['decoder', 'uncond_embeddings', 'unet'],
+    lm=['llama', 'understanding'],
+  )
 
 
 def test_what_is_frozen_stays(finished):
@@ -89,7 +104,9 @@ def test_what_is_frozen_stays(finished):
   assert np.abs(before['context_proj_0']['kernel'] - after['context_proj_0']['kernel']).max() > 0
   first = folder.load_params(finished['tokenizer'] / 'export', ['tokenizer'])['tokenizer']['merger']
   copy = folder.load_params(finished['lm'] / 'export', ['understanding'])['understanding']['merger']
-  difference = np.abs(first['blocks']['mlp']['fc1']['kernel'] - copy['blocks']['mlp']['fc1']['kernel'])
+  difference = np.abs(
+    first['blocks']['mlp']['fc1']['kernel'] - copy['blocks']['mlp']['fc1']['kernel']
+  )
   assert 0 < difference.max() < 0.05  # it began as a copy and trains along
 
 
@@ -102,7 +119,9 @@ def test_metrics_and_pictures_are_there(finished):
 
 
 def test_a_missing_stage_is_named(finished, tmp_path):
-  with pytest.raises(UserError, match=r'stage lm needs tokenizer: name the folders .*--config.frozen='):
+  with pytest.raises(
+    UserError, match=r'stage lm needs tokenizer: name the folders .*--config.frozen='
+  ):
     train(nano.config('lm', frozen=str(finished['encoder'] / 'export')), tmp_path)
 
 
@@ -123,37 +142,67 @@ def test_null_text_rows_that_are_not_in_init_from_are_told(finished, tmp_path, c
   def stop(*args):
     raise UserError('enough')
 
-  exports = [str(finished[name] / 'export') for name in ('encoder', 'autoencoder', 'tokenizer', 'detokenizer')]
+  exports = [
+    str(finished[name] / 'export')
+    for name in ('encoder', 'autoencoder', 'tokenizer', 'detokenizer')
+  ]
   monkeypatch.setattr(loop, 'write_config', stop)
   for init_from, told in ((exports[1], True), (exports[3], False)):
     with pytest.raises(UserError, match='enough'):
-      train(nano.config('detokenizer', frozen=','.join(exports[:3]), init_from=init_from), tmp_path / str(len(init_from)))
+      train(
+        nano.config('detokenizer', frozen=','.join(exports[:3]), init_from=init_from),
+        tmp_path / str(len(init_from)),
+      )
     out = ' '.join(capsys.readouterr().out.split())
-    assert (f'warning: init_from={init_from} has no uncond_embeddings: zeros take the place' in out) == told == ('warning' in out)
+    assert (
+      (f'warning: init_from={init_from} has no uncond_embeddings: zeros take the place' in out)
+      == told
+      == ('warning' in out)
+    )
 
 
 @pytest.mark.slow
 def test_a_unet_goes_on_learning_by_its_own_scheduler(finished, tmp_path):
   """The settings of the folder that it starts from are in the run's checkpoint and in its export, and the loss is another."""
-  said = dict(scheduler=dict(prediction_type='v_prediction', rescale_betas_zero_snr=True, timestep_spacing='trailing'))
-  exports = [finished[name] / 'export' for name in ('encoder', 'autoencoder', 'tokenizer', 'detokenizer')]
+  said = dict(
+    scheduler=dict(
+      prediction_type='v_prediction', rescale_betas_zero_snr=True, timestep_spacing='trailing'
+    )
+  )
+  exports = [
+    finished[name] / 'export' for name in ('encoder', 'autoencoder', 'tokenizer', 'detokenizer')
+  ]
   losses = []
   for settings in ({}, said):
     start, run = tmp_path / f'start{len(settings)}', tmp_path / f'run{len(settings)}'
     folder.save_params(start, 'nano', folder.load_params(exports[3]), settings=settings)
-    train(nano.config('detokenizer', frozen=','.join(map(str, exports[:3])), init_from=str(start), num_steps=1, checkpoint_every=1), run)
+    train(
+      nano.config(
+        'detokenizer',
+        frozen=','.join(map(str, exports[:3])),
+        init_from=str(start),
+        num_steps=1,
+        checkpoint_every=1,
+      ),
+      run,
+    )
     losses.append(json.loads((run / 'metrics.jsonl').read_text().splitlines()[0])['loss'])
     assert folder.read_settings(run / 'export') == settings
   assert abs(losses[0] - losses[1]) > 1e-3
 
 
 def test_another_runs_checkpoint_is_refused(finished):
-  with pytest.raises(UserError, match='checkpoint of encoder:nano, and this run is autoencoder:nano; choose another --workdir'):
+  with pytest.raises(
+    UserError,
+    match='checkpoint of encoder:nano, and this run is autoencoder:nano; choose another --workdir',
+  ):
     train(nano.config('autoencoder'), finished['encoder'])
 
 
 @pytest.mark.slow
-def test_a_lost_loss_ends_the_run_and_no_checkpoint_has_its_parameters(finished, tmp_path, monkeypatch):
+def test_a_lost_loss_ends_the_run_and_no_checkpoint_has_its_parameters(
+  finished, tmp_path, monkeypatch
+):
   """An update that is finite and too large: the losses after it are not, and the run goes on from before it."""
   make = loop.make_train_step
 
@@ -168,7 +217,9 @@ def test_a_lost_loss_ends_the_run_and_no_checkpoint_has_its_parameters(finished,
           number = int(state.step)
           state, values = compiled(state, frozen, batch)
           if number == 3:
-            state = state._replace(params=jax.tree.map(lambda x: x + jnp.float32(1e30), state.params))
+            state = state._replace(
+              params=jax.tree.map(lambda x: x + jnp.float32(1e30), state.params)
+            )
           return state, values
 
         return type('Compiled', (), dict(compile=lambda _: run))()
@@ -177,7 +228,10 @@ def test_a_lost_loss_ends_the_run_and_no_checkpoint_has_its_parameters(finished,
 
   options = dict(num_steps=20, checkpoint_every=1, optim__max_nonfinite=3)
   monkeypatch.setattr(loop, 'make_train_step', broken_once)
-  with pytest.raises(UserError, match='not finite in 3 steps in a row, from step 5 on; the checkpoints 4.broken have .* it goes on from step 3'):
+  with pytest.raises(
+    UserError,
+    match='not finite in 3 steps in a row, from step 5 on; the checkpoints 4.broken have .* it goes on from step 3',
+  ):
     train(nano.config('autoencoder', **options), tmp_path)
   names = sorted(path.name for path in (tmp_path / 'checkpoints').iterdir())
   assert names == ['3', '4.broken'] or names == ['2', '3', '4.broken']
@@ -186,7 +240,9 @@ def test_a_lost_loss_ends_the_run_and_no_checkpoint_has_its_parameters(finished,
   assert all(row['nonfinite'] == 0 for row in rows(tmp_path)[3:5])
 
 
-@pytest.mark.parametrize('changes, message', [
+@pytest.mark.parametrize(
+  'changes, message',
+  [
     (dict(data__source='/nowhere'), 'data: /nowhere has no emoji data set'),
     (dict(data__tokenizer_folder='/nowhere'), 'data: /nowhere/tokenizer.json does not exist'),
     (dict(data__text_length=8), 'data: text_length is 8, but this text has'),
@@ -194,13 +250,27 @@ def test_a_lost_loss_ends_the_run_and_no_checkpoint_has_its_parameters(finished,
     (dict(remat='most'), "remat='most' is unknown; choose none or"),
     (dict(log_every=0), 'log_every=0 must be an integer of at least 1'),
     (dict(profile='5'), "profile='5' must give the first and the last step"),
-    (dict(eval_every=1, eval_batches=0), 'eval_batches=0 with eval_every=1: give at least 1, or eval_every=0'),
+    (
+      dict(eval_every=1, eval_batches=0),
+      'eval_batches=0 with eval_every=1: give at least 1, or eval_every=0',
+    ),
     (dict(peak_tflops=-1.0), 'peak_tflops=-1.0 must be a number of at least 0'),
     (dict(data__text_length=0), 'data.text_length=0 must be an integer of at least 1'),
-    (dict(data__image_size=48), 'data.image_size=48: the encoder of variant nano learns from 32 pixels a side'),
-    (dict(variant='lavit_7b'), 'data.image_size=32: the encoder of variant lavit_7b learns from 224 pixels a side'),
-    (dict(data__task='images'), "stage='encoder' needs data.task='contrastive' .now 'images'. .*; take configs/encoder.py"),
-    (dict(mesh__tensor=3), 'mesh: data=-1, fsdp=1, tensor=3 does not fit')])
+    (
+      dict(data__image_size=48),
+      'data.image_size=48: the encoder of variant nano learns from 32 pixels a side',
+    ),
+    (
+      dict(variant='lavit_7b'),
+      'data.image_size=32: the encoder of variant lavit_7b learns from 224 pixels a side',
+    ),
+    (
+      dict(data__task='images'),
+      "stage='encoder' needs data.task='contrastive' .now 'images'. .*; take configs/encoder.py",
+    ),
+    (dict(mesh__tensor=3), 'mesh: data=-1, fsdp=1, tensor=3 does not fit'),
+  ],
+)
 def test_bad_options_are_named(changes, message, tmp_path):
   with pytest.raises(UserError, match=message):
     train(nano.config('encoder', **changes), tmp_path)
@@ -209,31 +279,81 @@ def test_bad_options_are_named(changes, message, tmp_path):
 TARS = dict(format='tars', path='x.tar')
 
 
-@pytest.mark.parametrize('page, changes, message', [
+@pytest.mark.parametrize(
+  'page, changes, message',
+  [
     ('lm', dict(lm__num_rows=0), 'lm.num_rows=0 must be an integer of at least 1'),
     ('lm', dict(lm__row_length=0), 'lm.row_length=0 must be an integer of at least 1'),
     ('lm', dict(lm__loss_chunks=0), 'lm.loss_chunks=0 must be an integer of at least 1'),
-    ('lm', dict(data__shares=dict(caption=-1.0)), 'data.shares.caption=-1.0 must be a number of at least 0'),
-    ('lm', dict(data__sources=('/a.tar',)), r"data.sources\[0\] is '/a.tar'; give {'format': ..., 'path': ...}"),
-    ('lm', dict(data__sources=(TARS, TARS | dict(weight='3'))), r"data.sources\[1\] has weight '3', which is no float"),
-    ('lm', dict(data__sources=(TARS,), data__heldout=(TARS | dict(window=0.5),)), r'data.heldout\[0\] has window 0.5, which is no int'),
-    ('autoencoder', dict(data__crop='centre'), "data.crop='centre' is unknown; choose none or center or random"),
-    ('autoencoder', dict(data__image_size=31), 'data.image_size=31 must be a multiple of 2 for stage autoencoder of variant nano'),
-    ('tokenizer', dict(data__image_size=30, picture_every=1), 'data.image_size=30 must be a multiple of 4 for stage tokenizer'),
-    ('lm', dict(lm__num_rows=6, accumulate=4), 'lm.num_rows=6 must be a multiple of the 4 x 1 pieces .*; accumulate=2 would do'),
-    ('autoencoder', dict(batch_size=12, accumulate=8), 'batch_size=12 must be a multiple of the 8 x 1 pieces .*; accumulate=6 would do')])
+    (
+      'lm',
+      dict(data__shares=dict(caption=-1.0)),
+      'data.shares.caption=-1.0 must be a number of at least 0',
+    ),
+    (
+      'lm',
+      dict(data__sources=('/a.tar',)),
+      r"data.sources\[0\] is '/a.tar'; give {'format': ..., 'path': ...}",
+    ),
+    (
+      'lm',
+      dict(data__sources=(TARS, TARS | dict(weight='3'))),
+      r"data.sources\[1\] has weight '3', which is no float",
+    ),
+    (
+      'lm',
+      dict(data__sources=(TARS,), data__heldout=(TARS | dict(window=0.5),)),
+      r'data.heldout\[0\] has window 0.5, which is no int',
+    ),
+    (
+      'autoencoder',
+      dict(data__crop='centre'),
+      "data.crop='centre' is unknown; choose none or center or random",
+    ),
+    (
+      'autoencoder',
+      dict(data__image_size=31),
+      'data.image_size=31 must be a multiple of 2 for stage autoencoder of variant nano',
+    ),
+    (
+      'tokenizer',
+      dict(data__image_size=30, picture_every=1),
+      'data.image_size=30 must be a multiple of 4 for stage tokenizer',
+    ),
+    (
+      'lm',
+      dict(lm__num_rows=6, accumulate=4),
+      'lm.num_rows=6 must be a multiple of the 4 x 1 pieces .*; accumulate=2 would do',
+    ),
+    (
+      'autoencoder',
+      dict(batch_size=12, accumulate=8),
+      'batch_size=12 must be a multiple of the 8 x 1 pieces .*; accumulate=6 would do',
+    ),
+  ],
+)
 def test_options_of_pages_are_checked_before_anything_is_traced(page, changes, message, tmp_path):
   with pytest.raises(UserError, match=message):
     train(nano.config(page, **changes), tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
 
 
-@pytest.mark.parametrize('page, stage, lacks', [('encoder', 'lm', 'lm'), ('tokenizer', 'detokenizer', 'detokenizer'), ('lm', 'autoencoder', 'kl_weight')])
+@pytest.mark.parametrize(
+  'page, stage, lacks',
+  [
+    ('encoder', 'lm', 'lm'),
+    ('tokenizer', 'detokenizer', 'detokenizer'),
+    ('lm', 'autoencoder', 'kl_weight'),
+  ],
+)
 def test_a_stage_on_the_page_of_another(page, stage, lacks, tmp_path):
   config = nano.config(page)
   with config.unlocked():
     config.stage = stage
-  with pytest.raises(UserError, match=f"stage='{stage}' needs data.task=.* and '{lacks}' in the page; take configs/{stage}.py"):
+  with pytest.raises(
+    UserError,
+    match=f"stage='{stage}' needs data.task=.* and '{lacks}' in the page; take configs/{stage}.py",
+  ):
     train(config, tmp_path)
 
 
@@ -243,8 +363,13 @@ def three_losses(finished, cache, tmp_path_factory):
 
   @functools.cache
   def run(stage, devices=1, **mesh):
-    earlier = dict(encoder=(), autoencoder=(), tokenizer=('encoder',), detokenizer=('encoder', 'autoencoder', 'tokenizer'),
-                   lm=('encoder', 'tokenizer'))[stage]
+    earlier = dict(
+      encoder=(),
+      autoencoder=(),
+      tokenizer=('encoder',),
+      detokenizer=('encoder', 'autoencoder', 'tokenizer'),
+      lm=('encoder', 'tokenizer'),
+    )[stage]
     options = dict(num_steps=3, frozen=','.join(str(finished[name] / 'export') for name in earlier))
     if stage == 'tokenizer':
       options['tokenizer__quantize_from'] = 1
@@ -258,15 +383,30 @@ def three_losses(finished, cache, tmp_path_factory):
 DATA, THREE_AXES = dict(mesh__data=-1), dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
 
 
-@pytest.mark.parametrize('mesh, stage', [
+@pytest.mark.parametrize(
+  'mesh, stage',
+  [
     (THREE_AXES, 'lm'),
-    *(pytest.param(DATA, stage, marks=pytest.mark.slow) for stage in ('encoder', 'autoencoder', 'tokenizer', 'detokenizer', 'lm')),
-    *(pytest.param(THREE_AXES, stage, marks=pytest.mark.slow) for stage in ('encoder', 'autoencoder', 'tokenizer', 'detokenizer'))])
+    *(
+      pytest.param(DATA, stage, marks=pytest.mark.slow)
+      for stage in ('encoder', 'autoencoder', 'tokenizer', 'detokenizer', 'lm')
+    ),
+    *(
+      pytest.param(THREE_AXES, stage, marks=pytest.mark.slow)
+      for stage in ('encoder', 'autoencoder', 'tokenizer', 'detokenizer')
+    ),
+  ],
+)
 def test_eight_devices_give_the_losses_of_one(three_losses, stage, mesh):
   one, _ = three_losses(stage)
   eight, out = three_losses(stage, devices=8, **mesh)
   sizes = [8, 1, 1] if len(mesh) == 1 else [2, 2, 2]
-  assert 'mesh {' + ', '.join(f"'{axis}': {n}" for axis, n in zip(('data', 'fsdp', 'tensor'), sizes)) + '}' in out
+  assert (
+    'mesh {'
+    + ', '.join(f"'{axis}': {n}" for axis, n in zip(('data', 'fsdp', 'tensor'), sizes))
+    + '}'
+    in out
+  )
   assert len(one) == 3
   np.testing.assert_allclose(eight, one, rtol=1e-4)
 
@@ -283,16 +423,26 @@ def test_averages_of_pieces_are_those_of_the_whole():
   stage = Stage((), (), lambda key, parts: (dict(w=jnp.ones((3, 2))), jnp.zeros([])), loss, None)
   mesh = sharding.make_mesh(dict(data=-1, fsdp=1, tensor=1), jax.devices()[:1])
   with jax.set_mesh(mesh):
-    values = loss_and_metrics(stage, 4, 1, mesh)(dict(w=jnp.ones((3, 2))), {}, {}, {'x': x}, jax.random.key(0))
+    values = loss_and_metrics(stage, 4, 1, mesh)(
+      dict(w=jnp.ones((3, 2))), {}, {}, {'x': x}, jax.random.key(0)
+    )
   assert values['loss'] == pytest.approx(float(jnp.square(x.sum(1) - 1).mean()), rel=1e-5)
   assert values['overflow'] == 8 and values['mean'] == pytest.approx(float(x.mean()), abs=1e-6)
 
 
 def test_init_from_reads_only_what_the_stage_trains_in_the_type_it_has(tmp_path, monkeypatch):
-  saved = {name: {'a': np.ones((2, 2), np.float32)} for name in ('vit', 'llama', 'understanding', 'vae')}
+  saved = {
+    name: {'a': np.ones((2, 2), np.float32)} for name in ('vit', 'llama', 'understanding', 'vae')
+  }
   folder.save_params(tmp_path / 'start', 'nano', saved, dtype='bfloat16')
   asked = []
-  monkeypatch.setattr(loop.folder, 'load_parts', lambda path, names, variant, shardings, dtype: asked.append((names, dtype)) or dict.fromkeys(names))
+  monkeypatch.setattr(
+    loop.folder,
+    'load_parts',
+    lambda path, names, variant, shardings, dtype: (
+      asked.append((names, dtype)) or dict.fromkeys(names)
+    ),
+  )
   stage = Stage(('vit',), (), None, None, None, takes=('llama', 'understanding'))
   config = nano.config('lm', frozen=str(tmp_path / 'start'), init_from=str(tmp_path / 'start'))
   assert set(loop.load_parts(config, stage, None)) == {'vit', 'llama', 'understanding'}
@@ -304,23 +454,38 @@ def test_a_tokenizer_without_a_codebook_is_told_marked_and_refused(finished, tmp
   frozen = str(finished['encoder'] / 'export')
   train(nano.config('tokenizer', frozen=frozen, num_steps=1), tmp_path / 'short')
   out = ' '.join(capsys.readouterr().out.split())
-  assert 'warning: num_steps=1 ends before quantisation begins' in out and 'the codebook of this run was never trained' in out
+  assert (
+    'warning: num_steps=1 ends before quantisation begins' in out
+    and 'the codebook of this run was never trained' in out
+  )
   export = tmp_path / 'short' / 'export'
   assert folder.read_config(export)['metadata']['codebook'] == 'untrained'
   assert folder.read_config(finished['tokenizer'] / 'export')['metadata']['codebook'] == 'trained'
   words = f'{nano.ROOT}/lavit_jax/assets/tiny/language_model'
-  for use in (lambda: train(nano.config('lm', frozen=f'{frozen},{export}'), tmp_path / 'lm'),
-              lambda: folder.bundle(tmp_path / 'all', [export], words),
-              lambda: open_checkpoint(export, None)):
-    with pytest.raises(UserError, match='its tokenizer was never quantised, so its codes mean nothing'):
+  for use in (
+    lambda: train(nano.config('lm', frozen=f'{frozen},{export}'), tmp_path / 'lm'),
+    lambda: folder.bundle(tmp_path / 'all', [export], words),
+    lambda: open_checkpoint(export, None),
+  ):
+    with pytest.raises(
+      UserError, match='its tokenizer was never quantised, so its codes mean nothing'
+    ):
       use()
 
 
 @pytest.mark.slow
 def test_a_trained_tokenizer_goes_on_with_its_codebook(finished, tmp_path, capsys):
   start = finished['tokenizer'] / 'export'
-  train(nano.config('tokenizer', frozen=str(finished['encoder'] / 'export'), init_from=str(start), num_steps=2), tmp_path)
-  before, after = (folder.load_params(path, ['tokenizer'])['tokenizer']['quantizer']['embedding'] for path in (start, tmp_path / 'export'))
+  train(
+    nano.config(
+      'tokenizer', frozen=str(finished['encoder'] / 'export'), init_from=str(start), num_steps=2
+    ),
+    tmp_path,
+  )
+  before, after = (
+    folder.load_params(path, ['tokenizer'])['tokenizer']['quantizer']['embedding']
+    for path in (start, tmp_path / 'export')
+  )
   assert 0 < np.linalg.norm(after - before, axis=1).max() < 0.05  # two moving averages of 0.99
   assert 'the codebook of init_from goes on' in ' '.join(capsys.readouterr().out.split())
 
@@ -330,4 +495,7 @@ def test_a_finished_run_that_goes_on_is_told_how_its_learning_rate_jumps(start, 
   options = dict(optim__warmup_steps=2, optim__final_fraction=0.01, optim__learning_rate=1e-3)
   finish(start('encoder', tmp_path, num_steps=20, **options))
   out = ' '.join(finish(start('encoder', tmp_path, num_steps=22, **options)).split())
-  assert 'warning: at step 20 the learning rate goes from 1e-05, as this run was begun (num_steps=20), to' in out
+  assert (
+    'warning: at step 20 the learning rate goes from 1e-05, as this run was begun (num_steps=20), to'
+    in out
+  )

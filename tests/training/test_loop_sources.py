@@ -29,15 +29,23 @@ def lines(folder):
 
 def test_goes_on_to_the_bit_and_counts_what_is_skipped(tmp_path, capsys, monkeypatch):
   compile_fully = jax.stages.Lowered.compile
-  monkeypatch.setattr(jax.stages.Lowered, 'compile', lambda self: compile_fully(self, nano.QUICK_TO_COMPILE))
+  monkeypatch.setattr(
+    jax.stages.Lowered, 'compile', lambda self: compile_fully(self, nano.QUICK_TO_COMPILE)
+  )
   for t in range(2):
     bad = [('x', {'png': b'no picture', 'txt': b'words'})]
     write_tar(tmp_path / f'{t}.tar', [sample(i) for i in range(20 * t, 20 * t + 20)] + bad)
   source = dict(format='tars', path=f'{tmp_path}/*.tar', window=7)
-  config = nano.config('autoencoder', checkpoint_every=2, keep=3, data__sources=(source,), data__crop='random')
+  config = nano.config(
+    'autoencoder', checkpoint_every=2, keep=3, data__sources=(source,), data__crop='random'
+  )
   loop.train(config, tmp_path / 'run')
   out, first = capsys.readouterr().out, lines(tmp_path / 'run')
-  assert 'data/skipped_corrupt_image' in out and 'data_wait' in out and [row['step'] for row in first] == [1, 2, 3, 4]
+  assert (
+    'data/skipped_corrupt_image' in out
+    and 'data_wait' in out
+    and [row['step'] for row in first] == [1, 2, 3, 4]
+  )
   shutil.rmtree(tmp_path / 'run' / 'checkpoints' / '4')
   assert 'changed since' not in out
   with config.unlocked():
@@ -49,7 +57,10 @@ def test_goes_on_to_the_bit_and_counts_what_is_skipped(tmp_path, capsys, monkeyp
   out = capsys.readouterr().out
   assert 'continuing from step 2' in out and lines(tmp_path / 'run') == first
   assert 'changed since then: log_every 1 -> 2\n' in out
-  assert 'warning: changed since then, so the next examples are not those that it would have seen: data.scene_share 0.3 -> 0.5\n' in out
+  assert (
+    'warning: changed since then, so the next examples are not those that it would have seen: data.scene_share 0.3 -> 0.5\n'
+    in out
+  )
   assert float(re.search(r'step 4/4 .* data_wait ([\d.]+)%', out)[1]) > 10  # of 2 s and two steps
 
 
@@ -59,13 +70,25 @@ def test_sources_without_held_out_ones_are_told_at_once(tmp_path):
     loop.train(config, tmp_path / 'run')
 
 
-@pytest.mark.parametrize('heldout, message', [
+@pytest.mark.parametrize(
+  'heldout, message',
+  [
     (dict(format='tras', path='x.tar'), r"^data.heldout\[0\] has format 'tras'; choose one of"),
-    (dict(format='tars', path='/nowhere/{0..9}.tar'), r'^data.heldout\[0\]: 10 of 10 tars are not there, such as /nowhere/0.tar; check the path'),
-    (dict(format='parquet', path='/nowhere/a.parquet'), r'^data.heldout\[0\]: /nowhere/a.parquet: not a Parquet file')])
+    (
+      dict(format='tars', path='/nowhere/{0..9}.tar'),
+      r'^data.heldout\[0\]: 10 of 10 tars are not there, such as /nowhere/0.tar; check the path',
+    ),
+    (
+      dict(format='parquet', path='/nowhere/a.parquet'),
+      r'^data.heldout\[0\]: /nowhere/a.parquet: not a Parquet file',
+    ),
+  ],
+)
 def test_held_out_data_is_looked_at_before_the_first_step(tmp_path, heldout, message):
   write_tar(tmp_path / 'a.tar', [sample(0)])
-  options = dict(data__sources=(dict(format='tars', path=f'{tmp_path}/a.tar'),), data__heldout=(heldout,))
+  options = dict(
+    data__sources=(dict(format='tars', path=f'{tmp_path}/a.tar'),), data__heldout=(heldout,)
+  )
   with pytest.raises(UserError, match=message):
     loop.train(nano.config('autoencoder', eval_every=4, **options), tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
@@ -76,14 +99,18 @@ def test_a_few_held_out_tars_may_be_absent(tmp_path):
     write_tar(tmp_path / f'{i}.tar', [sample(i)])
   source = dict(format='tars', path=f'{tmp_path}/{{0..3}}.tar')
   check_files('data.heldout', (source,), 0.25)
-  with pytest.raises(UserError, match=r'data.heldout\[0\]: 1 of 4 tars are not there, such as .*/3.tar'):
+  with pytest.raises(
+    UserError, match=r'data.heldout\[0\]: 1 of 4 tars are not there, such as .*/3.tar'
+  ):
     check_files('data.heldout', (source,), 0.2)
 
 
 def test_a_step_is_saved_before_it_is_looked_at(tmp_path, monkeypatch):
   """So that an evaluation that fails loses no step, and what is started again does not come to it once more."""
   compile_fully = jax.stages.Lowered.compile
-  monkeypatch.setattr(jax.stages.Lowered, 'compile', lambda self: compile_fully(self, nano.QUICK_TO_COMPILE))
+  monkeypatch.setattr(
+    jax.stages.Lowered, 'compile', lambda self: compile_fully(self, nano.QUICK_TO_COMPILE)
+  )
 
   def fail(self, *args):
     raise UserError('no such data any more')
@@ -98,10 +125,16 @@ def test_a_step_is_saved_before_it_is_looked_at(tmp_path, monkeypatch):
 def test_held_out_rows_are_of_the_held_out_sources(tmp_path):
   for name, start in ('a', 0), ('b', 100):
     write_tar(tmp_path / f'{name}.tar', [sample(i) for i in range(start, start + 20)])
-  sources = {f'data__{key}': (dict(format='tars', path=f'{tmp_path}/{name}.tar'),) for key, name in (('sources', 'a'), ('heldout', 'b'))}
+  sources = {
+    f'data__{key}': (dict(format='tars', path=f'{tmp_path}/{name}.tar'),)
+    for key, name in (('sources', 'a'), ('heldout', 'b'))
+  }
   config, model = nano.config('lm', **sources), lavit.build('nano')
   share = sharding.process_share(sharding.make_mesh(config.mesh), config.batch_size)
-  red = {split: loop.next_batch(loop.open_data(config, model, share, split))['image'][:, 0, 0, 0] for split in ('train', 'heldout')}
+  red = {
+    split: loop.next_batch(loop.open_data(config, model, share, split))['image'][:, 0, 0, 0]
+    for split in ('train', 'heldout')
+  }
   assert red['train'].max() < 20 and red['heldout'].tolist() == list(range(100, 108))
 
 
@@ -136,7 +169,6 @@ class Clock:
 
 
 class Computing(float):
-
   def __new__(cls, clock, then):
     self = super().__new__(cls, 1.0)
     self.then, self.block_until_ready = then, lambda: clock.pass_to(then)
@@ -155,12 +187,22 @@ def timed(tmp_path, monkeypatch):
   log.close()
 
 
-@pytest.mark.parametrize('source, step, wait', [
+@pytest.mark.parametrize(
+  'source, step, wait',
+  [
     (0.05, 0.0, 1.0),  # the device has nothing to do
     (0.0, 0.05, 0.0),
-    (0.08, 0.06, (0.08 + 11 * 0.02) / (12 * 0.08)),  # a little slower than the device, which waits for the first batch, and the difference
-    (0.05, 0.08, 0.05 / (0.05 + 10 * 0.08))])  # a little faster: the host is two steps ahead at the end
-def test_data_wait_is_the_share_of_time_that_the_device_waits(timed, capsys, monkeypatch, source, step, wait):
+    (
+      0.08,
+      0.06,
+      (0.08 + 11 * 0.02) / (12 * 0.08),
+    ),  # a little slower than the device, which waits for the first batch, and the difference
+    (0.05, 0.08, 0.05 / (0.05 + 10 * 0.08)),
+  ],
+)  # a little faster: the host is two steps ahead at the end
+def test_data_wait_is_the_share_of_time_that_the_device_waits(
+  timed, capsys, monkeypatch, source, step, wait
+):
   """Seconds that the source and the device take for each step, beside each other; the terminal and TensorBoard say the same."""
   (log, clock), shown = timed, {}
   monkeypatch.setattr(log, 'scalars', lambda step, values: shown.update(values))
@@ -192,10 +234,16 @@ def test_skips_of_all_processes_are_counted(running, cache, tmp_path):
   for t in range(2):
     bad = [(f'x{n}', {'png': b'no picture', 'txt': b'words'}) for n in range(2 * (t == second))]
     write_tar(tmp_path / f'{t}.tar', bad + [sample(i) for i in range(300)])
-  job = nano.launch_job('autoencoder', tmp_path / 'run', cache, 2, 1, timeout=20, num_steps=2, data__sources=(source,))
+  job = nano.launch_job(
+    'autoencoder', tmp_path / 'run', cache, 2, 1, timeout=20, num_steps=2, data__sources=(source,)
+  )
   running.extend(job)
   first, other = map(nano.finish, job)
-  assert 'data/skipped_corrupt_image 2' in first and 'skipped: ' not in first and 'skipped: corrupt image' in other
+  assert (
+    'data/skipped_corrupt_image 2' in first
+    and 'skipped: ' not in first
+    and 'skipped: corrupt image' in other
+  )
   (metrics_of,) = (tmp_path / 'run' / 'tensorboard').iterdir()
   assert b'data/skipped_corrupt_image' in metrics_of.read_bytes()
 

@@ -10,11 +10,31 @@ from lavit_jax.training import optimizer
 
 
 def options(**changes):
-  return ConfigDict({**dict(learning_rate=0.1, warmup_steps=0, final_fraction=1.0, weight_decay=0.0, b1=0.9, b2=0.99, mu_dtype='float32',
-                            nu_dtype='float32', clip_norm=0.0, ema_decay=0.0, freeze=(), lr_scale=()), **changes})
+  return ConfigDict(
+    {
+      **dict(
+        learning_rate=0.1,
+        warmup_steps=0,
+        final_fraction=1.0,
+        weight_decay=0.0,
+        b1=0.9,
+        b2=0.99,
+        mu_dtype='float32',
+        nu_dtype='float32',
+        clip_norm=0.0,
+        ema_decay=0.0,
+        freeze=(),
+        lr_scale=(),
+      ),
+      **changes,
+    }
+  )
 
 
-PARAMS = {'vit': {'kernel': jnp.ones((2, 3)), 'bias': jnp.ones(3)}, 'head': {'kernel': jnp.ones((3, 2))}}
+PARAMS = {
+  'vit': {'kernel': jnp.ones((2, 3)), 'bias': jnp.ones(3)},
+  'head': {'kernel': jnp.ones((3, 2))},
+}
 
 
 def run(config, steps=1, hold=(), gradient=1.0):
@@ -22,7 +42,9 @@ def run(config, steps=1, hold=(), gradient=1.0):
   tx = optimizer.make_optimizer(config, 10, PARAMS, hold)
   params, state, seen = PARAMS, tx.init(PARAMS), []
   for _ in range(steps):
-    updates, state = tx.update(jax.tree.map(lambda x: jnp.full_like(x, gradient), params), state, params)
+    updates, state = tx.update(
+      jax.tree.map(lambda x: jnp.full_like(x, gradient), params), state, params
+    )
     params = optax.apply_updates(params, updates)
     seen.append(params)
   return seen, state
@@ -38,7 +60,12 @@ def test_frozen_parameters_neither_move_nor_have_moments():
 
 def test_no_gradient_is_computed_for_frozen_parameters():
   def loss(params):
-    return sum(jnp.square(x).sum() for x in jax.tree.leaves(optimizer.stop_frozen_gradients(options(freeze=('kernel$',)), params)))
+    return sum(
+      jnp.square(x).sum()
+      for x in jax.tree.leaves(
+        optimizer.stop_frozen_gradients(options(freeze=('kernel$',)), params)
+      )
+    )
 
   gradient = jax.grad(loss)(PARAMS)
   assert not gradient['vit']['kernel'].any() and not gradient['head']['kernel'].any()
@@ -69,12 +96,21 @@ def test_weight_decay_is_on_kernels_only():
 
 def test_learning_rates_by_regex():
   (params,), _ = run(options(lr_scale=(('^vit/.*bias', 0.1), ('^vit/', 0.5))))
-  step = {name: 1 - float(x.ravel()[0]) for name, x in
-          dict(kernel=params['vit']['kernel'], bias=params['vit']['bias'], head=params['head']['kernel']).items()}
-  assert step['kernel'] == pytest.approx(step['head'] / 2, rel=1e-4) and step['bias'] == pytest.approx(step['head'] / 10, rel=1e-4)
+  step = {
+    name: 1 - float(x.ravel()[0])
+    for name, x in dict(
+      kernel=params['vit']['kernel'], bias=params['vit']['bias'], head=params['head']['kernel']
+    ).items()
+  }
+  assert step['kernel'] == pytest.approx(step['head'] / 2, rel=1e-4) and step[
+    'bias'
+  ] == pytest.approx(step['head'] / 10, rel=1e-4)
 
 
-@pytest.mark.parametrize('freeze, message', [(('^vot/',), 'matches no parameter.*head, |vit'), (('(',), 'not a regular expression')])
+@pytest.mark.parametrize(
+  'freeze, message',
+  [(('^vot/',), 'matches no parameter.*head, |vit'), (('(',), 'not a regular expression')],
+)
 def test_bad_regexes_are_refused(freeze, message):
   with pytest.raises(UserError, match=message):
     optimizer.make_optimizer(options(freeze=freeze), 10, PARAMS)
@@ -83,21 +119,33 @@ def test_bad_regexes_are_refused(freeze, message):
 def test_learning_rate_warms_up_and_comes_down():
   rate = optimizer.learning_rate(options(warmup_steps=4, final_fraction=0.1), 20)
   values = np.array([rate(step) for step in range(21)])
-  assert values[0] == 0 and values.argmax() == 4 and values[4] == pytest.approx(0.1) and values[-1] == pytest.approx(0.01)
+  assert (
+    values[0] == 0
+    and values.argmax() == 4
+    and values[4] == pytest.approx(0.1)
+    and values[-1] == pytest.approx(0.01)
+  )
   assert (np.diff(values[4:]) < 0).all()
 
 
 def test_ema_follows_fast_at_first_and_slowly_later():
   old, new = {'a': jnp.zeros(2)}, {'a': jnp.ones(2)}
   assert optimizer.ema_update(old, new, 0.999, jnp.array(0))['a'][0] == pytest.approx(0.9)
-  assert optimizer.ema_update(old, new, 0.999, jnp.array(10**6))['a'][0] == pytest.approx(0.001, rel=1e-3)
+  assert optimizer.ema_update(old, new, 0.999, jnp.array(10**6))['a'][0] == pytest.approx(
+    0.001, rel=1e-3
+  )
 
 
-GRADIENTS = [jax.tree.map(lambda x: jax.random.normal(jax.random.key(step), x.shape), PARAMS) for step in range(20)]
+GRADIENTS = [
+  jax.tree.map(lambda x: jax.random.normal(jax.random.key(step), x.shape), PARAMS)
+  for step in range(20)
+]
 
 
 def follow(steps=20, **changes):
-  tx = optimizer.make_optimizer(options(**{'learning_rate': 1e-3, 'b2': 0.95, **changes}), 1000, PARAMS)
+  tx = optimizer.make_optimizer(
+    options(**{'learning_rate': 1e-3, 'b2': 0.95, **changes}), 1000, PARAMS
+  )
   params, state = PARAMS, tx.init(PARAMS)
   for gradient in GRADIENTS[:steps]:
     updates, state = tx.update(gradient, state, params)
@@ -105,13 +153,18 @@ def follow(steps=20, **changes):
   return params, state
 
 
-@pytest.mark.parametrize('dtypes', [('bfloat16', 'float32'), ('float32', 'bfloat16'), ('bfloat16', 'bfloat16')])
+@pytest.mark.parametrize(
+  'dtypes', [('bfloat16', 'float32'), ('float32', 'bfloat16'), ('bfloat16', 'bfloat16')]
+)
 def test_moments_of_half_the_size(dtypes):
   """The state is of these types before and after, moves as float32's does, within what 8 bits can tell, and not just as that."""
   changes = dict(zip(('mu_dtype', 'nu_dtype'), dtypes))
   (exact, _), (params, state) = follow(), follow(**changes)
   for now in (optimizer.make_optimizer(options(**changes), 1000, PARAMS).init(PARAMS), state):
-    named = {optimizer.path_name(path): str(x.dtype) for path, x in jax.tree_util.tree_leaves_with_path(now)}
+    named = {
+      optimizer.path_name(path): str(x.dtype)
+      for path, x in jax.tree_util.tree_leaves_with_path(now)
+    }
     for moment, dtype in zip(('/mu/', '/nu/'), dtypes):
       assert {kind for name, kind in named.items() if moment in name} == {dtype}
   assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.float32.dtype}
@@ -124,12 +177,23 @@ def test_the_second_moment_is_rounded_once_a_step():
   """Against the definition, in float64 but for that rounding."""
   nu = np.zeros((2, 3))
   for gradient in GRADIENTS[:5]:
-    nu = np.asarray(jnp.asarray(0.95 * nu + 0.05 * np.asarray(gradient['vit']['kernel'], np.float64) ** 2, jnp.bfloat16), np.float64)
+    nu = np.asarray(
+      jnp.asarray(
+        0.95 * nu + 0.05 * np.asarray(gradient['vit']['kernel'], np.float64) ** 2, jnp.bfloat16
+      ),
+      np.float64,
+    )
   state = follow(5, nu_dtype='bfloat16')[1]
-  found, = (x for path, x in jax.tree_util.tree_leaves_with_path(state) if optimizer.path_name(path).endswith('/nu/vit/kernel'))
+  (found,) = (
+    x
+    for path, x in jax.tree_util.tree_leaves_with_path(state)
+    if optimizer.path_name(path).endswith('/nu/vit/kernel')
+  )
   np.testing.assert_array_equal(np.asarray(found, np.float64), nu)
 
 
 def test_a_slow_second_moment_needs_float32():
-  with pytest.raises(UserError, match="optim.nu_dtype='bfloat16' needs optimizer.b2 of at most 0.99, not 0.999"):
+  with pytest.raises(
+    UserError, match="optim.nu_dtype='bfloat16' needs optimizer.b2 of at most 0.99, not 0.999"
+  ):
     optimizer.make_optimizer(options(nu_dtype='bfloat16', b2=0.999), 10, PARAMS)

@@ -24,9 +24,21 @@ def train_state(seed: int) -> train_step.TrainState:
   """A state with all that stages carry: NamedTuples within tuples, empty ones, a codebook."""
   rng = np.random.default_rng(seed)
   params = {'w': jnp.asarray(rng.normal(size=(4, 4)), jnp.float32)}
-  options = ConfigDict(dict(
-      learning_rate=0.1, warmup_steps=0, final_fraction=1.0, weight_decay=0.1, b1=0.9, b2=0.95,
-      mu_dtype='float32', nu_dtype='float32', clip_norm=1.0, freeze=(), lr_scale=()))
+  options = ConfigDict(
+    dict(
+      learning_rate=0.1,
+      warmup_steps=0,
+      final_fraction=1.0,
+      weight_decay=0.1,
+      b1=0.9,
+      b2=0.95,
+      mu_dtype='float32',
+      nu_dtype='float32',
+      clip_norm=1.0,
+      freeze=(),
+      lr_scale=(),
+    )
+  )
   tx = optimizer.make_optimizer(options, 10, params)
   _, moments = tx.update(params, tx.init(params), params)
   book = init_codebook(jnp.asarray(rng.normal(size=(8, 4)), jnp.float32))
@@ -41,7 +53,8 @@ def test_a_train_state_comes_back_with_its_types(tmp_path):
   checkpoints.wait()
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   abstract = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), train_state(2))
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), train_state(2)
+  )
   restored = checkpoints.restore(1, abstract, Position())
   checkpoints.close()
   assert jax.tree.structure(restored) == jax.tree.structure(state)

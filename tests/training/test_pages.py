@@ -8,17 +8,21 @@ import jax
 import numpy as np
 import pytest
 
+from lavit_jax import sharding
 from lavit_jax.data import loader, paths
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.models.initialization import init_params
-from lavit_jax import sharding
-from lavit_jax.training import validation, loop, stages
+from lavit_jax.training import loop, stages, validation
 from lavit_jax.training.config import load_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [('encoder', 'tiny'), ('autoencoder', 'tiny')] + [
-    (stage, variant) for stage in ('tokenizer', 'detokenizer', 'lm') for variant in lavit.VARIANTS if variant != 'nano']
+  (stage, variant)
+  for stage in ('tokenizer', 'detokenizer', 'lm')
+  for variant in lavit.VARIANTS
+  if variant != 'nano'
+]
 
 
 @functools.cache
@@ -46,28 +50,51 @@ def test_page(stage, variant):
 def test_values_of_the_large_variant_have_a_source(stage):
   """Or are our choice; the line says which."""
   page = (ROOT / 'configs' / f'{stage}.py').read_text()
-  lines = [line for line in page[page.index("'lavit_7b': dict("):].splitlines() if re.search(r'^    .*\w=(?!dict\($)', line)]
+  lines = [
+    line
+    for line in page[page.index("'lavit_7b': dict(") :].splitlines()
+    if re.search(r'^    .*\w=(?!dict\($)', line)
+  ]
   assert len(lines) > 15
-  assert not [line for line in lines if not re.search(r'# .*(our choice|paper, section|REFERENCE \d|above|stage 1b)', line)]
+  assert not [
+    line
+    for line in lines
+    if not re.search(r'# .*(our choice|paper, section|REFERENCE \d|above|stage 1b)', line)
+  ]
 
 
 def test_published_sizes():
   config = load_config(f'{ROOT}/configs/tokenizer.py:lavit_7b')
   assert (config.batch_size, config.num_steps) == (2048, 50_000)
-  assert config.tokenizer.keep_ratio == pytest.approx(1 / 3) and config.tokenizer.ratio_weight == 2 and config.tokenizer.decay == 0.99
+  assert (
+    config.tokenizer.keep_ratio == pytest.approx(1 / 3)
+    and config.tokenizer.ratio_weight == 2
+    and config.tokenizer.decay == 0.99
+  )
   assert load_config(f'{ROOT}/configs/detokenizer.py:lavit_7b').num_steps == 20_000
 
 
 def test_published_pairs():
   """REFERENCE 3: 93 M captions, 100 M pictures to draw, text besides; as many steps as see each so often."""
   page = load_config(f'{ROOT}/configs/lm.py:lavit_7b')
-  told = {use: sum(source['weight'] for source in page.data.sources if source['use'] == use) for use in ('caption', 'draw', 'text')}
+  told = {
+    use: sum(source['weight'] for source in page.data.sources if source['use'] == use)
+    for use in ('caption', 'draw', 'text')
+  }
   assert told['caption'] == pytest.approx(93) and told['draw'] == 100 and told['text'] > 0
-  assert ' '.join(source['path'].split('/')[3] for source in page.data.sources) == 'cc3m cc12m sbu blip-capfilt laion-aesthetics redpajama'
+  assert (
+    ' '.join(source['path'].split('/')[3] for source in page.data.sources)
+    == 'cc3m cc12m sbu blip-capfilt laion-aesthetics redpajama'
+  )
   assert page.num_steps * page.batch_size == pytest.approx(1e6 * sum(told.values()), rel=1e-3)
   assert len(page.data.sources) == sum(source['use'] in told for source in page.data.sources)
-  np.testing.assert_allclose(loader.task_shares(page.data.shares, page.data.sources), np.array([93, 100, 21]) / 214)
-  images = [load_config(f'{ROOT}/configs/{stage}.py:lavit_7b').data.sources for stage in ('tokenizer', 'detokenizer')]
+  np.testing.assert_allclose(
+    loader.task_shares(page.data.shares, page.data.sources), np.array([93, 100, 21]) / 214
+  )
+  images = [
+    load_config(f'{ROOT}/configs/{stage}.py:lavit_7b').data.sources
+    for stage in ('tokenizer', 'detokenizer')
+  ]
   assert images[0] == images[1] and len(images[0]) == 1 and 'laion400m' in images[0][0]['path']
 
 
@@ -88,13 +115,18 @@ def test_pages_fit_one_machine_or_a_pod(stage, variant, devices):
   config = load_config(f'{ROOT}/configs/{stage}.py:{variant}')
   data, rest = divmod(devices, config.mesh.fsdp)
   assert not rest
-  validation.check_options(config, jax.sharding.AbstractMesh((data, config.mesh.fsdp, 1), sharding.AXES))
+  validation.check_options(
+    config, jax.sharding.AbstractMesh((data, config.mesh.fsdp, 1), sharding.AXES)
+  )
 
 
 def test_over_two_slices_the_language_models_batch_goes_in_four_pieces():
   config = load_config(f'{ROOT}/configs/lm.py:lavit_7b')
   mesh = jax.sharding.AbstractMesh((4, 128, 1), sharding.AXES)
-  with pytest.raises(UserError, match='batch_size=34816 must be a multiple of the 8 x 512 pieces that the mesh makes of it; accumulate=4 would do'):
+  with pytest.raises(
+    UserError,
+    match='batch_size=34816 must be a multiple of the 8 x 512 pieces that the mesh makes of it; accumulate=4 would do',
+  ):
     validation.check_options(config, mesh)
   with config.unlocked():
     config.accumulate = 4
@@ -104,7 +136,9 @@ def test_over_two_slices_the_language_models_batch_goes_in_four_pieces():
 def test_packed_rows_hold_the_pairs_of_their_step():
   for variant in ('tiny', 'small', 'lavit_7b'):
     page = load_config(f'{ROOT}/configs/lm.py:{variant}')
-    assert 0.8 < page.batch_size * page.lm.mean_length / (page.lm.num_rows * page.lm.row_length) < 0.95
+    assert (
+      0.8 < page.batch_size * page.lm.mean_length / (page.lm.num_rows * page.lm.row_length) < 0.95
+    )
 
 
 @pytest.mark.parametrize('stage', ['encoder', 'autoencoder', 'tokenizer', 'detokenizer', 'lm'])

@@ -20,7 +20,9 @@ def cosine(step, start, steps):
 def test_cosine_is_what_pages_without_a_schedule_mean():
   for options in (OPTIONS, OPTIONS | dict(schedule='cosine', rewarm_from=50)):
     rate = learning_rate(options, 100)
-    assert [float(rate(n)) for n in range(0, 120, 7)] == pytest.approx([cosine(n, 0.0, 100) for n in range(0, 120, 7)], rel=1e-5)
+    assert [float(rate(n)) for n in range(0, 120, 7)] == pytest.approx(
+      [cosine(n, 0.0, 100) for n in range(0, 120, 7)], rel=1e-5
+    )
 
 
 def test_constant():
@@ -31,7 +33,9 @@ def test_constant():
 def test_rewarm_goes_on_from_what_was_left():
   rate = learning_rate(OPTIONS | dict(schedule='rewarm', rewarm_from=100), 300)
   first = [float(rate(n)) for n in range(100)]
-  assert first == pytest.approx([cosine(n, 0.0, 100) for n in range(100)], rel=1e-5)  # as it was made
+  assert first == pytest.approx(
+    [cosine(n, 0.0, 100) for n in range(100)], rel=1e-5
+  )  # as it was made
   second = [float(rate(n)) for n in range(100, 301)]
   assert second == pytest.approx([cosine(n, 0.01, 200) for n in range(201)], rel=1e-5)
 
@@ -44,14 +48,29 @@ class Config(dict):
   __getattr__ = dict.__getitem__
 
 
-@pytest.mark.parametrize('changes, steps, told', [
-    ({}, 100, False), ({}, 200, True), (dict(schedule='constant', learning_rate=0.01), 200, False),
-    (dict(schedule='rewarm', rewarm_from=100), 200, False), (dict(learning_rate=0.2), 200, True)])
+@pytest.mark.parametrize(
+  'changes, steps, told',
+  [
+    ({}, 100, False),
+    ({}, 200, True),
+    (dict(schedule='constant', learning_rate=0.01), 200, False),
+    (dict(schedule='rewarm', rewarm_from=100), 200, False),
+    (dict(learning_rate=0.2), 200, True),
+  ],
+)
 def test_a_jump_is_told_with_both_numbers(changes, steps, told):
   said = Said()
-  warn_of_schedule(said, Config(optim=OPTIONS | changes, num_steps=steps), dict(optim=OPTIONS, num_steps=100), 100)
+  warn_of_schedule(
+    said, Config(optim=OPTIONS | changes, num_steps=steps), dict(optim=OPTIONS, num_steps=100), 100
+  )
   assert bool(said) == (told and steps > 100)
   if said:
     now = float(learning_rate(OPTIONS | changes, steps)(100))
-    assert f'goes from 0.01, as this run was begun (num_steps=100), to {now:.3g} (num_steps=200)' in said[0]
-    assert 'schedule=constant --config.optim.learning_rate=0.01 ' in said[0] and 'schedule=rewarm --config.optim.rewarm_from=100' in said[0]
+    assert (
+      f'goes from 0.01, as this run was begun (num_steps=100), to {now:.3g} (num_steps=200)'
+      in said[0]
+    )
+    assert (
+      'schedule=constant --config.optim.learning_rate=0.01 ' in said[0]
+      and 'schedule=rewarm --config.optim.rewarm_from=100' in said[0]
+    )

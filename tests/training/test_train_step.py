@@ -12,7 +12,12 @@ from lavit_jax.models.initialization import init_params
 from lavit_jax.training import codebook, optimizer, stages
 from lavit_jax.training.stage import Mean, Stage, Sum
 from lavit_jax.training.train_step import (
-    averaged, make_init, loss_and_metrics, make_train_step, numbers)
+  averaged,
+  loss_and_metrics,
+  make_init,
+  make_train_step,
+  numbers,
+)
 
 nano.install()
 MESH = sharding.make_mesh(dict(data=-1, fsdp=1, tensor=1), jax.devices()[:1])
@@ -36,7 +41,9 @@ def of_one_weight(loss):
   return Stage((), (), lambda key, parts: (dict(w=jnp.ones(3)), jnp.zeros([])), loss, None)
 
 
-PLAIN = dict(optim__clip_norm=None, optim__ema_decay=0.0, optim__warmup_steps=0, optim__weight_decay=0.0)
+PLAIN = dict(
+  optim__clip_norm=None, optim__ema_decay=0.0, optim__warmup_steps=0, optim__weight_decay=0.0
+)
 
 
 def test_pieces_count_by_the_weights_of_their_means():
@@ -47,7 +54,11 @@ def test_pieces_count_by_the_weights_of_their_means():
   def loss(params, frozen, state, batch, key, train):
     error = batch['x'] @ params['w']
     total = Mean((batch['weight'] * error**2).sum(), batch['weight'].sum())
-    values = dict(loss=total, overflow=Sum(jnp.float32(len(error))), error=Mean((batch['weight'] * error).sum(), batch['weight'].sum()))
+    values = dict(
+      loss=total,
+      overflow=Sum(jnp.float32(len(error))),
+      error=Mean((batch['weight'] * error).sum(), batch['weight'].sum()),
+    )
     return total.total / jnp.maximum(total.weight, 1e-6), (state, values)
 
   batch = dict(x=x.astype(np.float32), weight=weight.astype(np.float32))
@@ -55,7 +66,9 @@ def test_pieces_count_by_the_weights_of_their_means():
   expected = (weight * error**2).sum() / weight.sum()
   gradient = (2 * weight * error) @ x / weight.sum()
   for pieces in (1, 2, 4, 8):  # of eight, two pieces have no weight at all
-    (_, values), = steps(nano.config('autoencoder', accumulate=pieces, **PLAIN), of_one_weight(loss), {}, {}, [batch])
+    ((_, values),) = steps(
+      nano.config('autoencoder', accumulate=pieces, **PLAIN), of_one_weight(loss), {}, {}, [batch]
+    )
     # Bound: sums of 8 terms in float32, a few roundings each.
     np.testing.assert_allclose(values['loss'], expected, rtol=1e-5)
     np.testing.assert_allclose(values['grad_norm'], np.linalg.norm(gradient), rtol=1e-5)
@@ -63,7 +76,14 @@ def test_pieces_count_by_the_weights_of_their_means():
     assert values['overflow'] == 8 and values['nonfinite'] == 0
 
 
-@pytest.mark.parametrize('name', [pytest.param('lm', marks=pytest.mark.slow), pytest.param('detokenizer', marks=pytest.mark.slow), pytest.param('autoencoder', marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param('lm', marks=pytest.mark.slow),
+    pytest.param('detokenizer', marks=pytest.mark.slow),
+    pytest.param('autoencoder', marks=pytest.mark.slow),
+  ],
+)
 def test_a_stage_has_one_loss_and_gradient_for_any_accumulate(name):
   """What is random about a picture goes by its row in the batch, so pieces choose the same patches and noise."""
   model = lavit.build('nano')
@@ -72,18 +92,25 @@ def test_a_stage_has_one_loss_and_gradient_for_any_accumulate(name):
   length = np.array([1, 30, 2, 25, 40, 3, 3, 9], np.int32)
   text = rng.integers(3, 2048, (8, 48)).astype(np.int32)
   weight = (np.arange(49) < length[:, None] + 1).astype(np.float32)
-  batch = dict(image=rng.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8), text=text, text_length=length, text_weight=weight,
-               kind=np.array([0, 1, 2, 0, 1, 0, 1, 2], np.int32))
+  batch = dict(
+    image=rng.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8),
+    text=text,
+    text_length=length,
+    text_weight=weight,
+    kind=np.array([0, 1, 2, 0, 1, 0, 1, 2], np.int32),
+  )
   results, looks = [], []
   for pieces in (1, 4):
     config = nano.config(name, accumulate=pieces)
     stage = stages.build_stage(config, model, 1)
     frozen = {name: parts[name] for name in stage.needs}
-    (state, values), = steps(config, stage, parts, frozen, [batch])
+    ((state, values),) = steps(config, stage, parts, frozen, [batch])
     results.append(values)
     with jax.set_mesh(MESH):
       measure = nano.jit(loss_and_metrics(stage, pieces, 1, MESH))
-      looks.append(measure(*averaged(stage, state)[:1], frozen, state.state, batch, jax.random.key(3)))
+      looks.append(
+        measure(*averaged(stage, state)[:1], frozen, state.state, batch, jax.random.key(3))
+      )
   for one, four in (results, looks):
     assert one.keys() == four.keys() and (name != 'lm' or one['overflow'] == 0)
     for key in one:
@@ -101,19 +128,25 @@ def test_an_update_that_is_not_finite_is_skipped():
   too_large = dict(x=np.full(3, 3e38, np.float32))
   config = nano.config('autoencoder', **PLAIN | dict(optim__ema_decay=0.5))
   stage = of_one_weight(loss)
-  (one, _), (two, nan), (three, inf), (four, _) = steps(config, stage, {}, {}, [fine, lost, too_large, fine])
+  (one, _), (two, nan), (three, inf), (four, _) = steps(
+    config, stage, {}, {}, [fine, lost, too_large, fine]
+  )
   assert (nan['nonfinite'], inf['nonfinite']) == (1, 1)
   for skipped in (two, three):
     jax.tree.map(np.testing.assert_array_equal, skipped._replace(step=one.step), one)
-  assert (two.step, three.step, four.step) == (2, 3, 4) and not np.array_equal(four.params['w'], one.params['w'])
+  assert (two.step, three.step, four.step) == (2, 3, 4) and not np.array_equal(
+    four.params['w'], one.params['w']
+  )
 
 
 def test_no_parameter_ever_overflows():
   def loss(params, frozen, state, batch, key, train):
     return params['w'].sum(), (state, {})
 
-  config = nano.config('autoencoder', **PLAIN | dict(optim__lr_scale=(('w', 1e30),), optim__learning_rate=1e30))  # 1e60, refused of a page
-  (state, values), = steps(config, of_one_weight(loss), {}, {}, [dict(x=np.zeros(8, np.float32))])
+  config = nano.config(
+    'autoencoder', **PLAIN | dict(optim__lr_scale=(('w', 1e30),), optim__learning_rate=1e30)
+  )  # 1e60, refused of a page
+  ((state, values),) = steps(config, of_one_weight(loss), {}, {}, [dict(x=np.zeros(8, np.float32))])
   assert values['nonfinite'] == 1 and np.isfinite(state.params['w']).all()
 
 
@@ -142,7 +175,9 @@ def test_an_offered_codebook_goes_on(tokenizer):
   before, after = np.asarray(parts['tokenizer']['quantizer']['embedding']), state.state.embedding
   assert state.state.started and stage.about(state.state) == dict(codebook='trained')
   assert (np.linalg.norm(after - before, axis=1) < 0.03).all() and (after != before).any()
-  assert stage.hold_of(offered) == (('^tokenizer/selector/', 0),)  # quantisation has begun, and so the selector stops
+  assert stage.hold_of(offered) == (
+    ('^tokenizer/selector/', 0),
+  )  # quantisation has begun, and so the selector stops
   same = state.params['tokenizer']['selector']['fc_in']['kernel']
   np.testing.assert_array_equal(same, parts['tokenizer']['selector']['fc_in']['kernel'])
 
@@ -159,9 +194,16 @@ def test_a_codebook_that_was_never_trained_is_begun_by_kmeans(tokenizer):
 @pytest.mark.slow
 def test_averaged_weights_have_the_average_of_their_codebook(tokenizer):
   """Against the recursion in numpy, which begins where k-means does; codes that were moved begin anew."""
-  stage, seen = run_tokenizer(tokenizer, {}, 6, tokenizer__quantize_from=1, tokenizer__revive_after=2, optim__ema_decay=0.9,
-                              tokenizer__decay=0.5,
-                              optim__learning_rate=0.05)
+  stage, seen = run_tokenizer(
+    tokenizer,
+    {},
+    6,
+    tokenizer__quantize_from=1,
+    tokenizer__revive_after=2,
+    optim__ema_decay=0.9,
+    tokenizer__decay=0.5,
+    optim__learning_rate=0.05,
+  )
   average, restarted = None, 0
   for step, (state, _) in enumerate(seen):
     book = state.state
@@ -180,7 +222,10 @@ def test_averaged_weights_have_the_average_of_their_codebook(tokenizer):
   np.testing.assert_allclose(book.embedding, average, atol=1e-5)
   exported = stage.export(params, book)['tokenizer']['quantizer']['embedding']
   np.testing.assert_array_equal(exported, book.embedding)
-  assert 'embedding' not in params['tokenizer']['quantizer'] and 'embedding' not in state.params['tokenizer']['quantizer']
+  assert (
+    'embedding' not in params['tokenizer']['quantizer']
+    and 'embedding' not in state.params['tokenizer']['quantizer']
+  )
 
 
 def test_numbers_of_nothing_are_nan():

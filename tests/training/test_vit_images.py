@@ -62,8 +62,10 @@ def folder(tmp_path_factory):
   return folder
 
 
-@pytest.mark.parametrize('name, size', [
-    ('detokenizer', 64), ('detokenizer', 16), ('tokenizer', 64), ('tokenizer', 32), ('lm', 16)])
+@pytest.mark.parametrize(
+  'name, size',
+  [('detokenizer', 64), ('detokenizer', 16), ('tokenizer', 64), ('tokenizer', 32), ('lm', 16)],
+)
 def test_training_and_inference_show_the_vit_the_same(folder, seen_by_vit, name, size):
   source = dict(format='folder', path=str(folder))
   config = nano.config(name, data__image_size=size, data__sources=(source,), data__num_threads=0)
@@ -73,7 +75,8 @@ def test_training_and_inference_show_the_vit_the_same(folder, seen_by_vit, name,
   with contextlib.closing(loop.open_data(config, MODEL, share, 'train')) as data:
     batch = next(data)
   assert {key: (x.shape, x.dtype) for key, x in batch.items()} == {
-      key: (x.shape, x.dtype) for key, x in described.items()}
+    key: (x.shape, x.dtype) for key, x in described.items()
+  }
   inference = images.read_images([folder / f'{i}.png' for i in range(8)], MODEL.image_size)
   expected = np.asarray(vit.preprocess(inference))
   for row in seen_by_vit(built, parts, batch):  # in the loader's order

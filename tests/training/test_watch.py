@@ -14,21 +14,36 @@ nano.install()
 
 def watch(config, rows=()):
   said, aside = [], []
-  log = SimpleNamespace(say=said.append, take_new=lambda: [dict(step=step, nonfinite=lost) for step, lost in rows])
-  checkpoints = SimpleNamespace(set_aside_broken=lambda first: aside.append(first) or [first],
-                                manager=SimpleNamespace(all_steps=lambda read: [2]))
+  log = SimpleNamespace(
+    say=said.append, take_new=lambda: [dict(step=step, nonfinite=lost) for step, lost in rows]
+  )
+  checkpoints = SimpleNamespace(
+    set_aside_broken=lambda first: aside.append(first) or [first],
+    manager=SimpleNamespace(all_steps=lambda read: [2]),
+  )
   return MetricWatch(config, log, checkpoints, 1), said, aside
 
 
-@pytest.mark.parametrize('lost, last, ends', [
-    ([0, 1, 1, 0, 1, 1], False, False), ([0, 1, 1, 1], False, True), ([0, 0, 1], False, False), ([0, 0, 1], True, True), ([1, 0, 0], True, False)])
+@pytest.mark.parametrize(
+  'lost, last, ends',
+  [
+    ([0, 1, 1, 0, 1, 1], False, False),
+    ([0, 1, 1, 1], False, True),
+    ([0, 0, 1], False, False),
+    ([0, 0, 1], True, True),
+    ([1, 0, 0], True, False),
+  ],
+)
 def test_updates_skipped_in_a_row(lost, last, ends):
   seen, _, aside = watch(nano.config('encoder', optim__max_nonfinite=3), list(enumerate(lost, 1)))
   if not ends:
     seen.check_steps(last)
     assert seen.is_sound() == (not lost[-1]) and not aside
     return
-  with pytest.raises(UserError, match='lower optim.learning_rate or optim.clip_norm, or look at the data, and start again: it goes on from step 2'):
+  with pytest.raises(
+    UserError,
+    match='lower optim.learning_rate or optim.clip_norm, or look at the data, and start again: it goes on from step 2',
+  ):
     seen.check_steps(last)
   assert aside == [lost.index(1)]  # of the step before the first, whose parameters they are
 
@@ -50,14 +65,22 @@ def test_pairs_without_room():
 
 def test_rows_that_are_too_short_for_the_longest_pair():
   config = nano.config('lm', lm__row_length=48)  # of 48 words, 16 patches and 3 marks
-  with pytest.raises(UserError, match='lm.row_length=48 is less than the 67 tokens that a pair may have: set lm.row_length=67'):
+  with pytest.raises(
+    UserError,
+    match='lm.row_length=48 is less than the 67 tokens that a pair may have: set lm.row_length=67',
+  ):
     watch(config)[0].check_packing(dict(overflow=6.0, packed_share=0.1), 1)
 
 
 def test_the_words_of_the_tiny_pages_are_found_from_anywhere(tmp_path, monkeypatch):
   from lavit_jax.data.text import TextTokenizer
+
   monkeypatch.chdir(tmp_path)
   assert TextTokenizer.load('lavit_jax/assets/tiny/language_model').vocab_size == 2048
-  pathlib.Path('lavit_jax/assets/tiny/language_model').mkdir(parents=True)  # what is here comes first
-  with pytest.raises(UserError, match='lavit_jax/assets/tiny/language_model/tokenizer.json does not exist'):
+  pathlib.Path('lavit_jax/assets/tiny/language_model').mkdir(
+    parents=True
+  )  # what is here comes first
+  with pytest.raises(
+    UserError, match='lavit_jax/assets/tiny/language_model/tokenizer.json does not exist'
+  ):
     TextTokenizer.load('lavit_jax/assets/tiny/language_model')

@@ -3,12 +3,18 @@
 import numpy as np
 
 BACKGROUNDS = {
-    'white': (245, 245, 245), 'black': (18, 18, 20), 'gray': (135, 138, 142), 'red': (222, 40, 48),
-    'orange': (245, 140, 30), 'yellow': (245, 215, 50), 'green': (50, 170, 75), 'blue': (45, 105, 225),
-    'purple': (130, 60, 180), 'pink': (245, 150, 195),
+  'white': (245, 245, 245),
+  'black': (18, 18, 20),
+  'gray': (135, 138, 142),
+  'red': (222, 40, 48),
+  'orange': (245, 140, 30),
+  'yellow': (245, 215, 50),
+  'green': (50, 170, 75),
+  'blue': (45, 105, 225),
+  'purple': (130, 60, 180),
+  'pink': (245, 150, 195),
 }
 JITTER = 10  # Each channel of a background moves by at most so much: colours stay clear, pictures do not repeat.
-
 
 
 def name_pixels(rgb: np.ndarray) -> np.ndarray:
@@ -18,15 +24,45 @@ def name_pixels(rgb: np.ndarray) -> np.ndarray:
   chroma = value - low
   red, green, blue = np.moveaxis(rgb, -1, 0)
   safe = np.where(chroma == 0, 1, chroma)
-  hue = 60 * np.select([value == red, value == green], [((green - blue) / safe) % 6, (blue - red) / safe + 2],
-                       (red - green) / safe + 4)
+  hue = 60 * np.select(
+    [value == red, value == green],
+    [((green - blue) / safe) % 6, (blue - red) / safe + 2],
+    (red - green) / safe + 4,
+  )
   grey = (chroma < 0.12) | (chroma < 0.18 * value) | (value < 0.22)
   return np.select(
-      [grey & (value > 0.82), grey & (value < 0.3), grey,
-       (hue < 45) & (hue >= 8) & (value < 0.8), (hue < 15) & (value < 0.5), (hue >= 315) & (low > 0.42),
-       (hue < 14) & (low > 0.4), (hue < 14) | (hue >= 338), hue < 38, hue < 66, hue < 170, hue < 255, hue < 300],
-      ['white', 'black', 'gray', 'brown', 'brown', 'pink', 'pink', 'red', 'orange', 'yellow', 'green', 'blue', 'purple'],
-      'pink')
+    [
+      grey & (value > 0.82),
+      grey & (value < 0.3),
+      grey,
+      (hue < 45) & (hue >= 8) & (value < 0.8),
+      (hue < 15) & (value < 0.5),
+      (hue >= 315) & (low > 0.42),
+      (hue < 14) & (low > 0.4),
+      (hue < 14) | (hue >= 338),
+      hue < 38,
+      hue < 66,
+      hue < 170,
+      hue < 255,
+      hue < 300,
+    ],
+    [
+      'white',
+      'black',
+      'gray',
+      'brown',
+      'brown',
+      'pink',
+      'pink',
+      'red',
+      'orange',
+      'yellow',
+      'green',
+      'blue',
+      'purple',
+    ],
+    'pink',
+  )
 
 
 def dominant(rgba: np.ndarray) -> str:

@@ -6,16 +6,43 @@ import re
 NUMBERS = ('no', 'one', 'two', 'three', 'four')
 
 _IRREGULAR = {
-    'man': 'men', 'woman': 'women', 'person': 'people', 'child': 'children', 'foot': 'feet', 'tooth': 'teeth', 'mouse': 'mice',
-    'leaf': 'leaves', 'wolf': 'wolves', 'knife': 'knives', 'fish': 'fish', 'blowfish': 'blowfish', 'sheep': 'sheep',
-    'potato': 'potatoes', 'tomato': 'tomatoes', 'mango': 'mangoes', 'hero': 'heroes', 'ox': 'oxen', 'goose': 'geese',
-    'snowman': 'snowmen', 'merman': 'mermen', 'cactus': 'cacti', 'rhinoceros': 'rhinoceroses', 'skis': 'skis', 'dice': 'dice',
-    'people': 'people', 'men': 'men', 'women': 'women', 'children': 'children', 'locked': 'locked', 'unlocked': 'unlocked',
+  'man': 'men',
+  'woman': 'women',
+  'person': 'people',
+  'child': 'children',
+  'foot': 'feet',
+  'tooth': 'teeth',
+  'mouse': 'mice',
+  'leaf': 'leaves',
+  'wolf': 'wolves',
+  'knife': 'knives',
+  'fish': 'fish',
+  'blowfish': 'blowfish',
+  'sheep': 'sheep',
+  'potato': 'potatoes',
+  'tomato': 'tomatoes',
+  'mango': 'mangoes',
+  'hero': 'heroes',
+  'ox': 'oxen',
+  'goose': 'geese',
+  'snowman': 'snowmen',
+  'merman': 'mermen',
+  'cactus': 'cacti',
+  'rhinoceros': 'rhinoceroses',
+  'skis': 'skis',
+  'dice': 'dice',
+  'people': 'people',
+  'men': 'men',
+  'women': 'women',
+  'children': 'children',
+  'locked': 'locked',
+  'unlocked': 'unlocked',
 }
 _SINGULAR_S = re.compile(r'(ss|us|is|as)$')
 _TAIL = re.compile(
-    r' (with|of|in|on|and|at|for|without|from|behind|under|over|getting|taking|facing|pointing|pointed|tilted|holding|curving|'
-    r'shaking|blowing|savoring|showing|(up|down|left|right)$)(?!\w)')
+  r' (with|of|in|on|and|at|for|without|from|behind|under|over|getting|taking|facing|pointing|pointed|tilted|holding|curving|'
+  r'shaking|blowing|savoring|showing|(up|down|left|right)$)(?!\w)'
+)
 
 
 @functools.cache
@@ -25,7 +52,9 @@ def plural(name: str) -> str:
   if who in ('man', 'woman', 'person') and what and not _TAIL.match(f' {what}'):
     return f'{_IRREGULAR[who]} {what if what.split()[0].endswith("ing") else plural(what)}'  # men golfing, women cooks
   tail = _TAIL.search(name)
-  head, rest = (name[:tail.start()], name[tail.start():]) if tail and tail.start() > 0 else (name, '')
+  head, rest = (
+    (name[: tail.start()], name[tail.start() :]) if tail and tail.start() > 0 else (name, '')
+  )
   start, _, noun = head.rpartition(' ')
   if noun in _IRREGULAR:
     noun = _IRREGULAR[noun]

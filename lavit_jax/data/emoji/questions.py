@@ -4,11 +4,23 @@ from lavit_jax.data.emoji import colors, grammar, splits
 
 TYPES = ('what', 'category', 'style', 'colour', 'background', 'how many', 'position', 'yes/no')
 CATEGORIES = {
-    'Smileys & Emotion': 'emotion', 'People & Body': 'people', 'Animals & Nature': 'nature', 'Food & Drink': 'food',
-    'Travel & Places': 'travel', 'Activities': 'activity', 'Objects': 'object', 'Symbols': 'symbol', 'Flags': 'flag',
+  'Smileys & Emotion': 'emotion',
+  'People & Body': 'people',
+  'Animals & Nature': 'nature',
+  'Food & Drink': 'food',
+  'Travel & Places': 'travel',
+  'Activities': 'activity',
+  'Objects': 'object',
+  'Symbols': 'symbol',
+  'Flags': 'flag',
 }
 OPPOSITE = {'left': 'right', 'right': 'left', 'above': 'below', 'below': 'above'}
-PREPOSITION = {'left': 'to the left of', 'right': 'to the right of', 'above': 'above', 'below': 'below'}
+PREPOSITION = {
+  'left': 'to the left of',
+  'right': 'to the right of',
+  'above': 'above',
+  'below': 'below',
+}
 
 
 def prompt(question: str) -> str:
@@ -26,15 +38,20 @@ def ask(rng, facts, names: list[str]) -> tuple[tuple[str, str, str], ...]:
 
   Yes/no questions are balanced: the answer is tossed first, then a question is made that has it.
   """
-  asked = [('background', 'What colour is the background?', facts.background),
-           ('style', 'Which style is this?', facts.style)]
+  asked = [
+    ('background', 'What colour is the background?', facts.background),
+    ('style', 'Which style is this?', facts.style),
+  ]
   scene = facts.relation or facts.things[0].count > 1
   return tuple(asked + (_about_scene if scene else _about_one)(rng, facts, names))
 
 
 def _about_one(rng, facts, names):
   thing, category = facts.things[0], CATEGORIES[facts.things[0].group]
-  asked = [('what', 'What is this?', thing.name), ('category', 'What kind of thing is this?', category)]
+  asked = [
+    ('what', 'What is this?', thing.name),
+    ('category', 'What kind of thing is this?', category),
+  ]
   if thing.colour:
     asked.append(('colour', 'What colour is it?', thing.colour))
   true, word = _toss(rng)
@@ -43,29 +60,58 @@ def _about_one(rng, facts, names):
       name = thing.name if true else _other(rng, names, thing.name)
       question = f'Is this {grammar.indefinite(name)}?'
     case 1:
-      question = f'Is the kind {category if true else _other(rng, list(CATEGORIES.values()), category)}?'
+      question = (
+        f'Is the kind {category if true else _other(rng, list(CATEGORIES.values()), category)}?'
+      )
     case _:
       question = _background_question(rng, facts, true)
   return [*asked, ('yes/no', question, word)]
 
 
 def _about_scene(rng, facts, names):
-  unseen = [thing for thing in facts.things if splits.heldout_concept(thing.codepoint) or splits.heldout_pair(facts.style, thing.codepoint)]
-  asked_about = unseen or facts.things  # of a held-out thing and its companion, which is a training one, ask about the former
+  unseen = [
+    thing
+    for thing in facts.things
+    if splits.heldout_concept(thing.codepoint) or splits.heldout_pair(facts.style, thing.codepoint)
+  ]
+  asked_about = (
+    unseen or facts.things
+  )  # of a held-out thing and its companion, which is a training one, ask about the former
   thing = asked_about[rng.integers(len(asked_about))]
-  asked = [('how many', 'How many things are there?', grammar.NUMBERS[sum(each.count for each in facts.things)])]
+  asked = [
+    (
+      'how many',
+      'How many things are there?',
+      grammar.NUMBERS[sum(each.count for each in facts.things)],
+    )
+  ]
   if len(facts.things) == 1:
     kind = 'What are these?', thing.name
   else:
-    asked.append(('how many', f'How many {grammar.plural(thing.name)} are there?', grammar.NUMBERS[thing.count]))
+    asked.append(
+      (
+        'how many',
+        f'How many {grammar.plural(thing.name)} are there?',
+        grammar.NUMBERS[thing.count],
+      )
+    )
     other = facts.things[facts.things[0] is thing]
     side = facts.relation if thing is facts.things[0] else OPPOSITE[facts.relation]
-    (verb, subject), (_, object_) = grammar.definite(thing.name, thing.count), grammar.definite(other.name, other.count)
+    (verb, subject), (_, object_) = (
+      grammar.definite(thing.name, thing.count),
+      grammar.definite(other.name, other.count),
+    )
     asked.append(('position', f'Where {verb} {subject}, seen from {object_}?', side))
     kind = f'What is {PREPOSITION[side]} {object_}?', thing.name
   asked.append(('what', *kind))
   if thing.colour:
-    asked.append(('colour', 'What colour {} {}?'.format(*grammar.definite(thing.name, thing.count)), thing.colour))
+    asked.append(
+      (
+        'colour',
+        'What colour {} {}?'.format(*grammar.definite(thing.name, thing.count)),
+        thing.colour,
+      )
+    )
 
   true, word = _toss(rng)
   choice = rng.integers(4 if facts.relation else 3)
@@ -79,7 +125,9 @@ def _about_scene(rng, facts, names):
   elif choice == 2:
     question = _background_question(rng, facts, true)
   else:
-    question = f'{verb.capitalize()} {subject} {PREPOSITION[side if true else OPPOSITE[side]]} {object_}?'
+    question = (
+      f'{verb.capitalize()} {subject} {PREPOSITION[side if true else OPPOSITE[side]]} {object_}?'
+    )
   return [*asked, ('yes/no', question, word)]
 
 

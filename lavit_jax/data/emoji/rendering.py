@@ -16,16 +16,19 @@ from PIL import Image
 STYLES = ('twemoji', 'openmoji', 'noto')
 SPRITE_SIZE = 96
 _OVERSAMPLING = 2
-_LARGEST_ZOOM = 1.6  # A small square stays smaller than a large one, although each sprite is cropped to its ink.
+_LARGEST_ZOOM = (
+  1.6  # A small square stays smaller than a large one, although each sprite is cropped to its ink.
+)
 
 
 class Concept(NamedTuple):
   """What an emoji means, apart from who drew it."""
-  codepoint: str      # '1F44D-1F3FB'
-  name: str           # 'thumbs up light skin tone', lower case, without punctuation that is not read aloud
-  keywords: str       # 'yes, good', comma separated, may be empty
-  group: str          # 'People & Body'
-  subgroup: str       # 'hand-fingers-closed'
+
+  codepoint: str  # '1F44D-1F3FB'
+  name: str  # 'thumbs up light skin tone', lower case, without punctuation that is not read aloud
+  keywords: str  # 'yes, good', comma separated, may be empty
+  group: str  # 'People & Body'
+  subgroup: str  # 'hand-fingers-closed'
   skin_tone: bool
 
   @property
@@ -43,14 +46,20 @@ def concepts() -> list[Concept]:
       continue
     variations = row.get('skin_variations', {}).values()
     for codepoint in (row['unified'], *(variation['unified'] for variation in variations)):
-      concept = Concept(codepoint, '', '', row['category'], row['subcategory'], codepoint != row['unified'])
+      concept = Concept(
+        codepoint, '', '', row['category'], row['subcategory'], codepoint != row['unified']
+      )
       entry = emoji.EMOJI_DATA[concept.text]
       name = _plain(entry['en'])
       if row['subcategory'] in ('country-flag', 'subdivision-flag'):
         name = f'flag of {name}'
-      spoken = [_plain(word) for word in (*entry.get('alias', ()), *row['short_names'], row['name'])]
+      spoken = [
+        _plain(word) for word in (*entry.get('alias', ()), *row['short_names'], row['name'])
+      ]
       keywords = [word for word in dict.fromkeys(spoken) if word and word != name]
-      found.append(concept._replace(name=name, keywords='' if concept.skin_tone else ', '.join(keywords)))
+      found.append(
+        concept._replace(name=name, keywords='' if concept.skin_tone else ', '.join(keywords))
+      )
   return found
 
 
@@ -73,14 +82,18 @@ def _extra(package: str):
   try:
     return __import__(package)
   except ImportError as error:
-    raise ImportError(f"drawing the emoji needs the package {package}: pip install 'lavit_jax[emoji]'") from error
+    raise ImportError(
+      f"drawing the emoji needs the package {package}: pip install 'lavit_jax[emoji]'"
+    ) from error
 
 
 def _folder(package: str) -> str:
   """The folder of an installed package, without importing it (dynamic_font would ask for a game library)."""
   spec = util.find_spec(package)
   if spec is None:
-    raise ImportError(f"drawing the emoji needs the package {package}: pip install 'lavit_jax[emoji]'")
+    raise ImportError(
+      f"drawing the emoji needs the package {package}: pip install 'lavit_jax[emoji]'"
+    )
   return spec.submodule_search_locations[0]
 
 
@@ -106,7 +119,9 @@ def _svg(folder: str, codepoint: str) -> Image.Image:
     path = os.path.join(folder, f'{name}.svg')
     if os.path.exists(path):
       size = SPRITE_SIZE * _OVERSAMPLING
-      png = _extra('resvg_py').svg_to_bytes(svg_path=path, width=size, height=size, skip_system_fonts=True)
+      png = _extra('resvg_py').svg_to_bytes(
+        svg_path=path, width=size, height=size, skip_system_fonts=True
+      )
       return Image.open(io.BytesIO(png)).convert('RGBA')
   raise LookupError(f'{folder} has no drawing of {codepoint}')
 
@@ -116,15 +131,21 @@ def _noto(concept: Concept) -> Image.Image:
   skia = _extra('skia')
   typeface = _noto_typeface()
   size = SPRITE_SIZE * _OVERSAMPLING
-  blob = skia.TextBlob.MakeFromShapedText(concept.text.replace('\ufe0f', ''), skia.Font(typeface, 0.75 * size))
+  blob = skia.TextBlob.MakeFromShapedText(
+    concept.text.replace('\ufe0f', ''), skia.Font(typeface, 0.75 * size)
+  )
   bounds = blob.bounds()
   surface = skia.Surface(2 * size, 2 * size)
   canvas = surface.getCanvas()
   canvas.clear(skia.ColorTRANSPARENT)
-  canvas.drawTextBlob(blob, size / 4 - bounds.left(), size / 4 - bounds.top(), skia.Paint(AntiAlias=True))
+  canvas.drawTextBlob(
+    blob, size / 4 - bounds.left(), size / 4 - bounds.top(), skia.Paint(AntiAlias=True)
+  )
   return Image.fromarray(surface.toarray(colorType=skia.kRGBA_8888_ColorType))
 
 
 @functools.cache
 def _noto_typeface():
-  return _extra('skia').Typeface.MakeFromFile(os.path.join(_folder('dynamic_font'), 'assets', 'fonts', 'NotoColorEmoji-Regular.ttf'))
+  return _extra('skia').Typeface.MakeFromFile(
+    os.path.join(_folder('dynamic_font'), 'assets', 'fonts', 'NotoColorEmoji-Regular.ttf')
+  )

@@ -18,6 +18,7 @@ _WHITE_SHARE = 0.25  # Plain white is what most pictures of things have behind t
 
 class SceneObject(NamedTuple):
   """Equal sprites of a picture. boxes: (left, top, side) of each, in canvas units."""
+
   sprite: int
   codepoint: str
   name: str
@@ -35,6 +36,7 @@ class Facts(NamedTuple):
 
   heldout: None in training, else why the picture cannot occur there ('concept', 'pair' or 'combination').
   """
+
   index: int
   style: str
   background: str
@@ -45,6 +47,7 @@ class Facts(NamedTuple):
 
 class Example(NamedTuple):
   """image: uint8[H, W, 3]; questions: (type, question, answer) triples, see questions.py."""
+
   image: np.ndarray
   caption: str
   questions: tuple[tuple[str, str, str], ...]
@@ -54,24 +57,36 @@ class Example(NamedTuple):
 class Composer:
   """Makes the examples of one split. `composer(seed, index)` is an Example; raises ValueError if the split is empty."""
 
-  def __init__(self, sprites: Sprites, split: str = 'train', scene_share: float = 0.3, image_size: int = 64):
+  def __init__(
+    self, sprites: Sprites, split: str = 'train', scene_share: float = 0.3, image_size: int = 64
+  ):
     self.sprites, self.scene_share, self.image_size = sprites, scene_share, image_size
     rows = sprites.rows
     concept = np.array([splits.heldout_concept(row.codepoint) for row in rows])
     pair = np.array([splits.heldout_pair(row.style, row.codepoint) for row in rows]) & ~concept
     trained = ~concept & ~pair
     self.heldout_names = frozenset(row.name for row, heldout in zip(rows, concept) if heldout)
-    combined = trained & np.array([any(splits.heldout_combination(row.group, name) for name in colors.BACKGROUNDS)
-                                   for row in rows])
+    combined = trained & np.array(
+      [
+        any(splits.heldout_combination(row.group, name) for name in colors.BACKGROUNDS)
+        for row in rows
+      ]
+    )
     focus = {None: trained, 'concept': concept, 'pair': pair, 'combination': combined}
     wanted = splits.parse(split) or (None,)
-    self._focus = {reason: np.flatnonzero(focus[reason]) for reason in wanted if focus[reason].any()}
+    self._focus = {
+      reason: np.flatnonzero(focus[reason]) for reason in wanted if focus[reason].any()
+    }
     if not self._focus:
       raise ValueError(f'none of the {len(rows)} sprites belongs to the split {split!r}')
-    self._companions = {style: np.flatnonzero(trained & np.array([row.style == style for row in rows]))
-                        for style in dict.fromkeys(row.style for row in rows)}
+    self._companions = {
+      style: np.flatnonzero(trained & np.array([row.style == style for row in rows]))
+      for style in dict.fromkeys(row.style for row in rows)
+    }
     # A wrong answer comes from where the right one does, or else 'never heard of it' would mean 'yes'.
-    names = {reason: sorted({rows[i].name for i in members}) for reason, members in self._focus.items()}
+    names = {
+      reason: sorted({rows[i].name for i in members}) for reason, members in self._focus.items()
+    }
     known = sorted({rows[i].name for i in np.flatnonzero(trained)})
     self._names = {reason: own if len(own) > 8 else known for reason, own in names.items()}
 
@@ -98,8 +113,10 @@ class Composer:
     """Two to four sprites: equal ones in the quarters of the picture, or two kinds in its halves."""
     half = CANVAS / 2
     if rng.random() < 0.4:
-      quarters = rng.permutation(4)[:rng.integers(2, 5)]
-      return [(focus, [_box(rng, half * (q % 2), half * (q // 2), half, half) for q in quarters])], None
+      quarters = rng.permutation(4)[: rng.integers(2, 5)]
+      return [
+        (focus, [_box(rng, half * (q % 2), half * (q // 2), half, half) for q in quarters])
+      ], None
     companions = self._companions[self.sprites.rows[focus].style]
     other = _any(rng, companions)
     while self.sprites.rows[other].name == self.sprites.rows[focus].name:
@@ -109,18 +126,24 @@ class Composer:
     layout = []
     for sprite, count, offset in zip(rng.permutation([focus, other]), counts, (0, half)):
       step = CANVAS / count
-      slots = [(offset, step * i, half, step) if relation == 'left' else (step * i, offset, step, half)
-               for i in range(count)]
+      slots = [
+        (offset, step * i, half, step) if relation == 'left' else (step * i, offset, step, half)
+        for i in range(count)
+      ]
       layout.append((sprite, [_box(rng, *slot) for slot in slots]))
     return layout, relation
 
   def _paint(self, rng, facts: Facts) -> np.ndarray:
-    colour = np.array(colors.BACKGROUNDS[facts.background]) + rng.integers(-colors.JITTER, colors.JITTER + 1, 3)
+    colour = np.array(colors.BACKGROUNDS[facts.background]) + rng.integers(
+      -colors.JITTER, colors.JITTER + 1, 3
+    )
     image = Image.new('RGB', (self.image_size, self.image_size), tuple(colour.tolist()))
     scale = self.image_size / CANVAS
     for thing in facts.things:
       pixels = self.sprites.pixels[thing.sprite]
-      source = Image.frombuffer('RGBa', pixels.shape[1::-1], pixels)  # Premultiplied: resizing must not bleed.
+      source = Image.frombuffer(
+        'RGBa', pixels.shape[1::-1], pixels
+      )  # Premultiplied: resizing must not bleed.
       for left, top, side in thing.boxes:
         size = max(1, int(side * scale))
         sprite = source.resize((size, size), Image.Resampling.BOX).convert('RGBA')
@@ -135,15 +158,25 @@ def _any(rng, choices):
 def _box(rng, left: float, top: float, width: float, height: float) -> tuple[float, float, float]:
   """A square of 20 to 30 units somewhere in a slot."""
   side = rng.uniform(20, min(30, width, height))
-  return float(left + rng.uniform(0, width - side)), float(top + rng.uniform(0, height - side)), float(side)
+  return (
+    float(left + rng.uniform(0, width - side)),
+    float(top + rng.uniform(0, height - side)),
+    float(side),
+  )
 
 
 def _background(rng, things: tuple[SceneObject, ...], reason: str | None) -> str:
   """A colour on which the things may stand for this reason, and, if possible, none of them has."""
+
   def heldout(colour):
     return any(splits.heldout_combination(thing.group, colour) for thing in things)
-  allowed = [colour for colour in colors.BACKGROUNDS if heldout(colour) == (reason == 'combination')]
-  clear = [colour for colour in allowed if all(colour != thing.colour for thing in things)] or allowed
+
+  allowed = [
+    colour for colour in colors.BACKGROUNDS if heldout(colour) == (reason == 'combination')
+  ]
+  clear = [
+    colour for colour in allowed if all(colour != thing.colour for thing in things)
+  ] or allowed
   if 'white' in clear and rng.random() < _WHITE_SHARE:
     return 'white'
   return _any(rng, clear)

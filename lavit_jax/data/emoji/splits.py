@@ -17,7 +17,9 @@ _REASONS = ('concept', 'pair', 'combination')
 
 def heldout_concept(codepoint: str) -> bool:
   """Whether a concept ('1F44D-1F3FB') is held out in every style; its skin tones share its fate."""
-  codes = [code for code in codepoint.split('-') if code != 'FE0F' and not '1F3FB' <= code <= '1F3FF']
+  codes = [
+    code for code in codepoint.split('-') if code != 'FE0F' and not '1F3FB' <= code <= '1F3FF'
+  ]
   return _fraction(f'{_CONCEPT_SALT} concept {"-".join(codes)}') < _CONCEPT_SHARE
 
 
@@ -34,7 +36,11 @@ def heldout_combination(group: str, background: str) -> bool:
 
 def parse(split: str) -> tuple[str, ...]:
   """Reasons for which examples of a split are held out: 'train' -> (), 'heldout' -> all three, 'heldout/pair' -> one."""
-  known = {'train': (), 'heldout': _REASONS, **{f'heldout/{reason}': (reason,) for reason in _REASONS}}
+  known = {
+    'train': (),
+    'heldout': _REASONS,
+    **{f'heldout/{reason}': (reason,) for reason in _REASONS},
+  }
   if split not in known:
     raise ValueError(f'unknown split {split!r}; choose one of {", ".join(known)}')
   return known[split]

@@ -63,10 +63,22 @@ class Writer:
     blank = {path: np.broadcast_to(np.zeros((), x.dtype), x.shape) for path, x in leaves.items()}
     self._handler = _Handler({id(x): path for path, x in blank.items()})
     save_args = {path: _chunks(x, path in self._stacked) for path, x in blank.items()}
-    self._thread, self._flusher, self._flushed = concurrent.futures.ThreadPoolExecutor(1), disk.Flusher(), set()
+    self._thread, self._flusher, self._flushed = (
+      concurrent.futures.ThreadPoolExecutor(1),
+      disk.Flusher(),
+      set(),
+    )
     self._folder = pathlib.Path(folder).absolute()
-    self._saved = self._thread.submit(_save, self._folder, self._handler, unflatten_dict(blank, sep='/'), unflatten_dict(save_args, sep='/'))
-    concurrent.futures.wait([self._saved, self._handler.opened], return_when=concurrent.futures.FIRST_COMPLETED)
+    self._saved = self._thread.submit(
+      _save,
+      self._folder,
+      self._handler,
+      unflatten_dict(blank, sep='/'),
+      unflatten_dict(save_args, sep='/'),
+    )
+    concurrent.futures.wait(
+      [self._saved, self._handler.opened], return_when=concurrent.futures.FIRST_COMPLETED
+    )
     if self._saved.done():
       self._thread.shutdown()
       self._saved.result()
@@ -80,7 +92,9 @@ class Writer:
         self._complete()
         self._handler.filled.set_result(None)
     finally:
-      if not self._handler.filled.done():  # Orbax waits in its thread, and logs at length that it was given up
+      if (
+        not self._handler.filled.done()
+      ):  # Orbax waits in its thread, and logs at length that it was given up
         logging.getLogger('absl').addFilter(_silent)
         self._handler.filled.set_exception(RuntimeError('given up'))
       self._thread.shutdown()
@@ -119,19 +133,28 @@ class Writer:
   def _commit(self) -> None:
     if self._transaction is not None:
       self._transaction.commit_async().result()
-      data = self._folder.parent.glob(f'{self._folder.name}*/*/d/*')  # under another name, until Orbax is done
-      new = {file for file in data if not file.suffix} - self._flushed  # no locks; each is written once
+      data = self._folder.parent.glob(
+        f'{self._folder.name}*/*/d/*'
+      )  # under another name, until Orbax is done
+      new = {
+        file for file in data if not file.suffix
+      } - self._flushed  # no locks; each is written once
       self._flusher.flush(new)
       self._flushed |= new
     self._transaction, self._pending = None, 0
 
 
-def open_leaves(folder: pathlib.Path, paths, context: ts.Context | None = None) -> dict[str, ts.TensorStore]:
+def open_leaves(
+  folder: pathlib.Path, paths, context: ts.Context | None = None
+) -> dict[str, ts.TensorStore]:
   """path -> array, to be read by `array[row].read().result()` or whole."""
   base = {'driver': 'file', 'path': f'{pathlib.Path(folder).absolute()}/'}
 
   def spec(path):
-    return {'driver': 'zarr', 'kvstore': {'driver': 'ocdbt', 'base': base, 'path': path.replace('/', '.') + '/'}}
+    return {
+      'driver': 'zarr',
+      'kvstore': {'driver': 'ocdbt', 'base': base, 'path': path.replace('/', '.') + '/'},
+    }
 
   waiting = {path: ts.open(spec(path), open=True, context=context) for path in paths}
   return {path: future.result() for path, future in waiting.items()}
@@ -145,23 +168,45 @@ def read_sharded(store: ts.TensorStore, like: jax.ShapeDtypeStruct) -> jax.Array
   """
   if not like.shape:
     return jax.device_put(store.read().result().astype(like.dtype), like.sharding)
-  places = {device: tuple(each.indices(size)[:2] for each, size in zip(index, like.shape))  # (start, stop) by axis
-            for device, index in like.sharding.addressable_devices_indices_map(like.shape).items()}
-  shards = {index: np.empty([stop - start for start, stop in index], like.dtype) for index in set(places.values())}
-  (top, bottom), *sides = [(min(starts), max(stops)) for starts, stops in (zip(*axis) for axis in zip(*shards))]
-  step = max(CHUNK_BYTES // max(math.prod(stop - start for start, stop in sides) * store.dtype.numpy_dtype.itemsize, 1), 1)
+  places = {
+    device: tuple(
+      each.indices(size)[:2] for each, size in zip(index, like.shape)
+    )  # (start, stop) by axis
+    for device, index in like.sharding.addressable_devices_indices_map(like.shape).items()
+  }
+  shards = {
+    index: np.empty([stop - start for start, stop in index], like.dtype)
+    for index in set(places.values())
+  }
+  (top, bottom), *sides = [
+    (min(starts), max(stops)) for starts, stops in (zip(*axis) for axis in zip(*shards))
+  ]
+  step = max(
+    CHUNK_BYTES
+    // max(math.prod(stop - start for start, stop in sides) * store.dtype.numpy_dtype.itemsize, 1),
+    1,
+  )
 
   def stretch(start, stop):
-    return start, stop, store[(slice(start, stop), *(slice(*side) for side in sides))].read().result()
+    return (
+      start,
+      stop,
+      store[(slice(start, stop), *(slice(*side) for side in sides))].read().result(),
+    )
 
-  for start, stop, block in prefetch(functools.partial(stretch, start, min(start + step, bottom)) for start in range(top, bottom, step)):
+  for start, stop, block in prefetch(
+    functools.partial(stretch, start, min(start + step, bottom))
+    for start in range(top, bottom, step)
+  ):
     for ((first, last), *rest), shard in shards.items():
       low, high = max(start, first), min(stop, last)
       if low < high:
         inside = [slice(begin - side, end - side) for (begin, end), (side, _) in zip(rest, sides)]
-        shard[low - first:high - first] = block[(slice(low - start, high - start), *inside)]
+        shard[low - first : high - first] = block[(slice(low - start, high - start), *inside)]
   pieces = [jax.device_put(shards[index], device) for device, index in places.items()]
-  return jax.make_array_from_single_device_arrays(like.shape, like.sharding, pieces).block_until_ready()
+  return jax.make_array_from_single_device_arrays(
+    like.shape, like.sharding, pieces
+  ).block_until_ready()
 
 
 def checksums(folder: pathlib.Path, paths) -> Iterator[tuple[str, int, int]]:
@@ -173,7 +218,10 @@ def checksums(folder: pathlib.Path, paths) -> Iterator[tuple[str, int, int]]:
 
   def pieces():
     for path, array in open_leaves(folder, paths, DIRECT).items():
-      length, size = array.shape[0] if array.ndim else 1, int(np.prod(array.shape)) * array.dtype.numpy_dtype.itemsize
+      length, size = (
+        array.shape[0] if array.ndim else 1,
+        int(np.prod(array.shape)) * array.dtype.numpy_dtype.itemsize,
+      )
       step = max(length * CHUNK_BYTES // max(size, 1), 1)
       for start in range(0, length, step):
         yield functools.partial(piece, path, array, start, min(start + step, length))
@@ -200,7 +248,11 @@ def prefetch(tasks: Iterable[Callable], depth: int = 3) -> Iterator:
 def checksum(array: np.ndarray, first_row: int = 0) -> int:
   """Of a leaf, or of the rows of it from `first_row` on: XXH3-64 of each row, seeded with its number, and all of them by exclusive or."""
   rows = array if array.ndim else array[None]
-  rows = np.ascontiguousarray(rows).view(np.uint8).reshape(len(rows), -1) if rows.size else np.zeros((len(rows), 0), np.uint8)
+  rows = (
+    np.ascontiguousarray(rows).view(np.uint8).reshape(len(rows), -1)
+    if rows.size
+    else np.zeros((len(rows), 0), np.uint8)
+  )
   total = 0
   for number, row in enumerate(rows, first_row):
     total ^= xxhash.xxh3_64_intdigest(row, number)
@@ -236,9 +288,13 @@ class _Handler(ocp.type_handlers.NumpyHandler):
     self.opened, self.filled = concurrent.futures.Future(), concurrent.futures.Future()
 
   async def _open_and_write(self, value, tspec, ts_context):
-    if self.context is None:  # the disk gets what is written when it likes; `Writer` waits for it once, at the end
+    if (
+      self.context is None
+    ):  # the disk gets what is written when it likes; `Writer` waits for it once, at the end
       self.context = ts.Context({'file_io_sync': False}, parent=ts_context)
-    self.arrays[self.names[id(value)]] = await ts.open(ts.Spec(tspec), create=True, open=True, context=self.context)
+    self.arrays[self.names[id(value)]] = await ts.open(
+      ts.Spec(tspec), create=True, open=True, context=self.context
+    )
     if len(self.arrays) == len(self.names):
       self.opened.set_result(None)
     await asyncio.wrap_future(self.filled)
@@ -250,10 +306,15 @@ def _silent(_) -> bool:
 
 def _save(folder: pathlib.Path, handler: _Handler, tree, save_args) -> None:
   """Orbax's own save, by this process alone: it waits for no other."""
-  alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix='lavit')
+  alone = ocp.options.MultiprocessingOptions(
+    primary_host=0, active_processes={0}, barrier_sync_key_prefix='lavit'
+  )
   registry = ocp.type_handlers.create_type_handler_registry(
-      (np.ndarray, handler), (jax.Array, ocp.type_handlers.ArrayHandler()))  # it asks for the second, to warn without
-  pytrees = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry, multiprocessing_options=alone)
+    (np.ndarray, handler), (jax.Array, ocp.type_handlers.ArrayHandler())
+  )  # it asks for the second, to warn without
+  pytrees = ocp.PyTreeCheckpointHandler(
+    use_compression=False, type_handler_registry=registry, multiprocessing_options=alone
+  )
   with ocp.Checkpointer(pytrees, multiprocessing_options=alone) as checkpointer:
     checkpointer.save(folder, args=ocp.args.PyTreeSave(tree, save_args=save_args))
 
@@ -262,5 +323,3 @@ def _chunks(x: np.ndarray, stacked: bool) -> ocp.SaveArgs:
   if x.size * x.itemsize <= SMALL_BYTES:
     return ocp.SaveArgs()
   return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if stacked else ())
-
-

@@ -26,14 +26,14 @@ def read_bytes(path: pathlib.Path, start: int, size: int) -> np.ndarray:
   """
   skip = start % SECTOR
   room = np.empty(skip + size + 2 * SECTOR, np.uint8)
-  room = room[-room.ctypes.data % SECTOR:][:-(-(skip + size) // SECTOR) * SECTOR]
+  room = room[-room.ctypes.data % SECTOR :][: -(-(skip + size) // SECTOR) * SECTOR]
   try:
     got = _fill(path, getattr(os, 'O_DIRECT', 0), room, start - skip, skip + size)
   except OSError as error:
     if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
       raise
     got = _fill(path, 0, room, start - skip, skip + size)
-  return room[skip:min(got, skip + size)]
+  return room[skip : min(got, skip + size)]
 
 
 def _fill(path: pathlib.Path, flags: int, room: np.ndarray, start: int, size: int) -> int:

@@ -29,12 +29,18 @@ from lavit_jax.data.text import TextTokenizer
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.models import settings as checkpoint_settings
-from lavit_jax.weights.torch import configs, formats, finite
 from lavit_jax.weights.store import arrays as leaves
 from lavit_jax.weights.store.arrays import flatten, unflatten
+from lavit_jax.weights.torch import configs, finite, formats
 
 FORMAT = 2
-TOKENIZER_FILES = ('tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json')
+TOKENIZER_FILES = (
+  'tokenizer.json',
+  'tokenizer.model',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'added_tokens.json',
+)
 DTYPES = {'float32': np.float32, 'float16': np.float16, 'bfloat16': ml_dtypes.bfloat16}
 
 
@@ -43,7 +49,9 @@ class FolderWriter:
 
   def __init__(self, path: pathlib.Path, variant: str, metadata: dict, settings: dict):
     self.path, self.sums = path, {}
-    self.config = dict(format=FORMAT, variant=variant, parts={}, settings=settings, metadata=metadata)
+    self.config = dict(
+      format=FORMAT, variant=variant, parts={}, settings=settings, metadata=metadata
+    )
 
   @contextlib.contextmanager
   def part(self, name: str, structs: Mapping, stacked=()) -> Iterator[leaves.Writer]:
@@ -53,11 +61,19 @@ class FolderWriter:
     self.sums[name] = writer.sums
     dtypes = {str(x.dtype) for x in structs.values()}
     self.config['parts'][name] = dict(
-        parameters=sum(int(np.prod(x.shape)) for x in structs.values()), dtype=dtypes.pop() if len(dtypes) == 1 else 'mixed')
+      parameters=sum(int(np.prod(x.shape)) for x in structs.values()),
+      dtype=dtypes.pop() if len(dtypes) == 1 else 'mixed',
+    )
 
 
 @contextlib.contextmanager
-def open_writer(folder, variant: str, metadata: dict | None = None, tokenizer=None, settings: Mapping | None = None) -> Iterator[FolderWriter]:
+def open_writer(
+  folder,
+  variant: str,
+  metadata: dict | None = None,
+  tokenizer=None,
+  settings: Mapping | None = None,
+) -> Iterator[FolderWriter]:
   """Makes a checkpoint folder, which takes its place when the block ends well.
 
   Args:
@@ -70,7 +86,11 @@ def open_writer(folder, variant: str, metadata: dict | None = None, tokenizer=No
     UserError: something else stands there, the disk is full or the folder cannot be written; nothing half-written is left. Or settings
       that are not known.
   """
-  settings = checkpoint_settings.differing(variant, lavit.variant_config(variant), settings) if settings else {}
+  settings = (
+    checkpoint_settings.differing(variant, lavit.variant_config(variant), settings)
+    if settings
+    else {}
+  )
   with replace_folder(folder) as scratch:
     (scratch / 'parts').mkdir()
     made = FolderWriter(scratch, variant, metadata or {}, settings)
@@ -97,17 +117,28 @@ def replace_folder(folder, mark: str = 'config.json') -> Iterator[pathlib.Path]:
     yield scratch
     swap_folders(scratch, folder)
   except OSError as error:
-    raise UserError(f'cannot write {folder}: {error.strerror or error}; free some space or choose another folder') from error
+    raise UserError(
+      f'cannot write {folder}: {error.strerror or error}; free some space or choose another folder'
+    ) from error
   except ValueError as error:  # TensorStore reports a full disk in words
     if not leaves.disk_full(error):
       raise
-    raise UserError(f'cannot write {folder}: No space left on device; free some space or choose another folder') from error
+    raise UserError(
+      f'cannot write {folder}: No space left on device; free some space or choose another folder'
+    ) from error
   finally:
     shutil.rmtree(scratch, ignore_errors=True)
 
 
-def save_params(folder, variant: str, parts: dict, metadata: dict | None = None, dtype: str = 'float32',
-               tokenizer=None, settings: Mapping | None = None) -> pathlib.Path:
+def save_params(
+  folder,
+  variant: str,
+  parts: dict,
+  metadata: dict | None = None,
+  dtype: str = 'float32',
+  tokenizer=None,
+  settings: Mapping | None = None,
+) -> pathlib.Path:
   """Writes the parameters of some parts of a model.
 
   Args:
@@ -134,7 +165,11 @@ def read_config(folder) -> dict:
     raise UserError(f'{folder} is not a lavit_jax checkpoint: {file} is missing') from None
   except (OSError, ValueError) as error:
     raise UserError(f'{file} cannot be read ({error}); export the checkpoint again') from None
-  if not isinstance(config, dict) or config.get('format') != FORMAT or not config.keys() >= {'variant', 'parts', 'metadata'}:
+  if (
+    not isinstance(config, dict)
+    or config.get('format') != FORMAT
+    or not config.keys() >= {'variant', 'parts', 'metadata'}
+  ):
     raise UserError(f'{file} is not a lavit_jax checkpoint of format {FORMAT}')
   return config
 
@@ -166,7 +201,9 @@ def read_checksums(folder, name: str) -> dict[str, int]:
   try:
     return json.loads(file.read_text())[name]
   except (OSError, ValueError, KeyError) as error:
-    raise UserError(f'{file} is missing or damaged ({error!r}); copy or export the checkpoint again') from None
+    raise UserError(
+      f'{file} is missing or damaged ({error!r}); copy or export the checkpoint again'
+    ) from None
 
 
 def has_codebook(folder) -> bool:
@@ -179,11 +216,19 @@ def has_codebook(folder) -> bool:
 def check_codebook(folder) -> None:
   """Raises UserError if the codes of a folder's tokenizer mean nothing."""
   if not has_codebook(folder):
-    raise UserError(f'{folder}: its tokenizer was never quantised, so its codes mean nothing; train it beyond tokenizer.quantize_from, or go on '
-                    'from it with --config.init_from')
+    raise UserError(
+      f'{folder}: its tokenizer was never quantised, so its codes mean nothing; train it beyond tokenizer.quantize_from, or go on '
+      'from it with --config.init_from'
+    )
 
 
-def load_params(folder, names=None, variant: str | None = None, shardings: Callable | None = None, dtype: str | None = 'float32') -> dict:
+def load_params(
+  folder,
+  names=None,
+  variant: str | None = None,
+  shardings: Callable | None = None,
+  dtype: str | None = 'float32',
+) -> dict:
   """Reads parameter trees.
 
   Args:
@@ -208,7 +253,9 @@ def load_params(folder, names=None, variant: str | None = None, shardings: Calla
       raise UserError(f'{folder} has no part {name!r}; it holds {", ".join(config["parts"])}')
     part = open_params(folder, name, dtype)
     places = {} if shardings is None else flatten(shardings({name: unflatten(part.structs)})[name])
-    parts[name] = unflatten({path: part.read(path, sharding=places.get(path)) for path in part.structs})
+    parts[name] = unflatten(
+      {path: part.read(path, sharding=places.get(path)) for path in part.structs}
+    )
   return parts
 
 
@@ -226,7 +273,10 @@ def open_params(folder, name: str, dtype: str | None = 'float32') -> leaves.Para
   with reading_errors(path):
     sums = read_checksums(folder, name)
     arrays = leaves.open_leaves(path, sums)
-  structs = {leaf: cast(jax.ShapeDtypeStruct(x.shape, x.dtype.numpy_dtype), dtype) for leaf, x in arrays.items()}
+  structs = {
+    leaf: cast(jax.ShapeDtypeStruct(x.shape, x.dtype.numpy_dtype), dtype)
+    for leaf, x in arrays.items()
+  }
   seen = {leaf: {} for leaf in arrays}  # row -> checksum
 
   def check(leaf, row, array):
@@ -244,7 +294,9 @@ def open_params(folder, name: str, dtype: str | None = 'float32') -> leaves.Para
     with reading_errors(path):
       store, struct = arrays[leaf] if row is None else arrays[leaf][row], structs[leaf]
       if sharding is not None:
-        return leaves.read_sharded(store, jax.ShapeDtypeStruct(store.shape, struct.dtype, sharding=sharding))
+        return leaves.read_sharded(
+          store, jax.ShapeDtypeStruct(store.shape, struct.dtype, sharding=sharding)
+        )
       array = store.read().result()
       check(leaf, row, array)
     return finite.convert(f'{path}: {leaf}', array, struct.dtype, allow_nonfinite=True)
@@ -262,7 +314,9 @@ def reading_errors(path: pathlib.Path):
   except (OSError, ValueError, KeyError, TypeError) as error:
     if leaves.disk_full(error):  # of what is written meanwhile
       raise
-    raise UserError(f'{path} is truncated or damaged ({" ".join(str(error).split())[:200]}); copy or export it again') from None
+    raise UserError(
+      f'{path} is truncated or damaged ({" ".join(str(error).split())[:200]}); copy or export it again'
+    ) from None
 
 
 def bundle(folder, sources, tokenizer, dtype: str = 'bfloat16') -> pathlib.Path:
@@ -285,10 +339,17 @@ def bundle(folder, sources, tokenizer, dtype: str = 'bfloat16') -> pathlib.Path:
       check_codebook(source)
     metadata = read_config(source)['metadata']
     parts |= made
-    settings = {name: fields for name, fields in settings.items() if checkpoint_settings.PARTS[name].owner not in made}
+    settings = {
+      name: fields
+      for name, fields in settings.items()
+      if checkpoint_settings.PARTS[name].owner not in made
+    }
     settings |= checkpoint_settings.of_parts(read_settings(source), made)
     of_part = {name: metadata.get(name, metadata) for name in made}  # a bundle says it of each part
-    about |= {name: {key: told[key] for key in ('stage', 'steps') if key in told} for name, told in of_part.items()}
+    about |= {
+      name: {key: told[key] for key in ('stage', 'steps') if key in told}
+      for name, told in of_part.items()
+    }
   return save_params(folder, variant, parts, about, dtype, tokenizer, settings)
 
 
@@ -302,8 +363,12 @@ def copy_tokenizer_files(src: pathlib.Path, dst: pathlib.Path) -> None:
 
 def check_destination(folder: pathlib.Path, mark: str = 'config.json') -> None:
   """Raises UserError unless the folder is free, empty, or one of ours, as the file `mark` in it shows."""
-  if folder.exists() and not (folder.is_dir() and ((folder / mark).exists() or not any(folder.iterdir()))):
-    raise UserError(f'{folder} exists and is not a checkpoint of lavit_jax; choose another folder, or remove it first')
+  if folder.exists() and not (
+    folder.is_dir() and ((folder / mark).exists() or not any(folder.iterdir()))
+  ):
+    raise UserError(
+      f'{folder} exists and is not a checkpoint of lavit_jax; choose another folder, or remove it first'
+    )
   if mark == 'config.json' and folder.exists() and any(folder.iterdir()):
     read_config(folder)  # a config.json of somebody else's is not ours to replace
 
@@ -326,7 +391,9 @@ def swap_folders(scratch: pathlib.Path, folder: pathlib.Path) -> None:
 
 def cast(struct, dtype: str | None) -> jax.ShapeDtypeStruct:
   """Of an array or a struct: the shape, and the type that it has once floating leaves are `dtype`; None keeps them."""
-  return jax.ShapeDtypeStruct(struct.shape, DTYPES[dtype] if dtype and _floating(struct.dtype) else struct.dtype)
+  return jax.ShapeDtypeStruct(
+    struct.shape, DTYPES[dtype] if dtype and _floating(struct.dtype) else struct.dtype
+  )
 
 
 def _floating(dtype) -> bool:
@@ -335,4 +402,8 @@ def _floating(dtype) -> bool:
 
 def _stored(name: str, leaf, dtype: str) -> np.ndarray:
   array = np.asarray(jax.device_get(leaf))
-  return finite.convert(name, array, DTYPES[dtype], allow_nonfinite=True) if _floating(array.dtype) else array
+  return (
+    finite.convert(name, array, DTYPES[dtype], allow_nonfinite=True)
+    if _floating(array.dtype)
+    else array
+  )

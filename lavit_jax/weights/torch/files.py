@@ -33,11 +33,24 @@ from lavit_jax.weights.store import disk
 from lavit_jax.weights.torch import weight_files
 
 DTYPES = {  # safetensors' names
-    'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16, 'I64': np.int64, 'I32': np.int32,
-    'I16': np.int16, 'I8': np.int8, 'U8': np.uint8, 'BOOL': np.bool_,
+  'F64': np.float64,
+  'F32': np.float32,
+  'F16': np.float16,
+  'BF16': ml_dtypes.bfloat16,
+  'I64': np.int64,
+  'I32': np.int32,
+  'I16': np.int16,
+  'I8': np.int8,
+  'U8': np.uint8,
+  'BOOL': np.bool_,
 }
 REOPEN_BYTES = 1 << 30  # what a mapped file may hold of memory before it is mapped anew
-WRAPPERS = ('model', 'module', 'state_dict', 'model_state_dict')  # keys under which a training saves the tensors of its model
+WRAPPERS = (
+  'model',
+  'module',
+  'state_dict',
+  'model_state_dict',
+)  # keys under which a training saves the tensors of its model
 GAP_BYTES = 32 << 20  # read at once, where no tensor is wanted
 
 
@@ -77,7 +90,9 @@ def load_files(paths: Iterable[pathlib.Path]) -> dict[str, Tensor]:
   for file in paths:
     shard = _open_safetensors(file) if is_safetensors(file) else _open_pickle(file)
     if twice := shard.keys() & state.keys():
-      raise UserError(f'{file} repeats names of another shard: {", ".join(sorted(twice))}; remove the stale file')
+      raise UserError(
+        f'{file} repeats names of another shard: {", ".join(sorted(twice))}; remove the stale file'
+      )
     state |= shard
   return state
 
@@ -91,12 +106,16 @@ def files(path: str | os.PathLike, stem: str | None = None) -> list[pathlib.Path
     raise UserError(f'{path} does not exist')
   if chosen := weight_files.choose(path, (stem,) if stem else weight_files.STEMS):
     return list(chosen.files)
-  for suffix in weight_files.FORMATS if not stem else ():  # both may lie side by side, with the same content
+  for suffix in (
+    weight_files.FORMATS if not stem else ()
+  ):  # both may lie side by side, with the same content
     for index in sorted(path.glob(f'*{suffix}.index.json')):
       return list(weight_files.shards_of(index))
     if found := sorted(path.glob(f'*{suffix}')):
       if len(found) > 1:
-        raise UserError(f'{path} holds {len(found)} {suffix} files and no index; name the one to read')
+        raise UserError(
+          f'{path} holds {len(found)} {suffix} files and no index; name the one to read'
+        )
       return found
   raise UserError(f'{path} holds no .safetensors and no .bin file{f" of {stem}" if stem else ""}')
 
@@ -115,10 +134,14 @@ def is_safetensors(file: pathlib.Path) -> bool:
   except OSError:
     start = b''
   if start.startswith(b'version https://git-lfs'):
-    raise UserError(f'{file} is a Git LFS pointer, not the weights themselves; fetch them with `git lfs pull`')
+    raise UserError(
+      f'{file} is a Git LFS pointer, not the weights themselves; fetch them with `git lfs pull`'
+    )
   if start[8:9] == b'{' and not any(start[4:8]):  # the length of the header, and its first letter
     return True
-  return file.suffix == '.safetensors' and not start.startswith((b'PK', b'\x80'))  # a zip file, or a bare pickle
+  return file.suffix == '.safetensors' and not start.startswith(
+    (b'PK', b'\x80')
+  )  # a zip file, or a bare pickle
 
 
 def sha256(file: pathlib.Path) -> str:
@@ -186,16 +209,30 @@ class Writer:
   """
 
   def __init__(self, folder: pathlib.Path, stem: str, specs: Mapping, shard_bytes: int = 5 * 10**9):
-    self.sums, self._streams, self._places, self._flusher, self._pending = {}, [], {}, disk.Flusher(), 0
+    self.sums, self._streams, self._places, self._flusher, self._pending = (
+      {},
+      [],
+      {},
+      disk.Flusher(),
+      0,
+    )
     shards = list(_shards(specs, shard_bytes))
-    names = [f'{stem}.safetensors' if len(shards) == 1 else f'{stem}-{n:05}-of-{len(shards):05}.safetensors'
-             for n in range(1, len(shards) + 1)]
+    names = [
+      f'{stem}.safetensors'
+      if len(shards) == 1
+      else f'{stem}-{n:05}-of-{len(shards):05}.safetensors'
+      for n in range(1, len(shards) + 1)
+    ]
     self.files = [folder / name for name in names]
     folder.mkdir(parents=True, exist_ok=True)
     for file, shard in zip(self.files, shards):
       header, at = {'__metadata__': {'format': 'pt'}}, 0
       for name in shard:
-        header[name] = dict(dtype=_code(specs[name].dtype), shape=list(specs[name].shape), data_offsets=[at, at + nbytes(specs[name])])
+        header[name] = dict(
+          dtype=_code(specs[name].dtype),
+          shape=list(specs[name].shape),
+          data_offsets=[at, at + nbytes(specs[name])],
+        )
         at += nbytes(specs[name])
       text = json.dumps(header, separators=(',', ':')).encode()
       text += b' ' * (-len(text) % 8)
@@ -203,10 +240,15 @@ class Writer:
       self._streams.append(stream)
       stream.write(struct.pack('<Q', len(text)) + text)
       stream.truncate(8 + len(text) + at)
-      self._places |= {name: (stream, 8 + len(text) + header[name]['data_offsets'][0], specs[name]) for name in shard}
+      self._places |= {
+        name: (stream, 8 + len(text) + header[name]['data_offsets'][0], specs[name])
+        for name in shard
+      }
     if len(shards) > 1:
-      index = dict(metadata=dict(total_size=sum(nbytes(x) for x in specs.values())),
-                   weight_map={name: file for file, shard in zip(names, shards) for name in shard})
+      index = dict(
+        metadata=dict(total_size=sum(nbytes(x) for x in specs.values())),
+        weight_map={name: file for file, shard in zip(names, shards) for name in shard},
+      )
       (folder / f'{stem}.safetensors.index.json').write_text(json.dumps(index, indent=2) + '\n')
 
   def __enter__(self):
@@ -225,7 +267,9 @@ class Writer:
     """Puts a tensor in its place."""
     stream, offset, spec = self._places[name]
     if array.shape != tuple(spec.shape) or array.dtype != spec.dtype:
-      raise ValueError(f'{name} is {array.dtype}{list(array.shape)}, announced was {spec.dtype}{list(spec.shape)}')
+      raise ValueError(
+        f'{name} is {array.dtype}{list(array.shape)}, announced was {spec.dtype}{list(spec.shape)}'
+      )
     data = np.asarray(array, order='C').reshape(-1).view(np.uint8)
     self.sums[name] = xxhash.xxh3_64_intdigest(data)
     stream.seek(offset)
@@ -239,12 +283,14 @@ class Writer:
 def to_pickle(file: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:
   """Writes a `.bin` as torch.save does; a tensor named as the file's stem, if it is the only one, goes bare."""
   import torch
+
   state = {name: _to_torch(np.asarray(tensor)) for name, tensor in tensors.items()}
   torch.save(state[file.stem] if list(state) == [file.stem] else state, file)
 
 
 def to_pickles(written: list[pathlib.Path]) -> None:
   """Replaces the files of a `Writer`, and their index, by `.bin` files of the same tensors; transformers calls its own pytorch_model."""
+
   def renamed(name):
     return re.sub(r'^model(?=[-.])', 'pytorch_model', name).replace('.safetensors', '.bin')
 
@@ -260,7 +306,13 @@ def to_pickles(written: list[pathlib.Path]) -> None:
 def renamed_index(text: str, renamed: Callable[[str], str]) -> str:
   """An index of shards, for shards of other names."""
   index = json.loads(text)
-  return json.dumps({**index, 'weight_map': {name: renamed(file) for name, file in index['weight_map'].items()}}, indent=2) + '\n'
+  return (
+    json.dumps(
+      {**index, 'weight_map': {name: renamed(file) for name, file in index['weight_map'].items()}},
+      indent=2,
+    )
+    + '\n'
+  )
 
 
 def nbytes(spec) -> int:
@@ -285,7 +337,9 @@ def _code(dtype) -> str:
 
 def _open_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
   try:
-    with safetensors.safe_open(path, 'numpy') as file:  # it knows a bad header and a file of another length
+    with safetensors.safe_open(
+      path, 'numpy'
+    ) as file:  # it knows a bad header and a file of another length
       names = file.offset_keys()
     with open(path, 'rb') as stream:
       start = 8 + int.from_bytes(stream.read(8), 'little')
@@ -297,11 +351,27 @@ def _open_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
 
   def tensor(name, code, shape, begin):
     if code not in DTYPES:
-      raise UserError(f'{path}: {name} is of type {code}, which is not read here; known: {", ".join(DTYPES)}')
+      raise UserError(
+        f'{path}: {name} is of type {code}, which is not read here; known: {", ".join(DTYPES)}'
+      )
     spec = jax.ShapeDtypeStruct(shape, np.dtype(DTYPES[code]))
-    return Tensor(spec.shape, spec.dtype, lambda: _read(path, begin, nbytes(spec)).view(spec.dtype).reshape(shape), path, begin)
+    return Tensor(
+      spec.shape,
+      spec.dtype,
+      lambda: _read(path, begin, nbytes(spec)).view(spec.dtype).reshape(shape),
+      path,
+      begin,
+    )
 
-  return {name: tensor(name, header[name]['dtype'], tuple(header[name]['shape']), start + header[name]['data_offsets'][0]) for name in names}
+  return {
+    name: tensor(
+      name,
+      header[name]['dtype'],
+      tuple(header[name]['shape']),
+      start + header[name]['data_offsets'][0],
+    )
+    for name in names
+  }
 
 
 def _read(path: pathlib.Path, start: int, size: int) -> np.ndarray:
@@ -319,13 +389,20 @@ class _Pickle:
 
   def open(self) -> dict:
     import torch
+
     if self.tensors is None:
-      with torch.serialization.safe_globals([argparse.Namespace]):  # the options of a training, which run nothing
-        if self.path.suffix == '.safetensors':  # by which torch 2.13 would take it for one; of an open file it looks at the content
+      with torch.serialization.safe_globals(
+        [argparse.Namespace]
+      ):  # the options of a training, which run nothing
+        if (
+          self.path.suffix == '.safetensors'
+        ):  # by which torch 2.13 would take it for one; of an open file it looks at the content
           with open(self.path, 'rb') as stream:
             content = torch.load(stream, map_location='cpu', weights_only=True)
         else:
-          content = torch.load(self.path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(self.path))
+          content = torch.load(
+            self.path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(self.path)
+          )
       content = {self.path.stem: content} if isinstance(content, torch.Tensor) else content
       self.tensors, self.touched = _unwrapped(content), 0
     return self.tensors
@@ -343,7 +420,9 @@ def _open_pickle(path: pathlib.Path) -> dict[str, Tensor]:
   try:
     import torch
   except ImportError:
-    raise UserError(f'{path} is a PyTorch pickle; to read it: pip install "lavit_jax[torch]"') from None
+    raise UserError(
+      f'{path} is a PyTorch pickle; to read it: pip install "lavit_jax[torch]"'
+    ) from None
   if not path.is_file():
     raise UserError(f'{path} is missing; download the checkpoint again')
   file = _Pickle(path)
@@ -351,18 +430,33 @@ def _open_pickle(path: pathlib.Path) -> dict[str, Tensor]:
     tensors = file.open()
   except pickle.UnpicklingError as error:
     if re.search('(?i)unsupported (global|class)|unrecognized function', str(error)):
-      raise UserError(f'{path} holds more than tensors and would run code; it is refused. Ask for it as .safetensors') from None
+      raise UserError(
+        f'{path} holds more than tensors and would run code; it is refused. Ask for it as .safetensors'
+      ) from None
     raise _damaged(path, type(error).__name__) from None
   except Exception as error:  # zip and torch each have their own for a damaged file
     raise _damaged(path, type(error).__name__) from None
   if not isinstance(tensors, dict) or not tensors:
-    raise UserError(f'{path} holds a {type(tensors).__name__}, not a dict of tensors; save the state_dict of the model alone')
-  if other := {name: type(x).__name__ for name, x in tensors.items() if not isinstance(x, torch.Tensor)}:
+    raise UserError(
+      f'{path} holds a {type(tensors).__name__}, not a dict of tensors; save the state_dict of the model alone'
+    )
+  if other := {
+    name: type(x).__name__ for name, x in tensors.items() if not isinstance(x, torch.Tensor)
+  }:
     name, kind = next(iter(other.items()))
-    raise UserError(f'{path} is no dict of tensors, nor has it one under {", ".join(WRAPPERS)}: {name!r} is a {kind} '
-                    f'({len(other)} of {len(tensors)} entries are no tensors); save the state_dict of the model alone')
-  return {name: Tensor(tuple(x.shape), _from_torch(x[:0] if x.ndim else x).dtype, lambda name=name: file.read(name), path)
-          for name, x in tensors.items()}
+    raise UserError(
+      f'{path} is no dict of tensors, nor has it one under {", ".join(WRAPPERS)}: {name!r} is a {kind} '
+      f'({len(other)} of {len(tensors)} entries are no tensors); save the state_dict of the model alone'
+    )
+  return {
+    name: Tensor(
+      tuple(x.shape),
+      _from_torch(x[:0] if x.ndim else x).dtype,
+      lambda name=name: file.read(name),
+      path,
+    )
+    for name, x in tensors.items()
+  }
 
 
 def _unwrapped(content):
@@ -377,14 +471,24 @@ def _unwrapped(content):
 
 def _from_torch(x) -> np.ndarray:
   import torch
+
   x = x.detach()
-  return x.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16) if x.dtype == torch.bfloat16 else x.numpy()
+  return (
+    x.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    if x.dtype == torch.bfloat16
+    else x.numpy()
+  )
 
 
 def _to_torch(x: np.ndarray):
   import torch
+
   x = np.array(x)  # torch wants to be able to write to it
-  return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16) if x.dtype == ml_dtypes.bfloat16 else torch.from_numpy(x)
+  return (
+    torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+    if x.dtype == ml_dtypes.bfloat16
+    else torch.from_numpy(x)
+  )
 
 
 def _damaged(path: pathlib.Path, reason) -> UserError:

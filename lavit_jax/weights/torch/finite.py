@@ -18,8 +18,10 @@ NORMAL = 2.0**-14  # float16's smallest number of full precision
 LISTED = 3  # tensors named in a message
 
 _BITS = {  # of a floating type: an integer of its size, what masks the sign, and the first pattern that is not finite
-    'float16': (np.uint16, 0x7fff, 0x7c00), 'bfloat16': (np.uint16, 0x7fff, 0x7f80), 'float32': (np.uint32, 0x7fffffff, 0x7f800000),
-    'float64': (np.uint64, 0x7fffffffffffffff, 0x7ff0000000000000),
+  'float16': (np.uint16, 0x7FFF, 0x7C00),
+  'bfloat16': (np.uint16, 0x7FFF, 0x7F80),
+  'float32': (np.uint32, 0x7FFFFFFF, 0x7F800000),
+  'float64': (np.uint64, 0x7FFFFFFFFFFFFFFF, 0x7FF0000000000000),
 }
 
 
@@ -30,7 +32,9 @@ class Counts(NamedTuple):
   overflow: int  # finite before, and not after
   underflow: int  # not zero before, and zero after
   size: int  # all
-  tiny: bool = False  # some became zero, and none of the others is large beside them: all are below NORMAL
+  tiny: bool = (
+    False  # some became zero, and none of the others is large beside them: all are below NORMAL
+  )
 
 
 def nonfinite(array: np.ndarray) -> int:
@@ -100,13 +104,19 @@ class FiniteLedger:
       allow_nonfinite: NaN and infinity of the source are taken along.
     """
     if self.nonfinite and not allow_nonfinite:
-      raise UserError(f'NaN or infinity in {_listed(self.nonfinite, "nonfinite")}; the file is damaged, or its training had diverged: take '
-                      'another one, or --allow-nonfinite (allow_nonfinite=True) to keep these numbers')
+      raise UserError(
+        f'NaN or infinity in {_listed(self.nonfinite, "nonfinite")}; the file is damaged, or its training had diverged: take '
+        'another one, or --allow-nonfinite (allow_nonfinite=True) to keep these numbers'
+      )
     if self.overflow:
-      raise UserError(f'numbers beyond the range of {dtype} in {_listed(self.overflow, "overflow")}; choose bfloat16 or float32')
+      raise UserError(
+        f'numbers beyond the range of {dtype} in {_listed(self.overflow, "overflow")}; choose bfloat16 or float32'
+      )
     tiny = {name: counts for name, counts in self.underflow.items() if counts.tiny}
     if tiny:
-      raise UserError(f'numbers too small for {dtype}, which would become zero, in {_listed(tiny, "underflow")}; choose bfloat16 or float32')
+      raise UserError(
+        f'numbers too small for {dtype}, which would become zero, in {_listed(tiny, "underflow")}; choose bfloat16 or float32'
+      )
 
   def notes(self) -> list[str]:
     """What was let through, to be told."""
@@ -114,13 +124,18 @@ class FiniteLedger:
     if self.nonfinite:
       told.append(f'NaN or infinity kept in {_listed(self.nonfinite, "nonfinite")}')
     if self.underflow:
-      told.append(f'numbers too small for float16 became zero in {_listed(self.underflow, "underflow")}')
+      told.append(
+        f'numbers too small for float16 became zero in {_listed(self.underflow, "underflow")}'
+      )
     return told
 
 
 def _listed(tensors: dict[str, Counts], kind: str) -> str:
   """'3 tensors: a (2 of 64 numbers), ...'"""
-  names = [f'{name} ({getattr(counts, kind):,} of {counts.size:,} numbers)' for name, counts in list(tensors.items())[:LISTED]]
+  names = [
+    f'{name} ({getattr(counts, kind):,} of {counts.size:,} numbers)'
+    for name, counts in list(tensors.items())[:LISTED]
+  ]
   more = f' and {len(tensors) - LISTED} more' if len(tensors) > LISTED else ''
   return f'{len(tensors)} tensor{"s" if len(tensors) > 1 else ""}: {", ".join(names)}{more}'
 
@@ -133,4 +148,4 @@ def _nonzero(array: np.ndarray) -> int:
 def _blocks(array: np.ndarray):
   flat = array.reshape(-1) if array.flags.c_contiguous else np.ascontiguousarray(array).reshape(-1)
   for start in range(0, flat.size, BLOCK):
-    yield flat[start:start + BLOCK]
+    yield flat[start : start + BLOCK]

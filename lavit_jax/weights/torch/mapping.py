@@ -36,7 +36,11 @@ class PortingError(UserError):
 
   def __init__(self, text: str, problems: Iterable[str] = ()):
     self.problems = list(problems)
-    super().__init__('\n  '.join([f'{text} ({len(self.problems)} problems):', *shortened(self.problems)]) if self.problems else text)
+    super().__init__(
+      '\n  '.join([f'{text} ({len(self.problems)} problems):', *shortened(self.problems)])
+      if self.problems
+      else text
+    )
 
 
 def shortened(problems: list[str]) -> list[str]:
@@ -74,15 +78,18 @@ class Transform(NamedTuple):
 
 
 TRANSFORMS = {
-    'copy': Transform(lambda x: x, lambda x: x),
-    'linear': Transform(lambda x: x.T, lambda x: x.T),  # [out, in] <-> [in, out]
-    'conv': Transform(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)),  # OIHW <-> HWIO
-    'conv1x1_to_linear': Transform(lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None]),
-    'qkv': Transform(  # [3 * out, in] <-> [3, in, out]
-        lambda x: x.reshape(3, -1, x.shape[1]).swapaxes(1, 2), lambda x: x.swapaxes(1, 2).reshape(-1, x.shape[1])
-    ),
-    'qkv_bias': Transform(lambda x: x.reshape(3, -1), lambda x: x.reshape(-1)),
-    'unbatch': Transform(lambda x: x[0], lambda x: x[None]),  # [1, ...] <-> [...]
+  'copy': Transform(lambda x: x, lambda x: x),
+  'linear': Transform(lambda x: x.T, lambda x: x.T),  # [out, in] <-> [in, out]
+  'conv': Transform(
+    lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)
+  ),  # OIHW <-> HWIO
+  'conv1x1_to_linear': Transform(lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None]),
+  'qkv': Transform(  # [3 * out, in] <-> [3, in, out]
+    lambda x: x.reshape(3, -1, x.shape[1]).swapaxes(1, 2),
+    lambda x: x.swapaxes(1, 2).reshape(-1, x.shape[1]),
+  ),
+  'qkv_bias': Transform(lambda x: x.reshape(3, -1), lambda x: x.reshape(-1)),
+  'unbatch': Transform(lambda x: x[0], lambda x: x[None]),  # [1, ...] <-> [...]
 }
 
 
@@ -92,7 +99,7 @@ def contiguous(view: np.ndarray) -> np.ndarray:
     return view
   out = np.empty(view.shape, view.dtype)
   for start in range(0, view.shape[-1], STRIP):
-    out[..., start:start + STRIP] = view[..., start:start + STRIP]
+    out[..., start : start + STRIP] = view[..., start : start + STRIP]
   return out
 
 
@@ -125,7 +132,13 @@ class MappingPlan(NamedTuple):
   stacked: frozenset[str]
 
 
-def make_plan(rows: Iterable[NameRule], state: Mapping, like: Mapping, allow_missing: str = '', mixed: bool = False) -> MappingPlan:
+def make_plan(
+  rows: Iterable[NameRule],
+  state: Mapping,
+  like: Mapping,
+  allow_missing: str = '',
+  mixed: bool = False,
+) -> MappingPlan:
   """Matches a file with a model, without touching any array.
 
   Args:
@@ -145,11 +158,19 @@ def make_plan(rows: Iterable[NameRule], state: Mapping, like: Mapping, allow_mis
     allowed = re.compile(allow_missing) if allow_missing else None
   except re.error as error:
     raise PortingError(f'{allow_missing!r} is not a regular expression ({error})') from None
-  absent = {s.leaf for name, s in slots.items() if name not in state and (s.row.optional or allowed and allowed.search(name))}
-  absent -= {s.leaf for name, s in slots.items() if name in state}  # a stack is there as a whole or not at all
+  absent = {
+    s.leaf
+    for name, s in slots.items()
+    if name not in state and (s.row.optional or allowed and allowed.search(name))
+  }
+  absent -= {
+    s.leaf for name, s in slots.items() if name in state
+  }  # a stack is there as a whole or not at all
   wanted = {name: slot for name, slot in slots.items() if slot.leaf not in absent}
   problems += _strangers(rows, slots, state) + _missing(wanted, slots, state)
-  blank = {path: np.broadcast_to(np.zeros((), x.dtype), x.shape) for path, x in like.items()}  # shapes without memory
+  blank = {
+    path: np.broadcast_to(np.zeros((), x.dtype), x.shape) for path, x in like.items()
+  }  # shapes without memory
   dtypes = {}
   for name in [name for name in state if name in wanted]:
     shape, expected = tuple(state[name].shape), wanted[name].array(blank).shape
@@ -157,20 +178,29 @@ def make_plan(rows: Iterable[NameRule], state: Mapping, like: Mapping, allow_mis
     if shape != expected:
       problems.append(f'wrong shape: {name} is {list(shape)}, the model wants {list(expected)}')
     if _floating(dtype) != _floating(like[leaf].dtype):
-      problems.append(f'wrong dtype: {name} is {dtype}, the model wants {np.dtype(like[leaf].dtype)}')
+      problems.append(
+        f'wrong dtype: {name} is {dtype}, the model wants {np.dtype(like[leaf].dtype)}'
+      )
     elif dtypes.setdefault(leaf, dtype) != dtype and not mixed:
-      problems.append(f'wrong dtype: {name} is {dtype}, other layers of it are {dtypes[leaf]}; choose one type for all of them, as --dtype '
-                      f'{_widest(dtype, dtypes[leaf])} does, or dtype= in Python')
+      problems.append(
+        f'wrong dtype: {name} is {dtype}, other layers of it are {dtypes[leaf]}; choose one type for all of them, as --dtype '
+        f'{_widest(dtype, dtypes[leaf])} does, or dtype= in Python'
+      )
     elif mixed:
       dtypes[leaf] = _widest(dtypes[leaf], dtype)
   if not wanted:
     problems.append('the file fills no leaf at all')
   _check(problems)
-  return MappingPlan(wanted, {leaf: jax.ShapeDtypeStruct(like[leaf].shape, dtype) for leaf, dtype in dtypes.items()},
-              frozenset(slot.leaf for slot in wanted.values() if slot.layer is not None))
+  return MappingPlan(
+    wanted,
+    {leaf: jax.ShapeDtypeStruct(like[leaf].shape, dtype) for leaf, dtype in dtypes.items()},
+    frozenset(slot.leaf for slot in wanted.values() if slot.layer is not None),
+  )
 
 
-def from_torch(rows: Iterable[NameRule], state: Mapping, like: Mapping, place: Callable | None = None) -> dict:
+def from_torch(
+  rows: Iterable[NameRule], state: Mapping, like: Mapping, place: Callable | None = None
+) -> dict:
   """Torch arrays -> parameter tree of numpy arrays, in the types of `like`.
 
   Args:
@@ -189,7 +219,9 @@ def from_torch(rows: Iterable[NameRule], state: Mapping, like: Mapping, place: C
     array = np.empty(like[leaf].shape, like[leaf].dtype)
     for name, slot in slots.items():
       if slot.leaf == leaf:
-        array[... if slot.layer is None else slot.layer] = contiguous(slot.row_of(np.asarray(state[name])))
+        array[... if slot.layer is None else slot.layer] = contiguous(
+          slot.row_of(np.asarray(state[name]))
+        )
     tree[leaf] = array if place is None else place(leaf, array)
   return unflatten_dict(tree, sep='/')
 
@@ -218,7 +250,9 @@ def slots_of(rows: Iterable[NameRule], leaves: Mapping) -> dict[str, Slot]:
 
 def torch_shapes(rows: Iterable[NameRule], like: Mapping) -> dict[str, tuple[int, ...]]:
   """The torch name and shape of everything in a tree of arrays or structs, without computing on any."""
-  blank = {path: np.broadcast_to(np.float32(0), x.shape) for path, x in flatten_dict(like, sep='/').items()}
+  blank = {
+    path: np.broadcast_to(np.float32(0), x.shape) for path, x in flatten_dict(like, sep='/').items()
+  }
   slots = slots_of(rows, blank)
   return {name: slot.array(blank).shape for name, slot in slots.items()}
 
@@ -230,12 +264,16 @@ def _slots(rows: list[NameRule], leaves: Mapping) -> tuple[dict[str, Slot], list
     if row.leaf is None:
       continue
     if row.leaf in claimed:
-      problems.append(f'duplicate: leaf {row.leaf} is claimed by {claimed[row.leaf]} and {row.name}')
+      problems.append(
+        f'duplicate: leaf {row.leaf} is claimed by {claimed[row.leaf]} and {row.name}'
+      )
       continue
     claimed[row.leaf] = row.name
     if row.leaf not in leaves:
       if not row.optional:
-        problems.append(f'unexpected: {row.name} belongs to leaf {row.leaf}, which the model does not have')
+        problems.append(
+          f'unexpected: {row.name} belongs to leaf {row.leaf}, which the model does not have'
+        )
       continue
     for layer in range(leaves[row.leaf].shape[0]) if '{i}' in row.name else (None,):
       name = row.name if layer is None else row.name.replace('{i}', str(layer))
@@ -257,7 +295,9 @@ def _strangers(rows: list[NameRule], slots: Mapping, state: Mapping) -> list[str
       problems.append(f'unexpected: the model has no place for {name} (fewer layers?)')
     else:
       hints += 1
-      problems.append(f'unmapped: no row names {name}' + (_nearest(name, slots) if hints <= MAX_HINTS else ''))
+      problems.append(
+        f'unmapped: no row names {name}' + (_nearest(name, slots) if hints <= MAX_HINTS else '')
+      )
   return problems
 
 
@@ -268,8 +308,14 @@ def _pattern(rows: list[NameRule]) -> re.Pattern:
 
 def _missing(wanted: Mapping, slots: Mapping, state: Mapping) -> list[str]:
   """Names that a leaf waits for; the nearest of the file's names that nothing takes may be a misspelling."""
-  names, free = [name for name in wanted if name not in state], [name for name in state if name not in slots]
-  return [f'missing: {name}' + (_nearest(name, free) if n < MAX_HINTS else '') for n, name in enumerate(names)]
+  names, free = (
+    [name for name in wanted if name not in state],
+    [name for name in state if name not in slots],
+  )
+  return [
+    f'missing: {name}' + (_nearest(name, free) if n < MAX_HINTS else '')
+    for n, name in enumerate(names)
+  ]
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -25,7 +25,21 @@ from lavit_jax.errors import UserError
 
 STEMS = ('diffusion_pytorch_model', 'model', 'pytorch_model')  # of diffusers and transformers
 FORMATS = ('.safetensors', '.bin')  # in this order, if both hold the same edition
-WEIGHTS = ('.safetensors', '.bin', '.pt', '.pth', '.ckpt', '.msgpack', '.h5', '.onnx', '.pb', '.gguf', '.ggml', '.flashpack', '.npz')
+WEIGHTS = (
+  '.safetensors',
+  '.bin',
+  '.pt',
+  '.pth',
+  '.ckpt',
+  '.msgpack',
+  '.h5',
+  '.onnx',
+  '.pb',
+  '.gguf',
+  '.ggml',
+  '.flashpack',
+  '.npz',
+)
 RULE = 'the file without a variant first, then 32-bit before 16-bit, averaged (EMA) before non_ema, safetensors before .bin'
 _SHARD = r'-\d+-of-\d+'
 _VARIANT = r'\.(?P<{}>[A-Za-z0-9_-]+?)'
@@ -60,12 +74,16 @@ def parse(name: str, stem: str) -> FileName | None:
   """Takes a file name apart; None if it is not a name of weights, or of an index of weights, called `stem`."""
   ends = '|'.join(map(re.escape, FORMATS))
   file = re.fullmatch(
-      rf'{re.escape(stem)}(?:{_VARIANT.format("a")})?(?P<shard>{_SHARD})?(?:{_VARIANT.format("b")})?(?P<suffix>{ends})', name)
+    rf'{re.escape(stem)}(?:{_VARIANT.format("a")})?(?P<shard>{_SHARD})?(?:{_VARIANT.format("b")})?(?P<suffix>{ends})',
+    name,
+  )
   if file:
     return FileName(file['a'] or file['b'] or '', file['suffix'], bool(file['shard']), False)
   index = re.fullmatch(
-      rf'{re.escape(stem)}(?:{_VARIANT.format("a")})?(?P<suffix>{ends})'
-      rf'(?:{_VARIANT.format("b")})?\.index(?:{_VARIANT.format("c")})?\.json', name)
+    rf'{re.escape(stem)}(?:{_VARIANT.format("a")})?(?P<suffix>{ends})'
+    rf'(?:{_VARIANT.format("b")})?\.index(?:{_VARIANT.format("c")})?\.json',
+    name,
+  )
   if index:
     return FileName(index['a'] or index['b'] or index['c'] or '', index['suffix'], True, True)
   return None
@@ -73,7 +91,11 @@ def parse(name: str, stem: str) -> FileName | None:
 
 def editions(folder: pathlib.Path, stems: Iterable[str]) -> list[Edition]:
   """All editions of the weights that a folder holds under any of the stems, the preferred one first."""
-  names = sorted(file.name for file in folder.iterdir() if file.is_file() or file.is_symlink()) if folder.is_dir() else []
+  names = (
+    sorted(file.name for file in folder.iterdir() if file.is_file() or file.is_symlink())
+    if folder.is_dir()
+    else []
+  )
   found = []
   for order, stem in enumerate(stems):
     parsed = {name: parts for name in names if (parts := parse(name, stem))}
@@ -84,7 +106,9 @@ def editions(folder: pathlib.Path, stems: Iterable[str]) -> list[Edition]:
   return [edition for *_, edition in sorted(found, key=lambda each: each[:2])]
 
 
-def choose(folder: pathlib.Path, stems: Iterable[str], variant: str | None = None) -> Edition | None:
+def choose(
+  folder: pathlib.Path, stems: Iterable[str], variant: str | None = None
+) -> Edition | None:
   """The edition to read, or None if there is none.
 
   Args:
@@ -104,10 +128,16 @@ def choose(folder: pathlib.Path, stems: Iterable[str], variant: str | None = Non
 
 def is_weights(name: str) -> bool:
   """Whether a file holds, or lists, weights of some model, by its name."""
-  return name.endswith(WEIGHTS) or re.search(r'\.(safetensors|bin)\..*index.*\.json$|\.(safetensors|bin)\.index\.json$', name) is not None
+  return (
+    name.endswith(WEIGHTS)
+    or re.search(r'\.(safetensors|bin)\..*index.*\.json$|\.(safetensors|bin)\.index\.json$', name)
+    is not None
+  )
 
 
-def _of_variant(folder: pathlib.Path, stem: str, variant: str, suffix: str, names: dict[str, FileName]) -> list[Edition]:
+def _of_variant(
+  folder: pathlib.Path, stem: str, variant: str, suffix: str, names: dict[str, FileName]
+) -> list[Edition]:
   """The single file and the shards of one variant: two editions, if both are there."""
   singles = sorted(name for name, parts in names.items() if not parts.sharded)
   indexes = sorted(name for name, parts in names.items() if parts.index)
@@ -121,7 +151,9 @@ def _of_variant(folder: pathlib.Path, stem: str, variant: str, suffix: str, name
       found.append(Edition(stem, variant, suffix, (), index, str(error)))
   if shards and not indexes:
     problem = f'{folder} holds shards of weights ({shards[0]}) but no index that lists them; download the checkpoint again'
-    found.append(Edition(stem, variant, suffix, tuple(folder / name for name in shards), None, problem))
+    found.append(
+      Edition(stem, variant, suffix, tuple(folder / name for name in shards), None, problem)
+    )
   return found
 
 
@@ -132,16 +164,27 @@ def shards_of(index: pathlib.Path) -> tuple[pathlib.Path, ...]:
     UserError: the index is damaged, or a file that it names is missing.
   """
   try:
-    files = sorted({index.parent / name for name in json.loads(index.read_text())['weight_map'].values()})
+    files = sorted(
+      {index.parent / name for name in json.loads(index.read_text())['weight_map'].values()}
+    )
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(f'{index} is damaged ({error!r}); download it again') from None
   if missing := [file.name for file in files if not file.is_file()]:
-    raise UserError(f'{index.parent} lacks {", ".join(missing)}, which {index.name} names; download the checkpoint again')
+    raise UserError(
+      f'{index.parent} lacks {", ".join(missing)}, which {index.name} names; download the checkpoint again'
+    )
   return tuple(files)
 
 
 def _rank(edition: Edition) -> tuple:
   """The key by which editions are sorted: `RULE`."""
   short = re.search(r'16|8|4', edition.variant) is not None
-  return (edition.variant != '', 'ema' in edition.variant and 'non' in edition.variant, short, 'bf' in edition.variant,
-          edition.variant, FORMATS.index(edition.suffix), edition.index is not None)
+  return (
+    edition.variant != '',
+    'ema' in edition.variant and 'non' in edition.variant,
+    short,
+    'bf' in edition.variant,
+    edition.variant,
+    FORMATS.index(edition.suffix),
+    edition.index is not None,
+  )

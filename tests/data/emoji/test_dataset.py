@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from lavit_jax.data.emoji import rendering, build, sprites
+from lavit_jax.data.emoji import build, rendering, sprites
 
 
 def test_embedded_sprites():
@@ -11,7 +11,9 @@ def test_embedded_sprites():
   assert {row.style for row in loaded.rows} == {'twemoji', 'openmoji', 'noto'}
   assert list(loaded.rows) == sorted(loaded.rows, key=lambda row: (row.codepoint, row.style))
   apples = {row.style: row for row in loaded.rows if row.name == 'red apple'}
-  assert {row.group for row in apples.values()} == {'Food & Drink'} and apples['twemoji'].colour == 'red'
+  assert {row.group for row in apples.values()} == {'Food & Drink'} and apples[
+    'twemoji'
+  ].colour == 'red'
 
 
 def test_every_sprite_fills_its_square():
@@ -23,7 +25,10 @@ def test_every_sprite_fills_its_square():
 
 def test_licences_travel_with_the_data():
   licence = open(f'{sprites.find("embedded")}/LICENSE').read()
-  assert all(words in licence for words in ('Twemoji', 'CC BY 4.0', 'OpenMoji', 'CC BY-SA 4.0', 'Noto', 'Open Font License'))
+  assert all(
+    words in licence
+    for words in ('Twemoji', 'CC BY 4.0', 'OpenMoji', 'CC BY-SA 4.0', 'Noto', 'Open Font License')
+  )
 
 
 def test_rebuilding_the_sample_gives_the_embedded_sprites(tmp_path):
@@ -32,7 +37,9 @@ def test_rebuilding_the_sample_gives_the_embedded_sprites(tmp_path):
   build.build(str(tmp_path), sample=True)
   built, embedded = sprites.load(str(tmp_path)), sprites.load()
   assert built.rows == embedded.rows
-  assert np.abs(built.pixels.astype(int) - embedded.pixels).mean() < 1  # Rasterisers may differ by a shade.
+  assert (
+    np.abs(built.pixels.astype(int) - embedded.pixels).mean() < 1
+  )  # Rasterisers may differ by a shade.
 
 
 def test_newest_version_and_the_full_set_are_preferred(tmp_path):
@@ -43,4 +50,7 @@ def test_newest_version_and_the_full_set_are_preferred(tmp_path):
 
 
 def test_names_hold_nothing_at_which_answers_are_cut():
-  assert rendering._plain(':flag_of_St._Lucia:') == 'flag of st lucia' and rendering._plain('Woman, “Kitchen” (U.S.)') == 'woman kitchen us'
+  assert (
+    rendering._plain(':flag_of_St._Lucia:') == 'flag of st lucia'
+    and rendering._plain('Woman, “Kitchen” (U.S.)') == 'woman kitchen us'
+  )

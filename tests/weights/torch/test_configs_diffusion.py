@@ -13,9 +13,9 @@ from nano import NANO, jit
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.models.noise_schedule import Scheduler
-from lavit_jax.weights.torch import configs, convert, formats
-from lavit_jax.weights.store import folder
 from lavit_jax.porting import from_torch, to_torch
+from lavit_jax.weights.store import folder
+from lavit_jax.weights.torch import configs, convert, formats
 from lavit_jax.weights.torch.api import torch_settings
 from lavit_jax.weights.torch.configs import pipeline, rules, safety, scheduler, unet, vae
 

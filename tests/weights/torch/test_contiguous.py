@@ -13,9 +13,15 @@ from lavit_jax.weights.torch import files as torch_files
 ROOT = pathlib.Path(__file__).parents[3]
 X = np.arange(12, dtype=np.float32).reshape(3, 4)
 LAYOUTS = {
-    'plain': X, 'transposed': X.T, 'fortran': np.asfortranarray(X), 'every_other': X[:, ::2],
-    'backwards': X[::-1], 'broadcast': np.broadcast_to(X[0], (3, 4)), 'scalar': np.float32(3),
-    'swapped': np.arange(24.0, dtype=np.float32).reshape(2, 3, 4).transpose(2, 0, 1)}
+  'plain': X,
+  'transposed': X.T,
+  'fortran': np.asfortranarray(X),
+  'every_other': X[:, ::2],
+  'backwards': X[::-1],
+  'broadcast': np.broadcast_to(X[0], (3, 4)),
+  'scalar': np.float32(3),
+  'swapped': np.arange(24.0, dtype=np.float32).reshape(2, 3, 4).transpose(2, 0, 1),
+}
 
 
 def write(tensors, path: pathlib.Path) -> None:
@@ -43,6 +49,9 @@ def test_nothing_else_calls_save_file():
   for folder in ('lavit_jax', 'tests', 'benchmarks'):
     files += (ROOT / folder).rglob('*.py')
   assert len(files) > 100
-  found = {str(file.relative_to(ROOT)) for file in files
-           if file != pathlib.Path(__file__) and call.search(file.read_text())}
+  found = {
+    str(file.relative_to(ROOT))
+    for file in files
+    if file != pathlib.Path(__file__) and call.search(file.read_text())
+  }
   assert found == {'tests/tensors.py'}

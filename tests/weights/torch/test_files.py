@@ -19,14 +19,22 @@ from lavit_jax.weights.torch import files
 def state():
   """Arrays of several types and sizes."""
   rng = np.random.default_rng(0)
-  return {'c.weight': rng.normal(size=(6, 4)).astype(np.float32), 'a.weight': rng.normal(size=(5, 4)).astype(ml_dtypes.bfloat16),
-          'b.bias': rng.normal(size=6).astype(np.float16), 'ids': np.arange(7), 'scale': np.array(2.5, np.float32)}
+  return {
+    'c.weight': rng.normal(size=(6, 4)).astype(np.float32),
+    'a.weight': rng.normal(size=(5, 4)).astype(ml_dtypes.bfloat16),
+    'b.bias': rng.normal(size=6).astype(np.float16),
+    'ids': np.arange(7),
+    'scale': np.array(2.5, np.float32),
+  }
 
 
 def same(read, wanted) -> bool:
   return read.keys() == wanted.keys() and all(
-      read[k].shape == wanted[k].shape and read[k].dtype == np.asarray(read[k]).dtype == wanted[k].dtype
-      and np.array_equal(np.asarray(read[k]), wanted[k]) for k in wanted)
+    read[k].shape == wanted[k].shape
+    and read[k].dtype == np.asarray(read[k]).dtype == wanted[k].dtype
+    and np.array_equal(np.asarray(read[k]), wanted[k])
+    for k in wanted
+  )
 
 
 def write(folder, stem, arrays, **kwargs):
@@ -47,14 +55,19 @@ def test_written_files_are_what_safetensors_reads(tmp_path):
 def test_shards_with_their_index(tmp_path):
   arrays = state()
   writer = write(tmp_path, 'model', arrays, shard_bytes=100)
-  assert [file.name for file in writer.files] == [f'model-0000{n}-of-00003.safetensors' for n in (1, 2, 3)]
+  assert [file.name for file in writer.files] == [
+    f'model-0000{n}-of-00003.safetensors' for n in (1, 2, 3)
+  ]
   index = json.loads((tmp_path / 'model.safetensors.index.json').read_text())
   assert index['metadata']['total_size'] == sum(x.nbytes for x in arrays.values())
   assert same(files.load(tmp_path), arrays)
   save_tensors({'visual': np.ones(2)}, tmp_path / 'visual_weight.safetensors')
   assert same(files.load(tmp_path, 'model'), arrays)
   writer.files[1].unlink()
-  with pytest.raises(UserError, match='lacks model-00002-of-00003.safetensors, which model.safetensors.index.json names'):
+  with pytest.raises(
+    UserError,
+    match='lacks model-00002-of-00003.safetensors, which model.safetensors.index.json names',
+  ):
     files.load(tmp_path)
 
 
@@ -75,7 +88,9 @@ def test_pickles_in_and_out(tmp_path):
   assert theirs['a.weight'].dtype == torch.bfloat16 and theirs['ids'].tolist() == list(range(7))
   assert same(files.load(tmp_path / 'm.bin'), arrays)
   torch.save({k: v.float().T for k, v in theirs.items() if v.ndim == 2}, tmp_path / 'strided.pt')
-  assert np.array_equal(np.asarray(files.load(tmp_path / 'strided.pt')['c.weight']), arrays['c.weight'].T)
+  assert np.array_equal(
+    np.asarray(files.load(tmp_path / 'strided.pt')['c.weight']), arrays['c.weight'].T
+  )
   torch.save(theirs, tmp_path / 'old.bin', _use_new_zipfile_serialization=False)
   assert same(files.load(tmp_path / 'old.bin'), arrays)
   torch.save(theirs['b.bias'], tmp_path / 'bare.bin')
@@ -100,8 +115,14 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
       return os.system, (f'touch {tmp_path}/ran',)
 
   for new in (True, False):
-    torch.save({'x': torch.ones(2), 'y': Mischief()}, tmp_path / 'evil.bin', _use_new_zipfile_serialization=new)
-    with pytest.raises(UserError, match='evil.bin holds more than tensors and would run code; it is refused'):
+    torch.save(
+      {'x': torch.ones(2), 'y': Mischief()},
+      tmp_path / 'evil.bin',
+      _use_new_zipfile_serialization=new,
+    )
+    with pytest.raises(
+      UserError, match='evil.bin holds more than tensors and would run code; it is refused'
+    ):
       files.load(tmp_path / 'evil.bin')
   assert not (tmp_path / 'ran').exists()
 
@@ -110,7 +131,11 @@ def test_bad_files_are_told_in_one_line(tmp_path):
   pytest.importorskip('torch')
   save_tensors(state(), tmp_path / 'a.safetensors')
   files.to_pickle(tmp_path / 'a.bin', state())
-  cut = {f'cut{n}.{kind}': (tmp_path / f'a.{kind}').read_bytes()[:n] for kind in ('safetensors', 'bin') for n in (0, 7, 100, -50)}
+  cut = {
+    f'cut{n}.{kind}': (tmp_path / f'a.{kind}').read_bytes()[:n]
+    for kind in ('safetensors', 'bin')
+    for n in (0, 7, 100, -50)
+  }
   for name, content in {**cut, 'junk.bin': b'not a pickle', 'junk.safetensors': b'x' * 99}.items():
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match='is truncated or damaged') as error:
@@ -145,7 +170,9 @@ def test_a_file_counts_to_its_digest_in_whatever_order_it_is_read(tmp_path, monk
   wanted = hashlib.sha256(file.read_bytes()).hexdigest()
   monkeypatch.setattr(files, 'GAP_BYTES', 100)
   read = []
-  monkeypatch.setattr(files, '_read', lambda *args, real=files._read: (read.append(args[1:]), real(*args))[1])
+  monkeypatch.setattr(
+    files, '_read', lambda *args, real=files._read: (read.append(args[1:]), real(*args))[1]
+  )
   for order, gaps in (('abcdef', 1), ('acbedf', None), ('f', None), ('bb', None), ('', 0)):
     with files.Digests() as digests:
       arrived = {name: np.asarray(tensors[name]) for name in order}

@@ -11,9 +11,9 @@ from tensors import save_tensors
 
 from lavit_jax import cli
 from lavit_jax.errors import UserError
-from lavit_jax.weights.torch import convert, finite
-from lavit_jax.weights.store import folder
 from lavit_jax.porting import from_torch
+from lavit_jax.weights.store import folder
+from lavit_jax.weights.torch import convert, finite
 
 TINY = pathlib.Path(cli.ASSETS) / 'tiny'
 VAE = 'vae/diffusion_pytorch_model.safetensors'
@@ -38,7 +38,9 @@ def test_blocks_are_all_looked_at(monkeypatch):
 def test_what_float16_loses():
   array = np.array([1, 1e5, -7e4, 1e-9, 0, np.inf], np.float32)
   after, counts = finite.cast(array, np.float16)
-  assert after.dtype == np.float16 and counts == finite.Counts(nonfinite=1, overflow=2, underflow=1, size=6)
+  assert after.dtype == np.float16 and counts == finite.Counts(
+    nonfinite=1, overflow=2, underflow=1, size=6
+  )
   assert finite.cast(array, ml_dtypes.bfloat16)[1] == finite.Counts(1, 0, 0, 6)
   tiny = np.array([1e-9, 5e-5], ml_dtypes.bfloat16)
   assert finite.cast(tiny, np.float16)[1] == finite.Counts(0, 0, 1, 2, tiny=True)
@@ -53,7 +55,9 @@ def stable(tmp_path):
 
   def change(name, value):
     state = {key: x.astype(np.float32) for key, x in load_file(tmp_path / 'src' / VAE).items()}
-    state[name] = np.ascontiguousarray(np.broadcast_to(value(state[name]), state[name].shape).astype(np.float32))
+    state[name] = np.ascontiguousarray(
+      np.broadcast_to(value(state[name]), state[name].shape).astype(np.float32)
+    )
     save_tensors(state, tmp_path / 'src' / VAE)
     return tmp_path / 'src'
 
@@ -64,11 +68,21 @@ def first(value):
   return lambda x: np.where(np.arange(x.size).reshape(x.shape) == 0, np.float32(value), x)
 
 
-@pytest.mark.parametrize(('value', 'told'), [
-    (first(1e5), r'beyond the range of float16 in 1 tensor: vae: decoder.conv_in.bias \(1 of 48 numbers\); choose bfloat16'),
+@pytest.mark.parametrize(
+  ('value', 'told'),
+  [
+    (
+      first(1e5),
+      r'beyond the range of float16 in 1 tensor: vae: decoder.conv_in.bias \(1 of 48 numbers\); choose bfloat16',
+    ),
     (lambda x: x * 0 + 1e-9, r'too small for float16.* vae: decoder.conv_in.bias \(48 of 48'),
-    (first(np.nan), r'NaN or infinity in 1 tensor: vae: decoder.conv_in.bias \(1 of 48.*--allow-nonfinite'),
-    (first(-np.inf), 'NaN or infinity')])
+    (
+      first(np.nan),
+      r'NaN or infinity in 1 tensor: vae: decoder.conv_in.bias \(1 of 48.*--allow-nonfinite',
+    ),
+    (first(-np.inf), 'NaN or infinity'),
+  ],
+)
 def test_a_conversion_to_float16(stable, tmp_path, capsys, value, told):
   src = stable('decoder.conv_in.bias', value)
   with pytest.raises(UserError, match=told):
@@ -78,9 +92,15 @@ def test_a_conversion_to_float16(stable, tmp_path, capsys, value, told):
 
 def test_what_vanishes_beside_larger_numbers_is_told(stable, tmp_path, capsys):
   src = stable('decoder.conv_in.bias', first(1e-9))
-  assert cli.main(['convert', '--src', str(src), '--dst', str(tmp_path / 'ours'), '--dtype', 'float16']) == 0
+  assert (
+    cli.main(['convert', '--src', str(src), '--dst', str(tmp_path / 'ours'), '--dtype', 'float16'])
+    == 0
+  )
   said = capsys.readouterr().err
-  assert 'too small for float16 became zero' in said and 'vae: decoder.conv_in.bias (1 of 48 numbers)' in said
+  assert (
+    'too small for float16 became zero' in said
+    and 'vae: decoder.conv_in.bias (1 of 48 numbers)' in said
+  )
 
 
 def test_nan_of_a_source_and_the_way_back(stable, tmp_path, capsys):
@@ -89,12 +109,19 @@ def test_nan_of_a_source_and_the_way_back(stable, tmp_path, capsys):
     convert.plan_conversion(src, tmp_path / 'ours').run(lambda size: None)
   with pytest.raises(UserError, match='decoder.conv_in.bias'):
     from_torch(src, 'vae', variant='tiny')
-  assert np.isnan(from_torch(src, 'vae', variant='tiny', allow_nonfinite=True)['decoder']['conv_in']['bias'][0])
-  assert cli.main(['convert', '--src', str(src), '--dst', str(tmp_path / 'ours'), '--allow-nonfinite']) == 0
+  assert np.isnan(
+    from_torch(src, 'vae', variant='tiny', allow_nonfinite=True)['decoder']['conv_in']['bias'][0]
+  )
+  assert (
+    cli.main(['convert', '--src', str(src), '--dst', str(tmp_path / 'ours'), '--allow-nonfinite'])
+    == 0
+  )
   assert 'NaN or infinity kept in 1 tensor: vae: decoder.conv_in.bias' in capsys.readouterr().err
   with pytest.raises(UserError, match='decoder.conv_in.bias'):
     convert.plan_conversion(tmp_path / 'ours', tmp_path / 'back').run(lambda size: None)
-  convert.plan_conversion(tmp_path / 'ours', tmp_path / 'back', allow_nonfinite=True).run(lambda size: None)
+  convert.plan_conversion(tmp_path / 'ours', tmp_path / 'back', allow_nonfinite=True).run(
+    lambda size: None
+  )
   assert np.isnan(load_file(tmp_path / 'back' / VAE)['decoder.conv_in.bias'][0])
 
 
@@ -102,12 +129,16 @@ def test_the_way_back_to_float16(stable, tmp_path):
   src = stable('decoder.conv_in.bias', first(1e5))
   convert.plan_conversion(src, tmp_path / 'ours').run(lambda size: None)
   with pytest.raises(UserError, match='decoder.conv_in.bias .1 of 48 numbers'):
-    convert.plan_conversion(tmp_path / 'ours', tmp_path / 'back', dtype='float16').run(lambda size: None)
+    convert.plan_conversion(tmp_path / 'ours', tmp_path / 'back', dtype='float16').run(
+      lambda size: None
+    )
 
 
 def test_our_own_folders(tmp_path):
   with pytest.raises(UserError, match='vae/value .1 of 2 numbers'):
-    folder.save_params(tmp_path / 'half', 'tiny', {'vae': np.array([1, 1e5], np.float32)}, dtype='float16')
+    folder.save_params(
+      tmp_path / 'half', 'tiny', {'vae': np.array([1, 1e5], np.float32)}, dtype='float16'
+    )
   folder.save_params(tmp_path / 'whole', 'tiny', {'vae': np.array([1, 1e5], np.float32)})
   with pytest.raises(UserError, match='beyond the range of float16'):
     folder.load_params(tmp_path / 'whole', dtype='float16')

@@ -5,13 +5,20 @@ import numpy as np
 import pytest
 
 from lavit_jax.models import lavit
+from lavit_jax.weights.store.arrays import flatten
 from lavit_jax.weights.torch import formats
 from lavit_jax.weights.torch.mapping import slots_of, torch_shapes
-from lavit_jax.weights.store.arrays import flatten
 
 
-@pytest.mark.parametrize(('variant', 'part'), [
-    (variant, part) for variant in lavit.VARIANTS for part in formats.TABLES if getattr(lavit.build(variant), part, part) is not None])
+@pytest.mark.parametrize(
+  ('variant', 'part'),
+  [
+    (variant, part)
+    for variant in lavit.VARIANTS
+    for part in formats.TABLES
+    if getattr(lavit.build(variant), part, part) is not None
+  ],
+)
 def test_tables_cover_every_leaf(variant, part):
   """`slots_of` raises for a leaf that no row claims, or two rows; counted here as well, on both sides."""
   model = lavit.build(variant)
@@ -31,9 +38,15 @@ def test_the_safety_checker_at_full_size():
   model = lavit.build('lavit_7b')
   config = transformers.CLIPConfig(**formats.safety_config(model.safety_checker))
   with torch.device('meta'):
-    want = {name: tuple(p.shape) for name, p in peers.StableDiffusionSafetyChecker(config).state_dict().items()}
+    want = {
+      name: tuple(p.shape)
+      for name, p in peers.StableDiffusionSafetyChecker(config).state_dict().items()
+    }
   tree = formats.shapes(model, ['safety_checker'])['safety_checker']
   assert sum(x.size for x in jax.tree.leaves(tree)) == 303_981_588
   nested, flat = (torch_shapes(rows, tree) for rows in formats.name_rules(model, 'safety_checker'))
   assert want in (nested, flat)
-  assert {name.replace('vision_model.vision_model.', 'vision_model.'): shape for name, shape in nested.items()} == flat
+  assert {
+    name.replace('vision_model.vision_model.', 'vision_model.'): shape
+    for name, shape in nested.items()
+  } == flat

@@ -6,8 +6,8 @@ import pytest
 from lavit_jax.errors import UserError
 from lavit_jax.weights.torch.mapping import (
   TRANSFORMS,
-  PortingError,
   NameRule,
+  PortingError,
   contiguous,
   from_torch,
   make_plan,
@@ -16,16 +16,21 @@ from lavit_jax.weights.torch.mapping import (
 )
 
 ROWS = [
-    NameRule('embed', 'embed', 'unbatch'),
-    NameRule('layers.{i}.fc.weight', 'blocks/fc/kernel', 'linear'),
-    NameRule('layers.{i}.fc.bias', 'blocks/fc/bias'),
-    NameRule('head.weight', 'head/kernel', 'linear', optional=True),
-    NameRule('other.weight', None),
+  NameRule('embed', 'embed', 'unbatch'),
+  NameRule('layers.{i}.fc.weight', 'blocks/fc/kernel', 'linear'),
+  NameRule('layers.{i}.fc.bias', 'blocks/fc/bias'),
+  NameRule('head.weight', 'head/kernel', 'linear', optional=True),
+  NameRule('other.weight', None),
 ]
 LIKE = {
-    'embed': jax.ShapeDtypeStruct((5, 4), np.float32),
-    'blocks': {'fc': {'kernel': jax.ShapeDtypeStruct((3, 4, 6), np.float32), 'bias': jax.ShapeDtypeStruct((3, 6), np.float32)}},
-    'head': {'kernel': jax.ShapeDtypeStruct((4, 2), np.float32)},
+  'embed': jax.ShapeDtypeStruct((5, 4), np.float32),
+  'blocks': {
+    'fc': {
+      'kernel': jax.ShapeDtypeStruct((3, 4, 6), np.float32),
+      'bias': jax.ShapeDtypeStruct((3, 6), np.float32),
+    }
+  },
+  'head': {'kernel': jax.ShapeDtypeStruct((4, 2), np.float32)},
 }
 
 
@@ -35,7 +40,11 @@ def file(drop=(), **extra):
   shapes = {'embed': (1, 5, 4), 'head.weight': (2, 4)}
   for n in range(3):
     shapes |= {f'layers.{n}.fc.weight': (6, 4), f'layers.{n}.fc.bias': (6,)}
-  state = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items() if name not in drop}
+  state = {
+    name: rng.normal(size=shape).astype(np.float32)
+    for name, shape in shapes.items()
+    if name not in drop
+  }
   return state | extra
 
 
@@ -57,13 +66,13 @@ def test_both_directions():
 
 
 SHAPES = {  # of one torch array, and of its leaf
-    'copy': ((6, 4), (6, 4)),
-    'linear': ((6, 4), (4, 6)),
-    'conv': ((6, 4, 3, 2), (3, 2, 4, 6)),
-    'conv1x1_to_linear': ((6, 4, 1, 1), (4, 6)),
-    'qkv': ((6, 4), (3, 4, 2)),
-    'qkv_bias': ((6,), (3, 2)),
-    'unbatch': ((1, 5, 4), (5, 4)),
+  'copy': ((6, 4), (6, 4)),
+  'linear': ((6, 4), (4, 6)),
+  'conv': ((6, 4, 3, 2), (3, 2, 4, 6)),
+  'conv1x1_to_linear': ((6, 4, 1, 1), (4, 6)),
+  'qkv': ((6, 4), (3, 4, 2)),
+  'qkv_bias': ((6,), (3, 2)),
+  'unbatch': ((1, 5, 4), (5, 4)),
 }
 
 
@@ -105,18 +114,23 @@ def test_an_optional_stack_is_whole_or_absent():
 
 def test_every_offender_is_named_with_its_nearest():
   state = file(
-      drop=['layers.1.fc.weight', 'embed'],
-      **{'layers.1.fc.wieght': np.ones((6, 4)), 'layers.3.fc.bias': np.ones(6), 'head.weight': np.ones((3, 4)), 'stranger': np.ones(1)},
+    drop=['layers.1.fc.weight', 'embed'],
+    **{
+      'layers.1.fc.wieght': np.ones((6, 4)),
+      'layers.3.fc.bias': np.ones(6),
+      'head.weight': np.ones((3, 4)),
+      'stranger': np.ones(1),
+    },
   )
   told = problems(state).splitlines()
   assert '(6 problems)' in told[0]
   assert {line.strip() for line in told[1:]} == {
-      'unmapped: no row names layers.1.fc.wieght (nearest known: layers.1.fc.weight)',
-      'unmapped: no row names stranger',
-      'unexpected: the model has no place for layers.3.fc.bias (fewer layers?)',
-      'missing: embed',
-      'missing: layers.1.fc.weight (nearest known: layers.1.fc.wieght)',
-      'wrong shape: head.weight is [3, 4], the model wants [2, 4]',
+    'unmapped: no row names layers.1.fc.wieght (nearest known: layers.1.fc.weight)',
+    'unmapped: no row names stranger',
+    'unexpected: the model has no place for layers.3.fc.bias (fewer layers?)',
+    'missing: embed',
+    'missing: layers.1.fc.weight (nearest known: layers.1.fc.wieght)',
+    'wrong shape: head.weight is [3, 4], the model wants [2, 4]',
   }
   assert issubclass(PortingError, UserError)
 
@@ -124,9 +138,15 @@ def test_every_offender_is_named_with_its_nearest():
 def test_types_are_one_a_stack_and_of_the_right_kind():
   half = {name: x.astype(np.float16) if name.endswith('bias') else x for name, x in file().items()}
   assert {path: x.dtype for path, x in make_plan(ROWS, half, LIKE).leaves.items()} == {
-      'embed': np.float32, 'blocks/fc/kernel': np.float32, 'blocks/fc/bias': np.float16, 'head/kernel': np.float32}
+    'embed': np.float32,
+    'blocks/fc/kernel': np.float32,
+    'blocks/fc/bias': np.float16,
+    'head/kernel': np.float32,
+  }
   assert make_plan(ROWS, half, LIKE).stacked == {'blocks/fc/kernel', 'blocks/fc/bias'}
-  told = problems(half | {'layers.1.fc.bias': np.ones(6, np.float32), 'embed': np.ones((1, 5, 4), np.int32)})
+  told = problems(
+    half | {'layers.1.fc.bias': np.ones(6, np.float32), 'embed': np.ones((1, 5, 4), np.int32)}
+  )
   assert 'wrong dtype: layers.1.fc.bias is float32, other layers of it are float16' in told
   assert 'wrong dtype: embed is int32, the model wants float32' in told
 
@@ -137,7 +157,10 @@ def test_what_may_be_missing_is_said_by_pattern():
     make_plan(ROWS, state, LIKE, allow_missing='embed|bias')  # of a stack only the whole
   assert 'missing: embed' not in str(error.value)
   state = {name: x for name, x in state.items() if 'bias' not in name}
-  assert sorted(make_plan(ROWS, state, LIKE, allow_missing='embed|bias').leaves) == ['blocks/fc/kernel', 'head/kernel']
+  assert sorted(make_plan(ROWS, state, LIKE, allow_missing='embed|bias').leaves) == [
+    'blocks/fc/kernel',
+    'head/kernel',
+  ]
 
 
 def test_leaves_are_placed_one_by_one():
@@ -153,9 +176,13 @@ def test_a_leaf_that_the_model_lacks_is_unexpected():
 
 
 def test_tables_are_checked_too():
-  assert 'duplicate: leaf embed is claimed by embed and twin' in problems(file(), [*ROWS, NameRule('twin', 'embed')])
+  assert 'duplicate: leaf embed is claimed by embed and twin' in problems(
+    file(), [*ROWS, NameRule('twin', 'embed')]
+  )
   like = LIKE | {'extra': LIKE['embed']}
-  assert 'duplicate: embed is claimed by leaves embed and extra' in problems(file(), [*ROWS, NameRule('embed', 'extra')], like)
+  assert 'duplicate: embed is claimed by leaves embed and extra' in problems(
+    file(), [*ROWS, NameRule('embed', 'extra')], like
+  )
   assert 'unmapped: no row names leaf extra' in problems(file(), like=like)
   tree = from_torch(ROWS, file(), LIKE)
   with pytest.raises(PortingError, match='no row names leaf extra'):

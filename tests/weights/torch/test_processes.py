@@ -63,10 +63,21 @@ def test_two_processes(tmp_path):
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     address = '127.0.0.1:%d' % free.getsockname()[1]
-  environment = os.environ | dict(XLA_FLAGS='--xla_force_host_platform_device_count=2', JAX_PLATFORMS='cpu',
-                                  PYTHONPATH=os.pathsep.join([str(nano.ROOT), str(nano.ROOT / 'tests' / 'training')]))
-  children = [subprocess.Popen([sys.executable, '-c', CHILD, address, str(index), str(tmp_path)], env=environment, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE) for index in range(2)]
+  environment = os.environ | dict(
+    XLA_FLAGS='--xla_force_host_platform_device_count=2',
+    JAX_PLATFORMS='cpu',
+    PYTHONPATH=os.pathsep.join([str(nano.ROOT), str(nano.ROOT / 'tests' / 'training')]),
+  )
+  children = [
+    subprocess.Popen(
+      [sys.executable, '-c', CHILD, address, str(index), str(tmp_path)],
+      env=environment,
+      text=True,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+    )
+    for index in range(2)
+  ]
   try:
     told = [child.communicate(timeout=120) for child in children]
   finally:

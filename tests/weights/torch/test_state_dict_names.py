@@ -13,66 +13,119 @@ from tensors import save_tensors
 from lavit_jax import cli
 from lavit_jax.errors import UserError
 from lavit_jax.inference.pipeline import Lavit
-from lavit_jax.weights.torch import convert, formats, files as torch_files
-from lavit_jax.weights.store import folder
 from lavit_jax.porting import from_torch
+from lavit_jax.weights.store import folder
+from lavit_jax.weights.torch import convert
+from lavit_jax.weights.torch import files as torch_files
 from lavit_jax.weights.torch.mapping import PortingError
 
 ASSETS = pathlib.Path(cli.ASSETS)
 TINY = ASSETS / 'tiny'
 EVA = TINY / 'visual_tokenizer' / 'eva_vitg_psz14.safetensors'
-LLAMA = dict(vocab_size=2048, hidden_size=160, intermediate_size=432, num_hidden_layers=4, num_attention_heads=5, num_key_value_heads=5,
-             head_dim=32, rms_norm_eps=1e-5, rope_theta=1e4, max_position_embeddings=2048)
+LLAMA = dict(
+  vocab_size=2048,
+  hidden_size=160,
+  intermediate_size=432,
+  num_hidden_layers=4,
+  num_attention_heads=5,
+  num_key_value_heads=5,
+  head_dim=32,
+  rms_norm_eps=1e-5,
+  rope_theta=1e4,
+  max_position_embeddings=2048,
+)
 
 
 def same(tree, other):
   import jax
+
   jax.tree.map(np.testing.assert_array_equal, tree, other)
 
 
-@pytest.mark.parametrize('prefix', ['module.', '_orig_mod.', 'module._orig_mod.', 'visual.', 'visual.trunk.', 'model.visual.',
-                                    'visual_encoder.', '_orig_mod.visual.trunk.'])
+@pytest.mark.parametrize(
+  'prefix',
+  [
+    'module.',
+    '_orig_mod.',
+    'module._orig_mod.',
+    'visual.',
+    'visual.trunk.',
+    'model.visual.',
+    'visual_encoder.',
+    '_orig_mod.visual.trunk.',
+  ],
+)
 def test_prefixes_of_the_encoder(tmp_path, prefix):
   state = load_file(EVA)
-  text = {'text.token_embedding.weight': np.ones((2, 2)), 'logit_scale': np.ones(())} if 'visual' in prefix else {}
-  save_tensors({**{prefix + name: x for name, x in state.items()}, **text}, tmp_path / 'eva.safetensors')
+  text = (
+    {'text.token_embedding.weight': np.ones((2, 2)), 'logit_scale': np.ones(())}
+    if 'visual' in prefix
+    else {}
+  )
+  save_tensors(
+    {**{prefix + name: x for name, x in state.items()}, **text}, tmp_path / 'eva.safetensors'
+  )
   job = convert.plan_conversion(tmp_path / 'eva.safetensors', tmp_path / 'ours')
   assert [item.tensors for item in job.items] == [len(state)] and job.variant == 'tiny'
-  assert any('2 tensors of another model' in note and 'logit_scale' in note for note in job.notes) == bool(text)
-  same(from_torch(tmp_path / 'eva.safetensors', 'vit', variant='tiny'), from_torch(EVA, 'vit', variant='tiny'))
+  assert any(
+    '2 tensors of another model' in note and 'logit_scale' in note for note in job.notes
+  ) == bool(text)
+  same(
+    from_torch(tmp_path / 'eva.safetensors', 'vit', variant='tiny'),
+    from_torch(EVA, 'vit', variant='tiny'),
+  )
 
 
-@pytest.mark.parametrize('keys', [('model',), ('module',), ('state_dict',), ('state_dict', 'model')])
+@pytest.mark.parametrize(
+  'keys', [('model',), ('module',), ('state_dict',), ('state_dict', 'model')]
+)
 def test_what_a_training_saved(tmp_path, keys):
   torch = pytest.importorskip('torch')
-  content = {f'module.{name}': torch.from_numpy(x.astype(np.float32)) for name, x in load_file(EVA).items()}
+  content = {
+    f'module.{name}': torch.from_numpy(x.astype(np.float32)) for name, x in load_file(EVA).items()
+  }
   for key in keys:
-    content = {'epoch': 3, 'args': argparse.Namespace(lr=0.1), key: content, 'optimizer': {'state': {}}}
+    content = {
+      'epoch': 3,
+      'args': argparse.Namespace(lr=0.1),
+      key: content,
+      'optimizer': {'state': {}},
+    }
   torch.save(content, tmp_path / 'eva.pth')
-  same(from_torch(tmp_path / 'eva.pth', 'vit', variant='tiny'), from_torch(EVA, 'vit', variant='tiny'))
+  same(
+    from_torch(tmp_path / 'eva.pth', 'vit', variant='tiny'), from_torch(EVA, 'vit', variant='tiny')
+  )
 
 
 def test_a_pickle_without_a_model_says_what_it_holds(tmp_path):
   torch = pytest.importorskip('torch')
   torch.save({'epoch': 3, 'net': {'x': torch.ones(2)}}, tmp_path / 'run.pth')
-  with pytest.raises(UserError, match="'epoch' is a int .2 of 2 entries are no tensors.; save the state_dict"):
+  with pytest.raises(
+    UserError, match="'epoch' is a int .2 of 2 entries are no tensors.; save the state_dict"
+  ):
     torch_files.load(tmp_path / 'run.pth')
 
 
 def test_two_tensors_of_one_name(tmp_path):
-  save_tensors({'module.cls_token': np.ones(2), 'cls_token': np.zeros(2)}, tmp_path / 'eva.safetensors')
+  save_tensors(
+    {'module.cls_token': np.ones(2), 'cls_token': np.zeros(2)}, tmp_path / 'eva.safetensors'
+  )
   with pytest.raises(UserError, match='two tensors that are cls_token'):
     convert.plan_conversion(tmp_path / 'eva.safetensors', tmp_path / 'ours')
 
 
-@pytest.mark.parametrize(('name', 'told'), [
+@pytest.mark.parametrize(
+  ('name', 'told'),
+  [
     ('model.diffusion_model.input_blocks.0.0.weight', 'StableDiffusionPipeline.from_single_file'),
     ('first_stage_model.encoder.down.0.block.0.conv1.weight', 'AutoencoderKL.from_single_file'),
     ('decoder.up.0.block.0.conv1.weight', 'AutoencoderKL.from_single_file'),
     ('layers.0.attention.wq.weight', 'convert_llama_weights_to_hf'),
     ('visual.transformer.resblocks.0.attn.in_proj_weight', 'EVA-CLIP'),
     ('base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight', 'merge_and_unload'),
-    ('model.layers.0.self_attn.q_proj.qweight', 'quantised')])
+    ('model.layers.0.self_attn.q_proj.qweight', 'quantised'),
+  ],
+)
 def test_files_of_other_projects(tmp_path, name, told):
   save_tensors({name: np.ones((2, 2), np.float32)}, tmp_path / 'x.safetensors')
   with pytest.raises(UserError, match=told) as error:
@@ -81,8 +134,11 @@ def test_files_of_other_projects(tmp_path, name, told):
 
 
 def test_folders_of_other_projects(tmp_path):
-  for name, file, told in (('meta', 'consolidated.00.pth', 'convert_llama_weights_to_hf'), ('lora', 'adapter_config.json', 'merge_and_unload'),
-                           ('one', 'v1-5-pruned.ckpt', 'give the file itself')):
+  for name, file, told in (
+    ('meta', 'consolidated.00.pth', 'convert_llama_weights_to_hf'),
+    ('lora', 'adapter_config.json', 'merge_and_unload'),
+    ('one', 'v1-5-pruned.ckpt', 'give the file itself'),
+  ):
     (tmp_path / name).mkdir()
     (tmp_path / name / file).write_bytes(b'{}')
     with pytest.raises(UserError, match=told):
@@ -90,7 +146,10 @@ def test_folders_of_other_projects(tmp_path):
 
 
 def test_a_long_list_is_cut(tmp_path):
-  save_tensors({f'strange.{i}.weight': x for i, x in enumerate(load_file(EVA).values())}, tmp_path / 'eva.safetensors')
+  save_tensors(
+    {f'strange.{i}.weight': x for i, x in enumerate(load_file(EVA).values())},
+    tmp_path / 'eva.safetensors',
+  )
   with pytest.raises(PortingError) as error:
     convert.plan_conversion(tmp_path / 'eva.safetensors', tmp_path / 'ours', variant='tiny')
   lines = str(error.value).splitlines()
@@ -128,7 +187,9 @@ def test_tied_embeddings(tmp_path):
   run(tmp_path / 'src', tmp_path / 'words', variant='tiny', grow=False)
   run(tmp_path / 'words', tmp_path / 'words-back')
   again = load_file(tmp_path / 'words-back' / 'model.safetensors')
-  assert again.keys() == files.keys() and all(np.array_equal(again[name], x) for name, x in files.items())
+  assert again.keys() == files.keys() and all(
+    np.array_equal(again[name], x) for name, x in files.items()
+  )
   config = tmp_path / 'src' / 'config.json'
   config.write_text(json.dumps(json.loads(config.read_text()) | {'tie_word_embeddings': False}))
   with pytest.raises(PortingError, match='missing: lm_head.weight'):
@@ -146,29 +207,48 @@ def test_one_layer_of_another_type(tmp_path):
   name = 'blocks.1.mlp.fc1.weight'
   state[name] = state[name].astype(np.float32) + np.float32(1e-6)
   save_tensors(state, tmp_path / 'eva.safetensors')
-  with pytest.raises(PortingError, match=r'wrong dtype: blocks.*mlp.fc1.weight is .*, other layers of it are .*--dtype float32'):
+  with pytest.raises(
+    PortingError,
+    match=r'wrong dtype: blocks.*mlp.fc1.weight is .*, other layers of it are .*--dtype float32',
+  ):
     convert.plan_conversion(tmp_path / 'eva.safetensors', tmp_path / 'ours')
   run(tmp_path / 'eva.safetensors', tmp_path / 'ours', dtype='float32')
   kernel = folder.load_params(tmp_path / 'ours')['vit']['blocks']['mlp']['fc1']['kernel']
   np.testing.assert_array_equal(kernel[1], state[name].T)
   np.testing.assert_array_equal(kernel[0], state['blocks.0.mlp.fc1.weight'].astype(np.float32).T)
-  same(from_torch(tmp_path / 'eva.safetensors', 'vit', variant='tiny')['blocks']['mlp']['fc1']['kernel'], kernel)
+  same(
+    from_torch(tmp_path / 'eva.safetensors', 'vit', variant='tiny')['blocks']['mlp']['fc1'][
+      'kernel'
+    ],
+    kernel,
+  )
 
 
 @pytest.mark.slow  # compiles captioning
 def test_an_encoder_without_norm_and_head_captions(tmp_path):
   shutil.copytree(TINY, tmp_path / 'src')
   file = tmp_path / 'src' / 'visual_tokenizer' / 'eva_vitg_psz14.safetensors'
-  save_tensors({name: x for name, x in load_file(file).items() if not name.startswith(('norm.', 'head.'))}, file)
+  save_tensors(
+    {name: x for name, x in load_file(file).items() if not name.startswith(('norm.', 'head.'))},
+    file,
+  )
   run(tmp_path / 'src', tmp_path / 'ours')
   picture = ASSETS / 'demo' / '01.png'
-  assert Lavit.from_pretrained(tmp_path / 'ours').caption([picture]) == Lavit.from_pretrained(TINY).caption([picture])
+  assert Lavit.from_pretrained(tmp_path / 'ours').caption([picture]) == Lavit.from_pretrained(
+    TINY
+  ).caption([picture])
 
 
 def test_an_encoder_without_norm_and_head_opens(tmp_path):
-  save_tensors({name: x for name, x in load_file(EVA).items() if not name.startswith(('norm.', 'head.'))}, tmp_path / 'eva.safetensors')
+  save_tensors(
+    {name: x for name, x in load_file(EVA).items() if not name.startswith(('norm.', 'head.'))},
+    tmp_path / 'eva.safetensors',
+  )
   run(tmp_path / 'eva.safetensors', tmp_path / 'ours')
   assert 'head' not in Lavit.from_pretrained(tmp_path / 'ours').parts['vit']
-  save_tensors({name: x for name, x in load_file(EVA).items() if not name.startswith('blocks.0.norm1')}, tmp_path / 'less.safetensors')
+  save_tensors(
+    {name: x for name, x in load_file(EVA).items() if not name.startswith('blocks.0.norm1')},
+    tmp_path / 'less.safetensors',
+  )
   with pytest.raises(PortingError, match='missing: blocks.0.norm1'):
     convert.plan_conversion(tmp_path / 'less.safetensors', tmp_path / 'ours2')

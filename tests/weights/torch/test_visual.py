@@ -14,7 +14,10 @@ from lavit_jax.weights.torch import names_visual as tables
 from lavit_jax.weights.torch.mapping import PortingError, from_torch, torch_shapes
 
 DATA = pathlib.Path(__file__).parents[2] / 'data'
-FILES = {name.split('/')[1]: shapes for name, shapes in json.loads((DATA / 'lavit_state_dict_shapes.json').read_text()).items()}
+FILES = {
+  name.split('/')[1]: shapes
+  for name, shapes in json.loads((DATA / 'lavit_state_dict_shapes.json').read_text()).items()
+}
 
 
 def like(module, *shapes):
@@ -30,22 +33,22 @@ def parts():
   x, keep = ((1, 256, 1408), jnp.float32), ((1, 256), jnp.float32)
   codes, mask = ((1, 256, 32), jnp.float32), ((1, 256), jnp.bool_)
   return {
-      'vit': (tables.vit_rules(), like(model.vit, ((1, 224, 224, 3), jnp.float32))),
-      'tokenizer': (tables.tokenizer_rules(), like(model.tokenizer, x)),
-      'understanding': (tables.understanding_rules(), like(model.understanding, x, keep)),
-      'decoder': (tables.decoder_rules(1), like(model.decoder, codes, mask)),
-      'highres_decoder': (tables.decoder_rules(2), like(model.highres_decoder, codes, mask)),
+    'vit': (tables.vit_rules(), like(model.vit, ((1, 224, 224, 3), jnp.float32))),
+    'tokenizer': (tables.tokenizer_rules(), like(model.tokenizer, x)),
+    'understanding': (tables.understanding_rules(), like(model.understanding, x, keep)),
+    'decoder': (tables.decoder_rules(1), like(model.decoder, codes, mask)),
+    'highres_decoder': (tables.decoder_rules(2), like(model.highres_decoder, codes, mask)),
   }
 
 
 @pytest.mark.parametrize(
-    ('file', 'names', 'millions'),
-    [
-        ('eva_vitg_psz14.bin', ['vit'], 1012.6),
-        ('tokenizer_encoder.bin', ['tokenizer', 'understanding'], 409.8),
-        ('tokenizer_decoder.bin', ['decoder'], 404.1),
-        ('highres_tokenizer_decoder.bin', ['highres_decoder'], 414.0),
-    ],
+  ('file', 'names', 'millions'),
+  [
+    ('eva_vitg_psz14.bin', ['vit'], 1012.6),
+    ('tokenizer_encoder.bin', ['tokenizer', 'understanding'], 409.8),
+    ('tokenizer_decoder.bin', ['decoder'], 404.1),
+    ('highres_tokenizer_decoder.bin', ['highres_decoder'], 414.0),
+  ],
 )
 def test_full_size_names_and_shapes(parts, file, names, millions):
   """Every published name is a leaf and every leaf a published name, of the same shape."""
@@ -74,5 +77,7 @@ def test_vit_without_its_head_still_gives_features(golden):
   headless = {name: x for name, x in state.items() if not name.startswith(('norm.', 'head.'))}
   tree = from_torch(tables.vit_rules(), headless, golden.params['vit'])
   assert not {'norm', 'head'} & tree.keys()
-  features = golden.modules['vit'].apply({'params': tree}, golden.io['images'].transpose(0, 2, 3, 1))
+  features = golden.modules['vit'].apply(
+    {'params': tree}, golden.io['images'].transpose(0, 2, 3, 1)
+  )
   np.testing.assert_allclose(features, golden.io['vit_features'], atol=1e-4)

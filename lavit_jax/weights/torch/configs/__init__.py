@@ -11,10 +11,18 @@ from lavit_jax.models import settings as checkpoint_settings
 from lavit_jax.weights.torch.configs import llama, pipeline, rules, safety, scheduler, unet, vae
 
 FAMILIES: tuple[rules.Family, ...] = (
-    *llama.FAMILIES, *unet.FAMILIES, *vae.FAMILIES, *scheduler.FAMILIES, *pipeline.FAMILIES, *safety.FAMILIES)
+  *llama.FAMILIES,
+  *unet.FAMILIES,
+  *vae.FAMILIES,
+  *scheduler.FAMILIES,
+  *pipeline.FAMILIES,
+  *safety.FAMILIES,
+)
 
 
-def read_settings(src: pathlib.Path, folders: Mapping[str, str], parts: Iterable[str], variant: str) -> dict[str, dict]:
+def read_settings(
+  src: pathlib.Path, folders: Mapping[str, str], parts: Iterable[str], variant: str
+) -> dict[str, dict]:
   """The settings of a PyTorch folder, where they are not the variant's own; all its descriptions are checked.
 
   Args:
@@ -27,7 +35,9 @@ def read_settings(src: pathlib.Path, folders: Mapping[str, str], parts: Iterable
   """
   model, found = lavit.build(variant), {}
   for family, file in _files(src, folders, parts):
-    if getattr(model, family.part) is None:  # the weights have no place in it, which is told of them
+    if (
+      getattr(model, family.part) is None
+    ):  # the weights have no place in it, which is told of them
       continue
     fields = rules.read(family, rules.read_description(file), model, file)
     if family.settings is not None:
@@ -35,12 +45,20 @@ def read_settings(src: pathlib.Path, folders: Mapping[str, str], parts: Iterable
   return checkpoint_settings.differing(variant, lavit.variant_config(variant), found)
 
 
-def described(src: pathlib.Path, folders: Mapping[str, str], parts: Iterable[str]) -> dict[str, pathlib.Path]:
+def described(
+  src: pathlib.Path, folders: Mapping[str, str], parts: Iterable[str]
+) -> dict[str, pathlib.Path]:
   """By the name of settings: the description in `src` that they come from, of those that are there. The arguments: as for `read_settings`."""
-  return {family.settings: file for family, file in _files(src, folders, parts) if family.settings is not None}
+  return {
+    family.settings: file
+    for family, file in _files(src, folders, parts)
+    if family.settings is not None
+  }
 
 
-def _files(src: pathlib.Path, folders: Mapping[str, str], parts: Iterable[str]) -> Iterator[tuple[rules.Family, pathlib.Path]]:
+def _files(
+  src: pathlib.Path, folders: Mapping[str, str], parts: Iterable[str]
+) -> Iterator[tuple[rules.Family, pathlib.Path]]:
   """The descriptions that are there; beside a single file there are none."""
   if src.is_file():
     return

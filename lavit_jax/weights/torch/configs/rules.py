@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit, settings
 
-PRIVATE = '_'  # keys that begin with it are the library's own notes: '_class_name', '_name_or_path', ...
+PRIVATE = (
+  '_'  # keys that begin with it are the library's own notes: '_class_name', '_name_or_path', ...
+)
 
 
 class Followed(NamedTuple):
@@ -77,7 +79,9 @@ class Family(NamedTuple):
   others: str | None = None
 
 
-def read(family: Family, description: Mapping, model: lavit.LavitModules, file: pathlib.Path) -> dict[str, Any]:
+def read(
+  family: Family, description: Mapping, model: lavit.LavitModules, file: pathlib.Path
+) -> dict[str, Any]:
   """The settings {field: value} that a description asks for, after all its keys have been checked.
 
   Args:
@@ -96,8 +100,10 @@ def read(family: Family, description: Mapping, model: lavit.LavitModules, file: 
     if not known and family.others is None:
       near = difflib.get_close_matches(key, family.rules, 1)
       hint = f' (nearest known: {near[0]})' if near else ''
-      raise UserError(f'{file}: {key}={_short(description[key])} is no key that is known of {family.library}{hint}; '
-                      'remove it from the file if it changes nothing that the model computes')
+      raise UserError(
+        f'{file}: {key}={_short(description[key])} is no key that is known of {family.library}{hint}; '
+        'remove it from the file if it changes nothing that the model computes'
+      )
   found = {}
   for key, rule in family.rules.items():
     if isinstance(rule, Followed):
@@ -118,12 +124,23 @@ def _followed(family: Family, rule: Followed, key: str, value: Any, file: pathli
     raise UserError(f'{file}: {key}={_short(value)} cannot be followed: {error}') from None
 
 
-def _check(family: Family, rule: Checked, key: str, description: Mapping, model: lavit.LavitModules, file: pathlib.Path) -> None:
+def _check(
+  family: Family,
+  rule: Checked,
+  key: str,
+  description: Mapping,
+  model: lavit.LavitModules,
+  file: pathlib.Path,
+) -> None:
   value, own = plain(description.get(key, rule.default)), rule.own(model)
   allowed = [plain(each) for each in own] if isinstance(own, AnyOf) else [plain(own)]
   if not any(same(value, each) for each in allowed):
-    absent = '' if key in description else f" (the default of {family.library}, for the key is missing)"
-    raise UserError(f'{file}: {key}={_short(value)}{absent}, but the variant {model.variant!r} computes with {_short(allowed[0])}; {rule.remedy}')
+    absent = (
+      '' if key in description else f' (the default of {family.library}, for the key is missing)'
+    )
+    raise UserError(
+      f'{file}: {key}={_short(value)}{absent}, but the variant {model.variant!r} computes with {_short(allowed[0])}; {rule.remedy}'
+    )
 
 
 def same(first: Any, second: Any) -> bool:

@@ -153,7 +153,7 @@ def _rules(part: str) -> dict:
     'conv_in_kernel': Checked(constant(3), 3, 'choose a checkpoint with 3'),
     'conv_out_kernel': Checked(constant(3), 3, 'choose a checkpoint with 3'),
     **harmless('scores and softmax are computed in float32 always', 'upcast_attention'),
-    **harmless("of other addition_embed_types, which are refused", 'addition_embed_type_num_heads'),
+    **harmless('of other addition_embed_types, which are refused', 'addition_embed_type_num_heads'),
     **harmless("of diffusers' training: none is applied here", 'dropout'),
     **harmless('the size comes with the call', 'sample_size'),
   }
