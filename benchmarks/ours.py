@@ -12,7 +12,6 @@ import numpy as np
 from lavit_jax.inference import diffusion, programs
 from lavit_jax.models import lavit
 from lavit_jax.models.initial import initial_parts
-from lavit_jax.models.noise import scaled_linear
 from lavit_jax.porting import engine
 from lavit_jax.porting.tables_pixels import unet_rows
 from lavit_jax.porting.tables_visual import tokenizer_rows, vit_rows
@@ -35,7 +34,7 @@ def drawing() -> Callable[[], np.ndarray]:
   @jax.jit
   def draw(params, noise, condition, null):
     return diffusion.sample(functools.partial(SMALL.unet.apply, {'params': params}), noise, condition, null, steps=STEPS,
-                            guidance_scale=DRAWING_GUIDANCE, schedule=scaled_linear())
+                            guidance_scale=DRAWING_GUIDANCE)
 
   return lambda: np.asarray(draw(params, *drawing_inputs()))
 

@@ -24,6 +24,7 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
           sources=(), heldout=(), shards=8, crop='none', max_skipped=0.05),
       kl_weight=1e-4, edge_weight=0.5,
       optim=dict(
+          schedule='cosine', rewarm_from=0, max_nonfinite=10,
           learning_rate=1e-3, warmup_steps=200, final_fraction=0.01, weight_decay=0.0, b1=0.9, b2=0.99, mu_dtype='float32',
           nu_dtype='float32', clip_norm=1.0, ema_decay=0.999, freeze=(), lr_scale=()),
       log_every=50, eval_every=1000, eval_batches=8, picture_every=2000, checkpoint_every=500, keep=2,

@@ -40,6 +40,7 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
           drop_condition=0.1,  # our choice; that it is dropped now and then: REFERENCE 3
           guidance_scale=3.0),  # our choice, of the pictures that are looked at meanwhile
       optim=dict(
+          schedule='cosine', rewarm_from=0, max_nonfinite=10,  # our choice: training/schedule.py
           learning_rate=row['learning_rate'], warmup_steps=row['warmup_steps'], final_fraction=0.05, weight_decay=0.01,  # our choice
           b1=0.9, b2=0.99, mu_dtype='float32', nu_dtype='float32', clip_norm=1.0,  # our choice
           ema_decay=0.999 if large else 0.99, lr_scale=(),  # our choice

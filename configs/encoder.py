@@ -24,6 +24,7 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
       text_tower=dict(hidden_size=128, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=32, mlp_dim=384),
       pixel_weight=2.0, place_weight=1.0,
       optim=dict(
+          schedule='cosine', rewarm_from=0, max_nonfinite=10,
           learning_rate=1e-3, warmup_steps=100, final_fraction=0.01, weight_decay=0.1, b1=0.9, b2=0.98, mu_dtype='float32',
           nu_dtype='float32', clip_norm=1.0, ema_decay=0.99, freeze=('^text/head$',), lr_scale=()),
       log_every=50, eval_every=600, eval_batches=8, picture_every=1200, checkpoint_every=500, keep=2,

@@ -4,7 +4,7 @@
 
 Needs `vit` and `tokenizer`; exports `llama` and `understanding`. The large variants start from LLaMA: --config.init_from=FOLDER with `llama`, which
 may lack the visual ids. `data.shares` are those of captions, answers, drawings and plain text, `data.question_weights` how often a type of question
-is asked; a packed row holds `row_length` tokens, a pair is expected to have `mean_length`, `overflow` counts pairs that found no room.
+is asked; a packed row holds `row_length` tokens, a pair is expected to have `mean_length`, `overflow` counts pairs without room (at most `max_overflow`).
 """
 
 from ml_collections import ConfigDict
@@ -50,10 +50,12 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
           question_weights=dict.fromkeys(questions.TYPES, 1.0) | {'what': 2.0, 'position': 3.0, 'yes/no': 2.0},  # our choice
           draw_text_weight=0.1, drop_text=0.1,  # our choice; that guidance compares with no text: REFERENCE 4
           source='data', scene_share=0.45, num_threads=16 if large else 2, max_skipped=0.05),  # our choice
-      lm={k: row[k] for k in ('num_rows', 'row_length', 'mean_length', 'loss_chunks')} | dict(image_loss=False),  # above; our choice
+      lm={k: row[k] for k in ('num_rows', 'row_length', 'mean_length', 'loss_chunks')} | dict(image_loss=False, max_overflow=0.2),  # above; our choice
       optim=dict(
-          learning_rate=row['learning_rate'], warmup_steps=row['warmup_steps'], final_fraction=0.05, weight_decay=0.05,  # our choice
-          b1=0.9, b2=0.95, mu_dtype='float32', nu_dtype='float32', clip_norm=1.0, ema_decay=0.0, freeze=(), lr_scale=()),  # our choice
+          learning_rate=row['learning_rate'], warmup_steps=row['warmup_steps'], final_fraction=0.05,  # above; our choice
+          schedule='cosine', rewarm_from=0,  # our choice: training/schedule.py
+          weight_decay=0.05, b1=0.9, b2=0.95, mu_dtype='float32', nu_dtype='float32', clip_norm=1.0,  # our choice
+          max_nonfinite=10, ema_decay=0.0, freeze=(), lr_scale=()),  # our choice
       log_every=50, eval_every=1000 if large else 250, eval_batches=8, picture_every=1000 if large else 500,  # our choice
       checkpoint_every=500, keep=2, skip_damaged=False, profile=''))  # our choice
   return config.lock()

@@ -41,6 +41,7 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
           commitment_weight=1.0, quantize_from=row['quantize_from'], revive_after=row['revive_after'],  # our choice
           freeze_selector_from=-1),  # our choice, and one report (REFERENCE 3)
       optim=dict(
+          schedule='cosine', rewarm_from=0, max_nonfinite=10,  # our choice: training/schedule.py
           learning_rate=row['learning_rate'], warmup_steps=row['warmup_steps'], final_fraction=0.05, weight_decay=0.05,  # our choice
           b1=0.9, b2=0.98, mu_dtype='float32', nu_dtype='float32', clip_norm=1.0, ema_decay=0.0, lr_scale=(),  # our choice
           freeze=('^decoder/(context_proj|pool)',)),  # they belong to stage 1b

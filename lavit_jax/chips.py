@@ -7,13 +7,23 @@ from typing import NamedTuple
 
 
 class Chip(NamedTuple):
-  """Of one chip: bfloat16 TFLOP/s, HBM in GiB and TB/s, all links to other chips in Gbit/s; `kind` is JAX's `device_kind`."""
+  """Of one chip: bfloat16 TFLOP/s, HBM in GiB and TB/s, all links to other chips in Gbit/s.
+
+  `kind` is JAX's `device_kind`. `devices`: how many JAX devices a chip is. The two cores of a v4 or
+  v5p chip are one device, those of a tpu7x chip are two.
+  """
 
   kind: str
   tflops: float
   hbm_gib: float
   hbm_tbps: float
   ici_gbps: float
+  devices: int = 1
+
+  def device(self) -> Chip:
+    """The figures of one of its devices."""
+    n = self.devices
+    return Chip(self.kind, self.tflops / n, self.hbm_gib / n, self.hbm_tbps / n, self.ici_gbps / n)
 
 
 TPUS = {
@@ -21,6 +31,7 @@ TPUS = {
     'v5e': Chip('TPU v5 lite', 197, 16, 0.82, 1600),
     'v5p': Chip('TPU v5', 459, 95, 2.77, 4800),
     'v6e': Chip('TPU v6 lite', 918, 32, 1.64, 3584),
+    'tpu7x': Chip('TPU7x', 2307, 192, 7.38, 4800, devices=2),  # Ironwood
 }
 
 
@@ -35,5 +46,7 @@ def peak_tflops(devices) -> float:
 
 
 def _peak(kind: str) -> float:
-  tpus = (chip.tflops for name, chip in TPUS.items() if kind in (chip.kind, f'TPU {name}'))  # JAX itself accepts both
-  return next(tpus, 0.0) or next((tflops for name, tflops in GPUS if re.search(name, kind)), 0.0)
+  for name, chip in TPUS.items():
+    if kind in (chip.kind, f'TPU {name}'):  # JAX itself accepts both
+      return chip.device().tflops
+  return next((tflops for name, tflops in GPUS if re.search(name, kind)), 0.0)

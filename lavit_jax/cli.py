@@ -102,9 +102,10 @@ def task(args):
   rows, base, many = batch.find_rows(chosen, args.inputs, args.input, args.out)
   options = {key: value for key, value in vars(args).items() if key not in PLUMBING and value is not None}
   settings = dict(options, command=args.command, **{key: getattr(args, key) for key in LOADING if getattr(args, key) is not None})
+  from lavit_jax.local_paths import expand_home
   for key in ('folder', 'start'):  # however they are spelled, and from wherever
     if key in settings:
-      settings[key] = os.path.realpath(settings[key])
+      settings[key] = os.path.realpath(expand_home(settings[key]))
   samples = options.pop('samples', 1)
   if args.seed is None and (options.get('sample') or samples > 1):
     from lavit_jax.errors import UserError
@@ -133,7 +134,7 @@ def convert(args):
   from lavit_jax.porting.convert import prepare
   from lavit_jax.porting.show import run
   job = prepare(args.src, args.dst, variant=args.variant, dtype=args.dtype, allow_missing=args.allow_missing, force=args.force,
-                pickles=args.bin, grow=not args.keep_vocabulary)
+                pickles=args.bin, grow=not args.keep_vocabulary, weights_variant=args.weights_variant, allow_nonfinite=args.allow_nonfinite)
   run(job, args.dry_run)
 
 
@@ -153,7 +154,8 @@ def data_build(args):
 
 def data_pack(args):
   from lavit_jax.data.packing import pack
-  packed = pack(args.sources, args.out, args.workers)
+  options = {'image': args.image} if args.image else {}
+  packed = pack(args.sources, args.out, args.workers, **options)
   reasons = ''.join(', %s %d' % pair for pair in sorted(packed.skipped.items()))
   print('%d records in %s; skipped: %d%s; tars done before: %d' % (
       packed.records, args.out, sum(packed.skipped.values()), reasons, packed.found))
@@ -213,10 +215,14 @@ def number(kind, low, high=float('inf')):
 
 
 def local(text):
-  """The type of an option: a path of this machine, or one that is mounted; for a path `gs://B/run` would be ./gs:/B/run."""
+  """The type of an option: a path of this machine, or one that is mounted; for a path `gs://B/run` would be ./gs:/B/run.
+
+  '~' is the home folder, which shells leave as it is in --folder=~/x.
+  """
   if '://' in text:
     raise argparse.ArgumentTypeError('%r is no path here; mount the bucket (gcsfuse), or use a disk that all machines share' % text)
-  return text
+  from lavit_jax.local_paths import expand_home
+  return expand_home(text)
 
 
 def size(text):
@@ -241,8 +247,8 @@ def build_parser():
     sub = command(name, run, text)
     sub.add_argument('--folder', type=local, default=TINY, metavar='DIR', help='the checkpoint (default: %(default)s)')
     sub.add_argument('--dtype', choices=('float32', 'bfloat16'), help='compute dtype (default: bfloat16 on accelerators, float32 on CPUs)')
-    sub.add_argument('--weights', choices=('int8',), help='of the language model, a byte a weight (default: as stored)')
-    sub.add_argument('--cache', choices=('bfloat16', 'int8'), help='keys and values of the language model (default: the compute dtype)')
+    sub.add_argument('--weights-dtype', '--weights', dest='weights', choices=('int8',), help='of the language model, a byte a weight (default: as stored)')
+    sub.add_argument('--cache-dtype', '--cache', dest='cache', choices=('bfloat16', 'int8'), help='keys and values of the language model (default: the compute dtype)')
     sub.add_argument('--tensor', type=number(int, 1), default=1, metavar='N', help='devices to split the model over (default: %(default)s)')
     sub.add_argument('--no-safety-checker', dest='safety_checker', action='store_false', help='do not look at what is drawn')
     return sub
@@ -262,18 +268,18 @@ def build_parser():
   def writing_options(sub, samples):
     sub.add_argument('--top-p', type=number(float, 0.001, 1), metavar='P', help='the likeliest that together reach this probability (default: all)')
     sub.add_argument('--repetition-penalty', type=number(float, 0.01), metavar='R', help='of tokens written before, above 1 (default: 1)')
-    sub.add_argument('--min-tokens', type=number(int, 0), metavar='N', help='fewest to write (default: as published)')
-    sub.add_argument('--max-tokens', type=number(int, 1), metavar='N', help='most to write (default: as published)')
-    sub.add_argument('--samples', type=number(int, 1), metavar='N', help=samples)
+    sub.add_argument('--min-new-tokens', '--min-tokens', dest='min_tokens', type=number(int, 0), metavar='N', help='fewest to write (default: as published)')
+    sub.add_argument('--max-new-tokens', '--max-tokens', dest='max_tokens', type=number(int, 1), metavar='N', help='most to write (default: as published)')
+    sub.add_argument('--num-return-sequences', '--samples', dest='samples', type=number(int, 1), metavar='N', help=samples)
 
   def telling_command(name, text, metavar, beams, penalty, **row):
     sub = reading_command(name, text, metavar, **row)
-    sub.add_argument('--beams', type=number(int, 1), metavar='N', help='of the search (default: %d)' % beams)
+    sub.add_argument('--num-beams', '--beams', dest='beams', type=number(int, 1), metavar='N', help='of the search (default: %d)' % beams)
     sub.add_argument('--length-penalty', type=number(float, -100, 100), metavar='L', help='of the search (default: %d)' % penalty)
-    sub.add_argument('--sample', action='store_const', const=True, help='sample in place of the search')
-    sub.add_argument('--top-k', type=number(int, 1), metavar='K', help='with --sample: tokens to choose among (default: 50)')
-    sub.add_argument('--temperature', type=number(float, 1e-3), metavar='T', help='with --sample (default: 1)')
-    writing_options(sub, 'of each, by other patches and, with --sample, words (default: 1)')
+    sub.add_argument('--do-sample', '--sample', dest='sample', action='store_const', const=True, help='sample in place of the search')
+    sub.add_argument('--top-k', type=number(int, 1), metavar='K', help='with --do-sample: tokens to choose among (default: 50)')
+    sub.add_argument('--temperature', type=number(float, 1e-3), metavar='T', help='with --do-sample (default: 1)')
+    writing_options(sub, 'of each, by other patches and, with --do-sample, words (default: 1)')
     return sub
 
   def reading_command(name, text, metavar, row='{"image": "cat.png"}'):
@@ -288,23 +294,23 @@ def build_parser():
     sub.add_argument('--out', type=local, default='drawn', metavar='DIR', help='where the PNGs go (default: %(default)s); of several '
                      'pictures, a folder or --input also manifest.jsonl, by which the command goes on when started again')
     sub.add_argument('--size', type=size, metavar='HxW', help="one of SDXL's, such as 1024x1024 (default: Stable Diffusion's square)")
-    sub.add_argument('--steps', type=number(int, 1, 999), help='of the sampler (default: 50, of SDXL 25)')
-    sub.add_argument('--decoder-guidance', type=number(float, 0), metavar='G', help='of the U-Net (default: 5, of SDXL 7)')
+    sub.add_argument('--num-inference-steps', '--steps', dest='steps', type=number(int, 1, 999), help='of the sampler (default: 50, of SDXL 25)')
+    sub.add_argument('--decoder-guidance-scale', '--decoder-guidance', dest='decoder_guidance', type=number(float, 0), metavar='G', help='of the U-Net (default: 5, of SDXL 7)')
     sub.add_argument('--sampler', choices=('ddim', 'euler', 'dpm++2m'), default='ddim', help='(default: %(default)s)')
-    sub.add_argument('--rescale', type=number(float, 0, 1), default=0.0, metavar='R', help='share of rescaled guidance (default: %(default)s)')
-    sub.add_argument('--tile', type=number(int, 64), metavar='PIXELS', help='decode in tiles, for less memory (default: above a megapixel)')
+    sub.add_argument('--guidance-rescale', '--rescale', dest='rescale', type=number(float, 0, 1), default=0.0, metavar='R', help='share of rescaled guidance (default: %(default)s)')
+    sub.add_argument('--vae-tile-size', '--tile', dest='tile', type=number(int, 64), metavar='PIXELS', help='decode in tiles, for less memory (default: above a megapixel)')
     return sub
 
   def sampling_command(name, text, metavar, row, guidance):
     sub = drawing_command(name, text, metavar, row)
-    sub.add_argument('--guidance', type=number(float, 0), default=guidance, metavar='G', help='of the language model (default: %(default)s)')
+    sub.add_argument('--guidance-scale', '--guidance', dest='guidance', type=number(float, 0), default=guidance, metavar='G', help='of the language model (default: %(default)s)')
     sub.add_argument('--top-k', type=number(int, 1), default=50, metavar='K', help='codes to choose among (default: %(default)s)')
     sub.add_argument('--temperature', type=number(float, 1e-3), default=1.0, metavar='T', help='(default: %(default)s)')
     writing_options(sub, 'pictures of each (default: 1)')
-    sub.add_argument('--negative', default='', metavar='TEXT', help='what not to draw')
-    sub.add_argument('--start', metavar='IMAGE', help='begin from this picture in place of noise')
+    sub.add_argument('--negative-prompt', '--negative', dest='negative', default='', metavar='TEXT', help='what not to draw')
+    sub.add_argument('--init-image', '--start', dest='start', metavar='IMAGE', help='begin from this picture in place of noise')
     sub.add_argument('--strength', type=number(float, 0.01, 1), default=0.8, metavar='S',
-                     help='of the change to --start, of which even 1 keeps a trace (default: %(default)s)')
+                     help='of the change to --init-image, of which even 1 keeps a trace (default: %(default)s)')
     return sub
 
   sub = command('train', train, 'train one stage; every value of its page can be set with --config.KEY=VALUE')
@@ -325,8 +331,8 @@ def build_parser():
   decoding.add_argument('--batch', type=number(int, 1), default=8, metavar='N', help='rows (default: %(default)s)')
   decoding.add_argument('--prompt', type=number(int, 1), default=512, metavar='N', help='tokens of a prompt (default: %(default)s)')
   decoding.add_argument('--new-tokens', type=number(int, 1), default=256, metavar='N', help='(default: %(default)s)')
-  decoding.add_argument('--weights', choices=('int8',), help='(default: bfloat16)')
-  decoding.add_argument('--cache', choices=('int8',), help='(default: bfloat16)')
+  decoding.add_argument('--weights-dtype', '--weights', dest='weights', choices=('int8',), help='(default: bfloat16)')
+  decoding.add_argument('--cache-dtype', '--cache', dest='cache', choices=('int8',), help='(default: bfloat16)')
   sub.add_argument('--json', action='store_true', help='print one JSON object')
 
   sub = command('bundle', bundle, 'make one checkpoint of what the stages exported')
@@ -345,6 +351,8 @@ def build_parser():
   sub.add_argument('--allow-missing', default='', metavar='REGEX', help='names that may be missing; recorded in the result')
   sub.add_argument('--force', action='store_true', help='replace what an earlier conversion left at --dst')
   sub.add_argument('--bin', action='store_true', help='write .bin files, which the published inference code asks for, in place of safetensors')
+  sub.add_argument('--weights-variant', metavar='NAME', help='such as fp16, of the folders that hold several (default: the full precision)')
+  sub.add_argument('--allow-nonfinite', action='store_true', help='take NaN and infinity in the source along')
   sub.add_argument('--keep-vocabulary', action='store_true', help='do not give a LLaMA the rows of the visual tokens')
 
   sub = command('inspect', inspect, 'print what a folder of weights holds and where it is from')
@@ -378,6 +386,7 @@ def build_parser():
   sub.add_argument('sources', nargs='+', metavar='TAR', help="a path, a glob or braces, local or remote: 'gs://BUCKET/{00000..00999}.tar'")
   sub.add_argument('--out', type=local, required=True, metavar='DIR', help='gets one file a tar')
   sub.add_argument('--workers', type=number(int, 1), default=1, metavar='N', help='processes (default: %(default)s)')
+  sub.add_argument('--image', nargs='+', metavar='EXTENSION', help="of the pictures, where it is none that is known: 'input.png'")
 
   sub = seeded_command('evaluate', evaluate, 'measure a checkpoint on the held-out splits')
   sub.add_argument('--source', required=True, type=local, metavar='DIR', help='the data set that `lavit data build` wrote')

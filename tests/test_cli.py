@@ -251,3 +251,24 @@ def test_variants_are_listed(capsys):
   assert cli.main(['variants']) == 0
   table = capsys.readouterr().out
   assert 'tiny' in table and 'lavit_7b' in table and '16384' in table
+
+
+SPELLINGS = {  # as transformers and diffusers spell it -> the older spelling, which goes on to work
+    '--num-beams': '--beams', '--max-new-tokens': '--max-tokens', '--min-new-tokens': '--min-tokens',
+    '--num-return-sequences': '--samples', '--weights-dtype': '--weights', '--cache-dtype': '--cache'}
+DRAWING = {
+    '--guidance-scale': '--guidance', '--decoder-guidance-scale': '--decoder-guidance',
+    '--num-inference-steps': '--steps', '--negative-prompt': '--negative', '--init-image': '--start',
+    '--guidance-rescale': '--rescale', '--vae-tile-size': '--tile'}
+
+
+@pytest.mark.parametrize('command, spellings', [('caption', SPELLINGS), ('generate', DRAWING)])
+def test_both_spellings_are_one_option(command, spellings):
+  values = {'--weights-dtype': 'int8', '--cache-dtype': 'int8', '--guidance-rescale': '0.5', '--vae-tile-size': '64'}
+  new, old = [command, 'x'], [command, 'x']
+  for name, alias in spellings.items():
+    new += [name, values.get(name, '3')]
+    old += [alias, values.get(name, '3')]
+  parser = cli.build_parser()
+  assert vars(parser.parse_args(new)) == vars(parser.parse_args(old))
+  assert vars(parser.parse_args(new)) != vars(parser.parse_args([command, 'x']))

@@ -29,11 +29,16 @@ DTYPE = 'bfloat16'
 
 
 class Report(NamedTuple):
-  """What one half needs, of one chip unless it says otherwise; times in seconds, memory in GiB."""
+  """What one half needs, of one chip unless it says otherwise; times in seconds, memory in GiB.
+
+  Of chips that are two devices each (`devices_per_chip`), 'chip' means a device throughout: a half,
+  with half of the memory.
+  """
 
   program: str  # 'prefill', all but the loop, of all prompts, or 'decode', a round of the loop, of one token a row
   topology: str
   chips: int
+  devices_per_chip: int
   mesh: dict[str, int]
   batch: int
   prompt_tokens: int
@@ -63,9 +68,11 @@ def run(variant: str, topology: str, batch: int, prompt: int, new: int, weights:
       print(json.dumps(report._asdict()))
     return
   first = reports[0]
-  table = Table('a chip', *(report.program for report in reports), title=(
-      f'{variant} on {topology}: {first.chips} chips, mesh {first.mesh}; {batch} rows of {prompt} tokens and {new} new ones, weights '
-      f'{first.weights}, cache {first.cache}'))
+  one = 'a chip' if first.devices_per_chip == 1 else 'a device'
+  chips = pods.count(first.chips, first.devices_per_chip)
+  table = Table(one, *(report.program for report in reports), title=(
+      f'{variant} on {topology}: {chips}, mesh {first.mesh}; {batch} rows of {prompt} tokens and '
+      f'{new} new ones, weights {first.weights}, cache {first.cache}'))
   lines = {
       'parameters, GiB': lambda r: f'{r.hbm_parameters_gib:.2f}', 'cache, GiB': lambda r: f'{r.hbm_cache_gib:.2f}', 'memory, GiB': pods.limit,
       'TFLOP': lambda r: f'{r.flops_per_chip / 1e12:,.3f}', 'GB to and from HBM': lambda r: f'{r.hbm_bytes_per_chip / 1e9:,.2f}',
@@ -111,7 +118,8 @@ def compile_decoding(variant: str, topology: str, batch: int, prompt: int, new: 
     half = program._replace(cost=cost)
     times = half.times(chip)
     return Report(
-        name, topology, mesh.size, dict(mesh.shape), batch, prompt, new, weights or DTYPE, cache or DTYPE, pods.bytes_a_chip(params) / GIB,
+        name, topology, mesh.size, pods.devices_per_chip(topology), dict(mesh.shape), batch, prompt,
+        new, weights or DTYPE, cache or DTYPE, pods.bytes_a_chip(params) / GIB,
         pods.bytes_a_chip(slots) / GIB, program.hbm_bytes / GIB, chip.hbm_gib, program.fits(chip), cost.flops, cost.bytes, half.sent, *times,
         tokens / max(times), program.compile_seconds)
 

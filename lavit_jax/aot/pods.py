@@ -6,8 +6,10 @@ the byte, and its operations and traffic, from which the times of a roofline fol
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
+import re
 import time
 from typing import NamedTuple
 
@@ -24,11 +26,14 @@ from lavit_jax.models.splash import kernel_flops
 
 GIB = 1 << 30
 SPARE = 0.1  # of the memory, which a program must leave
-ONE_DEVICE_A_CHIP = {'v4': dict(chip_config_name='megacore'), 'v5p': dict(chip_config_name='megacore')}  # their chips have two cores
+# As JAX runs on these chips, whose two cores are one device. Without it a v4 chip is two devices.
+MEGACORE = {'v4': dict(chip_config_name='megacore'), 'v5p': dict(chip_config_name='megacore')}
+ALIASES = {'v7x': 'tpu7x'}  # libtpu knows this chip by the longer name alone
+HOST = (2, 2, 1)  # the chips of a host, as libtpu takes them to be
 
 
 class Program(NamedTuple):
-  """What a compiled program needs of one chip."""
+  """What a compiled program needs of one device: a chip, or half of a tpu7x chip."""
 
   hbm_bytes: int  # arguments, results, what lives in between, and the code
   cost: hlo.Cost
@@ -49,22 +54,48 @@ class Program(NamedTuple):
 
 
 def pod(topology: str, slices: int = 1) -> tuple[Chip, list]:
-  """The chip of a topology CHIP:SHAPE such as 'v5e:16x16', and the devices of `slices` pods of it.
+  """The figures of one device of a topology CHIP:SHAPE such as 'v5e:16x16', and its devices, of
+  `slices` such pods.
+
+  A device is a chip, but for tpu7x, where it is half of one.
 
   Raises:
     UserError: no such chip or topology, or libtpu is missing.
   """
-  kind, _, shape = topology.partition(':')
-  if kind not in TPUS or not shape:
-    raise UserError(f'--topology {topology}: write CHIP:SHAPE such as v5e:16x16; known chips: {", ".join(TPUS)}')
+  kind, name, options = libtpu_topology(topology, slices)
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # else libtpu looks for the pod it runs on
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # no chip is taken: several may compile
-  options = ONE_DEVICE_A_CHIP.get(kind, {}) | (dict(num_slices=slices) if slices > 1 else {})
+  if importlib.util.find_spec('libtpu') is None and 'TPU_LIBRARY_PATH' not in os.environ:
+    raise UserError(f'--topology {topology}: libtpu is missing; '
+                    "pip install -e '.[tpu]' -c launch/constraints.txt")
   try:
-    return TPUS[kind], topologies.get_topology_desc(platform='tpu', topology_name=topology, **options).devices
+    described = topologies.get_topology_desc(platform='tpu', topology_name=name, **options)
   except Exception as error:  # libtpu's own, of whatever kind
     reason = ' '.join(str(error).split())[:300]
-    raise UserError(f"--topology {topology}: {reason}; libtpu comes with pip install -e '.[tpu]' -c launch/constraints.txt") from error
+    raise UserError(f'--topology {topology}: libtpu refuses it ({reason}); '
+                    'choose a shape that such chips come in') from error
+  return TPUS[kind].device(), described.devices
+
+
+def libtpu_topology(topology: str, slices: int = 1) -> tuple[str, str, dict]:
+  """'v7x:2x2x1' -> (a key of TPUS, what libtpu calls the topology, the options that it needs).
+
+  Raises:
+    UserError: no such chip, or not of the form CHIP:SHAPE.
+  """
+  kind, _, shape = topology.partition(':')
+  kind = ALIASES.get(kind, kind)
+  if kind not in TPUS or not re.fullmatch(r'[1-9]\d*(x[1-9]\d*){1,2}', shape):
+    raise UserError(f'--topology {topology}: write CHIP:SHAPE such as v5e:16x16; '
+                    f'known chips: {", ".join(TPUS)}')
+  options = dict(MEGACORE.get(kind, {}))
+  if slices > 1:
+    options['num_slices'] = slices
+  sides = [int(side) for side in shape.split('x')]
+  bounds = tuple(min(most, side) for most, side in zip(HOST, [*sides, 1]))
+  if bounds != HOST:  # a part of a host, such as 1x1, which libtpu would not divide into whole ones
+    options['chips_per_host_bounds'] = bounds
+  return kind, f'{kind}:{shape}', options
 
 
 def compile_on(topology: str, mesh: Mesh, function, *inputs) -> Program:
@@ -95,3 +126,13 @@ def limit(report) -> str:
   """How much of a chip's memory a report says is taken, and whether that is well."""
   fits = 'fits' if report.fits else 'does not fit with a tenth to spare'
   return f'{report.hbm_per_chip_gib:.2f} of {report.hbm_limit_gib:g}: {fits}'
+
+
+def devices_per_chip(topology: str) -> int:
+  """Of the chips of a topology that `pod` knows."""
+  return TPUS[libtpu_topology(topology)[0]].devices
+
+
+def count(devices: int, per_chip: int) -> str:
+  """'64 chips', or '128 devices, 2 a chip'."""
+  return f'{devices} chips' if per_chip == 1 else f'{devices} devices, {per_chip} a chip'

@@ -18,16 +18,21 @@ from lavit_jax.aot import pods
 from lavit_jax.aot.pods import GIB
 from lavit_jax.models import lavit
 from lavit_jax.training import flops, loop, stages
-from lavit_jax.training.checks import check_options
+from lavit_jax.training.checks import check_options, check_values
 
 
 class Report(NamedTuple):
-  """What the compiled step needs, of one chip unless it says otherwise; times in seconds, memory in GiB."""
+  """What the compiled step needs, of one chip unless it says otherwise; seconds and GiB.
+
+  Of chips that are two devices each (`devices_per_chip`), 'chip' means a device throughout: a half,
+  with half of the memory.
+  """
 
   config: str
   topology: str
   slices: int  # pods of that topology, joined by the data centre's network
   chips: int
+  devices_per_chip: int
   mesh: dict[str, int]
   tokens_per_step: int  # of all chips: slots of packed rows, or patches
   packed_share: float  # of them, that are expected to hold a token
@@ -55,7 +60,10 @@ def run(config, page: str, topology: str, slices: int, as_json: bool) -> None:
   if as_json:
     print(json.dumps(report._asdict()))
     return
-  table = Table('', 'a chip', title=f'{report.config} on {report.slices} x {report.topology}: {report.chips} chips, mesh {report.mesh}')
+  chips = pods.count(report.chips, report.devices_per_chip)
+  one = 'a chip' if report.devices_per_chip == 1 else 'a device'
+  where = f'{report.slices} x {report.topology}'
+  table = Table('', one, title=f'{report.config} on {where}: {chips}, mesh {report.mesh}')
   for row in rows(report):
     table.add_row(*row)
   Console().print(table)
@@ -86,6 +94,7 @@ def compile_step(config, page: str, topology: str, slices: int = 1) -> Report:
     UserError: no such chip or topology, libtpu is missing, or the config does not fit it.
   """
   chip, devices = pods.pod(topology, slices)
+  check_values(config)
   mesh = sharding.make_mesh(config.mesh, devices)
   step, inputs = abstract_step(config, mesh)
   program = pods.compile_on(topology, mesh, step, *inputs)
@@ -97,7 +106,8 @@ def compile_step(config, page: str, topology: str, slices: int = 1) -> Report:
   model_flops = flops.of_step(config).at(packed_share) / mesh.size
   times = program.times(chip)
   return Report(
-      page, topology, slices, mesh.size, dict(mesh.shape), stages.tokens(config), packed_share, parameters / GIB,
+      page, topology, slices, mesh.size, pods.devices_per_chip(topology), dict(mesh.shape),
+      stages.tokens(config), packed_share, parameters / GIB,
       optimizer / GIB, (program.hbm_bytes - parameters - optimizer) / GIB, program.hbm_bytes / GIB, chip.hbm_gib, program.fits(chip),
       program.cost.flops, model_flops, program.cost.bytes, program.sent, dict(program.cost.network), *times,
       model_flops / (chip.tflops * 1e12 * max(times)), program.compile_seconds)
@@ -110,7 +120,7 @@ def abstract_step(config, mesh):
   stage = stages.build(config, model, sharding.batch_shards(mesh))
   parts, batch = stages.abstract_inputs(config, model, stage)
   init, tx = loop.initialiser(config, stage, parts)
-  state = jax.eval_shape(init, jax.random.key(config.seed), parts)
+  state = jax.eval_shape(init, jax.random.key(0), parts)
   places = sharding.shardings(state, mesh)
 
   def put(tree, places):

@@ -4,11 +4,12 @@
 |---------------|--------|--------------------------------------------|----------------------|---------------------------|
 | 'arrayrecord' | store  | folder of `lavit data pack`, or its files  | (whatever was packed)| fields, as of tars        |
 | 'tfds'        | store  | name, or the folder of a version           | feature              | features                  |
-| 'folder'      | store  | folder with captions.{jsonl,csv,tsv,json}  | (in the captions)    | (in the captions)         |
+| 'folder'      | store  | folder of images and captions (folders.py) | field: 'file_name'   | fields: 'text'            |
 | 'tars'        | stream | WebDataset or img2dataset tars             | extensions           | extensions, 'json.key'    |
 | 'parquet'     | stream | files, a row group the unit                | column of bytes      | columns                   |
 
-A local folder of tars, Parquet or ArrayRecord files is all that end in .tar, .parquet or .array_record; ArrayRecord is never remote.
+A local folder of tars, Parquet or ArrayRecord files is all that end in .tar (or .tar.gz, archives.py), .parquet or .array_record;
+ArrayRecord is never remote.
 `text` names one field or several, of which one is chosen each time; a dot goes down into JSON, structs and lists ('json.caption',
 'captions.text'). Whatever is not a record becomes a `Skip` with the reason. `names()` are what tells a source from another one, as JSON:
 the files with their sizes, as far as they are cheap to have.
@@ -16,23 +17,18 @@ the files with their sizes, as far as they are cheap to have.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import pyarrow.parquet
-
-from lavit_jax.data import paths, tars
+from lavit_jax.data import archives, folders, parquets, paths, tars
 from lavit_jax.errors import UserError
+from lavit_jax.local_paths import expand_home
 
 ARRAY_RECORD = '.array_record'
 IMAGE_EXTENSIONS = ('jpg', 'jpeg', 'png', 'webp', 'gif', 'bmp', 'tif', 'tiff')
-CAPTIONS = ('captions.jsonl', 'captions.csv', 'captions.tsv', 'captions.json', 'metadata.jsonl', 'metadata.csv')
 _LENGTH = struct.Struct('<I')
 
 
@@ -49,7 +45,7 @@ class Skip(NamedTuple):
 
   reason: str
   origin: str
-  unit: str = 'records'
+  unit: str = 'records'  # or 'files', or 'members' of tars, which are counted only
 
 
 # ------------------------------------------------------------------------------------------------------------------ stores
@@ -86,7 +82,11 @@ class ArrayRecords:
       head, image = unpack_record(self.source[index])
     except (ValueError, struct.error, RuntimeError):
       return Skip('broken record', origin)
-    return Record(image, find_texts(head['fields'], self.text), origin)
+    return Record(image, find_texts(head['fields'], self.text), f'{origin} ({some(head["fields"])})')
+
+  @property
+  def looked_for(self) -> str:
+    return f'text in {some(self.text)}'
 
 
 def _look_at_array_record(file: str) -> None:
@@ -113,6 +113,7 @@ class Tfds:
 
   def __init__(self, path, image, text, split='train', data_dir=None):
     import tensorflow_datasets as tfds  # Here, because it takes seconds.
+    path, data_dir = expand_home(path), data_dir and expand_home(data_dir)
     try:
       builder = tfds.builder_from_directory(path) if os.path.isdir(path) else tfds.builder(path, data_dir=data_dir)
       decoders = {image: tfds.decode.SkipDecoding()} if image in builder.info.features else None
@@ -130,59 +131,45 @@ class Tfds:
 
   def read(self, index: int) -> Record | Skip:
     record = self.source[index]
-    return Record(bytes(record.get(self.image, b'')), find_texts(record, self.text), f'{self.name}: record {index}')
+    return Record(bytes(record.get(self.image, b'')), find_texts(record, self.text), f'{self.name}: record {index} ({some(record)})')
+
+  @property
+  def looked_for(self) -> str:
+    return f'image in {self.image}, text in {some(self.text)}'
 
 
 class Folder:
-  """Pictures and one file of captions beside them: lines {"file_name", "text"}, a table with these columns, or COCO's JSON."""
+  """Images in a folder, with a file of captions, NAME.txt beside each, or bare (folders.py)."""
 
-  def __init__(self, path, image, text, captions=None):
-    self.path, self.rows = path.rstrip('/'), {}
-    found, file = self._open([captions] if captions else CAPTIONS)
-    with file:
-      try:
-        for name, words in _captions(found, io.TextIOWrapper(file, 'utf-8')):
-          _dig(words, '', self.rows.setdefault(name, []))
-      except (ValueError, KeyError, TypeError) as error:
-        what = f'there is no {error}' if isinstance(error, KeyError) else error
-        raise UserError(f'{self.path}/{found}: no captions in it ({what}); it needs file_name and text of each picture') from error
-    self.rows = list(self.rows.items())
+  def __init__(self, path, image, text, captions=None, use='', captioned=True):
+    texts = tuple(name for name in text or () if name)
+    self.folder = folders.ImageFolder(path, image, texts, captions, use, captioned, find_texts)
 
   def __len__(self) -> int:
-    return len(self.rows)
+    return len(self.folder.entries)
 
   def names(self) -> list:
-    return [name for name, _ in self.rows]
+    return [entry.name for entry in self.folder.entries]
+
+  def digest(self) -> str:
+    return self.folder.digest()
 
   def read(self, index: int) -> Record | Skip:
-    name, texts = self.rows[index]
-    origin = f'{self.path}/{name}'
+    entry = self.folder.entries[index]
+    origin = self.folder.place(entry.name or entry.beside)
+    try:
+      texts = self.folder.texts_of(entry)
+    except paths.NO_FILE:
+      return Skip('no caption', origin)
+    except UserError as error:
+      return Skip('broken caption', str(error))
+    if not entry.name or self.folder.is_text:
+      return Record(b'', texts, origin)
     try:
       with paths.open_file(origin) as file:
-        return Record(file.read(), tuple(texts), origin)
+        return Record(file.read(), texts, origin)
     except paths.NO_FILE:
       return Skip('no image', origin)
-
-  def _open(self, names: Sequence[str]):
-    for name in names:
-      try:
-        return name, paths.open_file(f'{self.path}/{name}')
-      except paths.NO_FILE:
-        pass
-    raise UserError(f'{self.path} has no {" or ".join(names)}; write one with file_name and text of each picture, or give captions=NAME')
-
-
-def _captions(name: str, file) -> Iterator[tuple[str, Any]]:
-  if name.endswith('.jsonl'):
-    rows = (json.loads(line) for line in file if line.strip())
-  elif name.endswith('.json'):
-    coco = json.load(file)
-    files = {row['id']: row['file_name'] for row in coco['images']}
-    rows = ({'file_name': files[row['image_id']], 'text': row['caption']} for row in coco['annotations'])
-  else:
-    rows = csv.DictReader(file, delimiter='\t' if name.endswith('.tsv') else ',')
-  for row in rows:
-    yield row['file_name'], row['text']
 
 
 # ----------------------------------------------------------------------------------------------------------------- streams
@@ -193,8 +180,12 @@ class Tars:
   cost = 1  # of a unit that waits open (streams.py)
 
   def __init__(self, path, image, text):
-    self.files, self.text = paths.expand(path, '.tar'), text
-    self.image = IMAGE_EXTENSIONS if image is None else image
+    self.files, self.text = tar_files(path), text
+    self.image = IMAGE_EXTENSIONS if image is None else tuple(extension.lower() for extension in image)
+    self._kinds, self._wanted = {}, set(self.image)
+    for name in text:
+      parts = name.lower().split('.')
+      self._wanted |= {'.'.join(parts[:count]) for count in range(1, len(parts) + 1)}
 
   def __len__(self) -> int:
     return len(self.files)
@@ -202,42 +193,71 @@ class Tars:
   def names(self) -> list:
     return paths.names_and_sizes(self.files)
 
+  @property
+  def looked_for(self) -> str:
+    return f'image in {some(self.image)}, text in {some(self.text)}, where an extension is all behind the first dot of a name'
+
   def read(self, unit: int, start: int = 0, **options) -> Iterator[tuple[int, int, Record | Skip]]:
-    """(start, end, record) of each sample from byte `start` on; at last a Skip of unit 'files'. `options` are for `paths.open_file`."""
+    """(start, end, record) of each sample from byte `start` on; at last a Skip of unit 'files'. `options` are for `paths.open_file`.
+
+    What is not read of a sample comes before it, as a Skip of unit 'members' in the same place.
+    """
     path, end = self.files[unit], start
     last = Skip('', path, 'files')
     try:
-      with paths.open_file(path, **options) as file:
-        for start, end, key, sample in tars.samples(file, start):
-          yield start, end, self.record(f'{path}: {key}', sample)
+      with archives.open_tar(path, self._kinds, **options) as file:
+        for sample in tars.samples(file, start, self._wanted):
+          end = sample.end
+          for reason, name in sample.unread:
+            yield sample.start, end, Skip(reason, f'{path}: {name}', 'members')
+          if sample.key is not None:
+            yield sample.start, end, self.record(path, sample)
     except paths.NO_FILE:
       last = Skip('missing tar', path, 'files')
     except tars.Broken as error:
       last = Skip('broken tar', f'{path} ({error})', 'files')
     yield end, end, last
 
-  def record(self, origin: str, sample: Mapping[str, bytes]) -> Record | Skip:
-    image = next((sample[extension] for extension in self.image if extension in sample), b'')
-    return Record(image, find_texts(sample, self.text), origin)
+  def record(self, path: str, sample: tars.Sample) -> Record | Skip:
+    origin = f'{path}: {sample.key} ({some(sample.fields)})'
+    if sample.repeated:  # whose caption is whose cannot be known
+      return Skip('repeated member', f'{origin}, which has {some(sample.repeated)} twice')
+    image = next((sample.fields[extension] for extension in self.image if extension in sample.fields), b'')
+    return Record(image, find_texts(sample.fields, self.text, lower=True), origin)
+
+
+def tar_files(path: str | Sequence[str]) -> list[str]:
+  """The tars that a path or several name; a local folder is all tars in it, compressed ones too.
+
+  Raises:
+    UserError: a folder or a glob without tars.
+  """
+  files = []
+  for each in [path] if isinstance(path, (str, os.PathLike)) else path:
+    folder = os.path.expanduser(os.fspath(each).removeprefix('file://'))
+    if not os.path.isdir(folder):
+      files += paths.expand(each, '.tar')
+      continue
+    names = [name for name in sorted(os.listdir(folder)) if name.lower().endswith(archives.ENDINGS) and not name.startswith('.')]
+    if not names:
+      raise UserError(f'{os.path.join(folder, "*.tar")} matches no file; the folder has no {", ".join(archives.ENDINGS)}; check the path')
+    files += [os.path.join(folder, name) for name in names]
+  if not files:
+    raise UserError(f'{path!r} names no files; give a path, a glob or a list')
+  return files
 
 
 class Parquets:
   """Parquet files with the bytes of pictures in a column, or in a struct {bytes, path} as the Hugging Face hub has it.
 
-  A unit is a row group, because less cannot be read; a position in it a row.
+  A unit is a row group; a position in it a row.
   """
-
-  cost = 8  # it is held whole
 
   def __init__(self, path, image, text):
     self.image, self.text = image, text
-    self.files = files = paths.expand(path, '.parquet')
-    with ThreadPoolExecutor(16) as pool:  # a store far away answers slowly, not seldom
-      counts, columns = zip(*pool.map(self._look, files))
-    self.columns = [name for name in dict.fromkeys((image, *(name.split('.')[0] for name in text))) if name in columns[0]]
-    if not self.columns:
-      raise UserError(f'{files[0]} has the columns {", ".join(columns[0])}; name those of picture and text with image= and text=')
-    self.units = [(file, group) for file, count in zip(files, counts) for group in range(count)]
+    self.files = paths.expand(path, '.parquet')
+    self.units = parquets.units(self.files, image, text)
+    self.cost = parquets.cost(self.units)
 
   def __len__(self) -> int:
     return len(self.units)
@@ -245,47 +265,51 @@ class Parquets:
   def names(self) -> list:
     return paths.names_and_sizes(self.files)
 
+  @property
+  def looked_for(self) -> str:
+    return f'image in the column {self.image}, text in {some(self.text)}'
+
   def read(self, unit: int, start: int = 0, **options) -> Iterator[tuple[int, int, Record | Skip]]:
-    path, group = self.units[unit]
-    last, row = Skip('', path, 'files'), start
+    """(row, row + 1, record) of each row from `start` on; at last a Skip of unit 'files'. `options` are for `paths.open_file`."""
+    here, row = self.units[unit], start
+    path = here.file
+    last = Skip('', path, 'files')
     try:
-      with _parquet(path, **options) as file:
-        for batch in file.iter_batches(64, [group], self.columns):
-          if start >= batch.num_rows:
-            start -= batch.num_rows
-            continue
-          for values in batch.slice(start).to_pylist():
-            image = values.get(self.image) or b''
-            image = (image.get('bytes') or b'') if isinstance(image, dict) else image
-            yield row, row + 1, Record(image, find_texts(values, self.text), f'{path}, row group {group}, row {row}')
-            row += 1
-          start = 0
-    except (OSError, ValueError) as error:
-      last = Skip('broken parquet', f'{path}, row group {group} ({error})', 'files')
+      for values in parquets.rows(here, start, **options):
+        image = parquets.image_of(values, self.image)
+        origin = f'{path}, row group {here.group}, row {row}'
+        yield row, row + 1, Record(image, find_texts(values, self.text), origin)
+        row += 1
+    except parquets.DAMAGE as error:
+      last = Skip('broken parquet', f'{path}, row group {here.group} ({error})', 'files')
     yield row, row, last
-
-  def _look(self, path: str) -> tuple[int, list[str]]:
-    try:
-      with _parquet(path) as file:
-        return file.num_row_groups, file.schema_arrow.names
-    except (OSError, ValueError) as error:
-      raise UserError(f'{path}: not a Parquet file that can be read ({error}); check the path') from error
-
-
-def _parquet(path: str, **options):
-  return pyarrow.parquet.ParquetFile(paths.open_file(path, **options))  # one for each that reads: they move in it
 
 
 # ------------------------------------------------------------------------------------------------------------------- texts
 
-def find_texts(fields: Mapping[str, Any], names: Sequence[str]) -> tuple[str, ...]:
-  """All texts that the dotted names lead to; a list on the way means each of its items."""
+def find_texts(fields: Mapping[str, Any], names: Sequence[str], lower: bool = False) -> tuple[str, ...]:
+  """All texts that the dotted names lead to; a list on the way means each of its items.
+
+  A field may have dots in its own name ('outputs.txt'): the longest one that a name begins with is taken. With `lower`
+  the fields are in lower case, and the names need not be.
+  """
   found = []
   for name in names:
-    field, _, rest = name.partition('.')
-    if field in fields:
-      _dig(fields[field], rest, found)
+    field, rest = name, ''
+    while field:
+      key = field.lower() if lower else field
+      if key in fields:
+        _dig(fields[key], rest, found)
+        break
+      field, _, last = field.rpartition('.')
+      rest = f'{last}.{rest}' if rest else last
   return tuple(found)
+
+
+def some(names: Iterable[str], count: int = 8) -> str:
+  """'jpg, txt, json', and of many the first `count`; for messages."""
+  names = tuple(names)
+  return ', '.join(names[:count]) + (f' and {len(names) - count} more' if len(names) > count else '')
 
 
 def _dig(value, path: str, found: list[str]) -> None:

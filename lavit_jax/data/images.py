@@ -17,8 +17,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from lavit_jax.errors import UserError
+from lavit_jax.local_paths import expand_home
 
-MAX_PIXELS = 80_000_000  # 240 MB decoded; a larger header is a mistake or a decompression bomb (Pillow warns from 89 million)
+MAX_PIXELS = 80_000_000  # of training and inference; 240 MB decoded; a larger header is a mistake or a decompression bomb (Pillow warns from 89 million)
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.gif', '.bmp', '.tif', '.tiff')
 
 
@@ -79,7 +80,7 @@ def _read(path) -> bytes:
   if str(path).startswith('file:'):
     path = urllib.request.url2pathname(urllib.parse.urlsplit(str(path)).path)
   try:
-    return pathlib.Path(path).read_bytes()
+    return pathlib.Path(expand_home(path)).read_bytes()
   except FileNotFoundError:
     raise UserError(f'{path}: no such file; give the path of a picture') from None
   except IsADirectoryError:
@@ -89,6 +90,15 @@ def _read(path) -> bytes:
 
 
 def _decode(data: bytes, name: str) -> np.ndarray:
+  return _rgb(open_image(data, name), name)
+
+
+def open_image(data: bytes, name: str) -> Image.Image:
+  """The bytes of an image's file, of which only the header is read; training opens images by it too.
+
+  Raises:
+    UserError: nothing that Pillow can read, or more than MAX_PIXELS pixels.
+  """
   if not data:
     raise UserError(f'{name}: the file is empty; copy or download it again')
   try:
@@ -99,7 +109,8 @@ def _decode(data: bytes, name: str) -> np.ndarray:
     raise UserError(f'{name}: too large; scale it below {MAX_PIXELS // 10**6} million pixels') from None
   except Exception:  # a decoder may throw anything at damaged bytes
     raise UserError(f'{name}: not a picture that Pillow can read; convert it to PNG or JPEG') from None
-  return _rgb(image, name)
+  _check_size(*image.size, name)
+  return image
 
 
 def _check_size(width: int, height: int, name: str) -> None:
@@ -115,11 +126,15 @@ def _rgb(image: Image.Image, name: str) -> np.ndarray:
   try:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(('I', 'F')):
-      pixels = _deep(np.asarray(image))
+      pixels = _deep(np.asarray(image), name)
+    elif image.mode == 'La':  # which Pillow turns into nothing but LA
+      pixels = np.asarray(_on_white(image.convert('LA').convert('RGBA')))
     elif image.has_transparency_data:
       pixels = np.asarray(_on_white(image.convert('RGBA')))
     else:
       pixels = np.asarray(image.convert('RGB'))
+  except UserError:
+    raise
   except Exception as error:  # as above; this is where Pillow decodes
     raise UserError(f'{name}: the picture is truncated or damaged ({error}); copy or export it again') from None
   return _from_array(pixels, name)
@@ -129,14 +144,26 @@ def _on_white(image: Image.Image) -> Image.Image:
   return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
 
 
-def _deep(pixels: np.ndarray) -> np.ndarray:
-  """The pixels of Pillow's integer and float modes, which it would clip at 255 -> uint8, uint16 or floats in [0, 1]."""
-  top = pixels.max()
-  if pixels.dtype.kind == 'f':
-    return np.clip(pixels / (1.0 if top <= 1 else 255.0), 0, 1)
-  if pixels.dtype == np.uint16:
+def _deep(pixels: np.ndarray, name: str) -> np.ndarray:
+  """The pixels of Pillow's integer and float modes, which its own conversion clips at 255 -> uint8, uint16 or floats in [0, 1].
+
+  Floats in [0, 1] are shares of white. Whole numbers, in floats too, are of 8 bits if none is beyond 255, else of 16. What else a file may
+  hold, such as radiances or depths, has no white that could be known here.
+
+  Raises:
+    UserError: numbers below 0, beyond 16 bits, NaN, or fractions beyond 1.
+  """
+  if pixels.dtype.kind == 'u' and pixels.itemsize == 2:
+    return pixels.astype(np.uint16)  # of whichever byte order
+  low, top = pixels.min(), pixels.max()
+  if pixels.dtype.kind == 'f' and low >= 0 and top <= 1:
     return pixels
-  return np.clip(pixels, 0, 255 if top <= 255 else 65535).astype(np.uint8 if top <= 255 else np.uint16)
+  if not (low >= 0 and top <= 65535):  # written so that NaN fails too
+    raise UserError(f'{name}: its numbers go from {low:g} to {top:g}; scale them to 0..1, or save the picture with 8 or 16 bits')
+  whole = pixels.astype(np.uint8 if top <= 255 else np.uint16)
+  if (whole != pixels).any():
+    raise UserError(f'{name}: its numbers are fractions from {low:g} to {top:g}, of which none is known to be white; scale them to 0..1')
+  return whole
 
 
 def _from_array(pixels: np.ndarray, name: str) -> np.ndarray:

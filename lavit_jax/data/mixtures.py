@@ -7,7 +7,8 @@ import grain
 import grain.experimental
 import numpy as np
 
-from lavit_jax.data import pairs, questions, splits, sprites
+from lavit_jax.data import images, long_text, pairs, questions, splits, sprites
+from lavit_jax.data.cleaning import clean_caption, clean_text
 from lavit_jax.data.rows import Made, Skipped, closed_at_exit
 from lavit_jax.data.scenes import Composer, Example
 from lavit_jax.data.sources import mix
@@ -19,6 +20,7 @@ from lavit_jax.models.sequence import IMAGE_TO_TEXT, TEXT_ONLY, TEXT_TO_IMAGE
 DEFAULT_SHARES = {'caption': 0.35, 'answer': 0.3, 'draw': 0.3, 'text': 0.05}
 _ENDLESS = 1 << 62
 _TYPES = {'format': (str,), 'path': (str, list, tuple), 'use': (str,), 'weight': (float, int), 'window': (int,)}  # of a source's options
+_NAMES = {'image': True, 'text': True, 'captions': False, 'split': False, 'data_dir': False}  # may it be several?
 _LONG = 16  # characters for each token that there is room for: more than any language needs
 
 
@@ -27,7 +29,8 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
             shares: Mapping[str, float] | None = None, question_weights: Mapping[str, float] | None = None,
             draw_text_weight: float = 0.1, drop_text: float = 0.1, scene_share: float = 0.3, shard_index: int = 0, shard_count: int = 1,
             rows: Sequence[int] | None = None, num_threads: int = 2, sources: Sequence[Mapping] = (), heldout: Sequence[Mapping] = (), shards: int = 1,
-            crop: str = 'none', max_skipped: float = 0.05, skipped: Skipped | None = None) -> Iterator[dict[str, np.ndarray]]:
+            crop: str = 'none', max_skipped: float = 0.05, skipped: Skipped | None = None,
+            vit_size: int | None = None) -> Iterator[dict[str, np.ndarray]]:
   """An endless iterator over batches of numpy arrays, with `get_state` / `set_state`.
 
   `batch_size` counts the rows of one shard; all shards together make a global batch of B = batch_size * shard_count, whose row r in
@@ -36,7 +39,8 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
 
   task 'images':      image uint8[B, H, W, 3]
   task 'contrastive': image, text int32[B, T] (captions, padded with 0), text_length int32[B]
-  task 'lm':          these, and text_weight float32[B, T], the weight of each text token in the loss, and kind int32[B]:
+  task 'lm':          these, and text_weight float32[B, T + 1], the weight in the loss of each text token and of the one
+                      behind the text (1, or 0 where the text was cut, which is no end), and kind int32[B]:
                       0 image to text, 1 text to image, 2 text only. `shares` says how often a row is a 'caption', an
                       'answer' (kind 0; only the answer's tokens weigh; which of the picture's questions is asked goes
                       by `question_weights`, 1 for a type that it does not name), a 'draw' (kind 1; tokens weigh
@@ -47,6 +51,9 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
   (streams.py; whoever reads has several of these), each of which fills some rows of every global batch, which so is the same too. Pictures go through
   `pairs.decode` with `crop`, texts are cleaned and cut at `text_length`, `shares` chooses between 'caption' and 'draw' where the source
   does not say, and what is no example is left out and counted in `skipped`; a larger share than `max_skipped` raises UserError.
+
+  With `vit_size` a batch has 'vit_image' too, uint8[B, vit_size, vit_size, 3]: the same pictures at
+  the size that the ViT takes.
 
   Raises ValueError for an unknown task, share, question type, crop or split, and for a composed text of more than `text_length` tokens.
   """
@@ -61,27 +68,38 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
       raise ValueError('there are sources, but none that are held out: give data.heldout, or eval_every=0 and picture_every=0')
     write = None
     if task == 'lm':
-      write = _write_pair(_Writer(tokenizer_folder, text_length), DEFAULT_SHARES if shares is None else shares, draw_text_weight, drop_text)
+      write = _write_pair(_Writer(tokenizer_folder, text_length), DEFAULT_SHARES if shares is None else shares, draw_text_weight, drop_text, seed)
     elif task != 'images' or any(source.get('use') == 'text' for source in chosen):
       raise ValueError(f"sources are for the tasks 'images' and 'lm', those of use 'text' for 'lm' only; the task is {task!r}")
     held = shards_of(rows, batch_size * shard_count, shards)
-    deal, of = mix(chosen, seed, shards, held) if split == 'train' else mix(chosen, None, shards, held, 'heldout')
-    make = pairs.make_row(seed, image_size, crop if split == 'train' or crop == 'none' else 'center', write)
+    captioned = write is not None
+    if split == 'train':
+      deal, of = mix(chosen, seed, shards, held, captioned=captioned)
+    else:
+      deal, of = mix(chosen, None, shards, held, 'heldout', captioned)
+    crop = crop if split == 'train' or crop == 'none' else 'center'
+    make = pairs.make_row(seed, image_size, crop, write, vit_size)
     made = Made(deal, of, make, skipped or Skipped(), max_skipped, num_threads, batch_size // len(held))
     made = made.batch(batch_size, drop_remainder=True)
     return closed_at_exit(iter(grain.experimental.ThreadPrefetchIterDataset(made, prefetch_buffer_size=2 if num_threads else 0)))
   composer = Composer(sprites.load(source), split, scene_share, image_size)
+
+  def shown(example: Example) -> dict[str, np.ndarray]:
+    if not vit_size:
+      return {'image': example.image}
+    return {'image': example.image, 'vit_image': images.resize(example.image, vit_size)}
+
   match task:
     case 'images':
       def row(index):
-        return {'image': composer(seed, index).image}
+        return shown(composer(seed, index))
     case 'contrastive':
       write = _Writer(tokenizer_folder, text_length)
 
       def row(index):
         example = composer(seed, index)
         text = write(('', example.caption, 1.0))
-        return {'image': example.image, 'text': text['text'], 'text_length': text['text_length']}
+        return {**shown(example), 'text': text['text'], 'text_length': text['text_length']}
     case 'lm':
       write = _Writer(tokenizer_folder, text_length)
       kinds, cumulative = _cumulative(DEFAULT_SHARES if shares is None else shares)
@@ -92,7 +110,7 @@ def batches(task: Literal['images', 'contrastive', 'lm'], *, source: str = 'embe
         rng = np.random.default_rng((seed, index, 1))
         kind = kinds[np.searchsorted(cumulative, rng.random(), side='right')]
         text = write(_texts(kind, example, composer, rng, weights, draw_text_weight, drop_text))
-        return {'image': example.image, **text, 'kind': np.int32(_KINDS[kind])}
+        return {**shown(example), **text, 'kind': np.int32(_KINDS[kind])}
   options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * batch_size)
 
   def example_of(position):
@@ -124,6 +142,17 @@ def check(task: str, *, shares: Mapping[str, float] | None = None, question_weig
       for key, kinds in _TYPES.items():
         if key in source and not isinstance(source[key], kinds):
           raise UserError(f'{name}[{number}] has {key} {source[key]!r}, which is no {kinds[0].__name__}')
+      for key, several in _NAMES.items():
+        if not _is_name(source.get(key), several):
+          raise UserError(f'{name}[{number}] has {key} {source[key]!r}, which is no str'
+                          + (' and no list of them' if several else ''))
+
+
+def _is_name(value, several: bool) -> bool:
+  """Whether an option is left open (None), a name, or names where there may be several."""
+  if several and isinstance(value, (list, tuple)):
+    return all(isinstance(each, str) for each in value)
+  return value is None or isinstance(value, str)
 
 
 class Batches(Iterator):
@@ -153,13 +182,16 @@ class Batches(Iterator):
       self._iterator.close()
 
 
-def shapes(task: str, batch_size: int, image_size: int, text_length: int = 0) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+def shapes(task: str, batch_size: int, image_size: int, text_length: int = 0,
+           vit_size: int | None = None) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
   """What `batches` yields for a task: name -> (shape, dtype)."""
   made = {'image': ((batch_size, image_size, image_size, 3), np.uint8)}
+  if vit_size:
+    made['vit_image'] = ((batch_size, vit_size, vit_size, 3), np.uint8)
   if task != 'images':
     made |= {'text': ((batch_size, text_length), np.int32), 'text_length': ((batch_size,), np.int32)}
   if task == 'lm':
-    made |= {'text_weight': ((batch_size, text_length), np.float32), 'kind': ((batch_size,), np.int32)}
+    made |= {'text_weight': ((batch_size, text_length + 1), np.float32), 'kind': ((batch_size,), np.int32)}
   return {name: (shape, np.dtype(dtype)) for name, (shape, dtype) in made.items()}
 
 
@@ -229,31 +261,38 @@ class _Writer:
 
   def cut(self, text: str, weight: float) -> dict[str, np.ndarray]:
     """As much of the text as there is room for."""
-    return self._row(self._tokenizer.encode_once(text[:_LONG * self._length])[:self._length], 0, weight)
+    ids = self._tokenizer.encode_once(text[:_LONG * self._length])
+    whole = len(ids) <= self._length and len(text) <= _LONG * self._length
+    return self._row(ids[:self._length], 0, weight, whole)
 
-  def part(self, text: str, rng: np.random.Generator) -> str:
-    """A part of a long text that starts somewhere in it, at a word, so that more than the beginnings is read."""
-    excess = len(text) - _LONG * self._length
-    return text if excess <= 0 else text[rng.integers(excess + 1):].partition(' ')[2] or text
+  def piece(self, text: str, weight: float, epoch: int, seed: int) -> dict[str, np.ndarray]:
+    """The piece of a plain text that its row has in this epoch (long_text.py)."""
+    ids, ends = long_text.piece_of(text, self._tokenizer.encode_once, self._length, epoch, seed)
+    row = self._row(ids, 0, weight)
+    if not ends:  # the text goes on: what is behind the piece is not learnt
+      row['text_weight'][len(ids):] = 0.0
+    return row
 
-  def _row(self, ids: Sequence[int], given: int, weight: float) -> dict[str, np.ndarray]:
-    padded, weights = np.zeros(self._length, np.int32), np.zeros(self._length, np.float32)
+  def _row(self, ids: Sequence[int], given: int, weight: float, whole: bool = True) -> dict[str, np.ndarray]:
+    """`whole`: the text ends with these ids, which then is learnt."""
+    padded, weights = np.zeros(self._length, np.int32), np.zeros(self._length + 1, np.float32)
     padded[:len(ids)], weights[given:len(ids)] = ids, weight
+    weights[len(ids)] = float(whole)
     return {'text': padded, 'text_length': np.int32(len(ids)), 'text_weight': weights}
 
 
-def _write_pair(write: _Writer, shares: Mapping[str, float], draw_text_weight: float, drop_text: float) -> Callable:
-  """The texts of a record, the use of its source, an rng -> text fields and kind of its row; None if there is no text."""
+def _write_pair(write: _Writer, shares: Mapping[str, float], draw_text_weight: float, drop_text: float, seed: int) -> Callable:
+  """The texts of a record, the use of its source, an rng, the epoch -> text fields and kind of its row; None if there is no text."""
   kinds, cumulative = _cumulative(_of_pictures(shares))
 
-  def write_pair(texts, use, rng):
-    text = pairs.choose(texts, rng)
+  def write_pair(texts, use, rng, epoch):
+    text = pairs.choose(texts, rng, clean_text if use == 'text' else clean_caption)
+    if text and use == 'text':
+      return {**write.piece(text, 1.0, epoch, seed), 'kind': np.int32(_KINDS['text'])}
     if not text:
       return None
     kind = use or kinds[np.searchsorted(cumulative, rng.random(), side='right')]
-    if kind == 'text':
-      text = write.part(text, rng)
-    elif kind == 'draw' and rng.random() < drop_text:
+    if kind == 'draw' and rng.random() < drop_text:
       text = ''
     return {**write.cut(text, draw_text_weight if kind == 'draw' else 1.0), 'kind': np.int32(_KINDS[kind])}
 

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import html
-import io
 import math
-import re
-import unicodedata
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
+from lavit_jax.data.cleaning import clean_caption as clean
 from lavit_jax.data.formats import Skip
 from lavit_jax.data.streams import Ticket
 from lavit_jax.errors import UserError
-from lavit_jax.data.images import MAX_PIXELS, read_image
+from lavit_jax.data.images import open_image, read_image
 
 CROPS = ('none', 'center', 'random')
 LEAST_AREA = 0.5  # of the largest square, of a random crop
-_TAG = re.compile(r'</?[a-z][^<>]*>', re.I)
-_URL = re.compile(r'(https?://|www\.)\S+', re.I)
 
 
-def make_row(seed: int, image_size: int, crop: str, write: Callable | None) -> Callable[[Ticket], dict | Skip]:
-  """A function from a ticket to the row of its record, or to a Skip. `write` (record texts, use, rng) -> fields of the row or None.
+def make_row(seed: int, image_size: int, crop: str, write: Callable | None,
+             vit_size: int | None = None) -> Callable[[Ticket], dict | Skip]:
+  """A function from a ticket to the row of its record, or to a Skip. `write` (record texts, use, rng, epoch) -> fields of the row or None.
 
+  With `vit_size` a row has the picture at that size too, as 'vit_image'.
   What is random depends on (seed, ticket.key) alone. Without `write` a row is a picture; with it, rows of use 'text' have a black one.
   """
+  sizes = {'image': image_size} | ({'vit_image': vit_size} if vit_size else {})
   random = write is not None or crop == 'random'  # a generator is not made for nothing: it takes a hundredth of the time
 
   def make(ticket: Ticket) -> dict | Skip:
@@ -37,15 +35,17 @@ def make_row(seed: int, image_size: int, crop: str, write: Callable | None) -> C
     rng = np.random.default_rng((seed, *ticket.key)) if random else None
     row = {}
     if write is not None:
-      row = write(record.texts, ticket.use, rng)
+      row = write(record.texts, ticket.use, rng, ticket.epoch)
       if row is None:
         return Skip('empty caption', record.origin)
     if write is not None and ticket.use == 'text':
-      return {'image': np.zeros((image_size, image_size, 3), np.uint8), **row}
+      black = {name: np.zeros((size, size, 3), np.uint8) for name, size in sizes.items()}
+      return {**black, **row}
     if not record.image:
       return Skip('no image', record.origin)
     try:
-      return {'image': decode(record.image, image_size, crop, rng), **row}
+      images = decode_sizes(record.image, list(sizes.values()), crop, rng)
+      return {**dict(zip(sizes, images)), **row}
     except UserError as error:
       return Skip('corrupt image', f'{record.origin} ({error})')
 
@@ -53,7 +53,16 @@ def make_row(seed: int, image_size: int, crop: str, write: Callable | None) -> C
 
 
 def decode(data: bytes, size: int, crop: str = 'none', rng: np.random.Generator | None = None) -> np.ndarray:
-  """The bytes of a picture's file -> uint8[size, size, 3] RGB, bicubic.
+  """The bytes of a picture's file -> uint8[size, size, 3] RGB, as `decode_sizes` makes it."""
+  return decode_sizes(data, [size], crop, rng)[0]
+
+
+def decode_sizes(data: bytes, sizes: Sequence[int], crop: str = 'none',
+                 rng: np.random.Generator | None = None) -> list[np.ndarray]:
+  """The bytes of a picture's file -> the same part of it at each size, uint8[size, size, 3] RGB.
+
+  Each is resized from the picture itself, by Pillow's bicubic, as inference does: it clips to bytes
+  between its two passes, so another library's, or a resize of a resize, has other edges.
 
   `crop` 'none': the whole picture straight to the square, as published; 'center': the largest square; 'random': a square of at least half
   its area. JPEGs are decoded at 1/2, 1/4 or 1/8 as long as that leaves twice the pixels a side that the result has. Against decoding
@@ -63,13 +72,16 @@ def decode(data: bytes, size: int, crop: str = 'none', rng: np.random.Generator 
     UserError: nothing that Pillow can read, truncated, or too large.
   """
   try:
-    image = Image.open(io.BytesIO(data))
+    image, size = open_image(data, 'image'), max(sizes)
     least = 2 * math.ceil(size / math.sqrt(LEAST_AREA)) if crop == 'random' else 2 * size
     image.draft(None, (least, least))
-    plain = image.format == 'JPEG' and image.mode == 'RGB' and 'exif' not in image.info and image.width * image.height <= MAX_PIXELS
+    upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1  # of EXIF, and of XMP where it has none
+    plain = image.format == 'JPEG' and image.mode == 'RGB' and upright
     if not plain:  # turned, transparent, grey, of a palette ...
       image = Image.fromarray(read_image(image))
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=crop_box(image.size, crop, rng)))
+    box = crop_box(image.size, crop, rng)
+    bicubic = Image.Resampling.BICUBIC
+    return [np.asarray(image.resize((size, size), bicubic, box=box)) for size in sizes]
   except UserError:
     raise
   except Exception as error:  # a decoder may throw anything at damaged bytes
@@ -88,19 +100,7 @@ def crop_box(size: tuple[int, int], crop: str, rng: np.random.Generator | None) 
   return left, top, min(left + side, size[0]), min(top + side, size[1])
 
 
-def clean(text: str) -> str:
-  """A caption from the web as one plain line: entities, tags, addresses and control characters gone, <PERSON> (CC12M) a person.
-
-  '' when not two letters or digits are left.
-  """
-  text = unicodedata.normalize('NFKC', html.unescape(text)).replace('<PERSON>', 'person')
-  text = _URL.sub(' ', _TAG.sub(' ', text))
-  text = ''.join(' ' if unicodedata.category(c) in ('Cc', 'Cf', 'Co', 'Cs', 'Cn', 'Zl', 'Zp') else c for c in text)
-  text = ' '.join(text.split())
-  return text if sum(c.isalnum() for c in text) >= 2 else ''
-
-
-def choose(texts: Sequence[str], rng: np.random.Generator) -> str:
+def choose(texts: Sequence[str], rng: np.random.Generator, clean: Callable[[str], str] = clean) -> str:
   """One of the texts that are not empty once they are clean, at random; '' if there is none."""
   left = [text for text in map(clean, texts) if text]
   return left[rng.integers(len(left))] if len(left) > 1 else ''.join(left)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import glob
 import io
-import itertools
 import logging
 import os
 import re
@@ -22,7 +21,9 @@ import fsspec
 import numpy as np
 
 from lavit_jax.errors import Unreachable, UserError
+from lavit_jax.local_paths import expand_home
 
+_GLOB = re.compile(r'[*?\[]')
 _BRACES = re.compile(r'\{([^{}]*)\}')
 _AHEAD, _LEAST_AHEAD = 8 << 20, 256 << 10  # bytes asked of a remote store at a time
 _TOGETHER = 400 << 20  # of all files that are read in turn; with their buffers, half a gigabyte
@@ -35,18 +36,54 @@ _SIZED = 512  # files of a source whose sizes are asked for, at most
 def expand(path: str | Sequence[str], suffix: str) -> list[str]:
   """'a/{000..002}.tar', 'a/{x,y}.tar', 'a/*.tar', 'a' (a local folder: its files that end with `suffix`), or a list of these -> files.
 
-  Braces come in their order, globs sorted; 'file://' is left out.
+  Braces come in their order, globs sorted; 'file://' is left out, '~' is the home folder. A path that exists as it is written is
+  meant literally, whatever characters it has; so is the part of a path that exists: '/data [2024]/*.tar'.
 
   Raises:
     UserError: a glob that finds nothing, or a store for which a package is missing.
   """
   paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
-  named = itertools.chain.from_iterable(_braces(os.fspath(each).removeprefix('file://')) for each in paths)
-  named = [os.path.join(glob.escape(each), f'*{suffix}') if not each.endswith(suffix) and os.path.isdir(each) else each for each in named]
-  files = list(itertools.chain.from_iterable(_glob(each) if re.search(r'[*?\[]', each) else [each] for each in named))
+  files = []
+  for each in paths:
+    files += _expand_one(os.fspath(each).removeprefix('file://'), suffix)
   if not files:
     raise UserError(f'{path!r} names no files; give a path, a glob or a list')
   return files
+
+
+def _expand_one(path: str, suffix: str) -> list[str]:
+  path = path if is_remote(path) else expand_home(path)
+  there = _existing(path)
+  if there == path:
+    return _files_of(path, suffix)
+  found = []
+  for rest in _braces(path[len(there):]):
+    each = there + rest
+    there_too = _existing(each)
+    if there_too == each:
+      found += _files_of(each, suffix)
+    elif _GLOB.search(each[len(there_too):]):
+      found += _glob(each, there_too)
+    else:
+      found.append(each)
+  return found
+
+
+def _files_of(path: str, suffix: str) -> list[str]:
+  """A local folder -> its files that end with `suffix`; any other path as it is."""
+  if path.endswith(suffix) or is_remote(path) or not os.path.isdir(path):
+    return [path]
+  return _glob(os.path.join(path, f'*{suffix}'), path)
+
+
+def _existing(path: str) -> str:
+  """The longest part of a local path, up to a '/' or all of it, that exists; '' of a remote one."""
+  if is_remote(path):
+    return ''
+  part = path
+  while part and not os.path.exists(part):
+    part = path[:part.rstrip('/').rfind('/') + 1]
+  return part
 
 
 def is_remote(path: str) -> bool:
@@ -152,8 +189,10 @@ def names_and_sizes(files: Sequence[str]) -> list[tuple[str, int | None]]:
   Not the size of all, where there are many: a question to a store takes its time. None: not asked; -1: there is no such file.
   """
   def size(file: str) -> int:
-    files, inside = store(file)
     try:
+      if not is_remote(file):
+        return _patiently(file, lambda: os.path.getsize(file.removeprefix('file://')))
+      files, inside = store(file)
       return _patiently(file, lambda: files.size(inside))
     except NO_FILE:
       return -1
@@ -162,6 +201,14 @@ def names_and_sizes(files: Sequence[str]) -> list[tuple[str, int | None]]:
   with ThreadPoolExecutor(16) as pool:
     sizes = dict(zip(asked, pool.map(lambda i: size(files[i]), asked)))
   return [(os.path.basename(file), sizes.get(i)) for i, file in enumerate(files)]
+
+
+def names_below(folder: str) -> list[str]:
+  """The files in a remote folder and below it, relative to it."""
+  files, inside = store(folder)
+  inside = inside.rstrip('/')
+  found = _patiently(folder, lambda: files.find(inside))
+  return [name.removeprefix(inside).lstrip('/') for name in found]
 
 
 def store(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -186,9 +233,19 @@ def _braces(path: str) -> list[str]:
   return [path[:match.start()] + middle + tail for middle in inner for tail in tails]
 
 
-def _glob(path: str) -> list[str]:
-  files, inside = store(path)
-  found = sorted(_patiently(path, lambda: files.glob(inside)))
+def _glob(path: str, literal: str = '') -> list[str]:
+  """The files that match `path`, whose beginning `literal` has no wildcards.
+
+  Raises UserError when there is none. A remote path of which no pattern matches may itself exist.
+  """
+  if is_remote(path):
+    files, inside = store(path)
+    found = sorted(_patiently(path, lambda: files.glob(inside)))
+    if not found and _patiently(path, lambda: files.exists(inside)):
+      return [path]
+    found = [files.unstrip_protocol(name) for name in found]
+  else:
+    found = sorted(glob.glob(glob.escape(literal) + path[len(literal):], recursive=True))
   if not found:
     raise UserError(f'{path} matches no file; check the path')
-  return [files.unstrip_protocol(name) for name in found] if is_remote(path) else found
+  return found

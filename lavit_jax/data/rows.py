@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import collections
-import logging
 import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -12,44 +11,12 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 import grain
 
 from lavit_jax.data.formats import Skip
+from lavit_jax.data.skips import Skipped
 from lavit_jax.data.streams import OpenUnits, Shard, Ticket
-from lavit_jax.errors import UserError
 
-_LEAST = {'records': 1000, 'files': 20}  # seen before their share of skipped ones means something
-_TOLD = 3  # of each reason, by name
 _AHEAD = 64  # tickets in the threads at least
 _READERS = 16  # threads that read windows
 _alive = weakref.WeakSet()
-
-
-class Skipped:
-  """Counts what this process left out by reason, since it started, and names the first few."""
-
-  def __init__(self):
-    self.seen, self.skipped, self.reasons = collections.Counter(), collections.Counter(), collections.Counter()
-
-  def add(self, made: dict | Skip, limit: float) -> None:
-    """Counts an example, or a Skip. Raises UserError when more than the share `limit` was skipped, or all records, whatever the limit.
-
-    Records and files (tars, row groups) are judged apart: a tar that breaks off takes an unknown number of records along.
-    """
-    unit = made.unit if isinstance(made, Skip) else 'records'
-    self.seen[unit] += 1
-    if not isinstance(made, Skip) or not made.reason:
-      return
-    self.skipped[unit] += 1
-    self.reasons[made.reason] += 1
-    if self.reasons[made.reason] <= _TOLD:
-      logging.getLogger(__name__).warning('skipped: %s, %s', made.reason, made.origin)
-    nothing = unit == 'records' and self.skipped[unit] == self.seen[unit]  # files without a record: streams.py
-    if self.seen[unit] >= _LEAST[unit] and (nothing or self.skipped[unit] > limit * self.seen[unit]):
-      reasons = ', '.join(f'{reason} {count}' for reason, count in self.reasons.most_common())
-      raise UserError(f'{self.skipped[unit]} of {self.seen[unit]} {unit} were skipped ({reasons}), the last one {made.origin}; '
-                      + (f'mend the data or raise data.max_skipped={limit}' if limit < 1 else 'there is no example in the data'))
-
-  def metrics(self) -> dict[str, int]:
-    """{'data/skipped_corrupt_image': 3, ...}."""
-    return {f'data/skipped_{reason.replace(" ", "_")}': count for reason, count in sorted(self.reasons.items())}
 
 
 class Made(grain.IterDataset):
@@ -70,59 +37,100 @@ class Made(grain.IterDataset):
     return _MadeIterator(self)
 
 
+class _ShardRows:
+  """The examples of one shard, row after row.
+
+  Which source a row is of depends on the row's number alone. It gets the next example of that
+  source: what is skipped is replaced by the same source, so that the weights are those of the rows.
+  """
+
+  def __init__(self, shard: Shard, make: Callable[[Ticket], dict | Skip], pool: Executor | None, ahead: int):
+    self.shard, self._make, self._pool = shard, make, pool
+    self._ahead = ahead if pool else 0
+    self._drawn = [collections.deque() for _ in shard.sources]  # per source, in order
+    self.state = shard.get_state()
+    self._planned = self.state['taken']  # rows that have a ticket
+
+  def set_state(self, state: dict) -> None:
+    self.drop()
+    self.shard.set_state(state)
+    self.state = self.shard.get_state()
+    self._planned = state['taken']
+
+  def fill(self) -> None:
+    """Draws a ticket for each row that is ahead."""
+    while self._planned < self.state['taken'] + self._ahead:
+      self._draw(self.shard.source_of(self._planned))
+      self._planned += 1
+
+  def take(self) -> tuple[dict | Skip, int, Ticket]:
+    """What became of the next ticket of the row's source, which source that is, and the ticket. An example ends the row."""
+    self.fill()
+    row = self.state['taken']
+    number = self.shard.source_of(row)
+    if not self._drawn[number]:
+      self._draw(number)
+      self._planned = max(self._planned, row + 1)
+    ticket, future, state = self._drawn[number].popleft()
+    made = future.result() if future else self._make(ticket)
+    self.state['sources'][number] = state
+    if not isinstance(made, Skip):
+      self.state['taken'] = row + 1
+    elif self._pool:
+      self._draw(number)
+    return made, number, ticket
+
+  def drop(self) -> None:
+    for drawn in self._drawn:
+      while drawn:
+        _, future, _ = drawn.pop()
+        if future:
+          future.cancel()
+
+  def _draw(self, number: int) -> None:
+    source = self.shard.sources[number]
+    ticket = next(source)
+    future = self._pool.submit(self._make, ticket) if self._pool else None
+    self._drawn[number].append((ticket, future, source.get_state()))
+
+
 class _MadeIterator(grain.DatasetIterator):
 
   def __init__(self, made: Made):
     super().__init__()
     self._made, self._reading = made, ThreadPoolExecutor(_READERS)
     self._pool = ThreadPoolExecutor(made.num_threads) if made.num_threads else None
-    self._shards, self._open = made.deal(self._reading)
-    self._order = [number for number in self._shards for _ in range(made.each)]
-    self._ahead = max(made.each, -(-_AHEAD // len(self._shards)))  # tickets of each shard in the threads
-    self._waiting = {number: collections.deque() for number in self._shards}
+    shards, self._open = made.deal(self._reading)
+    self._order = [number for number in shards for _ in range(made.each)]
+    ahead = max(made.each, -(-_AHEAD // len(shards)))  # tickets of each shard in the threads
+    self._rows = {number: _ShardRows(shard, made.make, self._pool, ahead) for number, shard in shards.items()}
     self._given, self._begun = 0, False
-    self._states = {number: shard.get_state() for number, shard in self._shards.items()}
 
   def __next__(self) -> dict:
     if not self._begun:  # all at once, not one when it is its turn
       self._begun = True
-      for shard in self._shards.values():
-        shard.begin()
-      for number in self._shards:
-        self._fill(number)
-    number = self._order[self._given % len(self._order)]
+      for rows in self._rows.values():
+        rows.shard.begin()
+      for rows in self._rows.values():
+        rows.fill()
+    rows = self._rows[self._order[self._given % len(self._order)]]
     while True:
-      example, self._states[number] = self._take(number)
-      self._made.skipped.add(example, self._made.limit)
+      example, source, ticket = rows.take()
+      about = rows.shard.abouts[source]
+      self._made.skipped.add(example, self._made.limit, source, about, ticket.unit)
       if not isinstance(example, Skip):
         self._given += 1
         return example
 
-  def _take(self, number: int) -> tuple[dict | Skip, dict]:
-    """The next example of a shard, and the state of the shard behind it."""
-    if self._pool is None:
-      return self._made.make(next(self._shards[number])), self._shards[number].get_state()
-    self._fill(number)
-    future, state = self._waiting[number].popleft()
-    return future.result(), state
-
-  def _fill(self, number: int) -> None:
-    shard, waiting = self._shards[number], self._waiting[number]
-    while self._pool and len(waiting) < self._ahead:
-      ticket = next(shard)
-      waiting.append((self._pool.submit(self._made.make, ticket), shard.get_state()))
-
   def get_state(self):
-    return {'of': self._made.of, 'shards': {str(number): state for number, state in self._states.items()}}
+    return {'of': self._made.of, 'shards': {str(number): _copy(rows.state) for number, rows in self._rows.items()}}
 
   def set_state(self, state):
     """`state` may have more shards than these. It is one between batches."""
     if changes := changed(state['of'], self._made.of):
       raise ValueError(f'changed are {", ".join(changes)}')
-    self._drop()
-    for number, shard in self._shards.items():
-      self._states[number] = state['shards'][str(number)]
-      shard.set_state(self._states[number])
+    for number, rows in self._rows.items():
+      rows.set_state(state['shards'][str(number)])
     self._given, self._begun = 0, False
 
   def close(self):
@@ -135,14 +143,19 @@ class _MadeIterator(grain.DatasetIterator):
     self._open.close()
 
   def _drop(self):
-    for waiting in self._waiting.values():
-      while waiting:
-        waiting.pop()[0].cancel()
+    for rows in self._rows.values():
+      rows.drop()
+
+
+def _copy(state: dict) -> dict:
+  return {'taken': state['taken'], 'sources': list(state['sources'])}
 
 
 def changed(was: dict, now: dict) -> list[str]:
   """What differs between two accounts `of` data: 'sources[0].window 5 -> 7', 'seed 1 -> 2' ..."""
   was, now = _flat(was), _flat(now)
+  for key in [key for key in now if key.endswith('.contents') and key not in was]:
+    del now[key]  # an earlier version did not write it
   return [f'{key} {was.get(key, "(none)")} -> {now.get(key, "(none)")}' for key in {**was, **now} if was.get(key) != now.get(key)]
 
 

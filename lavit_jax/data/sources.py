@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 
@@ -20,6 +21,7 @@ import grain
 import xxhash
 
 from lavit_jax.data import formats
+from lavit_jax.data.skips import About
 from lavit_jax.data.streams import OpenUnits, Reader, Shard, Stored, Stream, Windows, store
 from lavit_jax.errors import UserError
 
@@ -29,16 +31,20 @@ _COMMON = ('format', 'path', 'weight', 'use', 'image', 'text')
 _WINDOW, _LEAST_WINDOW, _HELDOUT_WINDOW = 2048, 32, 64
 
 
-def mix(sources: Sequence[Mapping], seed: int | None, shards: int, held: Sequence[int], name: str = 'sources') -> tuple[
+def mix(sources: Sequence[Mapping], seed: int | None, shards: int, held: Sequence[int], name: str = 'sources',
+        captioned: bool = True) -> tuple[
     Callable[[Executor], tuple[dict[int, Shard], OpenUnits]], dict]:
   """(`deal` of the shards `held` of so many, all that a position among them depends on), both for `rows.Made`.
 
   `seed` None: every source in its order, and no such account. `name`: of the option, for messages.
+  `captioned`: whether texts are needed; a folder needs no captions without.
 
   Raises:
     UserError: an option that is unknown or wrong, files that are not there, an empty source.
   """
-  opened, accounts = zip(*(_open(f'{name}[{number}]', number, dict(source), seed, shards) for number, source in enumerate(sources)))
+  opened, accounts, abouts = zip(*(
+      _open(f'{name}[{number}]', number, dict(source), seed, shards, captioned)
+      for number, source in enumerate(sources)))
   weights = [float(source.get('weight', 1.0)) for source in sources]
 
   def deal(pool: Executor) -> tuple[dict[int, Shard], OpenUnits]:
@@ -53,7 +59,7 @@ def mix(sources: Sequence[Mapping], seed: int | None, shards: int, held: Sequenc
         dealt.append([Windows(readers[shard // source.fan], shard % source.fan) for shard in held])
       else:
         dealt.append([Stored(source, shard, shards) for shard in held])
-    return {shard: Shard(shard, shards, of_shard, weights) for shard, of_shard in zip(held, zip(*dealt))}, units
+    return {shard: Shard(shard, shards, of_shard, weights, abouts) for shard, of_shard in zip(held, zip(*dealt))}, units
 
   return deal, {} if seed is None else {'seed': seed, 'shards': shards, 'sources': list(accounts)}
 
@@ -73,7 +79,9 @@ def check_files(name: str, sources: Sequence[Mapping], limit: float) -> None:
         raise UserError(f'{name}[{number}]: {len(absent)} of {len(asked)} tars are not there, such as {absent[0]}; check the path')
 
 
-def _open(name: str, number: int, options: dict, seed: int | None, shards: int) -> tuple[Stream | grain.MapDataset, dict]:
+def _open(
+    name: str, number: int, options: dict, seed: int | None, shards: int, captioned: bool = True
+) -> tuple[Stream | grain.MapDataset, dict, About]:
   kind = options.get('format')
   if kind not in formats.FORMATS:
     raise UserError(f'{name} has format {kind!r}; choose one of {", ".join(formats.FORMATS)}')
@@ -87,25 +95,46 @@ def _open(name: str, number: int, options: dict, seed: int | None, shards: int) 
     raise UserError(f'{name} has no path')
   if options.get('use', '') not in USES:
     raise UserError(f'{name} has use {options["use"]!r}; choose one of {", ".join(map(repr, USES))}')
-  if not options.get('weight', 1.0) > 0 or not options.get('window', 1) >= 1:
-    raise UserError(f'{name}: weight must be above 0 and window at least 1')
+  weight, window = options.get('weight', 1.0), options.get('window', 1)
+  if isinstance(weight, bool) or not 0 < weight < math.inf or isinstance(window, bool) or window < 1:
+    raise UserError(f'{name}: weight must be a number above 0 (now {weight}) and window an integer of at least 1 (now {window})')
+  _check_values(name, kind, options)
   image, text = formats.DEFAULTS[kind]
   image = options.get('image') or image
   image = _names(image) if kind == 'tars' and image else image
   extra = {key: options[key] for key in _OPTIONS[kind] if key in options and key != 'window'}
+  if kind == 'folder':
+    extra |= {'use': options.get('use', ''), 'captioned': captioned}
   try:
     records = formats.FORMATS[kind](options['path'], image, _names(options.get('text') or text), **extra)
   except UserError as error:
     raise error.within(name) from error
   if not len(records):
     raise UserError(f'{name}: {options["path"]} holds no records')
+  path = options['path'] if isinstance(options['path'], str) else formats.some(map(str, options['path']), 2)
+  about = About(name, f'{kind} {path}', len(records) if 'window' in known else 1, getattr(records, 'looked_for', ''))
   use, account = options.get('use', ''), {'format': kind, 'units': len(records)}
   if seed is not None:
     account['files'] = xxhash.xxh32_hexdigest(json.dumps(records.names()).encode())
+    if kind == 'folder':
+      account['contents'] = records.digest()
   if 'window' in known:
     window = account['window'] = _window(options.get('window'), shards) if seed is not None else max(_HELDOUT_WINDOW // shards, _LEAST_WINDOW)
-    return Stream.of(records, number, use, seed, window, shards), account
-  return store(records, number, use, seed), account
+    return Stream.of(records, number, use, seed, window, shards, name), account, about
+  return store(records, number, use, seed), account, about
+
+
+def _check_values(name: str, kind: str, options: Mapping) -> None:
+  """Raises UserError where an option has another type than its format reads, or a number that cannot be meant."""
+  for key in ('image', 'text'):
+    value = options.get(key)
+    names = [value] if isinstance(value, str) else value
+    if value is not None and not (isinstance(names, (list, tuple)) and all(isinstance(each, str) for each in names)):
+      raise UserError(f'{name} ({kind}) has {key} {value!r}; give a name, or several in parentheses')
+    if key == 'image' and value is not None and kind in ('parquet', 'tfds') and not isinstance(value, str):
+      raise UserError(f'{name} ({kind}) has image {value!r}; give the name of one column or feature')
+  if options.get('image') and kind == 'arrayrecord':
+    raise UserError(f'{name} (arrayrecord) has image {options["image"]!r}, but each record has one image; leave it out')
 
 
 def _window(asked: int | None, shards: int) -> int:

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from lavit_jax.local_paths import expand_home
+
 
 class Sprite(NamedTuple):
   """One drawing of one emoji; the fields of the record that are text."""
@@ -47,7 +49,7 @@ def load(source: str = 'embedded', skin_tones: bool = False) -> Sprites:
 
 def find(source: str) -> str:
   """The folder of the newest version of the data set below a `data_dir`."""
-  root = resources.files('lavit_jax') / 'assets/emoji_sample' if source == 'embedded' else Path(source)
+  root = resources.files('lavit_jax') / 'assets/emoji_sample' if source == 'embedded' else Path(expand_home(source))
   found = sorted(Path(str(root)).glob('emoji/*/*/dataset_info.json'),
                  key=lambda path: (path.parts[-3] == 'full', [int(part) for part in path.parts[-2].split('.')]))
   if not found:

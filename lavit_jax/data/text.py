@@ -10,16 +10,27 @@ import argparse
 import functools
 import json
 import os
+import pathlib
 from collections.abc import Iterable, Sequence
 
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from lavit_jax.errors import UserError
+from lavit_jax.local_paths import expand_home
 
 UNKNOWN, BEGIN, END = 0, 1, 2
 _SPECIAL = ('<unk>', '<s>', '</s>')
 _PIECES, _FILE = 'tokenizer.model', 'tokenizer.json'
+
+
+def packaged(folder: str | os.PathLike) -> str | os.PathLike:
+  """The folder itself, or, if it is not there and is named `lavit_jax/...`, the one of that name in the installed package."""
+  parts = pathlib.PurePath(folder).parts
+  if os.path.exists(folder) or parts[:1] != ('lavit_jax',):
+    return folder
+  found = pathlib.Path(__file__).parents[1].joinpath(*parts[1:])
+  return found if found.exists() else folder
 
 
 class TextTokenizer:
@@ -39,18 +50,35 @@ class TextTokenizer:
     """Reads a Hugging Face tokenizer folder: its `tokenizer.model` of sentencepiece, by which the published code reads and writes, or,
     where there is none, its `tokenizer.json`.
 
+    What a `tokenizer.json` says of truncation and padding is left out, as transformers leaves it out unless it is asked for. With
+    `vocab_size`, so are tokens that were added behind it, such as a `<pad>`: the model has no rows for them, and here their ids are the
+    visual tokens'. Their text is then letters like any other.
+
     Raises UserError when neither is in it or it is damaged, or when it has not `vocab_size` ids.
     """
+    folder = packaged(expand_home(folder))
     path = next((path for name in (_PIECES, _FILE) if os.path.exists(path := os.path.join(folder, name))), None)
     if path is None:
       raise UserError(f'{os.path.join(folder, _FILE)} does not exist, nor {_PIECES} beside it; give the folder of a Hugging Face tokenizer')
     try:
-      words = cls(_read_pieces(path) if path.endswith(_PIECES) else Tokenizer.from_file(path))
+      words = cls(_read_pieces(path) if path.endswith(_PIECES) else _read_json(path, vocab_size))
     except Exception as error:  # neither library raises anything narrower
       raise UserError(f'{path} is damaged ({error}); copy it again') from None
+    for token, expected in (('<s>', BEGIN), ('</s>', END)):
+      found = words.id_of(token)
+      if vocab_size is not None and found not in (None, expected):
+        raise UserError(f'{path} has {token} under the id {found}, and the model reads and writes it as '
+                        f"{expected}; give the model's own tokenizer")
     if vocab_size not in (None, words.vocab_size):
       raise UserError(f'{path} has {words.vocab_size} ids, but the text vocabulary of the model has {vocab_size}; give the model\'s own')
     return words
+
+  def id_of(self, token: str) -> int | None:
+    """The id of a token that the vocabulary has as a whole; None if it has it not."""
+    if not self._pieces:
+      return self._tokenizer.token_to_id(token)
+    found = self._tokenizer.piece_to_id(token)
+    return None if self._tokenizer.is_unknown(found) else found
 
   def encode_once(self, text: str) -> tuple[int, ...]:
     """`encode` without its cache, for texts that hardly come again."""
@@ -65,6 +93,18 @@ class TextTokenizer:
     if not self._pieces:
       return self._tokenizer.decode(ids, skip_special_tokens=True)
     return self._tokenizer.decode([i for i in ids if not (self._tokenizer.is_control(i) or self._tokenizer.is_unknown(i))])
+
+
+def _read_json(path: str, vocab_size: int | None) -> Tokenizer:
+  """The tokenizer of a `tokenizer.json`, as `TextTokenizer.load` says."""
+  with open(path, encoding='utf-8') as file:
+    content = json.load(file)
+  if vocab_size is not None:
+    content['added_tokens'] = [token for token in content.get('added_tokens') or () if token['id'] < vocab_size]
+  tokenizer = Tokenizer.from_str(json.dumps(content))
+  tokenizer.no_truncation()
+  tokenizer.no_padding()
+  return tokenizer
 
 
 def _read_pieces(path: str) -> SentencePieceProcessor:

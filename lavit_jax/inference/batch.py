@@ -24,8 +24,10 @@ from typing import NamedTuple
 from lavit_jax.data.images import SUFFIXES, read_images
 from lavit_jax.errors import InputError, UserError
 from lavit_jax.inference.drawing import Drawn, report_flagged
+from lavit_jax.inference.faults import NotFinite
 from lavit_jax.inference.output import png, slug, write
 from lavit_jax.inference.pipeline import MAX_BATCH, Generated, Lavit, RowSeed
+from lavit_jax.local_paths import expand_home
 
 
 class Task(NamedTuple):
@@ -98,7 +100,7 @@ def find_rows(task: Task, inputs: Sequence[str], path: str | None, out: str | No
   wanted = [dict(image='IMAGE', question='QUESTION', prompt='TEXT', parts='IMAGE or TEXT')[key] for key in task.needs]
   if len(inputs) < len(wanted):
     raise UserError(f'required: {", ".join(wanted[len(inputs):])}; name it, or give rows by --input ROWS.jsonl')
-  folders = [i for i, each in enumerate(inputs) if os.path.isdir(each)]
+  folders = [i for i, each in enumerate(inputs) if os.path.isdir(expand_home(each))]
   if task.needs == ('prompt',):
     return [dict(prompt=text) for text in inputs], pathlib.Path(), False
   if task.needs == ('parts',):
@@ -123,7 +125,7 @@ def find_pictures(paths: Sequence[str], but: str | None = None) -> list[str]:
     UserError: a folder has no pictures, or is the folder `but` that the results go to (which is left out where it lies deeper).
   """
   found, but = [], but and os.path.realpath(but)
-  for path in paths:
+  for path in map(expand_home, paths):
     if not os.path.isdir(path):
       found.append(path)
       continue
@@ -192,7 +194,7 @@ def load(row: dict, needs: Sequence[str], base: pathlib.Path, size: int) -> dict
   Raises UserError as `read_images`, and for what JSON can say and no text or path can be, such as half a character.
   """
   def read(key, text):
-    path = text if text.startswith('file:') else base / text
+    path = text if text.startswith('file:') else base / expand_home(text)
     try:
       if key == 'image' or key == 'parts' and (is_picture(text) or os.path.isfile(path)):
         return read_images(path, size)[0]
@@ -361,6 +363,13 @@ def _block(task: Task, model: Lavit, rows: dict[int, dict], seed: int | None, op
 
   try:
     return outcomes | (computed(list(loaded)) if loaded else {})
+  except NotFinite as error:
+    if not many:
+      raise
+    places = list(loaded)
+    for i, message in error.rows.items():
+      outcomes[places[i]] = dict(error=message)
+    return outcomes | _block(task, model, {i: rows[i] for i in places if i not in outcomes}, seed, options, base, many)
   except InputError:  # a text that is empty or too long: each row alone shows whose
     if not many:
       raise

@@ -29,7 +29,7 @@ class GenerateOutput(NamedTuple):
 
   ids: Array  # i32[B, T], with eos where one was reached, then padding.
   lengths: Array  # i32[B], eos included.
-  scores: Array  # f32[B]; see the function that made it.
+  scores: Array  # f32[B]; see the function that made it. NaN if the logits of a row were NaN or infinite.
 
 
 def prefill(
@@ -246,10 +246,12 @@ def beam_search(
     count: Array  # i32[B], finished beams, up to K
     open: Array  # bool[B], finished beams may still improve
     used: Array | None  # bool[B, K, V], the ids of each live beam, where they are penalised
+    sound: Array  # bool[B], no logit was NaN or infinite
     cache: KVCache
 
   def commit(state: State, logits: Array, cache: KVCache) -> State:
     """Chooses token number `step` of all beams from logits f32[B, K, V]."""
+    sound = state.sound & (jnp.isfinite(logits).all((1, 2)) | ~state.open)
     log_probs = jax.nn.log_softmax(logits)
     if state.used is not None:
       log_probs = sampling.penalise(log_probs, state.used, repetition_penalty)
@@ -283,7 +285,7 @@ def beam_search(
     hoped = jnp.where((early_stopping == 'never') & (length_penalty > 0), max_new_tokens, step)
     promising = live_scores[:, 0] / hoped**length_penalty > finished_scores[:, -1]
     improvable = (count < num_beams) | (promising & (early_stopping is not True))
-    return State(step, live, ancestry, finished, count, state.open & improvable, used, cache)
+    return State(step, live, ancestry, finished, count, state.open & improvable, used, sound, cache)
 
   def unfinished(state: State) -> Array:
     return (state.step < max_new_tokens) & state.open.any()
@@ -308,11 +310,13 @@ def beam_search(
       count=jnp.zeros(batch, jnp.int32),
       open=jnp.ones(batch, bool),
       used=None if repetition_penalty is None else jnp.zeros((batch, num_beams, llama.vocab_size), bool),
+      sound=jnp.ones(batch, bool),
       cache=cache,
   )
   logits = jnp.broadcast_to(logits[:, None], (batch, num_beams, llama.vocab_size))
   state = jax.lax.while_loop(unfinished, advance, commit(start, logits, cache))
-  ids, scores = state.finished.ids[:, :num_samples].reshape(-1, max_new_tokens), state.finished.scores[:, :num_samples].reshape(-1)
+  ids = state.finished.ids[:, :num_samples].reshape(-1, max_new_tokens)
+  scores = jnp.where(state.sound[:, None], state.finished.scores[:, :num_samples], jnp.nan).reshape(-1)
   ends = ids == eos_id
   lengths = jnp.where(ends.any(1), jnp.argmax(ends, 1) + 1, max_new_tokens).astype(jnp.int32)
   return GenerateOutput(ids, lengths, scores)

@@ -20,11 +20,11 @@ from jax import Array
 
 from lavit_jax.data.images import as_list, read_images
 from lavit_jax.errors import UserError
-from lavit_jax.inference import diffusion
-from lavit_jax.inference.scheduler import Scheduler
+from lavit_jax.inference import diffusion, faults
 from lavit_jax.inference.settings import check
 from lavit_jax.models import lavit, safety, vae, vit
 from lavit_jax.models.decoder import null_context
+from lavit_jax.models.noise import Scheduler
 
 LOG = logging.getLogger(__name__)
 WHOLE_PIXELS = 1024 * 1024  # what the VAE decodes at once, in 2.5 GiB: four pictures of 512 or one of 1024; a larger one is cut into tiles
@@ -56,6 +56,14 @@ class Drawn(NamedTuple):
   flagged: Array  # bool[B]
 
 
+class Checked(NamedTuple):
+  """`Drawn`, and whether every number on the way to it was finite."""
+
+  pictures: Array
+  flagged: Array
+  faults: Array  # i32[B], the first module whose result is not finite, by its number in faults.py; 0 is none
+
+
 class Request(NamedTuple):
   """What to draw by, every default filled in."""
 
@@ -70,7 +78,7 @@ def draw(
     model: lavit.Lavit, parts: dict, ids: Array, mask: Array, keys: Array, start: Array | None, *, way: Way, size: tuple[int, int],
     guidance: float, steps: int, sampler: str = 'ddim', rescale: float = 0.0, strength: float = 1.0, tile: int | None = None,
     scheduler: Scheduler = Scheduler(),
-) -> Drawn:
+) -> Checked:
   """Codes i32[B, N] in a prefix, mask bool[B, N] of it, a key for each picture -> pictures.
 
   Args:
@@ -89,11 +97,13 @@ def draw(
 
   def encode(pictures: Array, keys: Array) -> Array:
     moments = apply(pixels, vae.preprocess(pictures), method='encode')
-    return autoencoder.scaling_factor * jax.vmap(vae.sample_latents)(*moments, keys)
+    return autoencoder.to_unet(jax.vmap(vae.sample_latents)(*moments, keys))
 
-  def decode(latents: Array) -> Array:
-    whole, latents = functools.partial(apply, pixels, method='decode'), latents / autoencoder.scaling_factor
-    return vae.postprocess(vae.decode_tiled(whole, latents, autoencoder.factor, tile // autoencoder.factor) if tile else whole(latents))
+  def decode(latents: Array) -> tuple[Array, Array]:
+    """Latents -> pictures uint8[B, H, W, 3], and whether their numbers were finite, bool[B]."""
+    whole, latents = functools.partial(apply, pixels, method='decode'), autoencoder.from_unet(latents)
+    found = vae.decode_tiled(whole, latents, autoencoder.factor, tile // autoencoder.factor) if tile else whole(latents)
+    return vae.postprocess(found), faults.finite(found)
 
   features = apply(decoder, model.tokenizer.apply({'params': parts['codebook']}, ids, method='lookup'), mask)
   context, pooled = apply(decoder, features, method='context')
@@ -101,19 +111,21 @@ def draw(
     condition, null = highres_condition(context, pooled, size)
   else:
     condition, null = (context, jnp.ones_like(mask)), null_context(parts['uncond_embeddings'], model.num_patches)
+  computed = [(decoder, context)]
   if start is not None:
     start = _piecewise(encode, at_once, start, jax.vmap(jax.random.fold_in, (0, None))(keys, 1))
+    computed.append((pixels, start))
   shape = (*(side // autoencoder.factor for side in size), autoencoder.latent_channels)
   latents = diffusion.sample(
       functools.partial(apply, unet), diffusion.initial_latents(keys, shape), condition, null, steps=steps, sampler=sampler,
-      guidance_scale=guidance, rescale=rescale, start=start, strength=strength, schedule=scheduler.schedule,
-      prediction=scheduler.prediction_type, spacing=scheduler.timestep_spacing, steps_offset=scheduler.steps_offset,
-      to_clean=scheduler.set_alpha_to_one)
-  pictures = _piecewise(decode, at_once, latents)
+      guidance_scale=guidance, rescale=rescale, start=start, strength=strength, scheduler=scheduler)
+  pictures, sound = _piecewise(decode, at_once, latents)
+  computed += [(unet, latents), (pixels, sound)]
   if 'safety_checker' not in parts:
-    return Drawn(pictures, jnp.zeros(len(pictures), bool))
-  flagged, _ = apply('safety_checker', vit.preprocess(safety.center_square(pictures, model.safety_checker.image_size)))
-  return Drawn(jnp.where(flagged[:, None, None, None], 0, pictures), flagged)
+    return Checked(pictures, jnp.zeros(len(pictures), bool), faults.first(*computed))
+  flagged, scores = apply('safety_checker', vit.preprocess(safety.center_square(pictures, model.safety_checker.image_size)))
+  computed.append(('safety_checker', scores))
+  return Checked(jnp.where(flagged[:, None, None, None], 0, pictures), flagged, faults.first(*computed))
 
 
 def highres_condition(context: Array, pooled: Array, size: tuple[int, int]) -> tuple[tuple, tuple]:
@@ -170,7 +182,7 @@ def settle(
     strength = 1.0
   scheduler = schedulers(way.prefix)
   try:
-    diffusion.timesteps(scheduler.num_train_timesteps, steps, scheduler.timestep_spacing, scheduler.steps_offset, sampler, strength)
+    diffusion.plan(scheduler, steps, sampler=sampler, strength=strength)
   except ValueError as error:
     raise UserError(str(error)) from None
   if start is not None:
@@ -205,11 +217,11 @@ def _by(size: tuple[int, ...]) -> str:
   return 'x'.join(map(str, size))
 
 
-def _piecewise(function: Callable, most: int, *arrays: Array) -> Array:
+def _piecewise(function: Callable, most: int, *arrays: Array) -> Any:
   """function(*arrays) over the rows of arrays [B, ...], at most so many at a time, one piece after the other."""
   size = math.gcd(len(arrays[0]), most)
   if size == len(arrays[0]):
     return function(*arrays)
   found = jax.lax.map(lambda piece: function(*piece), [x.reshape(-1, size, *x.shape[1:]) for x in arrays])
-  return found.reshape(-1, *found.shape[2:])
+  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
 

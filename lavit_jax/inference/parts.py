@@ -18,30 +18,28 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lavit_jax import sharding
 from lavit_jax.errors import UserError
-from lavit_jax.inference.scheduler import Scheduler, read_scheduler
 from lavit_jax.models import lavit
 from lavit_jax.models.initial import initial_parts
 from lavit_jax.models.int8 import quantize_weight
-from lavit_jax.porting import layouts
+from lavit_jax.models.noise import Scheduler
+from lavit_jax.porting import configs, layouts, weight_files
 from lavit_jax.porting.api import open_torch
-from lavit_jax.porting.folder import open_part, read_config
+from lavit_jax.porting.folder import check_codebook, open_part, read_config, read_settings
 from lavit_jax.porting.leaves import Source, flatten, unflatten
 
 FLOAT32 = ('tokenizer', 'vae', 'highres_vae', 'uncond_embeddings')  # parts that decide or draw in float32 whatever the compute dtype
 CODEBOOK = 'quantizer/embedding'  # the leaf of the tokenizer that drawing needs
-MAX_LENGTH = 2048  # prompt and answer together, where a checkpoint does not say
 
 
 class Checkpoint(NamedTuple):
-  """A folder that has been looked at: its variant, where its words are, the parts that it holds, how one is opened, and what is said beside
-  them: of the U-Nets' noise, and how long a sequence the language model reads."""
+  """A folder that has been looked at: its variant, where its words are, the parts that it holds, how one is opened, and the settings
+  (models/settings.py)."""
 
   variant: str
   words: pathlib.Path
   held: frozenset[str]
   open: Callable[..., Source]  # (part, dtype=...)
-  scheduler: Callable[[str], Scheduler]  # prefix of a way of drawing ->
-  max_length: int = MAX_LENGTH
+  settings: Mapping[str, dict]
 
 
 def open_checkpoint(folder, variant: str | None) -> Checkpoint:
@@ -50,26 +48,21 @@ def open_checkpoint(folder, variant: str | None) -> Checkpoint:
   Raises:
     UserError: it is missing, damaged, or not of `variant`.
   """
-  folder, kind = pathlib.Path(folder), 'LaVIT'
+  folder = pathlib.Path(folder)
   if layouts.kind_of(folder) == 'LaVIT':
-    beside = folder
     known = layouts.read_json(folder / layouts.ABOUT).get('variant') or variant or layouts.find_variant(layouts.recognise(folder)[1])
     words, opener = folder / 'language_model', functools.partial(open_torch, folder, variant=known)
-    held = {place.part for place in layouts.PUBLISHED if layouts.stem_of(folder / place.folder, place.stems)}
+    held = {place.part for place in layouts.PUBLISHED if weight_files.choose(folder / place.folder, place.stems)}
+    settings = configs.read_settings(folder, {place.part: place.folder for place in layouts.PUBLISHED}, held, known)
   else:
-    config, beside = read_config(folder), folder / 'torch'
+    config = read_config(folder)
+    if 'tokenizer' in config['parts']:
+      check_codebook(folder)
     known, held, words, opener = config['variant'], config['parts'], folder / 'tokenizer', functools.partial(open_part, folder)
-    kind = config['metadata'].get('source', {}).get('kind', kind)
+    settings = read_settings(folder)
   if variant not in (None, known):
     raise UserError(f'{folder} holds variant {known!r}, but {variant!r} was asked for')
-  places = layouts.places(kind)
-
-  def scheduler(prefix):
-    place = places.get(prefix + 'unet')
-    return Scheduler() if place is None else read_scheduler(beside / pathlib.Path(place.folder).with_name('scheduler') / 'scheduler_config.json')
-
-  length = layouts.read_json(beside / places['llama'].folder / 'config.json').get('max_position_embeddings') if 'llama' in places else None
-  return Checkpoint(known, words, frozenset(held), opener, scheduler, length if isinstance(length, int) and length > 0 else MAX_LENGTH)
+  return Checkpoint(known, words, frozenset(held), opener, settings)
 
 
 class Parts:
@@ -86,13 +79,16 @@ class Parts:
     known = isinstance(checkpoint, Checkpoint)
     self._model, self._weights, self.mesh, self._ready = model, weights, mesh, {}
     self._held, self._open = (checkpoint.held, checkpoint.open) if known else (checkpoint, functools.partial(_of_tree, checkpoint))
-    self.scheduler = functools.cache(checkpoint.scheduler if known else lambda prefix: Scheduler())
-    self.max_length = checkpoint.max_length if known else MAX_LENGTH
+    self.max_length = model.llama.longest  # of prompt and answer together
 
   @property
   def loaded(self) -> frozenset[str]:
     """Names of those that have been read."""
     return frozenset(self._ready)
+
+  def scheduler(self, prefix: str) -> Scheduler:
+    """Of the U-Net of a way of drawing, by its prefix."""
+    return getattr(self._model, f'{prefix}scheduler')
 
   def __contains__(self, name: str) -> bool:
     """Whether the checkpoint holds it, read or not."""
@@ -133,12 +129,18 @@ class Parts:
   def _check(self, name: str, structs: Mapping) -> None:
     expected = jax.eval_shape(lambda: initial_parts(self._model, jax.random.key(0), (name,)))[name]
     want, have = ({path: x.shape for path, x in flat.items()} for flat in (flatten(expected), structs))
+    absent = optional_leaves(self._model, name) - have.keys()
     wrong = [f'{key}: {have.get(key, "missing")} instead of {want.get(key, "nothing")}'
-             for key in sorted(want.keys() | have.keys()) if want.get(key) != have.get(key)]
+             for key in sorted(want.keys() | have.keys()) if want.get(key) != have.get(key) and key not in absent]
     if wrong:
       more = f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''
       raise UserError(f'the weights of {name} are not of variant {self._model.variant!r}, export the checkpoint again; '
                       f'{"; ".join(wrong[:3])}{more}')
+
+
+def optional_leaves(model: lavit.Lavit, part: str) -> frozenset[str]:
+  """The leaves of a part that its files may lack, for no task here computes with them: norm and head of the image encoder."""
+  return frozenset(row.leaf for row in layouts.tables(model, part)[0] if row.optional)
 
 
 def _part_of(name: str) -> str:

@@ -36,11 +36,12 @@ from lavit_jax.data.images import read_images
 from lavit_jax.data.questions import answerable, prompt
 from lavit_jax.data.text import TextTokenizer
 from lavit_jax.errors import InputError, UserError
-from lavit_jax.inference import decode, drawing, programs
+from lavit_jax.inference import decode, drawing, faults, programs
 from lavit_jax.inference.fetching import batches, fetch, one_behind
 from lavit_jax.inference.parts import Checkpoint, Parts, open_checkpoint
 from lavit_jax.inference.settings import (
     SETTINGS, Purpose, RowSeed, Settings, Writing, as_prompts, check, fit, for_all, keys_for, row_keys, sample_keys, settle, texts)
+from lavit_jax.local_paths import expand_home
 from lavit_jax.models import lavit, sequence
 
 EOS = 2
@@ -128,8 +129,9 @@ class Lavit:
     """
     if dtype not in (None, *DTYPES):
       raise UserError(f'dtype={dtype!r} is not known; choose one of {", ".join(map(repr, (None, *DTYPES)))}')
-    found = open_checkpoint(folder, variant)
-    model = lavit.build(found.variant, dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16'))
+    found = open_checkpoint(expand_home(folder), variant)
+    compute = dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
+    model = lavit.build(found.variant, compute, settings=found.settings)
     return cls(model, found, found.words, weights, cache, safety_checker, mesh)
 
   @functools.cached_property
@@ -144,10 +146,12 @@ class Lavit:
     images = read_images(images, self.model.image_size)
     return self._tokens(images, keys_for(Purpose.PATCHES, row_keys(seed, len(images), optional=True)))
 
-  def _tokens(self, images: np.ndarray, keys: Array | None) -> Tokens:
+  def _tokens(self, images: np.ndarray, keys: Array | None, rows: np.ndarray | None = None) -> Tokens:
+    """`rows`: the input that each picture is of, for messages."""
     if not len(images):
       return Tokens([], np.zeros((0, self.model.num_patches), bool), np.zeros(0, int))
     ids, keep = self.in_batches(programs.tokenize, ('vit', 'tokenizer'), images, keys)
+    faults.check(np.maximum(-ids[:, 0], 0), rows=rows)
     return Tokens([row[kept] for row, kept in zip(ids, keep)], keep, keep.sum(-1))
 
   def draw(self, codes: Sequence[np.ndarray], *, seed: int | Sequence[int] = 0, **options) -> np.ndarray | drawing.Drawn:
@@ -175,7 +179,9 @@ class Lavit:
       none = drawing.Drawn(np.zeros((0, *request.options['size'], 3), np.uint8), np.zeros(0, bool))
       return none if request.details else none.pictures
     way, checker = request.options['way'], drawing.checker(self.model, self.parts) if self.safety_checker else ()
-    drawn = self.in_batches(drawing.draw, way.parts + checker, ids, mask, keys, request.start, most=way.batch, **request.options)
+    checked = self.in_batches(drawing.draw, way.parts + checker, ids, mask, keys, request.start, most=way.batch, **request.options)
+    drawn = drawing.Drawn(checked.pictures, checked.flagged)
+    faults.check(checked.faults, drawn)
     if request.details:
       return drawn
     drawing.report_flagged(f'picture {i + 1} of {len(ids)}' for i in drawn.flagged.nonzero()[0])
@@ -269,7 +275,7 @@ class Lavit:
     keys = row_keys(seed, len(prompts))
     sampled = self._sample(prompts, writing, keys, against)
     drawn = self._draw([each.codes for each in sampled], sample_keys(Purpose.LATENTS, keys, writing.num_samples), request)
-    return Generated(*drawn, sampled) if request.details else drawn
+    return Generated(drawn.pictures, drawn.flagged, sampled) if request.details else drawn
 
   def sample_codes(self, prompts: Sequence[Sequence], *, guidance: float | None = 4.0, negative: str = '', seed: int | Sequence[int] = 0,
                    details: bool = False, **options) -> list[np.ndarray] | list[Sampled]:
@@ -319,7 +325,8 @@ class Lavit:
     if places:  # the j-th picture of a prompt has the j-th key of its row's, whatever the other rows are
       rows = np.array([i for i, _ in places])
       images = read_images([part for _, part in places], self.model.image_size)
-      codes = iter(self._tokens(images, keys_for(Purpose.PATCHES, keys[rows], np.arange(len(rows)) - np.searchsorted(rows, rows))).ids)
+      picked = keys_for(Purpose.PATCHES, keys[rows], np.arange(len(rows)) - np.searchsorted(rows, rows))
+      codes = iter(self._tokens(images, picked, rows).ids)
 
     def pieces(prompt):
       for ids in prompt:
@@ -343,7 +350,9 @@ class Lavit:
 
     most = max(1, MAX_BATCH // writing.num_samples)
     out = fetch(((n, sample(rows)) for n, rows in batches(len(prompts), most)), len(prompts), 'codes')
-    return [Sampled(ids[ids >= words.code_offset] - words.code_offset, ids, score) for ids, score in _rows_of(out, writing.num_samples)]
+    sampled = [Sampled(ids[ids >= words.code_offset] - words.code_offset, ids, score) for ids, score in _rows_of(out, writing.num_samples)]
+    _check_scores(sampled)
+    return sampled
 
   # What the tasks share.
 
@@ -355,20 +364,27 @@ class Lavit:
     patches = keys_for(Purpose.PATCHES, keys)
     self._fit([BARE + len(ids) for ids in asked], writing, least=True)
 
+    broken = []  # the number of the fault of each picture, 0 for none
+
     def read():
       for n, rows in batches(len(images), MAX_BATCH if writing.beams else max(1, MAX_BATCH // writing.num_samples)):
         yield n, rows, self._run(programs.read, ('vit', 'tokenizer', 'understanding'), images[rows], None if keys is None else patches[rows])
 
     def write():
       for n, rows, (features, counts) in one_behind(read()):
+        counts = np.asarray(counts)
+        broken.extend(np.maximum(-counts[:n], 0))
+        counts = np.maximum(counts, 1)
         prompts = [[[words.image_start], range(i * slots, i * slots + int(count)), [words.image_end], asked[row]]
-                   for i, (row, count) in enumerate(zip(rows, np.asarray(counts)))]
+                   for i, (row, count) in enumerate(zip(rows, counts))]
         self._fit([sum(map(len, pieces)) for pieces in prompts], writing, rows=rows, count=len(images))
         embeddings, mask = self._embed(prompts, features)
         yield n, self._write(writing, embeddings, mask, None if keys is None else keys[rows], eos_id=EOS, suppress=forbidden)
 
     out = fetch(write(), len(images), 'words')
-    return [Told(decoded(ids), ids, score) for ids, score in _rows_of(out, writing.num_samples)]
+    told = [Told(decoded(ids), ids, score) for ids, score in _rows_of(out, writing.num_samples)]
+    _check_scores(told, np.repeat(broken, writing.num_samples))
+    return told
 
   def _write(self, writing: Writing, embeddings: Array, mask: Array, keys: Array | None, **more) -> decode.GenerateOutput:
     """Continues prompts [B, S, H] with keys [B]; B * num_samples rows."""
@@ -429,6 +445,12 @@ class Lavit:
 def _rows_of(found: list[tuple[int, decode.GenerateOutput]], num_samples: int) -> list[tuple[np.ndarray, float]]:
   """The new tokens i32[length] and the score of each row that counts, of batches with n * num_samples of them."""
   return [(ids[:length], float(score)) for n, batch in found for ids, length, score in zip(*(x[:n * num_samples] for x in batch))]
+
+
+def _check_scores(found: Sequence[Told] | Sequence[Sampled], broken: Sequence[int] | None = None) -> None:
+  """Raises NotFinite where the language model's results are not finite; `broken`: the faults of what it read, by row."""
+  wrong = np.array([0 if np.isfinite(each.score) else faults.number('llama') for each in found], int)
+  faults.check(wrong if broken is None else np.where(broken, broken, wrong), found)
 
 
 def _as_asked(told: list[Told], details: bool) -> list[Told] | list[str]:

@@ -10,28 +10,37 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
-from lavit_jax.inference import decode
+from lavit_jax.inference import decode, faults
 from lavit_jax.models import lavit, sequence, vit
 from lavit_jax.models.tokenizer import gumbel_keep
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def read(model: lavit.Lavit, parts: dict, images: Array, keys: Array | None) -> tuple[Array, Array]:
-  """uint8[B, H, W, 3] -> what the language model reads: features compacted to a prefix [B, N, H], and their number i32[B]."""
-  x, keep = _select(model, parts, images, keys)
+  """uint8[B, H, W, 3] -> what the language model reads: features compacted to a prefix [B, N, H], and their number i32[B].
+
+  Of a picture for which a module's result is not finite, the number is that of the fault (faults.py), negative.
+  """
+  x, keep, sound = _select(model, parts, images, keys)
   features, mask = sequence.compact(_apply(model.understanding, parts['understanding'], x, keep), keep)
-  return features, mask.sum(-1)
+  fault = faults.first(('vit', x), ('tokenizer', sound), ('understanding', features))
+  return features, jnp.where(fault > 0, -fault, mask.sum(-1))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def tokenize(model: lavit.Lavit, parts: dict, images: Array, keys: Array | None) -> tuple[Array, Array]:
-  """uint8[B, H, W, 3] -> codes i32[B, N] in the place of their patches, and keep bool[B, N]."""
-  x, keep = _select(model, parts, images, keys)
+  """uint8[B, H, W, 3] -> codes i32[B, N] in the place of their patches, and keep bool[B, N].
+
+  Of a picture for which a module's result is not finite, the codes are the number of the fault (faults.py), negative.
+  """
+  x, keep, sound = _select(model, parts, images, keys)
   merged = _apply(model.tokenizer, parts['tokenizer'], x, keep, method='merge')
   ids, _ = _apply(model.tokenizer, parts['tokenizer'], merged, method='quantize')
-  return ids, keep > 0.5
+  fault = faults.first(('vit', x), ('tokenizer', sound), ('tokenizer', merged))[:, None]
+  return jnp.where(fault > 0, -fault, ids), keep > 0.5
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -50,13 +59,17 @@ def beam_search(model: lavit.Lavit, parts: dict, *args, **kwargs) -> decode.Gene
   return decode.beam_search(model.llama, parts['llama'], *args, **kwargs)
 
 
-def _select(model: lavit.Lavit, parts: dict, images: Array, keys: Array | None) -> tuple[Array, Array]:
-  """uint8[B, H, W, 3] -> patch features [B, N, D] and keep f32[B, N]: sampled with keys [B], the most probable without."""
+def _select(model: lavit.Lavit, parts: dict, images: Array, keys: Array | None) -> tuple[Array, Array, Array]:
+  """uint8[B, H, W, 3] -> patch features [B, N, D], keep f32[B, N], and whether the choice had numbers to go by, bool[B].
+
+  Patches are sampled with keys [B]; without, the most probable ones are kept.
+  """
   x = _apply(model.vit, parts['vit'], vit.preprocess(images))[:, 1:]
   log_probs = _apply(model.tokenizer, parts['tokenizer'], x, method='select')
+  sound = ~jnp.isnan(log_probs).any(tuple(range(1, log_probs.ndim)))
   if keys is None:
-    return x, gumbel_keep(log_probs)
-  return x, jax.vmap(lambda row, key: gumbel_keep(row[None], key=key)[0])(log_probs, keys)
+    return x, gumbel_keep(log_probs), sound
+  return x, jax.vmap(lambda row, key: gumbel_keep(row[None], key=key)[0])(log_probs, keys), sound
 
 
 def _apply(module, params, *args, **kwargs):

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from lavit_jax.errors import UserError
+from lavit_jax.models import settings as checkpoint_settings
 from lavit_jax.models.decoder import Decoder
 from lavit_jax.models.llama import Llama
+from lavit_jax.models.noise import Scheduler
 from lavit_jax.models.safety import SafetyChecker
 from lavit_jax.models.sequence import Vocabulary
 from lavit_jax.models.tokenizer import DynamicTokenizer, Understanding
@@ -61,6 +65,7 @@ VARIANTS = {
         highres_unet=dict(block_out_channels=(320, 640, 1280), layers_per_block=2, down_block_attention=(False, True, True),
                           transformer_layers=(1, 2, 10), num_heads=(5, 10, 20), cross_attention_dim=2048, use_linear_projection=True,
                           addition_time_embed_dim=256, pooled_dim=1280),
+        highres_scheduler=dict(timestep_spacing='leading'),
         highres_vae=dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, scaling_factor=0.13025),
         safety_checker=dict(image_size=224, patch_size=14, hidden_size=1024, num_layers=24, num_heads=16, mlp_dim=4096, output_dim=768),
         uncond_rows=77,
@@ -86,6 +91,14 @@ class Lavit:
   highres_vae: AutoencoderKL | None
   safety_checker: SafetyChecker | None
   uncond_rows: int  # rows of the stored null-text embedding of the U-Net
+  scheduler: Scheduler = Scheduler()  # of `unet`
+  highres_scheduler: Scheduler = Scheduler()
+  settings_text: str = '{}'  # of `settings`, as JSON: what is hashed
+
+  @property
+  def settings(self) -> dict[str, dict]:
+    """The checkpoint's settings (models/settings.py), where they are not the variant's own."""
+    return json.loads(self.settings_text)
 
   @property
   def image_size(self) -> int:
@@ -107,17 +120,19 @@ def row(variant: str) -> dict:
   return VARIANTS[variant]
 
 
-def build(variant: str, dtype: str = 'float32', remat: str = 'none') -> Lavit:
+def build(variant: str, dtype: str = 'float32', remat: str = 'none', settings: Mapping | None = None) -> Lavit:
   """Builds the parts of a variant.
 
   Args:
     variant: a key of `VARIANTS`.
     dtype: the compute dtype; parameters are float32 whatever it is, and the VAE computes in float32 (REFERENCE 2).
     remat: rematerialisation policy of the scanned stacks: 'none' or a key of `layers.REMAT_POLICIES`.
+    settings: of a checkpoint, {part: {field: value}} (models/settings.py); what they do not name is the variant's own.
   Raises:
-    UserError: no such variant.
+    UserError: no such variant, or settings that are not known or not possible.
   """
-  sizes = row(variant)
+  settings = checkpoint_settings.differing(variant, row(variant), settings)
+  sizes = with_settings(row(variant), settings)
   common = dict(dtype=jnp.dtype(dtype), remat=remat)
   tokenizer = sizes['tokenizer']
   vocabulary = Vocabulary(text_size=sizes['text_vocab_size'], codebook_size=tokenizer['codebook_size'])
@@ -143,4 +158,16 @@ def build(variant: str, dtype: str = 'float32', remat: str = 'none') -> Lavit:
       highres_vae=AutoencoderKL(**sizes['highres_vae']) if 'highres_vae' in sizes else None,
       safety_checker=SafetyChecker(**sizes['safety_checker'], **common) if 'safety_checker' in sizes else None,
       uncond_rows=sizes['uncond_rows'],
+      scheduler=Scheduler(**sizes.get('scheduler', {})),
+      highres_scheduler=Scheduler(**sizes.get('highres_scheduler', {})),
+      settings_text=json.dumps(settings, sort_keys=True),
   )
+
+
+def with_settings(sizes: dict, settings: Mapping) -> dict:
+  """A row of the variants table with the settings in their places; the two of schedulers may be missing there."""
+  changed = dict(sizes)
+  for name, fields in settings.items():
+    frozen = {field: checkpoint_settings.frozen(value) for field, value in fields.items()}
+    changed[name] = {**sizes.get(name, {}), **frozen}
+  return changed

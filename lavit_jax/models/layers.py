@@ -250,15 +250,17 @@ def merge_heads(x: Array) -> Array:
   return x.reshape(*x.shape[:-2], -1)
 
 
-def rotary(x: Array, positions: Array, base: float = 10000.0) -> Array:
-  """Rotates pairs (i, i + d/2) of x [B, N, H, d] by positions i32[B, N] times base ** (-2i / d), in float32.
+def rotary(x: Array, positions: Array, frequency: Array, magnitude: float = 1.0) -> Array:
+  """Rotates pairs (i, i + d/2) of x [B, N, H, d] by positions i32[B, N] times frequency[i], in float32.
 
   The half-split layout of Hugging Face's LLaMA, so ported weights need no permutation.
+
+  Args:
+    frequency: f32[d / 2], or f32[B, 1, 1, d / 2] (models/rope.py).
+    magnitude: by what the result is multiplied.
   """
-  half = x.shape[-1] // 2
-  frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
   angle = positions[..., None, None].astype(jnp.float32) * frequency
-  sin, cos = jnp.sin(angle), jnp.cos(angle)
+  sin, cos = jnp.sin(angle) * magnitude, jnp.cos(angle) * magnitude
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 

@@ -28,6 +28,7 @@ from lavit_jax.models.layers import (
   split_batch,
   split_heads,
 )
+from lavit_jax.models.rope import Rope
 from lavit_jax.models.splash import packed_attention
 
 Dtype = Any
@@ -65,7 +66,7 @@ class SelfAttention(nn.Module):
   num_heads: int
   num_kv_heads: int
   head_dim: int
-  rope_theta: float
+  rope: Rope
   dtype: Dtype
 
   @nn.compact
@@ -78,7 +79,8 @@ class SelfAttention(nn.Module):
     q = split_heads(linear(self.num_heads * self.head_dim, 'query')(x), self.num_heads)
     k = split_heads(linear(self.num_kv_heads * self.head_dim, 'key')(x), self.num_kv_heads)
     v = split_heads(linear(self.num_kv_heads * self.head_dim, 'value')(x), self.num_kv_heads)
-    q, k = rotary(q, positions, self.rope_theta), rotary(k, positions, self.rope_theta)
+    frequency = self.rope.frequency(self.head_dim, positions)
+    q, k = rotary(q, positions, frequency, self.rope.magnitude), rotary(k, positions, frequency, self.rope.magnitude)
     if cache is not None:
       cache, k, v = cache.append(start, k, v)
     q, k, v = (checkpoint_name(x.astype(self.dtype), SAVED_QKV) for x in (q, k, v))
@@ -94,7 +96,7 @@ class Block(nn.Module):
   head_dim: int
   mlp_dim: int
   rms_norm_eps: float
-  rope_theta: float
+  rope: Rope
   dtype: Dtype
 
   @nn.compact
@@ -103,7 +105,7 @@ class Block(nn.Module):
   ) -> tuple[Array, LayerCache | None]:
     x = split_batch(x)
     attend = SelfAttention(
-      self.num_heads, self.num_kv_heads, self.head_dim, self.rope_theta, self.dtype, name='attention'
+      self.num_heads, self.num_kv_heads, self.head_dim, self.rope, self.dtype, name='attention'
     )
     h = RMSNorm(self.rms_norm_eps, self.dtype, name='attention_norm')(x)
     h, cache = attend(h, positions, mask, cache, start)
@@ -125,9 +127,22 @@ class Llama(nn.Module):
   mlp_dim: int
   rms_norm_eps: float = 1e-5
   rope_theta: float = 1e4
+  rope_scaling: tuple[tuple[str, Any], ...] | None = None  # the pairs of models/rope.py's dict
+  max_position_embeddings: int = 4096
+  max_sequence_length: int | None = None  # where it is not what the positions say
   dtype: Dtype = jnp.float32
   remat: str = 'none'
   scan: bool = True  # parameters 'layers' stacked [L, ...], or 'layers_0', 'layers_1', ...
+
+  @property
+  def longest(self) -> int:
+    """Tokens of the longest sequence that the checkpoint is meant for."""
+    scaling = dict(self.rope_scaling or ())
+    if self.max_sequence_length is not None:
+      return self.max_sequence_length
+    if scaling.get('rope_type') == 'dynamic':  # it begins to scale at max_position_embeddings
+      return int(scaling['factor'] * self.max_position_embeddings)
+    return self.max_position_embeddings
 
   def setup(self):
     init = nn.initializers.normal(0.02)
@@ -140,7 +155,7 @@ class Llama(nn.Module):
       head_dim=self.head_dim,
       mlp_dim=self.mlp_dim,
       rms_norm_eps=self.rms_norm_eps,
-      rope_theta=self.rope_theta,
+      rope=Rope(self.rope_theta, self.rope_scaling, self.max_position_embeddings),
       dtype=self.dtype,
     )
     if self.scan:

@@ -1,39 +1,114 @@
-"""The noise that the U-Net learns to remove: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise (Stable Diffusion's schedule).
+"""The noise that the U-Net learns to remove: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise.
 
-Training (the loss) and inference (the samplers) both start here.
+Training (the loss) and inference (the samplers) both start here. T is the number of training steps of a
+schedule.
 """
 
+from __future__ import annotations
+
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+MAX_BETA = 0.999  # of the cosine schedule, whose last beta would be 1
+
 
 class NoiseSchedule(NamedTuple):
   """T training steps: `betas` f32[T], the variance added at each, and `alphas_cumprod` f32[T], the signal left."""
 
-  betas: Array
-  alphas_cumprod: Array
+  betas: np.ndarray
+  alphas_cumprod: np.ndarray
+
+
+class Scheduler(NamedTuple):
+  """How a U-Net was trained to remove noise, and how its samplers go about it.
+
+  The fields have the names and the meaning of diffusers' schedulers. The defaults are the published
+  values: those of Stable Diffusion 1.5 and SDXL (REFERENCE section 4).
+  """
+
+  prediction_type: str = 'epsilon'  # 'epsilon', 'v_prediction' or 'sample'
+  timestep_spacing: str | None = None  # None: what the class of each sampler has for its default
+  steps_offset: int = 1
+  beta_schedule: str = 'scaled_linear'  # 'linear', 'scaled_linear' or 'squaredcos_cap_v2'
+  beta_start: float = 0.00085
+  beta_end: float = 0.012
+  num_train_timesteps: int = 1000
+  trained_betas: tuple[float, ...] | None = None  # in place of the four above
+  rescale_betas_zero_snr: bool = False  # whether the last training step has no signal at all
+  set_alpha_to_one: bool = False  # whether DDIM ends at the clean image, not at the first step
+  clip_sample: bool = False  # DDIM: clean latents are cut to +-clip_sample_range
+  clip_sample_range: float = 1.0
+  thresholding: bool = False  # DDIM and DPM++: dynamic thresholding of clean latents
+  dynamic_thresholding_ratio: float = 0.995
+  sample_max_value: float = 1.0
+  # What is not done here, so that the samplers that would go by it can refuse:
+  use_karras_sigmas: bool = False
+  use_exponential_sigmas: bool = False
+  use_beta_sigmas: bool = False
+  use_lu_lambdas: bool = False
+  interpolation_type: str = 'linear'
+  final_sigmas_type: str = 'zero'
+  lambda_min_clipped: float | None = None
+
+  @property
+  def schedule(self) -> NoiseSchedule:
+    """The betas, and the signal that they leave."""
+    return _schedule_of(self)
+
+
+@functools.lru_cache(maxsize=16)
+def _schedule_of(scheduler: Scheduler) -> NoiseSchedule:
+  steps, start, end = scheduler.num_train_timesteps, scheduler.beta_start, scheduler.beta_end
+  if scheduler.trained_betas is not None:
+    schedule = from_betas(np.asarray(scheduler.trained_betas, np.float64))
+  elif scheduler.beta_schedule == 'scaled_linear':
+    schedule = scaled_linear(steps, start, end)
+  elif scheduler.beta_schedule == 'linear':
+    schedule = linear(steps, start, end)
+  elif scheduler.beta_schedule == 'squaredcos_cap_v2':
+    schedule = cosine(steps)
+  else:
+    raise ValueError(f'beta_schedule={scheduler.beta_schedule!r} is not known')
+  return zero_terminal_snr(schedule) if scheduler.rescale_betas_zero_snr else schedule
 
 
 def scaled_linear(num_steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> NoiseSchedule:
   """The schedule of SD 1.5 and SDXL: the square roots of the betas are evenly spaced."""
-  return _schedule(np.linspace(beta_start ** 0.5, beta_end ** 0.5, num_steps) ** 2)
+  return from_betas(np.linspace(beta_start ** 0.5, beta_end ** 0.5, num_steps) ** 2)
 
 
 def linear(num_steps: int, beta_start: float, beta_end: float) -> NoiseSchedule:
   """The betas themselves are evenly spaced (Ho et al. 2020)."""
-  return _schedule(np.linspace(beta_start, beta_end, num_steps))
+  return from_betas(np.linspace(beta_start, beta_end, num_steps))
 
 
-def _schedule(betas: np.ndarray) -> NoiseSchedule:
-  return NoiseSchedule(jnp.asarray(betas, jnp.float32), jnp.asarray(np.cumprod(1 - betas), jnp.float32))
+def cosine(num_steps: int) -> NoiseSchedule:
+  """The signal falls as a squared cosine (Nichol & Dhariwal 2021, equation 17)."""
+  level = np.cos((np.arange(num_steps + 1) / num_steps + 0.008) / 1.008 * np.pi / 2) ** 2
+  return from_betas(np.minimum(1 - level[1:] / level[:-1], MAX_BETA))
+
+
+def from_betas(betas: np.ndarray) -> NoiseSchedule:
+  """Betas float64[T] -> the schedule."""
+  return NoiseSchedule(betas.astype(np.float32), np.cumprod(1 - betas).astype(np.float32))
+
+
+def zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
+  """The square roots of the signal, shifted and stretched so that the last is 0 (Lin et al. 2023, algorithm 1)."""
+  roots = np.sqrt(np.cumprod(1 - schedule.betas.astype(np.float64)))
+  first, last = roots[0], roots[-1]
+  signal = ((roots - last) * first / (first - last)) ** 2
+  ratios = signal / np.concatenate([[1.], signal[:-1]])
+  return NoiseSchedule((1 - ratios).astype(np.float32), signal.astype(np.float32))
 
 
 def signal_and_noise(schedule: NoiseSchedule, t: Array, ndim: int) -> tuple[Array, Array]:
   """sqrt(a_t), sqrt(1 - a_t) of timesteps i32[B], shaped [B, 1, ...] to scale arrays of `ndim` axes."""
-  alpha = schedule.alphas_cumprod[t].reshape(t.shape + (1,) * (ndim - t.ndim))
+  alpha = jnp.asarray(schedule.alphas_cumprod)[t].reshape(t.shape + (1,) * (ndim - t.ndim))
   return jnp.sqrt(alpha), jnp.sqrt(1 - alpha)
 
 
@@ -47,3 +122,18 @@ def velocity(schedule: NoiseSchedule, latents: Array, noise: Array, t: Array) ->
   """The target of v-prediction, sqrt(a_t) noise - sqrt(1 - a_t) x_0 (Salimans & Ho 2022); shapes as `add_noise`."""
   signal, sigma = signal_and_noise(schedule, t, latents.ndim)
   return signal * noise - sigma * latents
+
+
+def training_target(prediction: str, schedule: NoiseSchedule, latents: Array, noise: Array, t: Array) -> Array:
+  """What a network of this `prediction_type` learns to give for x_t; shapes as `add_noise`.
+
+  Raises:
+    ValueError: no such type.
+  """
+  if prediction == 'epsilon':
+    return noise
+  if prediction == 'v_prediction':
+    return velocity(schedule, latents, noise, t)
+  if prediction == 'sample':
+    return latents
+  raise ValueError(f"prediction={prediction!r} is not 'epsilon', 'v_prediction' or 'sample'")

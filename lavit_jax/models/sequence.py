@@ -131,8 +131,15 @@ def _lay_out(
     [at(text, t), at(codes, v) + vocabulary.code_offset, vocabulary.image_start, vocabulary.image_end, eos_id, bos_id],
   )
   # What it costs to miss each token. The end costs as much as the word it ends, so that an answer learns to stop.
-  image_weight = jnp.where(kind == TEXT_TO_IMAGE, 1.0, float(image_loss))
-  end_weight = jnp.where(kind == TEXT_TO_IMAGE, 1.0, at(text_weight, text_length - 1))
+  if text_weight.shape[0] > text.shape[0]:
+    next_weight = text_weight[text_length]
+    start_weight = next_weight
+  else:
+    next_weight = at(text_weight, text_length - 1)
+    start_weight = 1.0
+  is_drawn = kind == TEXT_TO_IMAGE
+  image_weight = jnp.where(is_drawn, jnp.where(v < 0, start_weight, 1.0), float(image_loss))
+  end_weight = jnp.where(is_drawn, 1.0, next_weight)
   weight = jnp.select([is_text, is_image, is_end], [at(text_weight, t), image_weight, end_weight], 0.0)
 
   has_next = p < length - 1
@@ -170,8 +177,11 @@ def pack(
   eos, and in kind 0 the codes and [/IMG] with `image_loss` (REFERENCE section 3). The first token of a pair is never a
   target.
 
+  Where a text was cut it does not end, and nothing may teach that it does: `text_weight` f32[B, T + 1] says at
+  index text_length what the token behind the text weighs (eos, or [IMG] in kind 1), which is 0 behind a cut.
+
   Args:
-    text: i32[B, T]; text_length: i32[B]; text_weight: f32[B, T].
+    text: i32[B, T]; text_length: i32[B]; text_weight: f32[B, T + 1], or f32[B, T] if no text was cut.
     kind: i32[B], 0, 1 or 2 as above.
     codes: i32[B, N], compacted; visual_length: i32[B], ignored in kind 2.
 

@@ -16,6 +16,7 @@ from jax import Array
 from lavit_jax.models.layers import (
     CrossAttention, Dtype, LayerNorm, Mlp, SelfAttention, gelu, policy_attention, scan_blocks, split_batch,
 )
+from lavit_jax.models.rows import draw_rows
 
 CODE_BLOCK = 2048  # codes whose distances are in memory at once
 
@@ -47,7 +48,7 @@ def gumbel_keep(
 
   Args:
     log_probs: [B, N, 2] log-probabilities (or logits), class 0 = keep.
-    key: draws the noise.
+    key: draws the noise; one key, or a key a row [B].
     noise: [B, N, 2] Gumbel noise, instead of a key.
     temperature: of the softmax whose gradient is used; does not change the forward decision.
 
@@ -62,7 +63,7 @@ def gumbel_keep(
   logits = log_probs.astype(jnp.float32)
   p = jax.nn.softmax(logits)[..., 0]
   if key is not None:
-    noise = gumbel(jax.random.uniform(key, logits.shape))
+    noise = gumbel(draw_rows(jax.random.uniform, key, logits.shape))
   if noise is None:
     soft, hard = p, jax.vmap(most_probable)(p)
   else:
@@ -247,7 +248,7 @@ class DynamicTokenizer(nn.Module):
     self.quantizer = Quantizer(self.hidden_size, self.codebook_size, self.code_dim, self.dtype)
 
   def __call__(self, x: Array, key: Array | None = None) -> TokenizerOutput:
-    """Patch features x [B, N, D] (no CLS row) -> tokens; a key samples the choice of patches, none makes it deterministic."""
+    """Patch features x [B, N, D] (no CLS row) -> tokens; a key (or one a row) samples the choice of patches, none makes it deterministic."""
     log_probs = self.select(x)
     keep = gumbel_keep(log_probs, key=key)
     merged = self.merge(x, keep)

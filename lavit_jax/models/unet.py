@@ -17,11 +17,12 @@ from lavit_jax.models.splash import picture_attention
 MASKED = -10000.  # what diffusers adds to the scores of condition rows that do not count
 
 
-def sinusoids(values: Array, width: int) -> Array:
-  """[...] -> f32[..., width]: cosines then sines of the values times 10000^(-2i/width) (flip_sin_to_cos, shift 0)."""
+def sinusoids(values: Array, width: int, cosines_first: bool = True, shift: float = 0.) -> Array:
+  """[...] -> f32[..., width]: cosines and sines of the values times 10000^(-i / (width/2 - shift)), i = 0, ..., width/2 - 1."""
   half = width // 2
-  angles = values[..., None].astype(jnp.float32) * jnp.exp(-jnp.log(10000.) * jnp.arange(half) / half)
-  return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+  angles = values[..., None].astype(jnp.float32) * jnp.exp(-jnp.log(10000.) * jnp.arange(half) / (half - shift))
+  waves = [jnp.cos(angles), jnp.sin(angles)]
+  return jnp.concatenate(waves if cosines_first else waves[::-1], axis=-1)
 
 
 class Embedding(nn.Module):
@@ -105,6 +106,9 @@ class UNet(nn.Module):
   `use_linear_projection` says only how diffusers stores proj_in and proj_out: a matrix, or a 1x1 convolution.
   `addition_time_embed_dim` turns on SDXL's conditioning on size and crop; `pooled_dim` is then the width of the pooled
   condition.
+
+  `norm_eps` is that of the residual blocks and of the last norm; the transformers have their own. `flip_sin_to_cos` and
+  `freq_shift` are of the `sinusoids` of timesteps and sizes.
   """
 
   in_channels: int = 4
@@ -116,6 +120,9 @@ class UNet(nn.Module):
   num_heads: tuple[int, ...] = (8, 8, 8, 8)
   cross_attention_dim: int = 768
   norm_num_groups: int = 32
+  norm_eps: float = 1e-5
+  flip_sin_to_cos: bool = True
+  freq_shift: float = 0.0
   use_linear_projection: bool = False
   addition_time_embed_dim: int | None = None
   pooled_dim: int | None = None
@@ -149,17 +156,20 @@ class UNet(nn.Module):
     if context_mask is not None:
       context_mask = jnp.where(context_mask, 0., MASKED)[:, None, None]  # [B, H, Q, M]
 
+    def waves(values, width):
+      return sinusoids(values, width, self.flip_sin_to_cos, self.freq_shift)
+
     # 1. time
-    time = Embedding(4 * widths[0], self.dtype, name='time_embedding')(sinusoids(timesteps, widths[0]))
+    time = Embedding(4 * widths[0], self.dtype, name='time_embedding')(waves(timesteps, widths[0]))
     if added is not None:
       pooled, time_ids = added
-      sizes = sinusoids(time_ids, self.addition_time_embed_dim).reshape(len(pooled), -1)
+      sizes = waves(time_ids, self.addition_time_embed_dim).reshape(len(pooled), -1)
       time += Embedding(4 * widths[0], self.dtype, name='add_embedding')(jnp.concatenate([pooled, sizes], axis=-1))
 
     resnet_cls = ResnetBlock if self.remat == 'none' else nn.remat(ResnetBlock, policy=REMAT_POLICIES[self.remat])
 
     def resnet(x, level, name):
-      return resnet_cls(widths[level], self.norm_num_groups, 1e-5, self.dtype, name=name)(split_batch(x), time)
+      return resnet_cls(widths[level], self.norm_num_groups, self.norm_eps, self.dtype, name=name)(split_batch(x), time)
 
     def transformer(x, level, name):
       return Transformer(self.transformer_layers[level], self.num_heads[level], self.norm_num_groups, self.dtype,
@@ -192,7 +202,7 @@ class UNet(nn.Module):
         if self.down_block_attention[level]:
           x = transformer(x, level, f'up_{i}_attention_{j}')
 
-    x = nn.silu(GroupNorm(self.norm_num_groups, 1e-5, self.dtype, name='conv_norm_out')(x))
+    x = nn.silu(GroupNorm(self.norm_num_groups, self.norm_eps, self.dtype, name='conv_norm_out')(x))
     return Conv(self.out_channels, (3, 3), padding=1, dtype=self.dtype, name='conv_out')(x).astype(jnp.float32)
 
   def _check(self, latents, context, added):

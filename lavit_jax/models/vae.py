@@ -2,8 +2,8 @@
 
 B batch, H and W pixels, h and w latents (H/f and W/f with f = 2^(blocks-1)), Z latent channels; images are NHWC.
 
-A latent is `scaling_factor` times what the encoder gives, so that a U-Net sees unit variance: `sample_latents` and
-`decode` work on the encoder's own scale and leave that factor to the caller.
+A U-Net sees latents of about unit variance: `to_unet` makes them of what the encoder gives, and `from_unet` turns them back.
+`sample_latents` and `decode` work on the encoder's own scale.
 """
 
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from jax import Array
 
 from lavit_jax.models.layers import Dtype
 from lavit_jax.models.resnet import Conv, Downsample, GroupNorm, ResnetBlock, Upsample
+from lavit_jax.models.rows import draw_rows
 from lavit_jax.models.splash import picture_attention
 
 EPSILON = 1e-6
@@ -97,7 +98,8 @@ class Decoder(nn.Module):
 class AutoencoderKL(nn.Module):
   """The variational autoencoder; `AutoencoderKL.init` takes pixels and makes both halves.
 
-  `scaling_factor` (0.18215 in SD 1.5, 0.13025 in SDXL) is only kept here, next to the weights that it belongs to.
+  `scaling_factor` is 0.18215 in SD 1.5 and 0.13025 in SDXL. `shift_factor` is taken off before; some VAEs have a mean and a
+  deviation for each latent channel, f[Z], in place of it.
   """
 
   block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
@@ -105,6 +107,9 @@ class AutoencoderKL(nn.Module):
   latent_channels: int = 4
   norm_num_groups: int = 32
   scaling_factor: float = 0.18215
+  shift_factor: float = 0.0
+  latents_mean: tuple[float, ...] | None = None
+  latents_std: tuple[float, ...] | None = None
   dtype: Dtype = jnp.float32
 
   def setup(self):
@@ -134,6 +139,22 @@ class AutoencoderKL(nn.Module):
     """f32[B, h, w, Z], unscaled -> pixels f32[B, H, W, 3], about -1..1."""
     return self.decoder(self.post_quant_conv(latents)).astype(jnp.float32)
 
+  def to_unet(self, latents: Array) -> Array:
+    """Latents f32[B, h, w, Z] on the encoder's scale -> on the U-Net's, as diffusers' pipelines do it."""
+    mean, std = self.moments()
+    return (latents - mean) * (self.scaling_factor / std)
+
+  def from_unet(self, latents: Array) -> Array:
+    """The inverse of `to_unet`: what `decode` takes."""
+    mean, std = self.moments()
+    return latents * (std / self.scaling_factor) + mean
+
+  def moments(self) -> tuple[np.ndarray, np.ndarray]:
+    """f32[Z] or f32[]: what is taken off, and the deviation that is left."""
+    mean = self.shift_factor if self.latents_mean is None else self.latents_mean
+    std = 1.0 if self.latents_std is None else self.latents_std
+    return np.asarray(mean, np.float32), np.asarray(std, np.float32)
+
   def __call__(self, pixels: Array, key: Array | None = None) -> tuple[Array, Array, Array]:
     """The autoencoder as it trains: (reconstruction, mean, logvar), from a sampled latent when there is a key."""
     mean, logvar = self.encode(pixels)
@@ -141,8 +162,8 @@ class AutoencoderKL(nn.Module):
 
 
 def sample_latents(mean: Array, logvar: Array, key: Array | None = None) -> Array:
-  """A draw from the encoder's Gaussian, or its mean without a key; f32[B, h, w, Z] throughout."""
-  return mean if key is None else mean + jnp.exp(logvar / 2) * jax.random.normal(key, mean.shape)
+  """A draw from the encoder's Gaussian by a key or by keys [B], or its mean without; f32[B, h, w, Z] throughout."""
+  return mean if key is None else mean + jnp.exp(logvar / 2) * draw_rows(jax.random.normal, key, mean.shape)
 
 
 def decode_tiled(decode: Callable[[Array], Array], latents: Array, factor: int, tile: int) -> Array:

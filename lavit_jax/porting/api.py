@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
-from lavit_jax.porting import engine, folder, growth, layouts, torch_files
+from lavit_jax.models import settings as checkpoint_settings
+from lavit_jax.porting import configs, engine, folder, growth, layouts, numbers, torch_files
 from lavit_jax.porting.leaves import Source, flatten, unflatten
 
 
 def from_torch(path, part: str | None = None, *, variant: str | None = None, dtype: str | None = 'float32', grow: bool = False,
-               shardings: Callable | None = None, allow_missing: str = ''):
+               shardings: Callable | None = None, allow_missing: str = '', allow_nonfinite: bool = False,
+               settings: Mapping | None = None):
   """Reads the weights of a PyTorch folder or file (porting/layouts.py), one leaf in memory at a time beside the result.
 
   Args:
@@ -27,39 +30,73 @@ def from_torch(path, part: str | None = None, *, variant: str | None = None, dty
     grow: a language model with the text's rows only gets those of the visual tokens (porting/growth.py).
     shardings: {part: tree of ShapeDtypeStructs} -> the same tree of shardings: leaves then go straight onto the devices.
     allow_missing: regex of torch names that may be missing.
+    allow_nonfinite: NaN and infinity in the files are read as they are; otherwise they are an error, as overflow in `dtype` is.
+    settings: those that the caller will give `lavit.build` and `to_torch`, `torch_settings(path, part)`; None: the variant's own. A tree
+      does not hold them, so they must be those of the folder.
   Returns:
     {part: tree of arrays}, or the tree of `part`.
   Raises:
-    UserError: unknown or damaged files; PortingError: they do not fit the variant.
+    UserError: unknown or damaged files, or other settings; PortingError: they do not fit the variant.
   """
   path = pathlib.Path(path)
   found = _of_part(path, part) if part else layouts.recognise(path)[1]
-  model = lavit.build(variant or layouts.find_variant(found))
+  model = lavit.build(variant or layouts.find_variant(found), settings=settings)
+  _check_settings(path, found, model)
   parts = {}
-  for name, fit in layouts.fit(model, found, allow_missing).items():
+  for name, fit in layouts.fit(model, found, allow_missing, mixed=dtype is not None).items():
     rows = model.vocabulary.size if grow and name == 'llama' else None
-    source = _source(fit, dtype, rows)
+    source = _source(fit, dtype, rows, allow_nonfinite)
     places = {} if shardings is None else flatten(shardings({name: unflatten(source.structs)})[name])
     parts[name] = unflatten({leaf: source.read(leaf, sharding=places.get(leaf)) for leaf in source.structs})
   return parts[part] if part else parts
 
 
+def torch_settings(path, part: str | None = None, *, variant: str | None = None) -> dict[str, dict]:
+  """The settings {part: {field: value}} of a PyTorch folder, for `lavit.build`, `from_torch` and `to_torch`, where they are not the variant's own.
+
+  Args:
+    path, part, variant: as for `from_torch`.
+  Raises:
+    UserError: unknown or damaged files, or a description that asks for what the variant does not compute.
+  """
+  path = pathlib.Path(path)
+  found = _of_part(path, part) if part else layouts.recognise(path)[1]
+  return _settings_of(path, found, variant or layouts.find_variant(found))
+
+
+def _settings_of(path: pathlib.Path, found: list[layouts.Found], variant: str) -> dict[str, dict]:
+  return configs.read_settings(path, {each.place.part: each.place.folder for each in found}, [each.place.part for each in found], variant)
+
+
+def _check_settings(path: pathlib.Path, found: list[layouts.Found], model: lavit.Lavit) -> None:
+  """Raises UserError where the folder's settings are not the model's; what changes no number that is computed is a warning."""
+  row, theirs = lavit.row(model.variant), _settings_of(path, found, model.variant)
+  ours = checkpoint_settings.of_parts(model.settings, [each.place.part for each in found])
+  for name, field in checkpoint_settings.differences(theirs, ours):
+    message = (f'{path} has {checkpoint_settings.told(theirs, name, field, row)} of {name}, not {checkpoint_settings.told(ours, name, field, row)}; take '
+               'settings = torch_settings(path, part), and give them to from_torch, lavit.build and to_torch')
+    if checkpoint_settings.computes(name, field, theirs):
+      raise UserError(message)
+    logging.getLogger(__name__).warning(message)
+
+
 def open_torch(path, part: str, *, variant: str, dtype: str | None = 'float32') -> Source:
   """A part of a PyTorch folder or file, to be read a leaf or a layer of it at a time. The arguments, and what is raised: as for `from_torch`."""
   found = _of_part(pathlib.Path(path), part)
-  return _source(layouts.fit(lavit.build(variant), found)[part], dtype)
+  return _source(layouts.fit(lavit.build(variant), found, mixed=dtype is not None)[part], dtype)
 
 
-def _source(fit: layouts.Fit, dtype: str | None, rows: int | None = None) -> Source:
+def _source(fit: layouts.Fit, dtype: str | None, rows: int | None = None, allow_nonfinite: bool = False) -> Source:
   """`rows`: of the vocabulary that a language model grows to; None leaves it alone."""
   structs = {leaf: growth.grown(leaf, folder.cast(x, dtype), rows) for leaf, x in fit.plan.leaves.items()}
-  slots = {}  # leaf -> layer, or None -> (slot, tensor)
+  slots = {}  # leaf -> layer, or None -> (name, slot, tensor)
   for name, slot in fit.plan.slots.items():
-    slots.setdefault(slot.leaf, {})[slot.layer] = slot, fit.state[name]
+    slots.setdefault(slot.leaf, {})[slot.layer] = name, slot, fit.state[name]
 
   def one(leaf, layer):
-    slot, tensor = slots[leaf][layer]
-    return engine.contiguous(slot.row_of(np.asarray(tensor)).astype(structs[leaf].dtype, copy=False))
+    name, slot, tensor = slots[leaf][layer]
+    array = numbers.convert(f'{tensor.file}: {name}', np.asarray(tensor), structs[leaf].dtype, allow_nonfinite)
+    return engine.contiguous(slot.row_of(array))
 
   def read(leaf, row=None, sharding=None):
     if row is not None or leaf not in fit.plan.stacked:
@@ -74,19 +111,20 @@ def _source(fit: layouts.Fit, dtype: str | None, rows: int | None = None) -> Sou
   return Source(structs, read)
 
 
-def to_torch(params, path, part: str, *, variant: str) -> pathlib.Path:
+def to_torch(params, path, part: str, *, variant: str, settings: Mapping | None = None) -> pathlib.Path:
   """Writes one part under its PyTorch names, in the types of its arrays.
 
   Args:
     params: the tree.
     path: `FOLDER/NAME.safetensors` for one file; else a folder, that `from_pretrained` of transformers or diffusers loads: shards of
       5 GB under the published name, and the `config.json` of the language model, a U-Net, a VAE or the safety checker.
+    settings: of the checkpoint (`torch_settings`, or `folder.read_settings`), which the `config.json` says; None: the variant's own.
   Returns:
     The file, or the folder.
   Raises:
     UserError: it cannot be written; PortingError: the tree is not of this part.
   """
-  path, model = pathlib.Path(path), lavit.build(variant)
+  path, model = pathlib.Path(path), lavit.build(variant, settings=settings)
   file = path.suffix == '.safetensors'
   leaves = {name: np.asarray(x) for name, x in flatten(params).items()}
   tensors = {name: slot.array(leaves) for name, slot in engine.slots_of(layouts.tables(model, part)[0], leaves).items()}  # views
@@ -107,4 +145,4 @@ def _of_part(path: pathlib.Path, part: str) -> list[layouts.Found]:
     raise UserError(f'unknown part {part!r}; known: {", ".join(layouts.TABLES)}')
   if path.is_dir() and layouts.kind_of(path):
     return layouts.recognise(path, part)[1]
-  return [layouts.Found(layouts.Place(part, '', ('',)), torch_files.load(path), {})]
+  return [layouts.found_in(layouts.Place(part, '', ('',)), torch_files.load(path), path)]

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import importlib.util
+import os
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping
@@ -21,7 +22,8 @@ import xxhash
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
-from lavit_jax.porting import folder, growth, layouts, leaves, torch_files
+from lavit_jax.models import settings as checkpoint_settings
+from lavit_jax.porting import configs, folder, growth, layouts, leaves, leftovers, numbers, torch_files
 from lavit_jax.porting.engine import contiguous, slots_of
 from lavit_jax.porting.layouts import Fit, Found
 
@@ -40,17 +42,21 @@ class Item(NamedTuple):
 
 
 class Job(NamedTuple):
-  """A conversion that has been looked at: `items` says what `run(tell)` will do; it calls tell(bytes) as it moves and checks them."""
+  """A conversion that has been looked at: `items` says what `run(tell)` will do; it calls tell(bytes) as it moves and checks them.
+
+  `notes` says what of the source is not taken; `run` adds what it lets through.
+  """
 
   direction: str
   kind: str
   variant: str
   items: list[Item]
   run: Callable[[Callable[[int], None]], None]
+  notes: list[str] = []
 
 
 def prepare(src, dst, *, variant: str | None = None, dtype: str | None = None, allow_missing: str = '', force: bool = False,
-            pickles: bool = False, grow: bool = True) -> Job:
+            pickles: bool = False, grow: bool = True, weights_variant: str | None = None, allow_nonfinite: bool = False) -> Job:
   """Looks at a folder and says how it would be converted; nothing is written.
 
   Args:
@@ -62,71 +68,82 @@ def prepare(src, dst, *, variant: str | None = None, dtype: str | None = None, a
     force: what stands at `dst` may be replaced, if a conversion wrote it.
     pickles: write `.bin` files in place of safetensors.
     grow: a language model with the text's rows only gets those for [IMG], [/IMG] and the codes, by the rule of growth.py.
+    weights_variant: which edition of the weights to take, where a folder has several (weight_files.py), such as 'fp16'.
+    allow_nonfinite: NaN and infinity in the source are taken along and told; otherwise they end the conversion.
 
   Raises:
     UserError: `src` is unknown or damaged, `dst` is in the way, or pickles cannot be written.
     PortingError: the files and the variant do not fit.
   """
-  src, dst = pathlib.Path(src).resolve(), pathlib.Path(dst).resolve()
+  src, dst = pathlib.Path(os.path.abspath(src)), pathlib.Path(dst).resolve()  # a link keeps its name: what it points to may have none
   if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())) and not force:
     raise UserError(f'{dst} exists; choose another place, or --force to replace it')
-  if dst == src or src in dst.parents or dst in src.parents:
+  if dst == src.resolve() or src.resolve() in dst.parents or dst in src.resolve().parents:
     raise UserError(f'{dst} and {src} lie within each other; choose another place')
   if 'variant' in layouts.read_json(src / 'config.json'):
     if pickles and importlib.util.find_spec('torch') is None:
       raise UserError('.bin files need PyTorch: pip install -e ".[torch]" -c launch/constraints.txt; or leave out --bin')
-    return _to_torch(src, dst, dtype, pickles)
+    return _to_torch(src, dst, dtype, pickles, allow_nonfinite)
   if pickles:
     raise UserError(f'{src} becomes a folder of ours, which has no .bin files; leave out --bin')
-  return _to_orbax(src, dst, variant, dtype, allow_missing, grow)
+  return _to_orbax(src, dst, variant, dtype, allow_missing, grow, weights_variant, allow_nonfinite)
 
 
 # ------------------------------------------------------------------------------------------------------------ torch -> orbax
 
-def _to_orbax(src: pathlib.Path, dst: pathlib.Path, variant: str | None, dtype: str | None, allow_missing: str, grow: bool) -> Job:
-  kind, found = layouts.recognise(src)
+def _to_orbax(src: pathlib.Path, dst: pathlib.Path, variant: str | None, dtype: str | None, allow_missing: str, grow: bool,
+              weights_variant: str | None, allow_nonfinite: bool) -> Job:
+  kind, found = layouts.recognise(src, edition_of=weights_variant)
   variant = variant or layouts.find_variant(found)
   model = lavit.build(variant)
-  fits = layouts.fit(model, found, allow_missing)
+  settings = configs.read_settings(src, {each.place.part: each.place.folder for each in found}, [each.place.part for each in found], variant)
+  fits = layouts.fit(model, found, allow_missing, mixed=dtype is not None)
   rows = {part: model.vocabulary.size for part in fits if part == 'llama' and grow}
   structs = {part: {path: growth.grown(path, folder.cast(x, dtype), rows.get(part)) for path, x in fit.plan.leaves.items()} for part, fit in fits.items()}
   items = [_item(each, len(fits[each.place.part].plan.slots), structs[each.place.part]) for each in found]
+  notes = leftovers.notes(src, kind, found, model.vocabulary.text_size)
 
   def run(tell):
+    ledger = numbers.Ledger()
     sources = sorted({tensor.file for each in found for tensor in each.merged.values()})
-    with folder.building(dst, variant) as made, torch_files.Digests() as digests:
+    with folder.building(dst, variant, settings=settings) as made, torch_files.Digests() as digests:
       for part, fit in fits.items():
         with made.part(part, structs[part], fit.plan.stacked) as writer:
-          _fill(writer, fit, structs[part], digests, tell)
+          _fill(writer, part, fit, structs[part], digests, ledger, tell)
+          ledger.check(dtype, allow_nonfinite)
       _keep_the_rest(src, found, fits, made.path)
       trained = layouts.read_json(src / layouts.ABOUT).get('source', {}).get('metadata', {})  # of a folder that came from one of ours
       made.config['metadata'] = trained | dict(
           source=dict(kind=kind, files={_within(src, file): f'sha256:{digests.of(file)}' for file in sources}),
           tables=dict(version=VERSION, chosen={part: fit.table for part, fit in fits.items() if fit.table}),
           overlay=next((list(each.overlay) for each in found if each.place.part == 'understanding'), None),
+          tied=next((each.tied for each in found if each.tied), None),
           dtype=dtype, allow_missing=allow_missing or None,
           grown=growth.RULE if any(x.shape != fits['llama'].plan.leaves[path].shape for path, x in structs.get('llama', {}).items()) else None)
       _check_leaves(made, tell)
+    notes.extend(ledger.notes())
 
-  return Job('torch -> orbax', kind, variant, items, run)
+  return Job('torch -> orbax', kind, variant, items, run, notes)
 
 
-def _fill(writer: leaves.Writer, fit: Fit, structs: Mapping, digests: torch_files.Digests, tell) -> None:
+def _fill(writer: leaves.Writer, part: str, fit: Fit, structs: Mapping, digests: torch_files.Digests, ledger: numbers.Ledger, tell) -> None:
   """Writes a part, tensor by tensor in the order of the files."""
-  def read(slot, tensor):
-    return slot, tensor, np.asarray(tensor)
+  def read(name, slot, tensor):
+    return name, slot, tensor, np.asarray(tensor)
 
-  def turn(slot, array, counted):
+  def turn(name, slot, array, counted):
     struct = structs[slot.leaf]
-    turned = contiguous(slot.row_of(array.astype(struct.dtype, copy=False)))
+    converted, counts = numbers.cast(array, struct.dtype)
+    turned = contiguous(slot.row_of(converted))
     if counted is not None:
       counted.result()
-    return slot, growth.grow(turned, struct.shape) if slot.layer is None else turned
+    return name, counts, slot, growth.grow(turned, struct.shape) if slot.layer is None else turned
 
   slots = fit.plan.slots
-  reads = leaves.ahead(functools.partial(read, slots[name], tensor) for name, tensor in fit.state.items() if name in slots)
-  turns = leaves.ahead(functools.partial(turn, slot, array, digests.add(tensor, array)) for slot, tensor, array in reads)
-  for slot, array in turns:
+  reads = leaves.ahead(functools.partial(read, name, slots[name], tensor) for name, tensor in fit.state.items() if name in slots)
+  turns = leaves.ahead(functools.partial(turn, name, slot, array, digests.add(tensor, array)) for name, slot, tensor, array in reads)
+  for name, counts, slot, array in turns:
+    ledger.add(f'{part}: {name}', counts)
     writer.write(slot.leaf, slot.layer, array)
     tell(array.nbytes)
 
@@ -147,10 +164,9 @@ def _keep_the_rest(src: pathlib.Path, found: list[Found], fits: Mapping[str, Fit
       with torch_files.Writer(scratch / 'torch' / place[0], f'{place[1]}.extras', rest) as writer:
         for name, tensor in rest.items():
           writer.write(name, np.asarray(tensor))
-  weights = [(src / place.folder, stem) for each in found for place in [each.place] for stem in place.stems]
-  weights += [(src / each.place.overlay[0], each.place.overlay[1]) for each in found if each.place.overlay]
+  ours = leftovers.taken_files(found) | set(leftovers.other_editions(src, found))
   for file in sorted(src.rglob('*')):
-    if not file.is_file() or file == src / layouts.ABOUT or any(file.parent == parent and layouts.is_weights(file.name, stem) for parent, stem in weights):
+    if not file.is_file() or file == src / layouts.ABOUT or file in ours:
       continue
     target = scratch / 'torch' / file.relative_to(src)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -172,10 +188,12 @@ def _check_leaves(made: folder.Building, tell) -> None:
 
 # ------------------------------------------------------------------------------------------------------------ orbax -> torch
 
-def _to_torch(src: pathlib.Path, dst: pathlib.Path, dtype: str | None, pickles: bool) -> Job:
+def _to_torch(src: pathlib.Path, dst: pathlib.Path, dtype: str | None, pickles: bool, allow_nonfinite: bool) -> Job:
   config = folder.read_config(src)
-  metadata, model = config['metadata'], lavit.build(config['variant'])
+  settings = folder.read_settings(src)
+  metadata, model = config['metadata'], lavit.build(config['variant'], settings=settings)
   kind = metadata.get('source', {}).get('kind', 'LaVIT')
+  _check_descriptions(src, config, kind, settings)
   chosen = metadata.get('tables', {}).get('chosen', {})
   files, jobs, items = {}, [], []  # files: (folder, stem) -> name -> shape and dtype
   places = layouts.places(kind)
@@ -191,6 +209,8 @@ def _to_torch(src: pathlib.Path, dst: pathlib.Path, dtype: str | None, pickles: 
         file = place.overlay
       elif name in files.get(file, {}):
         continue  # the two parts share it
+      if part == 'llama' and name == metadata.get('tied'):
+        continue  # the source had one tensor for embedding and head
       shape = slot.array({slot.leaf: layouts.blank(structs[slot.leaf])}).shape
       files.setdefault(file, {})[name] = folder.cast(jax.ShapeDtypeStruct(shape, structs[slot.leaf].dtype), dtype)
       writes[name] = file, slot
@@ -205,13 +225,17 @@ def _to_torch(src: pathlib.Path, dst: pathlib.Path, dtype: str | None, pickles: 
       extras[file] = torch_files.load(kept)
       specs |= extras[file]
 
+  notes = []
+
   def run(tell):
+    ledger = numbers.Ledger()
     with folder.replacing(dst, layouts.ABOUT) as scratch:
       with contextlib.ExitStack() as stack:
         writers = {file: stack.enter_context(torch_files.Writer(scratch / file[0], file[1], specs)) for file, specs in files.items()}
         for part, arrays, writes in jobs:
           with folder.reading(src / 'parts' / part):
-            _pour(arrays, writes, writers, folder.read_checksums(src, part), dtype, tell)
+            _pour(arrays, writes, writers, folder.read_checksums(src, part), dtype, ledger, tell)
+          ledger.check(dtype, allow_nonfinite)
         for file, tensors in extras.items():
           for name, tensor in tensors.items():
             writers[file].write(name, np.asarray(tensor))
@@ -220,21 +244,36 @@ def _to_torch(src: pathlib.Path, dst: pathlib.Path, dtype: str | None, pickles: 
         if pickles:
           torch_files.to_pickles(writer.files)
       _describe(src, scratch, kind, model, config, files, dtype)
+    notes.extend(ledger.notes())
 
-  return Job('orbax -> torch', kind, config['variant'], items, run)
+  return Job('orbax -> torch', kind, config['variant'], items, run, notes)
 
 
-def _pour(arrays: Mapping, writes: Mapping, writers: Mapping, sums: Mapping, dtype: str | None, tell) -> None:
+def _check_descriptions(src: pathlib.Path, config: dict, kind: str, settings: Mapping) -> None:
+  """Raises UserError where the descriptions in `torch/`, which the result will have, are not of the checkpoint's settings."""
+  variant, places = config['variant'], layouts.places(kind)
+  described = configs.described(src / 'torch', {part: place.folder for part, place in places.items()}, config['parts'])
+  told = configs.read_settings(src / 'torch', {part: place.folder for part, place in places.items()}, config['parts'], variant)
+  for name, field in checkpoint_settings.differences(told, settings):
+    if name in described:
+      row = lavit.row(variant)
+      raise UserError(f'{described[name]} says {checkpoint_settings.told(told, name, field, row)}, but the settings in {src / "config.json"} say '
+                      f'{checkpoint_settings.told(settings, name, field, row)} of {name}; correct one of the two')
+
+
+def _pour(arrays: Mapping, writes: Mapping, writers: Mapping, sums: Mapping, dtype: str | None, ledger: numbers.Ledger, tell) -> None:
   """Leaf by leaf, layer by layer, into the files."""
   left = {slot.leaf: sums[slot.leaf] for _, slot in writes.values()}
 
   def read(name, file, slot):
     array = (arrays[slot.leaf] if slot.layer is None else arrays[slot.leaf][slot.layer]).read().result()
     total = leaves.checksum(array) if slot.layer is None else leaves.checksum(array[None], slot.layer)
-    return name, file, slot.leaf, total, contiguous(slot.tensor_of(_as(array, dtype)))
+    converted, counts = numbers.cast(array, folder.cast(array, dtype).dtype)
+    return name, file, slot.leaf, total, counts, contiguous(slot.tensor_of(converted))
 
   tasks = (functools.partial(read, name, file, slot) for name, (file, slot) in sorted(writes.items(), key=lambda item: item[1][1].leaf))
-  for name, file, path, total, array in leaves.ahead(tasks):
+  for name, file, path, total, counts, array in leaves.ahead(tasks):
+    ledger.add(f'{file[1]}: {name}', counts)
     left[path] ^= total
     writers[file].write(name, array)
     tell(array.nbytes)
@@ -288,10 +327,6 @@ def _item(found: Found, tensors: int, structs: Mapping) -> Item:
   dtypes = sorted({str(np.dtype(x.dtype)) for x in structs.values()})
   return Item(found.place.part, str(pathlib.PurePosixPath(found.place.folder, found.place.stems[0])), tensors,
               sum(int(np.prod(x.shape)) for x in structs.values()), ', '.join(dtypes), sum(torch_files.nbytes(x) for x in structs.values()))
-
-
-def _as(array: np.ndarray, dtype: str | None) -> np.ndarray:
-  return array.astype(folder.cast(array, dtype).dtype, copy=False)
 
 
 def _within(src: pathlib.Path, file: pathlib.Path) -> str:

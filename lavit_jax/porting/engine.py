@@ -8,11 +8,13 @@ leaf filled, or `PortingError` lists all that is wrong before any array is touch
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -22,8 +24,33 @@ STRIP = 16  # columns; a few cache lines of the source
 MAX_HINTS = 20  # a foreign file may have a thousand strange names; looking up a nearest one takes milliseconds
 
 
+MAX_LISTED = 6  # offending names of each kind in a message; the others are counted
+
+
 class PortingError(UserError):
-  """A checkpoint and a model that do not fit; the message lists every offending name."""
+  """A checkpoint and a model that do not fit; the message lists the first offending names of each kind, and counts the others.
+
+  Attributes:
+    problems: all of them, each 'kind: what is wrong' or 'part: kind: what is wrong'.
+  """
+
+  def __init__(self, text: str, problems: Iterable[str] = ()):
+    self.problems = list(problems)
+    super().__init__('\n  '.join([f'{text} ({len(self.problems)} problems):', *shortened(self.problems)]) if self.problems else text)
+
+
+def shortened(problems: list[str]) -> list[str]:
+  """The first MAX_LISTED problems of each kind and part, and the number of the others."""
+  kinds = {}
+  for problem in problems:
+    kind = re.match(r'(\w+: )?(unmapped|unexpected|missing|duplicate|wrong \w+)', problem)
+    kinds.setdefault(kind[0] if kind else '', []).append(problem)
+  lines = []
+  for kind, alike in kinds.items():
+    lines += alike[:MAX_LISTED]
+    if alike[MAX_LISTED:]:
+      lines.append(f'{kind}: and {len(alike) - MAX_LISTED} more')
+  return lines
 
 
 class Row(NamedTuple):
@@ -98,7 +125,7 @@ class Plan(NamedTuple):
   stacked: frozenset[str]
 
 
-def plan(rows: Iterable[Row], state: Mapping, like: Mapping, allow_missing: str = '') -> Plan:
+def plan(rows: Iterable[Row], state: Mapping, like: Mapping, allow_missing: str = '', mixed: bool = False) -> Plan:
   """Matches a file with a model, without touching any array.
 
   Args:
@@ -106,6 +133,7 @@ def plan(rows: Iterable[Row], state: Mapping, like: Mapping, allow_missing: str 
     state: torch name -> anything with a shape and a dtype. Overlay one file on another by merging their dicts.
     like: the tree wanted, of arrays or `jax.eval_shape`'s structs; gives number of layers and shapes. The types are the file's.
     allow_missing: regex of torch names that may be missing; a leaf is then absent, if it is missing as a whole.
+    mixed: layers of one leaf may be of several floating types; the leaf then has the widest of them.
 
   Raises:
     PortingError: a name is unmapped (no row knows it), unexpected (the model has no such layer or leaf) or missing, a name or
@@ -130,8 +158,11 @@ def plan(rows: Iterable[Row], state: Mapping, like: Mapping, allow_missing: str 
       problems.append(f'wrong shape: {name} is {list(shape)}, the model wants {list(expected)}')
     if _floating(dtype) != _floating(like[leaf].dtype):
       problems.append(f'wrong dtype: {name} is {dtype}, the model wants {np.dtype(like[leaf].dtype)}')
-    elif dtypes.setdefault(leaf, dtype) != dtype:
-      problems.append(f'wrong dtype: {name} is {dtype}, other layers of it are {dtypes[leaf]}')
+    elif dtypes.setdefault(leaf, dtype) != dtype and not mixed:
+      problems.append(f'wrong dtype: {name} is {dtype}, other layers of it are {dtypes[leaf]}; choose one type for all of them, as --dtype '
+                      f'{_widest(dtype, dtypes[leaf])} does, or dtype= in Python')
+    elif mixed:
+      dtypes[leaf] = _widest(dtypes[leaf], dtype)
   if not wanted:
     problems.append('the file fills no leaf at all')
   _check(problems)
@@ -246,10 +277,15 @@ def _nearest(name: str, known: Iterable[str]) -> str:
   return f' (nearest known: {near[0]})' if near else ''
 
 
+def _widest(*dtypes) -> np.dtype:
+  """The type that holds the numbers of all of them."""
+  return functools.reduce(jnp.promote_types, dtypes)
+
+
 def _floating(dtype) -> bool:
   return np.dtype(dtype).kind in 'fV'
 
 
 def _check(problems: list[str]) -> None:
   if problems:
-    raise PortingError('\n  '.join([f'checkpoint and model do not fit ({len(problems)} problems):', *problems]))
+    raise PortingError('checkpoint and model do not fit', problems)

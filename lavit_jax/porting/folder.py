@@ -1,6 +1,6 @@
 """Our own folder of weights: a description, and one Orbax checkpoint a part.
 
-    folder/config.json      {"format": 2, "variant": "tiny", "parts": {"vit": {"parameters", "dtype"}}, "metadata": {}}
+    folder/config.json      {"format": 2, "variant": "tiny", "parts": {"vit": {"parameters", "dtype"}}, "settings": {}, "metadata": {}}
     folder/checksums.json   {"vit": {"blocks/attn/qkv/kernel": 123, ...}}, as leaves.checksum counts them
     folder/parts/vit/       Orbax; leaves by their flax paths
     folder/tokenizer/       of a whole model: its words, as a Hugging Face tokenizer
@@ -28,7 +28,8 @@ import numpy as np
 from lavit_jax.data.text import TextTokenizer
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
-from lavit_jax.porting import leaves
+from lavit_jax.models import settings as checkpoint_settings
+from lavit_jax.porting import configs, layouts, leaves, numbers
 from lavit_jax.porting.leaves import flatten, unflatten
 
 FORMAT = 2
@@ -39,9 +40,9 @@ DTYPES = {'float32': np.float32, 'float16': np.float16, 'bfloat16': ml_dtypes.bf
 class Building:
   """A folder in the making: its parts go into `path`, side by side."""
 
-  def __init__(self, path: pathlib.Path, variant: str, metadata: dict):
+  def __init__(self, path: pathlib.Path, variant: str, metadata: dict, settings: dict):
     self.path, self.sums = path, {}
-    self.config = dict(format=FORMAT, variant=variant, parts={}, metadata=metadata)
+    self.config = dict(format=FORMAT, variant=variant, parts={}, settings=settings, metadata=metadata)
 
   @contextlib.contextmanager
   def part(self, name: str, structs: Mapping, stacked=()) -> Iterator[leaves.Writer]:
@@ -55,7 +56,7 @@ class Building:
 
 
 @contextlib.contextmanager
-def building(folder, variant: str, metadata: dict | None = None, tokenizer=None) -> Iterator[Building]:
+def building(folder, variant: str, metadata: dict | None = None, tokenizer=None, settings: Mapping | None = None) -> Iterator[Building]:
   """Makes a checkpoint folder, which takes its place when the block ends well.
 
   Args:
@@ -63,12 +64,15 @@ def building(folder, variant: str, metadata: dict | None = None, tokenizer=None)
     variant: the row of the variants table that the parts belong to.
     metadata: anything JSON can say about where the weights come from.
     tokenizer: a Hugging Face tokenizer folder to put beside them, as `tokenizer/`.
+    settings: of the checkpoint (models/settings.py); those that are the variant's own are left out.
   Raises:
-    UserError: something else stands there, the disk is full or the folder cannot be written; nothing half-written is left.
+    UserError: something else stands there, the disk is full or the folder cannot be written; nothing half-written is left. Or settings
+      that are not known.
   """
+  settings = checkpoint_settings.differing(variant, lavit.row(variant), settings) if settings else {}
   with replacing(folder) as scratch:
     (scratch / 'parts').mkdir()
-    made = Building(scratch, variant, metadata or {})
+    made = Building(scratch, variant, metadata or {}, settings)
     yield made
     if tokenizer is not None:
       copy_words(pathlib.Path(tokenizer), scratch / 'tokenizer')
@@ -102,18 +106,18 @@ def replacing(folder, mark: str = 'config.json') -> Iterator[pathlib.Path]:
 
 
 def save_parts(folder, variant: str, parts: dict, metadata: dict | None = None, dtype: str = 'float32',
-               tokenizer=None) -> pathlib.Path:
+               tokenizer=None, settings: Mapping | None = None) -> pathlib.Path:
   """Writes the parameters of some parts of a model.
 
   Args:
     parts: part name -> parameter tree (or one bare array); floating leaves are stored in `dtype`.
     dtype: 'float32', 'float16' or 'bfloat16'.
-    folder, variant, metadata, tokenizer, and what is raised: as in `building`.
+    folder, variant, metadata, tokenizer, settings, and what is raised: as in `building`.
   """
   folder = pathlib.Path(folder).resolve()  # now: the folder one stands in may be replaced
-  with building(folder, variant, metadata, tokenizer) as made:
+  with building(folder, variant, metadata, tokenizer, settings) as made:
     for name, tree in parts.items():
-      flat = {path: _stored(leaf, dtype) for path, leaf in flatten(tree).items()}
+      flat = {path: _stored(f'{name}/{path}', leaf, dtype) for path, leaf in flatten(tree).items()}
       with made.part(name, flat) as writer:
         for path, array in flat.items():
           writer.write(path, None, array)
@@ -134,6 +138,27 @@ def read_config(folder) -> dict:
   return config
 
 
+def read_settings(folder) -> dict[str, dict]:
+  """The settings of a checkpoint, {part: {field: value}}, where they are not the variant's own.
+
+  A folder that was converted before there were settings has them in the descriptions that travelled along in `torch/`.
+
+  Raises:
+    UserError: the folder or a description is damaged, or asks for what the variant does not compute.
+  """
+  folder = pathlib.Path(folder)
+  config = read_config(folder)
+  variant = config['variant']
+  if 'settings' not in config:
+    places = layouts.places(config['metadata'].get('source', {}).get('kind', 'LaVIT'))
+    folders = {part: place.folder for part, place in places.items()}
+    return configs.read_settings(folder / 'torch', folders, config['parts'], variant)
+  try:
+    return checkpoint_settings.differing(variant, lavit.row(variant), config['settings'])
+  except UserError as error:
+    raise error.within(f'{folder / "config.json"}') from None
+
+
 def read_checksums(folder, name: str) -> dict[str, int]:
   """path -> checksum of each leaf of a part."""
   file = pathlib.Path(folder) / 'checksums.json'
@@ -141,6 +166,20 @@ def read_checksums(folder, name: str) -> dict[str, int]:
     return json.loads(file.read_text())[name]
   except (OSError, ValueError, KeyError) as error:
     raise UserError(f'{file} is missing or damaged ({error!r}); copy or export the checkpoint again') from None
+
+
+def has_codebook(folder) -> bool:
+  """Whether the codebook of a folder's tokenizer was trained; a run that ends before quantisation begins exports one that was not."""
+  metadata = read_config(folder)['metadata']
+  about = metadata.get('tokenizer', metadata)  # a bundle says it of each part
+  return about.get('codebook') != 'untrained'
+
+
+def check_codebook(folder) -> None:
+  """Raises UserError if the codes of a folder's tokenizer mean nothing."""
+  if not has_codebook(folder):
+    raise UserError(f'{folder}: its tokenizer was never quantised, so its codes mean nothing; train it beyond tokenizer.quantize_from, or go on '
+                    'from it with --config.init_from')
 
 
 def load_parts(folder, names=None, variant: str | None = None, shardings: Callable | None = None, dtype: str | None = 'float32') -> dict:
@@ -207,7 +246,7 @@ def open_part(folder, name: str, dtype: str | None = 'float32') -> leaves.Source
         return leaves.place(store, jax.ShapeDtypeStruct(store.shape, struct.dtype, sharding=sharding))
       array = store.read().result()
       check(leaf, row, array)
-      return array.astype(struct.dtype, copy=False)
+    return numbers.convert(f'{path}: {leaf}', array, struct.dtype, allow_nonfinite=True)
 
   return leaves.Source(structs, read)
 
@@ -232,19 +271,24 @@ def bundle(folder, sources, tokenizer, dtype: str = 'bfloat16') -> pathlib.Path:
     folder: where; as in `save_parts`.
     sources: the stages' export folders, all of one variant; of a part that several hold, the last one's is taken.
     tokenizer: the tokenizer folder of the language model.
-    dtype: as in `save_parts`.
+    dtype: as in `save_parts`. The settings of a part come from where the part does.
   Raises:
     UserError: a source is missing, damaged or of another variant, the tokenizer is another model's, or the folder cannot be written.
   """
   parts, about, variant = {}, {}, read_config(sources[0])['variant']
+  settings = {}
   TextTokenizer.load(tokenizer, lavit.row(variant)['text_vocab_size'])
   for source in sources:
     made = load_parts(source, variant=variant)
+    if 'tokenizer' in made:
+      check_codebook(source)
     metadata = read_config(source)['metadata']
     parts |= made
+    settings = {name: fields for name, fields in settings.items() if checkpoint_settings.PARTS[name].owner not in made}
+    settings |= checkpoint_settings.of_parts(read_settings(source), made)
     of_part = {name: metadata.get(name, metadata) for name in made}  # a bundle says it of each part
     about |= {name: {key: told[key] for key in ('stage', 'steps') if key in told} for name, told in of_part.items()}
-  return save_parts(folder, variant, parts, about, dtype, tokenizer)
+  return save_parts(folder, variant, parts, about, dtype, tokenizer, settings)
 
 
 def copy_words(src: pathlib.Path, dst: pathlib.Path) -> None:
@@ -288,6 +332,6 @@ def _floating(dtype) -> bool:
   return np.dtype(dtype).kind in 'fV'
 
 
-def _stored(leaf, dtype: str) -> np.ndarray:
+def _stored(name: str, leaf, dtype: str) -> np.ndarray:
   array = np.asarray(jax.device_get(leaf))
-  return array.astype(DTYPES[dtype]) if _floating(array.dtype) else array
+  return numbers.convert(name, array, DTYPES[dtype], allow_nonfinite=True) if _floating(array.dtype) else array

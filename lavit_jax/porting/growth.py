@@ -21,7 +21,7 @@ def grow(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
   if array.shape == tuple(shape):
     return array
   axis = next(axis for axis, (have, want) in enumerate(zip(array.shape, shape)) if have != want)
-  known = np.moveaxis(array, axis, 0).astype(np.float32)
+  known = np.moveaxis(array, axis, 0).astype(np.float32, order='C')  # sums of one order: a head tied to the embedding stays it
   noise = np.random.default_rng(0).standard_normal((shape[axis] - len(known), known.shape[1]), np.float32)
   new = known.mean(0) + 0.1 * known.std(0) * noise
   return np.concatenate([array, np.moveaxis(new, 0, axis).astype(array.dtype)], axis)

@@ -12,7 +12,6 @@ import functools
 import itertools
 import json
 import pathlib
-import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -22,17 +21,20 @@ import numpy as np
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit, vit
 from lavit_jax.models.initial import initial_parts
+from lavit_jax.models.noise import Scheduler
 from lavit_jax.models.unet import UNet
 from lavit_jax.models.vae import AutoencoderKL
-from lavit_jax.porting import torch_files
+from lavit_jax.porting import names, torch_files, weight_files
 from lavit_jax.porting.engine import Plan, PortingError, Row, plan, torch_shapes
 from lavit_jax.porting.tables_language import llama_rows
 from lavit_jax.porting.tables_pixels import unet_rows, unet_shapes, vae_rows, vae_shapes
 from lavit_jax.porting.tables_visual import decoder_rows, safety_rows, tokenizer_rows, understanding_rows, vit_rows
 
-DIFFUSERS = ('diffusion_pytorch_model', 'diffusion_pytorch_model.fp16')
+DIFFUSERS = ('diffusion_pytorch_model',)
 TRANSFORMERS = ('model', 'pytorch_model')
 VOCABULARY = ('model.embed_tokens.weight', 'lm_head.weight')  # the two that may have fewer rows
+SAID = (  # the keys that a scheduler_config.json of ours always has
+    'beta_schedule', 'beta_start', 'beta_end', 'num_train_timesteps', 'clip_sample', 'set_alpha_to_one', 'steps_offset', 'prediction_type')
 ABOUT = 'lavit_jax.json'  # in a folder that we wrote: where it is from
 TABLES: dict[str, Callable[[lavit.Lavit], list[list[Row]]]] = {  # by part: the names that its files may use, the usual ones first
     'vit': lambda model: [vit_rows()],
@@ -82,11 +84,14 @@ PUBLISHED = (
 
 
 class Found(NamedTuple):
-  """A part in a folder: the tensors of its files, those that an overlay puts over them, and the files."""
+  """A part in a folder: its tensors under the names of the tables, and those that an overlay puts over them."""
 
   place: Place
   state: dict[str, torch_files.Tensor]
   overlay: dict[str, torch_files.Tensor]
+  edition: weight_files.Edition | None = None  # the files of `state`, where there was a choice
+  others: tuple[str, ...] = ()  # names in the files of tensors that belong to another model
+  tied: str | None = None  # the name of the tensor that the files leave out since it is another one's
 
   @property
   def merged(self) -> dict[str, torch_files.Tensor]:
@@ -102,31 +107,77 @@ def kind_of(src: pathlib.Path) -> str | None:
   return 'LLaMA' if read_json(src / 'config.json').get('model_type') == 'llama' else None
 
 
-def recognise(src: pathlib.Path, only: str | None = None) -> tuple[str, list[Found]]:
-  """What kind of folder (or file) this is, and the parts that it holds; with `only`, that part and nothing else is looked at.
+def recognise(src: pathlib.Path, only: str | None = None, edition_of: str | None = None) -> tuple[str, list[Found]]:
+  """What kind of folder (or file) this is, and the parts that it holds.
 
+  Args:
+    src: the folder or file.
+    only: a part; nothing else is then looked at.
+    edition_of: the variant of the weights to take where a part has it, such as 'fp16'; None goes by `weight_files.RULE`.
   Raises:
-    UserError: none that is known, or a damaged one.
+    UserError: none that is known, a damaged one, or one that lists a part whose weights are not there.
   """
   if src.is_file():
-    return 'EVA-CLIP image encoder', [Found(Place('vit', '', (src.stem,)), _visual(torch_files.load(src)), {})]
+    return 'EVA-CLIP image encoder', [found_in(Place('vit', '', (src.stem,)), torch_files.load(src), src)]
   if not src.is_dir():
     raise UserError(f'{src} does not exist')
   kind, found = kind_of(src), []
   if kind is None:
+    names.refuse_foreign_folder(src)
     raise UserError(f'{src} is no folder that is known: no visual_tokenizer/, language_model/, pixel_decoding/, unet/ or vae/ in it, and no config.json of a '
                     'LLaMA or of lavit_jax')
   for place in places(kind).values():
     if only not in (None, place.part):
       continue
-    stem = stem_of(src / place.folder, place.stems)
-    overlay = place.overlay and stem_of(src / place.overlay[0], place.overlay[1:])
-    if stem is not None and (place.part != 'understanding' or overlay or 'vit_proj.weight' in torch_files.load(src / place.folder, stem)):
-      found.append(Found(place, torch_files.load(src / place.folder, stem),
-                         torch_files.load(src / place.overlay[0], overlay) if overlay else {}))
+    folder = src / place.folder
+    edition = weight_files.choose(folder, place.stems, edition_of)
+    overlay = place.overlay and weight_files.choose(src / place.overlay[0], place.overlay[1:], edition_of)
+    if edition is None:
+      check_left(folder, place.part)
+      continue
+    state = torch_files.load_files(edition.files)
+    if place.part == 'understanding' and not overlay and 'vit_proj.weight' not in state:
+      continue
+    over = torch_files.load_files(overlay.files) if overlay else {}
+    found.append(found_in(place, state, folder, over, edition))
+  if only is None:
+    check_listed(src, kind, [each.place for each in found])
   if not found:
     raise UserError(f'{src} is a {kind} folder, but holds no weights{f" of {only}" if only else ""}')
+  if edition_of is not None and not any(each.edition.variant == edition_of for each in found):
+    known = sorted({each.edition.variant or 'none' for each in found})
+    raise UserError(f'{src} holds no weights of the variant {edition_of!r}; taken without that option are: {", ".join(known)}')
   return kind, found
+
+
+def found_in(place: Place, state: dict, file: pathlib.Path, overlay: dict | None = None, edition=None) -> Found:
+  """A part whose tensors have the names of the tables."""
+  named = names.normalise(place.part, state, str(file))
+  over = names.normalise(place.part, overlay or {}, str(file)).state
+  plain, tied = named.state, None
+  if place.part == 'llama':
+    plain = names.tie(named.state, read_json(file / 'config.json'))
+    tied = next((name for name in plain if name not in named.state), None)
+  return Found(place, plain, over, edition, named.others, tied)
+
+
+def check_left(folder: pathlib.Path, part: str) -> None:
+  """Raises UserError if a folder, in which a part was looked for and not found, does hold weights: they are under a name not known here."""
+  held = [file.name for file in sorted(folder.iterdir()) if weight_files.is_weights(file.name)] if folder.is_dir() else []
+  if held and folder.name in ('unet', 'vae', 'safety_checker'):  # the others share their folders
+    raise UserError(f'{folder} holds {", ".join(held[:3])}, which is none of the names that the weights of {part} are read under '
+                    f'(.safetensors or .bin); download those, or move the folder away to convert the rest without {part}')
+
+
+def check_listed(src: pathlib.Path, kind: str, found: list[Place]) -> None:
+  """Raises UserError if the `model_index.json` of a diffusers folder lists a part of ours that was not found."""
+  for place in places(kind).values():
+    folder = src / place.folder
+    file = folder.parent / 'model_index.json'
+    listed = read_json(file).get(folder.name)
+    if isinstance(listed, list) and any(listed) and place not in found:
+      raise UserError(f'{file} lists {folder.name}, but {folder} holds no weights that are read; download them, or write [null, null] for '
+                      f'{folder.name} in that file to convert the rest without it')
 
 
 def places(kind: str) -> dict[str, Place]:
@@ -140,20 +191,9 @@ def places(kind: str) -> dict[str, Place]:
   return {place.part: place for place in PUBLISHED}
 
 
-def is_weights(name: str, stem: str) -> bool:
-  """Whether a file of this name is one of those that hold, or list, the weights called `stem`, or another edition of them (`stem.fp16`)."""
-  return re.fullmatch(re.escape(stem) + r'(\.\w+)?(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?', name) is not None
-
-
 def blank(struct) -> np.ndarray:
   """An array of zeros that takes no memory."""
   return np.broadcast_to(np.zeros((), struct.dtype), struct.shape)
-
-
-def stem_of(folder: pathlib.Path, stems) -> str | None:
-  """The stem under which weights lie in a folder, if any do."""
-  return next((stem for stem in stems for suffix in ('.safetensors', '.bin') if folder.is_dir() and (
-      any(folder.glob(f'{stem}{suffix}')) or any(folder.glob(f'{stem}*{suffix}.index.json')))), None)
 
 
 def shapes(model: lavit.Lavit, parts) -> dict:
@@ -187,11 +227,15 @@ class Fit(NamedTuple):
   table: int
 
 
-def fit(model: lavit.Lavit, found: list[Found], allow_missing: str = '') -> dict[str, Fit]:
+def fit(model: lavit.Lavit, found: list[Found], allow_missing: str = '', mixed: bool = False) -> dict[str, Fit]:
   """Matches every part with the model.
 
   A language model may have the text's rows only: it then stays as it is, and a training gives it the others.
 
+  Args:
+    model, found: what is to fit.
+    allow_missing: regex of torch names that may be missing.
+    mixed: layers of one stack may be of several floating types, for the result will be of one.
   Raises:
     PortingError: all that is wrong with any of the parts.
   """
@@ -204,13 +248,18 @@ def fit(model: lavit.Lavit, found: list[Found], allow_missing: str = '') -> dict
     rows = state['model.embed_tokens.weight'].shape[:1] if 'model.embed_tokens.weight' in state else ()
     if part == 'llama' and rows == (model.vocabulary.text_size,):
       like = {**like, **text_only(like, rows[0])}
+    elif part == 'llama' and rows and rows != (model.vocabulary.size,):
+      problems.append(f'llama: wrong rows: the vocabulary has {rows[0]}; taken are {model.vocabulary.text_size} (the words alone: the rows of '
+                      f'the visual tokens are added) and {model.vocabulary.size} (with them). Rows that a <pad> token added go by '
+                      f"transformers' resize_token_embeddings({model.vocabulary.text_size}) before save_pretrained")
+      continue
     table = table_of(model, part, state)
     try:
-      fits[part] = Fit(plan(tables(model, part)[table], state, like, allow_missing), state, table)
+      fits[part] = Fit(plan(tables(model, part)[table], state, like, allow_missing, mixed), state, table)
     except PortingError as error:
-      problems += [f'{part}: {line.strip()}' for line in str(error).splitlines()[1:]]
+      problems += [f'{part}: {problem}' for problem in error.problems]
   if problems:
-    raise PortingError('\n  '.join([f'checkpoint and variant {model.variant!r} do not fit ({len(problems)} problems):', *problems]))
+    raise PortingError(f'checkpoint and variant {model.variant!r} do not fit', problems)
   return fits
 
 
@@ -252,11 +301,15 @@ def read_json(file: pathlib.Path) -> dict:
 def llama_config(model: lavit.Lavit, rows: int) -> dict:
   """transformers' LlamaConfig."""
   llama = model.llama
+  scaling = {} if llama.rope_scaling is None else dict(rope_scaling=dict(llama.rope_scaling))
+  if llama.max_sequence_length is not None:
+    scaling['max_sequence_length'] = llama.max_sequence_length
   return dict(
-      architectures=['LlamaForCausalLM'], model_type='llama', hidden_act='silu', hidden_size=llama.hidden_size,
+      architectures=['LlamaForCausalLM'], model_type='llama', hidden_size=llama.hidden_size,
       intermediate_size=llama.mlp_dim, num_hidden_layers=llama.num_layers, num_attention_heads=llama.num_heads,
       num_key_value_heads=llama.num_kv_heads, head_dim=llama.head_dim, vocab_size=rows, rms_norm_eps=llama.rms_norm_eps,
-      rope_theta=llama.rope_theta, max_position_embeddings=4096, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2)
+      rope_theta=llama.rope_theta, **scaling, max_position_embeddings=llama.max_position_embeddings, hidden_act='silu',
+      tie_word_embeddings=False, bos_token_id=1, eos_token_id=2)
 
 
 def unet_config(unet) -> dict:
@@ -273,18 +326,21 @@ def unet_config(unet) -> dict:
       block_out_channels=unet.block_out_channels, layers_per_block=unet.layers_per_block,
       down_block_types=blocks('Down', unet.down_block_attention), up_block_types=blocks('Up', unet.down_block_attention[::-1]),
       transformer_layers_per_block=unet.transformer_layers, attention_head_dim=unet.num_heads,
-      cross_attention_dim=unet.cross_attention_dim, norm_num_groups=unet.norm_num_groups,
+      cross_attention_dim=unet.cross_attention_dim, norm_num_groups=unet.norm_num_groups, norm_eps=unet.norm_eps, act_fn='silu',
+      flip_sin_to_cos=unet.flip_sin_to_cos, freq_shift=int(unet.freq_shift) if unet.freq_shift == int(unet.freq_shift) else unet.freq_shift,
       use_linear_projection=unet.use_linear_projection, sample_size=64, **added)
 
 
 def vae_config(vae) -> dict:
   """diffusers' AutoencoderKL."""
   levels = len(vae.block_out_channels)
+  moments = {} if vae.latents_mean is None else dict(latents_mean=vae.latents_mean, latents_std=vae.latents_std)
+  shift = dict(shift_factor=vae.shift_factor) if vae.shift_factor else {}
   return dict(
       _class_name='AutoencoderKL', in_channels=3, out_channels=3, block_out_channels=vae.block_out_channels,
       layers_per_block=vae.layers_per_block, latent_channels=vae.latent_channels, norm_num_groups=vae.norm_num_groups,
       down_block_types=['DownEncoderBlock2D'] * levels, up_block_types=['UpDecoderBlock2D'] * levels,
-      scaling_factor=vae.scaling_factor, sample_size=512)
+      scaling_factor=vae.scaling_factor, **shift, **moments, act_fn='silu', sample_size=512)
 
 
 def safety_config(checker) -> dict:
@@ -305,8 +361,14 @@ def extractor_config(checker) -> dict:
       image_std=vit.STD, do_convert_rgb=True)
 
 
-SCHEDULER = dict(_class_name='DDIMScheduler', beta_schedule='scaled_linear', beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000,
-                 clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type='epsilon')
+def scheduler_config(scheduler: Scheduler) -> dict:
+  """diffusers' DDIMScheduler: the published options always, the others where they are not its default."""
+  said = scheduler._asdict()
+  options = {key: said[key] for key in SAID}
+  for key, value in said.items():
+    if key not in SAID and value != Scheduler._field_defaults[key]:
+      options[key] = list(value) if isinstance(value, tuple) else value
+  return dict(_class_name='DDIMScheduler', **options)
 
 
 def description(model: lavit.Lavit, part: str, rows: int | None = None) -> dict | None:
@@ -322,17 +384,7 @@ def descriptions(model: lavit.Lavit, parts, rows: int) -> dict[str, dict]:
   files = {f'{folder}/config.json': about for part, folder in places.items() if (about := description(model, part, rows))}
   for part in ('unet', 'highres_unet'):
     if part in places:
-      files[str(pathlib.PurePath(places[part]).with_name('scheduler') / 'scheduler_config.json')] = SCHEDULER
+      files[str(pathlib.PurePath(places[part]).with_name('scheduler') / 'scheduler_config.json')] = scheduler_config(getattr(model, part.replace('unet', 'scheduler')))
   if 'safety_checker' in places:
     files['pixel_decoding/feature_extractor/preprocessor_config.json'] = extractor_config(model.safety_checker)
   return files
-
-
-# ------------------------------------------------------------------------------------------------------------------ details
-
-def _visual(state: dict) -> dict:
-  """The image encoder of an EVA-CLIP file, which may hold the text encoder too; that is another model."""
-  if not any(name.startswith('visual.') for name in state):
-    return state
-  other = re.compile(r'text\.|logit_scale$')
-  return {name.removeprefix('visual.'): tensor for name, tensor in state.items() if not other.match(name)}

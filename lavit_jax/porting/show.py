@@ -26,6 +26,8 @@ def run(job: convert.Job, dry_run: bool) -> None:
   total = sum(item.bytes for item in job.items)
   table.add_row('all', '', f'{sum(item.tensors for item in job.items):,}', f'{sum(item.parameters for item in job.items):,}', '', f'{total:,}')
   console.print(table)
+  told = len(job.notes)
+  _tell(job.notes)
   if dry_run:
     return
   _keep_memory()
@@ -33,7 +35,14 @@ def run(job: convert.Job, dry_run: bool) -> None:
   with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
     task = progress.add_task('convert and check', total=2 * total)
     job.run(lambda size: progress.advance(task, size))
+  _tell(job.notes[told:])
   console.print(f'{total:,} bytes written, read back and found right')
+
+
+def _tell(notes: list[str]) -> None:
+  """Notes on stderr, a line each."""
+  for note in notes:
+    print(f'lavit: note: {note}', file=sys.stderr)
 
 
 def _keep_memory() -> None:
@@ -74,6 +83,9 @@ def inspect(path) -> None:
       groups[group] = count + int(np.prod(array.shape)), leaf_count + 1
     for group, (count, leaf_count) in groups.items():
       branch.add(f'{group}: {count:,} in {leaf_count} {"leaf" if leaf_count == 1 else "leaves"}')
+  for name, fields in folder.read_settings(path).items():
+    told = ', '.join(f'{field}={json.dumps(value)}' for field, value in fields.items())
+    tree.add(f'settings of {name}: {told}')
   console.print(tree)
   metadata = dict(config['metadata'])
   if metadata.get('overlay'):

@@ -6,6 +6,7 @@ torch's zip files against their CRCs; a pickle that would run code is refused.
 
 from __future__ import annotations
 
+import argparse
 import concurrent.futures
 import hashlib
 import json
@@ -18,7 +19,7 @@ import struct
 import threading
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -28,13 +29,14 @@ import safetensors
 import xxhash
 
 from lavit_jax.errors import UserError
-from lavit_jax.porting import disk
+from lavit_jax.porting import disk, weight_files
 
 DTYPES = {  # safetensors' names
     'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16, 'I64': np.int64, 'I32': np.int32,
     'I16': np.int16, 'I8': np.int8, 'U8': np.uint8, 'BOOL': np.bool_,
 }
 REOPEN_BYTES = 1 << 30  # what a mapped file may hold of memory before it is mapped anew
+WRAPPERS = ('model', 'module', 'state_dict', 'model_state_dict')  # keys under which a training saves the tensors of its model
 GAP_BYTES = 32 << 20  # read at once, where no tensor is wanted
 
 
@@ -55,9 +57,9 @@ def load(path: str | os.PathLike, stem: str | None = None) -> dict[str, Tensor]:
   """Opens a file, or all the shards of a folder.
 
   Args:
-    path: a `.safetensors` or pickled (`.bin`, `.pth`, `.pt`) file; or a folder with one such file, or with shards and the
-      `*.index.json` that names them.
-    stem: of a folder, only files whose name begins so.
+    path: a safetensors or pickled (`.bin`, `.pth`, `.pt`) file of whatever name; or a folder with one such file, or with shards
+      and the `*.index.json` that names them.
+    stem: of a folder, what its files are called (weight_files.py).
 
   Returns:
     torch name -> tensor, in the order of the files. A pickle of one bare tensor goes by the stem of its file.
@@ -65,9 +67,14 @@ def load(path: str | os.PathLike, stem: str | None = None) -> dict[str, Tensor]:
   Raises:
     UserError: the path is missing, damaged or ambiguous, a pickle would run code, or torch is needed and not installed.
   """
+  return load_files(files(path, stem))
+
+
+def load_files(paths: Iterable[pathlib.Path]) -> dict[str, Tensor]:
+  """As `load`, for the files of one set of weights."""
   state = {}
-  for file in files(path, stem):
-    shard = _open_safetensors(file) if file.suffix == '.safetensors' else _open_pickle(file)
+  for file in paths:
+    shard = _open_safetensors(file) if is_safetensors(file) else _open_pickle(file)
     if twice := shard.keys() & state.keys():
       raise UserError(f'{file} repeats names of another shard: {", ".join(sorted(twice))}; remove the stale file')
     state |= shard
@@ -76,28 +83,41 @@ def load(path: str | os.PathLike, stem: str | None = None) -> dict[str, Tensor]:
 
 def files(path: str | os.PathLike, stem: str | None = None) -> list[pathlib.Path]:
   """The file, or the shards in order, that `load` reads."""
-  path, stem = pathlib.Path(path), stem or ''
-  for exact in (path / f'{stem}.safetensors', path / f'{stem}.bin'):
-    if stem and exact.is_file():
-      return [exact]
+  path = pathlib.Path(path)
   if path.is_file():
     return [path]
   if not path.is_dir():
     raise UserError(f'{path} does not exist')
-  for suffix in ('.safetensors', '.bin'):  # both may lie side by side, with the same content
-    for index in sorted(path.glob(f'{stem}*{suffix}.index.json')):
-      try:
-        found = sorted({path / name for name in json.loads(index.read_text())['weight_map'].values()})
-      except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f'{index} is damaged ({error!r}); download it again') from None
-      if missing := [file.name for file in found if not file.is_file()]:
-        raise UserError(f'{path} lacks {", ".join(missing)}, which {index.name} names; download the checkpoint again')
-      return found
-    if found := sorted(path.glob(f'{stem}*{suffix}')):
+  if chosen := weight_files.choose(path, (stem,) if stem else weight_files.STEMS):
+    return list(chosen.files)
+  for suffix in weight_files.FORMATS if not stem else ():  # both may lie side by side, with the same content
+    for index in sorted(path.glob(f'*{suffix}.index.json')):
+      return list(weight_files.shards_of(index))
+    if found := sorted(path.glob(f'*{suffix}')):
       if len(found) > 1:
         raise UserError(f'{path} holds {len(found)} {suffix} files and no index; name the one to read')
       return found
-  raise UserError(f'{path} holds no .safetensors and no .bin file')
+  raise UserError(f'{path} holds no .safetensors and no .bin file{f" of {stem}" if stem else ""}')
+
+
+def is_safetensors(file: pathlib.Path) -> bool:
+  """Whether a file is in this format, by its content; by its name, where it is too short, or missing.
+
+  A file may have any name: the cache of Hugging Face's hub keeps its files under their digests, and links to them.
+
+  Raises:
+    UserError: the file is the text that stands for a file in a Git repository, not the file.
+  """
+  try:
+    with open(file, 'rb') as stream:
+      start = stream.read(64)
+  except OSError:
+    start = b''
+  if start.startswith(b'version https://git-lfs'):
+    raise UserError(f'{file} is a Git LFS pointer, not the weights themselves; fetch them with `git lfs pull`')
+  if start[8:9] == b'{' and not any(start[4:8]):  # the length of the header, and its first letter
+    return True
+  return file.suffix == '.safetensors' and not start.startswith((b'PK', b'\x80'))  # a zip file, or a bare pickle
 
 
 def sha256(file: pathlib.Path) -> str:
@@ -108,7 +128,7 @@ def sha256(file: pathlib.Path) -> str:
   """
   with open(file, 'rb') as stream:
     digest = hashlib.file_digest(stream, 'sha256').hexdigest()
-  if file.suffix != '.safetensors' and zipfile.is_zipfile(file):
+  if zipfile.is_zipfile(file) and not is_safetensors(file):
     try:
       bad = zipfile.ZipFile(file).testzip()
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, struct.error) as error:
@@ -299,8 +319,14 @@ class _Pickle:
   def open(self) -> dict:
     import torch
     if self.tensors is None:
-      content = torch.load(self.path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(self.path))
-      self.tensors, self.touched = {self.path.stem: content} if isinstance(content, torch.Tensor) else content, 0
+      with torch.serialization.safe_globals([argparse.Namespace]):  # the options of a training, which run nothing
+        if self.path.suffix == '.safetensors':  # by which torch 2.13 would take it for one; of an open file it looks at the content
+          with open(self.path, 'rb') as stream:
+            content = torch.load(stream, map_location='cpu', weights_only=True)
+        else:
+          content = torch.load(self.path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(self.path))
+      content = {self.path.stem: content} if isinstance(content, torch.Tensor) else content
+      self.tensors, self.touched = _unwrapped(content), 0
     return self.tensors
 
   def read(self, name: str) -> np.ndarray:
@@ -328,10 +354,24 @@ def _open_pickle(path: pathlib.Path) -> dict[str, Tensor]:
     raise _damaged(path, type(error).__name__) from None
   except Exception as error:  # zip and torch each have their own for a damaged file
     raise _damaged(path, type(error).__name__) from None
-  if not isinstance(tensors, dict) or not tensors or not all(isinstance(x, torch.Tensor) for x in tensors.values()):
-    raise UserError(f'{path} is not a flat dict of tensors')
+  if not isinstance(tensors, dict) or not tensors:
+    raise UserError(f'{path} holds a {type(tensors).__name__}, not a dict of tensors; save the state_dict of the model alone')
+  if other := {name: type(x).__name__ for name, x in tensors.items() if not isinstance(x, torch.Tensor)}:
+    name, kind = next(iter(other.items()))
+    raise UserError(f'{path} is no dict of tensors, nor has it one under {", ".join(WRAPPERS)}: {name!r} is a {kind} '
+                    f'({len(other)} of {len(tensors)} entries are no tensors); save the state_dict of the model alone')
   return {name: Tensor(tuple(x.shape), _from_torch(x[:0] if x.ndim else x).dtype, lambda name=name: file.read(name), path)
           for name, x in tensors.items()}
+
+
+def _unwrapped(content):
+  """The dict of tensors of what a training saved: under one of WRAPPERS, at any depth; anything else as it is."""
+  while isinstance(content, dict):
+    inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), None)
+    if inner is None:
+      break
+    content = inner
+  return content
 
 
 def _from_torch(x) -> np.ndarray:

@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
+from lavit_jax.models.settings import computes, differences, told
 from lavit_jax.porting.leaves import disk_full
 from lavit_jax.training import integrity
 from lavit_jax.training.processes import wait_for_all
@@ -41,11 +42,13 @@ class Checkpoints:
     workdir: holds the folder `checkpoints`.
     config: the run's config; its stage and variant must be those of what is there already.
     keep: how many of the latest to keep.
+    settings: of the model (models/settings.py), which must be those of what is there already.
   """
 
-  def __init__(self, workdir, config, keep: int):
+  def __init__(self, workdir, config, keep: int, settings: dict | None = None):
     self.folder = pathlib.Path(os.path.abspath(workdir)) / 'checkpoints'
     self.identity = dict(stage=config.stage, variant=config.variant, sizes=json.loads(json.dumps(lavit.row(config.variant))))
+    self.settings = settings or {}
     self.config = json.loads(config.to_json_best_effort())
     self.clear_half_written()
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
@@ -66,7 +69,16 @@ class Checkpoints:
           was, now = (f'{d["stage"]}:{d["variant"]}' for d in (saved, self.identity))
           difference = f'{was}, and this run is {now}' if was != now else f'{was} with other sizes than the variants table has now'
           raise UserError(f'{self.folder / str(step)} is a checkpoint of {difference}; choose another --workdir')
+      self._check_settings(step, saved)
     return step
+
+  def _check_settings(self, step: int, saved: dict) -> None:
+    """Raises UserError where a checkpoint was trained with another setting; runs of before there were any had the variant's own."""
+    before, row = saved.get('settings', {}), lavit.row(self.identity['variant'])
+    for name, field in differences(before, self.settings):
+      if computes(name, field, self.settings) or 'settings' in saved:
+        raise UserError(f'{self.folder / str(step)} was trained with {told(before, name, field, row)} of {name}, and the folders of this run have '
+                        f'{told(self.settings, name, field, row)}; name the folders that it began with, or choose another --workdir')
 
   def restore_latest(self, abstract, data, skip_damaged: bool = False):
     """`restore` of the last step -> (step, train state); (0, None) if there never was one.
@@ -103,6 +115,24 @@ class Checkpoints:
     told = {key: f'{key} {_short(was.get(key))} -> {_short(now.get(key))}' for key in keys}
     return [told[key] for key in keys if key not in inexact], [told[key] for key in inexact]
 
+  def saved_config(self, step: int) -> dict:
+    """The config that `step` was saved with, as JSON has it."""
+    return self._about(step)['config']
+
+  def set_aside_broken(self, first: int) -> list[int]:
+    """Renames the checkpoints of step `first` and later to STEP.broken, so that the run goes on from before; all processes call this."""
+    self.wait()
+    steps = [step for step in self.manager.all_steps(read=True) if step >= first]
+    wait_for_all('broken checkpoints are known')
+    if jax.process_index() == 0:
+      for step in steps:
+        aside = self.folder / f'{step}.broken'
+        shutil.rmtree(aside, ignore_errors=True)
+        (self.folder / str(step)).rename(aside)
+    wait_for_all('broken checkpoints are set aside')
+    self.manager.reload()
+    return steps
+
   def restore(self, step: int, abstract, data):
     """The train state of `step`, placed as `abstract` (ShapeDtypeStructs with shardings) says; moves the iterator `data`.
 
@@ -133,7 +163,7 @@ class Checkpoints:
     Raises:
       UserError: the disk is full, now or while the previous checkpoint was written. Nothing half-written stays.
     """
-    about = {**self.identity, 'config': self.config, 'digests': integrity.digests(state)}
+    about = {**self.identity, 'settings': self.settings, 'config': self.config, 'digests': integrity.digests(state)}
     with _DiskFull(self):
       self.manager.save(step, args=ocp.args.Composite(
           state=ocp.args.StandardSave(state), data=integrity.PositionSave(data),
@@ -196,6 +226,18 @@ class Checkpoints:
       (self.folder / str(step)).rename(aside)
     wait_for_all('a damaged checkpoint is set aside')
     self.manager.reload()
+
+
+def saved_settings(workdir) -> dict[str, dict]:
+  """The settings that the run in `workdir` was trained with, by its last checkpoint; {} where there is none, or none that can be read."""
+  steps = [path for path in (pathlib.Path(workdir) / 'checkpoints').glob('*') if path.name.isdecimal()]
+  if not steps:
+    return {}
+  last = max(steps, key=lambda path: int(path.name))
+  try:
+    return json.loads((last / 'config' / 'metadata').read_text()).get('settings', {})
+  except (OSError, ValueError, AttributeError):  # damaged: reading it as a whole tells
+    return {}
 
 
 def _leaves(config: dict, prefix: str = '') -> dict:

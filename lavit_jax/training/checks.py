@@ -7,29 +7,22 @@ import contextlib
 from lavit_jax import sharding
 from lavit_jax.data import mixtures
 from lavit_jax.errors import UserError
-from lavit_jax.models.layers import REMAT_POLICIES
-from lavit_jax.training import stages
+from lavit_jax.training import options, stages
 from lavit_jax.training.config import leaves
 
-LEAST = {  # of the options that a page has
-    0: ('seed', 'peak_tflops', 'eval_every', 'picture_every', 'checkpoint_every', 'data.num_threads'),
-    1: ('batch_size', 'num_steps', 'accumulate', 'log_every', 'keep', 'data.image_size', 'data.text_length', 'data.shards',
-        'lm.num_rows', 'lm.row_length', 'lm.mean_length', 'lm.loss_chunks')}
+
+def check_values(config) -> None:
+  """Raises UserError for an option that cannot be meant, whatever the others are (options.py)."""
+  options.check_values(dict(leaves(config)))
+  if config.optim.get('schedule') == 'rewarm' and not 0 < config.optim.rewarm_from < config.num_steps:
+    raise UserError(f"optim.schedule='rewarm' needs optim.rewarm_from, the step from which it warms up anew, between 0 and num_steps={config.num_steps} "
+                    f'(now {config.optim.rewarm_from})')
 
 
 def check_options(config, mesh) -> None:
   """Raises UserError for values that would fail later, in the middle of something."""
-  dtypes = ('float32', 'bfloat16')
-  known = {'dtype': (config.dtype, dtypes), 'optim.mu_dtype': (config.optim.mu_dtype, dtypes), 'optim.nu_dtype': (config.optim.nu_dtype, dtypes),
-           'remat': (config.remat, ('none', *REMAT_POLICIES))}
-  for key, (value, values) in known.items():
-    if value not in values:
-      raise UserError(f'{key}={value!r} is unknown; choose {" or ".join(values)}')
+  check_values(config)
   values = dict(leaves(config))
-  for least, keys in LEAST.items():
-    for key in keys:
-      if key in values and values[key] < least:
-        raise UserError(f'{key}={values[key]} must be at least {least}')
   if config.eval_every and config.eval_batches < 1:
     raise UserError(f'eval_batches={config.eval_batches} with eval_every={config.eval_every}: give at least 1, or eval_every=0')
   stages.check(config)

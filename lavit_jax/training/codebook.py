@@ -28,10 +28,45 @@ class Codebook(NamedTuple):
   started: Array
 
 
-def create(embedding: Array) -> Codebook:
-  """A codebook of these unit rows f32[K, C], all of them alive."""
+def create(embedding: Array, started: bool = False) -> Codebook:
+  """A codebook of these unit rows f32[K, C], all of them alive; `started` if they are those of an earlier training."""
   num_codes = len(embedding)
-  return Codebook(embedding, jnp.ones(num_codes), jnp.zeros(num_codes, jnp.int32), jnp.zeros([], jnp.int32), jnp.zeros([], bool))
+  return Codebook(embedding, jnp.ones(num_codes), jnp.zeros(num_codes, jnp.int32), jnp.zeros([], jnp.int32), jnp.full([], started))
+
+
+def is_offered(parts: dict) -> bool:
+  """Whether a codebook is among parts of the model; the loader leaves out one that was never trained."""
+  return 'tokenizer' in parts and 'embedding' in parts['tokenizer']['quantizer']
+
+
+def take_out(params: dict) -> tuple[dict, Array]:
+  """Trees by part, among them 'tokenizer' -> (the same without the codebook, the codebook f32[K, C])."""
+  quantizer = dict(params['tokenizer']['quantizer'])
+  embedding = quantizer.pop('embedding')
+  return {**params, 'tokenizer': {**params['tokenizer'], 'quantizer': quantizer}}, embedding
+
+
+def put_in(params: dict, embedding: Array) -> dict:
+  """The inverse of `take_out`."""
+  quantizer = {**params['tokenizer']['quantizer'], 'embedding': embedding}
+  return {**params, 'tokenizer': {**params['tokenizer'], 'quantizer': quantizer}}
+
+
+def moved_away(book: Codebook, revive_after: int) -> Array:
+  """bool[K]: the codes that the last `update` has put elsewhere. Alive they are only when a token chooses them."""
+  if not revive_after:
+    return jnp.zeros(len(book.idle), bool)
+  return (book.idle > 0) & (book.idle % revive_after == 0)
+
+
+def settle(average: Array, old: Codebook, new: Codebook, revive_after: int) -> Array:
+  """The average of a codebook over the last steps, f32[K, C], as unit rows.
+
+  Averaged by the same weights as the parameters, the codes are where averaged parameters put their tokens. Codes that jump begin anew:
+  all until the step at which k-means begins them, and those that are moved onto another token.
+  """
+  anew = ~old.started | moved_away(new, revive_after)
+  return jnp.where(anew[:, None], new.embedding, l2_normalise(average))
 
 
 def tally(z: Array, weight: Array, ids: Array, num_codes: int) -> tuple[Array, Array]:
@@ -89,7 +124,7 @@ def update(key: Array, book: Codebook, z: Array, weight: Array, ids: Array, deca
   idle = jnp.where(used, 0, book.idle + 1)
   if revive_after:
     error = weight * jnp.square(z - book.embedding[ids]).sum(-1)
-    moves = (idle > 0) & (idle % revive_after == 0)  # its place changes; alive it is only when a token chooses it
+    moves = moved_away(book._replace(idle=idle), revive_after)
     order = jnp.maximum(jnp.cumsum(moves) - 1, 0)  # the first token drawn is the likeliest to be badly described: none goes to waste
     # Only then: to draw sorts all tokens.
     embedding = jax.lax.cond(

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from ml_collections import ConfigDict
 
 from lavit_jax.errors import UserError
+from lavit_jax.local_paths import expand_home
 
 WORDS = {'true': True, 'false': False, 'none': None}
 
@@ -25,6 +26,7 @@ def load_config(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigD
     UserError: no such page, an argument that the page refuses, an unknown key (the nearest is named), a value of another type.
   """
   path, _, argument = spec.partition(':')
+  path = expand_home(path)
   get_config = _read_page(path)
   if argument and not inspect.signature(get_config).parameters:
     raise UserError(f'--config: {path} takes no argument; leave out {":" + argument!r}')
@@ -92,12 +94,14 @@ def leaves(config: ConfigDict, prefix: str = '') -> Iterator[tuple[str, object]]
 def _parse(key: str, text: str, old, kind: type):
   """`text` as a `kind`; where the page left the value open (None), whatever Python literal or word it is."""
   if kind is str:
-    return text
+    return '' if text == 'None' else text
   try:
     value = WORDS[text.lower()] if text.lower() in WORDS else ast.literal_eval(text)
   except (ValueError, SyntaxError):
     value = text
-  if value is None or kind is type(None) or type(value) is kind:
+  if value is None and kind in (tuple, list):
+    return kind()
+  if value is None or kind is type(None) or type(value) is kind:  # options.py says where None may be
     return value
   if {type(value), kind} == {int, float} and kind(value) == value:
     return kind(value)

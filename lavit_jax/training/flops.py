@@ -89,7 +89,7 @@ def traced(config, model: Lavit) -> float:
 def of_pair(config, model: Lavit) -> Pair:
   """The parts of the language model's step, traced one by one."""
   parts = jax.eval_shape(lambda: initial_parts(model, jax.random.key(0), ('vit', 'tokenizer', 'understanding', 'llama')))
-  side, length, llama = config.data.image_size, config.lm.row_length, model.llama
+  side, length, llama = model.image_size, config.lm.row_length, model.llama
   image, slots = jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8), jax.ShapeDtypeStruct((1, length), jnp.int32)
   x = jax.eval_shape(lambda p, image: features(model, p, image)[:, 1:], parts['vit'], image)
   keep = jax.ShapeDtypeStruct(x.shape[:2], jnp.float32)

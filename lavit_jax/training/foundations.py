@@ -18,7 +18,7 @@ from lavit_jax.models.lavit import Lavit
 from lavit_jax.models.llama import Llama
 from lavit_jax.models.sequence import segment_mask
 from lavit_jax.models.tokenizer import l2_normalise
-from lavit_jax.training.stage import Stage, Tree, apply, begin, features
+from lavit_jax.training.stage import Stage, Tree, apply, begin, features, row_keys
 
 
 def encoder(config, model: Lavit, shards: int) -> Stage:
@@ -91,7 +91,7 @@ def encoder(config, model: Lavit, shards: int) -> Stage:
     grey = (jnp.clip(image @ text.T, 0, 1) * 255).astype(jnp.uint8).repeat(8, 0).repeat(8, 1)
     return [jnp.stack([grey] * 3, -1)[None]]  # similarities: pictures down, captions across; the diagonal should shine
 
-  return Stage((), (), init, loss, lambda params, state: dict(vit=params['vit']), draw)
+  return Stage((), (), init, loss, lambda params, state: dict(vit=params['vit']), draw, takes=('vit',))
 
 
 class Moments(NamedTuple):
@@ -114,7 +114,7 @@ def autoencoder(config, model: Lavit, shards: int) -> Stage:
     del frozen, train
     x = pixels.preprocess(batch['image'])
     mean, logvar = apply(model.vae, params['vae'], x, method='encode')
-    z = pixels.sample_latents(mean, logvar, key)
+    z = pixels.sample_latents(mean, logvar, row_keys(key, batch, len(x)))
     y = apply(model.vae, params['vae'], z, method='decode')
     l1 = jnp.abs(y - x).mean()
     edges = sum(jnp.abs(jnp.diff(y - x, axis=axis)).mean() for axis in (1, 2))
@@ -126,28 +126,31 @@ def autoencoder(config, model: Lavit, shards: int) -> Stage:
     return value, (state, dict(l1=l1, edges=edges, kl=kl, psnr=psnr, latent_std=z.std()))
 
   def export(params, state):
-    return dict(vae=standardise(params['vae'], state, model.vae.scaling_factor))
+    return dict(vae=standardise(params['vae'], state, model.vae.scaling_factor, *model.vae.moments()))
 
   def draw(params, frozen, state, batch, key):
     del frozen, state, key
     y, _, _ = apply(model.vae, params['vae'], pixels.preprocess(batch['image'][:8]))
     return [batch['image'][:8], pixels.postprocess(y)]
 
-  return Stage((), (), init, loss, export, draw)
+  return Stage((), (), init, loss, export, draw, takes=('vae',))
 
 
-def standardise(vae: Tree, moments: Moments, scaling_factor: float) -> Tree:
-  """The same autoencoder, reparametrised: `scaling_factor` times its latents have mean 0 and deviation 1 in each channel.
+def standardise(vae: Tree, moments: Moments, scaling_factor: float, mean: Array | float = 0., std: Array | float = 1.) -> Tree:
+  """The same autoencoder, reparametrised: `AutoencoderKL.to_unet` of its latents has mean 0 and deviation 1 in each channel.
 
   The latents' shift and scale are folded into the 1x1 convolutions on both sides of them, so no number travels beside the weights.
+
+  Args:
+    mean, std: of `AutoencoderKL.moments`, f32[Z] or scalars.
   """
   shift = moments.mean / moments.weight
-  scale = scaling_factor * jnp.sqrt(jnp.maximum(moments.square / moments.weight - jnp.square(shift), 1e-8))
+  scale = scaling_factor / std * jnp.sqrt(jnp.maximum(moments.square / moments.weight - jnp.square(shift), 1e-8))
   into, out = vae['quant_conv'], vae['post_quant_conv']
   gain = jnp.concatenate([1 / scale, jnp.ones_like(scale)])  # channels: means, then log-variances
-  offset = jnp.concatenate([-shift / scale, -2 * jnp.log(scale)])
+  offset = jnp.concatenate([mean - shift / scale, -2 * jnp.log(scale)])
   return {
       **vae,
       'quant_conv': dict(kernel=into['kernel'] * gain, bias=into['bias'] * gain + offset),
-      'post_quant_conv': dict(kernel=out['kernel'] * scale[:, None], bias=out['bias'] + shift @ out['kernel'][0, 0]),
+      'post_quant_conv': dict(kernel=out['kernel'] * scale[:, None], bias=out['bias'] + (shift - mean * scale) @ out['kernel'][0, 0]),
   }

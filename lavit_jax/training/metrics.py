@@ -45,6 +45,7 @@ class Log:
     self.flops, self.peak = flops, 1e12 * peak_tflops
     self.pending: list[tuple[int, dict]] = []  # on the device
     self.since: list[dict] = []  # in metrics.jsonl already, and not yet shown
+    self.new: list[dict] = []  # in metrics.jsonl already, and not yet taken by `take_new`
     self.writes = jax.process_index() == 0
     self.clock, self.last_step, self.waited = time.monotonic(), first_step, 0.0
     self.watch = ThreadPoolExecutor(1)
@@ -71,7 +72,13 @@ class Log:
       self.jsonl.writelines(json_line(row) for row in rows)
       self.jsonl.flush()
     self.since += rows
-    return mean(self.since)
+    self.new += rows
+    return mean(made(self.since))
+
+  def take_new(self) -> list[dict]:
+    """The metrics of the steps that were flushed since the last call."""
+    new, self.new = self.new, []
+    return new
 
   def fetch(self, source, *args):
     """source(*args), the next batch; how long the device is idle meanwhile counts as waiting for data."""
@@ -86,8 +93,13 @@ class Log:
     means = self.flush()
     if not means:
       return means
-    step, self.since = self.since[-1]['step'], []
+    step, skipped = self.since[-1]['step'], sum(row.get('nonfinite', 0) for row in self.since)
+    self.since = []
     means.pop('step')
+    means.pop('nonfinite', None)
+    if skipped:
+      self.say(f'warning: {skipped:g} updates were skipped: loss or gradient was not finite')
+      counts = {**(counts or {}), 'nonfinite': int(skipped)}
     seconds = max(time.monotonic() - self.clock, 1e-9)
     speed, wait, share = (step - self.last_step) / seconds, self.waited / seconds, means.get('packed_share', 1.0)
     self.last_step, self.clock, self.waited = step, time.monotonic(), 0.0
@@ -209,6 +221,11 @@ def mean(rows: list[dict]) -> dict[str, float]:
     return float(values.mean() if key in VITAL or np.isnan(values).all() else np.nanmean(values))
 
   return {key: average(key) for key in rows[0]} if rows else {}
+
+
+def made(rows: list[dict]) -> list[dict]:
+  """The rows of steps whose updates were made, or all where none was."""
+  return [row for row in rows if not row.get('nonfinite')] or rows
 
 
 def sheet(*rows: np.ndarray) -> np.ndarray:

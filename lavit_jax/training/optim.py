@@ -1,4 +1,4 @@
-"""The optimizer: AdamW with warm-up and cosine, clipping, and per-parameter freezing and learning rates by regex.
+"""The optimizer: AdamW with a schedule (schedule.py), clipping, and per-parameter freezing and learning rates by regex.
 
 A parameter is known by its '/'-joined path, such as `tokenizer/selector/fc1/kernel`; regexes are searched, so '^vit/' means
 the part and 'kernel$' the leaf.
@@ -15,21 +15,15 @@ import optax
 
 from lavit_jax.errors import UserError
 from lavit_jax.sharding import path_name
-
-
-def learning_rate(config, num_steps: int) -> optax.Schedule:
-  """Linear warm-up to `config.learning_rate`, then a cosine down to `config.final_fraction` of it at `num_steps`."""
-  warmup = min(config.warmup_steps, max(num_steps - 1, 0))
-  return optax.warmup_cosine_decay_schedule(
-      0.0, config.learning_rate, warmup, num_steps, config.final_fraction * config.learning_rate)
+from lavit_jax.training.schedule import learning_rate
 
 
 def make(config, num_steps: int, params, hold=()) -> optax.GradientTransformation:
   """Builds the optimizer of one run.
 
   Args:
-    config: the page's `optim`: learning_rate, warmup_steps, final_fraction, weight_decay (on kernels only), b1, b2,
-      mu_dtype, nu_dtype (of the moments: bfloat16 halves each), clip_norm (global, 0 = off), freeze (regexes), lr_scale ((regex,
+    config: the page's `optim`: the options of schedule.learning_rate, weight_decay (on kernels only), b1, b2,
+      mu_dtype, nu_dtype (of the moments: bfloat16 halves each), clip_norm (global, None = off), freeze (regexes), lr_scale ((regex,
       factor) pairs, the first match counts).
     num_steps: where the cosine ends.
     params: the parameters, or their shapes.

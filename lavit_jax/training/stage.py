@@ -14,10 +14,38 @@ from jax import Array
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import vit
+from lavit_jax.models.layers import split_batch
 from lavit_jax.models.lavit import Lavit
 from lavit_jax.models.tokenizer import l2_normalise
 
 Tree = Any
+ROW = '_row'  # of a batch that is a piece of a larger one: i32[B], the rows that it has there
+
+
+class Mean(NamedTuple):
+  """A metric that is a mean: f32[] total of weighted values, and f32[] sum of the weights. Pieces of a batch count by their weights."""
+
+  total: Array
+  weight: Array
+
+
+class Sum(NamedTuple):
+  """A metric that is a count or a sum, f32[]: it adds up over the pieces of a batch."""
+
+  total: Array
+
+
+class Average(NamedTuple):
+  """How the moving average of a stage's parameters takes along what of its state must match them.
+
+  join(params, state) -> the tree that is averaged.
+  part(average, state) -> (params, state) for evaluation and export.
+  settle(average, old state, new state) -> the average, begun anew where the state has jumped and does not move on.
+  """
+
+  join: Callable
+  part: Callable
+  settle: Callable
 
 
 class Stage(NamedTuple):
@@ -26,11 +54,16 @@ class Stage(NamedTuple):
   needs: parts of earlier stages that stay as they are; `frozen` below.
   starts: parts of earlier stages that this one goes on with.
   init(key, parts) -> (params, state): `parts` holds `needs`, `starts`, and whatever `init_from` offers.
-  loss(params, frozen, state, batch, key, train) -> (loss, (state, metrics)): `train` False leaves one-time events alone.
+  loss(params, frozen, state, batch, key, train) -> (loss, (state, metrics)): `train` False leaves one-time events alone. A metric is an
+    array f32[], a Mean or a Sum; a Mean `loss` says by what the loss of a piece of a batch counts. What is random is drawn by `row_keys`.
   export(params, state) -> parts.
   draw(params, frozen, state, batch, key) -> rows of pictures, uint8[n, H, W, 3] each; None if there is nothing to see.
   hold: (regex, step) pairs of parameters that stop moving at that step.
   zeros: parts that are zeros where `init_from` does not offer them.
+  takes: parts that `init_from` may offer.
+  hold_of(parts) -> the pairs in place of `hold`, where they depend on what is offered.
+  average: what of the state is averaged with the parameters.
+  about(state) -> what an export says of itself besides, JSON.
   """
 
   needs: tuple[str, ...]
@@ -41,6 +74,10 @@ class Stage(NamedTuple):
   draw: Callable | None = None
   hold: tuple[tuple[str, int], ...] = ()
   zeros: tuple[str, ...] = ()
+  takes: tuple[str, ...] = ()
+  hold_of: Callable | None = None
+  average: Average | None = None
+  about: Callable | None = None
 
 
 def apply(module, params: Tree, *args, **kwargs):
@@ -48,12 +85,27 @@ def apply(module, params: Tree, *args, **kwargs):
   return module.apply({'params': params}, *args, **kwargs)
 
 
+def row_keys(key: Array, batch: dict, size: int) -> Array:
+  """A key for each of the `size` rows of a batch. They go by the row in the whole batch: pieces draw what the whole draws."""
+  rows = split_batch(batch.get(ROW, jnp.arange(size, dtype=jnp.int32)))
+  return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+
+
 def features(model: Lavit, params: Tree, images: Array) -> Array:
-  """uint8[B, H, W, 3] of any square size -> the ViT's features [B, 1 + N, D]."""
-  x = vit.preprocess(images)
-  if x.shape[1] != model.image_size:
-    x = jax.image.resize(x, (len(x), model.image_size, model.image_size, 3), 'cubic')
-  return apply(model.vit, params, x)
+  """uint8[B, H, W, 3] of the size that the ViT takes -> its features [B, 1 + N, D].
+
+  Resizing is the loader's, by Pillow as at inference: `jax.image.resize` does not round and clip
+  between its passes, and so shows the ViT other edges.
+  """
+  side = model.image_size
+  if images.shape[1:3] != (side, side):
+    raise ValueError(f'the ViT takes images of {side} x {side}, not {list(images.shape)}')
+  return apply(model.vit, params, vit.preprocess(images))
+
+
+def vit_images(batch: dict) -> Array:
+  """The images of a batch at the ViT's size: 'vit_image', or 'image' if that has this size."""
+  return batch['vit_image'] if 'vit_image' in batch else batch['image']
 
 
 def cosine_similarity(x: Array, y: Array) -> Array:

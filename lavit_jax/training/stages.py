@@ -28,17 +28,19 @@ from lavit_jax.models.decoder import null_context
 from lavit_jax.models.initial import initial_parts
 from lavit_jax.models.lavit import Lavit
 from lavit_jax.models.layers import per_shard
+from lavit_jax.models.rows import draw_rows
 from lavit_jax.models.sequence import compact, embed_sources, pack
 from lavit_jax.models.tokenizer import gumbel_keep
 from lavit_jax.training import codebook
 from lavit_jax.training.foundations import autoencoder, encoder
-from lavit_jax.training.stage import Stage, apply, begin, cosine_similarity, feature_colours, features, shade_dropped
+from lavit_jax.training.stage import (
+    Average, Mean, Stage, Sum, apply, begin, cosine_similarity, feature_colours, features, row_keys, shade_dropped, vit_images)
 
 
+SELECTOR = r'^tokenizer/selector/'
 PAGES = dict(  # data.task of each stage, and what its page alone has
     encoder=('contrastive', 'text_tower'), autoencoder=('images', 'kl_weight'), tokenizer=('images', 'tokenizer'),
     detokenizer=('images', 'detokenizer'), lm=('lm', 'lm'))
-COUNTS = ('overflow', 'loss_tokens')  # metrics that add up over the pieces of a batch; the others are averaged
 
 
 def build(config, model: Lavit, shards: int) -> Stage:
@@ -69,12 +71,38 @@ def check(config) -> None:
     raise UserError(f'data.image_size={size} must be a multiple of {multiple} for stage {config.stage} of variant {config.variant}')
 
 
+def warnings(config, stage: Stage, parts: dict) -> list[str]:
+  """What of a run's options will not do what one may think, a line each."""
+  lines = []
+  if config.init_from and not any(name in parts for name in stage.takes if name not in stage.starts):
+    lines.append(f'init_from={config.init_from} has none of {", ".join(stage.takes)}, which stage {config.stage} trains: they begin anew')
+  if config.stage != 'tokenizer':
+    return lines
+  first = config.tokenizer.quantize_from
+  if codebook.is_offered(parts):
+    lines.append('the codebook of init_from goes on: quantisation begins with the first step, whatever tokenizer.quantize_from says')
+  elif config.num_steps <= first:
+    lines.append(f'num_steps={config.num_steps} ends before quantisation begins (tokenizer.quantize_from={first}): the codebook stays untrained, '
+                 'and later stages will refuse the export')
+  return lines
+
+
 def abstract_inputs(config, model: Lavit, stage: Stage) -> tuple[dict, dict]:
   """(the parts that the stage needs or starts from, a batch of all processes) as ShapeDtypeStructs."""
   parts = jax.eval_shape(lambda: initial_parts(model, jax.random.key(0), stage.needs + stage.starts))
   data = config.data
-  batch = mixtures.shapes(data.task, config.batch_size, data.image_size, data.get('text_length', 0))
+  batch = mixtures.shapes(data.task, config.batch_size, data.image_size, data.get('text_length', 0),
+                          vit_size(config, model))
   return parts, {name: jax.ShapeDtypeStruct(*like) for name, like in batch.items()}
+
+
+def vit_size(config, model: Lavit) -> int | None:
+  """The side of the images that the loader makes for the ViT beside those of `data.image_size`.
+
+  None if there is no need: those have that size, or the stage has no ViT.
+  """
+  needless = config.stage == 'autoencoder' or config.data.image_size == model.image_size
+  return None if needless else model.image_size
 
 
 def tokens(config) -> int:
@@ -89,6 +117,9 @@ def tokenizer(config, model: Lavit, shards: int) -> Stage:
 
   The codebook is state: k-means on the first quantised batch, then moving averages. At `freeze_selector_from` (-1: when
   quantisation begins) the selector stops: still training, it would buy back with more tokens what quantisation costs.
+
+  A codebook that `init_from` offers goes on as it is, and so quantisation begins with the first step. Where the offered tokenizer has none
+  (its own training ended before), k-means begins it as ever.
   """
   del shards
   c = config.tokenizer
@@ -96,14 +127,21 @@ def tokenizer(config, model: Lavit, shards: int) -> Stage:
   freeze_from = c.quantize_from if c.freeze_selector_from < 0 else c.freeze_selector_from
 
   def init(key, parts):
-    params = begin(initial_parts(model, key, ('tokenizer', 'decoder')), parts)
-    quantizer = dict(params['tokenizer']['quantizer'])
-    book = codebook.create(quantizer.pop('embedding'))
-    return {**params, 'tokenizer': {**params['tokenizer'], 'quantizer': quantizer}}, book
+    fresh = initial_parts(model, key, ('tokenizer', 'decoder'))
+    offered = codebook.is_offered(parts)
+    if 'tokenizer' in parts and not offered:
+      quantizer = {**parts['tokenizer']['quantizer'], 'embedding': fresh['tokenizer']['quantizer']['embedding']}
+      parts = {**parts, 'tokenizer': {**parts['tokenizer'], 'quantizer': quantizer}}
+    params, embedding = codebook.take_out(begin(fresh, parts))
+    return params, codebook.create(embedding, started=offered)
+
+  def hold_of(parts):
+    start = 0 if codebook.is_offered(parts) and c.freeze_selector_from < 0 else freeze_from
+    return ((SELECTOR, start),)
 
   def whole(params, book):
     """The tokenizer's parameters with the codebook in its place."""
-    return {**params['tokenizer'], 'quantizer': {**params['tokenizer']['quantizer'], 'embedding': book.embedding}}
+    return codebook.put_in(params, book.embedding)['tokenizer']
 
   def encode(params, book, x, key):
     """Features [B, N, D] -> (keep f32[B, N], unit vectors before quantisation f32[B, N, C])."""
@@ -118,7 +156,7 @@ def tokenizer(config, model: Lavit, shards: int) -> Stage:
 
   def loss(params, frozen, book, batch, key, train):
     k1, k2, k3 = jax.random.split(key, 3)
-    x = features(model, frozen['vit'], batch['image'])[:, 1:].astype(jnp.float32)
+    x = features(model, frozen['vit'], vit_images(batch))[:, 1:].astype(jnp.float32)
     keep, z = encode(params, book, x, k1)
     flat, weight = jax.lax.stop_gradient((z.reshape(-1, code_dim), keep.reshape(-1)))
     if train:  # the first quantised batch of the training, never one that is only looked at
@@ -141,18 +179,31 @@ def tokenizer(config, model: Lavit, shards: int) -> Stage:
     metrics |= dict(batch_codes=(count > 0).mean(), batch_perplexity=codebook.perplexity(count))
     return value, (book, metrics | codebook.usage(book) if train else metrics)  # a held-out batch is all that it can tell of
 
+  def part(average, book):
+    params, embedding = codebook.take_out(average)
+    return params, book._replace(embedding=embedding)
+
+  def settle(average, old, new):
+    params, embedding = codebook.take_out(average)
+    return codebook.put_in(params, codebook.settle(embedding, old, new, c.revive_after))
+
+  average = Average(lambda params, book: codebook.put_in(params, book.embedding), part, settle)
+
   def export(params, book):
     return dict(tokenizer=whole(params, book), decoder=params['decoder'])
 
+  def about(book):
+    return dict(codebook='trained' if book.started else 'untrained')
+
   def draw(params, frozen, book, batch, key):
     images = batch['image'][:8]
-    x = features(model, frozen['vit'], images)[:, 1:].astype(jnp.float32)
+    x = features(model, frozen['vit'], vit_images(batch)[:8])[:, 1:].astype(jnp.float32)
     keep, z = encode(params, book, x, key)
     codes = jnp.where(book.started, book.embedding[codebook.nearest_code(z, book.embedding)], z)
     return [images, shade_dropped(images, keep), *feature_colours(x, reconstruct(params, codes, keep), images.shape[1])]
 
-  hold = ((r'^tokenizer/selector/', freeze_from),)
-  return Stage(('vit',), (), init, loss, export, draw, hold)
+  hold = ((SELECTOR, freeze_from),)
+  return Stage(('vit',), (), init, loss, export, draw, hold, takes=('tokenizer', 'decoder'), hold_of=hold_of, average=average, about=about)
 
 
 def detokenizer(config, model: Lavit, shards: int) -> Stage:
@@ -161,7 +212,8 @@ def detokenizer(config, model: Lavit, shards: int) -> Stage:
   Of the decoder only the context heads train (the page's `optim.freeze`): the features stay what stage 1 made them.
   """
   del shards
-  schedule = diffusion.scaled_linear()
+  scheduler = model.scheduler  # of the U-Net that it starts from
+  schedule = scheduler.schedule
   num_rows = model.num_patches
 
   def init(key, parts):
@@ -182,17 +234,18 @@ def detokenizer(config, model: Lavit, shards: int) -> Stage:
 
   def loss(params, frozen, state, batch, key, train):
     del train
-    keys = jax.random.split(key, 5)
     images = batch['image']
+    keys = [row_keys(k, batch, len(images)) for k in jax.random.split(key, 5)]
     mean, logvar = apply(model.vae, frozen['vae'], pixels.preprocess(images), method='encode')
-    latents = model.vae.scaling_factor * pixels.sample_latents(mean, logvar, keys[0])
-    context, keep = condition(params, frozen, images, keys[1])
-    drop = jax.random.bernoulli(keys[2], config.detokenizer.drop_condition, (len(images), 1))
+    latents = model.vae.to_unet(pixels.sample_latents(mean, logvar, keys[0]))
+    context, keep = condition(params, frozen, vit_images(batch), keys[1])
+    drop = draw_rows(jax.random.uniform, keys[2], (len(images), 1)) < config.detokenizer.drop_condition
     null, null_mask = unconditional(state, len(images))
     context, mask = jnp.where(drop[..., None], null, context), jnp.where(drop, null_mask, True)
-    t = jax.random.randint(keys[3], (len(images),), 0, len(schedule.betas))
-    target = jax.random.normal(keys[4], latents.shape)
-    predicted = apply(model.unet, params['unet'], diffusion.add_noise(schedule, latents, target, t), t, context, mask)
+    t = draw_rows(lambda key, shape: jax.random.randint(key, shape, 0, len(schedule.betas)), keys[3], (len(images),))
+    noise = draw_rows(jax.random.normal, keys[4], latents.shape)
+    predicted = apply(model.unet, params['unet'], diffusion.add_noise(schedule, latents, noise, t), t, context, mask)
+    target = diffusion.training_target(scheduler.prediction_type, schedule, latents, noise, t)
     value = jnp.square(predicted - target).mean()
     return value, (state, dict(keep_ratio=keep.mean(), latent_std=latents.std()))
 
@@ -200,19 +253,28 @@ def detokenizer(config, model: Lavit, shards: int) -> Stage:
     """Pictures, kept patches, and what the tokens alone give: DDIM, deterministic, with guidance."""
     images = batch['image'][:8]
     k1, k2 = jax.random.split(key)
-    context, keep = condition(params, frozen, images, k1)
+    context, keep = condition(params, frozen, vit_images(batch)[:8], k1)
     null, null_mask = unconditional(state, len(images))
     side = images.shape[1] // model.vae.factor
     latents = jax.random.normal(k2, (len(images), side, side, model.vae.latent_channels))
     x = sample(functools.partial(apply, model.unet, params['unet']), latents, (context, jnp.ones_like(null_mask)), (null, null_mask),
-               steps=num_steps, guidance_scale=config.detokenizer.guidance_scale, schedule=schedule)
-    drawn = apply(model.vae, frozen['vae'], x / model.vae.scaling_factor, method='decode')
+               steps=num_steps, guidance_scale=config.detokenizer.guidance_scale, scheduler=scheduler)
+    drawn = apply(model.vae, frozen['vae'], model.vae.from_unet(x), method='decode')
     return [images, shade_dropped(images, keep), pixels.postprocess(drawn)]
 
   def export(params, state):
     return dict(unet=params['unet'], decoder=params['decoder'], uncond_embeddings=state['uncond_embeddings'])
 
-  return Stage(('vit', 'tokenizer', 'vae'), ('decoder',), init, loss, export, draw, zeros=('uncond_embeddings',))
+  return Stage(('vit', 'tokenizer', 'vae'), ('decoder',), init, loss, export, draw, zeros=('uncond_embeddings',),
+               takes=('decoder', 'unet', 'uncond_embeddings'))
+
+
+def count_cut(batch: dict) -> jax.Array:
+  """How many texts of a batch were cut, f32[]: nothing of weight follows them."""
+  if batch['text_weight'].shape[1] == batch['text'].shape[1]:  # none can be
+    return jnp.zeros([])
+  behind = jnp.take_along_axis(batch['text_weight'], batch['text_length'][:, None], axis=1)
+  return (behind == 0).sum().astype(jnp.float32)
 
 
 def lm(config, model: Lavit, shards: int) -> Stage:
@@ -227,6 +289,10 @@ def lm(config, model: Lavit, shards: int) -> Stage:
     raise UserError(f'lm.num_rows={c.num_rows} must be a multiple of the {pieces} pieces of a batch')
   if c.row_length % c.loss_chunks:
     raise UserError(f'lm.row_length={c.row_length} must be a multiple of lm.loss_chunks={c.loss_chunks}')
+  longest, positions = config.data.text_length + model.num_patches + 3, model.llama.max_position_embeddings
+  if longest > positions:
+    raise UserError(f'data.text_length={config.data.text_length}: with {model.num_patches} visual tokens and 3 marks a pair may have {longest} tokens, but the '
+                    f'language model of this checkpoint reads max_position_embeddings={positions}; lower data.text_length')
 
   def init(key, parts):
     params = initial_parts(model, key, ('llama', 'understanding'))
@@ -258,8 +324,8 @@ def lm(config, model: Lavit, shards: int) -> Stage:
 
   def loss(params, frozen, state, batch, key, train):
     del train
-    x = features(model, frozen['vit'], batch['image'])[:, 1:]
-    out = apply(model.tokenizer, frozen['tokenizer'], x, key)
+    x = features(model, frozen['vit'], vit_images(batch))[:, 1:]
+    out = apply(model.tokenizer, frozen['tokenizer'], x, row_keys(key, batch, len(x)))
     visual, mask = compact(apply(model.understanding, params['understanding'], x, out.keep), out.keep)
     codes, _ = compact(out.ids, out.keep)
     pairs = (batch['text'], batch['text_length'], batch['text_weight'], batch['kind'], codes, mask.sum(-1))
@@ -270,11 +336,13 @@ def lm(config, model: Lavit, shards: int) -> Stage:
     nll, correct = next_token(params['llama'], hidden, rows.targets)
 
     def mean(values, weights):
-      return (values * weights).sum() / weights.sum()  # nan where nothing counts: that is what it is
+      return Mean((values * weights).sum(), weights.sum())
 
-    value = (nll * rows.weights).sum() / jnp.maximum(rows.weights.sum(), 1e-6)
-    metrics = dict(token_accuracy=mean(correct, rows.weights), packed_share=rows.used.mean(), overflow=rows.overflow.sum().astype(jnp.float32),
-                   loss_tokens=(rows.weights > 0).sum().astype(jnp.float32), keep_ratio=out.keep.mean())
+    total = mean(nll, rows.weights)
+    value = total.total / jnp.maximum(total.weight, 1e-6)
+    metrics = dict(loss=total, token_accuracy=mean(correct, rows.weights), packed_share=rows.used.mean(),
+                   overflow=Sum(rows.overflow.sum().astype(jnp.float32)), cut_texts=Sum(count_cut(batch)),
+                   loss_tokens=Sum((rows.weights > 0).sum().astype(jnp.float32)), keep_ratio=out.keep.mean())
     for i, name in enumerate(('image_to_text', 'text_to_image', 'text_only')):
       weights = rows.weights * (kind == i)
       metrics |= {f'loss_{name}': mean(nll, weights), f'accuracy_{name}': mean(correct, weights)}
@@ -288,7 +356,7 @@ def lm(config, model: Lavit, shards: int) -> Stage:
     """Pictures, and the patches that the language model gets to see."""
     del params, state
     images = batch['image'][:8]
-    x = features(model, frozen['vit'], images)[:, 1:]
+    x = features(model, frozen['vit'], vit_images(batch)[:8])[:, 1:]
     return [images, shade_dropped(images, apply(model.tokenizer, frozen['tokenizer'], x, key).keep)]
 
-  return Stage(('vit', 'tokenizer'), (), init, loss, export, draw)
+  return Stage(('vit', 'tokenizer'), (), init, loss, export, draw, takes=('llama', 'understanding'))

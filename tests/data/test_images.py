@@ -46,6 +46,46 @@ def test_every_mode_reads_as_rgb(data, expected):
   np.testing.assert_array_equal(image, np.broadcast_to(np.uint8(expected), image.shape))
 
 
+RAMP = np.arange(35, dtype=np.float64).reshape(5, 7) / 34
+
+
+@pytest.mark.parametrize('source, expected', [
+    ((RAMP * 255).astype(np.float32).round(), (RAMP * 255).round()),  # whole numbers in a float file
+    (RAMP.astype(np.float32), (RAMP * 255).round()),
+    ((RAMP * 65535).astype(np.float32).round(), (RAMP * 255).round()),  # was white from 255 on
+    ((RAMP * 65535).round().astype(np.int32), (RAMP * 255).round()),
+    ((RAMP * 65535).round().astype('>u2'), (RAMP * 255).round()),
+    ((RAMP * 200).round().astype('>u2'), (RAMP * 200 / 257).round()),  # dark, and still of 16 bits
+    ((RAMP * 200).round().astype('<u2'), (RAMP * 200 / 257).round()),
+], ids='float255 float1 float65535 int32 big-endian big-endian-dark little-endian-dark'.split())
+def test_deep_pictures_are_scaled_not_clipped(source, expected):
+  modes = {'f': 'F', 'i': 'I', 'u': 'I;16B' if source.dtype.byteorder == '>' else 'I;16'}
+  image = Image.frombytes(modes[source.dtype.kind], source.shape[::-1], source.tobytes())
+  found = images.read_image(image)
+  np.testing.assert_allclose(found[..., 0].astype(float), expected, atol=1)  # of one rounding more
+  assert (found == found[..., :1]).all()
+  np.testing.assert_array_equal(images.read_image(encode(image, 'TIFF')), found)
+
+
+@pytest.mark.parametrize('source, message', [
+    (RAMP * 3.7, 'fractions from 0 to 3.7'), (RAMP - 0.5, 'from -0.5 to 0.5'), (RAMP * 1e6, 'from 0 to 1e.06'),
+    (RAMP * np.nan, 'from nan'), ((RAMP * 70000).astype(np.int32), 'to 70000'), ((RAMP * 9 - 3).astype(np.int32), 'from -3'),
+])
+def test_numbers_without_a_white_are_refused(tmp_path, source, message):
+  source = source if source.dtype == np.int32 else source.astype(np.float32)
+  Image.fromarray(source).save(tmp_path / 'deep.tif')
+  with pytest.raises(UserError, match=message) as error:
+    images.read_image(tmp_path / 'deep.tif')
+  assert 'deep.tif' in str(error.value) and 'scale' in str(error.value) and 'damaged' not in str(error.value)
+
+
+def test_premultiplied_and_palette_alpha_lie_on_white():
+  palette = Image.new('PA', (3, 2), (5, 0))
+  palette.putpalette([90] * 768)
+  for clear in (Image.new('LA', (3, 2), (90, 0)).convert('La'), Image.new('RGBA', (3, 2), RED + (0,)).convert('RGBa'), palette):
+    assert (images.read_image(clear) == 255).all(), clear.mode
+
+
 @pytest.mark.parametrize('kind', ['JPEG', 'TIFF'])
 def test_cmyk_is_near_its_rgb(kind):
   image = images.read_image(encode(solid().convert('CMYK'), kind))

@@ -27,7 +27,7 @@ def test_shapes_and_dtypes(task, keys):
   batch = next(batches(task, text_length=40))
   assert batch.keys() == keys
   shapes = {'image': ((8, 64, 64, 3), 'uint8'), 'text': ((8, 40), 'int32'), 'text_length': ((8,), 'int32'),
-            'text_weight': ((8, 40), 'float32'), 'kind': ((8,), 'int32')}
+            'text_weight': ((8, 41), 'float32'), 'kind': ((8,), 'int32')}
   assert {key: (value.shape, str(value.dtype)) for key, value in batch.items()} == {key: shapes[key] for key in keys}
 
 
@@ -88,7 +88,12 @@ def test_weights_and_kinds_of_each_share():
   def rows(**shares):
     batch = next(batches('lm', batch_size=64, shares=shares, draw_text_weight=0.25))
     inside = np.arange(48) < batch['text_length'][:, None]
-    assert (batch['text'][~inside] == 0).all() and (batch['text_weight'][~inside] == 0).all()
+    assert (batch['text'][~inside] == 0).all()
+    behind = np.take_along_axis(batch['text_weight'], batch['text_length'][:, None], axis=1)
+    assert (behind == 1).all()  # these texts are whole: their end is learnt
+    np.put_along_axis(batch['text_weight'], batch['text_length'][:, None], 0.0, axis=1)
+    batch['text_weight'] = batch['text_weight'][:, :48]
+    assert (batch['text_weight'][~inside] == 0).all()
     assert not np.isin(batch['text'][inside], (text.UNKNOWN, text.BEGIN, text.END)).any()
     return batch, inside, [tokenizer.decode(ids[:n]) for ids, n in zip(batch['text'], batch['text_length'])]
 

@@ -6,6 +6,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from lavit_jax import local_paths
 from lavit_jax.data import formats, mixtures, paths
 from lavit_jax.data.rows import Skipped
 from lavit_jax.errors import Unreachable, UserError
@@ -141,3 +142,51 @@ def test_what_no_patience_opens(tmp_path, name):
   (tmp_path / 'loop').symlink_to(tmp_path / 'loop')
   with pytest.raises(paths.NO_FILE):  # at once: a wait would raise UserError, 21 seconds later
     paths.open_file(str(tmp_path / name))
+
+
+AWKWARD = ['a[1].tar', 'b*.tar', 'c?.tar', 'd {x,y}.tar', 'e {1..3}.tar', '~f.tar', 'g h.tar', 'i::j.tar', '%41.tar']
+
+
+@pytest.mark.parametrize('name', AWKWARD)
+def test_a_path_that_exists_is_meant_literally(tmp_path, monkeypatch, name):
+  for other in ('a1.tar', 'bb.tar', 'cc.tar', 'd x.tar', 'e 1.tar', 'A.tar', name):
+    (tmp_path / other).write_bytes(b'123' if other == name else b'')
+  monkeypatch.chdir(tmp_path)
+  for path in (f'{tmp_path}/{name}', f'file://{tmp_path}/{name}', name):
+    file, = paths.expand(path, '.tar')
+    assert file == path.removeprefix('file://')
+    assert paths.names_and_sizes([file]) == [(name, 3)]
+    assert paths.open_file(file).read() == b'123'
+
+
+@pytest.mark.parametrize('folder', ['data [2024]', '{a,b}', '*'])
+def test_the_part_of_a_path_that_exists_is_meant_literally(tmp_path, monkeypatch, folder):
+  inside = tmp_path / folder
+  inside.mkdir()
+  for name in ('00.tar', '01.tar', '02.tar', 'x[0].tar', 'note'):
+    (inside / name).touch()
+  monkeypatch.chdir(tmp_path)
+  for base in (str(inside), folder):
+    expected = [f'{base}/0{i}.tar' for i in range(3)]
+    assert paths.expand(f'{base}/0*.tar', '.tar') == expected
+    assert paths.expand(f'{base}/{{00..02}}.tar', '.tar') == expected
+    assert paths.expand(f'{base}/0[0-2].tar', '.tar') == expected
+    assert paths.expand(f'{base}/{{00,x[0]}}.tar', '.tar') == [expected[0], f'{base}/x[0].tar']
+    assert paths.expand(base, '.tar') == [*expected, f'{base}/x[0].tar']
+  with pytest.raises(UserError, match=r'9\*.tar matches no file'):
+    paths.expand(f'{inside}/9*.tar', '.tar')
+
+
+def test_the_home_folder(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  monkeypatch.chdir(tmp_path)
+  write_tars(tmp_path)
+  assert paths.expand('~/{00000..00001}.tar', '.tar') == [f'{tmp_path}/0000{i}.tar' for i in range(2)]
+  assert paths.expand('~/*.tar', '.tar') == paths.expand('~', '.tar') == [f'{tmp_path}/0000{i}.tar' for i in range(4)]
+  assert local_paths.expand_home('~') == str(tmp_path) and local_paths.expand_home('a/~') == 'a/~'
+  assert local_paths.expand_home('~nobody_of_this_name/x') == '~nobody_of_this_name/x'
+  (tmp_path / 'pairs').mkdir()
+  write_folder(tmp_path / 'pairs')
+  assert len(formats.Folder('~/pairs', None, ())) == 24
+  (tmp_path / '~').mkdir()  # which exists, in this folder
+  assert local_paths.expand_home('~') == '~'

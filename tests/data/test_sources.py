@@ -118,7 +118,8 @@ def test_a_source_is_known_by_its_files(written, tmp_path, name):
     longer.write_bytes((tmp_path / 'other').read_bytes() + bytes(512))
     others.append(again | {'path': [*files[:-1], str(longer)]})
   for other in others:
-    with pytest.raises(ValueError, match=r'^changed are sources\[0\].files [0-9a-f]{8} -> [0-9a-f]{8}$'):
+    contents = r', sources\[0\].contents \w{8} -> \w{8}' if name == 'folder' else ''
+    with pytest.raises(ValueError, match=rf'^changed are sources\[0\].files [0-9a-f]{{8}} -> [0-9a-f]{{8}}{contents}$'):
       batches(other).set_state(state)
 
 
@@ -164,7 +165,8 @@ def test_uses(written, tmp_path):
   kind, length = batch['kind'], batch['text_length']
   assert set(kind) == {1, 2} and (length[kind == 2] > 0).all() and 0.2 < (length[kind == 1] == 0).mean() < 0.8
   assert (batch['image'][kind == 2] == 0).all() and TOKENS.decode(batch['text'][kind == 2][0]).startswith('only words')
-  assert set(np.unique(batch['text_weight'][kind == 1])) == {0, 0.25}
+  inside = np.arange(batch['text'].shape[1] + 1) < length[:, None]
+  assert set(batch['text_weight'][inside & (kind == 1)[:, None]]) == {0.25}
   shared = next(batches(written['tars'], batch_size=200, shares={'caption': 1, 'draw': 3, 'answer': 5}))['kind']
   assert set(shared) == {0, 1} and abs(shared.mean() - 0.75) < 0.12
 
@@ -233,6 +235,11 @@ def test_broken_tars_have_a_share_of_their_own(tmp_path):
     (dict(format='tars', path='x', wieght=1), "does not know 'wieght'; did you mean 'weight'"),
     (dict(format='tars'), 'no path'), (dict(format='tars', path='nowhere/*.tar'), 'nowhere/.*matches no file'),
     (dict(format='tars', path='x', use='look'), "use 'look'"), (dict(format='tars', path='x', weight=0), 'weight must be above 0'),
+    (dict(format='tars', path='x', text=5), r'sources\[0\] \(tars\) has text 5; give a name'),
+    (dict(format='tars', path='x', image=('jpg', 5)), r"has image \('jpg', 5\); give a name"),
+    (dict(format='parquet', path='x', image=('a', 'b')), 'give the name of one column'),
+    (dict(format='arrayrecord', path='x', image='jpg'), 'each record has one image; leave it out'),
+    (dict(format='tars', path='x', weight=float('inf')), 'has weight inf; give a finite number'),
     (dict(format='arrayrecord', path='gs://a/b.array_record'), 'local files only'),
     (dict(format='arrayrecord', path='nowhere.array_record'), 'no such file; make it with lavit data pack'),
     (dict(format='folder', path='.'), 'has no captions.jsonl'), (dict(format='parquet', path='nowhere.parquet'), 'not a Parquet file'),
@@ -318,7 +325,7 @@ def test_captions_of_a_folder(tmp_path, name, content):
 
 def test_a_folder_whose_captions_have_another_name(tmp_path):
   (tmp_path / 'captions.jsonl').write_text('{"image": "0.png", "text": "words"}')
-  with pytest.raises(UserError, match=r"captions.jsonl: no captions in it \(there is no 'file_name'\); it needs file_name and text"):
+  with pytest.raises(UserError, match=r"captions.jsonl has no field 'file_name'; its fields are 'image', 'text'; name the one to use with image="):
     formats.Folder(str(tmp_path), None, None)
 
 
@@ -356,3 +363,20 @@ def test_what_is_no_array_record_is_named(written, tmp_path, content):
 def test_a_damaged_pax_header_ends_the_tar(content):
   with pytest.raises(tars.Broken):
     tars._pax(content)
+
+
+def test_the_end_of_a_text_that_was_cut_is_not_taught(tmp_path):
+  """Words beyond `text_length` are left out, and with them the end; a text that fits to the last token ends."""
+  words = [' '.join(f'word{k}' for k in range(1000)), 'red sun', 'x' * 5000]
+  exact = TOKENS.decode(TOKENS.encode('the quick brown fox jumps over a lazy dog')[:8])
+  write_tar(tmp_path / 'a.tar', [(str(i), {'png': picture(i), 'txt': word.encode()}) for i, word in enumerate([*words, exact])])
+  room = len(TOKENS.encode(exact))
+  for use, kind in (('caption', 0), ('draw', 1)):
+    source = dict(format='tars', path=f'{tmp_path}/a.tar', use=use)
+    batch = next(mixtures.batches('lm', sources=[source], batch_size=32, image_size=SIZE, tokenizer_folder=FOLDER,
+                                  text_length=room, drop_text=0.0))
+    behind = np.take_along_axis(batch['text_weight'], batch['text_length'][:, None], axis=1)[:, 0]
+    ends = {TOKENS.decode(ids[:n]): float(weight) for ids, n, weight in zip(batch['text'], batch['text_length'], behind)}
+    assert (batch['kind'] == kind).all()
+    assert ends.pop('red sun') == 1 and ends.pop(exact) == 1
+    assert set(ends.values()) == {0}

@@ -308,3 +308,24 @@ def test_epochs_and_windows_are_shuffled_apart():
   second, _ = reader.read(*after)
   places = [[ticket.key[3] % 20 for ticket in tickets[0] if ticket.key[3] < 40] for tickets in (first, second, again)]
   assert places[0] == places[2] != places[1] and sorted(places[0]) == sorted(places[1]) == list(range(20))
+
+
+def test_sources_of_equal_length_have_orders_of_their_own():
+  """Else a picture as 'caption' meets itself as 'draw' in one batch; the first source has the order of a list of one."""
+  from lavit_jax.data.streams import store
+
+  class Numbers:
+    def __len__(self):
+      return 32
+
+    def read(self, index):
+      return index
+
+  orders = [[store(Numbers(), number, '', 7)[i].read() for i in range(32)] for number in (0, 1, 2)]
+  same = [sum(a == b for a, b in zip(orders[i], orders[j])) for i, j in ((0, 1), (0, 2), (1, 2))]
+  assert all(sorted(order) == list(range(32)) for order in orders)
+  # Two random permutations agree in k places with a chance of about 1/(e k!): more than 8 in 1 of a million.
+  assert max(same) <= 8
+  import grain
+  expected = grain.MapDataset.range(32).shuffle(7)
+  assert orders[0] == [expected[i] for i in range(32)]

@@ -1,5 +1,7 @@
 import io
 import itertools
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -157,3 +159,34 @@ def test_the_longest_captions_and_questions_fit(tokenizer):
   caption = f'{first} to the right of {second}, openmoji style, on an orange background'
   question = f'Question: Are the {first} to the right of the {second}? Answer: yes'
   assert max(len(tokenizer.encode(words)) for words in (caption, question)) <= 48
+
+
+def test_truncation_and_padding_of_the_file_are_left_out(tokenizer, tmp_path):
+  """transformers leaves both out too, unless it is asked for them."""
+  transformers = pytest.importorskip('transformers')
+  theirs = transformers.AutoTokenizer.from_pretrained(FOLDER)
+  stored = theirs.backend_tokenizer
+  stored.enable_truncation(3)
+  stored.enable_padding(length=40)
+  shutil.copytree(FOLDER, tmp_path / 'words')
+  stored.save(str(tmp_path / 'words' / 'tokenizer.json'))
+  assert json.loads((tmp_path / 'words' / 'tokenizer.json').read_text())['truncation']['max_length'] == 3
+  words = 'a red apple and a green pear on a blue background'
+  wanted = transformers.AutoTokenizer.from_pretrained(tmp_path / 'words').encode(words, add_special_tokens=False)
+  found = text.TextTokenizer.load(tmp_path / 'words').encode(words)
+  assert len(found) > 3 and list(found) == wanted == list(tokenizer.encode(words))
+
+
+def test_tokens_added_behind_the_rows_are_letters(tokenizer, tmp_path):
+  """A `<pad>` with id 2,048 would be [IMG] of the tiny variant."""
+  shutil.copytree(FOLDER, tmp_path / 'words')
+  file = tmp_path / 'words' / 'tokenizer.json'
+  content = json.loads(file.read_text())
+  content['added_tokens'].append(
+      dict(id=2048, content='<pad>', single_word=False, lstrip=False, rstrip=False, normalized=False, special=True))
+  file.write_text(json.dumps(content))
+  loaded = text.TextTokenizer.load(tmp_path / 'words', 2048)
+  assert loaded.vocab_size == 2048 and loaded.encode('a <pad> cat') == tokenizer.encode('a <pad> cat')
+  assert max(loaded.encode('<pad>')) < 2048 and loaded.decode(loaded.encode('a <pad> cat')) == 'a <pad> cat'
+  with pytest.raises(UserError, match='has 2049 ids'):
+    text.TextTokenizer.load(tmp_path / 'words', 2050)

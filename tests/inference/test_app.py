@@ -26,7 +26,7 @@ from lavit_jax.errors import UserError
 from lavit_jax.inference import app, drawing
 from lavit_jax.inference.drawing import Drawn
 from lavit_jax.inference.pipeline import Lavit, Settings, Tokens
-from lavit_jax.inference.scheduler import Scheduler
+from lavit_jax.models.noise import Scheduler
 
 ASSETS = pathlib.Path(lavit_jax.__file__).parent / 'assets'
 PICTURE = str(ASSETS / 'demo' / '01.png')

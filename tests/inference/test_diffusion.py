@@ -1,7 +1,7 @@
 """The samplers against diffusers' schedulers, over whole trajectories."""
 
-import functools
 import itertools
+import re
 import types
 
 import jax
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lavit_jax.inference.diffusion import SAMPLERS, guided, initial_latents, sample, timesteps
-from lavit_jax.models.noise import add_noise, scaled_linear, velocity
+from lavit_jax.inference.diffusion import SAMPLERS, guided, initial_latents, plan, sample, timesteps
+from lavit_jax.models.noise import Scheduler, add_noise, scaled_linear, training_target, velocity
 from lavit_jax.models.unet import UNet
 from lavit_jax.porting import engine
 from lavit_jax.porting.tables_pixels import unet_rows, unet_shapes
@@ -21,13 +21,10 @@ Img2Img = diffusers.StableDiffusionImg2ImgPipeline
 rescale_noise_cfg = pytest.importorskip('diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion').rescale_noise_cfg
 
 SCHEDULE = scaled_linear()
-SETTINGS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear', steps_offset=1)
-PEERS = {  # as the scheduler configs of Stable Diffusion 1.5 and SDXL have them
-    'ddim': functools.partial(diffusers.DDIMScheduler, **SETTINGS, clip_sample=False, set_alpha_to_one=False),
-    'euler': functools.partial(diffusers.EulerDiscreteScheduler, **SETTINGS, interpolation_type='linear', final_sigmas_type='zero'),
-    'dpm++2m': functools.partial(diffusers.DPMSolverMultistepScheduler, **SETTINGS, algorithm_type='dpmsolver++', solver_order=2,
-                                 solver_type='midpoint', lower_order_final=True, final_sigmas_type='zero'),
-}
+SETTINGS = dict(  # as the scheduler configs of Stable Diffusion 1.5 and SDXL have them
+    _class_name='DDIMScheduler', beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear', steps_offset=1, clip_sample=False,
+    set_alpha_to_one=False)
+PEERS = {'ddim': diffusers.DDIMScheduler, 'euler': diffusers.EulerDiscreteScheduler, 'dpm++2m': diffusers.DPMSolverMultistepScheduler}
 RNG = np.random.default_rng(0)
 LATENTS = RNG.standard_normal((2, 4, 4, 4), np.float32)
 CONTEXT, NULL = RNG.standard_normal((2, 3, 12), np.float32), RNG.standard_normal((3, 12), np.float32)
@@ -36,7 +33,7 @@ MASK, NULL_MASK = np.array([[1, 1, 0], [1, 0, 0]], bool), np.array([1, 0, 0], bo
 
 def peer_sample(denoise, latents, *, steps, guidance_scale, sampler='ddim', rescale=0., start=None, strength=1., **settings):
   """denoise(latents, t) -> (conditional, unconditional), numpy throughout; the trajectory is diffusers', as its pipelines drive it."""
-  scheduler = PEERS[sampler](**settings)
+  scheduler = PEERS[sampler].from_config(SETTINGS | settings)
   scheduler.set_timesteps(steps)
   x, visited = torch.from_numpy(latents), scheduler.timesteps
   if start is None:
@@ -46,7 +43,7 @@ def peer_sample(denoise, latents, *, steps, guidance_scale, sampler='ddim', resc
     x = scheduler.add_noise(torch.from_numpy(start), x, visited[:1].repeat(len(x)))
   for t in visited:
     seen = scheduler.scale_model_input(x, t)
-    given, null = (torch.from_numpy(np.array(p)) for p in denoise(seen.numpy(), int(t)))
+    given, null = (torch.from_numpy(np.array(p)) for p in denoise(seen.numpy(), float(t)))
     found = null + guidance_scale * (given - null)
     x = scheduler.step(rescale_noise_cfg(found, given, rescale) if rescale else found, t, x).prev_sample
   return x.numpy()
@@ -58,36 +55,90 @@ def toy(latents, t, context, mask):
   return jnp.tanh(latents + 0.1 * level) * (0.5 + t[:, None, None, None] / 2000)
 
 
+OPTIONS = ('steps', 'sampler', 'rescale', 'start', 'strength')  # of the call; all else is said by the scheduler config
+
+
 def toy_pair(latents, t):
   t = jnp.full(2, t)
   return toy(latents, t, CONTEXT, MASK), toy(latents, t, np.stack([NULL, NULL]), np.stack([NULL_MASK, NULL_MASK]))
 
 
-def assert_same_trajectory(prediction='epsilon', spacing='leading', **settings):
-  want = peer_sample(toy_pair, LATENTS, guidance_scale=3., prediction_type=prediction, timestep_spacing=spacing, **settings)
-  got = sample(toy, LATENTS, (CONTEXT, MASK), (NULL, NULL_MASK), guidance_scale=3., schedule=SCHEDULE, prediction=prediction,
-               spacing=spacing, **settings)
+def assert_same_trajectory(**settings):
+  want = peer_sample(toy_pair, LATENTS, guidance_scale=3., **settings)
+  call = {key: settings.pop(key) for key in OPTIONS if key in settings}
+  got = sample(toy, LATENTS, (CONTEXT, MASK), (NULL, NULL_MASK), guidance_scale=3., scheduler=Scheduler(**settings), **call)
   assert np.abs(want - LATENTS).max() > 0.5
-  np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+  # Each step rounds latents of up to 10 times the result, guidance multiplies by 5, in up to 50 steps.
+  scale = 10 * max(1, np.abs(want).max())
+  np.testing.assert_allclose(got, want, rtol=0, atol=scale * 5 * 50 * np.finfo(np.float32).eps)
   return got
 
 
 @pytest.mark.parametrize('sampler', SAMPLERS)
-@pytest.mark.parametrize('prediction', ['epsilon', 'v_prediction'])
-@pytest.mark.parametrize('spacing', ['leading', 'trailing'])
-@pytest.mark.parametrize('steps', [7, 50])
+@pytest.mark.parametrize('spacing,prediction,steps', [
+    (None, 'epsilon', 7), ('leading', 'epsilon', 50), ('trailing', 'epsilon', 7), ('linspace', 'epsilon', 50), (None, 'v_prediction', 50),
+    ('leading', 'v_prediction', 7), ('trailing', 'v_prediction', 50), ('linspace', 'v_prediction', 7), ('trailing', 'sample', 7)])
 def test_trajectory_matches_diffusers(sampler, prediction, spacing, steps):
-  assert_same_trajectory(prediction, spacing, sampler=sampler, steps=steps)
+  assert_same_trajectory(prediction_type=prediction, sampler=sampler, steps=steps, **({'timestep_spacing': spacing} if spacing else {}))
+
+
+@pytest.mark.parametrize('sampler', SAMPLERS)
+@pytest.mark.parametrize('options', [
+    dict(clip_sample=True), dict(clip_sample=True, clip_sample_range=0.3, prediction_type='sample'),
+    dict(thresholding=True, sample_max_value=1.6, dynamic_thresholding_ratio=0.8),
+    dict(thresholding=True, clip_sample=True, sample_max_value=5., prediction_type='v_prediction'),
+    dict(beta_schedule='squaredcos_cap_v2', prediction_type='v_prediction', timestep_spacing='leading'),
+    dict(beta_schedule='linear', beta_start=1e-4, beta_end=0.02, set_alpha_to_one=True, steps_offset=0),
+    dict(trained_betas=tuple(np.linspace(0.001, 0.02, 200).tolist()), num_train_timesteps=200),
+    dict(rescale_betas_zero_snr=True, prediction_type='v_prediction', timestep_spacing='trailing'),
+    dict(rescale_betas_zero_snr=True, prediction_type='v_prediction', timestep_spacing='linspace'),
+    dict(rescale_betas_zero_snr=True, prediction_type='sample', timestep_spacing='trailing'),
+    dict(rescale_betas_zero_snr=True, timestep_spacing='leading'),
+])
+def test_options_match_diffusers(sampler, options):
+  """DDIM knows all of these, DPM++ no clip_sample, and Euler neither that nor thresholding: `from_config` says so."""
+  changed = assert_same_trajectory(sampler=sampler, steps=12, **options)
+  plain = sample(toy, LATENTS, (CONTEXT, MASK), (NULL, NULL_MASK), guidance_scale=3., steps=12, sampler=sampler)
+  ignored = {'euler': {'clip_sample'}, 'dpm++2m': {'clip_sample'}, 'ddim': set()}[sampler]
+  assert options.keys() <= ignored or sampler == 'euler' and 'thresholding' in options or np.abs(changed - plain).max() > 1e-3
+
+
+@pytest.mark.parametrize('sampler', SAMPLERS)
+def test_zero_terminal_snr_begins_at_noise_alone(sampler):
+  said = dict(rescale_betas_zero_snr=True, prediction_type='v_prediction', timestep_spacing='trailing')
+  peer = PEERS[sampler].from_config(SETTINGS | said)
+  peer.set_timesteps(10)
+  scheduler = Scheduler(**said)
+  steps = plan(scheduler, 10, sampler=sampler)
+  np.testing.assert_array_equal(steps.t, peer.timesteps)
+  assert steps.signal[0] == (0 if sampler == 'ddim' else 2 ** -12)
+  with pytest.raises(ValueError, match="rescale_betas_zero_snr leaves no signal.*take timestep_spacing='leading'"):
+    plan(scheduler._replace(prediction_type='epsilon'), 10)
+
+
+@pytest.mark.parametrize('sampler,first', [('ddim', 981), ('euler', 999), ('dpm++2m', 999)])
+def test_spacing_that_is_not_named_is_the_default_of_the_class(sampler, first):
+  peer = PEERS[sampler].from_config(SETTINGS)
+  peer.set_timesteps(50)
+  np.testing.assert_allclose(timesteps(1000, 50, sampler=sampler), peer.timesteps, rtol=1e-7)
+  assert peer.timesteps[0] == first
+
+
+@pytest.mark.parametrize('sampler', ['euler', 'dpm++2m'])
+def test_what_a_sampler_cannot_follow_is_named(sampler):
+  with pytest.raises(ValueError, match=f"sampler='{re.escape(sampler)}' cannot draw with use_karras_sigmas=True .*draw with sampler='ddim'"):
+    plan(Scheduler(use_karras_sigmas=True), 10, sampler=sampler)
+  plan(Scheduler(use_karras_sigmas=True), 10)
 
 
 @pytest.mark.parametrize('sampler', SAMPLERS)
 @pytest.mark.parametrize('steps', [1, 2, 3])
 def test_short_trajectories_match_too(sampler, steps):
-  assert_same_trajectory(sampler=sampler, steps=steps, spacing='trailing')
+  assert_same_trajectory(sampler=sampler, steps=steps, timestep_spacing='trailing')
 
 
 def test_the_samplers_differ():
-  results = [sample(toy, LATENTS, (CONTEXT, MASK), steps=7, schedule=SCHEDULE, sampler=sampler) for sampler in SAMPLERS]
+  results = [sample(toy, LATENTS, (CONTEXT, MASK), steps=7, sampler=sampler) for sampler in SAMPLERS]
   assert min(np.abs(a - b).max() for a, b in itertools.combinations(results, 2)) > 1e-3
 
 
@@ -98,11 +149,11 @@ def test_rescaled_guidance_matches_diffusers(sampler):
 
 
 @pytest.mark.parametrize('sampler', SAMPLERS)
-@pytest.mark.parametrize('spacing', ['leading', 'trailing'])
+@pytest.mark.parametrize('spacing', ['leading', 'trailing', 'linspace'])
 @pytest.mark.parametrize('steps,strength', [(10, 0.6), (50, 0.58), (25, 0.05), (7, 1.)])  # int(50 * 0.58) is 28: it rounds down
 def test_a_noised_start_matches_diffusers_img2img(sampler, spacing, steps, strength):
   start = RNG.standard_normal(LATENTS.shape, np.float32)
-  assert_same_trajectory(spacing=spacing, sampler=sampler, steps=steps, start=start, strength=strength)
+  assert_same_trajectory(timestep_spacing=spacing, sampler=sampler, steps=steps, start=start, strength=strength)
 
 
 @pytest.mark.parametrize('steps', [1, 60, 61, 103, 201, 999, 1000])
@@ -131,7 +182,7 @@ def test_tiny_unet_trajectory_matches_diffusers():
   @jax.jit
   def draw(params, scale):
     return sample(lambda *inputs: module.apply(params, *inputs), LATENTS, (CONTEXT, MASK), (NULL, NULL_MASK), steps=10,
-                  guidance_scale=scale, schedule=SCHEDULE)
+                  guidance_scale=scale)
 
   want = peer_sample(both, LATENTS, steps=10, guidance_scale=5.)
   np.testing.assert_allclose(draw(params, 5.), want, rtol=0, atol=1e-4)
@@ -142,7 +193,7 @@ def test_an_image_does_not_depend_on_its_batch():
 
   def draw(rows):
     return sample(toy, initial_latents(keys[rows], (4, 4, 4)), (CONTEXT[:1].repeat(len(rows), 0), MASK[:1].repeat(len(rows), 0)),
-                  steps=5, schedule=SCHEDULE)
+                  steps=5)
 
   together = draw(np.arange(3))
   np.testing.assert_allclose(draw(np.array([2]))[0], together[2], atol=1e-6)
@@ -163,12 +214,12 @@ def test_bfloat16_denoiser_is_finite():
   def denoise(latents, t, *condition):
     return toy(latents, t, *condition).astype(jnp.bfloat16)
 
-  got = sample(denoise, LATENTS, (CONTEXT, MASK), (NULL, NULL_MASK), steps=10, guidance_scale=3., schedule=SCHEDULE)
+  got = sample(denoise, LATENTS, (CONTEXT, MASK), (NULL, NULL_MASK), steps=10, guidance_scale=3.)
   assert got.dtype == jnp.float32 and np.isfinite(got).all()
 
 
 def test_schedule_and_training_targets_match_diffusers():
-  scheduler = PEERS['ddim']()
+  scheduler = PEERS['ddim'].from_config(SETTINGS)
   np.testing.assert_allclose(SCHEDULE.betas, scheduler.betas, rtol=1e-5)
   np.testing.assert_allclose(SCHEDULE.alphas_cumprod, scheduler.alphas_cumprod, rtol=2e-5)
   noise, t = LATENTS[::-1].copy(), np.array([0, 999])
@@ -178,8 +229,8 @@ def test_schedule_and_training_targets_match_diffusers():
 
 
 @pytest.mark.parametrize('change,message', [
-    (dict(spacing='linspace'), "spacing='linspace'"), (dict(steps=0), 'steps=0'), (dict(steps=1001), 'steps=1001'),
-    (dict(steps=1000), 'begins at 1000'), (dict(steps=999, sampler='dpm++2m'), 'begins at 1000'),
+    (dict(spacing='karras'), "spacing='karras'"), (dict(steps=0), 'steps=0'), (dict(steps=1001), 'steps=1001'),
+    (dict(steps=1000), 'begins at 1000'), (dict(steps=999, sampler='dpm++2m', spacing='leading'), 'begins at 1000'),
     (dict(strength=0.05), 'strength=0.05 leaves none of 10 steps'),
     (dict(steps=1000, sampler='dpm++2m'), 'must be in 1..999'), (dict(sampler='heun'), "sampler='heun' is not one of 'ddim', 'euler'"),
 ])
@@ -189,5 +240,7 @@ def test_bad_settings_are_named(change, message):
 
 
 def test_bad_prediction_is_named():
-  with pytest.raises(ValueError, match="prediction='sample'"):
-    sample(toy, LATENTS, (CONTEXT, MASK), steps=2, schedule=SCHEDULE, prediction='sample')
+  with pytest.raises(ValueError, match="prediction='flow'"):
+    sample(toy, LATENTS, (CONTEXT, MASK), steps=2, scheduler=Scheduler(prediction_type='flow'))
+  with pytest.raises(ValueError, match="prediction='flow'"):
+    training_target('flow', SCHEDULE, LATENTS, LATENTS, np.array([0, 1]))

@@ -13,10 +13,10 @@ from lavit_jax.errors import UserError
 from lavit_jax.inference import parts
 from lavit_jax.inference.parts import Checkpoint, Parts, open_checkpoint
 from lavit_jax.inference.pipeline import Lavit
-from lavit_jax.inference.scheduler import Scheduler, read_scheduler
 from lavit_jax.models import lavit
 from lavit_jax.models.int8 import quantize_weights
 from lavit_jax.models.llama import unstack
+from lavit_jax.models.noise import Scheduler
 from lavit_jax.porting import convert, from_torch
 from lavit_jax.porting.api import open_torch
 from lavit_jax.porting.folder import load_parts, open_part
@@ -89,12 +89,13 @@ def test_a_damaged_layer_is_named(ours, tmp_path):
 
 
 def test_the_length_of_a_prompt_is_the_checkpoints(ours, tiny_folder, tmp_path):
-  assert open_checkpoint(TINY, None).max_length == open_checkpoint(ours, None).max_length == 4096
-  assert open_checkpoint(tiny_folder, None).max_length == 2048  # it does not say
+  for folder in (TINY, ours, tiny_folder):
+    found = open_checkpoint(folder, None)
+    assert lavit.build('tiny', settings=found.settings).llama.max_position_embeddings == 4096  # said, said, and the variant's own
   theirs = tmp_path / 'theirs'
   shutil.copytree(TINY, theirs)
   config = json.loads((theirs / 'language_model' / 'config.json').read_text())
-  for value, length in ((300, 300), (None, 2048)):
+  for value, length in ((300, 300), (1000, 1000)):
     (theirs / 'language_model' / 'config.json').write_text(json.dumps(config | {'max_position_embeddings': value}))
     with pytest.raises(UserError, match=f'prompt is .* tokens long; shorten it to {length - 50}'):
       Lavit.from_pretrained(theirs).generate(['owl ' * 3000], steps=1)
@@ -106,45 +107,17 @@ def test_the_scheduler_is_the_folders(ours, tmp_path):
   file = theirs / 'pixel_decoding' / 'scheduler' / 'scheduler_config.json'
   codes = [np.arange(30)]
   plain = Lavit.from_pretrained(theirs).draw(codes, steps=2)
-  file.write_text(json.dumps(PUBLISHED | dict(prediction_type='v_prediction', timestep_spacing='trailing')))
-  assert open_checkpoint(theirs, None).scheduler('') == Scheduler(prediction_type='v_prediction', timestep_spacing='trailing')
+  settings = dict(prediction_type='v_prediction', timestep_spacing='trailing', rescale_betas_zero_snr=True, clip_sample=True)
+  file.write_text(json.dumps(PUBLISHED | settings))
+  assert open_checkpoint(theirs, None).settings == dict(scheduler=settings)
   other = Lavit.from_pretrained(theirs).draw(codes, steps=2)
   assert (other != plain).any()
   convert.prepare(theirs, tmp_path / 'other').run(lambda size: None)
   np.testing.assert_array_equal(Lavit.from_pretrained(tmp_path / 'other').draw(codes, steps=2), other)
   np.testing.assert_array_equal(Lavit.from_pretrained(ours).draw(codes, steps=2), plain)
-  file.write_text(json.dumps(PUBLISHED | dict(prediction_type='sample')))
-  model = Lavit.from_pretrained(theirs)
-  model.tokenize([np.zeros((8, 8), np.uint8)])  # needs none
-  with pytest.raises(UserError, match="scheduler_config.json: prediction_type='sample' is not known; choose one of 'epsilon', 'v_prediction'"):
-    model.generate(['an owl'])
-  assert model.parts.loaded == {'vit', 'tokenizer'}
+  config = json.loads((tmp_path / 'other' / 'config.json').read_text())
+  assert config.pop('settings') == dict(scheduler=settings)
+  (tmp_path / 'other' / 'config.json').write_text(json.dumps(config))  # as it was before there were settings
+  assert Lavit.from_pretrained(tmp_path / 'other').model.scheduler == Scheduler(**settings)
   file.unlink()
   np.testing.assert_array_equal(Lavit.from_pretrained(theirs).draw(codes, steps=2), plain)
-
-
-@pytest.mark.parametrize('told, message', [
-    (dict(timestep_spacing='linspace'), "timestep_spacing='linspace' is not known; choose one of 'leading', 'trailing'"),
-    (dict(beta_schedule='squaredcos_cap_v2'), "beta_schedule='squaredcos_cap_v2' is not known"),
-    (dict(clip_sample=True), 'clip_sample=True is not known; choose one of False'),
-    (dict(rescale_betas_zero_snr=True), 'rescale_betas_zero_snr=True is not known'),
-    (dict(trained_betas=[0.1]), 'trained_betas=.0.1. is not known'),
-    (dict(set_alpha_to_one=1), 'set_alpha_to_one=1 is not known; choose one of False, True'),
-    (dict(prediction_type=['epsilon']), 'prediction_type=.* is not known'),
-    (dict(steps_offset=1.5), 'steps_offset=1.5 is not a whole number'),
-    (dict(beta_end='0.012'), "beta_end='0.012' is not a number in 0..1"),
-    (dict(num_train_timesteps=0), 'num_train_timesteps=0 is not'),
-])
-def test_what_a_scheduler_says_and_is_not_known(tmp_path, told, message):
-  file = tmp_path / 'scheduler_config.json'
-  file.write_text(json.dumps(PUBLISHED | told))
-  with pytest.raises(UserError, match=message):
-    read_scheduler(file)
-
-
-def test_a_scheduler_that_cannot_be_read(tmp_path):
-  assert read_scheduler(tmp_path / 'nowhere.json') == Scheduler()
-  for content in ('{"beta', '[]'):
-    (tmp_path / 'scheduler_config.json').write_text(content)
-    with pytest.raises(UserError, match='scheduler_config.json is damaged'):
-      read_scheduler(tmp_path / 'scheduler_config.json')

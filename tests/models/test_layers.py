@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from lavit_jax.models import layers
+from lavit_jax.models.rope import frequencies
 from lavit_jax.models.layers import (
     LayerNorm, Mlp, RMSNorm, SwiGLU, attention, gelu, policy_attention, rotary, scan_blocks,
 )
@@ -54,7 +55,7 @@ def test_attention_gradient_matches_torch(monkeypatch, block):
 def test_attention_to_nothing_is_the_mean():
   q, k, v = (normal(1, 3, 2, 4, seed=n) for n in range(3))
   out = attention(q, k, v, mask=np.zeros((1, 1, 3, 3), bool))
-  np.testing.assert_allclose(out, np.broadcast_to(v.mean(1, keepdims=True), v.shape), atol=1e-6)
+  np.testing.assert_allclose(out, np.broadcast_to(v.mean(1, keepdims=True), v.shape), atol=1e-5)
 
 
 def naive_policy_attention(q, k, v, policy):
@@ -96,13 +97,14 @@ def test_norms_match_torch(ours, theirs):
 
 def test_gelu_matches_torch():
   x = np.linspace(-8, 8, 401, dtype=np.float32)
-  np.testing.assert_allclose(gelu(x), F.gelu(torch.from_numpy(x)), atol=1e-6)
+  few = 4 * np.finfo(np.float32).eps  # roundings
+  np.testing.assert_allclose(gelu(x), F.gelu(torch.from_numpy(x)), atol=few * 8)  # of up to 8
   low = torch.from_numpy(x).bfloat16()
   np.testing.assert_allclose(np.float32(gelu(x.astype(jnp.bfloat16))), F.gelu(low).float(), rtol=1e-2, atol=1e-6)
   slope = jax.vmap(jax.grad(gelu))(x)
   leaf = torch.from_numpy(x).requires_grad_()
   F.gelu(leaf).sum().backward()
-  np.testing.assert_allclose(slope, leaf.grad, atol=1e-6)
+  np.testing.assert_allclose(slope, leaf.grad, atol=few * 8)
 
 
 def test_mlps_match_torch():
@@ -121,10 +123,10 @@ def test_rotary_turns_pairs_and_sees_only_differences():
   x, positions = normal(1, 3, 2, 8), np.array([[0, 1, 7]])
   pairs = x[..., :4] + 1j * x[..., 4:]
   turned = pairs * np.exp(1j * positions[..., None, None] * 100.0 ** (-np.arange(4) / 4))
-  np.testing.assert_allclose(rotary(x, positions, 100.0), np.concatenate([turned.real, turned.imag], -1), atol=1e-5)
+  np.testing.assert_allclose(rotary(x, positions, frequencies(8, 100.0)), np.concatenate([turned.real, turned.imag], -1), atol=1e-5)
   q, k = normal(1, 1, 1, 8), normal(1, 1, 1, 8, seed=1)
-  near = (rotary(q, np.array([[5]])) * rotary(k, np.array([[2]]))).sum()
-  far = (rotary(q, np.array([[105]])) * rotary(k, np.array([[102]]))).sum()
+  near = (rotary(q, np.array([[5]]), frequencies(8)) * rotary(k, np.array([[2]]), frequencies(8))).sum()
+  far = (rotary(q, np.array([[105]]), frequencies(8)) * rotary(k, np.array([[102]]), frequencies(8))).sum()
   np.testing.assert_allclose(near, far, atol=1e-4)
 
 

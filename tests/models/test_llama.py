@@ -171,7 +171,7 @@ def test_padding_is_finite_and_harmless(dtype):
   assert logits.dtype == jnp.float32 and bool(jnp.isfinite(logits).all())
   gradient = jax.jit(jax.grad(lambda p: jnp.square(forward(llama, p, padded, mask)).sum()))(params)
   assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(gradient))
-  np.testing.assert_allclose(logits[:, 5:], forward(TINY, params, ids, mask[:, 5:]), atol=1e-5 if dtype == jnp.float32 else 2e-2)
+  np.testing.assert_allclose(logits[:, 5:], forward(TINY, params, ids, mask[:, 5:]), atol=1e-4 if dtype == jnp.float32 else 5e-2)
 
 
 @pytest.mark.parametrize('remat', ['full', 'save_qkv_proj', 'save_all_but_mlp_in', 'minimal'])

@@ -24,6 +24,16 @@ def batch(seed):
       codes=r.integers(0, 30, (BATCH, VISUAL)), visual_length=r.integers(1, VISUAL + 1, BATCH))
 
 
+def cut_batch(seed):
+  """`batch`, of which some texts were cut: nothing of weight follows them."""
+  pairs = batch(seed)
+  r = np.random.default_rng(seed + 100)
+  behind = np.where(r.random(BATCH) < 0.5, 0.0, 1.0)
+  weight = np.concatenate([pairs['text_weight'], np.zeros((BATCH, 1), np.float32)], axis=1)
+  np.put_along_axis(weight, pairs['text_length'][:, None], behind[:, None], axis=1)
+  return {**pairs, 'text_weight': weight}
+
+
 def reference(pairs, num_rows, row_length, image_loss):
   """The packing of `pack` in plain Python: rows of (id, source, position, segment, target, weight), and the overflow."""
   rows, overflow = [[] for _ in range(num_rows)], 0
@@ -31,9 +41,12 @@ def reference(pairs, num_rows, row_length, image_loss):
     n, v, kind = pairs['text_length'][b], pairs['visual_length'][b], pairs['kind'][b]
     text = [(int(i), -1, float(w)) for i, w in zip(pairs['text'][b, :n], pairs['text_weight'][b, :n])]
     image_weight = 1.0 if kind == 1 else float(image_loss)
+    told = pairs['text_weight'].shape[1] > TEXT
+    behind = float(pairs['text_weight'][b, n if told else max(n - 1, 0)])
+    start_weight = behind if told and kind == 1 else image_weight
     image = [(52 + int(c), b * VISUAL + i if kind == 0 else -1, image_weight) for i, c in enumerate(pairs['codes'][b, :v])]
-    image = [(50, -1, image_weight), *image, (51, -1, image_weight)]
-    end = [(2, -1, 1.0 if kind == 1 else float(pairs['text_weight'][b, max(n - 1, 0)]))]
+    image = [(50, -1, start_weight), *image, (51, -1, image_weight)]
+    end = [(2, -1, 1.0 if kind == 1 else behind)]
     tokens = [image + text, text + image, [(1, -1, 0.0)] + text][kind] + end
     for row in rows:
       if len(row) + len(tokens) <= row_length:
@@ -45,10 +58,11 @@ def reference(pairs, num_rows, row_length, image_loss):
   return [row + [(0, -1, 0, 0, 0, 0.0)] * (row_length - len(row)) for row in rows], overflow
 
 
+@pytest.mark.parametrize('draw', [batch, cut_batch])
 @pytest.mark.parametrize('seed', range(6))
 @pytest.mark.parametrize('num_rows, row_length, image_loss', [(9, 17, False), (4, 25, True), (2, 16, False)])
-def test_pack_equals_plain_python(seed, num_rows, row_length, image_loss):
-  pairs = batch(seed)
+def test_pack_equals_plain_python(seed, num_rows, row_length, image_loss, draw):
+  pairs = draw(seed)
   run = jax.jit(functools.partial(
       pack, vocabulary=VOCABULARY, num_rows=num_rows, row_length=row_length, image_loss=image_loss))
   packed = run(**{k: jnp.asarray(v) for k, v in pairs.items()})

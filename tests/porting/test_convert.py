@@ -90,15 +90,14 @@ def published(states, tmp_path_factory):
   for prefix in ('', 'highres_'):
     for part in ('unet', 'vae'):
       write(src / f'{prefix}pixel_decoding' / part, 'diffusion_pytorch_model', states[prefix + part])
-      (src / f'{prefix}pixel_decoding' / part / 'config.json').write_text('{"_class_name": "%s"}' % part)
   write(src / 'pixel_decoding', 'uncond_embeddings', states['uncond_embeddings'])
   write(src / 'pixel_decoding' / 'safety_checker', 'model',
         {**states['safety_checker'], 'vision_model.vision_model.embeddings.position_ids': np.arange(5)[None]})
-  (src / 'pixel_decoding' / 'feature_extractor').mkdir()
-  (src / 'pixel_decoding' / 'feature_extractor' / 'preprocessor_config.json').write_text('{"crop_size": 224}')
-  (src / 'pixel_decoding' / 'scheduler').mkdir()
-  (src / 'pixel_decoding' / 'scheduler' / 'scheduler_config.json').write_text('{"_class_name": "DDIMScheduler"}')
-  (src / 'language_model' / 'config.json').write_text('{"model_type": "llama", "vocab_size": 2066}')
+  model = lavit.build('whole')
+  described = [part for part in layouts.TABLES if part not in ('vit', 'uncond_embeddings')]
+  for path, content in layouts.descriptions(model, described, model.vocabulary.size).items():
+    (src / path).parent.mkdir(parents=True, exist_ok=True)
+    (src / path).write_text(json.dumps(content))
   folder.copy_words(WORDS, src / 'language_model')
   return src
 

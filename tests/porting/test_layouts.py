@@ -37,14 +37,3 @@ def test_the_safety_checker_at_full_size():
   nested, flat = (torch_shapes(rows, tree) for rows in layouts.tables(model, 'safety_checker'))
   assert want in (nested, flat)
   assert {name.replace('vision_model.vision_model.', 'vision_model.'): shape for name, shape in nested.items()} == flat
-
-
-def test_editions_of_weights(tmp_path):
-  for name in ('model.safetensors', 'model.fp16.safetensors', 'model-00001-of-00002.bin', 'model.safetensors.index.json', 'model.non_ema.bin'):
-    assert layouts.is_weights(name, 'model'), name
-  for name in ('model.json', 'my_model.bin', 'model_index.json', 'tokenizer.model', 'model.onnx'):
-    assert not layouts.is_weights(name, 'model'), name
-  (tmp_path / 'diffusion_pytorch_model.fp16.safetensors').touch()
-  assert layouts.stem_of(tmp_path, layouts.DIFFUSERS) == 'diffusion_pytorch_model.fp16'
-  (tmp_path / 'diffusion_pytorch_model.bin').touch()
-  assert layouts.stem_of(tmp_path, layouts.DIFFUSERS) == 'diffusion_pytorch_model'

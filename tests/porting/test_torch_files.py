@@ -9,7 +9,8 @@ import zipfile
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from tensors import save_tensors
 
 from lavit_jax.errors import UserError
 from lavit_jax.porting import torch_files
@@ -50,7 +51,7 @@ def test_shards_with_their_index(tmp_path):
   index = json.loads((tmp_path / 'model.safetensors.index.json').read_text())
   assert index['metadata']['total_size'] == sum(x.nbytes for x in arrays.values())
   assert same(torch_files.load(tmp_path), arrays)
-  save_file({'visual': np.ones(2)}, tmp_path / 'visual_weight.safetensors')
+  save_tensors({'visual': np.ones(2)}, tmp_path / 'visual_weight.safetensors')
   assert same(torch_files.load(tmp_path, 'model'), arrays)
   writer.files[1].unlink()
   with pytest.raises(UserError, match='lacks model-00002-of-00003.safetensors, which model.safetensors.index.json names'):
@@ -107,7 +108,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
 
 def test_bad_files_are_told_in_one_line(tmp_path):
   pytest.importorskip('torch')
-  save_file(state(), tmp_path / 'a.safetensors')
+  save_tensors(state(), tmp_path / 'a.safetensors')
   torch_files.to_pickle(tmp_path / 'a.bin', state())
   cut = {f'cut{n}.{kind}': (tmp_path / f'a.{kind}').read_bytes()[:n] for kind in ('safetensors', 'bin') for n in (0, 7, 100, -50)}
   for name, content in {**cut, 'junk.bin': b'not a pickle', 'junk.safetensors': b'x' * 99}.items():
@@ -139,7 +140,7 @@ def test_a_flipped_bit_of_a_zip_is_found(tmp_path):
 
 def test_a_file_counts_to_its_digest_in_whatever_order_it_is_read(tmp_path, monkeypatch):
   arrays = {name: np.random.default_rng(n).normal(size=40 + n) for n, name in enumerate('abcdef')}
-  save_file(arrays, tmp_path / 'm.safetensors')
+  save_tensors(arrays, tmp_path / 'm.safetensors')
   file, tensors = tmp_path / 'm.safetensors', torch_files.load(tmp_path / 'm.safetensors')
   wanted = hashlib.sha256(file.read_bytes()).hexdigest()
   monkeypatch.setattr(torch_files, 'GAP_BYTES', 100)
@@ -157,7 +158,7 @@ def test_a_file_counts_to_its_digest_in_whatever_order_it_is_read(tmp_path, monk
 
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path):
-  save_file({'x': np.ones(5000)}, tmp_path / 'm.safetensors')
+  save_tensors({'x': np.ones(5000)}, tmp_path / 'm.safetensors')
   tensor = torch_files.load(tmp_path / 'm.safetensors')['x']
   os.truncate(tmp_path / 'm.safetensors', 6000)
   with pytest.raises(UserError, match='is truncated or damaged'):

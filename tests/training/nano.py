@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -72,7 +73,10 @@ def train_all(folder: pathlib.Path) -> None:
 def launch(stage, workdir, cache, devices=1, env=(), **changes):
   """One training as a process of its own; `cache` is where processes share what they compile."""
   flags = {'xla_force_host_platform_device_count': devices, **QUICK_TO_COMPILE}
-  env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ' '.join(f'--{key}={value}'.lower() for key, value in flags.items()),
+  if isa := re.search(r'xla_cpu_max_isa=(\w+)', os.environ.get('XLA_FLAGS', '')):
+    flags['xla_cpu_max_isa'] = isa[1]  # a CPU that is imitated is so here too
+  flags = ' '.join(f'--{key}={value}' for key, value in flags.items()).replace('False', 'false')
+  env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags,
          'JAX_COMPILATION_CACHE_DIR': str(cache), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
          'PYTHONPATH': str(ROOT), 'TF_CPP_MIN_LOG_LEVEL': '3', **dict(env)}
   command = [sys.executable, __file__, stage, str(workdir), *(f'{key}={value!r}' for key, value in changes.items())]

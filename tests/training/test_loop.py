@@ -1,6 +1,7 @@
 """The loop as it is run: in processes of their own, killed, continued, on one device and on eight."""
 
 import functools
+import json
 import re
 import signal
 import time
@@ -16,8 +17,10 @@ from lavit_jax.errors import UserError
 from lavit_jax.porting import folder
 from lavit_jax import sharding
 from lavit_jax.training import loop
-from lavit_jax.training.loop import initialiser, make_train_step, train
-from lavit_jax.training.stage import Stage
+from lavit_jax.inference.parts import open_checkpoint
+from lavit_jax.training.loop import train
+from lavit_jax.training.stage import Stage, Sum
+from lavit_jax.training.train_step import loss_and_metrics
 
 nano.install()
 
@@ -129,17 +132,57 @@ def test_null_text_rows_that_are_not_in_init_from_are_told(finished, tmp_path, c
     assert (f'warning: init_from={init_from} has no uncond_embeddings: zeros take the place' in out) == told == ('warning' in out)
 
 
+@pytest.mark.slow
+def test_a_unet_goes_on_learning_by_its_own_scheduler(finished, tmp_path):
+  """The settings of the folder that it starts from are in the run's checkpoint and in its export, and the loss is another."""
+  said = dict(scheduler=dict(prediction_type='v_prediction', rescale_betas_zero_snr=True, timestep_spacing='trailing'))
+  exports = [finished[name] / 'export' for name in ('encoder', 'autoencoder', 'tokenizer', 'detokenizer')]
+  losses = []
+  for settings in ({}, said):
+    start, run = tmp_path / f'start{len(settings)}', tmp_path / f'run{len(settings)}'
+    folder.save_parts(start, 'nano', folder.load_parts(exports[3]), settings=settings)
+    train(nano.config('detokenizer', frozen=','.join(map(str, exports[:3])), init_from=str(start), num_steps=1, checkpoint_every=1), run)
+    losses.append(json.loads((run / 'metrics.jsonl').read_text().splitlines()[0])['loss'])
+    assert folder.read_settings(run / 'export') == settings
+  assert abs(losses[0] - losses[1]) > 1e-3
+
+
 def test_another_runs_checkpoint_is_refused(finished):
   with pytest.raises(UserError, match='checkpoint of encoder:nano, and this run is autoencoder:nano; choose another --workdir'):
     train(nano.config('autoencoder'), finished['encoder'])
 
 
-def test_a_lost_loss_ends_the_run(start, tmp_path):
-  run = start('autoencoder', tmp_path, optim__learning_rate=1e30, optim__clip_norm=0.0, num_steps=8, checkpoint_every=1)
-  assert re.search(r'UserError: the (loss|grad_norm) is (nan|inf) at step \d; lower optim.learning_rate', finish(run, status=1))
-  saved = [int(p.name) for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit()]
-  lost = next(row['step'] for row in rows(tmp_path) if None in (row['loss'], row['grad_norm']))
-  assert saved and max(saved) < lost
+def test_a_lost_loss_ends_the_run_and_no_checkpoint_has_its_parameters(finished, tmp_path, monkeypatch):
+  """An update that is finite and too large: the losses after it are not, and the run goes on from before it."""
+  make = loop.make_train_step
+
+  def broken_once(*args):
+    step = make(*args)
+
+    class Broken:
+      def lower(self, state, frozen, batch):
+        compiled = step.lower(state, frozen, batch).compile(compiler_options=nano.QUICK_TO_COMPILE)
+
+        def run(state, frozen, batch):
+          number = int(state.step)
+          state, values = compiled(state, frozen, batch)
+          if number == 3:
+            state = state._replace(params=jax.tree.map(lambda x: x + jnp.float32(1e30), state.params))
+          return state, values
+
+        return type('Compiled', (), dict(compile=lambda _: run))()
+
+    return Broken()
+
+  options = dict(num_steps=20, checkpoint_every=1, optim__max_nonfinite=3)
+  monkeypatch.setattr(loop, 'make_train_step', broken_once)
+  with pytest.raises(UserError, match='not finite in 3 steps in a row, from step 5 on; the checkpoints 4.broken have .* it goes on from step 3'):
+    train(nano.config('autoencoder', **options), tmp_path)
+  names = sorted(path.name for path in (tmp_path / 'checkpoints').iterdir())
+  assert names == ['3', '4.broken'] or names == ['2', '3', '4.broken']
+  monkeypatch.setattr(loop, 'make_train_step', make)
+  train(nano.config('autoencoder', **options | dict(num_steps=5)), tmp_path)
+  assert all(row['nonfinite'] == 0 for row in rows(tmp_path)[3:5])
 
 
 @pytest.mark.parametrize('changes, message', [
@@ -148,11 +191,11 @@ def test_a_lost_loss_ends_the_run(start, tmp_path):
     (dict(data__text_length=8), 'data: text_length is 8, but this text has'),
     (dict(dtype='float33'), "dtype='float33' is unknown; choose float32 or bfloat16"),
     (dict(remat='most'), "remat='most' is unknown; choose none or"),
-    (dict(log_every=0), 'log_every=0 must be at least 1'),
-    (dict(profile='5'), "profile='5': give the first and the last step"),
+    (dict(log_every=0), 'log_every=0 must be an integer of at least 1'),
+    (dict(profile='5'), "profile='5' must give the first and the last step"),
     (dict(eval_every=1, eval_batches=0), 'eval_batches=0 with eval_every=1: give at least 1, or eval_every=0'),
-    (dict(peak_tflops=-1.0), 'peak_tflops=-1.0 must be at least 0'),
-    (dict(data__text_length=0), 'data.text_length=0 must be at least 1'),
+    (dict(peak_tflops=-1.0), 'peak_tflops=-1.0 must be a number of at least 0'),
+    (dict(data__text_length=0), 'data.text_length=0 must be an integer of at least 1'),
     (dict(data__image_size=48), 'data.image_size=48: the encoder of variant nano learns from 32 pixels a side'),
     (dict(variant='lavit_7b'), 'data.image_size=32: the encoder of variant lavit_7b learns from 224 pixels a side'),
     (dict(data__task='images'), "stage='encoder' needs data.task='contrastive' .now 'images'. .*; take configs/encoder.py"),
@@ -166,14 +209,14 @@ TARS = dict(format='tars', path='x.tar')
 
 
 @pytest.mark.parametrize('page, changes, message', [
-    ('lm', dict(lm__num_rows=0), 'lm.num_rows=0 must be at least 1'),
-    ('lm', dict(lm__row_length=0), 'lm.row_length=0 must be at least 1'),
-    ('lm', dict(lm__loss_chunks=0), 'lm.loss_chunks=0 must be at least 1'),
-    ('lm', dict(data__shares=dict(caption=-1.0)), 'data: shares must be non-negative numbers'),
+    ('lm', dict(lm__num_rows=0), 'lm.num_rows=0 must be an integer of at least 1'),
+    ('lm', dict(lm__row_length=0), 'lm.row_length=0 must be an integer of at least 1'),
+    ('lm', dict(lm__loss_chunks=0), 'lm.loss_chunks=0 must be an integer of at least 1'),
+    ('lm', dict(data__shares=dict(caption=-1.0)), 'data.shares.caption=-1.0 must be a number of at least 0'),
     ('lm', dict(data__sources=('/a.tar',)), r"data.sources\[0\] is '/a.tar'; give {'format': ..., 'path': ...}"),
     ('lm', dict(data__sources=(TARS, TARS | dict(weight='3'))), r"data.sources\[1\] has weight '3', which is no float"),
     ('lm', dict(data__sources=(TARS,), data__heldout=(TARS | dict(window=0.5),)), r'data.heldout\[0\] has window 0.5, which is no int'),
-    ('autoencoder', dict(data__crop='centre'), "data: unknown crop 'centre'; choose one of none, center, random"),
+    ('autoencoder', dict(data__crop='centre'), "data.crop='centre' is unknown; choose none or center or random"),
     ('autoencoder', dict(data__image_size=31), 'data.image_size=31 must be a multiple of 2 for stage autoencoder of variant nano'),
     ('tokenizer', dict(data__image_size=30, picture_every=1), 'data.image_size=30 must be a multiple of 4 for stage tokenizer'),
     ('lm', dict(lm__num_rows=6, accumulate=4), 'lm.num_rows=6 must be a multiple of the 4 x 1 pieces .*; accumulate=2 would do'),
@@ -227,27 +270,62 @@ def test_eight_devices_give_the_losses_of_one(three_losses, stage, mesh):
   np.testing.assert_allclose(eight, one, rtol=1e-4)
 
 
-def test_pieces_of_a_batch_give_the_step_of_the_whole():
-  """Accumulation: the same update and metrics, counts added up, the state handed on from piece to piece."""
+def test_averages_of_pieces_are_those_of_the_whole():
+  """Evaluation goes through in as many pieces as training, and tells the same."""
   x = jax.random.normal(jax.random.key(0), (8, 3))
 
   def loss(params, frozen, state, batch, key, train):
+    assert len(batch['x']) == 2  # never more at once
     value = jnp.square(batch['x'] @ params['w'] - 1).mean()
-    return value, (state + batch['x'].sum(), dict(overflow=jnp.float32(len(batch['x'])), mean=batch['x'].mean()))
+    return value, (state, dict(overflow=Sum(jnp.float32(len(batch['x']))), mean=batch['x'].mean()))
 
   stage = Stage((), (), lambda key, parts: (dict(w=jnp.ones((3, 2))), jnp.zeros([])), loss, None)
   mesh = sharding.make_mesh(dict(data=-1, fsdp=1, tensor=1), jax.devices()[:1])
-  results = []
-  for pieces in (1, 4):
-    config = nano.config('autoencoder', accumulate=pieces, optim__clip_norm=0.0, optim__ema_decay=0.0, optim__warmup_steps=0)
-    init, tx = initialiser(config, stage, {})
-    state = init(jax.random.key(0), {})
-    step = make_train_step(config, stage, tx, sharding.shardings(state, mesh), mesh)
-    with jax.set_mesh(mesh):
-      results.append(step(state, {}, {'x': x}))
-  (whole, values), (pieces, of_pieces) = results
-  np.testing.assert_allclose(pieces.params['w'], whole.params['w'], atol=1e-6)
-  np.testing.assert_allclose(pieces.state, whole.state, rtol=1e-5)
-  for name in ('loss', 'mean', 'grad_norm', 'overflow'):
-    np.testing.assert_allclose(of_pieces[name], values[name], rtol=1e-5, atol=1e-7)
-  assert values['overflow'] == 8 and not np.allclose(whole.params['w'], 1)
+  with jax.set_mesh(mesh):
+    values = loss_and_metrics(stage, 4, 1, mesh)(dict(w=jnp.ones((3, 2))), {}, {}, {'x': x}, jax.random.key(0))
+  assert values['loss'] == pytest.approx(float(jnp.square(x.sum(1) - 1).mean()), rel=1e-5)
+  assert values['overflow'] == 8 and values['mean'] == pytest.approx(float(x.mean()), abs=1e-6)
+
+
+def test_init_from_reads_only_what_the_stage_trains_in_the_type_it_has(tmp_path, monkeypatch):
+  saved = {name: {'a': np.ones((2, 2), np.float32)} for name in ('vit', 'llama', 'understanding', 'vae')}
+  folder.save_parts(tmp_path / 'start', 'nano', saved, dtype='bfloat16')
+  asked = []
+  monkeypatch.setattr(loop.folder, 'load_parts', lambda path, names, variant, shardings, dtype: asked.append((names, dtype)) or dict.fromkeys(names))
+  stage = Stage(('vit',), (), None, None, None, takes=('llama', 'understanding'))
+  config = nano.config('lm', frozen=str(tmp_path / 'start'), init_from=str(tmp_path / 'start'))
+  assert set(loop.load_parts(config, stage, None)) == {'vit', 'llama', 'understanding'}
+  assert asked == [(['vit'], 'float32'), (['llama', 'understanding'], None)]
+
+
+def test_a_tokenizer_without_a_codebook_is_told_marked_and_refused(finished, tmp_path, capsys):
+  frozen = str(finished['encoder'] / 'export')
+  train(nano.config('tokenizer', frozen=frozen, num_steps=1), tmp_path / 'short')
+  out = ' '.join(capsys.readouterr().out.split())
+  assert 'warning: num_steps=1 ends before quantisation begins' in out and 'the codebook of this run was never trained' in out
+  export = tmp_path / 'short' / 'export'
+  assert folder.read_config(export)['metadata']['codebook'] == 'untrained'
+  assert folder.read_config(finished['tokenizer'] / 'export')['metadata']['codebook'] == 'trained'
+  words = f'{nano.ROOT}/lavit_jax/assets/tiny/language_model'
+  for use in (lambda: train(nano.config('lm', frozen=f'{frozen},{export}'), tmp_path / 'lm'),
+              lambda: folder.bundle(tmp_path / 'all', [export], words),
+              lambda: open_checkpoint(export, None)):
+    with pytest.raises(UserError, match='its tokenizer was never quantised, so its codes mean nothing'):
+      use()
+
+
+@pytest.mark.slow
+def test_a_trained_tokenizer_goes_on_with_its_codebook(finished, tmp_path, capsys):
+  start = finished['tokenizer'] / 'export'
+  train(nano.config('tokenizer', frozen=str(finished['encoder'] / 'export'), init_from=str(start), num_steps=2), tmp_path)
+  before, after = (folder.load_parts(path, ['tokenizer'])['tokenizer']['quantizer']['embedding'] for path in (start, tmp_path / 'export'))
+  assert 0 < np.linalg.norm(after - before, axis=1).max() < 0.05  # two moving averages of 0.99
+  assert 'the codebook of init_from goes on' in ' '.join(capsys.readouterr().out.split())
+
+
+@pytest.mark.slow
+def test_a_finished_run_that_goes_on_is_told_how_its_learning_rate_jumps(start, tmp_path):
+  options = dict(optim__warmup_steps=2, optim__final_fraction=0.01, optim__learning_rate=1e-3)
+  finish(start('encoder', tmp_path, num_steps=20, **options))
+  out = ' '.join(finish(start('encoder', tmp_path, num_steps=22, **options)).split())
+  assert 'warning: at step 20 the learning rate goes from 1e-05, as this run was begun (num_steps=20), to' in out

@@ -10,7 +10,7 @@ from PIL import Image
 
 from lavit_jax import chips
 from lavit_jax.errors import UserError
-from lavit_jax.training import flops, loop, metrics
+from lavit_jax.training import flops, metrics
 
 
 def lines(folder):
@@ -97,13 +97,14 @@ def test_mean_skips_what_was_not_measured_but_shows_a_lost_loss():
   assert metrics.mean([]) == {}
 
 
-@pytest.mark.parametrize('row', [
-    {'loss': math.nan, 'grad_norm': 1.0}, {'loss': 1.0, 'grad_norm': math.inf}, {'loss': 1.0, 'grad_norm': math.nan}])
-def test_nothing_is_saved_after_a_lost_loss_or_gradient(row):
-  fine = {'loss': 1.0, 'grad_norm': 2.0}
-  loop.check_finite(metrics.mean([fine, fine]), 2)
-  with pytest.raises(UserError, match=r'the (loss|grad_norm) is (nan|inf) at step 2'):
-    loop.check_finite(metrics.mean([row, fine]), 2)
+def test_steps_that_were_skipped_are_counted_and_leave_the_means_alone(tmp_path, capsys):
+  log = metrics.Log(tmp_path, 0, 10, 4)
+  for step, loss in enumerate((1.0, math.nan, 3.0), 1):
+    log.step(step, {'loss': jnp.float32(loss), 'nonfinite': jnp.float32(math.isnan(loss))})
+  assert log.report()['loss'] == 2.0
+  assert [row['nonfinite'] for row in log.take_new()] == [0, 1, 0] and log.take_new() == []
+  log.close()
+  assert 'warning: 1 updates were skipped' in capsys.readouterr().out
 
 
 def test_pictures(tmp_path):

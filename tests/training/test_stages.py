@@ -12,8 +12,9 @@ from lavit_jax.models import lavit, vit
 from lavit_jax.models.initial import initial_parts
 from lavit_jax.models.sequence import compact
 from lavit_jax.models.tokenizer import l2_normalise
-from lavit_jax.training import foundations, stages
-from lavit_jax.training.stage import apply, begin, features
+from lavit_jax.training import codebook, foundations, stages
+from lavit_jax.training.stage import apply, begin, features, row_keys
+from lavit_jax.training.train_step import numbers
 
 nano.install()
 MODEL = lavit.build('nano')
@@ -113,11 +114,25 @@ def test_standardised_autoencoder_is_the_same_with_unit_latents(parts):
                              atol=1e-4)
 
 
+def test_standardised_latents_suit_the_factors_of_the_vae(parts):
+  settings = dict(scaling_factor=0.5, latents_mean=[0.3, -0.2, 0.1, 0.4], latents_std=[1.5, 0.5, 2.0, 0.8])
+  model = lavit.build('nano', settings=dict(vae=settings)).vae
+  images = jax.random.uniform(jax.random.key(1), (16, 16, 16, 3), minval=-1, maxval=1)
+  mean, _ = apply(model, parts['vae'], images, method='encode')
+  moments = foundations.Moments(mean.mean((0, 1, 2)), jnp.square(mean).mean((0, 1, 2)), jnp.float32(1))
+  new = foundations.standardise(parts['vae'], moments, model.scaling_factor, *model.moments())
+  new_mean, _ = apply(model, new, images, method='encode')
+  np.testing.assert_allclose(model.to_unet(new_mean).mean((0, 1, 2)), 0, atol=1e-3)
+  np.testing.assert_allclose(model.to_unet(new_mean).std((0, 1, 2)), 1, rtol=1e-3)
+  np.testing.assert_allclose(apply(model, new, new_mean, method='decode'), apply(model, parts['vae'], mean, method='decode'), atol=1e-4)
+
+
 @pytest.fixture(scope='module')
 def tokenizer(parts):
   """(stage, params, codebook, jit'd loss and gradient of (params, codebook, batch, key, train)); quantisation begins at step 1."""
   stage = build('tokenizer', tokenizer__quantize_from=1)
-  params, book = start(stage, {name: parts[name] for name in ('vit', 'tokenizer', 'decoder')})
+  without, _ = codebook.take_out(parts)  # of a codebook that is offered, another test
+  params, book = start(stage, {name: without[name] for name in ('vit', 'tokenizer', 'decoder')})
   frozen = {'vit': parts['vit']}
 
   @functools.partial(nano.jit, static_argnums=4)
@@ -180,6 +195,29 @@ def test_the_condition_is_dropped(detokenizer, batch):
     assert (loss(params, batch) != loss(other, batch)) == matters
 
 
+@pytest.mark.parametrize('kind', ['epsilon', 'v_prediction', 'sample'])
+def test_detokenizer_learns_what_the_scheduler_says(parts, batch, kind):
+  """A U-Net that gives zeros has for its loss the square of the target, on latents by the VAE's factors and under the schedule of the settings."""
+  from diffusers import DDIMScheduler
+  vae = dict(scaling_factor=0.5, latents_mean=[0.3, -0.2, 0.1, 0.4], latents_std=[1.5, 0.5, 2.0, 0.8])
+  said = dict(prediction_type=kind, beta_schedule='linear', beta_start=1e-4, beta_end=0.02, num_train_timesteps=50, rescale_betas_zero_snr=True)
+  stage = stages.build(nano.config('detokenizer'), lavit.build('nano', settings=dict(vae=vae, scheduler=said)), shards=1)
+  params, state = start(stage, {name: parts[name] for name in ('unet', 'decoder', 'uncond_embeddings')})
+  params['unet'] = {**params['unet'], 'conv_out': jax.tree.map(jnp.zeros_like, params['unet']['conv_out'])}
+  frozen = {name: parts[name] for name in ('vit', 'tokenizer', 'vae')}
+  value, _ = nano.jit(stage.loss, static_argnums=5)(params, frozen, state, batch, jax.random.key(5), True)
+
+  keys = jax.random.split(jax.random.key(5), 5)
+  mean, logvar = apply(MODEL.vae, parts['vae'], batch['image'] / np.float32(127.5) - 1, method='encode')
+  latents = np.asarray(mean + jnp.exp(logvar / 2) * jax.random.normal(keys[0], mean.shape), np.float64)
+  latents = (latents - vae['latents_mean']) * vae['scaling_factor'] / vae['latents_std']  # as StableDiffusionXLImg2ImgPipeline
+  t = np.asarray(jax.random.randint(keys[3], (8,), 0, 50))
+  noise = np.asarray(jax.random.normal(keys[4], latents.shape), np.float64)
+  alpha = DDIMScheduler(**said).alphas_cumprod.double().numpy()[t][:, None, None, None]
+  target = dict(epsilon=noise, v_prediction=alpha**0.5 * noise - (1 - alpha)**0.5 * latents, sample=latents)[kind]
+  assert float(value) == pytest.approx(np.square(target).mean(), rel=1e-4)
+
+
 def test_detokenizer_draws(parts, batch):
   stage = build('detokenizer')
   params, state = start(stage, parts)
@@ -199,7 +237,7 @@ def lm_loss(parts, batch, shards=1, **changes):
   stage = stages.build(nano.config('lm', **changes), MODEL, shards)
   params, state = start(stage, parts)
   value, (_, metrics) = nano.jit(lambda params, batch: stage.loss(params, parts, state, batch, jax.random.key(1), True))(params, batch)
-  return params, value, metrics
+  return params, value, numbers(metrics)
 
 
 def test_lm_loss_is_that_of_the_pairs_one_by_one(parts, batch):
@@ -210,7 +248,7 @@ def test_lm_loss_is_that_of_the_pairs_one_by_one(parts, batch):
   @nano.jit
   def tokens(images):
     x = features(MODEL, parts['vit'], images)[:, 1:]
-    out = apply(MODEL.tokenizer, parts['tokenizer'], x, jax.random.key(1))
+    out = apply(MODEL.tokenizer, parts['tokenizer'], x, row_keys(jax.random.key(1), {}, 8))
     return *compact(apply(MODEL.understanding, params['understanding'], x, out.keep), out.keep), compact(out.ids, out.keep)[0]
 
   visual, mask, codes = tokens(batch['image'])

@@ -1,0 +1,186 @@
+"""What each option of a page may be: one row for every one of them.
+
+Types are strict: `True` is no number, and nan and infinity are refused. What depends on other options or on files is in checks.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from lavit_jax.data import pairs, questions
+from lavit_jax.errors import UserError
+from lavit_jax.models.layers import REMAT_POLICIES
+from lavit_jax.training.schedule import SCHEDULES
+
+
+class Number(NamedTuple):
+  """A number from `low` to `high`; `above` and `below` say that the ends are not among them. `also`: what else it may be."""
+
+  kind: type
+  low: float
+  high: float = math.inf
+  above: bool = False
+  below: bool = False
+  also: tuple = ()
+
+  def fault(self, value) -> str:
+    """What is wrong with a value, '' if nothing."""
+    if any(value is other or (type(value) is type(other) and value == other) for other in self.also):
+      return ''
+    kinds = (int, np.integer) if self.kind is int else (int, float, np.integer, np.floating)
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, kinds) or not math.isfinite(value):
+      return f'must be {self.words()}'
+    low = value > self.low if self.above else value >= self.low
+    high = value < self.high if self.below else value <= self.high
+    return '' if low and high else f'must be {self.words()}'
+
+  def words(self) -> str:
+    name = 'an integer' if self.kind is int else 'a number'
+    text = f'{name} {"above" if self.above else "of at least"} {self.low:g}'
+    if self.high < math.inf:
+      text += f' and {"below" if self.below else "at most"} {self.high:g}'
+    return text + ''.join(f', or {other}' for other in self.also)
+
+
+class Choice(NamedTuple):
+  """One of some texts."""
+
+  values: tuple[str, ...]
+
+  def fault(self, value) -> str:
+    return '' if isinstance(value, str) and value in self.values else f'is unknown; choose {" or ".join(self.values)}'
+
+  def words(self) -> str:
+    return ' or '.join(map(repr, self.values))
+
+
+class Text(NamedTuple):
+  """A text; what it may say is checked where it is used."""
+
+  empty: bool = True
+
+  def fault(self, value) -> str:
+    if not isinstance(value, str):
+      return 'must be a text'
+    return '' if value or self.empty else 'must not be empty'
+
+  def words(self) -> str:
+    return 'a text' if self.empty else 'a text that is not empty'
+
+
+class Flag(NamedTuple):
+  """True or False."""
+
+  def fault(self, value) -> str:
+    return '' if isinstance(value, bool) else 'must be true or false'
+
+  def words(self) -> str:
+    return 'true or false'
+
+
+class Steps(NamedTuple):
+  """'FIRST:LAST', or ''."""
+
+  def fault(self, value) -> str:
+    match = re.fullmatch(r'([0-9]+):([0-9]+)', value) if isinstance(value, str) else None
+    fits = value == '' or (match is not None and 1 <= int(match[1]) <= int(match[2]))
+    return '' if fits else 'must give the first and the last step to trace, such as 10:12'
+
+  def words(self) -> str:
+    return "'FIRST:LAST', or ''"
+
+
+class Sources(NamedTuple):
+  """A list of sources, whose options are checked in data/sources.py."""
+
+  def fault(self, value) -> str:
+    return '' if isinstance(value, (tuple, list)) else "must be a list of sources, ({'format': ..., 'path': ...},)"
+
+  def words(self) -> str:
+    return 'a list of sources'
+
+
+class Regexes(NamedTuple):
+  """A list of regular expressions, or of pairs of one and a factor."""
+
+  factors: Number | None = None
+
+  def fault(self, value) -> str:
+    if not isinstance(value, (tuple, list)):
+      return f'must be {self.words()}'
+    for row in value:
+      regex = row
+      if self.factors is not None:
+        if not isinstance(row, (tuple, list)) or len(row) != 2:
+          return f'must be {self.words()}; {row!r} is none'
+        regex, factor = row
+        if fault := self.factors.fault(factor):
+          return f'has the factor {factor!r} for {regex!r}, which {fault}'
+      if not isinstance(regex, str):
+        return f'must be {self.words()}; {row!r} is none'
+      try:
+        re.compile(regex)
+      except re.error as error:
+        return f'has {regex!r}, which is not a regular expression ({error})'
+    return ''
+
+  def words(self) -> str:
+    return "a list of regular expressions, ('^vit/',)" if self.factors is None else "a list of pairs, (('^vit/', 0.1),)"
+
+
+COUNT, AT_LEAST_ONE = Number(int, 0), Number(int, 1)
+SHARE, WEIGHT = Number(float, 0, 1), Number(float, 0, 1e6)
+DECAY = Number(float, 0, 1, below=True)
+DTYPE = Choice(('float32', 'bfloat16'))
+AXIS = Number(int, 1, also=(-1,))
+
+OPTIONS = {
+    'stage': Text(False), 'variant': Text(False),  # stages.check and lavit.row know them
+    'seed': Number(int, 0, 2**31 - 1), 'batch_size': AT_LEAST_ONE, 'num_steps': Number(int, 1, 2**31 - 1), 'accumulate': AT_LEAST_ONE,
+    'dtype': DTYPE, 'remat': Choice(('none', *REMAT_POLICIES)),
+    'mesh.data': AXIS, 'mesh.fsdp': AXIS, 'mesh.tensor': AXIS, 'peak_tflops': Number(float, 0),
+    'frozen': Text(), 'init_from': Text(),
+    'data.task': Choice(('images', 'contrastive', 'lm')), 'data.source': Text(False), 'data.image_size': Number(int, 1, 16384),
+    'data.scene_share': SHARE, 'data.num_threads': Number(int, 0, 4096), 'data.sources': Sources(), 'data.heldout': Sources(),
+    'data.shards': AT_LEAST_ONE, 'data.crop': Choice(tuple(pairs.CROPS)), 'data.max_skipped': SHARE,
+    'data.tokenizer_folder': Text(False), 'data.text_length': AT_LEAST_ONE,
+    **{f'data.shares.{kind}': WEIGHT for kind in ('caption', 'answer', 'draw', 'text')},
+    **{f'data.question_weights.{kind}': Number(float, 0, 1e6, above=True) for kind in questions.TYPES},
+    'data.draw_text_weight': WEIGHT, 'data.drop_text': SHARE,
+    **{f'text_tower.{size}': AT_LEAST_ONE for size in ('hidden_size', 'num_layers', 'num_heads', 'num_kv_heads', 'head_dim', 'mlp_dim')},
+    'pixel_weight': WEIGHT, 'place_weight': WEIGHT, 'kl_weight': WEIGHT, 'edge_weight': WEIGHT,
+    'tokenizer.keep_ratio': Number(float, 0, 1, above=True), 'tokenizer.ratio_weight': WEIGHT, 'tokenizer.decay': DECAY,
+    'tokenizer.commitment_weight': WEIGHT, 'tokenizer.quantize_from': COUNT, 'tokenizer.revive_after': COUNT,
+    'tokenizer.freeze_selector_from': Number(int, -1),
+    'detokenizer.drop_condition': SHARE, 'detokenizer.guidance_scale': Number(float, 0, 100),
+    'lm.num_rows': AT_LEAST_ONE, 'lm.row_length': AT_LEAST_ONE, 'lm.mean_length': AT_LEAST_ONE, 'lm.loss_chunks': AT_LEAST_ONE,
+    'lm.image_loss': Flag(), 'lm.max_overflow': SHARE,
+    'optim.learning_rate': Number(float, 0, 1, above=True), 'optim.schedule': Choice(SCHEDULES), 'optim.warmup_steps': COUNT,
+    'optim.rewarm_from': COUNT, 'optim.final_fraction': SHARE, 'optim.weight_decay': Number(float, 0, 10),
+    'optim.b1': DECAY, 'optim.b2': DECAY, 'optim.mu_dtype': DTYPE, 'optim.nu_dtype': DTYPE,
+    'optim.clip_norm': Number(float, 0, 1e6, above=True, also=(None,)), 'optim.ema_decay': DECAY, 'optim.max_nonfinite': AT_LEAST_ONE,
+    'optim.freeze': Regexes(), 'optim.lr_scale': Regexes(Number(float, 0, 1e3)),
+    'log_every': AT_LEAST_ONE, 'eval_every': COUNT, 'eval_batches': COUNT, 'picture_every': COUNT, 'checkpoint_every': COUNT,
+    'keep': AT_LEAST_ONE, 'skip_damaged': Flag(), 'profile': Steps()}
+
+
+def check_values(values: Mapping[str, object]) -> None:
+  """Looks at each option of a page for itself.
+
+  Args:
+    values: 'optim.learning_rate' -> 0.1, ...
+  Raises:
+    UserError: one is unknown, of another type, or out of its range; in one line, with the range.
+  """
+  for key, value in values.items():
+    if key not in OPTIONS:
+      near = difflib.get_close_matches(key, OPTIONS, n=1)
+      raise UserError(f'{key} is no option of a page{f"; did you mean {near[0]}?" if near else ""}')
+    if fault := OPTIONS[key].fault(value):
+      raise UserError(f'{key}={value!r} {fault}')

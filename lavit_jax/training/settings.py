@@ -1,0 +1,44 @@
+"""The settings that a run trains with (models/settings.py): those of the checkpoints that it begins with."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterable
+
+from lavit_jax.errors import UserError
+from lavit_jax.models import lavit
+from lavit_jax.models.settings import PARTS, differences, of_parts, told
+from lavit_jax.porting import folder
+from lavit_jax.training import stages
+from lavit_jax.training.checkpoint import saved_settings
+
+
+def of_run(config, frozen: Iterable[str], init_from: Iterable[str], workdir: pathlib.Path) -> dict[str, dict]:
+  """The settings of the parts that a run reads from its folders; of the others, those that its last checkpoint was trained with.
+
+  Args:
+    config: the page.
+    frozen, init_from: the folders that it names.
+    workdir: of the run.
+  Raises:
+    UserError: two folders disagree about a part, or one is damaged.
+  """
+  stage = stages.build(config, lavit.build(config.variant), 1)
+  wanted = stage.needs + stage.starts
+  taken = [(path, [name for name in folder.read_config(path)['parts'] if name in wanted]) for path in frozen]
+  taken += [(path, [name for name in folder.read_config(path)['parts'] if name not in stage.needs]) for path in init_from]
+  found, origins = {}, {}
+  for path, parts in taken:
+    theirs = of_parts(folder.read_settings(path), parts)
+    for name, part in PARTS.items():
+      if part.owner not in parts:
+        continue
+      fields = theirs.get(name, {})
+      if name in found and (odd := differences({name: found[name]}, {name: fields})):
+        row, field = lavit.row(config.variant), odd[0][1]
+        raise UserError(f'{origins[name]} has {told(found, name, field, row)} of {name}, and {path} has {told(theirs, name, field, row)}; '
+                        'name one of the two alone, in frozen or init_from')
+      found[name] = fields
+      origins.setdefault(name, path)
+  before = {name: fields for name, fields in saved_settings(workdir).items() if name not in found}
+  return before | {name: fields for name, fields in found.items() if fields}

@@ -1,0 +1,92 @@
+"""What libtpu calls the chips and shapes, and how many devices of JAX a chip is."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+
+from lavit_jax import chips
+from lavit_jax.aot import pods
+from lavit_jax.errors import UserError
+
+
+@pytest.mark.parametrize('topology, name, options', [
+    ('v5e:16x16', 'v5e:16x16', {}), ('v5e:1x1', 'v5e:1x1', dict(chips_per_host_bounds=(1, 1, 1))),
+    ('v6e:1x2', 'v6e:1x2', dict(chips_per_host_bounds=(1, 2, 1))),
+    ('v6e:2x1', 'v6e:2x1', dict(chips_per_host_bounds=(2, 1, 1))),
+    ('v4:2x2x4', 'v4:2x2x4', dict(chip_config_name='megacore')),
+    ('v5p:4x4x8', 'v5p:4x4x8', dict(chip_config_name='megacore')),
+    ('v5p:1x1x1', 'v5p:1x1x1', dict(chip_config_name='megacore', chips_per_host_bounds=(1, 1, 1))),
+    ('tpu7x:2x2x1', 'tpu7x:2x2x1', {}), ('v7x:2x2x4', 'tpu7x:2x2x4', {})])
+def test_names_and_options(topology, name, options):
+  assert pods.libtpu_topology(topology)[1:] == (name, options)
+  assert pods.libtpu_topology(topology, 2)[2] == {**options, 'num_slices': 2}
+
+
+@pytest.mark.parametrize('topology', [
+    'v9:2x2', 'v5e', 'v5e:', 'v5e:2', 'v5e:0x2', 'v5e:2x2x2x2', 'v5e:axb', 'tpu7:2x2x1'])
+def test_what_is_no_topology(topology):
+  with pytest.raises(UserError, match='write CHIP:SHAPE such as .*: v4, v5e, v5p, v6e, tpu7x'):
+    pods.libtpu_topology(topology)
+
+
+def test_a_refusal_does_not_advise_to_install_what_is_there(monkeypatch):
+  monkeypatch.setenv('TPU_LIBRARY_PATH', '/there/libtpu.so')
+
+  def refuse(**options):
+    raise RuntimeError('not divisible by the\n  bounds')
+
+  monkeypatch.setattr(pods.topologies, 'get_topology_desc', refuse)
+  with pytest.raises(UserError, match=r'refuses it \(not divisible by the bounds\);') as told:
+    pods.pod('v5e:3x3')
+  assert 'pip install' not in str(told.value)
+  monkeypatch.delenv('TPU_LIBRARY_PATH')
+  monkeypatch.setattr(pods.importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(UserError, match='libtpu is missing; pip install'):
+    pods.pod('v5e:2x2')
+
+
+def test_half_a_chip_is_a_device_of_tpu7x():
+  """The MFU is a share of what all devices can do: 2,307 TFLOP/s a chip of two devices."""
+  names = 'TPU7x', 'TPU7x', 'TPU v5', 'TPU v4'
+  kinds = [types.SimpleNamespace(device_kind=name) for name in names]
+  assert chips.peak_tflops(kinds[:2]) == 2307
+  assert chips.peak_tflops(kinds[2:]) == 459 + 275
+  half = chips.TPUS['tpu7x'].device()
+  assert (half.hbm_gib, half.hbm_tbps, half.devices) == (96, 3.69, 1)
+  assert pods.count(128, pods.devices_per_chip('v7x:4x4x4')) == '128 devices, 2 a chip'
+  assert pods.count(64, pods.devices_per_chip('v5p:4x4x4')) == '64 chips'
+
+
+LOOK = '''
+import json, sys
+from lavit_jax.aot import pods
+found = {}
+for topology in sys.argv[1:]:
+  _, devices = pods.pod(topology)
+  found[topology] = len(devices), devices[0].device_kind
+print(json.dumps(found))
+'''
+
+
+def test_libtpu_has_these_devices():
+  """In a process of its own: libtpu cannot be unloaded."""
+  pytest.importorskip('libtpu')
+  expected = {
+      'v5e:1x1': (1, 'TPU v5 lite'), 'v5e:2x2': (4, 'TPU v5 lite'), 'v6e:1x2': (2, 'TPU v6 lite'),
+      'v4:2x2x1': (4, 'TPU v4'), 'v4:1x1x1': (1, 'TPU v4'), 'v5p:2x2x2': (8, 'TPU v5'),
+      'v5p:1x2x1': (2, 'TPU v5'), 'tpu7x:2x2x1': (8, 'TPU7x'), 'v7x:1x1x1': (2, 'TPU7x')}
+  env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'TPU_WORKER_HOSTNAMES': 'localhost'}
+  command = [sys.executable, '-c', LOOK, *expected]
+  done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+  assert done.returncode == 0, done.stderr
+  assert {name: tuple(value) for name, value in json.loads(done.stdout).items()} == expected
+  for topology, (count, kind) in expected.items():
+    name, shape = pods.libtpu_topology(topology)[1].split(':')
+    sides = [int(side) for side in shape.split('x')]
+    assert chips.TPUS[name].kind == kind
+    assert count == chips.TPUS[name].devices * math.prod(sides)

@@ -1,0 +1,274 @@
+"""Folders as people have them: files of captions in every form, texts beside images, bare images,
+what changed between two legs of a run, and what is told of a folder that cannot be read."""
+
+import csv
+import io
+import json
+import random
+
+import pytest
+
+from lavit_jax.data import captions_file, formats
+from lavit_jax.data.rows import Skipped
+from lavit_jax.errors import UserError
+from things import batches, caption, number, picture
+
+NAMES = ['0.png', '1.png', '2.png']
+WORDS = ['a dog, a cat, and a bee', 'an owl', 'the "best" pie']
+
+
+@pytest.fixture
+def folder(tmp_path):
+  for i, name in enumerate(NAMES):
+    (tmp_path / name).write_bytes(picture(i))
+  return tmp_path
+
+
+def read(folder, image=None, text=(), **options) -> dict[str, tuple[str, ...]]:
+  """name -> texts, each read with its own image."""
+  opened, found = formats.Folder(str(folder), image, text, **options), {}
+  for i in range(len(opened)):
+    record = opened.read(i)
+    name = record.origin.removeprefix(f'{folder}/')
+    assert record.image == picture(NAMES.index(name))
+    found[name] = record.texts
+  return found
+
+
+def pairs_of(words) -> dict[str, tuple[str, ...]]:
+  return {name: (text,) for name, text in zip(NAMES, words)}
+
+
+def table(words, **options) -> str:
+  file = io.StringIO()
+  writer = csv.writer(file, **options)
+  writer.writerows([('file_name', 'text'), *zip(NAMES, words)])
+  return file.getvalue()
+
+
+LONG = ['many words ' * 20_000, 'an owl', 'a pie']  # csv's own limit is 131,072 characters
+LINES = ['a dog\nand a cat', 'an owl,\n\nat night', 'a "pie"']
+ROWS = [dict(file_name=name, text=text) for name, text in zip(NAMES, WORDS)]
+COLUMNS = dict(file_name=NAMES, text=WORDS)
+
+
+@pytest.mark.parametrize('name, content, words', [
+    ('captions.csv', table(WORDS), WORDS),
+    ('captions.csv', table(WORDS, quoting=csv.QUOTE_ALL), WORDS),
+    ('captions.csv', table(WORDS, delimiter=';'), WORDS),
+    ('captions.csv', table(LONG), LONG),
+    ('captions.csv', table(LINES), LINES),
+    ('captions.csv', '\ufeff' + table(WORDS), WORDS),
+    ('captions.csv', 'file_name,text\n' + ''.join(map('{},{}\n'.format, NAMES, WORDS)), WORDS),
+    ('captions.csv', 'text,file_name\n' + ''.join(map('{1},{0}\n'.format, NAMES, WORDS)), WORDS),
+    ('captions.csv', 'file_name,width,text\n' + ''.join(map('{},32,{}\n'.format, NAMES, WORDS)), WORDS),
+    ('captions.csv', 'file_name,text\n0.png,"Hm", she said, "no"\n1.png,"what?\n2.png,a 12" pie\n',
+     ['"Hm", she said, "no"', '"what?', 'a 12" pie']),
+    ('captions.csv', 'File Name , TEXT\n0.png,a\n1.png,b\n2.png,c\n\n', ['a', 'b', 'c']),
+    ('captions.tsv', 'file_name\ttext\n0.png\t"Never\n1.png\ta "b"\n2.png\tc"\n', ['"Never', 'a "b"', 'c"']),
+    ('captions.tsv', 'file_name\ttext\n0.png\t"all of it"\n1.png\tb\n2.png\tc', ['"all of it"', 'b', 'c']),
+    ('captions.tsv', table(LINES, delimiter='\t'), LINES),
+    ('captions.tsv', table(WORDS, delimiter='\t', quoting=csv.QUOTE_ALL), WORDS),
+    ('captions.tsv', table(WORDS, delimiter='\t').encode('utf-16'), WORDS),
+    ('captions.jsonl', '\ufeff' + '\r\n'.join(map(json.dumps, ROWS)) + '\r\n', WORDS),
+    ('captions.jsonl', json.dumps(ROWS, indent=1), WORDS),
+    ('captions.jsonl', '\n'.join(json.dumps(row | {'text': '\u2028'.join('ab')}, ensure_ascii=False) for row in ROWS),
+     ['a\u2028b'] * 3),
+    ('captions.json', json.dumps(ROWS), WORDS),
+    ('captions.json', json.dumps({'data': ROWS, 'version': 1}), WORDS),
+    ('captions.json', json.dumps(dict(zip(NAMES, WORDS))), WORDS),
+    ('captions.json', json.dumps({name: {'text': text} for name, text in zip(NAMES, WORDS)}), WORDS),
+    ('captions.json', json.dumps(COLUMNS), WORDS),
+    ('captions.json', json.dumps({key: dict(zip('012', values)) for key, values in COLUMNS.items()}), WORDS),  # pandas
+    ('captions.json', '\ufeff' + json.dumps(ROWS), WORDS),
+    ('metadata.csv', table(WORDS), WORDS)], ids=lambda value: value if str(value)[8:9] == '.' else '')
+def test_files_of_captions_as_people_have_them(folder, name, content, words):
+  content = content if isinstance(content, bytes) else content.encode()
+  (folder / name).write_bytes(content)
+  assert read(folder) == pairs_of(words)
+
+
+def test_several_captions_in_each_form(folder):
+  forms = {
+      'a.json': json.dumps({name: ['one', 'two'] for name in NAMES}),
+      'b.jsonl': '\n'.join(json.dumps(dict(file_name=name, text=each)) for name in NAMES for each in ('one', 'two')),
+      'c.json': json.dumps(dict(
+          images=[dict(id=i, file_name=name) for i, name in enumerate(NAMES)],
+          annotations=[dict(image_id=i, caption=each) for i in range(3) for each in ('one', 'two')])),
+      'd.json': json.dumps(dict(images=[dict(filename=name, sentences=[dict(raw='one'), dict(raw='two')]) for name in NAMES]))}
+  for name, content in forms.items():
+    (folder / name).write_text(content)
+    text = ('sentences.raw',) if name == 'd.json' else ()
+    assert read(folder, text=text, captions=name) == {each: ('one', 'two') for each in NAMES}, name
+
+
+@pytest.mark.parametrize('name', ['captions.jsonl', 'captions.csv', 'captions.json'])
+def test_the_options_image_and_text_are_obeyed(folder, name):
+  rows = [{'file_name': 'no.png', 'img': each, 'text': 'junk', 'caption': 'good', 'a.b': 'dotted'} for each in NAMES]
+  content = {'captions.jsonl': '\n'.join(map(json.dumps, rows)),
+             'captions.csv': '\n'.join([','.join(rows[0]), *(','.join(row.values()) for row in rows)]),
+             'captions.json': json.dumps({key: [row[key] for row in rows] for key in rows[0]})}
+  (folder / name).write_text(content[name])
+  assert read(folder, 'img', ('caption',)) == {each: ('good',) for each in NAMES}
+  assert read(folder, 'img', ('a.b', 'caption')) == {each: ('dotted', 'good') for each in NAMES}
+  with pytest.raises(UserError, match=rf"{name} has no field 'captions' \('caption' is near\); its fields are .*with text="):
+    formats.Folder(str(folder), 'img', ('captions',))
+
+
+@pytest.mark.parametrize('name, content, message', [
+    ('captions.csv', 'file_name,title,text\n0.png,a,b\n1.png,a,b,c\n', r"captions.csv:3: has 1 more ',' than the header"),
+    ('captions.csv', 'file_name,text\n0.png,a\na, b.png,c\n', r"captions.csv:3: has 1 more ','"),
+    ('captions.csv', 'file_name,text\n0.png,"a\nb"\n1.png\n', r"captions.csv:4: has 1 of 2 fields \('1.png'\)"),
+    ('captions.csv', 'file_name,text\n0.png,"a\n1.png,b\n2.png,c"\n', 'captions.csv:2: a quotation mark opens'),
+    ('captions.csv', 'file_name,text\n0.png,"a \\"b\\", c"\n', r'captions.csv:2: has \\" in a field'),
+    ('captions.csv', '0.png,a dog\n1.png,a cat\n', "captions.csv:1: the first line names an image.*write 'file_name,text'"),
+    ('captions.csv', 'file_name,text,text\n', "captions.csv:1: has the column 'text' twice"),
+    ('captions.csv', 'file_name,Text,TEXT\n0.png,a,b\n', "several fields like 'text': 'Text', 'TEXT'; say which with text="),
+    ('captions.csv', b'file_name,text\n0.png,a\n1.png,caf\xe9\n', 'captions.csv:3: not UTF-8'),
+    ('captions.csv', 'file_name,text\n', 'captions.csv has no rows'),
+    ('captions.csv', 'file_name,text\n0.png,\n1.png, \n', "none of 2 rows has a text in 'text'"),
+    ('captions.tsv', 'file_name\ttext\n0.png\ta\n1.png b\n', 'captions.tsv:3: has 1 of 2 fields'),
+    ('captions.jsonl', '{"file_name": "0.png", "text": "a"}\n{"file_name": "1.png"\n', 'captions.jsonl:2: not JSON'),
+    ('captions.jsonl', '{"file_name": "0.png", "text": "a"}\n"b"\n', 'captions.jsonl:2: not an object but str'),
+    ('captions.jsonl', '{"file_name": "0.png", "text": "a"}\n{"text": "b"}\n', 'captions.jsonl:2: file_name is None'),
+    ('captions.json', '5', 'captions.json: holds int'),
+    ('captions.json', '[1]', 'captions.json: entry 0 is not an object but int'),
+    ('captions.json', '{"file_name": ["0.png", "1.png"], "text": ["a"]}', "captions.json: 'text' has not one value"),
+    ('captions.json', '{"images": [{"id": 1, "file_name": "0.png"}], "annotations": [{"image_id": 2, "caption": "a"}]}',
+     'captions.json: annotation 0 is of the image 2'),
+    ('captions.json', '{"a": ', 'captions.json:1: not JSON'),
+    ('captions.jsonl', '{"file_name": "img/0.png", "text": "a"}', "names 1 images, such as 'img/0.png', and none of 1 .* is in .*; it has 4 files"),
+    ('notes.md', 'x', r'has no captions.jsonl or .*, nor NAME.txt beside an image; it has 4 files \(0.png, 1.png, 2.png ...\)')])
+def test_what_cannot_be_read_is_told_with_its_line(folder, name, content, message):
+  content = content if isinstance(content, bytes) else content.encode()
+  (folder / name).write_bytes(content)
+  with pytest.raises(UserError, match=message) as caught:
+    formats.Folder(str(folder), None, ())
+  assert '\n' not in str(caught.value) and str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize('options, message', [
+    (dict(path=['d', 'e']), 'is not one folder'), (dict(path='nowhere'), 'nowhere: no such folder'),
+    (dict(captions='no.csv'), "has no file 'no.csv'; it has 3 files"), (dict(captions=5), "captions 5, which is no str"),
+    (dict(text=5), 'text 5, which is no str'), (dict(text=('a', None)), r"text \('a', None\), which"),
+    (dict(image=('a',)), 'image'), (dict(path=None), 'path'), (dict(use=None), 'use'), (dict(weight=None), 'weight')])
+def test_options_of_another_type_are_told_in_a_line(folder, options, message):
+  with pytest.raises(UserError, match=message) as caught:
+    batches(dict(format='folder', path=str(folder)) | options)
+  assert '\n' not in str(caught.value) and str(caught.value).startswith('sources[0]')
+
+
+def test_a_folder_that_is_a_file_of_captions(folder):
+  (folder / 'x.csv').write_text(table(WORDS))
+  with pytest.raises(UserError, match=rf"x.csv is a file; give the folder, path='{folder}', and.*captions='x.csv'"):
+    formats.Folder(f'{folder}/x.csv', None, ())
+
+
+def test_captions_on_the_lines_of_a_text_beside_the_image(folder):
+  """Of an image without one, no caption is made up."""
+  (folder / '0.txt').write_text('\ufeffone dog\r\n\r\ntwo dogs\n', encoding='utf-8')
+  (folder / '1.png.txt').write_text('an owl')
+  (folder / '._0.png').write_bytes(b'of macOS')
+  assert read(folder) == {'0.png': ('one dog', 'two dogs'), '1.png': ('an owl',), '2.png': ()}
+
+
+def test_bare_images_are_enough_where_no_captions_are_needed(folder):
+  (folder / 'deeper').mkdir()
+  (folder / 'deeper' / '3.PNG').write_bytes(picture(3))
+  source = dict(format='folder', path=str(folder))
+  batch = next(batches(source, task='images', batch_size=4, heldout=(source,), split='heldout'))
+  assert [number(image) for image in batch['image']] == [0, 1, 2, 3]
+  with pytest.raises(UserError, match=r'sources\[0\]: .* has no captions'):
+    batches(source)
+  (folder / 'captions.csv').write_text('file_name,label\n0.png,5\n')
+  assert len(formats.Folder(str(folder), None, (), captioned=False)) == 1
+
+
+def test_texts_without_images(tmp_path):
+  (tmp_path / 'a.txt').write_text('first line\nsecond line\n')
+  records = formats.Folder(str(tmp_path), None, (), use='text')
+  assert records.read(0)[:2] == (b'', ('first line\nsecond line\n',))
+  (tmp_path / 'captions.jsonl').write_text('{"text": "one"}\n{"text": "one"}\n')
+  records = formats.Folder(str(tmp_path), None, (), use='text')
+  assert [records.read(i).texts for i in range(len(records))] == [('one',), ('one',)]
+  assert next(batches(dict(format='folder', path=str(tmp_path), use='text')))['kind'].tolist() == [2] * 3
+
+
+@pytest.mark.parametrize('beside', [False, True])
+@pytest.mark.parametrize('what', ['caption', 'image'])
+def test_changes_between_two_legs_are_told(folder, beside, what):
+  def write(word):
+    for i, name in enumerate(NAMES):
+      (folder / f'{i}.txt').write_text(f'{word} {i}')
+    if not beside:
+      (folder / 'captions.jsonl').write_text('\n'.join(json.dumps(dict(file_name=name, text=word)) for name in NAMES))
+
+  write('one')
+  source = dict(format='folder', path=str(folder))
+  iterator = batches(source)
+  next(iterator)
+  state = json.loads(json.dumps(iterator.get_state()))
+  batches(source).set_state(state)
+  if what == 'caption':
+    write('two')
+  else:
+    (folder / '1.png').write_bytes(picture(7) + b'...')
+  with pytest.raises(ValueError, match=r'^changed are sources\[0\].contents \w{8} -> \w{8}$'):
+    batches(source).set_state(state)
+  del state['of']['sources'][0]['contents']  # of a version that did not write it
+  batches(source).set_state(state)
+
+
+def test_names_as_windows_writes_them_and_whole_paths(folder):
+  (folder / 'deep').mkdir()
+  (folder / '0.png').rename(folder / 'deep' / '0.png')
+  rows = [dict(file_name='deep\\0.png', text='a'), dict(file_name=f'{folder}/1.png', text='b'), dict(file_name='./2.png', text='c')]
+  (folder / 'captions.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  opened = formats.Folder(str(folder), None, ())
+  assert [opened.read(i)[:2] for i in range(3)] == [(picture(i), (word,)) for i, word in enumerate('abc')]
+
+
+def test_two_files_of_captions_are_told(folder, caplog):
+  (folder / 'captions.jsonl').write_text('\n'.join(map(json.dumps, ROWS)))
+  (folder / 'metadata.csv').write_text(table(['x'] * 3))
+  assert read(folder) == pairs_of(WORDS)
+  assert 'captions.jsonl is read, and not metadata.csv; say which with captions=' in caplog.text
+
+
+def test_images_that_are_gone_later_are_counted(folder):
+  (folder / 'captions.jsonl').write_text('\n'.join(json.dumps(dict(file_name=name, text=caption(i))) for i, name in enumerate(NAMES)))
+  (folder / '1.png').unlink()
+  skipped, source = Skipped(), dict(format='folder', path=str(folder))
+  data = batches(source, heldout=(source,), split='heldout', skipped=skipped, num_threads=0, batch_size=1)
+  assert [number(next(data)['image'][0]) for _ in range(2)] == [0, 2]
+  assert skipped.reasons == {'no image': 1}
+
+
+@pytest.mark.parametrize('name, delimiter', [('captions.csv', ','), ('captions.tsv', '\t')])
+def test_tables_are_read_as_the_csv_module_wrote_them(name, delimiter):
+  """Of captions of marks, quotes, line breaks and spaces, quoted where needed or everywhere."""
+  rng = random.Random(0)
+  marks = ['a', 'b ', '"', '""', ',', '\t', '\n', '\\', ' ', 'é', ';']
+  for case in range(300):
+    words = [''.join(rng.choices(marks, k=rng.randint(1, 8))) for _ in NAMES]
+    quoting = csv.QUOTE_ALL if case % 2 else csv.QUOTE_MINIMAL
+    written = table(words, delimiter=delimiter, quoting=quoting)
+    rows = captions_file.read_rows(name, written.encode(), captions_file.Fields('', ()))
+    assert [row.fields['text'] for row in rows] == words, written
+
+
+def test_a_raw_tsv_is_read_as_it_is():
+  """But for a file in which each quoted field needs its quotes, captions are what is between the
+  tab and the end of the line."""
+  rng = random.Random(0)
+  marks = ['a', '"Never', 'mind"', '12"', ',', "'x'", 'said;']
+  for _ in range(300):
+    words = ['bare', *(' '.join(rng.choices(marks, k=rng.randint(1, 5))) for _ in NAMES[1:])]
+    written = 'file_name\ttext\n' + ''.join(f'{name}\t{text}\n' for name, text in zip(NAMES, words))
+    rows = captions_file.read_rows('captions.tsv', written.encode(), captions_file.Fields('', ()))
+    assert [row.fields['text'] for row in rows] == words, written
+
+
+def test_a_file_of_captions_with_another_name(folder):
+  (folder / 'results.token').write_text('image\tcomment\n' + ''.join(f'{name}\ta, b\n' for name in NAMES))
+  assert read(folder, 'image', ('comment',), captions='results.token') == {name: ('a, b',) for name in NAMES}

@@ -1,0 +1,404 @@
+"""What the descriptions of a diffusers folder say, beside diffusers itself: followed, checked, or refused in one line."""
+
+import inspect
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from nano import NANO, jit
+
+from lavit_jax.errors import UserError
+from lavit_jax.models import lavit
+from lavit_jax.models.noise import Scheduler
+from lavit_jax.porting import configs, convert, folder, from_torch, layouts, to_torch
+from lavit_jax.porting.api import torch_settings
+from lavit_jax.porting.configs import pipeline, rules, safety, scheduler, unet, vae
+
+torch = pytest.importorskip('torch')
+diffusers = pytest.importorskip('diffusers')
+transformers = pytest.importorskip('transformers')
+
+SDXL = dict(
+  block_out_channels=(8, 16),
+  layers_per_block=1,
+  down_block_attention=(False, True),
+  transformer_layers=(1, 2),
+  num_heads=(2, 2),
+  cross_attention_dim=12,
+  norm_num_groups=4,
+  use_linear_projection=True,
+  addition_time_embed_dim=8,
+  pooled_dim=20,
+)
+CHECKER = dict(
+  image_size=16, patch_size=8, hidden_size=16, num_layers=2, num_heads=2, mlp_dim=24, output_dim=12
+)
+ROW = {
+  **NANO,
+  'highres_unet': SDXL,
+  'highres_vae': NANO['vae'],
+  'highres_decoder': dict(num_layers=1, context_dims=(16, 24), pooled_dim=20),
+  'safety_checker': CHECKER,
+}
+PARTS = ('unet', 'vae', 'highres_unet', 'highres_vae', 'safety_checker', 'uncond_embeddings')
+PLACES = {place.part: place.folder for place in layouts.PUBLISHED}
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def variant():
+  lavit.VARIANTS['described'] = ROW
+  yield
+  del lavit.VARIANTS['described']
+
+
+@pytest.fixture(scope='module')
+def params():
+  tree = layouts.shapes(lavit.build('described'), PARTS)
+  return jax.tree.map(
+    lambda x: RNG.normal(0, np.prod(x.shape[:-1] or 1) ** -0.5, x.shape).astype(np.float32), tree
+  )
+
+
+@pytest.fixture(scope='module')
+def published(params, tmp_path_factory):
+  """A LaVIT folder of what draws, without any setting."""
+  ours = tmp_path_factory.mktemp('described')
+  folder.save_parts(ours / 'ours', 'described', params)
+  convert.prepare(ours / 'ours', ours / 'torch').run(lambda size: None)
+  return ours / 'torch'
+
+
+def edited(src, dst, file, **keys):
+  """A copy of a folder with other values in one of its descriptions; None removes a key."""
+  shutil.copytree(src, dst)
+  content = json.loads((dst / file).read_text()) | keys
+  (dst / file).write_text(
+    json.dumps({key: value for key, value in content.items() if value is not ...})
+  )
+  return dst
+
+
+def settings_of(src):
+  return configs.read_settings(src, PLACES, PARTS, 'described')
+
+
+def defaults(cls):
+  found = {
+    name: p.default
+    for name, p in inspect.signature(cls.__init__).parameters.items()
+    if name not in ('self', 'kwargs', 'args')
+  }
+  return json.loads(json.dumps(found, default=str))
+
+
+SCHEDULERS = [
+  name for name in scheduler.CLASSES if name not in (None, 'DPMSolverSDEScheduler')
+]  # which needs torchsde to look at
+
+
+@pytest.mark.parametrize('name', ['UNet2DConditionModel', 'AutoencoderKL', *SCHEDULERS])
+def test_every_key_of_a_class_has_a_rule_and_its_default(name):
+  cls, table = (
+    getattr(diffusers, name),
+    {'UNet2DConditionModel': unet._rules('unet'), 'AutoencoderKL': vae._rules('vae')}.get(
+      name, scheduler.RULES
+    ),
+  )
+  assert defaults(cls).keys() <= table.keys()
+  if name in ('UNet2DConditionModel', 'AutoencoderKL', 'DDIMScheduler'):
+    levels = unet.complete({}) if name == 'UNet2DConditionModel' else {}
+    for key, default in defaults(cls).items():
+      rule = table[key]
+      if (
+        isinstance(rule, rules.Harmless) or key in levels or key == 'timestep_spacing'
+      ):  # of which each sampler has its own
+        continue
+      assert rules.same(rules.plain(rule.default), default) or (rule.default, default) == (
+        None,
+        ...,
+      ), key
+  if name == 'UNet2DConditionModel':
+    assert (
+      levels['attention_head_dim'] == [8] * 4 and levels['transformer_layers_per_block'] == [1] * 4
+    )
+
+
+def test_every_key_of_the_safety_checker_has_a_rule():
+  config = transformers.CLIPConfig().to_dict()
+  assert {key for key in safety.complete(config) if not key.startswith('_')} <= safety.RULES.keys()
+  extractor = json.loads(transformers.CLIPImageProcessor().to_json_string())
+  assert safety.complete_extractor(extractor).keys() <= safety.EXTRACTOR.keys()
+  for module in (diffusers.StableDiffusionPipeline, diffusers.StableDiffusionXLPipeline):
+    assert inspect.signature(module.__init__).parameters.keys() - {'self'} <= pipeline.RULES.keys()
+
+
+UNETS = {
+  'all': dict(attention_head_dim=[1, 8], norm_eps=1e-2, flip_sin_to_cos=False, freq_shift=1),
+  'heads': dict(attention_head_dim=4),
+  'flipped': dict(flip_sin_to_cos=False),
+  'shifted': dict(freq_shift=1),
+  'eps': dict(norm_eps=0.1),
+}
+
+
+@pytest.mark.parametrize('part', ['unet', 'highres_unet'])
+@pytest.mark.parametrize(
+  'name', ['all', *(pytest.param(name, marks=pytest.mark.slow) for name in UNETS if name != 'all')]
+)
+def test_a_unet_by_its_description_computes_as_theirs(published, params, tmp_path, part, name):
+  keys = dict(UNETS[name])
+  levels = len(getattr(lavit.build('described'), part).block_out_channels)
+  if isinstance(keys.get('attention_head_dim'), list):
+    keys['attention_head_dim'] = keys['attention_head_dim'][-levels:]
+  src = edited(published, tmp_path / 'src', f'{PLACES[part]}/config.json', **keys)
+  place = src / PLACES[part]
+  with pytest.raises(UserError, match='torch_settings'):
+    from_torch(src, part, variant='described')
+  settings = torch_settings(src, part, variant='described')
+  model = getattr(lavit.build('described', settings=settings), part)
+  tree = from_torch(src, part, variant='described', settings=settings)
+
+  latents, context = (
+    RNG.normal(size=(2, 8, 8, 4)).astype(np.float32),
+    RNG.normal(size=(2, 5, model.cross_attention_dim)).astype(np.float32),
+  )
+  t, added, extra = np.array([3, 500]), None, {}
+  if part == 'highres_unet':
+    added = RNG.normal(size=(2, 20)).astype(np.float32), np.full((2, 6), 64, np.float32)
+    extra = dict(
+      added_cond_kwargs=dict(
+        text_embeds=torch.from_numpy(added[0]), time_ids=torch.from_numpy(added[1])
+      )
+    )
+
+  def theirs(where):
+    peer = diffusers.UNet2DConditionModel.from_pretrained(where).eval()
+    with torch.no_grad():
+      found = peer(
+        torch.from_numpy(latents.transpose(0, 3, 1, 2)),
+        torch.from_numpy(t),
+        torch.from_numpy(context),
+        **extra,
+      ).sample
+    return found.numpy().transpose(0, 2, 3, 1)
+
+  wanted = theirs(place)
+  assert np.abs(wanted - theirs(published / PLACES[part])).max() > 1e-3
+  np.testing.assert_allclose(
+    jit(model.apply)({'params': tree}, latents, t, context, None, added), wanted, atol=1e-4
+  )
+  to_torch(tree, tmp_path / 'back', part, variant='described', settings=settings)
+  np.testing.assert_array_equal(theirs(tmp_path / 'back'), wanted)
+
+
+@pytest.mark.parametrize('part', ['vae', 'highres_vae'])
+@pytest.mark.parametrize(
+  'keys',
+  [
+    dict(scaling_factor=0.36, shift_factor=0.12),
+    dict(scaling_factor=0.5, latents_mean=[-1.6, 0.9, 1.2, 2.6], latents_std=[8.4, 5.9, 5.3, 6.4]),
+  ],
+)
+def test_the_factors_of_a_vae_travel_and_come_back(published, tmp_path, part, keys):
+  """Encoding and decoding as diffusers' StableDiffusion3 and XL pipelines apply the factors, in float64."""
+  src = edited(published, tmp_path / 'src', f'{PLACES[part]}/config.json', **keys)
+  convert.prepare(src, tmp_path / 'ours').run(lambda size: None)
+  settings = folder.read_settings(tmp_path / 'ours')
+  assert settings == {part: keys}
+  model, x = (
+    getattr(lavit.build('described', settings=settings), part),
+    RNG.normal(size=(2, 4, 4, 4)),
+  )
+  if 'shift_factor' in keys:
+    encoded, decoded = (x - 0.12) * 0.36, x / 0.36 + 0.12
+  else:
+    mean, std = np.array(keys['latents_mean']), np.array(keys['latents_std'])
+    encoded, decoded = (x - mean) * 0.5 / std, x * std / 0.5 + mean
+  np.testing.assert_allclose(model.to_unet(x.astype(np.float32)), encoded, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(model.from_unet(x.astype(np.float32)), decoded, rtol=1e-5, atol=1e-5)
+  convert.prepare(tmp_path / 'ours', tmp_path / 'theirs').run(lambda size: None)
+  again = diffusers.AutoencoderKL.from_pretrained(tmp_path / 'theirs' / PLACES[part]).config
+  assert {key: again[key] for key in keys} == keys
+
+
+def test_what_was_trained_here_says_its_settings(params, tmp_path):
+  """The descriptions of an export are those of its settings, and diffusers and we read the same of them again."""
+  betas = dict(
+    rescale_betas_zero_snr=True, prediction_type='v_prediction', timestep_spacing='trailing'
+  )
+  settings = dict(
+    unet=dict(num_heads=[4], norm_eps=0.01, flip_sin_to_cos=False, freq_shift=1),
+    vae=dict(shift_factor=0.1),
+    scheduler=betas,
+    highres_vae=dict(latents_mean=[1.0, 2.0, 3.0, 4.0], latents_std=[2.0, 3.0, 4.0, 5.0]),
+    highres_scheduler=dict(clip_sample=True),
+  )
+  folder.save_parts(tmp_path / 'ours', 'described', params, settings=settings)
+  convert.prepare(tmp_path / 'ours', tmp_path / 'theirs').run(lambda size: None)
+  assert settings_of(tmp_path / 'theirs') == lavit.build('described', settings=settings).settings
+  theirs = diffusers.DDIMScheduler.from_pretrained(
+    tmp_path / 'theirs' / 'pixel_decoding' / 'scheduler'
+  )
+  assert {key: theirs.config[key] for key in betas} == betas
+  wanted = Scheduler(**betas).schedule.alphas_cumprod
+  np.testing.assert_allclose(
+    theirs.alphas_cumprod, wanted, rtol=1e-3, atol=1e-7
+  )  # theirs sums 1,000 roundings of float32
+  of = diffusers.UNet2DConditionModel.load_config(tmp_path / 'theirs' / 'pixel_decoding' / 'unet')
+  assert (of['attention_head_dim'], of['norm_eps'], of['flip_sin_to_cos'], of['freq_shift']) == (
+    [4],
+    0.01,
+    False,
+    1,
+  )
+
+
+UNET, VAE, SCHEDULER = (
+  'pixel_decoding/unet/config.json',
+  'pixel_decoding/vae/config.json',
+  'pixel_decoding/scheduler/scheduler_config.json',
+)
+CHECKED, EXTRACTED = (
+  'pixel_decoding/safety_checker/config.json',
+  'pixel_decoding/feature_extractor/preprocessor_config.json',
+)
+
+
+@pytest.mark.parametrize(
+  'file, keys, message',
+  [
+    (
+      UNET,
+      dict(act_fn='gelu'),
+      'act_fn="gelu", but the variant .described. computes with "silu"; choose a checkpoint with act_fn=.silu.',
+    ),
+    (
+      UNET,
+      dict(attention_head_dim=3),
+      r'attention_head_dim=\[3\], the numbers of heads, must divide block_out_channels=\[16\]',
+    ),
+    (
+      UNET,
+      dict(num_attention_heads=2),
+      'num_attention_heads=2, but .* computes with null; .*attention_head_dim',
+    ),
+    (UNET, dict(time_cond_proj_dim=256), 'time_cond_proj_dim=256, but'),
+    (UNET, dict(center_input_sample=True), 'center_input_sample=true, but'),
+    (UNET, dict(norm_num_groups=8), 'norm_num_groups=8, but .* computes with 4'),
+    (UNET, dict(norm_eps=0), 'norm_eps=0 cannot be followed'),
+    (UNET, dict(mid_block_scale_factor=2), 'mid_block_scale_factor=2'),
+    (UNET, dict(downsample_padding=0), 'downsample_padding=0'),
+    (UNET, dict(dual_cross_attention=True), 'dual_cross_attention=true'),
+    (UNET, dict(only_cross_attention=[True]), 'only_cross_attention=true'),
+    (UNET, dict(resnet_time_scale_shift='scale_shift'), 'resnet_time_scale_shift="scale_shift"'),
+    (UNET, dict(class_embed_type='timestep'), 'class_embed_type="timestep"'),
+    (UNET, dict(no_such_key=1), 'no_such_key=1 is no key that is known'),
+    (
+      UNET,
+      dict(cross_attention_dim=...),
+      r'cross_attention_dim=1280 \(the default of .*key is missing\), but .* computes with 16',
+    ),
+    (
+      UNET,
+      dict(flip_sin_to_cos='yes'),
+      'flip_sin_to_cos="yes" cannot be followed: it must be true or false',
+    ),
+    (VAE, dict(act_fn='mish'), 'act_fn="mish"'),
+    (VAE, dict(norm_num_groups=2), 'norm_num_groups=2'),
+    (VAE, dict(scaling_factor=0), 'scaling_factor=0'),
+    (VAE, dict(latents_mean=[0, 0, 0, 0]), 'latents_mean and latents_std go together'),
+    (VAE, dict(use_quant_conv=False), 'use_quant_conv=false'),
+    (
+      VAE,
+      dict(latents_mean=[0, 0], latents_std=[1, 1]),
+      r'latents_mean=\[0.0, 0.0\] must have 4 entries',
+    ),
+    (
+      VAE,
+      dict(shift_factor=1, latents_mean=[0] * 4, latents_std=[1] * 4),
+      'shift_factor=1 and latents_mean=.*give one of them',
+    ),
+    (
+      SCHEDULER,
+      dict(prediction_type='flow_prediction'),
+      'prediction_type="flow_prediction" cannot be followed',
+    ),
+    (SCHEDULER, dict(beta_schedule='sigmoid'), 'beta_schedule="sigmoid" cannot be followed'),
+    (SCHEDULER, dict(steps_offset=1.5), 'steps_offset=1.5'),
+    (SCHEDULER, dict(_class_name='FlowMatchEulerDiscreteScheduler'), 'trained another way'),
+    (SCHEDULER, dict(clip_sample=1), 'clip_sample=1'),
+    (
+      SCHEDULER,
+      dict(trained_betas=[0.1]),
+      'trained_betas has 1 entries, and num_train_timesteps=1000',
+    ),
+    (SCHEDULER, dict(timestep_type='continuous'), 'timestep_type="continuous"'),
+    (SCHEDULER, dict(beta_end='0.012'), 'beta_end="0.012"'),
+    (SCHEDULER, dict(timestep_spacing='karras'), 'timestep_spacing="karras" cannot be followed'),
+    (CHECKED, dict(projection_dim=24), 'projection_dim=24'),
+    (EXTRACTED, dict(image_mean=[0.5, 0.5, 0.5]), 'image_mean'),
+    (EXTRACTED, dict(resample=2), 'resample=2'),
+    (EXTRACTED, dict(do_normalize=False), 'do_normalize=false'),
+  ],
+)
+def test_what_cannot_be_followed_is_refused_in_one_line_when_converting(
+  published, tmp_path, file, keys, message
+):
+  src = edited(published, tmp_path / 'src', file, **keys)
+  with pytest.raises(UserError, match=message) as caught:
+    convert.prepare(src, tmp_path / 'ours', variant='described')
+  assert '\n' not in str(caught.value) and file.split('/')[-1] in str(caught.value)
+
+
+def test_what_the_pipeline_is_made_of(published, tmp_path):
+  shutil.copytree(published, tmp_path / 'src')
+  index = tmp_path / 'src' / 'pixel_decoding' / 'model_index.json'
+  right = dict(
+    _class_name='StableDiffusionPipeline',
+    unet=['diffusers', 'UNet2DConditionModel'],
+    vae=['diffusers', 'AutoencoderKL'],
+  )
+  index.write_text(json.dumps(right))
+  assert settings_of(tmp_path / 'src') == {}
+  for wrong in (
+    dict(vae=['diffusers', 'AsymmetricAutoencoderKL']),
+    dict(controlnet=['diffusers', 'ControlNetModel']),
+  ):
+    index.write_text(json.dumps(right | wrong))
+    with pytest.raises(UserError, match=f'model_index.json: {next(iter(wrong))}='):
+      settings_of(tmp_path / 'src')
+
+
+@pytest.mark.parametrize(
+  'keys, settings',
+  [
+    (
+      dict(clip_sample=True, timestep_spacing='linspace'),
+      dict(clip_sample=True, timestep_spacing='linspace'),
+    ),
+    (dict(clip_sample=...), dict(clip_sample=True)),  # DDIM's default
+    (dict(clip_sample=..., _class_name='EulerDiscreteScheduler'), {}),  # which cannot clip
+    (dict(set_alpha_to_one=..., steps_offset=...), dict(set_alpha_to_one=True, steps_offset=0)),
+    (dict(lambda_min_clipped=-float('inf'), use_karras_sigmas=True), dict(use_karras_sigmas=True)),
+    (dict(_class_name='PNDMScheduler', skip_prk_steps=True, trained_betas=None), {}),
+  ],
+)
+def test_a_scheduler_by_what_it_says_and_does_not_say(published, tmp_path, keys, settings):
+  src = edited(published, tmp_path / 'src', SCHEDULER, **keys)
+  assert settings_of(src) == (dict(scheduler=settings) if settings else {})
+
+
+def test_the_documentation_names_every_key():
+  page = (pathlib.Path(__file__).parents[2] / 'docs' / 'checkpoints-diffusion.md').read_text()
+  for family in configs.FAMILIES:
+    if family.part not in ('llama', 'vit') and not family.part.startswith('highres_'):
+      for key in family.rules:
+        assert (
+          f'`{key.removeprefix(safety.VISION)}`' in page
+          or isinstance(family.rules[key], rules.Harmless)
+          and family.part == 'safety_checker'
+        ), key

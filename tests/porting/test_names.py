@@ -1,0 +1,171 @@
+"""Tensors under other names than the tables': wrapped, prefixed, tied; other projects' files; and messages that end."""
+
+import argparse
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from lavit_jax import cli
+from lavit_jax.errors import UserError
+from lavit_jax.inference.pipeline import Lavit
+from lavit_jax.porting import convert, folder, from_torch, layouts, torch_files
+from lavit_jax.porting.engine import PortingError
+
+ASSETS = pathlib.Path(cli.ASSETS)
+TINY = ASSETS / 'tiny'
+EVA = TINY / 'visual_tokenizer' / 'eva_vitg_psz14.safetensors'
+LLAMA = dict(vocab_size=2048, hidden_size=160, intermediate_size=432, num_hidden_layers=4, num_attention_heads=5, num_key_value_heads=5,
+             head_dim=32, rms_norm_eps=1e-5, rope_theta=1e4, max_position_embeddings=2048)
+
+
+def same(tree, other):
+  import jax
+  jax.tree.map(np.testing.assert_array_equal, tree, other)
+
+
+@pytest.mark.parametrize('prefix', ['module.', '_orig_mod.', 'module._orig_mod.', 'visual.', 'visual.trunk.', 'model.visual.',
+                                    'visual_encoder.', '_orig_mod.visual.trunk.'])
+def test_prefixes_of_the_encoder(tmp_path, prefix):
+  state = load_file(EVA)
+  text = {'text.token_embedding.weight': np.ones((2, 2)), 'logit_scale': np.ones(())} if 'visual' in prefix else {}
+  save_file({**{prefix + name: x for name, x in state.items()}, **text}, tmp_path / 'eva.safetensors')
+  job = convert.prepare(tmp_path / 'eva.safetensors', tmp_path / 'ours')
+  assert [item.tensors for item in job.items] == [len(state)] and job.variant == 'tiny'
+  assert any('2 tensors of another model' in note and 'logit_scale' in note for note in job.notes) == bool(text)
+  same(from_torch(tmp_path / 'eva.safetensors', 'vit', variant='tiny'), from_torch(EVA, 'vit', variant='tiny'))
+
+
+@pytest.mark.parametrize('keys', [('model',), ('module',), ('state_dict',), ('state_dict', 'model')])
+def test_what_a_training_saved(tmp_path, keys):
+  torch = pytest.importorskip('torch')
+  content = {f'module.{name}': torch.from_numpy(x.astype(np.float32)) for name, x in load_file(EVA).items()}
+  for key in keys:
+    content = {'epoch': 3, 'args': argparse.Namespace(lr=0.1), key: content, 'optimizer': {'state': {}}}
+  torch.save(content, tmp_path / 'eva.pth')
+  same(from_torch(tmp_path / 'eva.pth', 'vit', variant='tiny'), from_torch(EVA, 'vit', variant='tiny'))
+
+
+def test_a_pickle_without_a_model_says_what_it_holds(tmp_path):
+  torch = pytest.importorskip('torch')
+  torch.save({'epoch': 3, 'net': {'x': torch.ones(2)}}, tmp_path / 'run.pth')
+  with pytest.raises(UserError, match="'epoch' is a int .2 of 2 entries are no tensors.; save the state_dict"):
+    torch_files.load(tmp_path / 'run.pth')
+
+
+def test_two_tensors_of_one_name(tmp_path):
+  save_file({'module.cls_token': np.ones(2), 'cls_token': np.zeros(2)}, tmp_path / 'eva.safetensors')
+  with pytest.raises(UserError, match='two tensors that are cls_token'):
+    convert.prepare(tmp_path / 'eva.safetensors', tmp_path / 'ours')
+
+
+@pytest.mark.parametrize(('name', 'told'), [
+    ('model.diffusion_model.input_blocks.0.0.weight', 'StableDiffusionPipeline.from_single_file'),
+    ('first_stage_model.encoder.down.0.block.0.conv1.weight', 'AutoencoderKL.from_single_file'),
+    ('decoder.up.0.block.0.conv1.weight', 'AutoencoderKL.from_single_file'),
+    ('layers.0.attention.wq.weight', 'convert_llama_weights_to_hf'),
+    ('visual.transformer.resblocks.0.attn.in_proj_weight', 'EVA-CLIP'),
+    ('base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight', 'merge_and_unload'),
+    ('model.layers.0.self_attn.q_proj.qweight', 'quantised')])
+def test_files_of_other_projects(tmp_path, name, told):
+  save_file({name: np.ones((2, 2), np.float32)}, tmp_path / 'x.safetensors')
+  with pytest.raises(UserError, match=told) as error:
+    convert.prepare(tmp_path / 'x.safetensors', tmp_path / 'ours')
+  assert '\n' not in str(error.value) and 'x.safetensors' in str(error.value)
+
+
+def test_folders_of_other_projects(tmp_path):
+  for name, file, told in (('meta', 'consolidated.00.pth', 'convert_llama_weights_to_hf'), ('lora', 'adapter_config.json', 'merge_and_unload'),
+                           ('one', 'v1-5-pruned.ckpt', 'give the file itself')):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / file).write_bytes(b'{}')
+    with pytest.raises(UserError, match=told):
+      convert.prepare(tmp_path / name, tmp_path / 'ours')
+
+
+def test_a_long_list_is_cut(tmp_path):
+  save_file({f'strange.{i}.weight': x for i, x in enumerate(load_file(EVA).values())}, tmp_path / 'eva.safetensors')
+  with pytest.raises(PortingError) as error:
+    convert.prepare(tmp_path / 'eva.safetensors', tmp_path / 'ours', variant='tiny')
+  lines = str(error.value).splitlines()
+  strange = sum('strange' in problem and 'unmapped' in problem for problem in error.value.problems)
+  assert strange == len(load_file(EVA)) and len(lines) < 20 and len(str(error.value)) < 3000
+  assert f'  vit: unmapped: and {strange - 6} more' in lines
+
+
+def make_llama(where, **over):
+  torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
+  torch.manual_seed(0)
+  model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA | over))
+  model.save_pretrained(where)
+  return model
+
+
+def run(src, dst, **options):
+  job = convert.prepare(src, dst, **options)
+  job.run(lambda size: None)
+  return job
+
+
+def test_tied_embeddings(tmp_path):
+  model = make_llama(tmp_path / 'src', tie_word_embeddings=True)
+  files = load_file(tmp_path / 'src' / 'model.safetensors')
+  assert 'lm_head.weight' not in files
+  job = run(tmp_path / 'src', tmp_path / 'ours', variant='tiny')
+  assert any('lm_head.weight is not in the files' in note for note in job.notes)
+  llama = folder.load_parts(tmp_path / 'ours')['llama']
+  np.testing.assert_array_equal(llama['head'][:, :2048], model.lm_head.weight.detach().numpy().T)
+  np.testing.assert_array_equal(llama['head'], llama['embedding'].T)  # the new rows too
+  run(tmp_path / 'ours', tmp_path / 'back')
+  again = load_file(tmp_path / 'back' / 'model.safetensors')
+  assert again.keys() == files.keys()
+  run(tmp_path / 'src', tmp_path / 'words', variant='tiny', grow=False)
+  run(tmp_path / 'words', tmp_path / 'words-back')
+  again = load_file(tmp_path / 'words-back' / 'model.safetensors')
+  assert again.keys() == files.keys() and all(np.array_equal(again[name], x) for name, x in files.items())
+  config = tmp_path / 'src' / 'config.json'
+  config.write_text(json.dumps(json.loads(config.read_text()) | {'tie_word_embeddings': False}))
+  with pytest.raises(PortingError, match='missing: lm_head.weight'):
+    convert.prepare(tmp_path / 'src', tmp_path / 'untied', variant='tiny')
+
+
+def test_rows_that_are_not_taken_say_which_are(tmp_path):
+  make_llama(tmp_path / 'src', vocab_size=2049)
+  with pytest.raises(PortingError, match='the vocabulary has 2049; taken are 2048 .* and 3074 '):
+    convert.prepare(tmp_path / 'src', tmp_path / 'ours', variant='tiny')
+
+
+def test_one_layer_of_another_type(tmp_path):
+  state = load_file(EVA)
+  name = 'blocks.1.mlp.fc1.weight'
+  state[name] = state[name].astype(np.float32) + np.float32(1e-6)
+  save_file(state, tmp_path / 'eva.safetensors')
+  with pytest.raises(PortingError, match=r'wrong dtype: blocks.*mlp.fc1.weight is .*, other layers of it are .*--dtype float32'):
+    convert.prepare(tmp_path / 'eva.safetensors', tmp_path / 'ours')
+  run(tmp_path / 'eva.safetensors', tmp_path / 'ours', dtype='float32')
+  kernel = folder.load_parts(tmp_path / 'ours')['vit']['blocks']['mlp']['fc1']['kernel']
+  np.testing.assert_array_equal(kernel[1], state[name].T)
+  np.testing.assert_array_equal(kernel[0], state['blocks.0.mlp.fc1.weight'].astype(np.float32).T)
+  same(from_torch(tmp_path / 'eva.safetensors', 'vit', variant='tiny')['blocks']['mlp']['fc1']['kernel'], kernel)
+
+
+@pytest.mark.slow  # compiles captioning
+def test_an_encoder_without_norm_and_head_captions(tmp_path):
+  shutil.copytree(TINY, tmp_path / 'src')
+  file = tmp_path / 'src' / 'visual_tokenizer' / 'eva_vitg_psz14.safetensors'
+  save_file({name: x for name, x in load_file(file).items() if not name.startswith(('norm.', 'head.'))}, file)
+  run(tmp_path / 'src', tmp_path / 'ours')
+  picture = ASSETS / 'demo' / '01.png'
+  assert Lavit.from_pretrained(tmp_path / 'ours').caption([picture]) == Lavit.from_pretrained(TINY).caption([picture])
+
+
+def test_an_encoder_without_norm_and_head_opens(tmp_path):
+  save_file({name: x for name, x in load_file(EVA).items() if not name.startswith(('norm.', 'head.'))}, tmp_path / 'eva.safetensors')
+  run(tmp_path / 'eva.safetensors', tmp_path / 'ours')
+  assert 'head' not in Lavit.from_pretrained(tmp_path / 'ours').parts['vit']
+  save_file({name: x for name, x in load_file(EVA).items() if not name.startswith('blocks.0.norm1')}, tmp_path / 'less.safetensors')
+  with pytest.raises(PortingError, match='missing: blocks.0.norm1'):
+    convert.prepare(tmp_path / 'less.safetensors', tmp_path / 'ours2')

@@ -1,0 +1,72 @@
+"""'~' is the home folder wherever a path is given: options, config pages, lists of rows, Python."""
+
+import argparse
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import lavit_jax
+from lavit_jax import cli
+from lavit_jax.data import images, sprites
+from lavit_jax.data.text import TextTokenizer
+from lavit_jax.inference import batch
+from lavit_jax.inference.pipeline import Lavit
+from lavit_jax.training.config import load_config
+from lavit_jax.training.loop import split_folders
+
+ASSETS = pathlib.Path(lavit_jax.__file__).parent / 'assets'
+PATHS = ('DIR', 'RUN/export', 'ROWS.jsonl', 'FILE.jsonl', 'FILE.json')
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+  (tmp_path / 'home').mkdir()
+  (tmp_path / 'elsewhere').mkdir()
+  monkeypatch.chdir(tmp_path / 'elsewhere')
+  return tmp_path / 'home'
+
+
+def options(parser):
+  for action in parser._actions:
+    if isinstance(action, argparse._SubParsersAction):
+      for sub in action.choices.values():
+        yield from options(sub)
+    else:
+      yield parser.prog, action
+
+
+def test_every_option_that_is_a_path_of_this_machine(home):
+  found = [(prog, action) for prog, action in options(cli.build_parser()) if action.metavar in PATHS]
+  assert len(found) > 20
+  for prog, action in found:
+    assert action.type('~/x') == f'{home}/x', (prog, action.dest)
+
+
+def test_config_pages_and_their_folders(home):
+  (home / 'page.py').write_text('from ml_collections import ConfigDict\ndef get_config(variant):\n  return ConfigDict(dict(variant=variant))\n')
+  assert load_config('~/page.py:tiny').variant == 'tiny'
+  assert split_folders('~/a/export, b,~') == [f'{home}/a/export', 'b', str(home)]
+
+
+def test_checkpoints_words_and_data_sets(home):
+  for name, target in (('model', 'tiny'), ('words', 'tiny/language_model'), ('data', 'emoji_sample')):
+    (home / name).symlink_to(ASSETS / target)
+  assert Lavit.from_pretrained('~/model').model.image_size == 64
+  assert TextTokenizer.load('~/words').vocab_size == 2048
+  assert sprites.find('~/data').startswith(str(home))
+
+
+def test_images_and_rows(home):
+  pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+  Image.fromarray(pixels).save(home / 'a.png')
+  np.testing.assert_array_equal(images.read_image('~/a.png'), pixels)
+  assert batch.find_pictures(['~']) == batch.find_pictures(['~/a.png']) == [f'{home}/a.png']
+  rows, base, many = batch.find_rows(batch.TASKS['caption'], ['~'], None, None)
+  assert (rows, many) == ([dict(image=f'{home}/a.png')], True)
+  (home / 'rows.jsonl').write_text(json.dumps(dict(image='~/a.png')))
+  np.testing.assert_array_equal(batch.load(dict(image='~/a.png'), ('image',), home / 'x', 8)['image'], pixels)
+  assert batch.load(dict(parts=['~ 5 cats', '~/a.png']), ('parts',), home, 8)['parts'][0] == '~ 5 cats'

@@ -1,0 +1,157 @@
+"""A run trains with the settings of the checkpoints that it begins with, keeps them, and exports them."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import nano
+import numpy as np
+import pytest
+
+from lavit_jax.errors import UserError
+from lavit_jax.models import lavit
+from lavit_jax.models.initial import initial_parts
+from lavit_jax.porting import engine, folder
+from lavit_jax.porting.tables_language import llama_rows
+from lavit_jax.training import flops, loop, settings, stages
+from lavit_jax.training.checkpoint import Checkpoints
+
+nano.install()
+OTHER = dict(rope_theta=100.0, rope_scaling=dict(rope_type='linear', factor=4.0), rms_norm_eps=1e-2, max_position_embeddings=256)
+
+
+@pytest.fixture(scope='module')
+def parts():
+  """Of a model whose keys and queries are large enough for positions to matter."""
+  model = lavit.build('nano')
+  trees = nano.jit(lambda key: initial_parts(model, key, ('vit', 'tokenizer', 'llama')))(jax.random.key(0))
+  attention = trees['llama']['layers']['attention']
+  for name in ('query', 'key'):
+    attention[name]['kernel'] = 3 * attention[name]['kernel']
+  return trees
+
+
+@pytest.fixture(scope='module')
+def folders(parts, tmp_path_factory):
+  """`towers`: what the language model's stage needs; `other`, `own`: a language model with and without settings of its own."""
+  root = tmp_path_factory.mktemp('folders')
+  folder.save_parts(root / 'towers', 'nano', {name: parts[name] for name in ('vit', 'tokenizer')})
+  folder.save_parts(root / 'other', 'nano', {'llama': parts['llama']}, settings={'llama': OTHER})
+  folder.save_parts(root / 'own', 'nano', {'llama': parts['llama']})
+  return root
+
+
+def page(folders, *init_from, **changes):
+  names = ','.join(str(folders / name) for name in init_from)
+  return nano.config('lm', frozen=str(folders / 'towers'), init_from=names, **changes)
+
+
+def of_run(config, workdir):
+  return settings.of_run(config, loop.split_folders(config.frozen), loop.split_folders(config.init_from), workdir)
+
+
+def test_a_step_has_the_loss_that_transformers_computes(parts):
+  """Of plain texts, several in a row: each alone in transformers, the mean over all its targets."""
+  torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
+  rng, length = np.random.default_rng(0), np.array([3, 20, 44, 30, 17, 1, 40, 25], np.int32)
+  inside = np.arange(48) < length[:, None]
+  text = np.where(inside, rng.integers(3, 2048, inside.shape), 0).astype(np.int32)
+  batch = dict(image=np.zeros((8, 32, 32, 3), np.uint8), text=text, text_length=length, text_weight=inside.astype(np.float32), kind=np.full(8, 2, np.int32))
+
+  def step(own):
+    stage = stages.build(nano.config('lm'), lavit.build('nano', settings=own), 1)
+    params, state = nano.jit(stage.init)(jax.random.key(0), parts)
+    return params['llama'], nano.jit(lambda params, batch: stage.loss(params, parts, state, batch, jax.random.key(1), True)[0])(params, batch)
+
+  llama, value = step({'llama': OTHER})
+  sizes = nano.NANO['llama']
+  config = transformers.LlamaConfig(
+      vocab_size=len(llama['embedding']), hidden_size=sizes['hidden_size'], intermediate_size=sizes['mlp_dim'], num_hidden_layers=sizes['num_layers'],
+      num_attention_heads=sizes['num_heads'], head_dim=sizes['head_dim'], rms_norm_eps=OTHER['rms_norm_eps'], max_position_embeddings=256,
+      rope_parameters=dict(rope_type='linear', factor=4.0, rope_theta=100.0), tie_word_embeddings=False)
+  peer = transformers.LlamaForCausalLM(config).eval()
+  peer.load_state_dict({name: torch.from_numpy(x) for name, x in engine.to_torch(llama_rows(), jax.device_get(llama)).items()})
+  costs = []
+  for row, count in zip(text, length):
+    ids = torch.tensor([1, *row[:count], 2])[None]
+    with torch.no_grad():
+      costs.append(torch.nn.functional.cross_entropy(peer(ids).logits[0, :-1], ids[0, 1:], reduction='none').numpy())
+  costs = np.concatenate(costs)
+  # A sum of this many terms, each the logarithm of a sum over the vocabulary, rounded in float32 in any order.
+  bound = np.finfo(np.float32).eps * (len(costs) + len(llama['embedding'])) * costs.mean()
+  np.testing.assert_allclose(value, costs.mean(), atol=bound, rtol=0)
+  assert abs(step(None)[1] - costs.mean()) > 2 * bound
+
+
+def test_settings_come_from_the_folders_of_the_parts_that_are_used(folders, tmp_path):
+  assert of_run(page(folders, 'other'), tmp_path) == {'llama': OTHER}
+  assert of_run(page(folders, 'own'), tmp_path) == of_run(page(folders), tmp_path) == {}
+  with pytest.raises(UserError, match='other has rope_theta=100.0 of llama, and .*own has rope_theta=10000.0; name one of the two alone'):
+    of_run(page(folders, 'other', 'own'), tmp_path)
+  config = nano.config('tokenizer', frozen=f'{folders / "towers"},{folders / "other"}')
+  assert of_run(config, tmp_path) == {}  # of `frozen` it does not take a language model
+
+
+def test_checkpoints_keep_them(folders, tmp_path):
+  config, state = page(folders, 'other'), {'x': jnp.zeros(3)}
+  checkpoints = Checkpoints(tmp_path, config, 1, {'llama': OTHER})
+  checkpoints.save(1, state, loop_data())
+  checkpoints.wait()
+  checkpoints.close()
+  assert of_run(page(folders), tmp_path) == {'llama': OTHER}  # the weights are in the checkpoint, and so are the settings
+  assert of_run(page(folders, 'own'), tmp_path) == {}
+  again = Checkpoints(tmp_path, config, 1, {'llama': OTHER})
+  assert again.latest() == 1
+  again.close()
+  for now, message in (({}, 'trained with rope_theta=100.0 of llama, and the folders of this run have rope_theta=10000.0'),
+                       ({'llama': {**OTHER, 'max_position_embeddings': 512}}, 'max_position_embeddings=256 of llama, .* have max_position_embeddings=512')):
+    other = Checkpoints(tmp_path, config, 1, now)
+    with pytest.raises(UserError, match=message):
+      other.latest()
+    other.close()
+
+
+def test_checkpoints_of_before_there_were_settings(folders, tmp_path, monkeypatch):
+  config = page(folders)
+  checkpoints = Checkpoints(tmp_path, config, 1)
+  real = checkpoints._about
+  monkeypatch.setattr(checkpoints, '_about', lambda step: {key: value for key, value in real(step).items() if key != 'settings'})
+  checkpoints.save(1, {'x': jnp.zeros(3)}, loop_data())
+  checkpoints.wait()
+  checkpoints.settings = {'llama': {'max_position_embeddings': 2048}}
+  assert checkpoints.latest() == 1  # the same numbers
+  checkpoints.settings = {'llama': {'rope_theta': 1e6}}
+  with pytest.raises(UserError, match='was trained with rope_theta=10000.0 of llama, and the folders of this run have rope_theta=1000000.0'):
+    checkpoints.latest()
+  checkpoints.close()
+
+
+def loop_data():
+  import grain
+
+  from lavit_jax.data.mixtures import Batches
+  return Batches(lambda first: iter(grain.MapDataset.range(first, 100).to_iter_dataset().batch(1)))
+
+
+def test_pairs_longer_than_the_language_model_reads_are_refused():
+  with pytest.raises(UserError, match='data.text_length=48: with 16 visual tokens and 3 marks a pair may have 67 tokens, but .*max_position_embeddings=64'):
+    stages.build(nano.config('lm'), lavit.build('nano', settings={'llama': {'max_position_embeddings': 64}}), 1)
+
+
+def test_settings_change_no_flops():
+  config, (plain, other) = nano.config('lm'), (lavit.build('nano'), lavit.build('nano', settings={'llama': OTHER}))
+  assert flops.of_pair(config, plain).row == pytest.approx(flops.of_pair(config, other).row)
+
+
+@pytest.mark.slow
+def test_a_run_exports_what_it_trained_with(folders, tmp_path):
+  changes = dict(checkpoint_every=1)
+  loop.train(page(folders, 'other', num_steps=1, **changes), tmp_path)
+  assert folder.read_settings(tmp_path / 'export') == {'llama': OTHER}
+  loop.train(page(folders, num_steps=2, **changes), tmp_path)  # without the folder: as the checkpoint says
+  assert folder.read_settings(tmp_path / 'export') == {'llama': OTHER}
+  with pytest.raises(UserError, match='was trained with rope_theta=100.0 of llama'):
+    loop.train(page(folders, 'own', num_steps=3, **changes), tmp_path)
+  loop.train(page(folders, 'own', num_steps=1), tmp_path / 'own')
+  first, second = (json.loads((where / 'metrics.jsonl').read_text().splitlines()[0])['loss'] for where in (tmp_path, tmp_path / 'own'))
+  assert first != second

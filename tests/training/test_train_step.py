@@ -1,0 +1,194 @@
+"""One step: the same in any number of pieces, nothing that is not finite is kept, averages with what belongs to them."""
+
+import jax
+import jax.numpy as jnp
+import nano
+import numpy as np
+import pytest
+
+from lavit_jax import sharding
+from lavit_jax.models import lavit
+from lavit_jax.models.initial import initial_parts
+from lavit_jax.training import codebook, optim, stages
+from lavit_jax.training.stage import Mean, Stage, Sum
+from lavit_jax.training.train_step import (
+    averaged, initialiser, loss_and_metrics, make_train_step, numbers, purpose_key)
+
+nano.install()
+MESH = sharding.make_mesh(dict(data=-1, fsdp=1, tensor=1), jax.devices()[:1])
+
+
+def steps(config, stage, parts, frozen, batches):
+  """The states and metrics after each batch."""
+  init, tx = initialiser(config, stage, parts)
+  seen = []
+  with jax.set_mesh(MESH):
+    state = nano.jit(init)(jax.random.key(config.seed), parts)
+    step = make_train_step(config, stage, tx, sharding.shardings(state, MESH), MESH)
+    step = step.lower(state, frozen, batches[0]).compile(compiler_options=nano.QUICK_TO_COMPILE)
+    for batch in batches:
+      state, values = step(jax.tree.map(jnp.copy, state), frozen, batch)
+      seen.append((jax.device_get(state), jax.device_get(values)))
+  return seen
+
+
+def of_one_weight(loss):
+  return Stage((), (), lambda key, parts: (dict(w=jnp.ones(3)), jnp.zeros([])), loss, None)
+
+
+PLAIN = dict(optim__clip_norm=None, optim__ema_decay=0.0, optim__warmup_steps=0, optim__weight_decay=0.0)
+
+
+def test_pieces_count_by_the_weights_of_their_means():
+  """Against numpy in float64: texts of very different length, the mean over all of their words."""
+  rng = np.random.default_rng(0)
+  x, weight = rng.normal(size=(8, 3)), np.array([1.0, 30, 2, 0, 0, 5, 1, 9])
+
+  def loss(params, frozen, state, batch, key, train):
+    error = batch['x'] @ params['w']
+    total = Mean((batch['weight'] * error**2).sum(), batch['weight'].sum())
+    values = dict(loss=total, overflow=Sum(jnp.float32(len(error))), error=Mean((batch['weight'] * error).sum(), batch['weight'].sum()))
+    return total.total / jnp.maximum(total.weight, 1e-6), (state, values)
+
+  batch = dict(x=x.astype(np.float32), weight=weight.astype(np.float32))
+  error = x @ np.ones(3)
+  expected = (weight * error**2).sum() / weight.sum()
+  gradient = (2 * weight * error) @ x / weight.sum()
+  for pieces in (1, 2, 4, 8):  # of eight, two pieces have no weight at all
+    (_, values), = steps(nano.config('autoencoder', accumulate=pieces, **PLAIN), of_one_weight(loss), {}, {}, [batch])
+    # Bound: sums of 8 terms in float32, a few roundings each.
+    np.testing.assert_allclose(values['loss'], expected, rtol=1e-5)
+    np.testing.assert_allclose(values['grad_norm'], np.linalg.norm(gradient), rtol=1e-5)
+    np.testing.assert_allclose(values['error'], (weight * error).sum() / weight.sum(), rtol=1e-5)
+    assert values['overflow'] == 8 and values['nonfinite'] == 0
+
+
+@pytest.mark.parametrize('name', [pytest.param('lm', marks=pytest.mark.slow), pytest.param('detokenizer', marks=pytest.mark.slow), pytest.param('autoencoder', marks=pytest.mark.slow)])
+def test_a_stage_has_one_loss_and_gradient_for_any_accumulate(name):
+  """What is random about a picture goes by its row in the batch, so pieces choose the same patches and noise."""
+  model = lavit.build('nano')
+  parts = nano.jit(lambda key: initial_parts(model, key))(jax.random.key(5))
+  rng = np.random.default_rng(0)
+  length = np.array([1, 30, 2, 25, 40, 3, 3, 9], np.int32)
+  text = rng.integers(3, 2048, (8, 48)).astype(np.int32)
+  weight = (np.arange(49) < length[:, None] + 1).astype(np.float32)
+  batch = dict(image=rng.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8), text=text, text_length=length, text_weight=weight,
+               kind=np.array([0, 1, 2, 0, 1, 0, 1, 2], np.int32))
+  results, looks = [], []
+  for pieces in (1, 4):
+    config = nano.config(name, accumulate=pieces)
+    stage = stages.build(config, model, 1)
+    frozen = {name: parts[name] for name in stage.needs}
+    (state, values), = steps(config, stage, parts, frozen, [batch])
+    results.append(values)
+    with jax.set_mesh(MESH):
+      measure = nano.jit(loss_and_metrics(stage, pieces, 1, MESH))
+      looks.append(measure(*averaged(stage, state)[:1], frozen, state.state, batch, jax.random.key(3)))
+  for one, four in (results, looks):
+    assert one.keys() == four.keys() and (name != 'lm' or one['overflow'] == 0)
+    for key in one:
+      if not key.startswith(('psnr', 'latent_std')):  # no means over examples
+        np.testing.assert_allclose(one[key], four[key], rtol=2e-4, err_msg=key)
+
+
+def test_an_update_that_is_not_finite_is_skipped():
+  """Nothing moves, moments and averages included; and the batch after it trains as if it had not been."""
+
+  def loss(params, frozen, state, batch, key, train):
+    return (batch['x'] * params['w']).sum() ** 2, (state + batch['x'].sum(), {})
+
+  fine, lost = dict(x=np.ones(3, np.float32)), dict(x=np.full(3, np.nan, np.float32))
+  too_large = dict(x=np.full(3, 3e38, np.float32))
+  config = nano.config('autoencoder', **PLAIN | dict(optim__ema_decay=0.5))
+  stage = of_one_weight(loss)
+  (one, _), (two, nan), (three, inf), (four, _) = steps(config, stage, {}, {}, [fine, lost, too_large, fine])
+  assert (nan['nonfinite'], inf['nonfinite']) == (1, 1)
+  for skipped in (two, three):
+    jax.tree.map(np.testing.assert_array_equal, skipped._replace(step=one.step), one)
+  assert (two.step, three.step, four.step) == (2, 3, 4) and not np.array_equal(four.params['w'], one.params['w'])
+
+
+def test_no_parameter_ever_overflows():
+  def loss(params, frozen, state, batch, key, train):
+    return params['w'].sum(), (state, {})
+
+  config = nano.config('autoencoder', **PLAIN | dict(optim__lr_scale=(('w', 1e30),), optim__learning_rate=1e30))  # 1e60, refused of a page
+  (state, values), = steps(config, of_one_weight(loss), {}, {}, [dict(x=np.zeros(8, np.float32))])
+  assert values['nonfinite'] == 1 and np.isfinite(state.params['w']).all()
+
+
+def test_keys_of_steps_are_no_keys_of_weights():
+  """split(key, n)[i] is fold_in(key, i) in jax: the steps' keys come from another one."""
+  data = [jax.random.key_data(jax.random.fold_in(key, i)).tolist()
+          for key in (jax.random.key(0), purpose_key(0, 'train'), purpose_key(0, 'heldout'), jax.random.key(1)) for i in range(50)]
+  assert len(set(map(tuple, data))) == 200
+
+
+@pytest.fixture(scope='module')
+def tokenizer():
+  """(parts, frozen, batches) for the tokenizer's stage."""
+  parts = nano.jit(lambda key: initial_parts(lavit.build('nano'), key))(jax.random.key(5))
+  rng = np.random.default_rng(1)
+  batches = [dict(image=rng.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)) for _ in range(6)]
+  return parts, {'vit': parts['vit']}, batches
+
+
+def run_tokenizer(tokenizer, offered, count, **changes):
+  parts, frozen, batches = tokenizer
+  config = nano.config('tokenizer', **changes)
+  stage = stages.build(config, lavit.build('nano'), 1)
+  return stage, steps(config, stage, frozen | offered, frozen, batches[:count])
+
+
+def test_an_offered_codebook_goes_on(tokenizer):
+  """No k-means: after a step, codes that were not chosen are where they were and the others have moved by 1% towards their tokens."""
+  parts = tokenizer[0]
+  offered = {name: parts[name] for name in ('tokenizer', 'decoder')}
+  stage, ((state, _),) = run_tokenizer(tokenizer, offered, 1, tokenizer__quantize_from=2)
+  before, after = np.asarray(parts['tokenizer']['quantizer']['embedding']), state.state.embedding
+  assert state.state.started and stage.about(state.state) == dict(codebook='trained')
+  assert (np.linalg.norm(after - before, axis=1) < 0.03).all() and (after != before).any()
+  assert stage.hold_of(offered) == (('^tokenizer/selector/', 0),)  # quantisation has begun, and so the selector stops
+  same = state.params['tokenizer']['selector']['fc_in']['kernel']
+  np.testing.assert_array_equal(same, parts['tokenizer']['selector']['fc_in']['kernel'])
+
+
+@pytest.mark.slow
+def test_a_codebook_that_was_never_trained_is_begun_by_kmeans(tokenizer):
+  without, _ = codebook.take_out({name: tokenizer[0][name] for name in ('tokenizer', 'decoder')})
+  stage, seen = run_tokenizer(tokenizer, without, 3, tokenizer__quantize_from=2)
+  assert [bool(state.state.started) for state, _ in seen] == [False, False, True]
+  assert stage.about(seen[0][0].state) == dict(codebook='untrained')
+  assert stage.hold_of(without) == (('^tokenizer/selector/', 2),)
+
+
+@pytest.mark.slow
+def test_averaged_weights_have_the_average_of_their_codebook(tokenizer):
+  """Against the recursion in numpy, which begins where k-means does; codes that were moved begin anew."""
+  stage, seen = run_tokenizer(tokenizer, {}, 6, tokenizer__quantize_from=1, tokenizer__revive_after=2, optim__ema_decay=0.9,
+                              tokenizer__decay=0.5,
+                              optim__learning_rate=0.05)
+  average, restarted = None, 0
+  for step, (state, _) in enumerate(seen):
+    book = state.state
+    if step <= 1:
+      average = book.embedding.astype(np.float64)
+      continue
+    decay = min(0.9, (1 + step) / (10 + step))
+    average = average + (1 - decay) * (book.embedding - average)
+    average /= np.linalg.norm(average, axis=1, keepdims=True)
+    moved = (book.idle > 0) & (book.idle % 2 == 0)
+    restarted += moved.sum()
+    average = np.where(moved[:, None], book.embedding, average)
+  state = seen[-1][0]
+  params, book = averaged(stage, state)
+  assert restarted and np.abs(average - state.state.embedding).max() > 1e-3
+  np.testing.assert_allclose(book.embedding, average, atol=1e-5)
+  exported = stage.export(params, book)['tokenizer']['quantizer']['embedding']
+  np.testing.assert_array_equal(exported, book.embedding)
+  assert 'embedding' not in params['tokenizer']['quantizer'] and 'embedding' not in state.params['tokenizer']['quantizer']
+
+
+def test_numbers_of_nothing_are_nan():
+  assert np.isnan(numbers(dict(a=Mean(jnp.zeros([]), jnp.zeros([]))))['a'])
+  assert optim.ema_update({}, {}, 0.9, 0) == {}
