@@ -226,7 +226,7 @@ def _folder_path(path: str) -> str:
 def _text_of(fields: Mapping[str, Any], name: str, find_texts: Callable) -> tuple[str, ...]:
   """The texts at a dotted name; a field of the whole name goes first."""
   if name in fields:
-    return find_texts({'': fields[name]}, ('',))
+    return find_texts({'text': fields[name]}, ('text',))
   return find_texts(fields, (name,))
 
 

@@ -125,16 +125,12 @@ def _open(
 
 
 def _check_values(name: str, kind: str, options: Mapping) -> None:
-  """Raises UserError where an option has another type than its format reads, or a number that cannot be meant."""
-  for key in ('image', 'text'):
-    value = options.get(key)
-    names = [value] if isinstance(value, str) else value
-    if value is not None and not (isinstance(names, (list, tuple)) and all(isinstance(each, str) for each in names)):
-      raise UserError(f'{name} ({kind}) has {key} {value!r}; give a name, or several in parentheses')
-    if key == 'image' and value is not None and kind in ('parquet', 'tfds') and not isinstance(value, str):
-      raise UserError(f'{name} ({kind}) has image {value!r}; give the name of one column or feature')
-  if options.get('image') and kind == 'arrayrecord':
-    raise UserError(f'{name} (arrayrecord) has image {options["image"]!r}, but each record has one image; leave it out')
+  """Raises UserError where a format has no such option, or reads one name where several are given."""
+  image = options.get('image')
+  if image and kind == 'arrayrecord':
+    raise UserError(f'{name} (arrayrecord) has image {image!r}, but each record has one image; leave it out')
+  if image is not None and kind in ('parquet', 'tfds') and not isinstance(image, str):
+    raise UserError(f'{name} ({kind}) has image {image!r}; give the name of one column or feature')
 
 
 def _window(asked: int | None, shards: int) -> int:

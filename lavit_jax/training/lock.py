@@ -2,8 +2,10 @@
 
     WORKDIR/.lock     {"run": a random name, "host", "pid", "began", "beat": a number that goes up}
 
-The first process of a job has it; its thread counts `beat` up every few seconds. Whoever finds a lock looks whether its process lives, where it is
-of the same machine, and else whether it still beats. So it works on shared disks, whatever their clocks say, and a lock whose run was
+The first process of a job has it; its thread counts `beat` up every few seconds. Whoever finds a
+lock looks whether its process lives, where it is
+of the same machine, and else whether it still beats. So it works on shared disks, whatever their
+clocks say, and a lock whose run was
 killed is taken over.
 """
 
@@ -69,7 +71,8 @@ class WorkdirLock:
           self.file.unlink()
 
   def check(self) -> None:
-    """Raises UserError, on the first process, if another run has taken the directory over while this one was silent."""
+    """Raises UserError, on the first process, if another run has taken the directory over while
+    this one was silent."""
     if self.lost:
       raise UserError(self.lost)
 
@@ -156,7 +159,8 @@ class Watched:
 
 
 def refuse_if_running(workdir) -> None:
-  """Raises UserError, early, where it is plain that a run of this machine is at work in the directory."""
+  """Raises UserError, early, where it is plain that a run of this machine is at work in the
+  directory."""
   watched = Watched(pathlib.Path(workdir) / '.lock')
   if watched.seen and watched.is_alive():
     raise UserError(watched.refusal())
@@ -171,7 +175,8 @@ def _read(file: pathlib.Path) -> dict:
 
 
 def _machine() -> list[str]:
-  """What tells this machine, since it was started, and this container from others, as far as /proc says."""
+  """What tells this machine, since it was started, and this container from others, as far as /proc
+  says."""
   return [socket.gethostname(), _line('/proc/sys/kernel/random/boot_id'), _link('/proc/self/ns/pid')]
 
 
@@ -195,7 +200,8 @@ def _lives(told: dict) -> bool:
 
 
 def _began(pid: int) -> str:
-  """When a process began, in ticks since the machine did; '' where /proc does not say, or for a zombie."""
+  """When a process began, in ticks since the machine did; '' where /proc does not say, or for a
+  zombie."""
   fields = _line(f'/proc/{pid}/stat').rpartition(')')[2].split()
   return fields[19] if len(fields) > 19 and fields[0] not in 'ZX' else ''
 

@@ -1,6 +1,7 @@
 """What each option of a page may be: one row for every one of them.
 
-Types are strict: `True` is no number, and nan and infinity are refused. What depends on other options or on files is in checks.py.
+Types are strict: `True` is no number, and nan and infinity are refused. What depends on other
+options or on files is in checks.py.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from lavit_jax.training.schedule import SCHEDULES
 
 
 class Number(NamedTuple):
-  """A number from `low` to `high`; `above` and `below` say that the ends are not among them. `also`: what else it may be."""
+  """A number from `low` to `high`; `above` and `below` say that the ends are not among them.
+  `also`: what else it may be."""
 
   kind: type
   low: float

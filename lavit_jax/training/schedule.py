@@ -1,4 +1,5 @@
-"""The learning rate over the steps of a run, and what becomes of it when a run is continued under other options."""
+"""The learning rate over the steps of a run, and what becomes of it when a run is continued under
+other options."""
 
 from __future__ import annotations
 
@@ -18,8 +19,10 @@ def learning_rate(config: Mapping, num_steps: int) -> optax.Schedule:
       schedule: 'cosine' (also where a page has none), 'constant' or 'rewarm';
       learning_rate: the highest rate;
       warmup_steps: over so many updates the rate rises to it, from 0, in a line;
-      final_fraction: of it is left at the end, to which a cosine comes down ('constant' stays at the top);
-      rewarm_from: under 'rewarm' the updates before it are those of a cosine that ends there; then the rate rises again over `warmup_steps`, from
+      final_fraction: of it is left at the end, to which a cosine comes down ('constant' stays at
+        the top);
+      rewarm_from: under 'rewarm' the updates before it are those of a cosine that ends there; then
+        the rate rises again over `warmup_steps`, from
         what was left, and comes down once more.
     num_steps: where the (last) cosine ends.
   """
@@ -39,7 +42,8 @@ def learning_rate(config: Mapping, num_steps: int) -> optax.Schedule:
 
 
 def tell_schedule(log, config, saved: dict, first: int) -> None:
-  """A warning where the next update's rate, after `first` steps, is another than under the options that these were made with."""
+  """A warning where the next update's rate, after `first` steps, is another than under the options
+  that these were made with."""
   if first >= config.num_steps:
     return
   was = float(learning_rate(saved['optim'], saved['num_steps'])(first))

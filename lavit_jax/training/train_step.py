@@ -1,6 +1,8 @@
-"""One step of a training: the loss and gradient of a batch, in one piece or several, and the update of the parameters.
+"""One step of a training: the loss and gradient of a batch, in one piece or several, and the update
+of the parameters.
 
-The result does not depend on `accumulate`: pieces count by what their means are means over (tokens, pairs), and what is random about
+The result does not depend on `accumulate`: pieces count by what their means are means over (tokens,
+pairs), and what is random about
 an example depends on its row in the batch. An update that is not finite is skipped.
 """
 
@@ -21,7 +23,8 @@ from lavit_jax.training.stage import ROW, Mean, Sum
 
 
 class TrainState(NamedTuple):
-  """All that a step changes: `step` i32[] steps made; `state` what the stage carries besides parameters; `ema` {} if it is off."""
+  """All that a step changes: `step` i32[] steps made; `state` what the stage carries besides
+  parameters; `ema` {} if it is off."""
 
   step: jax.Array
   params: Any
@@ -47,7 +50,8 @@ def initialiser(config, stage, parts):
 
 
 def averaged(stage, train_state: TrainState) -> tuple[Any, Any]:
-  """(params, state) to evaluate and to export: the averages, with the state that belongs to them, or the latest where there are none."""
+  """(params, state) to evaluate and to export: the averages, with the state that belongs to them,
+  or the latest where there are none."""
   if not train_state.ema:
     return train_state.params, train_state.state
   if stage.average is None:
@@ -56,9 +60,11 @@ def averaged(stage, train_state: TrainState) -> tuple[Any, Any]:
 
 
 def in_pieces(function, pieces: int, shards: int, mesh):
-  """`function(carry, batch) -> (carry, values)` on a batch in `pieces`, one after the other: (carry, batch) -> (carry, values [pieces]).
+  """`function(carry, batch) -> (carry, values)` on a batch in `pieces`, one after the other:
+  (carry, batch) -> (carry, values [pieces]).
 
-  Of each shard's examples an equal share goes into each piece, so none is sent. A piece's batch says under ROW which rows it has.
+  Of each shard's examples an equal share goes into each piece, so none is sent. A piece's batch
+  says under ROW which rows it has.
   """
 
   def split(x):
@@ -75,7 +81,8 @@ def in_pieces(function, pieces: int, shards: int, mesh):
 
 
 def combine(values: dict) -> dict:
-  """The metrics of the pieces [pieces] -> of the batch: sums are added, means are weighted, what has no number (nan) is left out."""
+  """The metrics of the pieces [pieces] -> of the batch: sums are added, means are weighted, what
+  has no number (nan) is left out."""
   combined = {}
   for name, value in values.items():
     if isinstance(value, Sum):
@@ -100,7 +107,8 @@ def numbers(values: dict) -> dict:
 
 
 def loss_and_metrics(stage, pieces: int, shards: int, mesh):
-  """(params, frozen, state, batch, key) -> metrics of a batch that nothing is learnt from, computed in as many pieces as in training."""
+  """(params, frozen, state, batch, key) -> metrics of a batch that nothing is learnt from, computed
+  in as many pieces as in training."""
 
   def whole(params, frozen, state, batch, key):
     value, (_, values) = stage.loss(params, frozen, state, batch, key, False)
@@ -123,13 +131,17 @@ def loss_and_metrics(stage, pieces: int, shards: int, mesh):
 
 
 def make_train_step(config, stage, tx, places, mesh):
-  """jit of (TrainState, frozen parts, batch) -> (TrainState, metrics); the old state's memory becomes the new one's.
+  """jit of (TrainState, frozen parts, batch) -> (TrainState, metrics); the old state's memory
+  becomes the new one's.
 
-  With `config.accumulate` > 1 the batch goes through in that many pieces, whose gradients are added, each by the weight of its loss: less
+  With `config.accumulate` > 1 the batch goes through in that many pieces, whose gradients are
+  added, each by the weight of its loss: less
   memory, the same update.
 
-  Where the loss, the gradient or the new state is not finite, the update is skipped (metric `nonfinite` 1): parameters, moments, averages
-  and state stay, and the next step has the next batch. So does a single parameter that would overflow: none is ever not finite.
+  Where the loss, the gradient or the new state is not finite, the update is skipped (metric
+  `nonfinite` 1): parameters, moments, averages
+  and state stay, and the next step has the next batch. So does a single parameter that would
+  overflow: none is ever not finite.
   """
   rate = optim.learning_rate(config.optim, config.num_steps)
   pieces, shards = config.accumulate, sharding.batch_shards(mesh)

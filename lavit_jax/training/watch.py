@@ -1,4 +1,5 @@
-"""What ends a run for its own good: updates that are not finite, step after step, and pairs that find no room in packed rows."""
+"""What ends a run for its own good: updates that are not finite, step after step, and pairs that
+find no room in packed rows."""
 
 from __future__ import annotations
 
@@ -28,14 +29,16 @@ class Watch:
     self.warned = False
 
   def is_sound(self) -> bool:
-    """Whether the last step that was flushed had a finite loss and gradient: its parameters may be saved."""
+    """Whether the last step that was flushed had a finite loss and gradient: its parameters may be
+    saved."""
     return self.streak == 0
 
   def check_steps(self, last: bool) -> None:
     """Looks at the steps flushed since the last call.
 
     Raises:
-      UserError: `optim.max_nonfinite` updates were skipped in a row, or the last ones of the run. Then the parameters may be what is broken, by
+      UserError: `optim.max_nonfinite` updates were skipped in a row, or the last ones of the run.
+        Then the parameters may be what is broken, by
         an update that was finite and too large; checkpoints that have them are set aside.
     """
     limit = self.config.optim.get('max_nonfinite', 10)

@@ -152,6 +152,7 @@ def test_another_runs_checkpoint_is_refused(finished):
     train(nano.config('autoencoder'), finished['encoder'])
 
 
+@pytest.mark.slow
 def test_a_lost_loss_ends_the_run_and_no_checkpoint_has_its_parameters(finished, tmp_path, monkeypatch):
   """An update that is finite and too large: the losses after it are not, and the run goes on from before it."""
   make = loop.make_train_step
@@ -298,6 +299,7 @@ def test_init_from_reads_only_what_the_stage_trains_in_the_type_it_has(tmp_path,
   assert asked == [(['vit'], 'float32'), (['llama', 'understanding'], None)]
 
 
+@pytest.mark.slow
 def test_a_tokenizer_without_a_codebook_is_told_marked_and_refused(finished, tmp_path, capsys):
   frozen = str(finished['encoder'] / 'export')
   train(nano.config('tokenizer', frozen=frozen, num_steps=1), tmp_path / 'short')

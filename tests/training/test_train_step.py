@@ -140,6 +140,7 @@ def run_tokenizer(tokenizer, offered, count, **changes):
   return stage, steps(config, stage, frozen | offered, frozen, batches[:count])
 
 
+@pytest.mark.slow
 def test_an_offered_codebook_goes_on(tokenizer):
   """No k-means: after a step, codes that were not chosen are where they were and the others have moved by 1% towards their tokens."""
   parts = tokenizer[0]
