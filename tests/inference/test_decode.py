@@ -302,7 +302,8 @@ def test_settings_do_not_recompile(params, captions):
       min_new_tokens=minimum,
       **settings,
     )
-    size = generate._cache_size() if n == 0 else size
+    if n == 0:
+      size = generate._cache_size()
   assert generate._cache_size() == size
 
 

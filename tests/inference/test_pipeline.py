@@ -425,10 +425,10 @@ def test_several_samples_of_a_prompt(model):
   np.testing.assert_array_equal(three[0], one[0])
   np.testing.assert_array_equal(three[3], one[1])
   assert len({tuple(row) for row in three}) == 6
-  for settings in (dict(top_p=0.5), dict(repetition_penalty=1.5), dict(negative='a key')):
+  for options in (dict(top_p=0.5), dict(repetition_penalty=1.5), dict(negative='a key')):
     assert any(
-      a.tolist() != b.tolist() for a, b in zip(model.sample_codes(prompts, **settings), one)
-    ), settings
+      a.tolist() != b.tolist() for a, b in zip(model.sample_codes(prompts, **options), one)
+    ), options
   with pytest.raises(UserError, match='num_samples=0 cannot be'):
     model.sample_codes(prompts, num_samples=0)
   drawn = model.generate(['an owl', 'a key'], num_samples=2, steps=1, details=True)
@@ -603,11 +603,11 @@ def test_prompts_of_the_same_bucket_compile_once(model):
 
 def test_small_weights_and_caches(tiny_folder, tiny_parts, model):
   expected = model.caption(PICTURES, seed=None, details=True)
-  for settings in (dict(weights='int8'), dict(cache='int8'), dict(cache='bfloat16')):
-    small = Lavit.from_pretrained(tiny_folder, **settings)
+  for options in (dict(weights='int8'), dict(cache='int8'), dict(cache='bfloat16')):
+    small = Lavit.from_pretrained(tiny_folder, **options)
     told = small.caption(PICTURES, seed=None, details=True)
     assert 0 < max(abs(one.score - other.score) for one, other in zip(told, expected)) < 0.5, (
-      settings
+      options
     )
     types = {x.dtype.name for x in jax.tree.leaves(small.parts['llama'])}
     assert types == ({'int8', 'float32'} if 'weights' in settings else {'float32'})
@@ -619,9 +619,9 @@ def test_small_weights_and_caches(tiny_folder, tiny_parts, model):
   )  # what was given is not taken to pieces
   with pytest.raises(UserError, match='the parts of another model have their weights and mesh'):
     Lavit(model.model, model.parts, model.words, weights='int8')
-  for settings in (dict(weights='int4'), dict(cache='float64')):
+  for options in (dict(weights='int4'), dict(cache='float64')):
     with pytest.raises(UserError, match="is not known; choose one of None, .*'int8'"):
-      Lavit.from_pretrained(tiny_folder, **settings)
+      Lavit.from_pretrained(tiny_folder, **options)
 
 
 def test_a_bar_only_on_terminals_and_for_long_work(monkeypatch):
