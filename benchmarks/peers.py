@@ -71,7 +71,7 @@ def tokenizing(
 
 
 class Attention(nn.Module):
-  """Attention by softmax, or under a 0/1 policy by the masked softmax of REFERENCE section 2; of x to itself (`fused`), or to a memory."""
+  """Attention by softmax, or under a 0/1 policy by the masked softmax of specification, Merger; of x to itself (`fused`), or to a memory."""
 
   def __init__(self, width: int, num_heads: int, fused: bool, key_bias: bool = True):
     super().__init__()

@@ -4,7 +4,7 @@
     model = Lavit.from_pretrained('lavit_jax/assets/tiny')
     model.caption(['cat.png'])
 
-The folders are the data flow: `models` (what is learned), `data`, `training`, `inference`, `porting`, `evaluation`, `cli`.
+The folders are the data flow: `models` (what is learned), `data`, `training`, `weights`, `inference`, `evaluation`, `compile`, `apps`, `cli`.
 """
 
 __version__ = '0.1.0'

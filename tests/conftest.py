@@ -1,4 +1,4 @@
-"""The golden case of the visual parts (REFERENCE section 6): small random weights and what an independent forward pass made of them."""
+"""The golden case of the visual parts (specification, Golden case): small random weights and what an independent forward pass made of them."""
 
 import functools
 import json

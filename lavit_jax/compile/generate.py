@@ -1,4 +1,4 @@
-"""`lavit compile --decode`: the program that continues sequences, compiled for TPUs that are not there (pods.py).
+"""`lavit compile --decode`: the program that continues sequences, compiled for TPUs that are not there (topology.py).
 
 It is told of in two halves: what runs once, which reads the prompts, and what its loop runs for each token.
 """

@@ -1,6 +1,6 @@
 """`lavit compile`: the exact train step, compiled for a TPU pod that is not there.
 
-What a pod would make of the program is what pods.py reads from it.
+What a pod would make of the program is what topology.py reads from it.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.gif', '.bmp', '.tif', '.tiff')
 def read_images(sources, size: int | tuple[int, int]) -> np.ndarray:
   """One picture or a sequence of them -> uint8[B, H, W, 3]; `size` is the side of a square, or (H, W).
 
-  The resize is bicubic and straight to the size, aspect ratio not kept (REFERENCE section 2). Raises UserError as `read_image`.
+  The resize is bicubic and straight to the size, aspect ratio not kept (specification, Image encoder). Raises UserError as `read_image`.
   """
   images = [
     resize(read_image(source, f'image {i}'), size) for i, source in enumerate(as_list(sources))

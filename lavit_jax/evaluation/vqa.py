@@ -27,7 +27,7 @@ def ask(examples: Sequence[Example]) -> list[VQAExample]:
 
 
 def normalise(answer: str) -> str:
-  """What two equal answers share: lower case, cut at the first newline, comma or full stop (REFERENCE section 4), no article."""
+  """What two equal answers share: lower case, cut at the first newline, comma or full stop (specification, Inference), no article."""
   return re.sub(r'^(a|an|the) ', '', re.split(r'[\n,.]', answer.strip())[0].strip().lower())
 
 

@@ -1,4 +1,4 @@
-"""The compiled programs between pictures, words and codes; drawing has its own room (drawing.py).
+"""The compiled programs between pictures, words and codes; drawing has its own room (image_generation.py).
 
 Each takes the model, which is static, and the parameters that it needs by the names of their parts.
 

@@ -273,7 +273,7 @@ def sample_latents(
   start: Array | None = None,
   strength: float = 1.0,
 ) -> Array:
-  """A deterministic sampler with classifier-free guidance, as one scan. The published decoder (REFERENCE section 4) is
+  """A deterministic sampler with classifier-free guidance, as one scan. The published decoder (specification, Inference) is
 
       sample(unet, initial_latents(keys, (64, 64, 4)), (context, mask), (null_context, null_mask), steps=50, guidance_scale=5.)
 

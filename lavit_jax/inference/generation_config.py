@@ -28,7 +28,7 @@ HIGHRES_SIZES = (
   (768, 1344),
   (1216, 832),
   (1152, 896),
-)  # (height, width), REFERENCE section 2
+)  # (height, width), specification, Image decoders
 
 
 class VariantDefaults(NamedTuple):

@@ -34,7 +34,7 @@ TILE = 1024  # side of these; that of SDXL's VAE in diffusers
 
 
 class ImageDecoderConfig(NamedTuple):
-  """One of the two ways from codes to pixels, with its published settings (REFERENCE section 4)."""
+  """One of the two ways from codes to pixels, with its published settings (specification, Inference)."""
 
   prefix: str  # of the names of its parts
   steps: int
@@ -187,7 +187,7 @@ def decode_images(
 
 
 def highres_condition(context: Array, pooled: Array, size: tuple[int, int]) -> tuple[tuple, tuple]:
-  """What SDXL's U-Net takes after the timesteps, and the same without a condition: zeros, REFERENCE section 2.
+  """What SDXL's U-Net takes after the timesteps, and the same without a condition: zeros, specification, Image decoders.
 
   The six ids say that the picture was of `size` before it was scaled, was cut nowhere, and is of `size`.
   """

@@ -7,9 +7,9 @@
     model.synthesize([[Path('cat.png'), 'on a red background']])
     model.reconstruct(['cat.png'])
 
-Every arrow is one compiled program (programs.py, drawing.py), batches are padded to powers of two and prompts to multiples of N, so that
-few shapes are ever compiled. A part of the model is loaded when a task first needs it (parts.py). Settings are those of the published results
-(REFERENCE section 4) unless they are asked for (settings.py).
+Every arrow is one compiled program (compiled.py, image_generation.py), batches are padded to powers of two and prompts to multiples of N, so that
+few shapes are ever compiled. A part of the model is loaded when a task first needs it (parameters.py). Settings are those of the published results
+(specification, Inference) unless they are asked for (generation_config.py).
 
 What a batch becomes is fetched in one transfer, while the device is busy with the next. There are two more where the host must know how much there
 is: of the number of tokens of each picture, before a caption's or an answer's prompt gets its shape; and of codes, before they are drawn or prompt.

@@ -1,4 +1,4 @@
-"""From logits to a choice: pure functions on f32[B, V] (REFERENCE section 4).
+"""From logits to a choice: pure functions on f32[B, V] (specification, Inference).
 
 A filter sets what it forbids to -inf and leaves the rest as it was; `filter_logits` is their published order. Sampling is
 Gumbel-max with a key a row, so that a row's draw does not depend on the batch it travels in.

@@ -1,4 +1,4 @@
-"""Codes -> a map of patch features: stage 1's target, and the condition of the U-Net (REFERENCE section 2, "Decoder").
+"""Codes -> a map of patch features: stage 1's target, and the condition of the U-Net (specification, Decoder).
 
 Axes: B images, N patches (and slots), C code width, D feature width. Codes stand in a prefix of the N slots.
 """

@@ -9,7 +9,7 @@ from lavit_jax.models.lavit import LavitModules
 
 
 def init_params(model: LavitModules, key: jax.Array, names: tuple[str, ...] | None = None) -> dict:
-  """Part name -> parameters, float32, as `porting.folder` stores them; of all parts or of those in `names`."""
+  """Part name -> parameters, float32, as `weights.store.folder` stores them; of all parts or of those in `names`."""
   side, patches, width = model.image_size, model.num_patches, model.vit.hidden_size
   context_dim = sum(model.decoder.context_dims)
   latent = 2 ** len(model.unet.block_out_channels)

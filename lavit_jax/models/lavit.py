@@ -2,7 +2,7 @@
 
 A row holds the keyword arguments of each module. The tiny model and the 7B one run the same code.
 
-Sources: `lavit_7b` is REFERENCE sections 1, 2 and 5 (paper, section 4.1); `tiny` and `small` are choices.
+Sources: `lavit_7b` is docs/specification.md (paper, section 4.1); `tiny` and `small` are choices.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ def build(
 
   Args:
     variant: a key of `VARIANTS`.
-    dtype: the compute dtype; parameters are float32 whatever it is, and the VAE computes in float32 (REFERENCE 2).
+    dtype: the compute dtype; parameters are float32 whatever it is, and the VAE computes in float32 (specification, Image decoders).
     remat: rematerialisation policy of the scanned stacks: 'none' or a key of `layers.REMAT_POLICIES`.
     settings: of a checkpoint, {part: {field: value}} (models/settings.py); what they do not name is the variant's own.
   Raises:

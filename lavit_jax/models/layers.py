@@ -177,7 +177,7 @@ def _attention_by_blocks(q: Array, k: Array, v: Array, scale: float | None) -> A
 
 
 def policy_attention(q: Array, k: Array, v: Array, policy: Array) -> Array:
-  """Attention under a 0/1 policy that gradients can reach: the merger's own masked softmax (REFERENCE section 2).
+  """Attention under a 0/1 policy that gradients can reach: the merger's own masked softmax (specification, Merger).
 
   The row maximum is taken before masking, and eps / K is spread over the row, so that a query that may see nothing
   gives every key 1 / K.

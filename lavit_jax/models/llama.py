@@ -1,4 +1,4 @@
-"""The language model: LLaMA over embeddings (REFERENCE section 2), in two forms that share every block.
+"""The language model: LLaMA over embeddings (specification, Language model), in two forms that share every block.
 
 Training scans over stacked layers, which compiles one of them. Decoding has the layers one by one (`unroll_layers`), each with its own
 parameters and cache: a scan would copy them from the stack at every token.

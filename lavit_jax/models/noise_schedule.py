@@ -27,7 +27,7 @@ class Scheduler(NamedTuple):
   """How a U-Net was trained to remove noise, and how its samplers go about it.
 
   The fields have the names and the meaning of diffusers' schedulers. The defaults are the published
-  values: those of Stable Diffusion 1.5 and SDXL (REFERENCE section 4).
+  values: those of Stable Diffusion 1.5 and SDXL (specification, Inference).
   """
 
   prediction_type: str = 'epsilon'  # 'epsilon', 'v_prediction' or 'sample'

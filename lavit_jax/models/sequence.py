@@ -1,6 +1,6 @@
 """Text and visual tokens become one sequence: packed rows to train on, left-padded rows to continue.
 
-REFERENCE sections 1 (ids, brackets), 3 (what the loss covers) and 4 (prompts).
+Specification: Vocabulary (ids, brackets), Training (what the loss covers), Inference (prompts).
 
 Axis letters: B pairs, N visual slots a pair, T text slots a pair, L = T + N + 3 tokens a pair at most, R packed rows,
 S slots a row, H width of the language model.
@@ -18,7 +18,7 @@ IMAGE_TO_TEXT, TEXT_TO_IMAGE, TEXT_ONLY = range(3)
 
 
 class Vocabulary(NamedTuple):
-  """One id space for words and codes: text, then [IMG], [/IMG], then one id a code (REFERENCE section 1)."""
+  """One id space for words and codes: text, then [IMG], [/IMG], then one id a code (specification, Vocabulary)."""
 
   text_size: int
   codebook_size: int
@@ -197,7 +197,7 @@ def pack_pairs(
       kind 2, text only       bos w w w eos
 
   The loss covers the text by `text_weight` (eos by that of the last word), in kind 1 also [IMG], the codes, [/IMG] and
-  eos, and in kind 0 the codes and [/IMG] with `image_loss` (REFERENCE section 3). The first token of a pair is never a
+  eos, and in kind 0 the codes and [/IMG] with `image_loss` (specification, Training). The first token of a pair is never a
   target.
 
   Where a text was cut it does not end, and nothing may teach that it does: `text_weight` f32[B, T + 1] says at

@@ -52,7 +52,7 @@ def gumbel_keep(
   noise: Array | None = None,
   temperature: float = 1.0,
 ) -> Array:
-  """Which patches to keep: hard 0/1 forward, soft gradient (REFERENCE section 2, "Selector").
+  """Which patches to keep: hard 0/1 forward, soft gradient (specification, Selector).
 
   With `key` or `noise` this is the published choice, a straight-through Gumbel-softmax over {keep, drop}. With neither it
   is deterministic: the round(sum p) most probable patches, with the gradient of p. A row never keeps nothing: its most
@@ -223,7 +223,7 @@ def unit_rows(key: Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) ->
 
 
 class Quantizer(nn.Module):
-  """Features -> codes of width C on the unit sphere, the nearest of K (REFERENCE section 2, "Quantizer")."""
+  """Features -> codes of width C on the unit sphere, the nearest of K (specification, Quantizer)."""
 
   hidden_size: int
   codebook_size: int

@@ -1,4 +1,4 @@
-"""Pixels -> patch features: the EVA-CLIP image encoder (REFERENCE section 2, "ViT").
+"""Pixels -> patch features: the EVA-CLIP image encoder (specification, Image encoder).
 
 Axes: B images, N patches (row-major), D width, P output width. The feature map is the last block's, without the final norm.
 """

@@ -1,4 +1,4 @@
-"""The codebook as it trains: unit vectors that follow the means of what they are chosen for (BEiT-v2; REFERENCE section 3).
+"""The codebook as it trains: unit vectors that follow the means of what they are chosen for (BEiT-v2; specification, Training).
 
 It is not trained by gradients but carried as state. Axes: T tokens, K codes, C code width; `weight` f32[T] is 1 where a token
 counts (kept patches) and 0 elsewhere, so that shapes stay static.

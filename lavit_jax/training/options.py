@@ -1,7 +1,7 @@
 """What each option of a page may be: one row for every one of them.
 
 Types are strict: `True` is no number, and nan and infinity are refused. What depends on other
-options or on files is in checks.py.
+options or on files is in validation.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The trainings (REFERENCE section 3): what each learns, from what, and how well it does.
+"""The trainings (specification, Training): what each learns, from what, and how well it does.
 
     encoder       pictures, captions             -> vit                   contrastive     } tiny variants only
     autoencoder   pictures                       -> vae                   L1, a little KL } (foundations.py)

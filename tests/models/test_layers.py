@@ -71,7 +71,7 @@ def test_attention_to_nothing_is_the_mean():
 
 
 def naive_policy_attention(q, k, v, policy):
-  """REFERENCE section 2, word by word, one query at a time, in float64."""
+  """specification, Merger, word by word, one query at a time, in float64."""
   out = np.zeros(q.shape)
   for b, i, h in np.ndindex(q.shape[:3]):
     score = k[b, :, h].astype(float) @ q[b, i, h] / np.sqrt(q.shape[-1])

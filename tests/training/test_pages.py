@@ -59,7 +59,7 @@ def test_values_of_the_large_variant_have_a_source(stage):
   assert not [
     line
     for line in lines
-    if not re.search(r'# .*(our choice|paper, section|REFERENCE \d|above|stage 1b)', line)
+    if not re.search(r'# .*(our choice|paper, section|specification, \w+|above|stage 1b)', line)
   ]
 
 
@@ -75,7 +75,7 @@ def test_published_sizes():
 
 
 def test_published_pairs():
-  """REFERENCE 3: 93 M captions, 100 M pictures to draw, text besides; as many steps as see each so often."""
+  """specification, Training: 93 M captions, 100 M pictures to draw, text besides; as many steps as see each so often."""
   page = load_config(f'{ROOT}/configs/lm.py:lavit_7b')
   told = {
     use: sum(source['weight'] for source in page.data.sources if source['use'] == use)

@@ -1,4 +1,4 @@
-"""Builds the emoji data set: every emoji as drawn by three hands (records.py says what a record holds).
+"""Builds the emoji data set: every emoji as drawn by three hands (dataset.py says what a record holds).
 
 python -m lavit_jax.data.emoji.build --data_dir DIR             # some 3,770 concepts x 3 styles, a few minutes
 python -m lavit_jax.data.emoji.build --data_dir DIR --sample    # the two dozen concepts that travel with the package

@@ -24,12 +24,12 @@ PREPOSITION = {
 
 
 def prompt(question: str) -> str:
-  """The form in which a question is put to the model; the answer follows after a space (REFERENCE section 4)."""
+  """The form in which a question is put to the model; the answer follows after a space (specification, Inference)."""
   return f'Question: {question} Answer:'
 
 
 def answerable(question: str) -> str:
-  """The question that was asked first about VizWiz (REFERENCE section 4)."""
+  """The question that was asked first about VizWiz (specification, Inference)."""
   return f'Is the question: "{question}" answerable?'
 
 

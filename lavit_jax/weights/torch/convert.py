@@ -82,14 +82,14 @@ def plan_conversion(
   """Looks at a folder and says how it would be converted; nothing is written.
 
   Args:
-    src: a PyTorch folder or file (layouts.py), or one of ours; decides the direction.
+    src: a PyTorch folder or file (formats.py), or one of ours; decides the direction.
     dst: where the other one goes.
     variant: the row of the variants table; None finds the largest whose shapes the files have.
     dtype: of floating tensors in the result; None keeps the types.
     allow_missing: regex of torch names that may be missing; recorded in the result.
     force: what stands at `dst` may be replaced, if a conversion wrote it.
     pickles: write `.bin` files in place of safetensors.
-    grow: a language model with the text's rows only gets those for [IMG], [/IMG] and the codes, by the rule of growth.py.
+    grow: a language model with the text's rows only gets those for [IMG], [/IMG] and the codes, by the rule of vocabulary_growth.py.
     weights_variant: which edition of the weights to take, where a folder has several (weight_files.py), such as 'fp16'.
     allow_nonfinite: NaN and infinity in the source are taken along and told; otherwise they end the conversion.
 

@@ -1,4 +1,4 @@
-"""Folders of the PyTorch family: which of their files hold which part of the model, and under which names (REFERENCE section 5).
+"""Folders of the PyTorch family: which of their files hold which part of the model, and under which names (specification, Checkpoint layout).
 
 a LaVIT folder     visual_tokenizer/, language_model/, pixel_decoding/, highres_pixel_decoding/; any part of it may be absent
 a LLaMA folder     config.json and model*.safetensors or pytorch_model*.bin

@@ -1,4 +1,4 @@
-"""Names of the language model: Hugging Face's LlamaForCausalLM <-> `models.llama.Llama` (REFERENCE section 5).
+"""Names of the language model: Hugging Face's LlamaForCausalLM <-> `models.llama.Llama` (specification, Checkpoint layout).
 
 Rotary positions are in the half-split layout on both sides, so no head is permuted.
 """

@@ -1,4 +1,4 @@
-"""Names of the published visual files (REFERENCE section 5) <-> leaves of the ViT, the tokenizer, the decoders and the safety checker."""
+"""Names of the published visual files (specification, Checkpoint layout) <-> leaves of the ViT, the tokenizer, the decoders and the safety checker."""
 
 from lavit_jax.weights.torch.mapping import NameRule
 

@@ -59,7 +59,7 @@ def constant(*values: Any) -> Callable[[lavit.LavitModules], AnyOf]:
 class Family(NamedTuple):
   """The description of one kind of part.
 
-  part: of the model; it lies in the folder of that part (porting/layouts.Place).
+  part: of the model; it lies in the folder of that part (formats.ModuleLocation).
   file: relative to that folder.
   library: the class whose description it is, for messages and for the documentation.
   rules: key -> rule.
