@@ -1,4 +1,4 @@
-"""Weights in and out: PyTorch folders <-> parameter trees and our own folder of Orbax checkpoints."""
+"""Old names of `lavit_jax.weights.torch.api`, as README documented them."""
 
 from lavit_jax.weights.torch.api import from_torch, to_torch, torch_settings
 

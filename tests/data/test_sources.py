@@ -163,7 +163,7 @@ def test_a_source_is_known_by_its_files(written, tmp_path, name):
 def test_a_process_ends_with_its_own_status_while_threads_read_on(written):
   program = f"""
 import sys
-from lavit_jax.data import loader as mixtures
+from lavit_jax.data import loader
 kept = loader.batches('images', sources=({written['tars']!r},), batch_size=4, image_size=8)  # with a tar that waits open
 next(kept)
 def main():

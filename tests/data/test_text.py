@@ -196,7 +196,7 @@ def test_missing_folder_names_the_file(tmp_path):
 def test_data_import_neither_torch_nor_tensorflow():
   program = """
 import sys
-from lavit_jax.data import loader as mixtures
+from lavit_jax.data import loader
 batch = next(loader.batches('lm', batch_size=2, tokenizer_folder=sys.argv[1]))
 assert batch['image'].shape == (2, 64, 64, 3)
 assert not {'tensorflow', 'torch', 'transformers'} & sys.modules.keys()

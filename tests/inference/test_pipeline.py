@@ -610,7 +610,7 @@ def test_small_weights_and_caches(tiny_folder, tiny_parts, model):
       options
     )
     types = {x.dtype.name for x in jax.tree.leaves(small.parts['llama'])}
-    assert types == ({'int8', 'float32'} if 'weights' in settings else {'float32'})
+    assert types == ({'int8', 'float32'} if 'weights' in options else {'float32'})
     assert {x.dtype.name for x in jax.tree.leaves(small.parts['vit'])} == {'float32'}
   mine = dict(tiny_parts)
   Lavit(model.model, mine, model.words, weights='int8').caption(PICTURES)

@@ -438,7 +438,7 @@ def test_init_from_reads_only_what_the_stage_trains_in_the_type_it_has(tmp_path,
   asked = []
   monkeypatch.setattr(
     loop.folder,
-    'load_parts',
+    'load_params',
     lambda path, names, variant, shardings, dtype: (
       asked.append((names, dtype)) or dict.fromkeys(names)
     ),

@@ -250,6 +250,6 @@ def test_skips_of_all_processes_are_counted(running, cache, tmp_path):
 
 def test_processes_with_the_same_rows_count_once(monkeypatch):
   told = [{'share': 0, 'a': 1}, {'share': 1, 'a': 2, 'b': 5}, {'share': 0, 'a': 1}]
-  monkeypatch.setattr(loop.processes, 'gather', lambda values: told)
+  monkeypatch.setattr(loop.distributed, 'gather', lambda values: told)
   config = nano.config('autoencoder', data__sources=(dict(format='tars', path='x'),))
   assert loop.skips(config, SkipCounter(), sharding.ProcessShare(None, 0, 2)) == {'a': 3, 'b': 5}

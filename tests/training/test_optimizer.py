@@ -194,6 +194,6 @@ def test_the_second_moment_is_rounded_once_a_step():
 
 def test_a_slow_second_moment_needs_float32():
   with pytest.raises(
-    UserError, match="optim.nu_dtype='bfloat16' needs optimizer.b2 of at most 0.99, not 0.999"
+    UserError, match="optim.nu_dtype='bfloat16' needs optim.b2 of at most 0.99, not 0.999"
   ):
     optimizer.make_optimizer(options(nu_dtype='bfloat16', b2=0.999), 10, PARAMS)

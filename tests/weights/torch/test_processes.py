@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 address, index, folder = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
 jax.distributed.initialize(address, 2, index)
 from lavit_jax.weights.store import arrays as leaves
-from lavit_jax.weights.store.folder import load_parts, save_parts
+from lavit_jax.weights.store.folder import load_params, save_params
 import nano
 nano.install()
 mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ('x', 'y'))
@@ -33,8 +33,8 @@ def shardings(tree):
     return NamedSharding(mesh, next(spec for spec in fitting if not any(size % 4 for size, axis in zip(x.shape, spec) if axis) or spec == P()))
   return jax.tree.map(place, tree)
 
-whole = load_parts(folder / 'model', ['llama'])['llama']
-parts = load_parts(folder / 'model', ['llama'], shardings=shardings)['llama']
+whole = load_params(folder / 'model', ['llama'])['llama']
+parts = load_params(folder / 'model', ['llama'], shardings=shardings)['llama']
 seen = set()
 for x, wanted in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
   assert x.shape == wanted.shape and len(x.sharding.device_set) == 4
@@ -42,10 +42,10 @@ for x, wanted in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True
   for shard in x.addressable_shards:
     np.testing.assert_array_equal(shard.data, wanted[shard.index])
 if index == 0:
-  save_parts(folder / 'again', 'nano', {'llama': whole})
+  save_params(folder / 'again', 'nano', {'llama': whole})
 else:
   try:
-    save_parts(folder / 'never', 'nano', {'llama': whole})
+    save_params(folder / 'never', 'nano', {'llama': whole})
   except ValueError as error:
     assert 'process 0 writes' in str(error)
   else:
