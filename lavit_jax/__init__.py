@@ -7,8 +7,11 @@
 The folders are the data flow: `models` (what is learned), `data`, `training`, `weights`, `inference`, `evaluation`, `compile`, `apps`, `cli`.
 """
 
+from lavit_jax import renames
+
 __version__ = '0.1.0'
 __all__ = ['Lavit']
+renames.install()
 
 
 def __getattr__(name):

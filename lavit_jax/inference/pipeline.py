@@ -101,7 +101,7 @@ class Lavit:
   Pictures are whatever `images.read_image` reads: paths, bytes, PIL images, arrays. Wrong input raises UserError. Which patches of
   a picture become tokens is sampled, as it is in training and was in the published results, by a key made of `seed` and the place
   among the pictures; `tokenize`, `caption` and `answer` take seed=None to keep the most probable ones instead. Every `seed` may be a
-  RowSeed, for a part of a longer run.
+  IndexedSeed, for a part of a longer run.
   """
 
   def __init__(
@@ -283,7 +283,7 @@ class Lavit:
     Args:
       prompt: of all pictures, or one for each; published results have none.
       details: return `TextOutput`.
-      options: fields of `settings.Writing`. By default, as published, a search by 2 beams. sample=True samples instead, by temperature 1
+      options: fields of `generation_config.GenerationConfig`. By default, as published, a search by 2 beams. sample=True samples instead, by temperature 1
         and top-k 50 unless others are given; num_samples captions of a picture come one after the other.
     """
     images = read_images(images, self.model.image_size)
@@ -435,7 +435,7 @@ class Lavit:
       prompts: sequences of words (`str`) and pictures; one alone as of `synthesize`.
       guidance: of the language model, against the context `negative` [IMG]; None or 1 is none, which takes half the work and no `negative`.
       details: return `CodesOutput`.
-      options: fields of `settings.Writing` but those of a search. By default, as published, temperature 1 and top-k 50. num_samples codes of a
+      options: fields of `generation_config.GenerationConfig` but those of a search. By default, as published, temperature 1 and top-k 50. num_samples codes of a
         prompt come one after the other; the first of each is what one alone would be.
     """
     prompts, (writing, against) = (

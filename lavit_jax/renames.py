@@ -1,0 +1,459 @@
+"""Old names that go on to work: modules that have moved, and what has another name in them.
+
+`lavit_jax/__init__.py` installs the finder. An old module is a view of the new one, imported when
+first asked for; a warning says where it is now. docs/renames.md lists all of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+import types
+import warnings
+
+PACKAGE = 'lavit_jax.'
+MODULES = {
+  'aot': 'compile',
+  'aot.decode': 'compile.generate',
+  'aot.hlo': 'compile.hlo',
+  'aot.pods': 'compile.topology',
+  'aot.train': 'compile.train_step',
+  'chips': 'accelerators',
+  'data.colours': 'data.emoji.colors',
+  'data.drawing': 'data.emoji.rendering',
+  'data.grammar': 'data.emoji.grammar',
+  'data.mixtures': 'data.loader',
+  'data.packing': 'data.array_record',
+  'data.pairs': 'data.transforms',
+  'data.questions': 'data.emoji.questions',
+  'data.records': 'data.emoji.dataset',
+  'data.rows': 'data.row_workers',
+  'data.scenes': 'data.emoji.scenes',
+  'data.splits': 'data.emoji.splits',
+  'data.sprites': 'data.emoji.sprites',
+  'evaluation.captioning': 'evaluation.captions',
+  'inference.app': 'apps.web',
+  'inference.batch': 'apps.batch',
+  'inference.demo': 'apps.demo',
+  'inference.drawing': 'inference.image_generation',
+  'inference.fetching': 'inference.batching',
+  'inference.output': 'output',
+  'inference.parts': 'inference.parameters',
+  'inference.programs': 'inference.compiled',
+  'inference.settings': 'inference.generation_config',
+  'models.initial': 'models.initialization',
+  'models.noise': 'models.noise_schedule',
+  'models.rows': 'models.row_random',
+  'models.safety': 'models.safety_checker',
+  'models.splash': 'models.attention_kernels',
+  'porting': 'weights.torch.api',
+  'porting.api': 'weights.torch.api',
+  'porting.configs': 'weights.torch.configs',
+  'porting.configs.llama': 'weights.torch.configs.llama',
+  'porting.configs.pipeline': 'weights.torch.configs.pipeline',
+  'porting.configs.rules': 'weights.torch.configs.rules',
+  'porting.configs.safety': 'weights.torch.configs.safety',
+  'porting.configs.scheduler': 'weights.torch.configs.scheduler',
+  'porting.configs.unet': 'weights.torch.configs.unet',
+  'porting.configs.vae': 'weights.torch.configs.vae',
+  'porting.convert': 'weights.torch.convert',
+  'porting.disk': 'weights.store.disk',
+  'porting.engine': 'weights.torch.mapping',
+  'porting.folder': 'weights.store.folder',
+  'porting.growth': 'weights.torch.vocabulary_growth',
+  'porting.layouts': 'weights.torch.formats',
+  'porting.leaves': 'weights.store.arrays',
+  'porting.leftovers': 'weights.torch.leftovers',
+  'porting.names': 'weights.torch.state_dict_names',
+  'porting.numbers': 'weights.torch.finite',
+  'porting.show': 'apps.conversion',
+  'porting.tables_language': 'weights.torch.names_llama',
+  'porting.tables_pixels': 'weights.torch.names_diffusion',
+  'porting.tables_visual': 'weights.torch.names_visual',
+  'porting.torch_files': 'weights.torch.files',
+  'porting.weight_files': 'weights.torch.weight_files',
+  'training.checks': 'training.validation',
+  'training.optim': 'training.optimizer',
+  'training.processes': 'training.distributed',
+}
+NAMES = {  # module as it is called now -> old name -> new name
+  'apps.batch': {
+    'Results': 'ResultsFile',
+    'find_pictures': 'find_images',
+    'find_rows': 'resolve_rows',
+    'is_picture': 'is_image_path',
+    'run': 'run_batch',
+  },
+  'apps.web': {
+    'told': 'report_errors',
+  },
+  'compile.topology': {
+    'bytes_a_chip': 'bytes_per_chip',
+    'limit': 'memory_limit_note',
+    'pod': 'pod_devices',
+  },
+  'data.array_record': {
+    'Packed': 'WriteSummary',
+    'pack': 'write_array_records',
+  },
+  'data.emoji.rendering': {
+    'draw': 'render',
+  },
+  'data.emoji.scenes': {
+    'Thing': 'SceneObject',
+  },
+  'data.loader': {
+    'check': 'validate_options',
+    'kind_shares': 'task_shares',
+    'shapes': 'batch_shapes',
+  },
+  'data.row_workers': {
+    'Made': 'RowDataset',
+  },
+  'data.skips': {
+    'About': 'SourceInfo',
+    'Skipped': 'SkipCounter',
+  },
+  'data.sources': {
+    'mix': 'mix_sources',
+  },
+  'data.streams': {
+    'store': 'open_stored',
+  },
+  'data.transforms': {
+    'choose': 'choose_caption',
+    'make_row': 'row_builder',
+  },
+  'evaluation.vqa': {
+    'Asked': 'VQAExample',
+    'Usual': 'MajorityBaseline',
+    'majority': 'fit_majority',
+  },
+  'inference.batching': {
+    'batches': 'batch_ranges',
+    'fetch': 'fetch_batches',
+    'one_behind': 'double_buffer',
+  },
+  'inference.diffusion': {
+    'Plan': 'SamplerPlan',
+    'guided': 'guided_denoiser',
+    'plan': 'make_plan',
+    'sample': 'sample_latents',
+  },
+  'inference.faults': {
+    'first': 'first_fault',
+  },
+  'inference.generation_config': {
+    'RowSeed': 'IndexedSeed',
+    'SETTINGS': 'VARIANT_DEFAULTS',
+    'Settings': 'VariantDefaults',
+    'Writing': 'GenerationConfig',
+    'check': 'check_value',
+    'fit': 'check_prompt_lengths',
+    'for_all': 'shared_argument',
+    'keys_for': 'purpose_keys',
+    'row_keys': 'example_keys',
+    'settle': 'resolve_generation_config',
+    'texts': 'as_texts',
+  },
+  'inference.image_generation': {
+    'Drawn': 'DecodedImages',
+    'Request': 'ImageRequest',
+    'Way': 'ImageDecoderConfig',
+    'checker': 'safety_checker_part',
+    'draw': 'decode_images',
+    'settle': 'resolve_image_request',
+  },
+  'inference.parameters': {
+    'Checkpoint': 'CheckpointInfo',
+    'Parts': 'LazyParams',
+  },
+  'inference.pipeline': {
+    'Generated': 'ImageOutput',
+    'Sampled': 'CodesOutput',
+    'Tokens': 'VisualTokens',
+    'Told': 'TextOutput',
+  },
+  'inference.sampling': {
+    'guide': 'guided_log_probs',
+    'penalise': 'penalize',
+  },
+  'models.attention_kernels': {
+    'picture_attention': 'image_attention',
+  },
+  'models.decoder': {
+    'Decoder': 'FeatureDecoder',
+  },
+  'models.initialization': {
+    'initial_parts': 'init_params',
+  },
+  'models.lavit': {
+    'Lavit': 'LavitModules',
+    'row': 'variant_config',
+  },
+  'models.layers': {
+    'split_batch': 'constrain_batch',
+  },
+  'models.llama': {
+    'unroll': 'unroll_layers',
+    'unstack': 'unstack_layers',
+  },
+  'models.sequence': {
+    'Packed': 'PackedBatch',
+    'assemble': 'embed_prompts',
+    'first_fit': 'assign_rows',
+    'lay_out_prompts': 'layout_prompts',
+    'pack': 'pack_pairs',
+  },
+  'models.tokenizer': {
+    'l2_normalise': 'l2_normalize',
+  },
+  'models.vae': {
+    'Decoder': 'VAEDecoder',
+    'Encoder': 'VAEEncoder',
+    'Middle': 'MidBlock',
+  },
+  'output': {
+    'png': 'encode_png',
+    'write': 'write_atomic',
+  },
+  'sharding': {
+    'Share': 'ProcessShare',
+    'share': 'process_share',
+  },
+  'training.codebook': {
+    'create': 'init_codebook',
+    'draw': 'draw_vectors',
+    'start': 'start_from_kmeans',
+    'tally': 'count_assignments',
+    'update': 'update_codebook',
+    'usage': 'usage_metrics',
+  },
+  'training.config': {
+    'leaves': 'config_leaves',
+  },
+  'training.distributed': {
+    'Interrupt': 'InterruptHandler',
+    'together': 'exit_together',
+  },
+  'training.flops': {
+    'Pair': 'PairFlops',
+    'of_pair': 'pair_flops',
+    'of_step': 'step_flops',
+  },
+  'training.integrity': {
+    'unite': 'merge_positions',
+  },
+  'training.loop': {
+    'Look': 'Evaluator',
+  },
+  'training.metrics': {
+    'Log': 'MetricLogger',
+    'Trace': 'ProfilerTrace',
+    'mean': 'mean_metrics',
+    'sheet': 'image_grid',
+  },
+  'training.optimizer': {
+    'held': 'hold_from',
+    'make': 'make_optimizer',
+    'stop_frozen': 'stop_frozen_gradients',
+  },
+  'training.schedule': {
+    'tell_schedule': 'warn_of_schedule',
+  },
+  'training.settings': {
+    'of_run': 'run_settings',
+  },
+  'training.stage': {
+    'apply': 'apply_module',
+    'begin': 'initialize_params',
+    'feature_colours': 'feature_colors',
+    'features': 'image_features',
+  },
+  'training.stages': {
+    'build': 'build_stage',
+    'check': 'validate_stage',
+    'lm': 'language_model',
+    'tokens': 'tokens_per_step',
+  },
+  'training.train_step': {
+    'initialiser': 'make_init',
+  },
+  'training.validation': {
+    'told_of_data': 'name_data_option',
+  },
+  'training.watch': {
+    'Watch': 'MetricWatch',
+  },
+  'weights.store.arrays': {
+    'Source': 'ParameterSource',
+    'ahead': 'prefetch',
+    'place': 'read_sharded',
+  },
+  'weights.store.folder': {
+    'Building': 'FolderWriter',
+    'WORDS': 'TOKENIZER_FILES',
+    'building': 'open_writer',
+    'check_place': 'check_destination',
+    'copy_words': 'copy_tokenizer_files',
+    'load_parts': 'load_params',
+    'open_part': 'open_params',
+    'reading': 'reading_errors',
+    'replacing': 'replace_folder',
+    'save_parts': 'save_params',
+    'swap': 'swap_folders',
+  },
+  'weights.torch.convert': {
+    'Item': 'ConversionItem',
+    'Job': 'Conversion',
+    'prepare': 'plan_conversion',
+  },
+  'weights.torch.finite': {
+    'Ledger': 'FiniteLedger',
+  },
+  'weights.torch.formats': {
+    'ABOUT': 'EXPORT_INFO',
+    'Fit': 'MappedModule',
+    'Found': 'SourceModule',
+    'Place': 'ModuleLocation',
+    'blank': 'zeros_view',
+    'fit': 'map_modules',
+    'kind_of': 'detect_kind',
+    'places': 'locations',
+    'recognise': 'detect',
+    'table_of': 'choose_rules',
+    'tables': 'name_rules',
+  },
+  'weights.torch.mapping': {
+    'Plan': 'MappingPlan',
+    'Row': 'NameRule',
+    'plan': 'make_plan',
+  },
+  'weights.torch.names_diffusion': {
+    'unet_rows': 'unet_rules',
+    'vae_rows': 'vae_rules',
+  },
+  'weights.torch.names_llama': {
+    'llama_rows': 'llama_rules',
+  },
+  'weights.torch.names_visual': {
+    'codes_rows': 'codes_rules',
+    'decoder_rows': 'decoder_rules',
+    'merger_rows': 'merger_rules',
+    'safety_rows': 'safety_rules',
+    'tokenizer_rows': 'tokenizer_rules',
+    'understanding_rows': 'understanding_rules',
+    'vit_rows': 'vit_rules',
+  },
+  'weights.torch.state_dict_names': {
+    'normalise': 'normalize',
+    'tie': 'tie_head',
+  },
+  'weights.torch.vocabulary_growth': {
+    'grow': 'grow_rows',
+    'grown': 'grown_struct',
+  },
+  'weights.torch.weight_files': {
+    'Name': 'FileName',
+  },
+}
+
+
+def current(module: types.ModuleType, name: str):
+  """What a module has under an old name.
+
+  Raises:
+    AttributeError: it never had that name.
+  """
+  short = module.__name__.removeprefix(PACKAGE)
+  new = NAMES.get(short, {}).get(name)
+  if new is None:
+    raise AttributeError(f'module {module.__name__!r} has no attribute {name!r}')
+  return getattr(module, new)
+
+
+class Moved(types.ModuleType):
+  """An old module: reads and writes go to the new one."""
+
+  def __init__(self, name: str, target: types.ModuleType):
+    super().__init__(name, f'Moved to {target.__name__}.')
+    self.__dict__['_target'] = target
+
+  def __getattr__(self, name: str):
+    target = self.__dict__['_target']
+    if not hasattr(target, name):  # it may have come from a third module, under its new name
+      for names in NAMES.values():
+        if hasattr(target, names.get(name, '')):
+          return getattr(target, names[name])
+    return getattr(target, name)
+
+  def __delattr__(self, name: str) -> None:
+    target = self.__dict__['_target']
+    short = target.__name__.removeprefix(PACKAGE)
+    delattr(target, NAMES.get(short, {}).get(name, name))
+
+  def __setattr__(self, name: str, value) -> None:
+    target = self.__dict__.get('_target')
+    own = name.startswith('__') or isinstance(value, Moved)  # what the import system sets
+    if target is None or own:
+      super().__setattr__(name, value)
+    else:
+      short = target.__name__.removeprefix(PACKAGE)
+      setattr(target, NAMES.get(short, {}).get(name, name), value)
+
+
+class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+  """Finds old modules, and gives those with renamed functions their old names too."""
+
+  def find_spec(self, fullname, path=None, target=None):
+    """A spec for an old module; for a module with renames, its own spec with a loader that adds them."""
+    short = fullname.removeprefix(PACKAGE)
+    if not fullname.startswith(PACKAGE):
+      return None
+    if short in MODULES:
+      package = any(name.startswith(f'{short}.') for name in MODULES)
+      return importlib.machinery.ModuleSpec(fullname, self, is_package=package)
+    if short not in NAMES:
+      return None
+    spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+    if spec is not None and spec.loader is not None:
+      spec.loader = WithOldNames(spec.loader)
+    return spec
+
+  def create_module(self, spec):
+    """The view of the new module."""
+    short = spec.name.removeprefix(PACKAGE)
+    new = PACKAGE + MODULES[short]
+    warnings.warn(f'{spec.name} is {new} now', DeprecationWarning, stacklevel=2)
+    return Moved(spec.name, importlib.import_module(new))
+
+  def exec_module(self, module):
+    """Nothing: the new module has been executed."""
+
+
+class WithOldNames:
+  """A loader that gives its module the old names as well."""
+
+  def __init__(self, loader):
+    self.loader = loader
+
+  def __getattr__(self, name: str):
+    return getattr(self.__dict__['loader'], name)
+
+  def create_module(self, spec):
+    """As the module's own loader does."""
+    return self.loader.create_module(spec)
+
+  def exec_module(self, module):
+    """As the module's own loader does; then old names are looked up by `current`."""
+    self.loader.exec_module(module)
+    if '__getattr__' not in module.__dict__:
+      module.__getattr__ = lambda name: current(module, name)
+
+
+def install() -> None:
+  """Puts the finder before the usual ones, once."""
+  if not any(isinstance(finder, Finder) for finder in sys.meta_path):
+    sys.meta_path.insert(0, Finder())

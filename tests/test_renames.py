@@ -1,0 +1,44 @@
+"""Old names go on to work, and each is the new one itself."""
+
+import importlib
+import importlib.util
+
+import pytest
+
+from lavit_jax import renames
+
+OPTIONAL = ('apps.web', 'data.emoji.rendering', 'data.emoji.build')  # need extras
+
+
+@pytest.mark.parametrize('old', sorted(set(renames.MODULES) - {'inference.app', 'data.drawing'}))
+def test_modules(old):
+  new = importlib.import_module(f'lavit_jax.{renames.MODULES[old]}')
+  with pytest.warns(DeprecationWarning, match=f'{new.__name__} now'):
+    spec = importlib.util.find_spec(f'lavit_jax.{old}')
+    module = importlib.util.module_from_spec(spec)
+  names = [name for name in vars(new) if not name.startswith('_')]
+  for name in names:
+    assert getattr(module, name) is getattr(new, name)
+
+
+@pytest.mark.parametrize('new', sorted(set(renames.NAMES) - set(OPTIONAL)))
+def test_names(new):
+  module = importlib.import_module(f'lavit_jax.{new}')
+  for old, name in renames.NAMES[new].items():
+    assert getattr(module, old) is getattr(module, name)
+
+
+def test_an_old_module_is_written_through(monkeypatch):
+  rows = importlib.import_module('lavit_jax.data.mixtures')
+  loader = importlib.import_module('lavit_jax.data.loader')
+  monkeypatch.setattr(rows, 'shapes', None)  # by its old name
+  assert loader.batch_shapes is None
+
+
+def test_what_never_was_is_an_error():
+  with pytest.raises(ModuleNotFoundError):
+    importlib.import_module('lavit_jax.nothing')
+  with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+    importlib.import_module('lavit_jax.models.llama').nothing
+  with pytest.raises(ImportError):
+    importlib.import_module('lavit_jax.porting.nothing')
