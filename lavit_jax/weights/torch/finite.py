@@ -2,7 +2,7 @@
 
 float16 ends at 65,504 and has nothing between 0 and 6e-8. A weight beyond that becomes infinite, and a model with one infinite weight
 draws black: that is refused. A number below becomes zero, which is counted and told, since beside larger ones in the same tensor it is no
-more than rounding (6e-8 is float16's step below 1.2e-4); it is refused where the tensor has none larger. bfloat16 has the range of float32.
+more than rounding (6e-8 is float16's step below 1.2e-4); it is refused where nothing else is left of the tensor. bfloat16 has the range of float32.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import numpy as np
 from lavit_jax.errors import UserError
 
 BLOCK = 1 << 20  # numbers looked at at once
-NORMAL = 2.0**-14  # float16's smallest number of full precision
 LISTED = 3  # tensors named in a message
 
 _BITS = {  # of a floating type: an integer of its size, what masks the sign, and the first pattern that is not finite
@@ -32,9 +31,7 @@ class Counts(NamedTuple):
   overflow: int  # finite before, and not after
   underflow: int  # not zero before, and zero after
   size: int  # all
-  tiny: bool = (
-    False  # some became zero, and none of the others is large beside them: all are below NORMAL
-  )
+  lost: bool = False  # all that were not zero became zero
 
 
 def nonfinite(array: np.ndarray) -> int:
@@ -57,11 +54,11 @@ def compare(before: np.ndarray, after: np.ndarray) -> Counts:
   if before.dtype == after.dtype:
     return Counts(bad, 0, 0, before.size)
   over = nonfinite(after) - bad
-  under = 0
+  left = under = 0
   if before.dtype.name in _BITS and after.dtype == np.float16:
-    under = _nonzero(before) - _nonzero(after)
-  tiny = under > 0 and float(np.abs(before.astype(np.float32)).max()) < NORMAL
-  return Counts(bad, over, under, before.size, tiny)
+    left = _nonzero(after)
+    under = _nonzero(before) - left
+  return Counts(bad, over, under, before.size, lost=under > 0 and left == 0)
 
 
 def cast(array: np.ndarray, dtype) -> tuple[np.ndarray, Counts]:
@@ -112,10 +109,10 @@ class FiniteLedger:
       raise UserError(
         f'numbers beyond the range of {dtype} in {_listed(self.overflow, "overflow")}; choose bfloat16 or float32'
       )
-    tiny = {name: counts for name, counts in self.underflow.items() if counts.tiny}
-    if tiny:
+    lost = {name: counts for name, counts in self.underflow.items() if counts.lost}
+    if lost:
       raise UserError(
-        f'numbers too small for {dtype}, which would become zero, in {_listed(tiny, "underflow")}; choose bfloat16 or float32'
+        f'numbers too small for {dtype}, which would become zero, in {_listed(lost, "underflow")}; choose bfloat16 or float32'
       )
 
   def notes(self) -> list[str]:

@@ -192,6 +192,7 @@ def detect(
   if only is None:
     check_listed(src, kind, [each.place for each in found])
   if not found:
+    names.refuse_project_files(src)
     raise UserError(
       f'{src} is a {kind} folder, but holds no weights{f" of {only}" if only else ""}'
     )
@@ -356,25 +357,27 @@ def text_only(like: Mapping, rows: int) -> dict:
 
 
 def find_variant(found: list[SourceModule]) -> str:
-  """The variant whose shapes most of the parts have; the larger one if several do. `map_modules` says what is wrong with it, if anything is."""
+  """The variant whose shapes most of the modules have; among equals the one that shares the most tensors, then the larger one.
 
-  def alike(model, each):
+  `map_modules` says what is wrong with it, if anything is.
+  """
+
+  def shared(model: lavit.LavitModules, each: SourceModule) -> tuple[int, int]:
+    """How many tensors of the module have the variant's shape, and how many it has that the variant knows."""
     part, state = each.place.part, each.merged
     wanted = shapes(model, [part])
     if not wanted:
-      return False
-    expected = torch_shapes(
-      name_rules(model, part)[choose_rules(model, part, state)], like_of(wanted[part])
-    )
-    return all(
-      state[name].shape == shape
-      for name, shape in expected.items()
-      if name in state and name not in VOCABULARY
-    )
+      return 0, 1
+    rules = name_rules(model, part)[choose_rules(model, part, state)]
+    expected = torch_shapes(rules, like_of(wanted[part]))
+    known = [name for name in expected if name in state and name not in VOCABULARY]
+    return sum(state[name].shape == expected[name] for name in known), len(known)
 
-  def fitting(variant):
+  def fitting(variant: str) -> tuple[int, int]:
     model = lavit.build(variant)
-    return sum(1 for _ in itertools.takewhile(lambda each: alike(model, each), found))
+    counts = [shared(model, each) for each in found]
+    whole = itertools.takewhile(lambda count: count[0] == count[1], counts)
+    return sum(1 for _ in whole), sum(same for same, _ in counts)
 
   return max(reversed(lavit.VARIANTS), key=fitting)
 

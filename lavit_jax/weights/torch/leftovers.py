@@ -10,6 +10,7 @@ from lavit_jax.errors import UserError
 from lavit_jax.weights.torch import formats, weight_files
 
 LISTED = 6  # names in a line
+DESCRIBED = ('llama', 'unet', 'vae', 'highres_unet', 'highres_vae')  # modules with a config.json
 
 
 def notes(
@@ -85,7 +86,14 @@ def _of_folder(
     lines.append(
       f'not converted, but copied as they are into torch/: {len(weights)} files with weights of other models: {_listed(weights)}'
     )
+  lines += _without_description(src, kind, found)
   parts = {each.place.part for each in found}
+  strange = {str(pathlib.PurePosixPath(name).parent) for name in weights}
+  for part, place in formats.locations(kind).items():
+    if part not in parts and place.folder == 'visual_tokenizer' and place.folder in strange:
+      lines.append(
+        f'{part}: {place.folder}/ holds no {place.stems[0]}, so the result has no {part}'
+      )
   for part, place in formats.locations(kind).items():
     if (
       part not in parts
@@ -95,6 +103,26 @@ def _of_folder(
     ):
       lines.append(f'{part}: {place.folder}/ holds no weights, so the result has no {part}')
   return lines + _of_tokenizer(src, text_size)
+
+
+def _without_description(
+  src: pathlib.Path, kind: str, found: list[formats.SourceModule]
+) -> list[str]:
+  """Lines for modules whose description is not there: nothing says whether they compute otherwise."""
+  lines = []
+  for each in found:
+    part, folder = each.place.part, src / each.place.folder
+    if part not in DESCRIBED:
+      continue
+    files = [folder / 'config.json']
+    if part.endswith('unet'):
+      files.append(folder.parent / 'scheduler' / 'scheduler_config.json')
+    for file in files:
+      if not file.exists():
+        lines.append(
+          f"{part}: {file.relative_to(src).as_posix()} is not there, so the variant's own values are taken, unchecked"
+        )
+  return lines
 
 
 def _of_tokenizer(src: pathlib.Path, text_size: int) -> list[str]:

@@ -118,8 +118,8 @@ def refuse_foreign(names: Iterable[str], file: str) -> None:
         raise UserError(f'{file} is {what} ({name}); {remedy}')
 
 
-def refuse_foreign_folder(src: pathlib.Path) -> None:
-  """As `refuse_foreign`, for a folder that is none of ours, by the names of its files."""
+def refuse_project_files(src: pathlib.Path) -> None:
+  """As `refuse_foreign`, for a folder, by the names of files that only one project has."""
   files = sorted(src.iterdir())
   consolidated = [
     file for file in files if re.fullmatch(r'consolidated(\.\d+)?\.(pth|safetensors)', file.name)
@@ -130,9 +130,14 @@ def refuse_foreign_folder(src: pathlib.Path) -> None:
   if any(file.name == 'adapter_config.json' for file in files):
     what, remedy = FOREIGN[4][1:]
     raise UserError(f'{src} holds adapter_config.json: {what}; {remedy}')
+
+
+def refuse_foreign_folder(src: pathlib.Path) -> None:
+  """As `refuse_project_files`, for a folder that is none of ours: single files are named too."""
+  refuse_project_files(src)
   single = [
     file
-    for file in files
+    for file in sorted(src.iterdir())
     if file.suffix in ('.ckpt', '.safetensors', '.pt', '.pth', '.bin') and file.is_file()
   ]
   if single:

@@ -42,8 +42,9 @@ def test_what_float16_loses():
     nonfinite=1, overflow=2, underflow=1, size=6
   )
   assert finite.cast(array, ml_dtypes.bfloat16)[1] == finite.Counts(1, 0, 0, 6)
-  tiny = np.array([1e-9, 5e-5], ml_dtypes.bfloat16)
-  assert finite.cast(tiny, np.float16)[1] == finite.Counts(0, 0, 1, 2, tiny=True)
+  small = np.array([1e-9, 5e-5], ml_dtypes.bfloat16)
+  assert finite.cast(small, np.float16)[1] == finite.Counts(0, 0, 1, 2)
+  assert finite.cast(small[:1], np.float16)[1] == finite.Counts(0, 0, 1, 1, lost=True)
   assert finite.cast(np.array([3.4e38], np.float32), ml_dtypes.bfloat16)[1].overflow == 1
 
 

@@ -50,3 +50,16 @@ def test_the_safety_checker_at_full_size():
     name.replace('vision_model.vision_model.', 'vision_model.'): shape
     for name, shape in nested.items()
   } == flat
+
+
+def test_a_strange_module_is_compared_with_the_variant_that_it_is_nearest_to(tmp_path):
+  model = lavit.build('tiny')
+  struct = formats.shapes(model, ['llama'])['llama']
+  rules = formats.name_rules(model, 'llama')[0]
+  shapes = dict(formats.torch_shapes(rules, formats.like_of(struct)))
+  for name in shapes:
+    if 'k_proj' in name or 'v_proj' in name:  # one head of five
+      shapes[name] = (32, 160)
+  state = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+  location = formats.ModuleLocation('llama', '', ('model',))
+  assert formats.find_variant([formats.SourceModule(location, state, {})]) == 'tiny'

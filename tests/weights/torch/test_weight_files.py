@@ -126,7 +126,7 @@ def test_an_edition_beside_the_one_taken_is_told(stable, tmp_path, capsys):
   said = ' '.join(capsys.readouterr().err.split())
   assert (
     f'vae: {VAE}.safetensors is taken, not {VAE}.fp16.safetensors beside it' in said
-    and 'unet' not in said
+    and 'unet: diffusion' not in said
   )
   assert not list((tmp_path / 'a' / 'torch').rglob('*.safetensors'))
   assert (
@@ -242,3 +242,20 @@ def test_a_linked_encoder_converts(tmp_path):
   assert folder.read_config(tmp_path / 'ours')['metadata']['source']['files'].keys() == {
     'eva.safetensors'
   }
+
+
+def test_missing_descriptions_are_named(tmp_path):
+  shutil.copytree(TINY / 'pixel_decoding' / 'unet', tmp_path / 'sd' / 'unet')
+  (tmp_path / 'sd' / 'unet' / 'config.json').unlink()
+  notes = convert.plan_conversion(tmp_path / 'sd', tmp_path / 'ours').notes
+  said = "is not there, so the variant's own values are taken, unchecked"
+  assert f'unet: unet/config.json {said}' in notes
+  assert f'unet: scheduler/scheduler_config.json {said}' in notes
+
+
+def test_a_llama_folder_with_metas_files_is_recognised(tmp_path):
+  (tmp_path / 'meta').mkdir()
+  (tmp_path / 'meta' / 'config.json').write_text('{"model_type": "llama"}')
+  (tmp_path / 'meta' / 'consolidated.00.pth').write_bytes(b'')
+  with pytest.raises(UserError, match='holds consolidated.00.pth'):
+    convert.plan_conversion(tmp_path / 'meta', tmp_path / 'ours')
