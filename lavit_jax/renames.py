@@ -389,11 +389,6 @@ class Moved(types.ModuleType):
           return getattr(target, names[name])
     return getattr(target, name)
 
-  def __delattr__(self, name: str) -> None:
-    target = self.__dict__['_target']
-    short = target.__name__.removeprefix(PACKAGE)
-    delattr(target, NAMES.get(short, {}).get(name, name))
-
   def __setattr__(self, name: str, value) -> None:
     target = self.__dict__.get('_target')
     own = name.startswith('__') or isinstance(value, Moved)  # what the import system sets

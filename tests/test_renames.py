@@ -28,11 +28,15 @@ def test_names(new):
     assert getattr(module, old) is getattr(module, name)
 
 
-def test_an_old_module_is_written_through(monkeypatch):
-  rows = importlib.import_module('lavit_jax.data.mixtures')
+def test_an_old_module_is_written_through():
+  old = importlib.import_module('lavit_jax.data.mixtures')
   loader = importlib.import_module('lavit_jax.data.loader')
-  monkeypatch.setattr(rows, 'shapes', None)  # by its old name
-  assert loader.batch_shapes is None
+  before = loader.batch_shapes
+  try:
+    old.shapes = None  # by its old name
+    assert loader.batch_shapes is None
+  finally:
+    loader.batch_shapes = before
 
 
 def test_what_never_was_is_an_error():
