@@ -126,7 +126,7 @@ def decoding(repeats: int, rows: int, guided: bool = False, int8: bool = False) 
   params, peer = llama_and_peer()
   ids, against = np.random.default_rng(rows).integers(3, LLAMA.vocab_size, (2, rows, PROMPT))
   embed = functools.partial(LLAMA.apply, {'params': params}, method='embed')
-  settings, theirs = dict(max_new_tokens=NEW, eos_id=-1), dict()
+  settings, theirs = dict(max_new_tokens=NEW, eos_id=-1), {}
   mask = jnp.ones((rows, PROMPT), bool)
   if guided:
     settings |= dict(guidance_scale=GUIDANCE, uncond_embeddings=embed(against), uncond_mask=mask)

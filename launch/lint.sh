@@ -3,4 +3,4 @@
 set -euo pipefail
 source "$(dirname "$0")/install.sh" '[test,torch,app]'
 .venv/bin/ruff format --check .
-exec .venv/bin/ruff check . "$@"
+exec .venv/bin/ruff check . --select E9,F,I "$@"

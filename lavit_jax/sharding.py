@@ -51,6 +51,7 @@ def make_mesh(sizes, devices=None) -> Mesh:
 
   Args:
     devices: those of a pod that is not here; None takes this machine's (or job's).
+
   Raises:
     UserError: the sizes do not multiply to the number of devices, or `data` not to that of slices.
   """

@@ -111,6 +111,7 @@ def resolve_rows(
 
   Returns:
     The rows; the folder that their pictures are relative to; whether there may be many, of which one at fault must not stop the others.
+
   Raises:
     UserError: neither arguments nor a file, or both; a picture in the place of a question; and as `read_rows`, `find_images`.
   """
@@ -204,6 +205,7 @@ def read_rows(path: str, needs: Sequence[str], results: Sequence[str]) -> list[d
   Args:
     needs: of 'image', 'question', 'prompt' (text) and 'parts' (a list of it).
     results: the keys that the task writes, which a row must not have.
+
   Raises:
     UserError: no such file, or a line that is not such a row, by its number.
   """
@@ -397,6 +399,7 @@ def run_batch(
     many: a row at fault becomes a line with an 'error' and the others go on; without, it ends the run.
     as_json: tell a row as JSON.
     pictures: the folder that drawn pictures go to.
+
   Raises:
     UserError: at the end, how many rows failed; or at once, what stops every row.
   """

@@ -119,6 +119,7 @@ def compile_decoding(
   Args:
     batch: rows; prompt: their slots; new: tokens to write, two at least.
     weights, cache: as in `Lavit.from_pretrained`; the compute dtype is bfloat16.
+
   Raises:
     UserError: as `pods.pod` and `pods.compile_on`; too few new tokens.
   """

@@ -78,7 +78,8 @@ class Instruction(NamedTuple):
 
 class Cost(NamedTuple):
   """Of one run: floating-point operations of products, convolutions and kernels, bytes to and from HBM, bytes a chip sends by kind of
-  collective."""
+  collective.
+  """
 
   flops: float
   bytes: float

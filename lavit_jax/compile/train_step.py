@@ -104,6 +104,7 @@ def compile_step(config, page: str, topology: str, slices: int = 1) -> Report:
     page: what the report calls the config.
     topology: CHIP:SHAPE, such as 'v5e:16x16'.
     slices: how many of them.
+
   Raises:
     UserError: no such chip or topology, libtpu is missing, or the config does not fit it.
   """

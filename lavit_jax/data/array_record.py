@@ -48,6 +48,7 @@ def write_array_records(
 
   Returns:
     Totals, with those of earlier runs.
+
   Raises:
     UserError: two tars of the same name, a process that died, tars nowhere, or tars that can be
       read and have no record at all.

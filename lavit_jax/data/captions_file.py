@@ -49,6 +49,7 @@ def read_rows(file: str, data: bytes, fields: Fields) -> list[Row]:
     file: its path, whose suffix says what it is.
     data: its content.
     fields: those that were chosen, '' and () for the usual ones.
+
   Raises:
     UserError: it is not what its suffix says, by its line.
   """
@@ -73,9 +74,11 @@ def choose_fields(
   Args:
     name: the option `image`; None: 'file_name'.
     texts: the option `text`, dotted names; (): 'text'.
+
   Returns:
     The fields as they are spelled in the file. The exact name comes first; else one that differs
     from it in case, spaces, '_' and '-' only, if there is just one.
+
   Raises:
     UserError: a field that is needed is in no row.
   """
@@ -337,7 +340,8 @@ class _Table:
 
   def _is_quoted(self) -> bool:
     """Whether the whole file keeps the rules for quotes, and its quoted fields need them, or all
-    fields are quoted, as no caption that only quotes somebody would make it."""
+    fields are quoted, as no caption that only quotes somebody would make it.
+    """
     place, needless, bare, count = 0, 0, 0, None
     while place < len(self.text):
       end = self._end_of_line(place)

@@ -94,7 +94,8 @@ def _is_noncharacter(character: str) -> bool:
 
 def _joins(text: str, i: int) -> bool:
   """Whether the joiner at `i` shapes what is drawn: after a virama, or between two letters of
-  a script without case (Arabic, Indic), or between two emoji. Elsewhere it is litter."""
+  a script without case (Arabic, Indic), or between two emoji. Elsewhere it is litter.
+  """
   before, after = text[i - 1 : i], text[i + 1 : i + 2]
   if before and unicodedata.combining(before) == _VIRAMA:
     return True

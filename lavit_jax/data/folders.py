@@ -56,6 +56,7 @@ class ImageFolder:
     use: of the source; 'text' needs no images.
     captioned: whether texts are needed.
     find_texts: (fields, dotted names) -> all texts there.
+
   Raises:
     UserError: no such folder or file of captions, a file that cannot be read, no images, no texts.
   """
@@ -109,7 +110,8 @@ class ImageFolder:
 
   def digest(self) -> str:
     """What tells the folder from one whose captions or images were changed: the texts, and the
-    sizes of the images (of 512 at most)."""
+    sizes of the images (of 512 at most).
+    """
     content = xxhash.xxh64(json.dumps(self._sampled).encode())
     if self.captioned:
       for entry in self.entries:

@@ -71,6 +71,7 @@ def read_image(source, name: str = 'image') -> np.ndarray:
   Args:
     source: a path or a file: URL, bytes, a PIL image, or an array [H, W], [H, W, 1 | 3 | 4] of uint8, uint16 or floats in [0, 1].
     name: what to call a source that has no file name in messages.
+
   Raises:
     UserError: missing, empty, not a picture, truncated, too large, or an array of another shape or type.
   """

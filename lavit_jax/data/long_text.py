@@ -32,6 +32,7 @@ def piece_of(
     encode: a text -> its ids, without begin and end tokens.
     length: the most ids to return.
     epoch: how many times the record has been read before, from 0.
+
   Returns:
     The ids, at most `length`, and whether the text ends with them.
   """

@@ -29,8 +29,10 @@ def evaluate(
     out: the JSON file.
     train: training pictures, for the classifier that judges what is drawn and for the most frequent answers.
     seed: of the examples and of all sampling.
+
   Returns:
     split -> {tokens, captions, questions, drawings}, each measure beside its baseline.
+
   Raises:
     UserError: there is no such data set; the checkpoint lacks a part; the report cannot be written.
   """
@@ -82,7 +84,8 @@ def measure_tokens(
   model: Lavit, examples, mean_features: np.ndarray, seed: int
 ) -> dict[str, float]:
   """How much the tokens say: cosine of the features rebuilt from them, beside that of the mean training features, and that of
-  the mean of a picture's own: above it, tokens say where things are."""
+  the mean of a picture's own: above it, tokens say where things are.
+  """
   tokens, x = model.tokenize(pixels(examples), seed=seed), images.features(model, pixels(examples))
   return dict(
     cosine=images.cosine(x, images.rebuilt_features(model, tokens)),

@@ -231,6 +231,7 @@ def clean_and_noise(
     latents, prediction: x_t and what the network says of it, f32[B, h, w, Z].
     signal, sigma: f32 scalars.
     kind: 'epsilon', 'v_prediction' or 'sample'.
+
   Raises:
     ValueError: no such kind.
   """

@@ -1,5 +1,6 @@
 """What a user may ask for: the settings of a model and of the language model's writing, texts and prompts, checked here; and the
-random keys of a seed."""
+random keys of a seed.
+"""
 
 from __future__ import annotations
 
@@ -91,6 +92,7 @@ def resolve_generation_config(
   Args:
     asked: fields of `GenerationConfig` by name; of a task that searches also `sample`: whether to sample instead.
     most: tokens that the task has room for.
+
   Raises:
     UserError: a name that is none of these, a value that cannot be, or one that would play no part.
   """
@@ -196,6 +198,7 @@ def check_prompt_lengths(
   Args:
     rows: their places among `count`; without, they are all that there are.
     least: a picture is counted as one token, not yet by its own number.
+
   Raises:
     InputError: one is too long.
   """

@@ -236,6 +236,7 @@ def resolve_image_request(
     count: of pictures.
     drawn_size, highres_sizes: of the model; `held`: names of the parts that are there; `schedulers`: of their U-Nets, by the prefix of a way.
     size, guidance, ..., details: see `Lavit.draw`.
+
   Raises:
     UserError: a size that is not known or whose parts are missing, or settings that cannot be or are `unknown`.
   """

@@ -38,7 +38,8 @@ CODEBOOK = 'quantizer/embedding'  # the leaf of the tokenizer that drawing needs
 
 class CheckpointInfo(NamedTuple):
   """A folder that has been looked at: its variant, where its words are, the parts that it holds, how one is opened, and the settings
-  (models/settings.py)."""
+  (models/settings.py).
+  """
 
   variant: str
   words: pathlib.Path

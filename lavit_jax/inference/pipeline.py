@@ -115,7 +115,8 @@ class Lavit:
     mesh: Mesh | Mapping[str, int] | None = None,
   ):
     """`parts`: part name -> parameters, at least of the parts that the tasks at hand need, or another model's `parts`, on its mesh and with its
-    weights. `words`: also the folder of them, which is read when a task first needs it. The other arguments: see `from_pretrained`."""
+    weights. `words`: also the folder of them, which is read when a task first needs it. The other arguments: see `from_pretrained`.
+    """
     for name, value, known in (
       ('weights', weights, (None, 'int8')),
       ('cache', cache, (None, 'bfloat16', 'int8')),

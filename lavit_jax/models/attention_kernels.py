@@ -57,7 +57,8 @@ def splash_attention(
   q: Array, k: Array, v: Array, segments: Array | None = None, interpret: bool = False
 ) -> Array:
   """`packed_attention`, or without segments `image_attention`, by the kernel, on one device; `interpret` runs it where there is no TPU.
-  S is a multiple of 128, with segments d too."""
+  S is a multiple of 128, with segments d too.
+  """
   length, heads = q.shape[1], q.shape[2]
   block = math.gcd(length, BLOCK)
   sizes = splash.BlockSizes(
@@ -78,7 +79,8 @@ def splash_attention(
 
 def cudnn_attention(q: Array, k: Array, v: Array, segments: Array | None = None) -> Array:
   """As `splash_attention`, by cuDNN. The mask of the segments becomes a bias [R, 1, S, S] in the dtype of q, the same for all heads; told that
-  it is causal too, cuDNN leaves out what that forbids."""
+  it is causal too, cuDNN leaves out what that forbids.
+  """
   mask = None if segments is None else segment_mask(segments)
   return jax.nn.dot_product_attention(
     q, k, v, mask=mask, is_causal=segments is not None, implementation='cudnn'
@@ -97,7 +99,8 @@ def cudnn_takes(q: Array) -> bool:
 
 def kernel_flops(name: str, shapes: Sequence[tuple[int, ...]]) -> float:
   """Operations of one call of the kernel in a compiled program, by its name there and the shapes of its operands: forward has two
-  products of [S, d] and [d, S], backward five (the scores again among them), with segments in the blocks that causality does not forbid."""
+  products of [S, d] and [d, S], backward five (the scores again among them), with segments in the blocks that causality does not forbid.
+  """
   times = Counter(
     shape for shape in map(tuple, shapes) if len(shape) >= 3
   )  # queries, keys and values have one shape, masks others

@@ -214,6 +214,7 @@ def build(
     dtype: the compute dtype; parameters are float32 whatever it is, and the VAE computes in float32 (specification, Image decoders).
     remat: rematerialisation policy of the scanned stacks: 'none' or a key of `layers.REMAT_POLICIES`.
     settings: of a checkpoint, {part: {field: value}} (models/settings.py); what they do not name is the variant's own.
+
   Raises:
     UserError: no such variant, or settings that are not known or not possible.
   """

@@ -108,6 +108,7 @@ def dynamic_frequencies(
 
   Args:
     positions: i32[B, N].
+
   Returns:
     f32[B, 1, 1, d / 2].
   """
@@ -148,7 +149,8 @@ def _llama3(plain: np.ndarray, scaling: Mapping) -> np.ndarray:
 
 def _yarn(plain: np.ndarray, theta: float, head_dim: int, scaling: Mapping) -> np.ndarray:
   """Pairs that turn less than `beta_slow` times within the original length are divided by the factor, those that turn more than
-  `beta_fast` times stay, and between them lies a ramp over the pairs' numbers."""
+  `beta_fast` times stay, and between them lies a ramp over the pairs' numbers.
+  """
   original = scaling['original_max_position_embeddings']
 
   def pair(turns: float) -> float:

@@ -196,6 +196,7 @@ def differing(variant: str, row: Mapping, settings: Mapping | None) -> dict[str,
     variant: its name, for messages.
     row: of the variants table.
     settings: {part: {field: value}}, values as JSON has them.
+
   Raises:
     UserError: a part or a field that is not known or that the variant does not have, or a value that is out of its range.
   """

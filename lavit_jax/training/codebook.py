@@ -19,7 +19,8 @@ LIVE = 100  # a code is dead once this many batches have passed it by
 
 class Codebook(NamedTuple):
   """`embedding` f32[K, C] unit rows; `cluster_size` f32[K] moving average of the tokens a batch gives each code; `idle` i32[K]
-  batches since it was last chosen; `step` i32[], updates seen, whatever they did; `started` bool[], whether k-means has begun it."""
+  batches since it was last chosen; `step` i32[], updates seen, whatever they did; `started` bool[], whether k-means has begun it.
+  """
 
   embedding: Array
   cluster_size: Array

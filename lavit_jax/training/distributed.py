@@ -53,6 +53,7 @@ def connect(
     coordinator: HOST:PORT where process 0 listens.
     processes, process: how many there are, and which this is.
     timeout: seconds after which the others end when one of them is silent (default: JAX_HEARTBEAT_TIMEOUT, or 60).
+
   Raises:
     UserError: some of the three are missing or make no sense.
     Unreachable: the others do not come.

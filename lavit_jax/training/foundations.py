@@ -79,7 +79,8 @@ def encoder(config, model: LavitModules, shards: int) -> Stage:
 
   def pixel_error(params, x, images):
     """Mean squared error of a linear read-out of the patches' pixels. Its columns are short, so that x [B, 1 + N, D] cannot hide the
-    picture in components that are too small to survive the tokenizer."""
+    picture in components that are too small to survive the tokenizer.
+    """
     kernel = 0.5 * l2_normalize(params['to_pixels'].T).T
     said = jax.nn.standardize(x[:, 1:].astype(jnp.float32)) @ kernel
     side, patch = model.image_size // model.vit.patch_size, model.vit.patch_size

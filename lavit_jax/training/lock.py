@@ -74,7 +74,8 @@ class WorkdirLock:
 
   def check(self) -> None:
     """Raises UserError, on the first process, if another run has taken the directory over while
-    this one was silent."""
+    this one was silent.
+    """
     if self.lost:
       raise UserError(self.lost)
 
@@ -170,7 +171,8 @@ class Watched:
 
 def refuse_if_running(workdir) -> None:
   """Raises UserError, early, where it is plain that a run of this machine is at work in the
-  directory."""
+  directory.
+  """
   watched = Watched(pathlib.Path(workdir) / '.lock')
   if watched.seen and watched.is_alive():
     raise UserError(watched.refusal())
@@ -186,7 +188,8 @@ def _read(file: pathlib.Path) -> dict:
 
 def _machine() -> list[str]:
   """What tells this machine, since it was started, and this container from others, as far as /proc
-  says."""
+  says.
+  """
   return [
     socket.gethostname(),
     _line('/proc/sys/kernel/random/boot_id'),
@@ -215,7 +218,8 @@ def _lives(told: dict) -> bool:
 
 def _began(pid: int) -> str:
   """When a process began, in ticks since the machine did; '' where /proc does not say, or for a
-  zombie."""
+  zombie.
+  """
   fields = _line(f'/proc/{pid}/stat').rpartition(')')[2].split()
   return fields[19] if len(fields) > 19 and fields[0] not in 'ZX' else ''
 

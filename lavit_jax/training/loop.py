@@ -46,6 +46,7 @@ def train(config, workdir) -> None:
   Args:
     config: a page of `configs/`, locked.
     workdir: receives checkpoints/, metrics.jsonl, tensorboard/, pictures/ and, at the end, export/.
+
   Raises:
     UserError: anything the user can mend: earlier stages missing, another run's checkpoint, a full disk, a loss that is not finite.
     SystemExit: 143 after SIGTERM, with everything saved.

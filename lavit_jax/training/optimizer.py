@@ -28,6 +28,7 @@ def make_optimizer(config, num_steps: int, params, hold=()) -> optax.GradientTra
     num_steps: where the cosine ends.
     params: the parameters, or their shapes.
     hold: (regex, step) pairs; the parameters stop moving, decay included, once `step` updates were made.
+
   Raises:
     UserError: a regex is malformed or names no parameter, or the second moment moves too slowly for bfloat16.
   """

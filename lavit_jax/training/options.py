@@ -23,7 +23,8 @@ from lavit_jax.training.schedule import SCHEDULES
 
 class Number(NamedTuple):
   """A number from `low` to `high`; `above` and `below` say that the ends are not among them.
-  `also`: what else it may be."""
+  `also`: what else it may be.
+  """
 
   kind: type
   low: float
@@ -248,6 +249,7 @@ def check_values(values: Mapping[str, object]) -> None:
 
   Args:
     values: 'optim.learning_rate' -> 0.1, ...
+
   Raises:
     UserError: one is unknown, of another type, or out of its range; in one line, with the range.
   """

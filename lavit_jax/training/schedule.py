@@ -1,5 +1,6 @@
 """The learning rate over the steps of a run, and what becomes of it when a run is continued under
-other options."""
+other options.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ def learning_rate(config: Mapping, num_steps: int) -> optax.Schedule:
 
 def warn_of_schedule(log, config, saved: dict, first: int) -> None:
   """A warning where the next update's rate, after `first` steps, is another than under the options
-  that these were made with."""
+  that these were made with.
+  """
   if first >= config.num_steps:
     return
   was = float(learning_rate(saved['optim'], saved['num_steps'])(first))

@@ -22,6 +22,7 @@ def run_settings(
     config: the page.
     frozen, init_from: the folders that it names.
     workdir: of the run.
+
   Raises:
     UserError: two folders disagree about a part, or one is damaged.
   """

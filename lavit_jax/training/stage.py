@@ -161,7 +161,8 @@ def shade_dropped(images: Array, keep: Array) -> Array:
 
 def feature_colors(x: Array, y: Array, size: int) -> list[Array]:
   """Directions of features and of their reconstruction f32[B, N, D] as colours: the first three principal axes of the former,
-  uint8[B, size, size, 3] each. The length is left out: the loss does not see it."""
+  uint8[B, size, size, 3] each. The length is left out: the loss does not see it.
+  """
   side, x, y = round(x.shape[1] ** 0.5), l2_normalize(x), l2_normalize(y)
   mean = x.mean((0, 1))
   _, _, axes = jnp.linalg.svd((x - mean).reshape(-1, x.shape[-1]), full_matrices=False)

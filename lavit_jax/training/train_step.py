@@ -25,7 +25,8 @@ from lavit_jax.training.stage import ROW, Mean, Sum
 
 class TrainState(NamedTuple):
   """All that a step changes: `step` i32[] steps made; `state` what the stage carries besides
-  parameters; `ema` {} if it is off."""
+  parameters; `ema` {} if it is off.
+  """
 
   step: jax.Array
   params: Any
@@ -52,7 +53,8 @@ def make_init(config, stage, parts):
 
 def averaged(stage, train_state: TrainState) -> tuple[Any, Any]:
   """(params, state) to evaluate and to export: the averages, with the state that belongs to them,
-  or the latest where there are none."""
+  or the latest where there are none.
+  """
   if not train_state.ema:
     return train_state.params, train_state.state
   if stage.average is None:
@@ -85,7 +87,8 @@ def in_pieces(function, pieces: int, shards: int, mesh):
 
 def combine(values: dict) -> dict:
   """The metrics of the pieces [pieces] -> of the batch: sums are added, means are weighted, what
-  has no number (nan) is left out."""
+  has no number (nan) is left out.
+  """
   combined = {}
   for name, value in values.items():
     if isinstance(value, Sum):
@@ -111,7 +114,8 @@ def numbers(values: dict) -> dict:
 
 def loss_and_metrics(stage, pieces: int, shards: int, mesh):
   """(params, frozen, state, batch, key) -> metrics of a batch that nothing is learnt from, computed
-  in as many pieces as in training."""
+  in as many pieces as in training.
+  """
 
   def whole(params, frozen, state, batch, key):
     value, (_, values) = stage.loss(params, frozen, state, batch, key, False)

@@ -1,5 +1,6 @@
 """What ends a run for its own good: updates that are not finite, step after step, and pairs that
-find no room in packed rows."""
+find no room in packed rows.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ class MetricWatch:
 
   def is_sound(self) -> bool:
     """Whether the last step that was flushed had a finite loss and gradient: its parameters may be
-    saved."""
+    saved.
+    """
     return self.streak == 0
 
   def check_steps(self, last: bool) -> None:

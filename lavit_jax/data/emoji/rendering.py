@@ -99,7 +99,8 @@ def _folder(package: str) -> str:
 
 def _plain(name: str) -> str:
   """':woman_health_worker:' -> 'woman health worker'; lower case, so that a word has one spelling, and no full stop or comma
-  ('flag of st lucia'), at which captions and answers are cut (specification, Inference)."""
+  ('flag of st lucia'), at which captions and answers are cut (specification, Inference).
+  """
   words = name.strip(':').replace('_', ' ').replace('-', ' ').replace('’', "'").lower()
   return ' '.join(re.sub('[:“”().,]', '', words).split())
 

@@ -82,6 +82,7 @@ def open_writer(
     metadata: anything JSON can say about where the weights come from.
     tokenizer: a Hugging Face tokenizer folder to put beside them, as `tokenizer/`.
     settings: of the checkpoint (models/settings.py); those that are the variant's own are left out.
+
   Raises:
     UserError: something else stands there, the disk is full or the folder cannot be written; nothing half-written is left. Or settings
       that are not known.
@@ -238,8 +239,10 @@ def load_params(
     shardings: {part: tree of ShapeDtypeStructs} -> the same tree of shardings; the leaves then go straight onto the devices, each
       of which gets its own piece only. Without it they are numpy arrays, and their checksums are looked at.
     dtype: of the floating leaves; None keeps those of the folder.
+
   Returns:
     part name -> parameter tree.
+
   Raises:
     UserError: a part is missing or damaged, or the folder is of another variant.
   """
@@ -266,6 +269,7 @@ def open_params(folder, name: str, dtype: str | None = 'float32') -> leaves.Para
 
   Args:
     folder, name, dtype: as for `load_params`.
+
   Raises:
     UserError: it is missing or damaged; later too, as it is read.
   """
@@ -327,6 +331,7 @@ def bundle(folder, sources, tokenizer, dtype: str = 'bfloat16') -> pathlib.Path:
     sources: the stages' export folders, all of one variant; of a part that several hold, the last one's is taken.
     tokenizer: the tokenizer folder of the language model.
     dtype: as in `save_params`. The settings of a part come from where the part does.
+
   Raises:
     UserError: a source is missing, damaged or of another variant, the tokenizer is another model's, or the folder cannot be written.
   """

@@ -43,8 +43,10 @@ def from_torch(
     allow_nonfinite: NaN and infinity in the files are read as they are; otherwise they are an error, as overflow in `dtype` is.
     settings: those that the caller will give `lavit.build` and `to_torch`, `torch_settings(path, part)`; None: the variant's own. A tree
       does not hold them, so they must be those of the folder.
+
   Returns:
     {part: tree of arrays}, or the tree of `part`.
+
   Raises:
     UserError: unknown or damaged files, or other settings; PortingError: they do not fit the variant.
   """
@@ -72,6 +74,7 @@ def torch_settings(path, part: str | None = None, *, variant: str | None = None)
 
   Args:
     path, part, variant: as for `from_torch`.
+
   Raises:
     UserError: unknown or damaged files, or a description that asks for what the variant does not compute.
   """
@@ -164,8 +167,10 @@ def to_torch(
     path: `FOLDER/NAME.safetensors` for one file; else a folder, that `from_pretrained` of transformers or diffusers loads: shards of
       5 GB under the published name, and the `config.json` of the language model, a U-Net, a VAE or the safety checker.
     settings: of the checkpoint (`torch_settings`, or `folder.read_settings`), which the `config.json` says; None: the variant's own.
+
   Returns:
     The file, or the folder.
+
   Raises:
     UserError: it cannot be written; PortingError: the tree is not of this part.
   """

@@ -157,6 +157,7 @@ def detect(
     src: the folder or file.
     only: a part; nothing else is then looked at.
     edition_of: the variant of the weights to take where a part has it, such as 'fp16'; None goes by `weight_files.RULE`.
+
   Raises:
     UserError: none that is known, a damaged one, or one that lists a part whose weights are not there.
   """
@@ -314,6 +315,7 @@ def map_modules(
     model, found: what is to fit.
     allow_missing: regex of torch names that may be missing.
     mixed: layers of one stack may be of several floating types, for the result will be of one.
+
   Raises:
     PortingError: all that is wrong with any of the parts.
   """

@@ -82,6 +82,7 @@ def normalize(part: str, state: Mapping, file: str) -> Named:
     part: whose tables will be used.
     state: torch name -> tensor.
     file: what to call the source in messages.
+
   Raises:
     UserError: two tensors would have one name, or the file is of another project.
   """

@@ -115,6 +115,7 @@ def choose(
     folder: where the files lie.
     stems: the names that the weights may have.
     variant: an edition of this variant is taken if there is one ('' is the usual name); otherwise, and for None, `RULE` decides.
+
   Raises:
     UserError: the edition is not complete: its index is damaged, names a missing file, or its shards have no index.
   """

@@ -83,7 +83,7 @@ def test_whatever_diffusers_saves_is_found(stable, options):
     np.testing.assert_array_equal(np.asarray(state[name]), x.numpy())
 
 
-@pytest.mark.parametrize('options', [dict(), dict(max_shard_size='2KB')], ids=str)
+@pytest.mark.parametrize('options', [{}, dict(max_shard_size='2KB')], ids=str)
 def test_whatever_transformers_saves_is_found(tmp_path, options):
   transformers = pytest.importorskip('transformers')
   config = transformers.LlamaConfig(

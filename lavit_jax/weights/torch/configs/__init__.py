@@ -30,6 +30,7 @@ def read_settings(
     folders: part -> where in `src` it lies.
     parts: which parts are there.
     variant: a row of the variants table.
+
   Raises:
     UserError: a description asks for what the variant does not compute (`rules.read`), or is damaged.
   """

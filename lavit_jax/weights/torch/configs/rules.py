@@ -88,6 +88,7 @@ def read(
     description: the content of the file.
     model: the variant, with its own settings.
     file: where it was read, for messages.
+
   Raises:
     UserError: a key that is not known, cannot be followed, or is not what the variant computes.
   """
