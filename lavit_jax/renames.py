@@ -78,7 +78,8 @@ MODULES = {
   'training.optim': 'training.optimizer',
   'training.processes': 'training.distributed',
 }
-NAMES = {  # module as it is called now -> old name -> new name
+# Module as it is called now -> old name -> new name, or 'module:name' if it moved to another one.
+NAMES = {
   'apps.batch': {
     'Results': 'ResultsFile',
     'find_pictures': 'find_images',
@@ -181,6 +182,7 @@ NAMES = {  # module as it is called now -> old name -> new name
     'penalise': 'penalize',
   },
   'models.attention_kernels': {
+    'cudnn_takes': 'cudnn_supports',
     'picture_attention': 'image_attention',
   },
   'models.decoder': {
@@ -194,7 +196,23 @@ NAMES = {  # module as it is called now -> old name -> new name
     'row': 'variant_config',
   },
   'models.layers': {
-    'split_batch': 'constrain_batch',
+    'BATCH_AXES': 'sharding:BATCH_AXES',
+    'CrossAttention': 'models.attention:CrossAttention',
+    'QKV': 'models.attention:QKV',
+    'QUERY_BLOCK': 'models.attention:QUERY_BLOCK',
+    'REMAT_POLICIES': 'models.remat:REMAT_POLICIES',
+    'SelfAttention': 'models.attention:SelfAttention',
+    'TENSOR_AXIS': 'sharding:TENSOR_AXIS',
+    'attend_and_project': 'models.attention:attend_and_project',
+    'attention': 'models.attention:attention',
+    'constrain_batch': 'sharding:constrain_batch',
+    'merge_heads': 'models.attention:merge_heads',
+    'per_shard': 'sharding:per_shard',
+    'policy_attention': 'models.attention:policy_attention',
+    'rotary': 'models.rope:rotary',
+    'scan_blocks': 'models.remat:scan_blocks',
+    'split_batch': 'sharding:constrain_batch',
+    'split_heads': 'models.attention:split_heads',
   },
   'models.llama': {
     'unroll': 'unroll_layers',
@@ -381,7 +399,7 @@ NAMES = {  # module as it is called now -> old name -> new name
 
 
 def current(module: types.ModuleType, name: str):
-  """What a module has under an old name.
+  """What a module has, or had, under an old name.
 
   Raises:
     AttributeError: it never had that name.
@@ -390,7 +408,8 @@ def current(module: types.ModuleType, name: str):
   new = NAMES.get(short, {}).get(name)
   if new is None:
     raise AttributeError(f'module {module.__name__!r} has no attribute {name!r}')
-  return getattr(module, new)
+  owner, _, new = new.rpartition(':')
+  return getattr(importlib.import_module(PACKAGE + owner) if owner else module, new)
 
 
 class Moved(types.ModuleType):
