@@ -207,6 +207,25 @@ NAMES = {  # module as it is called now -> old name -> new name
     'lay_out_prompts': 'layout_prompts',
     'pack': 'pack_pairs',
   },
+  'models.settings': {
+    'Field': 'Setting',
+    'PARTS': 'GROUPS',
+    'Part': 'SettingsGroup',
+    'checked': 'validate_field',
+    'computes': 'affects_outputs',
+    'count': 'positive_integer',
+    'differing': 'validate',
+    'frozen': 'freeze',
+    'listed': 'list_of',
+    'number': 'finite_number',
+    'of_parts': 'for_modules',
+    'own': 'variant_settings',
+    'positive': 'positive_number',
+    'switch': 'boolean',
+    'told': 'format_setting',
+    'whole': 'integer_between',
+    'within': 'number_between',
+  },
   'models.tokenizer': {
     'l2_normalise': 'l2_normalize',
   },
@@ -360,6 +379,18 @@ NAMES = {  # module as it is called now -> old name -> new name
   },
 }
 
+MOVED_NAMES = {  # module -> name that it had -> where it is now
+  'data.emoji.questions': {
+    'answerable': 'data.prompts.answerable_question',
+    'prompt': 'data.prompts.question_prompt',
+  },
+  'data.loader': {
+    'corpus': 'data.emoji.corpus.training_texts',
+    'examples': 'data.emoji.corpus.examples',
+    'sentences': 'data.emoji.corpus.describe_sprite',
+  },
+}
+
 
 def current(module: types.ModuleType, name: str):
   """What a module has under an old name.
@@ -369,6 +400,10 @@ def current(module: types.ModuleType, name: str):
   """
   short = module.__name__.removeprefix(PACKAGE)
   new = NAMES.get(short, {}).get(name)
+  elsewhere = MOVED_NAMES.get(short, {}).get(name)
+  if elsewhere is not None:
+    target, _, attribute = elsewhere.rpartition('.')
+    return getattr(importlib.import_module(PACKAGE + target), attribute)
   if new is None:
     raise AttributeError(f'module {module.__name__!r} has no attribute {name!r}')
   return getattr(module, new)
@@ -410,7 +445,7 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     if short in MODULES:
       package = any(name.startswith(f'{short}.') for name in MODULES)
       return importlib.machinery.ModuleSpec(fullname, self, is_package=package)
-    if short not in NAMES:
+    if short not in NAMES and short not in MOVED_NAMES:
       return None
     spec = importlib.machinery.PathFinder.find_spec(fullname, path)
     if spec is not None and spec.loader is not None:

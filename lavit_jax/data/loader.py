@@ -7,9 +7,10 @@ import grain
 import grain.experimental
 import numpy as np
 
-from lavit_jax.data import images, long_text, transforms
+from lavit_jax.data import images, long_text, prompts, transforms
 from lavit_jax.data.cleaning import clean_caption, clean_text
 from lavit_jax.data.emoji import questions, splits, sprites
+from lavit_jax.data.emoji.corpus import describe_sprite
 from lavit_jax.data.emoji.scenes import Composer, Example
 from lavit_jax.data.row_workers import RowDataset, SkipCounter, closed_at_exit
 from lavit_jax.data.sources import mix_sources
@@ -281,47 +282,6 @@ def batch_shapes(
   return {name: (shape, np.dtype(dtype)) for name, (shape, dtype) in made.items()}
 
 
-def examples(
-  source: str = 'embedded',
-  split: str = 'heldout',
-  seed: int = 0,
-  count: int = 8,
-  kind: Literal['single', 'scene'] = 'single',
-  image_size: int = 64,
-) -> list[Example]:
-  """The first `count` examples of a split that show one sprite each, or a scene each; for evaluation and the demo."""
-  composer = Composer(sprites.load(source), split, {'single': 0.0, 'scene': 1.0}[kind], image_size)
-  return [composer(seed, index) for index in range(count)]
-
-
-def sentences(composer: Composer, sprite: int) -> str:
-  """What the data set says of an emoji in words: 'owl: bird of prey. Kind: nature, animal bird.'"""
-  row = composer.sprites.rows[sprite]
-  unspoken = composer.heldout_names - {
-    row.name
-  }  # 'information desk person' would tell of 'information'.
-  keywords = ', '.join(
-    [
-      keyword
-      for keyword in row.keywords.split(', ')
-      if len(keyword) <= 24 and not any(f' {name} ' in f' {keyword} ' for name in unspoken)
-    ][:2]
-  )
-  kind = f'{questions.CATEGORIES[row.group]}, {row.subgroup.replace("-", " ")}'
-  return f'{row.name}: {keywords}. Kind: {kind}.' if keywords else f'{row.name}. Kind: {kind}.'
-
-
-def corpus(source: str = 'embedded', count: int = 20_000, seed: int = 0) -> Iterator[str]:
-  """Training text for the tokenizer: captions, questions, answers and sentences of the training split only."""
-  composer = Composer(sprites.load(source), 'train')
-  for index in range(count):
-    example = composer(seed, index)
-    yield example.caption
-    yield sentences(composer, example.facts.things[0].sprite)
-    for _, question, answer in example.questions:
-      yield f'{questions.prompt(question)} {answer}'
-
-
 _KINDS = {
   'caption': IMAGE_TO_TEXT,
   'answer': IMAGE_TO_TEXT,
@@ -348,11 +308,11 @@ def _texts(
       _, question, answer = example.questions[
         np.searchsorted(cumulative, rng.random() * cumulative[-1], side='right')
       ]
-      return questions.prompt(question), f' {answer}', 1.0
+      return prompts.question_prompt(question), f' {answer}', 1.0
     case 'draw':  # Now and then of nothing: what guidance compares with.
       return '', '' if rng.random() < drop_text else example.caption, draw_text_weight
     case _:
-      return '', sentences(composer, example.facts.things[0].sprite), 1.0
+      return '', describe_sprite(composer, example.facts.things[0].sprite), 1.0
 
 
 class _Writer:

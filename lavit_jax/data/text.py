@@ -182,7 +182,7 @@ def save(tokenizer: Tokenizer, folder: str | os.PathLike) -> None:
 
 
 if __name__ == '__main__':
-  from lavit_jax.data import loader
+  from lavit_jax.data.emoji import corpus
 
   parser = argparse.ArgumentParser(description='Train the tokenizer on the training captions.')
   parser.add_argument(
@@ -190,4 +190,4 @@ if __name__ == '__main__':
   )
   parser.add_argument('--output', required=True)
   arguments = parser.parse_args()
-  save(train(loader.corpus(arguments.source)), arguments.output)
+  save(train(corpus.training_texts(arguments.source)), arguments.output)

@@ -23,7 +23,7 @@ from lavit_jax.models.safety_checker import SafetyChecker
 from lavit_jax.models.sequence import Vocabulary
 from lavit_jax.models.tokenizer import DynamicTokenizer, Understanding
 from lavit_jax.models.unet import UNet
-from lavit_jax.models.vae import AutoencoderKL
+from lavit_jax.models.vae import SD_SCALING_FACTOR, SDXL_SCALING_FACTOR, AutoencoderKL
 from lavit_jax.models.vit import ViT
 
 VARIANTS = {
@@ -87,7 +87,9 @@ VARIANTS = {
       num_heads=(8, 8, 8, 8),
       cross_attention_dim=768,
     ),
-    vae=dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, scaling_factor=0.18215),
+    vae=dict(
+      block_out_channels=(128, 256, 512, 512), layers_per_block=2, scaling_factor=SD_SCALING_FACTOR
+    ),
     safety_checker=dict(
       image_size=224,
       patch_size=14,
@@ -127,7 +129,9 @@ VARIANTS = {
       num_heads=(8, 8, 8, 8),
       cross_attention_dim=768,
     ),
-    vae=dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, scaling_factor=0.18215),
+    vae=dict(
+      block_out_channels=(128, 256, 512, 512), layers_per_block=2, scaling_factor=SD_SCALING_FACTOR
+    ),
     highres_unet=dict(
       block_out_channels=(320, 640, 1280),
       layers_per_block=2,
@@ -141,7 +145,9 @@ VARIANTS = {
     ),
     highres_scheduler=dict(timestep_spacing='leading'),
     highres_vae=dict(
-      block_out_channels=(128, 256, 512, 512), layers_per_block=2, scaling_factor=0.13025
+      block_out_channels=(128, 256, 512, 512),
+      layers_per_block=2,
+      scaling_factor=SDXL_SCALING_FACTOR,
     ),
     safety_checker=dict(
       image_size=224,
@@ -218,7 +224,7 @@ def build(
   Raises:
     UserError: no such variant, or settings that are not known or not possible.
   """
-  settings = checkpoint_settings.differing(variant, variant_config(variant), settings)
+  settings = checkpoint_settings.validate(variant, variant_config(variant), settings)
   sizes = with_settings(variant_config(variant), settings)
   common = dict(dtype=jnp.dtype(dtype), remat=remat)
   tokenizer = sizes['tokenizer']
@@ -265,6 +271,6 @@ def with_settings(sizes: dict, settings: Mapping) -> dict:
   """A row of the variants table with the settings in their places; the two of schedulers may be missing there."""
   changed = dict(sizes)
   for name, fields in settings.items():
-    frozen = {field: checkpoint_settings.frozen(value) for field, value in fields.items()}
+    frozen = {field: checkpoint_settings.freeze(value) for field, value in fields.items()}
     changed[name] = {**sizes.get(name, {}), **frozen}
   return changed

@@ -1,7 +1,8 @@
-"""Settings of a checkpoint: numbers that decide what a model computes and are no shapes of its weights.
+"""Settings of a checkpoint: numbers that change what a model computes and are not weight shapes.
 
-They belong to the checkpoint and travel with it, as `{part: {field: value}}` of JSON values; only what differs from the variant's own
-is stored. `PARTS` names every field: how a value is checked, and what it is where the variant's row does not name it.
+They belong to the checkpoint and travel with it as `{group: {field: value}}` of JSON values. A
+checkpoint stores only the values that differ from its variant's own. `GROUPS` lists every field:
+how a value is checked, and its default where the variant's config does not name it.
 """
 
 from __future__ import annotations
@@ -9,92 +10,106 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import rope
 from lavit_jax.models.noise_schedule import Scheduler
+from lavit_jax.models.vae import SD_SCALING_FACTOR
+
+Settings = Mapping[str, Mapping[str, Any]]
 
 
-class Field(NamedTuple):
-  """`check` returns the value as it is stored, or raises ValueError with what it must be."""
+class Setting(NamedTuple):
+  """One field.
+
+  Attributes:
+    check: returns the value as it is stored, or raises ValueError with the reason.
+    default: the value where the variant's config has none.
+    affects_outputs: False for a field that only says how a checkpoint may be used; the network
+      computes the same numbers.
+  """
 
   check: Callable[[Any], Any]
   default: Any
-  computes: bool = True  # False: it says how a checkpoint may be used; the same numbers come out
+  affects_outputs: bool = True
 
 
-class Part(NamedTuple):
-  """`owner`: the part of the model whose weights these settings belong to, and go with."""
+class SettingsGroup(NamedTuple):
+  """The fields of one group, and the module whose weights they travel with."""
 
-  owner: str
-  fields: dict[str, Field]
+  module: str
+  fields: dict[str, Setting]
 
 
-def positive(value: Any) -> float:
-  """A number above 0."""
-  if not _number(value) or not value > 0:
+# --- Checks of single values ---------------------------------------------------------------------
+
+
+def positive_number(value: Any) -> float:
+  """Checks a number above 0."""
+  if not _is_number(value) or not value > 0:
     raise ValueError('it must be a number above 0')
   return float(value)
 
 
-def count(value: Any) -> int:
-  """A whole number of 1 or more."""
-  if not _number(value) or value < 1 or value != int(value):
+def positive_integer(value: Any) -> int:
+  """Checks a whole number of 1 or more."""
+  if not _is_number(value) or value < 1 or value != int(value):
     raise ValueError('it must be a whole number of 1 or more')
   return int(value)
 
 
-def number(value: Any) -> float:
-  """A finite number."""
-  if not _number(value):
+def finite_number(value: Any) -> float:
+  """Checks a finite number."""
+  if not _is_number(value):
     raise ValueError('it must be a number')
   return float(value)
 
 
-def within(least: float, most: float) -> Callable[[Any], float]:
-  """A number of a range, its ends included."""
+def number_between(minimum: float, maximum: float) -> Callable[[Any], float]:
+  """A check for numbers from minimum to maximum, inclusive."""
 
   def check(value: Any) -> float:
-    if not _number(value) or not least <= value <= most:
-      raise ValueError(f'it must be a number in {least:g}..{most:g}')
+    if not _is_number(value) or not minimum <= value <= maximum:
+      raise ValueError(f'it must be a number in {minimum:g}..{maximum:g}')
     return float(value)
 
   return check
 
 
-def whole(least: int, most: int) -> Callable[[Any], int]:
-  """A whole number of a range, its ends included."""
+def integer_between(minimum: int, maximum: int) -> Callable[[Any], int]:
+  """A check for whole numbers from minimum to maximum, inclusive."""
 
   def check(value: Any) -> int:
-    if not _number(value) or value != int(value) or not least <= value <= most:
-      raise ValueError(f'it must be a whole number in {least}..{most}')
+    if not _is_number(value) or value != int(value) or not minimum <= value <= maximum:
+      raise ValueError(f'it must be a whole number in {minimum}..{maximum}')
     return int(value)
 
   return check
 
 
-def switch(value: Any) -> bool:
-  """true or false; null, as diffusers takes it, is false."""
+def boolean(value: Any) -> bool:
+  """Checks true or false; null counts as false, as in diffusers."""
   if value is not None and not isinstance(value, bool):
     raise ValueError('it must be true or false')
   return bool(value)
 
 
-def one_of(*words: str | None) -> Callable[[Any], str | None]:
-  """One of some words."""
+def one_of(*choices: str | None) -> Callable[[Any], str | None]:
+  """A check for one of several strings (or None)."""
 
   def check(value: Any) -> str | None:
-    if not any(value is word or (isinstance(word, str) and value == word) for word in words):
-      raise ValueError(f'it must be one of {", ".join(json.dumps(word) for word in words)}')
+    is_choice = (value is None or isinstance(value, str)) and value in choices
+    if not is_choice:
+      raise ValueError(f'it must be one of {", ".join(json.dumps(choice) for choice in choices)}')
     return value
 
   return check
 
 
-def listed(check: Callable[[Any], Any]) -> Callable[[Any], list]:
-  """A list, of one entry or more, each of which `check` takes."""
+def list_of(check: Callable[[Any], Any]) -> Callable[[Any], list]:
+  """A check for a list with at least one entry, each of which passes `check`."""
 
   def check_list(values: Any) -> list:
     if not isinstance(values, list | tuple) or not values:
@@ -105,175 +120,191 @@ def listed(check: Callable[[Any], Any]) -> Callable[[Any], list]:
 
 
 def optional(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
-  """null, or what `check` takes."""
+  """A check for null or a value that passes `check`."""
   return lambda value: None if value is None else check(value)
 
 
+def _is_number(value: Any) -> bool:
+  return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# --- The fields of every group -------------------------------------------------------------------
+
+
+def _scheduler_fields() -> dict[str, Setting]:
+  # The network was trained with the first; the others are options of the samplers.
+  of_training = dict(
+    prediction_type=one_of('epsilon', 'v_prediction', 'sample'),
+    beta_schedule=one_of('linear', 'scaled_linear', 'squaredcos_cap_v2'),
+    beta_start=number_between(0, 1),
+    beta_end=number_between(0, 1),
+    num_train_timesteps=integer_between(1, 10**6),
+    trained_betas=optional(list_of(number_between(0, 1))),
+    rescale_betas_zero_snr=boolean,
+  )
+  of_samplers = dict(
+    timestep_spacing=one_of('leading', 'trailing', 'linspace', None),
+    steps_offset=integer_between(0, 999),
+    set_alpha_to_one=boolean,
+    clip_sample=boolean,
+    clip_sample_range=positive_number,
+    thresholding=boolean,
+    dynamic_thresholding_ratio=number_between(0, 1),
+    sample_max_value=positive_number,
+    use_karras_sigmas=boolean,
+    use_exponential_sigmas=boolean,
+    use_beta_sigmas=boolean,
+    use_lu_lambdas=boolean,
+    interpolation_type=one_of('linear', 'log_linear'),
+    final_sigmas_type=one_of('zero', 'sigma_min'),
+    lambda_min_clipped=optional(finite_number),
+  )
+  defaults = Scheduler()._asdict()
+  fields = {name: Setting(check, defaults[name]) for name, check in of_training.items()}
+  for name, check in of_samplers.items():
+    fields[name] = Setting(check, defaults[name], affects_outputs=False)
+  return fields
+
+
 UNET = dict(
-  num_heads=Field(listed(count), [8, 8, 8, 8]),
-  norm_eps=Field(positive, 1e-5),
-  flip_sin_to_cos=Field(switch, True),
-  freq_shift=Field(number, 0.0),
+  num_heads=Setting(list_of(positive_integer), [8, 8, 8, 8]),
+  norm_eps=Setting(positive_number, 1e-5),
+  flip_sin_to_cos=Setting(boolean, True),
+  freq_shift=Setting(finite_number, 0.0),
 )
 VAE = dict(
-  scaling_factor=Field(positive, 0.18215),
-  shift_factor=Field(number, 0.0),
-  latents_mean=Field(optional(listed(number)), None),
-  latents_std=Field(optional(listed(positive)), None),
+  scaling_factor=Setting(positive_number, SD_SCALING_FACTOR),
+  shift_factor=Setting(finite_number, 0.0),
+  latents_mean=Setting(optional(list_of(finite_number)), None),
+  latents_std=Setting(optional(list_of(positive_number)), None),
 )
-_published = Scheduler()._asdict()
+SCHEDULER = _scheduler_fields()
+LLAMA = dict(
+  rope_theta=Setting(positive_number, 1e4),
+  rope_scaling=Setting(rope.check_scaling, None),
+  rms_norm_eps=Setting(positive_number, 1e-5),
+  max_position_embeddings=Setting(positive_integer, 4096, affects_outputs=False),
+  max_sequence_length=Setting(optional(positive_integer), None, affects_outputs=False),
+)
 
-
-def _option(name: str, check: Callable[[Any], Any], computes: bool = False) -> Field:
-  """`computes`: whether the network was trained by it; the others are options of the samplers."""
-  return Field(check, _published[name], computes)
-
-
-SCHEDULER = {
-  name: _option(name, *rest)
-  for name, *rest in (
-    ('prediction_type', one_of('epsilon', 'v_prediction', 'sample'), True),
-    ('beta_schedule', one_of('linear', 'scaled_linear', 'squaredcos_cap_v2'), True),
-    ('beta_start', within(0, 1), True),
-    ('beta_end', within(0, 1), True),
-    ('num_train_timesteps', whole(1, 10**6), True),
-    ('trained_betas', optional(listed(within(0, 1))), True),
-    ('rescale_betas_zero_snr', switch, True),
-    ('timestep_spacing', one_of('leading', 'trailing', 'linspace', None)),
-    ('steps_offset', whole(0, 999)),
-    ('set_alpha_to_one', switch),
-    ('clip_sample', switch),
-    ('clip_sample_range', positive),
-    ('thresholding', switch),
-    ('dynamic_thresholding_ratio', within(0, 1)),
-    ('sample_max_value', positive),
-    ('use_karras_sigmas', switch),
-    ('use_exponential_sigmas', switch),
-    ('use_beta_sigmas', switch),
-    ('use_lu_lambdas', switch),
-    ('interpolation_type', one_of('linear', 'log_linear')),
-    ('final_sigmas_type', one_of('zero', 'sigma_min')),
-    ('lambda_min_clipped', optional(number)),
-  )
-}
-
-PARTS: dict[str, Part] = {
-  'unet': Part('unet', UNET),
-  'vae': Part('vae', VAE),
-  'scheduler': Part('unet', SCHEDULER),
-  'highres_unet': Part('highres_unet', UNET),
-  'highres_vae': Part('highres_vae', VAE),
-  'highres_scheduler': Part('highres_unet', SCHEDULER),
-  'llama': Part(
-    'llama',
-    dict(
-      rope_theta=Field(positive, 1e4),
-      rope_scaling=Field(rope.check_scaling, None),
-      rms_norm_eps=Field(positive, 1e-5),
-      max_position_embeddings=Field(count, 4096, computes=False),
-      max_sequence_length=Field(optional(count), None, computes=False),
-    ),
-  ),
+GROUPS: dict[str, SettingsGroup] = {
+  'unet': SettingsGroup('unet', UNET),
+  'vae': SettingsGroup('vae', VAE),
+  'scheduler': SettingsGroup('unet', SCHEDULER),
+  'highres_unet': SettingsGroup('highres_unet', UNET),
+  'highres_vae': SettingsGroup('highres_vae', VAE),
+  'highres_scheduler': SettingsGroup('highres_unet', SCHEDULER),
+  'llama': SettingsGroup('llama', LLAMA),
 }
 
 
-def own(row: Mapping) -> dict[str, dict]:
-  """The settings of a variant, whole: what its row names, and the defaults."""
-  found = {}
-  for name, part in PARTS.items():
-    if part.owner in row:
-      named = row.get(name, {})
-      found[name] = {
-        field: _thawed(named.get(field, spec.default)) for field, spec in part.fields.items()
-      }
-  return found
+# --- Settings of a checkpoint --------------------------------------------------------------------
 
 
-def differing(variant: str, row: Mapping, settings: Mapping | None) -> dict[str, dict]:
-  """Checked settings, less what is the variant's own.
+def variant_settings(config: Mapping) -> dict[str, dict]:
+  """All settings of a variant: the values in its config (`lavit.variant_config`), else defaults."""
+  settings = {}
+  for name, group in GROUPS.items():
+    if group.module not in config:
+      continue
+    configured = config.get(name, {})
+    settings[name] = {
+      field: _to_json(configured.get(field, setting.default))
+      for field, setting in group.fields.items()
+    }
+  return settings
+
+
+def validate(variant: str, config: Mapping, settings: Settings | None) -> dict[str, dict]:
+  """Checks settings, and returns those that differ from the variant's own.
 
   Args:
     variant: its name, for messages.
-    row: of the variants table.
-    settings: {part: {field: value}}, values as JSON has them.
+    config: of the variant (`lavit.variant_config`).
+    settings: {group: {field: value}} of JSON values.
 
   Raises:
-    UserError: a part or a field that is not known or that the variant does not have, or a value that is out of its range.
+    UserError: an unknown group or field, one that the variant does not have, or a value out of
+      range.
   """
-  known, found = own(row), {}
+  own = variant_settings(config)
+  different = {}
   for name, fields in (settings or {}).items():
-    if name not in known:
+    if name not in own:
       raise UserError(
-        f'settings of {name!r}: the variant {variant!r} has none of that name; it has {", ".join(known)}'
+        f'settings of {name!r}: the variant {variant!r} has none of that name; '
+        f'it has {", ".join(own)}'
       )
     if not isinstance(fields, Mapping):
       raise UserError(f'settings of {name}: {fields!r} is not an object of fields and values')
     for field, value in fields.items():
-      value = checked(name, field, value)
-      if value != known[name][field]:
-        found.setdefault(name, {})[field] = value
-  return found
+      value = validate_field(name, field, value)
+      if value != own[name][field]:
+        different.setdefault(name, {})[field] = value
+  return different
 
 
-def checked(name: str, field: str, value: Any) -> Any:
-  """The value of a field of the part `name` as it is stored; a UserError if it cannot be."""
-  fields = PARTS[name].fields
+def validate_field(group: str, field: str, value: Any) -> Any:
+  """Checks one value, and returns it as it is stored.
+
+  Raises:
+    UserError: an unknown field of this group, or a value out of range.
+  """
+  fields = GROUPS[group].fields
   if field not in fields:
     near = difflib.get_close_matches(field, fields, 1)
     hint = f' did you mean {near[0]!r}?' if near else ''
     raise UserError(
-      f'settings of {name}: unknown field {field!r};{hint} known: {", ".join(fields)}'
+      f'settings of {group}: unknown field {field!r};{hint} known: {", ".join(fields)}'
     )
   try:
     return fields[field].check(value)
   except ValueError as error:
-    raise UserError(f'settings of {name}: {field}={value!r} is not possible: {error}') from None
+    raise UserError(f'settings of {group}: {field}={value!r} is not possible: {error}') from None
 
 
-def of_parts(settings: Mapping, parts) -> dict[str, dict]:
-  """Those settings that go with the weights of these parts of the model."""
-  return {name: dict(fields) for name, fields in settings.items() if PARTS[name].owner in parts}
+def for_modules(settings: Settings, modules: Collection[str]) -> dict[str, dict]:
+  """The settings that travel with the weights of these modules."""
+  return {name: dict(fields) for name, fields in settings.items() if GROUPS[name].module in modules}
 
 
-def computes(name: str, field: str, settings: Mapping) -> bool:
-  """Whether a field changes numbers that are computed, in a model that has these settings."""
-  if (name, field) == ('llama', 'max_position_embeddings'):
+def affects_outputs(group: str, field: str, settings: Settings) -> bool:
+  """Whether a field changes computed numbers in a model that has these settings."""
+  if group == 'llama' and field == 'max_position_embeddings':
     scaling = settings.get('llama', {}).get('rope_scaling') or {}
-    return scaling.get('rope_type') == 'dynamic'  # whose base grows beyond that length
-  return PARTS[name].fields[field].computes
+    return scaling.get('rope_type') == 'dynamic'  # beyond that length its base grows
+  return GROUPS[group].fields[field].affects_outputs
 
 
-def differences(first: Mapping, second: Mapping) -> list[tuple[str, str]]:
-  """(part, field) of every value that is not the same in both; of settings of one variant."""
+def differences(first: Settings, second: Settings) -> list[tuple[str, str]]:
+  """(group, field) of every value that differs between two settings of one variant."""
+  missing = object()
   pairs = []
-  for name, part in PARTS.items():
-    one, other = first.get(name, {}), second.get(name, {})
-    pairs += [
-      (name, field)
-      for field in part.fields
-      if (field in one, one.get(field)) != (field in other, other.get(field))
-    ]
+  for name, group in GROUPS.items():
+    first_fields = first.get(name, {})
+    second_fields = second.get(name, {})
+    for field in group.fields:
+      if first_fields.get(field, missing) != second_fields.get(field, missing):
+        pairs.append((name, field))
   return pairs
 
 
-def told(settings: Mapping, name: str, field: str, row: Mapping) -> str:
-  """'rope_theta=1000000.0': a field with its value, the variant's own where the settings do not name it."""
-  return f'{field}={json.dumps(settings.get(name, {}).get(field, own(row)[name][field]))}'
+def format_setting(settings: Settings, group: str, field: str, config: Mapping) -> str:
+  """'rope_theta=1000000.0': a field and its value, the variant's own if `settings` has none."""
+  own = variant_settings(config)[group][field]
+  value = settings.get(group, {}).get(field, own)
+  return f'{field}={json.dumps(value)}'
 
 
-def frozen(value: Any) -> Any:
-  """A JSON value as a module's field, which must be hashable: lists become tuples, objects tuples of pairs in order."""
+def freeze(value: Any) -> Any:
+  """A hashable form of a JSON value: lists become tuples, objects sorted tuples of pairs."""
   if isinstance(value, Mapping):
-    return tuple((key, frozen(value[key])) for key in sorted(value))
+    return tuple((key, freeze(value[key])) for key in sorted(value))
   if isinstance(value, list | tuple):
-    return tuple(map(frozen, value))
+    return tuple(freeze(item) for item in value)
   return value
 
 
-def _thawed(value: Any) -> Any:
-  """A value of a row as JSON has it."""
+def _to_json(value: Any) -> Any:
+  """A value of a variant's config in its JSON form."""
   return list(value) if isinstance(value, tuple) else value
-
-
-def _number(value: Any) -> bool:
-  return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

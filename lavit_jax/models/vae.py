@@ -21,6 +21,8 @@ from lavit_jax.models.resnet import Conv, Downsample, GroupNorm, ResnetBlock, Up
 from lavit_jax.models.row_random import draw_rows
 
 EPSILON = 1e-6
+SD_SCALING_FACTOR = 0.18215  # of Stable Diffusion 1.5
+SDXL_SCALING_FACTOR = 0.13025
 TILE_OVERLAP = 0.25  # share of a tile that the next one covers again, as in diffusers
 
 
@@ -112,7 +114,7 @@ class AutoencoderKL(nn.Module):
   layers_per_block: int = 2
   latent_channels: int = 4
   norm_num_groups: int = 32
-  scaling_factor: float = 0.18215
+  scaling_factor: float = SD_SCALING_FACTOR
   shift_factor: float = 0.0
   latents_mean: tuple[float, ...] | None = None
   latents_std: tuple[float, ...] | None = None

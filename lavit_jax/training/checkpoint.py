@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
-from lavit_jax.models.settings import computes, differences, told
+from lavit_jax.models.settings import affects_outputs, differences, format_setting
 from lavit_jax.training import integrity
 from lavit_jax.training.distributed import wait_for_all
 from lavit_jax.weights.store.arrays import disk_full
@@ -103,10 +103,10 @@ class Checkpoints:
     """Raises UserError where a checkpoint was trained with another setting; runs of before there were any had the variant's own."""
     before, row = saved.get('settings', {}), lavit.variant_config(self.identity['variant'])
     for name, field in differences(before, self.settings):
-      if computes(name, field, self.settings) or 'settings' in saved:
+      if affects_outputs(name, field, self.settings) or 'settings' in saved:
         raise UserError(
-          f'{self.folder / str(step)} was trained with {told(before, name, field, row)} of {name}, and the folders of this run have '
-          f'{told(self.settings, name, field, row)}; name the folders that it began with, or choose another --workdir'
+          f'{self.folder / str(step)} was trained with {format_setting(before, name, field, row)} of {name}, and the folders of this run have '
+          f'{format_setting(self.settings, name, field, row)}; name the folders that it began with, or choose another --workdir'
         )
 
   def restore_latest(self, abstract, data, skip_damaged: bool = False):

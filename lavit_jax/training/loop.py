@@ -26,7 +26,7 @@ from lavit_jax.data.sources import check_files
 from lavit_jax.errors import UserError
 from lavit_jax.local_paths import expand_home
 from lavit_jax.models import lavit
-from lavit_jax.models.settings import of_parts
+from lavit_jax.models.settings import for_modules
 from lavit_jax.training import codebook, distributed, flops, metrics, stages
 from lavit_jax.training.checkpoint import Checkpoints
 from lavit_jax.training.distributed import TERMINATED, InterruptHandler
@@ -300,7 +300,11 @@ def export(config, stage, train_state, workdir, settings) -> dict:
     about |= stage.about(state)
   if jax.process_index() == 0:
     folder.save_params(
-      workdir / 'export', config.variant, parts, metadata=about, settings=of_parts(settings, parts)
+      workdir / 'export',
+      config.variant,
+      parts,
+      metadata=about,
+      settings=for_modules(settings, parts),
     )
   distributed.wait_for_all('exported')
   return about

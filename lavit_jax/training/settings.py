@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
-from lavit_jax.models.settings import PARTS, differences, of_parts, told
+from lavit_jax.models.settings import GROUPS, differences, for_modules, format_setting
 from lavit_jax.training import stages
 from lavit_jax.training.checkpoint import saved_settings
 from lavit_jax.weights.store import folder
@@ -38,15 +38,15 @@ def run_settings(
   ]
   found, origins = {}, {}
   for path, parts in taken:
-    theirs = of_parts(folder.read_settings(path), parts)
-    for name, part in PARTS.items():
-      if part.owner not in parts:
+    theirs = for_modules(folder.read_settings(path), parts)
+    for name, part in GROUPS.items():
+      if part.module not in parts:
         continue
       fields = theirs.get(name, {})
       if name in found and (odd := differences({name: found[name]}, {name: fields})):
         row, field = lavit.variant_config(config.variant), odd[0][1]
         raise UserError(
-          f'{origins[name]} has {told(found, name, field, row)} of {name}, and {path} has {told(theirs, name, field, row)}; '
+          f'{origins[name]} has {format_setting(found, name, field, row)} of {name}, and {path} has {format_setting(theirs, name, field, row)}; '
           'name one of the two alone, in frozen or init_from'
         )
       found[name] = fields

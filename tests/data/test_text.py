@@ -10,6 +10,7 @@ import pytest
 import sentencepiece
 
 from lavit_jax.data import loader, text
+from lavit_jax.data.emoji import corpus
 from lavit_jax.errors import UserError
 
 FOLDER = Path(text.__file__).parent.parent / 'assets/tiny/language_model'
@@ -55,7 +56,7 @@ def test_an_answer_has_the_same_ids_in_its_context(tokenizer):
 
 def test_captions_are_short(tokenizer):
   lengths = [
-    len(tokenizer.encode(example.caption)) for example in loader.examples(split='train', count=200)
+    len(tokenizer.encode(example.caption)) for example in corpus.examples(split='train', count=200)
   ]
   assert sum(lengths) / len(lengths) < 12
 
@@ -86,7 +87,7 @@ def pieces(tmp_path_factory):
   """A folder with a `tokenizer.model` alone, trained as LLaMA's was, and sentencepiece's own reading of it."""
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=itertools.islice(loader.corpus('embedded'), 2000),
+    sentence_iterator=itertools.islice(corpus.training_texts('embedded'), 2000),
     model_writer=model,
     model_type='bpe',
     vocab_size=700,

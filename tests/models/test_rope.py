@@ -12,7 +12,7 @@ from lavit_jax.models.layers import rotary
 from lavit_jax.models.llama import Llama, unroll_layers
 from lavit_jax.models.rope import Rope, check_scaling
 from lavit_jax.models.sequence import prompt_mask, prompt_positions
-from lavit_jax.models.settings import frozen
+from lavit_jax.models.settings import freeze
 from lavit_jax.weights.torch import mapping
 from lavit_jax.weights.torch.names_llama import llama_rules
 
@@ -46,7 +46,7 @@ every_scaling = pytest.mark.parametrize('name', SCALINGS)
 
 def ours(name: str) -> Rope:
   theta, scaling = SCALINGS[name]
-  return Rope(theta, frozen(check_scaling(scaling)), FIRST)
+  return Rope(theta, freeze(check_scaling(scaling)), FIRST)
 
 
 def config(name: str):
@@ -119,7 +119,7 @@ def model(name: str) -> tuple[Llama, dict]:
     mlp_dim=96,
     rms_norm_eps=1e-6,
     rope_theta=theta,
-    rope_scaling=frozen(check_scaling(scaling)),
+    rope_scaling=freeze(check_scaling(scaling)),
     max_position_embeddings=FIRST,
     scan=False,
   )

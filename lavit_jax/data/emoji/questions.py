@@ -23,16 +23,6 @@ PREPOSITION = {
 }
 
 
-def prompt(question: str) -> str:
-  """The form in which a question is put to the model; the answer follows after a space (specification, Inference)."""
-  return f'Question: {question} Answer:'
-
-
-def answerable(question: str) -> str:
-  """The question that was asked first about VizWiz (specification, Inference)."""
-  return f'Is the question: "{question}" answerable?'
-
-
 def ask(rng, facts, names: list[str]) -> tuple[tuple[str, str, str], ...]:
   """(type, question, answer) triples about `scenes.Facts`. `names` supplies wrong answers for yes/no questions.
 

@@ -88,7 +88,7 @@ def open_writer(
       that are not known.
   """
   settings = (
-    checkpoint_settings.differing(variant, lavit.variant_config(variant), settings)
+    checkpoint_settings.validate(variant, lavit.variant_config(variant), settings)
     if settings
     else {}
   )
@@ -191,7 +191,7 @@ def read_settings(folder) -> dict[str, dict]:
     folders = {part: place.folder for part, place in places.items()}
     return configs.read_settings(folder / 'torch', folders, config['parts'], variant)
   try:
-    return checkpoint_settings.differing(variant, lavit.variant_config(variant), config['settings'])
+    return checkpoint_settings.validate(variant, lavit.variant_config(variant), config['settings'])
   except UserError as error:
     raise error.within(f'{folder / "config.json"}') from None
 
@@ -347,9 +347,9 @@ def bundle(folder, sources, tokenizer, dtype: str = 'bfloat16') -> pathlib.Path:
     settings = {
       name: fields
       for name, fields in settings.items()
-      if checkpoint_settings.PARTS[name].owner not in made
+      if checkpoint_settings.GROUPS[name].module not in made
     }
-    settings |= checkpoint_settings.of_parts(read_settings(source), made)
+    settings |= checkpoint_settings.for_modules(read_settings(source), made)
     of_part = {name: metadata.get(name, metadata) for name in made}  # a bundle says it of each part
     about |= {
       name: {key: told[key] for key in ('stage', 'steps') if key in told}

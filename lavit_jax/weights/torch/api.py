@@ -99,13 +99,13 @@ def _check_settings(
 ) -> None:
   """Raises UserError where the folder's settings are not the model's; what changes no number that is computed is a warning."""
   row, theirs = lavit.variant_config(model.variant), _settings_of(path, found, model.variant)
-  ours = checkpoint_settings.of_parts(model.settings, [each.place.part for each in found])
+  ours = checkpoint_settings.for_modules(model.settings, [each.place.part for each in found])
   for name, field in checkpoint_settings.differences(theirs, ours):
     message = (
-      f'{path} has {checkpoint_settings.told(theirs, name, field, row)} of {name}, not {checkpoint_settings.told(ours, name, field, row)}; take '
+      f'{path} has {checkpoint_settings.format_setting(theirs, name, field, row)} of {name}, not {checkpoint_settings.format_setting(ours, name, field, row)}; take '
       'settings = torch_settings(path, part), and give them to from_torch, lavit.build and to_torch'
     )
-    if checkpoint_settings.computes(name, field, theirs):
+    if checkpoint_settings.affects_outputs(name, field, theirs):
       raise UserError(message)
     logging.getLogger(__name__).warning(message)
 

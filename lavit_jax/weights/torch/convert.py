@@ -386,8 +386,8 @@ def _check_descriptions(src: pathlib.Path, config: dict, kind: str, settings: Ma
     if name in described:
       row = lavit.variant_config(variant)
       raise UserError(
-        f'{described[name]} says {checkpoint_settings.told(told, name, field, row)}, but the settings in {src / "config.json"} say '
-        f'{checkpoint_settings.told(settings, name, field, row)} of {name}; correct one of the two'
+        f'{described[name]} says {checkpoint_settings.format_setting(told, name, field, row)}, but the settings in {src / "config.json"} say '
+        f'{checkpoint_settings.format_setting(settings, name, field, row)} of {name}; correct one of the two'
       )
 
 

@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 
-from lavit_jax.data import loader
-from lavit_jax.data.emoji import colors, grammar, questions, splits, sprites
+from lavit_jax.data.emoji import colors, corpus, grammar, questions, splits, sprites
 from lavit_jax.data.emoji.scenes import CANVAS, Composer
 
 
@@ -253,7 +252,7 @@ def test_backgrounds_are_named_as_they_look():
 
 @pytest.mark.parametrize('split', ['heldout/concept', 'heldout/pair'])
 def test_held_out_questions_ask_about_what_is_held_out(split):
-  examples = loader.examples('embedded', split, 3, 40, 'scene')
+  examples = corpus.examples('embedded', split, 3, 40, 'scene')
   told = 0
   for example in examples:
     unseen = {

@@ -2,8 +2,7 @@ import re
 
 import pytest
 
-from lavit_jax.data import loader
-from lavit_jax.data.emoji import colors, questions, splits, sprites
+from lavit_jax.data.emoji import colors, corpus, questions, splits, sprites
 from lavit_jax.data.emoji.scenes import Composer
 
 
@@ -85,7 +84,7 @@ def test_heldout_names_occur_in_no_training_text():
   loaded = sprites.load()
   names = {row.name for row in loaded.rows if splits.heldout_concept(row.codepoint)}
   assert len(names) == 4
-  texts = ' '.join(loader.corpus(count=1500))
+  texts = ' '.join(corpus.training_texts(count=1500))
   assert [name for name in names if re.search(rf'(?<!\w){re.escape(name)}s?(?!\w)', texts)] == []
   assert 'red apple' in texts
 

@@ -43,7 +43,7 @@ def read_settings(
     fields = rules.read(family, rules.read_description(file), model, file)
     if family.settings is not None:
       found.setdefault(family.settings, {}).update(fields)
-  return checkpoint_settings.differing(variant, lavit.variant_config(variant), found)
+  return checkpoint_settings.validate(variant, lavit.variant_config(variant), found)
 
 
 def described(

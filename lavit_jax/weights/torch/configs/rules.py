@@ -120,7 +120,7 @@ def read(
 
 def _followed(family: Family, rule: Followed, key: str, value: Any, file: pathlib.Path) -> Any:
   try:
-    return settings.PARTS[family.settings].fields[rule.field].check(rule.read(value))
+    return settings.GROUPS[family.settings].fields[rule.field].check(rule.read(value))
   except ValueError as error:
     raise UserError(f'{file}: {key}={_short(value)} cannot be followed: {error}') from None
 
