@@ -94,6 +94,9 @@ NAMES = {  # module as it is called now -> old name -> new name
     'limit': 'memory_limit_note',
     'pod': 'pod_devices',
   },
+  'data.archives': {
+    'what_else': 'identify_other',
+  },
   'data.array_record': {
     'Packed': 'WriteSummary',
     'pack': 'write_array_records',
@@ -109,8 +112,18 @@ NAMES = {  # module as it is called now -> old name -> new name
     'kind_shares': 'task_shares',
     'shapes': 'batch_shapes',
   },
+  'data.formats': {
+    'DEFAULTS': 'DEFAULT_FIELDS',
+    'some': 'format_names',
+  },
+  'data.parquets': {
+    'cost': 'unit_cost',
+    'rows': 'read_rows',
+    'units': 'list_units',
+  },
   'data.row_workers': {
     'Made': 'RowDataset',
+    'changed': 'list_changes',
   },
   'data.skips': {
     'About': 'SourceInfo',
@@ -120,7 +133,8 @@ NAMES = {  # module as it is called now -> old name -> new name
     'mix': 'mix_sources',
   },
   'data.streams': {
-    'store': 'open_stored',
+    'Windows': 'StreamShard',
+    'turned': 'rotate_index',
   },
   'data.transforms': {
     'choose': 'choose_caption',
@@ -384,10 +398,22 @@ MOVED_NAMES = {  # module -> name that it had -> where it is now
     'answerable': 'data.prompts.answerable_question',
     'prompt': 'data.prompts.question_prompt',
   },
+  'data.formats': {
+    'ARRAY_RECORD': 'data.stores.ARRAY_RECORD',
+    'pack_record': 'data.stores.pack_record',
+    'unpack_record': 'data.stores.unpack_record',
+  },
   'data.loader': {
     'corpus': 'data.emoji.corpus.training_texts',
     'examples': 'data.emoji.corpus.examples',
     'sentences': 'data.emoji.corpus.describe_sprite',
+  },
+  'data.streams': {
+    'Shard': 'data.shards.Shard',
+    'Stored': 'data.shards.StoreShard',
+    'open_stored': 'data.shards.open_stored',
+    'shards_of': 'data.shards.shards_of',
+    'store': 'data.shards.open_stored',
   },
 }
 

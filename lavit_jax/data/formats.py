@@ -1,12 +1,12 @@
 """The formats of data: what a record is in each. Stores are read by index, streams in order.
 
-| format      | kind   | `path`                           | `image`            | `text`               |
-|-------------|--------|----------------------------------|--------------------|----------------------|
-| arrayrecord | store  | files of `lavit data pack`       | (the packed image) | fields, as of tars   |
-| tfds        | store  | name, or the folder of a version | feature            | features             |
-| folder      | store  | folder of images and captions    | field: 'file_name' | fields: 'text'       |
-| tars        | stream | WebDataset or img2dataset tars   | extensions         | extensions, json.key |
-| parquet     | stream | files; a row group is a unit     | column of bytes    | columns              |
+| format      | kind   | `path`                           | `image`           | `text`             |
+|-------------|--------|----------------------------------|-------------------|--------------------|
+| arrayrecord | store  | files of `lavit data pack`       | (as packed)       | fields, as of tars |
+| tfds        | store  | name, or the folder of a version | feature           | features           |
+| folder      | store  | folder of images and captions    | field 'file_name' | fields, 'text'     |
+| tars        | stream | WebDataset or img2dataset tars   | extensions        | extensions         |
+| parquet     | stream | files; a row group is a unit     | column of bytes   | columns            |
 
 A local folder of tars, Parquet or ArrayRecord files stands for all its files that end in .tar (or
 .tar.gz and so on, archives.py), .parquet or .array_record; ArrayRecord files are always local.

@@ -222,24 +222,20 @@ class _RowIterator(grain.DatasetIterator):
 
 def list_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
   """The differences of two identities of data: 'sources[0].window 5 -> 7', 'seed 1 -> 2' ..."""
-  before = _flatten(before)
-  now = _flatten(now)
+  old = _flatten(before)
+  new = _flatten(now)
   changes = []
-  for key in {**before, **now}:
-    old = before.get(key)
-    new = now.get(key)
-    not_saved = key[-1] in _LATER_KEYS and key not in before
-    if old != new and not not_saved:
+  for key in {**old, **new}:
+    not_saved = key[-1] in _LATER_KEYS and key not in old
+    if old.get(key) != new.get(key) and not not_saved:
       name = f'sources[{key[1]}].{key[2]}' if len(key) > 1 else key[0]
-      changes.append(
-        f'{name} {before.get(key, "(none)")} -> {now.get(key, "(none)")}'
-      )
+      changes.append(f'{name} {old.get(key, "(none)")} -> {new.get(key, "(none)")}')
   return changes
 
 
-def _flatten(identity: dict[str, Any]) -> dict[tuple, Any]:
+def _flatten(identity: dict[str, Any]) -> dict[tuple[Any, ...], Any]:
   """{(key,): value, ('sources', number, key): value}."""
-  flat: dict[tuple, Any] = {}
+  flat: dict[tuple[Any, ...], Any] = {}
   for key, value in identity.items():
     if key != 'sources':
       flat[(key,)] = value

@@ -164,7 +164,9 @@ class StoreShard:
   def __next__(self) -> Ticket:
     first = self._taken * self._count
     self._taken += 1
-    return self._tickets[first + rotate_index(first + self._number, self._count)]
+    ticket = self._tickets[first + rotate_index(first + self._number, self._count)]
+    assert ticket is not None  # grain: a filtered element
+    return ticket
 
   def get_state(self) -> int:
     """The number of tickets taken."""

@@ -7,14 +7,14 @@
            text=('caption', 'recaption')),
     )
 
-| option                               | default | meaning                                          |
-|--------------------------------------|---------|--------------------------------------------------|
-| format, path, image, text            |         | formats.py                                       |
-| split, data_dir, captions            |         | stores.py                                        |
-| weight                               | 1       | share of the rows, against the other sources     |
-| use                                  | ''      | 'caption', 'draw', 'text' (needs no image); '':  |
-|                                      |         | by `data.shares`                                 |
-| window                               | 2048    | records of a stream that are shuffled together   |
+| option                    | default | meaning                                          |
+|---------------------------|---------|--------------------------------------------------|
+| format, path, image, text |         | formats.py                                       |
+| split, data_dir, captions |         | stores.py                                        |
+| weight                    | 1       | share of the rows, against the other sources     |
+| use                       | ''      | 'caption', 'draw', 'text' (which needs no        |
+|                           |         | image); '': by `data.shares`                     |
+| window                    | 2048    | records of a stream that are shuffled together   |
 
 Each of the `data.shards` shards has its part of a window (by default 32 records at least), and a
 process has the parts of its shards in memory, and the next parts as well.

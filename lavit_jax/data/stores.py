@@ -139,7 +139,11 @@ class Tfds:
         builder = tfds.builder_from_directory(path)
       else:
         builder = tfds.builder(path, data_dir=data_dir)
-      decoders = {image: tfds.decode.SkipDecoding()} if image in builder.info.features else None
+      features: Any = builder.info.features
+      decoders: Any = None
+      if image in features:
+        skip: Any = tfds.decode.SkipDecoding
+        decoders = {image: skip()}
       self.source: Any = builder.as_data_source(split, decoders=decoders)
     except Exception as error:  # of many kinds, all about the arguments
       reason = ' '.join(str(error).split())[:300]

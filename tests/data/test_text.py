@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from lavit_jax.data import loader, text
+from lavit_jax.data import text, text_fields
 from lavit_jax.data.emoji import corpus
 from lavit_jax.errors import UserError
 
@@ -163,7 +163,8 @@ def test_bytes_that_are_no_text_and_special_words_harm_nothing(pieces):
 
 def test_an_answer_after_a_question_begins_with_one_space(pieces, tokenizer):
   for folder in (pieces[0], FOLDER):
-    row = loader._Writer(folder, 60)(('Question: What is this? Answer:', ' red apple', 1.0))
+    encoder = text_fields.TextEncoder(folder, 60)
+    row = encoder.encode(' red apple', context='Question: What is this? Answer:')
     whole = text.TextTokenizer.load(folder).encode('Question: What is this? Answer: red apple')
     assert tuple(row['text'][: row['text_length']]) == whole
 
