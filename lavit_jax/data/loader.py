@@ -105,7 +105,7 @@ def batches(
   if len(rows) != batch_size:
     raise ValueError(f'{len(rows)} rows make no batch of {batch_size}')
   if sources:
-    splits.parse(split)
+    splits.heldout_reasons(split)
     chosen = sources if split == 'train' else heldout
     if not chosen:
       raise ValueError(
@@ -312,7 +312,7 @@ def _texts(
     case 'draw':  # Now and then of nothing: what guidance compares with.
       return '', '' if rng.random() < drop_text else example.caption, draw_text_weight
     case _:
-      return '', describe_sprite(composer, example.facts.things[0].sprite), 1.0
+      return '', describe_sprite(composer, example.facts.objects[0].sprite), 1.0
 
 
 class _Writer:
