@@ -101,11 +101,23 @@ NAMES = {  # module as it is called now -> old name -> new name
     'Packed': 'WriteSummary',
     'pack': 'write_array_records',
   },
+  'data.emoji.colors': {
+    'dominant': 'dominant_color',
+  },
+  'data.emoji.questions': {
+    'ask': 'make_questions',
+  },
   'data.emoji.rendering': {
     'draw': 'render',
   },
   'data.emoji.scenes': {
     'Thing': 'SceneObject',
+  },
+  'data.emoji.splits': {
+    'parse': 'heldout_reasons',
+  },
+  'data.emoji.sprites': {
+    'find': 'find_dataset',
   },
   'data.loader': {
     'check': 'validate_options',

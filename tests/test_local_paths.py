@@ -66,7 +66,7 @@ def test_checkpoints_words_and_data_sets(home):
     (home / name).symlink_to(ASSETS / target)
   assert Lavit.from_pretrained('~/model').model.image_size == 64
   assert TextTokenizer.load('~/words').vocab_size == 2048
-  assert sprites.find('~/data').startswith(str(home))
+  assert sprites.find_dataset('~/data').startswith(str(home))
 
 
 def test_images_and_rows(home):

@@ -143,7 +143,7 @@ def lm_rows(
         is_dropped = rng.random() < drop_text  # guidance needs images without a text
         text = encoder.encode('' if is_dropped else example.caption, draw_text_weight)
       case _:
-        text = encoder.encode(describe_sprite(composer, example.facts.things[0].sprite))
+        text = encoder.encode(describe_sprite(composer, example.facts.objects[0].sprite))
     return {**_image_fields(example, vit_size), **text, 'kind': np.int32(KIND_OF_USE[use])}
 
   return make_row

@@ -167,7 +167,7 @@ def batches(
   global_batch_size = batch_size * shard_count
   shares = DEFAULT_SHARES if shares is None else shares
   if sources:
-    splits.parse(split)
+    splits.heldout_reasons(split)
     is_train = split == 'train'
     split_sources = sources if is_train else heldout
     _check_task_of_sources(task, split_sources)

@@ -23,6 +23,7 @@ Row = dict[str, Any]
 OpenShards = Callable[[Executor], tuple[Mapping[int, Shard], OpenUnits]]
 _MIN_AHEAD = 64  # tickets that the threads work on, at least
 _READERS = 16  # threads that read windows
+_Key = tuple[Any, ...]
 _LATER_KEYS = ('contents',)  # of a source's identity; earlier versions did not save them
 _alive: weakref.WeakSet[grain.DatasetIterator] = weakref.WeakSet()
 
@@ -228,14 +229,14 @@ def list_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
   for key in {**old, **new}:
     not_saved = key[-1] in _LATER_KEYS and key not in old
     if old.get(key) != new.get(key) and not not_saved:
-      name = f'sources[{key[1]}].{key[2]}' if len(key) > 1 else key[0]
+      name = f'sources[{key[1]}].{key[2]}' if key[0] == 'sources' else key[0]
       changes.append(f'{name} {old.get(key, "(none)")} -> {new.get(key, "(none)")}')
   return changes
 
 
-def _flatten(identity: dict[str, Any]) -> dict[tuple[Any, ...], Any]:
+def _flatten(identity: dict[str, Any]) -> dict[_Key, Any]:
   """{(key,): value, ('sources', number, key): value}."""
-  flat: dict[tuple[Any, ...], Any] = {}
+  flat: dict[_Key, Any] = {}
   for key, value in identity.items():
     if key != 'sources':
       flat[(key,)] = value

@@ -142,9 +142,9 @@ class Tfds:
       features: Any = builder.info.features
       decoders: Any = None
       if image in features:
-        skip: Any = tfds.decode.SkipDecoding
-        decoders = {image: skip()}
-      self.source: Any = builder.as_data_source(split, decoders=decoders)
+        decoders = {image: tfds.decode.SkipDecoding()}
+      as_data_source: Any = builder.as_data_source  # its decorator hides its arguments
+      self.source = as_data_source(split, decoders=decoders)
     except Exception as error:  # of many kinds, all about the arguments
       reason = ' '.join(str(error).split())[:300]
       raise UserError(
