@@ -134,6 +134,10 @@ NAMES = {  # module as it is called now -> old name -> new name
   'data.streams': {
     'store': 'open_stored',
   },
+  'data.text': {
+    'save': 'save_tokenizer',
+    'train': 'train_tokenizer',
+  },
   'data.transforms': {
     'choose': 'choose_caption',
     'make_row': 'row_builder',
