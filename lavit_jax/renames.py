@@ -139,6 +139,7 @@ NAMES = {  # module as it is called now -> old name -> new name
     'train': 'train_tokenizer',
   },
   'data.transforms': {
+    'LEAST_AREA': 'MIN_AREA',
     'choose': 'choose_caption',
     'make_row': 'row_builder',
   },
@@ -404,6 +405,9 @@ MOVED_NAMES = {  # module -> name that it had -> where it is now
     'corpus': 'data.emoji.corpus.training_texts',
     'examples': 'data.emoji.corpus.examples',
     'sentences': 'data.emoji.corpus.describe_sprite',
+  },
+  'data.transforms': {
+    'clean': 'data.cleaning.clean_caption',
   },
 }
 

@@ -37,8 +37,8 @@ class TextTokenizer:
   """Text to ids and back.
 
   A text begins with a space of its own, as LLaMA's do (sentencepiece's dummy prefix). With a
-  `tokenizer.model`, ids are those of sentencepiece, also for special tokens such as `<s>` in a text:
-  these are plain characters.
+  `tokenizer.model`, ids are those of sentencepiece, where special tokens such as `<s>` in a text
+  are plain characters.
 
   Attributes:
     vocab_size: number of ids; the visual ids of a model follow.
