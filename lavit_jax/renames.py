@@ -137,7 +137,12 @@ NAMES = {  # module as it is called now -> old name -> new name
   'data.streams': {
     'store': 'open_stored',
   },
+  'data.text': {
+    'save': 'save_tokenizer',
+    'train': 'train_tokenizer',
+  },
   'data.transforms': {
+    'LEAST_AREA': 'MIN_AREA',
     'choose': 'choose_caption',
     'make_row': 'row_builder',
   },
@@ -403,6 +408,9 @@ MOVED_NAMES = {  # module -> name that it had -> where it is now
     'corpus': 'data.emoji.corpus.training_texts',
     'examples': 'data.emoji.corpus.examples',
     'sentences': 'data.emoji.corpus.describe_sprite',
+  },
+  'data.transforms': {
+    'clean': 'data.cleaning.clean_caption',
   },
 }
 

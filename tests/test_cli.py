@@ -46,7 +46,7 @@ def jpeg(**kwargs):
 @pytest.mark.parametrize(
   'data, message',
   [
-    (b'words', 'not a picture'),
+    (b'words', 'not an image'),
     (b'', 'empty'),
     (jpeg()[:-800], 'truncated'),
     (None, 'no such file'),

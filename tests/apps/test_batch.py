@@ -103,9 +103,9 @@ def test_a_folder(stub, folder, capsys):
   ]
   assert told.out.splitlines() == expected
   first, last = told.err.splitlines()
-  assert first.startswith(f'lavit: {folder}/07.jpg: not a picture')
+  assert first.startswith(f'lavit: {folder}/07.jpg: not an image')
   assert (
-    last.startswith('lavit: error: 1 of 21 failed, the first: ') and '07.jpg: not a picture' in last
+    last.startswith('lavit: error: 1 of 21 failed, the first: ') and '07.jpg: not an image' in last
   )
   assert lavit('caption', folder, '--json') == 2
   rows = lines(capsys.readouterr().out)
