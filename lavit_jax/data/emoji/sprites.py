@@ -57,7 +57,8 @@ def load(source: str = 'embedded', skin_tones: bool = False) -> Sprites:
   decoders = {'image': tfds.decode.SkipDecoding()}
   records = []
   for split in splits:
-    records += builder.as_data_source(split=split, decoders=decoders)
+    # The decorator of tfds hides the parameters.
+    records += builder.as_data_source(split, decoders=decoders)  # pyright: ignore[reportCallIssue]
   records.sort(key=lambda record: (record['codepoint'], record['style']))
   pixels = np.stack([_premultiplied(record['image']) for record in records])
   return Sprites(pixels, tuple(_metadata(record) for record in records))
