@@ -81,9 +81,12 @@ MODULES = {
 NAMES = {  # module as it is called now -> old name -> new name
   'apps.batch': {
     'Results': 'ResultsFile',
+    'example': 'example_row',
     'find_pictures': 'find_images',
-    'find_rows': 'resolve_rows',
+    'find_rows': 'resolve_inputs',
     'is_picture': 'is_image_path',
+    'load': 'load_inputs',
+    'resolve_rows': 'resolve_inputs',
     'run': 'run_batch',
   },
   'apps.web': {
@@ -463,9 +466,9 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
   def find_spec(self, fullname, path=None, target=None):
     """A spec for an old module; for a module with renames, its own spec with a loader that adds them."""
-    short = fullname.removeprefix(PACKAGE)
     if not fullname.startswith(PACKAGE):
       return None
+    short = fullname[len(PACKAGE) :]  # not removeprefix: the command line runs on any Python 3
     if short in MODULES:
       package = any(name.startswith(f'{short}.') for name in MODULES)
       return importlib.machinery.ModuleSpec(fullname, self, is_package=package)
