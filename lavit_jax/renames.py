@@ -414,6 +414,10 @@ NAMES = {  # module as it is called now -> old name -> new name
 }
 
 MOVED_NAMES = {  # module -> name that it had -> where it is now
+  'data.captions_file': {
+    'IMAGE_SUFFIXES': 'data.images.SUFFIXES',
+    'choose_fields': 'data.captions_fields.choose_fields',
+  },
   'data.emoji.questions': {
     'answerable': 'data.prompts.answerable_question',
     'prompt': 'data.prompts.question_prompt',

@@ -333,8 +333,8 @@ def bucket(tmp_path, monkeypatch, alone):
 @pytest.mark.parametrize('ahead', [8 << 20, 1 << 14])
 def test_a_store_is_asked_once_for_what_many_shards_read(bucket, ahead, monkeypatch):
   """However much a file reads ahead, and though every shard reads five windows of its tar, in turn with 95 others."""
-  monkeypatch.setattr(paths, '_AHEAD', ahead)
-  monkeypatch.setattr(paths, '_LEAST_AHEAD', 1 << 10)
+  monkeypatch.setattr(paths, '_MAX_AHEAD', ahead)
+  monkeypatch.setattr(paths, '_MIN_AHEAD', 1 << 10)
   source, size = bucket
   data = batches(source, task='images', batch_size=96, shards=96, num_threads=0)
   assert len({number(image) for _ in range(10) for image in next(data)['image']}) == 960
@@ -344,8 +344,8 @@ def test_a_store_is_asked_once_for_what_many_shards_read(bucket, ahead, monkeypa
 
 def test_what_does_not_stay_open_costs_little(bucket, monkeypatch):
   """Of more tars than may be open the most that is fetched in vain is what each reads ahead, its part of what all do."""
-  monkeypatch.setattr(paths, '_LEAST_AHEAD', 1 << 10)
-  monkeypatch.setattr(paths, '_TOGETHER', 96 << 11)
+  monkeypatch.setattr(paths, '_MIN_AHEAD', 1 << 10)
+  monkeypatch.setattr(paths, '_TOTAL_AHEAD', 96 << 11)
   monkeypatch.setattr(open_units, '_MAX_OPEN', 0)
   source, size = bucket
   data = batches(source, task='images', batch_size=96, shards=96, num_threads=0)
