@@ -21,7 +21,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from lavit_jax import Lavit
-from lavit_jax.data import loader
+from lavit_jax.data.emoji import corpus
 from lavit_jax.evaluation import captions as captioning
 from lavit_jax.evaluation import vqa
 from lavit_jax.evaluation.report import pixels
@@ -236,7 +236,7 @@ def main() -> None:
   parser.add_argument('--count', type=int, default=128)
   parser.add_argument('--json', type=pathlib.Path)
   args = parser.parse_args()
-  examples = loader.examples(args.source, 'heldout/pair', 0, args.count)
+  examples = corpus.examples(args.source, 'heldout/pair', 0, args.count)
   result = dict(
     source=args.source, count=args.count, keep=keep(examples), precision=precision(examples)
   )

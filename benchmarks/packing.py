@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lavit_jax import Lavit
-from lavit_jax.data import loader
+from lavit_jax.data.emoji import corpus
 from lavit_jax.evaluation.report import pixels
 from lavit_jax.models.llama import Llama
 from lavit_jax.models.sequence import assign_rows, pack_pairs
@@ -47,7 +47,7 @@ class Pairs(NamedTuple):
 
 def tiny_pairs(source: str, count: int) -> Pairs:
   model = Lavit.from_pretrained(ASSETS)
-  examples = loader.examples(source, 'train', 0, count)
+  examples = corpus.examples(source, 'train', 0, count)
   return captioned(
     [model.words.encode(example.caption) for example in examples],
     model.tokenize(pixels(examples)).counts,

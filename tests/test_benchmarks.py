@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lavit_jax import Lavit
-from lavit_jax.data import loader
+from lavit_jax.data.emoji import corpus
 from lavit_jax.models import lavit
 from lavit_jax.models.llama import Llama
 
@@ -111,7 +111,7 @@ def test_json_ends_with_the_ratios(file, load, monkeypatch, capsys, tmp_path):
 def test_agreement_measures_losses(load):
   """On the tiny checkpoint: far below the logarithm of what could come, and the golden captions."""
   benchmark = load('agreement')
-  examples = loader.examples('embedded', 'heldout/pair', 0, 4)
+  examples = corpus.examples('embedded', 'heldout/pair', 0, 4)
   found = benchmark.losses(Lavit.from_pretrained(benchmark.TINY), examples)
   assert 0 < found['caption_loss'] < 0.5 * np.log(2048) and 0 < found['code_loss'] < 0.9 * np.log(
     1024

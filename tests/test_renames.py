@@ -30,6 +30,14 @@ def test_names(new):
     assert getattr(module, old) is getattr(owner, name)
 
 
+@pytest.mark.parametrize('module', renames.MOVED_NAMES)
+def test_names_in_another_module(module):
+  for old, path in renames.MOVED_NAMES[module].items():
+    target, _, name = path.rpartition('.')
+    current = getattr(importlib.import_module(f'lavit_jax.{target}'), name)
+    assert getattr(importlib.import_module(f'lavit_jax.{module}'), old) is current
+
+
 def test_an_old_module_is_written_through():
   old = importlib.import_module('lavit_jax.data.mixtures')
   loader = importlib.import_module('lavit_jax.data.loader')

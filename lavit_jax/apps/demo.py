@@ -194,13 +194,13 @@ class Page:
 
 def make(source: str, out, seed: int = 7) -> pathlib.Path:
   """Writes the inputs from the held-out split of a data set: six pictures of one thing and two scenes, texts, mixed prompts."""
-  from lavit_jax.data import (
-    loader,  # here, because reading the data set takes seconds that the demo need not spend
+  from lavit_jax.data.emoji import (
+    corpus,  # here, because reading the data set takes seconds that the demo need not spend
   )
 
   out, asked = pathlib.Path(out), collections.Counter()
-  single = loader.examples(source, 'heldout', seed, 10, 'single')
-  scenes = loader.examples(source, 'heldout', seed, 2, 'scene')
+  single = corpus.examples(source, 'heldout', seed, 10, 'single')
+  scenes = corpus.examples(source, 'heldout', seed, 2, 'scene')
   shown = single[:6] + scenes
   rows = []
   for i, example in enumerate(shown):

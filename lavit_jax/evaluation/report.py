@@ -6,8 +6,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from lavit_jax.data import loader
-from lavit_jax.data.emoji import questions, sprites
+from lavit_jax.data.emoji import corpus, questions, sprites
 from lavit_jax.errors import UserError
 from lavit_jax.evaluation import captions, images, vqa
 from lavit_jax.inference.pipeline import Lavit
@@ -40,8 +39,8 @@ def evaluate(
     known = sprites.load(source)
   except FileNotFoundError as error:
     raise UserError(str(error)) from None
-  taught = loader.examples(source, 'train', seed, train, 'single')
-  scenes = loader.examples(source, 'train', seed, train // 4, 'scene')
+  taught = corpus.examples(source, 'train', seed, train, 'single')
+  scenes = corpus.examples(source, 'train', seed, train // 4, 'scene')
   classify = images.train_classifier(pixels(taught), kinds(taught), len(KINDS), seed=seed)
   usual = vqa.fit_majority(vqa.ask(taught + scenes))
   mean_features = images.mean_direction(images.features(model, pixels(taught[:256])), 0)
@@ -55,8 +54,8 @@ def evaluate(
     splits={},
   )
   for split in SPLITS:
-    single = loader.examples(source, split, seed, count, 'single')
-    asked = single[: count // 2] + loader.examples(source, split, seed, count // 2, 'scene')
+    single = corpus.examples(source, split, seed, count, 'single')
+    asked = single[: count // 2] + corpus.examples(source, split, seed, count // 2, 'scene')
     report['splits'][split] = dict(
       tokens=measure_tokens(model, single, mean_features, seed),
       captions=captions.score(
@@ -77,7 +76,7 @@ def pixels(examples) -> np.ndarray:
 
 def kinds(examples) -> np.ndarray:
   """Index of the group of the first thing of each picture, i32[B]."""
-  return np.array([KINDS.index(example.facts.things[0].group) for example in examples])
+  return np.array([KINDS.index(example.facts.objects[0].group) for example in examples])
 
 
 def measure_tokens(

@@ -22,7 +22,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -32,7 +31,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from lavit_jax import sharding
-from lavit_jax.data.emoji.questions import answerable, prompt
+from lavit_jax.data import prompts
 from lavit_jax.data.images import read_images
 from lavit_jax.data.text import TextTokenizer
 from lavit_jax.errors import InputError, UserError
@@ -301,7 +300,7 @@ class Lavit:
       )
     told = self._tell(images, asked, writing, seed)
     return _as_asked(
-      [each._replace(text=each.text.split('.')[0].strip()) for each in told], details
+      [each._replace(text=prompts.parse_caption(each.text)) for each in told], details
     )
 
   def answer(
@@ -336,7 +335,10 @@ class Lavit:
       options,
     )
 
-    forms = (prompt, lambda question: prompt(answerable(question)))[: 1 + bool(judge)]
+    forms = (
+      prompts.question_prompt,
+      lambda question: prompts.question_prompt(prompts.answerable_question(question)),
+    )[: 1 + bool(judge)]
     asked = [[self._encode(question, form) for question in questions] for form in forms]
     self._fit(
       [BARE + len(ids) for ids in asked[-1]], writing, least=True
@@ -344,16 +346,13 @@ class Lavit:
 
     def ask(asked: Sequence[Sequence[int]]) -> list[TextOutput]:
       told = self._tell(images, asked, writing, seed)
-      return [
-        each._replace(text=re.split(r'[\n,.]', each.text.strip())[0].strip().lower())
-        for each in told
-      ]
+      return [each._replace(text=prompts.parse_answer(each.text)) for each in told]
 
     told = ask(asked[0])
     if judge:
       judged = ask(asked[1])
       told = [
-        each._replace(text='unanswerable') if re.search(r'\bno\b', verdict.text) else each
+        each._replace(text=prompts.UNANSWERABLE) if prompts.is_unanswerable(verdict.text) else each
         for each, verdict in zip(told, judged)
       ]
     return _as_asked(told, details)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lavit_jax.data import loader, text
+from lavit_jax.data.emoji import corpus
 
 FOLDER = str(Path(text.__file__).parent.parent / 'assets/tiny/language_model')
 batches = functools.partial(loader.batches, batch_size=8, tokenizer_folder=FOLDER)
@@ -215,11 +216,11 @@ def test_pictures_to_draw_are_without_text_now_and_then(drop_text):
 
 def test_examples_are_singles_or_scenes():
   assert all(
-    example.facts.things[0].count == len(example.facts.things) == 1
-    for example in loader.examples(count=20)
+    example.facts.objects[0].count == len(example.facts.objects) == 1
+    for example in corpus.examples(count=20)
   )
-  scenes = loader.examples(count=20, kind='scene')
-  assert all(2 <= sum(thing.count for thing in example.facts.things) <= 4 for example in scenes)
+  scenes = corpus.examples(count=20, kind='scene')
+  assert all(2 <= sum(item.count for item in example.facts.objects) <= 4 for example in scenes)
   assert {example.facts.heldout for example in scenes} == {'concept', 'pair', 'combination'}
 
 

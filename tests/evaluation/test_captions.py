@@ -4,8 +4,7 @@ import math
 
 import pytest
 
-from lavit_jax.data import loader
-from lavit_jax.data.emoji import sprites
+from lavit_jax.data.emoji import corpus, sprites
 from lavit_jax.evaluation import captions as captioning
 
 
@@ -25,7 +24,7 @@ def test_a_caption_is_taken_apart(caption, subject, background):
 
 
 def test_every_true_caption_scores_one():
-  examples = loader.examples('embedded', 'heldout', 0, 40)
+  examples = corpus.examples('embedded', 'heldout', 0, 40)
   groups = captioning.groups_by_name(sprites.load('embedded'))
   captions = [example.caption.split('.')[0] for example in examples]
   scores = captioning.score(captions, examples, groups, examples)
@@ -34,9 +33,9 @@ def test_every_true_caption_scores_one():
 
 
 def test_wrong_captions_score_what_they_got_right():
-  examples = loader.examples('embedded', 'train', 0, 200)
-  pizza = [e for e in examples if e.facts.things[0].name == 'pizza'][:1]
-  apple = [e for e in examples if e.facts.things[0].name == 'red apple'][:1]
+  examples = corpus.examples('embedded', 'train', 0, 200)
+  pizza = [e for e in examples if e.facts.objects[0].name == 'pizza'][:1]
+  apple = [e for e in examples if e.facts.objects[0].name == 'red apple'][:1]
   groups = captioning.groups_by_name(sprites.load('embedded'))
   scores = captioning.score(['red apple', 'nonsense'], pizza + apple, groups, pizza)
   assert (scores['name'], scores['category'], scores['named'], scores['background']) == (

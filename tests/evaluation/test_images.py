@@ -6,8 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lavit_jax.data import loader
-from lavit_jax.data.emoji import colors
+from lavit_jax.data.emoji import colors, corpus
 from lavit_jax.evaluation import images
 from lavit_jax.inference.pipeline import VisualTokens
 
@@ -33,7 +32,7 @@ def test_background_is_read_off_the_border(name):
 
 
 def test_background_of_real_examples():
-  examples = loader.examples('embedded', 'train', 3, 50)
+  examples = corpus.examples('embedded', 'train', 3, 50)
   assert np.mean([images.background(e.image) == e.facts.background for e in examples]) > 0.95
 
 

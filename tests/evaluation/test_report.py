@@ -6,7 +6,7 @@ import types
 import numpy as np
 import pytest
 
-from lavit_jax.data import loader
+from lavit_jax.data.emoji import corpus
 from lavit_jax.errors import UserError
 from lavit_jax.evaluation import report
 from lavit_jax.inference.pipeline import VisualTokens
@@ -23,7 +23,7 @@ class Oracle:
 
   def __init__(self, count):
     single, scenes = (
-      [loader.examples('embedded', split, 0, count, kind) for split in report.SPLITS]
+      [corpus.examples('embedded', split, 0, count, kind) for split in report.SPLITS]
       for kind in ('single', 'scene')
     )
     self.by_image = {e.image.tobytes(): e for examples in single + scenes for e in examples}

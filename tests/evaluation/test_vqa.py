@@ -2,7 +2,7 @@
 
 import pytest
 
-from lavit_jax.data import loader
+from lavit_jax.data.emoji import corpus
 from lavit_jax.evaluation import vqa
 
 
@@ -49,8 +49,8 @@ def test_majority_and_score_by_type():
 
 def test_true_answers_score_one():
   asked = vqa.ask(
-    loader.examples('embedded', 'heldout', 1, 10, 'scene')
-    + loader.examples('embedded', 'heldout', 1, 10)
+    corpus.examples('embedded', 'heldout', 1, 10, 'scene')
+    + corpus.examples('embedded', 'heldout', 1, 10)
   )
   scores = vqa.score([each.answer for each in asked], asked, vqa.fit_majority(asked))
   assert {kind: row['accuracy'] for kind, row in scores.items()} == dict.fromkeys(scores, 1.0)

@@ -14,7 +14,7 @@ import pytest
 import sentencepiece
 from PIL import Image
 
-from lavit_jax.data import loader
+from lavit_jax.data.emoji import corpus
 from lavit_jax.errors import InputError, UserError
 from lavit_jax.inference import (
   batching,
@@ -166,7 +166,7 @@ def test_pictures(model):
       lambda m: m.draw([np.array([1.5])]),
       'whole numbers in a row, of several pictures a list of these; got .1.5',
     ),
-    (lambda m: m.caption(5), 'pictures are paths, .* got int'),
+    (lambda m: m.caption(5), 'images are paths, .* got int'),
     (lambda m: m.caption(PICTURES, ['a']), '2 pictures but 1 prompts'),
     (lambda m: m.caption(PICTURES, None), 'prompt=None cannot be; give a text, or a list'),
     (lambda m: m.caption(PICTURES, ['', None]), 'None is no text'),
@@ -318,7 +318,7 @@ def test_drawing_reads_the_codebook_alone(tiny_folder, tiny_parts, tmp_path):
 def test_a_folder_with_a_sentencepiece_model_alone_is_opened(tmp_path):
   model, letters = io.BytesIO(), np.random.default_rng(0).choice(list('abcdefghij '), 20_000)
   sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=itertools.chain(loader.corpus('embedded'), ''.join(letters).split()),
+    sentence_iterator=itertools.chain(corpus.training_texts('embedded'), ''.join(letters).split()),
     model_writer=model,
     model_type='bpe',
     vocab_size=2048,

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 import xxhash
 
+from lavit_jax.data.text import complete_tokenizer_folder
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.models import settings as checkpoint_settings
@@ -478,6 +479,8 @@ def _describe(
       if not (scratch / path).exists():
         (scratch / path).parent.mkdir(parents=True, exist_ok=True)
         (scratch / path).write_text(json.dumps(content, indent=2) + '\n')
+    if language is not None:
+      complete_tokenizer_folder(language)
   if language is not None:
     about = formats.read_json(language / 'config.json')
     about['vocab_size'] = rows
