@@ -146,10 +146,30 @@ NAMES = {  # module as it is called now -> old name -> new name
     'choose': 'choose_caption',
     'make_row': 'row_builder',
   },
+  'evaluation.captions': {
+    'background': 'parse_background',
+    'score': 'score_captions',
+    'spoken': 'spoken_name',
+    'subject': 'parse_subject',
+  },
+  'evaluation.images': {
+    'SIDE': 'CLASSIFIER_SIZE',
+    'background': 'background_color',
+  },
+  'evaluation.report': {
+    'KINDS': 'GROUPS',
+    'kinds': 'group_indices',
+    'measure_drawings': 'measure_images',
+    'pixels': 'stack_images',
+    'tables': 'report_tables',
+  },
   'evaluation.vqa': {
     'Asked': 'VQAExample',
     'Usual': 'MajorityBaseline',
+    'ask': 'collect_questions',
     'majority': 'fit_majority',
+    'normalise': 'normalize_answer',
+    'score': 'score_answers',
   },
   'inference.batching': {
     'batches': 'batch_ranges',
@@ -415,6 +435,13 @@ MOVED_NAMES = {  # module -> name that it had -> where it is now
   },
   'data.transforms': {
     'clean': 'data.cleaning.clean_caption',
+  },
+  'evaluation.images': {
+    'cosine': 'evaluation.tokens.mean_cosine',
+    'features': 'evaluation.tokens.features',
+    'mean_direction': 'evaluation.tokens.mean_direction',
+    'rebuilt_features': 'evaluation.tokens.rebuilt_features',
+    'usage': 'evaluation.tokens.codebook_usage',
   },
 }
 
