@@ -82,9 +82,12 @@ MODULES = {
 NAMES = {  # module as it is called now -> old name -> new name
   'apps.batch': {
     'Results': 'ResultsFile',
+    'example': 'example_row',
     'find_pictures': 'find_images',
-    'find_rows': 'resolve_rows',
+    'find_rows': 'resolve_inputs',
     'is_picture': 'is_image_path',
+    'load': 'load_inputs',
+    'resolve_rows': 'resolve_inputs',
     'run': 'run_batch',
   },
   'apps.web': {
@@ -95,9 +98,18 @@ NAMES = {  # module as it is called now -> old name -> new name
     'limit': 'memory_limit_note',
     'pod': 'pod_devices',
   },
+  'data.archives': {
+    'what_else': 'identify_other',
+  },
   'data.array_record': {
     'Packed': 'WriteSummary',
     'pack': 'write_array_records',
+  },
+  'data.emoji.colors': {
+    'dominant': 'dominant_color',
+  },
+  'data.emoji.questions': {
+    'ask': 'make_questions',
   },
   'data.emoji.rendering': {
     'draw': 'render',
@@ -105,13 +117,29 @@ NAMES = {  # module as it is called now -> old name -> new name
   'data.emoji.scenes': {
     'Thing': 'SceneObject',
   },
+  'data.emoji.splits': {
+    'parse': 'heldout_reasons',
+  },
+  'data.emoji.sprites': {
+    'find': 'find_dataset',
+  },
   'data.loader': {
     'check': 'validate_options',
     'kind_shares': 'task_shares',
     'shapes': 'batch_shapes',
   },
+  'data.formats': {
+    'DEFAULTS': 'DEFAULT_FIELDS',
+    'some': 'format_names',
+  },
+  'data.parquets': {
+    'cost': 'unit_cost',
+    'rows': 'read_rows',
+    'units': 'list_units',
+  },
   'data.row_workers': {
     'Made': 'RowDataset',
+    'changed': 'list_changes',
   },
   'data.skips': {
     'About': 'SourceInfo',
@@ -121,9 +149,15 @@ NAMES = {  # module as it is called now -> old name -> new name
     'mix': 'mix_sources',
   },
   'data.streams': {
-    'store': 'open_stored',
+    'Windows': 'StreamShard',
+    'turned': 'rotate_index',
+  },
+  'data.text': {
+    'save': 'save_tokenizer',
+    'train': 'train_tokenizer',
   },
   'data.transforms': {
+    'LEAST_AREA': 'MIN_AREA',
     'choose': 'choose_caption',
     'make_row': 'row_builder',
   },
@@ -389,14 +423,33 @@ NAMES = {  # module as it is called now -> old name -> new name
 }
 
 MOVED_NAMES = {  # module -> name that it had -> where it is now
+  'data.captions_file': {
+    'IMAGE_SUFFIXES': 'data.images.SUFFIXES',
+    'choose_fields': 'data.captions_fields.choose_fields',
+  },
   'data.emoji.questions': {
     'answerable': 'data.prompts.answerable_question',
     'prompt': 'data.prompts.question_prompt',
+  },
+  'data.formats': {
+    'ARRAY_RECORD': 'data.stores.ARRAY_RECORD',
+    'pack_record': 'data.stores.pack_record',
+    'unpack_record': 'data.stores.unpack_record',
   },
   'data.loader': {
     'corpus': 'data.emoji.corpus.training_texts',
     'examples': 'data.emoji.corpus.examples',
     'sentences': 'data.emoji.corpus.describe_sprite',
+  },
+  'data.streams': {
+    'Shard': 'data.shards.Shard',
+    'Stored': 'data.shards.StoreShard',
+    'open_stored': 'data.shards.open_stored',
+    'shards_of': 'data.shards.shards_of',
+    'store': 'data.shards.open_stored',
+  },
+  'data.transforms': {
+    'clean': 'data.cleaning.clean_caption',
   },
   'weights.torch.convert': {
     'ConversionItem': 'weights.torch.conversion_plan.ConversionItem',
@@ -491,9 +544,9 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
   def find_spec(self, fullname, path=None, target=None):
     """A spec for an old module; for a module with renames, its own spec with a loader that adds them."""
-    short = fullname.removeprefix(PACKAGE)
     if not fullname.startswith(PACKAGE):
       return None
+    short = fullname[len(PACKAGE) :]  # not removeprefix: the command line runs on any Python 3
     if short in MODULES:
       package = any(name.startswith(f'{short}.') for name in MODULES)
       return importlib.machinery.ModuleSpec(fullname, self, is_package=package)

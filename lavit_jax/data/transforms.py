@@ -1,118 +1,177 @@
-"""A picture and its texts as they are stored -> one row of a batch: decoding, crop, resize, cleaning, the choice of a caption."""
+"""Turns a stored record into an example of a batch: decoding, crop, resize, choice of a caption."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image
 
-from lavit_jax.data.cleaning import clean_caption as clean
-from lavit_jax.data.formats import Skip
+from lavit_jax.data.cleaning import clean_caption
 from lavit_jax.data.images import open_image, read_image
-from lavit_jax.data.streams import Ticket
+from lavit_jax.data.record import Skip
+from lavit_jax.data.shards import Ticket
 from lavit_jax.errors import UserError
 
 CROPS = ('none', 'center', 'random')
-LEAST_AREA = 0.5  # of the largest square, of a random crop
+MIN_AREA = 0.5  # of a random crop, as a fraction of the largest square
+
+# (texts of the record, use of its source, rng, epoch) -> text fields; None: there is no text
+EncodeTexts = Callable[[Sequence[str], str, Any, int], Mapping[str, Any] | None]
 
 
 def row_builder(
-  seed: int, image_size: int, crop: str, write: Callable | None, vit_size: int | None = None
-) -> Callable[[Ticket], dict | Skip]:
-  """A function from a ticket to the row of its record, or to a Skip. `write` (record texts, use, rng, epoch) -> fields of the row or None.
+  seed: int,
+  image_size: int,
+  crop: str,
+  encode_texts: EncodeTexts | None,
+  vit_size: int | None = None,
+) -> Callable[[Ticket], dict[str, Any] | Skip]:
+  """Returns the function that makes an example of a ticket's record.
 
-  With `vit_size` a row has the picture at that size too, as 'vit_image'.
-  What is random depends on (seed, ticket.key) alone. Without `write` a row is a picture; with it, rows of use 'text' have a black one.
+  Everything random depends on `seed` and the key of the ticket alone.
+
+  Args:
+    seed: of the run.
+    image_size: side of the images in pixels.
+    crop: one of `CROPS`.
+    encode_texts: adds text fields. Without it, examples have an image only.
+    vit_size: side of a second image, the one that the ViT sees; None for no second one.
+
+  Returns:
+    A function from a ticket to an example, or to a Skip that says why there is none. An example has
+    'image' uint8[image_size, image_size, 3], 'vit_image' in the same way, and the text fields. The
+    images of plain text (use 'text') are black.
   """
-  sizes = {'image': image_size} | ({'vit_image': vit_size} if vit_size else {})
-  random = (
-    write is not None or crop == 'random'
-  )  # a generator is not made for nothing: it takes a hundredth of the time
+  sizes = {'image': image_size}
+  if vit_size:
+    sizes['vit_image'] = vit_size
+  is_random = encode_texts is not None or crop == 'random'
 
-  def make(ticket: Ticket) -> dict | Skip:
+  def build_row(ticket: Ticket) -> dict[str, Any] | Skip:
     record = ticket.read()
     if isinstance(record, Skip):
       return record
-    rng = np.random.default_rng((seed, *ticket.key)) if random else None
-    row = {}
-    if write is not None:
-      row = write(record.texts, ticket.use, rng, ticket.epoch)
-      if row is None:
+    # Without need, there is no generator: to make one takes 1% of the time of an example.
+    rng = np.random.default_rng((seed, *ticket.key)) if is_random else None
+    text_fields = {}
+    if encode_texts is not None:
+      text_fields = encode_texts(record.texts, ticket.use, rng, ticket.epoch)
+      if text_fields is None:
         return Skip('empty caption', record.origin)
-    if write is not None and ticket.use == 'text':
-      black = {name: np.zeros((size, size, 3), np.uint8) for name, size in sizes.items()}
-      return {**black, **row}
+      if ticket.use == 'text':
+        black = {name: np.zeros((size, size, 3), np.uint8) for name, size in sizes.items()}
+        return {**black, **text_fields}
     if not record.image:
       return Skip('no image', record.origin)
     try:
       images = decode_sizes(record.image, list(sizes.values()), crop, rng)
-      return {**dict(zip(sizes, images)), **row}
     except UserError as error:
       return Skip('corrupt image', f'{record.origin} ({error})')
+    return {**dict(zip(sizes, images, strict=True)), **text_fields}
 
-  return make
+  return build_row
 
 
 def decode(
   data: bytes, size: int, crop: str = 'none', rng: np.random.Generator | None = None
 ) -> np.ndarray:
-  """The bytes of a picture's file -> uint8[size, size, 3] RGB, as `decode_sizes` makes it."""
+  """Decodes an image file as uint8[size, size, 3]; see `decode_sizes`."""
   return decode_sizes(data, [size], crop, rng)[0]
 
 
 def decode_sizes(
   data: bytes, sizes: Sequence[int], crop: str = 'none', rng: np.random.Generator | None = None
 ) -> list[np.ndarray]:
-  """The bytes of a picture's file -> the same part of it at each size, uint8[size, size, 3] RGB.
+  """Decodes an image file at several sizes, with the same crop for all.
 
-  Each is resized from the picture itself, by Pillow's bicubic, as inference does: it clips to bytes
-  between its two passes, so another library's, or a resize of a resize, has other edges.
+  Each size is resized from the image itself by Pillow's bicubic, as at inference. Pillow rounds to
+  bytes between its two passes, so the edges of another library's resize, or of a resize of a
+  resize, would differ.
 
-  `crop` 'none': the whole picture straight to the square, as published; 'center': the largest square; 'random': a square of at least half
-  its area. JPEGs are decoded at 1/2, 1/4 or 1/8 as long as that leaves twice the pixels a side that the result has. Against decoding
-  them whole this is a PSNR of 34 to 43 dB, of two photographs at three sizes; with only as many pixels it would be 25 to 35.
+  JPEGs are decoded at 1/2, 1/4 or 1/8, as long as the sides have at least twice the pixels of the
+  result. Compared with full decoding, this has a PSNR of 34 to 43 dB, measured on two photographs
+  at three sizes. With only as many pixels as the result, it would be 25 to 35 dB.
+
+  Args:
+    data: content of the file.
+    sizes: sides of the results in pixels.
+    crop: 'none' resizes the whole image to the square, as published; 'center' takes the largest
+      square; 'random' takes a square of at least half the area of the largest.
+    rng: for 'random'.
+
+  Returns:
+    uint8[size, size, 3] RGB for each size.
 
   Raises:
-    UserError: nothing that Pillow can read, truncated, or too large.
+    UserError: Pillow cannot read it, or it is truncated or too large.
   """
   try:
-    image, size = open_image(data, 'image'), max(sizes)
-    least = 2 * math.ceil(size / math.sqrt(LEAST_AREA)) if crop == 'random' else 2 * size
-    image.draft(None, (least, least))
-    upright = (
-      image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-    )  # of EXIF, and of XMP where it has none
-    plain = image.format == 'JPEG' and image.mode == 'RGB' and upright
-    if not plain:  # turned, transparent, grey, of a palette ...
+    image = open_image(data, 'image')
+    image.draft(None, _draft_size(max(sizes), crop))
+    if not _is_plain_jpeg(image):
       image = Image.fromarray(read_image(image))
     box = crop_box(image.size, crop, rng)
     bicubic = Image.Resampling.BICUBIC
     return [np.asarray(image.resize((size, size), bicubic, box=box)) for size in sizes]
   except UserError:
     raise
-  except Exception as error:  # a decoder may throw anything at damaged bytes
-    raise UserError(f'not a picture, or a damaged one: {error}') from None
+  except Exception as error:  # on damaged bytes, decoders raise exceptions of all kinds
+    raise UserError(f'not an image, or a damaged one: {error}') from None
+
+
+def _draft_size(size: int, crop: str) -> tuple[int, int]:
+  """Returns the fewest pixels (width, height) at which a JPEG may be decoded."""
+  side = size
+  if crop == 'random':  # the crop may have only this fraction of the pixels
+    side = math.ceil(size / math.sqrt(MIN_AREA))
+  return 2 * side, 2 * side
+
+
+def _is_plain_jpeg(image: Image.Image) -> bool:
+  """Whether the image needs no conversion: it is an RGB JPEG, and is not turned."""
+  # Pillow takes the orientation from XMP if there is none in EXIF.
+  is_upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+  return image.format == 'JPEG' and image.mode == 'RGB' and is_upright
 
 
 def crop_box(
   size: tuple[int, int], crop: str, rng: np.random.Generator | None
 ) -> tuple[float, float, float, float] | None:
-  """(left, top, right, bottom) of the part that is kept of a picture of (width, height)."""
+  """Chooses the part of an image that is kept.
+
+  Args:
+    size: (width, height) of the image.
+    crop: one of `CROPS`.
+    rng: for 'random'.
+
+  Returns:
+    (left, top, right, bottom), or None for the whole image.
+  """
   if crop == 'none':
     return None
-  side, x, y = float(min(size)), 0.5, 0.5
+  width, height = size
+  side = float(min(size))
+  x = y = 0.5
   if crop == 'random':
+    if rng is None:
+      raise ValueError("crop 'random' needs a generator")
     area, x, y = rng.random(3)
-    side *= math.sqrt(LEAST_AREA + (1 - LEAST_AREA) * area)
-  left, top = x * (size[0] - side), y * (size[1] - side)
-  return left, top, min(left + side, size[0]), min(top + side, size[1])
+    side *= math.sqrt(MIN_AREA + (1 - MIN_AREA) * area)
+  left = x * (width - side)
+  top = y * (height - side)
+  return left, top, min(left + side, width), min(top + side, height)
 
 
 def choose_caption(
-  texts: Sequence[str], rng: np.random.Generator, clean: Callable[[str], str] = clean
+  texts: Sequence[str], rng: np.random.Generator, clean: Callable[[str], str] = clean_caption
 ) -> str:
-  """One of the texts that are not empty once they are clean, at random; '' if there is none."""
-  left = [text for text in map(clean, texts) if text]
-  return left[rng.integers(len(left))] if len(left) > 1 else ''.join(left)
+  """Draws one of the texts that are not empty after cleaning; '' if there is none."""
+  candidates = [text for text in map(clean, texts) if text]
+  if not candidates:
+    return ''
+  if len(candidates) == 1:
+    return candidates[0]
+  return candidates[rng.integers(len(candidates))]

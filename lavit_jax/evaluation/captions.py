@@ -30,7 +30,7 @@ def spoken(name: str) -> str:
 
 def groups_by_name(sprites: Sprites) -> dict[str, str]:
   """The group of every concept of a data set, held out or not, by its spoken name."""
-  return {spoken(row.name): row.group for row in sprites.rows}
+  return {spoken(sprite.name): sprite.group for sprite in sprites.metadata}
 
 
 def score(
@@ -49,7 +49,7 @@ def score(
     *_majority: what always saying the most frequent value of the pictures `train` would score.
   """
   said = [subject(caption) for caption in captions]
-  truth = [example.facts.things[0] for example in examples]
+  truth = [example.facts.objects[0] for example in examples]
 
   def majority(value):
     ((most, _),) = Counter(map(value, train)).most_common(1)
@@ -62,8 +62,8 @@ def score(
       background(text) == example.facts.background for text, example in zip(captions, examples)
     ),
     named=mean(text in groups for text in said),
-    name_majority=majority(lambda example: example.facts.things[0].name),
-    category_majority=majority(lambda example: example.facts.things[0].group),
+    name_majority=majority(lambda example: example.facts.objects[0].name),
+    category_majority=majority(lambda example: example.facts.objects[0].group),
     background_majority=majority(lambda example: example.facts.background),
   )
 

@@ -76,7 +76,7 @@ def pixels(examples) -> np.ndarray:
 
 def kinds(examples) -> np.ndarray:
   """Index of the group of the first thing of each picture, i32[B]."""
-  return np.array([KINDS.index(example.facts.things[0].group) for example in examples])
+  return np.array([KINDS.index(example.facts.objects[0].group) for example in examples])
 
 
 def measure_tokens(

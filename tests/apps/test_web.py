@@ -235,7 +235,7 @@ def upload(tmp_path, data):
 @pytest.mark.parametrize(
   'data, message',
   [
-    (b'words', '^upload.png: not a picture that Pillow can read'),
+    (b'words', '^upload.png: not an image that Pillow can read'),
     (b'', '^upload.png: the file is empty'),
     (pathlib.Path(PICTURE).read_bytes()[:300], '^upload.png: .*truncated'),
   ],
@@ -336,7 +336,7 @@ def test_the_page_over_http(server, tasks, tmp_path):
   assert {job.result()[0] for job in jobs} == {tasks.caption(PICTURE)[0]} and tasks.model.most == 1
   assert client.predict(handle_file(PICTURE), 'What?', api_name='/ask')[0] == 'What? <b>'
   words = upload(tmp_path, b'words')
-  with pytest.raises(Exception, match='upload.png: not a picture'):
+  with pytest.raises(Exception, match='upload.png: not an image'):
     client.predict(handle_file(words), api_name='/caption')
   with pytest.raises(Exception, match='there are no words; say what to draw'):
     client.predict('', 0, 4, 5, api_name='/draw')
@@ -431,7 +431,7 @@ def test_in_a_browser(browser, tmp_path, monkeypatch):
   give(upload(tmp_path, b'words'))
   message = wait(lambda: shown('.toast-body'))[0].text
   assert (
-    'upload.png: not a picture that Pillow can read; convert it to PNG or JPEG.' in message
+    'upload.png: not an image that Pillow can read; convert it to PNG or JPEG.' in message
     and 'Traceback' not in message
   )
   press('[aria-label="Remove Image"]', '')

@@ -1,4 +1,4 @@
-"""What is removed of a text, and what stays: words whole, clusters whole, plain text in full."""
+"""Cleaning keeps words and clusters whole, and plain text in full."""
 
 import html
 import re
@@ -47,20 +47,33 @@ def test_clusters_stay_whole(text):
 
 @pytest.mark.parametrize(
   'text',
-  ['\u732b', '\U0001f431', '\u72ac\u3002', '\u00e9\u00e8', '\uac1c', '\u2600\ufe0f', '\U0001fae9'],
-)  # the last one is younger than Unicode 15
-def test_one_character_may_say_it_all(text):
+  [
+    'a',
+    'Z',
+    '\u00e9',
+    '\u00e9\u00e8',
+    '7',
+    '\u0664',
+    '\u732b',
+    '\u72ac\u3002',
+    '\uac1c',
+    '\U0001f431',
+    '\u2600\ufe0f',
+    '\U0001fae9',  # younger than Unicode 15
+  ],
+)
+def test_a_single_letter_digit_or_emoji_is_a_caption(text):
   assert clean_caption(text) == text
 
 
-@pytest.mark.parametrize('text', ['a', '7', '!', '...', '\u00a9', '\u200d', '\u00ad', '\u25cf'])
-def test_nothing_is_said(text):
+@pytest.mark.parametrize('text', ['', '!', '...', '\u00a9', '\u200d', '\u00ad', '\u25cf', '\u0301'])
+def test_marks_alone_are_no_caption(text):
   assert clean_caption(text) == ''
 
 
 def by_the_rules_for_english(text):
-  """The cleaning of captions from the web as it was defined first, for letters and marks of
-  English: entities, NFKC, tags, addresses, control characters, spaces."""
+  """Cleans captions by independent rules, which are right for English: entities, NFKC, tags,
+  addresses, control characters, spaces."""
   text = unicodedata.normalize('NFKC', html.unescape(text)).replace('<PERSON>', 'person')
   text = re.sub(r'</?[a-zA-Z][^<>]*>', ' ', text)
   text = re.sub(r'(?i)(https?://|www\.)\S+', ' ', text)
@@ -81,7 +94,7 @@ def by_the_rules_for_english(text):
     'cafe\u0301 \ufb01ne',
   ],
 )
-def test_english_captions_are_as_they_were(text):
+def test_english_captions_follow_simple_rules(text):
   assert clean_caption(text) == by_the_rules_for_english(text) != ''
 
 

@@ -102,7 +102,7 @@ REFUSED = {
   '100 megapixels': (with_size(JPEG, 12_000, 9_000), 'too large'),
   'a bomb': (with_size(JPEG, 60_000, 60_000), 'too large'),
   'empty': (b'', 'empty'),
-  'text': (b'words', 'not a picture'),
+  'text': (b'words', 'not an image'),
   'cut jpeg': (JPEG[:-300], 'truncated|damaged'),
   'cut png': (encode(RGB)[:-100], 'truncated|damaged'),
 }

@@ -170,10 +170,10 @@ NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), n
   'data, message',
   [
     (b'', 'empty'),
-    (b'these are words', 'not a picture'),
+    (b'these are words', 'not an image'),
     (encode(NOISE, 'JPEG')[:-900], 'truncated'),
     (encode(NOISE)[:-900], 'truncated'),
-    (encode(NOISE, 'JPEG')[:30], 'not a picture'),
+    (encode(NOISE, 'JPEG')[:30], 'not an image'),
     (huge_png(), 'too large'),
     (encode(solid(size=(10_001, 10_000), mode='1', color=0)), 'too large'),
   ],

@@ -216,11 +216,11 @@ def test_pictures_to_draw_are_without_text_now_and_then(drop_text):
 
 def test_examples_are_singles_or_scenes():
   assert all(
-    example.facts.things[0].count == len(example.facts.things) == 1
+    example.facts.objects[0].count == len(example.facts.objects) == 1
     for example in corpus.examples(count=20)
   )
   scenes = corpus.examples(count=20, kind='scene')
-  assert all(2 <= sum(thing.count for thing in example.facts.things) <= 4 for example in scenes)
+  assert all(2 <= sum(item.count for item in example.facts.objects) <= 4 for example in scenes)
   assert {example.facts.heldout for example in scenes} == {'concept', 'pair', 'combination'}
 
 

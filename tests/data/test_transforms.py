@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from lavit_jax.data import transforms
+from lavit_jax.data.cleaning import clean_caption
 from lavit_jax.errors import UserError
 
 
@@ -116,12 +117,12 @@ def test_what_is_no_picture(data):
     ('!', ''),
     ('', ''),
     (' <br> ', ''),
-    ('7', ''),
+    ('7', '7'),
     ('https://only.an/address', ''),
   ],
 )
 def test_cleaning(text, expected):
-  assert transforms.clean(text) == expected
+  assert clean_caption(text) == expected
 
 
 def test_choice():

@@ -34,8 +34,8 @@ def test_every_true_caption_scores_one():
 
 def test_wrong_captions_score_what_they_got_right():
   examples = corpus.examples('embedded', 'train', 0, 200)
-  pizza = [e for e in examples if e.facts.things[0].name == 'pizza'][:1]
-  apple = [e for e in examples if e.facts.things[0].name == 'red apple'][:1]
+  pizza = [e for e in examples if e.facts.objects[0].name == 'pizza'][:1]
+  apple = [e for e in examples if e.facts.objects[0].name == 'red apple'][:1]
   groups = captioning.groups_by_name(sprites.load('embedded'))
   scores = captioning.score(['red apple', 'nonsense'], pizza + apple, groups, pizza)
   assert (scores['name'], scores['category'], scores['named'], scores['background']) == (

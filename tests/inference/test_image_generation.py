@@ -415,7 +415,7 @@ def test_each_picture_begins_from_its_own_start(model):
     ),
     (
       dict(start=5),
-      'pictures are paths, bytes, PIL images or arrays, one or a list of them; got int',
+      'images are paths, bytes, PIL images or arrays, one or a list of them; got int',
     ),
     (dict(negative=' '), 'negative: the text is empty'),
     (dict(negative='word ' * 3000), 'negative: the prompt is .* tokens long; shorten it to'),

@@ -166,7 +166,7 @@ def test_pictures(model):
       lambda m: m.draw([np.array([1.5])]),
       'whole numbers in a row, of several pictures a list of these; got .1.5',
     ),
-    (lambda m: m.caption(5), 'pictures are paths, .* got int'),
+    (lambda m: m.caption(5), 'images are paths, .* got int'),
     (lambda m: m.caption(PICTURES, ['a']), '2 pictures but 1 prompts'),
     (lambda m: m.caption(PICTURES, None), 'prompt=None cannot be; give a text, or a list'),
     (lambda m: m.caption(PICTURES, ['', None]), 'None is no text'),

@@ -1,1 +1,1 @@
-"""The composed emoji: sprites, scenes, questions about them, and the data set that holds the sprites."""
+"""The emoji data set: its sprites, composed images, and captions and questions about these."""

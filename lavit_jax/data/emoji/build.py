@@ -1,7 +1,10 @@
-"""Builds the emoji data set: every emoji as drawn by three hands (dataset.py says what a record holds).
+"""Builds the emoji data set: every emoji in three styles (dataset.py describes a record).
 
-python -m lavit_jax.data.emoji.build --data_dir DIR             # some 3,770 concepts x 3 styles, a few minutes
-python -m lavit_jax.data.emoji.build --data_dir DIR --sample    # the two dozen concepts that travel with the package
+    python -m lavit_jax.data.emoji.build --data_dir DIR
+    python -m lavit_jax.data.emoji.build --data_dir DIR --sample
+
+The first takes a few minutes for some 3,770 concepts in three styles. The second draws the two
+dozen concepts that are part of the package.
 """
 
 import argparse
@@ -9,23 +12,29 @@ import os
 
 
 def build(data_dir: str, sample: bool = False) -> str:
-  """Draws and writes the data set as ArrayRecord; returns its folder. Nothing happens if it is already there.
+  """Draws the data set and writes it as ArrayRecord, unless it exists.
 
-  Raises ImportError, naming the remedy, when the extra `[emoji]` is not installed.
+  Args:
+    data_dir: where tensorflow-datasets puts data sets.
+    sample: build the two dozen concepts of the package instead of all.
+
+  Returns:
+    The folder of the data set.
+
+  Raises:
+    ImportError: the extra `[emoji]` is not installed.
   """
-  from lavit_jax.data.emoji import (
-    dataset,  # Here, because tensorflow-datasets refuses builders defined in __main__'s file.
-  )
+  # Imported here, because tensorflow-datasets refuses builders defined in the file of __main__.
+  from lavit_jax.data.emoji import dataset
 
-  builder = dataset.Emoji(
-    data_dir=data_dir, config='sample' if sample else 'full', file_format='array_record'
-  )
+  config = 'sample' if sample else 'full'
+  builder = dataset.Emoji(data_dir=data_dir, config=config, file_format='array_record')
   builder.download_and_prepare()
   return os.fspath(builder.data_path)
 
 
 if __name__ == '__main__':
-  parser = argparse.ArgumentParser(description='Draw the emoji data set.')
+  parser = argparse.ArgumentParser(description='Build the emoji data set.')
   parser.add_argument('--data_dir', required=True)
   parser.add_argument('--sample', action='store_true')
   print(build(**vars(parser.parse_args())))

@@ -1,8 +1,8 @@
-"""Ten background colours a child could name, and the name of what colour a sprite mostly is."""
+"""Color names: those of ten backgrounds, of pixels, and of a whole sprite."""
 
 import numpy as np
 
-BACKGROUNDS = {
+BACKGROUNDS = {  # RGB
   'white': (245, 245, 245),
   'black': (18, 18, 20),
   'gray': (135, 138, 142),
@@ -14,66 +14,70 @@ BACKGROUNDS = {
   'purple': (130, 60, 180),
   'pink': (245, 150, 195),
 }
-JITTER = 10  # Each channel of a background moves by at most so much: colours stay clear, pictures do not repeat.
+# The most that each channel of a background is changed: colors stay clear, but no two images have
+# exactly the same one.
+JITTER = 10
+
+_MIN_BLACK_SHARE = 0.4  # of the ink; thinner, black is the outline that one style draws everywhere
+_MIN_SHARE = 0.6  # of the ink without outlines
 
 
 def name_pixels(rgb: np.ndarray) -> np.ndarray:
-  """Colour names of pixels uint8[..., 3] by hue, saturation and value; str[...]."""
+  """Names the colors of pixels by hue, saturation and value.
+
+  Args:
+    rgb: uint8[..., 3].
+
+  Returns:
+    str[...], each 'brown' or one of `BACKGROUNDS`.
+  """
   rgb = rgb.astype(np.float32) / 255
-  value, low = rgb.max(-1), rgb.min(-1)
+  value = rgb.max(-1)
+  low = rgb.min(-1)
   chroma = value - low
   red, green, blue = np.moveaxis(rgb, -1, 0)
-  safe = np.where(chroma == 0, 1, chroma)
+  safe_chroma = np.where(chroma == 0, 1, chroma)
   hue = 60 * np.select(
     [value == red, value == green],
-    [((green - blue) / safe) % 6, (blue - red) / safe + 2],
-    (red - green) / safe + 4,
+    [((green - blue) / safe_chroma) % 6, (blue - red) / safe_chroma + 2],
+    (red - green) / safe_chroma + 4,
   )
-  grey = (chroma < 0.12) | (chroma < 0.18 * value) | (value < 0.22)
-  return np.select(
-    [
-      grey & (value > 0.82),
-      grey & (value < 0.3),
-      grey,
-      (hue < 45) & (hue >= 8) & (value < 0.8),
-      (hue < 15) & (value < 0.5),
-      (hue >= 315) & (low > 0.42),
-      (hue < 14) & (low > 0.4),
-      (hue < 14) | (hue >= 338),
-      hue < 38,
-      hue < 66,
-      hue < 170,
-      hue < 255,
-      hue < 300,
-    ],
-    [
-      'white',
-      'black',
-      'gray',
-      'brown',
-      'brown',
-      'pink',
-      'pink',
-      'red',
-      'orange',
-      'yellow',
-      'green',
-      'blue',
-      'purple',
-    ],
-    'pink',
-  )
+  gray = (chroma < 0.12) | (chroma < 0.18 * value) | (value < 0.22)
+  rules = [  # the first that holds gives the name
+    ('white', gray & (value > 0.82)),
+    ('black', gray & (value < 0.3)),
+    ('gray', gray),
+    ('brown', (hue < 45) & (hue >= 8) & (value < 0.8)),
+    ('brown', (hue < 15) & (value < 0.5)),
+    ('pink', (hue >= 315) & (low > 0.42)),
+    ('pink', (hue < 14) & (low > 0.4)),
+    ('red', (hue < 14) | (hue >= 338)),
+    ('orange', hue < 38),
+    ('yellow', hue < 66),
+    ('green', hue < 170),
+    ('blue', hue < 255),
+    ('purple', hue < 300),
+  ]
+  return np.select([mask for _, mask in rules], [name for name, _ in rules], 'pink')
 
 
-def dominant(rgba: np.ndarray) -> str:
-  """The colour of at least 60% of the ink of a sprite uint8[H, W, 4], or '' when none is so clear.
+def dominant_color(rgba: np.ndarray) -> str:
+  """Names the color of at least 60% of the ink of a sprite.
 
-  Black counts only when it covers 40%: thinner, it is the outline that one of the styles draws around everything.
+  Black counts only if it covers 40% of the ink, because one style outlines everything in black.
+
+  Args:
+    rgba: uint8[H, W, 4]; the ink is where alpha is above one half.
+
+  Returns:
+    The name, or '' if no color dominates.
   """
   ink = name_pixels(rgba[rgba[..., 3] > 127][:, :3])
   names, counts = np.unique(ink, return_counts=True)
-  share = dict(zip(names.tolist(), counts / max(1, len(ink))))
-  if share.get('black', 0) < 0.4:
-    share.pop('black', None)
-  best = max(share, key=share.get, default='')
-  return best if best and share[best] >= 0.6 * sum(share.values()) else ''
+  shares = dict(zip(names.tolist(), counts / max(1, len(ink)), strict=True))
+  if shares.get('black', 0) < _MIN_BLACK_SHARE:
+    shares.pop('black', None)
+  if not shares:
+    return ''
+  best = max(shares, key=lambda name: shares[name])
+  return best if shares[best] >= _MIN_SHARE * sum(shares.values()) else ''

@@ -39,23 +39,25 @@ def examples(
 
 
 def describe_sprite(composer: Composer, sprite: int) -> str:
-  """Describes an emoji in words: 'owl: bird of prey. Kind: nature, animal bird.'
+  """Describes an emoji in words.
+
+  The form is 'owl: bird of prey. Kind: nature, animal bird.'
 
   Keywords that contain a held-out name are left out: 'information desk person' would teach
   'information'.
   """
-  row = composer.sprites.rows[sprite]
-  heldout_names = composer.heldout_names - {row.name}
+  fields = composer.sprites.metadata[sprite]
+  heldout_names = composer.heldout_names - {fields.name}
   keywords = []
-  for keyword in row.keywords.split(', '):
+  for keyword in fields.keywords.split(', '):
     has_heldout_name = any(f' {name} ' in f' {keyword} ' for name in heldout_names)
     if len(keyword) <= _MAX_KEYWORD_LENGTH and not has_heldout_name:
       keywords.append(keyword)
   spoken_keywords = ', '.join(keywords[:_MAX_KEYWORDS])
-  kind = f'{questions.CATEGORIES[row.group]}, {row.subgroup.replace("-", " ")}'
+  kind = f'{questions.CATEGORIES[fields.group]}, {fields.subgroup.replace("-", " ")}'
   if spoken_keywords:
-    return f'{row.name}: {spoken_keywords}. Kind: {kind}.'
-  return f'{row.name}. Kind: {kind}.'
+    return f'{fields.name}: {spoken_keywords}. Kind: {kind}.'
+  return f'{fields.name}. Kind: {kind}.'
 
 
 def training_texts(source: str = 'embedded', count: int = 20_000, seed: int = 0) -> Iterator[str]:
@@ -64,6 +66,6 @@ def training_texts(source: str = 'embedded', count: int = 20_000, seed: int = 0)
   for index in range(count):
     example = composer(seed, index)
     yield example.caption
-    yield describe_sprite(composer, example.facts.things[0].sprite)
+    yield describe_sprite(composer, example.facts.objects[0].sprite)
     for _, question, answer in example.questions:
       yield f'{prompts.question_prompt(question)} {answer}'

@@ -1,10 +1,12 @@
-"""The tensorflow-datasets builder of the emoji sprites. TensorFlow is neither needed nor imported.
+"""The tensorflow-datasets builder of the emoji sprites.
 
-Images are handed over as PNG bytes: encoding arrays is the one step for which tensorflow-datasets would call TensorFlow.
+It needs no TensorFlow: images are passed on as PNG bytes, because only the encoding of arrays calls
+TensorFlow.
 """
 
 import io
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -13,11 +15,23 @@ from PIL import Image
 from lavit_jax.data.emoji import colors, rendering
 
 LICENCES = {
-  'twemoji': 'Twemoji, (c) Twitter, Inc. and other contributors, CC BY 4.0, https://creativecommons.org/licenses/by/4.0/',
-  'openmoji': 'OpenMoji, the open-source emoji and icon project, CC BY-SA 4.0, https://creativecommons.org/licenses/by-sa/4.0/',
-  'noto': 'Noto Color Emoji, (c) Google LLC, SIL Open Font License 1.1, https://openfontlicense.org',
+  'twemoji': (
+    'Twemoji, (c) Twitter, Inc. and other contributors, CC BY 4.0, '
+    'https://creativecommons.org/licenses/by/4.0/'
+  ),
+  'openmoji': (
+    'OpenMoji, the open-source emoji and icon project, CC BY-SA 4.0, '
+    'https://creativecommons.org/licenses/by-sa/4.0/'
+  ),
+  'noto': (
+    'Noto Color Emoji, (c) Google LLC, SIL Open Font License 1.1, https://openfontlicense.org'
+  ),
 }
-SAMPLE = (  # Common things of every category; the last four are held out altogether (splits.py).
+_DESCRIPTION = (
+  'Emoji as 96 px RGBA sprites in three styles, with names, keywords and groups. '
+  'Changes to the art: rasterised, cropped to the ink, centred; in the sample, at most 128 colours.'
+)
+SAMPLE = (  # common emoji of every category; the last four are held-out concepts (splits.py)
   'grinning face',
   'red heart',
   'skull',
@@ -45,8 +59,15 @@ SAMPLE = (  # Common things of every category; the last four are held out altoge
 )
 
 
+_SAMPLE_COLORS = 128  # of a sprite: half the bytes, because the sample is part of the package
+
+
 class Emoji(tfds.core.GeneratorBasedBuilder):
-  """RGBA sprites with names. Splits: `plain` (without skin tones) and `toned`; train / held out is `splits.py`."""
+  """RGBA sprites with names.
+
+  The splits are `plain` (without skin tones) and `toned`; splits.py divides them into training and
+  held-out examples.
+  """
 
   VERSION = tfds.core.Version('1.0.1')
   BUILDER_CONFIGS = [
@@ -56,15 +77,20 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
     ),
   ]
 
+  @property
+  def _is_sample(self) -> bool:
+    config = self.builder_config
+    return config is not None and config.name == 'sample'
+
   def _info(self) -> tfds.core.DatasetInfo:
+    image = tfds.features.Image(
+      shape=(rendering.SPRITE_SIZE, rendering.SPRITE_SIZE, 4), encoding_format='png'
+    )
     return self.dataset_info_from_configs(
-      description='Emoji as 96 px RGBA sprites in three styles, with names, keywords and groups. Changes to the art: '
-      'rasterised, cropped to the ink, centred; in the sample, at most 128 colours.',
+      description=_DESCRIPTION,
       features=tfds.features.FeaturesDict(
         {
-          'image': tfds.features.Image(
-            shape=(rendering.SPRITE_SIZE, rendering.SPRITE_SIZE, 4), encoding_format='png'
-          ),
+          'image': image,
           'codepoint': tfds.features.Text(),
           'style': tfds.features.Text(),
           'name': tfds.features.Text(),
@@ -79,33 +105,30 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
       homepage='https://www.unicode.org/emoji/',
     )
 
-  def _split_generators(self, dl_manager):
-    del dl_manager  # Nothing is downloaded: the art comes with the pip packages.
-    chosen = rendering.concepts()
-    if self.builder_config.name == 'sample':
-      return {
-        'plain': self._generate_examples([concept for concept in chosen if concept.name in SAMPLE])
-      }
-    return {
-      'plain': self._generate_examples([concept for concept in chosen if not concept.skin_tone]),
-      'toned': self._generate_examples([concept for concept in chosen if concept.skin_tone]),
-    }
+  def _split_generators(self, dl_manager) -> dict[str, Iterator]:
+    del dl_manager  # nothing is downloaded: the art comes with the pip packages
+    concepts = rendering.concepts()
+    if self._is_sample:
+      sample = [concept for concept in concepts if concept.name in SAMPLE]
+      return {'plain': self._generate_examples(sample)}
+    plain = [concept for concept in concepts if not concept.skin_tone]
+    toned = [concept for concept in concepts if concept.skin_tone]
+    return {'plain': self._generate_examples(plain), 'toned': self._generate_examples(toned)}
 
-  def _generate_examples(self, chosen: list[rendering.Concept]) -> Iterator[tuple[str, dict]]:
-    sample = self.builder_config.name == 'sample'
-    for concept in chosen:
+  def _generate_examples(
+    self, concepts: list[rendering.Concept]
+  ) -> Iterator[tuple[str, dict[str, Any]]]:
+    for concept in concepts:
       for style in rendering.STYLES:
         sprite = rendering.render(concept, style)
-        if sample:  # Half the bytes, to travel with the package.
-          sprite = sprite.quantize(128, Image.Quantize.FASTOCTREE).convert('RGBA')
+        if self._is_sample:
+          sprite = sprite.quantize(_SAMPLE_COLORS, Image.Quantize.FASTOCTREE).convert('RGBA')
         png = io.BytesIO()
-        sprite.save(png, 'PNG', optimize=sample)
-        yield (
-          f'{concept.codepoint} {style}',
-          {
-            'image': png.getvalue(),
-            'style': style,
-            'colour': colors.dominant(np.asarray(sprite)),
-            **concept._asdict(),
-          },
-        )
+        sprite.save(png, 'PNG', optimize=self._is_sample)
+        record = {
+          'image': png.getvalue(),
+          'style': style,
+          'colour': colors.dominant_color(np.asarray(sprite)),
+          **concept._asdict(),
+        }
+        yield f'{concept.codepoint} {style}', record

@@ -1,9 +1,14 @@
-"""Questions about a composed picture, with answers that follow from its facts."""
+"""Questions about a composed image, with the answers that follow from its facts."""
+
+from collections.abc import Sequence
+
+import numpy as np
 
 from lavit_jax.data.emoji import colors, grammar, splits
+from lavit_jax.data.emoji.facts import Facts, Question, SceneObject
 
 TYPES = ('what', 'category', 'style', 'colour', 'background', 'how many', 'position', 'yes/no')
-CATEGORIES = {
+CATEGORIES = {  # group of Unicode -> the word for it in answers
   'Smileys & Emotion': 'emotion',
   'People & Body': 'people',
   'Animals & Nature': 'nature',
@@ -23,115 +28,144 @@ PREPOSITION = {
 }
 
 
-def ask(rng, facts, names: list[str]) -> tuple[tuple[str, str, str], ...]:
-  """(type, question, answer) triples about `scenes.Facts`. `names` supplies wrong answers for yes/no questions.
+def make_questions(
+  rng: np.random.Generator, facts: Facts, names: Sequence[str]
+) -> tuple[Question, ...]:
+  """Makes the questions about an image.
 
-  Yes/no questions are balanced: the answer is tossed first, then a question is made that has it.
+  Yes/no questions are balanced: the answer is drawn first, then a question that has it.
+
+  Args:
+    rng: draws the forms of the questions and the wrong answers.
+    facts: of the image.
+    names: of emoji, for the wrong answers of yes/no questions.
   """
-  asked = [
-    ('background', 'What colour is the background?', facts.background),
-    ('style', 'Which style is this?', facts.style),
+  questions = [
+    Question('background', 'What colour is the background?', facts.background),
+    Question('style', 'Which style is this?', facts.style),
   ]
-  scene = facts.relation or facts.things[0].count > 1
-  return tuple(asked + (_about_scene if scene else _about_one)(rng, facts, names))
+  if facts.relation or facts.objects[0].count > 1:
+    return tuple(questions + _scene_questions(rng, facts, names))
+  return tuple(questions + _single_questions(rng, facts, names))
 
 
-def _about_one(rng, facts, names):
-  thing, category = facts.things[0], CATEGORIES[facts.things[0].group]
-  asked = [
-    ('what', 'What is this?', thing.name),
-    ('category', 'What kind of thing is this?', category),
+def _single_questions(
+  rng: np.random.Generator, facts: Facts, names: Sequence[str]
+) -> list[Question]:
+  """Questions about an image of one sprite."""
+  (subject,) = facts.objects
+  category = CATEGORIES[subject.group]
+  questions = [
+    Question('what', 'What is this?', subject.name),
+    Question('category', 'What kind of thing is this?', category),
   ]
-  if thing.colour:
-    asked.append(('colour', 'What colour is it?', thing.colour))
-  true, word = _toss(rng)
-  match rng.integers(3):
-    case 0:
-      name = thing.name if true else _other(rng, names, thing.name)
-      question = f'Is this {grammar.indefinite(name)}?'
-    case 1:
-      question = (
-        f'Is the kind {category if true else _other(rng, list(CATEGORIES.values()), category)}?'
-      )
-    case _:
-      question = _background_question(rng, facts, true)
-  return [*asked, ('yes/no', question, word)]
+  if subject.color:
+    questions.append(Question('colour', 'What colour is it?', subject.color))
+
+  is_true = _toss(rng)
+  form = rng.integers(3)
+  if form == 0:
+    name = subject.name if is_true else _other(rng, names, subject.name)
+    text = f'Is this {grammar.indefinite(name)}?'
+  elif form == 1:
+    kind = category if is_true else _other(rng, list(CATEGORIES.values()), category)
+    text = f'Is the kind {kind}?'
+  else:
+    text = _background_question(rng, facts, is_true)
+  return [*questions, _yes_no(text, is_true)]
 
 
-def _about_scene(rng, facts, names):
-  unseen = [
-    thing
-    for thing in facts.things
-    if splits.heldout_concept(thing.codepoint) or splits.heldout_pair(facts.style, thing.codepoint)
-  ]
-  asked_about = (
-    unseen or facts.things
-  )  # of a held-out thing and its companion, which is a training one, ask about the former
-  thing = asked_about[rng.integers(len(asked_about))]
-  asked = [
-    (
+def _scene_questions(
+  rng: np.random.Generator, facts: Facts, names: Sequence[str]
+) -> list[Question]:
+  """Questions about one kind of object in an image of several sprites."""
+  candidates = _heldout_objects(facts) or facts.objects
+  subject = candidates[rng.integers(len(candidates))]
+  total = sum(scene_object.count for scene_object in facts.objects)
+  questions = [Question('how many', 'How many things are there?', grammar.NUMBERS[total])]
+  if facts.relation:
+    questions += _relation_questions(facts, subject)
+  else:
+    questions.append(Question('what', 'What are these?', subject.name))
+  if subject.color:
+    verb, noun = grammar.definite(subject.name, subject.count)
+    questions.append(Question('colour', f'What colour {verb} {noun}?', subject.color))
+
+  is_true = _toss(rng)
+  form = rng.integers(4 if facts.relation else 3)
+  if form == 0:
+    present = [scene_object.name for scene_object in facts.objects]
+    name = subject.name if is_true else _other(rng, names, *present)
+    text = f'Is there {grammar.indefinite(name)}?'
+  elif form == 1:
+    count = subject.count
+    if not is_true:
+      count = (count + rng.integers(3)) % 4 + 1  # any other number from 1 to 4
+    text = f'Is the number of {grammar.plural(subject.name)} {grammar.NUMBERS[count]}?'
+  elif form == 2:
+    text = _background_question(rng, facts, is_true)
+  else:
+    other, side = _other_object(facts, subject)
+    verb, noun = grammar.definite(subject.name, subject.count)
+    _, other_noun = grammar.definite(other.name, other.count)
+    preposition = PREPOSITION[side if is_true else OPPOSITE[side]]
+    text = f'{verb.capitalize()} {noun} {preposition} {other_noun}?'
+  return [*questions, _yes_no(text, is_true)]
+
+
+def _relation_questions(facts: Facts, subject: SceneObject) -> list[Question]:
+  """Questions about an object and the other one beside it."""
+  other, side = _other_object(facts, subject)
+  verb, noun = grammar.definite(subject.name, subject.count)
+  _, other_noun = grammar.definite(other.name, other.count)
+  return [
+    Question(
       'how many',
-      'How many things are there?',
-      grammar.NUMBERS[sum(each.count for each in facts.things)],
-    )
+      f'How many {grammar.plural(subject.name)} are there?',
+      grammar.NUMBERS[subject.count],
+    ),
+    Question('position', f'Where {verb} {noun}, seen from {other_noun}?', side),
+    Question('what', f'What is {PREPOSITION[side]} {other_noun}?', subject.name),
   ]
-  if len(facts.things) == 1:
-    kind = 'What are these?', thing.name
-  else:
-    asked.append(
-      (
-        'how many',
-        f'How many {grammar.plural(thing.name)} are there?',
-        grammar.NUMBERS[thing.count],
-      )
-    )
-    other = facts.things[facts.things[0] is thing]
-    side = facts.relation if thing is facts.things[0] else OPPOSITE[facts.relation]
-    (verb, subject), (_, object_) = (
-      grammar.definite(thing.name, thing.count),
-      grammar.definite(other.name, other.count),
-    )
-    asked.append(('position', f'Where {verb} {subject}, seen from {object_}?', side))
-    kind = f'What is {PREPOSITION[side]} {object_}?', thing.name
-  asked.append(('what', *kind))
-  if thing.colour:
-    asked.append(
-      (
-        'colour',
-        'What colour {} {}?'.format(*grammar.definite(thing.name, thing.count)),
-        thing.colour,
-      )
-    )
-
-  true, word = _toss(rng)
-  choice = rng.integers(4 if facts.relation else 3)
-  if choice == 0:
-    present = [each.name for each in facts.things]
-    name = thing.name if true else _other(rng, names, *present)
-    question = f'Is there {grammar.indefinite(name)}?'
-  elif choice == 1:
-    count = thing.count if true else (thing.count + rng.integers(3)) % 4 + 1
-    question = f'Is the number of {grammar.plural(thing.name)} {grammar.NUMBERS[count]}?'
-  elif choice == 2:
-    question = _background_question(rng, facts, true)
-  else:
-    question = (
-      f'{verb.capitalize()} {subject} {PREPOSITION[side if true else OPPOSITE[side]]} {object_}?'
-    )
-  return [*asked, ('yes/no', question, word)]
 
 
-def _background_question(rng, facts, true: bool) -> str:
-  return f'Is the background {facts.background if true else _other(rng, list(colors.BACKGROUNDS), facts.background)}?'
+def _other_object(facts: Facts, subject: SceneObject) -> tuple[SceneObject, str]:
+  """Returns the other object of a scene, and on which side of it `subject` is."""
+  if facts.relation is None:
+    raise ValueError('the image has one object, which has no relation')
+  first, second = facts.objects
+  if subject is first:
+    return second, facts.relation
+  return first, OPPOSITE[facts.relation]
 
 
-def _toss(rng) -> tuple[bool, str]:
-  true = bool(rng.integers(2))
-  return true, 'yes' if true else 'no'
+def _heldout_objects(facts: Facts) -> list[SceneObject]:
+  """Objects that are held out. Beside one, the other object of a scene is from training."""
+  return [
+    scene_object
+    for scene_object in facts.objects
+    if splits.heldout_concept(scene_object.codepoint)
+    or splits.heldout_pair(facts.style, scene_object.codepoint)
+  ]
 
 
-def _other(rng, choices: list[str], *excluded: str) -> str:
-  """Any of the choices but the excluded ones; of few, one is picked directly, of many by trying."""
-  while (picked := choices[rng.integers(len(choices))]) in excluded:
+def _background_question(rng: np.random.Generator, facts: Facts, is_true: bool) -> str:
+  color = facts.background
+  if not is_true:
+    color = _other(rng, list(colors.BACKGROUNDS), facts.background)
+  return f'Is the background {color}?'
+
+
+def _yes_no(question: str, is_true: bool) -> Question:
+  return Question('yes/no', question, 'yes' if is_true else 'no')
+
+
+def _toss(rng: np.random.Generator) -> bool:
+  return bool(rng.integers(2))
+
+
+def _other(rng: np.random.Generator, choices: Sequence[str], *excluded: str) -> str:
+  """Draws one of the choices, again until it is none of the excluded ones."""
+  while (choice := choices[int(rng.integers(len(choices)))]) in excluded:
     pass
-  return picked
+  return choice

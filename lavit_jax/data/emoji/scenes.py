@@ -1,7 +1,7 @@
-"""Composes examples: sprites on a background, and the caption and the facts that follow from where they were put.
+"""Composes examples: sprites on a background, with the caption and the facts of their layout.
 
-Everything is a function of (seed, index): no state, no files, the same example on any machine and any number of workers.
-Pictures are laid out on a canvas of 64 x 64 units and painted at any size.
+An example is a function of (seed, index) alone, so it is the same on every machine and for every
+number of workers. The layout is on a canvas of 64 x 64 units, and is drawn at any size.
 """
 
 from typing import NamedTuple
@@ -10,188 +10,219 @@ import numpy as np
 from PIL import Image
 
 from lavit_jax.data.emoji import colors, grammar, questions, splits
-from lavit_jax.data.emoji.sprites import Sprites
+from lavit_jax.data.emoji.facts import Facts, Question, SceneObject
+from lavit_jax.data.emoji.sprites import Sprite, Sprites
 
 CANVAS = 64
-_WHITE_SHARE = 0.25  # Plain white is what most pictures of things have behind them.
+_WHITE_SHARE = 0.25  # of backgrounds, as many images of single things have a white one
+_REPEATED_SHARE = 0.4  # of scenes: two to four equal sprites
+_COUNTS = ((1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (3, 1))  # of the two objects of other scenes
+_MIN_NAMES = 8  # of held-out emoji, for wrong answers that are held out too
 
-
-class SceneObject(NamedTuple):
-  """Equal sprites of a picture. boxes: (left, top, side) of each, in canvas units."""
-
-  sprite: int
-  codepoint: str
-  name: str
-  group: str
-  colour: str
-  boxes: tuple[tuple[float, float, float], ...]
-
-  @property
-  def count(self) -> int:
-    return len(self.boxes)
-
-
-class Facts(NamedTuple):
-  """What is true of a picture. relation: where things[0] is, seen from things[1] ('left' or 'above'), or None.
-
-  heldout: None in training, else why the picture cannot occur there ('concept', 'pair' or 'combination').
-  """
-
-  index: int
-  style: str
-  background: str
-  things: tuple[SceneObject, ...]
-  relation: str | None
-  heldout: str | None
+_Box = tuple[float, float, float]  # left, top, side
+_Layout = list[tuple[int, list[_Box]]]  # (sprite, boxes) of each object
 
 
 class Example(NamedTuple):
-  """image: uint8[H, W, 3]; questions: (type, question, answer) triples, see questions.py."""
+  """A composed image with its text.
+
+  Attributes:
+    image: uint8[H, W, 3].
+    caption: one of several wordings.
+    questions: with answers.
+    facts: the composition.
+  """
 
   image: np.ndarray
   caption: str
-  questions: tuple[tuple[str, str, str], ...]
+  questions: tuple[Question, ...]
   facts: Facts
 
 
 class Composer:
-  """Makes the examples of one split. `composer(seed, index)` is an Example; raises ValueError if the split is empty."""
+  """Composes the examples of one split; `composer(seed, index)` is an `Example`.
+
+  Args:
+    sprites: of a data set.
+    split: 'train', 'heldout' or 'heldout/REASON' (splits.py).
+    scene_share: share of examples that show several sprites.
+    image_size: side of the images in pixels.
+
+  Raises:
+    ValueError: the split is unknown, or none of the sprites belongs to it.
+  """
 
   def __init__(
     self, sprites: Sprites, split: str = 'train', scene_share: float = 0.3, image_size: int = 64
   ):
-    self.sprites, self.scene_share, self.image_size = sprites, scene_share, image_size
-    rows = sprites.rows
-    concept = np.array([splits.heldout_concept(row.codepoint) for row in rows])
-    pair = np.array([splits.heldout_pair(row.style, row.codepoint) for row in rows]) & ~concept
-    trained = ~concept & ~pair
-    self.heldout_names = frozenset(row.name for row, heldout in zip(rows, concept) if heldout)
-    combined = trained & np.array(
-      [
-        any(splits.heldout_combination(row.group, name) for name in colors.BACKGROUNDS)
-        for row in rows
-      ]
-    )
-    focus = {None: trained, 'concept': concept, 'pair': pair, 'combination': combined}
-    wanted = splits.parse(split) or (None,)
-    self._focus = {
-      reason: np.flatnonzero(focus[reason]) for reason in wanted if focus[reason].any()
-    }
-    if not self._focus:
-      raise ValueError(f'none of the {len(rows)} sprites belongs to the split {split!r}')
+    self.sprites = sprites
+    self.scene_share = scene_share
+    self.image_size = image_size
+    metadata = sprites.metadata
+    members = _members_by_reason(metadata)
+    trained = members[None]
+    self.heldout_names = frozenset(metadata[i].name for i in members['concept'])
+    self._members = {}
+    for reason in splits.heldout_reasons(split) or (None,):
+      if len(members[reason]):
+        self._members[reason] = members[reason]
+    if not self._members:
+      raise ValueError(f'none of the {len(metadata)} sprites belongs to the split {split!r}')
+    styles = np.array([sprite.style for sprite in metadata])
     self._companions = {
-      style: np.flatnonzero(trained & np.array([row.style == style for row in rows]))
-      for style in dict.fromkeys(row.style for row in rows)
+      style: trained[styles[trained] == style] for style in dict.fromkeys(styles.tolist())
     }
-    # A wrong answer comes from where the right one does, or else 'never heard of it' would mean 'yes'.
-    names = {
-      reason: sorted({rows[i].name for i in members}) for reason, members in self._focus.items()
-    }
-    known = sorted({rows[i].name for i in np.flatnonzero(trained)})
-    self._names = {reason: own if len(own) > 8 else known for reason, own in names.items()}
+    # Wrong answers come from the same names as right ones. Otherwise an unknown name would tell
+    # the answer.
+    trained_names = _names(metadata, trained)
+    self._names = {}
+    for reason, indices in self._members.items():
+      names = _names(metadata, indices)
+      self._names[reason] = names if len(names) > _MIN_NAMES else trained_names
 
   def __call__(self, seed: int, index: int) -> Example:
+    """Composes one example."""
     rng = np.random.default_rng((seed, index))
-    reason = list(self._focus)[rng.integers(len(self._focus))]
-    focus = _any(rng, self._focus[reason])
+    reason = list(self._members)[rng.integers(len(self._members))]
+    focus = _choose(rng, self._members[reason])
     if rng.random() < self.scene_share:
-      layout, relation = self._scene(rng, focus)
+      layout, relation = self._scene_layout(rng, focus)
     else:
       side = rng.uniform(52, 64)
-      layout, relation = [(focus, ((*rng.uniform(0, CANVAS - side, 2), side),))], None
-    things = tuple(self._thing(sprite, boxes) for sprite, boxes in layout)
-    background = _background(rng, things, reason)
-    facts = Facts(index, self.sprites.rows[focus].style, background, things, relation, reason)
-    asked = questions.ask(rng, facts, self._names[reason])
-    return Example(self._paint(rng, facts), _caption(rng, facts), asked, facts)
+      layout = [(focus, [(*rng.uniform(0, CANVAS - side, 2), side)])]
+      relation = None
+    objects = tuple(self._scene_object(sprite, boxes) for sprite, boxes in layout)
+    background = _choose_background(rng, objects, reason)
+    style = self.sprites.metadata[focus].style
+    facts = Facts(index, style, background, objects, relation, reason)
+    asked = questions.make_questions(rng, facts, self._names[reason])
+    image = self._render(rng, facts)
+    return Example(image, _write_caption(rng, facts), asked, facts)
 
-  def _thing(self, sprite: int, boxes) -> SceneObject:
-    row = self.sprites.rows[sprite]
-    return SceneObject(int(sprite), row.codepoint, row.name, row.group, row.colour, tuple(boxes))
+  def _scene_object(self, sprite: int, boxes: list[_Box]) -> SceneObject:
+    fields = self.sprites.metadata[sprite]
+    return SceneObject(
+      int(sprite), fields.codepoint, fields.name, fields.group, fields.color, tuple(boxes)
+    )
 
-  def _scene(self, rng, focus):
-    """Two to four sprites: equal ones in the quarters of the picture, or two kinds in its halves."""
+  def _scene_layout(self, rng: np.random.Generator, focus: int) -> tuple[_Layout, str | None]:
+    """Places two to four sprites: equal ones in quarters of the image, or two kinds in its halves.
+
+    Returns:
+      The layout, and the relation of its first object to its second.
+    """
     half = CANVAS / 2
-    if rng.random() < 0.4:
+    if rng.random() < _REPEATED_SHARE:
       quarters = rng.permutation(4)[: rng.integers(2, 5)]
-      return [
-        (focus, [_box(rng, half * (q % 2), half * (q // 2), half, half) for q in quarters])
-      ], None
-    companions = self._companions[self.sprites.rows[focus].style]
-    other = _any(rng, companions)
-    while self.sprites.rows[other].name == self.sprites.rows[focus].name:
-      other = _any(rng, companions)
-    counts = ((1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (3, 1))[rng.integers(6)]
+      boxes = [_place_box(rng, half * (q % 2), half * (q // 2), half, half) for q in quarters]
+      return [(focus, boxes)], None
+    other = self._companion(rng, focus)
+    counts = _COUNTS[rng.integers(len(_COUNTS))]
     relation = ('left', 'above')[rng.integers(2)]
     layout = []
-    for sprite, count, offset in zip(rng.permutation([focus, other]), counts, (0, half)):
+    for sprite, count, offset in zip(
+      rng.permutation([focus, other]), counts, (0, half), strict=True
+    ):
       step = CANVAS / count
-      slots = [
-        (offset, step * i, half, step) if relation == 'left' else (step * i, offset, step, half)
-        for i in range(count)
-      ]
-      layout.append((sprite, [_box(rng, *slot) for slot in slots]))
+      boxes = []
+      for i in range(count):
+        if relation == 'left':
+          boxes.append(_place_box(rng, offset, step * i, half, step))
+        else:
+          boxes.append(_place_box(rng, step * i, offset, step, half))
+      layout.append((sprite, boxes))
     return layout, relation
 
-  def _paint(self, rng, facts: Facts) -> np.ndarray:
-    colour = np.array(colors.BACKGROUNDS[facts.background]) + rng.integers(
-      -colors.JITTER, colors.JITTER + 1, 3
-    )
-    image = Image.new('RGB', (self.image_size, self.image_size), tuple(colour.tolist()))
+  def _companion(self, rng: np.random.Generator, focus: int) -> int:
+    """Draws a sprite from training, of the same style and another name."""
+    metadata = self.sprites.metadata
+    companions = self._companions[metadata[focus].style]
+    other = _choose(rng, companions)
+    while metadata[other].name == metadata[focus].name:
+      other = _choose(rng, companions)
+    return other
+
+  def _render(self, rng: np.random.Generator, facts: Facts) -> np.ndarray:
+    jitter = rng.integers(-colors.JITTER, colors.JITTER + 1, 3)
+    color = np.array(colors.BACKGROUNDS[facts.background]) + jitter
+    image = Image.new('RGB', (self.image_size, self.image_size), tuple(color.tolist()))
     scale = self.image_size / CANVAS
-    for thing in facts.things:
-      pixels = self.sprites.pixels[thing.sprite]
-      source = Image.frombuffer(
-        'RGBa', pixels.shape[1::-1], pixels
-      )  # Premultiplied: resizing must not bleed.
-      for left, top, side in thing.boxes:
+    for scene_object in facts.objects:
+      pixels = self.sprites.pixels[scene_object.sprite]
+      # Premultiplied alpha: otherwise the resize would mix in the color of clear pixels.
+      source = Image.frombuffer('RGBa', pixels.shape[1::-1], pixels)
+      for left, top, side in scene_object.boxes:
         size = max(1, int(side * scale))
         sprite = source.resize((size, size), Image.Resampling.BOX).convert('RGBA')
         image.paste(sprite, (int(left * scale), int(top * scale)), sprite)
     return np.array(image)
 
 
-def _any(rng, choices):
-  return choices[rng.integers(len(choices))]  # `rng.choice` takes five times as long.
+def _members_by_reason(metadata: tuple[Sprite, ...]) -> dict[str | None, np.ndarray]:
+  """Indices of the sprites that examples of each reason are about; None: those of training."""
+  concept = np.array([splits.heldout_concept(sprite.codepoint) for sprite in metadata])
+  pair = np.array([splits.heldout_pair(sprite.style, sprite.codepoint) for sprite in metadata])
+  trained = ~concept & ~pair
+  has_combination = np.array([_has_heldout_background(sprite.group) for sprite in metadata])
+  masks = {
+    None: trained,
+    'concept': concept,
+    'pair': pair & ~concept,
+    'combination': trained & has_combination,
+  }
+  return {reason: np.flatnonzero(mask) for reason, mask in masks.items()}
 
 
-def _box(rng, left: float, top: float, width: float, height: float) -> tuple[float, float, float]:
-  """A square of 20 to 30 units somewhere in a slot."""
+def _has_heldout_background(group: str) -> bool:
+  return any(splits.heldout_combination(group, color) for color in colors.BACKGROUNDS)
+
+
+def _names(metadata: tuple[Sprite, ...], indices: np.ndarray) -> list[str]:
+  return sorted({metadata[i].name for i in indices})
+
+
+def _choose(rng: np.random.Generator, choices):
+  """Draws one of the choices; `rng.choice` takes five times as long."""
+  return choices[rng.integers(len(choices))]
+
+
+def _place_box(
+  rng: np.random.Generator, left: float, top: float, width: float, height: float
+) -> _Box:
+  """Draws a square with a side of 20 to 30 units inside a slot."""
   side = rng.uniform(20, min(30, width, height))
-  return (
-    float(left + rng.uniform(0, width - side)),
-    float(top + rng.uniform(0, height - side)),
-    float(side),
-  )
+  x = left + rng.uniform(0, width - side)
+  y = top + rng.uniform(0, height - side)
+  return float(x), float(y), float(side)
 
 
-def _background(rng, things: tuple[SceneObject, ...], reason: str | None) -> str:
-  """A colour on which the things may stand for this reason, and, if possible, none of them has."""
-
-  def heldout(colour):
-    return any(splits.heldout_combination(thing.group, colour) for thing in things)
-
-  allowed = [
-    colour for colour in colors.BACKGROUNDS if heldout(colour) == (reason == 'combination')
-  ]
-  clear = [
-    colour for colour in allowed if all(colour != thing.colour for thing in things)
-  ] or allowed
-  if 'white' in clear and rng.random() < _WHITE_SHARE:
+def _choose_background(
+  rng: np.random.Generator, objects: tuple[SceneObject, ...], reason: str | None
+) -> str:
+  """Draws a color that the reason allows, and that differs from the objects' colors if possible."""
+  allowed = []
+  for color in colors.BACKGROUNDS:
+    is_heldout = any(splits.heldout_combination(item.group, color) for item in objects)
+    if is_heldout == (reason == 'combination'):
+      allowed.append(color)
+  object_colors = {item.color for item in objects}
+  candidates = [color for color in allowed if color not in object_colors] or allowed
+  if 'white' in candidates and rng.random() < _WHITE_SHARE:
     return 'white'
-  return _any(rng, clear)
+  return _choose(rng, candidates)
 
 
-def _caption(rng, facts: Facts) -> str:
-  first, *others = facts.things
-  if others:
-    phrases = [grammar.counted(thing.name, thing.count) for thing in facts.things]
-    if rng.random() < 0.5:
-      relation = facts.relation
-    else:
-      relation, phrases = questions.OPPOSITE[facts.relation], phrases[::-1]
+def _write_caption(rng: np.random.Generator, facts: Facts) -> str:
+  phrases = [grammar.counted(item.name, item.count) for item in facts.objects]
+  if facts.relation:
+    relation = facts.relation
+    if rng.random() >= 0.5:
+      relation = questions.OPPOSITE[relation]
+      phrases.reverse()
     subject = f'{phrases[0]} {questions.PREPOSITION[relation]} {phrases[1]}'
+  elif facts.objects[0].count == 1:
+    subject = facts.objects[0].name
   else:
-    subject = first.name if first.count == 1 else grammar.counted(first.name, first.count)
+    subject = phrases[0]
   style = f', {facts.style} style,' if rng.random() < 0.5 else ''
   return f'{subject}{style} on {grammar.indefinite(facts.background)} background'

@@ -1,4 +1,4 @@
-"""Reads the emoji records back: all sprites of a data set as one array, with their names beside it."""
+"""Reads the sprites of the emoji data set as one array, with their names."""
 
 import functools
 import io
@@ -12,9 +12,11 @@ from PIL import Image
 
 from lavit_jax.local_paths import expand_home
 
+_FIELDS = ('codepoint', 'style', 'name', 'keywords', 'group', 'subgroup', 'colour')  # of a record
+
 
 class Sprite(NamedTuple):
-  """One drawing of one emoji; the fields of the record that are text."""
+  """The text fields of one drawing of one emoji; dataset.py describes them."""
 
   codepoint: str
   style: str
@@ -22,57 +24,75 @@ class Sprite(NamedTuple):
   keywords: str
   group: str
   subgroup: str
-  colour: str
+  color: str
 
 
 class Sprites(NamedTuple):
-  """pixels: uint8[M, 96, 96, 4], RGBA with premultiplied alpha; rows: what each of the M is, ordered by codepoint, style."""
+  """The sprites of a data set.
+
+  Attributes:
+    pixels: uint8[M, 96, 96, 4], RGBA with premultiplied alpha.
+    metadata: the text fields of the M sprites, ordered by codepoint and style.
+  """
 
   pixels: np.ndarray
-  rows: tuple[Sprite, ...]
+  metadata: tuple[Sprite, ...]
 
 
 @functools.cache
 def load(source: str = 'embedded', skin_tones: bool = False) -> Sprites:
-  """Loads a data set: 'embedded' (with the package) or the `data_dir` that `lavit_jax.data.emoji` wrote. Cached.
+  """Loads the sprites of a data set, once.
 
-  Raises FileNotFoundError, naming the remedy, when there is none.
+  Args:
+    source: 'embedded' (part of the package), or the data_dir that `lavit data build` wrote.
+    skin_tones: load emoji with skin tones too, if the data set has them.
+
+  Raises:
+    FileNotFoundError: there is no such data set; the message names the command that builds it.
   """
-  import tensorflow_datasets as tfds  # Here, because it takes seconds.
+  import tensorflow_datasets as tfds  # Imported here, because it takes seconds.
 
-  folder = find(source)
-  builder = tfds.builder_from_directory(folder)
-  wanted = ['plain', 'toned'] if skin_tones and 'toned' in builder.info.splits else ['plain']
+  builder = tfds.builder_from_directory(find_dataset(source))
+  splits = ['plain', 'toned'] if skin_tones and 'toned' in builder.info.splits else ['plain']
   decoders = {'image': tfds.decode.SkipDecoding()}
-  records = [
-    record for split in wanted for record in builder.as_data_source(split, decoders=decoders)
-  ]
-  records.sort(
-    key=lambda record: (record['codepoint'], record['style'])
-  )  # Whatever the files' order.
+  records = []
+  for split in splits:
+    # The decorator of tfds hides the parameters.
+    records += builder.as_data_source(split, decoders=decoders)  # pyright: ignore[reportCallIssue]
+  records.sort(key=lambda record: (record['codepoint'], record['style']))
   pixels = np.stack([_premultiplied(record['image']) for record in records])
-  return Sprites(
-    pixels,
-    tuple(Sprite(*(record[field].decode() for field in Sprite._fields)) for record in records),
-  )
+  return Sprites(pixels, tuple(_metadata(record) for record in records))
 
 
-def find(source: str) -> str:
-  """The folder of the newest version of the data set below a `data_dir`."""
-  root = (
-    resources.files('lavit_jax') / 'assets/emoji_sample'
-    if source == 'embedded'
-    else Path(expand_home(source))
-  )
-  found = sorted(
-    Path(str(root)).glob('emoji/*/*/dataset_info.json'),
-    key=lambda path: (path.parts[-3] == 'full', [int(part) for part in path.parts[-2].split('.')]),
-  )
-  if not found:
+def find_dataset(source: str) -> str:
+  """Returns the folder of the newest version of the data set; the full one before the sample.
+
+  Args:
+    source: 'embedded' or a data_dir.
+
+  Raises:
+    FileNotFoundError: there is none.
+  """
+  if source == 'embedded':
+    root = Path(str(resources.files('lavit_jax') / 'assets/emoji_sample'))
+  else:
+    root = Path(expand_home(source))
+  descriptions = sorted(root.glob('emoji/*/*/dataset_info.json'), key=_version)
+  if not descriptions:
     raise FileNotFoundError(
       f'{root} has no emoji data set; build one: lavit data build --data_dir {source}'
     )
-  return os.fspath(found[-1].parent)
+  return os.fspath(descriptions[-1].parent)
+
+
+def _version(description: Path) -> tuple[bool, list[int]]:
+  """Sorts '.../full/1.10.0/dataset_info.json' behind older versions and behind samples."""
+  config, version = description.parts[-3:-1]
+  return config == 'full', [int(number) for number in version.split('.')]
+
+
+def _metadata(record: dict[str, bytes]) -> Sprite:
+  return Sprite(*(record[field].decode() for field in _FIELDS))
 
 
 def _premultiplied(png: bytes) -> np.ndarray:

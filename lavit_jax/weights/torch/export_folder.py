@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import tensorstore as ts
 
+from lavit_jax.data.text import complete_tokenizer_folder
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.models import settings as checkpoint_settings
@@ -280,6 +281,8 @@ class _FolderExport:
         if not (result / path).exists():
           (result / path).parent.mkdir(parents=True, exist_ok=True)
           (result / path).write_text(json.dumps(content, indent=2) + '\n')
+      if llama is not None:
+        complete_tokenizer_folder(result / llama.folder)
     if llama is not None:
       file = result / llama.folder / 'config.json'
       content = formats.read_json(file)

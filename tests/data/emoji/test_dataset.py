@@ -6,14 +6,16 @@ from lavit_jax.data.emoji import build, rendering, sprites
 
 def test_embedded_sprites():
   loaded = sprites.load()
-  assert loaded.pixels.shape == (len(loaded.rows), 96, 96, 4) == (72, 96, 96, 4)
+  assert loaded.pixels.shape == (len(loaded.metadata), 96, 96, 4) == (72, 96, 96, 4)
   assert (loaded.pixels[..., :3] <= loaded.pixels[..., 3:]).all()  # Premultiplied.
-  assert {row.style for row in loaded.rows} == {'twemoji', 'openmoji', 'noto'}
-  assert list(loaded.rows) == sorted(loaded.rows, key=lambda row: (row.codepoint, row.style))
-  apples = {row.style: row for row in loaded.rows if row.name == 'red apple'}
-  assert {row.group for row in apples.values()} == {'Food & Drink'} and apples[
+  assert {sprite.style for sprite in loaded.metadata} == {'twemoji', 'openmoji', 'noto'}
+  assert list(loaded.metadata) == sorted(
+    loaded.metadata, key=lambda sprite: (sprite.codepoint, sprite.style)
+  )
+  apples = {sprite.style: sprite for sprite in loaded.metadata if sprite.name == 'red apple'}
+  assert {sprite.group for sprite in apples.values()} == {'Food & Drink'} and apples[
     'twemoji'
-  ].colour == 'red'
+  ].color == 'red'
 
 
 def test_every_sprite_fills_its_square():
@@ -24,7 +26,7 @@ def test_every_sprite_fills_its_square():
 
 
 def test_licences_travel_with_the_data():
-  licence = open(f'{sprites.find("embedded")}/LICENSE').read()
+  licence = open(f'{sprites.find_dataset("embedded")}/LICENSE').read()
   assert all(
     words in licence
     for words in ('Twemoji', 'CC BY 4.0', 'OpenMoji', 'CC BY-SA 4.0', 'Noto', 'Open Font License')
@@ -36,7 +38,7 @@ def test_rebuilding_the_sample_gives_the_embedded_sprites(tmp_path):
     pytest.importorskip(package)
   build.build(str(tmp_path), sample=True)
   built, embedded = sprites.load(str(tmp_path)), sprites.load()
-  assert built.rows == embedded.rows
+  assert built.metadata == embedded.metadata
   assert (
     np.abs(built.pixels.astype(int) - embedded.pixels).mean() < 1
   )  # Rasterisers may differ by a shade.
@@ -46,11 +48,11 @@ def test_newest_version_and_the_full_set_are_preferred(tmp_path):
   for name in ('sample/9.0.0', 'full/1.2.0', 'full/1.10.0'):
     (tmp_path / 'emoji' / name).mkdir(parents=True)
     (tmp_path / 'emoji' / name / 'dataset_info.json').touch()
-  assert sprites.find(str(tmp_path)).endswith('full/1.10.0')
+  assert sprites.find_dataset(str(tmp_path)).endswith('full/1.10.0')
 
 
 def test_names_hold_nothing_at_which_answers_are_cut():
   assert (
-    rendering._plain(':flag_of_St._Lucia:') == 'flag of st lucia'
-    and rendering._plain('Woman, “Kitchen” (U.S.)') == 'woman kitchen us'
+    rendering._plain_name(':flag_of_St._Lucia:') == 'flag of st lucia'
+    and rendering._plain_name('Woman, “Kitchen” (U.S.)') == 'woman kitchen us'
   )

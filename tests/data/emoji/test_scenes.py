@@ -30,7 +30,7 @@ def test_seeds_and_indices_give_different_examples(loaded):
 
 def test_things_lie_inside_the_picture_and_do_not_overlap(drawn):
   for example in drawn:
-    boxes = [box for thing in example.facts.things for box in thing.boxes]
+    boxes = [box for item in example.facts.objects for box in item.boxes]
     assert 1 <= len(boxes) <= 4
     for i, (left, top, side) in enumerate(boxes):
       assert left >= 0 and top >= 0 and left + side <= CANVAS and top + side <= CANVAS
@@ -47,8 +47,8 @@ def test_pixels_show_what_the_facts_say(loaded, drawn):
   """Ink only inside the boxes, ink in each box, and the background's colour everywhere else."""
   for example in drawn[:200]:
     outside = np.ones((CANVAS, CANVAS), bool)
-    for thing in example.facts.things:
-      for left, top, side in thing.boxes:
+    for item in example.facts.objects:
+      for left, top, side in item.boxes:
         box = np.s_[int(top) : int(top + side) + 1, int(left) : int(left + side) + 1]
         outside[box] = False
         assert np.ptp(example.image[box].reshape(-1, 3).astype(int), axis=0).max() > 25
@@ -66,7 +66,7 @@ def test_relation_and_counts_are_true_of_the_positions(drawn):
     facts = example.facts
     if facts.relation:
       axis = {'left': 0, 'above': 1}[facts.relation]
-      first, second = ([box[axis] + box[2] / 2 for box in thing.boxes] for thing in facts.things)
+      first, second = ([box[axis] + box[2] / 2 for box in item.boxes] for item in facts.objects)
       assert max(first) < min(second)
       seen.add(facts.relation)
   assert seen == {'left', 'above'}
@@ -76,7 +76,7 @@ def test_answers_are_true_to_the_composition(drawn):
   seen = set()
   for example in drawn:
     facts = example.facts
-    by_plural = {grammar.plural(thing.name): thing for thing in facts.things}
+    by_plural = {grammar.plural(item.name): item for item in facts.objects}
     for kind, question, answer in example.questions:
       seen.add(kind)
       match kind:
@@ -85,16 +85,16 @@ def test_answers_are_true_to_the_composition(drawn):
         case 'style':
           assert answer == facts.style
         case 'category':
-          assert answer == questions.CATEGORIES[facts.things[0].group]
+          assert answer == questions.CATEGORIES[facts.objects[0].group]
         case 'colour':
-          assert answer in {thing.colour for thing in facts.things} - {''}
+          assert answer in {item.color for item in facts.objects} - {''}
         case 'how many' if 'things' in question:
-          assert grammar.NUMBERS.index(answer) == sum(len(thing.boxes) for thing in facts.things)
+          assert grammar.NUMBERS.index(answer) == sum(len(item.boxes) for item in facts.objects)
         case 'how many':
           name = question.removeprefix('How many ').removesuffix(' are there?')
           assert grammar.NUMBERS.index(answer) == len(by_plural[name].boxes)
         case 'what':
-          assert answer in {thing.name for thing in facts.things}
+          assert answer in {item.name for item in facts.objects}
         case 'position':
           assert answer == _where(facts, question)
         case 'yes/no':
@@ -102,14 +102,14 @@ def test_answers_are_true_to_the_composition(drawn):
   assert seen == set(questions.TYPES)
 
 
-def _phrase(thing):
-  return grammar.definite(thing.name, thing.count)[1]
+def _phrase(item):
+  return grammar.definite(item.name, item.count)[1]
 
 
 def _side(subject, other):
   (x, y), (u, v) = (
-    np.mean([(left + side / 2, top + side / 2) for left, top, side in thing.boxes], axis=0)
-    for thing in (subject, other)
+    np.mean([(left + side / 2, top + side / 2) for left, top, side in item.boxes], axis=0)
+    for item in (subject, other)
   )
   boxes = {i: [(box[i], box[i] + box[2]) for box in subject.boxes] for i in (0, 1)}
   others = {i: [(box[i], box[i] + box[2]) for box in other.boxes] for i in (0, 1)}
@@ -121,9 +121,10 @@ def _side(subject, other):
 
 
 def _where(facts, question):
-  first, second = facts.things
+  first, second = facts.objects
   subject, other = (first, second) if f' {_phrase(first)}, seen' in question else (second, first)
-  # Sprites of two halves may be apart along both axes; the facts decide which of the two true relations is asked for.
+  # Sprites of two halves may be apart along both axes; the facts say which of the two true
+  # relations is meant.
   if facts.relation == 'left':
     return 'left' if subject.boxes[0][0] < other.boxes[0][0] else 'right'
   return 'above' if subject.boxes[0][1] < other.boxes[0][1] else 'below'
@@ -135,23 +136,23 @@ def _holds(facts, question):
   if words.startswith('Is the background '):
     return words.removeprefix('Is the background ') == facts.background
   if words.startswith('Is the kind '):
-    return words.removeprefix('Is the kind ') == questions.CATEGORIES[facts.things[0].group]
+    return words.removeprefix('Is the kind ') == questions.CATEGORIES[facts.objects[0].group]
   if words.startswith('Is this '):
-    return words.removeprefix('Is this ') == grammar.indefinite(facts.things[0].name)
+    return words.removeprefix('Is this ') == grammar.indefinite(facts.objects[0].name)
   if words.startswith('Is there '):
     return words.removeprefix('Is there ') in {
-      grammar.indefinite(thing.name) for thing in facts.things
+      grammar.indefinite(item.name) for item in facts.objects
     }
   if words.startswith('Is the number of '):
     name, number = words.removeprefix('Is the number of ').rsplit(' ', 1)
     return next(
-      thing.count for thing in facts.things if grammar.plural(thing.name) == name
+      item.count for item in facts.objects if grammar.plural(item.name) == name
     ) == grammar.NUMBERS.index(number)
   side = next(side for side, words_ in questions.PREPOSITION.items() if f' {words_} the ' in words)
   subject, other = (
-    facts.things
-    if words.split(f' {questions.PREPOSITION[side]} ')[0].endswith(_phrase(facts.things[0]))
-    else facts.things[::-1]
+    facts.objects
+    if words.split(f' {questions.PREPOSITION[side]} ')[0].endswith(_phrase(facts.objects[0]))
+    else facts.objects[::-1]
   )
   return side == _where(facts, f' {_phrase(subject)}, seen')
 
@@ -164,7 +165,7 @@ def test_captions_tell_the_relation_of_the_picture(drawn):
       side = next(
         side for side, words in questions.PREPOSITION.items() if f' {words} ' in example.caption
       )
-      first = grammar.counted(facts.things[0].name, facts.things[0].count)
+      first = grammar.counted(facts.objects[0].name, facts.objects[0].count)
       assert example.caption.startswith(first) == (side == facts.relation)
 
 
@@ -239,9 +240,9 @@ def test_dominant_colour(name, rgb):
   sprite = np.zeros((96, 96, 4), np.uint8)
   sprite[16:80, 16:80] = (*rgb, 255)
   sprite[16:22, 16:80, :3] = 0  # An outline does not count.
-  assert colors.dominant(sprite) == name
+  assert colors.dominant_color(sprite) == name
   sprite[16:48, 16:80, :3] = (0, 200, 220) if name != 'blue' else (220, 30, 30)
-  assert colors.dominant(sprite) == ''
+  assert colors.dominant_color(sprite) == ''
 
 
 def test_backgrounds_are_named_as_they_look():
@@ -256,12 +257,12 @@ def test_held_out_questions_ask_about_what_is_held_out(split):
   told = 0
   for example in examples:
     unseen = {
-      thing.name
-      for thing in example.facts.things
-      if splits.heldout_concept(thing.codepoint)
-      or splits.heldout_pair(example.facts.style, thing.codepoint)
+      item.name
+      for item in example.facts.objects
+      if splits.heldout_concept(item.codepoint)
+      or splits.heldout_pair(example.facts.style, item.codepoint)
     }
     names = [answer for kind, _, answer in example.questions if kind == 'what']
     assert names and set(names) <= unseen
-    told += len(example.facts.things) > 1
+    told += len(example.facts.objects) > 1
   assert told > 5  # in pictures that hold a training concept too

@@ -49,17 +49,17 @@ def test_combinations_leave_every_group_most_backgrounds():
 
 def test_unknown_split_is_named():
   with pytest.raises(ValueError, match="unknown split 'test'.*heldout/pair"):
-    splits.parse('test')
+    splits.heldout_reasons('test')
 
 
 def _reasons(facts):
   reasons = set()
-  for thing in facts.things:
-    if splits.heldout_concept(thing.codepoint):
+  for item in facts.objects:
+    if splits.heldout_concept(item.codepoint):
       reasons.add('concept')
-    elif splits.heldout_pair(facts.style, thing.codepoint):
+    elif splits.heldout_pair(facts.style, item.codepoint):
       reasons.add('pair')
-    if splits.heldout_combination(thing.group, facts.background):
+    if splits.heldout_combination(item.group, facts.background):
       reasons.add('combination')
   return reasons
 
@@ -82,7 +82,7 @@ def test_heldout_examples_are_held_out_for_the_reason_they_give(reason):
 
 def test_heldout_names_occur_in_no_training_text():
   loaded = sprites.load()
-  names = {row.name for row in loaded.rows if splits.heldout_concept(row.codepoint)}
+  names = {sprite.name for sprite in loaded.metadata if splits.heldout_concept(sprite.codepoint)}
   assert len(names) == 4
   texts = ' '.join(corpus.training_texts(count=1500))
   assert [name for name in names if re.search(rf'(?<!\w){re.escape(name)}s?(?!\w)', texts)] == []
@@ -91,7 +91,9 @@ def test_heldout_names_occur_in_no_training_text():
 
 def test_a_split_without_sprites_is_an_error():
   loaded = sprites.load()
-  trained = [i for i, row in enumerate(loaded.rows) if not splits.heldout_concept(row.codepoint)]
-  subset = sprites.Sprites(loaded.pixels[trained], tuple(loaded.rows[i] for i in trained))
+  trained = [
+    i for i, sprite in enumerate(loaded.metadata) if not splits.heldout_concept(sprite.codepoint)
+  ]
+  subset = sprites.Sprites(loaded.pixels[trained], tuple(loaded.metadata[i] for i in trained))
   with pytest.raises(ValueError, match='heldout/concept'):
     Composer(subset, 'heldout/concept')
