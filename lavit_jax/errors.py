@@ -19,9 +19,15 @@ class UserError(Exception):
 
   status = 2
 
-  def within(self, where: str) -> UserError:
+  def __init__(self, message: str = '', *, option: str = ''):
+    super().__init__(message)
+    self.option = option  # the option that the message begins with, such as sources[0]
+
+  def within(self, where: str, *, option: str = '') -> UserError:
     """The same, of the same kind, told with the place where it happened."""
-    return type(self)(f'{where}: {self}')
+    error = type(self)(f'{where}: {self}')
+    error.option = option
+    return error
 
 
 class InputError(UserError):
