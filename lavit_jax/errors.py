@@ -20,13 +20,20 @@ class UserError(Exception):
 
   Attributes:
     status: the exit status of `lavit`.
+    option: the option that the message begins with, such as sources[0], if it begins with one.
   """
 
   status = 2
 
-  def within(self, where: str) -> UserError:
+  def __init__(self, message: object = '', *, option: str = ''):
+    super().__init__(message)
+    self.option = option
+
+  def within(self, where: str, *, option: str = '') -> UserError:
     """An error of the same class, whose message begins with `where`."""
-    return type(self)(f'{where}: {self}')
+    error = type(self)(f'{where}: {self}')
+    error.option = option
+    return error
 
 
 class InputError(UserError):

@@ -65,7 +65,7 @@ MODULES = {
   'porting.growth': 'weights.torch.vocabulary_growth',
   'porting.layouts': 'weights.torch.formats',
   'porting.leaves': 'weights.store.arrays',
-  'porting.leftovers': 'weights.torch.leftovers',
+  'porting.leftovers': 'weights.torch.conversion_notes',
   'porting.names': 'weights.torch.state_dict_names',
   'porting.numbers': 'weights.torch.finite',
   'porting.show': 'apps.conversion',
@@ -77,6 +77,7 @@ MODULES = {
   'training.checks': 'training.validation',
   'training.optim': 'training.optimizer',
   'training.processes': 'training.distributed',
+  'weights.torch.leftovers': 'weights.torch.conversion_notes',
 }
 NAMES = {  # module as it is called now -> old name -> new name
   'apps.batch': {
@@ -101,6 +102,9 @@ NAMES = {  # module as it is called now -> old name -> new name
     'bytes_a_chip': 'bytes_per_chip',
     'limit': 'memory_limit_note',
     'pod': 'pod_devices',
+  },
+  'data.archives': {
+    'what_else': 'identify_other',
   },
   'data.array_record': {
     'Packed': 'WriteSummary',
@@ -129,8 +133,18 @@ NAMES = {  # module as it is called now -> old name -> new name
     'kind_shares': 'task_shares',
     'shapes': 'batch_shapes',
   },
+  'data.formats': {
+    'DEFAULTS': 'DEFAULT_FIELDS',
+    'some': 'format_names',
+  },
+  'data.parquets': {
+    'cost': 'unit_cost',
+    'rows': 'read_rows',
+    'units': 'list_units',
+  },
   'data.row_workers': {
     'Made': 'RowDataset',
+    'changed': 'list_changes',
   },
   'data.skips': {
     'About': 'SourceInfo',
@@ -140,7 +154,8 @@ NAMES = {  # module as it is called now -> old name -> new name
     'mix': 'mix_sources',
   },
   'data.streams': {
-    'store': 'open_stored',
+    'Windows': 'StreamShard',
+    'turned': 'rotate_index',
   },
   'data.text': {
     'save': 'save_tokenizer',
@@ -349,33 +364,39 @@ NAMES = {  # module as it is called now -> old name -> new name
     'save_parts': 'save_params',
     'swap': 'swap_folders',
   },
+  'weights.torch.conversion_notes': {
+    'notes': 'source_notes',
+    'taken_files': 'converted_files',
+  },
   'weights.torch.convert': {
-    'Item': 'ConversionItem',
     'Job': 'Conversion',
     'prepare': 'plan_conversion',
   },
+  'weights.torch.files': {
+    'files': 'find_files',
+  },
   'weights.torch.finite': {
     'Ledger': 'FiniteLedger',
+    'nonfinite': 'count_nonfinite',
   },
   'weights.torch.formats': {
     'ABOUT': 'EXPORT_INFO',
-    'Fit': 'MappedModule',
     'Found': 'SourceModule',
     'Place': 'ModuleLocation',
-    'blank': 'zeros_view',
-    'fit': 'map_modules',
+    'found_in': 'source_module',
     'kind_of': 'detect_kind',
     'places': 'locations',
     'recognise': 'detect',
-    'table_of': 'choose_rules',
-    'tables': 'name_rules',
   },
   'weights.torch.mapping': {
     'Plan': 'MappingPlan',
     'Row': 'NameRule',
     'plan': 'make_plan',
+    'shortened': 'shorten',
+    'slots_of': 'slots_for',
   },
   'weights.torch.names_diffusion': {
+    'NAMES': 'SUBSTITUTIONS',
     'unet_rows': 'unet_rules',
     'vae_rows': 'vae_rules',
   },
@@ -392,6 +413,7 @@ NAMES = {  # module as it is called now -> old name -> new name
     'vit_rows': 'vit_rules',
   },
   'weights.torch.state_dict_names': {
+    'Named': 'NormalizedState',
     'normalise': 'normalize',
     'tie': 'tie_head',
   },
@@ -401,21 +423,81 @@ NAMES = {  # module as it is called now -> old name -> new name
   },
   'weights.torch.weight_files': {
     'Name': 'FileName',
+    'WEIGHTS': 'WEIGHT_SUFFIXES',
   },
 }
 
 MOVED_NAMES = {  # module -> name that it had -> where it is now
+  'data.captions_file': {
+    'IMAGE_SUFFIXES': 'data.images.SUFFIXES',
+    'choose_fields': 'data.captions_fields.choose_fields',
+  },
   'data.emoji.questions': {
     'answerable': 'data.prompts.answerable_question',
     'prompt': 'data.prompts.question_prompt',
+  },
+  'data.formats': {
+    'ARRAY_RECORD': 'data.stores.ARRAY_RECORD',
+    'pack_record': 'data.stores.pack_record',
+    'unpack_record': 'data.stores.unpack_record',
   },
   'data.loader': {
     'corpus': 'data.emoji.corpus.training_texts',
     'examples': 'data.emoji.corpus.examples',
     'sentences': 'data.emoji.corpus.describe_sprite',
   },
+  'data.streams': {
+    'Shard': 'data.shards.Shard',
+    'Stored': 'data.shards.StoreShard',
+    'open_stored': 'data.shards.open_stored',
+    'shards_of': 'data.shards.shards_of',
+    'store': 'data.shards.open_stored',
+  },
   'data.transforms': {
     'clean': 'data.cleaning.clean_caption',
+  },
+  'weights.torch.convert': {
+    'ConversionItem': 'weights.torch.conversion_plan.ConversionItem',
+    'Item': 'weights.torch.conversion_plan.ConversionItem',
+    'VERSION': 'weights.torch.name_tables.VERSION',
+  },
+  'weights.torch.files': {
+    'DTYPES': 'weights.torch.safetensors_files.DTYPES',
+    'Digests': 'weights.torch.digests.FileDigests',
+    'Tensor': 'weights.torch.tensors.LazyTensor',
+    'Writer': 'weights.torch.safetensors_files.SafetensorsWriter',
+    'nbytes': 'weights.torch.tensors.nbytes',
+    'sha256': 'weights.torch.digests.sha256',
+    'to_pickle': 'weights.torch.pickle_files.write_pickle',
+    'to_pickles': 'weights.torch.pickle_files.replace_by_pickles',
+  },
+  'weights.torch.formats': {
+    'Fit': 'weights.torch.matching.MappedModule',
+    'MappedModule': 'weights.torch.matching.MappedModule',
+    'TABLES': 'weights.torch.name_tables.TABLES',
+    'blank': 'weights.torch.name_rules.zeros_view',
+    'choose_rules': 'weights.torch.name_tables.choose_table',
+    'description': 'weights.torch.descriptions.description',
+    'descriptions': 'weights.torch.descriptions.descriptions',
+    'extractor_config': 'weights.torch.descriptions.extractor_config',
+    'find_variant': 'weights.torch.matching.find_variant',
+    'fit': 'weights.torch.matching.map_modules',
+    'like_of': 'weights.torch.name_tables.as_tree',
+    'llama_config': 'weights.torch.descriptions.llama_config',
+    'map_modules': 'weights.torch.matching.map_modules',
+    'name_rules': 'weights.torch.name_tables.name_rules',
+    'safety_config': 'weights.torch.descriptions.safety_config',
+    'scheduler_config': 'weights.torch.descriptions.scheduler_config',
+    'shapes': 'weights.torch.name_tables.module_shapes',
+    'table_of': 'weights.torch.name_tables.choose_table',
+    'tables': 'weights.torch.name_tables.name_rules',
+    'unet_config': 'weights.torch.descriptions.unet_config',
+    'vae_config': 'weights.torch.descriptions.vae_config',
+    'zeros_view': 'weights.torch.name_rules.zeros_view',
+  },
+  'weights.torch.mapping': {
+    'TRANSFORMS': 'weights.torch.name_rules.TRANSFORMS',
+    'Transform': 'weights.torch.name_rules.Transform',
   },
 }
 

@@ -33,7 +33,9 @@ def check_options(config, mesh) -> None:
     )
   stages.validate_stage(config)
   with name_data_option():
-    loader.validate_options(**config.data.to_dict())
+    data = config.data.to_dict()
+    checked = ('task', 'shares', 'question_weights', 'crop', 'sources', 'heldout')
+    loader.validate_options(**{key: data[key] for key in checked if key in data})
   if config.accumulate > 1 and config.stage in ('encoder', 'tokenizer'):
     raise UserError(
       f'accumulate={config.accumulate}: stage {config.stage} learns from whole batches; use more devices or another remat policy'
@@ -74,7 +76,8 @@ def name_data_option():
   try:
     yield
   except UserError as error:
-    option = str(error).startswith(('sources[', 'heldout['))
-    raise (type(error)(f'data.{error}') if option else error.within('data')) from error
+    if error.option:
+      raise type(error)(f'data.{error}') from error
+    raise error.within('data') from error
   except (FileNotFoundError, ValueError) as error:
     raise UserError(f'data: {error}') from error

@@ -8,7 +8,7 @@ import pytest
 from things import caption, picture, sample, write_tar, write_tars
 
 from lavit_jax import cli
-from lavit_jax.data import array_record, formats, tars
+from lavit_jax.data import array_record, formats, stores, tars
 from lavit_jax.errors import UserError
 
 
@@ -35,13 +35,13 @@ def test_pictures_and_texts_are_the_same(tmp_path, workers):
 
 
 def test_the_layout_is_as_documented(tmp_path):
-  record = formats.pack_record('key', {'txt': 'wörds'}, b'image')
+  record = stores.pack_record('key', {'txt': 'wörds'}, b'image')
   length = int.from_bytes(record[:4], 'little')
   assert (
     json.loads(record[4 : 4 + length]) == {'key': 'key', 'fields': {'txt': 'wörds'}}
     and record[4 + length :] == b'image'
   )
-  assert formats.unpack_record(record) == ({'key': 'key', 'fields': {'txt': 'wörds'}}, b'image')
+  assert stores.unpack_record(record) == ({'key': 'key', 'fields': {'txt': 'wörds'}}, b'image')
 
 
 def test_goes_on_where_it_was_stopped(tmp_path):

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from things import batches, caption, number, picture
 
-from lavit_jax.data import formats, parquets, streams
+from lavit_jax.data import formats, open_units, parquets
 from lavit_jax.errors import UserError
 
 STRUCT = pa.struct([('bytes', pa.binary()), ('path', pa.string())])
@@ -196,18 +196,18 @@ def test_what_is_held_of_large_pages_counts(tmp_path):
   )
   read = formats.Parquets(str(tmp_path / 'a.parquet'), 'image', ('text',))
   page = 1024 * (10_000 + 4 + 9)
-  assert read.units[0].held == pytest.approx(2 * page + (4 << 20), rel=0.01) and read.cost == -(
-    -read.units[0].held // (2 << 20)
+  assert read.units[0].memory == pytest.approx(2 * page + (4 << 20), rel=0.01) and read.cost == -(
+    -read.units[0].memory // (2 << 20)
   )
-  assert parquets.cost([]) == 8
+  assert parquets.unit_cost([]) == 8
 
 
 def test_what_is_read_at_once_is_bounded(monkeypatch):
   """What waits makes room, but for the place that is read on; what is too much waits."""
-  monkeypatch.setattr(streams, '_OPEN', 100)
-  monkeypatch.setattr(streams.OpenUnits, '_all', set())
-  monkeypatch.setattr(streams.OpenUnits, '_busy', [0])
-  units, closed, entered = streams.OpenUnits(), [], threading.Event()
+  monkeypatch.setattr(open_units, '_MAX_OPEN', 100)
+  monkeypatch.setattr(open_units.OpenUnits, '_instances', set())
+  monkeypatch.setattr(open_units.OpenUnits, '_busy', [0])
+  units, closed, entered = open_units.OpenUnits(), [], threading.Event()
 
   class Rows:
     def __init__(self, name):
@@ -220,10 +220,10 @@ def test_what_is_read_at_once_is_bounded(monkeypatch):
     units.keep(place, Rows(place), 30)
 
   def other():
-    with units.room(60, 'z'):
+    with units.reserve(60, 'z'):
       entered.set()
 
-  with units.room(60, 'a'):
+  with units.reserve(60, 'a'):
     assert closed == ['b', 'c'] and units.take('a')
     thread = threading.Thread(target=other)
     thread.start()

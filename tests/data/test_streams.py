@@ -12,7 +12,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractBufferedFile
 from things import WRITERS, batches, number, write_tars
 
-from lavit_jax.data import formats, paths, streams
+from lavit_jax.data import formats, open_units, paths, streams
+from lavit_jax.data.shards import StoreShard, open_stored
 from lavit_jax.errors import UserError
 from lavit_jax.training import integrity
 
@@ -211,14 +212,14 @@ def windows(records, shards, held, number=0, window=7, seed=1):
   stream, readers, units = (
     streams.Stream.of(records, number, '', seed, window, shards),
     {},
-    streams.OpenUnits(),
+    open_units.OpenUnits(),
   )
   for shard in held:
     readers.setdefault(shard // stream.fan, []).append(shard % stream.fan)
   readers = {
     index: streams.Reader(stream, index, mine, Now(), units) for index, mine in readers.items()
   }
-  return [streams.Windows(readers[shard // stream.fan], shard % stream.fan) for shard in held]
+  return [streams.StreamShard(readers[shard // stream.fan], shard % stream.fan) for shard in held]
 
 
 def keys(iterator, count) -> list[tuple]:
@@ -231,7 +232,7 @@ def test_each_example_of_each_epoch_and_source_has_a_key_of_its_own():
   def of(number):
     shards = windows(Counted(), 4, range(4), number)
     return [key for shard in shards for key in keys(shard, 2 * 6 * 41)] + keys(
-      streams.Stored(streams.open_stored(Counted(), number + 2, '', 1), 0, 1), 48
+      StoreShard(open_stored(Counted(), number + 2, '', 1), 0, 1), 48
     )
 
   found = of(0) + of(1)
@@ -257,12 +258,12 @@ def test_shards_that_share_a_unit_read_it_once(units, shards, held):
 @pytest.fixture
 def alone(monkeypatch):
   """Nothing waits open of what other tests have dropped."""
-  monkeypatch.setattr(streams.OpenUnits, '_all', weakref.WeakSet())
+  monkeypatch.setattr(open_units.OpenUnits, '_instances', weakref.WeakSet())
 
 
 def test_units_that_wait_too_long_are_closed(alone, monkeypatch):
-  monkeypatch.setattr(streams, '_OPEN', 64)
-  units, records = streams.OpenUnits(), Counted()
+  monkeypatch.setattr(open_units, '_MAX_OPEN', 64)
+  units, records = open_units.OpenUnits(), Counted()
   waiting = [records.read(0) for _ in range(100)]
   for place, rows in enumerate(waiting):
     units.keep(place, rows, 1)
@@ -272,18 +273,18 @@ def test_units_that_wait_too_long_are_closed(alone, monkeypatch):
 
 
 def test_a_place_that_two_come_to_counts_once(alone):
-  units, records = streams.OpenUnits(), Counted()
-  for place in range(streams._OPEN):
+  units, records = open_units.OpenUnits(), Counted()
+  for place in range(open_units._MAX_OPEN):
     units.keep(place, records.read(0), 1)
   units.keep(7, last := records.read(0), 1)
   assert units.take(7) is last and all(
-    units.take(place) for place in range(streams._OPEN) if place != 7
+    units.take(place) for place in range(open_units._MAX_OPEN) if place != 7
   )
 
 
 def test_what_waits_is_bounded_over_all_iterators_of_a_process(alone):
-  records, (one, other) = Counted(), (streams.OpenUnits(), streams.OpenUnits())
-  for place in range(streams._OPEN // 8):
+  records, (one, other) = Counted(), (open_units.OpenUnits(), open_units.OpenUnits())
+  for place in range(open_units._MAX_OPEN // 8):
     one.keep(place, records.read(0), 8)
   other.keep(0, records.read(0), 8)
   assert other.take(0) is None and one.take(0) is not None
@@ -332,8 +333,8 @@ def bucket(tmp_path, monkeypatch, alone):
 @pytest.mark.parametrize('ahead', [8 << 20, 1 << 14])
 def test_a_store_is_asked_once_for_what_many_shards_read(bucket, ahead, monkeypatch):
   """However much a file reads ahead, and though every shard reads five windows of its tar, in turn with 95 others."""
-  monkeypatch.setattr(paths, '_AHEAD', ahead)
-  monkeypatch.setattr(paths, '_LEAST_AHEAD', 1 << 10)
+  monkeypatch.setattr(paths, '_MAX_AHEAD', ahead)
+  monkeypatch.setattr(paths, '_MIN_AHEAD', 1 << 10)
   source, size = bucket
   data = batches(source, task='images', batch_size=96, shards=96, num_threads=0)
   assert len({number(image) for _ in range(10) for image in next(data)['image']}) == 960
@@ -343,9 +344,9 @@ def test_a_store_is_asked_once_for_what_many_shards_read(bucket, ahead, monkeypa
 
 def test_what_does_not_stay_open_costs_little(bucket, monkeypatch):
   """Of more tars than may be open the most that is fetched in vain is what each reads ahead, its part of what all do."""
-  monkeypatch.setattr(paths, '_LEAST_AHEAD', 1 << 10)
-  monkeypatch.setattr(paths, '_TOGETHER', 96 << 11)
-  monkeypatch.setattr(streams, '_OPEN', 0)
+  monkeypatch.setattr(paths, '_MIN_AHEAD', 1 << 10)
+  monkeypatch.setattr(paths, '_TOTAL_AHEAD', 96 << 11)
+  monkeypatch.setattr(open_units, '_MAX_OPEN', 0)
   source, size = bucket
   data = batches(source, task='images', batch_size=96, shards=96, num_threads=0)
   for _ in range(10):
@@ -369,7 +370,7 @@ def test_epochs_and_windows_are_shuffled_apart():
     [(epoch, unit) for unit in range(24)] for epoch in (0, 1)
   ]
   assert [unit for _, unit in epochs[0]] != [unit for _, unit in epochs[1]]
-  reader = streams.Reader(stream, 0, [0], Now(), streams.OpenUnits())
+  reader = streams.Reader(stream, 0, [0], Now(), open_units.OpenUnits())
   (first, after), (again, _) = reader.read(0, 0, 0), reader.read(0, 0, 0)
   second, _ = reader.read(*after)
   places = [
@@ -383,7 +384,6 @@ def test_epochs_and_windows_are_shuffled_apart():
 
 def test_sources_of_equal_length_have_orders_of_their_own():
   """Else a picture as 'caption' meets itself as 'draw' in one batch; the first source has the order of a list of one."""
-  from lavit_jax.data.streams import open_stored
 
   class Numbers:
     def __len__(self):

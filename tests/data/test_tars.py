@@ -324,7 +324,7 @@ def test_a_source_that_gives_nothing_is_named(tmp_path):
   iterator = batches(*sources, batch_size=40)
   with pytest.raises(
     UserError,
-    match=r'^sources\[1\] \(tars .*b.tar\): 1000 of 1000 records were skipped \(empty caption 1000\).*\(png, json\); '
+    match=r'^sources\[1\] \(tars .*b.tar\): 8 of 8 records were skipped \(empty caption 8\).*\(png, json\); '
     r'looked for: image in jpg, .*, text in txt, .*no example',
   ):
     for _ in range(40):
