@@ -90,6 +90,11 @@ NAMES = {  # module as it is called now -> old name -> new name
     'resolve_rows': 'resolve_inputs',
     'run': 'run_batch',
   },
+  'apps.demo': {
+    'STEPS': 'NUM_STEPS',
+    'make': 'make_inputs',
+    'show_kept': 'show_kept_patches',
+  },
   'apps.web': {
     'told': 'report_errors',
   },
