@@ -65,7 +65,7 @@ MODULES = {
   'porting.growth': 'weights.torch.vocabulary_growth',
   'porting.layouts': 'weights.torch.formats',
   'porting.leaves': 'weights.store.arrays',
-  'porting.leftovers': 'weights.torch.leftovers',
+  'porting.leftovers': 'weights.torch.conversion_notes',
   'porting.names': 'weights.torch.state_dict_names',
   'porting.numbers': 'weights.torch.finite',
   'porting.show': 'apps.conversion',
@@ -77,6 +77,7 @@ MODULES = {
   'training.checks': 'training.validation',
   'training.optim': 'training.optimizer',
   'training.processes': 'training.distributed',
+  'weights.torch.leftovers': 'weights.torch.conversion_notes',
 }
 # Module as it is called now -> old name -> new name, or 'module:name' if it moved to another one.
 NAMES = {
@@ -89,6 +90,11 @@ NAMES = {
     'load': 'load_inputs',
     'resolve_rows': 'resolve_inputs',
     'run': 'run_batch',
+  },
+  'apps.demo': {
+    'STEPS': 'NUM_STEPS',
+    'make': 'make_inputs',
+    'show_kept': 'show_kept_patches',
   },
   'apps.web': {
     'told': 'report_errors',
@@ -161,10 +167,30 @@ NAMES = {
     'choose': 'choose_caption',
     'make_row': 'row_builder',
   },
+  'evaluation.captions': {
+    'background': 'parse_background',
+    'score': 'score_captions',
+    'spoken': 'spoken_name',
+    'subject': 'parse_subject',
+  },
+  'evaluation.images': {
+    'SIDE': 'CLASSIFIER_SIZE',
+    'background': 'background_color',
+  },
+  'evaluation.report': {
+    'KINDS': 'GROUPS',
+    'kinds': 'group_indices',
+    'measure_drawings': 'measure_images',
+    'pixels': 'stack_images',
+    'tables': 'report_tables',
+  },
   'evaluation.vqa': {
     'Asked': 'VQAExample',
     'Usual': 'MajorityBaseline',
+    'ask': 'collect_questions',
     'majority': 'fit_majority',
+    'normalise': 'normalize_answer',
+    'score': 'score_answers',
   },
   'inference.batching': {
     'batches': 'batch_ranges',
@@ -376,33 +402,39 @@ NAMES = {
     'save_parts': 'save_params',
     'swap': 'swap_folders',
   },
+  'weights.torch.conversion_notes': {
+    'notes': 'source_notes',
+    'taken_files': 'converted_files',
+  },
   'weights.torch.convert': {
-    'Item': 'ConversionItem',
     'Job': 'Conversion',
     'prepare': 'plan_conversion',
   },
+  'weights.torch.files': {
+    'files': 'find_files',
+  },
   'weights.torch.finite': {
     'Ledger': 'FiniteLedger',
+    'nonfinite': 'count_nonfinite',
   },
   'weights.torch.formats': {
     'ABOUT': 'EXPORT_INFO',
-    'Fit': 'MappedModule',
     'Found': 'SourceModule',
     'Place': 'ModuleLocation',
-    'blank': 'zeros_view',
-    'fit': 'map_modules',
+    'found_in': 'source_module',
     'kind_of': 'detect_kind',
     'places': 'locations',
     'recognise': 'detect',
-    'table_of': 'choose_rules',
-    'tables': 'name_rules',
   },
   'weights.torch.mapping': {
     'Plan': 'MappingPlan',
     'Row': 'NameRule',
     'plan': 'make_plan',
+    'shortened': 'shorten',
+    'slots_of': 'slots_for',
   },
   'weights.torch.names_diffusion': {
+    'NAMES': 'SUBSTITUTIONS',
     'unet_rows': 'unet_rules',
     'vae_rows': 'vae_rules',
   },
@@ -419,6 +451,7 @@ NAMES = {
     'vit_rows': 'vit_rules',
   },
   'weights.torch.state_dict_names': {
+    'Named': 'NormalizedState',
     'normalise': 'normalize',
     'tie': 'tie_head',
   },
@@ -428,6 +461,7 @@ NAMES = {
   },
   'weights.torch.weight_files': {
     'Name': 'FileName',
+    'WEIGHTS': 'WEIGHT_SUFFIXES',
   },
 }
 
@@ -459,6 +493,56 @@ MOVED_NAMES = {  # module -> name that it had -> where it is now
   },
   'data.transforms': {
     'clean': 'data.cleaning.clean_caption',
+  },
+  'evaluation.images': {
+    'cosine': 'evaluation.tokens.mean_cosine',
+    'features': 'evaluation.tokens.features',
+    'mean_direction': 'evaluation.tokens.mean_direction',
+    'rebuilt_features': 'evaluation.tokens.rebuilt_features',
+    'usage': 'evaluation.tokens.codebook_usage',
+  },
+  'weights.torch.convert': {
+    'ConversionItem': 'weights.torch.conversion_plan.ConversionItem',
+    'Item': 'weights.torch.conversion_plan.ConversionItem',
+    'VERSION': 'weights.torch.name_tables.VERSION',
+  },
+  'weights.torch.files': {
+    'DTYPES': 'weights.torch.safetensors_files.DTYPES',
+    'Digests': 'weights.torch.digests.FileDigests',
+    'Tensor': 'weights.torch.tensors.LazyTensor',
+    'Writer': 'weights.torch.safetensors_files.SafetensorsWriter',
+    'nbytes': 'weights.torch.tensors.nbytes',
+    'sha256': 'weights.torch.digests.sha256',
+    'to_pickle': 'weights.torch.pickle_files.write_pickle',
+    'to_pickles': 'weights.torch.pickle_files.replace_by_pickles',
+  },
+  'weights.torch.formats': {
+    'Fit': 'weights.torch.matching.MappedModule',
+    'MappedModule': 'weights.torch.matching.MappedModule',
+    'TABLES': 'weights.torch.name_tables.TABLES',
+    'blank': 'weights.torch.name_rules.zeros_view',
+    'choose_rules': 'weights.torch.name_tables.choose_table',
+    'description': 'weights.torch.descriptions.description',
+    'descriptions': 'weights.torch.descriptions.descriptions',
+    'extractor_config': 'weights.torch.descriptions.extractor_config',
+    'find_variant': 'weights.torch.matching.find_variant',
+    'fit': 'weights.torch.matching.map_modules',
+    'like_of': 'weights.torch.name_tables.as_tree',
+    'llama_config': 'weights.torch.descriptions.llama_config',
+    'map_modules': 'weights.torch.matching.map_modules',
+    'name_rules': 'weights.torch.name_tables.name_rules',
+    'safety_config': 'weights.torch.descriptions.safety_config',
+    'scheduler_config': 'weights.torch.descriptions.scheduler_config',
+    'shapes': 'weights.torch.name_tables.module_shapes',
+    'table_of': 'weights.torch.name_tables.choose_table',
+    'tables': 'weights.torch.name_tables.name_rules',
+    'unet_config': 'weights.torch.descriptions.unet_config',
+    'vae_config': 'weights.torch.descriptions.vae_config',
+    'zeros_view': 'weights.torch.name_rules.zeros_view',
+  },
+  'weights.torch.mapping': {
+    'TRANSFORMS': 'weights.torch.name_rules.TRANSFORMS',
+    'Transform': 'weights.torch.name_rules.Transform',
   },
 }
 

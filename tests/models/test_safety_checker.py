@@ -9,7 +9,7 @@ import pytest
 
 from lavit_jax.models import lavit, vit
 from lavit_jax.models.safety_checker import center_square
-from lavit_jax.weights.torch import formats
+from lavit_jax.weights.torch.descriptions import extractor_config
 
 transformers = pytest.importorskip('transformers')
 
@@ -23,7 +23,7 @@ def test_images_are_cropped_as_by_transformers(height, width):
   smooth = np.kron(blocks, np.ones((1, 32, 32, 1)))[:, :height, :width]
   images = np.clip(smooth + rng.normal(0, 20, smooth.shape), 0, 255).astype(np.uint8)
   processor = transformers.CLIPImageProcessor(
-    **formats.extractor_config(lavit.build('small').safety_checker)
+    **extractor_config(lavit.build('small').safety_checker)
   )
   want = processor([images[0]], return_tensors='np')['pixel_values'].transpose(0, 2, 3, 1)
   got = jax.jit(lambda x: vit.preprocess(center_square(x, 224)))(images)
