@@ -27,7 +27,7 @@ from lavit_jax.evaluation import vqa
 from lavit_jax.evaluation.report import stack_images
 from lavit_jax.inference import decode
 from lavit_jax.inference.compiled import read
-from lavit_jax.inference.pipeline import EOS
+from lavit_jax.models.vocabulary import EOS_ID
 from lavit_jax.models import sequence
 from lavit_jax.models.int8 import quantize_weights
 from lavit_jax.models.llama import Llama, unroll_layers
@@ -133,7 +133,7 @@ def losses(model: Lavit, examples) -> dict[str, float]:
   features, counts = model._run(read, ('vit', 'tokenizer', 'understanding'), shown, None)
   slots = model.model.num_patches
   told = [
-    [[words.image_start], range(i * slots, i * slots + int(n)), [words.image_end], text, [EOS]]
+    [[words.image_start], range(i * slots, i * slots + int(n)), [words.image_end], text, [EOS_ID]]
     for i, (n, text) in enumerate(zip(np.asarray(counts), texts))
   ]
   codes = model.tokenize(shown, seed=None).ids
