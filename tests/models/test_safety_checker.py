@@ -1,4 +1,4 @@
-"""What the safety checker is shown, against transformers; its judgement is compared in tests/weights/torch/test_convert.py."""
+"""What the safety checker is shown, against transformers; its judgement is compared in tests/weights/torch/test_exported_folders.py."""
 
 import jax
 import numpy as np
