@@ -79,7 +79,8 @@ MODULES = {
   'training.processes': 'training.distributed',
   'weights.torch.leftovers': 'weights.torch.conversion_notes',
 }
-NAMES = {  # module as it is called now -> old name -> new name
+# Module as it is called now -> old name -> new name, or 'module:name' if it moved to another one.
+NAMES = {
   'apps.batch': {
     'Results': 'ResultsFile',
     'example': 'example_row',
@@ -255,6 +256,7 @@ NAMES = {  # module as it is called now -> old name -> new name
     'penalise': 'penalize',
   },
   'models.attention_kernels': {
+    'cudnn_takes': 'cudnn_supports',
     'picture_attention': 'image_attention',
   },
   'models.decoder': {
@@ -268,7 +270,23 @@ NAMES = {  # module as it is called now -> old name -> new name
     'row': 'variant_config',
   },
   'models.layers': {
-    'split_batch': 'constrain_batch',
+    'BATCH_AXES': 'sharding:BATCH_AXES',
+    'CrossAttention': 'models.attention:CrossAttention',
+    'QKV': 'models.attention:QKV',
+    'QUERY_BLOCK': 'models.attention:QUERY_BLOCK',
+    'REMAT_POLICIES': 'models.remat:REMAT_POLICIES',
+    'SelfAttention': 'models.attention:SelfAttention',
+    'TENSOR_AXIS': 'sharding:TENSOR_AXIS',
+    'attend_and_project': 'models.attention:attend_and_project',
+    'attention': 'models.attention:attention',
+    'constrain_batch': 'sharding:constrain_batch',
+    'merge_heads': 'models.attention:merge_heads',
+    'per_shard': 'sharding:per_shard',
+    'policy_attention': 'models.attention:policy_attention',
+    'rotary': 'models.rope:rotary',
+    'scan_blocks': 'models.remat:scan_blocks',
+    'split_batch': 'sharding:constrain_batch',
+    'split_heads': 'models.attention:split_heads',
   },
   'models.llama': {
     'unroll': 'unroll_layers',
@@ -544,7 +562,7 @@ MOVED_NAMES = {  # module -> name that it had -> where it is now
 
 
 def current(module: types.ModuleType, name: str):
-  """What a module has under an old name.
+  """What a module has, or had, under an old name.
 
   Raises:
     AttributeError: it never had that name.
@@ -557,7 +575,8 @@ def current(module: types.ModuleType, name: str):
     return getattr(importlib.import_module(PACKAGE + target), attribute)
   if new is None:
     raise AttributeError(f'module {module.__name__!r} has no attribute {name!r}')
-  return getattr(module, new)
+  owner, _, new = new.rpartition(':')
+  return getattr(importlib.import_module(PACKAGE + owner) if owner else module, new)
 
 
 class Moved(types.ModuleType):
