@@ -19,7 +19,7 @@ class UserError(Exception):
 
   status = 2
 
-  def __init__(self, message: str = '', *, option: str = ''):
+  def __init__(self, message: object = '', *, option: str = ''):
     super().__init__(message)
     self.option = option  # the option that the message begins with, such as sources[0]
 
