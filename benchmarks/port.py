@@ -30,8 +30,9 @@ from jax.sharding import PartitionSpec as P
 
 from lavit_jax.models import lavit
 from lavit_jax.weights.store.folder import load_params
-from lavit_jax.weights.torch import files, formats
+from lavit_jax.weights.torch import formats, name_tables
 from lavit_jax.weights.torch.mapping import torch_shapes
+from lavit_jax.weights.torch.safetensors_files import SafetensorsWriter
 
 BLOCK = 1 << 25  # numbers
 REST = 30  # seconds
@@ -44,16 +45,17 @@ def write_folder(folder: pathlib.Path, variant: str) -> None:
     np.random.default_rng(0).standard_normal(BLOCK // 4, np.float32).astype(np.float16), 8
   )
   start = 0
-  for place in formats.PUBLISHED:
-    like = formats.shapes(model, [place.part])
+  for location in formats.PUBLISHED:
+    like = name_tables.module_shapes(model, [location.module])
     if not like:
       continue
     shapes = torch_shapes(
-      formats.name_rules(model, place.part)[0], formats.like_of(like[place.part])
+      name_tables.name_rules(model, location.module)[0],
+      name_tables.as_tree(like[location.module]),
     )
-    where, stem = place.overlay or (place.folder, place.stems[0])
+    where, stem = location.overlay or (location.folder, location.stems[0])
     specs = {name: jax.ShapeDtypeStruct(shape, np.float16) for name, shape in shapes.items()}
-    with files.Writer(folder / where, stem, specs) as writer:
+    with SafetensorsWriter(folder / where, stem, specs) as writer:
       for name, spec in specs.items():
         size, start = int(np.prod(spec.shape)), (start + 7919) % BLOCK
         pieces = [block[start : start + min(BLOCK, size - at)] for at in range(0, size, BLOCK)]
@@ -69,7 +71,7 @@ def digest(folder: pathlib.Path) -> dict:
   """(file's folder, name, shape, type, CRC-32) of every tensor."""
   found = formats.detect(folder)[1]
   return {
-    (each.place.part, name): (
+    (each.module, name): (
       tensor.shape,
       str(tensor.dtype),
       zlib.crc32(np.asarray(tensor).reshape(-1).view(np.uint8)),

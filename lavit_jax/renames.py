@@ -65,7 +65,7 @@ MODULES = {
   'porting.growth': 'weights.torch.vocabulary_growth',
   'porting.layouts': 'weights.torch.formats',
   'porting.leaves': 'weights.store.arrays',
-  'porting.leftovers': 'weights.torch.leftovers',
+  'porting.leftovers': 'weights.torch.conversion_notes',
   'porting.names': 'weights.torch.state_dict_names',
   'porting.numbers': 'weights.torch.finite',
   'porting.show': 'apps.conversion',
@@ -77,8 +77,10 @@ MODULES = {
   'training.checks': 'training.validation',
   'training.optim': 'training.optimizer',
   'training.processes': 'training.distributed',
+  'weights.torch.leftovers': 'weights.torch.conversion_notes',
 }
-NAMES = {  # module as it is called now -> old name -> new name
+# Module as it is called now -> old name -> new name, or 'module:name' if it moved to another one.
+NAMES = {
   'apps.batch': {
     'Results': 'ResultsFile',
     'example': 'example_row',
@@ -88,6 +90,11 @@ NAMES = {  # module as it is called now -> old name -> new name
     'load': 'load_inputs',
     'resolve_rows': 'resolve_inputs',
     'run': 'run_batch',
+  },
+  'apps.demo': {
+    'STEPS': 'NUM_STEPS',
+    'make': 'make_inputs',
+    'show_kept': 'show_kept_patches',
   },
   'apps.web': {
     'told': 'report_errors',
@@ -122,19 +129,33 @@ NAMES = {  # module as it is called now -> old name -> new name
   'data.emoji.sprites': {
     'find': 'find_dataset',
   },
+  'data.formats': {
+    'DEFAULTS': 'DEFAULT_FIELDS',
+    'some': 'format_names',
+  },
+  'data.images': {
+    'SUFFIXES': 'IMAGE_SUFFIXES',
+    'as_list': 'as_image_list',
+    'is_one': 'is_single_image',
+  },
   'data.loader': {
     'check': 'validate_options',
     'kind_shares': 'task_shares',
     'shapes': 'batch_shapes',
   },
-  'data.formats': {
-    'DEFAULTS': 'DEFAULT_FIELDS',
-    'some': 'format_names',
+  'data.long_text': {
+    'piece_of': 'select_piece',
   },
   'data.parquets': {
     'cost': 'unit_cost',
     'rows': 'read_rows',
     'units': 'list_units',
+  },
+  'data.paths': {
+    'NO_FILE': 'NO_FILE_ERRORS',
+    'ahead_of': 'read_ahead_size',
+    'names_below': 'list_files',
+    'store': 'filesystem_of',
   },
   'data.row_workers': {
     'Made': 'RowDataset',
@@ -160,10 +181,30 @@ NAMES = {  # module as it is called now -> old name -> new name
     'choose': 'choose_caption',
     'make_row': 'row_builder',
   },
+  'evaluation.captions': {
+    'background': 'parse_background',
+    'score': 'score_captions',
+    'spoken': 'spoken_name',
+    'subject': 'parse_subject',
+  },
+  'evaluation.images': {
+    'SIDE': 'CLASSIFIER_SIZE',
+    'background': 'background_color',
+  },
+  'evaluation.report': {
+    'KINDS': 'GROUPS',
+    'kinds': 'group_indices',
+    'measure_drawings': 'measure_images',
+    'pixels': 'stack_images',
+    'tables': 'report_tables',
+  },
   'evaluation.vqa': {
     'Asked': 'VQAExample',
     'Usual': 'MajorityBaseline',
+    'ask': 'collect_questions',
     'majority': 'fit_majority',
+    'normalise': 'normalize_answer',
+    'score': 'score_answers',
   },
   'inference.batching': {
     'batches': 'batch_ranges',
@@ -215,6 +256,7 @@ NAMES = {  # module as it is called now -> old name -> new name
     'penalise': 'penalize',
   },
   'models.attention_kernels': {
+    'cudnn_takes': 'cudnn_supports',
     'picture_attention': 'image_attention',
   },
   'models.decoder': {
@@ -228,7 +270,23 @@ NAMES = {  # module as it is called now -> old name -> new name
     'row': 'variant_config',
   },
   'models.layers': {
-    'split_batch': 'constrain_batch',
+    'BATCH_AXES': 'sharding:BATCH_AXES',
+    'CrossAttention': 'models.attention:CrossAttention',
+    'QKV': 'models.attention:QKV',
+    'QUERY_BLOCK': 'models.attention:QUERY_BLOCK',
+    'REMAT_POLICIES': 'models.remat:REMAT_POLICIES',
+    'SelfAttention': 'models.attention:SelfAttention',
+    'TENSOR_AXIS': 'sharding:TENSOR_AXIS',
+    'attend_and_project': 'models.attention:attend_and_project',
+    'attention': 'models.attention:attention',
+    'constrain_batch': 'sharding:constrain_batch',
+    'merge_heads': 'models.attention:merge_heads',
+    'per_shard': 'sharding:per_shard',
+    'policy_attention': 'models.attention:policy_attention',
+    'rotary': 'models.rope:rotary',
+    'scan_blocks': 'models.remat:scan_blocks',
+    'split_batch': 'sharding:constrain_batch',
+    'split_heads': 'models.attention:split_heads',
   },
   'models.llama': {
     'unroll': 'unroll_layers',
@@ -358,33 +416,39 @@ NAMES = {  # module as it is called now -> old name -> new name
     'save_parts': 'save_params',
     'swap': 'swap_folders',
   },
+  'weights.torch.conversion_notes': {
+    'notes': 'source_notes',
+    'taken_files': 'converted_files',
+  },
   'weights.torch.convert': {
-    'Item': 'ConversionItem',
     'Job': 'Conversion',
     'prepare': 'plan_conversion',
   },
+  'weights.torch.files': {
+    'files': 'find_files',
+  },
   'weights.torch.finite': {
     'Ledger': 'FiniteLedger',
+    'nonfinite': 'count_nonfinite',
   },
   'weights.torch.formats': {
     'ABOUT': 'EXPORT_INFO',
-    'Fit': 'MappedModule',
     'Found': 'SourceModule',
     'Place': 'ModuleLocation',
-    'blank': 'zeros_view',
-    'fit': 'map_modules',
+    'found_in': 'source_module',
     'kind_of': 'detect_kind',
     'places': 'locations',
     'recognise': 'detect',
-    'table_of': 'choose_rules',
-    'tables': 'name_rules',
   },
   'weights.torch.mapping': {
     'Plan': 'MappingPlan',
     'Row': 'NameRule',
     'plan': 'make_plan',
+    'shortened': 'shorten',
+    'slots_of': 'slots_for',
   },
   'weights.torch.names_diffusion': {
+    'NAMES': 'SUBSTITUTIONS',
     'unet_rows': 'unet_rules',
     'vae_rows': 'vae_rules',
   },
@@ -401,6 +465,7 @@ NAMES = {  # module as it is called now -> old name -> new name
     'vit_rows': 'vit_rules',
   },
   'weights.torch.state_dict_names': {
+    'Named': 'NormalizedState',
     'normalise': 'normalize',
     'tie': 'tie_head',
   },
@@ -410,12 +475,13 @@ NAMES = {  # module as it is called now -> old name -> new name
   },
   'weights.torch.weight_files': {
     'Name': 'FileName',
+    'WEIGHTS': 'WEIGHT_SUFFIXES',
   },
 }
 
 MOVED_NAMES = {  # module -> name that it had -> where it is now
   'data.captions_file': {
-    'IMAGE_SUFFIXES': 'data.images.SUFFIXES',
+    'IMAGE_SUFFIXES': 'data.images.IMAGE_SUFFIXES',
     'choose_fields': 'data.captions_fields.choose_fields',
   },
   'data.emoji.questions': {
@@ -442,11 +508,61 @@ MOVED_NAMES = {  # module -> name that it had -> where it is now
   'data.transforms': {
     'clean': 'data.cleaning.clean_caption',
   },
+  'evaluation.images': {
+    'cosine': 'evaluation.tokens.mean_cosine',
+    'features': 'evaluation.tokens.features',
+    'mean_direction': 'evaluation.tokens.mean_direction',
+    'rebuilt_features': 'evaluation.tokens.rebuilt_features',
+    'usage': 'evaluation.tokens.codebook_usage',
+  },
+  'weights.torch.convert': {
+    'ConversionItem': 'weights.torch.conversion_plan.ConversionItem',
+    'Item': 'weights.torch.conversion_plan.ConversionItem',
+    'VERSION': 'weights.torch.name_tables.VERSION',
+  },
+  'weights.torch.files': {
+    'DTYPES': 'weights.torch.safetensors_files.DTYPES',
+    'Digests': 'weights.torch.digests.FileDigests',
+    'Tensor': 'weights.torch.tensors.LazyTensor',
+    'Writer': 'weights.torch.safetensors_files.SafetensorsWriter',
+    'nbytes': 'weights.torch.tensors.nbytes',
+    'sha256': 'weights.torch.digests.sha256',
+    'to_pickle': 'weights.torch.pickle_files.write_pickle',
+    'to_pickles': 'weights.torch.pickle_files.replace_by_pickles',
+  },
+  'weights.torch.formats': {
+    'Fit': 'weights.torch.matching.MappedModule',
+    'MappedModule': 'weights.torch.matching.MappedModule',
+    'TABLES': 'weights.torch.name_tables.TABLES',
+    'blank': 'weights.torch.name_rules.zeros_view',
+    'choose_rules': 'weights.torch.name_tables.choose_table',
+    'description': 'weights.torch.descriptions.description',
+    'descriptions': 'weights.torch.descriptions.descriptions',
+    'extractor_config': 'weights.torch.descriptions.extractor_config',
+    'find_variant': 'weights.torch.matching.find_variant',
+    'fit': 'weights.torch.matching.map_modules',
+    'like_of': 'weights.torch.name_tables.as_tree',
+    'llama_config': 'weights.torch.descriptions.llama_config',
+    'map_modules': 'weights.torch.matching.map_modules',
+    'name_rules': 'weights.torch.name_tables.name_rules',
+    'safety_config': 'weights.torch.descriptions.safety_config',
+    'scheduler_config': 'weights.torch.descriptions.scheduler_config',
+    'shapes': 'weights.torch.name_tables.module_shapes',
+    'table_of': 'weights.torch.name_tables.choose_table',
+    'tables': 'weights.torch.name_tables.name_rules',
+    'unet_config': 'weights.torch.descriptions.unet_config',
+    'vae_config': 'weights.torch.descriptions.vae_config',
+    'zeros_view': 'weights.torch.name_rules.zeros_view',
+  },
+  'weights.torch.mapping': {
+    'TRANSFORMS': 'weights.torch.name_rules.TRANSFORMS',
+    'Transform': 'weights.torch.name_rules.Transform',
+  },
 }
 
 
 def current(module: types.ModuleType, name: str):
-  """What a module has under an old name.
+  """What a module has, or had, under an old name.
 
   Raises:
     AttributeError: it never had that name.
@@ -459,7 +575,8 @@ def current(module: types.ModuleType, name: str):
     return getattr(importlib.import_module(PACKAGE + target), attribute)
   if new is None:
     raise AttributeError(f'module {module.__name__!r} has no attribute {name!r}')
-  return getattr(module, new)
+  owner, _, new = new.rpartition(':')
+  return getattr(importlib.import_module(PACKAGE + owner) if owner else module, new)
 
 
 class Moved(types.ModuleType):

@@ -18,8 +18,22 @@ from lavit_jax.models import lavit, vit
 from lavit_jax.porting import from_torch
 from lavit_jax.porting import to_torch as write_torch
 from lavit_jax.weights.store import folder
-from lavit_jax.weights.torch import convert, files, formats, vocabulary_growth
+from lavit_jax.weights.torch import (
+  convert,
+  formats,
+  import_folder,
+  name_tables,
+  vocabulary_growth,
+)
+from lavit_jax.weights.torch.descriptions import (
+  descriptions,
+  llama_config,
+  unet_config,
+  vae_config,
+)
+from lavit_jax.weights.torch.digests import sha256
 from lavit_jax.weights.torch.mapping import PortingError, to_torch
+from lavit_jax.weights.torch.safetensors_files import SafetensorsWriter
 
 WORDS = pathlib.Path(lavit.__file__).parents[1] / 'assets' / 'tiny' / 'language_model'
 GOLDEN_FOLDER = pathlib.Path(__file__).parents[2] / 'data' / 'golden'
@@ -102,13 +116,13 @@ def variant():
 def states():
   """part -> torch name -> array."""
   model, rng = lavit.build('whole'), np.random.default_rng(0)
-  trees = formats.shapes(model, formats.TABLES)
+  trees = name_tables.module_shapes(model, name_tables.TABLES)
   return {
     part: to_torch(
-      formats.TABLES[part](model)[0],
+      name_tables.TABLES[part](model)[0],
       jax.tree.map(
         lambda x: rng.normal(size=x.shape).astype(DTYPES.get(part, np.float32)),
-        formats.like_of(tree),
+        name_tables.as_tree(tree),
       ),
     )
     for part, tree in trees.items()
@@ -155,8 +169,8 @@ def published(states, tmp_path_factory):
     },
   )
   model = lavit.build('whole')
-  described = [part for part in formats.TABLES if part not in ('vit', 'uncond_embeddings')]
-  for path, content in formats.descriptions(model, described, model.vocabulary.size).items():
+  described = [part for part in name_tables.TABLES if part not in ('vit', 'uncond_embeddings')]
+  for path, content in descriptions(model, described, model.vocabulary.size).items():
     (src / path).parent.mkdir(parents=True, exist_ok=True)
     (src / path).write_text(json.dumps(content))
   folder.copy_tokenizer_files(WORDS, src / 'language_model')
@@ -164,7 +178,7 @@ def published(states, tmp_path_factory):
 
 
 def write(where, stem, state, shard_bytes=10**9):
-  with files.Writer(where, stem, state, shard_bytes) as writer:
+  with SafetensorsWriter(where, stem, state, shard_bytes) as writer:
     for name, array in state.items():
       writer.write(name, array)
 
@@ -202,11 +216,11 @@ def same(state, wanted):
 def test_a_whole_folder_there_and_back_to_the_bit(published, tmp_path):
   job = run(published, tmp_path / 'ours', variant=None)
   assert (job.direction, job.kind, job.variant) == ('torch -> orbax', 'LaVIT', 'whole')
-  assert {item.part for item in job.items} == set(formats.TABLES)
+  assert {item.module for item in job.items} == set(name_tables.TABLES)
   back = run(tmp_path / 'ours', tmp_path / 'theirs')
-  assert (back.direction, {item.part for item in back.items}) == (
+  assert (back.direction, {item.module for item in back.items}) == (
     'orbax -> torch',
-    set(formats.TABLES),
+    set(name_tables.TABLES),
   )
   (weights, others), (wanted, beside) = contents(tmp_path / 'theirs'), contents(published)
   about = others.pop(formats.EXPORT_INFO)
@@ -220,15 +234,14 @@ def test_what_our_folder_says_of_itself(published, states, tmp_path):
   run(published, tmp_path / 'ours')
   config = folder.read_config(tmp_path / 'ours')
   metadata = config['metadata']
-  assert config['variant'] == 'whole' and metadata['tables']['version'] == convert.VERSION
+  assert config['variant'] == 'whole' and metadata['tables']['version'] == name_tables.VERSION
   shards = sorted(published.glob('language_model/model-*'))
   assert (
     len(shards) > 1
     and {f'language_model/{file.name}' for file in shards} < metadata['source']['files'].keys()
   )
   assert (
-    metadata['source']['files'][f'language_model/{shards[0].name}']
-    == f'sha256:{files.sha256(shards[0])}'
+    metadata['source']['files'][f'language_model/{shards[0].name}'] == f'sha256:{sha256(shards[0])}'
   )
   assert (
     config['parts']['vit']['dtype'] == 'float16' and config['parts']['llama']['dtype'] == 'bfloat16'
@@ -299,7 +312,7 @@ def test_every_fault_of_every_part_is_told_at_once(published, tmp_path):
     convert.plan_conversion(broken, tmp_path / 'ours', variant='whole')
   for told in (
     "variant 'whole' do not fit (4 problems)",
-    'decoder: unmapped: no row names in_proj.wieght (nearest known: in_proj.weight)',
+    'decoder: unmapped: no rule names in_proj.wieght (nearest known: in_proj.weight)',
     'decoder: missing: in_proj.weight',
     'vae: wrong shape: encoder.conv_in.bias is [7]',
     'vae: missing: decoder.conv_in.bias',
@@ -351,7 +364,7 @@ def test_an_interrupted_conversion_leaves_nothing_that_looks_complete(
 
 def test_a_disk_that_forgets_is_found_out(published, tmp_path, monkeypatch):
   monkeypatch.setattr(
-    convert.leaves, 'checksums', lambda where, paths: ((path, 1, 0) for path in paths)
+    import_folder.leaves, 'checksums', lambda where, paths: ((path, 1, 0) for path in paths)
   )
   with pytest.raises(UserError, match='is not on the disk as it was written'):
     run(published, tmp_path / 'ours')
@@ -364,7 +377,7 @@ def test_a_full_disk_is_called_that(published, tmp_path, monkeypatch):
   def full(*_):
     raise OSError(errno.ENOSPC, 'No space left on device')
 
-  monkeypatch.setattr(files.Writer, 'write', full)
+  monkeypatch.setattr(SafetensorsWriter, 'write', full)
   with pytest.raises(UserError, match='cannot write .*theirs: No space left on device'):
     run(tmp_path / 'ours', tmp_path / 'theirs')
   assert [file.name for file in tmp_path.iterdir()] == ['ours']
@@ -424,7 +437,7 @@ def llama_folder(states, tmp_path):
   }
   write(tmp_path / 'llama', 'model', state, 200_000)
   (tmp_path / 'llama' / 'config.json').write_text(
-    json.dumps(dict(formats.llama_config(lavit.build('whole'), words), torch_dtype='bfloat16'))
+    json.dumps(dict(llama_config(lavit.build('whole').llama, words), torch_dtype='bfloat16'))
   )
   folder.copy_tokenizer_files(WORDS, tmp_path / 'llama')
   return tmp_path / 'llama'
@@ -464,14 +477,17 @@ def test_a_llama_as_it_is(llama_folder, tmp_path):
 def test_a_diffusers_folder(states, tmp_path, kind, prefix):
   model = lavit.build('whole')
   for name, about in (
-    ('unet', formats.unet_config(getattr(model, f'{prefix}unet'))),
-    ('vae', formats.vae_config(getattr(model, f'{prefix}vae'))),
+    ('unet', unet_config(getattr(model, f'{prefix}unet'))),
+    ('vae', vae_config(getattr(model, f'{prefix}vae'))),
   ):
     write(tmp_path / 'sd' / name, 'diffusion_pytorch_model', states[prefix + name])
     (tmp_path / 'sd' / name / 'config.json').write_text(json.dumps(about))
   (tmp_path / 'sd' / 'model_index.json').write_text('{}')
   job = run(tmp_path / 'sd', tmp_path / 'ours', variant=None)
-  assert (job.kind, [item.part for item in job.items]) == (kind, [f'{prefix}unet', f'{prefix}vae'])
+  assert (job.kind, [item.module for item in job.items]) == (
+    kind,
+    [f'{prefix}unet', f'{prefix}vae'],
+  )
   run(tmp_path / 'ours', tmp_path / 'theirs')
   back, wanted = contents(tmp_path / 'theirs'), contents(tmp_path / 'sd')
   back[1].pop(formats.EXPORT_INFO)
@@ -484,7 +500,7 @@ def test_old_names_of_the_autoencoder_come_back(states, tmp_path):
   from lavit_jax.weights.torch.names_diffusion import vae_rules
 
   model = lavit.build('whole')
-  tree = formats.shapes(model, ['vae'])['vae']
+  tree = name_tables.module_shapes(model, ['vae'])['vae']
   old = to_torch(
     vae_rules(model.vae, old_attention=True),
     jax.tree.map(lambda x: np.full(x.shape, 0.5, np.float32), tree),
@@ -510,7 +526,8 @@ def test_an_image_encoder_with_its_text_tower(states, tmp_path):
 def test_what_was_trained_here_gets_its_descriptions(tmp_path):
   model, rng = lavit.build('whole'), np.random.default_rng(0)
   parts = jax.tree.map(
-    lambda x: rng.normal(size=x.shape).astype(np.float32), formats.shapes(model, formats.TABLES)
+    lambda x: rng.normal(size=x.shape).astype(np.float32),
+    name_tables.module_shapes(model, name_tables.TABLES),
   )
   folder.save_params(
     tmp_path / 'ours', 'whole', parts, {'llama': {'stage': 'lm', 'steps': 7}}, tokenizer=WORDS
@@ -539,7 +556,8 @@ def test_transformers_and_diffusers_load_our_folders(tmp_path):
   model, rng = lavit.build('whole'), np.random.default_rng(0)
   names = ('llama', 'unet', 'vae', 'highres_unet', 'highres_vae')
   parts = jax.tree.map(
-    lambda x: (0.1 * rng.normal(size=x.shape)).astype(np.float32), formats.shapes(model, names)
+    lambda x: (0.1 * rng.normal(size=x.shape)).astype(np.float32),
+    name_tables.module_shapes(model, names),
   )
   folder.save_params(tmp_path / 'ours', 'whole', parts)
   run(tmp_path / 'ours', tmp_path / 'theirs')
@@ -601,7 +619,7 @@ def test_the_safety_checker_judges_as_theirs(tmp_path, nested):
   torch, transformers = (pytest.importorskip(name) for name in ('torch', 'transformers'))
   peers = pytest.importorskip('diffusers.pipelines.stable_diffusion.safety_checker')
   model, rng = lavit.build('whole').safety_checker, np.random.default_rng(0)
-  tree = formats.shapes(lavit.build('whole'), ['safety_checker'])['safety_checker']
+  tree = name_tables.module_shapes(lavit.build('whole'), ['safety_checker'])['safety_checker']
   params = jax.tree.map(lambda x: (0.5 * rng.normal(size=x.shape)).astype(np.float32), tree)
   images = rng.normal(size=(32, 16, 16, 3)).astype(np.float32)
 
@@ -708,7 +726,7 @@ def test_golden_files_as_a_folder(tmp_path):
     (tmp_path / 'LaVIT' / target).parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(GOLDEN_FOLDER / f'{file}.safetensors', tmp_path / 'LaVIT' / f'{target}.safetensors')
   job = run(tmp_path / 'LaVIT', tmp_path / 'ours', variant=None)
-  assert job.variant == 'golden' and {item.part for item in job.items} == GOLDEN_FILES.keys()
+  assert job.variant == 'golden' and {item.module for item in job.items} == GOLDEN_FILES.keys()
   run(tmp_path / 'ours', tmp_path / 'theirs')
   weights, _ = contents(tmp_path / 'theirs')
   assert weights.keys() == {target for target, _ in GOLDEN_FILES.values()}
@@ -734,7 +752,7 @@ def test_from_python(published, states, tmp_path):
     safetensors.numpy.load_file(file),
     {name: x.astype(np.float32) for name, x in states['vit'].items()},
   )
-  with pytest.raises(UserError, match="unknown part 'vitt'"):
+  with pytest.raises(UserError, match="unknown module 'vitt'"):
     from_torch(published, 'vitt', variant='whole')
 
 

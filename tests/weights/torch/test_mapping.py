@@ -5,15 +5,13 @@ import pytest
 
 from lavit_jax.errors import UserError
 from lavit_jax.weights.torch.mapping import (
-  TRANSFORMS,
-  NameRule,
   PortingError,
-  contiguous,
   from_torch,
   make_plan,
   to_torch,
   torch_shapes,
 )
+from lavit_jax.weights.torch.name_rules import TRANSFORMS, NameRule, contiguous
 
 ROWS = [
   NameRule('embed', 'embed', 'unbatch'),
@@ -125,8 +123,8 @@ def test_every_offender_is_named_with_its_nearest():
   told = problems(state).splitlines()
   assert '(6 problems)' in told[0]
   assert {line.strip() for line in told[1:]} == {
-    'unmapped: no row names layers.1.fc.wieght (nearest known: layers.1.fc.weight)',
-    'unmapped: no row names stranger',
+    'unmapped: no rule names layers.1.fc.wieght (nearest known: layers.1.fc.weight)',
+    'unmapped: no rule names stranger',
     'unexpected: the model has no place for layers.3.fc.bias (fewer layers?)',
     'missing: embed',
     'missing: layers.1.fc.weight (nearest known: layers.1.fc.wieght)',
@@ -164,7 +162,7 @@ def test_what_may_be_missing_is_said_by_pattern():
 
 
 def test_leaves_are_placed_one_by_one():
-  tree = from_torch(ROWS, file(), LIKE, place=lambda path, array: (path, array.shape))
+  tree = from_torch(ROWS, file(), LIKE, transform_leaf=lambda path, array: (path, array.shape))
   assert tree['blocks']['fc']['bias'] == ('blocks/fc/bias', (3, 6))
 
 
@@ -183,9 +181,9 @@ def test_tables_are_checked_too():
   assert 'duplicate: embed is claimed by leaves embed and extra' in problems(
     file(), [*ROWS, NameRule('embed', 'extra')], like
   )
-  assert 'unmapped: no row names leaf extra' in problems(file(), like=like)
+  assert 'unmapped: no rule names leaf extra' in problems(file(), like=like)
   tree = from_torch(ROWS, file(), LIKE)
-  with pytest.raises(PortingError, match='no row names leaf extra'):
+  with pytest.raises(PortingError, match='no rule names leaf extra'):
     to_torch(ROWS, tree | {'extra': np.ones(1)})
   del tree['embed']
   with pytest.raises(PortingError, match='embed belongs to leaf embed'):

@@ -123,7 +123,7 @@ def test_two_tensors_of_one_name(tmp_path):
     ('layers.0.attention.wq.weight', 'convert_llama_weights_to_hf'),
     ('visual.transformer.resblocks.0.attn.in_proj_weight', 'EVA-CLIP'),
     ('base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight', 'merge_and_unload'),
-    ('model.layers.0.self_attn.q_proj.qweight', 'quantised'),
+    ('model.layers.0.self_attn.q_proj.qweight', 'quantized'),
   ],
 )
 def test_files_of_other_projects(tmp_path, name, told):
