@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from things import FOLDER, batches, write_tar
+from numbered_images import FOLDER, batches, write_tar
 
 from lavit_jax.data import long_text, text
 from lavit_jax.data.long_text import select_piece
