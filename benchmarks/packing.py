@@ -24,9 +24,10 @@ import numpy as np
 
 from lavit_jax import Lavit
 from lavit_jax.data.emoji import corpus
-from lavit_jax.evaluation.report import pixels
+from lavit_jax.evaluation.report import stack_images
 from lavit_jax.models.llama import Llama
-from lavit_jax.models.sequence import Vocabulary, assign_rows, pack_pairs
+from lavit_jax.models.sequence import assign_rows, pack_pairs
+from lavit_jax.models.vocabulary import Vocabulary
 
 ASSETS = pathlib.Path(__file__).parents[1] / 'lavit_jax' / 'assets' / 'tiny'
 ROUNDS = 5
@@ -49,7 +50,7 @@ def tiny_pairs(source: str, count: int) -> Pairs:
   examples = corpus.examples(source, 'train', 0, count)
   return captioned(
     [model.words.encode(example.caption) for example in examples],
-    model.tokenize(pixels(examples)).counts,
+    model.tokenize(stack_images(examples)).counts,
     64,
     48,
   )

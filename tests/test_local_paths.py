@@ -81,5 +81,6 @@ def test_images_and_rows(home):
     batch.load_inputs(dict(image='~/a.png'), ('image',), home / 'x', 8)['image'], pixels
   )
   assert (
-    batch.load_inputs(dict(parts=['~ 5 cats', '~/a.png']), ('parts',), home, 8)['parts'][0] == '~ 5 cats'
+    batch.load_inputs(dict(parts=['~ 5 cats', '~/a.png']), ('parts',), home, 8)['parts'][0]
+    == '~ 5 cats'
   )

@@ -106,14 +106,14 @@ def _app(args: argparse.Namespace) -> None:
   from lavit_jax.errors import UserError
 
   try:
-    from lavit_jax.apps import web
+    from lavit_jax.apps.web import serve
   except ImportError as error:
     if (error.name or '').split('.')[0] != 'gradio':
       raise
     raise UserError(
       "the page needs Gradio; pip install -e '.[app]' -c launch/constraints.txt"
     ) from None
-  web.serve(options.load_model(args), args.host, args.port)
+  serve(options.load_model(args), args.host, args.port)
 
 
 def _evaluate(args: argparse.Namespace) -> None:

@@ -1,13 +1,12 @@
 """One task on many inputs: one result line for each row, in order; the same command resumes a run.
 
-    rows.jsonl                                 results.jsonl
-    {"image": "cats/1.jpg", "id": 17}    ->    {"image": "cats/1.jpg", "id": 17, "caption": "a cat",
-                                                "settings": {...}}
-    {"image": "cats/2.txt", "id": 18}    ->    {"image": "cats/2.txt", "id": 18, "error": "...",
-                                                "settings": {...}}
+    rows.jsonl:     {"image": "cats/1.jpg", "id": 17}
+                    {"image": "cats/2.txt", "id": 18}
+    results.jsonl:  {"image": "cats/1.jpg", "id": 17, "caption": "a cat", "settings": {...}}
+                    {"image": "cats/2.txt", "id": 18, "error": "...", "settings": {...}}
 
-inputs.py reads rows, tasks.py calls the model, results.py keeps the result file, runner.py goes from
-the first to the last.
+inputs.py reads the rows, tasks.py calls the model, results.py keeps the result file, and runner.py
+computes block after block.
 """
 
 from lavit_jax.apps.batch.inputs import (
