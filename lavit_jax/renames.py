@@ -129,19 +129,33 @@ NAMES = {
   'data.emoji.sprites': {
     'find': 'find_dataset',
   },
+  'data.formats': {
+    'DEFAULTS': 'DEFAULT_FIELDS',
+    'some': 'format_names',
+  },
+  'data.images': {
+    'SUFFIXES': 'IMAGE_SUFFIXES',
+    'as_list': 'as_image_list',
+    'is_one': 'is_single_image',
+  },
   'data.loader': {
     'check': 'validate_options',
     'kind_shares': 'task_shares',
     'shapes': 'batch_shapes',
   },
-  'data.formats': {
-    'DEFAULTS': 'DEFAULT_FIELDS',
-    'some': 'format_names',
+  'data.long_text': {
+    'piece_of': 'select_piece',
   },
   'data.parquets': {
     'cost': 'unit_cost',
     'rows': 'read_rows',
     'units': 'list_units',
+  },
+  'data.paths': {
+    'NO_FILE': 'NO_FILE_ERRORS',
+    'ahead_of': 'read_ahead_size',
+    'names_below': 'list_files',
+    'store': 'filesystem_of',
   },
   'data.row_workers': {
     'Made': 'RowDataset',
@@ -468,7 +482,7 @@ NAMES = {
 
 MOVED_NAMES = {  # module -> name that it had -> where it is now
   'data.captions_file': {
-    'IMAGE_SUFFIXES': 'data.images.SUFFIXES',
+    'IMAGE_SUFFIXES': 'data.images.IMAGE_SUFFIXES',
     'choose_fields': 'data.captions_fields.choose_fields',
   },
   'data.emoji.questions': {

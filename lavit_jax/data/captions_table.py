@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lavit_jax.data.captions_fields import NAME, TEXT, Fields, Row, same_field
-from lavit_jax.data.images import SUFFIXES
+from lavit_jax.data.images import IMAGE_SUFFIXES
 from lavit_jax.errors import UserError
 
 _NUMBER = re.compile(r'\s*[-+]?[0-9.]*\s*')
@@ -83,7 +83,7 @@ class Table:
 
   def _read_header(self, values: list[str], line: int) -> list[str]:
     header = [value.strip() for value in values]
-    if any(value.lower().endswith(SUFFIXES) for value in header):
+    if any(value.lower().endswith(IMAGE_SUFFIXES) for value in header):
       raise UserError(
         f'{self._file}:{line}: the first line names an image, where the names of the columns '
         f'belong; write {self._delimiter.join((NAME, TEXT))!r} above it'
@@ -144,7 +144,7 @@ class Table:
       return False
     for line in self._text[start:end].split('\n'):
       name, delimiter, _ = line.partition(self._delimiter)
-      if delimiter and name.strip(' "').lower().endswith(SUFFIXES):
+      if delimiter and name.strip(' "').lower().endswith(IMAGE_SUFFIXES):
         return True
     return False
 
@@ -221,8 +221,10 @@ def _csv_delimiter(first_line: str) -> str:
 
 def _caption_column(header: Sequence[str], fields: Fields) -> int | None:
   """Returns the column of the caption; None if it is not the only candidate."""
-  names = [field.partition('.')[0] for field in fields.texts or (TEXT,)]
-  columns = [i for i, key in enumerate(header) if any(same_field(key, name) for name in names)]
+  columns = []
+  for column, key in enumerate(header):
+    if any(same_field(key, field.partition('.')[0]) for field in fields.texts or (TEXT,)):
+      columns.append(column)
   if not columns and len(header) == 2:
     name = fields.name or NAME
     columns = [i for i, key in enumerate(header) if not same_field(key, name)]

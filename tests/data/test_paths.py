@@ -8,7 +8,7 @@ import io
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from things import SIZE, write_folder, write_parquet, write_tars
+from numbered_images import SIZE, write_folder, write_parquet, write_tars
 
 from lavit_jax import local_paths
 from lavit_jax.data import formats, loader, paths
@@ -93,6 +93,7 @@ def test_files_are_read_in_full_in_spite_of_failures(tmp_path, flaky, write, cap
       skipped=skipped,
     )
     found = [next(data)['image'].tobytes() for _ in range(6)]
+    data.close()  # nothing is read behind the back of the next test
     assert not skipped.reasons
     return found
 
@@ -151,7 +152,7 @@ def test_a_store_that_refuses_is_a_user_error(flaky, message, kind):
 
 def test_a_missing_file_is_not_waited_for(tmp_path, flaky):
   for path in (f'{tmp_path}/nothing', 'flaky://bucket/nothing', str(tmp_path)):
-    with pytest.raises(paths.NO_FILE):
+    with pytest.raises(paths.NO_FILE_ERRORS):
       paths.open_file(path)
   assert not flaky.waited
 
@@ -183,7 +184,7 @@ def test_names_and_sizes(tmp_path, monkeypatch):
 def test_impossible_paths_fail_at_once(tmp_path, name):
   (tmp_path / 'loop').symlink_to(tmp_path / 'loop')
   # A retry would raise UserError, 21 seconds later.
-  with pytest.raises(paths.NO_FILE):
+  with pytest.raises(paths.NO_FILE_ERRORS):
     paths.open_file(str(tmp_path / name))
 
 
