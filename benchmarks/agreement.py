@@ -27,10 +27,10 @@ from lavit_jax.evaluation import vqa
 from lavit_jax.evaluation.report import stack_images
 from lavit_jax.inference import decode
 from lavit_jax.inference.compiled import read
-from lavit_jax.models.vocabulary import EOS_ID
 from lavit_jax.models import sequence
 from lavit_jax.models.int8 import quantize_weights
 from lavit_jax.models.llama import Llama, unroll_layers
+from lavit_jax.models.vocabulary import EOS_ID
 from lavit_jax.weights.torch import mapping
 from lavit_jax.weights.torch.names_llama import llama_rules
 
