@@ -24,7 +24,7 @@ from lavit_jax import Lavit
 from lavit_jax.data.emoji import corpus
 from lavit_jax.evaluation import captions as captioning
 from lavit_jax.evaluation import vqa
-from lavit_jax.evaluation.report import pixels
+from lavit_jax.evaluation.report import stack_images
 from lavit_jax.inference import decode
 from lavit_jax.inference.compiled import read
 from lavit_jax.inference.pipeline import EOS
@@ -53,7 +53,7 @@ def agreement(one, other) -> float:
 def keep(examples) -> dict:
   """Counts of a picture by seeds and by the deterministic choice; share of the patches in common, and of those of one colour alone, which
   show nothing but background; captions, and how often these name the background right, by whether the choice has such a patch."""
-  model, shown = Lavit.from_pretrained(TINY), pixels(examples)
+  model, shown = Lavit.from_pretrained(TINY), stack_images(examples)
   fixed, said = model.tokenize(shown, seed=None), model.caption(shown, seed=None)
   sampled = [model.tokenize(shown, seed=seed) for seed in SEEDS]
   captions = [model.caption(shown, seed=seed) for seed in SEEDS]
@@ -101,7 +101,7 @@ def keep(examples) -> dict:
 
 def losses(model: Lavit, examples) -> dict[str, float]:
   """Mean loss of the true captions after their pictures, and of the pictures' codes after their captions."""
-  words, shown = model.model.vocabulary, pixels(examples)
+  words, shown = model.model.vocabulary, stack_images(examples)
   llama, params = unroll_layers(model.model.llama, model.parts['llama'])
 
   @jax.jit
@@ -212,7 +212,7 @@ def golden_model(weights: str | None = None, cache: str | None = None) -> dict[s
 
 
 def precision(examples) -> dict:
-  shown, asked, found = pixels(examples), vqa.ask(examples), {}
+  shown, asked, found = stack_images(examples), vqa.collect_questions(examples), {}
   for name, settings in PRECISIONS.items():
     model = Lavit.from_pretrained(TINY, **settings)
     captions = model.caption(shown, seed=None)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lavit_jax.data.images import SUFFIXES
+from lavit_jax.data.images import IMAGE_SUFFIXES
 from lavit_jax.errors import UserError
 
 
@@ -62,7 +62,7 @@ def encode_png(image: np.ndarray) -> bytes:
 
 def slug(text: str) -> str:
   """A short, safe file name of a text: lower-case words, without the suffixes of image files."""
-  suffix = f'({"|".join(map(re.escape, SUFFIXES))})(?= |$)'
+  suffix = f'({"|".join(map(re.escape, IMAGE_SUFFIXES))})(?= |$)'
   without_suffixes = re.sub(suffix, '', text.lower())
   name = re.sub('[^a-z0-9]+', '-', without_suffixes).strip('-')
   return name[:60] or 'picture'

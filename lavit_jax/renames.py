@@ -79,7 +79,8 @@ MODULES = {
   'training.processes': 'training.distributed',
   'weights.torch.leftovers': 'weights.torch.conversion_notes',
 }
-NAMES = {  # module as it is called now -> old name -> new name
+# Module as it is called now -> old name -> new name, or 'module:name' if it moved to another one.
+NAMES = {
   'apps.batch': {
     'Results': 'ResultsFile',
     'example': 'example_row',
@@ -128,19 +129,33 @@ NAMES = {  # module as it is called now -> old name -> new name
   'data.emoji.sprites': {
     'find': 'find_dataset',
   },
+  'data.formats': {
+    'DEFAULTS': 'DEFAULT_FIELDS',
+    'some': 'format_names',
+  },
+  'data.images': {
+    'SUFFIXES': 'IMAGE_SUFFIXES',
+    'as_list': 'as_image_list',
+    'is_one': 'is_single_image',
+  },
   'data.loader': {
     'check': 'validate_options',
     'kind_shares': 'task_shares',
     'shapes': 'batch_shapes',
   },
-  'data.formats': {
-    'DEFAULTS': 'DEFAULT_FIELDS',
-    'some': 'format_names',
+  'data.long_text': {
+    'piece_of': 'select_piece',
   },
   'data.parquets': {
     'cost': 'unit_cost',
     'rows': 'read_rows',
     'units': 'list_units',
+  },
+  'data.paths': {
+    'NO_FILE': 'NO_FILE_ERRORS',
+    'ahead_of': 'read_ahead_size',
+    'names_below': 'list_files',
+    'store': 'filesystem_of',
   },
   'data.row_workers': {
     'Made': 'RowDataset',
@@ -166,10 +181,30 @@ NAMES = {  # module as it is called now -> old name -> new name
     'choose': 'choose_caption',
     'make_row': 'row_builder',
   },
+  'evaluation.captions': {
+    'background': 'parse_background',
+    'score': 'score_captions',
+    'spoken': 'spoken_name',
+    'subject': 'parse_subject',
+  },
+  'evaluation.images': {
+    'SIDE': 'CLASSIFIER_SIZE',
+    'background': 'background_color',
+  },
+  'evaluation.report': {
+    'KINDS': 'GROUPS',
+    'kinds': 'group_indices',
+    'measure_drawings': 'measure_images',
+    'pixels': 'stack_images',
+    'tables': 'report_tables',
+  },
   'evaluation.vqa': {
     'Asked': 'VQAExample',
     'Usual': 'MajorityBaseline',
+    'ask': 'collect_questions',
     'majority': 'fit_majority',
+    'normalise': 'normalize_answer',
+    'score': 'score_answers',
   },
   'inference.batching': {
     'batches': 'batch_ranges',
@@ -221,6 +256,7 @@ NAMES = {  # module as it is called now -> old name -> new name
     'penalise': 'penalize',
   },
   'models.attention_kernels': {
+    'cudnn_takes': 'cudnn_supports',
     'picture_attention': 'image_attention',
   },
   'models.decoder': {
@@ -234,7 +270,23 @@ NAMES = {  # module as it is called now -> old name -> new name
     'row': 'variant_config',
   },
   'models.layers': {
-    'split_batch': 'constrain_batch',
+    'BATCH_AXES': 'sharding:BATCH_AXES',
+    'CrossAttention': 'models.attention:CrossAttention',
+    'QKV': 'models.attention:QKV',
+    'QUERY_BLOCK': 'models.attention:QUERY_BLOCK',
+    'REMAT_POLICIES': 'models.remat:REMAT_POLICIES',
+    'SelfAttention': 'models.attention:SelfAttention',
+    'TENSOR_AXIS': 'sharding:TENSOR_AXIS',
+    'attend_and_project': 'models.attention:attend_and_project',
+    'attention': 'models.attention:attention',
+    'constrain_batch': 'sharding:constrain_batch',
+    'merge_heads': 'models.attention:merge_heads',
+    'per_shard': 'sharding:per_shard',
+    'policy_attention': 'models.attention:policy_attention',
+    'rotary': 'models.rope:rotary',
+    'scan_blocks': 'models.remat:scan_blocks',
+    'split_batch': 'sharding:constrain_batch',
+    'split_heads': 'models.attention:split_heads',
   },
   'models.llama': {
     'unroll': 'unroll_layers',
@@ -429,7 +481,7 @@ NAMES = {  # module as it is called now -> old name -> new name
 
 MOVED_NAMES = {  # module -> name that it had -> where it is now
   'data.captions_file': {
-    'IMAGE_SUFFIXES': 'data.images.SUFFIXES',
+    'IMAGE_SUFFIXES': 'data.images.IMAGE_SUFFIXES',
     'choose_fields': 'data.captions_fields.choose_fields',
   },
   'data.emoji.questions': {
@@ -455,6 +507,13 @@ MOVED_NAMES = {  # module -> name that it had -> where it is now
   },
   'data.transforms': {
     'clean': 'data.cleaning.clean_caption',
+  },
+  'evaluation.images': {
+    'cosine': 'evaluation.tokens.mean_cosine',
+    'features': 'evaluation.tokens.features',
+    'mean_direction': 'evaluation.tokens.mean_direction',
+    'rebuilt_features': 'evaluation.tokens.rebuilt_features',
+    'usage': 'evaluation.tokens.codebook_usage',
   },
   'weights.torch.convert': {
     'ConversionItem': 'weights.torch.conversion_plan.ConversionItem',
@@ -503,7 +562,7 @@ MOVED_NAMES = {  # module -> name that it had -> where it is now
 
 
 def current(module: types.ModuleType, name: str):
-  """What a module has under an old name.
+  """What a module has, or had, under an old name.
 
   Raises:
     AttributeError: it never had that name.
@@ -516,7 +575,8 @@ def current(module: types.ModuleType, name: str):
     return getattr(importlib.import_module(PACKAGE + target), attribute)
   if new is None:
     raise AttributeError(f'module {module.__name__!r} has no attribute {name!r}')
-  return getattr(module, new)
+  owner, _, new = new.rpartition(':')
+  return getattr(importlib.import_module(PACKAGE + owner) if owner else module, new)
 
 
 class Moved(types.ModuleType):

@@ -132,7 +132,7 @@ class _Decompressed(io.RawIOBase):
   def readinto(self, buffer) -> int:
     try:
       data = self._file.read(len(buffer))
-    except paths.NO_FILE:
+    except paths.NO_FILE_ERRORS:
       raise
     except _DAMAGE as error:  # paths.py has turned faults of the network or the disk into others
       raise Broken(f'its {self._kind} data are damaged or break off: {error}') from None

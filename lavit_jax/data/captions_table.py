@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lavit_jax.data.captions_fields import NAME, TEXT, Fields, Row, same_field
-from lavit_jax.data.images import SUFFIXES
+from lavit_jax.data.images import IMAGE_SUFFIXES
 from lavit_jax.errors import UserError
 
 _NUMBER = re.compile(r'\s*[-+]?[0-9.]*\s*')
@@ -83,7 +83,7 @@ class Table:
 
   def _read_header(self, values: list[str], line: int) -> list[str]:
     header = [value.strip() for value in values]
-    if any(value.lower().endswith(SUFFIXES) for value in header):
+    if any(value.lower().endswith(IMAGE_SUFFIXES) for value in header):
       raise UserError(
         f'{self._file}:{line}: the first line names an image, where the names of the columns '
         f'belong; write {self._delimiter.join((NAME, TEXT))!r} above it'
@@ -144,7 +144,7 @@ class Table:
       return False
     for line in self._text[start:end].split('\n'):
       name, delimiter, _ = line.partition(self._delimiter)
-      if delimiter and name.strip(' "').lower().endswith(SUFFIXES):
+      if delimiter and name.strip(' "').lower().endswith(IMAGE_SUFFIXES):
         return True
     return False
 

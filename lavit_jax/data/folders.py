@@ -21,7 +21,7 @@ import xxhash
 
 from lavit_jax.data import captions_file, paths
 from lavit_jax.data.captions_fields import Fields, Row, choose_fields
-from lavit_jax.data.images import SUFFIXES
+from lavit_jax.data.images import IMAGE_SUFFIXES
 from lavit_jax.errors import UserError
 from lavit_jax.local_paths import expand_home
 
@@ -97,7 +97,7 @@ class ImageFolder:
       self.entries = self._list_entries(texts)
     self._sample_sizes = self._look_up_images()
 
-  def place(self, name: str) -> str:
+  def file_path(self, name: str) -> str:
     """Returns the path of a file that the folder or its file of captions names."""
     if paths.is_remote(name):
       return name
@@ -108,7 +108,7 @@ class ImageFolder:
       return os.path.join(self.path, name.replace('\\', '/'))
     return path
 
-  def texts_of(self, entry: Entry) -> tuple[str, ...]:
+  def read_texts(self, entry: Entry) -> tuple[str, ...]:
     """Returns the texts of an entry; those in a file beside it are read now.
 
     Raises:
@@ -117,7 +117,7 @@ class ImageFolder:
     """
     if not entry.beside or not self.captioned:
       return entry.texts
-    path = self.place(entry.beside)
+    path = self.file_path(entry.beside)
     with paths.open_file(path) as file:
       text = captions_file.decode(path, file.read())
     if self.is_text:
@@ -131,7 +131,7 @@ class ImageFolder:
       for entry in self.entries:
         content.update(json.dumps(entry.texts).encode())
       for entry in _sample([entry for entry in self.entries if entry.beside]):
-        content.update(json.dumps(self.texts_of(entry)).encode())
+        content.update(json.dumps(self.read_texts(entry)).encode())
     return content.hexdigest()[:8]
 
   # --------------------------------------------------------------------------- file of captions
@@ -142,12 +142,12 @@ class ImageFolder:
     existing = []
     content = b''
     for name in [requested] if requested else CAPTIONS:
-      path = self.place(name)
+      path = self.file_path(name)
       try:
         with paths.open_file(path) as file:
           if not existing:
             content = file.read()
-      except paths.NO_FILE:
+      except paths.NO_FILE_ERRORS:
         continue
       existing.append(path)
     if not existing:
@@ -228,7 +228,7 @@ class ImageFolder:
   def _file_names(self) -> list[str]:
     """Lists all files in the folder and below it, relative to it, sorted, without hidden ones."""
     if paths.is_remote(self.path):
-      names = paths.names_below(self.path)
+      names = paths.list_files(self.path)
     else:
       names = []
       for folder, subfolders, files in os.walk(self.path):
@@ -250,7 +250,7 @@ class ImageFolder:
       return []
     sample = _sample(self.entries)
     sizes = [
-      size for _, size in paths.names_and_sizes([self.place(entry.name) for entry in sample])
+      size for _, size in paths.names_and_sizes([self.file_path(entry.name) for entry in sample])
     ]
     if all(size == -1 for size in sizes):
       raise UserError(
@@ -265,7 +265,7 @@ def _image_entries(names: Sequence[str]) -> list[Entry]:
   existing = set(names)
   entries = []
   for name in names:
-    if name.lower().endswith(SUFFIXES):
+    if name.lower().endswith(IMAGE_SUFFIXES):
       beside = ''
       for candidate in (os.path.splitext(name)[0] + _TEXT_SUFFIX, name + _TEXT_SUFFIX):
         if candidate in existing:

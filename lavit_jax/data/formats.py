@@ -114,7 +114,7 @@ class Tars:
             yield sample.start, end, Skip(reason, f'{path}: {name}', 'members')
           if sample.key is not None:
             yield sample.start, end, self.record(path, sample)
-    except paths.NO_FILE:
+    except paths.NO_FILE_ERRORS:
       last = Skip('missing tar', path, 'files')
     except tars.Broken as error:
       last = Skip('broken tar', f'{path} ({error})', 'files')

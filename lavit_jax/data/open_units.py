@@ -39,7 +39,7 @@ class OpenUnits:
   _busy = [0]  # the cost of what is being read, over all instances
 
   def __init__(self, readers: int = 1):
-    self.ahead = paths.ahead_of(readers)
+    self.ahead = paths.read_ahead_size(readers)
     self._waiting: dict[Hashable, tuple[Any, int]] = {}  # position -> (iterator, cost)
     self._cost = 0
     self._closed = False

@@ -27,7 +27,7 @@ from lavit_jax.local_paths import expand_home
 
 _T = TypeVar('_T')
 
-NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+NO_FILE_ERRORS = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 _NO_FILE_CODES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)  # of OSErrors that are the same
 _WAITS = (1.0, 4.0, 16.0)  # seconds before each new try
 
@@ -140,7 +140,7 @@ def _expand_glob(path: str, literal: str = '') -> list[str]:
     UserError: nothing matches.
   """
   if is_remote(path):
-    filesystem, inner_path = store(path)
+    filesystem, inner_path = filesystem_of(path)
     names = sorted(_retry(path, lambda: filesystem.glob(inner_path)))
     if not names and _retry(path, lambda: filesystem.exists(inner_path)):
       return [path]
@@ -160,7 +160,7 @@ def is_remote(path: str) -> bool:
   return '://' in path and not path.startswith('file://')
 
 
-def store(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+def filesystem_of(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
   """Returns the file system of a path, and the path inside it.
 
   Raises:
@@ -175,9 +175,9 @@ def store(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     ) from error
 
 
-def names_below(folder: str) -> list[str]:
+def list_files(folder: str) -> list[str]:
   """Lists the files in a remote folder and below it, relative to it."""
-  filesystem, inner_path = store(folder)
+  filesystem, inner_path = filesystem_of(folder)
   inner_path = inner_path.rstrip('/')
   names = _retry(folder, lambda: filesystem.find(inner_path))
   return [name.removeprefix(inner_path).lstrip('/') for name in names]
@@ -204,13 +204,13 @@ def _file_size(file: str) -> int | None:
   try:
     if not is_remote(file):
       return _retry(file, lambda: os.path.getsize(file.removeprefix('file://')))
-    filesystem, inner_path = store(file)
+    filesystem, inner_path = filesystem_of(file)
     return _retry(file, lambda: filesystem.size(inner_path))
-  except NO_FILE:
+  except NO_FILE_ERRORS:
     return -1
 
 
-def ahead_of(files: int) -> int:
+def read_ahead_size(files: int) -> int:
   """Returns how many bytes to read ahead of each of `files` files that are read in turn."""
   return min(max(_TOTAL_AHEAD // max(files, 1), _MIN_AHEAD), _MAX_AHEAD)
 
@@ -290,7 +290,7 @@ class _RetryingFile(io.RawIOBase):
 
 def _open_raw(path: str, ahead: int) -> Any:
   if is_remote(path):
-    filesystem, _ = store(path)
+    filesystem, _ = filesystem_of(path)
     return filesystem.open(path, 'rb', block_size=ahead)
   return open(path.removeprefix('file://'), 'rb', buffering=0)
 
@@ -310,7 +310,7 @@ def _retry(path: str, act: Callable[[], _T]) -> _T:
   while True:
     try:
       return act()
-    except (*NO_FILE, UserError):
+    except (*NO_FILE_ERRORS, UserError):
       raise
     except Exception as error:  # not all packages of stores raise OSErrors
       _raise_if_no_file(path, error)

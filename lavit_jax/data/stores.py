@@ -220,10 +220,10 @@ class Folder:
   def read(self, index: int) -> Record | Skip:
     """The record at an index."""
     entry = self.folder.entries[index]
-    origin = self.folder.place(entry.name or entry.beside)
+    origin = self.folder.file_path(entry.name or entry.beside)
     try:
-      texts = self.folder.texts_of(entry)
-    except paths.NO_FILE:
+      texts = self.folder.read_texts(entry)
+    except paths.NO_FILE_ERRORS:
       return Skip('no caption', origin)
     except UserError as error:
       return Skip('broken caption', str(error))
@@ -232,5 +232,5 @@ class Folder:
     try:
       with paths.open_file(origin) as file:
         return Record(file.read(), texts, origin)
-    except paths.NO_FILE:
+    except paths.NO_FILE_ERRORS:
       return Skip(NO_IMAGE, origin)

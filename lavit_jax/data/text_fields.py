@@ -58,13 +58,15 @@ class TextEncoder:
   def encode_beginning(self, text: str, weight: float) -> Fields:
     """The fields of as much of a text as a row has room for."""
     most = _CHARACTERS * self._length
-    ids = self._tokenizer.encode_once(text[:most])
+    ids = self._tokenizer.encode_uncached(text[:most])
     is_whole = len(ids) <= self._length and len(text) <= most
     return self._fields(ids[: self._length], weight, is_whole=is_whole)
 
   def encode_piece(self, text: str, weight: float, epoch: int, seed: int) -> Fields:
     """The fields of the piece of a plain text that is read in this epoch (long_text.py)."""
-    ids, is_end = long_text.piece_of(text, self._tokenizer.encode_once, self._length, epoch, seed)
+    ids, is_end = long_text.select_piece(
+      text, self._tokenizer.encode_uncached, self._length, epoch, seed
+    )
     return self._fields(ids, weight, is_whole=is_end)
 
   def _fields(

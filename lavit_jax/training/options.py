@@ -17,7 +17,7 @@ import numpy as np
 from lavit_jax.data import transforms
 from lavit_jax.data.emoji import questions
 from lavit_jax.errors import UserError
-from lavit_jax.models.layers import REMAT_POLICIES
+from lavit_jax.models.remat import REMAT_POLICIES
 from lavit_jax.training.schedule import SCHEDULES
 
 

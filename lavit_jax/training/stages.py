@@ -27,10 +27,10 @@ from lavit_jax.models import vae as pixels
 from lavit_jax.models.decoder import null_context
 from lavit_jax.models.initialization import init_params
 from lavit_jax.models.lavit import LavitModules
-from lavit_jax.models.layers import per_shard
 from lavit_jax.models.row_random import draw_rows
 from lavit_jax.models.sequence import compact, embed_sources, pack_pairs
 from lavit_jax.models.tokenizer import gumbel_keep
+from lavit_jax.sharding import per_shard
 from lavit_jax.training import codebook
 from lavit_jax.training.foundations import autoencoder, encoder
 from lavit_jax.training.stage import (

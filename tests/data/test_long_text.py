@@ -8,7 +8,7 @@ import pytest
 from things import FOLDER, batches, write_tar
 
 from lavit_jax.data import long_text, text
-from lavit_jax.data.long_text import piece_of
+from lavit_jax.data.long_text import select_piece
 
 TOKENS = text.TextTokenizer.load(FOLDER)
 
@@ -33,7 +33,7 @@ def test_the_pieces_of_a_round_of_epochs_are_the_text(words):
   rounds = -(-len(words) // (long_text.CHARACTERS * length)) * most
   pieces, ends = set(), collections.Counter()
   for epoch in range(rounds):
-    ids, end = piece_of(words, letters, length, epoch)
+    ids, end = select_piece(words, letters, length, epoch)
     assert 0 < len(ids) <= length
     pieces.add(tuple(ids))
     ends[tuple(ids)] += end
@@ -56,7 +56,7 @@ def test_one_epoch_over_many_texts_reads_openings_and_ends_alike():
   places = collections.Counter()
   for i in range(400):
     words = f'{i:05d}' + ''.join(f'{k:03d}' for k in range(105))  # 320 letters
-    ids, _ = piece_of(words, lambda block: [words.index(block) // 80], 5, epoch=0)
+    ids, _ = select_piece(words, lambda block: [words.index(block) // 80], 5, epoch=0)
     places[ids[0]] += 1
   assert set(places) == {0, 1, 2, 3}
   assert all(abs(count - 100) < 5 * (400 * 0.25 * 0.75) ** 0.5 for count in places.values())

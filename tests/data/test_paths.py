@@ -151,7 +151,7 @@ def test_a_store_that_refuses_is_a_user_error(flaky, message, kind):
 
 def test_a_missing_file_is_not_waited_for(tmp_path, flaky):
   for path in (f'{tmp_path}/nothing', 'flaky://bucket/nothing', str(tmp_path)):
-    with pytest.raises(paths.NO_FILE):
+    with pytest.raises(paths.NO_FILE_ERRORS):
       paths.open_file(path)
   assert not flaky.waited
 
@@ -183,7 +183,7 @@ def test_names_and_sizes(tmp_path, monkeypatch):
 def test_impossible_paths_fail_at_once(tmp_path, name):
   (tmp_path / 'loop').symlink_to(tmp_path / 'loop')
   # A retry would raise UserError, 21 seconds later.
-  with pytest.raises(paths.NO_FILE):
+  with pytest.raises(paths.NO_FILE_ERRORS):
     paths.open_file(str(tmp_path / name))
 
 

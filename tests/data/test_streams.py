@@ -357,7 +357,7 @@ def test_what_does_not_stay_open_costs_little(bucket, monkeypatch):
 
 def test_what_all_files_read_ahead_is_bounded():
   for files in (1, 50, 64, 512, 3072):
-    ahead = paths.ahead_of(files)
+    ahead = paths.read_ahead_size(files)
     assert 256 << 10 <= ahead <= 8 << 20 and 1.25 * ahead * min(files, 512) <= 500 << 20
 
 

@@ -80,7 +80,7 @@ def test_decode_inverts_encode(tokenizer, string):
   ids = tokenizer.encode(string)
   assert tokenizer.decode(ids) == string
   assert not set(ids) & {UNKNOWN, BEGIN, END}
-  assert tokenizer.encode_once(string) == ids
+  assert tokenizer.encode_uncached(string) == ids
   stored = tokenizers.Tokenizer.from_file(str(FOLDER / 'tokenizer.json'))
   assert tuple(stored.encode(string, add_special_tokens=False).ids) == ids
 

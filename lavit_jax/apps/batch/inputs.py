@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lavit_jax.apps.batch.tasks import Row, Task
-from lavit_jax.data.images import SUFFIXES, read_images
+from lavit_jax.data.images import IMAGE_SUFFIXES, read_images
 from lavit_jax.errors import UserError
 from lavit_jax.local_paths import expand_home
 
@@ -122,7 +122,9 @@ def find_images(paths: Sequence[str], exclude: str | None = None) -> list[str]:
       raise UserError(f'{path} is both read and written; give --out another folder')
     inside = _images_in_folder(path, excluded)
     if not inside:
-      raise UserError(f'{path}: no images in this folder; their names end in {", ".join(SUFFIXES)}')
+      raise UserError(
+        f'{path}: no images in this folder; their names end in {", ".join(IMAGE_SUFFIXES)}'
+      )
     images += inside
   return images
 
@@ -142,7 +144,7 @@ def _images_in_folder(path: str, excluded: str | None) -> list[str]:
 
 def is_image_path(path: str) -> bool:
   """Whether a name or path has the suffix of an image file."""
-  return path.lower().endswith(SUFFIXES)
+  return path.lower().endswith(IMAGE_SUFFIXES)
 
 
 def read_rows(path: str, keys: Sequence[str], outputs: Sequence[str]) -> list[Row]:
