@@ -4,11 +4,11 @@
 
 decode_*: a LLaMA with 12 layers of width 768 and LaVIT's vocabulary, a prompt of 64 tokens and 128
     new ones, greedy, float32, by `inference.decode` and by transformers' `generate`: one row, eight
-    rows, eight rows with classifier-free guidance (transformers computes the unconditional rows in a
-    second pass), and one row with our weights in int8 and theirs in float32. The tokens must be the
-    same where both have float weights.
-tokenize: eight images of 224 pixels to codes by the variant `small`, beside the published modules in
-    plain PyTorch.
+    rows, eight rows with classifier-free guidance (transformers computes the unconditional rows in
+    a second pass), and one row with our weights in int8 and theirs in float32. The tokens must be
+    the same where both have float weights.
+tokenize: eight images of 224 pixels to codes by the variant `small`, beside the published modules
+    in plain PyTorch.
 unet: ten guided DDIM steps of Stable Diffusion 1.5's U-Net on latents of 32 x 32 (256 pixels) with
     256 condition rows, of which the unconditional branch masks all but 77, beside diffusers; and the
     peak memory of each, in a process of its own.

@@ -1,4 +1,4 @@
-"""The JAX side of inference.py for images: the variant `small` on random weights. No PyTorch here."""
+"""The JAX side of inference.py for images: the variant `small`, random weights. No PyTorch here."""
 
 from __future__ import annotations
 

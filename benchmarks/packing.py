@@ -8,9 +8,9 @@ deviation 25. A step is the forward and the backward pass of the language model;
 steps run in turn.
 
 `page` is about the synthetic pairs, as many as a chip of v5e:16x16 has in a batch of
-configs/lm.py:lavit_7b. It gives the share of pairs that do not fit in its rows of 2,048 (`lost`) and
-the share of slots that hold a token (`filled`), for packing all pairs at once or in the pieces of
-`accumulate`.
+configs/lm.py:lavit_7b. It gives the share of pairs that do not fit in its rows of 2,048 (`lost`)
+and the share of slots that hold a token (`filled`), for packing all pairs at once or in the pieces
+of `accumulate`.
 
 On a CPU attention computes whole rows, which favors the short padded ones; TPUs skip what is masked
 (models/attention_kernels.py).

@@ -230,7 +230,7 @@ class Tokenizer(nn.Module):
     self.quantize = nn.ModuleDict({'embedding': nn.Embedding(sizes.codebook_size, sizes.code_dim)})
 
   def forward(self, x):
-    """Features [B, N, D] -> codes [B, N] and keep [B, N]: the round(sum p) most probable patches."""
+    """Features [B, N, D] -> codes [B, N], keep [B, N]: the round(sum p) most probable patches."""
     p = self.token_predictor(x)[..., 0].exp()
     rank = (-p).argsort(stable=True).argsort()
     keep = (rank < p.sum(-1, keepdim=True).round()).float()
