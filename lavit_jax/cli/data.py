@@ -92,7 +92,7 @@ def _pack(args: argparse.Namespace) -> None:
     skipped.append(f'{reason} {count}')
   print(
     f'{summary.records} records in {args.out}; skipped: {", ".join(skipped)}; '
-    f'tars done before: {summary.found}'
+    f'tars done before: {summary.existing}'
   )
   if summary.failed:
     others = ', and others' if len(summary.failed) > 1 else ''

@@ -38,13 +38,13 @@ class WriteSummary(NamedTuple):
   Attributes:
     records: the number of records.
     skipped: {reason: number of samples}.
-    found: tars that were done before.
+    existing: the number of tars that were done before.
     failed: tars that could not be read, with the reason; the next run tries them again.
   """
 
   records: int
   skipped: dict[str, int]
-  found: int
+  existing: int
   failed: list[str]
 
 
@@ -81,7 +81,7 @@ def write_array_records(
   sources: str | Sequence[str],
   out: str,
   workers: int = 1,
-  say: Callable[[str], None] = print,
+  log: Callable[[str], None] = print,
   image: Sequence[str] = IMAGE_EXTENSIONS,
 ) -> WriteSummary:
   """Packs tars into the folder `out`; files that exist there already stay.
@@ -90,7 +90,7 @@ def write_array_records(
     sources: paths, globs and braces of tars.
     out: a local folder.
     workers: the number of processes.
-    say: prints a line about each tar.
+    log: prints a line about each tar.
     image: extensions of images, of which a sample's first counts.
 
   Returns:
@@ -107,7 +107,7 @@ def write_array_records(
   for partial_file in glob.glob(os.path.join(glob.escape(out), f'.*{ARRAY_RECORD}.half')):
     os.remove(partial_file)  # of a run that was stopped
   waiting = {target: file for target, file in targets.items() if not os.path.exists(target)}
-  failed = _pack_all(waiting, workers, say, image)
+  failed = _pack_all(waiting, workers, log, image)
   total = _TarCounts()
   for target in targets:
     if os.path.exists(f'{target}.json'):
@@ -134,7 +134,7 @@ def _choose_targets(files: Iterable[str], out: str) -> dict[str, str]:
 
 
 def _pack_all(
-  waiting: Mapping[str, str], workers: int, say: Callable[[str], None], image: Sequence[str]
+  waiting: Mapping[str, str], workers: int, log: Callable[[str], None], image: Sequence[str]
 ) -> list[str]:
   """Packs {file to write: tar}, and returns the tars that failed, with the reasons."""
   failed = []
@@ -150,7 +150,7 @@ def _pack_all(
       if error:
         failed.append(f'{file} {error}')
         line += f'  {error}'
-      say(line)
+      log(line)
   except concurrent.futures.process.BrokenProcessPool:
     raise UserError(
       'a process that packed was killed (out of memory?); the same command goes on, with fewer '

@@ -167,54 +167,48 @@ def batches(
   global_batch_size = batch_size * shard_count
   shares = DEFAULT_SHARES if shares is None else shares
   if sources:
-    splits.heldout_reasons(split)
-    is_train = split == 'train'
-    split_sources = sources if is_train else heldout
-    _check_task_of_sources(task, split_sources)
-    encode_texts = None
-    if task == 'lm':
-      encoder = TextEncoder(tokenizer_folder, text_length)
-      encode_texts = pair_encoder(encoder, shares, draw_text_weight, drop_text, seed)
-    local_shards = shards_of(rows, global_batch_size, shards)
-    open_shards, identity = mix_sources(
-      split_sources,
-      seed if is_train else None,
-      shards,
-      local_shards,
-      'sources' if is_train else 'heldout',
-      captioned=encode_texts is not None,
-    )
-    if not is_train and crop != 'none':
-      crop = 'center'
-    dataset = RowDataset(
-      open_shards,
-      identity,
-      transforms.row_builder(seed, image_size, crop, encode_texts, vit_size),
-      SkipCounter() if skipped is None else skipped,
-      max_skipped,
-      num_threads,
-      batch_size // len(local_shards),
-    )
-    return _prefetch(dataset, batch_size, 2 if num_threads else 0)
-  composer = Composer(sprites.load(source), split, scene_share, image_size)
-  if task == 'images':
-    make_row = image_rows(composer, seed, vit_size)
-  else:
+    splits.heldout_reasons(split)  # raises ValueError for an unknown split
+    _check_task_of_sources(task, sources if split == 'train' else heldout)
+  encoder = None
+  if task != 'images':
     encoder = TextEncoder(tokenizer_folder, text_length)
-    if task == 'contrastive':
+  if not sources:
+    composer = Composer(sprites.load(source), split, scene_share, image_size)
+    if encoder is None:
+      make_row = image_rows(composer, seed, vit_size)
+    elif task == 'contrastive':
       make_row = contrastive_rows(composer, seed, vit_size, encoder)
     else:
+      weights = tasks.question_weights(question_weights or {})
       make_row = lm_rows(
-        composer,
-        seed,
-        vit_size,
-        encoder,
-        shares,
-        tasks.question_weights(question_weights or {}),
-        draw_text_weight,
-        drop_text,
+        composer, seed, vit_size, encoder, shares, weights, draw_text_weight, drop_text
       )
-  return composed_batches(make_row, rows, global_batch_size, num_threads)
+    return composed_batches(make_row, rows, global_batch_size, num_threads)
+  is_train = split == 'train'
+  encode_texts = None
+  if encoder is not None:
+    encode_texts = pair_encoder(encoder, shares, draw_text_weight, drop_text, seed)
+  local_shards = shards_of(rows, global_batch_size, shards)
+  open_shards, identity = mix_sources(
+    sources if is_train else heldout,
+    seed if is_train else None,
+    shards,
+    local_shards,
+    'sources' if is_train else 'heldout',
+    captioned=encode_texts is not None,
+  )
+  if not is_train and crop != 'none':
+    crop = 'center'
+  dataset = RowDataset(
+    open_shards,
+    identity,
+    transforms.row_builder(seed, image_size, crop, encode_texts, vit_size),
+    SkipCounter() if skipped is None else skipped,
+    max_skipped,
+    num_threads,
+    batch_size // len(local_shards),
+  )
+  return _prefetch(dataset, batch_size, 2 if num_threads else 0)
 
 
 def _check_task_of_sources(task: str, sources: Sequence[Mapping[str, Any]]) -> None:

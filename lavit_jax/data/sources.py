@@ -236,11 +236,11 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
     raise UserError(
       f'{name} has format {kind!r}; choose one of {", ".join(formats.FORMATS)}', option=name
     )
-  known = _COMMON_OPTIONS + _OPTIONS[kind]
+  allowed = _COMMON_OPTIONS + _OPTIONS[kind]
   for key in options:
-    if key not in known:
-      near = difflib.get_close_matches(key, known, n=1)
-      hint = f'did you mean {near[0]!r}?' if near else f'it knows {", ".join(known)}'
+    if key not in allowed:
+      near = difflib.get_close_matches(key, allowed, n=1)
+      hint = f'did you mean {near[0]!r}?' if near else f'it knows {", ".join(allowed)}'
       raise UserError(f'{name} ({kind}) does not know {key!r}; {hint}', option=name)
   if not options.get('path'):
     raise UserError(f'{name} has no path', option=name)

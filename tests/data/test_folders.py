@@ -7,7 +7,7 @@ import json
 import random
 
 import pytest
-from things import batches, caption, number, picture
+from numbered_images import batches, caption, image_file, number
 
 from lavit_jax.data import captions_file, formats
 from lavit_jax.data.row_workers import SkipCounter
@@ -20,7 +20,7 @@ SENTENCES = ['a dog, a cat, and a bee', 'an owl', 'the "best" pie']
 @pytest.fixture
 def folder(tmp_path):
   for i, name in enumerate(NAMES):
-    (tmp_path / name).write_bytes(picture(i))
+    (tmp_path / name).write_bytes(image_file(i))
   return tmp_path
 
 
@@ -31,7 +31,7 @@ def read(folder, image=None, text=(), **options) -> dict[str, tuple[str, ...]]:
   for i in range(len(records)):
     record = records.read(i)
     name = record.origin.removeprefix(f'{folder}/')
-    assert record.image == picture(NAMES.index(name))
+    assert record.image == image_file(NAMES.index(name))
     texts[name] = record.texts
   return texts
 
@@ -335,7 +335,7 @@ def test_captions_on_the_lines_of_a_text_beside_the_image(folder):
 
 def test_bare_images_are_enough_where_no_captions_are_needed(folder):
   (folder / 'deeper').mkdir()
-  (folder / 'deeper' / '3.PNG').write_bytes(picture(3))
+  (folder / 'deeper' / '3.PNG').write_bytes(image_file(3))
   source = dict(format='folder', path=str(folder))
   batch = next(batches(source, task='images', batch_size=4, heldout=(source,), split='heldout'))
   assert [number(image) for image in batch['image']] == [0, 1, 2, 3]
@@ -377,7 +377,7 @@ def test_changes_between_two_parts_of_a_run_are_errors(folder, beside, what):
   if what == 'caption':
     write('two')
   else:
-    (folder / '1.png').write_bytes(picture(7) + b'...')
+    (folder / '1.png').write_bytes(image_file(7) + b'...')
   with pytest.raises(ValueError, match=r'^changed are sources\[0\].contents \w{8} -> \w{8}$'):
     batches(source).set_state(state)
   del state['of']['sources'][0]['contents']  # of a version that did not write it
@@ -395,7 +395,7 @@ def test_names_as_windows_writes_them_and_whole_paths(folder):
   (folder / 'captions.jsonl').write_text('\n'.join(map(json.dumps, rows)))
   opened = formats.Folder(str(folder), None, ())
   assert [opened.read(i)[:2] for i in range(3)] == [
-    (picture(i), (word,)) for i, word in enumerate('abc')
+    (image_file(i), (word,)) for i, word in enumerate('abc')
   ]
 
 

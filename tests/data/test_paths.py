@@ -8,7 +8,7 @@ import io
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from things import SIZE, write_folder, write_parquet, write_tars
+from numbered_images import SIZE, write_folder, write_parquet, write_tars
 
 from lavit_jax import local_paths
 from lavit_jax.data import formats, loader, paths
@@ -93,6 +93,7 @@ def test_files_are_read_in_full_in_spite_of_failures(tmp_path, flaky, write, cap
       skipped=skipped,
     )
     found = [next(data)['image'].tobytes() for _ in range(6)]
+    data.close()  # nothing is read behind the back of the next test
     assert not skipped.reasons
     return found
 

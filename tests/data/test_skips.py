@@ -30,8 +30,8 @@ def test_one_bad_unit_is_one_of_many():
   add(skipped, 0, 5000, 0)  # in the next epoch too: 1 of 20 is no more than 5%
   with pytest.raises(
     UserError,
-    match=r'^sources\[0\] \(tars x\): 5001 of 6901 records were skipped .*; looked for: text in txt; '
-    r'.*data.max_skipped=0.05$',
+    match=r'^sources\[0\] \(tars x\): 5001 of 6901 records were skipped .*; '
+    r'looked for: text in txt; .*data.max_skipped=0.05$',
   ):
     add(skipped, 0, 5000, 20)
 
@@ -56,7 +56,8 @@ def test_a_small_source_does_not_hide_behind_a_large_one():
 
 def test_processes_add_up_their_counts():
   """One of two meets more than the limit, both together do not; until the other one does too."""
-  one, other = SkipCounter(alone=False), SkipCounter(alone=False)
+  one = SkipCounter(alone=False)
+  other = SkipCounter(alone=False)
   for unit in range(20):
     add(one, 92, 8, unit)
     add(other, 99, 1, unit)
