@@ -259,6 +259,6 @@ def _read_back(result: folder.FolderWriter, progress: Progress) -> None:
     wrong = [leaf for leaf, rest in remaining.items() if rest]
     if wrong:
       raise UserError(
-        f'{module}/{wrong[0]} is not on the disk as it was written; the disk is at fault, '
-        'convert again to another one'
+        f'{module}/{wrong[0]} is not on the disk as it was written; the disk is faulty, '
+        'convert again to another disk'
       )

@@ -128,7 +128,7 @@ def test_every_offender_is_named_with_its_nearest():
     'unexpected: the model has no place for layers.3.fc.bias (fewer layers?)',
     'missing: embed',
     'missing: layers.1.fc.weight (nearest known: layers.1.fc.wieght)',
-    'wrong shape: head.weight is [3, 4], the model wants [2, 4]',
+    'wrong shape: head.weight is [3, 4], the model expects [2, 4]',
   }
   assert issubclass(PortingError, UserError)
 
@@ -146,7 +146,7 @@ def test_types_are_one_a_stack_and_of_the_right_kind():
     half | {'layers.1.fc.bias': np.ones(6, np.float32), 'embed': np.ones((1, 5, 4), np.int32)}
   )
   assert 'wrong dtype: layers.1.fc.bias is float32, other layers of it are float16' in told
-  assert 'wrong dtype: embed is int32, the model wants float32' in told
+  assert 'wrong dtype: embed is int32, the model expects float32' in told
 
 
 def test_what_may_be_missing_is_said_by_pattern():

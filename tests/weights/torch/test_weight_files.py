@@ -126,7 +126,7 @@ def test_an_edition_beside_the_one_taken_is_told(stable, tmp_path, capsys):
   assert cli.main(['convert', '--src', str(stable), '--dst', str(tmp_path / 'a')]) == 0
   said = ' '.join(capsys.readouterr().err.split())
   assert (
-    f'vae: {VAE}.safetensors is taken, not {VAE}.fp16.safetensors beside it' in said
+    f'vae: {VAE}.safetensors is read, not {VAE}.fp16.safetensors beside it' in said
     and 'unet: diffusion' not in said
   )
   assert not list((tmp_path / 'a' / 'torch').rglob('*.safetensors'))
@@ -136,7 +136,7 @@ def test_an_edition_beside_the_one_taken_is_told(stable, tmp_path, capsys):
     )
     == 0
   )
-  assert f'vae: {VAE}.fp16.safetensors is taken' in ' '.join(capsys.readouterr().err.split())
+  assert f'vae: {VAE}.fp16.safetensors is read' in ' '.join(capsys.readouterr().err.split())
   dtypes = {place: folder.read_config(tmp_path / place)['parts']['vae']['dtype'] for place in 'ab'}
   assert dtypes['b'] == 'float16' != dtypes['a']
   assert (
@@ -249,7 +249,7 @@ def test_missing_descriptions_are_named(tmp_path):
   shutil.copytree(TINY / 'pixel_decoding' / 'unet', tmp_path / 'sd' / 'unet')
   (tmp_path / 'sd' / 'unet' / 'config.json').unlink()
   notes = convert.plan_conversion(tmp_path / 'sd', tmp_path / 'ours').notes
-  said = "is not there, so the variant's own values are taken, unchecked"
+  said = "is missing, so the variant's own values are used, unchecked"
   assert f'unet: unet/config.json {said}' in notes
   assert f'unet: scheduler/scheduler_config.json {said}' in notes
 
