@@ -131,7 +131,9 @@ def losses(model: Lavit, examples: Sequence[Example]) -> dict[str, float]:
   code_prompts = []
   for i, (count, text) in enumerate(zip(np.asarray(counts), texts, strict=True)):
     slots = range(i * num_slots, i * num_slots + int(count))
-    caption_prompts.append([[vocabulary.image_start], slots, [vocabulary.image_end], text, [EOS_ID]])
+    caption_prompts.append(
+      [[vocabulary.image_start], slots, [vocabulary.image_end], text, [EOS_ID]]
+    )
     image_ids = codes[i] + vocabulary.code_offset
     code_prompts.append([text, [vocabulary.image_start], image_ids, [vocabulary.image_end]])
   mean_loss = make_mean_loss(model)
