@@ -318,6 +318,13 @@ def test_the_python_version(capsys):
   )
 
 
+def test_an_old_python_can_parse_the_command_line():
+  """So that `check_python` can report it."""
+  package = ROOT / 'lavit_jax'
+  for path in (package / '__init__.py', package / 'renames.py', *(package / 'cli').glob('*.py')):
+    ast.parse(path.read_text(), feature_version=(3, 7))
+
+
 def test_the_help_imports_no_large_library():
   code = """
 import sys
