@@ -24,7 +24,7 @@ from lavit_jax.models import lavit
 from lavit_jax.models.settings import affects_outputs, differences, format_setting
 from lavit_jax.training import integrity
 from lavit_jax.training.distributed import wait_for_all
-from lavit_jax.weights.store.arrays import disk_full
+from lavit_jax.weights.store.disk import disk_full
 
 MARK = 'damaged'  # in a step's folder: a file of a process that could not read it, with the reason
 INEXACT = (

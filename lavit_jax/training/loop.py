@@ -38,6 +38,7 @@ from lavit_jax.training.train_step import averaged, loss_and_metrics, make_init,
 from lavit_jax.training.validation import check_options, check_values, name_data_option
 from lavit_jax.training.watch import MetricWatch
 from lavit_jax.weights.store import folder
+from lavit_jax.weights.store.metadata import check_codebook, has_codebook
 
 
 def train(config, workdir) -> None:
@@ -262,12 +263,12 @@ def load_parts(config, stage, mesh) -> dict:
   for path in split_folders(config.frozen):
     names = [name for name in folder.read_config(path)['parts'] if name in wanted]
     if 'tokenizer' in names:
-      folder.check_codebook(path)
+      check_codebook(path)
     parts |= load(path, names, 'float32')
   for path in split_folders(config.init_from):
     names = [name for name in folder.read_config(path)['parts'] if name in stage.takes]
     offered = load(path, names, None)
-    if 'tokenizer' in offered and not folder.has_codebook(path):
+    if 'tokenizer' in offered and not has_codebook(path):
       offered, _ = codebook.take_out(offered)
     parts |= offered
   missing = [name for name in wanted if name not in parts]
