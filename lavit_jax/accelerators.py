@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+import jax
+
 
 class Chip(NamedTuple):
   """Of one chip: bfloat16 TFLOP/s, HBM in GiB and TB/s, all links to other chips in Gbit/s.
@@ -48,6 +50,11 @@ def peak_tflops(devices) -> float:
   """bfloat16 TFLOP/s of all devices together, 0 if the kind of one is unknown."""
   peaks = [_peak(device.device_kind) for device in devices]
   return float(sum(peaks)) if all(peaks) else 0.0
+
+
+def run_once_compiler_options() -> dict[str, int] | None:
+  """Compiler options of a program that runs once: on CPU, compiling costs more than running."""
+  return {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
 
 
 def _peak(kind: str) -> float:

@@ -37,6 +37,7 @@ MODULES = {
   'inference.app': 'apps.web',
   'inference.batch': 'apps.batch',
   'inference.demo': 'apps.demo',
+  'inference.diffusion': 'models.diffusion',
   'inference.drawing': 'inference.image_generation',
   'inference.fetching': 'inference.batching',
   'inference.output': 'output',
@@ -153,12 +154,6 @@ NAMES = {  # module as it is called now -> old name -> new name
     'fetch': 'fetch_batches',
     'one_behind': 'double_buffer',
   },
-  'inference.diffusion': {
-    'Plan': 'SamplerPlan',
-    'guided': 'guided_denoiser',
-    'plan': 'make_plan',
-    'sample': 'sample_latents',
-  },
   'inference.faults': {
     'first': 'first_fault',
   },
@@ -202,6 +197,12 @@ NAMES = {  # module as it is called now -> old name -> new name
   },
   'models.decoder': {
     'Decoder': 'FeatureDecoder',
+  },
+  'models.diffusion': {
+    'Plan': 'SamplerPlan',
+    'guided': 'guided_denoiser',
+    'plan': 'make_plan',
+    'sample': 'sample_latents',
   },
   'models.initialization': {
     'initial_parts': 'init_params',

@@ -92,6 +92,34 @@ def config(stage: str, **changes):
   return config
 
 
+def run(stage: str, mesh=None, **changes):
+  """The run of a page for this variant, on an abstract device if there is no mesh."""
+  from lavit_jax.training.run import resolve_abstract
+
+  return resolve_abstract(config(stage, **changes), mesh)
+
+
+def optimizer_config(num_steps: int = 10, **changes):
+  """Options of a plain optimizer: no warmup, decay, clipping or averages."""
+  from lavit_jax.training.optimizer import OptimizerConfig
+
+  optim = dict(
+    learning_rate=0.1,
+    warmup_steps=0,
+    final_fraction=1.0,
+    weight_decay=0.0,
+    b1=0.9,
+    b2=0.99,
+    mu_dtype='float32',
+    nu_dtype='float32',
+    clip_norm=0.0,
+    ema_decay=0.0,
+    freeze=(),
+    lr_scale=(),
+  )
+  return OptimizerConfig.from_page(dict(num_steps=num_steps, optim={**optim, **changes}))
+
+
 def train_all(folder: pathlib.Path) -> None:
   """Every stage in turn, each from the exports of those before it, into folder/STAGE."""
   from lavit_jax.training.loop import train

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 import xxhash
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
+from nano import optimizer_config
 
 from lavit_jax.data.loader import Batches
 from lavit_jax.errors import UserError
@@ -22,7 +22,7 @@ from lavit_jax.training.checkpoint import Checkpoints
 
 
 def config(**changes):
-  return ConfigDict({'stage': 'lm', 'variant': 'tiny', 'optim': {'learning_rate': 0.1}, **changes})
+  return {'stage': 'lm', 'variant': 'tiny', 'optim': {'learning_rate': 0.1}, **changes}
 
 
 def numbers():
@@ -64,23 +64,9 @@ def test_state_and_data_go_on_where_they_were(saved):
 
 
 def test_small_moments_come_back_as_they_were(tmp_path):
-  options = ConfigDict(
-    dict(
-      learning_rate=0.1,
-      warmup_steps=0,
-      final_fraction=1.0,
-      weight_decay=0.0,
-      b1=0.9,
-      b2=0.95,
-      mu_dtype='bfloat16',
-      nu_dtype='bfloat16',
-      clip_norm=0.0,
-      freeze=(),
-      lr_scale=(),
-    )
-  )
+  options = optimizer_config(b2=0.95, mu_dtype='bfloat16', nu_dtype='bfloat16')
   params = {'kernel': jax.random.normal(jax.random.key(0), (8, 8))}
-  tx = optimizer.make_optimizer(options, 10, params)
+  tx = optimizer.make_optimizer(options, params)
   _, moments = tx.update(params, tx.init(params), params)
   checkpoints, data = Checkpoints(tmp_path, config(), keep=2), numbers()
   checkpoints.save(1, moments, data)

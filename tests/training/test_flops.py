@@ -4,8 +4,9 @@ import nano
 import pytest
 
 from lavit_jax.models import lavit
-from lavit_jax.training import flops, stages
+from lavit_jax.training import flops
 from lavit_jax.training.config import load_config
+from lavit_jax.training.run import resolve_abstract
 
 nano.install()
 
@@ -49,22 +50,19 @@ def test_of_a_condition_the_cheaper_branch_counts():
 
 def test_the_parts_of_the_language_models_step_are_all_of_it():
   """Every product of the loss and its gradient, as they are traced, is in one of them: the towers on all pairs, all slots, all scores."""
-  config = nano.config('lm')
+  run = nano.run('lm')
   with jax.sharding.use_abstract_mesh(flops.ONE_CPU):
-    pair, whole = (
-      flops.pair_flops(config, lavit.build('nano')),
-      flops.traced(config, lavit.build('nano')),
-    )
-  c = config.lm
-  rows = c.num_rows * (pair.row + c.row_length**2 * pair.scores)
+    pair = flops.pair_flops(run)
+    whole = flops.trace_step(run)
+  rows = run.options.num_rows * (pair.row + run.options.row_length**2 * pair.scores)
   assert whole == pytest.approx(
-    config.batch_size * (pair.see + pair.code + pair.read) + rows, rel=1e-6
+    run.batch_size * (pair.see + pair.code + pair.read) + rows, rel=1e-6
   )
 
 
 def test_flops_of_slots_follow_the_formula():
   """6 for each parameter of a product and each slot, and attention to the half of the own pair; nothing for what remat does again."""
-  config = nano.config('lm', lm__mean_length=31)
+  run = nano.run('lm', lm__mean_length=31)
   llama = nano.NANO['llama']
   width, heads = llama['hidden_size'], llama['num_heads'] * llama['head_dim']
   weights = (
@@ -72,12 +70,10 @@ def test_flops_of_slots_follow_the_formula():
     + width * lavit.build('nano').vocabulary.size
   )
   attention = llama['num_layers'] * 3 * 2 * 2 * (31 + 1) / 2 * heads
-  step = flops.step_flops(config)
-  assert step.slots == pytest.approx(
-    stages.tokens_per_step(config) * (6 * weights + attention), rel=1e-6
-  )
+  step = flops.step_flops(run)
+  assert step.slots == pytest.approx(run.tokens_per_step * (6 * weights + attention), rel=1e-6)
   assert step.at(1.0) - step.at(0.25) == pytest.approx(0.75 * step.slots)
-  assert flops.step_flops(nano.config('lm', lm__mean_length=31, remat='full')) == step
+  assert flops.step_flops(nano.run('lm', lm__mean_length=31, remat='full')) == step
 
 
 def test_what_a_kind_has_no_use_for_is_not_counted():
@@ -85,10 +81,10 @@ def test_what_a_kind_has_no_use_for_is_not_counted():
     config = nano.config('lm')
     with config.unlocked():
       config.data.shares = shares
-    return flops.step_flops(config).fixed
+    return flops.step_flops(resolve_abstract(config)).fixed
 
   with jax.sharding.use_abstract_mesh(flops.ONE_CPU):
-    pair = flops.pair_flops(nano.config('lm'), lavit.build('nano'))
+    pair = flops.pair_flops(nano.run('lm'))
   assert min(pair.see, pair.code, pair.read) > 0
   assert fixed(text=1.0) == 0 and fixed(draw=1.0) == 8 * (pair.see + pair.code)
   assert fixed(caption=1.0, answer=2.0) == pytest.approx(8 * (pair.see + pair.read))
@@ -99,19 +95,15 @@ def test_what_a_kind_has_no_use_for_is_not_counted():
 
 def test_expected_share():
   """136 of the page's pairs to 8 rows of 2,048; a step cannot hold more than it has slots."""
-  assert flops.expected_share(load_config(f'{nano.ROOT}/configs/lm.py:lavit_7b')) == pytest.approx(
-    136 * 110 / (8 * 2048)
-  )
-  assert (
-    flops.expected_share(nano.config('lm', batch_size=1000))
-    == 1
-    == flops.expected_share(nano.config('tokenizer'))
-  )
+  published = resolve_abstract(load_config(f'{nano.ROOT}/configs/lm.py:lavit_7b'))
+  assert flops.expected_share(published) == pytest.approx(136 * 110 / (8 * 2048))
+  assert flops.expected_share(nano.run('lm', batch_size=1000)) == 1
+  assert flops.expected_share(nano.run('tokenizer')) == 1
 
 
 def test_a_frozen_layer_counts_its_forward(monkeypatch):
-  config, vit = nano.config('tokenizer'), nano.NANO['vit']
-  before = flops.step_flops(config).fixed
+  vit = nano.NANO['vit']
+  before = flops.step_flops(nano.run('tokenizer')).fixed
   monkeypatch.setitem(
     lavit.VARIANTS, 'nano', {**nano.NANO, 'vit': {**vit, 'num_layers': vit['num_layers'] + 1}}
   )
@@ -121,4 +113,5 @@ def test_a_frozen_layer_counts_its_forward(monkeypatch):
     (vit['image_size'] // vit['patch_size']) ** 2 + 1,
   )
   products = 2 * (4 * width * heads + 2 * width * vit['mlp_dim']) + 2 * 2 * tokens * heads
-  assert flops.step_flops(config).fixed - before == config.batch_size * tokens * products
+  run = nano.run('tokenizer')
+  assert flops.step_flops(run).fixed - before == run.batch_size * tokens * products

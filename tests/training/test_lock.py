@@ -16,8 +16,8 @@ from lavit_jax.training.lock import WorkdirLock, refuse_if_running
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-  monkeypatch.setattr(lock, 'BEAT', 0.05)
-  monkeypatch.setattr(lock, 'LOOK', 0.02)
+  monkeypatch.setattr(lock, 'BEAT_INTERVAL', 0.05)
+  monkeypatch.setattr(lock, 'POLL_INTERVAL', 0.02)
   monkeypatch.setattr(lock, 'SILENCE', 0.5)
 
 

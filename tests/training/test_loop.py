@@ -1,5 +1,6 @@
 """The loop as it is run: in processes of their own, killed, continued, on one device and on eight."""
 
+import dataclasses
 import functools
 import json
 import signal
@@ -15,9 +16,10 @@ from nano import finish, launch, rows, until
 from lavit_jax import sharding
 from lavit_jax.errors import UserError
 from lavit_jax.inference.parameters import open_checkpoint
-from lavit_jax.training import loop
+from lavit_jax.training import loop, parameters
 from lavit_jax.training.loop import train
-from lavit_jax.training.stage import Stage, Sum
+from lavit_jax.training.parameters import find_modules, load_params
+from lavit_jax.training.stages.base import ModuleNames, Stage, Sum
 from lavit_jax.training.train_step import loss_and_metrics
 from lavit_jax.weights.store import folder
 
@@ -420,12 +422,14 @@ def test_averages_of_pieces_are_those_of_the_whole():
     value = jnp.square(batch['x'] @ params['w'] - 1).mean()
     return value, (state, dict(overflow=Sum(jnp.float32(len(batch['x']))), mean=batch['x'].mean()))
 
-  stage = Stage((), (), lambda key, parts: (dict(w=jnp.ones((3, 2))), jnp.zeros([])), loss, None)
+  def init(key, loaded):
+    return dict(w=jnp.ones((3, 2))), jnp.zeros([])
+
+  stage = Stage(ModuleNames(), init, loss, None)
   mesh = sharding.make_mesh(dict(data=-1, fsdp=1, tensor=1), jax.devices()[:1])
+  run = dataclasses.replace(nano.run('autoencoder', mesh, accumulate=4), stage=stage)
   with jax.set_mesh(mesh):
-    values = loss_and_metrics(stage, 4, 1, mesh)(
-      dict(w=jnp.ones((3, 2))), {}, {}, {'x': x}, jax.random.key(0)
-    )
+    values = loss_and_metrics(run)(dict(w=jnp.ones((3, 2))), {}, {}, {'x': x}, jax.random.key(0))
   assert values['loss'] == pytest.approx(float(jnp.square(x.sum(1) - 1).mean()), rel=1e-5)
   assert values['overflow'] == 8 and values['mean'] == pytest.approx(float(x.mean()), abs=1e-6)
 
@@ -437,15 +441,16 @@ def test_init_from_reads_only_what_the_stage_trains_in_the_type_it_has(tmp_path,
   folder.save_params(tmp_path / 'start', 'nano', saved, dtype='bfloat16')
   asked = []
   monkeypatch.setattr(
-    loop.folder,
+    parameters.folder,
     'load_params',
     lambda path, names, variant, shardings, dtype: (
       asked.append((names, dtype)) or dict.fromkeys(names)
     ),
   )
-  stage = Stage(('vit',), (), None, None, None, takes=('llama', 'understanding'))
-  config = nano.config('lm', frozen=str(tmp_path / 'start'), init_from=str(tmp_path / 'start'))
-  assert set(loop.load_parts(config, stage, None)) == {'vit', 'llama', 'understanding'}
+  modules = ModuleNames(needs=('vit',), takes=('llama', 'understanding'))
+  start = [str(tmp_path / 'start')]
+  loaded = load_params('nano', find_modules(modules, frozen=start, init_from=start), None)
+  assert set(loaded) == {'vit', 'llama', 'understanding'}
   assert asked == [(['vit'], 'float32'), (['llama', 'understanding'], None)]
 
 
@@ -455,7 +460,7 @@ def test_a_tokenizer_without_a_codebook_is_told_marked_and_refused(finished, tmp
   train(nano.config('tokenizer', frozen=frozen, num_steps=1), tmp_path / 'short')
   out = ' '.join(capsys.readouterr().out.split())
   assert (
-    'warning: num_steps=1 ends before quantisation begins' in out
+    'warning: num_steps=1 ends before quantization begins' in out
     and 'the codebook of this run was never trained' in out
   )
   export = tmp_path / 'short' / 'export'

@@ -11,14 +11,12 @@ import nano
 import pytest
 from things import sample, write_tar
 
-from lavit_jax import sharding
 from lavit_jax.data import formats
 from lavit_jax.data.row_workers import SkipCounter
 from lavit_jax.data.sources import check_files
 from lavit_jax.data.streams import Stream
 from lavit_jax.errors import UserError
-from lavit_jax.models import lavit
-from lavit_jax.training import loop, metrics
+from lavit_jax.training import batches, loop, metrics
 
 nano.install()
 
@@ -129,10 +127,9 @@ def test_held_out_rows_are_of_the_held_out_sources(tmp_path):
     f'data__{key}': (dict(format='tars', path=f'{tmp_path}/{name}.tar'),)
     for key, name in (('sources', 'a'), ('heldout', 'b'))
   }
-  config, model = nano.config('lm', **sources), lavit.build('nano')
-  share = sharding.process_share(sharding.make_mesh(config.mesh), config.batch_size)
+  run = nano.run('lm', **sources)
   red = {
-    split: loop.next_batch(loop.open_data(config, model, share, split))['image'][:, 0, 0, 0]
+    split: batches.next_batch(batches.open_batches(run, split))['image'][:, 0, 0, 0]
     for split in ('train', 'heldout')
   }
   assert red['train'].max() < 20 and red['heldout'].tolist() == list(range(100, 108))
@@ -250,6 +247,6 @@ def test_skips_of_all_processes_are_counted(running, cache, tmp_path):
 
 def test_processes_with_the_same_rows_count_once(monkeypatch):
   told = [{'share': 0, 'a': 1}, {'share': 1, 'a': 2, 'b': 5}, {'share': 0, 'a': 1}]
-  monkeypatch.setattr(loop.distributed, 'gather', lambda values: told)
-  config = nano.config('autoencoder', data__sources=(dict(format='tars', path='x'),))
-  assert loop.skips(config, SkipCounter(), sharding.ProcessShare(None, 0, 2)) == {'a': 3, 'b': 5}
+  monkeypatch.setattr(batches.distributed, 'gather', lambda values: told)
+  run = nano.run('autoencoder', data__sources=(dict(format='tars', path='x'),))
+  assert batches.count_skipped(run, SkipCounter()) == {'a': 3, 'b': 5}

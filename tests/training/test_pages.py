@@ -13,8 +13,9 @@ from lavit_jax.data import loader, paths
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.models.initialization import init_params
-from lavit_jax.training import loop, stages, validation
 from lavit_jax.training.config import load_config
+from lavit_jax.training.run import resolve_abstract
+from lavit_jax.training.train_step import make_init
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [('encoder', 'tiny'), ('autoencoder', 'tiny')] + [
@@ -37,12 +38,11 @@ def test_page(stage, variant):
   page = (ROOT / 'configs' / f'{stage}.py').read_text()
   assert f'lavit train --config configs/{stage}.py:tiny --workdir' in page
   assert len(page.splitlines()) < 65
-  model = lavit.build(variant, config.dtype, config.remat)
-  built = stages.build_stage(config, model, shards=16 if variant != 'tiny' else 1)
-  parts = {name: shapes(variant)[name] for name in built.needs + built.starts}
-  init, _ = loop.make_init(config, built, parts)  # raises if a regex of the page names nothing
-  state = jax.eval_shape(init, jax.random.key(0), parts)
   mesh = jax.sharding.AbstractMesh((1, 16, 1), sharding.AXES)
+  run = resolve_abstract(config, mesh if variant != 'tiny' else None)
+  loaded = {name: shapes(variant)[name] for name in run.stage.modules.required}
+  init, _ = make_init(run, loaded)  # raises if a regex of the page names nothing
+  state = jax.eval_shape(init, jax.random.key(0), loaded)
   sharding.shardings(state, mesh)  # raises for a large leaf without a rule
 
 
@@ -115,9 +115,8 @@ def test_pages_fit_one_machine_or_a_pod(stage, variant, devices):
   config = load_config(f'{ROOT}/configs/{stage}.py:{variant}')
   data, rest = divmod(devices, config.mesh.fsdp)
   assert not rest
-  validation.check_options(
-    config, jax.sharding.AbstractMesh((data, config.mesh.fsdp, 1), sharding.AXES)
-  )
+  mesh = jax.sharding.AbstractMesh((data, config.mesh.fsdp, 1), sharding.AXES)
+  resolve_abstract(config, mesh)
 
 
 def test_over_two_slices_the_language_models_batch_goes_in_four_pieces():
@@ -127,10 +126,10 @@ def test_over_two_slices_the_language_models_batch_goes_in_four_pieces():
     UserError,
     match='batch_size=34816 must be a multiple of the 8 x 512 pieces that the mesh makes of it; accumulate=4 would do',
   ):
-    validation.check_options(config, mesh)
+    resolve_abstract(config, mesh)
   with config.unlocked():
     config.accumulate = 4
-  validation.check_options(config, mesh)
+  resolve_abstract(config, mesh)
 
 
 def test_packed_rows_hold_the_pairs_of_their_step():

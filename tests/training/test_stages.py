@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import math
 
@@ -12,8 +13,15 @@ from lavit_jax.models import lavit, vit
 from lavit_jax.models.initialization import init_params
 from lavit_jax.models.sequence import compact
 from lavit_jax.models.tokenizer import l2_normalize
-from lavit_jax.training import codebook, foundations, stages
-from lavit_jax.training.stage import apply_module, image_features, initialize_params, row_keys
+from lavit_jax.training import codebook
+from lavit_jax.training.stages import autoencoder, build_stage
+from lavit_jax.training.stages.base import (
+  apply_module,
+  image_features,
+  initialize_params,
+  row_keys,
+)
+from lavit_jax.training.run import resolve_abstract
 from lavit_jax.training.train_step import numbers
 
 nano.install()
@@ -57,7 +65,7 @@ def batch():
 
 
 def build(name, **changes):
-  return stages.build_stage(nano.config(name, **changes), MODEL, shards=1)
+  return nano.run(name, **changes).stage
 
 
 def start(stage, parts):
@@ -70,7 +78,7 @@ def test_unknown_stage():
   with config.unlocked():
     config.stage = 'decoder'
   with pytest.raises(UserError, match='unknown stage .decoder.'):
-    stages.build_stage(config, MODEL, 1)
+    resolve_abstract(config)
 
 
 def test_equal_captions_are_no_negatives(batch):
@@ -125,10 +133,10 @@ def test_standardised_autoencoder_is_the_same_with_unit_latents(parts):
   images = jax.random.uniform(jax.random.key(1), (16, 16, 16, 3), minval=-1, maxval=1)
   mean, logvar = apply_module(MODEL.vae, parts['vae'], images, method='encode')
   one = jnp.float32(0.5)
-  moments = foundations.Moments(
+  moments = autoencoder.Moments(
     one * mean.mean((0, 1, 2)), one * jnp.square(mean).mean((0, 1, 2)), one
   )
-  new = foundations.standardise(parts['vae'], moments, 0.25)
+  new = autoencoder.standardize_latents(parts['vae'], moments, 0.25)
   new_mean, new_logvar = apply_module(MODEL.vae, new, images, method='encode')
   np.testing.assert_allclose(0.25 * new_mean.std((0, 1, 2)), 1, rtol=1e-3)
   np.testing.assert_allclose(new_mean.mean((0, 1, 2)), 0, atol=1e-3)
@@ -150,10 +158,12 @@ def test_standardised_latents_suit_the_factors_of_the_vae(parts):
   model = lavit.build('nano', settings=dict(vae=settings)).vae
   images = jax.random.uniform(jax.random.key(1), (16, 16, 16, 3), minval=-1, maxval=1)
   mean, _ = apply_module(model, parts['vae'], images, method='encode')
-  moments = foundations.Moments(
+  moments = autoencoder.Moments(
     mean.mean((0, 1, 2)), jnp.square(mean).mean((0, 1, 2)), jnp.float32(1)
   )
-  new = foundations.standardise(parts['vae'], moments, model.scaling_factor, *model.moments())
+  new = autoencoder.standardize_latents(
+    parts['vae'], moments, model.scaling_factor, *model.moments()
+  )
   new_mean, _ = apply_module(model, new, images, method='encode')
   np.testing.assert_allclose(model.to_unet(new_mean).mean((0, 1, 2)), 0, atol=1e-3)
   np.testing.assert_allclose(model.to_unet(new_mean).std((0, 1, 2)), 1, rtol=1e-3)
@@ -213,7 +223,7 @@ def test_tokenizer_schedule(tokenizer, batch):
     0 < np.abs(third.embedding - second.embedding).max() < 0.1
   )  # a moving average, no second k-means
   assert third.step == 3
-  assert stage.hold == (('^tokenizer/selector/', 1),)
+  assert stage.hold({}) == (('^tokenizer/selector/', 1),)
   np.testing.assert_array_equal(
     stage.export(params, third)['tokenizer']['quantizer']['embedding'], third.embedding
   )
@@ -274,11 +284,9 @@ def test_detokenizer_learns_what_the_scheduler_says(parts, batch, kind):
     num_train_timesteps=50,
     rescale_betas_zero_snr=True,
   )
-  stage = stages.build_stage(
-    nano.config('detokenizer'),
-    lavit.build('nano', settings=dict(vae=vae, scheduler=said)),
-    shards=1,
-  )
+  run = nano.run('detokenizer')
+  model = lavit.build('nano', settings=dict(vae=vae, scheduler=said))
+  stage = build_stage('detokenizer', run.options, model, run.layout)
   params, state = start(
     stage, {name: parts[name] for name in ('unet', 'decoder', 'uncond_embeddings')}
   )
@@ -331,7 +339,9 @@ def test_lm_draws_what_it_sees(parts, batch):
 
 
 def lm_loss(parts, batch, shards=1, **changes):
-  stage = stages.build_stage(nano.config('lm', **changes), MODEL, shards)
+  run = nano.run('lm', **changes)
+  layout = dataclasses.replace(run.layout, shards=shards)
+  stage = build_stage('lm', run.options, MODEL, layout)
   params, state = start(stage, parts)
   value, (_, metrics) = nano.jit(
     lambda params, batch: stage.loss(params, parts, state, batch, jax.random.key(1), True)
@@ -419,7 +429,8 @@ def test_lm_counts_what_overflows(parts, batch):
 )
 def test_lm_sizes_that_do_not_divide(changes, message):
   with pytest.raises(UserError, match=message):
-    stages.build_stage(nano.config('lm', **changes), MODEL, 4)
+    run = nano.run('lm', **changes)
+    build_stage('lm', run.options, MODEL, dataclasses.replace(run.layout, shards=4))
 
 
 def test_begin_takes_parts_strictly_and_lets_a_vocabulary_grow():
