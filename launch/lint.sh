@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Checks the format and the imports of all Python files, in the environment of the tests; further arguments go to `ruff check`.
+# Checks format, lint rules and types of the Python files, in the environment of the tests.
+# Further arguments go to `ruff check`.
 set -euo pipefail
 source "$(dirname "$0")/install.sh" '[test,torch,app]'
 .venv/bin/ruff format --check .
-exec .venv/bin/ruff check . --select E9,F,I "$@"
+.venv/bin/ruff check . --select E9,F,I "$@"
+# .venv/bin/basedpyright

@@ -1,23 +1,31 @@
-"""LaVIT in JAX and Flax: pictures and words in one sequence, read and drawn by one language model.
+"""LaVIT in JAX and Flax: one language model that reads and generates images and text.
 
     from lavit_jax import Lavit
     model = Lavit.from_pretrained('lavit_jax/assets/tiny')
     model.caption(['cat.png'])
 
-The folders are the data flow: `models` (what is learned), `data`, `training`, `weights`, `inference`, `evaluation`, `compile`, `apps`, `cli`.
+The packages follow the data flow: `models`, `data`, `weights`, `training`, `inference`,
+`evaluation`, `compile`, `apps`, `cli`.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from lavit_jax import renames
+
+if TYPE_CHECKING:
+  from lavit_jax.inference.pipeline import Lavit as Lavit
 
 __version__ = '0.1.0'
 __all__ = ['Lavit']
 renames.install()
 
 
-def __getattr__(name):
-  """Imports the pipeline, and with it jax, only when somebody asks for it: `lavit --help` stays instant."""
+def __getattr__(name: str) -> Any:
+  """Imports `Lavit`, and with it jax, only when it is used: `lavit --help` does not wait for it."""
   if name == 'Lavit':
     from lavit_jax.inference.pipeline import Lavit
 
     return Lavit
-  raise AttributeError('module %r has no attribute %r' % (__name__, name))
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

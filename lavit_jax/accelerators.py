@@ -1,18 +1,25 @@
-"""Datasheet figures of the accelerators: what a roofline is made of, and what the MFU is a share of."""
+"""Datasheet figures of accelerators, for rooflines and for model FLOP/s utilization (MFU)."""
 
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import jax
 
 
 class Chip(NamedTuple):
-  """Of one chip: bfloat16 TFLOP/s, HBM in GiB and TB/s, all links to other chips in Gbit/s.
+  """The figures of one chip.
 
-  `kind` is JAX's `device_kind`. `devices`: how many JAX devices a chip is. The two cores of a v4 or
-  v5p chip are one device, those of a tpu7x chip are two.
+  Attributes:
+    kind: JAX's `device_kind`.
+    tflops: peak bfloat16 TFLOP/s.
+    hbm_gib: memory in GiB.
+    hbm_tbps: memory bandwidth in TB/s.
+    ici_gbps: bandwidth of all links to other chips together, in Gbit/s.
+    devices: the number of JAX devices. The two cores of a v4 or v5p chip are one device, those of
+      a tpu7x chip are two.
   """
 
   kind: str
@@ -23,7 +30,7 @@ class Chip(NamedTuple):
   devices: int = 1
 
   def device(self) -> Chip:
-    """The figures of one of its devices."""
+    """The figures of one JAX device of the chip."""
     n = self.devices
     return Chip(self.kind, self.tflops / n, self.hbm_gib / n, self.hbm_tbps / n, self.ici_gbps / n)
 
@@ -36,8 +43,8 @@ TPUS = {
   'tpu7x': Chip('TPU7x', 2307, 192, 7.38, 4800, devices=2),  # Ironwood
 }
 
-
-GPUS = (  # bfloat16 TFLOP/s without sparsity, of what JAX's `device_kind` holds; the first match counts
+# (pattern in JAX's `device_kind`, peak bfloat16 TFLOP/s without sparsity); the first match counts.
+GPUS = (
   (r'\bA100\b', 312),
   (r'\bH100 PCIe\b', 756),
   (r'\bH100 NVL\b', 835),
@@ -46,9 +53,9 @@ GPUS = (  # bfloat16 TFLOP/s without sparsity, of what JAX's `device_kind` holds
 )
 
 
-def peak_tflops(devices) -> float:
-  """bfloat16 TFLOP/s of all devices together, 0 if the kind of one is unknown."""
-  peaks = [_peak(device.device_kind) for device in devices]
+def peak_tflops(devices: Iterable[Any]) -> float:
+  """Peak bfloat16 TFLOP/s of all JAX devices together; 0 if the kind of any is unknown."""
+  peaks = [_device_tflops(device.device_kind) for device in devices]
   return float(sum(peaks)) if all(peaks) else 0.0
 
 
@@ -57,8 +64,11 @@ def run_once_compiler_options() -> dict[str, int] | None:
   return {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
 
 
-def _peak(kind: str) -> float:
+def _device_tflops(kind: str) -> float:
   for name, chip in TPUS.items():
     if kind in (chip.kind, f'TPU {name}'):  # JAX itself accepts both
       return chip.device().tflops
-  return next((tflops for name, tflops in GPUS if re.search(name, kind)), 0.0)
+  for pattern, tflops in GPUS:
+    if re.search(pattern, kind):
+      return tflops
+  return 0.0

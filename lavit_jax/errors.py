@@ -1,34 +1,46 @@
-"""The exceptions that are meant for the person at the keyboard, and the status that `lavit` ends with.
+"""The exceptions for the user, and the exit statuses of `lavit`.
 
     0          done
-    1          a fault of the program: a traceback
-    2          a fault of the input, in one line: started again it would be the same
+    1          a bug in the program: a traceback
+    2          an error in the input, in one line: the same command would fail again
     130        interrupted by Ctrl-C
-    134        JAX found another process of the job gone, or silent (it aborts)
+    134        JAX found that another process of the job is gone or silent, and aborted
     143        stopped by SIGTERM, with everything saved
     200        another process of the job, or a store, does not answer
 
-What ends with 128 or more may be started again as it is, and goes on; the scripts of launch/, xpk and SLURM go by this.
+A command with a status of 128 or more can be started again unchanged, and resumes. The scripts of
+launch/, xpk and SLURM depend on this.
 """
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-  """A mistake in the input, told in one line: what is wrong, where (file, option, key), and the remedy."""
+  """An error in the input: what is wrong, where (file, option, key), and the remedy, in one line.
+
+  Attributes:
+    status: the exit status of `lavit`.
+    option: the option that the message begins with, such as sources[0], if it begins with one.
+  """
 
   status = 2
 
-  def within(self, where: str) -> UserError:
-    """The same, of the same kind, told with the place where it happened."""
-    return type(self)(f'{where}: {self}')
+  def __init__(self, message: object = '', *, option: str = ''):
+    super().__init__(message)
+    self.option = option
+
+  def within(self, where: str, *, option: str = '') -> UserError:
+    """An error of the same class, whose message begins with `where`."""
+    error = type(self)(f'{where}: {self}')
+    error.option = option
+    return error
 
 
 class InputError(UserError):
-  """A mistake in one of several inputs, which the others need not suffer for."""
+  """An error in one of several inputs; the others can go on."""
 
 
 class Unreachable(UserError):
-  """Nothing is wrong with the input: another process of the job, or a store, does not answer. Started again, the command goes on."""
+  """Another process of the job, or a store, does not answer; the same command resumes."""
 
-  status = 200  # no signal's, and above 127: what xpk starts again
+  status = 200  # not the status of a signal, and above 127: xpk starts the job again

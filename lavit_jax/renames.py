@@ -66,7 +66,7 @@ MODULES = {
   'porting.growth': 'weights.torch.vocabulary_growth',
   'porting.layouts': 'weights.torch.formats',
   'porting.leaves': 'weights.store.arrays',
-  'porting.leftovers': 'weights.torch.leftovers',
+  'porting.leftovers': 'weights.torch.conversion_notes',
   'porting.names': 'weights.torch.state_dict_names',
   'porting.numbers': 'weights.torch.finite',
   'porting.show': 'apps.conversion',
@@ -75,17 +75,31 @@ MODULES = {
   'porting.tables_visual': 'weights.torch.names_visual',
   'porting.torch_files': 'weights.torch.files',
   'porting.weight_files': 'weights.torch.weight_files',
-  'training.checks': 'training.validation',
+  'training.checks': 'training.run',
+  'training.foundations': 'training.stages.autoencoder',
   'training.optim': 'training.optimizer',
   'training.processes': 'training.distributed',
+  'training.settings': 'training.parameters',
+  'training.stage': 'training.stages.base',
+  'training.validation': 'training.run',
+  'weights.torch.leftovers': 'weights.torch.conversion_notes',
 }
-NAMES = {  # module as it is called now -> old name -> new name
+# Module as it is called now -> old name -> new name, or 'module:name' if it moved to another one.
+NAMES = {
   'apps.batch': {
     'Results': 'ResultsFile',
+    'example': 'example_row',
     'find_pictures': 'find_images',
-    'find_rows': 'resolve_rows',
+    'find_rows': 'resolve_inputs',
     'is_picture': 'is_image_path',
+    'load': 'load_inputs',
+    'resolve_rows': 'resolve_inputs',
     'run': 'run_batch',
+  },
+  'apps.demo': {
+    'STEPS': 'NUM_STEPS',
+    'make': 'make_inputs',
+    'show_kept': 'show_kept_patches',
   },
   'apps.web': {
     'told': 'report_errors',
@@ -94,6 +108,9 @@ NAMES = {  # module as it is called now -> old name -> new name
     'bytes_a_chip': 'bytes_per_chip',
     'limit': 'memory_limit_note',
     'pod': 'pod_devices',
+  },
+  'data.archives': {
+    'what_else': 'identify_other',
   },
   'data.array_record': {
     'Packed': 'WriteSummary',
@@ -117,13 +134,37 @@ NAMES = {  # module as it is called now -> old name -> new name
   'data.emoji.sprites': {
     'find': 'find_dataset',
   },
+  'data.formats': {
+    'DEFAULTS': 'DEFAULT_FIELDS',
+    'some': 'format_names',
+  },
+  'data.images': {
+    'SUFFIXES': 'IMAGE_SUFFIXES',
+    'as_list': 'as_image_list',
+    'is_one': 'is_single_image',
+  },
   'data.loader': {
     'check': 'validate_options',
     'kind_shares': 'task_shares',
     'shapes': 'batch_shapes',
   },
+  'data.long_text': {
+    'piece_of': 'select_piece',
+  },
+  'data.parquets': {
+    'cost': 'unit_cost',
+    'rows': 'read_rows',
+    'units': 'list_units',
+  },
+  'data.paths': {
+    'NO_FILE': 'NO_FILE_ERRORS',
+    'ahead_of': 'read_ahead_size',
+    'names_below': 'list_files',
+    'store': 'filesystem_of',
+  },
   'data.row_workers': {
     'Made': 'RowDataset',
+    'changed': 'list_changes',
   },
   'data.skips': {
     'About': 'SourceInfo',
@@ -133,7 +174,8 @@ NAMES = {  # module as it is called now -> old name -> new name
     'mix': 'mix_sources',
   },
   'data.streams': {
-    'store': 'open_stored',
+    'Windows': 'StreamShard',
+    'turned': 'rotate_index',
   },
   'data.text': {
     'save': 'save_tokenizer',
@@ -144,10 +186,30 @@ NAMES = {  # module as it is called now -> old name -> new name
     'choose': 'choose_caption',
     'make_row': 'row_builder',
   },
+  'evaluation.captions': {
+    'background': 'parse_background',
+    'score': 'score_captions',
+    'spoken': 'spoken_name',
+    'subject': 'parse_subject',
+  },
+  'evaluation.images': {
+    'SIDE': 'CLASSIFIER_SIZE',
+    'background': 'background_color',
+  },
+  'evaluation.report': {
+    'KINDS': 'GROUPS',
+    'kinds': 'group_indices',
+    'measure_drawings': 'measure_images',
+    'pixels': 'stack_images',
+    'tables': 'report_tables',
+  },
   'evaluation.vqa': {
     'Asked': 'VQAExample',
     'Usual': 'MajorityBaseline',
+    'ask': 'collect_questions',
     'majority': 'fit_majority',
+    'normalise': 'normalize_answer',
+    'score': 'score_answers',
   },
   'inference.batching': {
     'batches': 'batch_ranges',
@@ -193,6 +255,7 @@ NAMES = {  # module as it is called now -> old name -> new name
     'penalise': 'penalize',
   },
   'models.attention_kernels': {
+    'cudnn_takes': 'cudnn_supports',
     'picture_attention': 'image_attention',
   },
   'models.decoder': {
@@ -212,7 +275,23 @@ NAMES = {  # module as it is called now -> old name -> new name
     'row': 'variant_config',
   },
   'models.layers': {
-    'split_batch': 'constrain_batch',
+    'BATCH_AXES': 'sharding:BATCH_AXES',
+    'CrossAttention': 'models.attention:CrossAttention',
+    'QKV': 'models.attention:QKV',
+    'QUERY_BLOCK': 'models.attention:QUERY_BLOCK',
+    'REMAT_POLICIES': 'models.remat:REMAT_POLICIES',
+    'SelfAttention': 'models.attention:SelfAttention',
+    'TENSOR_AXIS': 'sharding:TENSOR_AXIS',
+    'attend_and_project': 'models.attention:attend_and_project',
+    'attention': 'models.attention:attention',
+    'constrain_batch': 'sharding:constrain_batch',
+    'merge_heads': 'models.attention:merge_heads',
+    'per_shard': 'sharding:per_shard',
+    'policy_attention': 'models.attention:policy_attention',
+    'rotary': 'models.rope:rotary',
+    'scan_blocks': 'models.remat:scan_blocks',
+    'split_batch': 'sharding:constrain_batch',
+    'split_heads': 'models.attention:split_heads',
   },
   'models.llama': {
     'unroll': 'unroll_layers',
@@ -261,67 +340,83 @@ NAMES = {  # module as it is called now -> old name -> new name
     'share': 'process_share',
   },
   'training.codebook': {
+    'LIVE': 'DEAD_AFTER',
     'create': 'init_codebook',
     'draw': 'draw_vectors',
+    'is_offered': 'has_codebook',
+    'moved_away': 'revived_codes',
+    'settle': 'restart_average',
     'start': 'start_from_kmeans',
     'tally': 'count_assignments',
     'update': 'update_codebook',
     'usage': 'usage_metrics',
   },
   'training.config': {
+    'WORDS': 'LITERALS',
     'leaves': 'config_leaves',
   },
   'training.distributed': {
     'Interrupt': 'InterruptHandler',
+    'LOST': 'CONNECTION_LOST',
+    'PATIENCE': 'SHARED_FOLDER_TIMEOUT',
+    'ROOM': 'MESSAGE_BYTES',
+    'TIMEOUT': 'HEARTBEAT_TIMEOUT',
     'together': 'exit_together',
   },
   'training.flops': {
     'Pair': 'PairFlops',
     'of_pair': 'pair_flops',
     'of_step': 'step_flops',
+    'traced': 'trace_step',
   },
   'training.integrity': {
     'unite': 'merge_positions',
   },
-  'training.loop': {
-    'Look': 'Evaluator',
+  'training.lock': {
+    'BEAT': 'BEAT_INTERVAL',
+    'LOOK': 'POLL_INTERVAL',
+    'Watched': 'OtherLock',
   },
   'training.metrics': {
     'Log': 'MetricLogger',
-    'Trace': 'ProfilerTrace',
+    'SHOWN': 'SHOWN_RATES',
     'mean': 'mean_metrics',
-    'sheet': 'image_grid',
   },
   'training.optimizer': {
     'held': 'hold_from',
     'make': 'make_optimizer',
+    'scaled': 'scale_leaves',
     'stop_frozen': 'stop_frozen_gradients',
+  },
+  'training.parameters': {
+    'of_run': 'resolve_settings',
+    'run_settings': 'resolve_settings',
+  },
+  'training.run': {
+    'name_data_option': 'name_data_errors',
+    'told_of_data': 'name_data_errors',
   },
   'training.schedule': {
     'tell_schedule': 'warn_of_schedule',
   },
-  'training.settings': {
-    'of_run': 'run_settings',
-  },
-  'training.stage': {
-    'apply': 'apply_module',
-    'begin': 'initialize_params',
-    'feature_colours': 'feature_colors',
-    'features': 'image_features',
-  },
   'training.stages': {
     'build': 'build_stage',
-    'check': 'validate_stage',
-    'lm': 'language_model',
-    'tokens': 'tokens_per_step',
+  },
+  'training.stages.autoencoder': {
+    'autoencoder': 'build',
+    'standardise': 'standardize_latents',
+  },
+  'training.stages.base': {
+    'apply': 'apply_module',
+    'begin': 'initialize_params',
+    'features': 'image_features',
   },
   'training.train_step': {
+    'in_pieces': 'scan_pieces',
     'initialiser': 'make_init',
   },
-  'training.validation': {
-    'told_of_data': 'name_data_option',
-  },
   'training.watch': {
+    'WORTH_A_WARNING': 'WARNING_SHARE',
     'Watch': 'MetricWatch',
   },
   'weights.store.arrays': {
@@ -342,33 +437,39 @@ NAMES = {  # module as it is called now -> old name -> new name
     'save_parts': 'save_params',
     'swap': 'swap_folders',
   },
+  'weights.torch.conversion_notes': {
+    'notes': 'source_notes',
+    'taken_files': 'converted_files',
+  },
   'weights.torch.convert': {
-    'Item': 'ConversionItem',
     'Job': 'Conversion',
     'prepare': 'plan_conversion',
   },
+  'weights.torch.files': {
+    'files': 'find_files',
+  },
   'weights.torch.finite': {
     'Ledger': 'FiniteLedger',
+    'nonfinite': 'count_nonfinite',
   },
   'weights.torch.formats': {
     'ABOUT': 'EXPORT_INFO',
-    'Fit': 'MappedModule',
     'Found': 'SourceModule',
     'Place': 'ModuleLocation',
-    'blank': 'zeros_view',
-    'fit': 'map_modules',
+    'found_in': 'source_module',
     'kind_of': 'detect_kind',
     'places': 'locations',
     'recognise': 'detect',
-    'table_of': 'choose_rules',
-    'tables': 'name_rules',
   },
   'weights.torch.mapping': {
     'Plan': 'MappingPlan',
     'Row': 'NameRule',
     'plan': 'make_plan',
+    'shortened': 'shorten',
+    'slots_of': 'slots_for',
   },
   'weights.torch.names_diffusion': {
+    'NAMES': 'SUBSTITUTIONS',
     'unet_rows': 'unet_rules',
     'vae_rows': 'vae_rules',
   },
@@ -385,6 +486,7 @@ NAMES = {  # module as it is called now -> old name -> new name
     'vit_rows': 'vit_rules',
   },
   'weights.torch.state_dict_names': {
+    'Named': 'NormalizedState',
     'normalise': 'normalize',
     'tie': 'tie_head',
   },
@@ -394,27 +496,115 @@ NAMES = {  # module as it is called now -> old name -> new name
   },
   'weights.torch.weight_files': {
     'Name': 'FileName',
+    'WEIGHTS': 'WEIGHT_SUFFIXES',
   },
 }
 
 MOVED_NAMES = {  # module -> name that it had -> where it is now
+  'data.captions_file': {
+    'IMAGE_SUFFIXES': 'data.images.IMAGE_SUFFIXES',
+    'choose_fields': 'data.captions_fields.choose_fields',
+  },
   'data.emoji.questions': {
     'answerable': 'data.prompts.answerable_question',
     'prompt': 'data.prompts.question_prompt',
+  },
+  'data.formats': {
+    'ARRAY_RECORD': 'data.stores.ARRAY_RECORD',
+    'pack_record': 'data.stores.pack_record',
+    'unpack_record': 'data.stores.unpack_record',
   },
   'data.loader': {
     'corpus': 'data.emoji.corpus.training_texts',
     'examples': 'data.emoji.corpus.examples',
     'sentences': 'data.emoji.corpus.describe_sprite',
   },
+  'data.streams': {
+    'Shard': 'data.shards.Shard',
+    'Stored': 'data.shards.StoreShard',
+    'open_stored': 'data.shards.open_stored',
+    'shards_of': 'data.shards.shards_of',
+    'store': 'data.shards.open_stored',
+  },
   'data.transforms': {
     'clean': 'data.cleaning.clean_caption',
+  },
+  'evaluation.images': {
+    'cosine': 'evaluation.tokens.mean_cosine',
+    'features': 'evaluation.tokens.features',
+    'mean_direction': 'evaluation.tokens.mean_direction',
+    'rebuilt_features': 'evaluation.tokens.rebuilt_features',
+    'usage': 'evaluation.tokens.codebook_usage',
+  },
+  'training.loop': {
+    'Look': 'training.evaluator.Evaluator',
+    'load_parts': 'training.parameters.load_params',
+    'open_data': 'training.batches.open_batches',
+    'skips': 'training.batches.count_skipped',
+    'split_folders': 'training.parameters.split_folders',
+  },
+  'training.metrics': {
+    'ProfilerTrace': 'training.profiler.ProfilerTrace',
+    'Trace': 'training.profiler.ProfilerTrace',
+    'image_grid': 'visualization.image_grid',
+    'sheet': 'visualization.image_grid',
+  },
+  'training.stages': {
+    'abstract_inputs': 'training.train_step.abstract_inputs',
+  },
+  'training.stages.base': {
+    'feature_colors': 'visualization.feature_colors',
+    'feature_colours': 'visualization.feature_colors',
+    'shade_dropped': 'visualization.shade_dropped_patches',
+  },
+  'weights.torch.convert': {
+    'ConversionItem': 'weights.torch.conversion_plan.ConversionItem',
+    'Item': 'weights.torch.conversion_plan.ConversionItem',
+    'VERSION': 'weights.torch.name_tables.VERSION',
+  },
+  'weights.torch.files': {
+    'DTYPES': 'weights.torch.safetensors_files.DTYPES',
+    'Digests': 'weights.torch.digests.FileDigests',
+    'Tensor': 'weights.torch.tensors.LazyTensor',
+    'Writer': 'weights.torch.safetensors_files.SafetensorsWriter',
+    'nbytes': 'weights.torch.tensors.nbytes',
+    'sha256': 'weights.torch.digests.sha256',
+    'to_pickle': 'weights.torch.pickle_files.write_pickle',
+    'to_pickles': 'weights.torch.pickle_files.replace_by_pickles',
+  },
+  'weights.torch.formats': {
+    'Fit': 'weights.torch.matching.MappedModule',
+    'MappedModule': 'weights.torch.matching.MappedModule',
+    'TABLES': 'weights.torch.name_tables.TABLES',
+    'blank': 'weights.torch.name_rules.zeros_view',
+    'choose_rules': 'weights.torch.name_tables.choose_table',
+    'description': 'weights.torch.descriptions.description',
+    'descriptions': 'weights.torch.descriptions.descriptions',
+    'extractor_config': 'weights.torch.descriptions.extractor_config',
+    'find_variant': 'weights.torch.matching.find_variant',
+    'fit': 'weights.torch.matching.map_modules',
+    'like_of': 'weights.torch.name_tables.as_tree',
+    'llama_config': 'weights.torch.descriptions.llama_config',
+    'map_modules': 'weights.torch.matching.map_modules',
+    'name_rules': 'weights.torch.name_tables.name_rules',
+    'safety_config': 'weights.torch.descriptions.safety_config',
+    'scheduler_config': 'weights.torch.descriptions.scheduler_config',
+    'shapes': 'weights.torch.name_tables.module_shapes',
+    'table_of': 'weights.torch.name_tables.choose_table',
+    'tables': 'weights.torch.name_tables.name_rules',
+    'unet_config': 'weights.torch.descriptions.unet_config',
+    'vae_config': 'weights.torch.descriptions.vae_config',
+    'zeros_view': 'weights.torch.name_rules.zeros_view',
+  },
+  'weights.torch.mapping': {
+    'TRANSFORMS': 'weights.torch.name_rules.TRANSFORMS',
+    'Transform': 'weights.torch.name_rules.Transform',
   },
 }
 
 
 def current(module: types.ModuleType, name: str):
-  """What a module has under an old name.
+  """What a module has, or had, under an old name.
 
   Raises:
     AttributeError: it never had that name.
@@ -427,7 +617,8 @@ def current(module: types.ModuleType, name: str):
     return getattr(importlib.import_module(PACKAGE + target), attribute)
   if new is None:
     raise AttributeError(f'module {module.__name__!r} has no attribute {name!r}')
-  return getattr(module, new)
+  owner, _, new = new.rpartition(':')
+  return getattr(importlib.import_module(PACKAGE + owner) if owner else module, new)
 
 
 class Moved(types.ModuleType):
@@ -460,9 +651,9 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
   def find_spec(self, fullname, path=None, target=None):
     """A spec for an old module; for a module with renames, its own spec with a loader that adds them."""
-    short = fullname.removeprefix(PACKAGE)
     if not fullname.startswith(PACKAGE):
       return None
+    short = fullname[len(PACKAGE) :]  # not removeprefix: the command line runs on any Python 3
     if short in MODULES:
       package = any(name.startswith(f'{short}.') for name in MODULES)
       return importlib.machinery.ModuleSpec(fullname, self, is_package=package)

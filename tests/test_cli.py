@@ -19,7 +19,7 @@ from PIL import Image
 from lavit_jax import cli, output
 from lavit_jax.errors import Unreachable
 
-ROOT = pathlib.Path(cli.__file__).parents[1]
+ROOT = pathlib.Path(cli.__file__).parents[2]
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
 
 
@@ -114,11 +114,11 @@ def test_pictures_of_every_mode_are_tokenized(tiny_folder, tmp_path, capsys):
     (['generate', 'owl', '--max-tokens', '5'], 'min_tokens=16 to max_tokens=5 cannot be'),
     (
       ['caption', 'PICTURE', '--most-probable', '--sample'],
-      '--most-probable has no seed, by which --sample chooses words; leave it out',
+      '--do-sample needs a random seed, and --most-probable has none; leave one out',
     ),
     (
       ['caption', 'PICTURE', '--most-probable', '--samples', '2'],
-      'no seed, by which --samples 2 would differ; leave it out',
+      '--num-return-sequences 2 needs a random seed, and --most-probable has none; leave one out',
     ),
     (['app', '--seed', '1'], 'app does not know --seed 1'),
     (['generate', 'owl', '--seed', '-1'], "--seed: '-1' is not an integer from 0"),
@@ -184,7 +184,7 @@ def test_patches_are_sampled_unless_the_most_probable_are_asked_for(monkeypatch,
     model=types.SimpleNamespace(image_size=8),
     caption=lambda images, seed: seen.append(seed) or ['owl'],
   )
-  monkeypatch.setattr(cli, '_model', lambda args: model)
+  monkeypatch.setattr(cli.options, 'load_model', lambda args: model)
   for options in ([], ['--seed', '3'], ['--most-probable']):
     assert cli.main(['caption', str(tmp_path / 'owl.png'), *options]) == 0
   assert seen == [(0, [0]), (3, [0]), None]
@@ -262,7 +262,7 @@ def test_a_bucket_is_no_folder(tmp_path, monkeypatch, fails, arguments):
   monkeypatch.chdir(tmp_path)
   fails(
     arguments,
-    r"'(gs|s3)://b/.* is no path here; mount the bucket \(gcsfuse\), or use a disk that all machines share; see lavit",
+    r"'(gs|s3)://b/.* is not a local path; mount the bucket \(gcsfuse\), or use a disk that all machines share; see lavit",
   )
   assert not any(tmp_path.iterdir())
 
@@ -371,7 +371,9 @@ def test_the_help_needs_nothing_heavy():
 
 def test_the_page_without_gradio(monkeypatch, fails):
   monkeypatch.setitem(sys.modules, 'gradio', None)
-  monkeypatch.delitem(sys.modules, 'lavit_jax.apps.web', raising=False)
+  for name in list(sys.modules):
+    if name.startswith('lavit_jax.apps.web'):
+      monkeypatch.delitem(sys.modules, name)
   fails(['app'], r"needs Gradio; pip install -e '.\[app\]' -c launch/constraints.txt")
   fails(['app', '--port', '0'], "--port: '0' is not an integer from 1 to 65535")
 

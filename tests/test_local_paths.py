@@ -74,12 +74,13 @@ def test_images_and_rows(home):
   Image.fromarray(pixels).save(home / 'a.png')
   np.testing.assert_array_equal(images.read_image('~/a.png'), pixels)
   assert batch.find_images(['~']) == batch.find_images(['~/a.png']) == [f'{home}/a.png']
-  rows, base, many = batch.resolve_rows(batch.TASKS['caption'], ['~'], None, None)
-  assert (rows, many) == ([dict(image=f'{home}/a.png')], True)
+  inputs = batch.resolve_inputs(batch.TASKS['caption'], ['~'], None, None)
+  assert (inputs.rows, inputs.many) == ([dict(image=f'{home}/a.png')], True)
   (home / 'rows.jsonl').write_text(json.dumps(dict(image='~/a.png')))
   np.testing.assert_array_equal(
-    batch.load(dict(image='~/a.png'), ('image',), home / 'x', 8)['image'], pixels
+    batch.load_inputs(dict(image='~/a.png'), ('image',), home / 'x', 8)['image'], pixels
   )
   assert (
-    batch.load(dict(parts=['~ 5 cats', '~/a.png']), ('parts',), home, 8)['parts'][0] == '~ 5 cats'
+    batch.load_inputs(dict(parts=['~ 5 cats', '~/a.png']), ('parts',), home, 8)['parts'][0]
+    == '~ 5 cats'
   )

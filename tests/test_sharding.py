@@ -222,10 +222,10 @@ def test_rows_that_two_processes_hold_in_part(monkeypatch):
 EIGHT_DEVICES = """
 import sys
 import jax, jax.numpy as jnp
-from lavit_jax.models import layers, vit
 from lavit_jax import sharding
+from lavit_jax.models import vit
 
-layers.BATCH_AXES = sys.argv[1].split(',')
+sharding.BATCH_AXES = sys.argv[1].split(',')
 mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
 model, images = vit.ViT(16, 8, 32, 2, 2, 16, 64, 8), jnp.zeros((8, 16, 16, 3))
 params = jax.eval_shape(model.init, jax.random.key(0), images)

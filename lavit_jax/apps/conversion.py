@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
+import os
 import pathlib
 import sys
+from collections.abc import Iterable
 
-import numpy as np
 from rich.console import Console
 from rich.progress import (
   BarColumn,
@@ -19,48 +21,34 @@ from rich.progress import (
 from rich.table import Table
 from rich.tree import Tree
 
-from lavit_jax.weights.store import arrays as leaves
-from lavit_jax.weights.store import folder
-from lavit_jax.weights.torch import convert, formats
+from lavit_jax.weights.store import arrays, folder
+from lavit_jax.weights.torch import formats
+from lavit_jax.weights.torch.conversion_plan import Conversion
+
+FILE_WIDTH = 140  # columns of output that goes to a file
+MALLOC_OPTIONS = (  # of glibc's mallopt: no mapped blocks, no trimming, one arena
+  (-4, 0),  # M_MMAP_MAX
+  (-1, 2**31 - 1),  # M_TRIM_THRESHOLD
+  (-8, 1),  # M_ARENA_MAX
+)
 
 
-def run(job: convert.Conversion, dry_run: bool) -> None:
-  """Prints the plan, and carries it out unless `dry_run`; every byte counts twice, once written and once read back."""
+# --- lavit convert ---------------------------------------------------------------------------
+
+
+def run(conversion: Conversion, dry_run: bool) -> None:
+  """Prints the plan and, unless `dry_run`, carries it out with a progress bar.
+
+  Every byte counts twice: when it is written, and when it is read back.
+  """
   console = _console()
-  table = Table(
-    'part',
-    'PyTorch files',
-    'tensors',
-    'parameters',
-    'dtype',
-    'bytes',
-    title=f'{job.direction}: {job.kind}, variant {job.variant}',
-    title_justify='left',
-  )
-  for item in job.items:
-    table.add_row(
-      item.part,
-      item.place,
-      f'{item.tensors:,}',
-      f'{item.parameters:,}',
-      item.dtype,
-      f'{item.bytes:,}',
-    )
-  total = sum(item.bytes for item in job.items)
-  table.add_row(
-    'all',
-    '',
-    f'{sum(item.tensors for item in job.items):,}',
-    f'{sum(item.parameters for item in job.items):,}',
-    '',
-    f'{total:,}',
-  )
-  console.print(table)
-  told = len(job.notes)
-  _tell(job.notes)
+  console.print(_plan_table(conversion))
+  _print_notes(conversion.notes)
   if dry_run:
     return
-  _keep_memory()
+  _keep_freed_memory()
+  notes_before = len(conversion.notes)
+  total = sum(item.bytes for item in conversion.items)
   columns = (
     '{task.description}',
     BarColumn(),
@@ -70,72 +58,116 @@ def run(job: convert.Conversion, dry_run: bool) -> None:
   )
   with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
     task = progress.add_task('convert and check', total=2 * total)
-    job.run(lambda size: progress.advance(task, size))
-  _tell(job.notes[told:])
+    conversion.run(lambda size: progress.advance(task, size))
+  _print_notes(conversion.notes[notes_before:])
   console.print(f'{total:,} bytes written, read back and found right')
 
 
-def _tell(notes: list[str]) -> None:
-  """Notes on stderr, a line each."""
+def _plan_table(conversion: Conversion) -> Table:
+  title = f'{conversion.direction}: {conversion.kind}, variant {conversion.variant}'
+  columns = ('module', 'PyTorch files', 'tensors', 'parameters', 'dtype', 'bytes')
+  table = Table(*columns, title=title, title_justify='left')
+  for item in conversion.items:
+    table.add_row(
+      item.module,
+      item.path,
+      f'{item.tensors:,}',
+      f'{item.parameters:,}',
+      item.dtype,
+      f'{item.bytes:,}',
+    )
+  table.add_row(
+    'all',
+    '',
+    f'{sum(item.tensors for item in conversion.items):,}',
+    f'{sum(item.parameters for item in conversion.items):,}',
+    '',
+    f'{sum(item.bytes for item in conversion.items):,}',
+  )
+  return table
+
+
+def _print_notes(notes: Iterable[str]) -> None:
+  """Prints notes on stderr, a line each."""
   for note in notes:
     print(f'lavit: note: {note}', file=sys.stderr)
 
 
-def _keep_memory() -> None:
-  """Has glibc keep what is freed, for the next tensor: fresh pages cost the kernel as much time as the tensor itself takes."""
+def _keep_freed_memory() -> None:
+  """Makes glibc keep freed memory for the next tensor.
+
+  Fresh pages cost the kernel as much time as the tensor itself takes.
+  """
   try:
     mallopt = ctypes.CDLL(None).mallopt
   except (AttributeError, OSError, TypeError):  # another C library
     return
-  for option, value in (
-    (-4, 0),
-    (-1, 2**31 - 1),
-    (-8, 1),
-  ):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
+  for option, value in MALLOC_OPTIONS:
     mallopt(option, value)
 
 
-def inspect(path) -> None:
-  """Prints what a folder holds: of ours the parts as trees with their parameters, and where they are from; of PyTorch's, the parts."""
-  path, console = pathlib.Path(path), _console()
-  if path.is_file() or 'variant' not in formats.read_json(path / 'config.json'):
-    kind, found = formats.detect(path)
-    tree = Tree(f'{path}: {kind}')
-    for each in found:
-      state = each.merged
-      tree.add(
-        f'{each.place.part}: {len(state):,} tensors in its files, {sum(int(np.prod(x.shape)) for x in state.values()):,} parameters, '
-        f'{", ".join(sorted({str(x.dtype) for x in state.values()}))}'
-      )
-    console.print(tree)
-    about = formats.read_json(path / formats.EXPORT_INFO)
-    if about:
-      console.print_json(json.dumps(about))
-    return
+# --- lavit inspect ---------------------------------------------------------------------------
+
+
+def inspect(path: str | os.PathLike) -> None:
+  """Prints what a folder holds: modules, parameters, settings, and where they are from."""
+  path = pathlib.Path(path)
+  is_checkpoint = path.is_dir() and 'variant' in formats.read_json(path / 'config.json')
+  if is_checkpoint:
+    _inspect_checkpoint(path)
+  else:
+    _inspect_torch(path)
+
+
+def _inspect_torch(path: pathlib.Path) -> None:
+  """Prints the modules of a PyTorch folder or file, and its origin if it was exported."""
+  console = _console()
+  kind, sources = formats.detect(path)
+  tree = Tree(f'{path}: {kind}')
+  for source in sources:
+    tensors = source.merged.values()
+    parameters = sum(math.prod(tensor.shape) for tensor in tensors)
+    dtypes = ', '.join(sorted({str(tensor.dtype) for tensor in tensors}))
+    tree.add(
+      f'{source.module}: {len(tensors):,} tensors in its files, {parameters:,} parameters, {dtypes}'
+    )
+  console.print(tree)
+  export_info = formats.read_json(path / formats.EXPORT_INFO)
+  if export_info:
+    console.print_json(json.dumps(export_info))
+
+
+def _inspect_checkpoint(path: pathlib.Path) -> None:
+  """Prints the modules of a checkpoint folder, its settings and metadata."""
+  console = _console()
   config = folder.read_config(path)
-  tree = Tree(
-    f'{path}: lavit_jax, variant {config["variant"]}, {sum(part["parameters"] for part in config["parts"].values()):,} parameters'
-  )
-  for name, part in config['parts'].items():
-    with folder.reading_errors(path / 'parts' / name):
-      arrays = leaves.open_leaves(path / 'parts' / name, folder.read_checksums(path, name))
-    branch = tree.add(f'{name}: {part["parameters"]:,} parameters, {part["dtype"]}')
-    groups = {}
-    for leaf, array in arrays.items():
-      group = leaf.split('/')[0]
-      count, leaf_count = groups.get(group, (0, 0))
-      groups[group] = count + int(np.prod(array.shape)), leaf_count + 1
-    for group, (count, leaf_count) in groups.items():
-      branch.add(f'{group}: {count:,} in {leaf_count} {"leaf" if leaf_count == 1 else "leaves"}')
-  for name, fields in folder.read_settings(path).items():
-    told = ', '.join(f'{field}={json.dumps(value)}' for field, value in fields.items())
-    tree.add(f'settings of {name}: {told}')
+  parameters = sum(module['parameters'] for module in config['parts'].values())
+  tree = Tree(f'{path}: lavit_jax, variant {config["variant"]}, {parameters:,} parameters')
+  for name, module in config['parts'].items():
+    branch = tree.add(f'{name}: {module["parameters"]:,} parameters, {module["dtype"]}')
+    _add_leaf_groups(branch, path, name)
+  for group, fields in folder.read_settings(path).items():
+    values = ', '.join(f'{field}={json.dumps(value)}' for field, value in fields.items())
+    tree.add(f'settings of {group}: {values}')
   console.print(tree)
   metadata = dict(config['metadata'])
-  if metadata.get('overlay'):
-    metadata['overlay'] = f'{len(metadata["overlay"])} tensors'  # their names are for the way back
+  if metadata.get('overlay'):  # the names of its tensors, which the way back needs
+    metadata['overlay'] = f'{len(metadata["overlay"])} tensors'
   console.print_json(json.dumps(metadata))
 
 
+def _add_leaf_groups(branch: Tree, path: pathlib.Path, module: str) -> None:
+  """Adds a line for each group of leaves of a module: those below one key at the top."""
+  folder_of_module = path / 'parts' / module
+  with folder.reading_errors(folder_of_module):
+    leaves = arrays.open_leaves(folder_of_module, folder.read_checksums(path, module))
+  sizes: dict[str, list[int]] = {}
+  for leaf, array in leaves.items():
+    sizes.setdefault(leaf.split('/')[0], []).append(math.prod(array.shape))
+  for group, leaf_sizes in sizes.items():
+    plural = 'leaf' if len(leaf_sizes) == 1 else 'leaves'
+    branch.add(f'{group}: {sum(leaf_sizes):,} in {len(leaf_sizes)} {plural}')
+
+
 def _console() -> Console:
-  return Console(width=None if sys.stdout.isatty() else 140)  # a file has no width
+  return Console(width=None if sys.stdout.isatty() else FILE_WIDTH)

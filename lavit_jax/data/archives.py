@@ -1,4 +1,4 @@
-"""A tar's file -> its plain bytes. What compresses it is known by its content, not by its name.
+"""The file of a tar -> its uncompressed bytes. Compression is detected by content, not by name.
 
 | content | read by |
 |---|---|
@@ -6,7 +6,7 @@
 | gzip, bzip2, xz | the standard library |
 | zstd | pyarrow |
 
-A position in a compressed tar counts its plain bytes: whoever goes on at one decompresses what lies
+A position in a compressed tar counts uncompressed bytes: to go on at one is to decompress what lies
 before it.
 """
 
@@ -45,7 +45,7 @@ _DECOMPRESS = {
   'xz': lzma.LZMAFile,
   'zstd': lambda file: pyarrow.CompressedInputStream(file, 'zstd'),
 }
-_OTHERS = {  # what people take for a tar
+_OTHERS = {  # files that are taken for tars
   b'PK\x03\x04': 'a zip archive; unpack it and write a tar',
   b'7z\xbc\xaf': 'a 7z archive; unpack it and write a tar',
   b'Rar!': 'a RAR archive; unpack it and write a tar',
@@ -63,35 +63,43 @@ class Broken(Exception):
 
 
 @contextlib.contextmanager
-def open_tar(path: str, kinds: dict[str, str] | None = None, **options) -> Iterator[BinaryIO]:
+def open_tar(
+  path: str, compression: dict[str, str] | None = None, **open_options: int
+) -> Iterator[BinaryIO]:
   """Opens a tar, compressed or not, for reading and for seeking forward.
 
-  `kinds` remembers what the paths that were opened before are compressed with, for from a store
-  far away it costs time to look again. `options` are those of `paths.open_file`, which also says
-  what it raises. Reading raises Broken where compressed data are damaged or break off.
+  Args:
+    path: local or remote.
+    compression: remembers the compression of each path that was opened, for a remote store takes
+      time to answer.
+    **open_options: those of `paths.open_file`.
+
+  Raises:
+    Broken: when reading: compressed data are damaged or break off.
+    Exception: as `paths.open_file`.
   """
-  kinds = {} if kinds is None else kinds
-  with paths.open_file(path, **options) as raw:
-    if path not in kinds:
-      kinds[path] = _kind(raw.read(8))
+  compression = {} if compression is None else compression
+  with paths.open_file(path, **open_options) as raw:
+    if path not in compression:
+      compression[path] = _detect_compression(raw.read(8))
       raw.seek(0)
-    if not kinds[path]:
+    if not compression[path]:
       yield raw
       return
-    with io.BufferedReader(_Decompressed(raw, kinds[path]), 1 << 20) as file:
+    with io.BufferedReader(_Decompressed(raw, compression[path]), 1 << 20) as file:
       yield file
 
 
-def _kind(head: bytes) -> str:
-  """What compresses a file that begins with `head`; '' of a plain one."""
+def _detect_compression(head: bytes) -> str:
+  """The compression of a file that begins with `head`; '' of an uncompressed one."""
   for magic, kind in _MAGIC.items():
     if head.startswith(magic):
       return kind
   return ''
 
 
-def what_else(head: bytes) -> str:
-  """What a file is that begins with `head` and is no tar; '' if that is not known."""
+def identify_other(head: bytes) -> str:
+  """What a file is that begins with `head` and is no tar; '' if it is unknown."""
   for magic, name in _OTHERS.items():
     if head.startswith(magic):
       return name
@@ -108,11 +116,11 @@ def stem(path: str) -> str:
 
 
 class _Decompressed(io.RawIOBase):
-  """The plain bytes of a compressed file, from front to back."""
+  """The uncompressed bytes of a compressed file, from front to back."""
 
   def __init__(self, raw: BinaryIO, kind: str):
     self._kind = kind
-    self._at = 0
+    self._position = 0
     self._file = _DECOMPRESS[kind](raw)
 
   def readable(self) -> bool:
@@ -124,24 +132,22 @@ class _Decompressed(io.RawIOBase):
   def readinto(self, buffer) -> int:
     try:
       data = self._file.read(len(buffer))
-    except paths.NO_FILE:
+    except paths.NO_FILE_ERRORS:
       raise
-    except (
-      _DAMAGE
-    ) as error:  # a fault of the network or the disk is none of these by now (paths.py)
+    except _DAMAGE as error:  # paths.py has turned faults of the network or the disk into others
       raise Broken(f'its {self._kind} data are damaged or break off: {error}') from None
     buffer[: len(data)] = data
-    self._at += len(data)
+    self._position += len(data)
     return len(data)
 
   def tell(self) -> int:
-    return self._at
+    return self._position
 
   def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-    target = offset + (self._at if whence == os.SEEK_CUR else 0)
-    if whence == os.SEEK_END or target < self._at:
+    target = offset + (self._position if whence == os.SEEK_CUR else 0)
+    if whence == os.SEEK_END or target < self._position:
       raise io.UnsupportedOperation('compressed data are read forward only')
-    room = memoryview(bytearray(1 << 20))
-    while self._at < target and self.readinto(room[: target - self._at]):
+    buffer = memoryview(bytearray(1 << 20))
+    while self._position < target and self.readinto(buffer[: target - self._position]):
       pass
-    return self._at
+    return self._position

@@ -1,413 +1,191 @@
-"""Files of captions -> rows of fields: CSV, TSV, JSON lines and JSON as people write them.
+"""Reads files of captions as rows of fields: CSV, TSV, JSON lines and JSON in all common forms.
 
 | file | rows |
 |---|---|
-| .jsonl | a JSON object a line |
+| .jsonl | one JSON object a line |
 | .json | a list of objects; COCO; {name: caption}; {name: {field: value}}; {field: [values]} |
-| .csv | a table with a header; quoted as RFC 4180, or not quoted at all |
+| .csv | a table with a header; quoted as in RFC 4180, or not quoted at all |
 | .tsv | a table with a header; not quoted, unless every quoted field needs its quotes |
 
-UTF-8 or, with its byte order mark, UTF-16. A row that cannot be read is an error that names its
-line. `Fields.name` and `Fields.texts` say which fields are used; see `choose_fields`.
+The encoding is UTF-8 or, with its byte order mark, UTF-16. An error about a row names its line.
+captions_table.py reads the tables; captions_fields.py chooses the fields that are used.
 """
 
 from __future__ import annotations
 
 import codecs
-import difflib
 import json
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
+from lavit_jax.data.captions_fields import NAME, TEXT, Fields, Row, same_field
+from lavit_jax.data.captions_table import Table
 from lavit_jax.errors import UserError
 
-IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff')
-NAME, TEXT = 'file_name', 'text'
-_NUMBER = re.compile(r'\s*[-+]?[0-9.]*\s*')
-_FILE_NAME = re.compile(r'[^\n]*\.\w{2,5}\s*')
-
-
-class Row(NamedTuple):
-  """The fields of one row, and the line of the file where it begins (0: unknown)."""
-
-  fields: Mapping[str, Any]
-  line: int
-
-
-class Fields(NamedTuple):
-  """The field with the name of the image ('': none), and those with its texts."""
-
-  name: str
-  texts: tuple[str, ...]
+_EXAMPLE = '{"file_name": ..., "text": ...}'
+_SAMPLE_SIZE = 4096  # bytes in which UTF-16 is detected
+_MIN_NULL_SHARE = 0.1  # of UTF-16; in English text, half of the bytes are 0
 
 
 def read_rows(file: str, data: bytes, fields: Fields) -> list[Row]:
-  """The rows of a file of captions.
+  """Reads the rows of a file of captions.
 
   Args:
-    file: its path, whose suffix says what it is.
+    file: its path; the suffix gives the format.
     data: its content.
-    fields: those that were chosen, '' and () for the usual ones.
+    fields: the requested fields; '' and () stand for the usual ones.
 
   Raises:
-    UserError: it is not what its suffix says, by its line.
+    UserError: the content does not have the format of the suffix; the message names the line.
   """
   text = decode(file, data)
   if file.endswith('.jsonl') and not text.lstrip().startswith('['):
-    return _json_lines(file, text)
+    return _read_json_lines(file, text)
   if file.endswith(('.json', '.jsonl')):
-    return _json_rows(file, text, fields.name)
-  return _Table(file, text).rows(fields)
-
-
-def choose_fields(
-  file: str,
-  rows: Sequence[Row],
-  name: str | None,
-  texts: Sequence[str],
-  needs_name: bool = True,
-  needs_text: bool = True,
-) -> Fields:
-  """Which fields of the rows hold the name of the image and its texts.
-
-  Args:
-    name: the option `image`; None: 'file_name'.
-    texts: the option `text`, dotted names; (): 'text'.
-
-  Returns:
-    The fields as they are spelled in the file. The exact name comes first; else one that differs
-    from it in case, spaces, '_' and '-' only, if there is just one.
-
-  Raises:
-    UserError: a field that is needed is in no row.
-  """
-  known = dict.fromkeys(key for row in rows for key in row.fields if isinstance(key, str))
-  found = _find(file, known, name or NAME, 'image') if name or needs_name else ''
-  wanted = tuple(texts) or (TEXT,)
-  if not needs_text and not texts:
-    return Fields(found, ())
-  chosen = []
-  for each in wanted:
-    first, dot, rest = each.partition('.')
-    whole = each in known
-    chosen.append(each if whole else _find(file, known, first, 'text') + dot + rest)
-  return Fields(found, tuple(chosen))
-
-
-def _find(file: str, known: Mapping[str, None], wanted: str, option: str) -> str:
-  if wanted in known:
-    return wanted
-  alike = [key for key in known if _plain(key) == _plain(wanted)]
-  if len(alike) == 1:
-    return alike[0]
-  if len(alike) > 1:
-    raise UserError(
-      f'{file} has several fields like {wanted!r}: {", ".join(map(repr, alike))}; '
-      f'say which with {option}='
-    )
-  near = difflib.get_close_matches(wanted, known, n=1)
-  hint = f' ({near[0]!r} is near)' if near else ''
-  raise UserError(
-    f'{file} has no field {wanted!r}{hint}; its fields are '
-    f'{", ".join(map(repr, list(known)[:20])) or "none"}; name the one to use with '
-    f'{option}='
-  )
-
-
-def _plain(key: str) -> str:
-  return re.sub(r'[\s_-]', '', key).lower()
+    return _read_json(file, text, fields.name or NAME)
+  return Table(file, text).read_rows(fields)
 
 
 def decode(file: str, data: bytes) -> str:
-  """The text, with \\n for every end of a line, without a byte order mark.
+  r"""Returns the text, with \n for every end of a line, without a byte order mark.
+
+  Args:
+    file: path for error messages.
+    data: content.
 
   Raises:
-    UserError: it is not UTF-8, nor UTF-16 with a byte order mark.
+    UserError: it is neither UTF-8 nor UTF-16 with a byte order mark.
   """
-  wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+  is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+  if not is_utf16:
+    _check_no_utf16(file, data)
   try:
-    text = data.decode('utf-16' if wide else 'utf-8-sig')
+    text = data.decode('utf-16' if is_utf16 else 'utf-8-sig')
   except UnicodeDecodeError as error:
     line = data.count(b'\n', 0, error.start) + 1
-    raise UserError(
-      f'{file}:{line}: not {"UTF-16" if wide else "UTF-8"}; save the file as UTF-8'
-    ) from None
+    encoding = 'UTF-16' if is_utf16 else 'UTF-8'
+    raise UserError(f'{file}:{line}: not {encoding}; save the file as UTF-8') from None
   return text.replace('\r\n', '\n').replace('\r', '\n')
 
 
-# -------------------------------------------------------------------------------------------- JSON
+def _check_no_utf16(file: str, data: bytes) -> None:
+  """Raises UserError for UTF-16 without a byte order mark: all its zero bytes are odd, or even."""
+  sample = data[:_SAMPLE_SIZE]
+  for encoding, high_bytes, low_bytes in (
+    ('UTF-16-LE', sample[1::2], sample[::2]),
+    ('UTF-16-BE', sample[::2], sample[1::2]),
+  ):
+    has_nulls = high_bytes.count(0) > _MIN_NULL_SHARE * len(sample)
+    if has_nulls and not low_bytes.count(0):
+      raise UserError(
+        f'{file}: {encoding} without a byte order mark, which is not read; save the file as UTF-8'
+      )
 
 
-def _json_lines(file: str, text: str) -> list[Row]:
+# ------------------------------------------------------------------------------------------- JSON
+
+
+def _read_json_lines(file: str, text: str) -> list[Row]:
   rows = []
-  for line, each in enumerate(text.split('\n'), 1):
-    if not each.strip():
+  for number, line in enumerate(text.split('\n'), 1):
+    if not line.strip():
       continue
     try:
-      fields = json.loads(each)
+      fields = json.loads(line)
     except (ValueError, RecursionError) as error:
-      raise UserError(f'{file}:{line}: not JSON ({error}); give one object a line') from None
+      raise UserError(f'{file}:{number}: not JSON ({error}); give one object a line') from None
     if not isinstance(fields, dict):
       raise UserError(
-        f'{file}:{line}: not an object but {type(fields).__name__}; give each line '
-        '{"file_name": ..., "text": ...}'
+        f'{file}:{number}: not an object but {type(fields).__name__}; give each line {_EXAMPLE}'
       )
-    rows.append(Row(fields, line))
+    rows.append(Row(fields, number))
   return rows
 
 
-def _json_rows(file: str, text: str, name: str) -> list[Row]:
+def _read_json(file: str, text: str, name: str) -> list[Row]:
+  """Reads a .json of any form; `name` is the field with the name of the image."""
   try:
     content = json.loads(text)
   except (ValueError, RecursionError) as error:
     raise UserError(f'{file}:{getattr(error, "lineno", 1)}: not JSON ({error})') from None
-  if isinstance(content, dict) and _is_list_of_objects(content.get('annotations')):
-    if _is_list_of_objects(content.get('images')):
-      return _coco(file, content)
   if isinstance(content, dict):
+    if _is_coco(content):
+      return _read_coco(file, content)
     content = _dict_rows(file, content, name)
   if not isinstance(content, list):
     raise UserError(
-      f'{file}: holds {type(content).__name__}; give a list of objects with '
-      'file_name and text, or {name: caption}'
+      f'{file}: holds {type(content).__name__}; give a list of objects with file_name and text, '
+      'or {name: caption}'
     )
   for number, fields in enumerate(content):
     if not isinstance(fields, dict):
       raise UserError(
-        f'{file}: entry {number} is not an object but {type(fields).__name__}; give '
-        'each {"file_name": ..., "text": ...}'
+        f'{file}: entry {number} is not an object but {type(fields).__name__}; give each {_EXAMPLE}'
       )
   return [Row(fields, 0) for fields in content]
 
 
-def _is_list_of_objects(value) -> bool:
-  return isinstance(value, list) and bool(value) and all(isinstance(each, dict) for each in value)
+def _is_object_list(value: Any) -> bool:
+  return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
 
 
-def _coco(file: str, content: dict) -> list[Row]:
-  """Images and annotations of COCO; `caption` of an annotation is its text."""
-  images = {}
-  for image in content['images']:
-    images[image.get('id')] = image.get('file_name')
+def _has_field(keys: Iterable[str], field: str) -> bool:
+  return any(same_field(key, field) for key in keys)
+
+
+def _is_coco(content: dict[str, Any]) -> bool:
+  return _is_object_list(content.get('annotations')) and _is_object_list(content.get('images'))
+
+
+def _read_coco(file: str, content: dict[str, Any]) -> list[Row]:
+  """Reads images and annotations of COCO; the `caption` of an annotation is its text."""
+  names = {image.get('id'): image.get('file_name') for image in content['images']}
   rows = []
-  for number, fields in enumerate(content['annotations']):
-    name = images.get(fields.get('image_id'))
+  for number, annotation in enumerate(content['annotations']):
+    name = names.get(annotation.get('image_id'))
     if name is None:
       raise UserError(
-        f'{file}: annotation {number} is of the image {fields.get("image_id")!r}, '
+        f'{file}: annotation {number} is of the image {annotation.get("image_id")!r}, '
         'which "images" does not name'
       )
-    usual = {TEXT: fields['caption']} if 'caption' in fields else {}
-    rows.append(Row({**usual, **fields, NAME: name}, 0))
+    caption = {TEXT: annotation['caption']} if 'caption' in annotation else {}
+    rows.append(Row({**caption, **annotation, NAME: name}, 0))
   return rows
 
 
-def _dict_rows(file: str, content: dict, name: str) -> list[dict]:
-  """{field: [values]}, {field: {row: value}} (pandas), {'data': [objects]}, {name: caption}."""
-  columns = [key for key in content if _plain(key) == _plain(name or NAME)]
+def _dict_rows(file: str, content: dict[str, Any], name: str) -> list[Any]:
+  """Reads a JSON object as rows.
+
+  It is {field: [values]}, {field: {index: value}} (pandas), {'data': [objects]} or {name: caption}.
+  """
+  columns = [key for key in content if same_field(key, name)]
   if len(columns) == 1 and isinstance(content[columns[0]], (list, dict)):
-    return _columns(file, content, columns[0])
+    return _transpose(file, content, columns[0])
   for value in content.values():
-    if _is_list_of_objects(value) and any(_plain(key) == _plain(name or NAME) for key in value[0]):
+    if _is_object_list(value) and _has_field(value[0], name):
       return value
   rows = []
   for key, value in content.items():
     fields = value if isinstance(value, dict) else {TEXT: value}
-    rows.append({**fields, (name or NAME): key})
+    rows.append({**fields, name: key})
   return rows
 
 
-def _columns(file: str, content: dict, name: str) -> list[dict]:
-  keys = content[name].keys() if isinstance(content[name], dict) else range(len(content[name]))
+def _transpose(file: str, columns: dict[str, Any], name: str) -> list[dict[str, Any]]:
+  """Turns columns, which are lists or {index: value}, into rows; `name` is one of the columns."""
+  reference = columns[name]
+  indices = reference.keys() if isinstance(reference, dict) else range(len(reference))
   rows = []
-  for key in keys:
+  for index in indices:
     fields = {}
-    for column, values in content.items():
-      if type(values) is not type(content[name]) or len(values) != len(content[name]):
+    for column, values in columns.items():
+      if type(values) is not type(reference) or len(values) != len(reference):
         raise UserError(
-          f'{file}: {column!r} has not one value for each {name!r}; give all fields '
-          'the same number of values'
+          f'{file}: {column!r} has not one value for each {name!r}; '
+          'give all fields the same number of values'
         )
-      if isinstance(values, dict) and key not in values:
-        raise UserError(f'{file}: {column!r} has no value for {key!r}')
-      fields[column] = values[key]
+      if isinstance(values, dict) and index not in values:
+        raise UserError(f'{file}: {column!r} has no value for {index!r}')
+      fields[column] = values[index]
     rows.append(fields)
   return rows
-
-
-# ------------------------------------------------------------------------------------------ tables
-
-
-class _Table:
-  """A CSV or TSV file, whose rows are read one after the other."""
-
-  def __init__(self, file: str, text: str):
-    self.file, self.text = file, text
-    first = text.lstrip('\n').partition('\n')[0]
-    self.is_tsv = file.endswith('.tsv') or '\t' in first and not file.endswith('.csv')
-    self.delimiter = '\t' if self.is_tsv else ','
-    if not self.is_tsv and ',' not in first:  # as spreadsheets of many countries write CSV
-      self.delimiter = next((each for each in ';\t' if each in first), ',')
-    mark = re.escape(self.delimiter)
-    # A quoted field, in which "" is a quotation mark and a line may end, or a bare one.
-    self.field = re.compile(
-      rf' *"(?P<quoted>[^"]*(?:""[^"]*)*)" *(?={mark}|\n|\Z)|(?P<bare>[^{mark}\n]*)'
-    )
-    self.quotes = not self.is_tsv or self._is_quoted()
-
-  def rows(self, fields: Fields) -> list[Row]:
-    """Of each line behind the header its fields.
-
-    Raises:
-      UserError: a line that has not the fields of the header.
-    """
-    header, place, line = None, 0, 1
-    rows = []
-    while place < len(self.text):
-      values, after = self._record(place, line, header)
-      if values and header is None:
-        header = self._header(values, line)
-      elif values:
-        rows.append(Row(self._fit(header, values, place, after, line, fields), line))
-      line += self.text.count('\n', place, after)
-      place = after
-    return rows
-
-  def _header(self, values: list[str], line: int) -> list[str]:
-    header = [value.strip() for value in values]
-    if any(value.lower().endswith(IMAGE_SUFFIXES) for value in header):
-      raise UserError(
-        f'{self.file}:{line}: the first line names an image, where the names of the '
-        f'columns belong; write {self.delimiter.join((NAME, TEXT))!r} above it'
-      )
-    for value in header:
-      if value and header.count(value) > 1:
-        raise UserError(f'{self.file}:{line}: has the column {value!r} twice; rename one')
-    return header
-
-  def _record(self, place: int, line: int, header: list[str] | None) -> tuple[list[str], int]:
-    """The values of the row that begins at `place` ([]: a blank line), and where the next does."""
-    end = self._end_of_line(place)
-    bare = self.text[place:end].removesuffix('\n')
-    if not bare.strip():
-      return [], end
-    if not self.quotes or '"' not in bare:
-      return bare.split(self.delimiter), end
-    values, _, after = self._quoted(place)
-    if after > end and self._swallows_rows(end, after):
-      raise UserError(
-        f'{self.file}:{line}: a quotation mark opens a field here that would take '
-        'in the rows below; close it, or write it twice in a field in quotation '
-        'marks'
-      )
-    if values is None or header is not None and len(values) != len(header):
-      if '\\"' in bare:
-        raise UserError(
-          f'{self.file}:{line}: has \\" in a field in quotation marks; CSV writes it as ""'
-        )
-      return bare.split(self.delimiter), end  # quotation marks of the caption itself
-    return values, after
-
-  def _quoted(self, place: int) -> tuple[list[str] | None, list[bool], int]:
-    """(values of the row at `place` by the rules for quotes, which were in quotes, its end).
-
-    The values are None where a quotation mark opens a field and none closes it.
-    """
-    values, flags = [], []
-    while True:
-      match = self.field.match(self.text, place)
-      quoted = match['quoted'] is not None
-      if not quoted and match['bare'].lstrip(' ').startswith('"'):
-        return None, [], place
-      values.append(match['quoted'].replace('""', '"') if quoted else match['bare'])
-      flags.append(quoted)
-      place = match.end()
-      if self.text[place : place + 1] != self.delimiter:
-        return values, flags, place + 1
-      place += 1
-
-  def _end_of_line(self, place: int) -> int:
-    return (self.text.find('\n', place) + 1) or len(self.text)
-
-  def _swallows_rows(self, place: int, end: int) -> bool:
-    """Whether a line from `place` to `end` begins as a row does, with the name of an image."""
-    for line in self.text[place:end].split('\n'):
-      name, mark, _ = line.partition(self.delimiter)
-      if mark and name.strip(' "').lower().endswith(IMAGE_SUFFIXES):
-        return True
-    return False
-
-  def _is_quoted(self) -> bool:
-    """Whether the whole file keeps the rules for quotes, and its quoted fields need them, or all
-    fields are quoted, as no caption that only quotes somebody would make it.
-    """
-    place, needless, bare, count = 0, 0, 0, None
-    while place < len(self.text):
-      end = self._end_of_line(place)
-      if not self.text[place:end].strip():
-        place = end
-        continue
-      values, flags, after = self._quoted(place)
-      if values is None or (count or len(values)) != len(values):
-        return False
-      if after > end and self._swallows_rows(end, after):
-        return False
-      count = len(values)
-      for value, quoted in zip(values, flags):
-        bare += not quoted
-        needless += quoted and not re.search(r'["\t\n]', value)
-      place = after
-    return not needless or not bare
-
-  def _fit(
-    self, header: list[str], values: list[str], place: int, after: int, line: int, fields: Fields
-  ) -> dict[str, str]:
-    """The values by their columns; more of them than columns belong to the caption, where that
-    is the only reading.
-
-    Raises:
-      UserError: too few, or more than one reading.
-    """
-    while len(values) > len(header) and not values[-1].strip():
-      values = values[:-1]  # of delimiters at the end of the line
-    extra = len(values) - len(header)
-    if extra < 0:
-      raise UserError(
-        f'{self.file}:{line}: has {len(values)} of {len(header)} fields '
-        f'({self.text[place:after].strip()[:60]!r}); mend the line'
-      )
-    if extra:
-      column = self._caption_column(header, fields)
-      if column is not None:
-        middle = self.delimiter.join(values[column : column + extra + 1])
-        values = values[:column] + [middle] + values[column + extra + 1 :]
-      if column is None or not self._is_plausible(header, values, column, fields):
-        raise UserError(
-          f'{self.file}:{line}: has {extra} more {self.delimiter!r} than the header '
-          f'({self.text[place:after].strip()[:60]!r}), and it is not clear to which '
-          'field they belong; put the field in quotation marks'
-        )
-    return dict(zip(header, values))
-
-  def _caption_column(self, header: list[str], fields: Fields) -> int | None:
-    wanted = [_plain(each.partition('.')[0]) for each in fields.texts or (TEXT,)]
-    places = [i for i, key in enumerate(header) if _plain(key) in wanted]
-    if not places and len(header) == 2:
-      name = _plain(fields.name or NAME)
-      places = [i for i, key in enumerate(header) if _plain(key) != name]
-    return places[0] if len(places) == 1 else None
-
-  def _is_plausible(
-    self, header: list[str], values: list[str], column: int, fields: Fields
-  ) -> bool:
-    """Whether the other fields can be what they would be: a name of an image, and numbers."""
-    for i, (key, value) in enumerate(zip(header, values)):
-      if i == column:
-        continue
-      if _plain(key) == _plain(fields.name or NAME):
-        if not _FILE_NAME.fullmatch(value):
-          return False
-      elif not _NUMBER.fullmatch(value):
-        return False
-    return True

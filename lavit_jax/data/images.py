@@ -24,7 +24,7 @@ from lavit_jax.local_paths import expand_home
 # Decoded, this is 240 MB. A larger header is a mistake or a decompression bomb; Pillow warns from
 # 89 million on.
 MAX_PIXELS = 80_000_000
-SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.gif', '.bmp', '.tif', '.tiff')
+IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.gif', '.bmp', '.tif', '.tiff')
 
 
 def read_images(sources: Any, size: int | tuple[int, int]) -> np.ndarray:
@@ -43,18 +43,18 @@ def read_images(sources: Any, size: int | tuple[int, int]) -> np.ndarray:
     UserError: as in `read_image`.
   """
   images = []
-  for i, source in enumerate(as_list(sources)):
+  for i, source in enumerate(as_image_list(sources)):
     images.append(resize(read_image(source, f'image {i}'), size))
   return np.stack(images) if images else np.zeros((0, *_height_width(size), 3), np.uint8)
 
 
-def as_list(sources: Any) -> list[Any]:
+def as_image_list(sources: Any) -> list[Any]:
   """Returns one image, or several in a sequence or an array [B, H, W, C], as a list.
 
   Raises:
     UserError: it is neither.
   """
-  if is_one(sources):
+  if is_single_image(sources):
     return [sources]
   try:
     return list(sources)
@@ -65,7 +65,7 @@ def as_list(sources: Any) -> list[Any]:
     ) from None
 
 
-def is_one(source: Any) -> bool:
+def is_single_image(source: Any) -> bool:
   """Whether the source is one image, by its type alone."""
   if isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)):
     return True

@@ -23,7 +23,7 @@ CHARACTERS = 16  # of a block, for each token of a row: more than a row of any l
 _SPACE = re.compile(r'\s')
 
 
-def piece_of(
+def select_piece(
   text: str, encode: Callable[[str], Sequence[int]], length: int, epoch: int, seed: int = 0
 ) -> tuple[Sequence[int], bool]:
   """Returns the ids of the piece of a text that a row has in an epoch.

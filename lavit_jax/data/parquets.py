@@ -1,15 +1,15 @@
-"""Rows of Parquet files: which columns each file has, and its rows without loading a row group.
+"""The rows of Parquet files, read without loading a row group; and which columns each file has.
 
 | column | may be |
 |---|---|
-| image | bytes of any kind (binary, large, fixed, dictionary), or a struct with a field `bytes` |
-| text | strings of any kind, lists and structs of them, JSON in strings |
+| image | bytes of any type (binary, large, fixed, dictionary), or a struct with a field `bytes` |
+| text | strings of any type, lists and structs of them, JSON in strings |
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -19,200 +19,227 @@ import pyarrow.parquet as pq
 from lavit_jax.data import paths
 from lavit_jax.errors import UserError
 
-COSTS = (8, 256)  # least and most of a row group that is open, in tars (streams.py)
-_A_TAR = 2 << 20  # bytes
 DAMAGE = (OSError, ValueError, pa.ArrowException)
-_BUFFER = 1 << 20  # bytes read at a time; without it, all of a column chunk
-_BATCH_BYTES, _BATCH_ROWS = 4 << 20, 64  # of rows that are decoded together
-_PAGE_ROWS, _PAGE_BYTES = (
-  1024,
-  1 << 20,
-)  # pyarrow ends a page after so many rows at the earliest, others after so many bytes
-_DEFAULTS = ('image', 'text')  # columns that may be absent: not every use needs both
+_MIN_COST = 8  # of an open row group, in open tars (open_units.py)
+_MAX_COST = 256
+_BYTES_PER_COST = 2 << 20
+_BUFFER = 1 << 20  # bytes read at a time; without a buffer, a whole column chunk
+_BATCH_BYTES = 4 << 20  # of rows that are decoded together
+_BATCH_ROWS = 64
+_PAGE_ROWS = 1024  # pyarrow ends a page after this many rows at the earliest
+_PAGE_BYTES = 1 << 20  # other writers end it after this many bytes
+_OPTIONAL = ('image', 'text')  # the default columns may be absent: not every use needs both
 
 
 class Unit(NamedTuple):
-  """A row group of a file, and which of its columns are read; or a file that cannot be read."""
+  """A row group of a file, or a file that cannot be read.
+
+  Attributes:
+    file: its path.
+    group: the number of the row group.
+    columns: the columns that are read.
+    fault: why the file cannot be read.
+    memory: bytes that are held while the row group is open, about.
+  """
 
   file: str
   group: int
   columns: tuple[str, ...]
   fault: str = ''
-  held: int = 0  # bytes in memory while it is open, about
+  memory: int = 0
 
 
-class _Look(NamedTuple):
-  groups: int
-  types: dict[str, pa.DataType]  # of each column
-  fault: str = ''
+class _FileInfo(NamedTuple):
+  """The types of a file's columns and its metadata, or why it cannot be read."""
+
+  types: dict[str, pa.DataType]
   metadata: pq.FileMetaData | None = None
+  fault: str = ''
 
 
-def units(files: Sequence[str], image: str, text: Sequence[str]) -> list[Unit]:
-  """The row groups of all `files`, in order.
+def list_units(files: Sequence[str], image: str, text: Sequence[str]) -> list[Unit]:
+  """The row groups of all `files`, in order, and the files that cannot be read.
+
+  Args:
+    files: their paths.
+    image: the column with the images, a dotted name.
+    text: the columns with texts, dotted names.
 
   Raises:
-    UserError: no file can be read; a column that is asked for is in none of them; `image` is not
-      a column of bytes.
+    UserError: no file can be read, a requested column is in none of them, or `image` is not a
+      column of bytes.
   """
-  with ThreadPoolExecutor(16) as pool:  # a store far away answers slowly, not seldom
-    looks = list(pool.map(_look, files))
-  sound = [(file, look) for file, look in zip(files, looks) if not look.fault]
-  if not sound:
+  with ThreadPoolExecutor(16) as pool:  # remote stores have a high latency
+    infos = dict(zip(files, pool.map(_read_info, files), strict=True))
+  readable = {file: info for file, info in infos.items() if not info.fault}
+  if not readable:
     raise UserError(
-      f'{files[0]}: not a Parquet file that can be read ({looks[0].fault}); check the path'
+      f'{files[0]}: not a Parquet file that can be read ({infos[files[0]].fault}); check the path'
     )
-  known = dict.fromkeys(name for _, look in sound for name in look.types)
-  asked = dict.fromkeys((image, *text))
-  absent = [name for name in asked if not _column(name, known)]
-  if len(absent) == len(asked) or any(name not in _DEFAULTS for name in absent):
-    raise UserError(
-      f'{sound[0][0]} has the columns {", ".join(known)}, and no file has {", ".join(absent)}; '
-      'name those of picture and text with image= and text='
-    )
-  for name in asked:
-    without = [file for file, look in sound if not _column(name, look.types)]
-    if without and name not in absent:
-      logging.getLogger(__name__).warning(
-        '%d of %d Parquet files have no column %s, such as %s',
-        len(without),
-        len(sound),
-        name,
-        without[0],
-      )
-  found = []
-  for file, look in zip(files, looks):
-    if look.fault:
-      found.append(Unit(file, 0, (), look.fault))
+  requested = list(dict.fromkeys((image, *text)))
+  _check_columns(readable, requested)
+  units = []
+  for file in files:
+    info = infos[file]
+    if info.metadata is None:
+      units.append(Unit(file, 0, (), info.fault))
       continue
-    _check_image(file, image, look.types)
-    columns = (_column(name, look.types) for name in asked)
+    _check_image(file, image, info.types)
+    columns = [_column(name, info.types) for name in requested]
     columns = tuple(dict.fromkeys(name for name in columns if name))
-    found += [
-      Unit(file, group, columns, held=_held(look.metadata, group, set(columns)))
-      for group in range(look.groups)
-    ]
-  return found
+    for group in range(info.metadata.num_row_groups):
+      memory = _memory(info.metadata, group, set(columns))
+      units.append(Unit(file, group, columns, memory=memory))
+  return units
 
 
-def cost(of: Sequence[Unit]) -> int:
-  """What a row group costs that is open, the largest of these, in tars that wait open (streams.py)."""
-  held = max((unit.held for unit in of), default=0)
-  return min(max(-(-held // _A_TAR), COSTS[0]), COSTS[1])
+def unit_cost(units: Sequence[Unit]) -> int:
+  """The cost of the largest unit while it is open, in open tars (open_units.py)."""
+  memory = max((unit.memory for unit in units), default=0)
+  return min(max(-(-memory // _BYTES_PER_COST), _MIN_COST), _MAX_COST)
 
 
-def rows(unit: Unit, start: int, **options) -> Iterator[dict[str, Any]]:
-  """Column name -> value of each row from `start` on. `options` are for `paths.open_file`.
+def read_rows(unit: Unit, start: int, **open_options: int) -> Iterator[dict[str, Any]]:
+  """{column: value} of each row from `start` on. `open_options` are for `paths.open_file`.
 
   Beside what is read ahead it holds one batch of rows, which is about 4 MB or one row, and of each
-  column a page, compressed and plain. Files of pyarrow have pages of 1,024 rows however long these are.
+  column a page, compressed and plain. pyarrow writes pages of 1,024 rows however long these are.
 
   Raises:
-    DAMAGE: the file is damaged, or not there.
+    DAMAGE: the file is damaged, or does not exist.
   """
   if unit.fault:
     raise ValueError(unit.fault)
-  with _opened(unit.file, **options) as file:
+  with _open(unit.file, **open_options) as file:
     group = file.metadata.row_group(unit.group)
-    names = set(unit.columns)
-    size = _size(group, names)
-    count = min(max(_BATCH_BYTES * group.num_rows // max(size, 1), 1), _BATCH_ROWS)
-    if not names:
+    columns = set(unit.columns)
+    if not columns:
       for _ in range(start, group.num_rows):
         yield {}
       return
-    for batch in file.iter_batches(count, [unit.group], list(unit.columns), use_threads=False):
+    rows_that_fit = _BATCH_BYTES * group.num_rows // max(_plain_size(group, columns), 1)
+    batch_size = min(max(rows_that_fit, 1), _BATCH_ROWS)
+    batches = file.iter_batches(batch_size, [unit.group], list(unit.columns), use_threads=False)
+    for batch in batches:
       skipped = min(start, batch.num_rows)
       start -= skipped
       for row in range(skipped, batch.num_rows):
         yield {
           name: column[row].as_py(maps_as_pydicts='lossy')
-          for name, column in zip(batch.schema.names, batch.columns)
+          for name, column in zip(batch.schema.names, batch.columns, strict=True)
         }
 
 
-def image_of(values: Mapping[str, Any], name: str) -> bytes:
+def image_of(row: Mapping[str, Any], name: str) -> bytes:
   """The bytes of a row's image; b'' where they are null or the row has no such column."""
-  column = _column(name, values)
-  value = values.get(column) if column else None
-  for part in filter(None, name[len(column or '') :].split('.')):
-    value = value.get(part) if isinstance(value, dict) else None
+  column = _column(name, row)
+  value = row.get(column) if column else None
+  for field in _fields_behind(name, column):
+    value = value.get(field) if isinstance(value, dict) else None
   if isinstance(value, dict):
     value = value.get('bytes')
   return value if isinstance(value, bytes) else b''
 
 
-def _look(path: str) -> _Look:
+def _read_info(path: str) -> _FileInfo:
   try:
-    with _opened(path) as file:
+    with _open(path) as file:
       schema = file.schema_arrow
-      return _Look(
-        file.num_row_groups, dict(zip(schema.names, schema.types)), metadata=file.metadata
-      )
+      return _FileInfo(dict(zip(schema.names, schema.types, strict=True)), file.metadata)
   except DAMAGE as error:
-    return _Look(0, {}, ' '.join(str(error).split()) or type(error).__name__)
+    return _FileInfo({}, fault=' '.join(str(error).split()) or type(error).__name__)
 
 
-def _opened(path: str, **options) -> pq.ParquetFile:
-  """A file of its own for each reader: they move in it. It reads a buffer at a time."""
-  return pq.ParquetFile(paths.open_file(path, **options), buffer_size=_BUFFER, pre_buffer=False)
+def _open(path: str, **open_options: int) -> pq.ParquetFile:
+  """A file object for one reader, which moves in it. It reads a buffer at a time."""
+  return pq.ParquetFile(
+    paths.open_file(path, **open_options), buffer_size=_BUFFER, pre_buffer=False
+  )
 
 
-def _column(name: str, columns) -> str:
-  """The column that a dotted name begins with, the longest one; '' if there is none."""
+def _column(name: str, columns: Container[str]) -> str:
+  """The longest column that a dotted name begins with; '' if there is none."""
   while name and name not in columns:
     name = name.rpartition('.')[0]
   return name
 
 
-def _size(group: pq.RowGroupMetaData, columns: set[str]) -> int:
-  """Plain bytes of some columns of a row group."""
-  chunks = (group.column(i) for i in range(group.num_columns))
-  return sum(
-    chunk.total_uncompressed_size for chunk in chunks if _root(chunk.path_in_schema, columns)
-  )
+def _fields_behind(name: str, column: str) -> list[str]:
+  """The fields that a dotted name goes down to behind its column: 'a.b.c', 'a' -> ['b', 'c']."""
+  return [field for field in name[len(column) :].split('.') if field]
 
 
-def _held(metadata: pq.FileMetaData, number: int, columns: set[str]) -> int:
-  """Bytes in memory while a row group is read: a page, compressed and plain, and a batch."""
+def _plain_size(group: pq.RowGroupMetaData, columns: Container[str]) -> int:
+  """Uncompressed bytes of some columns of a row group."""
+  size = 0
+  for i in range(group.num_columns):
+    chunk = group.column(i)
+    if _column(chunk.path_in_schema, columns):  # the path of a leaf, such as image.bytes
+      size += chunk.total_uncompressed_size
+  return size
+
+
+def _memory(metadata: pq.FileMetaData, number: int, columns: Container[str]) -> int:
+  """Bytes that are held while a row group is read: a page, compressed and plain, and a batch."""
   group = metadata.row_group(number)
-  size = _size(group, columns)
+  size = _plain_size(group, columns)
   page = _PAGE_BYTES
   if 'parquet-cpp' in (metadata.created_by or ''):
     page = max(page, size * _PAGE_ROWS // max(group.num_rows, 1))
   return 2 * min(page, size) + min(_BATCH_BYTES, size)
 
 
-def _root(path: str, columns: set[str]) -> bool:
-  """Whether the path of a leaf ('image.bytes') belongs to one of the columns."""
-  return bool(_column(path, columns))
+def _check_columns(infos: Mapping[str, _FileInfo], requested: Sequence[str]) -> None:
+  """Checks that each requested column is in some file; logs which ones are not in all.
+
+  Raises:
+    UserError: a column is in none of them.
+  """
+  columns = dict.fromkeys(name for info in infos.values() for name in info.types)
+  absent = [name for name in requested if not _column(name, columns)]
+  if len(absent) == len(requested) or any(name not in _OPTIONAL for name in absent):
+    raise UserError(
+      f'{next(iter(infos))} has the columns {", ".join(columns)}, and no file has '
+      f'{", ".join(absent)}; name those of image and text with image= and text='
+    )
+  for name in requested:
+    without = [file for file, info in infos.items() if not _column(name, info.types)]
+    if without and name not in absent:
+      logging.getLogger(__name__).warning(
+        '%d of %d Parquet files have no column %s, such as %s',
+        len(without),
+        len(infos),
+        name,
+        without[0],
+      )
 
 
 def _check_image(file: str, name: str, types: Mapping[str, pa.DataType]) -> None:
-  """Raises UserError where the image's column holds something else than bytes."""
+  """Raises UserError where the image's column holds something other than bytes."""
   column = _column(name, types)
   if not column:
     return
-  kind = types[column]
-  for part in filter(None, name[len(column) :].split('.')):
-    index = kind.get_field_index(part) if pa.types.is_struct(kind) else -1
+  kind: Any = types[column]
+  for field in _fields_behind(name, column):
+    index = kind.get_field_index(field) if pa.types.is_struct(kind) else -1
     if index < 0:
       raise UserError(
-        f'{file}: the column {column} has no {part}: it is {kind}; name the column of the images with image='
+        f'{file}: the column {column} has no {field}: it is {kind}; name the column of the images '
+        'with image='
       )
     kind = kind.field(index).type
   if pa.types.is_struct(kind) and kind.get_field_index('bytes') >= 0:
     kind = kind.field('bytes').type
   if pa.types.is_dictionary(kind):
     kind = kind.value_type
-  bytes_of_a_kind = (
+  is_bytes = (
     pa.types.is_binary,
     pa.types.is_large_binary,
     pa.types.is_fixed_size_binary,
     pa.types.is_binary_view,
     pa.types.is_null,
   )
-  if not any(is_kind(kind) for is_kind in bytes_of_a_kind):
+  if not any(is_kind(kind) for is_kind in is_bytes):
     raise UserError(
       f'{file}: the column {name} is {kind}, not the bytes of images; name their column with image='
     )

@@ -1,7 +1,8 @@
-"""Where data lies: braces and globs become lists of files; files are opened here or wherever fsspec reaches (gs://, s3://, hf://).
+"""Paths of data files: expands braces and globs, and opens files here or wherever fsspec reaches.
 
-A store that does not answer is asked again, and in the end it is an error: a fault of the network never passes for one of the data, so that
-processes which read the same files see the same records.
+Remote files (gs://, s3://, hf://) are tried again if a store does not answer, and in the end that
+is an error. A network fault is never taken for a fault of the data, so all processes that read the
+same files see the same records.
 """
 
 from __future__ import annotations
@@ -15,74 +16,93 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
+import fsspec.core
 import numpy as np
 
 from lavit_jax.errors import Unreachable, UserError
 from lavit_jax.local_paths import expand_home
 
+_T = TypeVar('_T')
+
+NO_FILE_ERRORS = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+_NO_FILE_CODES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)  # of OSErrors with that meaning
+_WAITS = (1.0, 4.0, 16.0)  # seconds before each new try
+
 _GLOB = re.compile(r'[*?\[]')
 _BRACES = re.compile(r'\{([^{}]*)\}')
-_AHEAD, _LEAST_AHEAD = 8 << 20, 256 << 10  # bytes asked of a remote store at a time
-_TOGETHER = 400 << 20  # of all files that are read in turn; with their buffers, half a gigabyte
-_BUFFER = 1 << 20  # or an eighth of what is read ahead
-NO_FILE = (
-  FileNotFoundError,
-  IsADirectoryError,
-  NotADirectoryError,
-  PermissionError,
-)  # no matter of patience
-_WAITS = (1.0, 4.0, 16.0)  # seconds before another try
-_SIZED = 512  # files of a source whose sizes are asked for, at most
+
+_MAX_AHEAD = 8 << 20  # bytes that are read ahead of a remote file
+_MIN_AHEAD = 256 << 10
+_TOTAL_AHEAD = 400 << 20  # of all files that are read in turn; with their buffers, 500 MB
+_BUFFER = 1 << 20  # bytes; at most an eighth of what is read ahead
+
+_MAX_SIZES = 512  # files of a source whose sizes are requested
+_SIZE_THREADS = 16
+
+
+# -------------------------------------------------------------------------------------- expansion
 
 
 def expand(path: str | Sequence[str], suffix: str) -> list[str]:
-  """'a/{000..002}.tar', 'a/{x,y}.tar', 'a/*.tar', 'a' (a local folder: its files that end with `suffix`), or a list of these -> files.
+  """Expands a path to files.
 
-  Braces come in their order, globs sorted; 'file://' is left out, '~' is the home folder. A path that exists as it is written is
-  meant literally, whatever characters it has; so is the part of a path that exists: '/data [2024]/*.tar'.
+  A path that exists as it is written is literal, whatever characters it has. So is the part of a
+  path that exists, as in '/data [2024]/*.tar'.
+
+  Args:
+    path: 'a/{000..002}.tar', 'a/{x,y}.tar', 'a/*.tar', 'a' (a local folder stands for its files
+      with the suffix), or a list of these. '~' is the home folder; 'file://' is dropped.
+    suffix: of files in folders.
+
+  Returns:
+    The files: those of braces in their order, those of globs sorted.
 
   Raises:
-    UserError: a glob that finds nothing, or a store for which a package is missing.
+    UserError: there are no files, or a package for the store is missing.
   """
-  paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
+  patterns = [path] if isinstance(path, (str, os.PathLike)) else list(path)
   files = []
-  for each in paths:
-    files += _expand_one(os.fspath(each).removeprefix('file://'), suffix)
+  for pattern in patterns:
+    files += _expand_pattern(os.fspath(pattern).removeprefix('file://'), suffix)
   if not files:
     raise UserError(f'{path!r} names no files; give a path, a glob or a list')
   return files
 
 
-def _expand_one(path: str, suffix: str) -> list[str]:
-  path = path if is_remote(path) else expand_home(path)
-  there = _existing(path)
-  if there == path:
-    return _files_of(path, suffix)
-  found = []
-  for rest in _braces(path[len(there) :]):
-    each = there + rest
-    there_too = _existing(each)
-    if there_too == each:
-      found += _files_of(each, suffix)
-    elif _GLOB.search(each[len(there_too) :]):
-      found += _glob(each, there_too)
+def _expand_pattern(pattern: str, suffix: str) -> list[str]:
+  if not is_remote(pattern):
+    pattern = expand_home(pattern)
+  existing = _existing_part(pattern)
+  if existing == pattern:
+    return _list_folder(pattern, suffix)
+  files = []
+  for tail in expand_braces(pattern[len(existing) :]):
+    path = existing + tail
+    literal = _existing_part(path)
+    if literal == path:
+      files += _list_folder(path, suffix)
+    elif _GLOB.search(path[len(literal) :]):
+      files += _expand_glob(path, literal)
     else:
-      found.append(each)
-  return found
+      files.append(path)
+  return files
 
 
-def _files_of(path: str, suffix: str) -> list[str]:
-  """A local folder -> its files that end with `suffix`; any other path as it is."""
+def _list_folder(path: str, suffix: str) -> list[str]:
+  """Lists the files of a local folder that have the suffix; any other path stands for itself."""
   if path.endswith(suffix) or is_remote(path) or not os.path.isdir(path):
     return [path]
-  return _glob(os.path.join(path, f'*{suffix}'), path)
+  return _expand_glob(os.path.join(path, f'*{suffix}'), path)
 
 
-def _existing(path: str) -> str:
-  """The longest part of a local path, up to a '/' or all of it, that exists; '' of a remote one."""
+def _existing_part(path: str) -> str:
+  """Returns the longest part of a local path, up to a '/' or all of it, that exists.
+
+  Of a remote path, it is ''.
+  """
   if is_remote(path):
     return ''
   part = path
@@ -91,32 +111,135 @@ def _existing(path: str) -> str:
   return part
 
 
+def expand_braces(path: str) -> list[str]:
+  """Expands '{000..002}' and '{x,y}', also several of them; other paths stand for themselves."""
+  match = _BRACES.search(path)
+  if not match:
+    return [path]
+  low, dots, high = match[1].partition('..')
+  if dots and low.isdecimal() and high.isdecimal():
+    choices = [f'{i:0{len(low)}d}' for i in range(int(low), int(high) + 1)]
+  else:
+    choices = match[1].split(',')
+  head = path[: match.start()]
+  tails = expand_braces(path[match.end() :])
+  result = []
+  for choice in choices:
+    result += [head + choice + tail for tail in tails]
+  return result
+
+
+def _expand_glob(path: str, literal: str = '') -> list[str]:
+  """Lists the files that match a path, sorted.
+
+  Args:
+    path: a glob; if a remote one matches nothing, a file of that very name.
+    literal: the beginning of the path, where characters are not wildcards.
+
+  Raises:
+    UserError: nothing matches.
+  """
+  if is_remote(path):
+    filesystem, inner_path = filesystem_of(path)
+    names = sorted(_retry(path, lambda: filesystem.glob(inner_path)))
+    if not names and _retry(path, lambda: filesystem.exists(inner_path)):
+      return [path]
+    files = [filesystem.unstrip_protocol(str(name)) for name in names]
+  else:
+    files = sorted(glob.glob(glob.escape(literal) + path[len(literal) :], recursive=True))
+  if not files:
+    raise UserError(f'{path} matches no file; check the path')
+  return files
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
 def is_remote(path: str) -> bool:
+  """Whether the path is a URL of a store, such as gs://."""
   return '://' in path and not path.startswith('file://')
 
 
-def ahead_of(files: int) -> int:
-  """How much to read ahead of each of so many files that are read in turn."""
-  return min(max(_TOGETHER // max(files, 1), _LEAST_AHEAD), _AHEAD)
-
-
-def open_file(path: str, ahead: int = _AHEAD) -> BinaryIO:
-  """Opens for reading and seeking; what fails is tried again, in longer and longer intervals. It holds about 1.25 x `ahead` bytes.
+def filesystem_of(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+  """Returns the file system of a path, and the path inside it.
 
   Raises:
-    NO_FILE: when opening.
-    Unreachable: when opening and reading: it does not work in the end.
-    UserError: the store refuses, or a package is missing for such a path.
+    UserError: a package for the store is missing.
   """
-  return io.BufferedReader(_Patient(path, ahead), min(_BUFFER, ahead // 8))
+  try:
+    return fsspec.core.url_to_fs(path)
+  except (ImportError, ValueError) as error:
+    raise UserError(
+      f'{path}: {error}; install what fsspec needs for it '
+      "(gs://: pip install -e '.[gcs]' -c launch/constraints.txt, s3://: pip install s3fs)"
+    ) from error
 
 
-class _Patient(io.RawIOBase):
-  """A file that is opened anew, at the same place, when reading fails."""
+def list_files(folder: str) -> list[str]:
+  """Lists the files in a remote folder and below it, relative to it."""
+  filesystem, inner_path = filesystem_of(folder)
+  inner_path = inner_path.rstrip('/')
+  names = _retry(folder, lambda: filesystem.find(inner_path))
+  return [name.removeprefix(inner_path).lstrip('/') for name in names]
+
+
+def names_and_sizes(files: Sequence[str]) -> list[tuple[str, int | None]]:
+  """Identifies files without reading them.
+
+  Returns:
+    Of each file, its name without folders, because files may be moved, and its size in bytes. The
+    size is -1 if there is no such file, and None if it was not requested: of more than 512 files,
+    only so many are, because each request to a store takes its time.
+  """
+  count = min(len(files), _MAX_SIZES)
+  indices = np.unique(np.linspace(0, len(files) - 1, count).astype(int)).tolist()
+  with ThreadPoolExecutor(_SIZE_THREADS) as pool:
+    sizes = list(pool.map(_file_size, [files[i] for i in indices]))
+  size_of = dict(zip(indices, sizes, strict=True))
+  return [(os.path.basename(file), size_of.get(i)) for i, file in enumerate(files)]
+
+
+def _file_size(file: str) -> int | None:
+  """Returns the size in bytes; -1 if there is no such file; None if the store does not say."""
+  try:
+    if not is_remote(file):
+      return _retry(file, lambda: os.path.getsize(file.removeprefix('file://')))
+    filesystem, inner_path = filesystem_of(file)
+    return _retry(file, lambda: filesystem.size(inner_path))
+  except NO_FILE_ERRORS:
+    return -1
+
+
+def read_ahead_size(files: int) -> int:
+  """Returns how many bytes to read ahead of each of `files` files that are read in turn."""
+  return min(max(_TOTAL_AHEAD // max(files, 1), _MIN_AHEAD), _MAX_AHEAD)
+
+
+def open_file(path: str, ahead: int = _MAX_AHEAD) -> BinaryIO:
+  """Opens a file for reading and seeking. What fails is tried again, after longer and longer waits.
+
+  Args:
+    path: local, or of a store.
+    ahead: bytes to read ahead of a remote file; it takes about 1.25 times as much memory.
+
+  Raises:
+    NO_FILE_ERRORS: there is no such file. Only opening raises them.
+    Unreachable: the store does not answer in the end. Reading raises it, too.
+    UserError: the store refuses, or a package for it is missing.
+  """
+  buffered = io.BufferedReader(_RetryingFile(path, ahead), min(_BUFFER, ahead // 8))
+  return cast(BinaryIO, buffered)
+
+
+class _RetryingFile(io.RawIOBase):
+  """A file that is opened again at the same position if reading fails."""
 
   def __init__(self, path: str, ahead: int):
-    self._path, self._ahead, self._at, self._file = path, ahead, 0, None
-    self._do(lambda file: None)
+    self._path = path
+    self._ahead = ahead
+    self._position = 0
+    self._file: Any = None
+    self._attempt(lambda file: None)
 
   def readable(self) -> bool:
     return True
@@ -125,140 +248,99 @@ class _Patient(io.RawIOBase):
     return True
 
   def readinto(self, buffer) -> int:
-    count = self._do(lambda file: file.readinto(buffer))
-    self._at += count
+    count = self._attempt(lambda file: file.readinto(buffer))
+    self._position += count
     return count
 
   def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-    self._at = self._do(lambda file: file.seek(offset, whence))
-    return self._at
+    self._position = self._attempt(lambda file: file.seek(offset, whence))
+    return self._position
 
   def tell(self) -> int:
-    return self._at
+    return self._position
 
   def close(self) -> None:
-    self._drop()
+    self._close_file()
     super().close()
 
-  def _do(self, act: Callable[[BinaryIO], int | None]) -> int | None:
-    def once():
+  def _attempt(self, act: Callable[[Any], _T]) -> _T:
+    """Calls act(file), and again with a newly opened file if that fails."""
+
+    def act_once() -> _T:
       try:
         if self._file is None:
-          self._file = _open(self._path, self._ahead)
-          self._file.seek(self._at)
+          self._file = _open_raw(self._path, self._ahead)
+          self._file.seek(self._position)
         return act(self._file)
       except Exception:
-        self._drop()
+        self._close_file()
         raise
 
-    return _patiently(self._path, once)
+    return _retry(self._path, act_once)
 
-  def _drop(self) -> None:
-    file, self._file = self._file, None
+  def _close_file(self) -> None:
+    file = self._file
+    self._file = None
     try:
       if file is not None:
         file.close()
-    except Exception:  # it is of no use any more
+    except Exception:  # the file is not used any more
       pass
 
 
-def _open(path: str, ahead: int) -> BinaryIO:
+def _open_raw(path: str, ahead: int) -> Any:
   if is_remote(path):
-    return store(path)[0].open(path, 'rb', block_size=ahead)
+    filesystem, _ = filesystem_of(path)
+    return filesystem.open(path, 'rb', block_size=ahead)
   return open(path.removeprefix('file://'), 'rb', buffering=0)
 
 
-def _patiently(path: str, act: Callable[[], Any]) -> Any:
-  """act(), tried a few times. Raises NO_FILE at once, and in the end Unreachable, or UserError of a store that refuses."""
-  for wait in (*_WAITS, None):
+# ---------------------------------------------------------------------------------------- retries
+
+
+def _retry(path: str, act: Callable[[], _T]) -> _T:
+  """Calls act() until it succeeds, at most four times.
+
+  Raises:
+    NO_FILE_ERRORS: at once.
+    Unreachable: in the end, if the store does not answer.
+    UserError: in the end, if the store refuses; at once, if a package is missing.
+  """
+  waits = iter(_WAITS)
+  while True:
     try:
       return act()
-    except (*NO_FILE, UserError):
+    except (*NO_FILE_ERRORS, UserError):
       raise
-    except Exception as error:  # not all that the packages of remote stores raise is an OSError
-      if getattr(error, 'errno', None) in (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL):
-        raise FileNotFoundError(error.errno, os.strerror(error.errno), path) from error
-      reason = ' '.join(str(error).split())[:200] or type(error).__name__
+    except Exception as error:  # not all packages of stores raise OSErrors
+      _raise_if_no_file(path, error)
+      wait = next(waits, None)
       if wait is None:
-        refused = getattr(error, 'code', None) == 401 or reason.startswith(
-          'Forbidden'
-        )  # in the words of gcsfs
-        raise (UserError if refused else Unreachable)(
-          f'{path} cannot be read ({reason}; tried {1 + len(_WAITS)} times); see to the {"permissions" if refused else "network or the disk"}, '
-          'and start the same command again: it goes on from where it was saved'
-        ) from error
-      logging.getLogger(__name__).warning(
-        '%s cannot be read (%s); again in %g s', path, reason, wait
-      )
-      time.sleep(wait)
+        raise _final_error(path, error) from error
+      reason = _reason(error)
+    logging.getLogger(__name__).warning('%s cannot be read (%s); again in %g s', path, reason, wait)
+    time.sleep(wait)
 
 
-def names_and_sizes(files: Sequence[str]) -> list[tuple[str, int | None]]:
-  """What tells files from others without reading them: of each its name, without folders, for they may be moved, and the size in bytes.
-
-  Not the size of all, where there are many: a question to a store takes its time. None: not asked; -1: there is no such file.
-  """
-
-  def size(file: str) -> int:
-    try:
-      if not is_remote(file):
-        return _patiently(file, lambda: os.path.getsize(file.removeprefix('file://')))
-      files, inside = store(file)
-      return _patiently(file, lambda: files.size(inside))
-    except NO_FILE:
-      return -1
-
-  asked = np.unique(np.linspace(0, len(files) - 1, min(len(files), _SIZED)).astype(int)).tolist()
-  with ThreadPoolExecutor(16) as pool:
-    sizes = dict(zip(asked, pool.map(lambda i: size(files[i]), asked)))
-  return [(os.path.basename(file), sizes.get(i)) for i, file in enumerate(files)]
+def _raise_if_no_file(path: str, error: Exception) -> None:
+  code = getattr(error, 'errno', None)
+  if code in _NO_FILE_CODES:
+    raise FileNotFoundError(code, os.strerror(code), path) from error
 
 
-def names_below(folder: str) -> list[str]:
-  """The files in a remote folder and below it, relative to it."""
-  files, inside = store(folder)
-  inside = inside.rstrip('/')
-  found = _patiently(folder, lambda: files.find(inside))
-  return [name.removeprefix(inside).lstrip('/') for name in found]
+def _reason(error: Exception) -> str:
+  """Returns the message of an error in one line."""
+  return ' '.join(str(error).split())[:200] or type(error).__name__
 
 
-def store(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
-  """The file system of a path, and the path in it."""
-  try:
-    return fsspec.core.url_to_fs(path)
-  except (ImportError, ValueError) as error:
-    raise UserError(
-      f"{path}: {error}; install what fsspec needs for it (gs://: pip install -e '.[gcs]' -c launch/constraints.txt, "
-      's3://: pip install s3fs)'
-    ) from error
-
-
-def _braces(path: str) -> list[str]:
-  match = _BRACES.search(path)
-  if not match:
-    return [path]
-  low, dots, high = match[1].partition('..')
-  if dots and low.isdecimal() and high.isdecimal():
-    inner = [f'{i:0{len(low)}d}' for i in range(int(low), int(high) + 1)]
-  else:
-    inner = match[1].split(',')
-  tails = _braces(path[match.end() :])
-  return [path[: match.start()] + middle + tail for middle in inner for tail in tails]
-
-
-def _glob(path: str, literal: str = '') -> list[str]:
-  """The files that match `path`, whose beginning `literal` has no wildcards.
-
-  Raises UserError when there is none. A remote path of which no pattern matches may itself exist.
-  """
-  if is_remote(path):
-    files, inside = store(path)
-    found = sorted(_patiently(path, lambda: files.glob(inside)))
-    if not found and _patiently(path, lambda: files.exists(inside)):
-      return [path]
-    found = [files.unstrip_protocol(name) for name in found]
-  else:
-    found = sorted(glob.glob(glob.escape(literal) + path[len(literal) :], recursive=True))
-  if not found:
-    raise UserError(f'{path} matches no file; check the path')
-  return found
+def _final_error(path: str, error: Exception) -> UserError:
+  """Returns the error that is raised after the last try."""
+  reason = _reason(error)
+  # gcsfs starts its message with this word.
+  is_refused = getattr(error, 'code', None) == 401 or reason.startswith('Forbidden')
+  cause = 'permissions' if is_refused else 'network or the disk'
+  error_type = UserError if is_refused else Unreachable
+  return error_type(
+    f'{path} cannot be read ({reason}; tried {1 + len(_WAITS)} times); see to the {cause}, '
+    'and start the same command again: it goes on from where it was saved'
+  )

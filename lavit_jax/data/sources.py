@@ -1,12 +1,23 @@
 """The list of sources in a config -> one mixed stream of examples.
 
-    sources=(dict(format='tars', path='gs://BUCKET/laion400m/{00000..41407}.tar', weight=3.0, use='caption'),
-             dict(format='parquet', path='hf://datasets/OWNER/NAME/data/*.parquet', text=('caption', 'recaption')))
+    sources=(
+      dict(format='tars', path='gs://BUCKET/laion400m/{00000..41407}.tar', weight=3.0,
+           use='caption'),
+      dict(format='parquet', path='hf://datasets/OWNER/NAME/data/*.parquet',
+           text=('caption', 'recaption')),
+    )
 
-`format` and `path` are in formats.py, with what `image`, `text`, `split`, `data_dir` and `captions` mean. `weight` (1): how often a
-record is of this source, against the others. `use` (''): 'caption', 'draw', 'text' (which needs no picture), or by `data.shares`.
-`window` (2048, or 32 a shard if that is more): records of a stream that are shuffled together; each of `data.shards` has its part of them, and a
-process holds the parts of its shards, and the next as many, in memory.
+| option                    | default | meaning                                          |
+|---------------------------|---------|--------------------------------------------------|
+| format, path, image, text |         | formats.py                                       |
+| split, data_dir, captions |         | stores.py                                        |
+| weight                    | 1       | share of the rows, against the other sources     |
+| use                       | ''      | 'caption', 'draw', 'text' (which needs no        |
+|                           |         | image); '': by `data.shares`                     |
+| window                    | 2048    | records of a stream that are shuffled together   |
+
+Each of the `data.shards` shards has its part of a window (by default 32 records at least), and a
+process has the parts of its shards in memory, and the next parts as well.
 """
 
 from __future__ import annotations
@@ -14,15 +25,20 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
+from typing import Any, NamedTuple
 
 import grain
 import xxhash
 
 from lavit_jax.data import formats
+from lavit_jax.data.open_units import OpenUnits
+from lavit_jax.data.record import format_names
+from lavit_jax.data.row_workers import OpenShards
+from lavit_jax.data.shards import Shard, ShardSource, StoreShard, open_stored
 from lavit_jax.data.skips import SourceInfo
-from lavit_jax.data.streams import OpenUnits, Reader, Shard, Stored, Stream, Windows, open_stored
+from lavit_jax.data.streams import Reader, Stream, StreamShard
 from lavit_jax.errors import UserError
 
 USES = ('', 'caption', 'draw', 'text')
@@ -33,157 +49,232 @@ _OPTIONS = {
   'parquet': ('window',),
   'arrayrecord': (),
 }
-_COMMON = ('format', 'path', 'weight', 'use', 'image', 'text')
-_WINDOW, _LEAST_WINDOW, _HELDOUT_WINDOW = 2048, 32, 64
+_COMMON_OPTIONS = ('format', 'path', 'weight', 'use', 'image', 'text')
+_STREAMS = ('tars', 'parquet')
+_WINDOW = 2048  # records, over all shards
+_MIN_WINDOW = 32  # records of a shard
+_HELDOUT_WINDOW = 64
+
+
+class _Source(NamedTuple):
+  """An opened source: its tickets, what distinguishes it in a state, its description."""
+
+  tickets: Stream | grain.MapDataset
+  identity: dict[str, Any]
+  info: SourceInfo
 
 
 def mix_sources(
-  sources: Sequence[Mapping],
+  sources: Sequence[Mapping[str, Any]],
   seed: int | None,
   shards: int,
-  held: Sequence[int],
+  local_shards: Sequence[int],
   name: str = 'sources',
   captioned: bool = True,
-) -> tuple[Callable[[Executor], tuple[dict[int, Shard], OpenUnits]], dict]:
-  """(`deal` of the shards `held` of so many, all that a position among them depends on), both for `rows.Made`.
+) -> tuple[OpenShards, dict[str, Any]]:
+  """Opens sources and deals them to shards.
 
-  `seed` None: every source in its order, and no such account. `name`: of the option, for messages.
-  `captioned`: whether texts are needed; a folder needs no captions without.
+  Args:
+    sources: options of each.
+    seed: of the run; None: every source in its order.
+    shards: their number, over all processes.
+    local_shards: the shards that this process reads.
+    name: of the list in the config, for messages.
+    captioned: whether texts are needed; without them a folder needs no captions.
+
+  Returns:
+    `open_shards` of a RowDataset, and everything that a position among the shards depends on ({}
+    if `seed` is None).
 
   Raises:
-    UserError: an option that is unknown or wrong, files that are not there, an empty source.
+    UserError: an option that is unknown or wrong, files that do not exist, an empty source.
   """
-  opened, accounts, abouts = zip(
-    *(
-      _open(f'{name}[{number}]', number, dict(source), seed, shards, captioned)
-      for number, source in enumerate(sources)
-    )
-  )
+  opened = [
+    _open_source(f'{name}[{number}]', number, source, seed, shards, captioned)
+    for number, source in enumerate(sources)
+  ]
   weights = [float(source.get('weight', 1.0)) for source in sources]
+  infos = [source.info for source in opened]
 
-  def deal(pool: Executor) -> tuple[dict[int, Shard], OpenUnits]:
-    streams = [source for source in opened if isinstance(source, Stream)]
-    dealt, units = (
-      [],
-      OpenUnits(sum(len({shard // stream.fan for shard in held}) for stream in streams)),
-    )
+  def open_shards(pool: Executor) -> tuple[dict[int, Shard], OpenUnits]:
+    open_units = OpenUnits(_count_readers(opened, local_shards))
+    parts: dict[int, list[ShardSource]] = {shard: [] for shard in local_shards}
     for source in opened:
-      if isinstance(source, Stream):
-        among = {}  # the shards of each reader
-        for shard in held:
-          among.setdefault(shard // source.fan, []).append(shard % source.fan)
-        readers = {index: Reader(source, index, mine, pool, units) for index, mine in among.items()}
-        dealt.append([Windows(readers[shard // source.fan], shard % source.fan) for shard in held])
+      if isinstance(source.tickets, Stream):
+        dealt = _deal_stream(source.tickets, local_shards, pool, open_units)
+        for shard, part in dealt.items():
+          parts[shard].append(part)
       else:
-        dealt.append([Stored(source, shard, shards) for shard in held])
-    return {
-      shard: Shard(shard, shards, of_shard, weights, abouts)
-      for shard, of_shard in zip(held, zip(*dealt))
-    }, units
+        for shard in local_shards:
+          parts[shard].append(StoreShard(source.tickets, shard, shards))
+    dealt_shards = {
+      shard: Shard(shard, shards, parts[shard], weights, infos) for shard in local_shards
+    }
+    return dealt_shards, open_units
 
-  return deal, {} if seed is None else {'seed': seed, 'shards': shards, 'sources': list(accounts)}
+  if seed is None:
+    return open_shards, {}
+  identities = [source.identity for source in opened]
+  return open_shards, {'seed': seed, 'shards': shards, 'sources': identities}
 
 
-def check_files(name: str, sources: Sequence[Mapping], limit: float) -> None:
-  """Asks for the tars of `sources`, which are opened only as they are read; the files of the other formats have been.
+def _count_readers(sources: Sequence[_Source], local_shards: Sequence[int]) -> int:
+  """The number of units that this process reads in turn."""
+  count = 0
+  for source in sources:
+    if isinstance(source.tickets, Stream):
+      fan = source.tickets.fan
+      count += len({shard // fan for shard in local_shards})
+  return count
+
+
+def _deal_stream(
+  stream: Stream, local_shards: Sequence[int], pool: Executor, open_units: OpenUnits
+) -> dict[int, StreamShard]:
+  """{shard: its part of a stream}; shards of one reader share it."""
+  shards_of_reader: dict[int, list[int]] = {}
+  for shard in local_shards:
+    shards_of_reader.setdefault(shard // stream.fan, []).append(shard % stream.fan)
+  readers = {
+    index: Reader(stream, index, shards, pool, open_units)
+    for index, shards in shards_of_reader.items()
+  }
+  return {
+    shard: StreamShard(readers[shard // stream.fan], shard % stream.fan) for shard in local_shards
+  }
+
+
+def check_files(name: str, sources: Sequence[Mapping[str, Any]], limit: float) -> None:
+  """Checks that the tars of `sources` exist; the files of other formats are opened at the start.
+
+  Args:
+    name: of the list in the config, for messages.
+    sources: options of each.
+    limit: the share of a source's tars that may be absent.
 
   Raises:
-    UserError: of a source more than the share `limit` are not there.
+    UserError: more than `limit` of a source's tars do not exist.
   """
   for number, source in enumerate(sources):
-    if source['format'] == 'tars':
-      records = formats.Tars(source['path'], None, ())
-      asked = [
-        (file, size) for file, (_, size) in zip(records.files, records.names()) if size is not None
-      ]
-      absent = [file for file, size in asked if size < 0]
-      if len(absent) > limit * len(asked):
-        raise UserError(
-          f'{name}[{number}]: {len(absent)} of {len(asked)} tars are not there, such as {absent[0]}; check the path'
-        )
+    if source['format'] != 'tars':
+      continue
+    records = formats.Tars(source['path'], None, ())
+    sizes = {}
+    for file, (_, size) in zip(records.files, records.identity(), strict=True):
+      if size is not None:
+        sizes[file] = size
+    absent = [file for file, size in sizes.items() if size < 0]
+    if len(absent) > limit * len(sizes):
+      raise UserError(
+        f'{name}[{number}]: {len(absent)} of {len(sizes)} tars are not there, such as '
+        f'{absent[0]}; check the path'
+      )
 
 
-def _open(
-  name: str, number: int, options: dict, seed: int | None, shards: int, captioned: bool = True
-) -> tuple[Stream | grain.MapDataset, dict, SourceInfo]:
-  kind = options.get('format')
-  if kind not in formats.FORMATS:
-    raise UserError(f'{name} has format {kind!r}; choose one of {", ".join(formats.FORMATS)}')
-  known = _COMMON + _OPTIONS[kind]
-  for key in options:
-    if key not in known:
-      near = difflib.get_close_matches(key, known, n=1)
-      hint = f'did you mean {near[0]!r}?' if near else f'it knows {", ".join(known)}'
-      raise UserError(f'{name} ({kind}) does not know {key!r}; {hint}')
-  if not options.get('path'):
-    raise UserError(f'{name} has no path')
-  if options.get('use', '') not in USES:
-    raise UserError(
-      f'{name} has use {options["use"]!r}; choose one of {", ".join(map(repr, USES))}'
-    )
-  weight, window = options.get('weight', 1.0), options.get('window', 1)
-  if (
-    isinstance(weight, bool) or not 0 < weight < math.inf or isinstance(window, bool) or window < 1
-  ):
-    raise UserError(
-      f'{name}: weight must be a number above 0 (now {weight}) and window an integer of at least 1 (now {window})'
-    )
-  _check_values(name, kind, options)
-  image, text = formats.DEFAULTS[kind]
-  image = options.get('image') or image
-  image = _names(image) if kind == 'tars' and image else image
+def _open_source(
+  name: str,
+  number: int,
+  options: Mapping[str, Any],
+  seed: int | None,
+  shards: int,
+  captioned: bool,
+) -> _Source:
+  _check_options(name, options)
+  kind = options['format']
+  use = options.get('use', '')
+  records = _open_records(name, options, captioned)
+  identity = {'format': kind, 'units': len(records)}
+  if seed is not None:
+    identity['files'] = xxhash.xxh32_hexdigest(json.dumps(records.identity()).encode())
+    if kind == 'folder':
+      identity['contents'] = records.digest()
+  path = options['path']
+  if not isinstance(path, str):
+    path = format_names(map(str, path), 2)
+  is_stream = kind in _STREAMS
+  info = SourceInfo(
+    name=name,
+    path=f'{kind} {path}',
+    units=len(records) if is_stream else 1,
+    expected_fields=getattr(records, 'expected_fields', ''),
+  )
+  if not is_stream:
+    return _Source(open_stored(records, number, use, seed), identity, info)
+  if seed is None:
+    window = max(_HELDOUT_WINDOW // shards, _MIN_WINDOW)
+  else:
+    window = _shard_window(options.get('window'), shards)
+  identity['window'] = window
+  return _Source(Stream.of(records, number, use, seed, window, shards, name), identity, info)
+
+
+def _open_records(name: str, options: Mapping[str, Any], captioned: bool) -> Any:
+  """The store or stream of a source, which is not empty."""
+  kind = options['format']
+  default_image, default_text = formats.DEFAULT_FIELDS[kind]
+  image = options.get('image') or default_image
+  if kind == 'tars' and image:
+    image = _as_names(image)
+  text = _as_names(options.get('text') or default_text)
   extra = {key: options[key] for key in _OPTIONS[kind] if key in options and key != 'window'}
   if kind == 'folder':
-    extra |= {'use': options.get('use', ''), 'captioned': captioned}
+    extra['use'] = options.get('use', '')
+    extra['captioned'] = captioned
   try:
-    records = formats.FORMATS[kind](
-      options['path'], image, _names(options.get('text') or text), **extra
-    )
+    records = formats.FORMATS[kind](options['path'], image, text, **extra)
   except UserError as error:
-    raise error.within(name) from error
+    raise error.within(name, option=name) from error
   if not len(records):
-    raise UserError(f'{name}: {options["path"]} holds no records')
-  path = (
-    options['path']
-    if isinstance(options['path'], str)
-    else formats.some(map(str, options['path']), 2)
-  )
-  about = SourceInfo(
-    name,
-    f'{kind} {path}',
-    len(records) if 'window' in known else 1,
-    getattr(records, 'looked_for', ''),
-  )
-  use, account = options.get('use', ''), {'format': kind, 'units': len(records)}
-  if seed is not None:
-    account['files'] = xxhash.xxh32_hexdigest(json.dumps(records.names()).encode())
-    if kind == 'folder':
-      account['contents'] = records.digest()
-  if 'window' in known:
-    window = account['window'] = (
-      _window(options.get('window'), shards)
-      if seed is not None
-      else max(_HELDOUT_WINDOW // shards, _LEAST_WINDOW)
+    raise UserError(f'{name}: {options["path"]} holds no records', option=name)
+  return records
+
+
+def _check_options(name: str, options: Mapping[str, Any]) -> None:
+  """Raises UserError for an option that is unknown or has a wrong value."""
+  kind = options.get('format')
+  if kind not in formats.FORMATS:
+    raise UserError(
+      f'{name} has format {kind!r}; choose one of {", ".join(formats.FORMATS)}', option=name
     )
-    return Stream.of(records, number, use, seed, window, shards, name), account, about
-  return open_stored(records, number, use, seed), account, about
-
-
-def _check_values(name: str, kind: str, options: Mapping) -> None:
-  """Raises UserError where a format has no such option, or reads one name where several are given."""
+  allowed = _COMMON_OPTIONS + _OPTIONS[kind]
+  for key in options:
+    if key not in allowed:
+      near = difflib.get_close_matches(key, allowed, n=1)
+      hint = f'did you mean {near[0]!r}?' if near else f'it knows {", ".join(allowed)}'
+      raise UserError(f'{name} ({kind}) does not know {key!r}; {hint}', option=name)
+  if not options.get('path'):
+    raise UserError(f'{name} has no path', option=name)
+  if options.get('use', '') not in USES:
+    choices = ', '.join(map(repr, USES))
+    raise UserError(f'{name} has use {options["use"]!r}; choose one of {choices}', option=name)
+  weight = options.get('weight', 1.0)
+  window = options.get('window', 1)
+  weight_is_valid = not isinstance(weight, bool) and 0 < weight < math.inf
+  window_is_valid = not isinstance(window, bool) and window >= 1
+  if not (weight_is_valid and window_is_valid):
+    raise UserError(
+      f'{name}: weight must be a number above 0 (now {weight}) and window an integer of at least '
+      f'1 (now {window})',
+      option=name,
+    )
   image = options.get('image')
   if image and kind == 'arrayrecord':
     raise UserError(
-      f'{name} (arrayrecord) has image {image!r}, but each record has one image; leave it out'
+      f'{name} (arrayrecord) has image {image!r}, but each record has one image; leave it out',
+      option=name,
     )
   if image is not None and kind in ('parquet', 'tfds') and not isinstance(image, str):
-    raise UserError(f'{name} ({kind}) has image {image!r}; give the name of one column or feature')
+    raise UserError(
+      f'{name} ({kind}) has image {image!r}; give the name of one column or feature', option=name
+    )
 
 
-def _window(asked: int | None, shards: int) -> int:
-  """Records of a shard's window: its part of what is asked for, or of the default, which stays worth a shuffle."""
-  return -(-asked // shards) if asked else max(_WINDOW // shards, _LEAST_WINDOW)
+def _shard_window(window: int | None, shards: int) -> int:
+  """Records in a shard's part of a window; of the default a part that is worth a shuffle."""
+  if window:
+    return -(-window // shards)
+  return max(_WINDOW // shards, _MIN_WINDOW)
 
 
-def _names(value: str | Sequence[str]) -> tuple[str, ...]:
+def _as_names(value: str | Sequence[str]) -> tuple[str, ...]:
   return (value,) if isinstance(value, str) else tuple(value)

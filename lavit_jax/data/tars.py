@@ -1,28 +1,30 @@
 """Samples of WebDataset and img2dataset tars: consecutive members of the same key.
 
-    000000012.jpg  000000012.txt  000000012.json  ->  'laion/000000012', {'jpg': ..., 'txt': ..., 'json': ...}
+    000000012.jpg  000000012.txt  000000012.json
+      ->  'laion/000000012', {'jpg': ..., 'txt': ..., 'json': ...}
 
-Key and extension are webdataset's: the extension, in lower case, is all that follows the first dot
-of a name without its folder; the key is what comes before it, with the folder. docs/data-tars-parquet.md
-says what is read, counted and refused.
+Key and extension are those of webdataset: the extension, in lower case, is everything behind the
+first dot of a name without its folder; the key is what comes before it, with the folder.
+docs/data-tars-parquet.md lists what is read, counted and refused.
 
-Read front to back, from any sample on; Python's tarfile, which could do that too, takes a damaged header for the end of the archive.
+A tar is read from front to back, from any sample on. Python's tarfile could do that too, but takes
+a damaged header for the end of the archive.
 """
 
 from __future__ import annotations
 
 import re
 import tarfile
-from collections.abc import Container, Iterator
-from typing import BinaryIO, NamedTuple
+from collections.abc import Container, Iterator, Mapping
+from typing import Any, BinaryIO, NamedTuple
 
 from lavit_jax.data import sparse
-from lavit_jax.data.archives import Broken, what_else
+from lavit_jax.data.archives import Broken, identify_other
 
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
-_META = re.compile(r'__[^/]*__($|/)')  # webdataset's own
-_WITHOUT_DATA = (
+_WEBDATASET_NAME = re.compile(r'__[^/]*__($|/)')  # of members with its own metadata
+_TYPES_WITHOUT_DATA = (
   tarfile.LNKTYPE,
   tarfile.SYMTYPE,
   tarfile.CHRTYPE,
@@ -30,79 +32,121 @@ _WITHOUT_DATA = (
   tarfile.DIRTYPE,
   tarfile.FIFOTYPE,
 )
-_PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
-_HEADERS = (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE)  # that say nothing of a regular file
+_PAX_TYPES = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
+_IGNORED_HEADERS = (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE)  # not about regular files
+_SPARSE_PIECE = ('GNU.sparse.offset', 'GNU.sparse.numbytes')  # in version 0.0, once for each piece
 
 
 class _Unmarked(Broken):
-  """It ends at the end of a member, but without an end mark."""
+  """The tar ends at the end of a member, but without an end mark."""
 
 
 class Sample(NamedTuple):
-  """Consecutive members of one key, in the bytes `start` to `end` of a tar; the next sample starts there."""
+  """Consecutive members of one key.
+
+  Attributes:
+    start: the first byte of the sample in the tar.
+    end: the byte where the next sample starts.
+    key: None if there are only `unread` members, at the end of a tar.
+    fields: content by extension; the first one of an extension that occurs twice.
+    repeated: extensions that occur twice.
+    unread: (reason, name) of members that are not read.
+  """
 
   start: int
   end: int
-  key: str | None  # None: nothing but `unread` members at the end of a tar
-  fields: dict[str, bytes]  # by extension; of what occurs twice the first
-  repeated: tuple[str, ...]  # extensions that occur twice
-  unread: tuple[tuple[str, str], ...]  # (why, name) of members that are not read
+  key: str | None
+  fields: dict[str, bytes]
+  repeated: tuple[str, ...]
+  unread: tuple[tuple[str, str], ...]
 
 
 class _Member(NamedTuple):
+  """A member of a tar; `unread` is the reason why its content is not read, or ''."""
+
   start: int  # of the first header that belongs to it
   end: int
   name: str
   content: bytes
-  unread: str = ''  # why its content is not read
+  unread: str = ''
+
+
+class _Group:
+  """The members of a sample as they are collected."""
+
+  def __init__(self, start: int, requested: Container[str] | None):
+    self.start = start
+    self.end = start
+    self.key: str | None = None
+    self.fields: dict[str, bytes] = {}
+    self.unread: list[tuple[str, str]] = []
+    self._repeated: list[str] = []
+    self._requested = requested
+
+  def add(self, member: _Member, key: str | None) -> None:
+    self.end = member.end
+    if member.unread:
+      self.unread.append((member.unread, member.name))
+    elif key is None:
+      if _is_data(member.name):
+        self.unread.append(('member without extension', member.name))
+    else:
+      self.key = key
+      self._add_field(_extension(member.name), member.content)
+
+  def _add_field(self, extension: str, content: bytes) -> None:
+    if extension in self.fields:
+      self._repeated.append(extension)
+    elif self._requested is None or extension in self._requested:
+      self.fields[extension] = content
+    else:
+      self.fields[extension] = b''
+
+  def sample(self) -> Sample:
+    return Sample(
+      self.start, self.end, self.key, self.fields, tuple(self._repeated), tuple(self.unread)
+    )
 
 
 def samples(
-  file: BinaryIO, start: int = 0, wanted: Container[str] | None = None
+  file: BinaryIO, start: int = 0, requested: Container[str] | None = None
 ) -> Iterator[Sample]:
-  """Yields each sample from byte `start` on, which is where a sample starts. Contents that are not `wanted` are left empty.
+  """Yields the samples of a tar.
 
-  A tar may lack its end mark. Then its last sample is taken for whole if it has all the extensions of the one before it, or
-  if there is none to compare it with. Whatever follows an end mark is read on, as another tar.
+  A tar may lack its end mark. Then its last sample counts as whole if it has all the extensions of
+  the one before it, or if there is none to compare it with. What follows an end mark is read as
+  another tar.
+
+  Args:
+    file: an uncompressed tar.
+    start: the byte to read from, where a sample starts.
+    requested: extensions; the contents of others are left empty. None: all.
 
   Raises:
-    Broken: after the last sample that is whole.
+    Broken: behind the last whole sample.
   """
   file.seek(start)
-  key, fields, repeated, unread = None, {}, [], []
-  end, before = start, set()
-
-  def made() -> Sample:
-    return Sample(start, end, key, fields, tuple(repeated), tuple(unread))
-
+  group = _Group(start, requested)
+  extensions_before: set[str] = set()
   try:
     for member in _members(file, start):
-      name = key if member is None or member.unread else _key(member.name)
-      if member is None or name not in (None, key) and key is not None:
-        if key is not None:
-          yield made()
-          start, before = end, set(fields)
-          key, fields, repeated, unread = None, {}, [], []
-        if member is None:
-          continue
-      end = member.end
-      if member.unread:
-        unread.append((member.unread, member.name))
-      elif name is None:
-        if _is_data(member.name):
-          unread.append(('member without extension', member.name))
+      if member is None:  # an end mark
+        key = None
+        is_new = True
       else:
-        key = name
-        extension = member.name.rpartition('/')[2].partition('.')[2].lower()
-        if extension in fields:
-          repeated.append(extension)
-        else:
-          fields[extension] = member.content if wanted is None or extension in wanted else b''
+        key = None if member.unread else _key(member.name)
+        is_new = key not in (None, group.key)
+      if is_new and group.key is not None:
+        yield group.sample()
+        extensions_before = set(group.fields)
+        group = _Group(group.end, requested)
+      if member is not None:
+        group.add(member, key)
   except _Unmarked:
-    if before - set(fields):
+    if extensions_before - set(group.fields):
       raise
-  if key is not None or unread:
-    yield made()
+  if group.key is not None or group.unread:
+    yield group.sample()
 
 
 def _key(name: str) -> str | None:
@@ -112,25 +156,43 @@ def _key(name: str) -> str | None:
   return folder + slash + stem if stem and dot and _is_data(name) else None
 
 
+def _extension(name: str) -> str:
+  """'a/b.c.JPG' -> 'c.jpg'."""
+  return name.rpartition('/')[2].partition('.')[2].lower()
+
+
 def _is_data(name: str) -> bool:
-  """Whether a member may be data: not a hidden file, as macOS adds ('._NAME', '.DS_Store', '__MACOSX/'), nor webdataset's '__NAME__'."""
+  """Whether a member may be data.
+
+  Hidden files, as macOS adds them ('._NAME', '.DS_Store', '__MACOSX/'), and webdataset's
+  '__NAME__' are not.
+  """
   base = name.rpartition('/')[2]
-  return not (
-    base.startswith('.')
-    or name.startswith('__')
-    and (_META.match(name) or name.startswith('__MACOSX/'))
-    or '/__MACOSX/' in name
-  )
+  if base.startswith('.') or '/__MACOSX/' in name or name.startswith('__MACOSX/'):
+    return False
+  return not _WEBDATASET_NAME.match(name)
 
 
 def _members(file: BinaryIO, offset: int) -> Iterator[_Member | None]:
-  """Each member but folders; `start` is that of the long-name headers before it, if there are any. None: an end mark that something follows."""
-  start, pax, marked = offset, {}, False  # what pax and GNU headers say of the next member
+  """Yields each member except folders, and None for an end mark that something follows.
+
+  Args:
+    file: an uncompressed tar, at a header.
+    offset: the position of the header.
+
+  Raises:
+    Broken: the tar is damaged, or breaks off.
+    _Unmarked: it has no end mark.
+  """
+  start = offset  # of the first header of the next member
+  pax: dict[str, Any] = {}  # what pax and GNU headers say of the next member
+  marked = False
   while True:
     header = file.read(BLOCK)
     if header == _ZEROS:
       offset += BLOCK
-      start, marked = offset, True
+      start = offset
+      marked = True
       continue
     if not header and marked:
       return
@@ -139,94 +201,133 @@ def _members(file: BinaryIO, offset: int) -> Iterator[_Member | None]:
     if marked:
       yield None
       marked = False
-    plain = _plain(header)
-    extra = 0  # bytes of headers behind the first one
-    spread = None
-    if plain:
-      kind, name, size = tarfile.REGTYPE, *plain
-    else:
-      try:
-        info = tarfile.TarInfo.frombuf(header, 'utf-8', 'surrogateescape')
-        if info.type == tarfile.GNUTYPE_SPARSE:
-          *spread, extra = sparse.gnu_map(header, file)
-      except (tarfile.HeaderError, ValueError) as error:
-        what = what_else(header) if not offset else ''
-        what = f'it is {what}' if what else f'{error} at byte {offset}' if header else 'it is empty'
-        raise Broken(what) from None
-      kind, name, size = tarfile.REGTYPE if info.isreg() else info.type, info.name, info.size
-    size = 0 if kind in _WITHOUT_DATA else int(pax.get('size', size))
+    parsed = _parse_header(header, file, offset)
+    size = 0 if parsed.type in _TYPES_WITHOUT_DATA else int(pax.get('size', parsed.size))
     content = file.read(size)
     if len(content) < size:
-      raise Broken(f'ends in the middle of {name}')
-    file.read(-size % BLOCK)
-    offset += BLOCK + extra + size + -size % BLOCK
-    if kind in _PAX:
-      pax |= _pax(content)
-      continue
-    if kind == tarfile.GNUTYPE_LONGNAME:
+      raise Broken(f'ends in the middle of {parsed.name}')
+    padding = -size % BLOCK
+    file.read(padding)
+    offset += BLOCK + parsed.more_headers + size + padding
+    if parsed.type in _PAX_TYPES:
+      pax |= _parse_pax(content)
+    elif parsed.type == tarfile.GNUTYPE_LONGNAME:
       pax['path'] = content.rstrip(b'\0').decode('utf-8', 'surrogateescape')
-      continue
-    if kind in _HEADERS:
-      continue
-    name = pax.get('GNU.sparse.name', pax.get('path', name))
-    unread = (
-      ''
-      if kind == tarfile.REGTYPE
-      else 'link'
-      if kind in (tarfile.LNKTYPE, tarfile.SYMTYPE)
-      else 'special member'
-    )
-    if spread or _is_sparse(pax):
-      try:
-        content = sparse.expand(*spread, content) if spread else sparse.expand_pax(pax, content)
-      except ValueError:
-        content, unread = b'', 'damaged sparse member'
-    if kind != tarfile.DIRTYPE:
-      yield _Member(start, offset, name, content, unread)
-    start, pax = offset, {}
+    elif parsed.type not in _IGNORED_HEADERS:
+      if parsed.type != tarfile.DIRTYPE:
+        yield _make_member(start, offset, parsed, pax, content)
+      start = offset
+      pax = {}
 
 
-def _plain(header: bytes) -> tuple[str, int] | None:
-  """Name and size of a regular file with an ordinary, sound header, in a tenth of tarfile's time; None: ask tarfile."""
+class _SparseMap(NamedTuple):
+  """Where the data of an old GNU sparse member belong (sparse.gnu_map)."""
+
+  pairs: list[int]
+  size: int
+
+
+class _Header(NamedTuple):
+  """A header of a tar; `more_headers` are bytes of headers behind it."""
+
+  type: bytes
+  name: str
+  size: int
+  sparse_map: _SparseMap | None = None
+  more_headers: int = 0
+
+
+def _parse_header(header: bytes, file: BinaryIO, offset: int) -> _Header:
+  """Parses a header at `offset`, and reads the sparse map behind it from `file`.
+
+  Raises:
+    Broken: it is no header.
+  """
+  parsed = _parse_plain_header(header)
+  if parsed is not None:
+    return parsed
   try:
-    if (
-      header[156:157] != b'0'
-      or header[345]
-      or int(header[148:155].rstrip(b'\0 '), 8) != sum(header) - sum(header[148:156]) + 256
-    ):
+    info = tarfile.TarInfo.frombuf(header, 'utf-8', 'surrogateescape')
+    kind = tarfile.REGTYPE if info.isreg() else info.type
+    if info.type != tarfile.GNUTYPE_SPARSE:
+      return _Header(kind, info.name, info.size)
+    pairs, size, more_headers = sparse.gnu_map(header, file)
+    return _Header(kind, info.name, info.size, _SparseMap(pairs, size), more_headers)
+  except (tarfile.HeaderError, ValueError) as error:
+    other = '' if offset else identify_other(header)
+    if other:
+      raise Broken(f'it is {other}') from None
+    if not header:
+      raise Broken('it is empty') from None
+    raise Broken(f'{error} at byte {offset}') from None
+
+
+def _parse_plain_header(header: bytes) -> _Header | None:
+  """Parses an ordinary, undamaged header of a regular file in a tenth of tarfile's time.
+
+  None: it is another header, for tarfile to parse.
+  """
+  try:
+    if header[156:157] != b'0' or header[345]:
       return None
-    return header[:100].partition(b'\0')[0].decode('utf-8', 'surrogateescape'), int(
-      header[124:136].rstrip(b'\0 '), 8
-    )
+    checksum = sum(header) - sum(header[148:156]) + 256
+    if int(header[148:155].rstrip(b'\0 '), 8) != checksum:
+      return None
+    name = header[:100].partition(b'\0')[0].decode('utf-8', 'surrogateescape')
+    return _Header(tarfile.REGTYPE, name, int(header[124:136].rstrip(b'\0 '), 8))
   except (ValueError, IndexError):
     return None
 
 
-def _pax(content: bytes) -> dict[str, str | int]:
-  """'21 path=name of a file\\n' and so on; of these the path, the size, and what GNU tar says of sparse members."""
-  found = {}
+def _make_member(
+  start: int, end: int, header: _Header, pax: Mapping[str, Any], content: bytes
+) -> _Member:
+  """The member of a header and the pax headers before it."""
+  name = pax.get('GNU.sparse.name', pax.get('path', header.name))
+  if header.type == tarfile.REGTYPE:
+    unread = ''
+  elif header.type in (tarfile.LNKTYPE, tarfile.SYMTYPE):
+    unread = 'link'
+  else:
+    unread = 'special member'
+  try:
+    if header.sparse_map:
+      content = sparse.expand(header.sparse_map.pairs, header.sparse_map.size, content)
+    elif 'GNU.sparse.map' in pax or 'GNU.sparse.major' in pax:
+      content = sparse.expand_pax(pax, content)
+  except ValueError:
+    content = b''
+    unread = 'damaged sparse member'
+  return _Member(start, end, name, content, unread)
+
+
+def _parse_pax(content: bytes) -> dict[str, Any]:
+  r"""Parses a pax header: '21 path=name of a file\n' and so on.
+
+  Returns:
+    The path, the size, and what GNU tar says of sparse members.
+
+  Raises:
+    Broken: it is damaged.
+  """
+  values: dict[str, Any] = {}
   try:
     while content.strip(b'\0'):
-      length, _ = content.split(b' ', 1)
-      if not len(length) < int(length) <= len(content):
-        raise ValueError(length)
-      record, content = content[len(length) + 1 : int(length) - 1], content[int(length) :]
+      digits, _ = content.split(b' ', 1)
+      length = int(digits)
+      if not len(digits) < length <= len(content):
+        raise ValueError(digits)
+      record = content[len(digits) + 1 : length - 1]
+      content = content[length:]
       name, _, value = record.decode('utf-8', 'surrogateescape').partition('=')
-      if name in (
-        'GNU.sparse.offset',
-        'GNU.sparse.numbytes',
-      ):  # version 0.0 has one of each a piece
-        found['GNU.sparse.map'] = f'{found.get("GNU.sparse.map", "")},{value}'
+      if name in _SPARSE_PIECE:
+        values['GNU.sparse.map'] = f'{values.get("GNU.sparse.map", "")},{value}'
       else:
-        found[name] = int(value) if name == 'size' else value
+        values[name] = int(value) if name == 'size' else value
   except ValueError:
     raise Broken('a pax header is damaged') from None
   return {
     name: value
-    for name, value in found.items()
+    for name, value in values.items()
     if name in ('path', 'size') or name.startswith('GNU.sparse.')
   }
-
-
-def _is_sparse(pax: dict) -> bool:
-  return bool(pax) and ('GNU.sparse.map' in pax or 'GNU.sparse.major' in pax)

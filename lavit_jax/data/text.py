@@ -101,7 +101,7 @@ class TextTokenizer:
     """Returns the ids of a text, without begin and end; recent texts are cached."""
     return self._cached_encode(text)
 
-  def encode_once(self, text: str) -> tuple[int, ...]:
+  def encode_uncached(self, text: str) -> tuple[int, ...]:
     """Returns what `encode` does, without its cache: for long texts, which rarely come again."""
     return self._backend.encode(text)
 

@@ -10,9 +10,9 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from lavit_jax.data.cleaning import clean_caption
-from lavit_jax.data.formats import Skip
 from lavit_jax.data.images import open_image, read_image
-from lavit_jax.data.streams import Ticket
+from lavit_jax.data.record import Skip
+from lavit_jax.data.shards import Ticket
 from lavit_jax.errors import UserError
 
 CROPS = ('none', 'center', 'random')

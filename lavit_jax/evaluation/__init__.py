@@ -1,0 +1,1 @@
+"""Evaluation of a checkpoint on held-out images of the emoji data set."""

@@ -1,199 +1,286 @@
-"""`lavit evaluate`: one page of numbers about a checkpoint, on pictures it was not trained on, each beside its trivial baseline."""
+"""`lavit evaluate`: measures a checkpoint on held-out images, each number beside its baseline."""
 
 from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from lavit_jax.data.emoji import corpus, questions, sprites
+from lavit_jax.data.emoji.scenes import Example
+from lavit_jax.data.emoji.sprites import Sprites
 from lavit_jax.errors import UserError
-from lavit_jax.evaluation import captions, images, vqa
+from lavit_jax.evaluation import captions, images, tokens, vqa
 from lavit_jax.inference.pipeline import Lavit
 from lavit_jax.output import write_json
 
 SPLITS = {'heldout/pair': 'unseen style of a concept', 'heldout/concept': 'unseen concept'}
-KINDS = tuple(questions.CATEGORIES)
-STEPS = 25
+GROUPS = tuple(questions.CATEGORIES)
+_STEPS = 25  # of the image decoder
+_NUM_MEAN_FEATURES = 256  # training images whose mean feature is the baseline of tokens
+_IMAGE_KINDS = ('drawn', 'reconstructed', 'real', 'shuffled', 'noise')
+
+Report = dict[str, Any]
+Classify = Callable[[np.ndarray], np.ndarray]  # uint8[B, H, W, 3] -> i32[B]
+
+
+class Baselines(NamedTuple):
+  """What is fitted on training examples.
+
+  Attributes:
+    train: the training examples of one sprite each.
+    groups: spoken name -> group.
+    classify: the classifier of images.
+    answers: the most frequent answers.
+    mean_features: direction of the mean features, f32[1, N, D].
+  """
+
+  train: list[Example]
+  groups: dict[str, str]
+  classify: Classify
+  answers: vqa.MajorityBaseline
+  mean_features: np.ndarray
 
 
 def evaluate(
-  model: Lavit, source: str, count: int, out, *, drawn: int = 256, train: int = 8192, seed: int = 0
-) -> dict:
-  """Measures a model and writes the report.
+  model: Lavit,
+  source: str,
+  count: int,
+  out: str | os.PathLike,
+  *,
+  drawn: int = 256,
+  train: int = 8192,
+  seed: int = 0,
+) -> Report:
+  """Measures a model, writes the report and prints it.
 
   Args:
+    model: a checkpoint with all modules.
     source: the data set: 'embedded' or a data_dir.
-    count: pictures a split; `drawn`: texts drawn a split.
+    count: images of each split.
     out: the JSON file.
-    train: training pictures, for the classifier that judges what is drawn and for the most frequent answers.
+    drawn: captions of each split from which images are generated.
+    train: training images, for the classifier of generated images and for the baselines.
     seed: of the examples and of all sampling.
 
   Returns:
-    split -> {tokens, captions, questions, drawings}, each measure beside its baseline.
+    The report. `report['splits']` is split -> {tokens, captions, questions, drawings}, each measure
+    beside its baseline.
 
   Raises:
-    UserError: there is no such data set; the checkpoint lacks a part; the report cannot be written.
+    UserError: there is no such data set, the checkpoint lacks a module, or the report cannot be
+      written.
   """
   try:
-    known = sprites.load(source)
+    loaded = sprites.load(source)
   except FileNotFoundError as error:
     raise UserError(str(error)) from None
-  taught = corpus.examples(source, 'train', seed, train, 'single')
-  scenes = corpus.examples(source, 'train', seed, train // 4, 'scene')
-  classify = images.train_classifier(pixels(taught), kinds(taught), len(KINDS), seed=seed)
-  usual = vqa.fit_majority(vqa.ask(taught + scenes))
-  mean_features = images.mean_direction(images.features(model, pixels(taught[:256])), 0)
-
-  report = dict(
-    variant=model.model.variant,
-    source=str(source),
-    count=count,
-    drawn=min(drawn, count),
-    seed=seed,
-    splits={},
-  )
+  baselines = _fit_baselines(model, source, loaded, train, seed)
+  splits = {}
   for split in SPLITS:
     single = corpus.examples(source, split, seed, count, 'single')
-    asked = single[: count // 2] + corpus.examples(source, split, seed, count // 2, 'scene')
-    report['splits'][split] = dict(
-      tokens=measure_tokens(model, single, mean_features, seed),
-      captions=captions.score(
-        model.caption(pixels(single), seed=seed), single, captions.groups_by_name(known), taught
-      ),
-      questions=measure_answers(model, asked, usual, seed),
-      drawings=measure_drawings(model, single[:drawn], classify, seed),
-    )
+    scenes = corpus.examples(source, split, seed, count // 2, 'scene')
+    captioned = model.caption(stack_images(single), seed=seed)
+    splits[split] = {
+      'tokens': measure_tokens(model, single, baselines.mean_features, seed),
+      'captions': captions.score_captions(captioned, single, baselines.groups, baselines.train),
+      'questions': measure_answers(model, single[: count // 2] + scenes, baselines.answers, seed),
+      'drawings': measure_images(model, single[:drawn], baselines.classify, seed),
+    }
+  report = {
+    'variant': model.model.variant,
+    'source': str(source),
+    'count': count,
+    'drawn': min(drawn, count),
+    'seed': seed,
+    'splits': splits,
+  }
   write_json(out, report)
-  Console().print(*tables(report))
+  Console().print(*report_tables(report))
   return report
 
 
-def pixels(examples) -> np.ndarray:
-  """uint8[B, H, W, 3]."""
+def _fit_baselines(model: Lavit, source: str, loaded: Sprites, count: int, seed: int) -> Baselines:
+  """Fits the baselines on `count` training examples of one sprite and a quarter as many scenes."""
+  single = corpus.examples(source, 'train', seed, count, 'single')
+  scenes = corpus.examples(source, 'train', seed, count // 4, 'scene')
+  classify = images.train_classifier(
+    stack_images(single), group_indices(single), len(GROUPS), seed=seed
+  )
+  features = tokens.features(model, stack_images(single[:_NUM_MEAN_FEATURES]))
+  return Baselines(
+    train=single,
+    groups=captions.groups_by_name(loaded),
+    classify=classify,
+    answers=vqa.fit_majority(vqa.collect_questions(single + scenes)),
+    mean_features=tokens.mean_direction(features, 0),
+  )
+
+
+def stack_images(examples: Sequence[Example]) -> np.ndarray:
+  """Returns the images of examples, uint8[B, H, W, 3]."""
   return np.stack([example.image for example in examples])
 
 
-def kinds(examples) -> np.ndarray:
-  """Index of the group of the first thing of each picture, i32[B]."""
-  return np.array([KINDS.index(example.facts.objects[0].group) for example in examples])
+def group_indices(examples: Sequence[Example]) -> np.ndarray:
+  """Returns the index of the group of the first object of each image, i32[B]."""
+  return np.array([GROUPS.index(example.facts.objects[0].group) for example in examples])
+
+
+# ------------------------------------------------------------------------------------ measurements
 
 
 def measure_tokens(
-  model: Lavit, examples, mean_features: np.ndarray, seed: int
+  model: Lavit, examples: Sequence[Example], mean_features: np.ndarray, seed: int
 ) -> dict[str, float]:
-  """How much the tokens say: cosine of the features rebuilt from them, beside that of the mean training features, and that of
-  the mean of a picture's own: above it, tokens say where things are.
+  """Measures how much tokens tell about an image.
+
+  Returns:
+    cosine: of the features that are rebuilt from the tokens, with the true ones.
+    cosine_of_mean: of the mean training features, the baseline.
+    cosine_of_own_mean: of the mean over the patches of the same image. Tokens above it tell where
+      things are.
+    Also what `tokens.codebook_usage` returns.
   """
-  tokens, x = model.tokenize(pixels(examples), seed=seed), images.features(model, pixels(examples))
-  return dict(
-    cosine=images.cosine(x, images.rebuilt_features(model, tokens)),
-    cosine_of_mean=images.cosine(x, mean_features),
-    cosine_of_own_mean=images.cosine(x, images.mean_direction(x, 1)),
-    **images.usage(tokens, model.model.vocabulary.codebook_size),
-  )
+  pixels = stack_images(examples)
+  image_tokens = model.tokenize(pixels, seed=seed)
+  features = tokens.features(model, pixels)
+  rebuilt = tokens.rebuilt_features(model, image_tokens)
+  return {
+    'cosine': tokens.mean_cosine(features, rebuilt),
+    'cosine_of_mean': tokens.mean_cosine(features, mean_features),
+    'cosine_of_own_mean': tokens.mean_cosine(features, tokens.mean_direction(features, 1)),
+    **tokens.codebook_usage(image_tokens, model.model.vocabulary.codebook_size),
+  }
 
 
-def measure_answers(model: Lavit, examples, usual: vqa.MajorityBaseline, seed: int) -> dict:
-  """Every question of every example."""
-  asked, shown = vqa.ask(examples), pixels(examples)
-  answers = model.answer(
-    shown[[each.index for each in asked]], [each.question for each in asked], seed=seed
-  )
-  return vqa.score(answers, asked, usual)
+def measure_answers(
+  model: Lavit, examples: Sequence[Example], baseline: vqa.MajorityBaseline, seed: int
+) -> dict[str, dict[str, float]]:
+  """Measures the answers to every question about every example; see `vqa.score_answers`."""
+  vqa_examples = vqa.collect_questions(examples)
+  pixels = stack_images(examples)[[example.index for example in vqa_examples]]
+  answers = model.answer(pixels, [example.question for example in vqa_examples], seed=seed)
+  return vqa.score_answers(answers, vqa_examples, baseline)
 
 
-def measure_drawings(model: Lavit, examples, classify, seed: int) -> dict[str, dict[str, float]]:
-  """Share of pictures with the kind and the background that their text asks for, as the independent judges see it.
+def measure_images(
+  model: Lavit, examples: Sequence[Example], classify: Classify, seed: int
+) -> dict[str, dict[str, float]]:
+  """Measures generated images by judges that are independent of the model.
 
-  drawn: from the caption. reconstructed: from the tokens of the real picture. real: the real pictures, the ceiling.
-  shuffled: those drawn, held against other prompts; noise: uniform pixels; both are floors.
+  Returns:
+    Fractions of images with the right category and the right background, of these images:
+    drawn: from the captions.
+    reconstructed: from the tokens of the real images.
+    real: the real images, an upper bound.
+    shuffled: the drawn ones, with the captions of others, a lower bound.
+    noise: uniform noise, another lower bound.
   """
-  real = pixels(examples)
-  drawn = model.generate([example.caption for example in examples], steps=STEPS, seed=seed)
+  real = stack_images(examples)
+  generated = model.generate([example.caption for example in examples], steps=_STEPS, seed=seed)
   rng = np.random.default_rng(seed)
-  truth, behind = kinds(examples), np.array([example.facts.background for example in examples])
+  groups = group_indices(examples)
+  backgrounds = np.array([example.facts.background for example in examples])
 
-  def share(pictures, order=slice(None)):
-    return dict(
-      category=float((classify(pictures) == truth[order]).mean()),
-      background=captions.mean(
-        images.background(p) == name for p, name in zip(pictures, behind[order])
+  def accuracy(pixels: np.ndarray, order: np.ndarray | None = None) -> dict[str, float]:
+    """Compares images with the examples, or with the examples in another order."""
+    true_groups = groups if order is None else groups[order]
+    true_backgrounds = backgrounds if order is None else backgrounds[order]
+    return {
+      'category': float((classify(pixels) == true_groups).mean()),
+      'background': captions.mean(
+        images.background_color(image) == background
+        for image, background in zip(pixels, true_backgrounds, strict=True)
       ),
-    )
+    }
 
-  return dict(
-    drawn=share(drawn),
-    reconstructed=share(model.reconstruct(real, steps=STEPS, seed=seed)),
-    real=share(real),
-    shuffled=share(drawn, rng.permutation(len(examples))),
-    noise=share(rng.integers(0, 256, real.shape, np.uint8)),
-  )
+  return {
+    'drawn': accuracy(generated),
+    'reconstructed': accuracy(model.reconstruct(real, steps=_STEPS, seed=seed)),
+    'real': accuracy(real),
+    'shuffled': accuracy(generated, rng.permutation(len(examples))),
+    'noise': accuracy(rng.integers(0, 256, real.shape, np.uint8)),
+  }
 
 
-def tables(report: dict) -> list[Table]:
-  """The report as tables for the terminal, a column for each split."""
-  splits = report['splits']
+# ------------------------------------------------------------------------------------------ tables
 
-  def table(title, rows):
-    grid = Table(title, *SPLITS.values(), title_justify='left')
-    for name, *cells in rows:
-      grid.add_row(name, *cells)
-    return grid
 
-  def percent(path, key):
-    def dig(tree):
-      for step in path:
-        tree = tree.get(step, {})
-      return f'{100 * tree[key]:.1f}' if key in tree else '-'
-
-    return [dig(splits[split]) for split in SPLITS]
-
-  def beside(path, key, *others):
-    return [
-      f'{a} ({"; ".join(rest)})'
-      for a, *rest in zip(percent(path, key), *(percent(path, other) for other in others))
-    ]
-
-  tokens = [splits[split]['tokens'] for split in SPLITS]
-  asked = dict.fromkeys(kind for split in SPLITS for kind in splits[split]['questions'])
+def report_tables(report: Report) -> list[Table]:
+  """Returns the tables of a report for the terminal, with a column for each split."""
+  splits = [report['splits'][split] for split in SPLITS]
   return [
-    table(
-      'visual tokens',
-      [
-        (
-          'cosine of rebuilt features (of the mean)',
-          *[f'{t["cosine"]:.3f} ({t["cosine_of_mean"]:.3f})' for t in tokens],
-        ),
-        ("cosine of a picture's own mean", *[f'{t["cosine_of_own_mean"]:.3f}' for t in tokens]),
-        ('tokens an image', *[f'{t["tokens"]:.1f}' for t in tokens]),
-        ('codes in use, perplexity', *[f'{t["codes"]}, {t["perplexity"]:.0f}' for t in tokens]),
-      ],
-    ),
-    table(
-      'captions, % (majority)',
-      [
-        (key, *beside(('captions',), key, f'{key}_majority'))
-        for key in ('name', 'category', 'background')
-      ],
-    ),
-    table(
-      'answers, % (majority of the type; of the question)',
-      [(kind, *beside(('questions', kind), 'accuracy', 'majority', 'blind')) for kind in asked],
-    ),
-    table(
-      'pictures, % right category, background',
-      [
-        (
-          kind,
-          *[
-            f'{a}, {b}'
-            for a, b in zip(
-              percent(('drawings', kind), 'category'), percent(('drawings', kind), 'background')
-            )
-          ],
-        )
-        for kind in ('drawn', 'reconstructed', 'real', 'shuffled', 'noise')
-      ],
-    ),
+    _tokens_table([split['tokens'] for split in splits]),
+    _captions_table([split['captions'] for split in splits]),
+    _questions_table([split['questions'] for split in splits]),
+    _images_table([split['drawings'] for split in splits]),
   ]
+
+
+def _tokens_table(splits: Sequence[dict[str, float]]) -> Table:
+  rows = [
+    ['cosine of rebuilt features (of the mean)'],
+    ["cosine of an image's own mean"],
+    ['tokens an image'],
+    ['codes in use, perplexity'],
+  ]
+  for values in splits:
+    cells = (
+      f'{values["cosine"]:.3f} ({values["cosine_of_mean"]:.3f})',
+      f'{values["cosine_of_own_mean"]:.3f}',
+      f'{values["tokens"]:.1f}',
+      f'{values["codes"]}, {values["perplexity"]:.0f}',
+    )
+    for row, cell in zip(rows, cells, strict=True):
+      row.append(cell)
+  return _table('visual tokens', rows)
+
+
+def _captions_table(splits: Sequence[dict[str, float]]) -> Table:
+  rows = []
+  for key in ('name', 'category', 'background'):
+    rows.append([key, *(_with_baselines(values, key, f'{key}_majority') for values in splits)])
+  return _table('captions, % (majority)', rows)
+
+
+def _questions_table(splits: Sequence[dict[str, dict[str, float]]]) -> Table:
+  rows = []
+  for question_type in dict.fromkeys(itertools.chain.from_iterable(splits)):
+    row = [question_type]
+    for values in splits:
+      row.append(_with_baselines(values.get(question_type, {}), 'accuracy', 'majority', 'blind'))
+    rows.append(row)
+  return _table('answers, % (majority of the type; of the question)', rows)
+
+
+def _images_table(splits: Sequence[dict[str, dict[str, float]]]) -> Table:
+  rows = []
+  for kind in _IMAGE_KINDS:
+    row = [kind]
+    for values in splits:
+      category = _percent(values[kind], 'category')
+      row.append(f'{category}, {_percent(values[kind], "background")}')
+    rows.append(row)
+  return _table('images, % right category, background', rows)
+
+
+def _table(title: str, rows: Iterable[Sequence[str]]) -> Table:
+  table = Table(title, *SPLITS.values(), title_justify='left')
+  for row in rows:
+    table.add_row(*row)
+  return table
+
+
+def _with_baselines(values: dict[str, float], key: str, *baselines: str) -> str:
+  """Formats a measure and its baselines, as in '50.0 (25.0; 30.0)'."""
+  return f'{_percent(values, key)} ({"; ".join(_percent(values, name) for name in baselines)})'
+
+
+def _percent(values: dict[str, float], key: str) -> str:
+  return f'{100 * values[key]:.1f}' if key in values else '-'

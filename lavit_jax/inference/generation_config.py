@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lavit_jax.data.images import is_one
+from lavit_jax.data.images import is_single_image
 from lavit_jax.errors import InputError, UserError
 
 # ---------------------------------------------------------------------------------------------------------------- settings
@@ -177,9 +177,9 @@ def as_prompts(given) -> list[Sequence]:
   """Prompts, each a list of parts; of one that has words and pictures and stands without brackets, a list of it. Raises UserError."""
   parts = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
   words = [isinstance(part, str) for part in parts]
-  if any(words) and not all(words) and all(map(is_one, parts)):
+  if any(words) and not all(words) and all(map(is_single_image, parts)):
     return [parts]
-  if not all(isinstance(each, Sequence) and not is_one(each) for each in parts):
+  if not all(isinstance(each, Sequence) and not is_single_image(each) for each in parts):
     raise UserError(
       'prompts are lists of parts, [[picture, words], [words], ...]; put each prompt in brackets'
     )

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lavit_jax.data.images import as_list, read_images
+from lavit_jax.data.images import as_image_list, read_images
 from lavit_jax.errors import UserError
 from lavit_jax.inference import faults
 from lavit_jax.inference.generation_config import check_value
@@ -271,7 +271,7 @@ def resolve_image_request(
   except ValueError as error:
     raise UserError(str(error)) from None
   if start is not None:
-    start = as_list(start)
+    start = as_image_list(start)
     if len(start) not in (1, count):
       raise UserError(
         f'{len(start)} pictures to start from, but {count} to draw; give one for each, or one for all'

@@ -24,7 +24,7 @@ from lavit_jax.models.int8 import quantize_weight
 from lavit_jax.models.noise_schedule import Scheduler
 from lavit_jax.weights.store.arrays import ParameterSource, flatten, unflatten
 from lavit_jax.weights.store.folder import check_codebook, open_params, read_config, read_settings
-from lavit_jax.weights.torch import configs, formats, weight_files
+from lavit_jax.weights.torch import configs, formats, matching, name_tables, weight_files
 from lavit_jax.weights.torch.api import open_torch
 
 FLOAT32 = (
@@ -59,16 +59,16 @@ def open_checkpoint(folder, variant: str | None) -> CheckpointInfo:
     known = (
       formats.read_json(folder / formats.EXPORT_INFO).get('variant')
       or variant
-      or formats.find_variant(formats.detect(folder)[1])
+      or matching.find_variant(formats.detect(folder)[1])
     )
     words, opener = folder / 'language_model', functools.partial(open_torch, folder, variant=known)
     held = {
-      place.part
+      place.module
       for place in formats.PUBLISHED
       if weight_files.choose(folder / place.folder, place.stems)
     }
     settings = configs.read_settings(
-      folder, {place.part: place.folder for place in formats.PUBLISHED}, held, known
+      folder, {place.module: place.folder for place in formats.PUBLISHED}, held, known
     )
   else:
     config = read_config(folder)
@@ -191,7 +191,7 @@ class LazyParams:
 
 def optional_leaves(model: lavit.LavitModules, part: str) -> frozenset[str]:
   """The leaves of a part that its files may lack, for no task here computes with them: norm and head of the image encoder."""
-  return frozenset(row.leaf for row in formats.name_rules(model, part)[0] if row.optional)
+  return frozenset(row.leaf for row in name_tables.name_rules(model, part)[0] if row.optional)
 
 
 def _part_of(name: str) -> str:

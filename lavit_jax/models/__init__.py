@@ -1,0 +1,1 @@
+"""The modules of the model, as Flax Linen modules and pure functions."""

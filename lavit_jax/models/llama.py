@@ -1,69 +1,80 @@
-"""The language model: LLaMA over embeddings (specification, Language model), in two forms that share every block.
+"""The language model: LLaMA over embeddings (specification, Language model), in two forms.
 
-Training scans over stacked layers, which compiles one of them. Decoding has the layers one by one (`unroll_layers`), each with its own
-parameters and cache: a scan would copy them from the stack at every token.
+Training scans over stacked layers, which compiles one of them. Decoding has the layers one by one
+(`unroll_layers`), each with its own parameters and cache: a scan would copy them from the stack at
+every token. Both forms share every block.
 
-Axis letters: L layers, B rows, S new tokens, M slots of the cache, K keys (S without a cache, M with one), H width,
-G key-value heads, d head width, V vocabulary.
+Axes: L layers, B rows, S new tokens, M slots of the cache, K keys (S without a cache, M with one),
+H width, G key-value heads, d head width, V vocabulary.
 """
 
+from __future__ import annotations
+
+import functools
 from typing import Any, NamedTuple
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from lavit_jax.models.attention import attention, merge_heads, split_heads
 from lavit_jax.models.attention_kernels import packed_attention
 from lavit_jax.models.int8 import Int8, Linear, dequantize, product, quantize, weight
-from lavit_jax.models.layers import (
-  SAVED_PROJ,
-  SAVED_QKV,
-  RMSNorm,
-  SwiGLU,
-  attention,
-  constrain_batch,
-  merge_heads,
-  rotary,
-  scan_blocks,
-  split_heads,
-)
-from lavit_jax.models.rope import Rope
-
-Dtype = Any
+from lavit_jax.models.layers import Dtype, RMSNorm, SwiGLU
+from lavit_jax.models.remat import SAVED_PROJ, SAVED_QKV, scan_blocks
+from lavit_jax.models.rope import Rope, rotary
+from lavit_jax.sharding import constrain_batch
 
 
 class LayerCache(NamedTuple):
-  """Keys (rotated) and values of one layer. Head-major: a step multiplies it as it lies in memory."""
+  """Keys (rotated) and values of one layer; the scale of an Int8 is f32[B, G, M].
 
-  k: Array | Int8  # [B, G, M, d]; the scale of an Int8 is f32[B, G, M]
-  v: Array | Int8
+  They are head-major: a decoding step multiplies them as they lie in memory.
+  """
 
-  def append(self, start: Array, k: Array, v: Array) -> tuple['LayerCache', Array, Array]:
-    """Writes k, v [B, S, G, d] at slot `start`; returns all keys and values too, [B, M, G, d] in the dtype of k and v."""
+  k: Array | Int8  # [B, G, M, d]
+  v: Array | Int8  # [B, G, M, d]
 
-    def write(old: Array | Int8, new: Array) -> tuple[Array | Int8, Array]:
-      dtype, new = new.dtype, new.swapaxes(1, 2)
-      new = quantize(new) if isinstance(old, Int8) else new.astype(old.dtype)
-      old = jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, start, 2), old, new)
-      return old, dequantize(old, dtype).swapaxes(1, 2)
+  def append(self, start: Array, k: Array, v: Array) -> tuple[LayerCache, Array, Array]:
+    """Writes new keys and values.
 
-    (self_k, k), (self_v, v) = write(self.k, k), write(self.v, v)
-    return LayerCache(self_k, self_v), k, v
+    Args:
+      start: i32[], the first slot to write.
+      k: [B, S, G, d].
+      v: [B, S, G, d].
+
+    Returns:
+      The new cache, and all its keys and values [B, M, G, d] in the dtypes of k and v.
+    """
+    new_k = _write_slots(self.k, start, k)
+    new_v = _write_slots(self.v, start, v)
+    return LayerCache(new_k, new_v), _read_slots(new_k, k.dtype), _read_slots(new_v, v.dtype)
 
 
-class KVCache(NamedTuple):
-  """What the tokens seen so far have left behind."""
-
-  layers: tuple[LayerCache, ...]
-  length: (
-    Array  # i32[]; slots written, the same for all rows: what a row may see is the mask's business.
+def _write_slots(cache: Array | Int8, start: Array, new: Array) -> Array | Int8:
+  new = new.swapaxes(1, 2)
+  stored = quantize(new) if isinstance(cache, Int8) else new.astype(cache.dtype)
+  return jax.tree.map(
+    lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, start, 2), cache, stored
   )
 
 
+def _read_slots(cache: Array | Int8, dtype: Dtype) -> Array:
+  return dequantize(cache, dtype).swapaxes(1, 2)
+
+
+class KVCache(NamedTuple):
+  """Keys and values of the tokens so far."""
+
+  layers: tuple[LayerCache, ...]
+  length: Array  # i32[]; slots written, the same for all rows: masks hide those of padding
+
+
 class SelfAttention(nn.Module):
-  """Causal self-attention as the mask says, with rotary positions and grouped key-value heads."""
+  """Causal self-attention under a mask, with rotary positions and grouped key-value heads."""
 
   num_heads: int
   num_kv_heads: int
@@ -75,22 +86,26 @@ class SelfAttention(nn.Module):
   def __call__(
     self, x: Array, positions: Array, mask: Array, cache: LayerCache | None, start: Array | None
   ) -> tuple[Array, LayerCache | None]:
-    def linear(features: int, name: str) -> Linear:
-      return Linear(features, self.dtype, name=name)
+    """Input x [B, S, H] -> (dtype[B, S, H], cache); see `Llama.__call__`."""
 
-    q = split_heads(linear(self.num_heads * self.head_dim, 'query')(x), self.num_heads)
-    k = split_heads(linear(self.num_kv_heads * self.head_dim, 'key')(x), self.num_kv_heads)
-    v = split_heads(linear(self.num_kv_heads * self.head_dim, 'value')(x), self.num_kv_heads)
+    def heads(num_heads: int, name: str) -> Array:
+      projected = Linear(num_heads * self.head_dim, self.dtype, name=name)(x)
+      return split_heads(projected, num_heads)
+
+    q = heads(self.num_heads, 'query')
+    k = heads(self.num_kv_heads, 'key')
+    v = heads(self.num_kv_heads, 'value')
     frequency = self.rope.frequency(self.head_dim, positions)
-    q, k = (
-      rotary(q, positions, frequency, self.rope.magnitude),
-      rotary(k, positions, frequency, self.rope.magnitude),
-    )
+    q = rotary(q, positions, frequency, self.rope.magnitude)
+    k = rotary(k, positions, frequency, self.rope.magnitude)
     if cache is not None:
+      assert start is not None
       cache, k, v = cache.append(start, k, v)
-    q, k, v = (checkpoint_name(x.astype(self.dtype), SAVED_QKV) for x in (q, k, v))
-    heads = attention(q, k, v, mask) if mask.dtype == bool else packed_attention(q, k, v, mask)
-    return checkpoint_name(linear(x.shape[-1], 'proj')(merge_heads(heads)), SAVED_PROJ), cache
+    q, k, v = (checkpoint_name(y.astype(self.dtype), SAVED_QKV) for y in (q, k, v))
+    attend = attention if mask.dtype == bool else packed_attention
+    attended = merge_heads(attend(q, k, v, mask))
+    out = Linear(x.shape[-1], self.dtype, name='proj')(attended)
+    return checkpoint_name(out, SAVED_PROJ), cache
 
 
 class Block(nn.Module):
@@ -113,6 +128,7 @@ class Block(nn.Module):
     cache: LayerCache | None = None,
     start: Array | None = None,
   ) -> tuple[Array, LayerCache | None]:
+    """Input x [B, S, H] -> (dtype[B, S, H], cache); see `Llama.__call__`."""
     x = constrain_batch(x)
     attend = SelfAttention(
       self.num_heads, self.num_kv_heads, self.head_dim, self.rope, self.dtype, name='attention'
@@ -126,7 +142,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-  """LLaMA: embeddings in, final hidden states out; `embed` and `logits` are its two ends (untied)."""
+  """LLaMA, from embeddings to final hidden states; `embed` and `logits` are its (untied) ends."""
 
   vocab_size: int
   hidden_size: int
@@ -137,29 +153,31 @@ class Llama(nn.Module):
   mlp_dim: int
   rms_norm_eps: float = 1e-5
   rope_theta: float = 1e4
-  rope_scaling: tuple[tuple[str, Any], ...] | None = None  # the pairs of models/rope.py's dict
+  rope_scaling: tuple[tuple[str, Any], ...] | None = None  # items of `rope.check_scaling`'s dict
   max_position_embeddings: int = 4096
-  max_sequence_length: int | None = None  # where it is not what the positions say
+  max_sequence_length: int | None = None  # in place of the length that the positions give
   dtype: Dtype = jnp.float32
   remat: str = 'none'
   scan: bool = True  # parameters 'layers' stacked [L, ...], or 'layers_0', 'layers_1', ...
 
   @property
   def longest(self) -> int:
-    """Tokens of the longest sequence that the checkpoint is meant for."""
-    scaling = dict(self.rope_scaling or ())
+    """Tokens of the longest sequence that the checkpoint supports."""
     if self.max_sequence_length is not None:
       return self.max_sequence_length
-    if scaling.get('rope_type') == 'dynamic':  # it begins to scale at max_position_embeddings
+    scaling = dict(self.rope_scaling or ())
+    if scaling.get('rope_type') == 'dynamic':  # scaling begins at max_position_embeddings
       return int(scaling['factor'] * self.max_position_embeddings)
     return self.max_position_embeddings
 
   def setup(self):
+    """Makes the parameters and submodules."""
     init = nn.initializers.normal(0.02)
     self.embedding = self.param('embedding', init, (self.vocab_size, self.hidden_size))
     self.head = weight(self, 'head', init, (self.hidden_size, self.vocab_size))
     self.norm = RMSNorm(self.rms_norm_eps, self.dtype)
-    sizes = dict(
+    make_block = functools.partial(
+      scan_blocks(Block, self.num_layers, self.remat) if self.scan else Block,
       num_heads=self.num_heads,
       num_kv_heads=self.num_kv_heads,
       head_dim=self.head_dim,
@@ -169,12 +187,12 @@ class Llama(nn.Module):
       dtype=self.dtype,
     )
     if self.scan:
-      self.layers = scan_blocks(Block, self.num_layers, self.remat)(**sizes)
+      self.layers: Any = make_block()
     else:
-      self.layers = [Block(**sizes) for _ in range(self.num_layers)]
+      self.layers = [make_block() for _ in range(self.num_layers)]
 
   def embed(self, ids: Array) -> Array:
-    """ids i32[...] in [0, V) -> dtype[..., H]."""
+    """Ids i32[...] in [0, V) -> dtype[..., H]."""
     return self.embedding[ids].astype(self.dtype)
 
   def __call__(
@@ -185,9 +203,11 @@ class Llama(nn.Module):
     Args:
       embeddings: [B, S, H].
       positions: i32[B, S], rotary positions.
-      mask: bool[B, 1, S, K], what each query may see; causality is in it too (`sequence.prompt_mask`). A query that
-        may see nothing gets something finite and meaningless. Or, of packed rows, their segments i32[B, S].
-      cache: the new tokens are written at its `length`, and must fit: M >= length + S. Only where layers are unrolled.
+      mask: bool[B, 1, S, K], the keys that each query may see, causality included
+        (`sequence.prompt_mask`); a query that may see none gets finite numbers without meaning.
+        Or i32[B, S], the segments of packed rows.
+      cache: the new tokens are written at its `length`, and must fit: M >= length + S. Only
+        unrolled layers take one.
 
     Returns:
       dtype[B, S, H] after the final norm, and the cache with the new tokens (None without one).
@@ -195,25 +215,36 @@ class Llama(nn.Module):
     Raises:
       ValueError: a cache, but scanned layers.
     """
+    chex.assert_rank(embeddings, 3)
+    chex.assert_shape(positions, embeddings.shape[:2])
+    chex.assert_rank(mask, {2, 4})
     x = embeddings.astype(self.dtype)
     if self.scan:
       if cache is not None:
         raise ValueError('a cache is for unrolled layers; see `unroll_layers`')
       return self.norm(self.layers(x, positions, mask)[0]), None
-    start, states = None if cache is None else cache.length, []
-    for i, block in enumerate(self.layers):
-      x, state = block(x, positions, mask, None if cache is None else cache.layers[i], start)
-      states.append(state)
-    if cache is not None:
-      cache = KVCache(tuple(states), start + embeddings.shape[1])
-    return self.norm(x), cache
+    if cache is None:
+      for block in self.layers:
+        x, _ = block(x, positions, mask)
+      return self.norm(x), None
+    layers = []
+    for block, layer in zip(self.layers, cache.layers, strict=True):
+      x, layer = block(x, positions, mask, layer, cache.length)
+      layers.append(layer)
+    return self.norm(x), KVCache(tuple(layers), cache.length + embeddings.shape[1])
 
   def logits(self, hidden: Array) -> Array:
     """[..., H] -> f32[..., V]."""
     return product(hidden, self.head, jnp.float32)
 
   def init_cache(self, batch: int, max_length: int, dtype: Dtype | None = None) -> KVCache:
-    """An empty cache of `max_length` slots a row, in the compute dtype unless told otherwise; int8 has a scale a head and slot."""
+    """An empty cache.
+
+    Args:
+      batch: number of rows.
+      max_length: M.
+      dtype: the compute dtype by default; int8 has a scale for each head and slot.
+    """
     dtype = jnp.dtype(self.dtype if dtype is None else dtype)
     empty = jnp.zeros((batch, self.num_kv_heads, max_length, self.head_dim), dtype)
     if dtype == jnp.int8:
@@ -222,29 +253,40 @@ class Llama(nn.Module):
 
 
 def unroll_layers(llama: Llama, params: dict) -> tuple[Llama, dict]:
-  """The same model with its layers one by one, as decoding wants it, and its parameters in that form (`unstack_layers`)."""
-  return llama.clone(scan=False), unstack_layers(
-    jax.tree.map(lambda x: x, params)
-  ) if 'layers' in params else params  # the caller's stay whole
+  """The model with its layers one by one, for decoding, and its parameters in that form.
+
+  The caller's parameters stay complete; see `unstack_layers`.
+  """
+  unrolled = llama.clone(scan=False)
+  if 'layers' not in params:
+    return unrolled, params
+  copied_dicts = jax.tree.map(lambda x: x, params)
+  return unrolled, unstack_layers(copied_dicts)
 
 
 def unstack_layers(params: dict) -> dict:
-  """Parameters of scanned layers -> of unrolled ones: 'layers', stacked [L, ...], becomes 'layers_0', 'layers_1', ...
+  """Parameters of scanned layers -> of unrolled ones.
 
-  Leaves are removed from `params['layers']` as they are taken apart, so that memory never holds two models.
+  'layers', stacked [L, ...], becomes 'layers_0', 'layers_1', ... Leaves are removed from
+  `params['layers']` as they are split, so that memory never holds two models.
   """
+  unstacked = {name: leaf for name, leaf in params.items() if name != 'layers'}
+  for i, layer in enumerate(_split_tree(params['layers'])):
+    unstacked[f'layers_{i}'] = layer
+  return unstacked
 
-  def rows(leaf: Array) -> list[Array]:  # not list(leaf), which moves a leaf of many devices to one
-    return jax.block_until_ready(
-      [jax.lax.index_in_dim(leaf, i, keepdims=False) for i in range(len(leaf))]
-    )  # before the next is begun
 
-  def apart(stacked: dict) -> list[dict]:
-    columns = {}
-    for name in list(stacked):
-      leaf = stacked.pop(name)
-      columns[name] = apart(leaf) if isinstance(leaf, dict) else rows(leaf)
-    return [dict(zip(columns, row)) for row in zip(*columns.values(), strict=True)]
+def _split_tree(stacked: dict) -> list[dict]:
+  """One tree a layer of a tree of stacked leaves, which is emptied."""
+  by_name = {}
+  for name in list(stacked):
+    leaf = stacked.pop(name)
+    by_name[name] = _split_tree(leaf) if isinstance(leaf, dict) else _split_leaf(leaf)
+  return [dict(zip(by_name, layer, strict=True)) for layer in zip(*by_name.values(), strict=True)]
 
-  rest = {name: leaf for name, leaf in params.items() if name != 'layers'}
-  return rest | {f'layers_{i}': layer for i, layer in enumerate(apart(params['layers']))}
+
+def _split_leaf(leaf: Array) -> list[Array]:
+  # Not list(leaf), which moves a leaf of many devices to one. Waiting bounds the memory: the
+  # stacked leaf is freed before the next one is split.
+  layers = [jax.lax.index_in_dim(leaf, i, keepdims=False) for i in range(len(leaf))]
+  return jax.block_until_ready(layers)

@@ -1,8 +1,10 @@
 """The convolutional blocks that the U-Net and the VAE share, with the numerics of diffusers.
 
-B batch, h and w height and width, C channels; images are NHWC. Convolutions run in `dtype`, statistics in float32.
+Axes: B batch, h and w height and width, C channels; images are NHWC. Convolutions run in `dtype`,
+statistics in float32.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -14,42 +16,58 @@ from jax import Array
 from lavit_jax.models.layers import Dtype
 
 
-def convolve(x: Array, kernel: Array, strides: tuple[int, int], padding: Any, **settings) -> Array:
-  """`jax.lax.conv_general_dilated` of x [B, h, w, C] with a kernel [k, l, C, C'], as a product where that is faster: on CPU at low resolution.
+def convolve(
+  x: Array, kernel: Array, strides: Sequence[int], padding: Any, **settings: Any
+) -> Array:
+  """`jax.lax.conv_general_dilated`, as a product where that is faster: on CPU at low resolution.
 
-  A convolution on CPU reads its kernel again for every few pixels, so at 8 x 8 latents and 1,280 channels it does half of what a product
-  does, at 4 x 4 a seventh. The product is of all neighbourhoods [pixels, k l C], and worth it while they are no larger than the kernel.
+  A convolution on CPU reads its kernel again for every few pixels, so at 8 x 8 latents and 1,280
+  channels it has half the speed of a product, at 4 x 4 a seventh. The product is of all
+  neighborhoods [pixels, k l C], and is faster while they are no larger than the kernel.
+
+  Args:
+    x: [B, h, w, C].
+    kernel: [k, l, C, C'].
+    strides: vertical and horizontal.
+    padding: ((top, bottom), (left, right)).
+    **settings: of `jax.lax.conv_general_dilated`.
+
+  Returns:
+    [B, h', w', C'].
   """
   direct = partial(
     jax.lax.conv_general_dilated, window_strides=strides, padding=padding, **settings
   )
-  b, h, w, _ = jax.eval_shape(direct, x, kernel).shape
-  rows, columns, channels, features = kernel.shape
+  b, h, w, features = jax.eval_shape(direct, x, kernel).shape
+  rows, columns = kernel.shape[:2]
   if b * h * w > features or rows * columns == 1:
     return direct(x, kernel)
 
-  def product(x: Array, kernel: Array) -> Array:
+  def by_product(x: Array, kernel: Array) -> Array:
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    (down, right), (_, height, width, _) = strides, x.shape
-    shifted = [
-      x[:, i : height - rows + i + 1 : down, j : width - columns + j + 1 : right]
-      for i in range(rows)
-      for j in range(columns)
-    ]
-    near = jnp.concatenate(shifted, axis=-1).reshape(b * h * w, -1)
-    return (near @ kernel.reshape(-1, features)).reshape(b, h, w, features)
+    last_row = x.shape[1] - rows
+    last_column = x.shape[2] - columns
+    shifted = []
+    for i in range(rows):
+      for j in range(columns):
+        window_rows = slice(i, last_row + i + 1, strides[0])
+        window_columns = slice(j, last_column + j + 1, strides[1])
+        shifted.append(x[:, window_rows, window_columns])
+    neighborhoods = jnp.concatenate(shifted, axis=-1).reshape(b * h * w, -1)
+    return (neighborhoods @ kernel.reshape(-1, features)).reshape(b, h, w, features)
 
-  return jax.lax.platform_dependent(x, kernel, cpu=product, default=direct)
+  return jax.lax.platform_dependent(x, kernel, cpu=by_product, default=direct)
 
 
 Conv = partial(nn.Conv, conv_general_dilated=convolve)
 
 
 class GroupNorm(nn.Module):
-  """Normalises each of `num_groups` runs of channels over space, in float32; [B, h, w, C] -> `dtype`[B, h, w, C].
+  """Normalizes `num_groups` runs of channels over space, in float32.
 
-  Two passes for the variance: the one-pass E[x^2] - E[x]^2 loses what a large mean leaves of float32. Each sums over space
-  before it sums over a group's channels, two to four times as fast on CPU as over both at once.
+  The variance takes two passes: in float32 the one-pass E[x^2] - E[x]^2 loses precision by a large
+  mean. Each pass sums over space before it sums over a group's channels, which is two to four times
+  as fast on CPU as over both at once.
   """
 
   num_groups: int
@@ -58,28 +76,29 @@ class GroupNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    channels, width = x.shape[-1], x.shape[-1] // self.num_groups
+    """[B, h, w, C] -> dtype[B, h, w, C]."""
+    channels = x.shape[-1]
     if channels % self.num_groups:
       raise ValueError(f'{channels} channels do not divide into norm_num_groups={self.num_groups}')
+    width = channels // self.num_groups
 
-    def mean(x: Array) -> Array:  # [B, h, w, C] -> [B, 1, 1, C]
+    def group_mean(x: Array) -> Array:  # [B, h, w, C] -> [B, 1, 1, C]
       groups = x.mean((1, 2)).reshape(len(x), self.num_groups, width).mean(-1)
       return jnp.repeat(groups, width, axis=-1)[:, None, None]
 
     scale = self.param('scale', nn.initializers.ones, (channels,))
     bias = self.param('bias', nn.initializers.zeros, (channels,))
     x = x.astype(jnp.float32)
-    x = x - mean(x)
-    return (x * (jax.lax.rsqrt(mean(jnp.square(x)) + self.epsilon) * scale) + bias).astype(
-      self.dtype
-    )
+    x = x - group_mean(x)
+    inverse_std = jax.lax.rsqrt(group_mean(jnp.square(x)) + self.epsilon)
+    return (x * (inverse_std * scale) + bias).astype(self.dtype)
 
 
 class ResnetBlock(nn.Module):
-  """x + conv(silu(norm(conv(silu(norm(x))) + time))) (diffusers' ResnetBlock2D); [B, h, w, C] -> [B, h, w, channels].
+  """x + conv(silu(norm(conv(silu(norm(x))) + time))): diffusers' ResnetBlock2D.
 
-  `time` [B, T] is the time embedding, or None where there is none (the VAE). A 1x1 convolution carries the residual
-  when the width changes.
+  `time` is the time embedding, or None where there is none (the VAE). A 1x1 convolution projects
+  the residual where the width changes.
   """
 
   channels: int
@@ -89,12 +108,12 @@ class ResnetBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, time: Array | None = None) -> Array:
+    """Input x [B, h, w, C] and time [B, T] -> [B, h, w, channels]."""
     y = nn.silu(GroupNorm(self.num_groups, self.epsilon, self.dtype, name='norm1')(x))
     y = Conv(self.channels, (3, 3), padding=1, dtype=self.dtype, name='conv1')(y)
     if time is not None:
-      y += nn.Dense(self.channels, dtype=self.dtype, name='time_emb_proj')(nn.silu(time))[
-        :, None, None
-      ]
+      project = nn.Dense(self.channels, dtype=self.dtype, name='time_emb_proj')
+      y += project(nn.silu(time))[:, None, None]
     y = nn.silu(GroupNorm(self.num_groups, self.epsilon, self.dtype, name='norm2')(y))
     y = Conv(self.channels, (3, 3), padding=1, dtype=self.dtype, name='conv2')(y)
     if x.shape[-1] != self.channels:
@@ -103,9 +122,10 @@ class ResnetBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-  """Strided 3x3 convolution, [B, h, w, C] -> [B, h/2, w/2, C]; `padding` before and after each axis.
+  """Strided 3x3 convolution.
 
-  The U-Net pads (1, 1); the VAE (0, 1), only below and to the right.
+  `padding` is before and after each axis. The U-Net pads (1, 1); the VAE (0, 1), only below and to
+  the right.
   """
 
   padding: tuple[int, int]
@@ -113,18 +133,22 @@ class Downsample(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    return Conv(
-      x.shape[-1], (3, 3), strides=2, padding=(self.padding,) * 2, dtype=self.dtype, name='conv'
-    )(x)
+    """[B, h, w, C] -> [B, h/2, w/2, C]."""
+    padding = (self.padding, self.padding)
+    convolution = Conv(
+      x.shape[-1], (3, 3), strides=2, padding=padding, dtype=self.dtype, name='conv'
+    )
+    return convolution(x)
 
 
 class Upsample(nn.Module):
-  """Nearest-neighbour doubling, then a 3x3 convolution; [B, h, w, C] -> [B, 2h, 2w, C]."""
+  """Nearest-neighbor doubling, then a 3x3 convolution."""
 
   dtype: Dtype = jnp.float32
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
+    """[B, h, w, C] -> [B, 2h, 2w, C]."""
     b, h, w, c = x.shape
     x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
     return Conv(c, (3, 3), padding=1, dtype=self.dtype, name='conv')(x)

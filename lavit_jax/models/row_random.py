@@ -1,18 +1,21 @@
-"""What is random about the rows of a batch, drawn row by row, so that it does not depend on which rows come together."""
+"""Random numbers of the rows of a batch, independent of which rows share the batch."""
 
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 
 def draw_rows(draw: Callable[..., Array], key: Array, shape: Sequence[int]) -> Array:
-  """Random numbers [B, ...] of `shape`.
+  """Draws random numbers of `shape` [B, ...].
 
   Args:
     draw: a function of jax.random, of (key, shape).
-    key: one key for all, or keys [B] (typed ones, of jax.random.key), by which each row is drawn on its own.
+    key: one key for the batch, or typed keys [B] (`jax.random.key`), one for each row.
+    shape: of the result.
   """
-  if not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim == 0:
+  has_row_keys = jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim > 0
+  if not has_row_keys:
     return draw(key, shape)
-  return jax.vmap(lambda key: draw(key, shape[1:]))(key)
+  return jax.vmap(lambda row_key: draw(row_key, shape[1:]))(key)

@@ -1,48 +1,73 @@
-"""Patch features -> discrete visual tokens of dynamic number: select, merge, quantise (paper section 3.1).
+"""Patch features -> discrete visual tokens of dynamic number: select, merge, quantize.
 
-Axes: B images, N patches, D feature width, K codes, C code width, H language-model width.
-`keep` f32[B, N] is 1 where a patch becomes a token and 0 where it is dropped and merged; all N slots travel with it.
+Source: paper, section 3.1. `keep` f32[B, N] is 1 where a patch becomes a token, and 0 where it is
+dropped and merged; all N slots stay in the arrays.
+
+Axes: B images, N patches, D feature width, K codes, C code width, H language-model width, L layers.
 """
 
 import math
 from functools import partial
 from typing import NamedTuple
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lavit_jax.models.layers import (
-  CrossAttention,
-  Dtype,
-  LayerNorm,
-  Mlp,
-  SelfAttention,
-  constrain_batch,
-  gelu,
-  policy_attention,
-  scan_blocks,
-)
+from lavit_jax.models.attention import CrossAttention, SelfAttention, policy_attention
+from lavit_jax.models.layers import Dtype, LayerNorm, Mlp, gelu
+from lavit_jax.models.remat import scan_blocks
 from lavit_jax.models.row_random import draw_rows
+from lavit_jax.sharding import constrain_batch
 
 CODE_BLOCK = 2048  # codes whose distances are in memory at once
 
 
 class TokenizerOutput(NamedTuple):
-  """What `DynamicTokenizer` finds in a feature map; rows of `ids` and `codes` count only where `keep` is 1."""
+  """The tokens of a feature map; slots of `ids` and `codes` count only where `keep` is 1.
 
-  log_probs: Array  # f32[B, N, 2], class 0 = keep
-  keep: Array  # f32[B, N], 0 or 1
-  merged: Array  # [B, N, D]
-  ids: Array  # i32[B, N]
-  codes: Array  # f32[B, N, C], the codebook rows of `ids`
+  Attributes:
+    log_probs: f32[B, N, 2]; class 0 is keep.
+    keep: f32[B, N]; 0 or 1.
+    merged: [B, N, D].
+    ids: i32[B, N].
+    codes: f32[B, N, C]; the codebook rows of `ids`.
+  """
+
+  log_probs: Array
+  keep: Array
+  merged: Array
+  ids: Array
+  codes: Array
 
 
-def gumbel(u: Array) -> Array:
-  """Standard Gumbel values -log(-log u) of uniform u f32[...] in [0, 1]; finite at both ends."""
-  limits = jnp.finfo(jnp.float32)
-  return -jnp.log(-jnp.log(jnp.clip(u, limits.tiny, 1 - limits.epsneg)))
+# --- Selector ------------------------------------------------------------------------------------
+
+
+class Selector(nn.Module):
+  """Log-probabilities of keeping (class 0) and dropping each patch.
+
+  It runs in float32 throughout, also its products, which accelerators would compute from bfloat16
+  pieces: decisions near a tie depend on it.
+  """
+
+  hidden_size: int
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    """Input x [B, N, D] -> f32[B, N, 2]."""
+    half = self.hidden_size // 2
+    dense = partial(nn.Dense, precision=jax.lax.Precision.HIGHEST)
+    x = gelu(dense(self.hidden_size, name='fc_in')(LayerNorm(name='norm')(x)))
+    local = x[..., :half]
+    context = x[..., half:].mean(1, keepdims=True)
+    context = jnp.broadcast_to(context, (*x.shape[:2], context.shape[-1]))
+    x = jnp.concatenate([local, context], axis=-1)
+    x = gelu(dense(half, name='fc1')(x))
+    x = gelu(dense(self.hidden_size // 4, name='fc2')(x))
+    return nn.log_softmax(dense(2, name='fc_out')(x))
 
 
 def gumbel_keep(
@@ -52,41 +77,49 @@ def gumbel_keep(
   noise: Array | None = None,
   temperature: float = 1.0,
 ) -> Array:
-  """Which patches to keep: hard 0/1 forward, soft gradient (specification, Selector).
+  """The patches to keep: hard 0/1 forward, soft gradient (specification, Selector).
 
-  With `key` or `noise` this is the published choice, a straight-through Gumbel-softmax over {keep, drop}. With neither it
-  is deterministic: the round(sum p) most probable patches, with the gradient of p. A row never keeps nothing: its most
-  probable patch stays.
+  With `key` or `noise` it samples as published, by a straight-through Gumbel-softmax over
+  {keep, drop}. With neither it is deterministic: it keeps the round(sum p) most probable patches,
+  with the gradient of p. Every row keeps at least its most probable patch.
 
   Args:
-    log_probs: [B, N, 2] log-probabilities (or logits), class 0 = keep.
-    key: draws the noise; one key, or a key a row [B].
-    noise: [B, N, 2] Gumbel noise, instead of a key.
-    temperature: of the softmax whose gradient is used; does not change the forward decision.
+    log_probs: [B, N, 2], log-probabilities or logits; class 0 is keep.
+    key: draws the noise; one key, or keys [B], one for each row.
+    noise: [B, N, 2], Gumbel noise in place of a key.
+    temperature: of the softmax whose gradient is used; the forward decision does not depend on it.
 
   Returns:
     f32[B, N].
 
   Raises:
-    ValueError: both key and noise are given.
+    ValueError: key and noise together.
   """
   if key is not None and noise is not None:
     raise ValueError('gumbel_keep takes a key or the noise, not both')
+  chex.assert_shape(log_probs, (None, None, 2))
   logits = log_probs.astype(jnp.float32)
   p = jax.nn.softmax(logits)[..., 0]
   if key is not None:
     noise = gumbel(draw_rows(jax.random.uniform, key, logits.shape))
   if noise is None:
-    soft, hard = p, jax.vmap(most_probable)(p)
+    soft = p
+    hard = jax.vmap(most_probable)(p)
   else:
+    chex.assert_equal_shape([logits, noise])
     noisy = logits + noise
-    soft, hard = jax.nn.softmax(noisy / temperature)[..., 0], noisy[..., 0] >= noisy[..., 1]
-  hard = jnp.where(
-    hard.any(-1, keepdims=True), hard, jax.nn.one_hot(p.argmax(-1), p.shape[-1], dtype=bool)
-  )
-  return hard + (
-    soft - jax.lax.stop_gradient(soft)
-  )  # in this order the forward value is exactly 0 or 1
+    soft = jax.nn.softmax(noisy / temperature)[..., 0]
+    hard = noisy[..., 0] >= noisy[..., 1]
+  fallback = jax.nn.one_hot(p.argmax(-1), p.shape[-1], dtype=bool)
+  hard = jnp.where(hard.any(-1, keepdims=True), hard, fallback)
+  # In this order of operations the forward value is exactly 0 or 1.
+  return hard + (soft - jax.lax.stop_gradient(soft))
+
+
+def gumbel(u: Array) -> Array:
+  """Standard Gumbel values -log(-log u) of uniform u f32[...] in [0, 1]; finite at both ends."""
+  limits = jnp.finfo(jnp.float32)
+  return -jnp.log(-jnp.log(jnp.clip(u, limits.tiny, 1 - limits.epsneg)))
 
 
 def most_probable(p: Array) -> Array:
@@ -95,58 +128,43 @@ def most_probable(p: Array) -> Array:
   return rank < jnp.round(p.sum())
 
 
-class Selector(nn.Module):
-  """Log-probabilities f32[B, N, 2] of keeping (class 0) and dropping each patch of x [B, N, D].
-
-  Float32 throughout, the products too, which accelerators would make of bfloat16 pieces: decisions near a tie depend on it.
-  """
-
-  hidden_size: int
-
-  @nn.compact
-  def __call__(self, x: Array) -> Array:
-    half = self.hidden_size // 2
-    dense = partial(nn.Dense, precision=jax.lax.Precision.HIGHEST)
-    x = gelu(dense(self.hidden_size, name='fc_in')(LayerNorm(name='norm')(x)))
-    local, context = x[..., :half], x[..., half:].mean(1, keepdims=True)
-    x = jnp.concatenate(
-      [local, jnp.broadcast_to(context, (*x.shape[:2], context.shape[-1]))], axis=-1
-    )
-    x = gelu(dense(half, name='fc1')(x))
-    x = gelu(dense(self.hidden_size // 4, name='fc2')(x))
-    return nn.log_softmax(dense(2, name='fc_out')(x))
+# --- Merger --------------------------------------------------------------------------------------
 
 
 class MergerBlock(nn.Module):
-  """Causal self-attention among the kept, cross-attention to the dropped, MLP; all pre-norm."""
+  """Causal self-attention among kept patches, cross-attention to dropped ones, MLP; pre-norm.
+
+  It sows its output as the intermediate 'stream' [B, N, D].
+  """
 
   num_heads: int
   mlp_dim: int
-  all_blocks: bool = False
   dtype: Dtype = jnp.float32
 
   @nn.compact
   def __call__(
     self, x: Array, dropped: Array, kept_policy: Array, dropped_policy: Array
-  ) -> tuple[Array, Array | None]:
+  ) -> tuple[Array, None]:
+    """Input x and dropped [B, N, D], policies over [B, H, N, N] -> ([B, N, D], None)."""
+
     def norm(name: str) -> LayerNorm:
       return LayerNorm(1e-5, self.dtype, name=name)
 
-    causal = SelfAttention(
-      self.num_heads, x.shape[-1] // self.num_heads, dtype=self.dtype, name='self_attn'
-    )
+    head_dim = x.shape[-1] // self.num_heads
+    causal = SelfAttention(self.num_heads, head_dim, dtype=self.dtype, name='self_attn')
     cross = CrossAttention(self.num_heads, self.dtype, name='cross_attn')
     x = constrain_batch(x)
     x = x + causal(norm('norm0')(x), partial(policy_attention, policy=kept_policy))
     x = x + cross(norm('norm1')(x), dropped, partial(policy_attention, policy=dropped_policy))
     x = x + Mlp(self.mlp_dim, self.dtype, name='mlp')(norm('norm2')(x))
-    return x, x if self.all_blocks else None
+    self.sow('intermediates', 'stream', x)
+    return x, None
 
 
 class Merger(nn.Module):
-  """Folds what is dropped into what is kept; features [B, N, D] -> dtype[B, N, D], of which only kept rows are meant.
+  """Merges the dropped patches into the kept ones (specification, Merger).
 
-  What attends to what in the self-attention, with patches 0, 2, 3 kept (the cross-attention sees 1 and 4):
+  The policy of the self-attention with patches 0, 2, 3 kept (the cross-attention sees 1 and 4):
 
         j 0 1 2 3 4
       i 0 x . . . .
@@ -164,26 +182,36 @@ class Merger(nn.Module):
   remat: str = 'none'
 
   @nn.compact
-  def __call__(
-    self, x: Array, keep: Array, all_blocks: bool = False
-  ) -> Array | tuple[Array, Array, Array]:
-    """Merges x under keep f32[B, N], through which gradients reach the selector.
+  def __call__(self, x: Array, keep: Array) -> Array:
+    """Merges under a policy through which gradients reach the selector.
 
-    With `all_blocks`, returns (merged, ln_vision [B, N, D], the stream after each block [L, B, N, D]).
+    Args:
+      x: patch features [B, N, D].
+      keep: f32[B, N], 0 or 1.
+
+    Returns:
+      dtype[B, N, D]; only the kept slots have a meaning. The normalized input is sown as the
+      intermediate 'vision' [B, N, D].
     """
-    # Both by rows: left to choose how masks lie on a mesh of data=2, fsdp=2, tensor=2, XLA (jax 0.10.2) gave rows 1 and 2 each other's.
-    x, keep = constrain_batch(x.astype(self.dtype)), constrain_batch(keep.astype(jnp.float32))
+    chex.assert_shape(x, (None, None, self.hidden_size))
+    chex.assert_shape(keep, x.shape[:2])
+    # Both are split by rows: left to choose how masks lie on a mesh of data=2, fsdp=2, tensor=2,
+    # XLA (jax 0.10.2) exchanged rows 1 and 2.
+    x = constrain_batch(x.astype(self.dtype))
+    keep = constrain_batch(keep.astype(jnp.float32))
     keep = keep[:, None, None, :]  # [B, 1, 1, N]: over keys
     tokens = x.shape[1]
-    itself = jnp.eye(tokens)
-    kept_policy = jnp.tril(jnp.ones((tokens, tokens)), -1) * keep + itself
+    kept_policy = jnp.tril(jnp.ones((tokens, tokens)), -1) * keep + jnp.eye(tokens)
+    dropped_policy = 1 - keep
     vision = LayerNorm(1e-5, self.dtype, name='ln_vision')(x)
-    blocks = scan_blocks(MergerBlock, self.num_layers, self.remat)(
-      self.num_heads, self.mlp_dim, all_blocks, self.dtype, name='blocks'
-    )
-    x, streams = blocks(x, vision, kept_policy, 1 - keep)
-    x = LayerNorm(1e-5, self.dtype, name='norm')(x)
-    return (x, vision, streams) if all_blocks else x
+    self.sow('intermediates', 'vision', vision)
+    make_blocks = scan_blocks(MergerBlock, self.num_layers, self.remat)
+    blocks = make_blocks(self.num_heads, self.mlp_dim, self.dtype, name='blocks')
+    x, _ = blocks(x, vision, kept_policy, dropped_policy)
+    return LayerNorm(1e-5, self.dtype, name='norm')(x)
+
+
+# --- Quantizer -----------------------------------------------------------------------------------
 
 
 def l2_normalize(x: Array) -> Array:
@@ -193,37 +221,50 @@ def l2_normalize(x: Array) -> Array:
 
 
 def nearest_code(z: Array, codebook: Array) -> Array:
-  """Index i32[...] of the row of codebook f32[K, C] nearest to z [..., C] by Euclidean distance; the first among equals.
+  """The index of the nearest code by Euclidean distance; the first among equals.
 
-  `CODE_BLOCK` codes at a time: all distances at once would be the largest array of a training step.
+  It compares `CODE_BLOCK` codes at a time: all distances at once would be the largest array of a
+  training step.
+
+  Args:
+    z: [..., C].
+    codebook: [K, C].
+
+  Returns:
+    i32[...] in [0, K), without a gradient.
   """
-  z, codebook = jax.lax.stop_gradient((z.astype(jnp.float32), codebook.astype(jnp.float32)))
+  chex.assert_shape(codebook, (None, z.shape[-1]))
+  z = jax.lax.stop_gradient(z.astype(jnp.float32))
+  codebook = jax.lax.stop_gradient(codebook.astype(jnp.float32))
   block = math.gcd(len(codebook), CODE_BLOCK)
 
-  def look(nearest, inputs):
+  def compare(
+    nearest: tuple[Array, Array], inputs: tuple[Array, Array]
+  ) -> tuple[tuple[Array, Array], None]:
+    least_distance, ids = nearest
     first, codes = inputs
     product = jnp.matmul(z, codes.T, precision=jax.lax.Precision.HIGHEST)
-    distance = jnp.square(codes).sum(-1) - 2 * product  # |z|^2 is the same for all
+    distance = jnp.square(codes).sum(-1) - 2 * product  # |z|^2 is the same for all codes
     least = distance.min(-1)
-    closer = least < nearest[0]
-    return (
-      jnp.where(closer, least, nearest[0]),
-      jnp.where(closer, first + distance.argmin(-1), nearest[1]),
-    ), None
+    closer = least < least_distance
+    ids = jnp.where(closer, first + distance.argmin(-1), ids)
+    return (jnp.where(closer, least, least_distance), ids), None
 
   starts = jnp.arange(0, len(codebook), block, dtype=jnp.int32)
-  none = jnp.full(z.shape[:-1], jnp.inf), jnp.zeros(z.shape[:-1], jnp.int32)
-  (_, ids), _ = jax.lax.scan(look, none, (starts, codebook.reshape(-1, block, codebook.shape[-1])))
+  blocks = codebook.reshape(-1, block, codebook.shape[-1])
+  infinite = jnp.full(z.shape[:-1], jnp.inf)
+  no_ids = jnp.zeros(z.shape[:-1], jnp.int32)
+  (_, ids), _ = jax.lax.scan(compare, (infinite, no_ids), (starts, blocks))
   return ids
 
 
 def unit_rows(key: Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> Array:
-  """Initialiser: directions uniform on the sphere."""
+  """Initializer: directions uniform on the sphere."""
   return l2_normalize(jax.random.normal(key, shape)).astype(dtype)
 
 
 class Quantizer(nn.Module):
-  """Features -> codes of width C on the unit sphere, the nearest of K (specification, Quantizer)."""
+  """Features -> the nearest of K codes of width C on the unit sphere (specification, Quantizer)."""
 
   hidden_size: int
   codebook_size: int
@@ -231,6 +272,7 @@ class Quantizer(nn.Module):
   dtype: Dtype = jnp.float32
 
   def setup(self):
+    """Makes the parameters and submodules."""
     self.fc1 = nn.Dense(self.hidden_size, dtype=self.dtype)
     self.fc2 = nn.Dense(self.code_dim, dtype=self.dtype)
     self.embedding = self.param('embedding', unit_rows, (self.codebook_size, self.code_dim))
@@ -241,7 +283,7 @@ class Quantizer(nn.Module):
     return self.assign(z), z
 
   def encode(self, x: Array) -> Array:
-    """[..., D] -> dtype[..., C], not yet normalised."""
+    """[..., D] -> dtype[..., C], not yet normalized."""
     return self.fc2(nn.tanh(self.fc1(x)))
 
   def project(self, x: Array) -> Array:
@@ -249,7 +291,7 @@ class Quantizer(nn.Module):
     return l2_normalize(self.encode(x))
 
   def assign(self, z: Array, codebook: Array | None = None) -> Array:
-    """Nearest code i32[...] of z [..., C], in a codebook f32[K, C] that is the module's own by default."""
+    """Nearest code i32[...] of z [..., C], in the module's own codebook or in another f32[K, C]."""
     return nearest_code(z, self.embedding if codebook is None else codebook)
 
   def lookup(self, ids: Array) -> Array:
@@ -257,8 +299,11 @@ class Quantizer(nn.Module):
     return self.embedding[ids]
 
 
+# --- The two users of a merger -------------------------------------------------------------------
+
+
 class DynamicTokenizer(nn.Module):
-  """Selector, merger and quantiser: a feature map becomes as many discrete tokens as it needs."""
+  """Selector, merger and quantizer: a feature map becomes as many discrete tokens as it needs."""
 
   hidden_size: int
   num_layers: int
@@ -270,6 +315,7 @@ class DynamicTokenizer(nn.Module):
   remat: str = 'none'
 
   def setup(self):
+    """Makes the parameters and submodules."""
     self.selector = Selector(self.hidden_size)
     self.merger = Merger(
       self.hidden_size, self.num_layers, self.num_heads, self.mlp_dim, self.dtype, self.remat
@@ -277,7 +323,13 @@ class DynamicTokenizer(nn.Module):
     self.quantizer = Quantizer(self.hidden_size, self.codebook_size, self.code_dim, self.dtype)
 
   def __call__(self, x: Array, key: Array | None = None) -> TokenizerOutput:
-    """Patch features x [B, N, D] (no CLS row) -> tokens; a key (or one a row) samples the choice of patches, none makes it deterministic."""
+    """Tokenizes patch features.
+
+    Args:
+      x: [B, N, D], without the CLS row.
+      key: samples the choice of patches; one key, or keys [B], one for each image. Without a key
+        the choice is deterministic.
+    """
     log_probs = self.select(x)
     keep = gumbel_keep(log_probs, key=key)
     merged = self.merge(x, keep)
@@ -302,7 +354,7 @@ class DynamicTokenizer(nn.Module):
 
 
 class Understanding(nn.Module):
-  """Continuous tokens for the language model: stage 2's own copy of the merger, then a projection (`vit_proj`)."""
+  """Continuous tokens for the language model: stage 2's own merger, then a projection."""
 
   hidden_size: int
   num_layers: int

@@ -1,14 +1,16 @@
 """Pixels <-> latents: the autoencoder of Stable Diffusion (diffusers' AutoencoderKL), in float32.
 
-B batch, H and W pixels, h and w latents (H/f and W/f with f = 2^(blocks-1)), Z latent channels; images are NHWC.
+A U-Net sees latents of about unit variance: `to_unet` scales what the encoder computes, and
+`from_unet` is its inverse. `sample_latents` and `decode` use the encoder's own scale.
 
-A U-Net sees latents of about unit variance: `to_unet` makes them of what the encoder gives, and `from_unet` turns them back.
-`sample_latents` and `decode` work on the encoder's own scale.
+Axes: B batch, H and W pixels, h and w latents (H/f and W/f with f = 2^(blocks-1)), Z latent
+channels; images are NHWC.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -27,19 +29,23 @@ TILE_OVERLAP = 0.25  # share of a tile that the next one covers again, as in dif
 
 
 class SpatialAttention(nn.Module):
-  """One head over all h*w positions, with a residual; [B, h, w, C] -> [B, h, w, C]."""
+  """Attention of one head over all positions, with a residual."""
 
   num_groups: int
   dtype: Dtype = jnp.float32
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
+    """[B, h, w, C] -> [B, h, w, C]."""
     batch, h, w, channels = x.shape
-    y = GroupNorm(self.num_groups, EPSILON, self.dtype, name='group_norm')(x).reshape(
-      batch, h * w, channels
-    )
-    q, k, v = (nn.Dense(channels, dtype=self.dtype, name=f'to_{n}')(y)[:, :, None] for n in 'qkv')
-    y = nn.Dense(channels, dtype=self.dtype, name='to_out')(image_attention(q, k, v)[:, :, 0])
+
+    def linear(name: str) -> nn.Dense:
+      return nn.Dense(channels, dtype=self.dtype, name=name)
+
+    y = GroupNorm(self.num_groups, EPSILON, self.dtype, name='group_norm')(x)
+    y = y.reshape(batch, h * w, channels)
+    q, k, v = (linear(name)(y)[:, :, None] for name in ('to_q', 'to_k', 'to_v'))
+    y = linear('to_out')(image_attention(q, k, v)[:, :, 0])
     return x + y.reshape(x.shape)
 
 
@@ -51,13 +57,14 @@ class MidBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
+    """[B, h, w, C] -> [B, h, w, C]."""
     x = ResnetBlock(x.shape[-1], self.num_groups, EPSILON, self.dtype, name='resnet_0')(x)
     x = SpatialAttention(self.num_groups, self.dtype, name='attention_0')(x)
     return ResnetBlock(x.shape[-1], self.num_groups, EPSILON, self.dtype, name='resnet_1')(x)
 
 
 class VAEEncoder(nn.Module):
-  """Pixels [B, H, W, 3] -> moments [B, h, w, 2Z]."""
+  """Pixels -> moments of the latents."""
 
   block_out_channels: tuple[int, ...]
   layers_per_block: int
@@ -67,21 +74,21 @@ class VAEEncoder(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
+    """Pixels [B, H, W, 3] -> moments [B, h, w, 2Z]."""
     x = Conv(self.block_out_channels[0], (3, 3), padding=1, dtype=self.dtype, name='conv_in')(x)
     for i, channels in enumerate(self.block_out_channels):
       if i:
         x = Downsample((0, 1), self.dtype, name=f'down_{i - 1}_downsample')(x)
       for j in range(self.layers_per_block):
-        x = ResnetBlock(
-          channels, self.num_groups, EPSILON, self.dtype, name=f'down_{i}_resnet_{j}'
-        )(x)
+        name = f'down_{i}_resnet_{j}'
+        x = ResnetBlock(channels, self.num_groups, EPSILON, self.dtype, name=name)(x)
     x = MidBlock(self.num_groups, self.dtype, name='mid')(x)
     x = nn.silu(GroupNorm(self.num_groups, EPSILON, self.dtype, name='conv_norm_out')(x))
     return Conv(2 * self.latent_channels, (3, 3), padding=1, dtype=self.dtype, name='conv_out')(x)
 
 
 class VAEDecoder(nn.Module):
-  """Latents [B, h, w, Z] -> pixels [B, H, W, 3]."""
+  """Latents -> pixels."""
 
   block_out_channels: tuple[int, ...]
   layers_per_block: int
@@ -90,15 +97,15 @@ class VAEDecoder(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
+    """Latents [B, h, w, Z] -> pixels [B, H, W, 3]."""
     x = Conv(self.block_out_channels[-1], (3, 3), padding=1, dtype=self.dtype, name='conv_in')(x)
     x = MidBlock(self.num_groups, self.dtype, name='mid')(x)
     for i, channels in enumerate(reversed(self.block_out_channels)):
       if i:
         x = Upsample(self.dtype, name=f'up_{i - 1}_upsample')(x)
       for j in range(self.layers_per_block + 1):
-        x = ResnetBlock(channels, self.num_groups, EPSILON, self.dtype, name=f'up_{i}_resnet_{j}')(
-          x
-        )
+        name = f'up_{i}_resnet_{j}'
+        x = ResnetBlock(channels, self.num_groups, EPSILON, self.dtype, name=name)(x)
     x = nn.silu(GroupNorm(self.num_groups, EPSILON, self.dtype, name='conv_norm_out')(x))
     return Conv(3, (3, 3), padding=1, dtype=self.dtype, name='conv_out')(x)
 
@@ -106,8 +113,16 @@ class VAEDecoder(nn.Module):
 class AutoencoderKL(nn.Module):
   """The variational autoencoder; `AutoencoderKL.init` takes pixels and makes both halves.
 
-  `scaling_factor` is 0.18215 in SD 1.5 and 0.13025 in SDXL. `shift_factor` is taken off before; some VAEs have a mean and a
-  deviation for each latent channel, f[Z], in place of it.
+  Attributes:
+    block_out_channels: channels of each resolution, from the finest.
+    layers_per_block: residual blocks of each resolution of the encoder; the decoder has one more.
+    latent_channels: Z.
+    norm_num_groups: of the group norms.
+    scaling_factor: factor of the U-Net's latents.
+    shift_factor: subtracted before that.
+    latents_mean: a shift for each latent channel, in place of `shift_factor`.
+    latents_std: a deviation for each latent channel, by which the latents are divided.
+    dtype: of the computation.
   """
 
   block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
@@ -121,16 +136,22 @@ class AutoencoderKL(nn.Module):
   dtype: Dtype = jnp.float32
 
   def setup(self):
-    sizes = dict(
+    """Makes the parameters and submodules."""
+    self.encoder = VAEEncoder(
+      block_out_channels=self.block_out_channels,
+      layers_per_block=self.layers_per_block,
+      latent_channels=self.latent_channels,
+      num_groups=self.norm_num_groups,
+      dtype=self.dtype,
+    )
+    self.quant_conv = Conv(2 * self.latent_channels, (1, 1), dtype=self.dtype)
+    self.post_quant_conv = Conv(self.latent_channels, (1, 1), dtype=self.dtype)
+    self.decoder = VAEDecoder(
       block_out_channels=self.block_out_channels,
       layers_per_block=self.layers_per_block,
       num_groups=self.norm_num_groups,
       dtype=self.dtype,
     )
-    self.encoder = VAEEncoder(latent_channels=self.latent_channels, **sizes)
-    self.quant_conv = Conv(2 * self.latent_channels, (1, 1), dtype=self.dtype)
-    self.post_quant_conv = Conv(self.latent_channels, (1, 1), dtype=self.dtype)
-    self.decoder = VAEDecoder(**sizes)
 
   @property
   def factor(self) -> int:
@@ -138,114 +159,171 @@ class AutoencoderKL(nn.Module):
     return 2 ** (len(self.block_out_channels) - 1)
 
   def encode(self, pixels: Array) -> tuple[Array, Array]:
-    """f32[B, H, W, 3] in -1..1 -> mean and log-variance f32[B, h, w, Z], unscaled.
+    """The moments of the latents, on the encoder's scale.
 
-    Raises ValueError for sides that `factor` does not divide.
+    Args:
+      pixels: f32[B, H, W, 3] in -1..1.
+
+    Returns:
+      Mean and log-variance, f32[B, h, w, Z] each.
+
+    Raises:
+      ValueError: `factor` does not divide H and W.
     """
+    chex.assert_shape(pixels, (None, None, None, 3))
     if pixels.shape[1] % self.factor or pixels.shape[2] % self.factor:
       raise ValueError(f'image sides {pixels.shape[1:3]} must be multiples of {self.factor}')
-    mean, logvar = jnp.split(self.quant_conv(self.encoder(pixels)).astype(jnp.float32), 2, axis=-1)
+    moments = self.quant_conv(self.encoder(pixels)).astype(jnp.float32)
+    mean, logvar = jnp.split(moments, 2, axis=-1)
     return mean, jnp.clip(logvar, -30.0, 20.0)
 
   def decode(self, latents: Array) -> Array:
-    """f32[B, h, w, Z], unscaled -> pixels f32[B, H, W, 3], about -1..1."""
+    """Latents f32[B, h, w, Z], on the encoder's scale -> pixels f32[B, H, W, 3], about -1..1."""
+    chex.assert_shape(latents, (None, None, None, self.latent_channels))
     return self.decoder(self.post_quant_conv(latents)).astype(jnp.float32)
 
   def to_unet(self, latents: Array) -> Array:
-    """Latents f32[B, h, w, Z] on the encoder's scale -> on the U-Net's, as diffusers' pipelines do it."""
+    """Latents f32[B, h, w, Z] from the encoder's scale to the U-Net's, as in diffusers."""
     mean, std = self.moments()
     return (latents - mean) * (self.scaling_factor / std)
 
   def from_unet(self, latents: Array) -> Array:
-    """The inverse of `to_unet`: what `decode` takes."""
+    """The inverse of `to_unet`, for `decode`."""
     mean, std = self.moments()
     return latents * (std / self.scaling_factor) + mean
 
   def moments(self) -> tuple[np.ndarray, np.ndarray]:
-    """f32[Z] or f32[]: what is taken off, and the deviation that is left."""
+    """The shift and the deviation that `to_unet` removes, f32[Z] or f32[]."""
     mean = self.shift_factor if self.latents_mean is None else self.latents_mean
     std = 1.0 if self.latents_std is None else self.latents_std
     return np.asarray(mean, np.float32), np.asarray(std, np.float32)
 
   def __call__(self, pixels: Array, key: Array | None = None) -> tuple[Array, Array, Array]:
-    """The autoencoder as it trains: (reconstruction, mean, logvar), from a sampled latent when there is a key."""
+    """The autoencoder in training.
+
+    Args:
+      pixels: f32[B, H, W, 3] in -1..1.
+      key: samples the latents; their mean without one.
+
+    Returns:
+      The reconstruction f32[B, H, W, 3], and mean and log-variance f32[B, h, w, Z].
+    """
     mean, logvar = self.encode(pixels)
     return self.decode(sample_latents(mean, logvar, key)), mean, logvar
 
 
 def sample_latents(mean: Array, logvar: Array, key: Array | None = None) -> Array:
-  """A draw from the encoder's Gaussian by a key or by keys [B], or its mean without; f32[B, h, w, Z] throughout."""
-  return (
-    mean
-    if key is None
-    else mean + jnp.exp(logvar / 2) * draw_rows(jax.random.normal, key, mean.shape)
-  )
+  """Samples the encoder's Gaussian.
+
+  Args:
+    mean: f32[B, h, w, Z].
+    logvar: f32[B, h, w, Z].
+    key: one key, or keys [B], one for each image; None returns the mean.
+
+  Returns:
+    f32[B, h, w, Z].
+  """
+  chex.assert_equal_shape([mean, logvar])
+  if key is None:
+    return mean
+  return mean + jnp.exp(logvar / 2) * draw_rows(jax.random.normal, key, mean.shape)
+
+
+# --- Decoding in tiles ---------------------------------------------------------------------------
 
 
 def decode_tiled(decode: Callable[[Array], Array], latents: Array, factor: int, tile: int) -> Array:
-  """Latents f32[B, h, w, Z] -> pixels f32[B, H, W, 3], in overlapping tiles that fade linearly into each other, by a scan over tiles.
+  """Decodes overlapping tiles, which fade linearly into each other, by a scan over tiles.
 
-  Memory is that of one tile and of the picture. Geometry and blending are those of diffusers' `tiled_decode`, with one difference:
-  the last tile of a row or column has the full size and ends at the border, where theirs is what remains, perhaps a sliver. So all
-  tiles are one compiled shape, and the same pixels come out everywhere but in the last tile's reach.
+  Memory is that of one tile and of the image. Geometry and blending are those of diffusers'
+  `tiled_decode`, with one difference: the last tile of a row or column has the full size and ends
+  at the border, while that of diffusers is the remainder, perhaps a sliver. So all tiles have one
+  compiled shape, and the pixels are the same everywhere but in the reach of the last tile.
 
   Args:
     decode: [B, t, t, Z] -> [B, t * factor, t * factor, 3].
+    latents: f32[B, h, w, Z].
     factor: pixels per latent.
     tile: side of a tile, in latents.
-  """
-  rows, columns = (_tiles(side, tile, factor) for side in latents.shape[1:3])
-  batch, h, w, channels = latents.shape
 
-  def add(canvas: Array, now: tuple[_Tiles, _Tiles]) -> tuple[Array, None]:
-    row, column = now
-    pixels = decode(
-      jax.lax.dynamic_slice(
-        latents, (0, row.start, column.start, 0), (batch, min(tile, h), min(tile, w), channels)
-      )
-    )
-    # Where a row fades into the next, diffusers fades its tiles sideways twice: once in this row, and again in the next.
-    weight = row.weight[:, None] * jnp.where(
-      row.passing[:, None], column.weight_twice, column.weight
-    )
-    at = (0, row.start * factor, column.start * factor, 0)
-    before = jax.lax.dynamic_slice(canvas, at, pixels.shape)
-    return jax.lax.dynamic_update_slice(canvas, before + pixels * weight[..., None], at), None
+  Returns:
+    Pixels f32[B, H, W, 3].
+  """
+  chex.assert_rank(latents, 4)
+  batch, h, w, channels = latents.shape
+  rows = _tile_side(h, tile, factor)
+  columns = _tile_side(w, tile, factor)
+  tile_shape = (batch, min(tile, h), min(tile, w), channels)
+
+  def add_tile(canvas: Array, current: tuple[_Tiles, _Tiles]) -> tuple[Array, None]:
+    row, column = current
+    start = (0, row.start, column.start, 0)
+    pixels = decode(jax.lax.dynamic_slice(latents, start, tile_shape))
+    # Where a row of tiles fades into the next, diffusers applies the sideways fade twice: in this
+    # row, and again in the next.
+    sideways = jnp.where(row.passing[:, None], column.weight_twice, column.weight)
+    weight = row.weight[:, None] * sideways
+    pixel_start = (0, row.start * factor, column.start * factor, 0)
+    before = jax.lax.dynamic_slice(canvas, pixel_start, pixels.shape)
+    canvas = jax.lax.dynamic_update_slice(canvas, before + pixels * weight[..., None], pixel_start)
+    return canvas, None
 
   i, j = np.indices((len(rows.start), len(columns.start))).reshape(2, -1)
-  tiles = _Tiles(*(x[i] for x in rows)), _Tiles(*(x[j] for x in columns))
-  return jax.lax.scan(add, jnp.zeros((batch, h * factor, w * factor, 3)), tiles)[0]
+  row_of_tile = _Tiles(*(x[i] for x in rows))
+  column_of_tile = _Tiles(*(x[j] for x in columns))
+  canvas = jnp.zeros((batch, h * factor, w * factor, 3))
+  canvas, _ = jax.lax.scan(add_tile, canvas, (row_of_tile, column_of_tile))
+  return canvas
 
 
 class _Tiles(NamedTuple):
-  """The n tiles along one side: where they begin, in latents, and of the pixels of each [n, p] how much they count."""
+  """The n tiles along one side, of p pixels each.
 
-  start: np.ndarray  # i32[n]
-  weight: np.ndarray  # f32[n, p]; over all tiles they add up to 1 at every pixel
-  weight_twice: np.ndarray  # f32[n, p], the same when every fade is made twice
-  passing: np.ndarray  # bool[n, p], whether the next tile has begun
+  Attributes:
+    start: i32[n], in latents.
+    weight: f32[n, p]; over all tiles, the weights of a pixel add up to 1.
+    weight_twice: f32[n, p]; the weight with every fade applied twice.
+    passing: bool[n, p]; whether the next tile has begun.
+  """
+
+  start: np.ndarray
+  weight: np.ndarray
+  weight_twice: np.ndarray
+  passing: np.ndarray
 
 
-def _tiles(side: int, tile: int, factor: int) -> _Tiles:
-  """Covers `side` latents; a tile fades in over the overlap, and what came before it fades out."""
-  start = np.array(
-    [*range(0, side - tile, int(tile * (1 - TILE_OVERLAP))), max(0, side - tile)], np.int32
-  )
+def _tile_side(side: int, tile: int, factor: int) -> _Tiles:
+  """Covers `side` latents; a tile fades in over the overlap, and the one before it fades out."""
+  last_start = max(0, side - tile)
+  starts = [*range(0, side - tile, int(tile * (1 - TILE_OVERLAP))), last_start]
+  start = np.array(starts, np.int32)
+  first_pixel = start[:, None] * factor
   pixels = np.arange(side * factor)
-  ramp = np.clip(
-    (pixels - start[:, None] * factor) / max(1, int(tile * factor * TILE_OVERLAP)), 0, 1
-  )
+  overlap = max(1, int(tile * factor * TILE_OVERLAP))
+  ramp = np.clip((pixels - first_pixel) / overlap, 0, 1)
   ramp[0] = 1
-
-  def weights(ramp):
-    later = np.cumprod((1 - ramp)[:0:-1], 0)[::-1]  # what the tiles after each leave of it
-    return (ramp * np.concatenate([later, np.ones_like(ramp[:1])])).astype(np.float32)
-
   passing = pixels >= np.append(start[1:], side)[:, None] * factor
-  own = start[:, None] * factor + np.arange(min(tile, side) * factor)  # the pixels of each tile
+  own_pixels = first_pixel + np.arange(min(tile, side) * factor)
+
+  def of_own_pixels(x: np.ndarray) -> np.ndarray:
+    return np.take_along_axis(x, own_pixels, axis=1)
+
   return _Tiles(
-    start, *(np.take_along_axis(x, own, 1) for x in (weights(ramp), weights(ramp**2), passing))
+    start=start,
+    weight=of_own_pixels(_fade_weights(ramp)),
+    weight_twice=of_own_pixels(_fade_weights(ramp**2)),
+    passing=of_own_pixels(passing),
   )
+
+
+def _fade_weights(ramp: np.ndarray) -> np.ndarray:
+  """Weights f32[n, P] of tiles that fade in by ramp [n, P], each over those before it."""
+  left_by_later = np.cumprod((1 - ramp)[:0:-1], 0)[::-1]
+  left = np.concatenate([left_by_later, np.ones_like(ramp[:1])])
+  return (ramp * left).astype(np.float32)
+
+
+# --- Pixels --------------------------------------------------------------------------------------
 
 
 def preprocess(images: Array) -> Array:

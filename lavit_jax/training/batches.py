@@ -5,20 +5,20 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
 
 from lavit_jax.data import loader, text
-from lavit_jax.data.row_workers import SkipCounter
+from lavit_jax.data.loader import BatchIterator
+from lavit_jax.data.skips import SkipCounter
 from lavit_jax.data.sources import check_files
 from lavit_jax.errors import UserError
 from lavit_jax.training import distributed
 from lavit_jax.training.run import Run, name_data_errors
 
 
-def open_batches(run: Run, split: str, skipped: SkipCounter | None = None) -> Any:
+def open_batches(run: Run, split: str, skipped: SkipCounter | None = None) -> BatchIterator:
   """An iterator over this process's share of the batches of a split (`data.loader.batches`).
 
   Args:

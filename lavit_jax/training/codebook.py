@@ -47,7 +47,7 @@ def init_codebook(embedding: Array, started: bool = False) -> Codebook:
 
 
 def has_codebook(params: Mapping[str, Any]) -> bool:
-  """Whether {module name: tree} has a codebook; the loader leaves out one that was never trained."""
+  """Whether params have a codebook; the loader leaves out one that was never trained."""
   return 'tokenizer' in params and 'embedding' in params['tokenizer']['quantizer']
 
 
@@ -200,9 +200,7 @@ def update_codebook(
   return book._replace(embedding=embedding, cluster_size=cluster_size, idle=idle)
 
 
-def _revive(
-  key: Array, embedding: Array, revived: Array, vectors: Array, error: Array
-) -> Array:
+def _revive(key: Array, embedding: Array, revived: Array, vectors: Array, error: Array) -> Array:
   """Moves the codes of the mask `revived` bool[K] onto tokens with a large `error` f32[T]."""
   # The first vector drawn is the likeliest to be badly described: none is drawn in vain.
   order = jnp.maximum(jnp.cumsum(revived) - 1, 0)

@@ -1,4 +1,4 @@
-"""Whether what is restored from a checkpoint is what was saved: digests, and positions in the data."""
+"""Whether a restored checkpoint is what was saved: digests of arrays, positions in the data."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ from lavit_jax.errors import UserError
 
 BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by the bytes of a number
 READERS = 16  # threads
-REMEDY = (
-  'begin in another --workdir, with --config.init_from=RUN/export of a finished run'
-)
+REMEDY = 'begin in another --workdir, with --config.init_from=RUN/export of a finished run'
 
 
 # --- Arrays --------------------------------------------------------------------------------------

@@ -11,18 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
-from collections.abc import Iterator
-from typing import Any, NoReturn
 
 import jax
 from ml_collections import ConfigDict
 
 from lavit_jax import accelerators, sharding
-from lavit_jax.data.row_workers import SkipCounter
+from lavit_jax.data.skips import SkipCounter
 from lavit_jax.training import distributed, flops, parameters
 from lavit_jax.training.batches import check_heldout, count_skipped, next_batch, open_batches
 from lavit_jax.training.checkpoint import Checkpoints
-from lavit_jax.training.distributed import TERMINATED, InterruptHandler
+from lavit_jax.training.distributed import InterruptHandler
 from lavit_jax.training.evaluator import Evaluator
 from lavit_jax.training.export import export, write_config
 from lavit_jax.training.keys import Purpose, key_for
@@ -30,7 +28,8 @@ from lavit_jax.training.lock import WorkdirLock, refuse_if_running
 from lavit_jax.training.metrics import MetricLogger
 from lavit_jax.training.profiler import ProfilerTrace
 from lavit_jax.training.run import Run, resolve
-from lavit_jax.training.schedule import ScheduleConfig, warn_of_schedule
+from lavit_jax.training.saver import Saver, is_due
+from lavit_jax.training.startup import log_start, option_warnings
 from lavit_jax.training.train_step import TrainState, make_init, make_train_step
 from lavit_jax.training.watch import MetricWatch
 
@@ -74,7 +73,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> None:
     if state is None:
       options = accelerators.run_once_compiler_options()
       state = jax.jit(init, out_shardings=shardings, compiler_options=options)(key, loaded)
-    warnings = _warnings(run, loaded, trace, first)
+    warnings = option_warnings(run, loaded, trace, first)
     del loaded
     interrupt.check()
 
@@ -90,12 +89,12 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> None:
     )
     stack.callback(log.close)
     stack.callback(trace.close)
-    _log_start(run, log, checkpoints, abstract, first)
+    log_start(run, log, checkpoints, abstract, first)
     for warning in warnings:
       log.say(f'warning: {warning}')
     write_config(run)
-    saver = _Saver(run, log, checkpoints, lock, batches)
-    watch = saver.watch
+    watch = MetricWatch(run, log, checkpoints)
+    saver = Saver(run, log, watch, checkpoints, lock, batches)
 
     # --- Steps ---
     if first < run.num_steps:
@@ -116,7 +115,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> None:
 
       last = step == run.num_steps
       stop = interrupt.requested()
-      if _is_due(every.log_every, step, last):
+      if is_due(every.log_every, step, last):
         # This waits for the steps: on CPU, exchanges between processes that overtake each other
         # deadlock.
         log.flush()
@@ -125,9 +124,9 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> None:
         checkpoints.check()
       # A step is saved before it is evaluated, so that a failing evaluation loses none.
       saver.save_if_due(step, state, stop)
-      if _is_due(every.eval_every, step, last) and not stop:
+      if is_due(every.eval_every, step, last) and not stop:
         stop = not evaluator.evaluate(state, step, interrupt)
-      if _is_due(every.picture_every, step, last) and run.stage.draw and not stop:
+      if is_due(every.picture_every, step, last) and run.stage.draw and not stop:
         evaluator.draw(state, step)
         stop = interrupt.requested()
       if stop:
@@ -146,60 +145,6 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> None:
     log.say(f'done{before}; the weights are in {run.workdir / "export"}')
 
 
-class _Saver:
-  """Saves when due, as soon as the parameters are sound."""
-
-  def __init__(
-    self,
-    run: Run,
-    log: MetricLogger,
-    checkpoints: Checkpoints,
-    lock: WorkdirLock,
-    batches: Iterator,
-  ):
-    self.run = run
-    self.log = log
-    self.checkpoints = checkpoints
-    self.lock = lock
-    self.batches = batches
-    self.watch = MetricWatch(run, log, checkpoints)
-    self.due = False
-    self.saved_step = -1
-
-  def save_if_due(self, step: int, state: TrainState, stop: bool) -> None:
-    """Saves after each `checkpoint_every` steps and the last one, and when the run stops."""
-    last = step == self.run.num_steps
-    self.due |= _is_due(self.run.intervals.checkpoint_every, step, last)
-    if self.due or stop:
-      self._save(step, state)
-
-  def _save(self, step: int, state: TrainState) -> None:
-    self.log.flush()
-    self.watch.check_steps(step == self.run.num_steps)
-    if not self.watch.is_sound():
-      return  # a later step is saved, or none
-    self.lock.check()
-    self.checkpoints.save(step, state, self.batches)
-    self.due = False
-    self.saved_step = step
-
-  def stop(self, step: int, state: TrainState) -> NoReturn:
-    """Ends the run after a step, which is saved."""
-    if self.saved_step != step:
-      self._save(step, state)
-    self.checkpoints.wait()
-    place = 'here'
-    if self.saved_step != step:
-      place = 'the last checkpoint, for the last updates were skipped'
-    self.log.say(f'stopped at step {step} as asked; the same command goes on from {place}')
-    raise SystemExit(TERMINATED)
-
-
-def _is_due(interval: int, step: int, last: bool) -> bool:
-  """Whether something is due that happens each `interval` steps (0: never) and at the last one."""
-  return bool(interval) and (step % interval == 0 or last)
-
-
 def _abstract_state(shapes: TrainState, run: Run) -> TrainState:
   """The train state as ShapeDtypeStructs with their shardings."""
   return jax.tree.map(
@@ -207,49 +152,3 @@ def _abstract_state(shapes: TrainState, run: Run) -> TrainState:
     shapes,
     sharding.shardings(shapes, run.mesh),
   )
-
-
-def _warnings(run: Run, loaded: dict[str, Any], trace: ProfilerTrace, first: int) -> list[str]:
-  """The options of a run that do not have the effect that one may expect."""
-  modules = run.stage.modules
-  lines = []
-  absent = [name for name in modules.zeros if run.init_from and name not in loaded]
-  if absent and not first:
-    lines.append(f'init_from={run.init_from} has no {", ".join(absent)}: zeros take the place')
-  own = [name for name in modules.takes if name not in modules.starts]
-  if run.init_from and not any(name in loaded for name in own):
-    lines.append(
-      f'init_from={run.init_from} has none of {", ".join(modules.takes)}, which stage '
-      f'{run.stage_name} trains: they begin anew'
-    )
-  if run.stage.warnings is not None:
-    lines += run.stage.warnings(loaded, run.num_steps)
-  if trace.last and not (first < trace.last and trace.first <= run.num_steps):
-    lines.append(
-      f'profile={run.profile} traces nothing: this run makes steps {first + 1} to {run.num_steps}'
-    )
-  return lines
-
-
-def _log_start(
-  run: Run, log: MetricLogger, checkpoints: Checkpoints, abstract: TrainState, first: int
-) -> None:
-  """Logs what is trained, and what has changed since the checkpoint of step `first`."""
-  count = sum(x.size for x in jax.tree.leaves(abstract.params))
-  begin = f'continuing from step {first}' if first else f'starting in {run.workdir}'
-  log.say(
-    f'{run.stage_name}:{run.variant}  {count / 1e6:.2f} M parameters  mesh {dict(run.mesh.shape)}  '
-    f'{begin}'
-  )
-  if not first:
-    return
-  harmless, inexact = checkpoints.changes(first)
-  if harmless:
-    log.say(f'changed since then: {", ".join(harmless)}')
-  if inexact:
-    log.say(
-      'warning: changed since then, so the next examples are not those that it would have seen: '
-      f'{", ".join(inexact)}'
-    )
-  saved = ScheduleConfig.from_page(checkpoints.saved_config(first))
-  warn_of_schedule(log, run.optimizer.schedule, saved, first)

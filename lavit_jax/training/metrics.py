@@ -41,7 +41,7 @@ class MetricLogger:
     num_steps: for the estimate of the time left.
     batch_size: for examples/s.
     flops: floating-point operations that the model needs for a step, by `packed_share`, the share
-      of its slots that hold a token (flops.StepFlops.at; that metric, or 1 where nothing is packed).
+      of its slots that hold a token (flops.StepFlops.at), 1 where nothing is packed.
     peak_tflops: of all devices together (0 = unknown), for the MFU.
     tokens: slots of one step, for tokens/s, of which those that hold a token count.
   """

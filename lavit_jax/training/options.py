@@ -17,7 +17,7 @@ import numpy as np
 from lavit_jax.data import transforms
 from lavit_jax.data.emoji import questions
 from lavit_jax.errors import UserError
-from lavit_jax.models.layers import REMAT_POLICIES
+from lavit_jax.models.remat import REMAT_POLICIES
 from lavit_jax.training.profiler import parse_steps
 from lavit_jax.training.schedule import SCHEDULES
 
@@ -59,7 +59,7 @@ class Number(NamedTuple):
       return False
     above = value > self.low if self.above else value >= self.low
     below = value < self.high if self.below else value <= self.high
-    return above and below
+    return bool(above and below)
 
   def describe(self) -> str:
     """The range in words."""

@@ -1,4 +1,4 @@
-"""The folders that a run starts from: which modules each provides, their settings, their weights."""
+"""The folders that a run starts from: the modules of each, their settings, their weights."""
 
 from __future__ import annotations
 

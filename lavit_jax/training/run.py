@@ -34,7 +34,7 @@ ONE_DEVICE = AbstractMesh((1, 1, 1), sharding.AXES)
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """The section `data` of a page. None: the default of `data.loader.batches`, which explains them."""
+  """The section `data` of a page; `data.loader.batches` explains it, and has its own defaults."""
 
   task: str
   image_size: int
@@ -50,7 +50,7 @@ class DataConfig:
   sources: Sequence[Mapping[str, Any]] = ()
   heldout: Sequence[Mapping[str, Any]] = ()
   shards: int = 1
-  crop: str | None = None
+  crop: str = 'none'
   max_skipped: float = 0.05
 
   def loader_options(self) -> dict[str, Any]:
@@ -220,12 +220,14 @@ def _make_run(
 
 def check_values(config: ConfigDict) -> None:
   """Raises UserError for an option that is out of its range (options.py), or needs another one."""
-  options.check_values(dict(config_leaves(config)))
-  optim = config.optim
-  if optim.get('schedule') == 'rewarm' and not 0 < optim.rewarm_from < config.num_steps:
+  values = dict(config_leaves(config))
+  options.check_values(values)
+  restart = values.get('optim.rewarm_from', 0)
+  num_steps = values['num_steps']
+  if values.get('optim.schedule') == 'rewarm' and not 0 < restart < num_steps:
     raise UserError(
       "optim.schedule='rewarm' needs optim.rewarm_from, the step from which it warms up anew, "
-      f'between 0 and num_steps={config.num_steps} (now {optim.rewarm_from})'
+      f'between 0 and num_steps={num_steps} (now {restart})'
     )
 
 
@@ -258,19 +260,26 @@ def _check_stage(page: Mapping[str, Any]) -> None:
 
 
 def _check_data(page: Mapping[str, Any]) -> None:
-  data = page['data']
+  data = read_options(DataConfig, page['data'], 'data')
   with name_data_errors():
-    loader.validate_options(**data)
-  if not data.get('sources'):
+    loader.validate_options(
+      data.task,
+      shares=data.shares,
+      question_weights=data.question_weights,
+      crop=data.crop,
+      sources=data.sources,
+      heldout=data.heldout,
+    )
+  if not data.sources:
     return
-  if not data['heldout'] and (page['eval_every'] or page['picture_every']):
+  if not data.heldout and (page['eval_every'] or page['picture_every']):
     raise UserError(
       'data.sources without data.heldout: give held-out sources too, or eval_every=0 and '
       'picture_every=0'
     )
-  if page['batch_size'] % max(data.get('shards', 1), 1):
+  if page['batch_size'] % data.shards:
     raise UserError(
-      f'batch_size={page["batch_size"]} must be a multiple of data.shards={data["shards"]}'
+      f'batch_size={page["batch_size"]} must be a multiple of data.shards={data.shards}'
     )
 
 
@@ -312,7 +321,7 @@ def name_data_errors() -> Iterator[None]:
   try:
     yield
   except UserError as error:
-    if str(error).startswith(('sources[', 'heldout[')):
+    if error.option:
       raise type(error)(f'data.{error}') from error
     raise error.within('data') from error
   except (FileNotFoundError, ValueError) as error:

@@ -66,7 +66,7 @@ def drawn(pictures, flagged=None):
 @pytest.fixture
 def stub(monkeypatch):
   stub = Stub()
-  monkeypatch.setattr(cli, '_model', lambda args: stub)
+  monkeypatch.setattr(cli.options, 'load_model', lambda args: stub)
   return stub
 
 
@@ -396,7 +396,7 @@ def test_half_a_character_is_its_row(stub, folder, tmp_path, capsys, command, ro
   arguments = command, '--input', tmp_path / 'rows.jsonl', '--out', tmp_path / 'out'
   assert lavit(*arguments, '--json') == 2
   bad, other = lines(capsys.readouterr().out)
-  assert 'is no text or path' in bad['error'] and 'error' not in other
+  assert 'is not a valid text or path' in bad['error'] and 'error' not in other
   assert lavit(*arguments) == 2 and '2 of 2 are in' in capsys.readouterr().err
 
 
@@ -457,20 +457,20 @@ def test_parts(stub, folder, tmp_path):
     (
       ['caption', '--input', 'ROWS'],
       '{"image": "a.png", "caption": "owl"}',
-      "has the key 'caption'.*name it otherwise",
+      "has the key 'caption'.*rename it",
     ),
-    (['caption', 'EMPTY'], None, 'empty: no pictures in this folder; their names end in .png'),
+    (['caption', 'EMPTY'], None, 'empty: no images in this folder; their names end in .png'),
     (['reconstruct', 'PICTURES', '--out', 'PICTURES'], None, 'pictures is both read and written'),
     (['synthesize', 'PICTURES', 'PICTURES'], None, 'several folders'),
     (
       ['answer', 'a.png', 'b.PNG', 'What?'],
       None,
-      "'b.PNG' is a picture or a file, not a question; .* rows by --input ROWS.jsonl: {",
+      "'b.PNG' is an image or a file, not a question; .* rows by --input ROWS.jsonl: {",
     ),
     (
       ['answer', 'PICTURES', 'What?', 'PICTURES'],
       None,
-      "pictures' is a picture or a file, not a question",
+      "pictures' is an image or a file, not a question",
     ),
   ],
 )
@@ -505,7 +505,7 @@ def test_files_that_are_no_results_are_left_alone(stub, folder, tmp_path, capsys
   out.write_text(text, 'latin-1')
   assert lavit('caption', folder, '--out', out) == 2
   assert (
-    'captions.jsonl:1 is no result of such a run; give --out another name'
+    'captions.jsonl:1 is not a result of this command; give --out another name'
     in capsys.readouterr().err
   )
   assert out.read_text('latin-1') == text

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import lavit_jax
-from lavit_jax.apps import demo
+from lavit_jax.apps import demo, page
 from lavit_jax.errors import UserError
 from lavit_jax.inference.pipeline import Lavit, VisualTokens
 
@@ -48,7 +48,7 @@ class Stub:
 @pytest.fixture(scope='module')
 def inputs(tmp_path_factory):
   folder = tmp_path_factory.mktemp('inputs')
-  demo.make('embedded', folder)
+  demo.make_inputs('embedded', folder)
   return folder
 
 
@@ -62,14 +62,14 @@ def test_inputs_are_held_out_and_complete(inputs):
   kinds = {tuple(part.endswith('.png') for part in parts) for parts in manifest['mixed']}
   assert kinds == {(True, False), (True, True)}
   assert (
-    demo.make('embedded', inputs).read_text()
+    demo.make_inputs('embedded', inputs).read_text()
     == json.dumps(manifest, indent=1, ensure_ascii=False) + '\n'
   )
 
 
 def test_the_page_holds_everything(inputs, tmp_path, capsys):
   stub = Stub()
-  page = demo.run(stub, inputs, tmp_path / 'new' / 'out').read_text()
+  text = demo.run(stub, inputs, tmp_path / 'new' / 'out').read_text()
   assert [p.name for p in (tmp_path / 'new' / 'out').iterdir()] == ['index.html']
   pictures = []
 
@@ -81,19 +81,15 @@ def test_the_page_holds_everything(inputs, tmp_path, capsys):
         assert kind == 'data:image/png;base64'
         pictures.append(np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))))
 
-  Reader().feed(page)
+  Reader().feed(text)
   assert len(pictures) == 8 * 3 + 4 * 2 + 2 * 2 + 2 * 3 and all(
     p.shape == (64, 64, 3) for p in pictures
   )
   manifest = demo.read_manifest(inputs)
-  assert (
-    '&lt;caption 7&gt;' in page
-    and 'answer 7' in page
-    and '21 tokens' in page
-    and '5 tokens' in page
-  )
+  for expected in ('&lt;caption 7&gt;', 'answer 7', '21 tokens', '5 tokens'):
+    assert expected in text
   for row in manifest['pictures']:
-    assert html.escape(row['caption']) in page and html.escape(row['question']) in page
+    assert html.escape(row['caption']) in text and html.escape(row['question']) in text
   assert [[str(part).rpartition('/')[2] for part in parts] for parts in stub.prompts] == [
     [row['text']] for row in manifest['texts']
   ] + manifest['mixed']
@@ -103,7 +99,7 @@ def test_the_page_holds_everything(inputs, tmp_path, capsys):
 def test_kept_patches_stay_and_dropped_ones_fade():
   image, keep = np.full((64, 64, 3), 50, np.uint8), np.zeros(64, bool)
   keep[9] = True
-  shown = demo.show_kept(image, keep)
+  shown = page.show_kept_patches(image, keep)
   assert (
     (shown[8:16, 8:16] == 50).all()
     and (shown == 50).sum() == 64 * 3

@@ -126,7 +126,7 @@ def test_near_codes_have_near_colours(tasks):
     **vars(Stub.model) | dict(tokenizer=types.SimpleNamespace(apply=lambda *_, **__: rows))
   )
   colours = np.array(
-    [[int(part) for part in re.findall(r'\d+', colour)] for colour in tasks.colours]
+    [[int(part) for part in re.findall(r'\d+', colour)] for colour in tasks.code_colors]
   )
   assert (
     colours.shape == (50, 3)
@@ -173,7 +173,7 @@ def test_sizes_are_those_of_the_checkpoint(tasks, monkeypatch):
   assert tasks.defaults('896x1152') == (25, 7.0)
   tasks.draw('owl', 0, 4, 7, '896x1152')
   assert tasks.model.size == (896, 1152)
-  with pytest.raises(UserError, match="'big' is no size"):
+  with pytest.raises(UserError, match="'big' is not a size"):
     tasks.draw('owl', 0, 4, 7, 'big')
   monkeypatch.setattr(
     Stub, 'model', types.SimpleNamespace(**vars(Stub.model) | dict(variant='tiny'))
@@ -222,7 +222,7 @@ def test_wrong_steps_are_told_before_anything_runs(tasks):
 
 def test_a_flagged_picture_is_told_not_shown(tasks):
   for call in (lambda: tasks.draw('owl', 0, 4, 66), lambda: tasks.rebuild(PICTURE, 0, 5, 66)):
-    with pytest.raises(UserError, match='the safety checker found fault'):
+    with pytest.raises(UserError, match='the safety checker flagged this image'):
       call()
 
 
@@ -251,7 +251,7 @@ def test_uploads_that_are_no_pictures(tasks, tmp_path, data, message):
 
 
 def test_uploads_are_measured_before_they_are_read(tasks, tmp_path, monkeypatch):
-  monkeypatch.setattr(web, 'read_image', lambda *_: pytest.fail('decoded'))
+  monkeypatch.setattr(web.tasks, 'read_image', lambda *_: pytest.fail('decoded'))
   buffer = io.BytesIO()
   Image.new('1', (8000, 6250)).save(buffer, 'PNG')
   with pytest.raises(
@@ -267,23 +267,25 @@ def test_uploads_are_measured_before_they_are_read(tasks, tmp_path, monkeypatch)
 
 def test_an_upload_that_is_no_more_there(tasks, tmp_path):
   for call in (tasks.caption, lambda path: tasks.mix(dict(files=[path]), 0, 5, 2)):
-    with pytest.raises(UserError, match='^cat.png was here too long and is gone; upload it again'):
+    with pytest.raises(
+      UserError, match='^cat.png was uploaded too long ago and is deleted; upload it again'
+    ):
       call(str(tmp_path / 'cat.png'))
 
 
 @pytest.mark.parametrize(
   'call, message',
   [
-    (lambda t: t.caption(None), 'no picture yet'),
-    (lambda t: t.ask(PICTURE, ' '), 'no words; ask something'),
-    (lambda t: t.draw(None, 0, 4, 2), 'no words; say what to draw'),
-    (lambda t: t.draw('owl ' * 200, 0, 4, 2), 'the text has 799 letters; shorten it to 500'),
+    (lambda t: t.caption(None), 'no image yet'),
+    (lambda t: t.ask(PICTURE, ' '), 'the text is empty; ask something'),
+    (lambda t: t.draw(None, 0, 4, 2), 'the text is empty; describe an image'),
+    (lambda t: t.draw('owl ' * 200, 0, 4, 2), 'the text has 799 characters; shorten it to 500'),
     (lambda t: t.draw('owl', -1, 4, 2), 'seed is a whole number'),
     (lambda t: t.draw('owl', None, 4, 2), 'seed is a whole number'),
-    (lambda t: t.mix(None, 0, 4, 2), 'no picture; add one'),
+    (lambda t: t.mix(None, 0, 4, 2), 'no image; add one'),
     (
       lambda t: t.mix(dict(files=[PICTURE] * 5, text=''), 0, 4, 2),
-      '5 pictures are too many; leave at most 4',
+      '5 images are too many; leave at most 4',
     ),
   ],
 )
@@ -338,7 +340,7 @@ def test_the_page_over_http(server, tasks, tmp_path):
   words = upload(tmp_path, b'words')
   with pytest.raises(Exception, match='upload.png: not an image'):
     client.predict(handle_file(words), api_name='/caption')
-  with pytest.raises(Exception, match='there are no words; say what to draw'):
+  with pytest.raises(Exception, match='the text is empty; describe an image'):
     client.predict('', 0, 4, 5, api_name='/draw')
   with pytest.raises(Exception, match='log of the server'):
     client.predict(handle_file(PICTURE), 'fail', api_name='/ask')

@@ -1,51 +1,52 @@
-"""`lavit data pack`: the same pictures and texts, resumable, parallel, counted."""
+"""`lavit data pack` keeps images and texts, goes on where it stopped, and counts what it skips."""
 
 import json
 import os
 import re
 
 import pytest
-from things import caption, picture, sample, write_tar, write_tars
+from numbered_images import caption, image_file, sample, write_tar, write_tars
 
 from lavit_jax import cli
-from lavit_jax.data import array_record, formats, tars
+from lavit_jax.data import array_record, formats, stores, tars
 from lavit_jax.errors import UserError
 
 
 def stored(folder):
-  """{origin-free record} of every packed record, by text."""
+  """{first text: record} of all packed records."""
   records = formats.ArrayRecords(f'{folder}/*.array_record', None, ('txt', 'json.again'))
   return {record.texts[0]: record for record in map(records.read, range(len(records)))}
 
 
 @pytest.mark.parametrize('workers', [1, 2])
-def test_pictures_and_texts_are_the_same(tmp_path, workers):
+def test_images_and_texts_are_the_same(tmp_path, workers):
   source = write_tars(tmp_path)
   packed = array_record.write_array_records(
-    source['path'], str(tmp_path / 'out'), workers, say=lambda line: None
+    source['path'], str(tmp_path / 'out'), workers, log=lambda line: None
   )
   assert packed == (24, {}, 0, [])
   found = stored(tmp_path / 'out')
   assert len(found) == 24
   for i in range(24):
-    assert found[caption(i)][:2] == (picture(i), (caption(i), f'again {i}'))
-  assert sorted(os.listdir(tmp_path / 'out')) == sorted(
-    name for t in range(4) for name in (f'{t:05d}.array_record', f'{t:05d}.array_record.json')
-  )
+    assert found[caption(i)][:2] == (image_file(i), (caption(i), f'again {i}'))
+  names = [f'{t:05d}.array_record' for t in range(4)]
+  assert sorted(os.listdir(tmp_path / 'out')) == sorted(names + [f'{name}.json' for name in names])
 
 
 def test_the_layout_is_as_documented(tmp_path):
-  record = formats.pack_record('key', {'txt': 'wörds'}, b'image')
+  record = stores.pack_record('key', {'txt': 'wörds'}, b'image')
   length = int.from_bytes(record[:4], 'little')
   assert (
     json.loads(record[4 : 4 + length]) == {'key': 'key', 'fields': {'txt': 'wörds'}}
     and record[4 + length :] == b'image'
   )
-  assert formats.unpack_record(record) == ({'key': 'key', 'fields': {'txt': 'wörds'}}, b'image')
+  assert stores.unpack_record(record) == ({'key': 'key', 'fields': {'txt': 'wörds'}}, b'image')
 
 
 def test_goes_on_where_it_was_stopped(tmp_path):
-  source, out, lines = write_tars(tmp_path), tmp_path / 'out', []
+  source = write_tars(tmp_path)
+  out = tmp_path / 'out'
+  lines = []
 
   def stop(line):
     lines.append(line)
@@ -53,19 +54,19 @@ def test_goes_on_where_it_was_stopped(tmp_path):
       raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt):
-    array_record.write_array_records(source['path'], str(out), say=stop)
+    array_record.write_array_records(source['path'], str(out), log=stop)
   done = {path: path.stat().st_mtime_ns for path in out.glob('*.array_record')}
   assert len(done) == 2
   (out / '.00002.array_record.half').write_bytes(b'half a file')
-  packed = array_record.write_array_records(source['path'], str(out), say=lines.append)
+  packed = array_record.write_array_records(source['path'], str(out), log=lines.append)
   assert packed == (24, {}, 2, []) and len(lines) == 4 and len(stored(out)) == 24
   assert {path: path.stat().st_mtime_ns for path in done} == done and not list(out.glob('.*'))
-  again = array_record.write_array_records(source['path'], str(out), say=lines.append)
+  again = array_record.write_array_records(source['path'], str(out), log=lines.append)
   assert again == (24, {}, 4, []) and len(lines) == 4
 
 
 def test_what_is_skipped_is_counted_over_all_runs(tmp_path, capsys):
-  bad = [('x', {'png': picture(3)[:45], 'txt': b'cut'}), ('y', {'txt': b'no picture'})]
+  bad = [('x', {'png': image_file(3)[:45], 'txt': b'cut'}), ('y', {'txt': b'no picture'})]
   write_tar(tmp_path / '0.tar', [sample(i) for i in range(6)] + bad)
   whole = (tmp_path / '0.tar').read_bytes()
   (tmp_path / '1.tar').write_bytes(whole[: len(whole) // 2])
@@ -93,24 +94,26 @@ def test_two_tars_of_one_name_are_refused(tmp_path):
 
 
 def test_a_failure_to_read_is_no_broken_tar(tmp_path, monkeypatch, capsys):
-  """What came before it is not taken for the whole; the next run reads the tar again."""
-  source, whole = write_tars(tmp_path), tars.samples
+  """The samples before it are not taken for the whole tar; the next run reads it again."""
+  source = write_tars(tmp_path)
+  whole = tars.samples
 
   def samples(file):
-    for n, each in enumerate(whole(file)):
+    for n, member_sample in enumerate(whole(file)):
       if n == 2:
         raise ConnectionResetError('the network is gone')
-      yield each
+      yield member_sample
 
   monkeypatch.setattr(tars, 'samples', samples)
   assert cli.main(['data', 'pack', source['path'], '--out', str(tmp_path / 'out')]) == 2
   out, err = capsys.readouterr()
   assert out.splitlines()[-1].startswith('0 records') and '2/4  ' in out
   assert re.search(
-    r'4 tars are not packed: \S*00000.tar failed after 2 samples: the network is gone, and others; the same command',
+    r'4 tars are not packed: \S*00000.tar failed after 2 samples: the network is gone, '
+    'and others; the same command',
     err,
   )
   monkeypatch.undo()
   assert array_record.write_array_records(
-    source['path'], str(tmp_path / 'out'), 1, say=lambda line: None
+    source['path'], str(tmp_path / 'out'), 1, log=lambda line: None
   ) == (24, {}, 0, [])

@@ -1,5 +1,5 @@
-"""Folders as people have them: files of captions in every form, texts beside images, bare images,
-what changed between two legs of a run, and what is told of a folder that cannot be read."""
+"""Folders of images: files of captions in every form, texts beside images, bare images, changes
+between two parts of a run, and the errors of folders that cannot be read."""
 
 import csv
 import io
@@ -7,66 +7,75 @@ import json
 import random
 
 import pytest
-from things import batches, caption, number, picture
+from numbered_images import batches, caption, image_file, number
 
 from lavit_jax.data import captions_file, formats
 from lavit_jax.data.row_workers import SkipCounter
 from lavit_jax.errors import UserError
 
 NAMES = ['0.png', '1.png', '2.png']
-WORDS = ['a dog, a cat, and a bee', 'an owl', 'the "best" pie']
+SENTENCES = ['a dog, a cat, and a bee', 'an owl', 'the "best" pie']
 
 
 @pytest.fixture
 def folder(tmp_path):
   for i, name in enumerate(NAMES):
-    (tmp_path / name).write_bytes(picture(i))
+    (tmp_path / name).write_bytes(image_file(i))
   return tmp_path
 
 
 def read(folder, image=None, text=(), **options) -> dict[str, tuple[str, ...]]:
-  """name -> texts, each read with its own image."""
-  opened, found = formats.Folder(str(folder), image, text, **options), {}
-  for i in range(len(opened)):
-    record = opened.read(i)
+  """Returns the texts by name, and checks that each record has its own image."""
+  records = formats.Folder(str(folder), image, text, **options)
+  texts = {}
+  for i in range(len(records)):
+    record = records.read(i)
     name = record.origin.removeprefix(f'{folder}/')
-    assert record.image == picture(NAMES.index(name))
-    found[name] = record.texts
-  return found
+    assert record.image == image_file(NAMES.index(name))
+    texts[name] = record.texts
+  return texts
 
 
-def pairs_of(words) -> dict[str, tuple[str, ...]]:
-  return {name: (text,) for name, text in zip(NAMES, words)}
+def pairs_of(captions) -> dict[str, tuple[str, ...]]:
+  return {name: (text,) for name, text in zip(NAMES, captions)}
 
 
-def table(words, **options) -> str:
+def table(captions, **options) -> str:
   file = io.StringIO()
   writer = csv.writer(file, **options)
-  writer.writerows([('file_name', 'text'), *zip(NAMES, words)])
+  writer.writerows([('file_name', 'text'), *zip(NAMES, captions)])
   return file.getvalue()
 
 
 LONG = ['many words ' * 20_000, 'an owl', 'a pie']  # csv's own limit is 131,072 characters
 LINES = ['a dog\nand a cat', 'an owl,\n\nat night', 'a "pie"']
-ROWS = [dict(file_name=name, text=text) for name, text in zip(NAMES, WORDS)]
-COLUMNS = dict(file_name=NAMES, text=WORDS)
+ROWS = [dict(file_name=name, text=text) for name, text in zip(NAMES, SENTENCES)]
+COLUMNS = dict(file_name=NAMES, text=SENTENCES)
 
 
 @pytest.mark.parametrize(
-  'name, content, words',
+  'name, content, captions',
   [
-    ('captions.csv', table(WORDS), WORDS),
-    ('captions.csv', table(WORDS, quoting=csv.QUOTE_ALL), WORDS),
-    ('captions.csv', table(WORDS, delimiter=';'), WORDS),
+    ('captions.csv', table(SENTENCES), SENTENCES),
+    ('captions.csv', table(SENTENCES, quoting=csv.QUOTE_ALL), SENTENCES),
+    ('captions.csv', table(SENTENCES, delimiter=';'), SENTENCES),
     ('captions.csv', table(LONG), LONG),
     ('captions.csv', table(LINES), LINES),
-    ('captions.csv', '\ufeff' + table(WORDS), WORDS),
-    ('captions.csv', 'file_name,text\n' + ''.join(map('{},{}\n'.format, NAMES, WORDS)), WORDS),
-    ('captions.csv', 'text,file_name\n' + ''.join(map('{1},{0}\n'.format, NAMES, WORDS)), WORDS),
+    ('captions.csv', '\ufeff' + table(SENTENCES), SENTENCES),
     (
       'captions.csv',
-      'file_name,width,text\n' + ''.join(map('{},32,{}\n'.format, NAMES, WORDS)),
-      WORDS,
+      'file_name,text\n' + ''.join(map('{},{}\n'.format, NAMES, SENTENCES)),
+      SENTENCES,
+    ),
+    (
+      'captions.csv',
+      'text,file_name\n' + ''.join(map('{1},{0}\n'.format, NAMES, SENTENCES)),
+      SENTENCES,
+    ),
+    (
+      'captions.csv',
+      'file_name,width,text\n' + ''.join(map('{},32,{}\n'.format, NAMES, SENTENCES)),
+      SENTENCES,
     ),
     (
       'captions.csv',
@@ -85,10 +94,10 @@ COLUMNS = dict(file_name=NAMES, text=WORDS)
       ['"all of it"', 'b', 'c'],
     ),
     ('captions.tsv', table(LINES, delimiter='\t'), LINES),
-    ('captions.tsv', table(WORDS, delimiter='\t', quoting=csv.QUOTE_ALL), WORDS),
-    ('captions.tsv', table(WORDS, delimiter='\t').encode('utf-16'), WORDS),
-    ('captions.jsonl', '\ufeff' + '\r\n'.join(map(json.dumps, ROWS)) + '\r\n', WORDS),
-    ('captions.jsonl', json.dumps(ROWS, indent=1), WORDS),
+    ('captions.tsv', table(SENTENCES, delimiter='\t', quoting=csv.QUOTE_ALL), SENTENCES),
+    ('captions.tsv', table(SENTENCES, delimiter='\t').encode('utf-16'), SENTENCES),
+    ('captions.jsonl', '\ufeff' + '\r\n'.join(map(json.dumps, ROWS)) + '\r\n', SENTENCES),
+    ('captions.jsonl', json.dumps(ROWS, indent=1), SENTENCES),
     (
       'captions.jsonl',
       '\n'.join(
@@ -96,69 +105,71 @@ COLUMNS = dict(file_name=NAMES, text=WORDS)
       ),
       ['a\u2028b'] * 3,
     ),
-    ('captions.json', json.dumps(ROWS), WORDS),
-    ('captions.json', json.dumps({'data': ROWS, 'version': 1}), WORDS),
-    ('captions.json', json.dumps(dict(zip(NAMES, WORDS))), WORDS),
+    ('captions.json', json.dumps(ROWS), SENTENCES),
+    ('captions.json', json.dumps({'data': ROWS, 'version': 1}), SENTENCES),
+    ('captions.json', json.dumps(dict(zip(NAMES, SENTENCES))), SENTENCES),
     (
       'captions.json',
-      json.dumps({name: {'text': text} for name, text in zip(NAMES, WORDS)}),
-      WORDS,
+      json.dumps({name: {'text': text} for name, text in zip(NAMES, SENTENCES)}),
+      SENTENCES,
     ),
-    ('captions.json', json.dumps(COLUMNS), WORDS),
+    ('captions.json', json.dumps(COLUMNS), SENTENCES),
     (
       'captions.json',
       json.dumps({key: dict(zip('012', values)) for key, values in COLUMNS.items()}),
-      WORDS,
+      SENTENCES,
     ),  # pandas
-    ('captions.json', '\ufeff' + json.dumps(ROWS), WORDS),
-    ('metadata.csv', table(WORDS), WORDS),
+    ('captions.json', '\ufeff' + json.dumps(ROWS), SENTENCES),
+    ('metadata.csv', table(SENTENCES), SENTENCES),
   ],
   ids=lambda value: value if str(value)[8:9] == '.' else '',
 )
-def test_files_of_captions_as_people_have_them(folder, name, content, words):
+def test_files_of_captions_in_every_form(folder, name, content, captions):
   content = content if isinstance(content, bytes) else content.encode()
   (folder / name).write_bytes(content)
-  assert read(folder) == pairs_of(words)
+  assert read(folder) == pairs_of(captions)
 
 
 def test_several_captions_in_each_form(folder):
+  coco = dict(images=[], annotations=[])
+  karpathy = dict(images=[])
+  lines = []
+  for i, name in enumerate(NAMES):
+    coco['images'].append(dict(id=i, file_name=name))
+    karpathy['images'].append(dict(filename=name, sentences=[dict(raw='one'), dict(raw='two')]))
+    for text in ('one', 'two'):
+      coco['annotations'].append(dict(image_id=i, caption=text))
+      lines.append(json.dumps(dict(file_name=name, text=text)))
   forms = {
     'a.json': json.dumps({name: ['one', 'two'] for name in NAMES}),
-    'b.jsonl': '\n'.join(
-      json.dumps(dict(file_name=name, text=each)) for name in NAMES for each in ('one', 'two')
-    ),
-    'c.json': json.dumps(
-      dict(
-        images=[dict(id=i, file_name=name) for i, name in enumerate(NAMES)],
-        annotations=[dict(image_id=i, caption=each) for i in range(3) for each in ('one', 'two')],
-      )
-    ),
-    'd.json': json.dumps(
-      dict(
-        images=[dict(filename=name, sentences=[dict(raw='one'), dict(raw='two')]) for name in NAMES]
-      )
-    ),
+    'b.jsonl': '\n'.join(lines),
+    'c.json': json.dumps(coco),
+    'd.json': json.dumps(karpathy),
   }
   for name, content in forms.items():
     (folder / name).write_text(content)
     text = ('sentences.raw',) if name == 'd.json' else ()
-    assert read(folder, text=text, captions=name) == {each: ('one', 'two') for each in NAMES}, name
+    assert read(folder, text=text, captions=name) == dict.fromkeys(NAMES, ('one', 'two')), name
 
 
 @pytest.mark.parametrize('name', ['captions.jsonl', 'captions.csv', 'captions.json'])
-def test_the_options_image_and_text_are_obeyed(folder, name):
-  rows = [
-    {'file_name': 'no.png', 'img': each, 'text': 'junk', 'caption': 'good', 'a.b': 'dotted'}
-    for each in NAMES
-  ]
+def test_the_options_image_and_text_name_fields(folder, name):
+  columns = {
+    'file_name': ['no.png'] * 3,
+    'img': NAMES,
+    'text': ['junk'] * 3,
+    'caption': ['good'] * 3,
+    'a.b': ['dotted'] * 3,
+  }
+  rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
   content = {
     'captions.jsonl': '\n'.join(map(json.dumps, rows)),
-    'captions.csv': '\n'.join([','.join(rows[0]), *(','.join(row.values()) for row in rows)]),
-    'captions.json': json.dumps({key: [row[key] for row in rows] for key in rows[0]}),
+    'captions.csv': '\n'.join([','.join(columns), *(','.join(row.values()) for row in rows)]),
+    'captions.json': json.dumps(columns),
   }
   (folder / name).write_text(content[name])
-  assert read(folder, 'img', ('caption',)) == {each: ('good',) for each in NAMES}
-  assert read(folder, 'img', ('a.b', 'caption')) == {each: ('dotted', 'good') for each in NAMES}
+  assert read(folder, 'img', ('caption',)) == dict.fromkeys(NAMES, ('good',))
+  assert read(folder, 'img', ('a.b', 'caption')) == dict.fromkeys(NAMES, ('dotted', 'good'))
   with pytest.raises(
     UserError,
     match=rf"{name} has no field 'captions' \('caption' is near\); its fields are .*with text=",
@@ -229,7 +240,8 @@ def test_the_options_image_and_text_are_obeyed(folder, name):
     ),
     (
       'captions.json',
-      '{"images": [{"id": 1, "file_name": "0.png"}], "annotations": [{"image_id": 2, "caption": "a"}]}',
+      '{"images": [{"id": 1, "file_name": "0.png"}], '
+      '"annotations": [{"image_id": 2, "caption": "a"}]}',
       'captions.json: annotation 0 is of the image 2',
     ),
     ('captions.json', '{"a": ', 'captions.json:1: not JSON'),
@@ -241,16 +253,49 @@ def test_the_options_image_and_text_are_obeyed(folder, name):
     (
       'notes.md',
       'x',
-      r'has no captions.jsonl or .*, nor NAME.txt beside an image; it has 4 files \(0.png, 1.png, 2.png ...\)',
+      r'has no captions.jsonl or .*, nor NAME.txt beside an image; '
+      r'it has 4 files \(0.png, 1.png, 2.png ...\)',
     ),
   ],
 )
-def test_what_cannot_be_read_is_told_with_its_line(folder, name, content, message):
+def test_errors_name_the_line(folder, name, content, message):
   content = content if isinstance(content, bytes) else content.encode()
   (folder / name).write_bytes(content)
   with pytest.raises(UserError, match=message) as caught:
     formats.Folder(str(folder), None, ())
   assert '\n' not in str(caught.value) and str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize('encoding', ['UTF-16-LE', 'UTF-16-BE'])
+@pytest.mark.parametrize(
+  'name', ['captions.csv', 'captions.tsv', 'captions.jsonl', 'captions.json']
+)
+def test_utf16_without_a_byte_order_mark_is_named(folder, name, encoding):
+  content = {
+    'captions.csv': table(SENTENCES),
+    'captions.tsv': table(['東京', 'né', '猫'], delimiter='\t'),
+    'captions.jsonl': '\n'.join(json.dumps(row) for row in ROWS),
+    'captions.json': json.dumps(ROWS),
+  }
+  (folder / name).write_bytes(content[name].encode(encoding))
+  message = (
+    f'{name}: {encoding} without a byte order mark, which is not read; save the file as UTF-8'
+  )
+  with pytest.raises(UserError, match=message):
+    formats.Folder(str(folder), None, ())
+
+
+def test_a_text_beside_an_image_in_utf16_without_a_byte_order_mark(folder):
+  for name in NAMES:
+    (folder / name).with_suffix('.txt').write_bytes('a dog'.encode('utf-16-le'))
+  skip = formats.Folder(str(folder), None, ()).read(0)
+  assert skip.reason == 'broken caption'
+  assert f'{folder}/0.txt: UTF-16-LE without a byte order mark' in skip.origin
+
+
+def test_zero_bytes_alone_are_not_utf16():
+  text = 'a dog\x00\x00, a cat\x00' + 100 * ' and more'
+  assert captions_file.decode('captions.txt', text.encode()) == text
 
 
 @pytest.mark.parametrize(
@@ -268,14 +313,14 @@ def test_what_cannot_be_read_is_told_with_its_line(folder, name, content, messag
     (dict(weight=None), 'weight'),
   ],
 )
-def test_options_of_another_type_are_told_in_a_line(folder, options, message):
+def test_options_of_another_type_are_errors_of_one_line(folder, options, message):
   with pytest.raises(UserError, match=message) as caught:
     batches(dict(format='folder', path=str(folder)) | options)
   assert '\n' not in str(caught.value) and str(caught.value).startswith('sources[0]')
 
 
 def test_a_folder_that_is_a_file_of_captions(folder):
-  (folder / 'x.csv').write_text(table(WORDS))
+  (folder / 'x.csv').write_text(table(SENTENCES))
   with pytest.raises(
     UserError, match=rf"x.csv is a file; give the folder, path='{folder}', and.*captions='x.csv'"
   ):
@@ -283,7 +328,7 @@ def test_a_folder_that_is_a_file_of_captions(folder):
 
 
 def test_captions_on_the_lines_of_a_text_beside_the_image(folder):
-  """Of an image without one, no caption is made up."""
+  """An image without such a file has no caption."""
   (folder / '0.txt').write_text('\ufeffone dog\r\n\r\ntwo dogs\n', encoding='utf-8')
   (folder / '1.png.txt').write_text('an owl')
   (folder / '._0.png').write_bytes(b'of macOS')
@@ -292,7 +337,7 @@ def test_captions_on_the_lines_of_a_text_beside_the_image(folder):
 
 def test_bare_images_are_enough_where_no_captions_are_needed(folder):
   (folder / 'deeper').mkdir()
-  (folder / 'deeper' / '3.PNG').write_bytes(picture(3))
+  (folder / 'deeper' / '3.PNG').write_bytes(image_file(3))
   source = dict(format='folder', path=str(folder))
   batch = next(batches(source, task='images', batch_size=4, heldout=(source,), split='heldout'))
   assert [number(image) for image in batch['image']] == [0, 1, 2, 3]
@@ -316,9 +361,9 @@ def test_texts_without_images(tmp_path):
 
 @pytest.mark.parametrize('beside', [False, True])
 @pytest.mark.parametrize('what', ['caption', 'image'])
-def test_changes_between_two_legs_are_told(folder, beside, what):
+def test_changes_between_two_parts_of_a_run_are_errors(folder, beside, what):
   def write(word):
-    for i, name in enumerate(NAMES):
+    for i in range(len(NAMES)):
       (folder / f'{i}.txt').write_text(f'{word} {i}')
     if not beside:
       (folder / 'captions.jsonl').write_text(
@@ -334,7 +379,7 @@ def test_changes_between_two_legs_are_told(folder, beside, what):
   if what == 'caption':
     write('two')
   else:
-    (folder / '1.png').write_bytes(picture(7) + b'...')
+    (folder / '1.png').write_bytes(image_file(7) + b'...')
   with pytest.raises(ValueError, match=r'^changed are sources\[0\].contents \w{8} -> \w{8}$'):
     batches(source).set_state(state)
   del state['of']['sources'][0]['contents']  # of a version that did not write it
@@ -352,23 +397,24 @@ def test_names_as_windows_writes_them_and_whole_paths(folder):
   (folder / 'captions.jsonl').write_text('\n'.join(map(json.dumps, rows)))
   opened = formats.Folder(str(folder), None, ())
   assert [opened.read(i)[:2] for i in range(3)] == [
-    (picture(i), (word,)) for i, word in enumerate('abc')
+    (image_file(i), (word,)) for i, word in enumerate('abc')
   ]
 
 
-def test_two_files_of_captions_are_told(folder, caplog):
+def test_a_second_file_of_captions_is_a_warning(folder, caplog):
   (folder / 'captions.jsonl').write_text('\n'.join(map(json.dumps, ROWS)))
   (folder / 'metadata.csv').write_text(table(['x'] * 3))
-  assert read(folder) == pairs_of(WORDS)
+  assert read(folder) == pairs_of(SENTENCES)
   assert 'captions.jsonl is read, and not metadata.csv; say which with captions=' in caplog.text
 
 
-def test_images_that_are_gone_later_are_counted(folder):
+def test_missing_images_are_counted(folder):
   (folder / 'captions.jsonl').write_text(
     '\n'.join(json.dumps(dict(file_name=name, text=caption(i))) for i, name in enumerate(NAMES))
   )
   (folder / '1.png').unlink()
-  skipped, source = SkipCounter(), dict(format='folder', path=str(folder))
+  skipped = SkipCounter()
+  source = dict(format='folder', path=str(folder))
   data = batches(
     source, heldout=(source,), split='heldout', skipped=skipped, num_threads=0, batch_size=1
   )
@@ -378,33 +424,35 @@ def test_images_that_are_gone_later_are_counted(folder):
 
 @pytest.mark.parametrize('name, delimiter', [('captions.csv', ','), ('captions.tsv', '\t')])
 def test_tables_are_read_as_the_csv_module_wrote_them(name, delimiter):
-  """Of captions of marks, quotes, line breaks and spaces, quoted where needed or everywhere."""
+  """With captions of marks, quotes, line breaks and spaces, quoted if needed or everywhere."""
   rng = random.Random(0)
   marks = ['a', 'b ', '"', '""', ',', '\t', '\n', '\\', ' ', 'é', ';']
   for case in range(300):
-    words = [''.join(rng.choices(marks, k=rng.randint(1, 8))) for _ in NAMES]
+    captions = [''.join(rng.choices(marks, k=rng.randint(1, 8))) for _ in NAMES]
     quoting = csv.QUOTE_ALL if case % 2 else csv.QUOTE_MINIMAL
-    written = table(words, delimiter=delimiter, quoting=quoting)
+    written = table(captions, delimiter=delimiter, quoting=quoting)
     rows = captions_file.read_rows(name, written.encode(), captions_file.Fields('', ()))
-    assert [row.fields['text'] for row in rows] == words, written
+    assert [row.fields['text'] for row in rows] == captions, written
 
 
 def test_a_raw_tsv_is_read_as_it_is():
-  """But for a file in which each quoted field needs its quotes, captions are what is between the
-  tab and the end of the line."""
+  """Captions are all characters between the tab and the end of the line, unless each quoted field
+  needs its quotes."""
   rng = random.Random(0)
   marks = ['a', '"Never', 'mind"', '12"', ',', "'x'", 'said;']
   for _ in range(300):
-    words = ['bare', *(' '.join(rng.choices(marks, k=rng.randint(1, 5))) for _ in NAMES[1:])]
-    written = 'file_name\ttext\n' + ''.join(f'{name}\t{text}\n' for name, text in zip(NAMES, words))
+    captions = ['bare', *(' '.join(rng.choices(marks, k=rng.randint(1, 5))) for _ in NAMES[1:])]
+    written = 'file_name\ttext\n' + ''.join(
+      f'{name}\t{text}\n' for name, text in zip(NAMES, captions)
+    )
     rows = captions_file.read_rows('captions.tsv', written.encode(), captions_file.Fields('', ()))
-    assert [row.fields['text'] for row in rows] == words, written
+    assert [row.fields['text'] for row in rows] == captions, written
 
 
 def test_a_file_of_captions_with_another_name(folder):
   (folder / 'results.token').write_text(
     'image\tcomment\n' + ''.join(f'{name}\ta, b\n' for name in NAMES)
   )
-  assert read(folder, 'image', ('comment',), captions='results.token') == {
-    name: ('a, b',) for name in NAMES
-  }
+  assert read(folder, 'image', ('comment',), captions='results.token') == dict.fromkeys(
+    NAMES, ('a, b',)
+  )

@@ -61,14 +61,14 @@ def test_shards_are_the_blocks_of_the_unsharded_batches(shards):
     for shard in range(shards)
   ]
   for step, batch in enumerate(whole):
-    equal(batch, {key: np.concatenate([part[step][key] for part in parts]) for key in batch})
+    shards_of_step = [part[step] for part in parts]
+    for key, value in batch.items():
+      np.testing.assert_array_equal(value, np.concatenate([part[key] for part in shards_of_step]))
 
 
 def test_rows_of_a_shard_may_lie_apart():
-  whole, some = (
-    take(batches('lm'), 3),
-    take(batches('lm', batch_size=4, shard_count=2, rows=[0, 1, 4, 5]), 3),
-  )
+  whole = take(batches('lm'), 3)
+  some = take(batches('lm', batch_size=4, shard_count=2, rows=[0, 1, 4, 5]), 3)
   for batch, part in zip(whole, some):
     equal({key: value[[0, 1, 4, 5]] for key, value in batch.items()}, part)
 
@@ -100,7 +100,7 @@ def test_seed_and_split_change_the_batch():
   assert (next(batches('images', split='heldout'))['image'] != reference).any()
 
 
-def test_tasks_show_the_same_pictures():
+def test_tasks_show_the_same_images():
   equal({'image': next(batches('images'))['image']}, {'image': next(batches('lm'))['image']})
 
 
@@ -175,37 +175,36 @@ def test_questions_are_asked_by_weight():
     iterator = batches(
       'lm', batch_size=400, shares={'answer': 1}, scene_share=1.0, question_weights=weights
     )
-    tokenizer, batch = text.TextTokenizer.load(FOLDER), next(iterator)
-    asked = [
-      tokenizer.decode(ids[:n]).split(' Answer: ')
-      for ids, n in zip(batch['text'], batch['text_length'])
-    ]
-    return np.array(
-      [
-        'yes/no'
-        if answer in ('yes', 'no')
-        else 'position'
-        if ', seen from' in question
-        else 'other'
-        for question, answer in asked
-      ]
-    )
+    tokenizer = text.TextTokenizer.load(FOLDER)
+    batch = next(iterator)
+    found = []
+    for ids, length in zip(batch['text'], batch['text_length']):
+      question, answer = tokenizer.decode(ids[:length]).split(' Answer: ')
+      if answer in ('yes', 'no'):
+        found.append('yes/no')
+      elif ', seen from' in question:
+        found.append('position')
+      else:
+        found.append('other')
+    return np.array(found)
 
   def close(found, share):
     return abs(found.mean() - share) < 4 * (share * (1 - share) / len(found)) ** 0.5
 
-  even, weighted = kinds(None), kinds({'yes/no': 1000.0})
+  even = kinds(None)
+  weighted = kinds({'yes/no': 1000.0})
   assert 0.1 < (even == 'yes/no').mean() < 0.25  # one of the five to seven questions of a scene
   assert close(weighted == 'yes/no', 1000 / 1006)
   assert (kinds({'position': 4.0}) == 'position').mean() > 2 * (even == 'position').mean()
 
 
 @pytest.mark.parametrize('drop_text', [0.0, 0.3, 1.0])
-def test_pictures_to_draw_are_without_text_now_and_then(drop_text):
+def test_some_images_to_draw_have_no_text(drop_text):
   rows = take(
     batches('lm', batch_size=200, shares={'caption': 1, 'draw': 3}, drop_text=drop_text), 3
   )
-  kind, length = (np.concatenate([batch[key] for batch in rows]) for key in ('kind', 'text_length'))
+  kind = np.concatenate([batch['kind'] for batch in rows])
+  length = np.concatenate([batch['text_length'] for batch in rows])
   assert (length[kind == 0] > 0).all()  # nothing else loses its text
   drawn = (kind == 1).sum()
   assert (
@@ -220,7 +219,8 @@ def test_examples_are_singles_or_scenes():
     for example in corpus.examples(count=20)
   )
   scenes = corpus.examples(count=20, kind='scene')
-  assert all(2 <= sum(item.count for item in example.facts.objects) <= 4 for example in scenes)
+  for example in scenes:
+    assert 2 <= sum(item.count for item in example.facts.objects) <= 4
   assert {example.facts.heldout for example in scenes} == {'concept', 'pair', 'combination'}
 
 

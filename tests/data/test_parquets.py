@@ -1,4 +1,4 @@
-"""Parquet files as people have them: their columns, types and nulls; files that differ; what is held in memory."""
+"""Columns, types and nulls of Parquet files; files that differ; the memory that is used."""
 
 import io
 import threading
@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from things import batches, caption, number, picture
+from numbered_images import batches, caption, image_file, read_numbers
 
-from lavit_jax.data import formats, parquets, streams
+from lavit_jax.data import formats, open_units, parquets
 from lavit_jax.errors import UserError
 
 STRUCT = pa.struct([('bytes', pa.binary()), ('path', pa.string())])
@@ -17,12 +17,10 @@ STRUCT = pa.struct([('bytes', pa.binary()), ('path', pa.string())])
 
 def records(path, image='image', text=('text',)):
   read = formats.Parquets(str(path), image, text)
-  return [
-    item
-    for unit in range(len(read))
-    for *_, item in read.read(unit)
-    if isinstance(item, formats.Record)
-  ]
+  items = []
+  for unit in range(len(read)):
+    items += [item for *_, item in read.read(unit)]
+  return [item for item in items if isinstance(item, formats.Record)]
 
 
 @pytest.mark.parametrize(
@@ -36,19 +34,19 @@ def records(path, image='image', text=('text',)):
   ],
 )
 def test_images_of_every_type(tmp_path, kind):
-  values = [picture(0), None, picture(1)]
+  values = [image_file(0), None, image_file(1)]
   if kind == STRUCT:
     values = [
-      {'bytes': picture(0), 'path': '0.png'},
+      {'bytes': image_file(0), 'path': '0.png'},
       None,
-      {'bytes': picture(1), 'path': None},
+      {'bytes': image_file(1), 'path': None},
       {'bytes': None, 'path': 'a'},
     ]
   pq.write_table(
     pa.table({'image': pa.array(values, kind), 'text': ['words'] * len(values)}),
     tmp_path / 'a.parquet',
   )
-  assert [record.image for record in records(tmp_path)] == [picture(0), b'', picture(1), b''][
+  assert [record.image for record in records(tmp_path)] == [image_file(0), b'', image_file(1), b''][
     : len(values)
   ]
 
@@ -67,7 +65,7 @@ def test_images_of_every_type(tmp_path, kind):
 )
 def test_texts_of_every_type(tmp_path, kind, values, expected):
   pq.write_table(
-    pa.table({'image': [picture(0)] * len(values), 'text': pa.array(values, kind)}),
+    pa.table({'image': [image_file(0)] * len(values), 'text': pa.array(values, kind)}),
     tmp_path / 'a.parquet',
   )
   assert [record.texts for record in records(tmp_path)] == expected
@@ -76,7 +74,7 @@ def test_texts_of_every_type(tmp_path, kind, values, expected):
 def test_nested_columns_and_names_with_dots(tmp_path):
   table = pa.table(
     {
-      'data': [{'image': {'bytes': picture(3)}}],
+      'data': [{'image': {'bytes': image_file(3)}}],
       'text.en': ['dotted'],
       'texts': [{'en': 'nested', 'de': 'geschachtelt'}],
       'map': pa.array(
@@ -86,19 +84,19 @@ def test_nested_columns_and_names_with_dots(tmp_path):
   )
   pq.write_table(table, tmp_path / 'a.parquet')
   (record,) = records(tmp_path, 'data.image', ('text.en', 'texts.de', 'map.en'))
-  assert record[:2] == (picture(3), ('dotted', 'geschachtelt', 'mapped'))
+  assert record[:2] == (image_file(3), ('dotted', 'geschachtelt', 'mapped'))
 
 
-def test_the_columns_of_every_file_are_looked_at(tmp_path, caplog):
-  """Those that only later ones have; and which files lack one is told."""
-  pq.write_table(pa.table({'image': [picture(0)], 'text': ['words']}), tmp_path / '0.parquet')
+def test_the_columns_of_every_file_are_read(tmp_path, caplog):
+  """Columns that only later files have are found; files that lack one are logged."""
+  pq.write_table(pa.table({'image': [image_file(0)], 'text': ['words']}), tmp_path / '0.parquet')
   pq.write_table(
-    pa.table({'recaption': ['other'], 'image': [picture(1)], 'text': ['words']}),
+    pa.table({'recaption': ['other'], 'image': [image_file(1)], 'text': ['words']}),
     tmp_path / '1.parquet',
   )
   assert [record[:2] for record in records(tmp_path, text=('text', 'recaption'))] == [
-    (picture(0), ('words',)),
-    (picture(1), ('words', 'other')),
+    (image_file(0), ('words',)),
+    (image_file(1), ('words', 'other')),
   ]
   assert (
     '1 of 2 Parquet files have no column recaption, such as ' in caplog.text
@@ -118,7 +116,7 @@ def test_the_columns_of_every_file_are_looked_at(tmp_path, caplog):
     ('struct.bites', 'the column struct has no bites'),
   ],
 )
-def test_a_column_that_holds_no_images_is_named(tmp_path, image, message):
+def test_a_column_without_images_is_named(tmp_path, image, message):
   table = pa.table(
     {'url': ['http://x'], 'many': [[b'']], 'struct': [{'bytes': b''}], 'text': ['words']}
   )
@@ -131,7 +129,7 @@ def test_a_column_that_holds_no_images_is_named(tmp_path, image, message):
 @pytest.mark.parametrize('bad', ['no rows', 'no row groups', 'no bytes'])
 def test_an_empty_file_among_sound_ones(tmp_path, split, bad):
   table = pa.table(
-    {'image': [picture(i) for i in range(8)], 'text': [caption(i) for i in range(8)]}
+    {'image': [image_file(i) for i in range(8)], 'text': [caption(i) for i in range(8)]}
   )
   if bad == 'no rows':
     pq.write_table(table.slice(0, 0), tmp_path / '0.parquet')
@@ -144,7 +142,7 @@ def test_an_empty_file_among_sound_ones(tmp_path, split, bad):
   iterator = batches(
     source, split=split, heldout=(source,), batch_size=8, shards=8, max_skipped=0.6
   )
-  assert {number(image) for _ in range(40) for image in next(iterator)['image']} == set(range(8))
+  assert set(read_numbers(iterator, 40)) == set(range(8))
   iterator.close()
 
 
@@ -160,7 +158,10 @@ class Counted(io.BufferedReader):
 
 
 def test_a_row_group_is_not_loaded_whole(tmp_path, monkeypatch):
-  """Of 1,000 images of 100 kB, in pages of 8, what is read for 64 rows, and what Arrow holds meanwhile: some pages, and a batch."""
+  """Of 1,000 images of 100 kB in pages of 8, some pages and a batch are read for 64 rows.
+
+  Arrow has as much in memory.
+  """
   rng = np.random.default_rng(0)
   with pq.ParquetWriter(
     tmp_path / 'a.parquet',
@@ -173,20 +174,20 @@ def test_a_row_group_is_not_loaded_whole(tmp_path, monkeypatch):
     )
   read = formats.Parquets(str(tmp_path / 'a.parquet'), 'image', ('text',))
   monkeypatch.setattr(parquets.paths, 'open_file', lambda path, **options: Counted(io.FileIO(path)))
-  Counted.count, before = 0, pa.total_allocated_bytes()
+  Counted.count = 0
+  before = pa.total_allocated_bytes()
   rows = read.read(0)
-  held = 0
+  allocated = 0
   for _ in range(64):
     next(rows)
-    held = max(held, pa.total_allocated_bytes() - before)
+    allocated = max(allocated, pa.total_allocated_bytes() - before)
   rows.close()
-  assert (
-    Counted.count < 25e6 and held < 25e6
-  )  # 6.4 MB are needed; a batch has 4 MB, which Arrow doubles as it grows
+  # 6.4 MB are needed; a batch has 4 MB, which Arrow doubles as it grows
+  assert Counted.count < 25e6 and allocated < 25e6
 
 
-def test_what_is_held_of_large_pages_counts(tmp_path):
-  """pyarrow ends a page after 1,024 rows: of 2,048 rows of 10 kB each it is 10 MB, compressed and plain."""
+def test_large_pages_cost_more(tmp_path):
+  """pyarrow ends a page after 1,024 rows: of rows of 10 kB it has 10 MB, compressed and plain."""
   image = np.random.default_rng(0).bytes(10_000)
   pq.write_table(
     pa.table({'image': [image] * 2048, 'text': ['words'] * 2048}),
@@ -196,18 +197,20 @@ def test_what_is_held_of_large_pages_counts(tmp_path):
   )
   read = formats.Parquets(str(tmp_path / 'a.parquet'), 'image', ('text',))
   page = 1024 * (10_000 + 4 + 9)
-  assert read.units[0].held == pytest.approx(2 * page + (4 << 20), rel=0.01) and read.cost == -(
-    -read.units[0].held // (2 << 20)
-  )
-  assert parquets.cost([]) == 8
+  memory = read.units[0].memory
+  assert memory == pytest.approx(2 * page + (4 << 20), rel=0.01)
+  assert read.cost == -(-memory // (2 << 20))
+  assert parquets.unit_cost([]) == 8
 
 
 def test_what_is_read_at_once_is_bounded(monkeypatch):
-  """What waits makes room, but for the place that is read on; what is too much waits."""
-  monkeypatch.setattr(streams, '_OPEN', 100)
-  monkeypatch.setattr(streams.OpenUnits, '_all', set())
-  monkeypatch.setattr(streams.OpenUnits, '_busy', [0])
-  units, closed, entered = streams.OpenUnits(), [], threading.Event()
+  """Waiting units are closed, except the one that is read next; a unit without room waits."""
+  monkeypatch.setattr(open_units, '_MAX_OPEN', 100)
+  monkeypatch.setattr(open_units.OpenUnits, '_instances', set())
+  monkeypatch.setattr(open_units.OpenUnits, '_busy', [0])
+  units = open_units.OpenUnits()
+  closed = []
+  entered = threading.Event()
 
   class Rows:
     def __init__(self, name):
@@ -220,10 +223,10 @@ def test_what_is_read_at_once_is_bounded(monkeypatch):
     units.keep(place, Rows(place), 30)
 
   def other():
-    with units.room(60, 'z'):
+    with units.reserve(60, 'z'):
       entered.set()
 
-  with units.room(60, 'a'):
+  with units.reserve(60, 'a'):
     assert closed == ['b', 'c'] and units.take('a')
     thread = threading.Thread(target=other)
     thread.start()
@@ -232,9 +235,9 @@ def test_what_is_read_at_once_is_bounded(monkeypatch):
   assert entered.is_set() and units._busy == [0]
 
 
-def test_a_stray_file_is_no_reason_to_end(tmp_path):
+def test_a_file_with_other_columns_is_no_error(tmp_path):
   pq.write_table(pa.table({'other': [1, 2]}), tmp_path / '0.parquet')
-  pq.write_table(pa.table({'image': [picture(0)], 'text': ['words']}), tmp_path / '1.parquet')
+  pq.write_table(pa.table({'image': [image_file(0)], 'text': ['words']}), tmp_path / '1.parquet')
   assert [record[:2] for record in records(tmp_path)] == [(b'', ())] * 2 + [
-    (picture(0), ('words',))
+    (image_file(0), ('words',))
   ]

@@ -1,11 +1,14 @@
-"""A store that does not answer now and then: the same records, or an error that names the file; never less data."""
+"""Paths and files: braces and globs, and stores that fail now and then.
+
+A store that fails gives the same records, or an error that names the file; never less data.
+"""
 
 import io
 
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from things import SIZE, write_folder, write_parquet, write_tars
+from numbered_images import SIZE, write_folder, write_parquet, write_tars
 
 from lavit_jax import local_paths
 from lavit_jax.data import formats, loader, paths
@@ -14,14 +17,20 @@ from lavit_jax.errors import Unreachable, UserError
 
 
 class NoAnswer(Exception):
-  """No OSError, as aiohttp's are not."""
+  """Not an OSError, like those of aiohttp."""
 
 
 class Flaky(MemoryFileSystem):
-  """A store whose every `failing`-th call fails; 1: all do. A read that fails has written to the buffer by then."""
+  """A store whose every `failing`-th call fails; 0: none does.
 
-  protocol, store, pseudo_dirs = 'flaky', {}, ['']
-  failing, calls = 0, 0
+  A read that fails has written to the buffer by then.
+  """
+
+  protocol = 'flaky'
+  store = {}
+  pseudo_dirs = ['']
+  failing = 0
+  calls = 0
 
   @classmethod
   def _strip_protocol(cls, path):
@@ -53,7 +62,7 @@ class File(io.BytesIO):
 
 @pytest.fixture
 def flaky(monkeypatch):
-  """The class. Nothing waits; the seconds that would have been waited are in `waited`."""
+  """Returns the class. Nothing sleeps: `waited` has the seconds of the waits instead."""
   fsspec.register_implementation('flaky', Flaky, clobber=True)
   monkeypatch.setattr(Flaky, 'store', {})
   monkeypatch.setattr(Flaky, 'failing', 0)
@@ -64,8 +73,9 @@ def flaky(monkeypatch):
 
 
 @pytest.mark.parametrize('write', [write_tars, write_parquet, write_folder])
-def test_what_fails_now_and_then_is_read_whole(tmp_path, flaky, write, caplog):
-  source, files = write(tmp_path), fsspec.filesystem('flaky')
+def test_files_are_read_in_full_in_spite_of_failures(tmp_path, flaky, write, caplog):
+  source = write(tmp_path)
+  files = fsspec.filesystem('flaky')
   for file in tmp_path.rglob('*'):
     if file.is_file():
       files.pipe(f'/bucket/{file.relative_to(tmp_path)}', file.read_bytes())
@@ -83,6 +93,7 @@ def test_what_fails_now_and_then_is_read_whole(tmp_path, flaky, write, caplog):
       skipped=skipped,
     )
     found = [next(data)['image'].tobytes() for _ in range(6)]
+    data.close()  # nothing is read behind the back of the next test
     assert not skipped.reasons
     return found
 
@@ -93,8 +104,8 @@ def test_what_fails_now_and_then_is_read_whole(tmp_path, flaky, write, caplog):
   assert 'the line is dead' in caplog.text and 'again in 1 s' in caplog.text
 
 
-def test_what_never_answers_is_an_error_with_its_name(tmp_path, flaky):
-  """And no tar, row group or picture that is skipped: other processes would have read it."""
+def test_a_store_that_never_answers_is_an_error(tmp_path, flaky):
+  """Nothing is skipped, because other processes might have read it."""
   files = fsspec.filesystem('flaky')
   write_tars(tmp_path)
   for file in tmp_path.glob('*.tar'):
@@ -104,7 +115,8 @@ def test_what_never_answers_is_an_error_with_its_name(tmp_path, flaky):
   flaky.failing = 1
   with pytest.raises(
     Unreachable,
-    match=r'^flaky://bucket/00001.tar cannot be read \(the line is dead; tried 4 times\); see to the network',
+    match=r'^flaky://bucket/00001.tar cannot be read \(the line is dead; tried 4 times\); '
+    'see to the network',
   ):
     list(rows)
   assert flaky.waited == [1, 4, 16]
@@ -117,9 +129,7 @@ def test_what_never_answers_is_an_error_with_its_name(tmp_path, flaky):
     list(rows.read(1))
   with pytest.raises(Unreachable, match='00001.tar cannot be read'):
     paths.names_and_sizes(['flaky://bucket/00001.tar'])
-  with pytest.raises(
-    Unreachable, match=r'^sources.0.: flaky://bucket/0.parquet cannot be read'
-  ):  # of the same kind, wherever it is told
+  with pytest.raises(Unreachable, match=r'^sources.0.: flaky://bucket/0.parquet cannot be read'):
     loader.batches(
       'images',
       sources=({'format': 'parquet', 'path': 'flaky://bucket/0.parquet'},),
@@ -131,18 +141,18 @@ def test_what_never_answers_is_an_error_with_its_name(tmp_path, flaky):
 @pytest.mark.parametrize(
   'message, kind', [('Forbidden: b/0.tar', UserError), ('Service Unavailable', Unreachable)]
 )
-def test_a_store_that_refuses_is_no_matter_of_a_restart(flaky, message, kind):
+def test_a_store_that_refuses_is_a_user_error(flaky, message, kind):
   def refuse():
     raise OSError(message)
 
   with pytest.raises(UserError, match=message) as caught:
-    paths._patiently('gs://b/0.tar', refuse)
+    paths._retry('gs://b/0.tar', refuse)
   assert type(caught.value) is kind
 
 
 def test_a_missing_file_is_not_waited_for(tmp_path, flaky):
   for path in (f'{tmp_path}/nothing', 'flaky://bucket/nothing', str(tmp_path)):
-    with pytest.raises(paths.NO_FILE):
+    with pytest.raises(paths.NO_FILE_ERRORS):
       paths.open_file(path)
   assert not flaky.waited
 
@@ -159,7 +169,7 @@ def test_names_and_sizes(tmp_path, monkeypatch):
     ('4', 4),
     ('5', -1),
   ]
-  monkeypatch.setattr(paths, '_SIZED', 3)
+  monkeypatch.setattr(paths, '_MAX_SIZES', 3)
   assert paths.names_and_sizes(files) == [
     ('0', 0),
     ('1', None),
@@ -171,9 +181,10 @@ def test_names_and_sizes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('name', ['x' * 300, 'loop', 'no'])
-def test_what_no_patience_opens(tmp_path, name):
+def test_impossible_paths_fail_at_once(tmp_path, name):
   (tmp_path / 'loop').symlink_to(tmp_path / 'loop')
-  with pytest.raises(paths.NO_FILE):  # at once: a wait would raise UserError, 21 seconds later
+  # A retry would raise UserError, 21 seconds later.
+  with pytest.raises(paths.NO_FILE_ERRORS):
     paths.open_file(str(tmp_path / name))
 
 
@@ -191,7 +202,7 @@ AWKWARD = [
 
 
 @pytest.mark.parametrize('name', AWKWARD)
-def test_a_path_that_exists_is_meant_literally(tmp_path, monkeypatch, name):
+def test_an_existing_path_is_literal(tmp_path, monkeypatch, name):
   for other in ('a1.tar', 'bb.tar', 'cc.tar', 'd x.tar', 'e 1.tar', 'A.tar', name):
     (tmp_path / other).write_bytes(b'123' if other == name else b'')
   monkeypatch.chdir(tmp_path)
@@ -203,7 +214,7 @@ def test_a_path_that_exists_is_meant_literally(tmp_path, monkeypatch, name):
 
 
 @pytest.mark.parametrize('folder', ['data [2024]', '{a,b}', '*'])
-def test_the_part_of_a_path_that_exists_is_meant_literally(tmp_path, monkeypatch, folder):
+def test_the_existing_part_of_a_path_is_literal(tmp_path, monkeypatch, folder):
   inside = tmp_path / folder
   inside.mkdir()
   for name in ('00.tar', '01.tar', '02.tar', 'x[0].tar', 'note'):

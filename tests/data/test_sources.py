@@ -1,4 +1,7 @@
-"""Every format, read as it was written; order, exact resumption; what is skipped. Of several processes: test_streams.py."""
+"""Every format is read as it was written, in order, from any state; bad records are skipped.
+
+Several processes are in test_streams.py.
+"""
 
 import itertools
 import json
@@ -13,14 +16,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from things import (
+from numbered_images import (
   FOLDER,
   SIZE,
   WRITERS,
   batches,
   caption,
+  image_file,
   number,
-  picture,
   sample,
   write_parquet,
   write_tar,
@@ -35,7 +38,7 @@ TOKENS = text.TextTokenizer.load(FOLDER)
 
 
 def numbers(iterator, count) -> list[int]:
-  """The things of so many batches, each checked to have its own caption."""
+  """The numbers of the images of `count` batches, each checked to have its own caption."""
   found = []
   for batch in itertools.islice(iterator, count):
     for i, image in enumerate(batch['image']):
@@ -49,7 +52,7 @@ def numbers(iterator, count) -> list[int]:
 
 
 @pytest.mark.parametrize('name', WRITERS)
-def test_each_epoch_has_every_thing_once_in_another_order(written, name):
+def test_each_epoch_has_every_image_once_in_another_order(written, name):
   iterator = batches(written[name])
   first, second, third = (numbers(iterator, 8) for _ in range(3))
   assert sorted(first) == sorted(second) == sorted(third) == list(range(24))
@@ -86,21 +89,23 @@ def test_goes_on_exactly_where_it_stopped(written, name, threads):
   def fresh():
     return batches(*sources, num_threads=threads, shares={'caption': 1, 'draw': 1}, crop='random')
 
-  iterator, states, given = fresh(), [], []
+  iterator = fresh()
+  states = []
+  expected = []
   for _ in range(18):
     states.append(json.loads(json.dumps(iterator.get_state())))
-    given.append(next(iterator))
+    expected.append(next(iterator))
   assert len(json.dumps(states[-1])) < 500
   other = fresh()
   for position in (17, 0, 1, 5, 8, 12):
     other.set_state(states[position])
-    for row in given[position : position + 3]:
+    for batch in expected[position : position + 3]:
       for key, value in next(other).items():
-        np.testing.assert_array_equal(value, row[key], err_msg=f'{key} after {position}')
+        np.testing.assert_array_equal(value, batch[key], err_msg=f'{key} after {position}')
 
 
 def test_nothing_goes_on_with_other_data(written):
-  """Where a position would mean another place; what it is told by is what has changed."""
+  """Where a position would mean another record; the error names what has changed."""
   tars = written['tars']
   state = json.loads(json.dumps(batches(tars).get_state()))
   for other, message in (
@@ -121,19 +126,19 @@ def test_nothing_goes_on_with_other_data(written):
 
 
 @pytest.mark.parametrize('name', WRITERS)
-def test_a_source_is_known_by_its_files(written, tmp_path, name):
-  """Another name or size is another one, at the same number of them; another folder is not."""
+def test_a_source_is_identified_by_its_files(written, tmp_path, name):
+  """Another name or size is another source, with as many files; another folder is not."""
   state = batches(written[name]).get_state()
   if name == 'tfds':  # which will not be written twice
     again = written[name] | {
-      'path': shutil.copytree(written[name]['path'], tmp_path / 'things' / '1.0.0').as_posix()
+      'path': shutil.copytree(written[name]['path'], tmp_path / 'numbered' / '1.0.0').as_posix()
     }
   else:
     again = WRITERS[name](tmp_path)
   batches(again).set_state(state)
   if name == 'tfds':
-    (about,) = tmp_path.glob('**/dataset_info.json')
-    about.write_text(re.sub(r'"numBytes": "\d+"', '"numBytes": "7"', about.read_text()))
+    (info,) = tmp_path.glob('**/dataset_info.json')
+    info.write_text(re.sub(r'"numBytes": "\d+"', '"numBytes": "7"', info.read_text()))
     others = [again]
   elif name == 'folder':
     captions = tmp_path / 'captions.jsonl'
@@ -164,8 +169,8 @@ def test_a_process_ends_with_its_own_status_while_threads_read_on(written):
   program = f"""
 import sys
 from lavit_jax.data import loader
-kept = loader.batches('images', sources=({written['tars']!r},), batch_size=4, image_size=8)  # with a tar that waits open
-next(kept)
+kept = loader.batches('images', sources=({written['tars']!r},), batch_size=4, image_size=8)
+next(kept)  # and a tar waits open
 def main():
   iterator = loader.batches('images', sources=({written['tars']!r},), batch_size=4, image_size=8)
   next(iterator)
@@ -177,9 +182,11 @@ main()
 
 
 def test_a_long_row_group_goes_on_at_any_row(tmp_path):
-  """It comes in pieces of 64 rows."""
+  """It is read in batches of 64 rows."""
   pq.write_table(
-    pa.table({'image': [picture(i) for i in range(150)], 'text': [caption(i) for i in range(150)]}),
+    pa.table(
+      {'image': [image_file(i) for i in range(150)], 'text': [caption(i) for i in range(150)]}
+    ),
     tmp_path / 'a.parquet',
   )
   records = formats.Parquets(str(tmp_path / 'a.parquet'), 'image', ('text',))
@@ -194,7 +201,7 @@ def test_weights(written, tmp_path):
   other.mkdir()
   write_tar(
     other / 'a.tar',
-    [(f'{i}', {'png': picture(i), 'txt': caption(i).encode()}) for i in range(1000, 1040)],
+    [(f'{i}', {'png': image_file(i), 'txt': caption(i).encode()}) for i in range(1000, 1040)],
   )
   found = numbers(
     batches(
@@ -217,7 +224,8 @@ def test_uses(written, tmp_path):
       draw_text_weight=0.25,
     )
   )
-  kind, length = batch['kind'], batch['text_length']
+  kind = batch['kind']
+  length = batch['text_length']
   assert (
     set(kind) == {1, 2}
     and (length[kind == 2] > 0).all()
@@ -240,17 +248,17 @@ def test_one_caption_of_several_is_chosen(written):
   assert 24 < words.count('again') < 72 and words.count('again') + words.count('thing') == 96
 
 
-# ------------------------------------------------------------------------------------------------------- what is skipped
+# ------------------------------------------------------------------------------------- skips
 
 
 def test_skipped_by_reason(tmp_path, caplog):
   good = [sample(i) for i in range(40)]
   bad = [
     ('a', {'png': b'no picture', 'txt': b'words'}),
-    ('b', {'png': picture(1)[:45], 'txt': b'words'}),
+    ('b', {'png': image_file(1)[:45], 'txt': b'words'}),
     ('c', {'txt': b'words'}),
-    ('d', {'png': picture(1), 'txt': b' \n<br> '}),
-    ('e', {'png': picture(1)}),
+    ('d', {'png': image_file(1), 'txt': b' \n<br> '}),
+    ('e', {'png': image_file(1)}),
   ]
   write_tar(tmp_path / '0.tar', good[:20] + bad + good[20:])
   whole = (tmp_path / '0.tar').read_bytes()
@@ -258,7 +266,7 @@ def test_skipped_by_reason(tmp_path, caplog):
   (tmp_path / '2.tar').write_bytes(
     whole[: len(whole) // 4 - 100] + b'?' * 600 + whole[len(whole) // 4 + 500 :]
   )  # a damaged header
-  skipped, read = SkipCounter(), formats.Tars(f'{tmp_path}/{{0..3}}.tar', None, ('txt',))
+  skipped = SkipCounter()
   source = dict(format='tars', path=f'{tmp_path}/{{0..3}}.tar')
   iterator = batches(
     source,
@@ -269,11 +277,12 @@ def test_skipped_by_reason(tmp_path, caplog):
     batch_size=1,
     max_skipped=1.0,
   )
-  before = [
-    sum(isinstance(item, formats.Record) for *_, item in read.read(unit)) for unit in (0, 1, 2)
-  ]
+  tar_format = formats.Tars(f'{tmp_path}/{{0..3}}.tar', None, ('txt',))
+  before = []
+  for unit in range(3):
+    before.append(sum(isinstance(item, formats.Record) for *_, item in tar_format.read(unit)))
   assert before[0] == 45 and 5 < before[1] < 15 and 5 < before[2] < 15
-  for found in range(40 + before[1] + before[2]):
+  for _ in range(40 + before[1] + before[2]):
     next(iterator)
   assert number(next(iterator)['image'][0]) == 0  # the next epoch: all of the first has been seen
   assert skipped.reasons == {
@@ -284,7 +293,7 @@ def test_skipped_by_reason(tmp_path, caplog):
     'missing tar': 1,
   }
   assert skipped.metrics()['data/skipped_broken_tar'] == 2 and skipped.seen == {
-    'records': 46 + before[1] + before[2],
+    'records': 45 + before[1] + before[2],  # the first one is not counted again
     'files': 4,
   }
   assert '3.tar' in caplog.text and '0.tar: a' in caplog.text
@@ -292,13 +301,15 @@ def test_skipped_by_reason(tmp_path, caplog):
 
 @pytest.mark.parametrize('threads', [0, 2])
 def test_too_many_skipped_is_an_error(tmp_path, threads, caplog):
-  samples = [(str(i), {'png': picture(i) if i % 10 else b'', 'txt': b'words'}) for i in range(100)]
+  samples = [
+    (str(i), {'png': image_file(i) if i % 10 else b'', 'txt': b'words'}) for i in range(100)
+  ]
   write_tar(tmp_path / '0.tar', samples)
   source = dict(format='tars', path=f'{tmp_path}/0.tar')
   numbers_of = batches(source, task='images', batch_size=50, num_threads=threads, max_skipped=0.09)
   with pytest.raises(
     UserError,
-    match=r'of 10\d\d records were skipped \(no image \d+\).*0.tar.*data.max_skipped=0.09',
+    match=r'10 of 100 records were skipped \(no image 10\).*0.tar.*data.max_skipped=0.09',
   ):
     for _ in range(30):
       next(numbers_of)
@@ -320,23 +331,53 @@ def test_data_without_an_example_is_an_error_at_any_limit(tmp_path):
   source = dict(format='tars', path=f'{tmp_path}/0.tar')
   with pytest.raises(
     UserError,
-    match=r'1000 of 1000 records were skipped \(no image 1000\).*; there is no example in the data',
+    match=r': 100 of 100 records were skipped \(no image 100\).*; there is no example in the data',
   ):
     next(batches(source, task='images', max_skipped=1.0))
 
 
 def test_broken_tars_have_a_share_of_their_own(tmp_path):
-  write_tar(tmp_path / '0.tar', [sample(i) for i in range(30)])
+  for t in range(11):
+    write_tar(tmp_path / f'{t}.tar', [sample(i) for i in range(30)])
   iterator = batches(
-    dict(format='tars', path=f'{tmp_path}/{{0..1}}.tar'), task='images', batch_size=10
+    dict(format='tars', path=f'{tmp_path}/{{0..21}}.tar'), task='images', batch_size=10
   )
-  with pytest.raises(UserError, match=r'11 of 22 files were skipped \(missing tar 11\).*1.tar'):
+  with pytest.raises(
+    UserError, match=r'1\d of 2[012] files were skipped \(missing tar 1\d\).*\d\d.tar'
+  ):
     for _ in range(100):
       next(iterator)
   with pytest.raises(
     UserError, match='3 files in a row have no record .missing tar.*check the path'
   ):
-    next(batches(dict(format='tars', path=f'{tmp_path}/{{7..9}}.tar'), task='images'))
+    next(batches(dict(format='tars', path=f'{tmp_path}/{{97..99}}.tar'), task='images'))
+
+
+@pytest.mark.parametrize('kind', ['tars', 'parquet'])
+def test_a_bad_file_counts_once_however_often_it_is_read(tmp_path, kind, caplog):
+  """One of nine files is empty: the epochs add nothing to it. A second one is too much."""
+  suffix = 'tar' if kind == 'tars' else 'parquet'
+  for f in range(8):
+    things = range(8 * f, 8 * f + 8)
+    file = tmp_path / f'{f}.{suffix}'
+    if kind == 'tars':
+      write_tar(file, [sample(i) for i in things])
+    else:
+      table = {'image': [image_file(i) for i in things], 'text': [caption(i) for i in things]}
+      pq.write_table(pa.table(table), file)
+  source = dict(format=kind, path=str(tmp_path))
+  (tmp_path / f'8.{suffix}').write_bytes(b'')
+  skipped = SkipCounter()
+  iterator = batches(source, batch_size=8, shards=8, skipped=skipped)
+  assert set(numbers(iterator, 8 * 10)) == set(range(64))
+  iterator.close()
+  assert skipped.skipped['files'] == 1 and skipped.seen['files'] == 9
+  assert caplog.text.count('skipped: broken') == 1
+  (tmp_path / f'9.{suffix}').write_bytes(b'')
+  iterator = batches(source, batch_size=8, shards=8)
+  with pytest.raises(UserError, match=r'2 of \d+ files were skipped \(broken \w+ 2\)'):
+    numbers(iterator, 8 * 10)
+  iterator.close()
 
 
 @pytest.mark.parametrize(
@@ -389,12 +430,12 @@ def test_bad_options_with_sources(options, message):
     batches(dict(format='tars', path='x'), **options)
 
 
-# --------------------------------------------------------------------------------------------------------- files and names
+# ------------------------------------------------------------------------------- files, names
 
 
 def test_braces_and_globs(tmp_path):
   assert paths.expand('a/{08..11}/{x,y}.tar', '.tar') == [
-    f'a/{i}/{c}.tar' for i in ('08', '09', '10', '11') for c in 'xy'
+    f'a/{name}.tar' for name in ('08/x', '08/y', '09/x', '09/y', '10/x', '10/y', '11/x', '11/y')
   ]
   assert paths.expand(['b', 'a{1..2}'], '.tar') == ['b', 'a1', 'a2']
   for name in ('b.tar', 'a.tar', 'c.txt'):
@@ -436,7 +477,10 @@ def test_tars_of_every_dialect(tmp_path, options):
   long = ('folder/' if options['format'] == tarfile.USTAR_FORMAT else 'ü' * 40 + '/') + 'x' * 90
   write_tar(
     tmp_path / 'a.tar',
-    [('first', {'png': picture(0), 'txt': b'zero'}), (long, {'png': picture(1), 'TXT': b'one'})],
+    [
+      ('first', {'png': image_file(0), 'txt': b'zero'}),
+      (long, {'png': image_file(1), 'TXT': b'one'}),
+    ],
     **options,
   )
   rows = list(formats.Tars(str(tmp_path / 'a.tar'), None, ('txt',)).read(0))
@@ -450,7 +494,7 @@ def test_tars_of_every_dialect(tmp_path, options):
 
 
 def test_a_tar_without_an_end_mark_keeps_its_last_sample(tmp_path):
-  """But not half of it: a sample that lacks what the one before it has is counted with the tar that breaks off."""
+  """Half a sample does not count: one that lacks an extension of the one before it."""
   write_tar(tmp_path / 'whole.tar', [sample(i) for i in range(3)])
   whole = (tmp_path / 'whole.tar').read_bytes()
   with tarfile.open(tmp_path / 'whole.tar') as tar:
@@ -497,11 +541,11 @@ def test_a_tar_without_an_end_mark_keeps_its_last_sample(tmp_path):
 )
 def test_captions_of_a_folder(tmp_path, name, content):
   (tmp_path / name).write_text(content)
-  (tmp_path / '0.png').write_bytes(picture(0))
+  (tmp_path / '0.png').write_bytes(image_file(0))
   folder = formats.Folder(str(tmp_path), None, (), captions=name)
   assert (
     len(folder) == 2
-    and folder.read(0)[:2] == (picture(0), ('a, b', 'd'))
+    and folder.read(0)[:2] == (image_file(0), ('a, b', 'd'))
     and folder.read(1).reason == 'no image'
   )
 
@@ -510,7 +554,8 @@ def test_a_folder_whose_captions_have_another_name(tmp_path):
   (tmp_path / 'captions.jsonl').write_text('{"image": "0.png", "text": "words"}')
   with pytest.raises(
     UserError,
-    match=r"captions.jsonl has no field 'file_name'; its fields are 'image', 'text'; name the one to use with image=",
+    match="captions.jsonl has no field 'file_name'; its fields are 'image', 'text'; "
+    'name the one to use with image=',
   ):
     formats.Folder(str(tmp_path), None, None)
 
@@ -523,7 +568,7 @@ def test_captions_of_a_folder_that_are_no_strings(tmp_path):
     '\n'.join(map(json.dumps, [*rows, {'file_name': '0.png', 'text': 'it'}]))
   )
   for i in range(len(texts)):
-    (tmp_path / f'{i}.png').write_bytes(picture(i))
+    (tmp_path / f'{i}.png').write_bytes(image_file(i))
   folder = formats.Folder(str(tmp_path), None, ())
   assert [folder.read(i).texts for i in range(len(folder))] == [
     ('an owl', 'a bird', 'it'),
@@ -536,7 +581,8 @@ def test_captions_of_a_folder_that_are_no_strings(tmp_path):
     (),
     ('a bee',),
   ]
-  skipped, source = SkipCounter(), dict(format='folder', path=str(tmp_path))
+  skipped = SkipCounter()
+  source = dict(format='folder', path=str(tmp_path))
   data = batches(
     source,
     heldout=(source,),
@@ -554,10 +600,8 @@ def test_captions_of_a_folder_that_are_no_strings(tmp_path):
   'path', ['', '/', '/*.array_record', 'file://', 'file:///00000.array_record']
 )
 def test_paths_of_array_records(written, path):
-  folder, count = (
-    written['arrayrecord']['path'].removesuffix('/*.array_record'),
-    6 if '0000' in path else 24,
-  )
+  folder = written['arrayrecord']['path'].removesuffix('/*.array_record')
+  count = 6 if '0000' in path else 24
   path = (
     f'file://{folder}{path.removeprefix("file://")}'
     if path.startswith('file://')
@@ -573,7 +617,8 @@ def test_what_is_no_array_record_is_named(written, tmp_path, content):
   (tmp_path / 'a.txt').write_bytes(content)
   with pytest.raises(
     UserError,
-    match=r'^sources\[0\]: \S*/a.txt: no ArrayRecord, or damaged \(.*\); give the folder or its \*.array',
+    match=r'^sources\[0\]: \S*/a.txt: no ArrayRecord, or damaged \(.*\); '
+    r'give the folder or its \*.array',
   ):
     batches(
       dict(format='arrayrecord', path=[written['arrayrecord']['path'], str(tmp_path / 'a.txt')])
@@ -585,16 +630,19 @@ def test_what_is_no_array_record_is_named(written, tmp_path, content):
 )
 def test_a_damaged_pax_header_ends_the_tar(content):
   with pytest.raises(tars.Broken):
-    tars._pax(content)
+    tars._parse_pax(content)
 
 
 def test_the_end_of_a_text_that_was_cut_is_not_taught(tmp_path):
-  """Words beyond `text_length` are left out, and with them the end; a text that fits to the last token ends."""
+  """A text that is cut at `text_length` has no end; one that fits to the last token has."""
   words = [' '.join(f'word{k}' for k in range(1000)), 'red sun', 'x' * 5000]
   exact = TOKENS.decode(TOKENS.encode('the quick brown fox jumps over a lazy dog')[:8])
   write_tar(
     tmp_path / 'a.tar',
-    [(str(i), {'png': picture(i), 'txt': word.encode()}) for i, word in enumerate([*words, exact])],
+    [
+      (str(i), {'png': image_file(i), 'txt': word.encode()})
+      for i, word in enumerate([*words, exact])
+    ],
   )
   room = len(TOKENS.encode(exact))
   for use, kind in (('caption', 0), ('draw', 1)):

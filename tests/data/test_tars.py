@@ -1,4 +1,4 @@
-"""Tars as people have them: what webdataset 1.0.2 makes of their names, and what is refused and counted."""
+"""Tars are read as webdataset 1.0.2 reads them; what is refused is counted."""
 
 import base64
 import bz2
@@ -9,14 +9,15 @@ import tarfile
 
 import pyarrow as pa
 import pytest
-from things import batches, caption, number, picture, sample, write_tar
+from numbered_images import batches, caption, image_file, read_numbers, sample, write_tar
 
 from lavit_jax import cli
 from lavit_jax.data import formats, tars
 from lavit_jax.data.row_workers import SkipCounter
 from lavit_jax.errors import UserError
 
-# Written by GNU tar 1.34 with --sparse: x.txt of 65,539 bytes, three words and holes; y.txt. (xz, base64)
+# Written by GNU tar 1.34 with --sparse: x.txt of 65,539 bytes, three words and holes; y.txt.
+# Compressed by xz, in base64.
 SPARSE = {
   'old GNU': (
     '/Td6WFoAAATm1rRGAgAhARwAAAAQz1jM4E//AK5dADwLiofEDvKXpPh1PcWp7dmZu1r7eveHD5fFmLkzntQdJ2wI'
@@ -63,7 +64,7 @@ def members(path, *named, mode='w', **options):
 def grouped(path):
   """[(key, {extension: content})] of a tar."""
   with open(path, 'rb') as file:
-    return [(each.key, each.fields) for each in tars.samples(file) if each.key is not None]
+    return [(sample.key, sample.fields) for sample in tars.samples(file) if sample.key is not None]
 
 
 def read(path, text=('txt',), image=None):
@@ -77,7 +78,8 @@ def texts_by_image(path, **options):
   }
 
 
-# As webdataset.tariterators.group_by_keys groups them; names of macOS, which it takes for samples of their own in folders, are left out.
+# As webdataset.tariterators.group_by_keys groups them, except for names of macOS in folders, which
+# it takes for samples.
 @pytest.mark.parametrize(
   'names, expected',
   [
@@ -107,18 +109,18 @@ def test_names_are_grouped_as_webdataset_groups_them(tmp_path, names, expected):
 
 
 def test_a_member_that_occurs_twice_is_refused_and_counted(tmp_path):
-  """Whose caption is whose cannot be known; webdataset raises. The neighbours stay."""
+  """Which caption belongs to which image cannot be known; webdataset raises. Other samples stay."""
   for order in (
     'a.png 1, a.txt 1, a.png 2, a.txt 2',
     'a.png 1, a.png 2, a.txt 1',
     'a.png 1, a.txt 1, a.PNG 2',
   ):
-    pairs = [each.split() for each in order.split(', ')]
+    pairs = [pair.split() for pair in order.split(', ')]
     members(
       tmp_path / 'a.tar',
       ('0.png', b'0'),
       ('0.txt', b'0'),
-      *((name, what.encode()) for name, what in pairs),
+      *((name, content.encode()) for name, content in pairs),
       ('b.png', b'b'),
       ('b.txt', b'b'),
     )
@@ -130,10 +132,11 @@ def test_a_member_that_occurs_twice_is_refused_and_counted(tmp_path):
 
 
 def test_tars_joined_by_cat_are_read_on(tmp_path):
-  """Also where both have the same key, and without zeros between them; positions go on too."""
+  """Also where both have a key, and without zeros between them; positions go on too."""
   write_tar(tmp_path / 'a.tar', [sample(i) for i in range(3)])
   write_tar(tmp_path / 'b.tar', [sample(2), *(sample(i) for i in range(3, 5))])
-  one, other = (tmp_path / 'a.tar').read_bytes(), (tmp_path / 'b.tar').read_bytes()
+  one = (tmp_path / 'a.tar').read_bytes()
+  other = (tmp_path / 'b.tar').read_bytes()
   (tmp_path / 'c.tar').write_bytes(one + other)
   records = formats.Tars(str(tmp_path / 'c.tar'), None, ('txt',))
   rows = list(records.read(0))
@@ -158,7 +161,7 @@ def test_tars_joined_by_cat_are_read_on(tmp_path):
     ('tar.zst', lambda data: pa.Codec('zstd').compress(data, asbytes=True)),
   ],
 )
-def test_compressed_tars_are_known_by_their_content(tmp_path, ending, compress):
+def test_compressed_tars_are_detected_by_their_content(tmp_path, ending, compress):
   write_tar(tmp_path / 'a.tar', [sample(i) for i in range(5)])
   plain = read(tmp_path / 'a.tar')
   data = compress((tmp_path / 'a.tar').read_bytes())
@@ -177,7 +180,7 @@ def test_compressed_tars_are_known_by_their_content(tmp_path, ending, compress):
 
 
 @pytest.mark.parametrize(
-  'content, words',
+  'content, expected',
   [
     (b'PK\x03\x04' + bytes(600), 'zip archive'),
     (b'version https://git-lfs.github.com/spec/v1', 'git lfs pull'),
@@ -185,16 +188,17 @@ def test_compressed_tars_are_known_by_their_content(tmp_path, ending, compress):
     (b'', 'it is empty'),
   ],
 )
-def test_what_is_no_tar_is_said_what_it_is(tmp_path, content, words):
+def test_a_file_that_is_no_tar_is_named(tmp_path, content, expected):
   (tmp_path / 'a.tar').write_bytes(content)
   (last,) = read(tmp_path / 'a.tar')
-  assert last.reason == 'broken tar' and words in last.origin
+  assert last.reason == 'broken tar' and expected in last.origin
 
 
 def test_links_and_names_without_extension_are_counted(tmp_path):
-  """They go with the sample before them, or the first one, wherever reading begins."""
+  """They are part of the sample before them, or of the first one, wherever reading starts."""
   link = tarfile.TarInfo('0.txt')
-  link.type, link.linkname = tarfile.LNKTYPE, 'first.txt'
+  link.type = tarfile.LNKTYPE
+  link.linkname = 'first.txt'
   folder = tarfile.TarInfo('folder')
   folder.type = tarfile.DIRTYPE
   members(
@@ -243,10 +247,10 @@ def test_extensions_with_dots_are_named_whole(tmp_path, image, text):
 
 
 def numbers(source, count, **options):
-  """The things in the first `count` rows, and what was skipped."""
+  """(the numbers of the images in the first `count` rows, the counter of skips)."""
   skipped = SkipCounter()
   iterator = batches(source, batch_size=8, shards=8, skipped=skipped, **options)
-  found = [number(image) for _ in range(count // 8) for image in next(iterator)['image']]
+  found = read_numbers(iterator, count // 8)
   iterator.close()
   return found, skipped
 
@@ -254,11 +258,11 @@ def numbers(source, count, **options):
 @pytest.mark.parametrize('bad', [0, 5])
 @pytest.mark.parametrize('split', ['train', 'heldout'])
 def test_one_bad_sample_of_eight_in_eight_shards(tmp_path, bad, split):
-  """No shard has that one alone."""
+  """No shard has only that one."""
   write_tar(
     tmp_path / 'a.tar',
     [
-      (str(i), {'png': b'no picture' if i == bad else picture(i), 'txt': caption(i).encode()})
+      (str(i), {'png': b'no picture' if i == bad else image_file(i), 'txt': caption(i).encode()})
       for i in range(8)
     ],
   )
@@ -279,10 +283,10 @@ def test_an_empty_tar_among_sound_ones(tmp_path, split, seed):
 
 
 def test_a_bad_tar_does_not_pass_for_the_source(tmp_path):
-  """One of eight, with more records than are judged at once, whoever meets it first."""
+  """One of eight, with more than 1,000 records, whichever is read first."""
   for t in range(8):
     samples = [
-      (f'{t}-{i}', {'png': b'' if t == 3 else picture(t), 'txt': b'words'})
+      (f'{t}-{i}', {'png': b'' if t == 3 else image_file(t), 'txt': b'words'})
       for i in range(1100 if t == 3 else 20)
     ]
     write_tar(tmp_path / f'{t}.tar', samples)
@@ -297,7 +301,7 @@ def test_weights_are_those_of_what_is_trained_on(tmp_path):
   write_tar(
     tmp_path / 'b.tar',
     [
-      (str(i), {'png': b'' if i % 10 < 4 else picture(i), 'txt': caption(i).encode()})
+      (str(i), {'png': b'' if i % 10 < 4 else image_file(i), 'txt': caption(i).encode()})
       for i in range(100, 110)
     ],
   )
@@ -308,15 +312,15 @@ def test_weights_are_those_of_what_is_trained_on(tmp_path):
       max_skipped=1.0,
       num_threads=threads,
     )
-    found = [number(image) for _ in range(5) for image in next(iterator)['image']]
+    found = read_numbers(iterator, 5)
     iterator.close()
-    assert abs(sum(thing >= 100 for thing in found) - 100) <= 1
+    assert abs(sum(i >= 100 for i in found) - 100) <= 1
 
 
 def test_a_source_that_gives_nothing_is_named(tmp_path):
-  """Though it is a small part of all; and what it has, and what was looked for."""
+  """Though it is a small part of all; with what it has, and where images and texts are expected."""
   write_tar(tmp_path / 'a.tar', [sample(i) for i in range(8)])
-  write_tar(tmp_path / 'b.tar', [(str(i), {'png': picture(i), 'json': b'{}'}) for i in range(8)])
+  write_tar(tmp_path / 'b.tar', [(str(i), {'png': image_file(i), 'json': b'{}'}) for i in range(8)])
   sources = [
     dict(format='tars', path=str(tmp_path / 'a.tar'), weight=30.0),
     dict(format='tars', path=str(tmp_path / 'b.tar')),
@@ -324,8 +328,8 @@ def test_a_source_that_gives_nothing_is_named(tmp_path):
   iterator = batches(*sources, batch_size=40)
   with pytest.raises(
     UserError,
-    match=r'^sources\[1\] \(tars .*b.tar\): 1000 of 1000 records were skipped \(empty caption 1000\).*\(png, json\); '
-    r'looked for: image in jpg, .*, text in txt, .*no example',
+    match=r'^sources\[1\] \(tars .*b.tar\): 8 of 8 records were skipped \(empty caption 8\).*'
+    r'\(png, json\); looked for: image in jpg, .*, text in txt, .*no example',
   ):
     for _ in range(40):
       next(iterator)
@@ -334,7 +338,7 @@ def test_a_source_that_gives_nothing_is_named(tmp_path):
 def test_a_pack_of_nothing_is_an_error(tmp_path, capsys):
   members(
     tmp_path / 'a.tar',
-    *((f'v1.5-{i}.{end}', picture(i)) for i in range(3) for end in ('png', 'txt')),
+    *((f'v1.5-{i // 2}.{("png", "txt")[i % 2]}', image_file(i // 2)) for i in range(6)),
   )
   arguments = ['data', 'pack', str(tmp_path / 'a.tar'), '--out', str(tmp_path / 'out')]
   assert cli.main(arguments) == 2
@@ -349,9 +353,9 @@ def test_a_pack_of_nothing_is_an_error(tmp_path, capsys):
   )
   members(
     tmp_path / 'b.tar',
-    ('a.png', picture(1)),
-    ('a.png', picture(2)),
-    ('b.png', picture(3)),
+    ('a.png', image_file(1)),
+    ('a.png', image_file(2)),
+    ('b.png', image_file(3)),
     ('b.txt', b'b'),
   )
   (tmp_path / 'b.tgz').write_bytes(gzip.compress((tmp_path / 'b.tar').read_bytes()))

@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from lavit_jax.data import loader, text
+from lavit_jax.data import text, text_fields
 from lavit_jax.data.emoji import corpus
 from lavit_jax.data.text import BEGIN, END, UNKNOWN, TextTokenizer
 from lavit_jax.errors import UserError
@@ -80,7 +80,7 @@ def test_decode_inverts_encode(tokenizer, string):
   ids = tokenizer.encode(string)
   assert tokenizer.decode(ids) == string
   assert not set(ids) & {UNKNOWN, BEGIN, END}
-  assert tokenizer.encode_once(string) == ids
+  assert tokenizer.encode_uncached(string) == ids
   stored = tokenizers.Tokenizer.from_file(str(FOLDER / 'tokenizer.json'))
   assert tuple(stored.encode(string, add_special_tokens=False).ids) == ids
 
@@ -282,7 +282,8 @@ def test_the_sentencepiece_model_goes_before_the_json(sentencepiece_folder, tmp_
 
 def test_an_answer_after_a_question_begins_with_one_space(sentencepiece_folder):
   for folder in (sentencepiece_folder, FOLDER):
-    row = loader._Writer(folder, 60)(('Question: What is this? Answer:', ' red apple', 1.0))
+    encoder = text_fields.TextEncoder(folder, 60)
+    row = encoder.encode(' red apple', context='Question: What is this? Answer:')
     whole = TextTokenizer.load(folder).encode('Question: What is this? Answer: red apple')
     assert tuple(row['text'][: row['text_length']]) == whole
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from lavit_jax.data.emoji import corpus, sprites
-from lavit_jax.evaluation import captions as captioning
+from lavit_jax.evaluation import captions
 
 
 @pytest.mark.parametrize(
@@ -18,34 +18,33 @@ from lavit_jax.evaluation import captions as captioning
     ('', '', None),
   ],
 )
-def test_a_caption_is_taken_apart(caption, subject, background):
-  assert captioning.subject(caption) == subject
-  assert captioning.background(caption) == background
+def test_parts_of_a_caption(caption, subject, background):
+  assert captions.parse_subject(caption) == subject
+  assert captions.parse_background(caption) == background
 
 
 def test_every_true_caption_scores_one():
   examples = corpus.examples('embedded', 'heldout', 0, 40)
-  groups = captioning.groups_by_name(sprites.load('embedded'))
-  captions = [example.caption.split('.')[0] for example in examples]
-  scores = captioning.score(captions, examples, groups, examples)
+  groups = captions.groups_by_name(sprites.load('embedded'))
+  truth = [example.caption.split('.')[0] for example in examples]
+  scores = captions.score_captions(truth, examples, groups, examples)
   assert [scores[key] for key in ('name', 'category', 'background', 'named')] == [1, 1, 1, 1]
   assert 0 < scores['name_majority'] <= scores['category_majority'] < 1
 
 
-def test_wrong_captions_score_what_they_got_right():
+def test_wrong_captions_score_what_is_right_in_them():
   examples = corpus.examples('embedded', 'train', 0, 200)
-  pizza = [e for e in examples if e.facts.objects[0].name == 'pizza'][:1]
-  apple = [e for e in examples if e.facts.objects[0].name == 'red apple'][:1]
-  groups = captioning.groups_by_name(sprites.load('embedded'))
-  scores = captioning.score(['red apple', 'nonsense'], pizza + apple, groups, pizza)
-  assert (scores['name'], scores['category'], scores['named'], scores['background']) == (
-    0,
-    0.5,
-    0.5,
-    0,
-  )
+  pizza = next(e for e in examples if e.facts.objects[0].name == 'pizza')
+  apple = next(e for e in examples if e.facts.objects[0].name == 'red apple')
+  groups = captions.groups_by_name(sprites.load('embedded'))
+  scores = captions.score_captions(['red apple', 'nonsense'], [pizza, apple], groups, [pizza])
+  assert scores['name'] == 0
+  assert scores['category'] == 0.5
+  assert scores['named'] == 0.5
+  assert scores['background'] == 0
   assert scores['name_majority'] == 0.5
 
 
 def test_mean_of_nothing_is_not_a_number():
-  assert math.isnan(captioning.mean([])) and captioning.mean([True, False]) == 0.5
+  assert math.isnan(captions.mean([]))
+  assert captions.mean([True, False]) == 0.5

@@ -21,9 +21,10 @@ from lavit_jax.models import diffusion, lavit
 from lavit_jax.models.noise_schedule import Scheduler
 from lavit_jax.porting import to_torch
 from lavit_jax.weights.store import folder
-from lavit_jax.weights.torch import formats
+from lavit_jax.weights.torch import name_tables
 from lavit_jax.weights.torch.configs import rules
 from lavit_jax.weights.torch.configs.scheduler import FAMILIES
+from lavit_jax.weights.torch.descriptions import extractor_config
 
 WORDS = pathlib.Path(lavit.__file__).parents[1] / 'assets' / 'tiny' / 'language_model'
 SDXL = dict(
@@ -100,7 +101,9 @@ def random_parts(variant, *names):
     fan_in = np.prod(leaf.shape[-2:-1] if leaf.ndim < 4 else leaf.shape[:3])
     return jnp.asarray(rng.normal(0, fan_in**-0.5, leaf.shape), jnp.float32)
 
-  return jax.tree.map(normal, formats.shapes(lavit.build(variant), names or formats.TABLES))
+  return jax.tree.map(
+    normal, name_tables.module_shapes(lavit.build(variant), names or name_tables.TABLES)
+  )
 
 
 @pytest.fixture(scope='module')
@@ -288,10 +291,12 @@ def test_every_published_size_of_sdxl_at_full_scale(height, width, monkeypatch):
     2,
     512,
     pipeline.VariantDefaults().highres_sizes,
-    [*formats.TABLES, 'codebook'],
+    [*name_tables.TABLES, 'codebook'],
     size=(height, width),
   ).options
-  shapes = formats.shapes(full, ('tokenizer', *options['way'].parts[1:], 'safety_checker'))
+  shapes = name_tables.module_shapes(
+    full, ('tokenizer', *options['way'].parts[1:], 'safety_checker')
+  )
   shapes['codebook'] = shapes.pop('tokenizer')
   sample = diffusion.sample_latents
   monkeypatch.setattr(
@@ -473,9 +478,7 @@ def test_flagged_pictures_are_black_and_reported(parts, model, caplog):
   plain = opened(parts, safety_checker=False).draw(codes, size=(16, 24), steps=1)
   np.testing.assert_array_equal(model.draw(codes, size=(16, 24), steps=1), plain)
   assert not [record for record in caplog.records if record.name.startswith('lavit_jax')]
-  processor = transformers.CLIPImageProcessor(
-    **formats.extractor_config(model.model.safety_checker)
-  )
+  processor = transformers.CLIPImageProcessor(**extractor_config(model.model.safety_checker))
   seen = processor(list(plain), return_tensors='np')['pixel_values'].transpose(0, 2, 3, 1)
   _, scores = model.model.safety_checker.apply({'params': parts['safety_checker']}, seen)
   highest = np.max(scores, 1) + 2

@@ -1,4 +1,4 @@
-"""The kernel for long rows, interpreted here, against PyTorch's attention and against our own products and mask."""
+"""The kernels for long rows, interpreted here, against PyTorch's attention and our own products."""
 
 import functools
 import types
@@ -43,7 +43,7 @@ def expected(heads):
   [packed_attention, functools.partial(splash_attention, interpret=True)],
   ids=['products', 'kernel'],
 )
-def test_as_torch(attend, heads, expected):
+def test_packed_rows_match_torch(attend, heads, expected):
   out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, jnp.asarray(SEGMENTS)), *heads[:3])
   for got, want in zip((out, *pull(heads[3])), expected, strict=True):
     np.testing.assert_allclose(got, want, atol=1e-4)
@@ -54,26 +54,23 @@ def test_as_torch(attend, heads, expected):
   [image_attention, functools.partial(splash_attention, interpret=True)],
   ids=['products', 'kernel'],
 )
-def test_of_pictures_as_torch(attend):
+def test_images_match_torch(attend):
   """Heads of 40, as Stable Diffusion's."""
   torch = pytest.importorskip('torch')
-  q, k, v, cotangent = (
-    jax.random.normal(key, (2, 256, 3, 40)) for key in jax.random.split(jax.random.key(1), 4)
-  )
+  keys = jax.random.split(jax.random.key(1), 4)
+  q, k, v, cotangent = (jax.random.normal(key, (2, 256, 3, 40)) for key in keys)
   out, pull = jax.vjp(attend, q, k, v)
   leaves = [torch.tensor(np.asarray(x)).requires_grad_() for x in (q, k, v)]
-  want = torch.nn.functional.scaled_dot_product_attention(
-    *(x.transpose(1, 2) for x in leaves)
-  ).transpose(1, 2)
-  want.backward(torch.tensor(np.asarray(cotangent)))
-  for got, want in zip(
-    (out, *pull(cotangent)), (want.detach(), *(x.grad for x in leaves)), strict=True
-  ):
-    np.testing.assert_allclose(got, want, atol=1e-4)
+  head_major = [x.transpose(1, 2) for x in leaves]
+  torch_out = torch.nn.functional.scaled_dot_product_attention(*head_major).transpose(1, 2)
+  torch_out.backward(torch.tensor(np.asarray(cotangent)))
+  np.testing.assert_allclose(out, torch_out.detach(), atol=1e-4)
+  for gradient, leaf in zip(pull(cotangent), leaves, strict=True):
+    np.testing.assert_allclose(gradient, leaf.grad, atol=1e-4)
 
 
-def on_a_mesh(platform, kind, function, *like):
-  """function(*inputs) for 2 x 2 x 2 devices that are not here."""
+def on_a_mesh(platform, kind, function, *inputs):
+  """function(*structs) for 2 x 2 x 2 absent devices; inputs are (shape, dtype)."""
   device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
   mesh = jax.sharding.AbstractMesh(
     (2, 2, 2),
@@ -82,16 +79,16 @@ def on_a_mesh(platform, kind, function, *like):
     abstract_device=device,
   )
   with jax.sharding.use_abstract_mesh(mesh):
-    return function(*(jax.ShapeDtypeStruct(*each) for each in like))
+    return function(*(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in inputs))
 
 
-def program(platform, function, *like):
+def program(platform, function, *inputs):
   """The jaxpr of a mesh of `platform`."""
-  return str(on_a_mesh(platform, platform, jax.make_jaxpr(function), *like))
+  return str(on_a_mesh(platform, platform, jax.make_jaxpr(function), *inputs))
 
 
 def test_the_kernel_is_for_tpus():
-  """The program of a TPU's mesh holds the kernel, that of a CPU's does not."""
+  """The program for a mesh of TPUs has the kernel, the one for CPUs does not."""
   packed = (packed_attention, *[((8, 256, 4, 128), jnp.bfloat16)] * 3, ((8, 256), jnp.int32))
   assert 'pallas_call' in program('tpu', *packed) and 'pallas_call' not in program('cpu', *packed)
 
@@ -101,10 +98,9 @@ def test_the_kernel_is_for_tpus():
   [(8, LONG, True), (2, LONG, True), (8, LONG // 4, False), (8, LONG + 1, False)],
 )
 def test_the_kernel_is_for_long_rows(rows, length, kernel):
-  """Two rows, which four devices cannot share, go to each of them."""
-  assert (
-    'pallas_call' in program('tpu', image_attention, *[((rows, length, 4, 40), jnp.bfloat16)] * 3)
-  ) == kernel
+  """Two rows, which do not divide over four devices, are computed on each of them."""
+  inputs = [((rows, length, 4, 40), jnp.bfloat16)] * 3
+  assert ('pallas_call' in program('tpu', image_attention, *inputs)) == kernel
 
 
 def lowered(
@@ -112,23 +108,24 @@ def lowered(
 ):
   """The program for such GPUs, forward and backward."""
   shape = (8, length, 4, width)
-  like = [(shape, dtype)] * 3 + [((8, length), jnp.int32)] * segmented
+  inputs = [(shape, dtype)] * 3
+  if segmented:
+    inputs.append(((8, length), jnp.int32))
 
   def loss(q, *others):
     return attend(q, *others).astype(jnp.float32).sum()
 
   function = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
-  return on_a_mesh(
-    'gpu',
-    kind,
-    lambda *inputs: function.trace(*inputs).lower(lowering_platforms=('cuda',)).as_text(),
-    *like,
-  )
+
+  def lower(*structs):
+    return function.trace(*structs).lower(lowering_platforms=('cuda',)).as_text()
+
+  return on_a_mesh('gpu', kind, lower, *inputs)
 
 
 @pytest.fixture
 def with_cudnn(monkeypatch):
-  """JAX asks the library for its version, which is not here; all its other rules are as they are."""
+  """Fakes the version of the library, which is not installed; JAX's other rules stay."""
   from jax._src.cudnn import fused_attention_stablehlo
 
   monkeypatch.setattr(
@@ -139,7 +136,7 @@ def with_cudnn(monkeypatch):
 
 
 def test_gpus_attend_by_cudnn(with_cudnn):
-  """Forward and backward, on each device's rows and heads, without the scores of all heads in float32."""
+  """Forward and backward, on each device's rows and heads, without float32 scores of all heads."""
   text = lowered(packed_attention)
   assert '__cudnn$fmhaScaleBiasSoftmax(' in text and '__cudnn$fmhaScaleBiasSoftmaxBackward(' in text
   assert 'tensor<2x2x256x256xf32>' not in text and 'tensor<8x4x256x256xf32>' not in text
@@ -158,13 +155,13 @@ def test_gpus_attend_by_cudnn(with_cudnn):
     dict(kind='AMD Instinct MI300X'),
   ],
 )
-def test_what_cudnn_does_not_take_goes_by_products(with_cudnn, changes):
+def test_shapes_that_cudnn_refuses_take_products(with_cudnn, changes):
   text = lowered(packed_attention, **changes)
   assert 'cudnn' not in text and 'dot_general' in text
 
 
-def test_the_mask_that_cudnn_gets(heads, expected, monkeypatch):
-  """The same call by JAX's own products, in float32: no GPU is here."""
+def test_the_mask_for_cudnn(heads, expected, monkeypatch):
+  """The same call by JAX's own products, in float32, since there is no GPU."""
   attend = jax.nn.dot_product_attention
   monkeypatch.setattr(
     jax.nn,

@@ -1,3 +1,5 @@
+"""The decoder of features against the golden case, and its conditions of the U-Nets."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ from lavit_jax.models.decoder import null_context
 
 
 def prefix(golden):
-  """The golden codes, one row an image, each a prefix of the N slots."""
+  """The golden codes [B, N, C] and the mask of each image's prefix."""
   mask = np.arange(golden.features.shape[1]) < golden.io['kept_token_counts'][:, None]
   codes = np.zeros((*mask.shape, golden.size['code_dim']), np.float32)
   codes[mask] = golden.io['quantized']
@@ -23,9 +25,8 @@ def test_golden_features_and_lowres_context(golden, run):
 
 
 def test_golden_highres_context_and_pool(golden, run):
-  context, pooled = run(
-    'highres_decoder', run('highres_decoder', *prefix(golden)), method='context'
-  )
+  features = run('highres_decoder', *prefix(golden))
+  context, pooled = run('highres_decoder', features, method='context')
   np.testing.assert_allclose(context, golden.io['highres_context'], atol=1e-4, rtol=0)
   np.testing.assert_allclose(pooled, golden.io['highres_pooled'], atol=1e-4, rtol=0)
 
@@ -33,10 +34,9 @@ def test_golden_highres_context_and_pool(golden, run):
 def test_padded_slots_do_not_matter(golden, run):
   codes, mask = prefix(golden)
   other = np.where(mask[..., None], codes, 7.0)
-  np.testing.assert_allclose(run('decoder', other, mask), run('decoder', codes, mask), atol=1e-6)
-  assert (
-    np.abs(run('decoder', other, np.ones_like(mask)) - run('decoder', codes, mask)).max() > 1e-2
-  )
+  expected = run('decoder', codes, mask)
+  np.testing.assert_allclose(run('decoder', other, mask), expected, atol=1e-6)
+  assert np.abs(run('decoder', other, np.ones_like(mask)) - expected).max() > 1e-2
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
@@ -65,8 +65,7 @@ def test_bfloat16_is_near_float32(golden, run):
 def test_null_context_is_padded_and_masked():
   rows = np.ones((3, 4), np.float32)
   context, mask = null_context(rows, 5)
-  assert (
-    context.tolist() == [[1] * 4] * 3 + [[0] * 4] * 2 and mask.tolist() == [True] * 3 + [False] * 2
-  )
+  assert context.tolist() == [[1] * 4] * 3 + [[0] * 4] * 2
+  assert mask.tolist() == [True] * 3 + [False] * 2
   with pytest.raises(ValueError, match='3 unconditional rows do not fit'):
     null_context(rows, 2)

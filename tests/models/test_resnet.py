@@ -19,7 +19,8 @@ def test_group_norm_is_exact_far_from_zero(offset):
   )
   params = {'params': {'scale': np.arange(12.0), 'bias': np.ones(12)}}
   got = GroupNorm(4, 1e-5).apply(params, x)
-  # The mean of 45 numbers errs as their sum does; scales and deviations make it 11 and 3 times that.
+  # The mean of 45 numbers errs as their sum does; scales and deviations make it 11 and 3 times
+  # that.
   # From a difference of squares the variance would be off by eps * 1000^2, a tenth.
   error = sum_error(abs(offset) + 3, 45) * 11 * 3
   assert_within(got, want.reshape(x.shape) * np.arange(12.0) + 1, error)
@@ -53,30 +54,28 @@ def test_convolutions_are_those_of_torch_and_products_where_the_kernel_is_the_la
   strides, padding, height, product
 ):
   torch = pytest.importorskip('torch')
-  rng, features = np.random.default_rng(0), 48 // strides**2
-  x, kernel, bias = (
-    rng.standard_normal(shape, np.float32)
-    for shape in ((2, height, 6, 5), (3, 3, 5, features), (features,))
-  )
-  params, module = (
-    {'kernel': kernel, 'bias': bias},
-    Conv(features, (3, 3), strides, (padding, padding)),
-  )
+  rng = np.random.default_rng(0)
+  features = 48 // strides**2
+  x = rng.standard_normal((2, height, 6, 5), np.float32)
+  kernel = rng.standard_normal((3, 3, 5, features), np.float32)
+  bias = rng.standard_normal(features, np.float32)
+  params = {'kernel': kernel, 'bias': bias}
+  module = Conv(features, (3, 3), strides, (padding, padding))
   forward = jax.jit(lambda params, x: module.apply({'params': params}, x))
   grads, grad_x = jax.grad(lambda *args: jnp.square(forward(*args)).sum(), (0, 1))(params, x)
 
-  theirs, weight = (torch.tensor(y, requires_grad=True) for y in (x, kernel))
-  padded = torch.nn.functional.pad(theirs.permute(0, 3, 1, 2), padding * 2)
+  leaf = torch.tensor(x, requires_grad=True)
+  weight = torch.tensor(kernel, requires_grad=True)
+  padded = torch.nn.functional.pad(leaf.permute(0, 3, 1, 2), padding * 2)
   want = torch.nn.functional.conv2d(
     padded, weight.permute(3, 2, 0, 1), torch.tensor(bias), strides
   ).permute(0, 2, 3, 1)
   want.square().sum().backward()
   np.testing.assert_allclose(forward(params, x), want.detach(), atol=1e-4)
   np.testing.assert_allclose(grads['kernel'], weight.grad, rtol=1e-4, atol=1e-3)
-  np.testing.assert_allclose(grad_x, theirs.grad, rtol=1e-4, atol=1e-3)
+  np.testing.assert_allclose(grad_x, leaf.grad, rtol=1e-4, atol=1e-3)
 
   assert ('stablehlo.convolution' in forward.lower(params, x).as_text()) != product
-  assert (
-    'stablehlo.convolution'
-    in jax.export.export(forward, platforms=['tpu'])(params, x).mlir_module()
-  )  # on CPU only
+  # It is a product on CPU only.
+  on_tpu = jax.export.export(forward, platforms=['tpu'])(params, x)
+  assert 'stablehlo.convolution' in on_tpu.mlir_module()

@@ -1,4 +1,7 @@
-"""Rotary positions of every scaling against transformers: frequencies, turned vectors, and a whole model beyond its first length."""
+"""Rotary positions of every scaling against transformers.
+
+Frequencies, rotated vectors, and a whole model beyond its first length.
+"""
 
 import functools
 
@@ -8,9 +11,8 @@ import numpy as np
 import pytest
 
 from lavit_jax.models.int8 import dequantize
-from lavit_jax.models.layers import rotary
 from lavit_jax.models.llama import Llama, unroll_layers
-from lavit_jax.models.rope import Rope, check_scaling
+from lavit_jax.models.rope import Rope, check_scaling, frequencies, rotary
 from lavit_jax.models.sequence import prompt_mask, prompt_positions
 from lavit_jax.models.settings import freeze
 from lavit_jax.weights.torch import mapping
@@ -44,7 +46,7 @@ SCALINGS = {  # name: (theta, scaling)
 every_scaling = pytest.mark.parametrize('name', SCALINGS)
 
 
-def ours(name: str) -> Rope:
+def make_rope(name: str) -> Rope:
   theta, scaling = SCALINGS[name]
   return Rope(theta, freeze(check_scaling(scaling)), FIRST)
 
@@ -68,6 +70,27 @@ def config(name: str):
   )
 
 
+def test_rotary_turns_pairs_and_depends_only_on_differences():
+  x = np.random.default_rng(0).normal(size=(1, 3, 2, 8)).astype(np.float32)
+  positions = np.array([[0, 1, 7]])
+  pairs = x[..., :4] + 1j * x[..., 4:]
+  turned = pairs * np.exp(1j * positions[..., None, None] * 100.0 ** (-np.arange(4) / 4))
+  np.testing.assert_allclose(
+    rotary(x, positions, frequencies(8, 100.0)),
+    np.concatenate([turned.real, turned.imag], -1),
+    atol=1e-5,
+  )
+  q = x[:, :1, :1]
+  k = x[:, 1:2, :1]
+
+  def product(q_position, k_position):
+    rotated_q = rotary(q, np.array([[q_position]]), frequencies(8))
+    rotated_k = rotary(k, np.array([[k_position]]), frequencies(8))
+    return (rotated_q * rotated_k).sum()
+
+  np.testing.assert_allclose(product(5, 2), product(105, 102), atol=1e-4)
+
+
 @every_scaling
 @pytest.mark.parametrize('length', [FIRST // 2, 40 * FIRST])
 def test_turns_as_transformers_does(name, length):
@@ -81,7 +104,7 @@ def test_turns_as_transformers_does(name, length):
     torch.from_numpy(x), torch.from_numpy(x), cos, sin, unsqueeze_dim=2
   )
 
-  rope = ours(name)
+  rope = make_rope(name)
   frequency = np.asarray(rope.frequency(HEAD_DIM, jnp.asarray(positions))).reshape(-1)
   # Either side rounds the power, the quotient and the ramp: some ulps, and of the base's exponent
   # log(theta) < 14 times as many.

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,14 +28,15 @@ def test_the_selector_multiplies_in_float32_wherever_it_runs():
   )
 
 
-def merge_at_every_block(module, x, keep):
-  return module.merger(x, keep, all_blocks=True)
-
-
 def test_golden_merger_at_every_block(golden, run):
-  merged, vision, streams = run(
-    'tokenizer', golden.features, golden.io['keep_mask'], method=merge_at_every_block
+  apply = functools.partial(
+    golden.modules['tokenizer'].apply, method='merge', mutable=['intermediates']
   )
+  variables = {'params': golden.params['tokenizer']}
+  merged, sown = jax.jit(apply)(variables, golden.features, golden.io['keep_mask'])
+  intermediates = sown['intermediates']['merger']
+  (vision,) = intermediates['vision']
+  (streams,) = intermediates['blocks']['stream']
   np.testing.assert_allclose(vision, golden.io['ln_vision'], atol=1e-4, rtol=0)
   assert streams.shape == golden.io['merger_blocks'].shape
   np.testing.assert_allclose(streams, golden.io['merger_blocks'], atol=1e-4, rtol=0)

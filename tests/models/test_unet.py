@@ -88,31 +88,26 @@ def peer(module):
 
 @functools.cache
 def ported(module):
-  """(diffusers' model with every parameter moved off its initial value, its state, our parameters)."""
-  model, generator = peer(module), torch.Generator().manual_seed(0)
+  """(diffusers' model with changed parameters, its state, our variables)."""
+  model = peer(module)
+  generator = torch.Generator().manual_seed(0)
   with torch.no_grad():
     for p in model.parameters():
       p += 0.05 * torch.randn(p.shape, generator=generator)
   state = {name: p.numpy() for name, p in model.state_dict().items()}
-  return (
-    model,
-    state,
-    {'params': mapping.from_torch(unet_rules(module), state, unet_shapes(module))},
-  )
+  params = mapping.from_torch(unet_rules(module), state, unet_shapes(module))
+  return model, state, {'params': params}
 
 
 def inputs(module, batch=2, height=8, width=12, rows=7):
   rng = np.random.default_rng(0)
-  normal = lambda *shape: rng.standard_normal(shape, np.float32)
   added = None
   if module.addition_time_embed_dim is not None:
-    added = normal(batch, module.pooled_dim), rng.integers(0, 1024, (batch, 6)).astype(np.float32)
-  return (
-    normal(batch, height, width, 4),
-    np.array([3, 741]),
-    normal(batch, rows, module.cross_attention_dim),
-    added,
-  )
+    pooled = rng.standard_normal((batch, module.pooled_dim), np.float32)
+    added = (pooled, rng.integers(0, 1024, (batch, 6)).astype(np.float32))
+  latents = rng.standard_normal((batch, height, width, 4), np.float32)
+  context = rng.standard_normal((batch, rows, module.cross_attention_dim), np.float32)
+  return latents, np.array([3, 741]), context, added
 
 
 def nchw(x):

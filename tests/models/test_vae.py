@@ -40,8 +40,9 @@ def peer(module):
 
 @pytest.fixture(scope='module')
 def ported():
-  """(diffusers' model with every parameter moved off its initial value, its state, our parameters)."""
-  model, generator = peer(VAE), torch.Generator().manual_seed(0)
+  """(diffusers' model with changed parameters, its state, our parameters)."""
+  model = peer(VAE)
+  generator = torch.Generator().manual_seed(0)
   with torch.no_grad():
     for p in model.parameters():
       p += 0.05 * torch.randn(p.shape, generator=generator)
@@ -76,52 +77,51 @@ def test_decode_matches_diffusers(ported):
 
 def test_tiles_match_diffusers(ported):
   model, _, params = ported
-  latents = np.random.default_rng(2).standard_normal(
-    (2, 20, 14, 4), np.float32
-  )  # tiles begin at 0, 6, 12 and at 0, 6
-  model.tile_latent_min_size, model.tile_sample_min_size = 8, 32
-  got = jax.jit(lambda latents: decode_tiled(functools.partial(decode, params), latents, 4, 8))(
-    latents
-  )
-  with torch.no_grad():
-    model.enable_tiling()
-    want = np.moveaxis(model.decode(nchw(latents)).sample.numpy(), 1, -1)
-    model.disable_tiling()
-    whole, last = (
-      np.moveaxis(model.decode(nchw(x)).sample.numpy(), 1, -1)
-      for x in (latents, latents[:, 12:, 6:])
-    )
-  assert np.abs(want - whole).max() > 0.05  # a tile knows nothing of the others
-  np.testing.assert_allclose(
-    got[:, :72, :48], want[:, :72, :48], rtol=0, atol=1e-4
-  )  # theirs has more tiles, from 18 and from 12 on
-  np.testing.assert_allclose(
-    got[:, 56:, 32:], last[:, 8:, 8:], rtol=0, atol=1e-4
-  )  # the last one, past its fade
+  # Tiles begin at 0, 6, 12 and at 0, 6.
+  latents = np.random.default_rng(2).standard_normal((2, 20, 14, 4), np.float32)
+  model.tile_latent_min_size = 8
+  model.tile_sample_min_size = 32
+  decode_tile = functools.partial(decode, params)
+  got = jax.jit(lambda latents: decode_tiled(decode_tile, latents, 4, 8))(latents)
+
+  def torch_decode(x):
+    with torch.no_grad():
+      return np.moveaxis(model.decode(nchw(x)).sample.numpy(), 1, -1)
+
+  model.enable_tiling()
+  want = torch_decode(latents)
+  model.disable_tiling()
+  whole = torch_decode(latents)
+  last = torch_decode(latents[:, 12:, 6:])
+  assert np.abs(want - whole).max() > 0.05  # a tile does not see the others
+  # That of diffusers has more tiles, from 18 and from 12 on.
+  np.testing.assert_allclose(got[:, :72, :48], want[:, :72, :48], rtol=0, atol=1e-4)
+  # The last tile, behind its fade.
+  np.testing.assert_allclose(got[:, 56:, 32:], last[:, 8:, 8:], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize('side', [5, 8, 9, 14, 15, 26])
-def test_tiles_cover_a_picture_and_add_up_to_one(side):
-  ones = lambda latents: jnp.ones((1, latents.shape[1] * 2, latents.shape[2] * 2, 3))
-  np.testing.assert_allclose(
-    decode_tiled(ones, jnp.zeros((1, side, 11, 4)), 2, 8), jnp.ones((1, 2 * side, 22, 3)), atol=1e-6
-  )
+def test_tiles_cover_an_image_and_add_up_to_one(side):
+  def ones(latents):
+    return jnp.ones((1, latents.shape[1] * 2, latents.shape[2] * 2, 3))
+
+  out = decode_tiled(ones, jnp.zeros((1, side, 11, 4)), 2, 8)
+  np.testing.assert_allclose(out, jnp.ones((1, 2 * side, 22, 3)), atol=1e-6)
 
 
-def test_tiles_hold_one_tile_at_a_time(ported):
+def test_memory_is_that_of_one_tile(ported):
   _, _, params = ported
   latents = jax.ShapeDtypeStruct((1, 64, 64, 4), jnp.float32)
-  tiled, whole = (
-    jax.jit(f).lower(latents).compile().memory_analysis().temp_size_in_bytes
-    for f in (
-      lambda x: decode_tiled(functools.partial(decode, params), x, 4, 16),
-      functools.partial(decode, params),
-    )
-  )
-  assert tiled < whole / 5
+  decode_whole = functools.partial(decode, params)
+
+  def memory(function):
+    return jax.jit(function).lower(latents).compile().memory_analysis().temp_size_in_bytes
+
+  tiled = memory(lambda x: decode_tiled(decode_whole, x, 4, 16))
+  assert tiled < memory(decode_whole) / 5
 
 
-def test_a_picture_of_one_tile_is_decoded_whole(ported):
+def test_an_image_of_one_tile_is_decoded_whole(ported):
   _, _, params = ported
   latents = np.random.default_rng(3).standard_normal((1, 6, 8, 4), np.float32)
   np.testing.assert_allclose(
@@ -162,7 +162,8 @@ def test_full_size_covers_every_weight_of_diffusers():
 
 
 def test_sampled_latents_have_the_encoders_mean_and_variance():
-  mean, logvar = jnp.full((1, 64, 64, 4), 3.0), jnp.full((1, 64, 64, 4), np.log(0.25))
+  mean = jnp.full((1, 64, 64, 4), 3.0)
+  logvar = jnp.full((1, 64, 64, 4), np.log(0.25))
   np.testing.assert_array_equal(sample_latents(mean, logvar), mean)
   drawn = sample_latents(mean, logvar, jax.random.key(0))
   np.testing.assert_allclose((drawn.mean(), drawn.std()), (3, 0.5), atol=0.02)
@@ -170,9 +171,8 @@ def test_sampled_latents_have_the_encoders_mean_and_variance():
 
 def test_logvar_is_clipped(ported):
   _, _, params = ported
-  quant_conv = params['quant_conv'] | {
-    'bias': np.array([0.0] * 4 + [-100.0, 100.0, 0.0, 0.0], np.float32)
-  }
+  bias = np.array([0.0] * 4 + [-100.0, 100.0, 0.0, 0.0], np.float32)
+  quant_conv = params['quant_conv'] | {'bias': bias}
   _, logvar = encode(params | {'quant_conv': quant_conv}, jnp.zeros((2, 24, 16, 3)))
   np.testing.assert_array_equal(logvar[..., :2], np.broadcast_to([-30.0, 20.0], (2, 6, 4, 2)))
 

@@ -1,3 +1,5 @@
+"""The image encoder against the golden case."""
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -19,9 +21,10 @@ def test_bfloat16_is_near_float32(golden, run):
   assert error.mean() < 0.02 * golden.io['vit_features'].std()
 
 
-def test_preprocess_normalises_each_channel():
+def test_preprocess_normalizes_each_channel():
   images = np.zeros((1, 2, 2, 3), np.uint8)
-  images[..., 0], images[..., 1] = 255, 51
+  images[..., 0] = 255
+  images[..., 1] = 51
   expected = [
     (1 - 0.48145466) / 0.26862954,
     (0.2 - 0.4578275) / 0.26130258,

@@ -10,7 +10,7 @@ import nano
 import numpy as np
 import pytest
 from nano import finish, launch, launch_job, rows, until
-from things import sample, write_tar
+from numbered_images import sample, write_tar
 
 from lavit_jax.errors import Unreachable, UserError
 from lavit_jax.training import distributed

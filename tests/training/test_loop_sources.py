@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import jax
 import nano
 import pytest
-from things import sample, write_tar
+from numbered_images import sample, write_tar
 
 from lavit_jax.data import formats
 from lavit_jax.data.row_workers import SkipCounter

@@ -103,9 +103,9 @@ def test_published_pairs():
 def test_a_large_pods_hosts_all_have_something_held_out(stage, variant):
   """64 of them; and nothing of it is trained on."""
   data = load_config(f'{ROOT}/configs/{stage}.py:{variant}').data
-  trained = {file for source in data.sources for file in paths._braces(source['path'])}
+  trained = {file for source in data.sources for file in paths.expand_braces(source['path'])}
   for source in data.heldout:
-    files = paths._braces(source['path'])
+    files = paths.expand_braces(source['path'])
     assert len(files) >= 256 and not trained & set(files)
 
 

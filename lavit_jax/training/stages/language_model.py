@@ -17,8 +17,8 @@ from jax import Array
 from lavit_jax.errors import UserError
 from lavit_jax.models.initialization import init_params
 from lavit_jax.models.lavit import LavitModules
-from lavit_jax.models.layers import per_shard
 from lavit_jax.models.sequence import PackedBatch, compact, embed_sources, pack_pairs
+from lavit_jax.sharding import per_shard
 from lavit_jax.training.stages.base import (
   BatchLayout,
   Mean,
@@ -82,7 +82,7 @@ def build(options: LanguageModelOptions, model: LavitModules, layout: BatchLayou
   def init(key, loaded):
     params = init_params(model, key, ('llama', 'understanding'))
     merger = loaded['tokenizer']['merger']
-    params['understanding'] = {**params['understanding'], 'merger': merger}
+    params['understanding'] = dict(params['understanding'], merger=merger)
     return initialize_params(params, loaded), {}
 
   def pack_shard(text, text_length, text_weight, kind, codes, visual_length):

@@ -1,8 +1,9 @@
-"""Checkpoints of the PyTorch family <-> parameter trees, both directions from one table of rows.
+"""PyTorch state dicts <-> parameter trees, in both directions, from one table of rules.
 
-A row pairs a torch name with a leaf: `Row('blocks.{i}.attn.proj.weight', 'blocks/attn/proj/kernel', 'linear')`. `{i}` counts
-layers, which the leaf stacks on axis 0. Nothing is skipped in silence: every torch name must be claimed by a row and every
-leaf filled, or `PortingError` lists all that is wrong before any array is touched.
+A rule pairs a torch name with a leaf: `NameRule('blocks.{i}.attn.proj.weight',
+'blocks/attn/proj/kernel', 'linear')`. `{i}` counts layers, which the leaf stacks on axis 0. Nothing
+is skipped silently: a rule must claim every torch name and fill every leaf, or `PortingError` lists
+all that is wrong before any array is read.
 """
 
 from __future__ import annotations
@@ -10,122 +11,79 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
+from numpy.typing import DTypeLike
 
 from lavit_jax.errors import UserError
+from lavit_jax.weights.torch.name_rules import (
+  NameRule,
+  Slot,
+  contiguous,
+  leaves_by_path,
+  zeros_view,
+)
+from lavit_jax.weights.torch.tensors import ArraySpec
 
-STRIP = 16  # columns; a few cache lines of the source
-MAX_HINTS = 20  # a foreign file may have a thousand strange names; looking up a nearest one takes milliseconds
+MAX_HINTS = 20  # names for which a nearest one is looked up, which takes milliseconds
+MAX_LISTED = 6  # names of each kind in a message; the others are counted
 
 
-MAX_LISTED = 6  # offending names of each kind in a message; the others are counted
+# --- Errors ----------------------------------------------------------------------------------
 
 
 class PortingError(UserError):
-  """A checkpoint and a model that do not fit; the message lists the first offending names of each kind, and counts the others.
+  """A checkpoint and a model that do not fit.
+
+  The message lists the first names of each kind, and counts the others.
 
   Attributes:
-    problems: all of them, each 'kind: what is wrong' or 'part: kind: what is wrong'.
+    problems: all of them, each 'kind: what is wrong' or 'module: kind: what is wrong'.
   """
 
   def __init__(self, text: str, problems: Iterable[str] = ()):
     self.problems = list(problems)
-    super().__init__(
-      '\n  '.join([f'{text} ({len(self.problems)} problems):', *shortened(self.problems)])
-      if self.problems
-      else text
-    )
+    if self.problems:
+      heading = f'{text} ({len(self.problems)} problems):'
+      text = '\n  '.join([heading, *shorten(self.problems)])
+    super().__init__(text)
 
 
-def shortened(problems: list[str]) -> list[str]:
-  """The first MAX_LISTED problems of each kind and part, and the number of the others."""
-  kinds = {}
+def shorten(problems: Iterable[str]) -> list[str]:
+  """The first MAX_LISTED problems of each kind and module, and the number of the others."""
+  by_kind: dict[str, list[str]] = {}
   for problem in problems:
     kind = re.match(r'(\w+: )?(unmapped|unexpected|missing|duplicate|wrong \w+)', problem)
-    kinds.setdefault(kind[0] if kind else '', []).append(problem)
+    by_kind.setdefault(kind[0] if kind else '', []).append(problem)
   lines = []
-  for kind, alike in kinds.items():
+  for kind, alike in by_kind.items():
     lines += alike[:MAX_LISTED]
-    if alike[MAX_LISTED:]:
+    if len(alike) > MAX_LISTED:
       lines.append(f'{kind}: and {len(alike) - MAX_LISTED} more')
   return lines
 
 
-class NameRule(NamedTuple):
-  """One line of a table: a torch name is a leaf, seen through a transform.
-
-  An `optional` row may be absent from the file, as a whole; its leaf is then absent from the tree. A row whose `leaf` is
-  None names what the file may hold for another part of the model.
-  """
-
-  name: str
-  leaf: str | None
-  transform: str = 'copy'
-  optional: bool = False
+def _raise_if_any(problems: Sequence[str]) -> None:
+  if problems:
+    raise PortingError('checkpoint and model do not fit', problems)
 
 
-class Transform(NamedTuple):
-  """A bijection between the torch array of one layer and the leaf of one layer."""
-
-  to_flax: Callable[[np.ndarray], np.ndarray]
-  to_torch: Callable[[np.ndarray], np.ndarray]
-
-
-TRANSFORMS = {
-  'copy': Transform(lambda x: x, lambda x: x),
-  'linear': Transform(lambda x: x.T, lambda x: x.T),  # [out, in] <-> [in, out]
-  'conv': Transform(
-    lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)
-  ),  # OIHW <-> HWIO
-  'conv1x1_to_linear': Transform(lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None]),
-  'qkv': Transform(  # [3 * out, in] <-> [3, in, out]
-    lambda x: x.reshape(3, -1, x.shape[1]).swapaxes(1, 2),
-    lambda x: x.swapaxes(1, 2).reshape(-1, x.shape[1]),
-  ),
-  'qkv_bias': Transform(lambda x: x.reshape(3, -1), lambda x: x.reshape(-1)),
-  'unbatch': Transform(lambda x: x[0], lambda x: x[None]),  # [1, ...] <-> [...]
-}
-
-
-def contiguous(view: np.ndarray) -> np.ndarray:
-  """The array as it lies in C order; a transposed view is copied in strips, which takes a seventh of numpy's time on large matrices."""
-  if view.flags.c_contiguous or view.ndim < 2:
-    return view
-  out = np.empty(view.shape, view.dtype)
-  for start in range(0, view.shape[-1], STRIP):
-    out[..., start : start + STRIP] = view[..., start : start + STRIP]
-  return out
-
-
-class Slot(NamedTuple):
-  """Where one torch array belongs: a leaf, the layer of it (None: not stacked), and the row that says so."""
-
-  leaf: str
-  layer: int | None
-  row: NameRule
-
-  def array(self, leaves: Mapping) -> np.ndarray:
-    """The torch array, made of the leaves; a view where that is possible."""
-    leaf = leaves[self.leaf]
-    return self.tensor_of(leaf if self.layer is None else leaf[self.layer])
-
-  def tensor_of(self, array: np.ndarray) -> np.ndarray:
-    """The torch array that the leaf, or the layer of it, is; a view where that is possible."""
-    return TRANSFORMS[self.row.transform].to_torch(array)
-
-  def row_of(self, array: np.ndarray) -> np.ndarray:
-    """The leaf, or the layer of it, that the torch array is."""
-    return TRANSFORMS[self.row.transform].to_flax(array)
+# --- Plans -----------------------------------------------------------------------------------
 
 
 class MappingPlan(NamedTuple):
-  """What becomes of a file: torch name -> slot, path -> shape and dtype of each leaf, and the leaves that are stacks."""
+  """How the tensors of a file become leaves.
+
+  Attributes:
+    slots: torch name -> slot.
+    leaves: path -> shape and dtype of each leaf.
+    stacked: the leaves that stack layers.
+  """
 
   slots: dict[str, Slot]
   leaves: dict[str, jax.ShapeDtypeStruct]
@@ -133,205 +91,265 @@ class MappingPlan(NamedTuple):
 
 
 def make_plan(
-  rows: Iterable[NameRule],
-  state: Mapping,
+  rules: Iterable[NameRule],
+  state: Mapping[str, ArraySpec],
   like: Mapping,
   allow_missing: str = '',
   mixed: bool = False,
 ) -> MappingPlan:
-  """Matches a file with a model, without touching any array.
+  """Matches a file with a model, without reading any array.
 
   Args:
-    rows: the table.
-    state: torch name -> anything with a shape and a dtype. Overlay one file on another by merging their dicts.
-    like: the tree wanted, of arrays or `jax.eval_shape`'s structs; gives number of layers and shapes. The types are the file's.
-    allow_missing: regex of torch names that may be missing; a leaf is then absent, if it is missing as a whole.
-    mixed: layers of one leaf may be of several floating types; the leaf then has the widest of them.
+    rules: the table.
+    state: torch name -> anything with a shape and a dtype.
+    like: tree of arrays or structs, which gives the number of layers and the shapes. The dtypes
+      are the file's.
+    allow_missing: regex of torch names that may be missing; a leaf is then absent, if all of it is
+      missing.
+    mixed: layers of one leaf may have several floating types; the leaf then has the widest.
 
   Raises:
-    PortingError: a name is unmapped (no row knows it), unexpected (the model has no such layer or leaf) or missing, a name or
-      leaf is claimed twice, a shape is wrong, or a type (integers for numbers, or several types in one stack).
+    PortingError: a name is unmapped (no rule has it), unexpected (the model has no such layer or
+      leaf) or missing, a name or leaf is claimed twice, a shape is wrong, or a dtype (integers for
+      floating numbers, or several in one stack).
   """
-  rows, like = [NameRule(*row) for row in rows], flatten_dict(like, sep='/')
-  slots, problems = _slots(rows, like)
-  try:
-    allowed = re.compile(allow_missing) if allow_missing else None
-  except re.error as error:
-    raise PortingError(f'{allow_missing!r} is not a regular expression ({error})') from None
-  absent = {
-    s.leaf
-    for name, s in slots.items()
-    if name not in state and (s.row.optional or allowed and allowed.search(name))
-  }
-  absent -= {
-    s.leaf for name, s in slots.items() if name in state
-  }  # a stack is there as a whole or not at all
-  wanted = {name: slot for name, slot in slots.items() if slot.leaf not in absent}
-  problems += _strangers(rows, slots, state) + _missing(wanted, slots, state)
-  blank = {
-    path: np.broadcast_to(np.zeros((), x.dtype), x.shape) for path, x in like.items()
-  }  # shapes without memory
-  dtypes = {}
-  for name in [name for name in state if name in wanted]:
-    shape, expected = tuple(state[name].shape), wanted[name].array(blank).shape
-    leaf, dtype = wanted[name].leaf, np.dtype(state[name].dtype)
-    if shape != expected:
-      problems.append(f'wrong shape: {name} is {list(shape)}, the model wants {list(expected)}')
-    if _floating(dtype) != _floating(like[leaf].dtype):
-      problems.append(
-        f'wrong dtype: {name} is {dtype}, the model wants {np.dtype(like[leaf].dtype)}'
-      )
-    elif dtypes.setdefault(leaf, dtype) != dtype and not mixed:
-      problems.append(
-        f'wrong dtype: {name} is {dtype}, other layers of it are {dtypes[leaf]}; choose one type for all of them, as --dtype '
-        f'{_widest(dtype, dtypes[leaf])} does, or dtype= in Python'
-      )
-    elif mixed:
-      dtypes[leaf] = _widest(dtypes[leaf], dtype)
-  if not wanted:
+  rules = [NameRule(*rule) for rule in rules]
+  leaves = leaves_by_path(like)
+  slots, problems = _expand(rules, leaves)
+  absent = _absent_leaves(slots, state, allow_missing)
+  required = {name: slot for name, slot in slots.items() if slot.leaf not in absent}
+  problems += _unknown_names(rules, slots, state)
+  problems += _missing_names(required, slots, state)
+  dtypes, mismatches = _leaf_dtypes(required, state, leaves, mixed)
+  problems += mismatches
+  if not required:
     problems.append('the file fills no leaf at all')
-  _check(problems)
+  _raise_if_any(problems)
   return MappingPlan(
-    wanted,
-    {leaf: jax.ShapeDtypeStruct(like[leaf].shape, dtype) for leaf, dtype in dtypes.items()},
-    frozenset(slot.leaf for slot in wanted.values() if slot.layer is not None),
+    required,
+    {leaf: jax.ShapeDtypeStruct(leaves[leaf].shape, dtype) for leaf, dtype in dtypes.items()},
+    frozenset(slot.leaf for slot in required.values() if slot.layer is not None),
   )
 
 
-def from_torch(
-  rows: Iterable[NameRule], state: Mapping, like: Mapping, place: Callable | None = None
-) -> dict:
-  """Torch arrays -> parameter tree of numpy arrays, in the types of `like`.
+def slots_for(rules: Iterable[NameRule], leaves: Mapping[str, ArraySpec]) -> dict[str, Slot]:
+  """By torch name: the slot, for exactly these leaves.
 
   Args:
-    rows, state, like: as for `make_plan`; `np.asarray` reads the arrays of `state`, when their turn comes.
-    place: (path, array) -> what to put in the tree; one leaf at a time is in memory.
+    rules: the table.
+    leaves: path -> anything with a shape.
+
+  Raises:
+    PortingError: a leaf has no rule, a rule that is not optional has no leaf, or something is
+      claimed twice.
+  """
+  slots, problems = _expand([NameRule(*rule) for rule in rules], leaves)
+  _raise_if_any(problems)
+  return slots
+
+
+def torch_shapes(rules: Iterable[NameRule], like: Mapping) -> dict[str, tuple[int, ...]]:
+  """By torch name: the shapes of a tree of arrays or structs; nothing is computed.
+
+  Raises:
+    PortingError: as `slots_for`.
+  """
+  blank = {path: zeros_view(leaf) for path, leaf in leaves_by_path(like).items()}
+  slots = slots_for(rules, blank)
+  return {name: slot.tensor_from(blank).shape for name, slot in slots.items()}
+
+
+# --- Whole trees -----------------------------------------------------------------------------
+
+
+def from_torch(
+  rules: Iterable[NameRule],
+  state: Mapping[str, Any],
+  like: Mapping,
+  transform_leaf: Callable[[str, np.ndarray], Any] | None = None,
+) -> dict:
+  """Torch arrays -> parameter tree of numpy arrays, in the dtypes of `like`.
+
+  Args:
+    rules: the table.
+    state: torch name -> array; `np.asarray` reads each in its turn.
+    like: tree of arrays or structs with the shapes and dtypes of the result.
+    transform_leaf: (path, array) -> what the tree has in its place; one leaf at a time is in
+      memory.
 
   Returns:
-    A tree like `like`, less the leaves of optional rows that the file lacks.
+    A tree like `like`, less the leaves of optional rules that the file lacks.
 
   Raises:
     PortingError: as `make_plan`.
   """
-  slots, leaves, _ = make_plan(rows, state, like)
-  like, tree = flatten_dict(like, sep='/'), {}
-  for leaf in leaves:
-    array = np.empty(like[leaf].shape, like[leaf].dtype)
-    for name, slot in slots.items():
-      if slot.leaf == leaf:
-        array[... if slot.layer is None else slot.layer] = contiguous(
-          slot.row_of(np.asarray(state[name]))
-        )
-    tree[leaf] = array if place is None else place(leaf, array)
+  plan = make_plan(rules, state, like)
+  specs = leaves_by_path(like)
+  names_of: dict[str, list[str]] = {}
+  for name, slot in plan.slots.items():
+    names_of.setdefault(slot.leaf, []).append(name)
+  tree = {}
+  for leaf in plan.leaves:
+    array = np.empty(specs[leaf].shape, specs[leaf].dtype)
+    for name in names_of[leaf]:
+      slot = plan.slots[name]
+      index = ... if slot.layer is None else slot.layer
+      array[index] = contiguous(slot.to_leaf(np.asarray(state[name])))
+    tree[leaf] = array if transform_leaf is None else transform_leaf(leaf, array)
   return unflatten_dict(tree, sep='/')
 
 
-def to_torch(rows: Iterable[NameRule], params: Mapping) -> dict[str, np.ndarray]:
+def to_torch(rules: Iterable[NameRule], params: Mapping) -> dict[str, np.ndarray]:
   """Parameter tree -> torch name -> contiguous array; the inverse of `from_torch`.
 
   Raises:
-    PortingError: a leaf has no row, a row that is not optional has no leaf, or something is claimed twice.
+    PortingError: as `slots_for`.
   """
-  leaves = {path: np.asarray(x) for path, x in flatten_dict(params, sep='/').items()}
-  slots = slots_of(rows, leaves)
-  return {name: contiguous(slot.array(leaves)) for name, slot in slots.items()}
+  leaves = {path: np.asarray(leaf) for path, leaf in leaves_by_path(params).items()}
+  slots = slots_for(rules, leaves)
+  return {name: contiguous(slot.tensor_from(leaves)) for name, slot in slots.items()}
 
 
-def slots_of(rows: Iterable[NameRule], leaves: Mapping) -> dict[str, Slot]:
-  """torch name -> slot, for these leaves (path -> anything with a shape) and no others.
-
-  Raises:
-    PortingError: as `to_torch`.
-  """
-  slots, problems = _slots([NameRule(*row) for row in rows], leaves)
-  _check(problems)
-  return slots
+# --- Steps of `make_plan` --------------------------------------------------------------------
 
 
-def torch_shapes(rows: Iterable[NameRule], like: Mapping) -> dict[str, tuple[int, ...]]:
-  """The torch name and shape of everything in a tree of arrays or structs, without computing on any."""
-  blank = {
-    path: np.broadcast_to(np.float32(0), x.shape) for path, x in flatten_dict(like, sep='/').items()
-  }
-  slots = slots_of(rows, blank)
-  return {name: slot.array(blank).shape for name, slot in slots.items()}
-
-
-def _slots(rows: list[NameRule], leaves: Mapping) -> tuple[dict[str, Slot], list[str]]:
-  """Expands the rows over the layers of the leaves: torch name -> slot, and what is wrong with the table."""
-  slots, claimed, problems = {}, {}, []
-  for row in rows:
-    if row.leaf is None:
+def _expand(
+  rules: list[NameRule], leaves: Mapping[str, ArraySpec]
+) -> tuple[dict[str, Slot], list[str]]:
+  """Expands the rules over the layers of the leaves: torch name -> slot, and the problems."""
+  slots: dict[str, Slot] = {}
+  claimed: dict[str, str] = {}  # leaf -> torch name
+  problems = []
+  for rule in rules:
+    if rule.leaf is None:
       continue
-    if row.leaf in claimed:
+    if rule.leaf in claimed:
       problems.append(
-        f'duplicate: leaf {row.leaf} is claimed by {claimed[row.leaf]} and {row.name}'
+        f'duplicate: leaf {rule.leaf} is claimed by {claimed[rule.leaf]} and {rule.name}'
       )
       continue
-    claimed[row.leaf] = row.name
-    if row.leaf not in leaves:
-      if not row.optional:
+    claimed[rule.leaf] = rule.name
+    if rule.leaf not in leaves:
+      if not rule.optional:
         problems.append(
-          f'unexpected: {row.name} belongs to leaf {row.leaf}, which the model does not have'
+          f'unexpected: {rule.name} belongs to leaf {rule.leaf}, which the model does not have'
         )
       continue
-    for layer in range(leaves[row.leaf].shape[0]) if '{i}' in row.name else (None,):
-      name = row.name if layer is None else row.name.replace('{i}', str(layer))
+    is_stack = '{i}' in rule.name
+    for layer in range(leaves[rule.leaf].shape[0]) if is_stack else (None,):
+      name = rule.name.replace('{i}', str(layer))
       if name in slots:
-        problems.append(f'duplicate: {name} is claimed by leaves {slots[name].leaf} and {row.leaf}')
-      slots[name] = Slot(row.leaf, layer, row)
-  problems += [f'unmapped: no row names leaf {path}' for path in leaves if path not in claimed]
+        problems.append(
+          f'duplicate: {name} is claimed by leaves {slots[name].leaf} and {rule.leaf}'
+        )
+      slots[name] = Slot(rule.leaf, layer, rule)
+  problems += [f'unmapped: no rule names leaf {leaf}' for leaf in leaves if leaf not in claimed]
   return slots, problems
 
 
-def _strangers(rows: list[NameRule], slots: Mapping, state: Mapping) -> list[str]:
-  """Names in the file that nothing takes: of leaves or layers the model lacks (unexpected), or of no row (unmapped)."""
-  table, elsewhere = _pattern(rows), _pattern([row for row in rows if row.leaf is None])
-  problems, hints = [], 0
-  for name in state:
-    if name in slots or elsewhere.fullmatch(name):
+def _absent_leaves(
+  slots: Mapping[str, Slot], state: Collection[str], allow_missing: str
+) -> set[str]:
+  """The leaves that may be absent and of which the file has no layer."""
+  try:
+    allowed = re.compile(allow_missing) if allow_missing else None
+  except re.error as error:
+    raise PortingError(f'{allow_missing!r} is not a regular expression ({error})') from None
+  absent = set()
+  present = set()
+  for name, slot in slots.items():
+    if name in state:
+      present.add(slot.leaf)
+    elif slot.rule.optional or (allowed is not None and allowed.search(name)):
+      absent.add(slot.leaf)
+  return absent - present
+
+
+def _leaf_dtypes(
+  slots: Mapping[str, Slot],
+  state: Mapping[str, ArraySpec],
+  leaves: Mapping[str, ArraySpec],
+  mixed: bool,
+) -> tuple[dict[str, np.dtype], list[str]]:
+  """The dtype of each leaf, and the tensors whose shape or dtype is wrong."""
+  blank = {path: zeros_view(leaf) for path, leaf in leaves.items()}
+  dtypes: dict[str, np.dtype] = {}
+  problems = []
+  for name, tensor in state.items():
+    if name not in slots:
       continue
-    if table.fullmatch(name):
-      problems.append(f'unexpected: the model has no place for {name} (fewer layers?)')
-    else:
-      hints += 1
+    leaf = slots[name].leaf
+    shape = tuple(tensor.shape)
+    expected = slots[name].tensor_from(blank).shape
+    if shape != expected:
+      problems.append(f'wrong shape: {name} is {list(shape)}, the model expects {list(expected)}')
+    dtype = np.dtype(tensor.dtype)
+    model_dtype = np.dtype(leaves[leaf].dtype)
+    if _is_floating(dtype) != _is_floating(model_dtype):
+      problems.append(f'wrong dtype: {name} is {dtype}, the model expects {model_dtype}')
+      continue
+    leaf_dtype = dtypes.setdefault(leaf, dtype)
+    if mixed:
+      dtypes[leaf] = _widest(leaf_dtype, dtype)
+    elif leaf_dtype != dtype:
       problems.append(
-        f'unmapped: no row names {name}' + (_nearest(name, slots) if hints <= MAX_HINTS else '')
+        f'wrong dtype: {name} is {dtype}, other layers of it are {leaf_dtype}; choose one dtype '
+        f'for all of them by --dtype {_widest(dtype, leaf_dtype)}, or dtype= in Python'
       )
+  return dtypes, problems
+
+
+def _unknown_names(
+  rules: list[NameRule], slots: Mapping[str, Slot], state: Iterable[str]
+) -> list[str]:
+  """Names in the file without a slot.
+
+  They belong to leaves or layers that the model lacks (unexpected), or to no rule (unmapped).
+  """
+  of_rules = _pattern(rules)
+  of_other_modules = _pattern([rule for rule in rules if rule.leaf is None])
+  problems = []
+  hints = 0
+  for name in state:
+    if name in slots or of_other_modules.fullmatch(name):
+      continue
+    if of_rules.fullmatch(name):
+      problems.append(f'unexpected: the model has no place for {name} (fewer layers?)')
+      continue
+    hint = _nearest(name, slots) if hints < MAX_HINTS else ''
+    hints += 1
+    problems.append(f'unmapped: no rule names {name}{hint}')
   return problems
 
 
-def _pattern(rows: list[NameRule]) -> re.Pattern:
-  """Matches every torch name that the rows know, of whatever layer."""
-  return re.compile('|'.join(re.escape(row.name).replace(re.escape('{i}'), r'\d+') for row in rows))
+def _missing_names(
+  required: Iterable[str], slots: Collection[str], state: Collection[str]
+) -> list[str]:
+  """Names that a leaf needs; a name of the file without a slot may be their misspelling."""
+  unused = [name for name in state if name not in slots]
+  problems = []
+  for name in required:
+    if name not in state:
+      hint = _nearest(name, unused) if len(problems) < MAX_HINTS else ''
+      problems.append(f'missing: {name}{hint}')
+  return problems
 
 
-def _missing(wanted: Mapping, slots: Mapping, state: Mapping) -> list[str]:
-  """Names that a leaf waits for; the nearest of the file's names that nothing takes may be a misspelling."""
-  names, free = (
-    [name for name in wanted if name not in state],
-    [name for name in state if name not in slots],
-  )
-  return [
-    f'missing: {name}' + (_nearest(name, free) if n < MAX_HINTS else '')
-    for n, name in enumerate(names)
-  ]
+def _pattern(rules: Iterable[NameRule]) -> re.Pattern[str]:
+  """Matches every torch name of the rules, in any layer."""
+  layer = re.escape('{i}')
+  return re.compile('|'.join(re.escape(rule.name).replace(layer, r'\d+') for rule in rules))
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-  near = difflib.get_close_matches(name, known, 1)
+def _nearest(name: str, candidates: Iterable[str]) -> str:
+  near = difflib.get_close_matches(name, list(candidates), 1)
   return f' (nearest known: {near[0]})' if near else ''
 
 
-def _widest(*dtypes) -> np.dtype:
+def _widest(*dtypes: DTypeLike) -> np.dtype:
   """The type that holds the numbers of all of them."""
-  return functools.reduce(jnp.promote_types, dtypes)
+  return np.dtype(functools.reduce(jnp.promote_types, dtypes))
 
 
-def _floating(dtype) -> bool:
-  return np.dtype(dtype).kind in 'fV'
-
-
-def _check(problems: list[str]) -> None:
-  if problems:
-    raise PortingError('checkpoint and model do not fit', problems)
+def _is_floating(dtype: np.dtype) -> bool:
+  return dtype.kind in 'fV'  # V: bfloat16

@@ -1,21 +1,24 @@
-"""diffusers' names for the parameters of the U-Net and the VAE.
+"""Name rules of the U-Net and the VAE, which follow diffusers' names.
 
-Our names follow diffusers' closely enough for one list of substitutions; the rows come from the parameter tree that a
-config makes, so every size of both is covered.
+Our names are close enough to diffusers' for one list of substitutions; the rules come from the
+parameter tree of a config, so every size of both is covered.
 """
+
+from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Collection, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
 
 from lavit_jax.models.unet import UNet
 from lavit_jax.models.vae import AutoencoderKL
-from lavit_jax.weights.torch.mapping import NameRule
+from lavit_jax.weights.torch.name_rules import NameRule, leaves_by_path
 
-NAMES = (
+SUBSTITUTIONS = (  # (pattern in the path of a leaf, replacement), applied in this order
   (r'\b(down|up)_(\d+)_', r'\1_blocks/\2/'),
   (r'\bmid[_/]', 'mid_block/'),
   (r'\b(resnet|attention)_(\d+)', r'\1s/\2'),
@@ -26,57 +29,77 @@ NAMES = (
   (r'\bto_out', 'to_out/0'),
   (r'(kernel|scale)$', 'weight'),
 )
-# What diffusers called the VAE's attention before it shared the U-Net's: the names in older files of SD 1.5.
+# In files of SD 1.5 that diffusers wrote before 0.12 the VAE's attention has names of its own.
 OLD_ATTENTION = (('to_q', 'query'), ('to_k', 'key'), ('to_v', 'value'), ('to_out/0', 'proj_attn'))
 
 
 @functools.cache
-def unet_shapes(module: UNet) -> dict:
-  """The parameter tree of a U-Net as `jax.eval_shape`'s structs."""
-  side, added = 2 ** (len(module.block_out_channels) - 1), None
-  if module.addition_time_embed_dim is not None:
-    added = jnp.zeros((1, module.pooled_dim)), jnp.zeros((1, 6))
-  latents, context = (
-    jnp.zeros((1, side, side, module.in_channels)),
-    jnp.zeros((1, 1, module.cross_attention_dim)),
-  )
-  return jax.eval_shape(
-    module.init, jax.random.key(0), latents, jnp.zeros(1), context, None, added
-  )['params']
+def unet_shapes(unet: UNet) -> dict[str, Any]:
+  """The parameter tree of a U-Net as `jax.ShapeDtypeStruct`s."""
+  side = 2 ** (len(unet.block_out_channels) - 1)  # the smallest input
+  latents = jnp.zeros((1, side, side, unet.in_channels))
+  context = jnp.zeros((1, 1, unet.cross_attention_dim))
+  added = None
+  if unet.addition_time_embed_dim is not None:
+    added = (jnp.zeros((1, unet.pooled_dim)), jnp.zeros((1, 6)))
+  timesteps = jnp.zeros(1)
+  variables = jax.eval_shape(unet.init, jax.random.key(0), latents, timesteps, context, None, added)
+  return variables['params']
 
 
 @functools.cache
-def vae_shapes(module: AutoencoderKL) -> dict:
-  """The parameter tree of a VAE as `jax.eval_shape`'s structs."""
-  return jax.eval_shape(
-    module.init, jax.random.key(0), jnp.zeros((1, module.factor, module.factor, 3))
-  )['params']
+def vae_shapes(vae: AutoencoderKL) -> dict[str, Any]:
+  """The parameter tree of a VAE as `jax.ShapeDtypeStruct`s."""
+  images = jnp.zeros((1, vae.factor, vae.factor, 3))  # the smallest input
+  return jax.eval_shape(vae.init, jax.random.key(0), images)['params']
 
 
-def unet_rules(module: UNet) -> list[NameRule]:
-  """diffusers' UNet2DConditionModel of this config."""
-  return _rows(
-    unet_shapes(module), NAMES, () if module.use_linear_projection else ('proj_in', 'proj_out')
-  )
+def unet_rules(unet: UNet) -> list[NameRule]:
+  """The UNet2DConditionModel of diffusers with this config."""
+  convolutions = () if unet.use_linear_projection else ('proj_in', 'proj_out')
+  shapes = unet_shapes(unet)  # pyright: ignore[reportArgumentType]  # modules are hashable
+  return _rules(shapes, SUBSTITUTIONS, convolutions)
 
 
-def vae_rules(module: AutoencoderKL, old_attention: bool = False) -> list[NameRule]:
-  """diffusers' AutoencoderKL of this config; `old_attention` for files written before diffusers 0.12."""
-  return _rows(vae_shapes(module), NAMES + OLD_ATTENTION * old_attention, ())
+def vae_rules(vae: AutoencoderKL, old_attention: bool = False) -> list[NameRule]:
+  """The AutoencoderKL of diffusers with this config.
+
+  Args:
+    vae: the module.
+    old_attention: the names of files that diffusers wrote before 0.12.
+  """
+  substitutions = SUBSTITUTIONS
+  if old_attention:
+    substitutions += OLD_ATTENTION
+  shapes = vae_shapes(vae)  # pyright: ignore[reportArgumentType]  # modules are hashable
+  return _rules(shapes, substitutions, ())
 
 
-def _rows(shapes: dict, names: tuple, convolved: tuple[str, ...]) -> list[NameRule]:
-  """One row a leaf; the layers in `convolved` are Dense here and 1x1 convolutions in diffusers."""
-  rows = []
-  for path, leaf in traverse_util.flatten_dict(shapes).items():
-    leaf_name = torch_name = '/'.join(path)
-    for pattern, replacement in names:
+def _rules(
+  shapes: dict[str, Any],
+  substitutions: Iterable[tuple[str, str]],
+  convolutions: Collection[str],
+) -> list[NameRule]:
+  """One rule for each leaf.
+
+  Args:
+    shapes: the parameter tree.
+    substitutions: of our names by diffusers'.
+    convolutions: Dense layers that are 1x1 convolutions in diffusers.
+  """
+  rules = []
+  for path, leaf in leaves_by_path(shapes).items():
+    torch_name = path
+    for pattern, replacement in substitutions:
       torch_name = re.sub(pattern, replacement, torch_name)
-    if path[-1] != 'kernel':
+    *_, layer, parameter = path.split('/')
+    if parameter != 'kernel':
       transform = 'copy'
     elif leaf.ndim == 4:
       transform = 'conv'
+    elif layer in convolutions:
+      transform = 'conv1x1_to_linear'
     else:
-      transform = 'conv1x1_to_linear' if path[-2] in convolved else 'linear'
-    rows.append(NameRule(torch_name.replace('/', '.'), leaf_name, transform))
-  return rows
+      transform = 'linear'
+    rules.append(NameRule(torch_name.replace('/', '.'), path, transform))
+  return rules

@@ -1,15 +1,18 @@
-"""Names of the language model: Hugging Face's LlamaForCausalLM <-> `models.llama.Llama` (specification, Checkpoint layout).
+"""Name rules of the language model: LlamaForCausalLM of transformers <-> `models.llama.Llama`.
 
-Rotary positions are in the half-split layout on both sides, so no head is permuted.
+Both sides rotate positions in the half-split layout, so no head is permuted (specification,
+Checkpoint layout).
 """
 
-from lavit_jax.weights.torch.mapping import NameRule
+from __future__ import annotations
+
+from lavit_jax.weights.torch.name_rules import NameRule
 
 _LAYER = 'model.layers.{i}.'
 
 
 def llama_rules() -> list[NameRule]:
-  """`Llama` of any size. Old files also carry the rotary frequencies, which are computed here."""
+  """`Llama` of any size. Old files also hold the rotary frequencies, which are computed here."""
   return [
     NameRule('model.embed_tokens.weight', 'embedding'),
     NameRule(_LAYER + 'input_layernorm.weight', 'layers/attention_norm/scale'),

@@ -15,7 +15,7 @@ from lavit_jax.models import lavit
 from lavit_jax.models.noise_schedule import Scheduler
 from lavit_jax.porting import from_torch, to_torch
 from lavit_jax.weights.store import folder
-from lavit_jax.weights.torch import configs, convert, formats
+from lavit_jax.weights.torch import configs, convert, formats, name_tables
 from lavit_jax.weights.torch.api import torch_settings
 from lavit_jax.weights.torch.configs import pipeline, rules, safety, scheduler, unet, vae
 
@@ -46,7 +46,7 @@ ROW = {
   'safety_checker': CHECKER,
 }
 PARTS = ('unet', 'vae', 'highres_unet', 'highres_vae', 'safety_checker', 'uncond_embeddings')
-PLACES = {place.part: place.folder for place in formats.PUBLISHED}
+FOLDERS = {location.module: location.folder for location in formats.PUBLISHED}
 RNG = np.random.default_rng(0)
 
 
@@ -59,7 +59,7 @@ def variant():
 
 @pytest.fixture(scope='module')
 def params():
-  tree = formats.shapes(lavit.build('described'), PARTS)
+  tree = name_tables.module_shapes(lavit.build('described'), PARTS)
   return jax.tree.map(
     lambda x: RNG.normal(0, np.prod(x.shape[:-1] or 1) ** -0.5, x.shape).astype(np.float32), tree
   )
@@ -85,7 +85,7 @@ def edited(src, dst, file, **keys):
 
 
 def settings_of(src):
-  return configs.read_settings(src, PLACES, PARTS, 'described')
+  return configs.read_settings(src, FOLDERS, PARTS, 'described')
 
 
 def defaults(cls):
@@ -156,8 +156,8 @@ def test_a_unet_by_its_description_computes_as_theirs(published, params, tmp_pat
   levels = len(getattr(lavit.build('described'), part).block_out_channels)
   if isinstance(keys.get('attention_head_dim'), list):
     keys['attention_head_dim'] = keys['attention_head_dim'][-levels:]
-  src = edited(published, tmp_path / 'src', f'{PLACES[part]}/config.json', **keys)
-  place = src / PLACES[part]
+  src = edited(published, tmp_path / 'src', f'{FOLDERS[part]}/config.json', **keys)
+  place = src / FOLDERS[part]
   with pytest.raises(UserError, match='torch_settings'):
     from_torch(src, part, variant='described')
   settings = torch_settings(src, part, variant='described')
@@ -189,7 +189,7 @@ def test_a_unet_by_its_description_computes_as_theirs(published, params, tmp_pat
     return found.numpy().transpose(0, 2, 3, 1)
 
   wanted = theirs(place)
-  assert np.abs(wanted - theirs(published / PLACES[part])).max() > 1e-3
+  assert np.abs(wanted - theirs(published / FOLDERS[part])).max() > 1e-3
   np.testing.assert_allclose(
     jit(model.apply)({'params': tree}, latents, t, context, None, added), wanted, atol=1e-4
   )
@@ -207,7 +207,7 @@ def test_a_unet_by_its_description_computes_as_theirs(published, params, tmp_pat
 )
 def test_the_factors_of_a_vae_travel_and_come_back(published, tmp_path, part, keys):
   """Encoding and decoding as diffusers' StableDiffusion3 and XL pipelines apply the factors, in float64."""
-  src = edited(published, tmp_path / 'src', f'{PLACES[part]}/config.json', **keys)
+  src = edited(published, tmp_path / 'src', f'{FOLDERS[part]}/config.json', **keys)
   convert.plan_conversion(src, tmp_path / 'ours').run(lambda size: None)
   settings = folder.read_settings(tmp_path / 'ours')
   assert settings == {part: keys}
@@ -223,7 +223,7 @@ def test_the_factors_of_a_vae_travel_and_come_back(published, tmp_path, part, ke
   np.testing.assert_allclose(model.to_unet(x.astype(np.float32)), encoded, rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(model.from_unet(x.astype(np.float32)), decoded, rtol=1e-5, atol=1e-5)
   convert.plan_conversion(tmp_path / 'ours', tmp_path / 'theirs').run(lambda size: None)
-  again = diffusers.AutoencoderKL.from_pretrained(tmp_path / 'theirs' / PLACES[part]).config
+  again = diffusers.AutoencoderKL.from_pretrained(tmp_path / 'theirs' / FOLDERS[part]).config
   assert {key: again[key] for key in keys} == keys
 
 

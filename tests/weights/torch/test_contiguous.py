@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 from tensors import save_tensors
 
-from lavit_jax.weights.torch import files as torch_files
+from lavit_jax.weights.torch.safetensors_files import SafetensorsWriter
 
 ROOT = pathlib.Path(__file__).parents[3]
 X = np.arange(12, dtype=np.float32).reshape(3, 4)
@@ -26,7 +26,7 @@ LAYOUTS = {
 
 def write(tensors, path: pathlib.Path) -> None:
   """By the package's own writer."""
-  with torch_files.Writer(path.parent, path.stem, tensors) as writer:
+  with SafetensorsWriter(path.parent, path.stem, tensors) as writer:
     for name, x in tensors.items():
       writer.write(name, x)
 

@@ -13,7 +13,10 @@ from safetensors.numpy import load_file
 from tensors import save_tensors
 
 from lavit_jax.errors import UserError
-from lavit_jax.weights.torch import files
+from lavit_jax.weights.torch import digests, files, pickle_files
+from lavit_jax.weights.torch.digests import FileDigests, sha256
+from lavit_jax.weights.torch.pickle_files import write_pickle
+from lavit_jax.weights.torch.safetensors_files import SafetensorsWriter
 
 
 def state():
@@ -38,7 +41,7 @@ def same(read, wanted) -> bool:
 
 
 def write(folder, stem, arrays, **kwargs):
-  with files.Writer(folder, stem, arrays, **kwargs) as writer:
+  with SafetensorsWriter(folder, stem, arrays, **kwargs) as writer:
     for name in reversed(arrays):  # in any order
       writer.write(name, arrays[name])
   return writer
@@ -73,17 +76,17 @@ def test_shards_with_their_index(tmp_path):
 
 def test_what_was_announced_must_come(tmp_path):
   with pytest.raises(ValueError, match='never written: ids'):
-    with files.Writer(tmp_path, 'model', {'ids': np.arange(3), 'x': np.ones(2)}) as writer:
+    with SafetensorsWriter(tmp_path, 'model', {'ids': np.arange(3), 'x': np.ones(2)}) as writer:
       writer.write('x', np.ones(2))
   with pytest.raises(ValueError, match='announced was'):
-    with files.Writer(tmp_path, 'model', {'x': np.ones(2)}) as writer:
+    with SafetensorsWriter(tmp_path, 'model', {'x': np.ones(2)}) as writer:
       writer.write('x', np.ones(2, np.float32))
 
 
 def test_pickles_in_and_out(tmp_path):
   torch = pytest.importorskip('torch')
   arrays = state()
-  files.to_pickle(tmp_path / 'm.bin', arrays)
+  write_pickle(tmp_path / 'm.bin', arrays)
   theirs = torch.load(tmp_path / 'm.bin', weights_only=True)
   assert theirs['a.weight'].dtype == torch.bfloat16 and theirs['ids'].tolist() == list(range(7))
   assert same(files.load(tmp_path / 'm.bin'), arrays)
@@ -96,14 +99,14 @@ def test_pickles_in_and_out(tmp_path):
   torch.save(theirs['b.bias'], tmp_path / 'bare.bin')
   bare = files.load(tmp_path / 'bare.bin')
   assert list(bare) == ['bare']
-  files.to_pickle(tmp_path / 'bare.bin', bare)
+  write_pickle(tmp_path / 'bare.bin', bare)
   assert isinstance(torch.load(tmp_path / 'bare.bin', weights_only=True), torch.Tensor)
 
 
 def test_a_large_pickle_is_mapped_anew(tmp_path, monkeypatch):
   pytest.importorskip('torch')
-  monkeypatch.setattr(files, 'REOPEN_BYTES', 10)
-  files.to_pickle(tmp_path / 'm.bin', state())
+  monkeypatch.setattr(pickle_files, 'REOPEN_BYTES', 10)
+  write_pickle(tmp_path / 'm.bin', state())
   assert same(files.load(tmp_path / 'm.bin'), state())
 
 
@@ -130,7 +133,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
 def test_bad_files_are_told_in_one_line(tmp_path):
   pytest.importorskip('torch')
   save_tensors(state(), tmp_path / 'a.safetensors')
-  files.to_pickle(tmp_path / 'a.bin', state())
+  write_pickle(tmp_path / 'a.bin', state())
   cut = {
     f'cut{n}.{kind}': (tmp_path / f'a.{kind}').read_bytes()[:n]
     for kind in ('safetensors', 'bin')
@@ -153,14 +156,14 @@ def test_bad_files_are_told_in_one_line(tmp_path):
 def test_a_flipped_bit_of_a_zip_is_found(tmp_path):
   pytest.importorskip('torch')
   file = tmp_path / 'a.bin'
-  files.to_pickle(file, {'x': np.arange(1000)})
-  assert len(files.sha256(file)) == 64
+  write_pickle(file, {'x': np.arange(1000)})
+  assert len(sha256(file)) == 64
   content = bytearray(file.read_bytes())
   content[content.index(np.arange(1000).tobytes()) + 500] ^= 1
   file.write_bytes(content)
   assert zipfile.is_zipfile(file)
   with pytest.raises(UserError, match='a.bin is truncated or damaged .the checksum of a/data/0'):
-    files.sha256(pathlib.Path(file))
+    sha256(pathlib.Path(file))
 
 
 def test_a_file_counts_to_its_digest_in_whatever_order_it_is_read(tmp_path, monkeypatch):
@@ -168,18 +171,22 @@ def test_a_file_counts_to_its_digest_in_whatever_order_it_is_read(tmp_path, monk
   save_tensors(arrays, tmp_path / 'm.safetensors')
   file, tensors = tmp_path / 'm.safetensors', files.load(tmp_path / 'm.safetensors')
   wanted = hashlib.sha256(file.read_bytes()).hexdigest()
-  monkeypatch.setattr(files, 'GAP_BYTES', 100)
+  monkeypatch.setattr(digests, 'GAP_BYTES', 100)
   read = []
-  monkeypatch.setattr(
-    files, '_read', lambda *args, real=files._read: (read.append(args[1:]), real(*args))[1]
-  )
+  read_range = digests.read_range
+
+  def record_range(path, start, size):
+    read.append((start, size))
+    return read_range(path, start, size)
+
+  monkeypatch.setattr(digests, 'read_range', record_range)
   for order, gaps in (('abcdef', 1), ('acbedf', None), ('f', None), ('bb', None), ('', 0)):
-    with files.Digests() as digests:
+    with FileDigests() as file_digests:
       arrived = {name: np.asarray(tensors[name]) for name in order}
       read.clear()
       for name in order:
-        digests.add(tensors[name], arrived[name]).result()
-      assert digests.of(file) == wanted, order
+        file_digests.add(tensors[name], arrived[name]).result()
+      assert file_digests.hexdigest(file) == wanted, order
       if gaps == 1:  # nothing but the header was read again
         assert sum(size for _, size in read) == tensors['a'].offset
 

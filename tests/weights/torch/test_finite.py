@@ -24,15 +24,17 @@ def test_nonfinite_is_numpys_count(dtype):
   array = np.random.default_rng(0).normal(size=(300, 7)).astype(dtype)
   array[3, 2], array[5, 1], array[7, 0], array[8, 0] = np.nan, np.inf, -np.inf, -np.nan
   for view in (array, array.T, array[::2], array[:0], array[3, 2].reshape(())):
-    assert finite.nonfinite(np.asarray(view)) == (~np.isfinite(np.asarray(view, np.float64))).sum()
-  assert finite.nonfinite(np.arange(5)) == 0
+    assert (
+      finite.count_nonfinite(np.asarray(view)) == (~np.isfinite(np.asarray(view, np.float64))).sum()
+    )
+  assert finite.count_nonfinite(np.arange(5)) == 0
 
 
 def test_blocks_are_all_looked_at(monkeypatch):
   monkeypatch.setattr(finite, 'BLOCK', 4)
   array = np.ones(11, np.float32)
   array[[1, 9]] = np.nan
-  assert finite.nonfinite(array) == 2
+  assert finite.count_nonfinite(array) == 2
 
 
 def test_what_float16_loses():

@@ -6,8 +6,9 @@ import pytest
 
 from lavit_jax.models import lavit
 from lavit_jax.weights.store.arrays import flatten
-from lavit_jax.weights.torch import formats
-from lavit_jax.weights.torch.mapping import slots_of, torch_shapes
+from lavit_jax.weights.torch import formats, matching, name_tables
+from lavit_jax.weights.torch.descriptions import safety_config
+from lavit_jax.weights.torch.mapping import slots_for, torch_shapes
 
 
 @pytest.mark.parametrize(
@@ -15,19 +16,19 @@ from lavit_jax.weights.torch.mapping import slots_of, torch_shapes
   [
     (variant, part)
     for variant in lavit.VARIANTS
-    for part in formats.TABLES
+    for part in name_tables.TABLES
     if getattr(lavit.build(variant), part, part) is not None
   ],
 )
 def test_tables_cover_every_leaf(variant, part):
-  """`slots_of` raises for a leaf that no row claims, or two rows; counted here as well, on both sides."""
+  """`slots_for` raises for a leaf that no rule claims, or two rules; counted here as well, on both sides."""
   model = lavit.build(variant)
-  tree = formats.shapes(model, [part])[part]
+  tree = name_tables.module_shapes(model, [part])[part]
   flat = flatten(tree)
-  for rows in formats.name_rules(model, part):
-    slots = slots_of(rows, flat)
+  for rules in name_tables.name_rules(model, part):
+    slots = slots_for(rules, flat)
     assert {slot.leaf for slot in slots.values()} == flat.keys()
-    shapes = torch_shapes(rows, formats.like_of(tree))
+    shapes = torch_shapes(rules, name_tables.as_tree(tree))
     assert sum(map(np.prod, shapes.values())) == sum(x.size for x in flat.values())
 
 
@@ -36,15 +37,17 @@ def test_the_safety_checker_at_full_size():
   torch, transformers = (pytest.importorskip(name) for name in ('torch', 'transformers'))
   peers = pytest.importorskip('diffusers.pipelines.stable_diffusion.safety_checker')
   model = lavit.build('lavit_7b')
-  config = transformers.CLIPConfig(**formats.safety_config(model.safety_checker))
+  config = transformers.CLIPConfig(**safety_config(model.safety_checker))
   with torch.device('meta'):
     want = {
       name: tuple(p.shape)
       for name, p in peers.StableDiffusionSafetyChecker(config).state_dict().items()
     }
-  tree = formats.shapes(model, ['safety_checker'])['safety_checker']
+  tree = name_tables.module_shapes(model, ['safety_checker'])['safety_checker']
   assert sum(x.size for x in jax.tree.leaves(tree)) == 303_981_588
-  nested, flat = (torch_shapes(rows, tree) for rows in formats.name_rules(model, 'safety_checker'))
+  nested, flat = (
+    torch_shapes(rules, tree) for rules in name_tables.name_rules(model, 'safety_checker')
+  )
   assert want in (nested, flat)
   assert {
     name.replace('vision_model.vision_model.', 'vision_model.'): shape
@@ -54,12 +57,12 @@ def test_the_safety_checker_at_full_size():
 
 def test_a_strange_module_is_compared_with_the_variant_that_it_is_nearest_to(tmp_path):
   model = lavit.build('tiny')
-  struct = formats.shapes(model, ['llama'])['llama']
-  rules = formats.name_rules(model, 'llama')[0]
-  shapes = dict(formats.torch_shapes(rules, formats.like_of(struct)))
+  struct = name_tables.module_shapes(model, ['llama'])['llama']
+  rules = name_tables.name_rules(model, 'llama')[0]
+  shapes = dict(torch_shapes(rules, name_tables.as_tree(struct)))
   for name in shapes:
     if 'k_proj' in name or 'v_proj' in name:  # one head of five
       shapes[name] = (32, 160)
   state = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
   location = formats.ModuleLocation('llama', '', ('model',))
-  assert formats.find_variant([formats.SourceModule(location, state, {})]) == 'tiny'
+  assert matching.find_variant([formats.SourceModule(location, state, {})]) == 'tiny'

@@ -318,7 +318,9 @@ def test_there_and_back(source, tmp_path, capsys):
     np.abs(ours({}, parts['llama']) - expected).max() > 0.1 * expected.std()
   )  # the settings are what does it
 
-  convert.plan_conversion(tmp_path / 'ours', tmp_path / 'back').run(lambda size: None)
+  back = convert.plan_conversion(tmp_path / 'ours', tmp_path / 'back')
+  assert any('llama: config.json sets rope_theta=1000000.0' in note for note in back.notes)
+  back.run(lambda size: None)
   close(theirs(tmp_path / 'back'), expected)
   folder.save_params(tmp_path / 'export', 'letters', dict(llama=parts['llama']), settings=settings)
   convert.plan_conversion(tmp_path / 'export', tmp_path / 'exported').run(lambda size: None)
@@ -336,6 +338,23 @@ def test_a_bundle_takes_each_parts_settings(tmp_path):
   for sources, expected in (('abc', second), ('bac', first), ('ca', first)):
     made = folder.bundle(tmp_path / 'made', [tmp_path / name for name in sources], words)
     assert folder.read_settings(made) == expected
+
+
+def test_a_conversion_notes_the_settings_that_it_follows(source, tmp_path):
+  """Those that differ from the variant's own with that value; base, eps and positions always."""
+  src, _ = source
+  notes = convert.plan_conversion(src, tmp_path / 'ours', variant='letters').notes
+  assert (
+    'llama: config.json sets rope_theta=1000000.0 (the variant: 10000.0), '
+    'rope_scaling={"rope_type": "linear", "factor": 4.0} (the variant: null), '
+    'rms_norm_eps=0.001 (the variant: 1e-05), max_position_embeddings=512 (the variant: 4096)'
+  ) in notes
+  shutil.copytree(src, tmp_path / 'plain')
+  write(tmp_path / 'plain', **PLAIN)
+  notes = convert.plan_conversion(tmp_path / 'plain', tmp_path / 'ours', variant='letters').notes
+  assert (
+    'llama: config.json sets rope_theta=10000.0, rms_norm_eps=1e-05, max_position_embeddings=4096'
+  ) in notes
 
 
 def test_scripts_name_the_settings(source, tmp_path):

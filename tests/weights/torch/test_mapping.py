@@ -5,15 +5,13 @@ import pytest
 
 from lavit_jax.errors import UserError
 from lavit_jax.weights.torch.mapping import (
-  TRANSFORMS,
-  NameRule,
   PortingError,
-  contiguous,
   from_torch,
   make_plan,
   to_torch,
   torch_shapes,
 )
+from lavit_jax.weights.torch.name_rules import TRANSFORMS, NameRule, contiguous
 
 ROWS = [
   NameRule('embed', 'embed', 'unbatch'),
@@ -125,12 +123,12 @@ def test_every_offender_is_named_with_its_nearest():
   told = problems(state).splitlines()
   assert '(6 problems)' in told[0]
   assert {line.strip() for line in told[1:]} == {
-    'unmapped: no row names layers.1.fc.wieght (nearest known: layers.1.fc.weight)',
-    'unmapped: no row names stranger',
+    'unmapped: no rule names layers.1.fc.wieght (nearest known: layers.1.fc.weight)',
+    'unmapped: no rule names stranger',
     'unexpected: the model has no place for layers.3.fc.bias (fewer layers?)',
     'missing: embed',
     'missing: layers.1.fc.weight (nearest known: layers.1.fc.wieght)',
-    'wrong shape: head.weight is [3, 4], the model wants [2, 4]',
+    'wrong shape: head.weight is [3, 4], the model expects [2, 4]',
   }
   assert issubclass(PortingError, UserError)
 
@@ -148,7 +146,7 @@ def test_types_are_one_a_stack_and_of_the_right_kind():
     half | {'layers.1.fc.bias': np.ones(6, np.float32), 'embed': np.ones((1, 5, 4), np.int32)}
   )
   assert 'wrong dtype: layers.1.fc.bias is float32, other layers of it are float16' in told
-  assert 'wrong dtype: embed is int32, the model wants float32' in told
+  assert 'wrong dtype: embed is int32, the model expects float32' in told
 
 
 def test_what_may_be_missing_is_said_by_pattern():
@@ -164,7 +162,7 @@ def test_what_may_be_missing_is_said_by_pattern():
 
 
 def test_leaves_are_placed_one_by_one():
-  tree = from_torch(ROWS, file(), LIKE, place=lambda path, array: (path, array.shape))
+  tree = from_torch(ROWS, file(), LIKE, transform_leaf=lambda path, array: (path, array.shape))
   assert tree['blocks']['fc']['bias'] == ('blocks/fc/bias', (3, 6))
 
 
@@ -183,9 +181,9 @@ def test_tables_are_checked_too():
   assert 'duplicate: embed is claimed by leaves embed and extra' in problems(
     file(), [*ROWS, NameRule('embed', 'extra')], like
   )
-  assert 'unmapped: no row names leaf extra' in problems(file(), like=like)
+  assert 'unmapped: no rule names leaf extra' in problems(file(), like=like)
   tree = from_torch(ROWS, file(), LIKE)
-  with pytest.raises(PortingError, match='no row names leaf extra'):
+  with pytest.raises(PortingError, match='no rule names leaf extra'):
     to_torch(ROWS, tree | {'extra': np.ones(1)})
   del tree['embed']
   with pytest.raises(PortingError, match='embed belongs to leaf embed'):

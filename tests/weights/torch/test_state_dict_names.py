@@ -101,7 +101,7 @@ def test_a_pickle_without_a_model_says_what_it_holds(tmp_path):
   torch = pytest.importorskip('torch')
   torch.save({'epoch': 3, 'net': {'x': torch.ones(2)}}, tmp_path / 'run.pth')
   with pytest.raises(
-    UserError, match="'epoch' is a int .2 of 2 entries are no tensors.; save the state_dict"
+    UserError, match="'epoch' is a int .2 of 2 entries are not tensors.; save the state_dict"
   ):
     torch_files.load(tmp_path / 'run.pth')
 
@@ -123,7 +123,7 @@ def test_two_tensors_of_one_name(tmp_path):
     ('layers.0.attention.wq.weight', 'convert_llama_weights_to_hf'),
     ('visual.transformer.resblocks.0.attn.in_proj_weight', 'EVA-CLIP'),
     ('base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight', 'merge_and_unload'),
-    ('model.layers.0.self_attn.q_proj.qweight', 'quantised'),
+    ('model.layers.0.self_attn.q_proj.qweight', 'quantized'),
   ],
 )
 def test_files_of_other_projects(tmp_path, name, told):
@@ -198,7 +198,9 @@ def test_tied_embeddings(tmp_path):
 
 def test_rows_that_are_not_taken_say_which_are(tmp_path):
   make_llama(tmp_path / 'src', vocab_size=2049)
-  with pytest.raises(PortingError, match='the vocabulary has 2049; taken are 2048 .* and 3074 '):
+  with pytest.raises(
+    PortingError, match='the vocabulary has 2049; supported are 2048 .* and 3074 '
+  ):
     convert.plan_conversion(tmp_path / 'src', tmp_path / 'ours', variant='tiny')
 
 

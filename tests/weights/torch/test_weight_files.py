@@ -14,6 +14,7 @@ from lavit_jax import cli
 from lavit_jax.errors import UserError
 from lavit_jax.weights.store import folder
 from lavit_jax.weights.torch import convert, files, formats, weight_files
+from lavit_jax.weights.torch.digests import sha256
 
 TINY = pathlib.Path(cli.ASSETS) / 'tiny'
 PIXELS = TINY / 'pixel_decoding'
@@ -74,7 +75,7 @@ def test_whatever_diffusers_saves_is_found(stable, options):
   vae.save_pretrained(stable / 'vae', **options)
   if 'max_shard_size' in options:
     assert len(list((stable / 'vae').glob('*-of-*'))) > 1
-  found = {each.place.part: each for each in formats.detect(stable)[1]}
+  found = {source.module: source for source in formats.detect(stable)[1]}
   state = found['vae'].state
   assert state.keys() == vae.state_dict().keys() and found['vae'].edition.variant == options.get(
     'variant', ''
@@ -125,7 +126,7 @@ def test_an_edition_beside_the_one_taken_is_told(stable, tmp_path, capsys):
   assert cli.main(['convert', '--src', str(stable), '--dst', str(tmp_path / 'a')]) == 0
   said = ' '.join(capsys.readouterr().err.split())
   assert (
-    f'vae: {VAE}.safetensors is taken, not {VAE}.fp16.safetensors beside it' in said
+    f'vae: {VAE}.safetensors is read, not {VAE}.fp16.safetensors beside it' in said
     and 'unet: diffusion' not in said
   )
   assert not list((tmp_path / 'a' / 'torch').rglob('*.safetensors'))
@@ -135,7 +136,7 @@ def test_an_edition_beside_the_one_taken_is_told(stable, tmp_path, capsys):
     )
     == 0
   )
-  assert f'vae: {VAE}.fp16.safetensors is taken' in ' '.join(capsys.readouterr().err.split())
+  assert f'vae: {VAE}.fp16.safetensors is read' in ' '.join(capsys.readouterr().err.split())
   dtypes = {place: folder.read_config(tmp_path / place)['parts']['vae']['dtype'] for place in 'ab'}
   assert dtypes['b'] == 'float16' != dtypes['a']
   assert (
@@ -224,7 +225,7 @@ def test_formats_are_known_by_content(tmp_path):
   ]
   for path in places:
     np.testing.assert_array_equal(np.asarray(files.load(path)['x.weight']), arrays['x.weight'])
-    assert len(files.sha256(path)) == 64
+    assert len(sha256(path)) == 64
   (tmp_path / 'lfs.safetensors').write_text(
     'version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 4\n'
   )
@@ -248,9 +249,20 @@ def test_missing_descriptions_are_named(tmp_path):
   shutil.copytree(TINY / 'pixel_decoding' / 'unet', tmp_path / 'sd' / 'unet')
   (tmp_path / 'sd' / 'unet' / 'config.json').unlink()
   notes = convert.plan_conversion(tmp_path / 'sd', tmp_path / 'ours').notes
-  said = "is not there, so the variant's own values are taken, unchecked"
+  said = "is missing, so the variant's own values are used, unchecked"
   assert f'unet: unet/config.json {said}' in notes
   assert f'unet: scheduler/scheduler_config.json {said}' in notes
+
+
+def test_factors_of_the_vae_are_noted(stable, tmp_path, capsys):
+  file = stable / 'vae' / 'config.json'
+  file.write_text(json.dumps(json.loads(file.read_text()) | {'shift_factor': 0.5}))
+  command = ['convert', '--src', str(stable), '--dst', str(tmp_path / 'ours'), '--dry-run']
+  assert cli.main(command) == 0
+  notes = capsys.readouterr().err.splitlines()
+  assert (
+    'lavit: note: vae: vae/config.json sets scaling_factor=1.0, shift_factor=0.5 (the variant: 0.0)'
+  ) in notes
 
 
 def test_a_llama_folder_with_metas_files_is_recognised(tmp_path):

@@ -1,4 +1,4 @@
-"""Things: pictures of one colour that tell their number, with captions that tell it too, written in each format."""
+"""Images of one color that encode their number, with captions that name it, in each format."""
 
 import io
 import json
@@ -16,8 +16,8 @@ SIZE = 8
 FOLDER = str(Path(text.__file__).parent.parent / 'assets/tiny/language_model')
 
 
-def picture(i: int) -> bytes:
-  """A PNG of one colour, which tells its number."""
+def image_file(i: int) -> bytes:
+  """A PNG of one color, which encodes its number."""
   out = io.BytesIO()
   Image.new('RGB', (SIZE, SIZE), (i % 256, i // 256, 7)).save(out, 'PNG')
   return out.getvalue()
@@ -28,12 +28,20 @@ def number(image) -> int:
   return int(image[0, 0, 0]) + 256 * int(image[0, 0, 1])
 
 
+def read_numbers(iterator, count: int) -> list[int]:
+  """The numbers of all images in `count` batches."""
+  numbers = []
+  for _ in range(count):
+    numbers += [number(image) for image in next(iterator)['image']]
+  return numbers
+
+
 def caption(i: int) -> str:
   return f'thing number {i}'
 
 
 def write_tar(path, samples, **options):
-  """samples: (key, {extension: bytes}) pairs."""
+  """Writes samples, (key, {extension: bytes}) pairs."""
   with tarfile.open(path, 'w', **options) as tar:
     for key, members in samples:
       for extension, content in members.items():
@@ -43,43 +51,39 @@ def write_tar(path, samples, **options):
 
 
 def sample(i: int) -> tuple[str, dict[str, bytes]]:
-  about = json.dumps({'caption': caption(i), 'again': f'again {i}'}).encode()
-  return f'{i:09d}', {
-    'png': picture(i),
+  texts = {'caption': caption(i), 'again': f'again {i}'}
+  members = {
+    'png': image_file(i),
     'txt': caption(i).encode(),
-    'json': about,
+    'json': json.dumps(texts).encode(),
     'npy': b'\x93\xff',
   }
+  return f'{i:09d}', members
 
 
 def write_tars(folder, count=24, tars=4):
-  each = count // tars
+  size = count // tars
   for t in range(tars):
-    write_tar(folder / f'{t:05d}.tar', [sample(i) for i in range(t * each, (t + 1) * each)])
+    write_tar(folder / f'{t:05d}.tar', [sample(i) for i in range(t * size, (t + 1) * size)])
   return dict(format='tars', path=f'{folder}/{{00000..{tars - 1:05d}}}.tar', window=5)
 
 
 def write_parquet(folder, count=24):
   half = count // 2
   for f in range(2):
-    rows = range(f * half, (f + 1) * half)
-    pq.write_table(
-      pa.table(
-        {
-          'image': [{'bytes': picture(i), 'path': None} for i in rows],
-          'text': [caption(i) for i in rows],
-          'other': list(rows),
-        }
-      ),
-      folder / f'{f}.parquet',
-      row_group_size=3,
-    )
+    numbers = range(f * half, (f + 1) * half)
+    table = {
+      'image': [{'bytes': image_file(i), 'path': None} for i in numbers],
+      'text': [caption(i) for i in numbers],
+      'other': list(numbers),
+    }
+    pq.write_table(pa.table(table), folder / f'{f}.parquet', row_group_size=3)
   return dict(format='parquet', path=f'{folder}/*.parquet', window=5)
 
 
 def write_arrayrecord(folder, count=24):
   source = write_tars(folder, count)
-  array_record.write_array_records(source['path'], f'{folder}/packed', say=lambda line: None)
+  array_record.write_array_records(source['path'], f'{folder}/packed', log=lambda line: None)
   return dict(format='arrayrecord', path=f'{folder}/packed/*.array_record')
 
 
@@ -87,14 +91,15 @@ def write_folder(folder, count=24):
   (folder / 'pictures').mkdir()
   with (folder / 'captions.jsonl').open('w') as file:
     for i in range(count):
-      (folder / 'pictures' / f'{i}.png').write_bytes(picture(i))
+      (folder / 'pictures' / f'{i}.png').write_bytes(image_file(i))
       file.write(json.dumps({'file_name': f'pictures/{i}.png', 'text': caption(i)}) + '\n')
   return dict(format='folder', path=str(folder))
 
 
 def write_tfds(folder, count=24):
-  class Things(tfds.core.GeneratorBasedBuilder):
-    VERSION, pkg_dir_path = tfds.core.Version('1.0.0'), folder
+  class Numbered(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version('1.0.0')
+    pkg_dir_path = folder
 
     def _info(self):
       return self.dataset_info_from_configs(
@@ -111,9 +116,9 @@ def write_tfds(folder, count=24):
 
     def _generate_examples(self):
       for i in range(count):
-        yield i, {'image': picture(i), 'captions': [{'text': caption(i)}]}
+        yield i, {'image': image_file(i), 'captions': [{'text': caption(i)}]}
 
-  builder = Things(data_dir=str(folder), file_format='array_record')
+  builder = Numbered(data_dir=str(folder), file_format='array_record')
   builder.download_and_prepare()
   return dict(format='tfds', path=str(builder.data_path), text='captions.text')
 
@@ -127,12 +132,12 @@ WRITERS = {
 }
 
 
-def batches(*given, sources=(), task='lm', batch_size=3, seed=1, **options):
-  """`loader.batches` of these sources, of captions alone unless something else is asked for."""
+def batches(*positional, sources=(), task='lm', batch_size=3, seed=1, **options):
+  """`loader.batches` of these sources, of captions only unless `shares` are given."""
   options = dict(shares={'caption': 1}, num_threads=2) | options
   return loader.batches(
     task,
-    sources=given or sources,
+    sources=positional or sources,
     batch_size=batch_size,
     image_size=SIZE,
     text_length=24,

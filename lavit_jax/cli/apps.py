@@ -1,0 +1,123 @@
+"""`lavit demo`, `lavit app` and `lavit evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import TYPE_CHECKING
+
+from lavit_jax.cli import options
+from lavit_jax.cli.options import add_command, local_path, number
+
+if TYPE_CHECKING:
+  from lavit_jax.cli.options import Commands
+
+DEMO = os.path.relpath(os.path.join(options.ASSETS, 'demo'))
+
+
+def add_commands(commands: Commands) -> None:
+  """Adds the commands of this module."""
+  _add_demo(commands)
+  _add_app(commands)
+  _add_evaluate(commands)
+
+
+def _add_demo(commands: Commands) -> None:
+  parser = add_command(
+    commands,
+    'demo',
+    _demo,
+    'caption, answer, generate and reconstruct with the tiny checkpoint, into one HTML page',
+  )
+  options.add_model_options(parser)
+  options.add_seed_option(parser)
+  parser.add_argument(
+    '--inputs',
+    type=local_path,
+    default=DEMO,
+    metavar='DIR',
+    help='folder of images with their manifest.json (default: %(default)s)',
+  )
+  parser.add_argument(
+    '--out',
+    type=local_path,
+    default='demo_out',
+    metavar='DIR',
+    help='folder for index.html (default: %(default)s)',
+  )
+
+
+def _add_app(commands: Commands) -> None:
+  parser = add_command(commands, 'app', _app, 'serve a web page for trying all tasks')
+  options.add_model_options(parser)
+  parser.add_argument(
+    '--host',
+    default='127.0.0.1',
+    help='address to listen on; 0.0.0.0 accepts other machines (default: %(default)s)',
+  )
+  parser.add_argument(
+    '--port', type=number(int, 1, 65535), default=7860, help='(default: %(default)s)'
+  )
+
+
+def _add_evaluate(commands: Commands) -> None:
+  parser = add_command(
+    commands, 'evaluate', _evaluate, 'measure a checkpoint on the held-out splits'
+  )
+  options.add_model_options(parser)
+  options.add_seed_option(parser)
+  parser.add_argument(
+    '--source',
+    required=True,
+    type=local_path,
+    metavar='DIR',
+    help='data set that `lavit data build` wrote',
+  )
+  parser.add_argument(
+    '--count',
+    type=number(int, 2),
+    default=512,
+    metavar='N',
+    help='number of examples of each split (default: %(default)s)',
+  )
+  parser.add_argument(
+    '--drawn',
+    type=number(int, 1),
+    default=256,
+    metavar='N',
+    help='number of texts of each split to generate images from (default: %(default)s)',
+  )
+  parser.add_argument(
+    '--out',
+    type=local_path,
+    default='report.json',
+    metavar='FILE.json',
+    help='report to write (default: %(default)s)',
+  )
+
+
+def _demo(args: argparse.Namespace) -> None:
+  from lavit_jax.apps import demo
+
+  demo.run(options.load_model(args), args.inputs, args.out, seed=args.seed)
+
+
+def _app(args: argparse.Namespace) -> None:
+  from lavit_jax.errors import UserError
+
+  try:
+    from lavit_jax.apps.web import serve
+  except ImportError as error:
+    if (error.name or '').split('.')[0] != 'gradio':
+      raise
+    raise UserError(
+      "the page needs Gradio; pip install -e '.[app]' -c launch/constraints.txt"
+    ) from None
+  serve(options.load_model(args), args.host, args.port)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+  from lavit_jax.evaluation import report
+
+  model = options.load_model(args)
+  report.evaluate(model, args.source, args.count, args.out, drawn=args.drawn, seed=args.seed)

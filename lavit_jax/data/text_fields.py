@@ -1,0 +1,126 @@
+"""Texts -> the text fields of a row: padded ids, and the weight of each token in the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lavit_jax.data import long_text, transforms
+from lavit_jax.data.cleaning import clean_caption, clean_text
+from lavit_jax.data.tasks import KIND_OF_USE, UseSampler, pair_shares
+from lavit_jax.data.text import TextTokenizer
+
+_CHARACTERS = 16  # encoded for each token of a row: more than any language needs
+
+Fields = dict[str, Any]
+
+
+class TextEncoder:
+  """Encodes texts for rows of `length` tokens.
+
+  The fields are text int32[length], padded with 0; text_length int32; text_weight
+  float32[length + 1], the weight in the loss of each token and of the one behind the text. Begin
+  and end tokens are added when rows are packed.
+
+  Args:
+    tokenizer_folder: of the tokenizer.
+    length: tokens of a row.
+
+  Raises:
+    ValueError: no folder.
+    UserError: as TextTokenizer.load.
+  """
+
+  def __init__(self, tokenizer_folder: str | None, length: int):
+    if tokenizer_folder is None:
+      raise ValueError('this task has text: give tokenizer_folder')
+    self._tokenizer = TextTokenizer.load(tokenizer_folder)
+    self._length = length
+
+  def encode(self, text: str, weight: float = 1.0, context: str = '') -> Fields:
+    """The fields of a whole text, behind a context that has no weight in the loss.
+
+    Raises:
+      ValueError: the text has more tokens than a row.
+    """
+    context_ids = self._tokenizer.encode(context) if context else ()
+    # the tokenizer begins every text with a space; LLaMA's would begin an answer with two
+    text_ids = self._tokenizer.encode(text.removeprefix(' ') if context else text)
+    ids = context_ids + text_ids
+    if len(ids) > self._length:
+      raise ValueError(
+        f'text_length is {self._length}, but this text has {len(ids)} tokens: {context + text!r}'
+      )
+    return self._fields(ids, weight, start=len(context_ids))
+
+  def encode_beginning(self, text: str, weight: float) -> Fields:
+    """The fields of as much of a text as a row has room for."""
+    most = _CHARACTERS * self._length
+    ids = self._tokenizer.encode_uncached(text[:most])
+    is_whole = len(ids) <= self._length and len(text) <= most
+    return self._fields(ids[: self._length], weight, is_whole=is_whole)
+
+  def encode_piece(self, text: str, weight: float, epoch: int, seed: int) -> Fields:
+    """The fields of the piece of a plain text that is read in this epoch (long_text.py)."""
+    ids, is_end = long_text.select_piece(
+      text, self._tokenizer.encode_uncached, self._length, epoch, seed
+    )
+    return self._fields(ids, weight, is_whole=is_end)
+
+  def _fields(
+    self, ids: Sequence[int], weight: float, start: int = 0, is_whole: bool = True
+  ) -> Fields:
+    """The fields of ids, of which those from `start` on have a weight.
+
+    The token behind the text is learned only if the text ends with these ids (`is_whole`).
+    """
+    padded = np.zeros(self._length, np.int32)
+    padded[: len(ids)] = ids
+    weights = np.zeros(self._length + 1, np.float32)
+    weights[start : len(ids)] = weight
+    weights[len(ids)] = float(is_whole)
+    return {'text': padded, 'text_length': np.int32(len(ids)), 'text_weight': weights}
+
+
+def pair_encoder(
+  encoder: TextEncoder,
+  shares: Mapping[str, float],
+  draw_text_weight: float,
+  drop_text: float,
+  seed: int,
+) -> Callable[[Sequence[str], str, np.random.Generator, int], Fields | None]:
+  """The function that encodes the texts of records.
+
+  Args:
+    encoder: encodes texts.
+    shares: {use: how often}, where the source does not name its use.
+    draw_text_weight: the weight of captions in rows of use 'draw'.
+    drop_text: the share of these rows that have no text.
+    seed: of the run.
+
+  Returns:
+    (texts of a record, use of its source, rng, epoch) -> text fields and 'kind' of its row; None
+    if the record has no text.
+  """
+  sample_use = UseSampler(pair_shares(shares))
+
+  def encode_pair(
+    texts: Sequence[str], use: str, rng: np.random.Generator, epoch: int
+  ) -> Fields | None:
+    clean = clean_text if use == 'text' else clean_caption
+    text = transforms.choose_caption(texts, rng, clean)
+    if not text:
+      return None
+    if use == 'text':
+      fields = encoder.encode_piece(text, 1.0, epoch, seed)
+    else:
+      use = use or sample_use(rng)
+      if use == 'draw' and rng.random() < drop_text:
+        text = ''
+      fields = encoder.encode_beginning(text, draw_text_weight if use == 'draw' else 1.0)
+    fields['kind'] = np.int32(KIND_OF_USE[use])
+    return fields
+
+  return encode_pair

@@ -1,0 +1,220 @@
+"""Attention: plain softmax attention, the merger's attention under a policy, and their modules.
+
+Axes: B rows, Q queries, K keys, N tokens, H heads, G key-value heads, d head width, D model width.
+Parameters are float32; `dtype` is the compute dtype. Softmax always runs in float32. Kernels for
+long rows are in attention_kernels.py.
+"""
+
+from collections.abc import Callable
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from lavit_jax.models.layers import Dtype
+from lavit_jax.models.remat import SAVED_PROJ, SAVED_QKV
+
+QUERY_BLOCK = 256  # queries whose scores are in memory at once, in long rows without a mask
+POLICY_EPSILON = 1e-6
+
+Attend = Callable[[Array, Array, Array], Array]
+
+
+def attention(
+  q: Array,
+  k: Array,
+  v: Array,
+  mask: Array | None = None,
+  scale: float | None = None,
+  *,
+  bias: Array | None = None,
+) -> Array:
+  """Softmax attention, softmax in float32.
+
+  Args:
+    q: [B, Q, H, d].
+    k: [B, K, G, d], where G divides H (grouped queries).
+    v: [B, K, G, d].
+    mask: bool, broadcastable to [B, H, Q, K]; True may be seen. A query that may see nothing
+      averages all values.
+    scale: of the products, d ** -0.5 if None.
+    bias: added to the scaled products, broadcastable to [B, H, Q, K].
+
+  Returns:
+    [B, Q, H, d] in the dtype of v.
+  """
+  _assert_shapes(q, k, v)
+  chex.assert_rank([x for x in (mask, bias) if x is not None], {2, 4})
+  if q.shape[1] >= 4 * QUERY_BLOCK and mask is None and bias is None:
+    return _attention_by_blocks(q, k, v, scale)
+  scores = _scores(q, k, scale)
+  if bias is not None:
+    scores = scores + bias
+  if mask is not None:
+    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+  return _weighted_sums(jax.nn.softmax(scores), v)
+
+
+def policy_attention(q: Array, k: Array, v: Array, policy: Array) -> Array:
+  """The merger's masked softmax: gradients reach its 0/1 policy (specification, Merger).
+
+  The maximum of each query is taken before masking, and eps / K is spread over the keys, so that a
+  query that may see nothing gives every key the weight 1 / K.
+
+  Args:
+    q: [B, Q, H, d].
+    k: [B, K, H, d].
+    v: [B, K, H, d].
+    policy: f32, broadcastable to [B, H, Q, K]; 1 where a key counts, 0 where it does not.
+
+  Returns:
+    [B, Q, H, d] in the dtype of v.
+  """
+  _assert_shapes(q, k, v)
+  chex.assert_rank(policy, {2, 4})
+  scores = _scores(q, k, None)
+  maximum = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+  weights = jnp.exp(scores - maximum) * policy
+  num_keys = weights.shape[-1]
+  total = weights.sum(-1, keepdims=True)
+  return _weighted_sums((weights + POLICY_EPSILON / num_keys) / (total + POLICY_EPSILON), v)
+
+
+def _assert_shapes(q: Array, k: Array, v: Array) -> None:
+  chex.assert_rank([q, k, v], 4)
+  chex.assert_equal_shape_prefix([k, v], 3)
+  chex.assert_equal_shape_prefix([q, k], 1)
+
+
+def _scores(q: Array, k: Array, scale: float | None) -> Array:
+  """Scaled products f32[B, H, Q, K] of q [B, Q, H, d] and k [B, K, G, d].
+
+  Each key head serves H / G query heads. The operands are head-major: contracting over the strided
+  axis of [B, N, H, d] is three times slower on CPU.
+  """
+  b, n, h, d = q.shape
+  q = q * (d**-0.5 if scale is None else scale)
+  q = q.swapaxes(1, 2).reshape(b, k.shape[2], -1, d)
+  scores = jnp.matmul(q, k.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32)
+  return scores.reshape(b, h, n, k.shape[1])
+
+
+def _weighted_sums(weights: Array, v: Array) -> Array:
+  """Sums [B, Q, H, d] of the values v [B, K, G, d] under weights f32[B, H, Q, K]."""
+  b, h, n, m = weights.shape
+  weights = weights.astype(v.dtype).reshape(b, v.shape[2], -1, m)
+  return jnp.matmul(weights, v.swapaxes(1, 2)).reshape(b, h, n, v.shape[-1]).swapaxes(1, 2)
+
+
+def _attention_by_blocks(q: Array, k: Array, v: Array, scale: float | None) -> Array:
+  """Attention of at most `QUERY_BLOCK` queries at a time, forward and backward.
+
+  All scores of the 4,096 positions of a latent image would not fit into memory.
+  """
+
+  @jax.checkpoint
+  def attend_block(_, queries):
+    return None, _weighted_sums(jax.nn.softmax(_scores(queries, k, scale)), v)
+
+  b, n, h, d = q.shape
+  count = -(-n // QUERY_BLOCK)
+  size = -(-n // count)
+  padded = jnp.pad(q, ((0, 0), (0, count * size - n), (0, 0), (0, 0)))
+  blocks = padded.reshape(b, count, size, h, d).swapaxes(0, 1)
+  _, attended = jax.lax.scan(attend_block, None, blocks)
+  return attended.swapaxes(0, 1).reshape(b, count * size, h, v.shape[-1])[:, :n]
+
+
+class QKV(nn.Module):
+  """Three projections from one kernel f32[3, D, W].
+
+  They are three products: slicing one product apart costs a third of the layer's gradient on CPU.
+  """
+
+  features: int
+  use_bias: bool = True
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array) -> list[Array]:
+    """Input x [..., D] -> three arrays dtype[..., W]."""
+    init = nn.initializers.lecun_normal(batch_axis=0)
+    kernel = self.param('kernel', init, (3, x.shape[-1], self.features)).astype(self.dtype)
+    qkv = [x.astype(self.dtype) @ w for w in kernel]
+    if self.use_bias:
+      bias = self.param('bias', nn.initializers.zeros, (3, self.features)).astype(self.dtype)
+      qkv = [y + b for y, b in zip(qkv, bias, strict=True)]
+    return qkv
+
+
+class SelfAttention(nn.Module):
+  """Multi-head self-attention.
+
+  Attributes:
+    num_heads: H.
+    head_dim: d.
+    key_bias: False for EVA, which has biases for q and v but none for k.
+    dtype: of the computation.
+  """
+
+  num_heads: int
+  head_dim: int
+  key_bias: bool = True
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array, attend: Attend = attention) -> Array:
+    """Input x [B, N, D] -> dtype[B, N, D]; `attend(q, k, v)` computes the heads."""
+    width = self.num_heads * self.head_dim
+    q, k, v = QKV(width, use_bias=self.key_bias, dtype=self.dtype, name='qkv')(x)
+    if not self.key_bias:
+      q = q + self.param('q_bias', nn.initializers.zeros, (width,)).astype(self.dtype)
+      v = v + self.param('v_bias', nn.initializers.zeros, (width,)).astype(self.dtype)
+    project = nn.Dense(x.shape[-1], dtype=self.dtype, name='proj')
+    return attend_and_project(q, k, v, self.num_heads, attend, project)
+
+
+class CrossAttention(nn.Module):
+  """Multi-head attention to another sequence, with heads of width D / H."""
+
+  num_heads: int
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array, memory: Array, attend: Attend = attention) -> Array:
+    """Input x [B, N, D] and memory [B, K, E] -> dtype[B, N, D]."""
+
+    def linear(name: str) -> nn.Dense:
+      return nn.Dense(x.shape[-1], dtype=self.dtype, name=name)
+
+    q = linear('query')(x)
+    k = linear('key')(memory)
+    v = linear('value')(memory)
+    return attend_and_project(q, k, v, self.num_heads, attend, linear('proj'))
+
+
+def attend_and_project(
+  q: Array,
+  k: Array,
+  v: Array,
+  num_heads: int,
+  attend: Attend,
+  project: Callable[[Array], Array],
+) -> Array:
+  """Applies `attend` head by head to q, k and v [B, N, H * d], then `project` to its result."""
+  q, k, v = (checkpoint_name(x, SAVED_QKV) for x in (q, k, v))
+  heads = attend(*(split_heads(x, num_heads) for x in (q, k, v)))
+  return checkpoint_name(project(merge_heads(heads)), SAVED_PROJ)
+
+
+def split_heads(x: Array, num_heads: int) -> Array:
+  """[..., H * d] -> [..., H, d]."""
+  return x.reshape(*x.shape[:-1], num_heads, -1)
+
+
+def merge_heads(x: Array) -> Array:
+  """[..., H, d] -> [..., H * d]."""
+  return x.reshape(*x.shape[:-2], -1)

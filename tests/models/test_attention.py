@@ -1,0 +1,103 @@
+"""Attention against PyTorch's own, and the merger's attention against its definition."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lavit_jax.models import attention as attention_module
+from lavit_jax.models.attention import attention, policy_attention
+
+
+def normal(*shape, seed=0):
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def to_torch(x):
+  """q, k or v [B, N, H, d] as torch takes it, [B, H, N, d]."""
+  return torch.from_numpy(np.ascontiguousarray(x.swapaxes(1, 2)))
+
+
+@pytest.mark.parametrize('kv_heads', [4, 2, 1])
+@pytest.mark.parametrize('extra', ['none', 'mask', 'bias', 'scale'])
+def test_attention_matches_torch(kv_heads, extra):
+  q = normal(2, 5, 4, 8)
+  k = normal(2, 7, kv_heads, 8, seed=1)
+  v = normal(2, 7, kv_heads, 8, seed=2)
+  mask = normal(2, 1, 5, 7, seed=3) > -0.5
+  mask[..., 0] = True
+  bias = normal(1, 4, 5, 7, seed=4)
+  options = dict(none={}, mask={'mask': mask}, bias={'bias': bias}, scale={'scale': 0.3})[extra]
+  torch_options = {}
+  for name, x in options.items():
+    if name == 'scale':
+      torch_options['scale'] = x
+    else:
+      torch_options['attn_mask'] = torch.from_numpy(x)
+  expected = F.scaled_dot_product_attention(
+    to_torch(q), to_torch(k), to_torch(v), enable_gqa=True, **torch_options
+  )
+  out = attention(q, k, v, **options)
+  np.testing.assert_allclose(out, expected.numpy().swapaxes(1, 2), atol=1e-5)
+
+
+# Blocks of 4 queries: five of them, and the last slot is padding.
+@pytest.mark.parametrize('block', [256, 4, 1])
+def test_attention_gradient_matches_torch(monkeypatch, block):
+  monkeypatch.setattr(attention_module, 'QUERY_BLOCK', block)
+  q, k, v = (normal(2, 19, 4, 8, seed=n) for n in range(3))
+  weight = normal(2, 19, 4, 8, seed=3)
+  gradients = jax.grad(lambda *qkv: (attention(*qkv) * weight).sum(), argnums=(0, 1, 2))(q, k, v)
+  leaves = [torch.from_numpy(x).requires_grad_() for x in (q, k, v)]
+  out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in leaves)).transpose(1, 2)
+  (out * torch.from_numpy(weight)).sum().backward()
+  for gradient, leaf in zip(gradients, leaves, strict=True):
+    np.testing.assert_allclose(gradient, leaf.grad, atol=1e-5)
+
+
+def test_attention_to_nothing_is_the_mean():
+  q, k, v = (normal(1, 3, 2, 4, seed=n) for n in range(3))
+  out = attention(q, k, v, mask=np.zeros((1, 1, 3, 3), bool))
+  np.testing.assert_allclose(out, np.broadcast_to(v.mean(1, keepdims=True), v.shape), atol=1e-5)
+
+
+def test_attention_refuses_shapes_that_would_broadcast():
+  q, k, v = (normal(2, 3, 2, 4, seed=n) for n in range(3))
+  with pytest.raises(AssertionError):
+    attention(q, k, v[:1])
+  with pytest.raises(AssertionError):
+    attention(q, k, v, mask=np.ones((2, 3, 3), bool))  # the heads are missing
+  with pytest.raises(AssertionError):
+    policy_attention(q, k, v, np.ones((2, 3, 3), np.float32))
+
+
+def naive_policy_attention(q, k, v, policy):
+  """The definition (specification, Merger), one query at a time, in float64."""
+  out = np.zeros(q.shape)
+  for b, i, h in np.ndindex(q.shape[:3]):
+    score = k[b, :, h].astype(float) @ q[b, i, h] / np.sqrt(q.shape[-1])
+    a = np.exp(score - score.max()) * policy[b, i]
+    out[b, i, h] = (a + 1e-6 / len(a)) / (a.sum() + 1e-6) @ v[b, :, h]
+  return out
+
+
+def test_policy_attention():
+  q, k, v = (normal(2, 4, 2, 8, seed=n) for n in range(3))
+  policy = np.float32(normal(2, 4, 4, seed=3) > 0)
+  policy[0, 1] = 0
+  out = policy_attention(q, k, v, policy[:, None])
+  np.testing.assert_allclose(out, naive_policy_attention(q, k, v, policy), atol=1e-5)
+  # A query without a key gives each the weight 1 / K.
+  np.testing.assert_allclose(out[0, 1], v[0].mean(0), atol=1e-5)
+
+
+def test_policy_gradient_is_finite_and_reaches_the_policy():
+  # Large scores, where a naive softmax overflows.
+  q, k, v = (30 * normal(1, 4, 2, 8, seed=n) for n in range(3))
+  gradient = jax.grad(lambda *args: jnp.square(policy_attention(*args)).sum(), argnums=(0, 1, 2, 3))
+  for policy in (np.ones((1, 1, 4, 4)), np.zeros((1, 1, 4, 4)), np.eye(4)[None, None]):
+    gradients = gradient(q, k, v, np.float32(policy))
+    assert all(np.isfinite(g).all() for g in gradients)
+    assert np.abs(gradients[3]).max() > 0
