@@ -25,21 +25,14 @@ import orbax.checkpoint as ocp
 
 from lavit_jax.errors import UserError
 from lavit_jax.models.lavit import variant_config
-from lavit_jax.models.settings import affects_outputs, differences, format_setting
-from lavit_jax.training import integrity
-from lavit_jax.training.config import config_leaves
+from lavit_jax.training import compatibility, integrity
+from lavit_jax.training.compatibility import Settings
 from lavit_jax.training.distributed import wait_for_all
 from lavit_jax.weights.store.arrays import disk_full
 
-Settings = dict[str, dict[str, Any]]
 # File in a step's folder, of a process that could not read the step; it holds the reason.
 DAMAGE_MARK = 'damaged'
-# A run sees other examples than it would have seen, when an option of these changes ...
-INEXACT = ('data.', 'batch_size', 'seed')
-# ... but for these; `PositionHandler` checks the shards.
-HARMLESS = ('data.num_threads', 'data.max_skipped', 'data.heldout', 'data.shards')
 MAX_REASON = 300  # characters of another library's message
-MAX_VALUE = 60  # characters of an option's value in a message
 
 
 class Damaged(UserError):
@@ -91,8 +84,8 @@ class Checkpoints:
     step = self.manager.latest_step()
     if step is not None:
       metadata = self._read_metadata(step)
-      self._check_identity(step, metadata)
-      self._check_settings(step, metadata)
+      compatibility.check_identity(self._path(step), metadata, self.identity)
+      compatibility.check_settings(self._path(step), metadata, self.settings)
     return step
 
   def changes(self, step: int) -> tuple[list[str], list[str]]:
@@ -101,19 +94,7 @@ class Checkpoints:
     Returns:
       Two lists of 'key was -> is': the harmless ones, and those that change the next examples.
     """
-    before = dict(config_leaves(self.saved_config(step)))
-    now = dict(config_leaves(self.config))
-    harmless = []
-    inexact = []
-    for key in {**before, **now}:
-      if before.get(key) == now.get(key):
-        continue
-      line = f'{key} {_shorten(before.get(key))} -> {_shorten(now.get(key))}'
-      if key.startswith(INEXACT) and key not in HARMLESS:
-        inexact.append(line)
-      else:
-        harmless.append(line)
-    return harmless, inexact
+    return compatibility.config_changes(self.saved_config(step), self.config)
 
   def saved_config(self, step: int) -> dict[str, Any]:
     """The config with which `step` was saved, as JSON."""
@@ -138,7 +119,7 @@ class Checkpoints:
       UserError: as `latest` and `restore`; or all checkpoints were damaged.
     """
     while (step := self.manager.latest_step()) is not None:
-      marks = sorted((self.folder / str(step)).glob(f'{DAMAGE_MARK}-*'))
+      marks = sorted(self._path(step).glob(f'{DAMAGE_MARK}-*'))
       if skip_damaged and marks:
         self._set_aside_damaged(step, marks[0].read_text())
         continue
@@ -150,7 +131,7 @@ class Checkpoints:
           raise
         if jax.process_count() > 1 and error.__cause__:
           # Perhaps this process alone could not read it, and the others wait elsewhere.
-          mark = self.folder / str(step) / f'{DAMAGE_MARK}-{jax.process_index()}'
+          mark = self._path(step) / f'{DAMAGE_MARK}-{jax.process_index()}'
           mark.write_text(str(error))
           raise UserError(f'{error}; start again: it will be skipped') from error
         self._set_aside_damaged(step, str(error))
@@ -179,7 +160,7 @@ class Checkpoints:
     """
     digests = self._read_metadata(step).get('digests')  # earlier versions saved none
     if digests:
-      self._check_names(step, set(digests), set(integrity.names(abstract)))
+      compatibility.check_names(self._path(step), set(digests), set(integrity.names(abstract)))
     self._check_types(step, integrity.types(abstract))
     items = ocp.args.Composite(
       state=ocp.args.StandardRestore(abstract), data=integrity.PositionRestore(batches)
@@ -265,7 +246,10 @@ class Checkpoints:
     self.manager.reload()
     return steps
 
-  # --- Checks ---
+  # --- Metadata ---
+
+  def _path(self, step: int) -> pathlib.Path:
+    return self.folder / str(step)
 
   def _read_metadata(self, step: int) -> dict[str, Any]:
     try:
@@ -278,44 +262,6 @@ class Checkpoints:
       raise self._damaged(step, error) from error
     return metadata
 
-  def _check_identity(self, step: int, metadata: Mapping[str, Any]) -> None:
-    if all(metadata[key] == value for key, value in self.identity.items()):
-      return
-    before = f'{metadata["stage"]}:{metadata["variant"]}'
-    now = f'{self.identity["stage"]}:{self.identity["variant"]}'
-    if before != now:
-      difference = f'{before}, and this run is {now}'
-    else:
-      difference = f'{before} with other sizes than the variants table has now'
-    raise UserError(
-      f'{self.folder / str(step)} is a checkpoint of {difference}; choose another --workdir'
-    )
-
-  def _check_settings(self, step: int, metadata: Mapping[str, Any]) -> None:
-    """Raises UserError where a checkpoint was trained with other settings.
-
-    Earlier versions saved none, and trained with the variant's own.
-    """
-    before = metadata.get('settings', {})
-    config = variant_config(self.identity['variant'])
-    for name, field in differences(before, self.settings):
-      if affects_outputs(name, field, self.settings) or 'settings' in metadata:
-        raise UserError(
-          f'{self.folder / str(step)} was trained with '
-          f'{format_setting(before, name, field, config)} of {name}, and the folders of this run '
-          f'have {format_setting(self.settings, name, field, config)}; name the folders that it '
-          'began with, or choose another --workdir'
-        )
-
-  def _check_names(self, step: int, saved: set[str], expected: set[str]) -> None:
-    odd = sorted(saved ^ expected)
-    if odd:
-      raise UserError(
-        f'the checkpoint {self.folder / str(step)} does not fit this config ({len(odd)} arrays '
-        f'differ: {", ".join(odd[:3])}); give the options that it was made with, or choose another '
-        '--workdir'
-      )
-
   def _check_types(self, step: int, expected: Mapping[str, str]) -> None:
     """Raises UserError where the saved arrays have other types.
 
@@ -325,28 +271,16 @@ class Checkpoints:
       saved = integrity.types(self.manager.item_metadata(step)['state'].tree)
     except Exception:  # of many kinds, of a damaged one; reading the arrays reports it
       return
-    odd = []
-    for name, dtype in expected.items():
-      if saved.get(name, dtype) != dtype:
-        odd.append(f'{name} {saved[name]}, not {dtype}')
-    if not odd:
-      return
-    before = dict(config_leaves(self.saved_config(step)))
-    now = dict(config_leaves(self.config))
-    changed = [key for key in before if key.endswith('dtype') and before[key] != now.get(key)]
-    remedy = ' '.join(f'--config.{key}={before[key]}' for key in changed if key in now)
-    raise UserError(
-      f'the checkpoint {self.folder / str(step)} has other types than this config ({len(odd)} '
-      f'arrays differ: {", ".join(odd[:3])}); give {remedy or "the options"}, as it was made with, '
-      'or choose another --workdir'
-    )
+    if any(saved.get(name, dtype) != dtype for name, dtype in expected.items()):
+      before = self.saved_config(step)
+      raise compatibility.types_error(self._path(step), saved, expected, before, self.config)
 
   # --- Damage ---
 
   def _damaged(self, step: int, reason: Exception | str) -> Damaged:
     text = ' '.join(str(reason).split())[:MAX_REASON]
     return Damaged(
-      f'the checkpoint {self.folder / str(step)} is damaged or does not fit this config ({text}); '
+      f'the checkpoint {self._path(step)} is damaged or does not fit this config ({text}); '
       '--config.skip_damaged=true goes on from the one before, or choose another --workdir'
     )
 
@@ -362,7 +296,7 @@ class Checkpoints:
   def _rename(self, step: int, suffix: str) -> None:
     target = self.folder / f'{step}.{suffix}'
     shutil.rmtree(target, ignore_errors=True)
-    (self.folder / str(step)).rename(target)
+    self._path(step).rename(target)
 
 
 def saved_settings(workdir: str | pathlib.Path) -> Settings:
@@ -379,11 +313,6 @@ def saved_settings(workdir: str | pathlib.Path) -> Settings:
     return json.loads((last / 'config' / 'metadata').read_text()).get('settings', {})
   except (OSError, ValueError, AttributeError):  # restoring it reports the damage
     return {}
-
-
-def _shorten(value: Any) -> str:
-  text = repr(value)
-  return text if len(text) <= MAX_VALUE else f'{text[: MAX_VALUE - 3]}...'
 
 
 class _Manager(ocp.CheckpointManager):

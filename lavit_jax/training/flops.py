@@ -48,11 +48,11 @@ class StepFlops(NamedTuple):
 class PairFlops(NamedTuple):
   """What one pair and one packed row need in the language model's step."""
 
-  see: float  # the encoder and the selector, of an image
-  code: float  # its codes
-  read: float  # its continuous features, and their gradient
+  features: float  # of an image: the encoder and the selector
+  codes: float  # of an image, from its features
+  understanding: float  # continuous tokens of an image, and their gradient
   row: float  # products of the language model and their gradients, without attention
-  scores: float  # attention of a slot to one other slot, and its gradient
+  attention: float  # of a slot to one other slot, and its gradient
 
 
 def step_flops(run: Run) -> StepFlops:
@@ -70,8 +70,8 @@ def step_flops(run: Run) -> StepFlops:
     pair = pair_flops(run)
   options = run.options
   read, drawn, text = loader.task_shares(run.data.shares or loader.DEFAULT_SHARES, run.data.sources)
-  images = (1 - text) * pair.see + drawn * pair.code + read * pair.read
-  row = pair.row + options.row_length * pair.scores * (options.mean_length + 1) / 2
+  images = (1 - text) * pair.features + drawn * pair.codes + read * pair.understanding
+  row = pair.row + options.row_length * pair.attention * (options.mean_length + 1) / 2
   return StepFlops(float(run.batch_size * images), options.num_rows * row)
 
 
@@ -142,11 +142,11 @@ def pair_flops(run: Run) -> PairFlops:
   # Two products for each pair of slots: of queries and keys, and of scores and values.
   scores = 2 * 2 * llama.num_heads * llama.head_dim * llama.num_layers
   return PairFlops(
-    see=trace('vit', features, image) + trace('tokenizer', select, x),
-    code=trace('tokenizer', code, x, keep),
-    read=trace('understanding', jax.grad(read), x, keep),
+    features=trace('vit', features, image) + trace('tokenizer', select, x),
+    codes=trace('tokenizer', code, x, keep),
+    understanding=trace('understanding', jax.grad(read), x, keep),
     row=3 * (trace('llama', row, slots) - options.row_length**2 * scores),
-    scores=3 * scores,
+    attention=3 * scores,
   )
 
 

@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
+import optax
 from ml_collections import ConfigDict
 
 from lavit_jax import accelerators, sharding
+from lavit_jax.data.loader import BatchIterator
 from lavit_jax.data.skips import SkipCounter
 from lavit_jax.training import distributed, flops, parameters
 from lavit_jax.training.batches import check_heldout, count_skipped, next_batch, open_batches
@@ -25,13 +29,33 @@ from lavit_jax.training.evaluator import Evaluator
 from lavit_jax.training.export import export, write_config
 from lavit_jax.training.keys import Purpose, key_for
 from lavit_jax.training.lock import WorkdirLock, refuse_if_running
+from lavit_jax.training.messages import log_end, log_start, option_warnings
 from lavit_jax.training.metrics import MetricLogger
 from lavit_jax.training.profiler import ProfilerTrace
 from lavit_jax.training.run import Run, resolve
 from lavit_jax.training.saver import Saver, is_due
-from lavit_jax.training.startup import log_start, option_warnings
+from lavit_jax.training.stages.base import Tree
 from lavit_jax.training.train_step import TrainState, make_init, make_train_step
 from lavit_jax.training.watch import MetricWatch
+
+
+class _Inputs(NamedTuple):
+  """What a run reads and writes."""
+
+  loaded: dict[str, Any]  # the params of the run's folders
+  batches: BatchIterator
+  skipped: SkipCounter
+  lock: WorkdirLock
+  checkpoints: Checkpoints
+
+
+class _Start(NamedTuple):
+  """Where a run begins."""
+
+  step: int  # the steps made so far
+  state: TrainState
+  abstract: TrainState  # ShapeDtypeStructs with shardings
+  tx: optax.GradientTransformation
 
 
 def train(config: ConfigDict, workdir: str | pathlib.Path) -> None:
@@ -52,35 +76,17 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> None:
   trace = ProfilerTrace(run.profile, run.workdir)
   step_flops = flops.step_flops(run)
   with InterruptHandler() as interrupt, jax.set_mesh(run.mesh), contextlib.ExitStack() as stack:
-    # --- Inputs: nothing is written before all of them are there ---
-    loaded = parameters.load_params(run.variant, run.folders, run.mesh)
-    frozen = {name: loaded[name] for name in run.stage.modules.needs}
-    skipped = SkipCounter(jax.process_count() == 1)
-    batches = open_batches(run, 'train', skipped)
-    stack.callback(batches.close)
-    check_heldout(run)
-    lock = stack.enter_context(WorkdirLock(run.workdir))
-    checkpoints = Checkpoints(run.workdir, run.page, run.keep, run.model.settings)
-    stack.callback(checkpoints.close)
+    inputs = _open_inputs(run, stack)
+    interrupt.check()
+    start = _restore_or_init(run, inputs)
+    frozen = {name: inputs.loaded[name] for name in run.stage.modules.needs}
+    warnings = option_warnings(run, inputs.loaded, trace, start.step)
+    inputs.loaded.clear()  # the state has copies
     interrupt.check()
 
-    # --- Train state ---
-    init, tx = make_init(run, loaded)
-    key = key_for(run.seed, Purpose.WEIGHTS)
-    abstract = _abstract_state(jax.eval_shape(init, key, loaded), run)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    first, state = checkpoints.restore_latest(abstract, batches, run.skip_damaged)
-    if state is None:
-      options = accelerators.run_once_compiler_options()
-      state = jax.jit(init, out_shardings=shardings, compiler_options=options)(key, loaded)
-    warnings = option_warnings(run, loaded, trace, first)
-    del loaded
-    interrupt.check()
-
-    # --- Log ---
     log = MetricLogger(
       run.workdir,
-      first,
+      start.step,
       run.num_steps,
       run.batch_size,
       flops=step_flops.at,
@@ -89,66 +95,103 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> None:
     )
     stack.callback(log.close)
     stack.callback(trace.close)
-    log_start(run, log, checkpoints, abstract, first)
+    log_start(run, log, inputs.checkpoints, start.abstract, start.step)
     for warning in warnings:
-      log.say(f'warning: {warning}')
+      log.print_line(f'warning: {warning}')
     write_config(run)
-    watch = MetricWatch(run, log, checkpoints)
-    saver = Saver(run, log, watch, checkpoints, lock, batches)
 
-    # --- Steps ---
-    if first < run.num_steps:
-      batch = sharding.put_batch(next_batch(batches), run.mesh, run.share)
-      train_step = make_train_step(run, tx, shardings).lower(state, frozen, batch).compile()
-      evaluator = Evaluator(run, frozen, log)
-      interrupt.check()
-      log.restart_clock()
-
-    every = run.intervals
-    for step in range(first + 1, run.num_steps + 1):
-      if step > first + 1:
-        batch = sharding.put_batch(log.fetch(next_batch, batches), run.mesh, run.share)
-      trace.before(step)
-      state, values = train_step(state, frozen, batch)
-      trace.after(step, values)
-      log.step(step, values)
-
-      last = step == run.num_steps
-      stop = interrupt.requested()
-      if is_due(every.log_every, step, last):
-        # This waits for the steps: on CPU, exchanges between processes that overtake each other
-        # deadlock.
-        log.flush()
-        watch.check_steps(last)
-        watch.check_packing(log.report(count_skipped(run, skipped)), step)
-        checkpoints.check()
-      # A step is saved before it is evaluated, so that a failing evaluation loses none.
-      saver.save_if_due(step, state, stop)
-      if is_due(every.eval_every, step, last) and not stop:
-        stop = not evaluator.evaluate(state, step, interrupt)
-      if is_due(every.picture_every, step, last) and run.stage.draw and not stop:
-        evaluator.draw(state, step)
-        stop = interrupt.requested()
-      if stop:
-        saver.stop(step, state)
-
-    # --- End ---
-    checkpoints.wait()
-    lock.check()
+    state = start.state
+    if start.step < run.num_steps:
+      state = _train_steps(run, inputs, start, frozen, log, trace, interrupt)
+    inputs.checkpoints.wait()
+    inputs.lock.check()
     metadata = export(run, state)
-    if metadata.get('codebook') == 'untrained':
-      log.say(
-        'warning: the codebook of this run was never trained, so its codes mean nothing: the '
-        'export says so, and is only for init_from'
-      )
-    before = ' before; a larger num_steps goes on' if first >= run.num_steps else ''
-    log.say(f'done{before}; the weights are in {run.workdir / "export"}')
+    log_end(run, log, metadata, start.step)
 
 
-def _abstract_state(shapes: TrainState, run: Run) -> TrainState:
-  """The train state as ShapeDtypeStructs with their shardings."""
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    shapes,
-    sharding.shardings(shapes, run.mesh),
+def _open_inputs(run: Run, stack: contextlib.ExitStack) -> _Inputs:
+  """Opens everything that the run reads, and then what it writes; `stack` closes it."""
+  loaded = parameters.load_params(run.variant, run.folders, run.mesh)
+  skipped = SkipCounter(jax.process_count() == 1)
+  batches = open_batches(run, 'train', skipped)
+  stack.callback(batches.close)
+  check_heldout(run)
+  # These are the first to write: whatever is missing has been reported by now.
+  lock = stack.enter_context(WorkdirLock(run.workdir))
+  checkpoints = Checkpoints(run.workdir, run.page, run.keep, run.model.settings)
+  stack.callback(checkpoints.close)
+  return _Inputs(loaded, batches, skipped, lock, checkpoints)
+
+
+def _restore_or_init(run: Run, inputs: _Inputs) -> _Start:
+  """The train state of the last checkpoint, or a fresh one."""
+  init, tx = make_init(run, inputs.loaded)
+  key = key_for(run.seed, Purpose.WEIGHTS)
+  shapes = jax.eval_shape(init, key, inputs.loaded)
+  shardings = sharding.shardings(shapes, run.mesh)
+  abstract = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
   )
+  step, state = inputs.checkpoints.restore_latest(abstract, inputs.batches, run.skip_damaged)
+  if state is None:
+    options = accelerators.run_once_compiler_options()
+    program = jax.jit(init, out_shardings=shardings, compiler_options=options)
+    state = program(key, inputs.loaded)
+  return _Start(step, state, abstract, tx)
+
+
+def _train_steps(
+  run: Run,
+  inputs: _Inputs,
+  start: _Start,
+  frozen: Mapping[str, Tree],
+  log: MetricLogger,
+  trace: ProfilerTrace,
+  interrupt: InterruptHandler,
+) -> TrainState:
+  """Makes the remaining steps, of which there is at least one.
+
+  Returns:
+    The last train state.
+
+  Raises:
+    SystemExit: 143 after SIGTERM, with everything saved.
+  """
+  state = start.state
+  watch = MetricWatch(run, log, inputs.checkpoints)
+  saver = Saver(run, log, watch, inputs.checkpoints, inputs.lock, inputs.batches)
+  batch = sharding.put_batch(next_batch(inputs.batches), run.mesh, run.share)
+  shardings = jax.tree.map(lambda x: x.sharding, start.abstract)
+  train_step = make_train_step(run, start.tx, shardings).lower(state, frozen, batch).compile()
+  evaluator = Evaluator(run, frozen, log)
+  interrupt.check()
+  log.restart_clock()
+
+  every = run.intervals
+  for step in range(start.step + 1, run.num_steps + 1):
+    if step > start.step + 1:
+      batch = sharding.put_batch(log.fetch(next_batch, inputs.batches), run.mesh, run.share)
+    trace.before(step)
+    state, values = train_step(state, frozen, batch)
+    trace.after(step, values)
+    log.step(step, values)
+
+    last = step == run.num_steps
+    stop = interrupt.requested()
+    if is_due(every.log_every, step, last):
+      # This waits for the steps: on CPU, exchanges between processes that overtake each other
+      # deadlock.
+      log.flush()
+      watch.check_steps(last)
+      watch.check_packing(log.report(count_skipped(run, inputs.skipped)), step)
+      inputs.checkpoints.check()
+    # A step is saved before it is evaluated, so that a failing evaluation loses none.
+    saver.save_if_due(step, state, stop)
+    if is_due(every.eval_every, step, last) and not stop:
+      stop = not evaluator.evaluate(state, step, interrupt)
+    if is_due(every.picture_every, step, last) and run.stage.draw and not stop:
+      evaluator.draw(state, step)
+      stop = interrupt.requested()
+    if stop:
+      saver.stop(step, state)
+  return state

@@ -23,7 +23,7 @@ from PIL import Image
 from tensorboardX import SummaryWriter
 
 T = TypeVar('T')
-Row = dict[str, float]  # the metrics of a step
+Record = dict[str, float]  # a line of metrics.jsonl
 # Rates on the terminal, where they are known.
 SHOWN_RATES = {'tokens_per_s': 'tokens/s', 'mfu': 'MFU', 'hbm_gib': 'HBM GiB'}
 # Never nan but for a fault: if one of these is lost, so are the parameters of the next step.
@@ -63,8 +63,8 @@ class MetricLogger:
     self.flops = flops
     self.peak = 1e12 * peak_tflops
     self.pending: list[tuple[int, Mapping[str, Any]]] = []  # on the device
-    self.unreported: list[Row] = []  # in metrics.jsonl already, and not yet shown
-    self.untaken: list[Row] = []  # in metrics.jsonl already, and not yet taken by `take_new`
+    self.unreported: list[Record] = []  # in metrics.jsonl already, and not yet shown
+    self.untaken: list[Record] = []  # in metrics.jsonl already, and not yet taken by `take_new`
     self.writes = jax.process_index() == 0
     self.clock = time.monotonic()
     self.last_step = first_step
@@ -88,7 +88,7 @@ class MetricLogger:
       _, earlier = self.pending[-STEPS_AHEAD - 1]
       jax.block_until_ready(earlier)
 
-  def flush(self) -> Row:
+  def flush(self) -> Record:
     """Writes what is pending to metrics.jsonl.
 
     Returns:
@@ -96,22 +96,22 @@ class MetricLogger:
     """
     pending = jax.device_get(self.pending)
     self.pending = []
-    rows = []
+    records = []
     for step, values in pending:
       floats = {key: float(value) for key, value in values.items()}
-      rows.append({'step': step, 'loss': 0.0, **floats})  # the loss comes first
+      records.append({'step': step, 'loss': 0.0, **floats})  # the loss comes first
     if self.writes:
-      self.jsonl.writelines(json_line(row) for row in rows)
+      self.jsonl.writelines(json_line(record) for record in records)
       self.jsonl.flush()
-    self.unreported += rows
-    self.untaken += rows
+    self.unreported += records
+    self.untaken += records
     return mean_metrics(_finite_updates(self.unreported))
 
-  def take_new(self) -> list[Row]:
+  def take_new(self) -> list[Record]:
     """The metrics of the steps that were flushed since the last call."""
-    rows = self.untaken
+    records = self.untaken
     self.untaken = []
-    return rows
+    return records
 
   def fetch(self, source: Callable[..., T], *args: Any) -> T:
     """source(*args), the next batch, timed.
@@ -126,7 +126,7 @@ class MetricLogger:
       self.waited += time.monotonic() - max(start, self.ready.result())
     return batch
 
-  def report(self, counts: Mapping[str, int] | None = None) -> Row:
+  def report(self, counts: Mapping[str, int] | None = None) -> Record:
     """Flushes, and shows the mean since the last report on the terminal and in TensorBoard.
 
     Args:
@@ -140,12 +140,12 @@ class MetricLogger:
       return means
     counts = dict(counts or {})
     step = int(self.unreported[-1]['step'])
-    skipped = sum(row.get('nonfinite', 0) for row in self.unreported)
+    skipped = sum(record.get('nonfinite', 0) for record in self.unreported)
     self.unreported = []
     means.pop('step')
     means.pop('nonfinite', None)
     if skipped:
-      self.say(f'warning: {skipped:g} updates were skipped: loss or gradient was not finite')
+      self.print_line(f'warning: {skipped:g} updates were skipped: loss or gradient was not finite')
       counts['nonfinite'] = int(skipped)
     rates = self._rates(step, means.get('packed_share', 1.0))
     self.last_step = step
@@ -154,7 +154,7 @@ class MetricLogger:
     self._show(step, rates, {**means, **counts})
     return means
 
-  def _rates(self, step: int, packed_share: float) -> Row:
+  def _rates(self, step: int, packed_share: float) -> Record:
     """The speed since the last report."""
     seconds = max(time.monotonic() - self.clock, 1e-9)
     speed = (step - self.last_step) / seconds
@@ -172,7 +172,7 @@ class MetricLogger:
         rates['mfu'] = self.flops(packed_share) * speed / self.peak
     return rates
 
-  def _show(self, step: int, rates: Row, values: Mapping[str, float]) -> None:
+  def _show(self, step: int, rates: Record, values: Mapping[str, float]) -> None:
     """The line of a report on the terminal; a nan (nothing to measure) is not shown."""
     speed = rates['steps_per_s']
     fields = [f'step {step}/{self.num_steps}', f'{speed:.2f} steps/s']
@@ -181,20 +181,20 @@ class MetricLogger:
     fields.append(f'ETA {duration((self.num_steps - step) / speed)}')
     fields.append(f'data_wait {rates["data_wait"]:.1%}')
     fields += [f'{key} {value:.4g}' for key, value in values.items() if not math.isnan(value)]
-    self.say('  '.join(fields))
+    self.print_line('  '.join(fields))
 
   # --- Evaluations ---
 
   def evaluation(self, step: int, values: Mapping[str, float]) -> None:
     """Records held-out metrics everywhere."""
     self.flush()
-    row = {f'heldout/{key}': float(value) for key, value in values.items()}
+    record = {f'heldout/{key}': float(value) for key, value in values.items()}
     if self.writes:
-      self.jsonl.write(json_line({'step': step, **row}))
+      self.jsonl.write(json_line({'step': step, **record}))
       self.jsonl.flush()
-    self.scalars(step, row)
+    self.scalars(step, record)
     shown = '  '.join(f'{key} {float(value):.4g}' for key, value in values.items())
-    self.say(f'step {step} held-out  {shown}')
+    self.print_line(f'step {step} held-out  {shown}')
 
   def scalars(self, step: int, values: Mapping[str, float]) -> None:
     """Writes numbers to TensorBoard, but for those that were not measured (nan)."""
@@ -224,7 +224,7 @@ class MetricLogger:
     """Takes time that was not spent on training steps out of the speed."""
     self.clock += seconds
 
-  def say(self, line: str) -> None:
+  def print_line(self, line: str) -> None:
     """Prints a line on process 0.
 
     A lost terminal does not end a job, whose record is in `workdir`.
@@ -249,9 +249,9 @@ def _when_ready(values: Mapping[str, Any]) -> float:
   return time.monotonic()
 
 
-def _finite_updates(rows: list[Row]) -> list[Row]:
-  """The rows of steps whose updates were made, or all where none was."""
-  return [row for row in rows if not row.get('nonfinite')] or rows
+def _finite_updates(records: list[Record]) -> list[Record]:
+  """The records of steps whose updates were applied, or all where none was."""
+  return [record for record in records if not record.get('nonfinite')] or records
 
 
 def memory_in_use() -> dict[str, float]:
@@ -268,23 +268,23 @@ def memory_in_use() -> dict[str, float]:
   return memory
 
 
-def json_line(row: Mapping[str, float]) -> str:
+def json_line(record: Mapping[str, float]) -> str:
   """A line of metrics.jsonl, with null for nan and infinity, which JSON does not know."""
-  finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
+  finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
   return json.dumps(finite, allow_nan=False) + '\n'
 
 
-def mean_metrics(rows: Sequence[Mapping[str, float]]) -> Row:
+def mean_metrics(records: Sequence[Mapping[str, float]]) -> Record:
   """The mean of each key.
 
   A nan (nothing to measure) is left out; but a single nan of what is `VITAL` makes its mean nan, so
   that it is seen.
   """
-  if not rows:
+  if not records:
     return {}
   means = {}
-  for key in rows[0]:
-    values = np.array([row[key] for row in rows], np.float64)
+  for key in records[0]:
+    values = np.array([record[key] for record in records], np.float64)
     keeps_nan = key in VITAL or bool(np.isnan(values).all())
     means[key] = float(values.mean() if keeps_nan else np.nanmean(values))
   return means

@@ -145,7 +145,11 @@ def hold_from(mask: Tree, step: int) -> optax.GradientTransformation:
   def update(updates, state, params=None):
     del params
     live = state.count < step
-    updates = _map_unmasked(lambda u, held: jnp.where(live, u, 0) if held else u, updates, mask)
+
+    def hold(u, masked):
+      return jnp.where(live, u, 0) if masked else u
+
+    updates = _map_unmasked(hold, updates, mask)
     return updates, HoldState(state.count + 1)
 
   return optax.GradientTransformation(init, update)

@@ -78,7 +78,9 @@ def check_complete(
   stage: str, modules: ModuleNames, folders: Sequence[ParameterFolder], frozen: str
 ) -> None:
   """Raises UserError if a module that the stage needs is in none of the folders."""
-  provided = {name for source in folders for name in source.modules}
+  provided = set()
+  for source in folders:
+    provided.update(source.modules)
   missing = [name for name in modules.required if name not in provided]
   if missing:
     raise UserError(
@@ -119,10 +121,10 @@ def _check_agreement(
   variant: str, name: str, first: Settings, first_path: str, second: Settings, second_path: str
 ) -> None:
   """Raises UserError if two folders have other values of the settings `name`."""
-  odd = differences({name: first[name]}, {name: second.get(name, {})})
-  if not odd:
+  differing = differences({name: first[name]}, {name: second.get(name, {})})
+  if not differing:
     return
-  _, field = odd[0]
+  _, field = differing[0]
   config = variant_config(variant)
   raise UserError(
     f'{first_path} has {format_setting(first, name, field, config)} of {name}, and {second_path} '

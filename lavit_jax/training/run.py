@@ -289,20 +289,22 @@ def _check_pieces(page: Mapping[str, Any], shards: int) -> None:
   if 'lm' in page:
     sizes['lm.num_rows'] = page['lm']['num_rows']
   accumulate = page['accumulate']
-  odd = [key for key, size in sizes.items() if size % (accumulate * shards)]
-  if not odd:
+  undivided = _undivided(sizes, accumulate * shards)
+  if not undivided:
     return
-  fitting = [
-    count
-    for count in range(1, accumulate + 1)
-    if all(size % (count * shards) == 0 for size in sizes.values())
-  ]
+  counts = range(1, accumulate + 1)
+  fitting = [count for count in counts if not _undivided(sizes, count * shards)]
   pieces = f'{accumulate} x {shards}' if accumulate > 1 else f'{shards}'
   hint = f'; accumulate={fitting[-1]} would do' if fitting else ''
+  key = undivided[0]
   raise UserError(
-    f'{odd[0]}={sizes[odd[0]]} must be a multiple of the {pieces} pieces that the mesh makes of '
-    f'it{hint}'
+    f'{key}={sizes[key]} must be a multiple of the {pieces} pieces that the mesh makes of it{hint}'
   )
+
+
+def _undivided(sizes: Mapping[str, int], pieces: int) -> list[str]:
+  """The options whose sizes do not divide into the pieces."""
+  return [key for key, size in sizes.items() if size % pieces]
 
 
 def _check_image_size(page: Mapping[str, Any], model: LavitModules) -> None:

@@ -74,5 +74,5 @@ class Saver:
     place = 'here'
     if self.saved_step != step:
       place = 'the last checkpoint, for the last updates were skipped'
-    self.log.say(f'stopped at step {step} as asked; the same command goes on from {place}')
+    self.log.print_line(f'stopped at step {step} as asked; the same command goes on from {place}')
     raise SystemExit(TERMINATED)

@@ -79,7 +79,7 @@ def warn_of_schedule(
   now = rate_at(config, step)
   if max(before, now) <= NOTICEABLE * min(before, now):
     return
-  log.say(
+  log.print_line(
     f'warning: at step {step} the learning rate goes from {before:.3g}, as this run was begun '
     f'(num_steps={saved.num_steps}), to {now:.3g} (num_steps={config.num_steps}); '
     f'--config.optim.schedule=constant --config.optim.learning_rate={before:.3g} goes on as it '

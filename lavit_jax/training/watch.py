@@ -49,12 +49,12 @@ class MetricWatch:
         that have them are set aside.
     """
     limit = self.run.optimizer.max_nonfinite
-    for row in self.log.take_new():
-      if not row['nonfinite']:
+    for record in self.log.take_new():
+      if not record['nonfinite']:
         self.streak = 0
         continue
       if self.streak == 0:
-        self.first_skipped = int(row['step'])
+        self.first_skipped = int(record['step'])
       self.streak += 1
       if self.streak >= limit:
         break
@@ -101,7 +101,7 @@ class MetricWatch:
       )
     if share > WARNING_SHARE and not self.warned:
       self.warned = True
-      self.log.say(f'warning: {message}')
+      self.log.print_line(f'warning: {message}')
 
   def _remedy(self, options: LanguageModelOptions, means: Mapping[str, float]) -> str:
     """Options under which the pairs have room, by the length of those that had."""

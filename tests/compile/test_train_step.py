@@ -64,8 +64,10 @@ def computed(page, options):
   if run.stage_name != 'lm':
     return flops.step_flops(run).fixed
   pair = flops.pair_flops(run)
-  row = pair.row + run.options.row_length**2 * pair.scores / 2
-  return run.batch_size * (pair.see + pair.code + pair.read) + run.options.num_rows * row
+  row = pair.row + run.options.row_length**2 * pair.attention / 2
+  return (
+    run.batch_size * (pair.features + pair.codes + pair.understanding) + run.options.num_rows * row
+  )
 
 
 @pytest.mark.slow

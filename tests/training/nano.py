@@ -1,6 +1,7 @@
-"""A variant that trains in a second, its config for each stage, and trainings as processes of their own.
+"""A variant that trains in a second, its config for each stage, and runs as separate processes.
 
-As a script, one training, `nano.py STAGE WORKDIR [key=value ...]`, or all five, `nano.py all FOLDER`.
+As a script it makes one run, `nano.py STAGE WORKDIR [key=value ...]`, or all five,
+`nano.py all FOLDER`.
 """
 
 import ast
@@ -168,7 +169,9 @@ def launch(stage, workdir, cache, devices=1, env=(), **changes):
 
 
 def launch_job(stage, workdir, cache, processes, devices, timeout=5, own=(), **changes):
-  """One training as a job of several processes, which have `devices` each and give up one that is silent for `timeout` seconds.
+  """One run as a job of several processes, which have `devices` each.
+
+  They give up a process that is silent for `timeout` seconds.
 
   `own`: process -> changes for it alone, of the workdir too.
   """
@@ -223,16 +226,12 @@ def main() -> None:
   stage, workdir, *pairs = sys.argv[1:]
   if stage == 'all':
     return train_all(pathlib.Path(workdir))
+  changes = {}
+  for pair in pairs:
+    key, _, value = pair.partition('=')
+    changes[key] = ast.literal_eval(value)
   with processes.exit_together():
-    train(
-      config(
-        stage,
-        **{
-          key: ast.literal_eval(value) for key, _, value in (pair.partition('=') for pair in pairs)
-        },
-      ),
-      workdir,
-    )
+    train(config(stage, **changes), workdir)
 
 
 if __name__ == '__main__':

@@ -17,7 +17,9 @@ from lavit_jax.training.stages.base import ModuleNames, Stage
 from lavit_jax.training.train_step import make_init, make_train_step
 
 nano.install()
-STEPS, PARTS, SPLIT = 12, 16, 5  # no stage has more parts, and none splits a step's key in more
+STEPS = 12
+PARTS = 16
+SPLIT = 5  # no stage has more parts, and none splits a step's key in more
 
 
 def data_of(key) -> tuple[int, ...]:
@@ -63,7 +65,8 @@ def test_the_keys_of_a_run_are_distinct():
     *steps,
     *heldout,
   ]
-  keys += [part for key in (*weights, *steps, *heldout) for part in jax.random.split(key, SPLIT)]
+  for key in (*weights, *steps, *heldout):
+    keys += jax.random.split(key, SPLIT)
   assert len(set(map(data_of, keys))) == len(keys)
 
 
@@ -76,10 +79,12 @@ def test_no_key_of_a_run_is_made_elsewhere():
 
 
 def test_the_keys_of_a_call_at_inference_are_distinct():
-  """Rows, purposes, the numbers of pictures or samples, the steps of a sample, the start of a picture."""
+  """By row, purpose, number of the image or sample, and step of a sample."""
   rows = generation_config.example_keys(7, 4)
   keys = [jax.random.key(7), *rows]
   for purpose, number in itertools.product(generation_config.Purpose, range(4)):
     of_rows = generation_config.purpose_keys(purpose, rows, number)
-    keys += [*of_rows, *(jax.random.fold_in(key, step) for key in of_rows for step in range(8))]
+    keys += of_rows
+    for key in of_rows:
+      keys += [jax.random.fold_in(key, step) for step in range(8)]
   assert len(set(map(data_of, keys))) == len(keys)

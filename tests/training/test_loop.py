@@ -1,4 +1,4 @@
-"""The loop as it is run: in processes of their own, killed, continued, on one device and on eight."""
+"""The loop as users run it: in separate processes, killed, continued, on one device and eight."""
 
 import dataclasses
 import functools
@@ -42,7 +42,8 @@ def test_killed_at_any_step_it_repeats_itself_bit_for_bit(start, tmp_path):
     process.communicate()
   out = finish(start('encoder', tmp_path / 'broken', **options))
   assert 'continuing from step' in out
-  whole, broken = rows(tmp_path / 'whole'), rows(tmp_path / 'broken')
+  whole = rows(tmp_path / 'whole')
+  broken = rows(tmp_path / 'broken')
   assert [row['step'] for row in whole if 'loss' in row] == list(range(1, 41))
   assert whole == broken  # all metrics, those of the held-out split among them, all digits
   assert len({row['loss'] for row in whole if 'loss' in row}) == 40
@@ -165,7 +166,7 @@ def test_null_text_rows_that_are_not_in_init_from_are_told(finished, tmp_path, c
 
 @pytest.mark.slow
 def test_a_unet_goes_on_learning_by_its_own_scheduler(finished, tmp_path):
-  """The settings of the folder that it starts from are in the run's checkpoint and in its export, and the loss is another."""
+  """Its run keeps and exports the settings of the folder that it starts from; the loss differs."""
   said = dict(
     scheduler=dict(
       prediction_type='v_prediction', rescale_betas_zero_snr=True, timestep_spacing='trailing'
@@ -176,7 +177,8 @@ def test_a_unet_goes_on_learning_by_its_own_scheduler(finished, tmp_path):
   ]
   losses = []
   for settings in ({}, said):
-    start, run = tmp_path / f'start{len(settings)}', tmp_path / f'run{len(settings)}'
+    start = tmp_path / f'start{len(settings)}'
+    run = tmp_path / f'run{len(settings)}'
     folder.save_params(start, 'nano', folder.load_params(exports[3]), settings=settings)
     train(
       nano.config(
@@ -205,7 +207,7 @@ def test_another_runs_checkpoint_is_refused(finished):
 def test_a_lost_loss_ends_the_run_and_no_checkpoint_has_its_parameters(
   finished, tmp_path, monkeypatch
 ):
-  """An update that is finite and too large: the losses after it are not, and the run goes on from before it."""
+  """An update is finite and too large, later losses are not; the run continues from before it."""
   make = loop.make_train_step
 
   def broken_once(*args):
@@ -232,7 +234,8 @@ def test_a_lost_loss_ends_the_run_and_no_checkpoint_has_its_parameters(
   monkeypatch.setattr(loop, 'make_train_step', broken_once)
   with pytest.raises(
     UserError,
-    match='not finite in 3 steps in a row, from step 5 on; the checkpoints 4.broken have .* it goes on from step 3',
+    match='not finite in 3 steps in a row, from step 5 on; the checkpoints 4.broken have '
+    '.* it goes on from step 3',
   ):
     train(nano.config('autoencoder', **options), tmp_path)
   names = sorted(path.name for path in (tmp_path / 'checkpoints').iterdir())
@@ -361,7 +364,7 @@ def test_a_stage_on_the_page_of_another(page, stage, lacks, tmp_path):
 
 @pytest.fixture(scope='session')
 def three_losses(finished, cache, tmp_path_factory):
-  """three_losses(stage, devices, mesh sizes ...): the first losses of a training, and what it prints."""
+  """three_losses(stage, devices, mesh sizes ...) -> (the first losses of a run, its output)."""
 
   @functools.cache
   def run(stage, devices=1, **mesh):
@@ -382,7 +385,8 @@ def three_losses(finished, cache, tmp_path_factory):
   return run
 
 
-DATA, THREE_AXES = dict(mesh__data=-1), dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
+DATA = dict(mesh__data=-1)
+THREE_AXES = dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
 
 
 @pytest.mark.parametrize(
@@ -501,6 +505,6 @@ def test_a_finished_run_that_goes_on_is_told_how_its_learning_rate_jumps(start, 
   finish(start('encoder', tmp_path, num_steps=20, **options))
   out = ' '.join(finish(start('encoder', tmp_path, num_steps=22, **options)).split())
   assert (
-    'warning: at step 20 the learning rate goes from 1e-05, as this run was begun (num_steps=20), to'
-    in out
+    'warning: at step 20 the learning rate goes from 1e-05, as this run was begun '
+    '(num_steps=20), to' in out
   )

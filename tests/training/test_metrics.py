@@ -113,7 +113,8 @@ def test_the_jsonl_is_json_even_where_nothing_was_measured(tmp_path):
 
 
 def test_what_there_was_nothing_of_is_not_told(tmp_path, monkeypatch, capsys):
-  log, shown = metrics.MetricLogger(tmp_path, 0, 10, 4), []
+  log = metrics.MetricLogger(tmp_path, 0, 10, 4)
+  shown = []
   monkeypatch.setattr(log.board, 'add_scalar', lambda name, value, step: shown.append(name))
   log.step(1, {'loss': jnp.float32(1), 'loss_text_only': jnp.float32(math.nan)})
   log.report()
@@ -158,10 +159,8 @@ class Device:
 
 
 def test_memory_in_use_is_that_of_the_fullest_device(monkeypatch):
-  one, other = (
-    dict(bytes_in_use=2**30, peak_bytes_in_use=2**31),
-    dict(bytes_in_use=3 * 2**30, peak_bytes_in_use=0),
-  )
+  one = dict(bytes_in_use=2**30, peak_bytes_in_use=2**31)
+  other = dict(bytes_in_use=3 * 2**30, peak_bytes_in_use=0)
   monkeypatch.setattr(metrics.jax, 'local_devices', lambda: [Device(one), Device(other)])
   assert metrics.memory_in_use() == {'hbm_gib': 3.0, 'hbm_peak_gib': 2.0}
   monkeypatch.setattr(metrics.jax, 'local_devices', lambda: [Device(None)])

@@ -8,7 +8,6 @@ from nano import optimizer_config as options
 from lavit_jax.errors import UserError
 from lavit_jax.training import optimizer
 
-
 PARAMS = {
   'vit': {'kernel': jnp.ones((2, 3)), 'bias': jnp.ones(3)},
   'head': {'kernel': jnp.ones((3, 2))},
@@ -18,7 +17,9 @@ PARAMS = {
 def run(config, steps=1, hold=(), gradient=1.0):
   """The parameters after each of `steps` equal gradients."""
   tx = optimizer.make_optimizer(config, PARAMS, hold)
-  params, state, seen = PARAMS, tx.init(PARAMS), []
+  params = PARAMS
+  state = tx.init(PARAMS)
+  seen = []
   for _ in range(steps):
     updates, state = tx.update(
       jax.tree.map(lambda x: jnp.full_like(x, gradient), params), state, params
@@ -108,23 +109,27 @@ def test_learning_rate_warms_up_and_comes_down():
 
 
 def test_ema_follows_fast_at_first_and_slowly_later():
-  old, new = {'a': jnp.zeros(2)}, {'a': jnp.ones(2)}
+  old = {'a': jnp.zeros(2)}
+  new = {'a': jnp.ones(2)}
   assert optimizer.ema_update(old, new, 0.999, jnp.array(0))['a'][0] == pytest.approx(0.9)
   assert optimizer.ema_update(old, new, 0.999, jnp.array(10**6))['a'][0] == pytest.approx(
     0.001, rel=1e-3
   )
 
 
-GRADIENTS = [
-  jax.tree.map(lambda x: jax.random.normal(jax.random.key(step), x.shape), PARAMS)
-  for step in range(20)
-]
+def gradient(step):
+  key = jax.random.key(step)
+  return jax.tree.map(lambda x: jax.random.normal(key, x.shape), PARAMS)
+
+
+GRADIENTS = [gradient(step) for step in range(20)]
 
 
 def follow(steps=20, **changes):
   config = options(num_steps=1000, **{'learning_rate': 1e-3, 'b2': 0.95, **changes})
   tx = optimizer.make_optimizer(config, PARAMS)
-  params, state = PARAMS, tx.init(PARAMS)
+  params = PARAMS
+  state = tx.init(PARAMS)
   for gradient in GRADIENTS[:steps]:
     updates, state = tx.update(gradient, state, params)
     params = optax.apply_updates(params, updates)
@@ -135,9 +140,10 @@ def follow(steps=20, **changes):
   'dtypes', [('bfloat16', 'float32'), ('float32', 'bfloat16'), ('bfloat16', 'bfloat16')]
 )
 def test_moments_of_half_the_size(dtypes):
-  """The state is of these types before and after, moves as float32's does, within what 8 bits can tell, and not just as that."""
+  """The state keeps these types, and moves like that of float32, up to 8 bits of rounding."""
   changes = dict(zip(('mu_dtype', 'nu_dtype'), dtypes))
-  (exact, _), (params, state) = follow(), follow(**changes)
+  (exact, _) = follow()
+  (params, state) = follow(**changes)
   config = options(num_steps=1000, **changes)
   for now in (optimizer.make_optimizer(config, PARAMS).init(PARAMS), state):
     named = {

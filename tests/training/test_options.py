@@ -1,5 +1,6 @@
-"""Every option of every page has a row of what it may be, and what cannot be meant is refused in one line."""
+"""Every option of every page has a range, and values outside of it are refused in one line."""
 
+import itertools
 import math
 import pathlib
 
@@ -11,11 +12,11 @@ from lavit_jax.training import options, run
 from lavit_jax.training.config import config_leaves, load_config
 
 ROOT = pathlib.Path(__file__).parents[2]
-PAGES = [('encoder', 'tiny'), ('autoencoder', 'tiny')]
-PAGES += [
-  (stage, variant)
-  for stage in ('tokenizer', 'detokenizer', 'lm')
-  for variant in ('tiny', 'small', 'lavit_7b')
+LARGE_STAGES = ('tokenizer', 'detokenizer', 'lm')
+PAGES = [
+  ('encoder', 'tiny'),
+  ('autoencoder', 'tiny'),
+  *itertools.product(LARGE_STAGES, ('tiny', 'small', 'lavit_7b')),
 ]
 
 

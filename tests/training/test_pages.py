@@ -1,6 +1,7 @@
-"""The config pages, at every variant: they load, their stage builds, and their regexes name parameters."""
+"""The config pages at every variant: they load, the stage builds, regexes match parameters."""
 
 import functools
+import itertools
 import pathlib
 import re
 
@@ -18,11 +19,11 @@ from lavit_jax.training.run import resolve_abstract
 from lavit_jax.training.train_step import make_init
 
 ROOT = pathlib.Path(__file__).parents[2]
-PAGES = [('encoder', 'tiny'), ('autoencoder', 'tiny')] + [
-  (stage, variant)
-  for stage in ('tokenizer', 'detokenizer', 'lm')
-  for variant in lavit.VARIANTS
-  if variant != 'nano'
+VARIANTS = [variant for variant in lavit.VARIANTS if variant != 'nano']
+PAGES = [
+  ('encoder', 'tiny'),
+  ('autoencoder', 'tiny'),
+  *itertools.product(('tokenizer', 'detokenizer', 'lm'), VARIANTS),
 ]
 
 
@@ -75,19 +76,19 @@ def test_published_sizes():
 
 
 def test_published_pairs():
-  """specification, Training: 93 M captions, 100 M pictures to draw, text besides; as many steps as see each so often."""
+  """Specification, Training: 93 M captions, 100 M images to draw, and text; each is seen once."""
   page = load_config(f'{ROOT}/configs/lm.py:lavit_7b')
-  told = {
-    use: sum(source['weight'] for source in page.data.sources if source['use'] == use)
-    for use in ('caption', 'draw', 'text')
-  }
-  assert told['caption'] == pytest.approx(93) and told['draw'] == 100 and told['text'] > 0
+  millions = dict.fromkeys(('caption', 'draw', 'text'), 0.0)
+  for source in page.data.sources:
+    millions[source['use']] += source['weight']
+  assert millions['caption'] == pytest.approx(93)
+  assert millions['draw'] == 100 and millions['text'] > 0
   assert (
     ' '.join(source['path'].split('/')[3] for source in page.data.sources)
     == 'cc3m cc12m sbu blip-capfilt laion-aesthetics redpajama'
   )
-  assert page.num_steps * page.batch_size == pytest.approx(1e6 * sum(told.values()), rel=1e-3)
-  assert len(page.data.sources) == sum(source['use'] in told for source in page.data.sources)
+  assert page.num_steps * page.batch_size == pytest.approx(1e6 * sum(millions.values()), rel=1e-3)
+  assert len(millions) == 3  # no source has another use
   np.testing.assert_allclose(
     loader.task_shares(page.data.shares, page.data.sources), np.array([93, 100, 21]) / 214
   )
@@ -103,7 +104,9 @@ def test_published_pairs():
 def test_a_large_pods_hosts_all_have_something_held_out(stage, variant):
   """64 of them; and nothing of it is trained on."""
   data = load_config(f'{ROOT}/configs/{stage}.py:{variant}').data
-  trained = {file for source in data.sources for file in paths.expand_braces(source['path'])}
+  trained = set()
+  for source in data.sources:
+    trained |= set(paths.expand_braces(source['path']))
   for source in data.heldout:
     files = paths.expand_braces(source['path'])
     assert len(files) >= 256 and not trained & set(files)
@@ -124,7 +127,8 @@ def test_over_two_slices_the_language_models_batch_goes_in_four_pieces():
   mesh = jax.sharding.AbstractMesh((4, 128, 1), sharding.AXES)
   with pytest.raises(
     UserError,
-    match='batch_size=34816 must be a multiple of the 8 x 512 pieces that the mesh makes of it; accumulate=4 would do',
+    match='batch_size=34816 must be a multiple of the 8 x 512 pieces that the mesh makes of it; '
+    'accumulate=4 would do',
   ):
     resolve_abstract(config, mesh)
   with config.unlocked():

@@ -1,4 +1,4 @@
-"""Learning rates against formulas in plain Python, and what is told when a run goes on under others."""
+"""Learning rates against formulas in plain Python, and the warning when a run changes them."""
 
 import math
 
@@ -41,7 +41,7 @@ def test_rewarm_goes_on_from_what_was_left():
 
 
 class Said(list):
-  say = list.append
+  print_line = list.append
 
 
 @pytest.mark.parametrize(

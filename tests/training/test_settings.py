@@ -1,4 +1,4 @@
-"""A run trains with the settings of the checkpoints that it begins with, keeps them, and exports them."""
+"""A run trains with the settings of the checkpoints that it starts from, and exports them."""
 
 import dataclasses
 import json
@@ -44,7 +44,7 @@ def parts():
 
 @pytest.fixture(scope='module')
 def folders(parts, tmp_path_factory):
-  """`towers`: what the language model's stage needs; `other`, `own`: a language model with and without settings of its own."""
+  """`towers`: what the stage needs; `other`, `own`: language models with and without settings."""
   root = tmp_path_factory.mktemp('folders')
   folder.save_params(root / 'towers', 'nano', {name: parts[name] for name in ('vit', 'tokenizer')})
   folder.save_params(root / 'other', 'nano', {'llama': parts['llama']}, settings={'llama': OTHER})
@@ -74,8 +74,10 @@ def build(settings):
 
 def test_a_step_has_the_loss_that_transformers_computes(parts):
   """Of plain texts, several in a row: each alone in transformers, the mean over all its targets."""
-  torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
-  rng, length = np.random.default_rng(0), np.array([3, 20, 44, 30, 17, 1, 40, 25], np.int32)
+  torch = pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
+  rng = np.random.default_rng(0)
+  length = np.array([3, 20, 44, 30, 17, 1, 40, 25], np.int32)
   inside = np.arange(48) < length[:, None]
   text = np.where(inside, rng.integers(3, 2048, inside.shape), 0).astype(np.int32)
   batch = dict(
@@ -124,7 +126,7 @@ def test_a_step_has_the_loss_that_transformers_computes(parts):
         ).numpy()
       )
   costs = np.concatenate(costs)
-  # A sum of this many terms, each the logarithm of a sum over the vocabulary, rounded in float32 in any order.
+  # Of a float32 sum of so many terms, each the logarithm of a sum over the vocabulary.
   bound = np.finfo(np.float32).eps * (len(costs) + len(llama['embedding'])) * costs.mean()
   np.testing.assert_allclose(value, costs.mean(), atol=bound, rtol=0)
   assert abs(step(None)[1] - costs.mean()) > 2 * bound
@@ -135,7 +137,8 @@ def test_settings_come_from_the_folders_of_the_parts_that_are_used(folders, tmp_
   assert of_run(page(folders, 'own'), tmp_path) == of_run(page(folders), tmp_path) == {}
   with pytest.raises(
     UserError,
-    match='other has rope_theta=100.0 of llama, and .*own has rope_theta=10000.0; name one of the two alone',
+    match='other has rope_theta=100.0 of llama, and .*own has rope_theta=10000.0; '
+    'name one of the two alone',
   ):
     of_run(page(folders, 'other', 'own'), tmp_path)
   config = nano.config('tokenizer', frozen=f'{folders / "towers"},{folders / "other"}')
@@ -188,7 +191,8 @@ def test_checkpoints_of_before_there_were_settings(folders, tmp_path, monkeypatc
   checkpoints.settings = {'llama': {'rope_theta': 1e6}}
   with pytest.raises(
     UserError,
-    match='was trained with rope_theta=10000.0 of llama, and the folders of this run have rope_theta=1000000.0',
+    match='was trained with rope_theta=10000.0 of llama, and the folders of this run have '
+    'rope_theta=1000000.0',
   ):
     checkpoints.latest()
   checkpoints.close()
@@ -205,7 +209,8 @@ def loop_data():
 def test_pairs_longer_than_the_language_model_reads_are_refused():
   with pytest.raises(
     UserError,
-    match='data.text_length=48: with 16 visual tokens and 3 marks a pair may have 67 tokens, but .*max_position_embeddings=64',
+    match='data.text_length=48: with 16 visual tokens and 3 marks a pair may have 67 tokens, but '
+    '.*max_position_embeddings=64',
   ):
     build({'llama': {'max_position_embeddings': 64}})
 

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -14,6 +15,7 @@ from lavit_jax.models.initialization import init_params
 from lavit_jax.models.sequence import compact
 from lavit_jax.models.tokenizer import l2_normalize
 from lavit_jax.training import codebook
+from lavit_jax.training.run import resolve_abstract
 from lavit_jax.training.stages import autoencoder, build_stage
 from lavit_jax.training.stages.base import (
   apply_module,
@@ -21,7 +23,6 @@ from lavit_jax.training.stages.base import (
   initialize_params,
   row_keys,
 )
-from lavit_jax.training.run import resolve_abstract
 from lavit_jax.training.train_step import numbers
 
 nano.install()
@@ -54,7 +55,8 @@ def batch():
   rng = np.random.default_rng(0)
   length = np.array([3, 5, 2, 4, 6, 1, 4, 4], np.int32)
   text = np.where(np.arange(8) < length[:, None], rng.integers(3, 2048, (8, 8)), 0).astype(np.int32)
-  text[7], length[7] = text[6], length[6]  # two equal captions
+  text[7] = text[6]
+  length[7] = length[6]  # two equal captions
   return dict(
     image=rng.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8),
     text=text,
@@ -82,7 +84,7 @@ def test_unknown_stage():
 
 
 def test_equal_captions_are_no_negatives(batch):
-  """It makes no difference which of two pictures stands beside which of two equal captions; of two different ones, it does."""
+  """Swapping two images changes the loss, unless their captions are equal."""
   stage = build('encoder')
   params, state = start(stage, {})
   loss = nano.jit(
@@ -100,7 +102,7 @@ def test_equal_captions_are_no_negatives(batch):
 
 
 def test_a_patch_must_tell_its_own_pixels_and_place(batch):
-  """The read-out is that of the definition, patch by patch, and a picture with other patches is told wrongly."""
+  """The linear predictions are those of the definition, patch by patch."""
   stage = build('encoder', pixel_weight=3.0, place_weight=5.0)
   params, state = start(stage, {})
   value, (_, metrics) = nano.jit(stage.loss, static_argnums=5)(params, {}, state, batch, None, True)
@@ -113,19 +115,14 @@ def test_a_patch_must_tell_its_own_pixels_and_place(batch):
   kernel = np.asarray(params['to_pixels'])
   kernel = 0.5 * kernel / np.linalg.norm(kernel, axis=0)  # columns of length 1/2
   pixels = np.asarray(vit.preprocess(batch['image']))
-  errors = [
-    np.square(
-      x[:, 4 * i + j] @ kernel - pixels[:, 8 * i : 8 * i + 8, 8 * j : 8 * j + 8].reshape(8, -1)
-    ).mean()
-    for i in range(4)
-    for j in range(4)
-  ]
+  errors = []
+  for i, j in itertools.product(range(4), repeat=2):
+    patch = pixels[:, 8 * i : 8 * i + 8, 8 * j : 8 * j + 8].reshape(8, -1)
+    errors.append(np.square(x[:, 4 * i + j] @ kernel - patch).mean())
   assert float(metrics['pixel']) == pytest.approx(np.mean(errors), rel=1e-4)
   kernel = np.asarray(params['to_place'])
   said = x @ (kernel / np.linalg.norm(kernel, axis=0))
-  true = np.array(
-    [(row, column) for row in np.linspace(-1, 1, 4) for column in np.linspace(-1, 1, 4)]
-  )
+  true = np.array(list(itertools.product(np.linspace(-1, 1, 4), repeat=2)))
   assert float(metrics['place']) == pytest.approx(np.square(said - true).mean(), rel=1e-4)
 
 
@@ -176,7 +173,7 @@ def test_standardised_latents_suit_the_factors_of_the_vae(parts):
 
 @pytest.fixture(scope='module')
 def tokenizer(parts):
-  """(stage, params, codebook, jit'd loss and gradient of (params, codebook, batch, key, train)); quantisation begins at step 1."""
+  """(stage, params, codebook, jit'd loss and gradient); quantization begins at step 1."""
   stage = build('tokenizer', tokenizer__quantize_from=1)
   without, _ = codebook.take_out(parts)  # of a codebook that is offered, another test
   params, book = start(stage, {name: without[name] for name in ('vit', 'tokenizer', 'decoder')})
@@ -260,7 +257,7 @@ def detokenizer(parts):
 
 
 def test_the_condition_is_dropped(detokenizer, batch):
-  """With the condition always dropped, the context head cannot matter; with it never dropped, it does."""
+  """The context head matters only where the condition is not dropped."""
   for drop, matters in ((1.0, False), (0.0, True)):
     _, params, loss = detokenizer(drop)
     head = jax.tree.map(jnp.zeros_like, params['decoder']['context_proj_0'])
@@ -270,7 +267,7 @@ def test_the_condition_is_dropped(detokenizer, batch):
 
 @pytest.mark.parametrize('kind', ['epsilon', 'v_prediction', 'sample'])
 def test_detokenizer_learns_what_the_scheduler_says(parts, batch, kind):
-  """A U-Net that gives zeros has for its loss the square of the target, on latents by the VAE's factors and under the schedule of the settings."""
+  """The loss of a U-Net that gives zeros is the square of the target, under the settings."""
   from diffusers import DDIMScheduler
 
   vae = dict(
@@ -370,7 +367,10 @@ def test_lm_loss_is_that_of_the_pairs_one_by_one(parts, batch):
 
   @nano.jit
   def costs(ids, continuous):
-    """-log p of ids[1:], where `continuous` f32[S, H] is not nan instead of the embeddings; S is padded, which causality ignores."""
+    """-log p of ids[1:]; where `continuous` f32[S, H] is not nan, it replaces the embeddings.
+
+    S is padded, which causality ignores.
+    """
     embedded = apply_module(MODEL.llama, params['llama'], ids[None], method='embed')
     embedded = jnp.where(jnp.isnan(continuous), embedded, continuous)
     causal = jnp.tril(jnp.ones((1, 1, len(ids), len(ids)), bool))
@@ -384,7 +384,8 @@ def test_lm_loss_is_that_of_the_pairs_one_by_one(parts, batch):
 
   total = {0: [0.0, 0.0], 1: [0.0, 0.0], 2: [0.0, 0.0]}
   for i in range(8):
-    text, n = list(batch['text'][i, : batch['text_length'][i]]), int(mask[i].sum())
+    text = list(batch['text'][i, : batch['text_length'][i]])
+    n = int(mask[i].sum())
     image = [
       words.image_start,
       *(int(c) + words.code_offset for c in codes[i, :n]),

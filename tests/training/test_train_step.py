@@ -1,4 +1,4 @@
-"""One step: the same in any number of pieces, nothing that is not finite is kept, averages with what belongs to them."""
+"""One step: the same in any number of pieces, without updates that are not finite, averaged."""
 
 import dataclasses
 
@@ -57,7 +57,8 @@ PLAIN = dict(
 def test_pieces_count_by_the_weights_of_their_means():
   """Against numpy in float64: texts of very different length, the mean over all of their words."""
   rng = np.random.default_rng(0)
-  x, weight = rng.normal(size=(8, 3)), np.array([1.0, 30, 2, 0, 0, 5, 1, 9])
+  x = rng.normal(size=(8, 3))
+  weight = np.array([1.0, 30, 2, 0, 0, 5, 1, 9])
 
   def loss(params, frozen, state, batch, key, train):
     error = batch['x'] @ params['w']
@@ -92,7 +93,7 @@ def test_pieces_count_by_the_weights_of_their_means():
   ],
 )
 def test_a_stage_has_one_loss_and_gradient_for_any_accumulate(name):
-  """What is random about a picture goes by its row in the batch, so pieces choose the same patches and noise."""
+  """Randomness depends on the row in the batch, so pieces choose the same patches and noise."""
   model = lavit.build('nano')
   parts = nano.jit(lambda key: init_params(model, key))(jax.random.key(5))
   rng = np.random.default_rng(0)
@@ -125,12 +126,13 @@ def test_a_stage_has_one_loss_and_gradient_for_any_accumulate(name):
 
 
 def test_an_update_that_is_not_finite_is_skipped():
-  """Nothing moves, moments and averages included; and the batch after it trains as if it had not been."""
+  """Nothing moves, moments and averages included, and the next batch trains as usual."""
 
   def loss(params, frozen, state, batch, key, train):
     return (batch['x'] * params['w']).sum() ** 2, (state + batch['x'].sum(), {})
 
-  fine, lost = dict(x=np.ones(3, np.float32)), dict(x=np.full(3, np.nan, np.float32))
+  fine = dict(x=np.ones(3, np.float32))
+  lost = dict(x=np.full(3, np.nan, np.float32))
   too_large = dict(x=np.full(3, 3e38, np.float32))
   run = of_one_weight(loss, **PLAIN | dict(optim__ema_decay=0.5))
   (one, _), (two, nan), (three, inf), (four, _) = steps(run, {}, {}, [fine, lost, too_large, fine])
@@ -171,11 +173,12 @@ def run_tokenizer(tokenizer, offered, count, **changes):
 
 @pytest.mark.slow
 def test_an_offered_codebook_goes_on(tokenizer):
-  """No k-means: after a step, codes that were not chosen are where they were and the others have moved by 1% towards their tokens."""
+  """No k-means: codes that were not chosen stay, the others move by 1% towards their tokens."""
   parts = tokenizer[0]
   offered = {name: parts[name] for name in ('tokenizer', 'decoder')}
   stage, ((state, _),) = run_tokenizer(tokenizer, offered, 1, tokenizer__quantize_from=2)
-  before, after = np.asarray(parts['tokenizer']['quantizer']['embedding']), state.state.embedding
+  before = np.asarray(parts['tokenizer']['quantizer']['embedding'])
+  after = state.state.embedding
   assert state.state.started and stage.export_metadata(state.state) == dict(codebook='trained')
   assert (np.linalg.norm(after - before, axis=1) < 0.03).all() and (after != before).any()
   assert stage.hold(offered) == (
@@ -196,7 +199,7 @@ def test_a_codebook_that_was_never_trained_is_begun_by_kmeans(tokenizer):
 
 @pytest.mark.slow
 def test_averaged_weights_have_the_average_of_their_codebook(tokenizer):
-  """Against the recursion in numpy, which begins where k-means does; codes that were moved begin anew."""
+  """Against the recursion in numpy, which restarts at k-means and for codes that were moved."""
   stage, seen = run_tokenizer(
     tokenizer,
     {},
@@ -207,7 +210,8 @@ def test_averaged_weights_have_the_average_of_their_codebook(tokenizer):
     tokenizer__decay=0.5,
     optim__learning_rate=0.05,
   )
-  average, restarted = None, 0
+  average = None
+  restarted = 0
   for step, (state, _) in enumerate(seen):
     book = state.state
     if step <= 1:

@@ -1,4 +1,4 @@
-"""What the ViT sees in training is what it sees at inference: Pillow's resize of the picture as it was stored."""
+"""The ViT sees the same in training and at inference: Pillow's resize of the stored image."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ MODEL = lavit.build('nano')  # whose ViT takes 32 pixels a side
 
 
 def hard_edges(width: int, height: int) -> Image.Image:
-  """Blocks of 0 and 255: a cubic overshoots at every edge, which Pillow clips between its passes."""
+  """Blocks of 0 and 255: a cubic overshoots at edges, and Pillow clips between its passes."""
   x, y = np.meshgrid(np.arange(width), np.arange(height))
   block = (np.stack([x // 5 + y // 3, x // 2 + y // 7, x // 11 + y // 4], -1) % 2) * 255
   return Image.fromarray(block.astype(np.uint8))
@@ -32,7 +32,7 @@ class Seen(Exception):
 
 @pytest.fixture
 def seen_by_vit(monkeypatch):
-  """seen_by_vit(stage, parts, batch) -> what the loss of a stage hands to the ViT. Nothing compiles."""
+  """seen_by_vit(stage, params, batch) -> what the loss gives to the ViT. Nothing compiles."""
 
   def apply(module, params, *args, **kwargs):
     if isinstance(module, vit.ViT):

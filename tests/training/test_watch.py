@@ -13,9 +13,11 @@ nano.install()
 
 
 def watch(run, rows=()):
-  said, aside = [], []
+  said = []
+  aside = []
   log = SimpleNamespace(
-    say=said.append, take_new=lambda: [dict(step=step, nonfinite=lost) for step, lost in rows]
+    print_line=said.append,
+    take_new=lambda: [dict(step=step, nonfinite=lost) for step, lost in rows],
   )
   checkpoints = SimpleNamespace(
     set_aside_broken=lambda first: aside.append(first) or [first],
@@ -42,7 +44,8 @@ def test_updates_skipped_in_a_row(lost, last, ends):
     return
   with pytest.raises(
     UserError,
-    match='lower optim.learning_rate or optim.clip_norm, or look at the data, and start again: it goes on from step 2',
+    match='lower optim.learning_rate or optim.clip_norm, or look at the data, and start again: '
+    'it goes on from step 2',
   ):
     seen.check_steps(last)
   assert aside == [lost.index(1)]  # of the step before the first, whose parameters they are
@@ -53,7 +56,10 @@ def test_pairs_without_room():
   means = dict(overflow=24.0, packed_share=40 * 60 / 2560)
   run = nano.run('lm', batch_size=64, lm__num_rows=10, lm__row_length=256)
   seen, said, _ = watch(run)
-  remedy = r'24 of the 64 pairs of a step \(38%\) find no room in the packed rows and are dropped; set lm.num_rows=17 \(now 10\) and lm.mean_length=60'
+  remedy = (
+    r'24 of the 64 pairs of a step \(38%\) find no room in the packed rows and are dropped; '
+    r'set lm.num_rows=17 \(now 10\) and lm.mean_length=60'
+  )
   with pytest.raises(UserError, match=remedy + r', or lower batch_size \(lm.max_overflow=0.2'):
     seen.check_packing(means, 50)
   seen.check_packing(means | dict(overflow=1.0), 50)  # below 2%

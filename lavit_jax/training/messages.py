@@ -1,4 +1,4 @@
-"""What a run tells the user as it starts."""
+"""The messages of a run at its start and at its end."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def log_start(
   """Logs what is trained, and what has changed since the checkpoint of step `first`."""
   count = sum(x.size for x in jax.tree.leaves(abstract.params))
   begin = f'continuing from step {first}' if first else f'starting in {run.workdir}'
-  log.say(
+  log.print_line(
     f'{run.stage_name}:{run.variant}  {count / 1e6:.2f} M parameters  mesh {dict(run.mesh.shape)}  '
     f'{begin}'
   )
@@ -53,11 +53,29 @@ def log_start(
     return
   harmless, inexact = checkpoints.changes(first)
   if harmless:
-    log.say(f'changed since then: {", ".join(harmless)}')
+    log.print_line(f'changed since then: {", ".join(harmless)}')
   if inexact:
-    log.say(
+    log.print_line(
       'warning: changed since then, so the next examples are not those that it would have seen: '
       f'{", ".join(inexact)}'
     )
   saved = ScheduleConfig.from_page(checkpoints.saved_config(first))
   warn_of_schedule(log, run.optimizer.schedule, saved, first)
+
+
+def log_end(run: Run, log: MetricLogger, metadata: Mapping[str, Any], first: int) -> None:
+  """Logs where the export is, and whether later stages can use it.
+
+  Args:
+    run: the run.
+    log: receives the lines.
+    metadata: of the export.
+    first: the steps that were made before this process started.
+  """
+  if metadata.get('codebook') == 'untrained':
+    log.print_line(
+      'warning: the codebook of this run was never trained, so its codes mean nothing: the export '
+      'says so, and is only for init_from'
+    )
+  before = ' before; a larger num_steps goes on' if first >= run.num_steps else ''
+  log.print_line(f'done{before}; the weights are in {run.workdir / "export"}')
