@@ -10,8 +10,8 @@ decode_*: a LLaMA with 12 layers of width 768 and LaVIT's vocabulary, a prompt o
 tokenize: eight images of 224 pixels to codes by the variant `small`, beside the published modules
     in plain PyTorch.
 unet: ten guided DDIM steps of Stable Diffusion 1.5's U-Net on latents of 32 x 32 (256 pixels) with
-    256 condition rows, of which the unconditional branch masks all but 77, beside diffusers; and the
-    peak memory of each, in a process of its own.
+    256 condition rows, of which the unconditional branch masks all but 77, beside diffusers; and
+    the peak memory of each, in a process of its own.
 
 The weights are random. PyTorch is eager. Both sides use all cores, and run in turn. Compilation is
 reported separately. Numbers are medians.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs what the tests need in .venv and runs them; further arguments go to pytest (e.g. -m slow, -k vit).
-# Two processes, each with whole files, since the fixtures of a file are what takes time.
+# Installs the requirements of the tests in .venv and runs the tests; further arguments go to pytest (e.g. -m slow, -k vit).
+# There are two processes, and each runs whole files, because the fixtures of a file take most of the time.
 set -euo pipefail
 source "$(dirname "$0")/install.sh" '[test,torch,app]'
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"

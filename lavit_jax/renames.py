@@ -245,6 +245,7 @@ NAMES = {
     'Parts': 'LazyParams',
   },
   'inference.pipeline': {
+    'EOS': 'models.vocabulary:EOS_ID',
     'Generated': 'ImageOutput',
     'Sampled': 'CodesOutput',
     'Tokens': 'VisualTokens',

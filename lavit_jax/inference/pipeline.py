@@ -55,8 +55,8 @@ from lavit_jax.inference.generation_config import (
 from lavit_jax.inference.parameters import CheckpointInfo, LazyParams, open_checkpoint
 from lavit_jax.local_paths import expand_home
 from lavit_jax.models import lavit, sequence
+from lavit_jax.models.vocabulary import EOS_ID
 
-EOS = 2
 MAX_BATCH = 16
 DTYPES = ('float32', 'bfloat16', 'float16')
 BARE = 3  # tokens of a picture, at least: [IMG], one of its own, [/IMG]
@@ -605,7 +605,7 @@ class Lavit:
             embeddings,
             mask,
             None if keys is None else keys[rows],
-            eos_id=EOS,
+            eos_id=EOS_ID,
             suppress=forbidden,
           ),
         )

@@ -1,11 +1,15 @@
 """Exported folders are loaded by transformers and diffusers, which compute the same."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+import sentencepiece
 from torch_folders import WHOLE, run, write
 
+from lavit_jax.data.emoji import corpus
 from lavit_jax.models import lavit, vit
 from lavit_jax.weights.store import folder
 from lavit_jax.weights.torch import name_tables
@@ -51,6 +55,32 @@ def test_transformers_loads_the_language_model(tmp_path):
   hidden, _ = model.llama.apply(variables, embedded, positions, mask)
   logits = model.llama.apply(variables, hidden, method='logits')
   np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+def test_transformers_loads_the_tokenizer(tmp_path):
+  """Of a model that was trained with a `tokenizer.model` alone, with the ids of sentencepiece."""
+  transformers = pytest.importorskip('transformers')
+  source = tmp_path / 'tokenizer'
+  source.mkdir()
+  with (source / 'tokenizer.model').open('wb') as file:
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=itertools.islice(corpus.training_texts(), 500),
+      model_writer=file,
+      model_type='bpe',
+      vocab_size=400,
+      byte_fallback=True,
+      remove_extra_whitespaces=False,
+      minloglevel=2,
+    )
+  params = random_params(['llama'], 0.1, np.random.default_rng(0))
+  folder.save_params(tmp_path / 'checkpoint', 'whole', params, tokenizer=source)
+  run(tmp_path / 'checkpoint', tmp_path / 'exported')
+  exported = tmp_path / 'exported' / 'language_model'
+  tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+  reference = sentencepiece.SentencePieceProcessor(model_file=str(source / 'tokenizer.model'))
+  for text in ('red apple on a blue background', '', '12 owls, noto style'):
+    assert tokenizer(text)['input_ids'] == [1, *reference.encode(text)]
+    assert tokenizer.decode(reference.encode(text)) == text
 
 
 @pytest.mark.parametrize('prefix', ['', 'highres_'])
