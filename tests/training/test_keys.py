@@ -66,7 +66,7 @@ def test_the_keys_of_a_run_are_distinct():
     *heldout,
   ]
   for key in (*weights, *steps, *heldout):
-    keys += jax.random.split(key, SPLIT)
+    keys.extend(jax.random.split(key, SPLIT))
   assert len(set(map(data_of, keys))) == len(keys)
 
 
@@ -84,7 +84,7 @@ def test_the_keys_of_a_call_at_inference_are_distinct():
   keys = [jax.random.key(7), *rows]
   for purpose, number in itertools.product(generation_config.Purpose, range(4)):
     of_rows = generation_config.purpose_keys(purpose, rows, number)
-    keys += of_rows
+    keys.extend(of_rows)
     for key in of_rows:
       keys += [jax.random.fold_in(key, step) for step in range(8)]
   assert len(set(map(data_of, keys))) == len(keys)
