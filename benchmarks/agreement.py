@@ -31,10 +31,10 @@ from lavit_jax.evaluation import vqa
 from lavit_jax.evaluation.report import stack_images
 from lavit_jax.inference import decode
 from lavit_jax.inference.compiled import read
-from lavit_jax.inference.pipeline import EOS
 from lavit_jax.models import sequence
 from lavit_jax.models.int8 import quantize_weights
 from lavit_jax.models.llama import Llama, unroll_layers
+from lavit_jax.models.vocabulary import EOS_ID
 from lavit_jax.weights.torch import mapping
 from lavit_jax.weights.torch.names_llama import llama_rules
 
@@ -131,7 +131,9 @@ def losses(model: Lavit, examples: Sequence[Example]) -> dict[str, float]:
   code_prompts = []
   for i, (count, text) in enumerate(zip(np.asarray(counts), texts, strict=True)):
     slots = range(i * num_slots, i * num_slots + int(count))
-    caption_prompts.append([[vocabulary.image_start], slots, [vocabulary.image_end], text, [EOS]])
+    caption_prompts.append(
+      [[vocabulary.image_start], slots, [vocabulary.image_end], text, [EOS_ID]]
+    )
     image_ids = codes[i] + vocabulary.code_offset
     code_prompts.append([text, [vocabulary.image_start], image_ids, [vocabulary.image_end]])
   mean_loss = make_mean_loss(model)

@@ -1,5 +1,7 @@
-"""README and docs/: links lead somewhere, citations name headings, and the commands of README and guides run."""
+"""README and docs/ against the code: links, file paths, citations, quoted errors, commands."""
 
+import ast
+import functools
 import os
 import pathlib
 import re
@@ -15,11 +17,13 @@ GUIDES = [
   ROOT / 'docs' / 'index.md',
   *sorted((ROOT / 'docs/guides').glob('*.md')),
 ]
-# What needs weights, data, machines or a network that a test does not have.
+# A fragment of an error on docs/troubleshooting.md: the first column of a table, in backticks.
+QUOTED_ERROR = re.compile(r'^\| `([^`]+)` \|', re.M)
+# Lines that need weights, data, machines or a network that a test does not have.
 ELSEWHERE = re.compile(
   r'BUCKET|POD|/mnt/|LaVIT-7B|LaVIT-again|Llama-2|llama-with|ZONE|pip install|data build|lavit app|'
-  r'bash launch|lavit_7b|activate|inproceedings|runs/(encoder|autoencoder|tokenizer|detokenizer|lm)|'
-  r'lavit bundle|--folder trained|lavit inspect model$|data pack'
+  r'bash launch|lavit_7b|activate|inproceedings|runs/(encoder|autoencoder|tokenizer|detokenizer|lm)'
+  r'|lavit bundle|--folder trained|lavit inspect model$|data pack'
 )
 
 
@@ -57,8 +61,81 @@ def test_citations_name_headings():
   assert cited > 30
 
 
+def test_readme_is_short():
+  assert len((ROOT / 'README.md').read_text().splitlines()) <= 180
+
+
+def named_paths(text: str) -> list[str]:
+  """The paths in backticks, of files (with a slash, or a name that ends in .py) and folders."""
+  tokens = re.findall(r'`([\w./*-]+)`', text)
+  return [
+    token for token in tokens if re.fullmatch(r'[\w-]+/|[\w*-]+\.py|([\w.*-]+/)+[\w.*-]*', token)
+  ]
+
+
+@pytest.mark.parametrize(
+  'name', ['docs/architecture.md', 'docs/library-behaviour.md', 'CONTRIBUTING.md']
+)
+def test_named_paths_exist(name):
+  """A path starts at the repository, or at lavit_jax/; `*` stands for several files."""
+  paths = named_paths((ROOT / name).read_text())
+  assert len(paths) > 10
+  for path in paths:
+    found = [base for base in (ROOT, ROOT / 'lavit_jax') if any(base.glob(path.rstrip('/')))]
+    assert found, f'{name} names {path}'
+
+
+def test_api_page_names_modules():
+  modules = re.findall(r'^::: (\S+)$', (ROOT / 'docs/api.md').read_text(), re.M)
+  assert len(modules) > 10
+  for module in modules:
+    path = ROOT / module.replace('.', '/')
+    assert path.with_suffix('.py').exists() or (path / '__init__.py').exists(), module
+
+
+@functools.cache
+def message_templates() -> list[str]:
+  """The string literals of the package and the lines of the launch scripts.
+
+  A value that is formatted into a literal is the character NUL. Docstrings are left out.
+  """
+  templates = []
+  for file in (ROOT / 'lavit_jax').rglob('*.py'):
+    tree = ast.parse(file.read_text())
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+      if id(node) in docstrings:
+        continue
+      if isinstance(node, ast.JoinedStr):
+        values = [part.value if isinstance(part, ast.Constant) else '\0' for part in node.values]
+        templates.append(''.join(values))
+      elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        templates.append(node.value)
+  for file in (ROOT / 'launch').iterdir():
+    templates += file.read_text().splitlines()
+  return templates
+
+
+def is_raised(quoted: str) -> bool:
+  """Whether the fragments between `...` are in one message, in this order."""
+  pattern = re.compile('.*'.join(map(re.escape, quoted.strip('. ').split(' ... '))), re.S)
+  return any(pattern.search(template) for template in message_templates())
+
+
+def test_quoted_errors_exist():
+  quoted = QUOTED_ERROR.findall((ROOT / 'docs/troubleshooting.md').read_text())
+  assert len(quoted) > 60
+  assert [fragment for fragment in quoted if not is_raised(fragment)] == []
+
+
+def test_a_wrong_quotation_is_found():
+  assert is_raised('checkpoint and variant ... do not fit')
+  assert not is_raised('checkpoint and variant do not fit')
+  assert not is_raised('do not fit ... checkpoint and variant')
+
+
 def snippets(page: pathlib.Path) -> list[str]:
-  """The indented blocks of a page, without what can only run elsewhere."""
+  """The indented blocks of a page, without the lines that a test cannot run."""
   blocks = re.findall(r'(?:^    .*\n(?:\n(?=    ))?)+', page.read_text(), re.M)
   kept = []
   for block in blocks:
@@ -73,7 +150,7 @@ def snippets(page: pathlib.Path) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize('page', GUIDES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_commands_run(page, tmp_path):
-  """All of a page in one folder, in order, as a reader would."""
+  """All blocks of a page run in one folder, in the order of the page."""
   for name in ('lavit_jax', 'configs'):
     (tmp_path / name).symlink_to(ROOT / name)
   environment = dict(os.environ, JAX_PLATFORMS='cpu', PYTHONPATH=str(ROOT))
@@ -85,7 +162,7 @@ def test_commands_run(page, tmp_path):
       command = ['bash', '-ec', block]
     else:  # a listing of files
       continue
-    done = subprocess.run(
+    result = subprocess.run(
       command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
     )
-    assert done.returncode == 0, f'{block}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}'
+    assert result.returncode == 0, f'{block}\n{result.stdout[-1000:]}\n{result.stderr[-3000:]}'

@@ -20,6 +20,7 @@ from jax import Array
 from lavit_jax.inference import sampling
 from lavit_jax.models.llama import KVCache, Llama, unroll_layers
 from lavit_jax.models.sequence import prompt_mask, prompt_positions
+from lavit_jax.models.vocabulary import PAD_ID
 
 NEVER = (
   -1e9
@@ -85,7 +86,7 @@ def generate(
   max_new_tokens: int,
   min_new_tokens: int = 0,
   eos_id: int,
-  pad_id: int = 2,
+  pad_id: int = PAD_ID,
   suppress: Array | None = None,
   repetition_penalty: float | None = None,
   temperature: float = 1.0,
@@ -238,7 +239,7 @@ def beam_search(
   max_new_tokens: int,
   min_new_tokens: int = 0,
   eos_id: int,
-  pad_id: int = 2,
+  pad_id: int = PAD_ID,
   suppress: Array | None = None,
   repetition_penalty: float | None = None,
   num_samples: int = 1,
