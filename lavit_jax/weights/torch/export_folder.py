@@ -20,8 +20,7 @@ from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.models import settings as checkpoint_settings
 from lavit_jax.weights.store import arrays as leaves
-from lavit_jax.weights.store import folder
-from lavit_jax.weights.store.checksums import checksum
+from lavit_jax.weights.store import checksums, folder
 from lavit_jax.weights.store.metadata import read_checksums
 from lavit_jax.weights.store.replacement import replace_folder
 from lavit_jax.weights.torch import configs, finite, formats, name_tables
@@ -328,10 +327,10 @@ def _converted_tensors(module: _ExportedModule, dtype: str | None) -> Iterator[_
     store = module.leaves[slot.leaf]
     if slot.layer is None:
       leaf = store.read().result()
-      leaf_checksum = checksum(leaf)
+      leaf_checksum = checksums.checksum(leaf)
     else:
       leaf = store[slot.layer].read().result()
-      leaf_checksum = checksum(leaf[None], slot.layer)
+      leaf_checksum = checksums.checksum(leaf[None], slot.layer)
     array, counts = finite.cast(leaf, folder.cast(leaf, dtype).dtype)
     return _ConvertedTensor(name, contiguous(slot.to_tensor(array)), leaf_checksum, counts)
 
