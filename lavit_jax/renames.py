@@ -40,7 +40,8 @@ MODULES = {
   'inference.drawing': 'inference.image_generation',
   'inference.fetching': 'inference.batching',
   'inference.output': 'output',
-  'inference.parts': 'inference.parameters',
+  'inference.parameters': 'weights.loader',
+  'inference.parts': 'weights.loader',
   'inference.programs': 'inference.compiled',
   'inference.settings': 'inference.generation_config',
   'models.initial': 'models.initialization',
@@ -241,10 +242,6 @@ NAMES = {
     'draw': 'decode_images',
     'settle': 'resolve_image_request',
   },
-  'inference.parameters': {
-    'Checkpoint': 'CheckpointInfo',
-    'Parts': 'LazyParams',
-  },
   'inference.pipeline': {
     'EOS': 'models.vocabulary:EOS_ID',
     'Generated': 'ImageOutput',
@@ -398,6 +395,10 @@ NAMES = {
   },
   'training.watch': {
     'Watch': 'MetricWatch',
+  },
+  'weights.loader': {
+    'Checkpoint': 'CheckpointInfo',
+    'Parts': 'LazyParams',
   },
   'weights.store.arrays': {
     'Source': 'ParameterSource',

@@ -52,10 +52,10 @@ from lavit_jax.inference.generation_config import (
   sample_keys,
   shared_argument,
 )
-from lavit_jax.inference.parameters import CheckpointInfo, LazyParams, open_checkpoint
 from lavit_jax.local_paths import expand_home
 from lavit_jax.models import lavit, sequence
 from lavit_jax.models.vocabulary import EOS_ID
+from lavit_jax.weights.loader import CheckpointInfo, LazyParams, open_checkpoint
 
 MAX_BATCH = 16
 DTYPES = ('float32', 'bfloat16', 'float16')
@@ -176,7 +176,7 @@ class Lavit:
     found = open_checkpoint(expand_home(folder), variant)
     compute = dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
     model = lavit.build(found.variant, compute, settings=found.settings)
-    return cls(model, found, found.words, weights, cache, safety_checker, mesh)
+    return cls(model, found, found.tokenizer_folder, weights, cache, safety_checker, mesh)
 
   @functools.cached_property
   def words(self) -> TextTokenizer:

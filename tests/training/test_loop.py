@@ -14,11 +14,11 @@ from nano import finish, launch, rows, until
 
 from lavit_jax import sharding
 from lavit_jax.errors import UserError
-from lavit_jax.inference.parameters import open_checkpoint
 from lavit_jax.training import loop
 from lavit_jax.training.loop import train
 from lavit_jax.training.stage import Stage, Sum
 from lavit_jax.training.train_step import loss_and_metrics
+from lavit_jax.weights.loader import open_checkpoint
 from lavit_jax.weights.store import folder
 
 nano.install()

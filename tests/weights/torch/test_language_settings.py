@@ -11,12 +11,12 @@ import pytest
 from lavit_jax.apps import conversion
 from lavit_jax.data.text import TextTokenizer
 from lavit_jax.errors import UserError
-from lavit_jax.inference.parameters import open_checkpoint
 from lavit_jax.models import lavit
 from lavit_jax.models.llama import Llama
 from lavit_jax.models.rope import Rope
 from lavit_jax.models.sequence import prompt_mask, prompt_positions
 from lavit_jax.porting import from_torch, to_torch, torch_settings
+from lavit_jax.weights.loader import open_checkpoint
 from lavit_jax.weights.store import folder
 from lavit_jax.weights.torch import configs, convert
 from lavit_jax.weights.torch.configs import llama as tables
