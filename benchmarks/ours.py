@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from weights import DRAWING_GUIDANCE, STEPS, Weights, drawing_inputs
 
-from lavit_jax.inference import compiled, diffusion
-from lavit_jax.models import lavit
+from lavit_jax.inference import compiled
+from lavit_jax.models import diffusion, lavit
 from lavit_jax.models.initialization import init_params
 from lavit_jax.weights.torch import mapping
 from lavit_jax.weights.torch.names_diffusion import unet_rules

@@ -20,9 +20,9 @@ from jax import Array
 
 from lavit_jax.data.images import as_image_list, read_images
 from lavit_jax.errors import UserError
-from lavit_jax.inference import diffusion, faults
+from lavit_jax.inference import faults
 from lavit_jax.inference.generation_config import check_value
-from lavit_jax.models import lavit, safety_checker, vae, vit
+from lavit_jax.models import diffusion, lavit, safety_checker, vae, vit
 from lavit_jax.models.decoder import null_context
 from lavit_jax.models.noise_schedule import Scheduler
 

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 import xxhash
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
+from nano import optimizer_config
 
 from lavit_jax.data.loader import Batches
 from lavit_jax.errors import UserError
@@ -22,7 +22,7 @@ from lavit_jax.training.checkpoint import Checkpoints
 
 
 def config(**changes):
-  return ConfigDict({'stage': 'lm', 'variant': 'tiny', 'optim': {'learning_rate': 0.1}, **changes})
+  return {'stage': 'lm', 'variant': 'tiny', 'optim': {'learning_rate': 0.1}, **changes}
 
 
 def numbers():
@@ -45,7 +45,8 @@ def abstract(tree):
 @pytest.fixture
 def saved(tmp_path):
   """A run with checkpoints of steps 1, 2, 3, of which it keeps two."""
-  checkpoints, data = Checkpoints(tmp_path, config(), keep=2), numbers()
+  checkpoints = Checkpoints(tmp_path, config(), keep=2)
+  data = numbers()
   for step in (1, 2, 3):
     next(data)
     checkpoints.save(step, state(step), data)
@@ -55,7 +56,8 @@ def saved(tmp_path):
 
 
 def test_state_and_data_go_on_where_they_were(saved):
-  checkpoints, data = Checkpoints(saved, config(), keep=2), numbers()
+  checkpoints = Checkpoints(saved, config(), keep=2)
+  data = numbers()
   assert sorted(p.name for p in (saved / 'checkpoints').iterdir()) == ['2', '3']
   assert checkpoints.latest() == 3
   restored = checkpoints.restore(3, abstract(state(0)), data)
@@ -64,25 +66,12 @@ def test_state_and_data_go_on_where_they_were(saved):
 
 
 def test_small_moments_come_back_as_they_were(tmp_path):
-  options = ConfigDict(
-    dict(
-      learning_rate=0.1,
-      warmup_steps=0,
-      final_fraction=1.0,
-      weight_decay=0.0,
-      b1=0.9,
-      b2=0.95,
-      mu_dtype='bfloat16',
-      nu_dtype='bfloat16',
-      clip_norm=0.0,
-      freeze=(),
-      lr_scale=(),
-    )
-  )
+  options = optimizer_config(b2=0.95, mu_dtype='bfloat16', nu_dtype='bfloat16')
   params = {'kernel': jax.random.normal(jax.random.key(0), (8, 8))}
-  tx = optimizer.make_optimizer(options, 10, params)
+  tx = optimizer.make_optimizer(options, params)
   _, moments = tx.update(params, tx.init(params), params)
-  checkpoints, data = Checkpoints(tmp_path, config(), keep=2), numbers()
+  checkpoints = Checkpoints(tmp_path, config(), keep=2)
+  data = numbers()
   checkpoints.save(1, moments, data)
   checkpoints.wait()
   restored = checkpoints.restore(1, abstract(moments), data)
@@ -98,12 +87,16 @@ def test_it_keeps_the_config_and_the_sizes_of_the_variant(saved):
 
 
 def test_it_asks_nothing_about_preemption(tmp_path, monkeypatch):
-  """JAX has one counter for such questions, which Orbax would set to the step, and processes.Interrupt to its own: SIGTERM would be lost."""
+  """JAX has one counter for such questions, which `InterruptHandler` increments.
+
+  Orbax would set it to the step, and SIGTERM would be lost.
+  """
   asked = []
   monkeypatch.setattr(
     multihost_utils, 'reached_preemption_sync_point', lambda counter: asked.append(counter) or False
   )
-  checkpoints, data = Checkpoints(tmp_path, config(), keep=2), numbers()
+  checkpoints = Checkpoints(tmp_path, config(), keep=2)
+  data = numbers()
   next(data)
   checkpoints.save(7, state(7), data)
   checkpoints.close()
@@ -113,11 +106,9 @@ def test_it_asks_nothing_about_preemption(tmp_path, monkeypatch):
 def test_donated_memory_does_not_reach_the_file(tmp_path):
   """Saving goes on behind the next steps, which write over the memory of the state."""
   step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
-  checkpoints, data, now = (
-    Checkpoints(tmp_path, config(), keep=1),
-    numbers(),
-    {'x': jnp.zeros(1 << 20)},
-  )
+  checkpoints = Checkpoints(tmp_path, config(), keep=1)
+  data = numbers()
+  now = {'x': jnp.zeros(1 << 20)}
   checkpoints.save(1, now, data)
   for _ in range(20):
     now = step(now)
@@ -185,7 +176,8 @@ def flip(file, place=0.5):
 @pytest.fixture
 def noisy(tmp_path):
   """A run with checkpoints of steps 1 and 2; its numbers do not compress."""
-  checkpoints, data = Checkpoints(tmp_path, config(), keep=2), numbers()
+  checkpoints = Checkpoints(tmp_path, config(), keep=2)
+  data = numbers()
   for step in (1, 2):
     next(data)
     checkpoints.save(step, noise(step), data)
@@ -224,7 +216,8 @@ def test_a_flipped_bit_is_told(flipped):
 
 
 def test_on_request_the_checkpoint_before_a_damaged_one_is_used(flipped, capsys):
-  checkpoints, data = Checkpoints(flipped, config(), keep=2), numbers()
+  checkpoints = Checkpoints(flipped, config(), keep=2)
+  data = numbers()
   step, restored = checkpoints.restore_latest(abstract(noise(0)), data, skip_damaged=True)
   assert step == 1 and 'checkpoints/2 is damaged' in capsys.readouterr().out
   jax.tree.map(np.testing.assert_array_equal, restored, noise(1))
@@ -251,7 +244,8 @@ def test_when_all_are_damaged_it_does_not_begin_anew(flipped):
   for skip_damaged in (True, True, False):
     with pytest.raises(
       UserError,
-      match=r'all checkpoints in .*checkpoints are damaged .1.damaged, 2.damaged.: .* another --workdir, or delete',
+      match=r'all checkpoints in .*checkpoints are damaged .1.damaged, 2.damaged.: '
+      r'.* another --workdir, or delete',
     ):
       Checkpoints(flipped, config(), keep=2).restore_latest(
         abstract(noise(0)), numbers(), skip_damaged=skip_damaged
@@ -280,7 +274,8 @@ def second_of_two(monkeypatch):
 
 def test_only_the_first_process_sets_a_checkpoint_aside(flipped, second_of_two, monkeypatch):
   """The others wait before, for it may not be moved while one reads it, and after."""
-  checkpoints, steps = Checkpoints(flipped, config(), keep=2), flipped / 'checkpoints'
+  checkpoints = Checkpoints(flipped, config(), keep=2)
+  steps = flipped / 'checkpoints'
 
   def first_process(what):
     second_of_two.append(what)
@@ -299,14 +294,13 @@ def test_what_one_process_alone_cannot_read_is_skipped_at_the_next_start(
   saved, second_of_two, monkeypatch, capsys
 ):
   """The others may be anywhere, so nothing is moved."""
-  steps, file = (
-    saved / 'checkpoints',
-    next((saved / 'checkpoints' / '3' / 'data').glob('process_*')),
-  )
+  steps = saved / 'checkpoints'
+  file = next((saved / 'checkpoints' / '3' / 'data').glob('process_*'))
   file.write_text(file.read_text().replace('batches', 'botches'))
   with pytest.raises(
     UserError,
-    match=r'checkpoints/3 is damaged .*process_0-of-1.json is not what was saved.*; start again: it will be skipped',
+    match=r'checkpoints/3 is damaged .*process_0-of-1.json is not what was saved.*; '
+    r'start again: it will be skipped',
   ):
     Checkpoints(saved, config(), keep=2).restore_latest(
       abstract(state(0)), numbers(), skip_damaged=True
@@ -317,7 +311,9 @@ def test_what_one_process_alone_cannot_read_is_skipped_at_the_next_start(
     file.read_text().replace('botches', 'batches')
   )  # this process has no reason to complain
   with monkeypatch.context() as patch:
-    patch.setattr(Checkpoints, '_set_aside', None)  # without the option the mark means nothing
+    patch.setattr(
+      Checkpoints, '_set_aside_damaged', None
+    )  # without the option the mark means nothing
     assert (
       Checkpoints(saved, config(), keep=2).restore_latest(abstract(state(0)), numbers())[0] == 3
     )
@@ -358,7 +354,8 @@ def test_a_position_in_other_data_is_no_damage(tmp_path):
       if state != {'of': 2}:
         raise ValueError('other data')
 
-  checkpoints, data = Checkpoints(tmp_path, config(), keep=2), numbers()
+  checkpoints = Checkpoints(tmp_path, config(), keep=2)
+  data = numbers()
   checkpoints.save(1, noise(1), data)
   checkpoints.close()
   with pytest.raises(UserError, match='the position in the data is one in other data') as error:
@@ -379,13 +376,17 @@ def test_a_damaged_config_is_skipped_too(flipped):
 
 
 def every_flip(folder, of, spare):
-  """{what came: how often} of restoring after one bit was flipped, in every `spare`th byte of the files of the last checkpoint that match `of`."""
+  """{outcome: how often} of restoring after one bit was flipped.
+
+  In turn in every `spare`th byte of the files of the last checkpoint that match `of`.
+  """
   came = Counter()
   for file in (folder / 'checkpoints' / '2').rglob(of):
     whole = file.read_bytes() if file.is_file() else b''
     for place in range(0, len(whole), spare):
       flip(file, place=place / len(whole))
-      checkpoints, data = Checkpoints(folder, config(), keep=2), numbers()
+      checkpoints = Checkpoints(folder, config(), keep=2)
+      data = numbers()
       try:
         step, restored = checkpoints.restore_latest(abstract(noise(0)), data)
         jax.tree.map(np.testing.assert_array_equal, restored, noise(2))
@@ -436,10 +437,10 @@ def test_other_types_are_no_damage(tmp_path, skip_damaged):
       'opt': {'mu': {'kernel': jnp.full((4, 3), 0.1, dtype)}, 'nu': {'kernel': jnp.ones((4, 3))}}
     }
 
-  checkpoints, data = (
-    Checkpoints(tmp_path, config(optim={'mu_dtype': 'float32', 'nu_dtype': 'float32'}), keep=2),
-    numbers(),
+  checkpoints = Checkpoints(
+    tmp_path, config(optim={'mu_dtype': 'float32', 'nu_dtype': 'float32'}), keep=2
   )
+  data = numbers()
   checkpoints.save(1, moments(jnp.float32), data)
   checkpoints.close()
   checkpoints = Checkpoints(
@@ -447,7 +448,8 @@ def test_other_types_are_no_damage(tmp_path, skip_damaged):
   )
   with pytest.raises(
     UserError,
-    match=r'checkpoints/1 has other types than this config \(1 arrays differ: opt/mu/kernel \[4, 3\] float32, not bfloat16\); '
+    match=r'checkpoints/1 has other types than this config '
+    r'\(1 arrays differ: opt/mu/kernel \[4, 3\] float32, not bfloat16\); '
     r'give --config.optim.mu_dtype=float32, as it was made with, or choose another --workdir',
   ) as error:
     checkpoints.restore_latest(abstract(moments(jnp.bfloat16)), numbers(), skip_damaged)
@@ -472,7 +474,7 @@ def test_digests_see_one_bit_and_an_exchange():
 
 
 def test_a_position_of_many_processes(saved):
-  """It serves any number of them, if it is whole: a file that is missing, a flipped bit and a contradiction are told."""
+  """It serves any number of them; a missing file, a flipped bit and a contradiction are errors."""
 
   def restore():
     data = numbers()
@@ -514,16 +516,16 @@ class Shards:
 
 
 def test_every_shard_is_found_whoever_saved_it(tmp_path, monkeypatch):
-  """Two processes save, of which each has two shards in an order of the mesh; any other may go on with any."""
+  """Two processes save, each of which has two shards; others may continue with any of them."""
   handler = integrity.PositionHandler()
   monkeypatch.setattr(integrity.jax, 'process_count', lambda: 2)
   for process, shards in enumerate([(2, 3), (0, 1)]):
-    monkeypatch.setattr(integrity.jax, 'process_index', lambda: process)
+    monkeypatch.setattr(integrity.jax, 'process_index', lambda process=process: process)
     handler.save(tmp_path, integrity.PositionSave(Shards(*shards)))
   for count in (1, 2, 4):
-    monkeypatch.setattr(integrity.jax, 'process_count', lambda: count)
+    monkeypatch.setattr(integrity.jax, 'process_count', lambda count=count: count)
     for process in range(count):
-      monkeypatch.setattr(integrity.jax, 'process_index', lambda: process)
+      monkeypatch.setattr(integrity.jax, 'process_index', lambda process=process: process)
       assert (
         handler.restore(tmp_path, integrity.PositionRestore(Shards())).state
         == Shards(0, 1, 2, 3).state
@@ -546,7 +548,8 @@ def test_every_shard_is_found_whoever_saved_it(tmp_path, monkeypatch):
     (
       [{'of': {'processes': 2}, 'tickets': {'window': [0, 0, 0], 'index': i}} for i in range(2)],
       UserError,
-      '^it in data.sources was saved by an earlier version, which dealt them to processes, and cannot be read any more; begin in another --workdir',
+      '^it in data.sources was saved by an earlier version, which dealt them to processes, and '
+      'cannot be read any more; begin in another --workdir',
     ),
   ],
 )
@@ -577,7 +580,8 @@ def test_a_full_disk_leaves_nothing_half_written(saved, monkeypatch, error):
     (directory / 'half').write_text('half')
     raise error
 
-  checkpoints, data = Checkpoints(saved, config(), keep=2), numbers()
+  checkpoints = Checkpoints(saved, config(), keep=2)
+  data = numbers()
   with monkeypatch.context() as patch:
     patch.setattr(ocp.StandardCheckpointHandler, 'async_save', fail)
     with pytest.raises(
@@ -606,7 +610,8 @@ def test_a_disk_that_really_is_full(tmp_path):
   ):
     pytest.skip('cannot mount a small file system here')
   try:
-    checkpoints, data = Checkpoints(disk, config(), keep=2), numbers()
+    checkpoints = Checkpoints(disk, config(), keep=2)
+    data = numbers()
     checkpoints.save(1, state(1), data)
     checkpoints.wait()
     large = {'x': jax.random.normal(jax.random.key(0), (1 << 20,))}

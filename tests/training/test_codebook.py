@@ -12,7 +12,8 @@ def tokens(seed, shape):
 
 
 def test_tally_counts_only_what_weighs():
-  z, ids = tokens(0, (5, 3)), jnp.array([1, 0, 1, 1, 2])
+  z = tokens(0, (5, 3))
+  ids = jnp.array([1, 0, 1, 1, 2])
   count, total = codebook.count_assignments(z, jnp.array([1.0, 1, 1, 0, 0]), ids, 4)
   np.testing.assert_allclose(count, [1, 2, 0, 0])
   np.testing.assert_allclose(total[1], z[0] + z[2], rtol=1e-6)
@@ -41,7 +42,8 @@ def test_draw_repeats_only_when_there_are_too_few():
 
 
 def test_update_is_the_moving_average_of_beit_v2():
-  z, weight = tokens(0, (12, 4)), jnp.array([1.0] * 9 + [0.0] * 3)
+  z = tokens(0, (12, 4))
+  weight = jnp.array([1.0] * 9 + [0.0] * 3)
   book = codebook.init_codebook(tokens(1, (5, 4)))
   ids = nearest_code(z, book.embedding)
   new = codebook.update_codebook(jax.random.key(0), book, z, weight, ids, decay=0.9, revive_after=0)
@@ -63,9 +65,9 @@ def test_dead_codes_come_back_to_life_on_tokens_they_describe_badly(revive_after
   book = codebook.init_codebook(tokens(1, (5, 4)))
   for i in range(3):
     ids = nearest_code(z, book.embedding[:4])  # nobody chooses the last one
-    before, book = (
-      book,
-      codebook.update_codebook(jax.random.key(i), book, z, jnp.ones(20), ids, 0.99, revive_after),
+    before = book
+    book = codebook.update_codebook(
+      jax.random.key(i), book, z, jnp.ones(20), ids, 0.99, revive_after
     )
   distance = jnp.square(book.embedding[4] - z).sum(-1)
   if revive_after:
@@ -79,7 +81,8 @@ def test_dead_codes_come_back_to_life_on_tokens_they_describe_badly(revive_after
 
 
 def test_a_code_moves_again_only_after_as_many_batches_more():
-  z, book = tokens(0, (20, 4)), codebook.init_codebook(tokens(1, (5, 4)))
+  z = tokens(0, (20, 4))
+  book = codebook.init_codebook(tokens(1, (5, 4)))
   places = []
   for i in range(7):
     ids = nearest_code(z, book.embedding[:4])
@@ -90,7 +93,8 @@ def test_a_code_moves_again_only_after_as_many_batches_more():
 
 
 def test_a_dead_code_goes_where_the_error_is_whatever_its_index():
-  z, num_codes = tokens(0, (200, 4)), 180
+  z = tokens(0, (200, 4))
+  num_codes = 180
   book = codebook.init_codebook(tokens(1, (num_codes, 4)))._replace(
     idle=jnp.zeros(num_codes, jnp.int32).at[num_codes - 1].set(2)
   )
@@ -104,7 +108,8 @@ def test_a_dead_code_goes_where_the_error_is_whatever_its_index():
   )
   places = revive(jax.random.split(jax.random.key(2), 40))
   found = error[jnp.square(z - places[:, None]).sum(-1).argmin(-1)]
-  expected, spread = chances @ error, np.sqrt(chances @ error**2 - (chances @ error) ** 2)
+  expected = chances @ error
+  spread = np.sqrt(chances @ error**2 - (chances @ error) ** 2)
   assert (
     abs(np.mean(found) - expected) < 3.5 * spread / np.sqrt(40) and expected > 1.3 * error.mean()
   )

@@ -16,8 +16,8 @@ from lavit_jax.training.lock import WorkdirLock, refuse_if_running
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-  monkeypatch.setattr(lock, 'BEAT', 0.05)
-  monkeypatch.setattr(lock, 'LOOK', 0.02)
+  monkeypatch.setattr(lock, 'BEAT_INTERVAL', 0.05)
+  monkeypatch.setattr(lock, 'POLL_INTERVAL', 0.02)
   monkeypatch.setattr(lock, 'SILENCE', 0.5)
 
 
@@ -51,7 +51,10 @@ def test_an_error_gives_the_directory_back(tmp_path):
 
 def test_after_a_kill_on_this_machine_the_next_run_begins_at_once(tmp_path, monkeypatch):
   monkeypatch.setattr(lock, 'SILENCE', 1e9)
-  code = f'import os, pathlib, time\nfrom lavit_jax.training.lock import WorkdirLock\nWorkdirLock(pathlib.Path({str(tmp_path)!r})).__enter__()\n'
+  code = (
+    'import os\nfrom lavit_jax.training.lock import WorkdirLock\n'
+    f'WorkdirLock({str(tmp_path)!r}).__enter__()\n'
+  )
   subprocess.run(
     [sys.executable, '-c', code + 'os.kill(os.getpid(), 9)'],
     env={**os.environ, 'JAX_PLATFORMS': 'cpu'},

@@ -1,4 +1,4 @@
-"""The loop on a list of sources: it goes on to the bit, counts what is skipped, and tells how long it waits for data."""
+"""The loop on a list of sources: exact resume, counts of skipped examples, time spent waiting."""
 
 import json
 import re
@@ -11,14 +11,12 @@ import nano
 import pytest
 from numbered_images import sample, write_tar
 
-from lavit_jax import sharding
 from lavit_jax.data import formats
 from lavit_jax.data.row_workers import SkipCounter
 from lavit_jax.data.sources import check_files
 from lavit_jax.data.streams import Stream
 from lavit_jax.errors import UserError
-from lavit_jax.models import lavit
-from lavit_jax.training import loop, metrics
+from lavit_jax.training import batches, loop, metrics
 
 nano.install()
 
@@ -40,7 +38,8 @@ def test_goes_on_to_the_bit_and_counts_what_is_skipped(tmp_path, capsys, monkeyp
     'autoencoder', checkpoint_every=2, keep=3, data__sources=(source,), data__crop='random'
   )
   loop.train(config, tmp_path / 'run')
-  out, first = capsys.readouterr().out, lines(tmp_path / 'run')
+  out = capsys.readouterr().out
+  first = lines(tmp_path / 'run')
   assert (
     'data/skipped_corrupt_image' in out
     and 'data_wait' in out
@@ -49,7 +48,8 @@ def test_goes_on_to_the_bit_and_counts_what_is_skipped(tmp_path, capsys, monkeyp
   shutil.rmtree(tmp_path / 'run' / 'checkpoints' / '4')
   assert 'changed since' not in out
   with config.unlocked():
-    config.log_every, config.data.scene_share = 2, 0.5  # which composed data alone have
+    config.log_every = 2
+    config.data.scene_share = 0.5  # which composed data alone have
   with monkeypatch.context() as patch:
     next_batch = loop.next_batch
     patch.setattr(loop, 'next_batch', lambda data: time.sleep(2) or next_batch(data))
@@ -58,8 +58,8 @@ def test_goes_on_to_the_bit_and_counts_what_is_skipped(tmp_path, capsys, monkeyp
   assert 'continuing from step 2' in out and lines(tmp_path / 'run') == first
   assert 'changed since then: log_every 1 -> 2\n' in out
   assert (
-    'warning: changed since then, so the next examples are not those that it would have seen: data.scene_share 0.3 -> 0.5\n'
-    in out
+    'warning: changed since then, so the next examples are not those that it would have seen: '
+    'data.scene_share 0.3 -> 0.5\n' in out
   )
   assert float(re.search(r'step 4/4 .* data_wait ([\d.]+)%', out)[1]) > 10  # of 2 s and two steps
 
@@ -106,7 +106,7 @@ def test_a_few_held_out_tars_may_be_absent(tmp_path):
 
 
 def test_a_step_is_saved_before_it_is_looked_at(tmp_path, monkeypatch):
-  """So that an evaluation that fails loses no step, and what is started again does not come to it once more."""
+  """A failing evaluation loses no step, and a restarted run does not repeat the evaluation."""
   compile_fully = jax.stages.Lowered.compile
   monkeypatch.setattr(
     jax.stages.Lowered, 'compile', lambda self: compile_fully(self, nano.QUICK_TO_COMPILE)
@@ -129,10 +129,9 @@ def test_held_out_rows_are_of_the_held_out_sources(tmp_path):
     f'data__{key}': (dict(format='tars', path=f'{tmp_path}/{name}.tar'),)
     for key, name in (('sources', 'a'), ('heldout', 'b'))
   }
-  config, model = nano.config('lm', **sources), lavit.build('nano')
-  share = sharding.process_share(sharding.make_mesh(config.mesh), config.batch_size)
+  run = nano.run('lm', **sources)
   red = {
-    split: loop.next_batch(loop.open_data(config, model, share, split))['image'][:, 0, 0, 0]
+    split: batches.next_batch(batches.open_batches(run, split))['image'][:, 0, 0, 0]
     for split in ('train', 'heldout')
   }
   assert red['train'].max() < 20 and red['heldout'].tolist() == list(range(100, 108))
@@ -142,7 +141,8 @@ class Clock:
   """The time that metrics.Log sees, and a device that does one step after the other."""
 
   def __init__(self):
-    self.now, self.free = 0.0, 0.0
+    self.now = 0.0
+    self.free = 0.0
 
   def monotonic(self):
     return self.now
@@ -171,14 +171,16 @@ class Clock:
 class Computing(float):
   def __new__(cls, clock, then):
     self = super().__new__(cls, 1.0)
-    self.then, self.block_until_ready = then, lambda: clock.pass_to(then)
+    self.then = then
+    self.block_until_ready = lambda: clock.pass_to(then)
     return self
 
 
 @pytest.fixture
 def timed(tmp_path, monkeypatch):
   """(a log, the clock it goes by)."""
-  log, clock = metrics.MetricLogger(tmp_path, 0, num_steps=12, batch_size=4), Clock()
+  log = metrics.MetricLogger(tmp_path, 0, num_steps=12, batch_size=4)
+  clock = Clock()
   log.watch.shutdown()
   log.watch = clock
   monkeypatch.setattr(metrics, 'time', clock)
@@ -203,8 +205,9 @@ def timed(tmp_path, monkeypatch):
 def test_data_wait_is_the_share_of_time_that_the_device_waits(
   timed, capsys, monkeypatch, source, step, wait
 ):
-  """Seconds that the source and the device take for each step, beside each other; the terminal and TensorBoard say the same."""
-  (log, clock), shown = timed, {}
+  """From the seconds of the source and the device for a step; terminal and TensorBoard agree."""
+  (log, clock) = timed
+  shown = {}
   monkeypatch.setattr(log, 'scalars', lambda step, values: shown.update(values))
   for i in range(1, 13):
     assert log.fetch(clock.fetch, source) == 'batch'
@@ -228,7 +231,7 @@ def test_what_the_device_did_before_is_no_waiting(timed):
 
 @pytest.mark.slow
 def test_skips_of_all_processes_are_counted(running, cache, tmp_path):
-  """The first process, which alone writes, meets none; the other one's shards have the other tar first, with two."""
+  """The first process, which alone writes, skips none; the other one reads the tar with two."""
   source = dict(format='tars', path=f'{tmp_path}/{{0..1}}.tar', window=4)
   _, second = Stream.of(formats.Tars(source['path'], None, ('txt',)), 0, '', 0, 4, 8).unit(1, 0)
   for t in range(2):
@@ -250,6 +253,6 @@ def test_skips_of_all_processes_are_counted(running, cache, tmp_path):
 
 def test_processes_with_the_same_rows_count_once(monkeypatch):
   told = [{'share': 0, 'a': 1}, {'share': 1, 'a': 2, 'b': 5}, {'share': 0, 'a': 1}]
-  monkeypatch.setattr(loop.distributed, 'gather', lambda values: told)
-  config = nano.config('autoencoder', data__sources=(dict(format='tars', path='x'),))
-  assert loop.skips(config, SkipCounter(), sharding.ProcessShare(None, 0, 2)) == {'a': 3, 'b': 5}
+  monkeypatch.setattr(batches.distributed, 'gather', lambda values: told)
+  run = nano.run('autoencoder', data__sources=(dict(format='tars', path='x'),))
+  assert batches.count_skipped(run, SkipCounter()) == {'a': 3, 'b': 5}
