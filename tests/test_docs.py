@@ -82,6 +82,22 @@ def test_named_folders_exist(name):
     assert exists(path), f'{name} names {path}'
 
 
+def test_imports_point_one_way():
+  """As docs/architecture.md says, from right to left of the line with `<`."""
+  line = re.search(r'^    (sharding <.*)$', (ROOT / 'docs/architecture.md').read_text(), re.M)[1]
+  levels = {
+    folder: level
+    for level, folders in enumerate(line.split(' < '))
+    for folder in folders.split(', ')
+  }
+  for folder, level in levels.items():
+    path = ROOT / 'lavit_jax' / folder
+    for file in path.rglob('*.py') if path.is_dir() else [path.with_suffix('.py')]:
+      for other in re.findall(r'^ *from lavit_jax[.](\w+)', file.read_text(), re.M):
+        same_or_lower = other == folder or levels.get(other, -1) < level
+        assert same_or_lower, f'{file.relative_to(ROOT)} imports {other}'
+
+
 def exists(path: str) -> bool:
   return any(any(base.glob(path.rstrip('/'))) for base in (ROOT, ROOT / 'lavit_jax'))
 
