@@ -200,13 +200,13 @@ def finish(process, status=0):
 def rows(workdir):
   """The lines of metrics.jsonl."""
   file = workdir / 'metrics.jsonl'
-  found = []
+  records = []
   for line in file.read_text().splitlines() if file.exists() else ():
     try:
-      found.append(json.loads(line))
+      records.append(json.loads(line))
     except ValueError:
       pass  # being written
-  return found
+  return records
 
 
 def until(process, workdir, step):

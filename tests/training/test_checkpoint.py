@@ -4,6 +4,7 @@ import shutil
 import types
 from collections import Counter
 
+import chex
 import grain
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,7 @@ def test_state_and_data_go_on_where_they_were(saved):
   assert sorted(p.name for p in (saved / 'checkpoints').iterdir()) == ['2', '3']
   assert checkpoints.latest() == 3
   restored = checkpoints.restore(3, abstract(state(0)), data)
-  jax.tree.map(np.testing.assert_array_equal, restored, state(3))
+  chex.assert_trees_all_equal(restored, state(3))
   np.testing.assert_array_equal(next(data), [12, 13, 14, 15])
 
 
@@ -77,7 +78,7 @@ def test_small_moments_come_back_as_they_were(tmp_path):
   restored = checkpoints.restore(1, abstract(moments), data)
   checkpoints.close()
   assert [x.dtype for x in jax.tree.leaves(restored)].count(jnp.bfloat16) == 2
-  jax.tree.map(np.testing.assert_array_equal, restored, moments)
+  chex.assert_trees_all_equal(restored, moments)
 
 
 def test_it_keeps_the_config_and_the_sizes_of_the_variant(saved):
@@ -91,16 +92,18 @@ def test_it_asks_nothing_about_preemption(tmp_path, monkeypatch):
 
   Orbax would set it to the step, and SIGTERM would be lost.
   """
-  asked = []
+  queries = []
   monkeypatch.setattr(
-    multihost_utils, 'reached_preemption_sync_point', lambda counter: asked.append(counter) or False
+    multihost_utils,
+    'reached_preemption_sync_point',
+    lambda counter: queries.append(counter) or False,
   )
   checkpoints = Checkpoints(tmp_path, config(), keep=2)
   data = numbers()
   next(data)
   checkpoints.save(7, state(7), data)
   checkpoints.close()
-  assert not asked and checkpoints.manager.all_steps() == [7]
+  assert not queries and checkpoints.manager.all_steps() == [7]
 
 
 def test_donated_memory_does_not_reach_the_file(tmp_path):
@@ -144,7 +147,7 @@ def test_a_checkpoint_of_other_sizes(saved, monkeypatch):
     Checkpoints(saved, config(), keep=2).latest()
 
 
-def test_a_config_that_changes_the_state_is_told(saved):
+def test_a_config_that_changes_the_state_is_refused(saved):
   checkpoints = Checkpoints(saved, config(), keep=2)
   with pytest.raises(
     UserError,
@@ -153,7 +156,7 @@ def test_a_config_that_changes_the_state_is_told(saved):
     checkpoints.restore(3, abstract({**state(0), 'ema': jnp.zeros(3)}), numbers())
 
 
-def test_a_truncated_checkpoint_is_told(saved):
+def test_a_truncated_checkpoint_is_reported(saved):
   folder = saved / 'checkpoints' / '3' / 'state'
   for file in folder.rglob('*'):
     if file.is_file() and file.stat().st_size > 100:
@@ -205,7 +208,7 @@ def noise(seed):
   }
 
 
-def test_a_flipped_bit_is_told(flipped):
+def test_a_flipped_bit_is_reported(flipped):
   checkpoints = Checkpoints(flipped, config(), keep=2)
   with pytest.raises(
     UserError,
@@ -220,7 +223,7 @@ def test_on_request_the_checkpoint_before_a_damaged_one_is_used(flipped, capsys)
   data = numbers()
   step, restored = checkpoints.restore_latest(abstract(noise(0)), data, skip_damaged=True)
   assert step == 1 and 'checkpoints/2 is damaged' in capsys.readouterr().out
-  jax.tree.map(np.testing.assert_array_equal, restored, noise(1))
+  chex.assert_trees_all_equal(restored, noise(1))
   np.testing.assert_array_equal(next(data), [4, 5, 6, 7])
   assert sorted(p.name for p in (flipped / 'checkpoints').iterdir()) == ['1', '2.damaged']
   checkpoints.save(2, noise(2), data)
@@ -287,7 +290,7 @@ def test_only_the_first_process_sets_a_checkpoint_aside(flipped, second_of_two, 
   monkeypatch.setattr(checkpoint, 'wait_for_all', first_process)
   step, restored = checkpoints.restore_latest(abstract(noise(0)), numbers(), skip_damaged=True)
   assert step == 1 and len(second_of_two) == 2 and (steps / '2.damaged' / 'state').exists()
-  jax.tree.map(np.testing.assert_array_equal, restored, noise(1))
+  chex.assert_trees_all_equal(restored, noise(1))
 
 
 def test_what_one_process_alone_cannot_read_is_skipped_at_the_next_start(
@@ -326,7 +329,7 @@ def test_what_one_process_alone_cannot_read_is_skipped_at_the_next_start(
   assert 'process_0-of-1.json is not what was saved' in capsys.readouterr().out
 
 
-def test_options_that_have_changed_are_told(saved):
+def test_changed_options_are_reported(saved):
   """In one line; those that give it other data in another, as a warning."""
   now = config(
     optim={'learning_rate': 0.2, 'clip_norm': 1.0},
@@ -389,11 +392,11 @@ def every_flip(folder, of, spare):
       data = numbers()
       try:
         step, restored = checkpoints.restore_latest(abstract(noise(0)), data)
-        jax.tree.map(np.testing.assert_array_equal, restored, noise(2))
+        chex.assert_trees_all_equal(restored, noise(2))
         assert step == 2 and next(data)[0] == 8
         came['as it was saved'] += 1
       except UserError as error:
-        came['told' if '--config.skip_damaged=true' in str(error) else str(error)] += 1
+        came['reported' if '--config.skip_damaged=true' in str(error) else str(error)] += 1
       checkpoints.close()
       file.write_bytes(whole)
   return came
@@ -403,9 +406,9 @@ def every_flip(folder, of, spare):
   'of, spare',
   [('config/metadata', 71), ('process_0', 14), pytest.param('*', 16, marks=pytest.mark.slow)],
 )
-def test_a_bit_flipped_anywhere_is_told_or_does_not_matter(noisy, of, spare):
+def test_a_bit_flipped_anywhere_is_reported_or_harmless(noisy, of, spare):
   came = every_flip(noisy, of, spare)
-  assert set(came) <= {'as it was saved', 'told'} and came['told'] > 3
+  assert set(came) <= {'as it was saved', 'reported'} and came['reported'] > 3
 
 
 @pytest.mark.parametrize('page', ['{"stage": ', '{"stage": "lm", "sum": "0"}'])
@@ -420,7 +423,7 @@ def test_a_config_that_one_process_alone_cannot_read_is_skipped_at_the_next_star
   assert second_of_two == [] and (flipped / 'checkpoints' / '2' / 'damaged-1').exists()
 
 
-def test_a_checkpoint_that_does_not_fit_is_not_taken_for_a_damaged_one(flipped):
+def test_a_checkpoint_that_does_not_fit_is_not_damaged(flipped):
   with pytest.raises(UserError, match='does not fit this config'):
     Checkpoints(flipped, config(), keep=2).restore_latest(
       abstract({**noise(0), 'ema': jnp.zeros(3)}), numbers(), skip_damaged=True
@@ -456,8 +459,7 @@ def test_other_types_are_no_damage(tmp_path, skip_damaged):
   assert type(error.value) is UserError and [
     p.name for p in (tmp_path / 'checkpoints').iterdir()
   ] == ['1']
-  jax.tree.map(
-    np.testing.assert_array_equal,
+  chex.assert_trees_all_equal(
     checkpoints.restore(1, abstract(moments(jnp.float32)), numbers()),
     moments(jnp.float32),
   )
@@ -515,7 +517,7 @@ class Shards:
     self.state = state
 
 
-def test_every_shard_is_found_whoever_saved_it(tmp_path, monkeypatch):
+def test_every_shard_is_restored_whichever_process_saved_it(tmp_path, monkeypatch):
   """Two processes save, each of which has two shards; others may continue with any of them."""
   handler = integrity.PositionHandler()
   monkeypatch.setattr(integrity.jax, 'process_count', lambda: 2)
@@ -574,7 +576,7 @@ def test_the_position_of_an_earlier_version(saved):
   ],
 )
 def test_a_full_disk_leaves_nothing_half_written(saved, monkeypatch, error):
-  """Whether Python says it or, in other words, TensorStore."""
+  """Whether Python reports it by errno, or TensorStore in its message."""
 
   async def fail(self, directory, *args, **kwargs):
     (directory / 'half').write_text('half')
@@ -593,7 +595,7 @@ def test_a_full_disk_leaves_nothing_half_written(saved, monkeypatch, error):
   assert sorted(p.name for p in (saved / 'checkpoints').iterdir()) == ['2', '3']
   again = Checkpoints(saved, config(), keep=2)
   assert again.latest() == 3
-  jax.tree.map(np.testing.assert_array_equal, again.restore(3, abstract(state(0)), data), state(3))
+  chex.assert_trees_all_equal(again.restore(3, abstract(state(0)), data), state(3))
 
 
 def test_a_disk_that_really_is_full(tmp_path):
@@ -619,8 +621,6 @@ def test_a_disk_that_really_is_full(tmp_path):
       checkpoints.save(2, large, data)
       checkpoints.wait()
     assert [p.name for p in (disk / 'checkpoints').iterdir()] == ['1']
-    jax.tree.map(
-      np.testing.assert_array_equal, checkpoints.restore(1, abstract(state(0)), data), state(1)
-    )
+    chex.assert_trees_all_equal(checkpoints.restore(1, abstract(state(0)), data), state(1))
   finally:
     subprocess.run(['umount', '-l', disk], check=False)

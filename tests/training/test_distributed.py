@@ -21,7 +21,7 @@ from lavit_jax.weights.store import folder
 
 nano.install()
 STEPS = dict(num_steps=16, checkpoint_every=3, eval_every=8, eval_batches=1, picture_every=16)
-TIMEOUT = 5  # seconds until a silent process is given up
+TIMEOUT = 5  # seconds until a silent process counts as lost
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_a_killed_process_ends_the_others(killed):
 
 @pytest.mark.slow
 def test_started_again_they_repeat_themselves_bit_for_bit(start_job, alone, killed, tmp_path):
-  """What was half-written is not taken for a checkpoint."""
+  """A half-written folder is no checkpoint."""
   shutil.copytree(killed[0], tmp_path, dirs_exist_ok=True)
   half = tmp_path / 'checkpoints' / '15.orbax-checkpoint-tmp-7'
   shutil.copytree(next((tmp_path / 'checkpoints').glob('[0-9]*')) / 'config', half / 'config')
@@ -284,7 +284,7 @@ def test_a_workdir_that_is_not_shared(start_job, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_fault_of_one_process_is_told_and_ends_the_others(start_job, tmp_path):
+def test_an_error_of_one_process_is_reported_and_ends_the_others(start_job, tmp_path):
   begin = time.monotonic()
   first, second = start_job('encoder', tmp_path, 2, 1, own={1: dict(data__source='/nowhere')})
   assert 'UserError: data: /nowhere has no emoji data set' in finish(second, 2)
@@ -313,7 +313,7 @@ def test_two_processes_go_on_from_the_checkpoint_before_a_damaged_one(start_job,
 
 
 @pytest.mark.parametrize(
-  'given, message',
+  'addresses, message',
   [
     (
       ('10.0.0.1:99', 2, None),
@@ -324,9 +324,9 @@ def test_two_processes_go_on_from_the_checkpoint_before_a_damaged_one(start_job,
     (('10.0.0.1', 2, 0), r'--coordinator 10.0.0.1: give host and port'),
   ],
 )
-def test_a_job_that_is_not_described_well(given, message):
+def test_a_job_that_is_not_described_well(addresses, message):
   with pytest.raises(UserError, match=message):
-    distributed.connect(*given)
+    distributed.connect(*addresses)
 
 
 def test_a_variable_that_is_no_number(monkeypatch):

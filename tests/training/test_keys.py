@@ -45,12 +45,12 @@ def step_keys(**changes) -> list:
   init, tx = make_init(run, {})
   state = init(jax.random.key(0), {})
   step = make_train_step(run, tx, sharding.shardings(state, mesh))
-  found = []
+  keys = []
   with jax.set_mesh(mesh):
     for _ in range(STEPS):
       state, values = step(state, {}, {'x': jnp.zeros((8, 1))})
-      found.append((int(values['first']), int(values['second'])))
-  return found
+      keys.append((int(values['first']), int(values['second'])))
+  return keys
 
 
 def test_the_keys_of_a_run_are_distinct():

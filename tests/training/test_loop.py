@@ -6,6 +6,7 @@ import json
 import signal
 import time
 
+import chex
 import jax
 import jax.numpy as jnp
 import nano
@@ -51,7 +52,7 @@ def test_killed_at_any_step_it_repeats_itself_bit_for_bit(start, tmp_path):
     folder.load_params(tmp_path / name / 'export', variant='nano')['vit']
     for name in ('whole', 'broken')
   ]
-  jax.tree.map(np.testing.assert_array_equal, *exports)
+  chex.assert_trees_all_equal(*exports)
 
 
 def test_sigterm_saves_and_ends(start, tmp_path):
@@ -141,7 +142,7 @@ def test_fewer_steps_than_it_has_made_are_made_already(finished, capsys):
 
 
 @pytest.mark.slow
-def test_null_text_rows_that_are_not_in_init_from_are_told(finished, tmp_path, capsys, monkeypatch):
+def test_absent_null_text_embeddings_are_reported(finished, tmp_path, capsys, monkeypatch):
   def stop(*args):
     raise UserError('enough')
 
@@ -150,7 +151,7 @@ def test_null_text_rows_that_are_not_in_init_from_are_told(finished, tmp_path, c
     for name in ('encoder', 'autoencoder', 'tokenizer', 'detokenizer')
   ]
   monkeypatch.setattr(loop, 'write_config', stop)
-  for init_from, told in ((exports[1], True), (exports[3], False)):
+  for init_from, warned in ((exports[1], True), (exports[3], False)):
     with pytest.raises(UserError, match='enough'):
       train(
         nano.config('detokenizer', frozen=','.join(exports[:3]), init_from=init_from),
@@ -159,7 +160,7 @@ def test_null_text_rows_that_are_not_in_init_from_are_told(finished, tmp_path, c
     out = ' '.join(capsys.readouterr().out.split())
     assert (
       (f'warning: init_from={init_from} has no uncond_embeddings: zeros take the place' in out)
-      == told
+      == warned
       == ('warning' in out)
     )
 
@@ -167,7 +168,7 @@ def test_null_text_rows_that_are_not_in_init_from_are_told(finished, tmp_path, c
 @pytest.mark.slow
 def test_a_unet_goes_on_learning_by_its_own_scheduler(finished, tmp_path):
   """Its run keeps and exports the settings of the folder that it starts from; the loss differs."""
-  said = dict(
+  scheduler = dict(
     scheduler=dict(
       prediction_type='v_prediction', rescale_betas_zero_snr=True, timestep_spacing='trailing'
     )
@@ -176,7 +177,7 @@ def test_a_unet_goes_on_learning_by_its_own_scheduler(finished, tmp_path):
     finished[name] / 'export' for name in ('encoder', 'autoencoder', 'tokenizer', 'detokenizer')
   ]
   losses = []
-  for settings in ({}, said):
+  for settings in ({}, scheduler):
     start = tmp_path / f'start{len(settings)}'
     run = tmp_path / f'run{len(settings)}'
     folder.save_params(start, 'nano', folder.load_params(exports[3]), settings=settings)
@@ -443,23 +444,23 @@ def test_init_from_reads_only_what_the_stage_trains_in_the_type_it_has(tmp_path,
     name: {'a': np.ones((2, 2), np.float32)} for name in ('vit', 'llama', 'understanding', 'vae')
   }
   folder.save_params(tmp_path / 'start', 'nano', saved, dtype='bfloat16')
-  asked = []
+  calls = []
   monkeypatch.setattr(
     parameters.folder,
     'load_params',
     lambda path, names, variant, shardings, dtype: (
-      asked.append((names, dtype)) or dict.fromkeys(names)
+      calls.append((names, dtype)) or dict.fromkeys(names)
     ),
   )
   modules = ModuleNames(needs=('vit',), takes=('llama', 'understanding'))
   start = [str(tmp_path / 'start')]
   loaded = load_params('nano', find_modules(modules, frozen=start, init_from=start), None)
   assert set(loaded) == {'vit', 'llama', 'understanding'}
-  assert asked == [(['vit'], 'float32'), (['llama', 'understanding'], None)]
+  assert calls == [(['vit'], 'float32'), (['llama', 'understanding'], None)]
 
 
 @pytest.mark.slow
-def test_a_tokenizer_without_a_codebook_is_told_marked_and_refused(finished, tmp_path, capsys):
+def test_a_tokenizer_without_a_codebook_is_reported_marked_and_refused(finished, tmp_path, capsys):
   frozen = str(finished['encoder'] / 'export')
   train(nano.config('tokenizer', frozen=frozen, num_steps=1), tmp_path / 'short')
   out = ' '.join(capsys.readouterr().out.split())
@@ -500,7 +501,7 @@ def test_a_trained_tokenizer_goes_on_with_its_codebook(finished, tmp_path, capsy
 
 
 @pytest.mark.slow
-def test_a_finished_run_that_goes_on_is_told_how_its_learning_rate_jumps(start, tmp_path):
+def test_a_finished_run_that_continues_warns_of_its_learning_rate(start, tmp_path):
   options = dict(optim__warmup_steps=2, optim__final_fraction=0.01, optim__learning_rate=1e-3)
   finish(start('encoder', tmp_path, num_steps=20, **options))
   out = ' '.join(finish(start('encoder', tmp_path, num_steps=22, **options)).split())

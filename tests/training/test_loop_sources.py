@@ -31,7 +31,7 @@ def test_goes_on_to_the_bit_and_counts_what_is_skipped(tmp_path, capsys, monkeyp
     jax.stages.Lowered, 'compile', lambda self: compile_fully(self, nano.QUICK_TO_COMPILE)
   )
   for t in range(2):
-    bad = [('x', {'png': b'no picture', 'txt': b'words'})]
+    bad = [('x', {'png': b'no image', 'txt': b'words'})]
     write_tar(tmp_path / f'{t}.tar', [sample(i) for i in range(20 * t, 20 * t + 20)] + bad)
   source = dict(format='tars', path=f'{tmp_path}/*.tar', window=7)
   config = nano.config(
@@ -64,7 +64,7 @@ def test_goes_on_to_the_bit_and_counts_what_is_skipped(tmp_path, capsys, monkeyp
   assert float(re.search(r'step 4/4 .* data_wait ([\d.]+)%', out)[1]) > 10  # of 2 s and two steps
 
 
-def test_sources_without_held_out_ones_are_told_at_once(tmp_path):
+def test_sources_without_held_out_ones_are_refused_at_once(tmp_path):
   config = nano.config('autoencoder', eval_every=4, data__sources=(dict(format='tars', path='x'),))
   with pytest.raises(UserError, match='data.sources without data.heldout'):
     loop.train(config, tmp_path / 'run')
@@ -84,7 +84,7 @@ def test_sources_without_held_out_ones_are_told_at_once(tmp_path):
     ),
   ],
 )
-def test_held_out_data_is_looked_at_before_the_first_step(tmp_path, heldout, message):
+def test_held_out_data_is_checked_before_the_first_step(tmp_path, heldout, message):
   write_tar(tmp_path / 'a.tar', [sample(0)])
   options = dict(
     data__sources=(dict(format='tars', path=f'{tmp_path}/a.tar'),), data__heldout=(heldout,)
@@ -105,7 +105,7 @@ def test_a_few_held_out_tars_may_be_absent(tmp_path):
     check_files('data.heldout', (source,), 0.2)
 
 
-def test_a_step_is_saved_before_it_is_looked_at(tmp_path, monkeypatch):
+def test_a_step_is_saved_before_it_is_evaluated(tmp_path, monkeypatch):
   """A failing evaluation loses no step, and a restarted run does not repeat the evaluation."""
   compile_fully = jax.stages.Lowered.compile
   monkeypatch.setattr(
@@ -222,7 +222,7 @@ def test_what_the_device_did_before_is_no_waiting(timed):
   log, clock = timed
   log.step(1, {'loss': clock.step(0.2)})
   log.flush()
-  clock.pass_to(0.5)  # looking at pictures, saving
+  clock.pass_to(0.5)  # evaluating, saving
   log.fetch(clock.fetch, 0.1)
   assert log.waited == pytest.approx(0.1)
   log.restart_clock()
@@ -235,7 +235,7 @@ def test_skips_of_all_processes_are_counted(running, cache, tmp_path):
   source = dict(format='tars', path=f'{tmp_path}/{{0..1}}.tar', window=4)
   _, second = Stream.of(formats.Tars(source['path'], None, ('txt',)), 0, '', 0, 4, 8).unit(1, 0)
   for t in range(2):
-    bad = [(f'x{n}', {'png': b'no picture', 'txt': b'words'}) for n in range(2 * (t == second))]
+    bad = [(f'x{n}', {'png': b'no image', 'txt': b'words'}) for n in range(2 * (t == second))]
     write_tar(tmp_path / f'{t}.tar', bad + [sample(i) for i in range(300)])
   job = nano.launch_job(
     'autoencoder', tmp_path / 'run', cache, 2, 1, timeout=20, num_steps=2, data__sources=(source,)
@@ -252,7 +252,7 @@ def test_skips_of_all_processes_are_counted(running, cache, tmp_path):
 
 
 def test_processes_with_the_same_rows_count_once(monkeypatch):
-  told = [{'share': 0, 'a': 1}, {'share': 1, 'a': 2, 'b': 5}, {'share': 0, 'a': 1}]
-  monkeypatch.setattr(batches.distributed, 'gather', lambda values: told)
+  messages = [{'share': 0, 'a': 1}, {'share': 1, 'a': 2, 'b': 5}, {'share': 0, 'a': 1}]
+  monkeypatch.setattr(batches.distributed, 'gather', lambda values: messages)
   run = nano.run('autoencoder', data__sources=(dict(format='tars', path='x'),))
   assert batches.count_skipped(run, SkipCounter()) == {'a': 3, 'b': 5}

@@ -112,7 +112,7 @@ def test_the_jsonl_is_json_even_where_nothing_was_measured(tmp_path):
   ]
 
 
-def test_what_there_was_nothing_of_is_not_told(tmp_path, monkeypatch, capsys):
+def test_metrics_that_were_not_measured_are_not_shown(tmp_path, monkeypatch, capsys):
   log = metrics.MetricLogger(tmp_path, 0, 10, 4)
   shown = []
   monkeypatch.setattr(log.board, 'add_scalar', lambda name, value, step: shown.append(name))

@@ -51,7 +51,7 @@ def test_no_gradient_is_computed_for_frozen_parameters():
   np.testing.assert_array_equal(gradient['vit']['bias'], 2)
 
 
-def test_held_parameters_stop_at_their_step_in_spite_of_momentum_and_decay():
+def test_parameters_stop_at_their_step_in_spite_of_momentum_and_decay():
   seen, _ = run(options(weight_decay=0.5), steps=4, hold=(('^vit/', 2),))
   kernels = [float(p['vit']['kernel'][0, 0]) for p in seen]
   heads = [float(p['head']['kernel'][0, 0]) for p in seen]
@@ -60,7 +60,7 @@ def test_held_parameters_stop_at_their_step_in_spite_of_momentum_and_decay():
   assert kernels[:2] == heads[:2]
 
 
-def test_what_is_held_does_not_count_in_the_clipping():
+def test_stopped_parameters_do_not_count_in_the_clipping():
   both, _ = run(options(clip_norm=1.0), steps=1, gradient=1e-9)
   held, _ = run(options(clip_norm=1.0), steps=1, hold=(('^vit/', 0),), gradient=1e-9)
   np.testing.assert_array_equal(both[0]['head']['kernel'], held[0]['head']['kernel'])
@@ -169,12 +169,12 @@ def test_the_second_moment_is_rounded_once_a_step():
       np.float64,
     )
   state = follow(5, nu_dtype='bfloat16')[1]
-  (found,) = (
+  (moment,) = (
     x
     for path, x in jax.tree_util.tree_leaves_with_path(state)
     if optimizer.path_name(path).endswith('/nu/vit/kernel')
   )
-  np.testing.assert_array_equal(np.asarray(found, np.float64), nu)
+  np.testing.assert_array_equal(np.asarray(moment, np.float64), nu)
 
 
 def test_a_slow_second_moment_needs_float32():

@@ -34,12 +34,12 @@ def page(stage, variant='tiny', **changes):
 
 
 def test_every_option_of_every_page_has_a_row_and_no_row_is_without_one():
-  known = set()
+  of_pages = set()
   for stage, variant in PAGES:
     config = page(stage, variant)
     run.check_values(config)  # and the values of the pages are in range
-    known |= {key for key, _ in config_leaves(config)}
-  assert known == set(options.OPTIONS)
+    of_pages |= {key for key, _ in config_leaves(config)}
+  assert of_pages == set(options.OPTIONS)
 
 
 NUMBERS = [key for key, row in options.OPTIONS.items() if isinstance(row, options.Number)]
@@ -48,13 +48,13 @@ NUMBERS = [key for key, row in options.OPTIONS.items() if isinstance(row, option
 @pytest.mark.parametrize(
   'value', [math.nan, math.inf, -math.inf, True, '1', (1,), np.bool_(True), -1e9]
 )
-def test_no_number_may_be(value):
+def test_values_that_no_number_may_have(value):
   for key in NUMBERS:
     with pytest.raises(UserError, match=rf'^{key}=.* must be (a number|an integer) '):
       options.check_values({key: value})
 
 
-def test_none_is_meant_by_one_option_alone():
+def test_one_option_alone_may_be_none():
   for key in options.OPTIONS:
     if key == 'optim.clip_norm':
       options.check_values({key: None})
@@ -132,7 +132,7 @@ def test_none_is_meant_by_one_option_alone():
     ('lm', dict(lm__max_overflow=2.0), 'lm.max_overflow=2.0 must be'),
   ],
 )
-def test_what_cannot_be_meant_is_refused(stage, changes, message):
+def test_impossible_values_are_refused(stage, changes, message):
   with pytest.raises(UserError, match=message) as error:
     run.check_values(page(stage, **changes))
   assert '\n' not in str(error.value) and 'lower optim.learning_rate' not in str(error.value)

@@ -46,6 +46,6 @@ def test_a_train_state_comes_back_with_its_types(tmp_path):
   assert jax.tree.structure(restored) == jax.tree.structure(state)
   assert type(restored) is train_step.TrainState and type(restored.state) is tuple
   assert type(restored.state[0]) is type(state.state[0])
-  for found, saved in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
-    assert found.dtype == saved.dtype
-    np.testing.assert_array_equal(found, saved)
+  for loaded, saved in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
+    assert loaded.dtype == saved.dtype
+    np.testing.assert_array_equal(loaded, saved)

@@ -40,12 +40,12 @@ def test_rewarm_goes_on_from_what_was_left():
   assert second == pytest.approx([cosine(n, 0.01, 200) for n in range(201)], rel=1e-5)
 
 
-class Said(list):
+class LineLog(list):
   print_line = list.append
 
 
 @pytest.mark.parametrize(
-  'changes, steps, told',
+  'changes, steps, warns',
   [
     ({}, 100, False),
     ({}, 200, True),
@@ -54,19 +54,19 @@ class Said(list):
     (dict(learning_rate=0.2), 200, True),
   ],
 )
-def test_a_jump_is_told_with_both_numbers(changes, steps, told):
-  said = Said()
+def test_a_jump_is_reported_with_both_rates(changes, steps, warns):
+  log = LineLog()
   config = ScheduleConfig(steps, **OPTIONS | changes)
   saved = ScheduleConfig.from_page(dict(optim=OPTIONS, num_steps=100))
-  warn_of_schedule(said, config, saved, 100)
-  assert bool(said) == (told and steps > 100)
-  if said:
+  warn_of_schedule(log, config, saved, 100)
+  assert bool(log) == (warns and steps > 100)
+  if log:
     now = float(learning_rate(config)(100))
     assert (
       f'goes from 0.01, as this run was begun (num_steps=100), to {now:.3g} (num_steps=200)'
-      in said[0]
+      in log[0]
     )
     assert (
-      'schedule=constant --config.optim.learning_rate=0.01 ' in said[0]
-      and 'schedule=rewarm --config.optim.rewarm_from=100' in said[0]
+      'schedule=constant --config.optim.learning_rate=0.01 ' in log[0]
+      and 'schedule=rewarm --config.optim.rewarm_from=100' in log[0]
     )

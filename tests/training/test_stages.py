@@ -121,12 +121,12 @@ def test_a_patch_must_tell_its_own_pixels_and_place(batch):
     errors.append(np.square(x[:, 4 * i + j] @ kernel - patch).mean())
   assert float(metrics['pixel']) == pytest.approx(np.mean(errors), rel=1e-4)
   kernel = np.asarray(params['to_place'])
-  said = x @ (kernel / np.linalg.norm(kernel, axis=0))
+  predicted = x @ (kernel / np.linalg.norm(kernel, axis=0))
   true = np.array(list(itertools.product(np.linspace(-1, 1, 4), repeat=2)))
-  assert float(metrics['place']) == pytest.approx(np.square(said - true).mean(), rel=1e-4)
+  assert float(metrics['place']) == pytest.approx(np.square(predicted - true).mean(), rel=1e-4)
 
 
-def test_standardised_autoencoder_is_the_same_with_unit_latents(parts):
+def test_a_standardized_autoencoder_is_the_same_with_unit_latents(parts):
   images = jax.random.uniform(jax.random.key(1), (16, 16, 16, 3), minval=-1, maxval=1)
   mean, logvar = apply_module(MODEL.vae, parts['vae'], images, method='encode')
   one = jnp.float32(0.5)
@@ -148,7 +148,7 @@ def test_standardised_autoencoder_is_the_same_with_unit_latents(parts):
   )
 
 
-def test_standardised_latents_suit_the_factors_of_the_vae(parts):
+def test_standardized_latents_fit_the_factors_of_the_vae(parts):
   settings = dict(
     scaling_factor=0.5, latents_mean=[0.3, -0.2, 0.1, 0.4], latents_std=[1.5, 0.5, 2.0, 0.8]
   )
@@ -175,7 +175,7 @@ def test_standardised_latents_suit_the_factors_of_the_vae(parts):
 def tokenizer(parts):
   """(stage, params, codebook, jit'd loss and gradient); quantization begins at step 1."""
   stage = build('tokenizer', tokenizer__quantize_from=1)
-  without, _ = codebook.take_out(parts)  # of a codebook that is offered, another test
+  without, _ = codebook.take_out(parts)  # with one in init_from: another test
   params, book = start(stage, {name: without[name] for name in ('vit', 'tokenizer', 'decoder')})
   frozen = {'vit': parts['vit']}
 
@@ -197,16 +197,16 @@ def test_tokenizer_schedule(tokenizer, batch):
   first_commitment = float(metrics['commitment'])
   np.testing.assert_array_equal(
     first.embedding, book.embedding
-  )  # without quantisation the codebook waits
+  )  # without quantization the codebook waits
   assert value == pytest.approx(float(metrics['cosine'] + 2 * metrics['ratio']), rel=1e-5)
   assert (
     jnp.abs(gradient['tokenizer']['selector']['fc_in']['kernel']).max() > 0
   )  # through the keep mask alone
   assert jnp.abs(gradient['tokenizer']['merger']['norm']['scale']).max() > 0
 
-  looked, same, _, _ = step(params, first, batch, key, False)
+  evaluated, same, _, _ = step(params, first, batch, key, False)
   np.testing.assert_array_equal(same.embedding, first.embedding)  # evaluation starts nothing
-  assert looked == pytest.approx(float(value), rel=1e-5)
+  assert evaluated == pytest.approx(float(value), rel=1e-5)
 
   value, second, metrics, gradient = step(params, first, batch, key, True)
   assert value == pytest.approx(
@@ -266,14 +266,14 @@ def test_the_condition_is_dropped(detokenizer, batch):
 
 
 @pytest.mark.parametrize('kind', ['epsilon', 'v_prediction', 'sample'])
-def test_detokenizer_learns_what_the_scheduler_says(parts, batch, kind):
+def test_the_detokenizer_learns_the_target_of_the_scheduler(parts, batch, kind):
   """The loss of a U-Net that gives zeros is the square of the target, under the settings."""
   from diffusers import DDIMScheduler
 
   vae = dict(
     scaling_factor=0.5, latents_mean=[0.3, -0.2, 0.1, 0.4], latents_std=[1.5, 0.5, 2.0, 0.8]
   )
-  said = dict(
+  scheduler = dict(
     prediction_type=kind,
     beta_schedule='linear',
     beta_start=1e-4,
@@ -282,7 +282,7 @@ def test_detokenizer_learns_what_the_scheduler_says(parts, batch, kind):
     rescale_betas_zero_snr=True,
   )
   run = nano.run('detokenizer')
-  model = lavit.build('nano', settings=dict(vae=vae, scheduler=said))
+  model = lavit.build('nano', settings=dict(vae=vae, scheduler=scheduler))
   stage = build_stage('detokenizer', run.options, model, run.layout)
   params, state = start(
     stage, {name: parts[name] for name in ('unet', 'decoder', 'uncond_embeddings')}
@@ -311,7 +311,7 @@ def test_detokenizer_learns_what_the_scheduler_says(parts, batch, kind):
   )  # as StableDiffusionXLImg2ImgPipeline
   t = np.asarray(jax.vmap(lambda key: jax.random.randint(key, (), 0, 50))(keys[3]))
   noise = np.asarray(normal(keys[4]), np.float64)
-  alpha = DDIMScheduler(**said).alphas_cumprod.double().numpy()[t][:, None, None, None]
+  alpha = DDIMScheduler(**scheduler).alphas_cumprod.double().numpy()[t][:, None, None, None]
   target = dict(
     epsilon=noise, v_prediction=alpha**0.5 * noise - (1 - alpha) ** 0.5 * latents, sample=latents
   )[kind]
@@ -363,7 +363,7 @@ def test_lm_loss_is_that_of_the_pairs_one_by_one(parts, batch):
     ), compact(out.ids, out.keep)[0]
 
   visual, mask, codes = tokens(batch['image'])
-  words = MODEL.vocabulary
+  vocabulary = MODEL.vocabulary
 
   @nano.jit
   def costs(ids, continuous):
@@ -387,9 +387,9 @@ def test_lm_loss_is_that_of_the_pairs_one_by_one(parts, batch):
     text = list(batch['text'][i, : batch['text_length'][i]])
     n = int(mask[i].sum())
     image = [
-      words.image_start,
-      *(int(c) + words.code_offset for c in codes[i, :n]),
-      words.image_end,
+      vocabulary.image_start,
+      *(int(c) + vocabulary.code_offset for c in codes[i, :n]),
+      vocabulary.image_end,
     ]
     kind = int(batch['kind'][i])
     ids, first = {
@@ -434,7 +434,7 @@ def test_lm_sizes_that_do_not_divide(changes, message):
     build_stage('lm', run.options, MODEL, dataclasses.replace(run.layout, shards=4))
 
 
-def test_begin_takes_parts_strictly_and_lets_a_vocabulary_grow():
+def test_loaded_params_must_fit_but_a_vocabulary_may_grow():
   fresh = {
     'llama': {
       'embedding': jnp.zeros((5, 2)),
@@ -442,7 +442,7 @@ def test_begin_takes_parts_strictly_and_lets_a_vocabulary_grow():
       'norm': {'scale': jnp.zeros(2)},
     }
   }
-  given = {
+  loaded = {
     'llama': {
       'embedding': jnp.ones((3, 2)),
       'head': jnp.ones((2, 3)),
@@ -450,19 +450,19 @@ def test_begin_takes_parts_strictly_and_lets_a_vocabulary_grow():
     },
     'other': {},
   }
-  grown = initialize_params(fresh, given)['llama']
+  grown = initialize_params(fresh, loaded)['llama']
   np.testing.assert_array_equal(grown['embedding'][:, 0], [1, 1, 1, 0, 0])
   np.testing.assert_array_equal(grown['head'][0], [1, 1, 1, 0, 0])
   with pytest.raises(UserError, match='norm/scale: the given weights are'):
-    initialize_params(fresh, {'llama': {**given['llama'], 'norm': {'scale': jnp.ones(1)}}})
+    initialize_params(fresh, {'llama': {**loaded['llama'], 'norm': {'scale': jnp.ones(1)}}})
   with pytest.raises(UserError, match="missing .'head'.*unexpected .'foot'"):
     initialize_params(
       fresh,
       {
         'llama': {
-          'embedding': given['llama']['embedding'],
+          'embedding': loaded['llama']['embedding'],
           'foot': jnp.ones(1),
-          'norm': given['llama']['norm'],
+          'norm': loaded['llama']['norm'],
         }
       },
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import nano
@@ -55,7 +56,7 @@ PLAIN = dict(
 
 
 def test_pieces_count_by_the_weights_of_their_means():
-  """Against numpy in float64: texts of very different length, the mean over all of their words."""
+  """Against numpy in float64: texts of very different length, the mean over all tokens."""
   rng = np.random.default_rng(0)
   x = rng.normal(size=(8, 3))
   weight = np.array([1.0, 30, 2, 0, 0, 5, 1, 9])
@@ -138,7 +139,7 @@ def test_an_update_that_is_not_finite_is_skipped():
   (one, _), (two, nan), (three, inf), (four, _) = steps(run, {}, {}, [fine, lost, too_large, fine])
   assert (nan['nonfinite'], inf['nonfinite']) == (1, 1)
   for skipped in (two, three):
-    jax.tree.map(np.testing.assert_array_equal, skipped._replace(step=one.step), one)
+    chex.assert_trees_all_equal(skipped._replace(step=one.step), one)
   assert (two.step, three.step, four.step) == (2, 3, 4) and not np.array_equal(
     four.params['w'], one.params['w']
   )
@@ -165,25 +166,25 @@ def tokenizer():
   return parts, {'vit': parts['vit']}, batches
 
 
-def run_tokenizer(tokenizer, offered, count, **changes):
+def run_tokenizer(tokenizer, loaded, count, **changes):
   parts, frozen, batches = tokenizer
   run = nano.run('tokenizer', MESH, **changes)
-  return run.stage, steps(run, frozen | offered, frozen, batches[:count])
+  return run.stage, steps(run, frozen | loaded, frozen, batches[:count])
 
 
 @pytest.mark.slow
 def test_an_offered_codebook_goes_on(tokenizer):
   """No k-means: codes that were not chosen stay, the others move by 1% towards their tokens."""
   parts = tokenizer[0]
-  offered = {name: parts[name] for name in ('tokenizer', 'decoder')}
-  stage, ((state, _),) = run_tokenizer(tokenizer, offered, 1, tokenizer__quantize_from=2)
+  loaded = {name: parts[name] for name in ('tokenizer', 'decoder')}
+  stage, ((state, _),) = run_tokenizer(tokenizer, loaded, 1, tokenizer__quantize_from=2)
   before = np.asarray(parts['tokenizer']['quantizer']['embedding'])
   after = state.state.embedding
   assert state.state.started and stage.export_metadata(state.state) == dict(codebook='trained')
   assert (np.linalg.norm(after - before, axis=1) < 0.03).all() and (after != before).any()
-  assert stage.hold(offered) == (
+  assert stage.hold(loaded) == (
     ('^tokenizer/selector/', 0),
-  )  # quantisation has begun, and so the selector stops
+  )  # quantization has begun, and so the selector stops
   same = state.params['tokenizer']['selector']['fc_in']['kernel']
   np.testing.assert_array_equal(same, parts['tokenizer']['selector']['fc_in']['kernel'])
 

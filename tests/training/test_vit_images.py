@@ -52,7 +52,7 @@ def seen_by_vit(monkeypatch):
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-  """Eight pictures, of 90 x 70 pixels, which are shrunk, and of 20 x 24, which are enlarged."""
+  """Eight images, of 90 x 70 pixels, which are shrunk, and of 20 x 24, which are enlarged."""
   folder = tmp_path_factory.mktemp('blocks')
   rows = []
   for i in range(8):

@@ -13,17 +13,17 @@ nano.install()
 
 
 def watch(run, rows=()):
-  said = []
+  lines = []
   aside = []
   log = SimpleNamespace(
-    print_line=said.append,
+    print_line=lines.append,
     take_new=lambda: [dict(step=step, nonfinite=lost) for step, lost in rows],
   )
   checkpoints = SimpleNamespace(
     set_aside_broken=lambda first: aside.append(first) or [first],
     manager=SimpleNamespace(all_steps=lambda read: [2]),
   )
-  return MetricWatch(run, log, checkpoints), said, aside
+  return MetricWatch(run, log, checkpoints), lines, aside
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_pairs_without_room():
   """24 of 64 pairs of 60 tokens in 10 rows of 256: 4 to a row."""
   means = dict(overflow=24.0, packed_share=40 * 60 / 2560)
   run = nano.run('lm', batch_size=64, lm__num_rows=10, lm__row_length=256)
-  seen, said, _ = watch(run)
+  seen, lines, _ = watch(run)
   remedy = (
     r'24 of the 64 pairs of a step \(38%\) find no room in the packed rows and are dropped; '
     r'set lm.num_rows=17 \(now 10\) and lm.mean_length=60'
@@ -63,14 +63,14 @@ def test_pairs_without_room():
   with pytest.raises(UserError, match=remedy + r', or lower batch_size \(lm.max_overflow=0.2'):
     seen.check_packing(means, 50)
   seen.check_packing(means | dict(overflow=1.0), 50)  # below 2%
-  assert not said
+  assert not lines
   seen.check_packing(means | dict(overflow=3.0), 50)
   seen.check_packing(means | dict(overflow=3.0), 100)
-  assert len(said) == 1 and said[0].startswith('warning: 3 of the 64 pairs')
+  assert len(lines) == 1 and lines[0].startswith('warning: 3 of the 64 pairs')
 
 
 def test_rows_that_are_too_short_for_the_longest_pair():
-  run = nano.run('lm', lm__row_length=48)  # of 48 words, 16 patches and 3 marks
+  run = nano.run('lm', lm__row_length=48)  # of 48 text tokens, 16 patches and 3 marks
   with pytest.raises(
     UserError,
     match='lm.row_length=48 is less than the 67 tokens that a pair may have: set lm.row_length=67',
@@ -78,7 +78,7 @@ def test_rows_that_are_too_short_for_the_longest_pair():
     watch(run)[0].check_packing(dict(overflow=6.0, packed_share=0.1), 1)
 
 
-def test_the_words_of_the_tiny_pages_are_found_from_anywhere(tmp_path, monkeypatch):
+def test_the_tokenizer_of_the_tiny_pages_loads_from_anywhere(tmp_path, monkeypatch):
   from lavit_jax.data.text import TextTokenizer
 
   monkeypatch.chdir(tmp_path)
