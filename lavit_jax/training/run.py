@@ -181,11 +181,11 @@ def _make_run(
   data = read_options(DataConfig, page['data'], 'data')
   intervals = read_options(Intervals, page)
   layout = BatchLayout(
-    page['batch_size'],
-    data.image_size,
-    data.text_length or 0,
-    sharding.batch_shards(mesh),
-    page['accumulate'],
+    batch_size=page['batch_size'],
+    image_size=data.image_size,
+    text_length=data.text_length or 0,
+    shards=sharding.batch_shards(mesh),
+    accumulate=page['accumulate'],
   )
   stage_options = stages.stage_type(name).options.from_page(page)
   model = lavit.build(page['variant'], page['dtype'], page['remat'], settings)
