@@ -65,24 +65,41 @@ def test_readme_is_short():
   assert len((ROOT / 'README.md').read_text().splitlines()) <= 180
 
 
-def named_paths(text: str) -> list[str]:
-  """The paths in backticks, of files (with a slash, or a name that ends in .py) and folders."""
-  tokens = re.findall(r'`([\w./*-]+)`', text)
-  return [
-    token for token in tokens if re.fullmatch(r'[\w-]+/|[\w*-]+\.py|([\w.*-]+/)+[\w.*-]*', token)
-  ]
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_named_files_exist(page):
+  """A path in backticks starts at the repository or at lavit_jax/; `*` stands for several files."""
+  pattern = r'`((?:[\w.*-]+/)+[\w.*-]+\.(?:py|sh|sbatch|md|ipynb))`'
+  for path in re.findall(pattern, page.read_text()):
+    assert exists(path), f'{page.name} names {path}'
 
 
-@pytest.mark.parametrize(
-  'name', ['docs/architecture.md', 'docs/library-behaviour.md', 'CONTRIBUTING.md']
-)
-def test_named_paths_exist(name):
-  """A path starts at the repository, or at lavit_jax/; `*` stands for several files."""
-  paths = named_paths((ROOT / name).read_text())
-  assert len(paths) > 10
+@pytest.mark.parametrize('name', ['docs/architecture.md', 'CONTRIBUTING.md'])
+def test_named_folders_exist(name):
+  """On these pages, a Python file without a folder is a path too."""
+  paths = re.findall(r'`((?:[\w-]+/)+|\w+\.py)`', (ROOT / name).read_text())
+  assert len(paths) > 4
   for path in paths:
-    found = [base for base in (ROOT, ROOT / 'lavit_jax') if any(base.glob(path.rstrip('/')))]
-    assert found, f'{name} names {path}'
+    assert exists(path), f'{name} names {path}'
+
+
+def test_imports_point_one_way():
+  """As docs/architecture.md says, from right to left of the line with `<`."""
+  line = re.search(r'^    (sharding <.*)$', (ROOT / 'docs/architecture.md').read_text(), re.M)[1]
+  levels = {
+    folder: level
+    for level, folders in enumerate(line.split(' < '))
+    for folder in folders.split(', ')
+  }
+  for folder, level in levels.items():
+    path = ROOT / 'lavit_jax' / folder
+    for file in path.rglob('*.py') if path.is_dir() else [path.with_suffix('.py')]:
+      for other in re.findall(r'^ *from lavit_jax[.](\w+)', file.read_text(), re.M):
+        same_or_lower = other == folder or levels.get(other, -1) < level
+        assert same_or_lower, f'{file.relative_to(ROOT)} imports {other}'
+
+
+def exists(path: str) -> bool:
+  return any(any(base.glob(path.rstrip('/'))) for base in (ROOT, ROOT / 'lavit_jax'))
 
 
 def test_api_page_names_modules():
