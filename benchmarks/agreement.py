@@ -27,10 +27,10 @@ from lavit_jax.evaluation import vqa
 from lavit_jax.evaluation.report import stack_images
 from lavit_jax.inference import decode
 from lavit_jax.inference.compiled import read
-from lavit_jax.inference.pipeline import EOS
 from lavit_jax.models import sequence
 from lavit_jax.models.int8 import quantize_weights
 from lavit_jax.models.llama import Llama, unroll_layers
+from lavit_jax.models.vocabulary import EOS_ID
 from lavit_jax.weights.torch import mapping
 from lavit_jax.weights.torch.names_llama import llama_rules
 
@@ -39,10 +39,10 @@ TINY, GOLDEN = REPOSITORY / 'lavit_jax/assets/tiny', REPOSITORY / 'tests/data/go
 SEEDS = range(8)
 PRECISIONS = {
   'float32': {},
-  'int8 weights': dict(weights='int8'),
-  'bfloat16 cache': dict(cache='bfloat16'),
-  'int8 cache': dict(cache='int8'),
-  'int8 weights and cache': dict(weights='int8', cache='int8'),
+  'int8 weights': dict(weights_dtype='int8'),
+  'bfloat16 cache': dict(cache_dtype='bfloat16'),
+  'int8 cache': dict(cache_dtype='int8'),
+  'int8 weights and cache': dict(weights_dtype='int8', cache_dtype='int8'),
 }
 
 
@@ -62,7 +62,7 @@ def keep(examples) -> dict:
     (tokens.keep & fixed.keep).sum(-1) / (tokens.keep | fixed.keep).sum(-1) for tokens in sampled
   ]
 
-  side = model.model.vit.patch_size
+  side = model.modules.vit.patch_size
   rows = (
     shown.reshape(len(shown), shown.shape[1] // side, side, -1, side, 3)
     .swapaxes(2, 3)
@@ -101,12 +101,12 @@ def keep(examples) -> dict:
 
 def losses(model: Lavit, examples) -> dict[str, float]:
   """Mean loss of the true captions after their pictures, and of the pictures' codes after their captions."""
-  words, shown = model.model.vocabulary, stack_images(examples)
-  llama, params = unroll_layers(model.model.llama, model.parts['llama'])
+  words, shown = model.modules.vocabulary, stack_images(examples)
+  llama, params = unroll_layers(model.modules.llama, model.params['llama'])
 
   @jax.jit
   def nll(embeddings, mask, ids):
-    cache = llama.init_cache(*mask.shape, model.cache)
+    cache = llama.init_cache(*mask.shape, model.cache_dtype)
     hidden, _ = llama.apply(
       {'params': params},
       embeddings,
@@ -129,11 +129,11 @@ def losses(model: Lavit, examples) -> dict[str, float]:
     values = np.asarray(nll(embeddings, mask, laid.ids))
     return float(np.concatenate([row[-end:] for row, end in zip(values, ends)]).mean())
 
-  texts = [model.words.encode(example.caption) for example in examples]
-  features, counts = model._run(read, ('vit', 'tokenizer', 'understanding'), shown, None)
-  slots = model.model.num_patches
+  texts = [model.tokenizer.encode(example.caption) for example in examples]
+  features, counts = model.run(read, ('vit', 'tokenizer', 'understanding'), shown, None)
+  slots = model.modules.num_patches
   told = [
-    [[words.image_start], range(i * slots, i * slots + int(n)), [words.image_end], text, [EOS]]
+    [[words.image_start], range(i * slots, i * slots + int(n)), [words.image_end], text, [EOS_ID]]
     for i, (n, text) in enumerate(zip(np.asarray(counts), texts))
   ]
   codes = model.tokenize(shown, seed=None).ids
@@ -147,7 +147,9 @@ def losses(model: Lavit, examples) -> dict[str, float]:
   )
 
 
-def golden_model(weights: str | None = None, cache: str | None = None) -> dict[str, float]:
+def golden_model(
+  weights_dtype: str | None = None, cache_dtype: str | None = None
+) -> dict[str, float]:
   """Mean absolute error of the golden logits, in standard deviations of them, and the share of the tokens of the greedy captions."""
   sizes, golden = (
     json.loads((GOLDEN / 'language_model.json').read_text()),
@@ -171,7 +173,7 @@ def golden_model(weights: str | None = None, cache: str | None = None) -> dict[s
   like = jax.eval_shape(llama.init, jax.random.key(0), *example)['params']
   params = mapping.from_torch(llama_rules(), load_file(GOLDEN / 'language_model.safetensors'), like)
   llama, params = unroll_layers(llama, jax.tree.map(jnp.asarray, params))
-  params = quantize_weights(params) if weights else params
+  params = quantize_weights(params) if weights_dtype else params
   embed = functools.partial(llama.apply, {'params': params}, method='embed')
 
   ids, logits = jnp.asarray(golden['forward_ids'], jnp.int32), golden['forward_logits']
@@ -181,7 +183,7 @@ def golden_model(weights: str | None = None, cache: str | None = None) -> dict[s
     embed(ids),
     sequence.prompt_positions(mask),
     sequence.prompt_mask(mask),
-    llama.init_cache(*ids.shape, cache),
+    llama.init_cache(*ids.shape, cache_dtype),
   )
   error = (
     np.abs(llama.apply({'params': params}, hidden, method='logits') - logits).mean() / logits.std()
@@ -203,7 +205,7 @@ def golden_model(weights: str | None = None, cache: str | None = None) -> dict[s
     max_new_tokens=sizes['max_new_tokens'],
     eos_id=sizes['eos_id'],
     suppress=jnp.arange(sizes['vocab_size']) >= sizes['text_vocab'],
-    cache_dtype=cache,
+    cache_dtype=cache_dtype,
   )
   return dict(
     golden_error=float(error),

@@ -49,7 +49,7 @@ def tiny_pairs(source: str, count: int) -> Pairs:
   model = Lavit.from_pretrained(ASSETS)
   examples = corpus.examples(source, 'train', 0, count)
   return captioned(
-    [model.words.encode(example.caption) for example in examples],
+    [model.tokenizer.encode(example.caption) for example in examples],
     model.tokenize(stack_images(examples)).counts,
     64,
     48,

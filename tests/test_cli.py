@@ -109,7 +109,7 @@ def test_pictures_of_every_mode_are_tokenized(tiny_folder, tmp_path, capsys):
     (['caption', 'PICTURE', '--beams', '0'], '--beams'),
     (
       ['answer', 'PICTURE', 'What?', '--temperature', '2'],
-      'temperature plays no part in beam search; ask for sampling too',
+      'temperature has no effect in beam search; set do_sample=True too',
     ),
     (['generate', 'owl', '--max-tokens', '5'], 'min_tokens=16 to max_tokens=5 cannot be'),
     (
@@ -181,7 +181,7 @@ def test_patches_are_sampled_unless_the_most_probable_are_asked_for(monkeypatch,
   NOISE.save(tmp_path / 'owl.png')
   seen = []
   model = types.SimpleNamespace(
-    model=types.SimpleNamespace(image_size=8),
+    modules=types.SimpleNamespace(image_size=8),
     caption=lambda images, seed: seen.append(seed) or ['owl'],
   )
   monkeypatch.setattr(cli.options, 'load_model', lambda args: model)

@@ -13,9 +13,9 @@ from PIL import Image
 
 from lavit_jax import cli
 from lavit_jax.errors import InputError, UserError
-from lavit_jax.inference.generation_config import IndexedSeed
-from lavit_jax.inference.image_generation import DecodedImages
+from lavit_jax.inference.outputs import DecodedImages
 from lavit_jax.inference.pipeline import Lavit
+from lavit_jax.inference.rng import IndexedSeed
 
 RNG = np.random.default_rng(0)
 
@@ -26,7 +26,7 @@ class Stub:
   What it draws of a text that says 'bad' is flagged.
   """
 
-  model = types.SimpleNamespace(image_size=8)
+  modules = types.SimpleNamespace(image_size=8)
 
   def __init__(self):
     self.calls = 0
@@ -40,10 +40,10 @@ class Stub:
       raise InputError('the text is bad')
     return [f'{image[0, 0, 0]} {text}' for image, text in zip(images, questions, strict=True)]
 
-  def generate(self, prompts, seed, guidance, details, **options):
+  def generate_outputs(self, prompts, seed, guidance_scale, **options):
     self.calls += 1
     colours = [
-      [place, len(text), guidance + seed.seed]
+      [place, len(text), guidance_scale + seed.seed]
       for text, place in zip(prompts, seed.rows, strict=True)
     ]
     return drawn(
@@ -51,11 +51,11 @@ class Stub:
       ['bad' in text for text in prompts],
     )
 
-  def synthesize(self, prompts, seed, details, **options):
+  def synthesize_outputs(self, prompts, seed, **options):
     self.seen = prompts
     return drawn([np.full((8, 8, 3), place, np.uint8) for place in seed.rows])
 
-  def reconstruct(self, images, seed, guidance, details, **options):
+  def reconstruct_outputs(self, images, seed, guidance_scale, **options):
     return drawn(images)
 
 
@@ -551,12 +551,15 @@ def test_settings_of_the_writing_reach_the_model(stub, folder, tmp_path, monkeyp
   )
   assert lavit('caption', folder / '04.PNG', folder / '06.PNG', *options, '--out', out) == 0
   expected = dict(
+    do_sample=True, top_p=0.9, temperature=2.0, max_new_tokens=5, prompt='a', repetition_penalty=1.5
+  )
+  recorded = dict(  # result files keep their older names
     sample=True, top_p=0.9, temperature=2.0, max_tokens=5, prompt='a', repetition_penalty=1.5
   )
   assert seen == [([0, 1, 2, 3, 4, 5], expected)]  # a row for each sample, with a key of its own
   results = lines(out.read_text())
   assert [pathlib.Path(row['image']).name for row in results] == ['04.PNG'] * 3 + ['06.PNG'] * 3
-  assert results[0]['settings'].items() >= dict(expected, samples=3).items()
+  assert results[0]['settings'].items() >= dict(recorded, samples=3).items()
   assert lavit('answer', folder / '04.PNG', 'What?', '--beams', 0) == 2
   assert lavit('generate', 'owl', '--samples', 2, '--out', tmp_path / 'drawn') == 0
   assert sorted(path.name for path in (tmp_path / 'drawn').iterdir()) == ['0-owl.png', '1-owl.png']
@@ -584,11 +587,11 @@ def test_a_row_is_drawn_alike_in_any_part_of_a_run(tiny_folder):
     model.tokenize(pictures, seed=4).keep[1:], model.tokenize(pictures[1:], seed=part).keep
   )
   drawn = model.reconstruct(
-    pictures, steps=1, seed=4
+    pictures, num_inference_steps=1, seed=4
   )  # batches of one shape, for others may round otherwise
   np.testing.assert_array_equal(
     drawn[[2, 0, 1]],
-    model.reconstruct(pictures[[2, 0, 1]], steps=1, seed=IndexedSeed(4, [2, 0, 1])),
+    model.reconstruct(pictures[[2, 0, 1]], num_inference_steps=1, seed=IndexedSeed(4, [2, 0, 1])),
   )
   prompts = [[pictures[0], 'a'], [pictures[1], pictures[2]], [pictures[2], 'b']]
   whole = model.sample_codes(prompts, seed=IndexedSeed(4, [0, 1, 2]))

@@ -26,9 +26,10 @@ from gradio_client import Client, handle_file
 import lavit_jax
 from lavit_jax.apps import web
 from lavit_jax.errors import UserError
-from lavit_jax.inference import image_generation
-from lavit_jax.inference.image_generation import DecodedImages
-from lavit_jax.inference.pipeline import Lavit, VariantDefaults, VisualTokens
+from lavit_jax.inference import image_decoder
+from lavit_jax.inference.generation_config import VariantDefaults
+from lavit_jax.inference.outputs import DecodedImages, VisualTokens
+from lavit_jax.inference.pipeline import Lavit
 from lavit_jax.models.noise_schedule import Scheduler
 
 ASSETS = pathlib.Path(lavit_jax.__file__).parent / 'assets'
@@ -46,7 +47,7 @@ class Held(dict):
 class Stub:
   """Answers with what it was asked, and counts how many ask at once."""
 
-  model = types.SimpleNamespace(
+  modules = types.SimpleNamespace(
     image_size=64,
     variant='stub',
     vocabulary=types.SimpleNamespace(codebook_size=50),
@@ -54,7 +55,7 @@ class Stub:
       apply=lambda variables, codes, method: np.random.default_rng(0).normal(size=(50, 8))
     ),
   )
-  parts, settings = Held(codebook={}), VariantDefaults()
+  params, defaults = Held(codebook={}), VariantDefaults()
 
   def __init__(self):
     self.now, self.most, self.seen = 0, 0, []
@@ -76,20 +77,19 @@ class Stub:
       raise ZeroDivisionError('in /home/me/secret.py')
     return [f'{text} <b>' for text in questions]
 
-  def sample_codes(self, prompts, guidance, seed):
-    self.seen.append((prompts, guidance, seed))
+  def sample_codes(self, prompts, guidance_scale, seed):
+    self.seen.append((prompts, guidance_scale, seed))
     return [IDS[:5]]
 
-  def draw(self, codes, steps, seed, size, details):
-    assert details
+  def decode_image_outputs(self, codes, num_inference_steps, seed, size):
     self.size = size
     return DecodedImages(
-      np.full((len(codes), 64, 64, 3), steps, np.uint8), np.array([steps == 66] * len(codes))
+      np.full((len(codes), 64, 64, 3), num_inference_steps, np.uint8),
+      np.array([num_inference_steps == 66] * len(codes)),
     )
 
-  def reconstruct(self, images, guidance, steps, seed, size, details):
-    assert details
-    return DecodedImages(np.stack(images), np.array([steps == 66]))
+  def reconstruct_outputs(self, images, guidance_scale, num_inference_steps, seed, size):
+    return DecodedImages(np.stack(images), np.array([num_inference_steps == 66]))
 
 
 @pytest.fixture
@@ -122,8 +122,8 @@ def test_tokens_are_shown_in_order(tasks):
 def test_near_codes_have_near_colours(tasks):
   rows = np.random.default_rng(1).normal(size=(50, 8))
   rows[7] = rows[3] + 1e-4
-  tasks.model.model = types.SimpleNamespace(
-    **vars(Stub.model) | dict(tokenizer=types.SimpleNamespace(apply=lambda *_, **__: rows))
+  tasks.model.modules = types.SimpleNamespace(
+    **vars(Stub.modules) | dict(tokenizer=types.SimpleNamespace(apply=lambda *_, **__: rows))
   )
   colours = np.array(
     [[int(part) for part in re.findall(r'\d+', colour)] for colour in tasks.code_colors]
@@ -165,10 +165,10 @@ def test_words_stand_where_they_were_written(tasks):
 
 def test_sizes_are_those_of_the_checkpoint(tasks, monkeypatch):
   assert tasks.sizes() == ['512x512'] and tasks.defaults('512x512') == (50, 5.0)
-  with pytest.raises(UserError, match='1024x1024 is drawn by highres_decoder'):
+  with pytest.raises(UserError, match='1024x1024 needs highres_decoder'):
     tasks.draw('owl', 0, 4, 7, '1024x1024')
   assert not tasks.model.seen
-  monkeypatch.setattr(Stub, 'parts', Held(dict.fromkeys(image_generation.HIGHRES.parts)))
+  monkeypatch.setattr(Stub, 'params', Held(dict.fromkeys(image_decoder.HIGHRES.modules)))
   assert tasks.sizes()[:3] == ['512x512', '1024x1024', '896x1152'] and len(tasks.sizes()) == 7
   assert tasks.defaults('896x1152') == (25, 7.0)
   tasks.draw('owl', 0, 4, 7, '896x1152')
@@ -176,7 +176,7 @@ def test_sizes_are_those_of_the_checkpoint(tasks, monkeypatch):
   with pytest.raises(UserError, match="'big' is not a size"):
     tasks.draw('owl', 0, 4, 7, 'big')
   monkeypatch.setattr(
-    Stub, 'model', types.SimpleNamespace(**vars(Stub.model) | dict(variant='tiny'))
+    Stub, 'modules', types.SimpleNamespace(**vars(Stub.modules) | dict(variant='tiny'))
   )
   assert tasks.defaults('512x512') == (25, 5.0)
 
@@ -194,7 +194,7 @@ def test_sizes_are_those_of_the_checkpoint(tasks, monkeypatch):
     ('Size', '512x512', True),
   ]
   monkeypatch.setattr(
-    Stub, 'model', types.SimpleNamespace(**vars(Stub.model) | dict(variant='stub'))
+    Stub, 'modules', types.SimpleNamespace(**vars(Stub.modules) | dict(variant='stub'))
   )
   page = web.build(tasks)
   chosen = [
@@ -206,7 +206,7 @@ def test_sizes_are_those_of_the_checkpoint(tasks, monkeypatch):
     asyncio.run(page.process_api(each, ['896x1152']))['data'] for each in chosen
   ]  # of Draw, Mix, Rebuild
   assert moved == [[25], [25], [25, 7.0]]
-  monkeypatch.setattr(Stub, 'parts', {})
+  monkeypatch.setattr(Stub, 'params', {})
   assert sliders(web.build(tasks))[2] == ('Size', '512x512', False)
 
 
@@ -215,7 +215,7 @@ def test_wrong_steps_are_told_before_anything_runs(tasks):
     lambda: tasks.draw('owl', 0, 4, 0),
     lambda: tasks.mix(dict(files=[PICTURE], text='owl'), 0, 4, 2000),
   ):
-    with pytest.raises(UserError, match='steps=0 cannot be|steps=2000 must be in'):
+    with pytest.raises(UserError, match='steps=0 is not allowed|steps=2000 must be in'):
       call()
   assert not tasks.model.seen
 

@@ -10,7 +10,7 @@ import numpy as np
 
 import lavit_jax
 from lavit_jax import sharding
-from lavit_jax.inference import generation_config
+from lavit_jax.inference import rng
 from lavit_jax.training import loop
 from lavit_jax.training.keys import Purpose, key_for
 from lavit_jax.training.stage import Stage
@@ -76,9 +76,9 @@ def test_no_key_of_a_run_is_made_elsewhere():
 
 def test_the_keys_of_a_call_at_inference_are_distinct():
   """Rows, purposes, the numbers of pictures or samples, the steps of a sample, the start of a picture."""
-  rows = generation_config.example_keys(7, 4)
+  rows = rng.example_keys(7, 4)
   keys = [jax.random.key(7), *rows]
-  for purpose, number in itertools.product(generation_config.Purpose, range(4)):
-    of_rows = generation_config.purpose_keys(purpose, rows, number)
+  for purpose, number in itertools.product(rng.Purpose, range(4)):
+    of_rows = rng.purpose_keys(purpose, rows, number)
     keys += [*of_rows, *(jax.random.fold_in(key, step) for key in of_rows for step in range(8))]
   assert len(set(map(data_of, keys))) == len(keys)
