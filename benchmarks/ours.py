@@ -1,4 +1,4 @@
-"""Our side of inference.py for pictures: the variant `small` on random weights. No PyTorch here."""
+"""The JAX side of inference.py for images: the variant `small`, random weights. No PyTorch here."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from weights import DRAWING_GUIDANCE, STEPS, Weights, drawing_inputs
 
-from lavit_jax.inference import compiled, diffusion
-from lavit_jax.models import lavit
+from lavit_jax.inference import compiled
+from lavit_jax.models import diffusion, lavit
 from lavit_jax.models.initialization import init_params
 from lavit_jax.weights.torch import mapping
 from lavit_jax.weights.torch.names_diffusion import unet_rules
@@ -20,18 +20,18 @@ from lavit_jax.weights.torch.names_visual import tokenizer_rules, vit_rules
 SMALL = lavit.build('small')
 
 
-def filled(part: str, rows: list[mapping.NameRule]) -> dict:
-  """The parameters of a part, of the weights that its PyTorch names have."""
-  like = jax.eval_shape(functools.partial(init_params, SMALL, names=(part,)), jax.random.key(0))[
-    part
-  ]
-  state = {name: Weights(name, shape) for name, shape in mapping.torch_shapes(rows, like).items()}
-  return mapping.from_torch(rows, state, like, lambda _, x: jnp.asarray(x))
+def module_params(module: str, rules: list[mapping.NameRule]) -> dict:
+  """The parameters of a module, with the weights of its PyTorch names."""
+  init = functools.partial(init_params, SMALL, names=(module,))
+  like = jax.eval_shape(init, jax.random.key(0))[module]
+  shapes = mapping.torch_shapes(rules, like)
+  state = {name: Weights(name, shape) for name, shape in shapes.items()}
+  return mapping.from_torch(rules, state, like, lambda _, x: jnp.asarray(x))
 
 
 def drawing() -> Callable[[], np.ndarray]:
-  """Ten guided steps; -> latents [1, h, w, 4]."""
-  params = filled('unet', unet_rules(SMALL.unet))
+  """A function that makes ten guided steps; returns latents f32[1, h, w, 4]."""
+  params = module_params('unet', unet_rules(SMALL.unet))
 
   @jax.jit
   def draw(params, noise, condition, null):
@@ -47,7 +47,18 @@ def drawing() -> Callable[[], np.ndarray]:
   return lambda: np.asarray(draw(params, *drawing_inputs()))
 
 
-def tokenizing(images: np.ndarray) -> Callable[[], tuple[np.ndarray, np.ndarray]]:
-  """Images uint8[B, H, W, 3] to codes [B, N] and keep [B, N], the most probable patches."""
-  parts = dict(vit=filled('vit', vit_rules()), tokenizer=filled('tokenizer', tokenizer_rules()))
-  return lambda: [np.asarray(x) for x in compiled.tokenize(SMALL, parts, jnp.asarray(images), None)]
+def tokenizing(images: np.ndarray) -> Callable[[], list[np.ndarray]]:
+  """A function that tokenizes images uint8[B, H, W, 3] with the most probable patches.
+
+  It returns codes i32[B, N] and keep bool[B, N].
+  """
+  params = {
+    'vit': module_params('vit', vit_rules()),
+    'tokenizer': module_params('tokenizer', tokenizer_rules()),
+  }
+
+  def tokenize():
+    outputs = compiled.tokenize(SMALL, params, jnp.asarray(images), None)
+    return [np.asarray(x) for x in outputs]
+
+  return tokenize

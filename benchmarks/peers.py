@@ -1,4 +1,7 @@
-"""The PyTorch side of inference.py: diffusers' U-Net under DDIM, and LaVIT's tokenizer as published, in plain eager PyTorch. No JAX here."""
+"""The PyTorch side of inference.py, in plain eager PyTorch. No JAX here.
+
+Diffusers' U-Net with DDIM, and LaVIT's tokenizer as published.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +14,24 @@ from torch import nn
 from torch.nn import functional as F
 from weights import DRAWING_GUIDANCE, STEPS, Weights, drawing_inputs
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def fill(module: nn.Module) -> nn.Module:
-  """Gives a module on the meta device the weights of its names."""
-  state = {
-    name: torch.from_numpy(np.asarray(Weights(name, tuple(x.shape))))
-    for name, x in module.state_dict().items()
-  }
+  """Gives a module on the meta device the weights of its tensors' names."""
+  state = {}
+  for name, tensor in module.state_dict().items():
+    state[name] = torch.from_numpy(np.asarray(Weights(name, tuple(tensor.shape))))
   module.load_state_dict(state, assign=True)
   return module.eval()
 
 
 def drawing() -> Callable[[], np.ndarray]:
-  """Stable Diffusion 1.5's U-Net, whose sizes are diffusers' defaults but for the condition's width; -> latents [1, h, w, 4]."""
+  """A function that makes ten guided steps; returns latents f32[1, h, w, 4].
+
+  The U-Net of Stable Diffusion 1.5 has diffusers' default sizes, except for the condition's width.
+  """
   with torch.device('meta'):
     unet = diffusers.UNet2DConditionModel(cross_attention_dim=768)
   fill(unet)
@@ -39,16 +45,20 @@ def drawing() -> Callable[[], np.ndarray]:
   )
 
   def draw():
-    noise, *branches = drawing_inputs()
-    context, mask = (torch.from_numpy(np.concatenate(both)) for both in zip(*branches))
+    noise, conditional, unconditional = drawing_inputs()
+    context, mask = (
+      torch.from_numpy(np.concatenate(pair)) for pair in zip(conditional, unconditional)
+    )
     x = torch.from_numpy(noise).permute(0, 3, 1, 2).contiguous()
     scheduler.set_timesteps(STEPS)
     with torch.no_grad():
       for t in scheduler.timesteps:
-        given, null = unet(
+        output = unet(
           torch.cat([x, x]), t, encoder_hidden_states=context, encoder_attention_mask=mask
-        ).sample.chunk(2)
-        x = scheduler.step(null + DRAWING_GUIDANCE * (given - null), t, x).prev_sample
+        )
+        conditional_noise, null_noise = output.sample.chunk(2)
+        guided_noise = null_noise + DRAWING_GUIDANCE * (conditional_noise - null_noise)
+        x = scheduler.step(guided_noise, t, x).prev_sample
     return x.permute(0, 2, 3, 1).numpy()
 
   return draw
@@ -56,22 +66,31 @@ def drawing() -> Callable[[], np.ndarray]:
 
 def tokenizing(
   encoder_sizes, tokenizer_sizes, images: np.ndarray
-) -> Callable[[], tuple[np.ndarray, np.ndarray]]:
-  """Images uint8[B, H, W, 3] to codes [B, N] and keep [B, N], by modules of the sizes that ours have as fields."""
+) -> Callable[[], list[np.ndarray]]:
+  """A function that tokenizes images uint8[B, H, W, 3] with the most probable patches.
+
+  It returns codes i64[B, N] and keep bool[B, N]. The sizes are those of our modules' fields.
+  """
   with torch.device('meta'):
-    encoder, tokenizer = ViT(encoder_sizes), Tokenizer(tokenizer_sizes)
-  fill(encoder), fill(tokenizer)
+    encoder = ViT(encoder_sizes)
+    tokenizer = Tokenizer(tokenizer_sizes)
+  fill(encoder)
+  fill(tokenizer)
 
   def tokenize():
     with torch.no_grad():
-      pixels = (torch.from_numpy(images).float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+      pixels = torch.from_numpy(images).float() / 255
+      pixels = (pixels - torch.tensor(MEAN)) / torch.tensor(STD)
       return [x.numpy() for x in tokenizer(encoder(pixels.permute(0, 3, 1, 2)))]
 
   return tokenize
 
 
 class Attention(nn.Module):
-  """Attention by softmax, or under a 0/1 policy by the masked softmax of specification, Merger; of x to itself (`fused`), or to a memory."""
+  """Self-attention with one projection (`fused`), or attention to a memory.
+
+  With a 0/1 policy it is the masked softmax of specification, Merger.
+  """
 
   def __init__(self, width: int, num_heads: int, fused: bool, key_bias: bool = True):
     super().__init__()
@@ -79,34 +98,40 @@ class Attention(nn.Module):
     if fused:
       self.qkv = nn.Linear(width, 3 * width, bias=key_bias)
     else:
-      self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+      self.query = nn.Linear(width, width)
+      self.key = nn.Linear(width, width)
+      self.value = nn.Linear(width, width)
     if not key_bias:
-      self.q_bias, self.v_bias = (nn.Parameter(torch.zeros(width)) for _ in range(2))
+      self.q_bias = nn.Parameter(torch.zeros(width))
+      self.v_bias = nn.Parameter(torch.zeros(width))
     self.proj = nn.Linear(width, width)
 
   def forward(self, x, memory=None, policy=None):
-    if memory is not None:
-      qkv = self.query(x), self.key(memory), self.value(memory)
-    elif hasattr(self, 'q_bias'):
-      qkv = F.linear(
-        x, self.qkv.weight, torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-      ).chunk(3, -1)
-    else:
-      qkv = self.qkv(x).chunk(3, -1)
-    q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in qkv)
+    q, k, v = (
+      y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in self._project(x, memory)
+    )
     scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
     if policy is None:
-      a = scores.softmax(-1)
+      weights = scores.softmax(-1)
     else:
-      a = (scores - scores.amax(-1, keepdim=True)).exp() * policy
-      a = (a + 1e-6 / a.shape[-1]) / (a.sum(-1, keepdim=True) + 1e-6)
-    return self.proj((a @ v).transpose(1, 2).flatten(2))
+      weights = (scores - scores.amax(-1, keepdim=True)).exp() * policy
+      weights = (weights + 1e-6 / weights.shape[-1]) / (weights.sum(-1, keepdim=True) + 1e-6)
+    return self.proj((weights @ v).transpose(1, 2).flatten(2))
+
+  def _project(self, x, memory):
+    if memory is not None:
+      return self.query(x), self.key(memory), self.value(memory)
+    if hasattr(self, 'q_bias'):
+      bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+      return F.linear(x, self.qkv.weight, bias).chunk(3, -1)
+    return self.qkv(x).chunk(3, -1)
 
 
 class Mlp(nn.Module):
   def __init__(self, width: int, mlp_dim: int):
     super().__init__()
-    self.fc1, self.fc2 = nn.Linear(width, mlp_dim), nn.Linear(mlp_dim, width)
+    self.fc1 = nn.Linear(width, mlp_dim)
+    self.fc2 = nn.Linear(mlp_dim, width)
 
   def forward(self, x):
     return self.fc2(F.gelu(self.fc1(x)))
@@ -115,8 +140,10 @@ class Mlp(nn.Module):
 class ViTBlock(nn.Module):
   def __init__(self, width: int, num_heads: int, mlp_dim: int):
     super().__init__()
-    self.norm1, self.norm2 = (nn.LayerNorm(width, 1e-6) for _ in range(2))
-    self.attn, self.mlp = Attention(width, num_heads, True, key_bias=False), Mlp(width, mlp_dim)
+    self.norm1 = nn.LayerNorm(width, 1e-6)
+    self.norm2 = nn.LayerNorm(width, 1e-6)
+    self.attn = Attention(width, num_heads, True, key_bias=False)
+    self.mlp = Mlp(width, mlp_dim)
 
   def forward(self, x):
     x = x + self.attn(self.norm1(x))
@@ -127,22 +154,17 @@ class ViT(nn.Module):
   def __init__(self, sizes):
     super().__init__()
     width = sizes.hidden_size
-    self.patch_embed = nn.ModuleDict(
-      dict(proj=nn.Conv2d(3, width, sizes.patch_size, sizes.patch_size))
-    )
-    self.cls_token, self.pos_embed = (
-      nn.Parameter(torch.zeros(1, 1, width)),
-      nn.Parameter(torch.zeros(1, 1 + sizes.num_patches, width)),
-    )
-    self.blocks = nn.Sequential(
-      *(ViTBlock(width, sizes.num_heads, sizes.mlp_dim) for _ in range(sizes.num_layers))
-    )
+    projection = nn.Conv2d(3, width, sizes.patch_size, sizes.patch_size)
+    self.patch_embed = nn.ModuleDict({'proj': projection})
+    self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+    self.pos_embed = nn.Parameter(torch.zeros(1, 1 + sizes.num_patches, width))
+    blocks = [ViTBlock(width, sizes.num_heads, sizes.mlp_dim) for _ in range(sizes.num_layers)]
+    self.blocks = nn.Sequential(*blocks)
 
   def forward(self, pixels):
     x = self.patch_embed['proj'](pixels).flatten(2).transpose(1, 2)
-    return self.blocks(torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed)[
-      :, 1:
-    ]
+    x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
+    return self.blocks(x + self.pos_embed)[:, 1:]
 
 
 class Selector(nn.Module):
@@ -166,11 +188,11 @@ class Selector(nn.Module):
 class MergerBlock(nn.Module):
   def __init__(self, width: int, num_heads: int, mlp_dim: int):
     super().__init__()
-    self.norm0, self.norm1, self.norm2 = (nn.LayerNorm(width) for _ in range(3))
-    self.token_causal_attn, self.token_cross_attn = (
-      Attention(width, num_heads, True),
-      Attention(width, num_heads, False),
-    )
+    self.norm0 = nn.LayerNorm(width)
+    self.norm1 = nn.LayerNorm(width)
+    self.norm2 = nn.LayerNorm(width)
+    self.token_causal_attn = Attention(width, num_heads, True)
+    self.token_cross_attn = Attention(width, num_heads, False)
     self.mlp = Mlp(width, mlp_dim)
 
   def forward(self, x, dropped, kept_policy, dropped_policy):
@@ -182,12 +204,15 @@ class MergerBlock(nn.Module):
 class Merger(nn.Module):
   def __init__(self, width: int, num_layers: int, num_heads: int, mlp_dim: int):
     super().__init__()
-    self.ln_vision, self.norm = nn.LayerNorm(width), nn.LayerNorm(width)
+    self.ln_vision = nn.LayerNorm(width)
+    self.norm = nn.LayerNorm(width)
     self.blocks = nn.ModuleList(MergerBlock(width, num_heads, mlp_dim) for _ in range(num_layers))
 
   def forward(self, x, keep):
-    dropped, tokens = self.ln_vision(x), x.shape[1]
-    kept_policy = torch.ones(tokens, tokens).tril(-1) * keep[:, None, None] + torch.eye(tokens)
+    dropped = self.ln_vision(x)
+    num_patches = x.shape[1]
+    earlier = torch.ones(num_patches, num_patches).tril(-1)
+    kept_policy = earlier * keep[:, None, None] + torch.eye(num_patches)
     for block in self.blocks:
       x = block(x, dropped, kept_policy, 1 - keep[:, None, None])
     return self.norm(x)
@@ -202,12 +227,13 @@ class Tokenizer(nn.Module):
     self.encode_task_layer = nn.Sequential(
       nn.Linear(width, width), nn.Tanh(), nn.Linear(width, sizes.code_dim)
     )
-    self.quantize = nn.ModuleDict(dict(embedding=nn.Embedding(sizes.codebook_size, sizes.code_dim)))
+    self.quantize = nn.ModuleDict({'embedding': nn.Embedding(sizes.codebook_size, sizes.code_dim)})
 
   def forward(self, x):
-    """Features [B, N, D] -> codes [B, N] and keep [B, N], deterministic: the round(sum p) most probable patches."""
+    """Features [B, N, D] -> codes [B, N], keep [B, N]: the round(sum p) most probable patches."""
     p = self.token_predictor(x)[..., 0].exp()
-    keep = ((-p).argsort(stable=True).argsort() < p.sum(-1, keepdim=True).round()).float()
+    rank = (-p).argsort(stable=True).argsort()
+    keep = (rank < p.sum(-1, keepdim=True).round()).float()
     z = F.normalize(self.encode_task_layer(self.causal_encoder(x, keep)), dim=-1).flatten(0, 1)
     codes = self.quantize['embedding'].weight
     distance = z.square().sum(-1, keepdim=True) + codes.square().sum(-1) - 2 * z @ codes.T

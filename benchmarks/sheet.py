@@ -1,4 +1,4 @@
-"""Puts the pictures of the demo's page on one sheet for the README: a row of it for each card, cards side by side in columns.
+"""Puts the images of the demo's page on one sheet: a row for each card, cards in columns.
 
 python benchmarks/sheet.py demo_out/index.html --out lavit_jax/assets/demo/sheet.png
 """
@@ -12,32 +12,34 @@ import re
 import numpy as np
 from PIL import Image
 
-COLUMNS, GAP = 2, 8
+COLUMNS = 2
+GAP = 8  # pixels
 
 
 def cards(page: str) -> list[list[np.ndarray]]:
-  """The pictures uint8[H, W, 3] of each card."""
-  found = []
+  """The images uint8[H, W, 3] of each card of a page."""
+  result = []
   for article in re.findall('<article>.*?</article>', page, re.DOTALL):
-    data = re.findall('src="data:image/png;base64,([^"]+)"', article)
-    found.append(
-      [np.asarray(Image.open(io.BytesIO(base64.b64decode(each))).convert('RGB')) for each in data]
-    )
-  return found
+    images = []
+    for data in re.findall('src="data:image/png;base64,([^"]+)"', article):
+      image = Image.open(io.BytesIO(base64.b64decode(data)))
+      images.append(np.asarray(image.convert('RGB')))
+    result.append(images)
+  return result
 
 
 def sheet(cards: list[list[np.ndarray]]) -> np.ndarray:
-  """One picture; cards that hold fewer pictures leave white behind them."""
-  side, widest = len(cards[0][0]) + GAP, max(map(len, cards))
-  rows = -(-len(cards) // COLUMNS)
-  out = np.full((rows * side + GAP, COLUMNS * (widest * side + 2 * GAP), 3), 255, np.uint8)
+  """All cards as one image uint8[H, W, 3]; cards with fewer images leave white space."""
+  image_size = len(cards[0][0])
+  pitch = image_size + GAP
+  card_width = max(map(len, cards)) * pitch + 2 * GAP
+  num_rows = -(-len(cards) // COLUMNS)
+  out = np.full((num_rows * pitch + GAP, COLUMNS * card_width, 3), 255, np.uint8)
   for i, card in enumerate(cards):
-    for j, picture in enumerate(card):
-      top, left = (
-        i // COLUMNS * side + GAP,
-        i % COLUMNS * (widest * side + 2 * GAP) + GAP + j * side,
-      )
-      out[top : top + side - GAP, left : left + side - GAP] = picture
+    top = i // COLUMNS * pitch + GAP
+    for j, image in enumerate(card):
+      left = i % COLUMNS * card_width + GAP + j * pitch
+      out[top : top + image_size, left : left + image_size] = image
   return out
 
 

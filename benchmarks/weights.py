@@ -1,4 +1,7 @@
-"""What both sides of inference.py are given: weights that depend on their PyTorch name and shape only, and inputs. NumPy alone."""
+"""What both sides of inference.py share: weights, and the inputs of the U-Net. NumPy alone.
+
+The weights depend only on the PyTorch name and the shape of a tensor.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,27 @@ import zlib
 
 import numpy as np
 
-SIDE, STEPS, DRAWING_GUIDANCE, ROWS, NULL_ROWS, CONTEXT = 32, 10, 5.0, 256, 77, 768
-POOL = np.random.default_rng(0).standard_normal(
-  1_000_003, np.float32
-)  # a prime: no two rows of a matrix are the same part of it
+SIDE = 32  # of the latents
+STEPS = 10
+DRAWING_GUIDANCE = 5.0
+ROWS = 256  # of the condition
+NULL_ROWS = 77  # of the unconditional branch, the others are masked
+CONTEXT = 768  # width of the condition
+# The size is a prime: no two rows of a matrix are the same stretch of the pool.
+POOL = np.random.default_rng(0).standard_normal(1_000_003, np.float32)
 
 
 class Weights:
-  """An array known by name and shape, made when it is asked for: numbers that depend on the name, of a size that keeps activations level."""
+  """An array by name and shape, computed when it is converted to NumPy.
+
+  The numbers depend on the name, and their scale keeps the variance of activations.
+  """
 
   dtype = np.dtype(np.float32)
 
   def __init__(self, name: str, shape: tuple[int, ...]):
-    self.name, self.shape = name, shape
+    self.name = name
+    self.shape = shape
 
   def __array__(self, dtype=None, copy=None) -> np.ndarray:
     size = math.prod(self.shape)
@@ -27,14 +38,19 @@ class Weights:
     values = np.resize(np.roll(POOL, -start)[:size], self.shape)
     if len(self.shape) > 1:
       return values / np.float32(math.sqrt(math.prod(self.shape[1:])))
-    return values * np.float32(0.1) + np.float32(
-      self.name.endswith('weight')
-    )  # of a norm, or a bias
+    center = 1.0 if self.name.endswith('weight') else 0.0  # a norm's scale, or a bias
+    return values * np.float32(0.1) + np.float32(center)
 
 
 def drawing_inputs() -> tuple[np.ndarray, tuple, tuple]:
-  """Noise [1, h, w, 4]; context [1, M, E] and its mask [1, M], with a condition and without."""
+  """The noise and both branches of the U-Net.
+
+  Returns:
+    Noise f32[1, h, w, 4]; (context f32[1, M, E], mask bool[1, M]) with a condition; the same
+    without.
+  """
   rng = np.random.default_rng(0)
   context, null = rng.standard_normal((2, 1, ROWS, CONTEXT), np.float32)
   noise = rng.standard_normal((1, SIDE, SIDE, 4), np.float32)
-  return noise, (context, np.ones((1, ROWS), bool)), (null, np.arange(ROWS)[None] < NULL_ROWS)
+  null_mask = np.arange(ROWS)[None] < NULL_ROWS
+  return noise, (context, np.ones((1, ROWS), bool)), (null, null_mask)

@@ -1,8 +1,8 @@
-"""The KL-autoencoder of the tiny variants (Stable Diffusion's role; the large ones are ported).
+"""The KL-autoencoder of the tiny variant. Larger variants use the one of Stable Diffusion.
 
     lavit train --config configs/autoencoder.py:tiny --workdir runs/autoencoder
 
-Exports `vae`, whose latents have mean 0 and deviation 1.
+Exports `vae`. Its latents have mean 0 and standard deviation 1.
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +12,7 @@ from lavit_jax.models import lavit
 
 
 def get_config(variant: str = 'tiny') -> ConfigDict:
-  lavit.variant_config(variant)  # names the nearest one if there is none
+  lavit.variant_config(variant)  # an unknown variant is an error that names the nearest one
   if variant != 'tiny':
     raise UserError(f'configs/autoencoder.py trains tiny only, not {variant!r}: the autoencoders of larger variants are ported')
   config = ConfigDict(dict(

@@ -1,4 +1,4 @@
-"""The image encoder of the tiny variants, contrastive on pictures and captions (EVA-CLIP's role; the large ones are ported).
+"""The image encoder of the tiny variant, contrastive on images and captions. Larger variants use EVA-CLIP.
 
     lavit train --config configs/encoder.py:tiny --workdir runs/encoder
 
@@ -12,7 +12,7 @@ from lavit_jax.models import lavit
 
 
 def get_config(variant: str = 'tiny') -> ConfigDict:
-  lavit.variant_config(variant)  # names the nearest one if there is none
+  lavit.variant_config(variant)  # an unknown variant is an error that names the nearest one
   if variant != 'tiny':
     raise UserError(f'configs/encoder.py trains tiny only, not {variant!r}: the encoders of larger variants are ported')
   config = ConfigDict(dict(

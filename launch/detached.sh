@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# What tpu_pod.sh runs on each worker: starts launch/train.sh so that it outlives the connection, and shows its log. A lost connection ends
-# the showing alone. While it trains, the same arguments, or none, show it again, others are refused, and `stop` lets it save and end.
-# With none, afterwards, the end of the log. The status is that of the training.
+# tpu_pod.sh runs this on each worker: it starts launch/train.sh in a session of its own and follows the log. A lost connection ends only
+# the output. During a training run, the same arguments or none follow the log again, other arguments are refused, and `stop` makes the run
+# save and end. After a run, no arguments print the end of the log. The exit status is that of the training run.
 # usage: bash launch/detached.sh [running | stop | --config ... --workdir ... as for launch/train.sh]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p .run
-exec 9>>.run/lock # the training inherits it, and so holds the lock for as long as any of it lives
+exec 9>>.run/lock # the training run inherits the lock, and holds it until its last process ends
 if flock --nonblock 9; then running=''; else running=yes; fi
 printf -v arguments ' %q' "$@"
 show=(--lines=50)
@@ -27,7 +27,7 @@ case "$*" in
       echo $! >.run/pid
       running=yes show=(--lines=+1)
     elif [ "$arguments" != "$(cat .run/arguments)" ]; then
-      echo "lavit: error: $(hostname) is training with$(cat .run/arguments); stop that first, or give no arguments to see what it says" >&2
+      echo "lavit: error: $(hostname) is training with$(cat .run/arguments); stop that first, or give no arguments to see its log" >&2
       exit 2
     fi
     ;;
@@ -35,10 +35,10 @@ esac
 exec 9>&-
 
 if [ ! -e .run/log ]; then
-  echo "lavit: error: nothing has been trained on $(hostname)" >&2
+  echo "lavit: error: there has been no training run on $(hostname); start one with --config and --workdir" >&2
   exit 2
 fi
 [ -z "$running" ] || show+=(--follow --pid="$(cat .run/pid)")
 tail "${show[@]}" .run/log
 status=$(ls .run/statuses)
-exit "${status:-137}" # it was killed, if there is none
+exit "${status:-137}" # without a status, it was killed

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Trains on all workers of a Cloud TPU VM pod, which find each other by themselves. Needs gcloud and a pod, such as
+# Trains on all workers of a Cloud TPU VM pod. Needs gcloud and a pod, such as
 #   gcloud compute tpus tpu-vm create NAME --zone ZONE --accelerator-type v5p-256 --version v2-alpha-tpuv5
-# The workers fetch the commit that is checked out here from `origin`, or from REPOSITORY: push it first. An address of ssh (git@...) asks
-# for a key on each worker; REPOSITORY=https://... does without. They go on without this terminal: Ctrl-C ends only what is shown, and the
-# same command, or one with NAME alone, shows it again. To let the run save and end: NAME stop.
+# The workers fetch the commit that is checked out here from `origin`, or from REPOSITORY: push it first. An ssh address (git@...) needs a
+# key on each worker; REPOSITORY=https://... does not. The run does not depend on this terminal: Ctrl-C ends only the output, and the same
+# command, or NAME alone, shows it again. NAME stop makes the run save and end.
 # usage: ZONE=us-east5-a bash launch/tpu_pod.sh NAME [stop | --config configs/lm.py:lavit_7b --workdir /mnt/shared/runs/lm ...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -11,15 +11,15 @@ name=$1
 shift
 commit=$(git rev-parse HEAD)
 repository=${REPOSITORY:-$(git remote get-url origin 2>/dev/null)} || [[ ${1:-stop} = stop ]] || {
-  echo 'lavit: error: git knows no origin; push the commit to where the workers can read it, and set REPOSITORY to its address' >&2
+  echo 'lavit: error: git has no remote named origin; push the commit to a repository that the workers can read, and set REPOSITORY to its address' >&2
   exit 2
 }
 printf -v repository %q "$repository"
 arguments=''
 [ $# = 0 ] || printf -v arguments ' %q' "$@"
-git diff --quiet HEAD || echo 'lavit: what is not committed does not reach the workers' >&2
+git diff --quiet HEAD || echo 'lavit: the workers do not get uncommitted changes' >&2
 
-# While something runs, its files stay as they are. TPU VMs come with Python 3.10.
+# During a run, its files are not changed. TPU VMs come with Python 3.10.
 prepare="
   if [ ! -e launch/detached.sh ] || ! bash launch/detached.sh running; then
     git fetch --quiet $repository '+refs/heads/*:refs/remotes/origin/*'

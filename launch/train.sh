@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# What every machine of a job runs: installs lavit_jax in .venv and trains. The other scripts start it where it is needed.
-# --workdir must be a folder that all machines share (Filestore, Lustre, NFS, a mounted bucket). Started again, the run goes on.
-# Ctrl-C, SIGTERM and a lost terminal end the installation, or let the training save, and it ends with 143. Statuses are those of
-# lavit_jax/errors.py: what ends with 128 or more may be started again. A file by the name of the status appears in the folder STATUSES,
-# if that is set.
+# Installs lavit_jax in .venv and trains. Every machine of a job runs this; the other scripts start it there.
+# --workdir must be a folder that all machines share (Filestore, Lustre, NFS, a mounted bucket). The same command resumes the run.
+# After Ctrl-C, SIGTERM or a lost terminal, an installation ends, and a training run saves and ends; the status is 143. Statuses are those
+# of lavit_jax/errors.py: a run with status 128 or more can be started again. If STATUSES is set, a file named like the status is written
+# to that folder.
 # usage: [EXTRAS='[tpu,gcs]'] bash launch/train.sh --config configs/lm.py:lavit_7b --workdir DIR [--config.KEY=VALUE ...]
 set -euo pipefail
 trap 'exit 143' INT TERM HUP
 [ -z "${STATUSES:-}" ] || trap ': >"$STATUSES/$?"' EXIT
 source "$(dirname "$0")/install.sh" "${EXTRAS:-}"
 
-trap 'kill -TERM "${!:-}" 2>/dev/null || [ -n "${child:-}" ] || exit 143' INT TERM HUP # 143: it has not been started yet
-(trap '' INT HUP && exec .venv/bin/lavit train "$@") & # both reach it as SIGTERM
+trap 'kill -TERM "${!:-}" 2>/dev/null || [ -n "${child:-}" ] || exit 143' INT TERM HUP # the training has not started yet
+(trap '' INT HUP && exec .venv/bin/lavit train "$@") & # INT and HUP reach it as SIGTERM
 child=$!
-while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done # a signal ends the waiting, not the child
+while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done # a signal ends the wait, not the child
 status=0
 wait "$child" || status=$?
-if [ "$status" = 134 ]; then # how JAX ends a process when another one is gone
-  echo "lavit: error: another process of this job ended or fell silent; see what the others say, and start all of them again: the run goes on" >&2
+if [ "$status" = 134 ]; then # JAX aborts a process when another one is gone
+  echo "lavit: error: another process of this job ended or fell silent; see the logs of the others, and start all of them again: the run resumes" >&2
 fi
 exit "$status"

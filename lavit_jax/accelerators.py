@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import jax
+
 
 class Chip(NamedTuple):
   """The figures of one chip.
@@ -55,6 +57,11 @@ def peak_tflops(devices: Iterable[Any]) -> float:
   """Peak bfloat16 TFLOP/s of all JAX devices together; 0 if the kind of any is unknown."""
   peaks = [_device_tflops(device.device_kind) for device in devices]
   return float(sum(peaks)) if all(peaks) else 0.0
+
+
+def run_once_compiler_options() -> dict[str, int] | None:
+  """Compiler options of a program that runs once: on CPU, compiling costs more than running."""
+  return {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
 
 
 def _device_tflops(kind: str) -> float:

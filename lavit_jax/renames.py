@@ -37,10 +37,12 @@ MODULES = {
   'inference.app': 'apps.web',
   'inference.batch': 'apps.batch',
   'inference.demo': 'apps.demo',
+  'inference.diffusion': 'models.diffusion',
   'inference.drawing': 'inference.image_generation',
   'inference.fetching': 'inference.batching',
   'inference.output': 'output',
-  'inference.parts': 'inference.parameters',
+  'inference.parameters': 'weights.loader',
+  'inference.parts': 'weights.loader',
   'inference.programs': 'inference.compiled',
   'inference.settings': 'inference.generation_config',
   'models.initial': 'models.initialization',
@@ -74,9 +76,13 @@ MODULES = {
   'porting.tables_visual': 'weights.torch.names_visual',
   'porting.torch_files': 'weights.torch.files',
   'porting.weight_files': 'weights.torch.weight_files',
-  'training.checks': 'training.validation',
+  'training.checks': 'training.run',
+  'training.foundations': 'training.stages.autoencoder',
   'training.optim': 'training.optimizer',
   'training.processes': 'training.distributed',
+  'training.settings': 'training.parameters',
+  'training.stage': 'training.stages.base',
+  'training.validation': 'training.run',
   'weights.torch.leftovers': 'weights.torch.conversion_notes',
 }
 # Module as it is called now -> old name -> new name, or 'module:name' if it moved to another one.
@@ -211,12 +217,6 @@ NAMES = {
     'fetch': 'fetch_batches',
     'one_behind': 'double_buffer',
   },
-  'inference.diffusion': {
-    'Plan': 'SamplerPlan',
-    'guided': 'guided_denoiser',
-    'plan': 'make_plan',
-    'sample': 'sample_latents',
-  },
   'inference.faults': {
     'first': 'first_fault',
   },
@@ -240,11 +240,8 @@ NAMES = {
     'draw': 'inference.image_decoder:decode_images',
     'settle': 'resolve_image_request',
   },
-  'inference.parameters': {
-    'Checkpoint': 'CheckpointInfo',
-    'Parts': 'LazyParams',
-  },
   'inference.pipeline': {
+    'EOS': 'models.vocabulary:EOS_ID',
     'Generated': 'inference.outputs:ImageOutput',
     'Sampled': 'inference.outputs:CodesOutput',
     'Tokens': 'inference.outputs:VisualTokens',
@@ -260,6 +257,12 @@ NAMES = {
   },
   'models.decoder': {
     'Decoder': 'FeatureDecoder',
+  },
+  'models.diffusion': {
+    'Plan': 'SamplerPlan',
+    'guided': 'guided_denoiser',
+    'plan': 'make_plan',
+    'sample': 'sample_latents',
   },
   'models.initialization': {
     'initial_parts': 'init_params',
@@ -334,68 +337,88 @@ NAMES = {
     'share': 'process_share',
   },
   'training.codebook': {
+    'LIVE': 'DEAD_AFTER',
     'create': 'init_codebook',
     'draw': 'draw_vectors',
+    'is_offered': 'has_codebook',
+    'moved_away': 'revived_codes',
+    'settle': 'restart_average',
     'start': 'start_from_kmeans',
     'tally': 'count_assignments',
     'update': 'update_codebook',
     'usage': 'usage_metrics',
   },
   'training.config': {
+    'WORDS': 'LITERALS',
     'leaves': 'config_leaves',
   },
   'training.distributed': {
     'Interrupt': 'InterruptHandler',
+    'LOST': 'CONNECTION_LOST',
+    'PATIENCE': 'SHARED_FOLDER_TIMEOUT',
+    'ROOM': 'MESSAGE_BYTES',
+    'TIMEOUT': 'HEARTBEAT_TIMEOUT',
     'together': 'exit_together',
   },
   'training.flops': {
     'Pair': 'PairFlops',
     'of_pair': 'pair_flops',
     'of_step': 'step_flops',
+    'traced': 'trace_step',
   },
   'training.integrity': {
     'unite': 'merge_positions',
   },
-  'training.loop': {
-    'Look': 'Evaluator',
+  'training.lock': {
+    'BEAT': 'BEAT_INTERVAL',
+    'LOOK': 'POLL_INTERVAL',
+    'Watched': 'OtherLock',
   },
   'training.metrics': {
     'Log': 'MetricLogger',
-    'Trace': 'ProfilerTrace',
+    'SHOWN': 'SHOWN_RATES',
     'mean': 'mean_metrics',
-    'sheet': 'image_grid',
   },
   'training.optimizer': {
     'held': 'hold_from',
     'make': 'make_optimizer',
+    'scaled': 'scale_leaves',
     'stop_frozen': 'stop_frozen_gradients',
+  },
+  'training.parameters': {
+    'of_run': 'resolve_settings',
+    'run_settings': 'resolve_settings',
+  },
+  'training.run': {
+    'name_data_option': 'name_data_errors',
+    'told_of_data': 'name_data_errors',
   },
   'training.schedule': {
     'tell_schedule': 'warn_of_schedule',
   },
-  'training.settings': {
-    'of_run': 'run_settings',
-  },
-  'training.stage': {
-    'apply': 'apply_module',
-    'begin': 'initialize_params',
-    'feature_colours': 'feature_colors',
-    'features': 'image_features',
-  },
   'training.stages': {
     'build': 'build_stage',
-    'check': 'validate_stage',
-    'lm': 'language_model',
-    'tokens': 'tokens_per_step',
+  },
+  'training.stages.autoencoder': {
+    'autoencoder': 'build',
+    'standardise': 'standardize_latents',
+  },
+  'training.stages.base': {
+    'apply': 'apply_module',
+    'begin': 'initialize_params',
+    'features': 'image_features',
   },
   'training.train_step': {
+    'in_pieces': 'scan_pieces',
     'initialiser': 'make_init',
   },
-  'training.validation': {
-    'told_of_data': 'name_data_option',
-  },
   'training.watch': {
+    'WORTH_A_WARNING': 'WARNING_SHARE',
     'Watch': 'MetricWatch',
+  },
+  'weights.loader': {
+    'Checkpoint': 'CheckpointInfo',
+    'Parts': 'LazyParams',
   },
   'weights.store.arrays': {
     'Source': 'ParameterSource',
@@ -514,6 +537,9 @@ MOVED_NAMES = {  # module -> name that it had -> where it is now
     'rebuilt_features': 'evaluation.tokens.rebuilt_features',
     'usage': 'evaluation.tokens.codebook_usage',
   },
+  'inference.decode': {
+    'beam_search': 'inference.beam_search.beam_search',
+  },
   'inference.generation_config': {
     'IndexedSeed': 'inference.rng.IndexedSeed',
     'Purpose': 'inference.rng.Purpose',
@@ -538,6 +564,27 @@ MOVED_NAMES = {  # module -> name that it had -> where it is now
     'VARIANT_DEFAULTS': 'inference.generation_config.VARIANT_DEFAULTS',
     'VariantDefaults': 'inference.generation_config.VariantDefaults',
     'VisualTokens': 'inference.outputs.VisualTokens',
+  },
+  'training.loop': {
+    'Look': 'training.evaluator.Evaluator',
+    'load_parts': 'training.parameters.load_params',
+    'open_data': 'training.batches.open_batches',
+    'skips': 'training.batches.count_skipped',
+    'split_folders': 'training.parameters.split_folders',
+  },
+  'training.metrics': {
+    'ProfilerTrace': 'training.profiler.ProfilerTrace',
+    'Trace': 'training.profiler.ProfilerTrace',
+    'image_grid': 'visualization.image_grid',
+    'sheet': 'visualization.image_grid',
+  },
+  'training.stages': {
+    'abstract_inputs': 'training.train_step.abstract_inputs',
+  },
+  'training.stages.base': {
+    'feature_colors': 'visualization.feature_colors',
+    'feature_colours': 'visualization.feature_colors',
+    'shade_dropped': 'visualization.shade_dropped_patches',
   },
   'weights.torch.convert': {
     'ConversionItem': 'weights.torch.conversion_plan.ConversionItem',

@@ -139,7 +139,7 @@ def spec(name: str, shape: Sequence[int], mesh: Mesh | AbstractMesh, rules: Rule
   rule = _find_rule(name, rules)
   if rule is None:
     if math.prod(shape) >= LARGE:
-      raise ValueError(f'{name} {list(shape)} is large, and no row of sharding.RULES names it')
+      raise ValueError(f'{name} {list(shape)} is large, and no rule of sharding.RULES matches it')
     return P()
   width = min(len(rule), len(shape))
   leading = len(shape) - width

@@ -1,4 +1,4 @@
-"""The benchmarks still fit the package: every name of it that they use is there, and those beside PyTorch find the same at tiny size."""
+"""The benchmarks fit the package: the names they use exist, and PyTorch computes the same."""
 
 import ast
 import importlib.util
@@ -21,10 +21,10 @@ NEED_TORCH = ('inference', 'peers')
 
 @pytest.fixture
 def load(monkeypatch):
-  """load(name): a benchmark as a module; what it imports of its neighbours is forgotten afterwards."""
+  """load(name): a benchmark as a module; its imports of other benchmarks are undone afterwards."""
   monkeypatch.syspath_prepend(FOLDER)
-  for neighbour in ('ours', 'peers', 'weights'):
-    monkeypatch.delitem(sys.modules, neighbour, raising=False)
+  for sibling in ('ours', 'peers', 'weights'):
+    monkeypatch.delitem(sys.modules, sibling, raising=False)
 
   def load(name):
     if name in NEED_TORCH:
@@ -37,13 +37,13 @@ def load(monkeypatch):
     return module
 
   yield load
-  for neighbour in ('ours', 'peers', 'weights'):
-    sys.modules.pop(neighbour, None)
+  for sibling in ('ours', 'peers', 'weights'):
+    sys.modules.pop(sibling, None)
 
 
 @pytest.mark.parametrize('name', sorted(path.stem for path in FOLDER.glob('*.py')))
-def test_what_it_calls_is_there(name, load):
-  """It can be imported, and `module.name` is there for each module of ours that it names."""
+def test_names_of_the_package_exist(name, load):
+  """It can be imported, and each `module.name` of a module of the package exists."""
   module = load(name)
   for node in ast.walk(ast.parse((FOLDER / f'{name}.py').read_text())):
     if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
@@ -56,7 +56,7 @@ def test_what_it_calls_is_there(name, load):
         assert hasattr(value, node.attr), f'line {node.lineno}: {node.value.id}.{node.attr}'
 
 
-def test_tokenize_and_decode_find_what_pytorch_finds(load, monkeypatch):
+def test_tokenize_and_decode_agree_with_pytorch(load, monkeypatch):
   benchmark = load('inference')
   monkeypatch.setattr(benchmark.jax_side, 'SMALL', lavit.build('tiny'))
   monkeypatch.setattr(benchmark, 'PICTURES', 2)
@@ -74,32 +74,26 @@ def test_tokenize_and_decode_find_what_pytorch_finds(load, monkeypatch):
       mlp_dim=96,
     ),
   )
-  found = benchmark.tokenizing(1)
-  assert found['same'] == found['same_keep'] == 1 and 0 < found['kept'] < 1
-  for case in (
-    'decode_b1',
-    'decode_b8_cfg',
-    'decode_b1_int8',
-  ):  # with float weights they compare the tokens themselves
+  result = benchmark.compare_tokenizing(1)
+  assert result['same'] == result['same_keep'] == 1
+  assert 0 < result['kept'] < 1
+  # With float weights they compare the tokens themselves.
+  for case in ('decode_b1', 'decode_b8_cfg', 'decode_b1_int8'):
     assert benchmark.CASES[case](1)['ratio'] > 0
 
 
 @pytest.mark.parametrize('file', [None, 'all.json'])
 def test_json_ends_with_the_ratios(file, load, monkeypatch, capsys, tmp_path):
-  benchmark, asked = load('inference'), [] if file is None else [str(tmp_path / file)]
-  monkeypatch.setattr(
-    benchmark,
-    'CASES',
-    {
-      name: lambda repeats, ratio=n + 0.5: dict(ratio=ratio, seconds=1.0)
-      for n, name in enumerate(benchmark.CASES)
-    },
-  )
-  monkeypatch.setattr(
-    sys,
-    'argv',
-    ['inference.py', '--only', 'decode_b1,decode_b8,decode_b8_cfg,tokenize,unet', '--json', *asked],
-  )
+  benchmark = load('inference')
+
+  def case(ratio):
+    return lambda repeats: dict(ratio=ratio, seconds=1.0)
+
+  cases = {name: case(n + 0.5) for n, name in enumerate(benchmark.CASES)}
+  monkeypatch.setattr(benchmark, 'CASES', cases)
+  only = 'decode_b1,decode_b8,decode_b8_cfg,tokenize,unet'
+  paths = [] if file is None else [str(tmp_path / file)]
+  monkeypatch.setattr(sys, 'argv', ['inference.py', '--only', only, '--json', *paths])
   benchmark.main()
   last = json.loads(capsys.readouterr().out.splitlines()[-1])
   assert last == dict(decode_b1=0.5, decode_b8=1.5, decode_b8_cfg=2.5, tokenize=4.5, unet=5.5)
@@ -109,16 +103,14 @@ def test_json_ends_with_the_ratios(file, load, monkeypatch, capsys, tmp_path):
 
 @pytest.mark.slow
 def test_agreement_measures_losses(load):
-  """On the tiny checkpoint: far below the logarithm of what could come, and the golden captions."""
+  """On the tiny checkpoint: far below the loss of a uniform guess, and the golden captions."""
   benchmark = load('agreement')
   examples = corpus.examples('embedded', 'heldout/pair', 0, 4)
-  found = benchmark.losses(Lavit.from_pretrained(benchmark.TINY), examples)
-  assert 0 < found['caption_loss'] < 0.5 * np.log(2048) and 0 < found['code_loss'] < 0.9 * np.log(
-    1024
-  )
-  exact, rounded = benchmark.golden_model(), benchmark.golden_model(weights='int8')
-  assert (
-    exact['golden_tokens_alike'] == 1
-    and exact['golden_error'] < 1e-5
-    and 1e-3 < rounded['golden_error'] < 0.03
-  )
+  losses = benchmark.losses(Lavit.from_pretrained(benchmark.TINY), examples)
+  assert 0 < losses['caption_loss'] < 0.5 * np.log(2048)
+  assert 0 < losses['code_loss'] < 0.9 * np.log(1024)
+  exact = benchmark.golden_model()
+  quantized = benchmark.golden_model(weights='int8')
+  assert exact['golden_tokens_alike'] == 1
+  assert exact['golden_error'] < 1e-5
+  assert 1e-3 < quantized['golden_error'] < 0.03

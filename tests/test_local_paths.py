@@ -1,4 +1,4 @@
-"""'~' is the home folder wherever a path is given: options, config pages, lists of rows, Python."""
+"""'~' is expanded in all paths: options, config pages, files of rows, Python."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ from lavit_jax.data.emoji import sprites
 from lavit_jax.data.text import TextTokenizer
 from lavit_jax.inference.pipeline import Lavit
 from lavit_jax.training.config import load_config
-from lavit_jax.training.loop import split_folders
+from lavit_jax.training.parameters import split_folders
 
 ASSETS = pathlib.Path(lavit_jax.__file__).parent / 'assets'
 PATHS = ('DIR', 'RUN/export', 'ROWS.jsonl', 'FILE.jsonl', 'FILE.json')
@@ -40,32 +40,34 @@ def options(parser):
       yield parser.prog, action
 
 
-def test_every_option_that_is_a_path_of_this_machine(home):
-  found = [
-    (prog, action) for prog, action in options(cli.build_parser()) if action.metavar in PATHS
-  ]
-  assert len(found) > 20
-  for prog, action in found:
-    assert action.type('~/x') == f'{home}/x', (prog, action.dest)
+def test_options_with_local_paths(home):
+  count = 0
+  for prog, action in options(cli.build_parser()):
+    if action.metavar in PATHS:
+      count += 1
+      assert action.type('~/x') == f'{home}/x', (prog, action.dest)
+  assert count > 20
 
 
 def test_config_pages_and_their_folders(home):
-  (home / 'page.py').write_text(
-    'from ml_collections import ConfigDict\ndef get_config(variant):\n  return ConfigDict(dict(variant=variant))\n'
-  )
+  (home / 'page.py').write_text("""
+from ml_collections import ConfigDict
+def get_config(variant):
+  return ConfigDict(dict(variant=variant))
+""")
   assert load_config('~/page.py:tiny').variant == 'tiny'
-  assert split_folders('~/a/export, b,~') == [f'{home}/a/export', 'b', str(home)]
+  assert split_folders('~/a/export, b,~') == (f'{home}/a/export', 'b', str(home))
 
 
-def test_checkpoints_words_and_data_sets(home):
+def test_checkpoints_tokenizers_and_data_sets(home):
   for name, target in (
     ('model', 'tiny'),
-    ('words', 'tiny/language_model'),
+    ('tokenizer', 'tiny/language_model'),
     ('data', 'emoji_sample'),
   ):
     (home / name).symlink_to(ASSETS / target)
   assert Lavit.from_pretrained('~/model').modules.image_size == 64
-  assert TextTokenizer.load('~/words').vocab_size == 2048
+  assert TextTokenizer.load('~/tokenizer').vocab_size == 2048
   assert sprites.find_dataset('~/data').startswith(str(home))
 
 

@@ -1,3 +1,5 @@
+"""Meshes, specs of parameters and optimizer state, and batches over processes."""
+
 import functools
 import math
 import os
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
-from ml_collections import ConfigDict
+from nano import optimizer_config
 
 from lavit_jax import sharding
 from lavit_jax.errors import UserError
@@ -24,7 +26,7 @@ MESH = AbstractMesh((2, 4, 2), sharding.AXES)
 
 
 @pytest.mark.parametrize('sizes, shape', [((-1, 1, 1), 1), ((1, -1, 1), 1), ((1, 1, 1), 1)])
-def test_mesh_takes_what_is_left(sizes, shape):
+def test_one_size_takes_the_remaining_devices(sizes, shape):
   if jax.device_count() == 1:
     assert math.prod(sharding.make_mesh(dict(zip(sharding.AXES, sizes))).shape.values()) == shape
 
@@ -35,38 +37,39 @@ def test_mesh_that_does_not_fit(sizes):
     sharding.make_mesh(dict(zip(sharding.AXES, sizes)))
 
 
-def test_specs_are_right_aligned_and_leave_out_what_does_not_divide():
-  assert sharding.spec('params/llama/layers/mlp/up/kernel', (32, 64, 128), MESH) == P(
-    None, 'fsdp', 'tensor'
-  )
-  assert sharding.spec('params/llama/layers/mlp/down/kernel', (32, 128, 64), MESH) == P(
-    None, 'tensor', 'fsdp'
-  )
-  assert sharding.spec('params/unet/conv_in/kernel', (3, 3, 4, 320), MESH) == P(
-    None, None, 'fsdp', 'tensor'
-  )
-  assert sharding.spec('params/llama/embedding', (48387, 64), MESH) == P(None, 'fsdp')
-  assert sharding.spec('params/vit/norm/scale', (64,), MESH) == P()
-  assert sharding.spec('params/conv/kernel', (3, 3, 5, 5), MESH) == P(None, None, None, None)
+@pytest.mark.parametrize(
+  'name, shape, expected',
+  [
+    ('params/llama/layers/mlp/up/kernel', (32, 64, 128), P(None, 'fsdp', 'tensor')),
+    ('params/llama/layers/mlp/down/kernel', (32, 128, 64), P(None, 'tensor', 'fsdp')),
+    ('params/unet/conv_in/kernel', (3, 3, 4, 320), P(None, None, 'fsdp', 'tensor')),
+    ('params/llama/embedding', (48387, 64), P(None, 'fsdp')),
+    ('params/vit/norm/scale', (64,), P()),
+    ('params/conv/kernel', (3, 3, 5, 5), P(None, None, None, None)),
+  ],
+)
+def test_specs_are_right_aligned_and_omit_axes_that_do_not_divide(name, shape, expected):
+  assert sharding.spec(name, shape, MESH) == expected
 
 
-def test_an_axis_goes_where_it_divides():
-  """1408 is no multiple of 256, and each of 256 devices would hold the whole of the merger."""
-  wide = AbstractMesh((1, 256, 1), sharding.AXES)
-  assert sharding.spec(
-    'params/understanding/merger/blocks/mlp/fc1/kernel', (12, 1408, 6144), wide
-  ) == P(None, None, 'fsdp')
-  assert sharding.spec(
-    'params/understanding/merger/blocks/mlp/fc2/kernel', (12, 6144, 1408), wide
-  ) == P(None, 'fsdp', None)
-  both = AbstractMesh((1, 256, 2), sharding.AXES)  # what another axis of the mesh lies on is taken
-  assert sharding.spec(
-    'params/understanding/merger/blocks/mlp/fc1/kernel', (12, 1408, 6144), both
-  ) == P(None, None, 'tensor')
+@pytest.mark.parametrize(
+  'layer, shape, mesh_shape, expected',
+  [
+    ('fc1', (12, 1408, 6144), (1, 256, 1), P(None, None, 'fsdp')),
+    ('fc2', (12, 6144, 1408), (1, 256, 1), P(None, 'fsdp', None)),
+    # A dimension that another axis of the mesh splits is not available.
+    ('fc1', (12, 1408, 6144), (1, 256, 2), P(None, None, 'tensor')),
+  ],
+)
+def test_an_axis_moves_to_a_dimension_that_it_divides(layer, shape, mesh_shape, expected):
+  """1408 is no multiple of 256; otherwise each of 256 devices would store the whole merger."""
+  mesh = AbstractMesh(mesh_shape, sharding.AXES)
+  name = f'params/understanding/merger/blocks/mlp/{layer}/kernel'
+  assert sharding.spec(name, shape, mesh) == expected
 
 
 def test_a_large_leaf_without_a_rule_is_an_error():
-  with pytest.raises(ValueError, match='params/new/table .* no row of sharding.RULES names it'):
+  with pytest.raises(ValueError, match='params/new/table .* no rule of sharding.RULES matches it'):
     sharding.spec('params/new/table', (1024, 1024), MESH)
   assert sharding.spec('params/new/table', (1024, 1023), MESH) == P()
 
@@ -77,64 +80,56 @@ def seven_b():
 
 
 def test_every_large_leaf_of_the_7b_model_is_split(seven_b):
-  """No device of 16 holds more than a share of it, and what everybody holds is next to nothing."""
-  held = whole = 0
+  """A device of 16 stores only a share of the model, with few copied parameters."""
+  stored = 0
+  total = 0
   for path, leaf in jax.tree_util.tree_leaves_with_path(seven_b):
     name = sharding.path_name(path)
     spec = sharding.spec(f'params/{name}', leaf.shape, MESH)
     pieces = math.prod(MESH.shape[axis] for axis in spec if axis)
-    held, whole = held + leaf.size / pieces, whole + leaf.size
+    stored += leaf.size / pieces
+    total += leaf.size
     if leaf.size >= sharding.LARGE:
       assert pieces >= 4, f'{name} {leaf.shape} {spec}'
-  assert held < whole / 7
+  assert stored < total / 7
 
 
-def test_optimizer_moments_lie_with_their_parameters(seven_b):
+def leaf_specs(tree):
+  """{path: spec} of the shardings of a tree."""
+  leaves = jax.tree_util.tree_leaves_with_path(sharding.shardings(tree, MESH))
+  return {sharding.path_name(path): leaf.spec for path, leaf in leaves}
+
+
+def test_optimizer_moments_are_split_as_their_parameters(seven_b):
   params = {'llama': seven_b['llama']}
-  config = ConfigDict(
-    dict(
-      learning_rate=1.0,
-      warmup_steps=1,
-      final_fraction=0.1,
-      weight_decay=0.1,
-      b1=0.9,
-      b2=0.95,
-      mu_dtype='float32',
-      nu_dtype='float32',
-      clip_norm=1.0,
-      freeze=(),
-      lr_scale=(),
-    )
-  )
-  state = jax.eval_shape(optimizer.make_optimizer(config, 10, params).init, params)
-  specs = {
-    sharding.path_name(path): s.spec
-    for path, s in jax.tree_util.tree_leaves_with_path(sharding.shardings(state, MESH))
-  }
+  config = optimizer_config(learning_rate=1.0, warmup_steps=1, weight_decay=0.1, clip_norm=1.0)
+  state = jax.eval_shape(optimizer.make_optimizer(config, params).init, params)
+  specs = leaf_specs(state)
   for moment in ('mu', 'nu'):
-    mine = {
-      re.sub(f'.*/{moment}/', '', name): spec
-      for name, spec in specs.items()
-      if f'/{moment}/' in name
-    }
-    assert mine == {
-      sharding.path_name(path): s.spec
-      for path, s in jax.tree_util.tree_leaves_with_path(sharding.shardings(params, MESH))
-    }
+    of_moment = {}
+    for name, spec in specs.items():
+      if f'/{moment}/' in name:
+        of_moment[re.sub(f'.*/{moment}/', '', name)] = spec
+    assert of_moment == leaf_specs(params)
   assert P(None, 'fsdp', 'tensor') in specs.values()
 
 
 class Chip:
   """One of 2 x 2 of a slice of a TPU, as JAX describes it."""
 
-  platform, device_kind, core_on_chip, process_index = 'tpu', 'TPU v4', 0, 0
+  platform = 'tpu'
+  device_kind = 'TPU v4'
+  core_on_chip = 0
+  process_index = 0
 
   def __init__(self, number, slice_index):
-    self.id, self.slice_index, self.coords = number, slice_index, (number % 2, number // 2 % 2, 0)
+    self.id = number
+    self.slice_index = slice_index
+    self.coords = (number % 2, number // 2 % 2, 0)
 
 
 @pytest.mark.parametrize(
-  'slices, sizes, rows',
+  'slices, sizes, slices_by_data',
   [
     (2, (2, -1, 1), [[0] * 4, [1] * 4]),
     (2, (-1, 2, 1), [[0] * 2, [0] * 2, [1] * 2, [1] * 2]),
@@ -143,41 +138,64 @@ class Chip:
     (1, (2, 2, 1), [[0] * 2, [0] * 2]),
   ],
 )
-def test_over_slices_only_data_runs_across(slices, sizes, rows):
-  """The chips of one row of `data` are all of one slice, whichever order they are told in."""
+def test_over_slices_only_data_runs_across(slices, sizes, slices_by_data):
+  """The chips at one index of `data` are in one slice, in whatever order they are listed."""
   chips = [Chip(n, n // 4) for n in range(4 * slices)]
   mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes)), chips[1::2] + chips[::2])
-  assert mesh.axis_names == sharding.AXES and {chip.id for chip in mesh.devices.flat} == set(
-    range(4 * slices)
-  )
-  assert [[chip.slice_index for chip in row.flat] for row in mesh.devices] == rows
+  assert mesh.axis_names == sharding.AXES
+  assert {chip.id for chip in mesh.devices.flat} == set(range(4 * slices))
+  slice_index = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
+  assert slice_index.reshape(len(mesh.devices), -1).tolist() == slices_by_data
 
 
 @pytest.mark.parametrize('sizes', [(1, -1, 1), (1, 4, 2), (-1, 4, 3)])
 def test_slices_that_data_does_not_run_across(sizes):
   chips = [Chip(n, n // 4) for n in range(12 if sizes[2] == 3 else 8)]
   count = len(chips) // 4
-  with pytest.raises(
-    UserError, match=f'mesh: .* does not fit {count} slices; data must be a multiple of {count}'
-  ):
+  message = f'mesh: .* does not fit {count} slices; data must be a multiple of {count}'
+  with pytest.raises(UserError, match=message):
     sharding.make_mesh(dict(zip(sharding.AXES, sizes)), chips)
 
 
-def test_batches_and_trees_arrive_as_they_were():
+def test_batches_and_trees_keep_their_values():
   mesh = sharding.make_mesh(dict(data=-1, fsdp=1, tensor=1))
   rows = {'image': np.arange(24 * 8, dtype=np.uint8).reshape(8, 24)}
   batch = sharding.put_batch(rows, mesh, sharding.process_share(mesh, 8))
   assert batch['image'].sharding.spec == sharding.BATCH
   np.testing.assert_array_equal(batch['image'], rows['image'])
   tree = {'fc1': {'kernel': np.ones((4, 2), np.float32)}, 'uncond_embeddings': jnp.zeros((1, 3))}
-  jax.tree.map(
-    np.testing.assert_array_equal, jax.device_put(tree, sharding.shardings(tree, mesh)), tree
-  )
+  on_devices = jax.device_put(tree, sharding.shardings(tree, mesh))
+  jax.tree.map(np.testing.assert_array_equal, on_devices, tree)
+
+
+def test_a_batch_with_missing_rows_is_an_error():
+  mesh = sharding.make_mesh(dict(data=-1, fsdp=1, tensor=1))
+  batch = {'image': np.zeros((8, 3)), 'caption': np.zeros((7, 3))}
+  with pytest.raises(AssertionError):
+    sharding.put_batch(batch, mesh, sharding.process_share(mesh, 8))
 
 
 class Device:
+  """A device of some process."""
+
   def __init__(self, number, process):
-    self.id, self.process_index = number, process
+    self.id = number
+    self.process_index = process
+
+
+def fake_sharding(indices):
+  """A class in place of NamedSharding with `indices` [(process, rows)] of its devices."""
+
+  class FakeSharding:
+    def __init__(self, mesh, spec):
+      del mesh, spec
+
+    def devices_indices_map(self, shape):
+      del shape
+      devices = enumerate(indices)
+      return {Device(i, process): (rows,) for i, (process, rows) in devices}
+
+  return FakeSharding
 
 
 @pytest.mark.parametrize(
@@ -185,50 +203,30 @@ class Device:
   [
     ((4, 1, 1), [0, 0, 1, 1], [0, 1, 2, 3], 0, 2),
     ((4, 1, 1), [1, 1, 0, 0], [4, 5, 6, 7], 1, 2),
-    ((4, 1, 1), [0, 1, 0, 1], [0, 1, 4, 5], 0, 2),  # as on a pod, whose hosts hold squares of it
+    ((4, 1, 1), [0, 1, 0, 1], [0, 1, 4, 5], 0, 2),  # as on a pod, whose hosts have squares of it
     ((2, 1, 2), [0, 1, 2, 3], [0, 1, 2, 3], 0, 2),  # 0 and 1 split `tensor`, not the batch
     ((1, 2, 2), [2, 3, 0, 1], [4, 5, 6, 7], 1, 2),
     ((1, 1, 4), [0, 1, 2, 3], list(range(8)), 0, 1),
   ],
 )
-def test_a_process_reads_the_rows_that_its_devices_hold(
-  monkeypatch, sizes, processes, rows, index, count
-):
-  held = {}
-
-  class Places:
-    def __init__(self, mesh, spec):
-      del mesh, spec
-
-    def devices_indices_map(self, shape):
-      pieces = np.repeat(np.arange(sizes[0] * sizes[1]), sizes[2])
-      step = shape[0] // (sizes[0] * sizes[1])
-      held.update(
-        {
-          Device(i, process): (slice(piece * step, piece * step + step),)
-          for i, (piece, process) in enumerate(zip(pieces, processes))
-        }
-      )
-      return held
-
-  monkeypatch.setattr(sharding, 'NamedSharding', Places)
+def test_a_process_reads_the_rows_of_its_devices(monkeypatch, sizes, processes, rows, index, count):
+  data, fsdp, tensor = sizes
+  step = 8 // (data * fsdp)
+  pieces = np.repeat(np.arange(data * fsdp), tensor)
+  indices = [
+    (process, slice(piece * step, piece * step + step)) for piece, process in zip(pieces, processes)
+  ]
+  monkeypatch.setattr(sharding, 'NamedSharding', fake_sharding(indices))
   share = sharding.process_share(None, 8)
   assert (share.rows.tolist(), share.index, share.count) == (rows, index, count)
 
 
-def test_rows_that_two_processes_hold_in_part(monkeypatch):
-  class Places:
-    def __init__(self, mesh, spec):
-      del mesh, spec
-
-    def devices_indices_map(self, shape):
-      del shape
-      return {
-        Device(i, process): (slice(2 * (i // 2), 2 * (i // 2) + 2),)
-        for i, process in enumerate([0, 0, 0, 1, 1, 1])
-      }
-
-  monkeypatch.setattr(sharding, 'NamedSharding', Places)
+def test_processes_with_some_rows_in_common_are_an_error(monkeypatch):
+  indices = []
+  for i, process in enumerate([0, 0, 0, 1, 1, 1]):
+    first = 2 * (i // 2)
+    indices.append((process, slice(first, first + 2)))
+  monkeypatch.setattr(sharding, 'NamedSharding', fake_sharding(indices))
   with pytest.raises(UserError, match='do not fall evenly to the processes'):
     sharding.process_share(None, 6)
 
@@ -241,19 +239,23 @@ from lavit_jax.models import vit
 
 sharding.BATCH_AXES = sys.argv[1].split(',')
 mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
-model, images = vit.ViT(16, 8, 32, 2, 2, 16, 64, 8), jnp.zeros((8, 16, 16, 3))
+model = vit.ViT(16, 8, 32, 2, 2, 16, 64, 8)
+images = jnp.zeros((8, 16, 16, 3))
 params = jax.eval_shape(model.init, jax.random.key(0), images)
 params = jax.tree.map(lambda x: jnp.ones(x.shape), params)
 params = jax.device_put(params, sharding.shardings(params, mesh))
 print('weights', params['params']['blocks']['mlp']['fc1']['kernel'].sharding.spec)
 with jax.set_mesh(mesh):
-  print('rows a device', jax.jit(model.apply)(params, images).addressable_shards[0].data.shape[0])
+  print('rows per device', jax.jit(model.apply)(params, images).addressable_shards[0].data.shape[0])
 """
 
 
 @pytest.mark.parametrize('axes, rows', [('data,fsdp', 2), ('nothing,like_it', 8)])
 def test_activations_are_split_by_rows_whatever_the_input(axes, rows):
-  """The constraint at block boundaries binds: a batch that is whole on every device leaves the blocks split; without it, whole."""
+  """A batch that is whole on every device leaves the blocks split by the constraint between them.
+
+  Without the constraint, it leaves them whole.
+  """
   env = {
     **os.environ,
     'JAX_PLATFORMS': 'cpu',
@@ -265,4 +267,4 @@ def test_activations_are_split_by_rows_whatever_the_input(axes, rows):
   )
   assert out.returncode == 0, out.stderr
   assert "(None, 'fsdp', 'tensor')" in out.stdout
-  assert f'rows a device {rows}' in out.stdout
+  assert f'rows per device {rows}' in out.stdout

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lavit_jax.output import encode_png
+from lavit_jax.visualization import shade_dropped_patches
 
 STYLE = """
     body { font: 15px/1.45 system-ui, sans-serif; color: #222; background: #fafafa; \
@@ -107,7 +108,4 @@ def show_kept_patches(image: np.ndarray, keep: np.ndarray) -> np.ndarray:
   Returns:
     uint8[S, S, 3].
   """
-  side = round(len(keep) ** 0.5)
-  patch_size = len(image) // side
-  mask = keep.reshape(side, side).repeat(patch_size, 0).repeat(patch_size, 1)
-  return np.where(mask[..., None], image, 235 + image // 16)
+  return np.asarray(shade_dropped_patches(image[None], keep[None])[0])

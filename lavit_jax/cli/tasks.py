@@ -152,6 +152,7 @@ def _add_image_outputs(parser: argparse.ArgumentParser) -> None:
     '--num-inference-steps',
     '--steps',
     type=number(int, 1, 999),
+    metavar='N',
     help='number of denoising steps (default: 50, with SDXL 25)',
   )
   parser.add_argument(

@@ -24,6 +24,7 @@ from lavit_jax.models import lavit
 from lavit_jax.models.initialization import init_params
 from lavit_jax.models.int8 import quantize_weights
 from lavit_jax.models.llama import unroll_layers
+from lavit_jax.models.vocabulary import EOS_ID
 
 DTYPE = 'bfloat16'
 
@@ -140,7 +141,7 @@ def compile_decoding(
       embeddings,
       mask,
       max_new_tokens=new,
-      eos_id=2,
+      eos_id=EOS_ID,
       suppress=suppress,
       cache_dtype=cache,
     )

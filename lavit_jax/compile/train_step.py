@@ -16,9 +16,9 @@ from rich.table import Table
 from lavit_jax import sharding
 from lavit_jax.compile import topology as pods
 from lavit_jax.compile.topology import GIB
-from lavit_jax.models import lavit
-from lavit_jax.training import flops, loop, stages
-from lavit_jax.training.validation import check_options, check_values
+from lavit_jax.training import flops
+from lavit_jax.training.run import Run, check_values, resolve_abstract
+from lavit_jax.training.train_step import abstract_inputs, make_init, make_train_step
 
 
 class Report(NamedTuple):
@@ -111,14 +111,15 @@ def compile_step(config, page: str, topology: str, slices: int = 1) -> Report:
   chip, devices = pods.pod_devices(topology, slices)
   check_values(config)
   mesh = sharding.make_mesh(config.mesh, devices)
-  step, inputs = abstract_step(config, mesh)
+  run = resolve_abstract(config, mesh)
+  step, inputs = abstract_step(run)
   program = pods.compile_on(topology, mesh, step, *inputs)
 
   state, frozen, _ = inputs
   parameters = pods.bytes_per_chip((state.params, state.ema, state.state, frozen))
   optimizer = pods.bytes_per_chip(state.opt_state)
-  packed_share = flops.expected_share(config)
-  model_flops = flops.step_flops(config).at(packed_share) / mesh.size
+  packed_share = flops.expected_share(run)
+  model_flops = flops.step_flops(run).at(packed_share) / mesh.size
   times = program.times(chip)
   return Report(
     page,
@@ -127,7 +128,7 @@ def compile_step(config, page: str, topology: str, slices: int = 1) -> Report:
     mesh.size,
     pods.devices_per_chip(topology),
     dict(mesh.shape),
-    stages.tokens_per_step(config),
+    run.tokens_per_step,
     packed_share,
     parameters / GIB,
     optimizer / GIB,
@@ -146,14 +147,12 @@ def compile_step(config, page: str, topology: str, slices: int = 1) -> Report:
   )
 
 
-def abstract_step(config, mesh):
-  """(the train step, its inputs as ShapeDtypeStructs with their shardings) on a mesh whose devices need not be here."""
-  check_options(config, mesh)
-  model = lavit.build(config.variant, config.dtype, config.remat)
-  stage = stages.build_stage(config, model, sharding.batch_shards(mesh))
-  parts, batch = stages.abstract_inputs(config, model, stage)
-  init, tx = loop.make_init(config, stage, parts)
-  state = jax.eval_shape(init, jax.random.key(0), parts)
+def abstract_step(run: Run):
+  """(the train step, its inputs as ShapeDtypeStructs with their shardings) on the run's mesh, whose devices need not be here."""
+  mesh = run.mesh
+  loaded, batch = abstract_inputs(run)
+  init, tx = make_init(run, loaded)
+  state = jax.eval_shape(init, jax.random.key(0), loaded)
   places = sharding.shardings(state, mesh)
 
   def put(tree, places):
@@ -161,10 +160,10 @@ def abstract_step(config, mesh):
       lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places
     )
 
-  frozen = {name: parts[name] for name in stage.needs}
+  frozen = {name: loaded[name] for name in run.stage.modules.needs}
   inputs = (
     put(state, places),
     put(frozen, sharding.shardings(frozen, mesh)),
     put(batch, dict.fromkeys(batch, NamedSharding(mesh, sharding.BATCH))),
   )
-  return loop.make_train_step(config, stage, tx, places, mesh), inputs
+  return make_train_step(run, tx, places), inputs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -53,7 +54,8 @@ def choose_fields(
   Raises:
     UserError: a field that is needed is in no row.
   """
-  keys = list(dict.fromkeys(key for row in rows for key in row.fields if isinstance(key, str)))
+  all_keys = itertools.chain.from_iterable(row.fields for row in rows)
+  keys = list(dict.fromkeys(key for key in all_keys if isinstance(key, str)))
   name_field = _find_field(file, keys, name or NAME, 'image') if name or needs_name else ''
   if not needs_text and not texts:
     return Fields(name_field, ())

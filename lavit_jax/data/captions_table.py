@@ -221,8 +221,10 @@ def _csv_delimiter(first_line: str) -> str:
 
 def _caption_column(header: Sequence[str], fields: Fields) -> int | None:
   """Returns the column of the caption; None if it is not the only candidate."""
-  names = [field.partition('.')[0] for field in fields.texts or (TEXT,)]
-  columns = [i for i, key in enumerate(header) if any(same_field(key, name) for name in names)]
+  columns = []
+  for column, key in enumerate(header):
+    if any(same_field(key, field.partition('.')[0]) for field in fields.texts or (TEXT,)):
+      columns.append(column)
   if not columns and len(header) == 2:
     name = fields.name or NAME
     columns = [i for i, key in enumerate(header) if not same_field(key, name)]

@@ -113,7 +113,7 @@ class ImageFolder:
 
     Raises:
       UserError: that file is not UTF-8.
-      paths.NO_FILE: that file does not exist any more.
+      paths.NO_FILE_ERRORS: that file does not exist any more.
     """
     if not entry.beside or not self.captioned:
       return entry.texts
@@ -249,9 +249,8 @@ class ImageFolder:
     if self.is_text:
       return []
     sample = _sample(self.entries)
-    sizes = [
-      size for _, size in paths.names_and_sizes([self.file_path(entry.name) for entry in sample])
-    ]
+    files = [self.file_path(entry.name) for entry in sample]
+    sizes = [size for _, size in paths.names_and_sizes(files)]
     if all(size == -1 for size in sizes):
       raise UserError(
         f'{self.file} names {len(self.entries)} images, such as {sample[0].name!r}, and none of '

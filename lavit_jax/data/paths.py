@@ -28,7 +28,7 @@ from lavit_jax.local_paths import expand_home
 _T = TypeVar('_T')
 
 NO_FILE_ERRORS = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
-_NO_FILE_CODES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)  # of OSErrors that are the same
+_NO_FILE_CODES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)  # of OSErrors with that meaning
 _WAITS = (1.0, 4.0, 16.0)  # seconds before each new try
 
 _GLOB = re.compile(r'[*?\[]')
@@ -223,7 +223,7 @@ def open_file(path: str, ahead: int = _MAX_AHEAD) -> BinaryIO:
     ahead: bytes to read ahead of a remote file; it takes about 1.25 times as much memory.
 
   Raises:
-    NO_FILE: there is no such file. Only opening raises it.
+    NO_FILE_ERRORS: there is no such file. Only opening raises them.
     Unreachable: the store does not answer in the end. Reading raises it, too.
     UserError: the store refuses, or a package for it is missing.
   """
@@ -302,7 +302,7 @@ def _retry(path: str, act: Callable[[], _T]) -> _T:
   """Calls act() until it succeeds, at most four times.
 
   Raises:
-    NO_FILE: at once.
+    NO_FILE_ERRORS: at once.
     Unreachable: in the end, if the store does not answer.
     UserError: in the end, if the store refuses; at once, if a package is missing.
   """

@@ -16,7 +16,8 @@ once, and so does each record while a source has no more than 10,000 of them; th
 sources count each time that they are read, which leaves their share as it is.
 
 Where several processes read, each has counts of its own part; they add them up (`account_of`,
-`check`) each time that the metrics are written.
+`check`) each time that the metrics are written. A file that several of them have read counts once;
+a record that they have read in different epochs counts once in each.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class _Account:
     self.read['records'] += 1
     seen_first = True
     skipped_first = is_skipped
-    if position is not None and len(self._records_seen) < _MAX_DISTINCT:
+    if position is not None and len(self._records_seen) <= _MAX_DISTINCT:
       record = (unit, position)
       seen_first = record not in self._records_seen
       skipped_first = is_skipped and record not in self._records_skipped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -162,10 +163,10 @@ def measure_answers(
   model: Lavit, examples: Sequence[Example], baseline: vqa.MajorityBaseline, seed: int
 ) -> dict[str, dict[str, float]]:
   """Measures the answers to every question about every example; see `vqa.score_answers`."""
-  asked = vqa.collect_questions(examples)
-  pixels = stack_images(examples)[[question.index for question in asked]]
-  answers = model.answer(pixels, [question.question for question in asked], seed=seed)
-  return vqa.score_answers(answers, asked, baseline)
+  vqa_examples = vqa.collect_questions(examples)
+  pixels = stack_images(examples)[[example.index for example in vqa_examples]]
+  answers = model.answer(pixels, [example.question for example in vqa_examples], seed=seed)
+  return vqa.score_answers(answers, vqa_examples, baseline)
 
 
 def measure_images(
@@ -250,7 +251,7 @@ def _captions_table(splits: Sequence[dict[str, float]]) -> Table:
 
 def _questions_table(splits: Sequence[dict[str, dict[str, float]]]) -> Table:
   rows = []
-  for question_type in dict.fromkeys(key for values in splits for key in values):
+  for question_type in dict.fromkeys(itertools.chain.from_iterable(splits)):
     row = [question_type]
     for values in splits:
       row.append(_with_baselines(values.get(question_type, {}), 'accuracy', 'majority', 'blind'))

@@ -102,6 +102,10 @@ def score_answers(
     outcomes['all'].append(outcome)
   scores = {}
   for question_type, rows in sorted(outcomes.items()):
-    scores[question_type] = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
-    scores[question_type]['count'] = len(rows)
+    count = len(rows)
+    totals = Counter()
+    for row in rows:
+      totals.update(row)
+    scores[question_type] = {key: total / count for key, total in totals.items()}
+    scores[question_type]['count'] = count
   return scores

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lavit_jax.inference import diffusion, faults
-from lavit_jax.models import safety_checker, vae, vit
+from lavit_jax.inference import faults
+from lavit_jax.models import diffusion, safety_checker, vae, vit
 from lavit_jax.models.decoder import null_context
 from lavit_jax.models.lavit import LavitModules
 from lavit_jax.models.noise_schedule import Scheduler

@@ -16,7 +16,7 @@ from jax import Array
 
 from lavit_jax.data.images import as_image_list, read_images
 from lavit_jax.errors import UserError
-from lavit_jax.inference import diffusion, faults, image_decoder
+from lavit_jax.inference import faults, image_decoder
 from lavit_jax.inference.generation_config import (
   POSITIVE_INTEGER,
   Limit,
@@ -27,6 +27,7 @@ from lavit_jax.inference.generation_config import (
 from lavit_jax.inference.image_decoder import HIGHRES, LOWRES, DecodingConfig
 from lavit_jax.inference.outputs import DecodedImages
 from lavit_jax.inference.runner import ModelRunner
+from lavit_jax.models import diffusion
 from lavit_jax.models.noise_schedule import Scheduler
 
 LOG = logging.getLogger(__name__)

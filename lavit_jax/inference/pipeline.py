@@ -34,10 +34,10 @@ from lavit_jax.data.text import TextTokenizer
 from lavit_jax.errors import UserError
 from lavit_jax.inference.deprecated import DeprecatedNames, api_method
 from lavit_jax.inference.image_tasks import ImageTasks
-from lavit_jax.inference.parameters import CheckpointInfo, LazyParams, open_checkpoint
 from lavit_jax.inference.text_tasks import TextTasks
 from lavit_jax.local_paths import expand_home
 from lavit_jax.models import lavit
+from lavit_jax.weights.loader import CheckpointInfo, LazyParams, open_checkpoint
 
 DTYPES = (None, 'float32', 'bfloat16', 'float16')
 WEIGHTS_DTYPES = (None, 'int8')
@@ -138,7 +138,7 @@ class Lavit(TextTasks, ImageTasks, DeprecatedNames):
     return cls(
       modules,
       checkpoint,
-      checkpoint.words,
+      checkpoint.tokenizer_folder,
       weights_dtype=weights_dtype,
       cache_dtype=cache_dtype,
       safety_checker=safety_checker,

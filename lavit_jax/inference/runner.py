@@ -24,10 +24,10 @@ from lavit_jax.inference.generation_config import (
   VariantDefaults,
 )
 from lavit_jax.inference.outputs import VisualTokens
-from lavit_jax.inference.parameters import LazyParams
 from lavit_jax.inference.rng import Purpose, sample_keys
 from lavit_jax.models import sequence
 from lavit_jax.models.lavit import LavitModules
+from lavit_jax.weights.loader import LazyParams
 
 T = TypeVar('T')
 

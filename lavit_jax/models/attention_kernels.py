@@ -1,4 +1,4 @@
-"""Attention over long rows by kernels that hold no scores [H, S, S].
+"""Attention over long rows by kernels that store no scores [H, S, S].
 
 On TPUs it is JAX's splash kernel, on NVIDIA's GPUs cuDNN; elsewhere plain products
 (attention.py). The program for cuDNN has been lowered, but never compiled or run: there was no

@@ -108,7 +108,7 @@ def check_scaling(value: Any) -> dict | None:
     return None
   if kind not in REQUIRED:
     raise ValueError(
-      f'the type {kind!r} is not computed here; known: default, {", ".join(REQUIRED)}'
+      f'the type {kind!r} is not supported; the supported ones are default, {", ".join(REQUIRED)}'
     )
   scaling = {'rope_type': kind}
   for key in REQUIRED[kind]:

@@ -2,8 +2,8 @@
 
 Specification: Vocabulary (ids, brackets), Training (what the loss covers), Inference (prompts).
 
-Axes: B pairs, N visual slots a pair, T text slots a pair, L = T + N + 3 tokens a pair at most,
-R packed rows, S slots a row, H width of the language model.
+Axes: B pairs, N visual slots of a pair, T text slots of a pair, L = T + N + 3 tokens of a pair at
+most, R packed rows, S slots of a row, H width of the language model.
 """
 
 from collections.abc import Callable, Sequence

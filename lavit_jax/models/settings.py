@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import rope
+from lavit_jax.models.llama import Llama
 from lavit_jax.models.noise_schedule import Scheduler
-from lavit_jax.models.vae import SD_SCALING_FACTOR
+from lavit_jax.models.unet import UNet
+from lavit_jax.models.vae import AutoencoderKL
 
 Settings = Mapping[str, Mapping[str, Any]]
 
@@ -128,7 +130,7 @@ def _is_number(value: Any) -> bool:
   return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-# --- The fields of every group -------------------------------------------------------------------
+# --- The fields of every group, with the defaults of the modules ---------------------------------
 
 
 def _scheduler_fields() -> dict[str, Setting]:
@@ -167,24 +169,28 @@ def _scheduler_fields() -> dict[str, Setting]:
 
 
 UNET = dict(
-  num_heads=Setting(list_of(positive_integer), [8, 8, 8, 8]),
-  norm_eps=Setting(positive_number, 1e-5),
-  flip_sin_to_cos=Setting(boolean, True),
-  freq_shift=Setting(finite_number, 0.0),
+  num_heads=Setting(list_of(positive_integer), list(UNet.num_heads)),
+  norm_eps=Setting(positive_number, UNet.norm_eps),
+  flip_sin_to_cos=Setting(boolean, UNet.flip_sin_to_cos),
+  freq_shift=Setting(finite_number, UNet.freq_shift),
 )
 VAE = dict(
-  scaling_factor=Setting(positive_number, SD_SCALING_FACTOR),
-  shift_factor=Setting(finite_number, 0.0),
-  latents_mean=Setting(optional(list_of(finite_number)), None),
-  latents_std=Setting(optional(list_of(positive_number)), None),
+  scaling_factor=Setting(positive_number, AutoencoderKL.scaling_factor),
+  shift_factor=Setting(finite_number, AutoencoderKL.shift_factor),
+  latents_mean=Setting(optional(list_of(finite_number)), AutoencoderKL.latents_mean),
+  latents_std=Setting(optional(list_of(positive_number)), AutoencoderKL.latents_std),
 )
 SCHEDULER = _scheduler_fields()
 LLAMA = dict(
-  rope_theta=Setting(positive_number, 1e4),
-  rope_scaling=Setting(rope.check_scaling, None),
-  rms_norm_eps=Setting(positive_number, 1e-5),
-  max_position_embeddings=Setting(positive_integer, 4096, affects_outputs=False),
-  max_sequence_length=Setting(optional(positive_integer), None, affects_outputs=False),
+  rope_theta=Setting(positive_number, Llama.rope_theta),
+  rope_scaling=Setting(rope.check_scaling, Llama.rope_scaling),
+  rms_norm_eps=Setting(positive_number, Llama.rms_norm_eps),
+  max_position_embeddings=Setting(
+    positive_integer, Llama.max_position_embeddings, affects_outputs=False
+  ),
+  max_sequence_length=Setting(
+    optional(positive_integer), Llama.max_sequence_length, affects_outputs=False
+  ),
 )
 
 GROUPS: dict[str, SettingsGroup] = {

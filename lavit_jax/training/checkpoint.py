@@ -1,12 +1,14 @@
-"""Checkpoints of a run: train state, position in the data, config and variant, by Orbax, in the background.
+"""Checkpoints of a run: train state, position in the data, config and variant, by Orbax.
 
     WORKDIR/checkpoints/<step>/{state, data, config}
 
-A step's folder appears by a rename when it is complete, so a run that was killed while saving finds the previous one. Restoring all
-of it makes the next losses the same, bit for bit, as without the interruption; on another mesh or another number of processes too, but for
-the order in which sums are made.
+They are written in the background. A step's folder appears by a rename when it is complete, so a
+run that was killed while saving finds the previous one. Restoring all of it makes the next losses
+the same, bit for bit, as without the interruption; on another mesh or another number of processes
+too, but for the order in which sums are made.
 
-A digest of every array is saved beside it and compared after reading: Orbax would take a flipped bit for a number.
+A digest of every array is saved and compared after reading: Orbax would take a flipped bit for a
+number.
 """
 
 from __future__ import annotations
@@ -15,29 +17,22 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 from lavit_jax.errors import UserError
-from lavit_jax.models import lavit
-from lavit_jax.models.settings import affects_outputs, differences, format_setting
-from lavit_jax.training import integrity
+from lavit_jax.models.lavit import variant_config
+from lavit_jax.training import compatibility, integrity
+from lavit_jax.training.compatibility import Settings
 from lavit_jax.training.distributed import wait_for_all
 from lavit_jax.weights.store.arrays import disk_full
 
-MARK = 'damaged'  # in a step's folder: a file of a process that could not read it, with the reason
-INEXACT = (
-  'data.',
-  'batch_size',
-  'seed',
-)  # options after whose change a run sees other examples than it would have seen
-HARMLESS = (
-  'data.num_threads',
-  'data.max_skipped',
-  'data.heldout',
-  'data.shards',
-)  # of the last, PositionHandler tells
+# File in a step's folder, of a process that could not read the step; it holds the reason.
+DAMAGE_MARK = 'damaged'
+MAX_REASON = 300  # characters of another library's message
 
 
 class Damaged(UserError):
@@ -49,25 +44,27 @@ class Checkpoints:
 
   Args:
     workdir: holds the folder `checkpoints`.
-    config: the run's config; its stage and variant must be those of what is there already.
+    page: the run's config as JSON; its stage and variant must be those of earlier checkpoints.
     keep: how many of the latest to keep.
-    settings: of the model (models/settings.py), which must be those of what is there already.
+    settings: of the model (models/settings.py), which must be those of earlier checkpoints.
   """
 
-  def __init__(self, workdir, config, keep: int, settings: dict | None = None):
+  def __init__(
+    self,
+    workdir: str | pathlib.Path,
+    page: Mapping[str, Any],
+    keep: int,
+    settings: Settings | None = None,
+  ):
     self.folder = pathlib.Path(os.path.abspath(workdir)) / 'checkpoints'
-    self.identity = dict(
-      stage=config.stage,
-      variant=config.variant,
-      sizes=json.loads(json.dumps(lavit.variant_config(config.variant))),
-    )
+    sizes = json.loads(json.dumps(variant_config(page['variant'])))
+    self.identity = dict(stage=page['stage'], variant=page['variant'], sizes=sizes)
     self.settings = settings or {}
-    self.config = json.loads(config.to_json_best_effort())
+    self.config = dict(page)
     self.clear_half_written()
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
     self.manager = _Manager(
       self.folder,
-      options=options,
+      options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
       item_names=('state', 'data', 'config'),
       item_handlers={
         'state': ocp.StandardCheckpointHandler(),
@@ -76,262 +73,264 @@ class Checkpoints:
       },
     )
 
+  # --- What is there ---
+
   def latest(self) -> int | None:
-    """The last complete step, after checking that it is of this stage and variant.
+    """The last complete step, after checking that it is this run's.
 
     Raises:
-      UserError: it belongs to another stage or variant.
+      UserError: it belongs to another stage or variant, or was trained with other settings.
     """
     step = self.manager.latest_step()
     if step is not None:
-      saved = self._about(step)
-      for key in ('stage', 'variant', 'sizes'):
-        if saved[key] != self.identity[key]:
-          was, now = (f'{d["stage"]}:{d["variant"]}' for d in (saved, self.identity))
-          difference = (
-            f'{was}, and this run is {now}'
-            if was != now
-            else f'{was} with other sizes than the variants table has now'
-          )
-          raise UserError(
-            f'{self.folder / str(step)} is a checkpoint of {difference}; choose another --workdir'
-          )
-      self._check_settings(step, saved)
+      metadata = self._read_metadata(step)
+      compatibility.check_identity(self._path(step), metadata, self.identity)
+      compatibility.check_settings(self._path(step), metadata, self.settings)
     return step
 
-  def _check_settings(self, step: int, saved: dict) -> None:
-    """Raises UserError where a checkpoint was trained with another setting; runs of before there were any had the variant's own."""
-    before, row = saved.get('settings', {}), lavit.variant_config(self.identity['variant'])
-    for name, field in differences(before, self.settings):
-      if affects_outputs(name, field, self.settings) or 'settings' in saved:
-        raise UserError(
-          f'{self.folder / str(step)} was trained with {format_setting(before, name, field, row)} of {name}, and the folders of this run have '
-          f'{format_setting(self.settings, name, field, row)}; name the folders that it began with, or choose another --workdir'
-        )
+  def changes(self, step: int) -> tuple[list[str], list[str]]:
+    """The options that differ from those with which `step` was saved.
 
-  def restore_latest(self, abstract, data, skip_damaged: bool = False):
-    """`restore` of the last step -> (step, train state); (0, None) if there never was one.
+    Returns:
+      Two lists of 'key was -> is': the harmless ones, and those that change the next examples.
+    """
+    return compatibility.config_changes(self.saved_config(step), self.config)
 
-    With `skip_damaged`, a damaged checkpoint is set aside, as STEP.damaged, and the one before is taken.
+  def saved_config(self, step: int) -> dict[str, Any]:
+    """The config with which `step` was saved, as JSON."""
+    return self._read_metadata(step)['config']
+
+  # --- Restoring ---
+
+  def restore_latest(
+    self, abstract: Any, batches: Any, skip_damaged: bool = False
+  ) -> tuple[int, Any]:
+    """`restore` of the last step.
+
+    Args:
+      abstract: see `restore`.
+      batches: see `restore`.
+      skip_damaged: a damaged checkpoint is renamed to STEP.damaged, and the one before is taken.
+
+    Returns:
+      (step, train state); (0, None) if there never was a checkpoint.
 
     Raises:
-      UserError: as `latest` and `restore`; or all were set aside.
+      UserError: as `latest` and `restore`; or all checkpoints were damaged.
     """
     while (step := self.manager.latest_step()) is not None:
-      if skip_damaged and (marks := sorted((self.folder / str(step)).glob(f'{MARK}-*'))):
-        self._set_aside(step, marks[0].read_text())
+      marks = sorted(self._path(step).glob(f'{DAMAGE_MARK}-*'))
+      if skip_damaged and marks:
+        self._set_aside_damaged(step, marks[0].read_text())
         continue
       try:
         self.latest()
-        return step, self.restore(step, abstract, data)
+        return step, self.restore(step, abstract, batches)
       except Damaged as error:
         if not skip_damaged:
           raise
-        if (
-          jax.process_count() > 1 and error.__cause__
-        ):  # perhaps this process alone could not read it, and the others wait elsewhere
-          (self.folder / str(step) / f'{MARK}-{jax.process_index()}').write_text(str(error))
+        if jax.process_count() > 1 and error.__cause__:
+          # Perhaps this process alone could not read it, and the others wait elsewhere.
+          mark = self._path(step) / f'{DAMAGE_MARK}-{jax.process_index()}'
+          mark.write_text(str(error))
           raise UserError(f'{error}; start again: it will be skipped') from error
-        self._set_aside(step, error)
-    if aside := sorted(self.folder.glob('*.damaged')):
+        self._set_aside_damaged(step, str(error))
+    damaged = sorted(path.name for path in self.folder.glob('*.damaged'))
+    if damaged:
       raise UserError(
-        f'all checkpoints in {self.folder} are damaged ({", ".join(path.name for path in aside)}): there is nothing to go on from; '
-        'begin in another --workdir, or delete these to begin anew in this one'
+        f'all checkpoints in {self.folder} are damaged ({", ".join(damaged)}): there is nothing to '
+        'go on from; begin in another --workdir, or delete these to begin anew in this one'
       )
     return 0, None
 
-  def changes(self, step: int) -> tuple[list[str], list[str]]:
-    """'key was -> is' of the options that differ from those `step` was saved with: the harmless ones, and those that change what data come."""
-    was, now = _leaves(self._about(step)['config']), _leaves(self.config)
-    keys = [key for key in {**was, **now} if was.get(key) != now.get(key)]
-    inexact = [key for key in keys if key.startswith(INEXACT) and key not in HARMLESS]
-    told = {key: f'{key} {_short(was.get(key))} -> {_short(now.get(key))}' for key in keys}
-    return [told[key] for key in keys if key not in inexact], [told[key] for key in inexact]
+  def restore(self, step: int, abstract: Any, batches: Any) -> Any:
+    """Restores a step.
 
-  def saved_config(self, step: int) -> dict:
-    """The config that `step` was saved with, as JSON has it."""
-    return self._about(step)['config']
+    Args:
+      step: its number.
+      abstract: the train state as ShapeDtypeStructs with shardings.
+      batches: an iterator over the data, which is moved to its position.
 
-  def set_aside_broken(self, first: int) -> list[int]:
-    """Renames the checkpoints of step `first` and later to STEP.broken, so that the run goes on from before; all processes call this."""
-    self.wait()
-    steps = [step for step in self.manager.all_steps(read=True) if step >= first]
-    wait_for_all('broken checkpoints are known')
-    if jax.process_index() == 0:
-      for step in steps:
-        aside = self.folder / f'{step}.broken'
-        shutil.rmtree(aside, ignore_errors=True)
-        (self.folder / str(step)).rename(aside)
-    wait_for_all('broken checkpoints are set aside')
-    self.manager.reload()
-    return steps
-
-  def restore(self, step: int, abstract, data):
-    """The train state of `step`, placed as `abstract` (ShapeDtypeStructs with shardings) says; moves the iterator `data`.
+    Returns:
+      The train state.
 
     Raises:
       Damaged: it cannot be read, or is not what was saved.
-      UserError: it has other arrays or types than `abstract`, or the position in the data is one in other data.
+      UserError: it has other arrays or types than `abstract`, or its position is one in other data.
     """
-    wanted, saved = (
-      integrity.names(abstract),
-      self._about(step).get('digests'),
-    )  # none in runs of before there were any
-    if saved and (odd := sorted(saved.keys() ^ set(wanted))):
-      raise UserError(
-        f'the checkpoint {self.folder / str(step)} does not fit this config ({len(odd)} arrays differ: {", ".join(odd[:3])}); '
-        'give the options that it was made with, or choose another --workdir'
-      )
+    digests = self._read_metadata(step).get('digests')  # earlier versions saved none
+    if digests:
+      compatibility.check_names(self._path(step), set(digests), set(integrity.names(abstract)))
     self._check_types(step, integrity.types(abstract))
+    items = ocp.args.Composite(
+      state=ocp.args.StandardRestore(abstract), data=integrity.PositionRestore(batches)
+    )
     try:
-      restored = self.manager.restore(
-        step,
-        args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(abstract), data=integrity.PositionRestore(data)
-        ),
-      )
+      state = self.manager.restore(step, args=items)['state']
     except (UserError, MemoryError, jax.errors.JaxRuntimeError):
       raise
-    except Exception as error:  # of many kinds, as Orbax stumbles over what it reads
+    except Exception as error:  # of many kinds, depending on where Orbax meets the damage
       raise self._damaged(step, error) from error
-    now = integrity.digests(restored['state']) if saved else {}
-    if wrong := [name for name in now if saved[name] != now[name]]:
-      raise self._damaged(
-        step, f'{len(wrong)} of {len(saved)} arrays are not what was saved: {", ".join(wrong[:3])}'
-      )
-    return restored['state']
+    if digests:
+      now = integrity.digests(state)
+      wrong = [name for name in now if digests[name] != now[name]]
+      if wrong:
+        reason = f'{len(wrong)} of {len(digests)} arrays are not what was saved'
+        raise self._damaged(step, f'{reason}: {", ".join(wrong[:3])}')
+    return state
 
-  def save(self, step: int, state, data) -> None:
-    """Begins to save; the arrays are copied before it returns, the files are written behind it.
+  # --- Saving ---
+
+  def save(self, step: int, state: Any, batches: Any) -> None:
+    """Begins to save; the arrays are copied before it returns, the files are written later.
+
+    Args:
+      step: its number.
+      state: the train state.
+      batches: the iterator over the data, whose position is saved.
 
     Raises:
-      UserError: the disk is full, now or while the previous checkpoint was written. Nothing half-written stays.
+      UserError: the disk is full, now or while the previous checkpoint was written. Nothing
+        half-written stays.
     """
-    about = {
+    metadata = {
       **self.identity,
       'settings': self.settings,
       'config': self.config,
       'digests': integrity.digests(state),
     }
-    with _DiskFull(self):
-      self.manager.save(
-        step,
-        args=ocp.args.Composite(
-          state=ocp.args.StandardSave(state),
-          data=integrity.PositionSave(data),
-          config=ocp.args.JsonSave({**about, 'sum': integrity.checksum(about)}),
-        ),
-      )
+    items = ocp.args.Composite(
+      state=ocp.args.StandardSave(state),
+      data=integrity.PositionSave(batches),
+      config=ocp.args.JsonSave({**metadata, 'sum': integrity.checksum(metadata)}),
+    )
+    with _FullDiskErrors(self):
+      self.manager.save(step, args=items)
 
   def check(self) -> None:
-    """Raises what went wrong behind us, if anything did."""
-    with _DiskFull(self):
+    """Raises the error of writing in the background, if there was one."""
+    with _FullDiskErrors(self):
       self.manager.check_for_errors()
 
   def wait(self) -> None:
     """Returns when everything is on the disk."""
-    with _DiskFull(self):
+    with _FullDiskErrors(self):
       self.manager.wait_until_finished()
 
   def close(self) -> None:
-    with _DiskFull(self):
+    """Waits, and ends the background threads."""
+    with _FullDiskErrors(self):
       self.manager.close()
 
   def clear_half_written(self) -> None:
     """Deletes what a killed or failed save left; it never became a step."""
     if jax.process_index() == 0:
-      for half in self.folder.glob('*.orbax-checkpoint-tmp*'):
-        shutil.rmtree(half, ignore_errors=True)
+      for path in self.folder.glob('*.orbax-checkpoint-tmp*'):
+        shutil.rmtree(path, ignore_errors=True)
 
-  def _about(self, step: int) -> dict:
+  def set_aside_broken(self, first: int) -> list[int]:
+    """Renames the checkpoints from step `first` on to STEP.broken; all processes call this.
+
+    The run then continues from the one before.
+
+    Returns:
+      Their steps.
+    """
+    self.wait()
+    steps = [step for step in self.manager.all_steps(read=True) if step >= first]
+    wait_for_all('broken checkpoints are known')
+    if jax.process_index() == 0:
+      for step in steps:
+        self._rename(step, 'broken')
+    wait_for_all('broken checkpoints are set aside')
+    self.manager.reload()
+    return steps
+
+  # --- Metadata ---
+
+  def _path(self, step: int) -> pathlib.Path:
+    return self.folder / str(step)
+
+  def _read_metadata(self, step: int) -> dict[str, Any]:
     try:
-      about = self.manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))[
-        'config'
-      ]
-      saved = about.pop('sum', None)  # none in runs of before there was one
-      if saved and saved != integrity.checksum(about):
+      items = ocp.args.Composite(config=ocp.args.JsonRestore())
+      metadata = self.manager.restore(step, args=items)['config']
+      checksum = metadata.pop('sum', None)  # earlier versions saved none
+      if checksum and checksum != integrity.checksum(metadata):
         raise ValueError('its config is not what was saved')
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
       raise self._damaged(step, error) from error
-    return about
+    return metadata
 
-  def _check_types(self, step: int, wanted: dict[str, str]) -> None:
-    """Raises UserError where the arrays that were saved have other types: Orbax would cast them, and the digests then tell of damage."""
+  def _check_types(self, step: int, expected: Mapping[str, str]) -> None:
+    """Raises UserError where the saved arrays have other types.
+
+    Orbax would cast them, and the digests would then report damage.
+    """
     try:
       saved = integrity.types(self.manager.item_metadata(step)['state'].tree)
-    except Exception:  # of many kinds, of what is damaged; reading the arrays tells
+    except Exception:  # of many kinds, of a damaged one; reading the arrays reports it
       return
-    if odd := [
-      f'{name} {saved[name]}, not {dtype}'
-      for name, dtype in wanted.items()
-      if saved.get(name, dtype) != dtype
-    ]:
-      was, now = _leaves(self._about(step)['config']), _leaves(self.config)
-      remedy = [
-        f'--config.{key}={was[key]}'
-        for key in was
-        if key.endswith('dtype') and key in now and was[key] != now[key]
-      ]
-      raise UserError(
-        f'the checkpoint {self.folder / str(step)} has other types than this config ({len(odd)} arrays differ: {", ".join(odd[:3])}); '
-        f'give {" ".join(remedy) or "the options"}, as it was made with, or choose another --workdir'
-      )
+    if any(saved.get(name, dtype) != dtype for name, dtype in expected.items()):
+      before = self.saved_config(step)
+      raise compatibility.types_error(self._path(step), saved, expected, before, self.config)
 
-  def _damaged(self, step: int, error) -> Damaged:
-    reason = ' '.join(str(error).split())[:300]
+  # --- Damage ---
+
+  def _damaged(self, step: int, reason: Exception | str) -> Damaged:
+    text = ' '.join(str(reason).split())[:MAX_REASON]
     return Damaged(
-      f'the checkpoint {self.folder / str(step)} is damaged or does not fit this config ({reason}); '
+      f'the checkpoint {self._path(step)} is damaged or does not fit this config ({text}); '
       '--config.skip_damaged=true goes on from the one before, or choose another --workdir'
     )
 
-  def _set_aside(self, step: int, reason) -> None:
-    """By process 0, while no other one reads it; all call this."""
+  def _set_aside_damaged(self, step: int, reason: str) -> None:
+    """Renames a checkpoint while no process reads it; all processes call this."""
     wait_for_all('a damaged checkpoint was found')
     if jax.process_index() == 0:
       print(f'lavit: {reason}', flush=True)
-      aside = self.folder / f'{step}.damaged'
-      shutil.rmtree(aside, ignore_errors=True)
-      (self.folder / str(step)).rename(aside)
+      self._rename(step, 'damaged')
     wait_for_all('a damaged checkpoint is set aside')
     self.manager.reload()
 
+  def _rename(self, step: int, suffix: str) -> None:
+    target = self.folder / f'{step}.{suffix}'
+    shutil.rmtree(target, ignore_errors=True)
+    self._path(step).rename(target)
 
-def saved_settings(workdir) -> dict[str, dict]:
-  """The settings that the run in `workdir` was trained with, by its last checkpoint; {} where there is none, or none that can be read."""
-  steps = [
-    path for path in (pathlib.Path(workdir) / 'checkpoints').glob('*') if path.name.isdecimal()
-  ]
+
+def saved_settings(workdir: str | pathlib.Path) -> Settings:
+  """The settings that the run in `workdir` was trained with, by its last checkpoint.
+
+  {} where there is none, or none that can be read.
+  """
+  folders = (pathlib.Path(workdir) / 'checkpoints').glob('*')
+  steps = [path for path in folders if path.name.isdecimal()]
   if not steps:
     return {}
   last = max(steps, key=lambda path: int(path.name))
   try:
     return json.loads((last / 'config' / 'metadata').read_text()).get('settings', {})
-  except (OSError, ValueError, AttributeError):  # damaged: reading it as a whole tells
+  except (OSError, ValueError, AttributeError):  # restoring it reports the damage
     return {}
 
 
-def _leaves(config: dict, prefix: str = '') -> dict:
-  """{'optim.learning_rate': 0.1, ...}."""
-  found = {}
-  for key, value in config.items():
-    found |= _leaves(value, f'{prefix}{key}.') if isinstance(value, dict) else {prefix + key: value}
-  return found
-
-
-def _short(value) -> str:
-  text = repr(value)
-  return text if len(text) <= 60 else f'{text[:57]}...'
-
-
 class _Manager(ocp.CheckpointManager):
-  """Asks nothing about preemption: it would give the step, and JAX has one counter for all who ask, which processes.Interrupt counts up."""
+  """Does not ask whether the job is preempted.
+
+  It would ask with the step, and JAX has one counter for all who ask, which `InterruptHandler`
+  increments.
+  """
 
   def reached_preemption(self, step: int) -> bool:
     return False
 
 
-class _DiskFull:
-  """Turns a full disk into a UserError and clears away what was half-written. TensorStore reports it in words, not by errno."""
+class _FullDiskErrors:
+  """Turns a full disk into a UserError, and clears away what was half-written.
+
+  TensorStore reports a full disk in its message, not by errno.
+  """
 
   def __init__(self, checkpoints: Checkpoints):
     self.checkpoints = checkpoints
@@ -342,10 +341,10 @@ class _DiskFull:
   def __exit__(self, kind, error, traceback):
     if not disk_full(error):
       return False
-    folder = self.checkpoints.folder
     self.checkpoints.clear_half_written()
     steps = self.checkpoints.manager.all_steps(read=True)
     remedy = f'it goes on from step {max(steps)}' if steps else 'it begins anew'
     raise UserError(
-      f'the disk is full while saving to {folder}; free some space and start the same command again: {remedy}'
+      f'the disk is full while saving to {self.checkpoints.folder}; free some space and start the '
+      f'same command again: {remedy}'
     ) from error

@@ -1,12 +1,14 @@
-"""The codebook as it trains: unit vectors that follow the means of what they are chosen for (BEiT-v2; specification, Training).
+"""The codebook as it trains: unit vectors that follow the means of the tokens that choose them.
 
-It is not trained by gradients but carried as state. Axes: T tokens, K codes, C code width; `weight` f32[T] is 1 where a token
-counts (kept patches) and 0 elsewhere, so that shapes stay static.
+As in BEiT-v2 (specification, Training), it is not trained by gradients but carried as state. Axes:
+T tokens, K codes, C code width. `weight` f32[T] is 1 where a token counts (kept patches) and 0
+elsewhere, so that shapes stay static.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,23 +16,26 @@ from jax import Array
 
 from lavit_jax.models.tokenizer import l2_normalize, nearest_code
 
-LIVE = 100  # a code is dead once this many batches have passed it by
+DEAD_AFTER = 100  # batches without a token after which a code counts as dead
 
 
 class Codebook(NamedTuple):
-  """`embedding` f32[K, C] unit rows; `cluster_size` f32[K] moving average of the tokens a batch gives each code; `idle` i32[K]
-  batches since it was last chosen; `step` i32[], updates seen, whatever they did; `started` bool[], whether k-means has begun it.
-  """
+  """The codes, and how they were used."""
 
-  embedding: Array
-  cluster_size: Array
-  idle: Array
-  step: Array
-  started: Array
+  embedding: Array  # f32[K, C], unit vectors
+  cluster_size: Array  # f32[K], moving average of the tokens that a batch gives each code
+  idle: Array  # i32[K], batches since a token last chose the code
+  step: Array  # i32[], batches seen, whether or not the codes moved
+  started: Array  # bool[], whether k-means has started it
 
 
 def init_codebook(embedding: Array, started: bool = False) -> Codebook:
-  """A codebook of these unit rows f32[K, C], all of them alive; `started` if they are those of an earlier training."""
+  """A codebook of unit vectors f32[K, C], all of them alive.
+
+  Args:
+    embedding: the codes.
+    started: whether they are those of an earlier training.
+  """
   num_codes = len(embedding)
   return Codebook(
     embedding,
@@ -41,76 +46,116 @@ def init_codebook(embedding: Array, started: bool = False) -> Codebook:
   )
 
 
-def is_offered(parts: dict) -> bool:
-  """Whether a codebook is among parts of the model; the loader leaves out one that was never trained."""
-  return 'tokenizer' in parts and 'embedding' in parts['tokenizer']['quantizer']
+def has_codebook(params: Mapping[str, Any]) -> bool:
+  """Whether params have a codebook; the loader leaves out one that was never trained."""
+  return 'tokenizer' in params and 'embedding' in params['tokenizer']['quantizer']
 
 
-def take_out(params: dict) -> tuple[dict, Array]:
-  """Trees by part, among them 'tokenizer' -> (the same without the codebook, the codebook f32[K, C])."""
+def take_out(params: Mapping[str, Any]) -> tuple[dict[str, Any], Array]:
+  """Separates the codebook from the tokenizer's parameters.
+
+  Returns:
+    (params without it, the codebook f32[K, C]).
+  """
   quantizer = dict(params['tokenizer']['quantizer'])
   embedding = quantizer.pop('embedding')
   return {**params, 'tokenizer': {**params['tokenizer'], 'quantizer': quantizer}}, embedding
 
 
-def put_in(params: dict, embedding: Array) -> dict:
+def put_in(params: Mapping[str, Any], embedding: Array) -> dict[str, Any]:
   """The inverse of `take_out`."""
   quantizer = {**params['tokenizer']['quantizer'], 'embedding': embedding}
   return {**params, 'tokenizer': {**params['tokenizer'], 'quantizer': quantizer}}
 
 
-def moved_away(book: Codebook, revive_after: int) -> Array:
-  """bool[K]: the codes that the last `update_codebook` has put elsewhere. Alive they are only when a token chooses them."""
+def revived_codes(book: Codebook, revive_after: int) -> Array:
+  """The codes that the last `update_codebook` has moved onto another token, bool[K].
+
+  They are alive again only when a token chooses them.
+  """
   if not revive_after:
     return jnp.zeros(len(book.idle), bool)
   return (book.idle > 0) & (book.idle % revive_after == 0)
 
 
-def settle(average: Array, old: Codebook, new: Codebook, revive_after: int) -> Array:
-  """The average of a codebook over the last steps, f32[K, C], as unit rows.
+def restart_average(average: Array, old: Codebook, new: Codebook, revive_after: int) -> Array:
+  """The average of a codebook over the last steps, as unit vectors.
 
-  Averaged by the same weights as the parameters, the codes are where averaged parameters put their tokens. Codes that jump begin anew:
-  all until the step at which k-means begins them, and those that are moved onto another token.
+  Averaged by the same weights as the parameters, the codes are where averaged parameters put their
+  tokens. The average restarts for codes that jump: all until the step at which k-means starts them,
+  and those that are moved onto another token.
+
+  Args:
+    average: f32[K, C].
+    old: the codebook before the step.
+    new: the codebook after it.
+    revive_after: see `update_codebook`.
+
+  Returns:
+    f32[K, C].
   """
-  anew = ~old.started | moved_away(new, revive_after)
-  return jnp.where(anew[:, None], new.embedding, l2_normalize(average))
+  restarts = ~old.started | revived_codes(new, revive_after)
+  return jnp.where(restarts[:, None], new.embedding, l2_normalize(average))
 
 
-def count_assignments(z: Array, weight: Array, ids: Array, num_codes: int) -> tuple[Array, Array]:
-  """How many tokens chose each code, f32[K], and their sum f32[K, C]."""
-  total = jnp.concatenate([weight[:, None], z * weight[:, None]], axis=-1)
-  total = jax.ops.segment_sum(total, ids, num_codes)
-  return total[:, 0], total[:, 1:]
+def count_assignments(
+  vectors: Array, weight: Array, ids: Array, num_codes: int
+) -> tuple[Array, Array]:
+  """How many tokens chose each code, f32[K], and the sum of their vectors, f32[K, C].
+
+  Args:
+    vectors: f32[T, C].
+    weight: f32[T].
+    ids: i32[T], the codes that the tokens chose.
+    num_codes: K.
+  """
+  columns = jnp.concatenate([weight[:, None], vectors * weight[:, None]], axis=-1)
+  sums = jax.ops.segment_sum(columns, ids, num_codes)
+  return sums[:, 0], sums[:, 1:]
 
 
-def draw_vectors(key: Array, z: Array, weight: Array, num: int) -> Array:
-  """`num` rows of z f32[T, C], without repeats while there are enough, with chances proportional to `weight` f32[T]."""
-  score = jnp.where(weight > 0, jnp.log(weight) + jax.random.gumbel(key, weight.shape), -jnp.inf)
+def draw_vectors(key: Array, vectors: Array, weight: Array, num: int) -> Array:
+  """Draws `num` of the vectors f32[T, C], with chances proportional to `weight` f32[T].
+
+  Without repeats while there are enough.
+  """
+  noise = jax.random.gumbel(key, weight.shape)
+  score = jnp.where(weight > 0, jnp.log(weight) + noise, -jnp.inf)
   order = jnp.argsort(-score)
-  return z[order[jnp.arange(num) % jnp.maximum((weight > 0).sum(), 1)]]
+  return vectors[order[jnp.arange(num) % jnp.maximum((weight > 0).sum(), 1)]]
 
 
 def kmeans(
-  key: Array, z: Array, weight: Array, num_codes: int, iterations: int = 10
+  key: Array, vectors: Array, weight: Array, num_codes: int, iterations: int = 10
 ) -> tuple[Array, Array]:
-  """Spherical k-means of z f32[T, C] (unit rows) from tokens drawn at random; empty clusters stay where they are.
+  """Spherical k-means, from tokens drawn at random; empty clusters stay where they are.
+
+  Args:
+    key: of the draw.
+    vectors: f32[T, C], unit vectors.
+    weight: f32[T].
+    num_codes: K.
+    iterations: of the centers.
 
   Returns:
-    (embedding f32[K, C], unit rows; the size of each cluster f32[K]).
+    (the centers f32[K, C], unit vectors; the size of each cluster f32[K]).
   """
 
   def iterate(_, embedding):
-    count, total = count_assignments(z, weight, nearest_code(z, embedding), num_codes)
+    ids = nearest_code(vectors, embedding)
+    count, total = count_assignments(vectors, weight, ids, num_codes)
     return jnp.where(count[:, None] > 0, l2_normalize(total), embedding)
 
-  embedding = jax.lax.fori_loop(0, iterations, iterate, draw_vectors(key, z, weight, num_codes))
-  count, _ = count_assignments(z, weight, nearest_code(z, embedding), num_codes)
+  first = draw_vectors(key, vectors, weight, num_codes)
+  embedding = jax.lax.fori_loop(0, iterations, iterate, first)
+  ids = nearest_code(vectors, embedding)
+  count, _ = count_assignments(vectors, weight, ids, num_codes)
   return embedding, count
 
 
-def start_from_kmeans(key: Array, book: Codebook, z: Array, weight: Array) -> Codebook:
-  """The codebook that k-means finds in the first quantised batch."""
-  embedding, count = kmeans(key, z, weight, len(book.embedding))
+def start_from_kmeans(key: Array, book: Codebook, vectors: Array, weight: Array) -> Codebook:
+  """The codebook that k-means finds in the first quantized batch."""
+  embedding, count = kmeans(key, vectors, weight, len(book.embedding))
   return book._replace(
     embedding=embedding,
     cluster_size=count,
@@ -120,43 +165,60 @@ def start_from_kmeans(key: Array, book: Codebook, z: Array, weight: Array) -> Co
 
 
 def update_codebook(
-  key: Array, book: Codebook, z: Array, weight: Array, ids: Array, decay: float, revive_after: int
+  key: Array,
+  book: Codebook,
+  vectors: Array,
+  weight: Array,
+  ids: Array,
+  decay: float,
+  revive_after: int,
 ) -> Codebook:
   """One batch's step of the codes towards the means of their tokens.
 
   Args:
     key: for the revival.
-    z: f32[T, C] unit rows; weight f32[T]; ids i32[T] their codes.
+    book: the codebook before the batch.
+    vectors: f32[T, C], unit vectors.
+    weight: f32[T].
+    ids: i32[T], their codes.
     decay: of the moving averages (0.99).
-    revive_after: a code that this many batches have passed by moves onto a token that its code describes badly (chances
-      proportional to the squared distance, as in k-means++), and again after as many more. 0: never.
+    revive_after: a code that no token of this many batches has chosen moves onto a token that its
+      code describes badly (chances proportional to the squared distance, as in k-means++), and
+      again after as many more. 0: never.
   """
   num_codes = len(book.embedding)
-  count, total = count_assignments(z, weight, ids, num_codes)
+  count, total = count_assignments(vectors, weight, ids, num_codes)
   used = count > 0
   moved = l2_normalize(decay * book.embedding + (1 - decay) * l2_normalize(total))
   embedding = jnp.where(used[:, None], moved, book.embedding)
   cluster_size = decay * book.cluster_size + (1 - decay) * count
   idle = jnp.where(used, 0, book.idle + 1)
   if revive_after:
-    error = weight * jnp.square(z - book.embedding[ids]).sum(-1)
-    moves = moved_away(book._replace(idle=idle), revive_after)
-    order = jnp.maximum(
-      jnp.cumsum(moves) - 1, 0
-    )  # the first token drawn is the likeliest to be badly described: none goes to waste
-    # Only then: to draw sorts all tokens.
-    embedding = jax.lax.cond(
-      moves.any(),
-      lambda e: jnp.where(moves[:, None], draw_vectors(key, z, error, num_codes)[order], e),
-      lambda e: e,
-      embedding,
-    )
+    error = weight * jnp.square(vectors - book.embedding[ids]).sum(-1)
+    revived = revived_codes(book._replace(idle=idle), revive_after)
+    embedding = _revive(key, embedding, revived, vectors, error)
   return book._replace(embedding=embedding, cluster_size=cluster_size, idle=idle)
 
 
+def _revive(key: Array, embedding: Array, revived: Array, vectors: Array, error: Array) -> Array:
+  """Moves the codes of the mask `revived` bool[K] onto tokens with a large `error` f32[T]."""
+  # The first vector drawn is the likeliest to be badly described: none is drawn in vain.
+  order = jnp.maximum(jnp.cumsum(revived) - 1, 0)
+
+  def move(embedding):
+    drawn = draw_vectors(key, vectors, error, len(embedding))
+    return jnp.where(revived[:, None], drawn[order], embedding)
+
+  # Only where codes are revived: drawing sorts all tokens.
+  return jax.lax.cond(revived.any(), move, lambda embedding: embedding, embedding)
+
+
 def usage_metrics(book: Codebook) -> dict[str, Array]:
-  """What collapse looks like, over the last steps: the share of codes alive, how many are dead, the perplexity of their use (1..K)."""
-  dead = book.idle >= LIVE
+  """The signs of collapse over the last steps, f32[] each.
+
+  These are the share of codes alive, how many are dead, and the perplexity of their use (1..K).
+  """
+  dead = book.idle >= DEAD_AFTER
   return dict(
     code_usage=1 - dead.mean(),
     dead_codes=dead.sum().astype(jnp.float32),
@@ -165,6 +227,10 @@ def usage_metrics(book: Codebook) -> dict[str, Array]:
 
 
 def perplexity(count: Array) -> Array:
-  """The exponential of the entropy of a distribution given by counts f32[K]: 1 for a single code, K for equal use."""
+  """The exponential of the entropy of a distribution, f32[]: 1 for a single code, K for equal use.
+
+  Args:
+    count: f32[K].
+  """
   share = count / jnp.maximum(count.sum(), 1e-9)
   return jnp.exp(-(share * jnp.log(jnp.maximum(share, 1e-12))).sum())

@@ -1,4 +1,4 @@
-"""Config pages: a Python file with `get_config(argument)`, and `--config.key=value` on the command line."""
+"""Config pages: a Python file with `get_config(argument)`, and `--config.key=value` options."""
 
 from __future__ import annotations
 
@@ -7,23 +7,28 @@ import difflib
 import importlib.util
 import inspect
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from lavit_jax.errors import UserError
 from lavit_jax.local_paths import expand_home
 
-WORDS = {'true': True, 'false': False, 'none': None}
+LITERALS = {'true': True, 'false': False, 'none': None}
+OPTION_PREFIX = '--config.'
 
 
 def load_config(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
-  """Reads `path.py[:argument]`, applies `(key, text)` overrides, and locks the config.
+  """Reads a page, applies overrides, and locks the config.
 
-  An override takes the type of the value that it replaces.
+  Args:
+    spec: 'path.py' or 'path.py:argument'.
+    overrides: (dotted key, text); the text is read in the type of the value that it replaces.
 
   Raises:
-    UserError: no such page, an argument that the page refuses, an unknown key (the nearest is named), a value of another type.
+    UserError: there is no such page, the page refuses the argument, a key is unknown (the nearest
+      is named), or a value has another type.
   """
   path, _, argument = spec.partition(':')
   path = expand_home(path)
@@ -43,46 +48,76 @@ def load_config(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigD
 
 
 def override(config: ConfigDict, key: str, text: str) -> None:
-  """Sets the dotted `key` to `text`, read in the type of the value that is there. Raises UserError as `load_config`."""
-  known = dict(config_leaves(config))
-  if key not in known:
-    near = [k for k in known if k.startswith(f'{key}.')][:3] or difflib.get_close_matches(
-      key, known, n=1, cutoff=0.4
-    )
-    hint = (
-      f'did you mean {" or ".join("--config." + k for k in near)}?'
-      if near
-      else 'the page names them all'
-    )
-    raise UserError(f'--config.{key}: no such key; {hint}')
+  """Sets the dotted `key` to `text`, read in the type of the present value.
+
+  Raises:
+    UserError: as `load_config`.
+  """
+  values = dict(config_leaves(config))
+  if key not in values:
+    raise UserError(f'{OPTION_PREFIX}{key}: no such key; {_suggest(key, values)}')
   *parents, name = key.split('.')
-  node = config
+  node: Any = config
   for parent in parents:
     node = node[parent]
   with node.unlocked(), node.ignore_type():
-    node[name] = _parse(key, text, known[key], node.get_type(name))
+    node[name] = _parse(key, text, values[key], node.get_type(name))
 
 
 def split_overrides(options: Iterable[str]) -> tuple[list[tuple[str, str]], list[str]]:
-  """Command-line options -> ((key, text) of each `--config.key=text` or `--config.key text`, the other options)."""
-  pairs, others, options = [], [], iter(options)
+  """Splits command-line options.
+
+  Args:
+    options: of the command line, `--config.key=text` and `--config.key text` among them.
+
+  Returns:
+    ((key, text) of these, the other options).
+
+  Raises:
+    UserError: a key has no value.
+  """
+  pairs = []
+  others = []
+  options = iter(options)
   for option in options:
-    if not option.startswith('--config.'):
+    if not option.startswith(OPTION_PREFIX):
       others.append(option)
       continue
-    key, equals, text = option.removeprefix('--config.').partition('=')
-    text = text if equals else next(options, None)
-    if text is None:
+    key, equals, text = option.removeprefix(OPTION_PREFIX).partition('=')
+    value = text if equals else next(options, None)
+    if value is None:
       raise UserError(f'{option}: give it a value, as in {option}=1')
-    pairs.append((key, text))
+    pairs.append((key, value))
   return pairs, others
 
 
-def _read_page(path: str):
+def config_leaves(
+  config: ConfigDict | Mapping[str, Any], prefix: str = ''
+) -> Iterator[tuple[str, Any]]:
+  """('optim.learning_rate', 0.1), ... of a config, or of its JSON."""
+  for key, value in config.items():
+    if isinstance(value, ConfigDict | Mapping):
+      yield from config_leaves(value, f'{prefix}{key}.')
+    else:
+      yield prefix + key, value
+
+
+def _suggest(key: str, values: Mapping[str, Any]) -> str:
+  """Keys that may have been meant."""
+  inside = [name for name in values if name.startswith(f'{key}.')]
+  near = inside[:3] or difflib.get_close_matches(key, values, n=1, cutoff=0.4)
+  if not near:
+    return 'the page names them all'
+  return f'did you mean {" or ".join(OPTION_PREFIX + name for name in near)}?'
+
+
+def _read_page(path: str) -> Callable[..., ConfigDict]:
   if not os.path.isfile(path):
     raise UserError(f'--config: there is no file {path}; the pages of the project are configs/*.py')
   spec = importlib.util.spec_from_file_location('lavit_config_page', path)
   try:
+    if spec is None or spec.loader is None:
+      raise AttributeError('its name does not end in .py')
     page = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(page)
     return page.get_config
@@ -92,32 +127,22 @@ def _read_page(path: str):
     ) from error
 
 
-def config_leaves(config: ConfigDict, prefix: str = '') -> Iterator[tuple[str, object]]:
-  """('optim.learning_rate', 0.1), ..."""
-  for key, value in config.items():
-    if isinstance(value, ConfigDict):
-      yield from config_leaves(value, f'{prefix}{key}.')
-    else:
-      yield prefix + key, value
-
-
-def _parse(key: str, text: str, old, kind: type):
-  """`text` as a `kind`; where the page left the value open (None), whatever Python literal or word it is."""
+def _parse(key: str, text: str, old: Any, kind: type) -> Any:
+  """`text` as a `kind`; any Python literal or text where the page left the value open (None)."""
   if kind is str:
     return '' if text == 'None' else text
   try:
-    value = WORDS[text.lower()] if text.lower() in WORDS else ast.literal_eval(text)
+    value = LITERALS[text.lower()] if text.lower() in LITERALS else ast.literal_eval(text)
   except (ValueError, SyntaxError):
     value = text
   if value is None and kind in (tuple, list):
     return kind()
-  if (
-    value is None or kind is type(None) or type(value) is kind
-  ):  # options.py says where None may be
+  # options.py checks where None may be.
+  if value is None or kind is type(None) or type(value) is kind:
     return value
   if {type(value), kind} == {int, float} and kind(value) == value:
     return kind(value)
   if {type(value), kind} == {tuple, list}:
     return kind(value)
   example = f', such as {old!r}' if old is not None else ''
-  raise UserError(f'--config.{key}={text}: give a value of type {kind.__name__}{example}')
+  raise UserError(f'{OPTION_PREFIX}{key}={text}: give a value of type {kind.__name__}{example}')

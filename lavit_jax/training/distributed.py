@@ -1,7 +1,7 @@
-"""One job of many processes: how they find each other, stop together, and what of their arrays the first one writes.
+"""One job of several processes: how they connect, stop together, and share what one of them knows.
 
-Every process runs the same program on the same mesh. What only one of them knows (SIGTERM, an error of its own) reaches the others
-through the coordinator, which is process 0.
+Every process runs the same program on the same mesh. What only one of them knows (SIGTERM, an error
+of its own) reaches the others through the coordinator, which is process 0.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,14 +29,18 @@ from jax.experimental import multihost_utils
 
 from lavit_jax.errors import Unreachable, UserError
 
-TERMINATED = 143  # 128 + SIGTERM
-LOST = re.compile(
-  r'Gloo [^\n]{,80}failed|Connection (closed|reset|refused)|NCCL [^\n]{,80}|Socket closed|heartbeat timeout|'
-  r'(UNAVAILABLE|DEADLINE_EXCEEDED)[^\n]{,80}'
+TERMINATED = 143  # exit status: 128 + SIGTERM
+# What the libraries below JAX say when another process is gone.
+CONNECTION_LOST = re.compile(
+  r'Gloo [^\n]{,80}failed|Connection (closed|reset|refused)|NCCL [^\n]{,80}|Socket closed|'
+  r'heartbeat timeout|(UNAVAILABLE|DEADLINE_EXCEEDED)[^\n]{,80}'
 )
-TIMEOUT = 60  # seconds of silence after which a process is given up
-ROOM = 1024  # bytes of what one process tells the others
-PATIENCE = 10  # seconds that a shared folder has to show a new file everywhere
+HEARTBEAT_TIMEOUT = 60  # seconds of silence after which a process counts as lost
+MESSAGE_BYTES = 1024  # of JSON, that each process may send to the others
+SHARED_FOLDER_TIMEOUT = 10  # seconds in which a shared folder must show a new file everywhere
+
+
+# --- Connecting ----------------------------------------------------------------------------------
 
 
 def connect(
@@ -44,39 +49,33 @@ def connect(
   process: int | None = None,
   timeout: int | None = None,
 ) -> None:
-  """Joins the job, before anything else of JAX runs; a process on its own does nothing here.
+  """Joins the job, before anything else of JAX runs; a single process does nothing here.
 
-  TPU pods, GKE and SLURM say by themselves who belongs to the job. Elsewhere the arguments do, or for those that are None the variables
-  JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+  On TPU pods, GKE and SLURM, JAX knows who belongs to the job. Elsewhere the arguments say so, or
+  for those that are None the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+  JAX_PROCESS_ID.
 
   Args:
     coordinator: HOST:PORT where process 0 listens.
-    processes, process: how many there are, and which this is.
-    timeout: seconds after which the others end when one of them is silent (default: JAX_HEARTBEAT_TIMEOUT, or 60).
+    processes: how many there are.
+    process: the number of this one.
+    timeout: seconds after which the others end when one is silent (default: the variable
+      JAX_HEARTBEAT_TIMEOUT, or 60).
 
   Raises:
-    UserError: some of the three are missing or make no sense.
+    UserError: some of the three are missing, or out of range.
     Unreachable: the others do not come.
   """
   coordinator = coordinator or os.environ.get('JAX_COORDINATOR_ADDRESS')
-  processes = _number('--processes', 'JAX_NUM_PROCESSES', processes)
-  process = _number('--process', 'JAX_PROCESS_ID', process)
-  timeout = _number('--timeout', 'JAX_HEARTBEAT_TIMEOUT', timeout) or TIMEOUT
-  given = (coordinator, processes, process)
-  if given == (None,) * 3 and not in_a_cluster():
-    return
-  if given != (None,) * 3:
-    if None in given and not in_a_cluster():
-      raise UserError(
-        'a job of several processes needs --coordinator HOST:PORT, --processes N and --process I (or JAX_COORDINATOR_ADDRESS, '
-        f'JAX_NUM_PROCESSES, JAX_PROCESS_ID); there is {coordinator}, {processes}, {process}'
-      )
-    if None not in given and not 0 <= process < processes:
-      raise UserError(
-        f'--process {process}: of {processes} processes the first is 0 and the last {processes - 1}'
-      )
-    if coordinator and not coordinator.rpartition(':')[2].isdigit():
-      raise UserError(f'--coordinator {coordinator}: give host and port, such as 10.0.0.1:9876')
+  processes = _from_environment('--processes', 'JAX_NUM_PROCESSES', processes)
+  process = _from_environment('--process', 'JAX_PROCESS_ID', process)
+  timeout = _from_environment('--timeout', 'JAX_HEARTBEAT_TIMEOUT', timeout) or HEARTBEAT_TIMEOUT
+  automatic = in_a_cluster()
+  if coordinator is None and processes is None and process is None:
+    if not automatic:
+      return
+  else:
+    _check_addresses(coordinator, processes, process, automatic)
   try:
     jax.distributed.initialize(
       coordinator,
@@ -89,58 +88,42 @@ def connect(
     reason = ' '.join(str(error).split())[:300]
     kind = UserError if isinstance(error, ValueError) else Unreachable
     raise kind(
-      f'the {processes or ""} processes of the job did not meet at {coordinator or "their coordinator"} ({reason}); '
-      'start all of them, with the same --coordinator and --processes'
+      f'the {processes or ""} processes of the job did not meet at '
+      f'{coordinator or "their coordinator"} ({reason}); start all of them, with the same '
+      '--coordinator and --processes'
     ) from error
 
 
-@contextlib.contextmanager
-def exit_together() -> Iterator[None]:
-  """Around the work of a job: a process that fails ends without waiting for the others, who learn of it by its silence.
-
-  Raises:
-    Unreachable: in place of what JAX says when another process is gone. (Where no transfer was under way JAX itself ends the process:
-      'another task died', status 134.)
-  """
-  try:
-    yield
-  except Exception as error:
-    if jax.process_count() == 1:
-      raise
-    told = error if isinstance(error, UserError) else None
-    if told is None and (lost := LOST.search(f'{error} {error.__context__ or ""}')):
-      told = Unreachable(
-        f'process {jax.process_index()} of {jax.process_count()} has lost another one ({" ".join(lost[0].split())}); look '
-        'at what the others say, and start all of them again: the run goes on from its last checkpoint'
+def _check_addresses(
+  coordinator: str | None, processes: int | None, process: int | None, automatic: bool
+) -> None:
+  """Raises UserError if some are missing (and JAX cannot know them), or out of range."""
+  if coordinator is None or processes is None or process is None:
+    if not automatic:
+      raise UserError(
+        'a job of several processes needs --coordinator HOST:PORT, --processes N and --process I '
+        '(or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID); there is '
+        f'{coordinator}, {processes}, {process}'
       )
-    atexit.register(_leave, told.status if told else 1)  # runs before JAX's, which waits for all
-    if told is None or told is error:
-      raise
-    raise told from error
-
-
-def _leave(status: int) -> None:
-  if jax.process_index() == 0:  # its end ends the others: who fails alike may say so first
-    time.sleep(1)
-  for stream in (sys.stdout, sys.stderr):
-    with contextlib.suppress(OSError, ValueError):  # nobody reads any more
-      stream.flush()
-  os._exit(status)
+  elif not 0 <= process < processes:
+    raise UserError(
+      f'--process {process}: of {processes} processes the first is 0 and the last {processes - 1}'
+    )
+  if coordinator and not coordinator.rpartition(':')[2].isdigit():
+    raise UserError(f'--coordinator {coordinator}: give host and port, such as 10.0.0.1:9876')
 
 
 def in_a_cluster() -> bool:
-  """Whether JAX can tell by itself who belongs to the job: a step of SLURM with several tasks, or a machine with TPUs."""
+  """Whether JAX knows who belongs to the job: in a SLURM step of several tasks, or on TPUs."""
   if 'SLURM_STEP_NODELIST' in os.environ and int(os.environ.get('SLURM_NTASKS', 1)) > 1:
     return True
-  cpu = os.environ.get('JAX_PLATFORMS', '').startswith('cpu')
-  return (
-    not cpu
-    and bool(glob.glob('/dev/accel*') or glob.glob('/dev/vfio/[0-9]*'))
-    and importlib.util.find_spec('libtpu') is not None
-  )
+  if os.environ.get('JAX_PLATFORMS', '').startswith('cpu'):
+    return False
+  has_tpus = bool(glob.glob('/dev/accel*') or glob.glob('/dev/vfio/[0-9]*'))
+  return has_tpus and importlib.util.find_spec('libtpu') is not None
 
 
-def _number(option: str, variable: str, value: int | None) -> int | None:
+def _from_environment(option: str, variable: str, value: int | None) -> int | None:
   text = os.environ.get(variable)
   if value is not None or not text:
     return value
@@ -149,30 +132,83 @@ def _number(option: str, variable: str, value: int | None) -> int | None:
   return int(text)
 
 
-class InterruptHandler:
-  """SIGTERM as a question that is asked in every phase, and that all processes of a job answer alike, at the same point of the program.
+# --- Ending together -----------------------------------------------------------------------------
 
-  Which point it is, JAX settles behind the program: the first that no process has passed. So all must ask equally often.
+
+@contextlib.contextmanager
+def exit_together() -> Iterator[None]:
+  """Around the work of a job: a process that fails ends without waiting for the others.
+
+  They notice its silence.
+
+  Raises:
+    Unreachable: in place of JAX's error when another process is gone. (Where no transfer was under
+      way, JAX itself ends the process: 'another task died', status 134.)
+  """
+  try:
+    yield
+  except Exception as error:
+    if jax.process_count() == 1:
+      raise
+    reported = _user_error(error)
+    # This runs before JAX's own exit handler, which waits for all processes.
+    atexit.register(_leave, reported.status if reported else 1)
+    if reported is None or reported is error:
+      raise
+    raise reported from error
+
+
+def _user_error(error: Exception) -> UserError | None:
+  """The error as one for the user, if it is one, or if another process is gone."""
+  if isinstance(error, UserError):
+    return error
+  lost = CONNECTION_LOST.search(f'{error} {error.__context__ or ""}')
+  if lost is None:
+    return None
+  return Unreachable(
+    f'process {jax.process_index()} of {jax.process_count()} has lost another one '
+    f'({" ".join(lost[0].split())}); look at what the others say, and start all of them again: the '
+    'run goes on from its last checkpoint'
+  )
+
+
+def _leave(status: int) -> None:
+  if jax.process_index() == 0:
+    time.sleep(1)  # its end ends the others, who may first report the same failure
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(OSError, ValueError):  # nobody reads any more
+      stream.flush()
+  os._exit(status)
+
+
+class InterruptHandler:
+  """SIGTERM as a question, which all processes of a job answer alike at the same point.
+
+  Behind the program JAX agrees on that point: the first that no process has passed. So all
+  processes must ask equally often.
   """
 
-  def __enter__(self):
+  def __init__(self):
     self.flag = threading.Event()
-    self.previous, self.asked = None, 0
-    if (
-      threading.current_thread() is threading.main_thread() and jax.process_count() == 1
-    ):  # else jax.distributed listens
+    self.previous: Any = None
+    self.count = 0  # of the questions
+
+  def __enter__(self) -> InterruptHandler:
+    # In a job of several processes, jax.distributed listens.
+    main_thread = threading.current_thread() is threading.main_thread()
+    if main_thread and jax.process_count() == 1:
       self.previous = signal.signal(signal.SIGTERM, lambda *_: self.flag.set())
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, *_) -> None:
     if self.previous is not None:
       signal.signal(signal.SIGTERM, self.previous)
 
   def requested(self) -> bool:
     """Whether to stop here; once it is True it stays so."""
     if jax.process_count() > 1 and not self.flag.is_set():
-      self.asked += 1
-      if multihost_utils.reached_preemption_sync_point(self.asked):
+      self.count += 1
+      if multihost_utils.reached_preemption_sync_point(self.count):
         self.flag.set()
     return self.flag.is_set()
 
@@ -182,33 +218,49 @@ class InterruptHandler:
       raise SystemExit(TERMINATED)
 
 
-def to_host(tree):
-  """The arrays of a tree as numpy on process 0, one after the other; None in their place on the others, which must call it too."""
+# --- Exchanging ----------------------------------------------------------------------------------
+
+
+def to_host(tree: Any) -> Any:
+  """Fetches the arrays of a tree one after the other; all processes must call this.
+
+  Returns:
+    The tree as numpy arrays on process 0; on the others with None in their place.
+  """
 
   def fetch(x):
-    x = (
-      multihost_utils.process_allgather(x, tiled=True)
-      if jax.process_count() > 1
-      else jax.device_get(x)
-    )
+    if jax.process_count() > 1:
+      x = multihost_utils.process_allgather(x, tiled=True)
+    else:
+      x = jax.device_get(x)
     return np.asarray(x) if jax.process_index() == 0 else None
 
   return jax.tree.map(fetch, tree)
 
 
-def gather(values: dict) -> list[dict]:
-  """What each process gives, in their order; all must call it. A kilobyte of JSON at most."""
+def gather(message: Mapping[str, Any]) -> list[dict[str, Any]]:
+  """The messages of all processes, in their order; all must call this.
+
+  Args:
+    message: of this process, at most a kilobyte as JSON.
+
+  Raises:
+    ValueError: it is larger.
+  """
   if jax.process_count() == 1:
-    return [values]
-  text = json.dumps(values).encode()
-  if len(text) > ROOM:
-    raise ValueError(f'{len(text)} bytes are more than the {ROOM} that there is room for')
-  rows = multihost_utils.process_allgather(np.frombuffer(text.ljust(ROOM), np.uint8))
-  return [json.loads(row.tobytes()) for row in np.asarray(rows)]
+    return [dict(message)]
+  text = json.dumps(message).encode()
+  if len(text) > MESSAGE_BYTES:
+    raise ValueError(f'{len(text)} bytes are more than the {MESSAGE_BYTES} of a message')
+  padded = np.frombuffer(text.ljust(MESSAGE_BYTES), np.uint8)
+  messages = np.asarray(multihost_utils.process_allgather(padded))
+  return [json.loads(row.tobytes()) for row in messages]
 
 
 def check_shared(folder: pathlib.Path) -> None:
-  """Makes the folder, where there are several processes, and looks whether they all have the same one; all must call it.
+  """Checks that all processes see the same folder; all must call this.
+
+  Process 0 makes the folder. A single process does nothing here.
 
   Raises:
     UserError: on all of them, with the names of those that do not see what process 0 writes there.
@@ -221,20 +273,25 @@ def check_shared(folder: pathlib.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     probe.touch()
   wait_for_all('a probe is written')
-  deadline = time.monotonic() + PATIENCE
-  while not (seen := probe.exists()) and time.monotonic() < deadline:
+  deadline = time.monotonic() + SHARED_FOLDER_TIMEOUT
+  while not probe.exists() and time.monotonic() < deadline:
     time.sleep(0.5)
-  told = gather({'seen': seen, 'host': socket.gethostname()[:200]})
+  messages = gather({'seen': probe.exists(), 'host': socket.gethostname()[:200]})
   if jax.process_index() == 0:
     probe.unlink()
-  if blind := [f'{i} ({each["host"]})' for i, each in enumerate(told) if not each['seen']]:
+  blind = []
+  for process, message in enumerate(messages):
+    if not message['seen']:
+      blind.append(f'{process} ({message["host"]})')
+  if blind:
+    more = f' and {len(blind) - 5} more' if len(blind) > 5 else ''
     raise UserError(
-      f'what process 0 ({told[0]["host"]}) writes to {folder.absolute()} is not seen by process {", ".join(blind[:5])}'
-      f'{f" and {len(blind) - 5} more" if len(blind) > 5 else ""}; --workdir must be one folder that all machines share'
+      f'what process 0 ({messages[0]["host"]}) writes to {folder.absolute()} is not seen by '
+      f'process {", ".join(blind[:5])}{more}; --workdir must be one folder that all machines share'
     )
 
 
-def wait_for_all(what: str) -> None:
-  """Returns when all processes have come here."""
+def wait_for_all(point: str) -> None:
+  """Returns when all processes have come to this point of the program."""
   if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(what)
+    multihost_utils.sync_global_devices(point)

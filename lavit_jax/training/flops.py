@@ -1,12 +1,14 @@
-"""Floating-point operations: of a traced function, and of the published model in one training step.
+"""Floating-point operations: of a traced function, and of the model in one training step.
 
-(XLA's own cost analysis counts the body of a loop once, so scanned layers would be missed.)
+XLA's own cost analysis counts the body of a loop once, and so would miss scanned layers.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,10 @@ from lavit_jax.models import lavit
 from lavit_jax.models.initialization import init_params
 from lavit_jax.models.lavit import LavitModules
 from lavit_jax.training import optimizer, stages
-from lavit_jax.training.stage import apply_module, image_features
+from lavit_jax.training.run import Run
+from lavit_jax.training.stages import LanguageModelOptions
+from lavit_jax.training.stages.base import apply_module, image_features
+from lavit_jax.training.train_step import abstract_inputs
 
 ONE_CPU = AbstractMesh(
   (1, 1, 1),
@@ -30,10 +35,10 @@ ONE_CPU = AbstractMesh(
 
 
 class StepFlops(NamedTuple):
-  """What the model needs for one step: whatever is in the batch, and of the slots of packed rows if all hold a token."""
+  """What the model needs for one step."""
 
-  fixed: float
-  slots: float = 0.0
+  fixed: float  # whatever the packed rows hold
+  slots: float = 0.0  # of the packed rows, if every slot holds a token
 
   def at(self, packed_share: float) -> float:
     """If `packed_share` of the slots hold a token."""
@@ -41,132 +46,139 @@ class StepFlops(NamedTuple):
 
 
 class PairFlops(NamedTuple):
-  """What one pair and one packed row take in the language model's step."""
+  """What one pair and one packed row need in the language model's step."""
 
-  see: float  # the encoder and the selector, of a picture
-  code: float  # its codes
-  read: float  # its continuous features, and their gradient
+  features: float  # of an image: the encoder and the selector
+  codes: float  # of an image, from its features
+  understanding: float  # continuous tokens of an image, and their gradient
   row: float  # products of the language model and their gradients, without attention
-  scores: float  # attention of a slot to one other, and its gradient
+  attention: float  # of a slot to one other slot, and its gradient
 
 
-def step_flops(config) -> StepFlops:
-  """Of one step of a training: each product of the model once forward and, where it is trained, its gradients.
+def step_flops(run: Run) -> StepFlops:
+  """Each product of the model once forward and, where it is trained, its gradients.
 
-  So 6 operations for each parameter and token that are trained, 2 where they are frozen. What the program does besides does not count:
-  rematerialisation; in the language model's stage empty slots, attention to later tokens and to other pairs, and what a kind of pair has no
-  use for: the picture of plain text, the codes of one that is read, the features of one that is drawn. Of the kinds there are as many as
-  `data` leads one to expect, and pairs are as long as `lm.mean_length` says.
+  So 6 operations for each parameter and token that are trained, 2 where they are frozen. What the
+  program computes besides does not count: rematerialization; in the language model's stage empty
+  slots, attention to later tokens and to other pairs, and what a kind of pair has no use for: the
+  image of plain text, the codes of an image that is read, the features of one that is drawn. The
+  kinds have the frequencies of `data`, and pairs the length `lm.mean_length`.
   """
-  config = config.copy_and_resolve_references()
-  with config.unlocked():
-    config.update(remat='none', accumulate=1)
   with jax.sharding.use_abstract_mesh(ONE_CPU):
-    model = lavit.build(config.variant, config.dtype)
-    if config.stage != 'lm':
-      return StepFlops(traced(config, model))
-    pair, c = pair_flops(config, model), config.lm
-  read, drawn, text = loader.task_shares(config.data.shares, config.data.sources)
-  towers = (1 - text) * pair.see + drawn * pair.code + read * pair.read
-  row = pair.row + c.row_length * pair.scores * (c.mean_length + 1) / 2
-  return StepFlops(float(config.batch_size * towers), c.num_rows * row)
+    if not isinstance(run.options, LanguageModelOptions):
+      return StepFlops(trace_step(run))
+    pair = pair_flops(run)
+  options = run.options
+  read, drawn, text = loader.task_shares(run.data.shares or loader.DEFAULT_SHARES, run.data.sources)
+  images = (1 - text) * pair.features + drawn * pair.codes + read * pair.understanding
+  row = pair.row + options.row_length * pair.attention * (options.mean_length + 1) / 2
+  return StepFlops(float(run.batch_size * images), options.num_rows * row)
 
 
-def expected_share(config) -> float:
-  """The share of the slots of packed rows that hold a token, if pairs are of `lm.mean_length`; 1 where nothing is packed."""
-  return (
-    min(1.0, config.batch_size * config.lm.mean_length / stages.tokens_per_step(config))
-    if config.stage == 'lm'
-    else 1.0
-  )
+def expected_share(run: Run) -> float:
+  """The share of the slots of packed rows that hold a token, if pairs have `lm.mean_length`.
+
+  1 where nothing is packed.
+  """
+  if not isinstance(run.options, LanguageModelOptions):
+    return 1.0
+  return min(1.0, run.batch_size * run.options.mean_length / run.tokens_per_step)
 
 
-def traced(config, model: LavitModules) -> float:
-  """Of a stage's loss and gradient as they are computed, whatever they are needed for."""
-  stage = stages.build_stage(config, model, 1)
-  parts, batch = stages.abstract_inputs(config, model, stage)
-  params, state = jax.eval_shape(stage.init, jax.random.key(0), parts)
-  frozen = {name: parts[name] for name in stage.needs}
+def trace_step(run: Run) -> float:
+  """The operations of a stage's loss and gradient as they are computed, used or not."""
+  layout = dataclasses.replace(run.layout, shards=1, accumulate=1)
+  model = _without_remat(run)
+  stage = stages.build_stage(run.stage_name, run.options, model, layout)
+  loaded, batch = abstract_inputs(run)
+  params, state = jax.eval_shape(stage.init, jax.random.key(0), loaded)
+  frozen = {name: loaded[name] for name in stage.modules.needs}
 
   def step(params, frozen, state, batch):
-    return jax.grad(
-      lambda params: stage.loss(
-        optimizer.stop_frozen_gradients(config.optim, params),
-        frozen,
-        state,
-        batch,
-        jax.random.key(0),
-        True,
-      ),
-      has_aux=True,
-    )(params)
+    def loss(params):
+      params = optimizer.stop_frozen_gradients(run.optimizer, params)
+      return stage.loss(params, frozen, state, batch, jax.random.key(0), True)
+
+    return jax.grad(loss, has_aux=True)(params)
 
   return count(jax.make_jaxpr(step)(params, frozen, state, batch))
 
 
-def pair_flops(config, model: LavitModules) -> PairFlops:
-  """The parts of the language model's step, traced one by one."""
-  parts = jax.eval_shape(
-    lambda: init_params(model, jax.random.key(0), ('vit', 'tokenizer', 'understanding', 'llama'))
-  )
-  side, length, llama = model.image_size, config.lm.row_length, model.llama
-  image, slots = (
-    jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8),
-    jax.ShapeDtypeStruct((1, length), jnp.int32),
-  )
-  x = jax.eval_shape(lambda p, image: image_features(model, p, image)[:, 1:], parts['vit'], image)
+def pair_flops(run: Run) -> PairFlops:
+  """The language model's step, in parts that are traced one by one."""
+  model = _without_remat(run)
+  options = run.options
+  if not isinstance(options, LanguageModelOptions):
+    raise ValueError(f'stage {run.stage_name} has no pairs')
+  llama = model.llama
+  names = ('vit', 'tokenizer', 'understanding', 'llama')
+  params = jax.eval_shape(lambda: init_params(model, jax.random.key(0), names))
+  image = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.uint8)
+  slots = jax.ShapeDtypeStruct((1, options.row_length), jnp.int32)
+  x = jax.eval_shape(lambda p, image: image_features(model, p, image)[:, 1:], params['vit'], image)
   keep = jax.ShapeDtypeStruct(x.shape[:2], jnp.float32)
 
-  def of(name, function, *inputs):
-    return count(jax.make_jaxpr(function)(parts[name], *inputs))
+  def trace(name: str, function: Callable, *inputs) -> float:
+    return count(jax.make_jaxpr(function)(params[name], *inputs))
+
+  def features(p, image):
+    return image_features(model, p, image)
+
+  def select(p, x):
+    return apply_module(model.tokenizer, p, x, method='select')
 
   def code(p, x, keep):
-    return apply_module(
-      model.tokenizer,
-      p,
-      apply_module(model.tokenizer, p, x, keep, method='merge'),
-      method='quantize',
-    )
+    merged = apply_module(model.tokenizer, p, x, keep, method='merge')
+    return apply_module(model.tokenizer, p, merged, method='quantize')
 
   def read(p, x, keep):
     return apply_module(model.understanding, p, x, keep).astype(jnp.float32).sum()
 
   def row(p, ids):
-    hidden, _ = apply_module(llama, p, apply_module(llama, p, ids, method='embed'), ids, ids)
+    embedded = apply_module(llama, p, ids, method='embed')
+    hidden, _ = apply_module(llama, p, embedded, ids, ids)
     return apply_module(llama, p, hidden, method='logits')
 
-  def select(p, x):
-    return apply_module(model.tokenizer, p, x, method='select')
-
-  scores = 2 * 2 * llama.num_heads * llama.head_dim * llama.num_layers  # two products
+  # Two products for each pair of slots: of queries and keys, and of scores and values.
+  scores = 2 * 2 * llama.num_heads * llama.head_dim * llama.num_layers
   return PairFlops(
-    see=of('vit', lambda p, image: image_features(model, p, image), image)
-    + of('tokenizer', select, x),
-    code=of('tokenizer', code, x, keep),
-    read=of('understanding', jax.grad(read), x, keep),
-    row=3 * (of('llama', row, slots) - length**2 * scores),
-    scores=3 * scores,
+    features=trace('vit', features, image) + trace('tokenizer', select, x),
+    codes=trace('tokenizer', code, x, keep),
+    understanding=trace('understanding', jax.grad(read), x, keep),
+    row=3 * (trace('llama', row, slots) - options.row_length**2 * scores),
+    attention=3 * scores,
   )
 
 
-def count(jaxpr) -> float:
-  """Multiplications and additions in the products and convolutions of a (closed) jaxpr, recomputation by remat included.
+def _without_remat(run: Run) -> LavitModules:
+  """The run's model, of which backward computes nothing again."""
+  if run.model.llama.remat == 'none':
+    return run.model
+  return lavit.build(run.variant, str(run.model.llama.dtype), settings=run.model.settings)
 
-  A `while` counts as one round, and of the branches of a `cond` the cheapest counts: the dear one is the exception (k-means).
+
+def count(jaxpr: Any) -> float:
+  """Multiplications and additions in the products and convolutions of a (closed) jaxpr.
+
+  Recomputation by rematerialization is included. A `while` counts as one round. Of the branches of
+  a `cond` the cheapest counts, since the expensive one is the exception (k-means).
   """
-  return float(sum(_equation(equation) for equation in getattr(jaxpr, 'jaxpr', jaxpr).eqns))
+  return float(sum(_count_equation(equation) for equation in getattr(jaxpr, 'jaxpr', jaxpr).eqns))
 
 
-def _equation(equation) -> float:
+def _count_equation(equation: Any) -> float:
   params = equation.params
-  if equation.primitive.name == 'dot_general':
+  primitive = equation.primitive.name
+  if primitive == 'dot_general':
     (contracted, _), _ = params['dimension_numbers']
     inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
     return 2 * inner * math.prod(equation.outvars[0].aval.shape)
-  if equation.primitive.name == 'conv_general_dilated':
-    kernel, (out_features, *_) = equation.invars[1].aval.shape, params['dimension_numbers'].rhs_spec
-    return 2 * math.prod(kernel) // kernel[out_features] * math.prod(equation.outvars[0].aval.shape)
-  if equation.primitive.name == 'cond':
+  if primitive == 'conv_general_dilated':
+    kernel = equation.invars[1].aval.shape
+    out_features, *_ = params['dimension_numbers'].rhs_spec
+    outputs = math.prod(equation.outvars[0].aval.shape)
+    return 2 * math.prod(kernel) // kernel[out_features] * outputs
+  if primitive == 'cond':
     return min(count(branch) for branch in params['branches'])
-  rounds = params['length'] if equation.primitive.name == 'scan' else 1
+  rounds = params['length'] if primitive == 'scan' else 1
   return rounds * sum(count(inner) for inner in jaxprs_in_params(params))

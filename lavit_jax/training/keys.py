@@ -1,7 +1,7 @@
-"""Random keys of a run: one seed, and for each purpose keys of its own.
+"""Random keys of a run: one seed, and separate keys for each purpose.
 
 `jax.random.split(key, n)[i]` is `jax.random.fold_in(key, i)`. If one key were split for the weights
-and folded with the step, the i-th part would be drawn from the key of step i.
+and folded with the step, the i-th module would be drawn from the key of step i.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from jax import Array
 
 
 class Purpose(enum.IntEnum):
-  """What a key of a run is for."""
+  """The purpose of a key of a run."""
 
   WEIGHTS = 0  # fresh parameters
   STEPS = 1  # the noise of a training step, by its number

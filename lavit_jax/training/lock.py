@@ -2,11 +2,10 @@
 
     WORKDIR/.lock     {"run": a random name, "host", "pid", "began", "beat": a number that goes up}
 
-The first process of a job has it; its thread counts `beat` up every few seconds. Whoever finds a
-lock looks whether its process lives, where it is
-of the same machine, and else whether it still beats. So it works on shared disks, whatever their
-clocks say, and a lock whose run was
-killed is taken over.
+The first process of a job holds the lock; its thread increments `beat` every few seconds. Another
+run that finds a lock checks whether its process lives, if that is on the same machine, and
+otherwise whether it still beats. So it works on shared disks, whatever their clocks say, and takes
+over the lock of a killed run.
 """
 
 from __future__ import annotations
@@ -19,219 +18,218 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 
 from lavit_jax.errors import UserError
 from lavit_jax.training import distributed
 
-BEAT = 10.0  # seconds between two beats
-SILENCE = 60.0  # seconds without one after which a run on another machine is taken for dead
-LOOK = 2.0  # seconds between two looks at a lock that may be dead
+BEAT_INTERVAL = 10.0  # seconds between two beats
+SILENCE = 60.0  # seconds without a beat after which a run on another machine counts as dead
+POLL_INTERVAL = 2.0  # seconds between two checks of a lock that may be dead
+MAX_MESSAGE = 800  # characters; `distributed.gather` has room for a kilobyte
 
 
 class WorkdirLock:
-  """Holds a work directory while its block runs. All processes of a job enter it, and leave it.
+  """Holds a work directory while its block runs. All processes of a job enter and leave it.
 
   Raises:
     UserError: another run is at work in the directory.
   """
 
-  def __init__(self, workdir: pathlib.Path):
+  def __init__(self, workdir: str | pathlib.Path):
     self.file = pathlib.Path(workdir) / '.lock'
     self.run = secrets.token_hex(8)
     self.stop = threading.Event()
     self.thread: threading.Thread | None = None
-    self.lost = ''
+    self.lost = ''  # the error, once another run has taken over
 
-  def __enter__(self):
-    watched = Watched(self.file)
+  def __enter__(self) -> WorkdirLock:
+    other = OtherLock(self.file)
     while True:
-      state = self._try(watched) if jax.process_index() == 0 else {}
-      state = {
-        key: value if value is True else value[:800] for key, value in state.items()
-      }  # gather has room for a kilobyte
-      state = distributed.gather(state)[0]  # the others learn it, all the while
-      if refusal := state.get('refused'):
-        raise UserError(refusal)
-      if state.get('held'):
+      attempt = self._try(other) if jax.process_index() == 0 else {}
+      attempt = distributed.gather(attempt)[0]
+      if 'refused' in attempt:
+        raise UserError(attempt['refused'])
+      if attempt.get('acquired'):
         break
-      if 'waiting' in state and jax.process_index() == 0:
-        print(state['waiting'], flush=True)
-      time.sleep(LOOK)
+      if 'waiting' in attempt and jax.process_index() == 0:
+        print(attempt['waiting'], flush=True)
+      time.sleep(POLL_INTERVAL)
     if jax.process_index() == 0:
       self.thread = threading.Thread(target=self._beat, daemon=True)
       self.thread.start()
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, *_) -> None:
     self.stop.set()
-    if self.thread is not None:
-      self.thread.join()
-      if not self.lost and _read(self.file).get('run') == self.run:
-        with contextlib.suppress(OSError):
-          self.file.unlink()
+    if self.thread is None:
+      return
+    self.thread.join()
+    if not self.lost and _read(self.file).get('run') == self.run:
+      with contextlib.suppress(OSError):
+        self.file.unlink()
 
   def check(self) -> None:
-    """Raises UserError, on the first process, if another run has taken the directory over while
-    this one was silent.
+    """Raises UserError on the first process if another run has taken over the directory.
+
+    That happens when this run was silent for long.
     """
     if self.lost:
       raise UserError(self.lost)
 
-  def _try(self, watched: Watched) -> dict:
-    """One try: {'held': True}, {'refused': why}, or {} and perhaps 'waiting', what to say."""
+  def _try(self, other: OtherLock) -> dict[str, Any]:
+    """Tries once: {'acquired': True}, {'refused': why}, {'waiting': message}, or {}."""
     try:
       self.file.parent.mkdir(parents=True, exist_ok=True)
       descriptor = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:
-      if watched.is_alive():
-        return {'refused': watched.refusal()}
-      if watched.is_dead():
-        watched.remove()
-        return {}
-      if not watched.told:
-        watched.told = True
-        return {
-          'waiting': f'{self.file} is of a run on {watched.host}, which may have been killed: waiting up to {SILENCE:.0f} seconds for a sign of it'
-        }
+      if other.is_alive():
+        return {'refused': other.refusal()[:MAX_MESSAGE]}
+      if other.is_dead():
+        other.remove()
+      elif not other.reported:
+        other.reported = True
+        return {'waiting': other.waiting()[:MAX_MESSAGE]}
       return {}
     with os.fdopen(descriptor, 'w') as file:
       file.write(self._text(0))
-    return {'held': True}
+    return {'acquired': True}
 
   def _text(self, beat: int) -> str:
-    return json.dumps(
-      dict(run=self.run, host=_machine(), pid=os.getpid(), began=_began(os.getpid()), beat=beat)
+    content = dict(
+      run=self.run, host=_machine(), pid=os.getpid(), began=_start_time(os.getpid()), beat=beat
     )
+    return json.dumps(content)
 
   def _beat(self) -> None:
     beat = 0
-    while not self.stop.wait(BEAT):
+    while not self.stop.wait(BEAT_INTERVAL):
       beat += 1
       now = _read(self.file)
       if now and now.get('run') != self.run:
         self.lost = (
-          f'{self.file} is now of process {now.get("pid")} on {_name(now)}: another run has taken this work directory over, and '
-          'this one ends; choose another --workdir'
+          f'{self.file} is now of process {now.get("pid")} on {_host_name(now)}: another run has '
+          'taken this work directory over, and this one ends; choose another --workdir'
         )
         return
-      try:
+      with contextlib.suppress(OSError):  # a full or absent disk; saving reports it
         scratch = self.file.with_name(f'.lock.{self.run}')
         scratch.write_text(self._text(beat))
         os.replace(scratch, self.file)  # never half-written
-      except OSError:  # a full or absent disk: saving tells
-        pass
 
 
-class Watched:
-  """A lock that stands there, as one looks at it again and again."""
+class OtherLock:
+  """A lock of another run, which is checked again and again."""
 
   def __init__(self, file: pathlib.Path):
-    self.file, self.told = file, False
-    self.seen, self.since = _read(file), time.monotonic()
+    self.file = file
+    self.reported = False  # whether the user knows of the waiting
+    self._remember(_read(file))
 
-  @property
-  def host(self) -> str:
-    return _name(self.seen)
+  def _remember(self, content: dict[str, Any]) -> None:
+    self.content = content
+    self.since = time.monotonic()
 
   def is_alive(self) -> bool:
-    """Whether a process of this machine has it, or it beats."""
+    """Whether a process of this machine holds it, or it beats."""
     now = _read(self.file)
-    if now.get('run') != self.seen.get('run'):  # of a third run, or being written
-      self.seen, self.since = now, time.monotonic()
-    beats = bool(self.seen) and now.get('beat') != self.seen.get('beat')
-    return beats or (_is_here(now) and _lives(now))
+    if now.get('run') != self.content.get('run'):  # of a third run, or being written
+      self._remember(now)
+    beats = bool(self.content) and now.get('beat') != self.content.get('beat')
+    return beats or (_is_on_this_machine(now) and _is_running(now))
 
   def is_dead(self) -> bool:
-    """Whether a process of this machine had it that is gone, or it has been silent for long."""
-    if _is_here(self.seen):
-      return not _lives(self.seen)
+    """Whether its process on this machine is gone, or it has been silent for long."""
+    if _is_on_this_machine(self.content):
+      return not _is_running(self.content)
     return time.monotonic() - self.since > SILENCE
 
   def remove(self) -> None:
-    """Takes a dead lock away; by a rename, so that of two who do it one learns that it was late."""
+    """Removes a dead lock; by a rename, so that of two runs that do it one learns it was late."""
     aside = self.file.with_name(f'.lock.{secrets.token_hex(4)}.dead')
     try:
       os.rename(self.file, aside)
-    except FileNotFoundError:  # somebody was faster
+    except FileNotFoundError:  # another run was faster
       return
-    if _read(aside).get('run') != self.seen.get('run'):  # a new run's, which was faster
+    if _read(aside).get('run') != self.content.get('run'):  # it is a new run's, which was faster
       with contextlib.suppress(OSError):
         os.link(aside, self.file)
     aside.unlink(missing_ok=True)
-    self.seen, self.since = {}, time.monotonic()
+    self._remember({})
 
   def refusal(self) -> str:
+    """The error of a run that finds it alive."""
     return (
-      f'{self.file.parent} is in use: process {self.seen.get("pid")} on {self.host} is running there ({self.file}); choose another '
-      '--workdir, or stop that run first'
+      f'{self.file.parent} is in use: process {self.content.get("pid")} on '
+      f'{_host_name(self.content)} is running there ({self.file}); choose another --workdir, or '
+      'stop that run first'
+    )
+
+  def waiting(self) -> str:
+    """The message of a run that finds it silent."""
+    return (
+      f'{self.file} is of a run on {_host_name(self.content)}, which may have been killed: waiting '
+      f'up to {SILENCE:.0f} seconds for a sign of it'
     )
 
 
-def refuse_if_running(workdir) -> None:
-  """Raises UserError, early, where it is plain that a run of this machine is at work in the
-  directory.
-  """
-  watched = Watched(pathlib.Path(workdir) / '.lock')
-  if watched.seen and watched.is_alive():
-    raise UserError(watched.refusal())
+def refuse_if_running(workdir: str | pathlib.Path) -> None:
+  """Raises UserError, early, where a run of this machine is clearly at work in the directory."""
+  other = OtherLock(pathlib.Path(workdir) / '.lock')
+  if other.content and other.is_alive():
+    raise UserError(other.refusal())
 
 
-def _read(file: pathlib.Path) -> dict:
+def _read(file: pathlib.Path) -> dict[str, Any]:
   try:
-    told = json.loads(file.read_text())
+    content = json.loads(file.read_text())
   except (OSError, ValueError):  # not there, or being written
     return {}
-  return told if isinstance(told, dict) else {}
+  return content if isinstance(content, dict) else {}
 
 
 def _machine() -> list[str]:
-  """What tells this machine, since it was started, and this container from others, as far as /proc
-  says.
-  """
-  return [
-    socket.gethostname(),
-    _line('/proc/sys/kernel/random/boot_id'),
-    _link('/proc/self/ns/pid'),
-  ]
+  """Identifies this machine since its start, and this container, as far as /proc tells."""
+  boot = _read_line('/proc/sys/kernel/random/boot_id')
+  return [socket.gethostname(), boot, _read_link('/proc/self/ns/pid')]
 
 
-def _is_here(told: dict) -> bool:
-  return told.get('host') == _machine()
+def _is_on_this_machine(content: Mapping[str, Any]) -> bool:
+  return content.get('host') == _machine()
 
 
-def _name(told: dict) -> str:
-  return (told.get('host') or ['an unknown machine'])[0]
+def _host_name(content: Mapping[str, Any]) -> str:
+  return (content.get('host') or ['an unknown machine'])[0]
 
 
-def _lives(told: dict) -> bool:
-  """Whether the process of a lock of this machine lives; its number may be another's by now."""
+def _is_running(content: Mapping[str, Any]) -> bool:
+  """Whether the process of a lock of this machine runs; its number may be another's by now."""
   try:
-    os.kill(told['pid'], 0)
+    os.kill(content['pid'], 0)
   except ProcessLookupError:
     return False
-  except PermissionError:  # somebody else's
+  except PermissionError:  # another user's
     pass
-  return told.get('began') == _began(told['pid'])
+  return content.get('began') == _start_time(content['pid'])
 
 
-def _began(pid: int) -> str:
-  """When a process began, in ticks since the machine did; '' where /proc does not say, or for a
-  zombie.
-  """
-  fields = _line(f'/proc/{pid}/stat').rpartition(')')[2].split()
+def _start_time(pid: int) -> str:
+  """When a process began, in ticks since the machine did; '' for a zombie, or without /proc."""
+  fields = _read_line(f'/proc/{pid}/stat').rpartition(')')[2].split()
   return fields[19] if len(fields) > 19 and fields[0] not in 'ZX' else ''
 
 
-def _line(path: str) -> str:
+def _read_line(path: str) -> str:
   try:
     return pathlib.Path(path).read_text().strip()
   except OSError:
     return ''
 
 
-def _link(path: str) -> str:
+def _read_link(path: str) -> str:
   try:
     return os.readlink(path)
   except OSError:

@@ -1,7 +1,8 @@
-"""What a run says about itself: a line on the terminal, TensorBoard, `metrics.jsonl`, and pictures.
+"""The record of a run: a line on the terminal, TensorBoard, `metrics.jsonl`, and images.
 
-`metrics.jsonl` has one line for every training step, with all digits, and one for every evaluation (keys 'heldout/...'); the
-terminal and TensorBoard show the mean since the last report. Values wait on the device until a report, so a step never waits for them.
+`metrics.jsonl` has one line for every training step, with all digits, and one for every evaluation
+(keys 'heldout/...'); the terminal and TensorBoard show the mean since the last report. Values stay
+on the device until a report, so a step never waits for them.
 """
 
 from __future__ import annotations
@@ -12,25 +13,22 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from PIL import Image
 from tensorboardX import SummaryWriter
 
-from lavit_jax.errors import UserError
-
-SHOWN = {
-  'tokens_per_s': 'tokens/s',
-  'mfu': 'MFU',
-  'hbm_gib': 'HBM GiB',
-}  # on the terminal, where they are known
-VITAL = (
-  'loss',
-  'grad_norm',
-)  # never without a number: if one of these is lost, so are the parameters of the next step
+T = TypeVar('T')
+Record = dict[str, float]  # a line of metrics.jsonl
+# Rates on the terminal, where they are known.
+SHOWN_RATES = {'tokens_per_s': 'tokens/s', 'mfu': 'MFU', 'hbm_gib': 'HBM GiB'}
+# Never nan but for a fault: if one of these is lost, so are the parameters of the next step.
+VITAL = ('loss', 'grad_norm')
+STEPS_AHEAD = 2  # steps that the host may be ahead of the device: each of them holds a batch
 
 
 class MetricLogger:
@@ -38,16 +36,19 @@ class MetricLogger:
 
   Args:
     workdir: receives metrics.jsonl, tensorboard/ and pictures/.
-    first_step: the steps done so far; a previous run's lines beyond it are dropped, since those steps will be made again.
-    num_steps, batch_size: for the estimate of the time left and for examples/s.
-    flops: floating-point operations that the model needs for a step, by `packed_share`, the share of its slots that hold a token
-      (flops.StepFlops.at; that metric, or 1 where nothing is packed); peak_tflops: of all devices together (0 = unknown), for the MFU.
-    tokens: slots of one step (stages.tokens), for tokens/s, of which those that hold a token count.
+    first_step: the steps done so far; a previous run's lines beyond it are dropped, since those
+      steps will be made again.
+    num_steps: for the estimate of the time left.
+    batch_size: for examples/s.
+    flops: floating-point operations that the model needs for a step, by `packed_share`, the share
+      of its slots that hold a token (flops.StepFlops.at), 1 where nothing is packed.
+    peak_tflops: of all devices together (0 = unknown), for the MFU.
+    tokens: slots of one step, for tokens/s, of which those that hold a token count.
   """
 
   def __init__(
     self,
-    workdir,
+    workdir: str | pathlib.Path,
     first_step: int,
     num_steps: int,
     batch_size: int,
@@ -56,13 +57,18 @@ class MetricLogger:
     tokens: int = 0,
   ):
     self.workdir = pathlib.Path(workdir)
-    self.num_steps, self.batch_size, self.tokens = num_steps, batch_size, tokens
-    self.flops, self.peak = flops, 1e12 * peak_tflops
-    self.pending: list[tuple[int, dict]] = []  # on the device
-    self.since: list[dict] = []  # in metrics.jsonl already, and not yet shown
-    self.new: list[dict] = []  # in metrics.jsonl already, and not yet taken by `take_new`
+    self.num_steps = num_steps
+    self.batch_size = batch_size
+    self.tokens = tokens
+    self.flops = flops
+    self.peak = 1e12 * peak_tflops
+    self.pending: list[tuple[int, Mapping[str, Any]]] = []  # on the device
+    self.unreported: list[Record] = []  # in metrics.jsonl already, and not yet shown
+    self.untaken: list[Record] = []  # in metrics.jsonl already, and not yet taken by `take_new`
     self.writes = jax.process_index() == 0
-    self.clock, self.last_step, self.waited = time.monotonic(), first_step, 0.0
+    self.clock = time.monotonic()
+    self.last_step = first_step
+    self.waited = 0.0  # seconds in which the device waited for data, since the last report
     self.watch = ThreadPoolExecutor(1)
     self.ready: Future | None = None  # when the last step was done
     if self.writes:
@@ -72,132 +78,165 @@ class MetricLogger:
       self.jsonl = file.open('a')
       self.board = SummaryWriter(str(self.workdir / 'tensorboard'), purge_step=first_step + 1)
 
-  def step(self, step: int, values: dict) -> None:
+  # --- Training steps ---
+
+  def step(self, step: int, values: Mapping[str, Any]) -> None:
     """Takes the metrics of training step `step` (1 is the first), still on the device."""
     self.pending.append((step, values))
     self.ready = self.watch.submit(_when_ready, values)
-    if (
-      len(self.pending) > 2
-    ):  # the host may run two steps ahead, not a whole report: every step in flight holds a batch
-      jax.block_until_ready(self.pending[-3][1])
+    if len(self.pending) > STEPS_AHEAD:
+      _, earlier = self.pending[-STEPS_AHEAD - 1]
+      jax.block_until_ready(earlier)
 
-  def flush(self) -> dict[str, float]:
-    """Writes what is pending to metrics.jsonl; returns the mean of each value since the last report."""
-    pending, self.pending = jax.device_get(self.pending), []
-    rows = [
-      {'step': step, 'loss': 0.0, **{k: float(v) for k, v in values.items()}}
-      for step, values in pending
-    ]  # in this order
+  def flush(self) -> Record:
+    """Writes what is pending to metrics.jsonl.
+
+    Returns:
+      The mean of each metric since the last report.
+    """
+    pending = jax.device_get(self.pending)
+    self.pending = []
+    records = []
+    for step, values in pending:
+      floats = {key: float(value) for key, value in values.items()}
+      records.append({'step': step, 'loss': 0.0, **floats})  # the loss comes first
     if self.writes:
-      self.jsonl.writelines(json_line(row) for row in rows)
+      self.jsonl.writelines(json_line(record) for record in records)
       self.jsonl.flush()
-    self.since += rows
-    self.new += rows
-    return mean_metrics(made(self.since))
+    self.unreported += records
+    self.untaken += records
+    return mean_metrics(_finite_updates(self.unreported))
 
-  def take_new(self) -> list[dict]:
+  def take_new(self) -> list[Record]:
     """The metrics of the steps that were flushed since the last call."""
-    new, self.new = self.new, []
-    return new
+    records = self.untaken
+    self.untaken = []
+    return records
 
-  def fetch(self, source, *args):
-    """source(*args), the next batch; how long the device is idle meanwhile counts as waiting for data."""
+  def fetch(self, source: Callable[..., T], *args: Any) -> T:
+    """source(*args), the next batch, timed.
+
+    While the device is idle meanwhile, it waits for data.
+    """
     start = time.monotonic()
     batch = source(*args)
-    if self.ready is None or self.ready.done():
-      self.waited += time.monotonic() - max(start, self.ready.result() if self.ready else start)
+    if self.ready is None:
+      self.waited += time.monotonic() - start
+    elif self.ready.done():
+      self.waited += time.monotonic() - max(start, self.ready.result())
     return batch
 
-  def report(self, counts: dict[str, int] | None = None) -> dict[str, float]:
-    """Flushes, and shows the mean since the last report, and `counts`, on the terminal and in TensorBoard."""
+  def report(self, counts: Mapping[str, int] | None = None) -> Record:
+    """Flushes, and shows the mean since the last report on the terminal and in TensorBoard.
+
+    Args:
+      counts: shown with it.
+
+    Returns:
+      The mean of each metric.
+    """
     means = self.flush()
     if not means:
       return means
-    step, skipped = self.since[-1]['step'], sum(row.get('nonfinite', 0) for row in self.since)
-    self.since = []
+    counts = dict(counts or {})
+    step = int(self.unreported[-1]['step'])
+    skipped = sum(record.get('nonfinite', 0) for record in self.unreported)
+    self.unreported = []
     means.pop('step')
     means.pop('nonfinite', None)
     if skipped:
-      self.say(f'warning: {skipped:g} updates were skipped: loss or gradient was not finite')
-      counts = {**(counts or {}), 'nonfinite': int(skipped)}
+      self.print_line(f'warning: {skipped:g} updates were skipped: loss or gradient was not finite')
+      counts['nonfinite'] = int(skipped)
+    rates = self._rates(step, means.get('packed_share', 1.0))
+    self.last_step = step
+    self.restart_clock()
+    self.scalars(step, {**means, **rates, **counts})
+    self._show(step, rates, {**means, **counts})
+    return means
+
+  def _rates(self, step: int, packed_share: float) -> Record:
+    """The speed since the last report."""
     seconds = max(time.monotonic() - self.clock, 1e-9)
-    speed, wait, share = (
-      (step - self.last_step) / seconds,
-      self.waited / seconds,
-      means.get('packed_share', 1.0),
-    )
-    self.last_step, self.clock, self.waited = step, time.monotonic(), 0.0
+    speed = (step - self.last_step) / seconds
     rates = {
       'steps_per_s': speed,
       'examples_per_s': speed * self.batch_size,
-      'data_wait': wait,
+      'data_wait': self.waited / seconds,
       **memory_in_use(),
-      **(counts or {}),
     }
     if self.tokens:
-      rates['tokens_per_s'] = speed * share * self.tokens
+      rates['tokens_per_s'] = speed * packed_share * self.tokens
     if self.flops:
-      rates['tflops'] = self.flops(share) * speed / 1e12
-    if self.flops and self.peak:
-      rates['mfu'] = self.flops(share) * speed / self.peak
-    self.scalars(step, {**means, **rates})
-    left = (self.num_steps - step) / speed
-    told = '  '.join(
-      f'{k} {v:.4g}' for k, v in {**means, **(counts or {})}.items() if not math.isnan(v)
-    )  # nan: there was nothing of it
-    self.say(
-      f'step {step}/{self.num_steps}  {speed:.2f} steps/s  {speed * self.batch_size:.0f} examples/s  '
-      + ''.join(f'{shown} {rates[k]:.3g}  ' for k, shown in SHOWN.items() if k in rates)
-      + f'ETA {duration(left)}  data_wait {wait:.1%}  {told}'
-    )
-    return means
+      rates['tflops'] = self.flops(packed_share) * speed / 1e12
+      if self.peak:
+        rates['mfu'] = self.flops(packed_share) * speed / self.peak
+    return rates
 
-  def evaluation(self, step: int, values: dict[str, float]) -> None:
+  def _show(self, step: int, rates: Record, values: Mapping[str, float]) -> None:
+    """The line of a report on the terminal; a nan (nothing to measure) is not shown."""
+    speed = rates['steps_per_s']
+    fields = [f'step {step}/{self.num_steps}', f'{speed:.2f} steps/s']
+    fields.append(f'{rates["examples_per_s"]:.0f} examples/s')
+    fields += [f'{unit} {rates[key]:.3g}' for key, unit in SHOWN_RATES.items() if key in rates]
+    fields.append(f'ETA {duration((self.num_steps - step) / speed)}')
+    fields.append(f'data_wait {rates["data_wait"]:.1%}')
+    fields += [f'{key} {value:.4g}' for key, value in values.items() if not math.isnan(value)]
+    self.print_line('  '.join(fields))
+
+  # --- Evaluations ---
+
+  def evaluation(self, step: int, values: Mapping[str, float]) -> None:
     """Records held-out metrics everywhere."""
     self.flush()
-    values = {f'heldout/{k}': float(v) for k, v in values.items()}
+    record = {f'heldout/{key}': float(value) for key, value in values.items()}
     if self.writes:
-      self.jsonl.write(json_line({'step': step, **values}))
+      self.jsonl.write(json_line({'step': step, **record}))
       self.jsonl.flush()
-    self.scalars(step, values)
-    self.say(
-      f'step {step} held-out  '
-      + '  '.join(f'{k.removeprefix("heldout/")} {v:.4g}' for k, v in values.items())
-    )
+    self.scalars(step, record)
+    shown = '  '.join(f'{key} {float(value):.4g}' for key, value in values.items())
+    self.print_line(f'step {step} held-out  {shown}')
 
-  def scalars(self, step: int, values: dict[str, float]) -> None:
+  def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    """Writes numbers to TensorBoard, but for those that were not measured (nan)."""
     if self.writes:
       for name, value in values.items():
-        if math.isfinite(value):  # there may be nothing to measure here
+        if math.isfinite(value):
           self.board.add_scalar(name, value, step)
 
-  def pictures(self, step: int, images: dict[str, np.ndarray]) -> None:
-    """Pictures uint8[H, W, 3], to TensorBoard and to pictures/<name>_<step>.png."""
+  def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+    """Writes images uint8[H, W, 3] to TensorBoard and to pictures/<name>_<step>.png."""
     if not self.writes:
       return
-    (self.workdir / 'pictures').mkdir(exist_ok=True)
+    folder = self.workdir / 'pictures'
+    folder.mkdir(exist_ok=True)
     for name, image in images.items():
       self.board.add_image(name, image, step, dataformats='HWC')
-      Image.fromarray(image).save(self.workdir / 'pictures' / f'{name}_{step:07d}.png')
+      Image.fromarray(image).save(folder / f'{name}_{step:07d}.png')
+
+  # --- Clock and terminal ---
 
   def restart_clock(self) -> None:
     """Begins to measure the speed: what was compiled until now does not count."""
-    self.clock, self.waited = time.monotonic(), 0.0
+    self.clock = time.monotonic()
+    self.waited = 0.0
 
   def pause(self, seconds: float) -> None:
     """Takes time that was not spent on training steps out of the speed."""
     self.clock += seconds
 
-  def say(self, line: str) -> None:
+  def print_line(self, line: str) -> None:
+    """Prints a line on process 0.
+
+    A lost terminal does not end a job, whose record is in `workdir`.
+    """
     if self.writes:
       try:
         print(line, flush=True)
-      except (
-        OSError
-      ):  # nobody reads any more: a lost terminal does not end a job, whose record is in workdir
+      except OSError:  # nobody reads any more
         sys.stdout = open(os.devnull, 'w')
 
   def close(self) -> None:
+    """Writes what is pending, and closes the files."""
     self.flush()
     self.watch.shutdown()
     if self.writes:
@@ -205,99 +244,74 @@ class MetricLogger:
       self.board.close()
 
 
-def _when_ready(values: dict) -> float:
+def _when_ready(values: Mapping[str, Any]) -> float:
   jax.block_until_ready(values)
   return time.monotonic()
 
 
+def _finite_updates(records: list[Record]) -> list[Record]:
+  """The records of steps whose updates were applied, or all where none was."""
+  return [record for record in records if not record.get('nonfinite')] or records
+
+
 def memory_in_use() -> dict[str, float]:
-  """GiB of device memory in use now and at most so far, on the fullest device of this process; {} where it is not told (CPU)."""
-  known = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
-  keys = {'hbm_gib': 'bytes_in_use', 'hbm_peak_gib': 'peak_bytes_in_use'}
-  return {
-    name: max(stats[key] for stats in known) / 2**30
-    for name, key in keys.items()
-    if known and all(key in stats for stats in known)
-  }
+  """GiB of device memory in use now and at most so far, on the fullest device of this process.
 
-
-class ProfilerTrace:
-  """An xprof trace of some steps in WORKDIR/profile, by process 0. `steps`: 'FIRST:LAST', or '' for none.
-
-  Raises:
-    UserError: `steps` are none.
+  {} where it is unknown (CPU).
   """
-
-  def __init__(self, steps: str, workdir):
-    self.folder, self.running = str(pathlib.Path(workdir) / 'profile'), False
-    first, colon, last = steps.partition(':')
-    if steps and not (
-      colon and first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)
-    ):
-      raise UserError(
-        f'profile={steps!r}: give the first and the last step to trace, such as 10:12'
-      )
-    self.first, self.last = (
-      (int(first), int(last)) if steps and jax.process_index() == 0 else (0, 0)
-    )
-
-  def before(self, step: int) -> None:
-    if self.first <= step <= self.last and not self.running:  # a run may be continued in the middle
-      jax.profiler.start_trace(self.folder)
-      self.running = True
-
-  def after(self, step: int, values) -> None:
-    if self.running and step >= self.last:
-      jax.block_until_ready(values)
-      self.close()
-
-  def close(self) -> None:
-    if self.running:
-      jax.profiler.stop_trace()
-      self.running = False
+  devices = [device.memory_stats() for device in jax.local_devices()]
+  known = [stats for stats in devices if stats]
+  memory = {}
+  for name, key in (('hbm_gib', 'bytes_in_use'), ('hbm_peak_gib', 'peak_bytes_in_use')):
+    if known and all(key in stats for stats in known):
+      memory[name] = max(stats[key] for stats in known) / 2**30
+  return memory
 
 
-def json_line(row: dict) -> str:
-  """A line of metrics.jsonl. JSON knows neither nan nor infinity: null stands for "nothing to measure here"."""
-  return (
-    json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}, allow_nan=False) + '\n'
-  )
+def json_line(record: Mapping[str, float]) -> str:
+  """A line of metrics.jsonl, with null for nan and infinity, which JSON does not know."""
+  finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
+  return json.dumps(finite, allow_nan=False) + '\n'
 
 
-def mean_metrics(rows: list[dict]) -> dict[str, float]:
-  """The mean of each key, where a nan says "nothing to measure here"; but one nan in what is VITAL makes its mean nan, to be seen."""
+def mean_metrics(records: Sequence[Mapping[str, float]]) -> Record:
+  """The mean of each key.
 
-  def average(key):
-    values = np.array([row[key] for row in rows], np.float64)
-    return float(values.mean() if key in VITAL or np.isnan(values).all() else np.nanmean(values))
-
-  return {key: average(key) for key in rows[0]} if rows else {}
-
-
-def made(rows: list[dict]) -> list[dict]:
-  """The rows of steps whose updates were made, or all where none was."""
-  return [row for row in rows if not row.get('nonfinite')] or rows
-
-
-def image_grid(*rows: np.ndarray) -> np.ndarray:
-  """Rows of pictures uint8[n, H, W, 3] -> one picture uint8[rows * H, n * W, 3]."""
-  return np.concatenate([np.concatenate(list(np.asarray(row)), axis=1) for row in rows], axis=0)
+  A nan (nothing to measure) is left out; but a single nan of what is `VITAL` makes its mean nan, so
+  that it is seen.
+  """
+  if not records:
+    return {}
+  means = {}
+  for key in records[0]:
+    values = np.array([record[key] for record in records], np.float64)
+    keeps_nan = key in VITAL or bool(np.isnan(values).all())
+    means[key] = float(values.mean() if keeps_nan else np.nanmean(values))
+  return means
 
 
 def keep_lines(file: pathlib.Path, last_step: int) -> None:
-  """Drops the lines of steps after `last_step`, and a last line that was cut short, from a JSONL file; atomically."""
+  """Drops the lines of steps after `last_step` from a JSONL file; atomically.
+
+  A last line that was cut short is dropped too.
+  """
   if not file.exists():
     return
+  scratch = file.with_suffix('.tmp')
+  kept = _lines_until(file.read_text().splitlines(), last_step)
+  scratch.write_text(''.join(line + '\n' for line in kept))
+  os.replace(scratch, file)
+
+
+def _lines_until(lines: Iterable[str], last_step: int) -> list[str]:
   kept = []
-  for line in file.read_text().splitlines():
+  for line in lines:
     try:
       if json.loads(line)['step'] <= last_step:
         kept.append(line)
-    except ValueError:
+    except ValueError:  # cut short
       pass
-  scratch = file.with_suffix('.tmp')
-  scratch.write_text(''.join(line + '\n' for line in kept))
-  os.replace(scratch, file)
+  return kept
 
 
 def duration(seconds: float) -> str:

@@ -1,13 +1,15 @@
-"""The optimizer: AdamW with a schedule (schedule.py), clipping, and per-parameter freezing and learning rates by regex.
+"""The optimizer: AdamW with a schedule, clipping, and freezing and learning rates by regex.
 
-A parameter is known by its '/'-joined path, such as `tokenizer/selector/fc1/kernel`; regexes are searched, so '^vit/' means
-the part and 'kernel$' the leaf.
+A parameter is named by its '/'-joined path, such as `tokenizer/selector/fc1/kernel`; regexes are
+searched, so '^vit/' means the module and 'kernel$' the array.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,84 +17,116 @@ import optax
 
 from lavit_jax.errors import UserError
 from lavit_jax.sharding import path_name
-from lavit_jax.training.schedule import learning_rate
+from lavit_jax.training.schedule import ScheduleConfig, learning_rate
+
+Tree = Any
+MAX_BFLOAT16_B2 = 0.99  # above it an update changes a number by less than bfloat16's rounding
 
 
-def make_optimizer(config, num_steps: int, params, hold=()) -> optax.GradientTransformation:
-  """Builds the optimizer of one run.
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """The section `optim` of a page."""
+
+  schedule: ScheduleConfig
+  weight_decay: float  # of kernels only
+  b1: float
+  b2: float
+  mu_dtype: str  # of the first moment; bfloat16 halves its memory
+  nu_dtype: str  # of the second moment
+  clip_norm: float | None  # of the whole gradient; None or 0: off
+  ema_decay: float = 0.0  # of the parameters' moving average; 0: off
+  freeze: tuple[str, ...] = ()  # regexes of parameters that do not train
+  lr_scale: tuple[tuple[str, float], ...] = ()  # (regex, factor); the first match counts
+  max_nonfinite: int = 10  # updates skipped in a row after which a run ends
+
+  @classmethod
+  def from_page(cls, page: Mapping[str, Any]) -> OptimizerConfig:
+    """Reads it from a page."""
+    names = {field.name for field in dataclasses.fields(cls)} & set(page['optim'])
+    options = {name: page['optim'][name] for name in names - {'schedule', 'freeze', 'lr_scale'}}
+    return cls(
+      schedule=ScheduleConfig.from_page(page),
+      freeze=tuple(page['optim']['freeze']),
+      lr_scale=tuple((regex, factor) for regex, factor in page['optim']['lr_scale']),
+      **options,
+    )
+
+
+def make_optimizer(
+  config: OptimizerConfig, params: Tree, hold: Sequence[tuple[str, int]] = ()
+) -> optax.GradientTransformation:
+  """Builds the optimizer of a run.
 
   Args:
-    config: the page's `optim`: the options of schedule.learning_rate, weight_decay (on kernels only), b1, b2,
-      mu_dtype, nu_dtype (of the moments: bfloat16 halves each), clip_norm (global, None = off), freeze (regexes), lr_scale ((regex,
-      factor) pairs, the first match counts).
-    num_steps: where the cosine ends.
+    config: its options.
     params: the parameters, or their shapes.
-    hold: (regex, step) pairs; the parameters stop moving, decay included, once `step` updates were made.
+    hold: (regex, step) of parameters that stop moving, decay included, after `step` updates.
 
   Raises:
-    UserError: a regex is malformed or names no parameter, or the second moment moves too slowly for bfloat16.
+    UserError: a regex is malformed or matches no parameter, or the second moment moves too slowly
+      for bfloat16.
   """
   names = jax.tree_util.tree_map_with_path(lambda path, _: path_name(path), params)
-  known = jax.tree.leaves(names)
-  for option, regexes in dict(
-    freeze=config.freeze, lr_scale=[r for r, _ in config.lr_scale], hold=[r for r, _ in hold]
-  ).items():
-    for regex in regexes:
-      _check(option, regex, known)
+  _check_regexes('freeze', config.freeze, names)
+  _check_regexes('lr_scale', [regex for regex, _ in config.lr_scale], names)
+  _check_regexes('hold', [regex for regex, _ in hold], names)
 
-  def match(regex):
+  def matches(regex: str) -> Tree:
     return jax.tree.map(lambda name: bool(re.search(regex, name)), names)
 
-  def scale(name):
+  def scale(name: str) -> float:
     return next((factor for regex, factor in config.lr_scale if re.search(regex, name)), 1.0)
 
-  holds = [hold_from(match(regex), step) for regex, step in hold]
+  holds = [hold_from(matches(regex), step) for regex, step in hold]
   trained = optax.chain(
-    *holds,  # before the clipping, so that what no longer moves does not count in the norm
+    *holds,  # before the clipping: what no longer moves does not count in the norm
     optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
     adam(config),
-    optax.add_decayed_weights(config.weight_decay, mask=match('kernel$')),
-    scaled(jax.tree.map(scale, names)),
-    optax.scale_by_learning_rate(learning_rate(config, num_steps)),
+    optax.add_decayed_weights(config.weight_decay, mask=matches('kernel$')),
+    scale_leaves(jax.tree.map(scale, names)),
+    optax.scale_by_learning_rate(learning_rate(config.schedule)),
     *holds,  # and after Adam and the decay, which move what has no gradient
   )
-  frozen = jax.tree.map(lambda name: any(re.search(regex, name) for regex in config.freeze), names)
-  labels = jax.tree.map(lambda f: 'frozen' if f else 'trained', frozen)
+  labels = jax.tree.map(lambda name: 'frozen' if _is_frozen(config, name) else 'trained', names)
   return optax.partition({'trained': trained, 'frozen': optax.set_to_zero()}, labels)
 
 
-def stop_frozen_gradients(config, params):
-  """`params` with no gradient to those that `config.freeze` names, so that none is computed."""
+def stop_frozen_gradients(config: OptimizerConfig, params: Tree) -> Tree:
+  """`params` with no gradient to those that `config.freeze` matches, so that none is computed."""
 
   def stop(path, x):
-    frozen = any(re.search(regex, path_name(path)) for regex in config.freeze)
-    return jax.lax.stop_gradient(x) if frozen else x
+    return jax.lax.stop_gradient(x) if _is_frozen(config, path_name(path)) else x
 
   return jax.tree_util.tree_map_with_path(stop, params)
 
 
-def adam(config) -> optax.GradientTransformation:
-  """`optax.scale_by_adam`, whose second moment may be kept in `config.nu_dtype` too; all arithmetic with it is in float32.
+def adam(config: OptimizerConfig) -> optax.GradientTransformation:
+  """`optax.scale_by_adam`, whose second moment may be stored in bfloat16 too.
+
+  All arithmetic with it is in float32.
 
   Raises:
-    UserError: bfloat16 at a `b2` above 0.99: of a step that changes a number by less than 1 in 512, rounding leaves nothing.
+    UserError: bfloat16 with a `b2` above 0.99: a step then changes a number by less than 1 in 512,
+      of which rounding leaves nothing.
   """
-  if config.nu_dtype == 'bfloat16' and config.b2 > 0.99:
+  if config.nu_dtype == 'bfloat16' and config.b2 > MAX_BFLOAT16_B2:
     raise UserError(
-      f"optim.nu_dtype='bfloat16' needs optim.b2 of at most 0.99, not {config.b2}: slower averages stand still in it"
+      f"optim.nu_dtype='bfloat16' needs optim.b2 of at most {MAX_BFLOAT16_B2}, not {config.b2}: "
+      'slower averages stand still in it'
     )
   inner = optax.scale_by_adam(config.b1, config.b2, eps=1e-8, mu_dtype=config.mu_dtype)
 
-  def kept(state, dtype):
+  def cast(state, dtype):
     return state._replace(nu=optax.tree.cast(state.nu, dtype))
 
-  def update(updates, state, params=None):
-    updates, state = inner.update(updates, kept(state, jnp.float32), params)
-    return updates, kept(state, config.nu_dtype)
+  def init(params):
+    return cast(inner.init(params), config.nu_dtype)
 
-  return optax.GradientTransformation(
-    lambda params: kept(inner.init(params), config.nu_dtype), update
-  )
+  def update(updates, state, params=None):
+    updates, state = inner.update(updates, cast(state, jnp.float32), params)
+    return updates, cast(state, config.nu_dtype)
+
+  return optax.GradientTransformation(init, update)
 
 
 class HoldState(NamedTuple):
@@ -101,53 +135,71 @@ class HoldState(NamedTuple):
   count: jax.Array
 
 
-def hold_from(mask, step: int) -> optax.GradientTransformation:
+def hold_from(mask: Tree, step: int) -> optax.GradientTransformation:
   """Zeroes the updates of the masked leaves from the `step`-th update (counted from 0) on."""
 
-  def init(_):
+  def init(params):
+    del params
     return HoldState(jnp.zeros([], jnp.int32))
 
   def update(updates, state, params=None):
     del params
     live = state.count < step
-    updates = map_masked(lambda u, m: jnp.where(live, u, 0) if m else u, updates, mask)
+
+    def hold(u, masked):
+      return jnp.where(live, u, 0) if masked else u
+
+    updates = _map_unmasked(hold, updates, mask)
     return updates, HoldState(state.count + 1)
 
   return optax.GradientTransformation(init, update)
 
 
-def scaled(factors) -> optax.GradientTransformation:
+def scale_leaves(factors: Tree) -> optax.GradientTransformation:
   """Multiplies each leaf of the updates by its own constant."""
   return optax.stateless(
-    lambda updates, _: map_masked(lambda u, f: u if f == 1.0 else f * u, updates, factors)
-  )
-
-
-def map_masked(fn, updates, tree):
-  """`fn(update, leaf of tree)`, leaving alone what `optax.partition` has masked out."""
-  return jax.tree.map(
-    lambda u, x: u if isinstance(u, optax.MaskedNode) else fn(u, x),
-    updates,
-    tree,
-    is_leaf=lambda x: isinstance(x, optax.MaskedNode),
-  )
-
-
-def ema_update(ema, params, decay: float, step: jax.Array):
-  """Moving average of the parameters; early on it follows faster: decay at most (1 + step) / (10 + step)."""
-  decay = jnp.minimum(decay, (1 + step) / (10 + step))
-  return jax.tree.map(
-    lambda e, p: e + (1 - decay) * (p - e), ema, params
-  )  # what stands still has itself as its average, to the bit
-
-
-def _check(option: str, regex: str, names) -> None:
-  try:
-    found = any(re.search(regex, name) for name in names)
-  except re.error as error:
-    raise UserError(f'optim.{option}: {regex!r} is not a regular expression ({error})') from None
-  if not found:
-    parts = sorted({'/'.join(name.split('/')[:2]) for name in names})
-    raise UserError(
-      f'optim.{option}: {regex!r} matches no parameter; they begin with {", ".join(parts)}'
+    lambda updates, _: _map_unmasked(
+      lambda u, factor: u if factor == 1.0 else factor * u, updates, factors
     )
+  )
+
+
+def ema_update(ema: Tree, params: Tree, decay: float, step: jax.Array) -> Tree:
+  """The moving average of the parameters after a step.
+
+  Early on it follows faster: the decay is at most (1 + step) / (10 + step). A parameter that does
+  not move has itself as its average, to the bit.
+  """
+  share = 1 - jnp.minimum(decay, (1 + step) / (10 + step))
+  return jax.tree.map(lambda e, p: e + share * (p - e), ema, params)
+
+
+def _is_frozen(config: OptimizerConfig, name: str) -> bool:
+  return any(re.search(regex, name) for regex in config.freeze)
+
+
+def _map_unmasked(function: Callable[[Any, Any], Any], updates: Tree, tree: Tree) -> Tree:
+  """`function(update, leaf of tree)` of all that `optax.partition` has not masked out."""
+
+  def is_masked(x):
+    return isinstance(x, optax.MaskedNode)
+
+  def apply(u, x):
+    return u if is_masked(u) else function(u, x)
+
+  return jax.tree.map(apply, updates, tree, is_leaf=is_masked)
+
+
+def _check_regexes(option: str, regexes: Iterable[str], names: Tree) -> None:
+  """Raises UserError if one is malformed or matches no parameter."""
+  leaves = jax.tree.leaves(names)
+  for regex in regexes:
+    try:
+      matched = any(re.search(regex, name) for name in leaves)
+    except re.error as error:
+      raise UserError(f'optim.{option}: {regex!r} is not a regular expression ({error})') from None
+    if not matched:
+      prefixes = sorted({'/'.join(name.split('/')[:2]) for name in leaves})
+      raise UserError(
+        f'optim.{option}: {regex!r} matches no parameter; they begin with {", ".join(prefixes)}'
+      )

@@ -1,7 +1,7 @@
-"""What each option of a page may be: one row for every one of them.
+"""The permitted values of each option of a page: one table for all of them.
 
 Types are strict: `True` is no number, and nan and infinity are refused. What depends on other
-options or on files is in validation.py.
+options or on files is checked in run.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import difflib
 import math
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -18,39 +18,51 @@ from lavit_jax.data import transforms
 from lavit_jax.data.emoji import questions
 from lavit_jax.errors import UserError
 from lavit_jax.models.remat import REMAT_POLICIES
+from lavit_jax.training.profiler import parse_steps
 from lavit_jax.training.schedule import SCHEDULES
+
+# --- Kinds of values -----------------------------------------------------------------------------
+
+
+class Kind(Protocol):
+  """What values an option may have."""
+
+  def fault(self, value: Any) -> str:
+    """What is wrong with a value, '' if nothing."""
+    ...
 
 
 class Number(NamedTuple):
-  """A number from `low` to `high`; `above` and `below` say that the ends are not among them.
-  `also`: what else it may be.
-  """
+  """A number in a range."""
 
-  kind: type
+  kind: type  # int or float
   low: float
   high: float = math.inf
-  above: bool = False
-  below: bool = False
-  also: tuple = ()
+  above: bool = False  # whether `low` itself is excluded
+  below: bool = False  # whether `high` itself is excluded
+  also: tuple = ()  # other values that are permitted
 
-  def fault(self, value) -> str:
+  def fault(self, value: Any) -> str:
     """What is wrong with a value, '' if nothing."""
-    if any(
-      value is other or (type(value) is type(other) and value == other) for other in self.also
-    ):
+    if self._is_permitted(value):
       return ''
-    kinds = (int, np.integer) if self.kind is int else (int, float, np.integer, np.floating)
-    if (
-      isinstance(value, (bool, np.bool_))
-      or not isinstance(value, kinds)
-      or not math.isfinite(value)
-    ):
-      return f'must be {self.words()}'
-    low = value > self.low if self.above else value >= self.low
-    high = value < self.high if self.below else value <= self.high
-    return '' if low and high else f'must be {self.words()}'
+    return f'must be {self.describe()}'
 
-  def words(self) -> str:
+  def _is_permitted(self, value: Any) -> bool:
+    for other in self.also:
+      if value is other or (type(value) is type(other) and value == other):
+        return True
+    kinds = (int, np.integer) if self.kind is int else (int, float, np.integer, np.floating)
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, kinds):
+      return False
+    if not math.isfinite(value):
+      return False
+    above = value > self.low if self.above else value >= self.low
+    below = value < self.high if self.below else value <= self.high
+    return bool(above and below)
+
+  def describe(self) -> str:
+    """The range in words."""
     name = 'an integer' if self.kind is int else 'a number'
     text = f'{name} {"above" if self.above else "of at least"} {self.low:g}'
     if self.high < math.inf:
@@ -59,112 +71,108 @@ class Number(NamedTuple):
 
 
 class Choice(NamedTuple):
-  """One of some texts."""
+  """One of several texts."""
 
   values: tuple[str, ...]
 
-  def fault(self, value) -> str:
-    return (
-      ''
-      if isinstance(value, str) and value in self.values
-      else f'is unknown; choose {" or ".join(self.values)}'
-    )
-
-  def words(self) -> str:
-    return ' or '.join(map(repr, self.values))
+  def fault(self, value: Any) -> str:
+    """What is wrong with a value, '' if nothing."""
+    if isinstance(value, str) and value in self.values:
+      return ''
+    return f'is unknown; choose {" or ".join(self.values)}'
 
 
 class Text(NamedTuple):
-  """A text; what it may say is checked where it is used."""
+  """A text; its content is checked where it is used."""
 
-  empty: bool = True
+  empty: bool = True  # whether it may be empty
 
-  def fault(self, value) -> str:
+  def fault(self, value: Any) -> str:
+    """What is wrong with a value, '' if nothing."""
     if not isinstance(value, str):
       return 'must be a text'
     return '' if value or self.empty else 'must not be empty'
-
-  def words(self) -> str:
-    return 'a text' if self.empty else 'a text that is not empty'
 
 
 class Flag(NamedTuple):
   """True or False."""
 
-  def fault(self, value) -> str:
+  def fault(self, value: Any) -> str:
+    """What is wrong with a value, '' if nothing."""
     return '' if isinstance(value, bool) else 'must be true or false'
-
-  def words(self) -> str:
-    return 'true or false'
 
 
 class Steps(NamedTuple):
   """'FIRST:LAST', or ''."""
 
-  def fault(self, value) -> str:
-    match = re.fullmatch(r'([0-9]+):([0-9]+)', value) if isinstance(value, str) else None
-    fits = value == '' or (match is not None and 1 <= int(match[1]) <= int(match[2]))
-    return '' if fits else 'must give the first and the last step to trace, such as 10:12'
-
-  def words(self) -> str:
-    return "'FIRST:LAST', or ''"
+  def fault(self, value: Any) -> str:
+    """What is wrong with a value, '' if nothing."""
+    if isinstance(value, str) and parse_steps(value) is not None:
+      return ''
+    return 'must give the first and the last step to trace, such as 10:12'
 
 
 class Sources(NamedTuple):
   """A list of sources, whose options are checked in data/sources.py."""
 
-  def fault(self, value) -> str:
-    return (
-      ''
-      if isinstance(value, (tuple, list))
-      else "must be a list of sources, ({'format': ..., 'path': ...},)"
-    )
-
-  def words(self) -> str:
-    return 'a list of sources'
+  def fault(self, value: Any) -> str:
+    """What is wrong with a value, '' if nothing."""
+    if isinstance(value, (tuple, list)):
+      return ''
+    return "must be a list of sources, ({'format': ..., 'path': ...},)"
 
 
 class Regexes(NamedTuple):
-  """A list of regular expressions, or of pairs of one and a factor."""
+  """A list of regular expressions, or of (regular expression, factor)."""
 
   factors: Number | None = None
 
-  def fault(self, value) -> str:
+  def fault(self, value: Any) -> str:
+    """What is wrong with a value, '' if nothing."""
     if not isinstance(value, (tuple, list)):
-      return f'must be {self.words()}'
-    for row in value:
-      regex = row
-      if self.factors is not None:
-        if not isinstance(row, (tuple, list)) or len(row) != 2:
-          return f'must be {self.words()}; {row!r} is none'
-        regex, factor = row
-        if fault := self.factors.fault(factor):
-          return f'has the factor {factor!r} for {regex!r}, which {fault}'
-      if not isinstance(regex, str):
-        return f'must be {self.words()}; {row!r} is none'
-      try:
-        re.compile(regex)
-      except re.error as error:
-        return f'has {regex!r}, which is not a regular expression ({error})'
+      return f'must be {self.describe()}'
+    faults = (self._item_fault(item) for item in value)
+    return next((fault for fault in faults if fault), '')
+
+  def _item_fault(self, item: Any) -> str:
+    regex = item
+    if self.factors is not None:
+      if not isinstance(item, (tuple, list)) or len(item) != 2:
+        return f'must be {self.describe()}; {item!r} is none'
+      regex, factor = item
+      fault = self.factors.fault(factor)
+      if fault:
+        return f'has the factor {factor!r} for {regex!r}, which {fault}'
+    if not isinstance(regex, str):
+      return f'must be {self.describe()}; {item!r} is none'
+    try:
+      re.compile(regex)
+    except re.error as error:
+      return f'has {regex!r}, which is not a regular expression ({error})'
     return ''
 
-  def words(self) -> str:
-    return (
-      "a list of regular expressions, ('^vit/',)"
-      if self.factors is None
-      else "a list of pairs, (('^vit/', 0.1),)"
-    )
+  def describe(self) -> str:
+    """The list in words."""
+    if self.factors is None:
+      return "a list of regular expressions, ('^vit/',)"
+    return "a list of pairs, (('^vit/', 0.1),)"
 
 
-COUNT, AT_LEAST_ONE = Number(int, 0), Number(int, 1)
-SHARE, WEIGHT = Number(float, 0, 1), Number(float, 0, 1e6)
+# --- The table -----------------------------------------------------------------------------------
+
+COUNT = Number(int, 0)
+AT_LEAST_ONE = Number(int, 1)
+SHARE = Number(float, 0, 1)
+WEIGHT = Number(float, 0, 1e6)
 DECAY = Number(float, 0, 1, below=True)
 DTYPE = Choice(('float32', 'bfloat16'))
 AXIS = Number(int, 1, also=(-1,))
+KINDS = ('caption', 'answer', 'draw', 'text')
+TOWER_SIZES = ('hidden_size', 'num_layers', 'num_heads', 'num_kv_heads', 'head_dim', 'mlp_dim')
 
-OPTIONS = {
-  'stage': Text(False),
-  'variant': Text(False),  # stages.check and lavit.row know them
+OPTIONS: dict[str, Kind] = {
+  'stage': Text(empty=False),  # stages/ knows them
+  'variant': Text(empty=False),  # models/ knows them
   'seed': Number(int, 0, 2**31 - 1),
   'batch_size': AT_LEAST_ONE,
   'num_steps': Number(int, 1, 2**31 - 1),
@@ -178,7 +186,7 @@ OPTIONS = {
   'frozen': Text(),
   'init_from': Text(),
   'data.task': Choice(('images', 'contrastive', 'lm')),
-  'data.source': Text(False),
+  'data.source': Text(empty=False),
   'data.image_size': Number(int, 1, 16384),
   'data.scene_share': SHARE,
   'data.num_threads': Number(int, 0, 4096),
@@ -187,18 +195,15 @@ OPTIONS = {
   'data.shards': AT_LEAST_ONE,
   'data.crop': Choice(tuple(transforms.CROPS)),
   'data.max_skipped': SHARE,
-  'data.tokenizer_folder': Text(False),
+  'data.tokenizer_folder': Text(empty=False),
   'data.text_length': AT_LEAST_ONE,
-  **{f'data.shares.{kind}': WEIGHT for kind in ('caption', 'answer', 'draw', 'text')},
+  **{f'data.shares.{kind}': WEIGHT for kind in KINDS},
   **{
     f'data.question_weights.{kind}': Number(float, 0, 1e6, above=True) for kind in questions.TYPES
   },
   'data.draw_text_weight': WEIGHT,
   'data.drop_text': SHARE,
-  **{
-    f'text_tower.{size}': AT_LEAST_ONE
-    for size in ('hidden_size', 'num_layers', 'num_heads', 'num_kv_heads', 'head_dim', 'mlp_dim')
-  },
+  **{f'text_tower.{size}': AT_LEAST_ONE for size in TOWER_SIZES},
   'pixel_weight': WEIGHT,
   'place_weight': WEIGHT,
   'kl_weight': WEIGHT,
@@ -244,8 +249,8 @@ OPTIONS = {
 }
 
 
-def check_values(values: Mapping[str, object]) -> None:
-  """Looks at each option of a page for itself.
+def check_values(values: Mapping[str, Any]) -> None:
+  """Checks each option of a page on its own.
 
   Args:
     values: 'optim.learning_rate' -> 0.1, ...
@@ -256,6 +261,8 @@ def check_values(values: Mapping[str, object]) -> None:
   for key, value in values.items():
     if key not in OPTIONS:
       near = difflib.get_close_matches(key, OPTIONS, n=1)
-      raise UserError(f'{key} is no option of a page{f"; did you mean {near[0]}?" if near else ""}')
-    if fault := OPTIONS[key].fault(value):
+      hint = f'; did you mean {near[0]}?' if near else ''
+      raise UserError(f'{key} is no option of a page{hint}')
+    fault = OPTIONS[key].fault(value)
+    if fault:
       raise UserError(f'{key}={value!r} {fault}')

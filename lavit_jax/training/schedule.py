@@ -1,60 +1,87 @@
-"""The learning rate over the steps of a run, and what becomes of it when a run is continued under
-other options.
-"""
+"""The learning rate over the steps of a run, and how it changes when a run continues."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import optax
 
+if TYPE_CHECKING:
+  from lavit_jax.training.metrics import MetricLogger
+
 SCHEDULES = ('cosine', 'constant', 'rewarm')
-NOTICEABLE = 1.02  # the ratio from which a jump of the rate is told
+NOTICEABLE = 1.02  # the ratio of learning rates from which a jump is reported
 
 
-def learning_rate(config: Mapping, num_steps: int) -> optax.Schedule:
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+  """How the learning rate changes over the steps of a run."""
+
+  num_steps: int  # where the (last) cosine ends
+  learning_rate: float  # the highest rate
+  warmup_steps: int  # updates over which the rate rises linearly from 0
+  final_fraction: float  # of the highest rate, at the end of a cosine
+  schedule: str = 'cosine'  # or 'constant' (stays at the highest rate), or 'rewarm'
+  rewarm_from: int = 0  # under 'rewarm', the update at which the first cosine ends
+
+  @classmethod
+  def from_page(cls, page: Mapping[str, Any]) -> ScheduleConfig:
+    """Reads it from a page, or from the JSON of one of an earlier version."""
+    optim = page['optim']
+    names = {field.name for field in dataclasses.fields(cls)} & set(optim)
+    return cls(num_steps=page['num_steps'], **{name: optim[name] for name in names})
+
+
+def learning_rate(config: ScheduleConfig) -> optax.Schedule:
   """The rate of the n-th update, counted from 0.
 
-  Args:
-    config: the page's `optim`, of which count
-      schedule: 'cosine' (also where a page has none), 'constant' or 'rewarm';
-      learning_rate: the highest rate;
-      warmup_steps: over so many updates the rate rises to it, from 0, in a line;
-      final_fraction: of it is left at the end, to which a cosine comes down ('constant' stays at
-        the top);
-      rewarm_from: under 'rewarm' the updates before it are those of a cosine that ends there; then
-        the rate rises again over `warmup_steps`, from
-        what was left, and comes down once more.
-    num_steps: where the (last) cosine ends.
+  Under 'rewarm' the updates before `rewarm_from` are those of a cosine that ends there. Then the
+  rate rises again over `warmup_steps`, from what was left, and falls once more.
   """
-  peak, schedule = config['learning_rate'], config.get('schedule', 'cosine')
-  final = config['final_fraction'] * peak
+  peak = config.learning_rate
+  final = config.final_fraction * peak
 
   def cosine(start: float, steps: int) -> optax.Schedule:
-    warmup = min(config['warmup_steps'], max(steps - 1, 0))
+    warmup = min(config.warmup_steps, max(steps - 1, 0))
     return optax.warmup_cosine_decay_schedule(start, peak, warmup, steps, final)
 
-  if schedule == 'constant':
-    return optax.warmup_constant_schedule(0.0, peak, config['warmup_steps'])
-  again = config.get('rewarm_from', 0)
-  if schedule == 'rewarm' and 0 < again < num_steps:
-    return optax.join_schedules([cosine(0.0, again), cosine(final, num_steps - again)], [again])
-  return cosine(0.0, num_steps)
+  if config.schedule == 'constant':
+    return optax.warmup_constant_schedule(0.0, peak, config.warmup_steps)
+  restart = config.rewarm_from
+  if config.schedule == 'rewarm' and 0 < restart < config.num_steps:
+    cosines = [cosine(0.0, restart), cosine(final, config.num_steps - restart)]
+    return optax.join_schedules(cosines, [restart])
+  return cosine(0.0, config.num_steps)
 
 
-def warn_of_schedule(log, config, saved: dict, first: int) -> None:
-  """A warning where the next update's rate, after `first` steps, is another than under the options
-  that these were made with.
+def rate_at(config: ScheduleConfig, step: int) -> float:
+  """The rate of one update, counted from 0."""
+  return float(np.asarray(learning_rate(config)(step)))
+
+
+def warn_of_schedule(
+  log: MetricLogger, config: ScheduleConfig, saved: ScheduleConfig, step: int
+) -> None:
+  """Warns where the next update's rate differs from that of the options it was trained with.
+
+  Args:
+    log: receives the warning.
+    config: of this run.
+    saved: with which the first steps were made.
+    step: their number.
   """
-  if first >= config.num_steps:
+  if step >= config.num_steps:
     return
-  was = float(learning_rate(saved['optim'], saved['num_steps'])(first))
-  now = float(learning_rate(config.optim, config.num_steps)(first))
-  low, high = sorted((was, now))
-  if high <= NOTICEABLE * low:
+  before = rate_at(saved, step)
+  now = rate_at(config, step)
+  if max(before, now) <= NOTICEABLE * min(before, now):
     return
-  log.say(
-    f'warning: at step {first} the learning rate goes from {was:.3g}, as this run was begun (num_steps={saved["num_steps"]}), to {now:.3g} '
-    f'(num_steps={config.num_steps}); --config.optim.schedule=constant --config.optim.learning_rate={was:.3g} goes on as it was, '
-    f'--config.optim.schedule=rewarm --config.optim.rewarm_from={first} warms up anew'
+  log.print_line(
+    f'warning: at step {step} the learning rate goes from {before:.3g}, as this run was begun '
+    f'(num_steps={saved.num_steps}), to {now:.3g} (num_steps={config.num_steps}); '
+    f'--config.optim.schedule=constant --config.optim.learning_rate={before:.3g} goes on as it '
+    f'was, --config.optim.schedule=rewarm --config.optim.rewarm_from={step} warms up anew'
   )

@@ -1,4 +1,4 @@
-"""The demo's inputs and page. A stand-in plays the model here; `slow` runs the one that lies in the repository."""
+"""The demo's inputs and page, with a stub for the model; `slow` runs the tiny checkpoint."""
 
 import base64
 import html.parser
@@ -22,7 +22,7 @@ ASSETS = pathlib.Path(lavit_jax.__file__).parent / 'assets'
 
 
 class Stub:
-  """Answers at once, with what it was asked, so that the page can be checked against it."""
+  """A model with known answers, by which the page is checked."""
 
   modules = types.SimpleNamespace(image_size=64, num_patches=64, variant='stub')
 
@@ -55,24 +55,21 @@ def inputs(tmp_path_factory):
 
 def test_inputs_are_held_out_and_complete(inputs):
   manifest = demo.read_manifest(inputs)
-  assert (
-    len(manifest['pictures']) == 8 and len(manifest['texts']) == 4 and len(manifest['mixed']) == 4
-  )
+  sizes = {key: len(entries) for key, entries in manifest.items()}
+  assert sizes == {'pictures': 8, 'texts': 4, 'mixed': 4}
   for row in manifest['pictures'] + manifest['texts']:
     assert Image.open(inputs / row['file']).size == (64, 64)
   kinds = {tuple(part.endswith('.png') for part in parts) for parts in manifest['mixed']}
   assert kinds == {(True, False), (True, True)}
-  assert (
-    demo.make_inputs('embedded', inputs).read_text()
-    == json.dumps(manifest, indent=1, ensure_ascii=False) + '\n'
-  )
+  again = demo.make_inputs('embedded', inputs).read_text()
+  assert again == json.dumps(manifest, indent=1, ensure_ascii=False) + '\n'
 
 
 def test_the_page_holds_everything(inputs, tmp_path, capsys):
   stub = Stub()
   text = demo.run(stub, inputs, tmp_path / 'new' / 'out').read_text()
   assert [p.name for p in (tmp_path / 'new' / 'out').iterdir()] == ['index.html']
-  pictures = []
+  images = []
 
   class Reader(html.parser.HTMLParser):
     def handle_starttag(self, tag, attrs):
@@ -80,33 +77,32 @@ def test_the_page_holds_everything(inputs, tmp_path, capsys):
       if tag == 'img':
         kind, data = dict(attrs)['src'].split(',')
         assert kind == 'data:image/png;base64'
-        pictures.append(np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))))
+        images.append(np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))))
 
   Reader().feed(text)
-  assert len(pictures) == 8 * 3 + 4 * 2 + 2 * 2 + 2 * 3 and all(
-    p.shape == (64, 64, 3) for p in pictures
-  )
+  assert len(images) == 8 * 3 + 4 * 2 + 2 * 2 + 2 * 3
+  assert {image.shape for image in images} == {(64, 64, 3)}
   manifest = demo.read_manifest(inputs)
   for expected in ('&lt;caption 7&gt;', 'answer 7', '21 tokens', '5 tokens'):
     assert expected in text
   for row in manifest['pictures']:
-    assert html.escape(row['caption']) in text and html.escape(row['question']) in text
-  assert [[str(part).rpartition('/')[2] for part in parts] for parts in stub.prompts] == [
-    [row['text']] for row in manifest['texts']
-  ] + manifest['mixed']
+    assert html.escape(row['caption']) in text
+    assert html.escape(row['question']) in text
+  expected = [[row['text']] for row in manifest['texts']] + manifest['mixed']
+  for parts, names in zip(stub.prompts, expected, strict=True):
+    assert [str(part).rpartition('/')[2] for part in parts] == names
   assert 'reconstruct' in capsys.readouterr().out
 
 
-def test_kept_patches_stay_and_dropped_ones_fade():
-  image, keep = np.full((64, 64, 3), 50, np.uint8), np.zeros(64, bool)
+def test_dropped_patches_are_bleached():
+  image = np.full((64, 64, 3), 50, np.uint8)
+  keep = np.zeros(64, bool)
   keep[9] = True
   shown = page.show_kept_patches(image, keep)
-  assert (
-    (shown[8:16, 8:16] == 50).all()
-    and (shown == 50).sum() == 64 * 3
-    and shown.min() == 50
-    and shown.max() > 230
-  )
+  assert (shown[8:16, 8:16] == 50).all()
+  assert (shown == 50).sum() == 64 * 3
+  assert shown.min() == 50
+  assert shown.max() > 230
 
 
 def test_bad_inputs(tmp_path, inputs):

@@ -12,6 +12,7 @@ from lavit_jax.accelerators import TPUS
 from lavit_jax.models import lavit
 from lavit_jax.training import flops
 from lavit_jax.training.config import load_config, split_overrides
+from lavit_jax.training.run import resolve_abstract
 
 KEYS = (
   'topology',
@@ -59,12 +60,13 @@ def test_a_topology_that_is_none(topology):
 
 def computed(page, options):
   """Operations of a step of a page, each once: of the language model on all slots and with all towers, whatever they hold."""
-  config = load_config(f'configs/{page}', split_overrides(options)[0])
-  if config.stage != 'lm':
-    return flops.step_flops(config).fixed
-  pair, c = flops.pair_flops(config, lavit.build(config.variant, config.dtype)), config.lm
-  return config.batch_size * (pair.see + pair.code + pair.read) + c.num_rows * (
-    pair.row + c.row_length**2 * pair.scores / 2
+  run = resolve_abstract(load_config(f'configs/{page}', split_overrides(options)[0]))
+  if run.stage_name != 'lm':
+    return flops.step_flops(run).fixed
+  pair = flops.pair_flops(run)
+  row = pair.row + run.options.row_length**2 * pair.attention / 2
+  return (
+    run.batch_size * (pair.features + pair.codes + pair.understanding) + run.options.num_rows * row
   )
 
 

@@ -131,22 +131,20 @@ def test_files_of_captions_in_every_form(folder, name, content, captions):
 
 
 def test_several_captions_in_each_form(folder):
+  coco = dict(images=[], annotations=[])
+  karpathy = dict(images=[])
+  lines = []
+  for i, name in enumerate(NAMES):
+    coco['images'].append(dict(id=i, file_name=name))
+    karpathy['images'].append(dict(filename=name, sentences=[dict(raw='one'), dict(raw='two')]))
+    for text in ('one', 'two'):
+      coco['annotations'].append(dict(image_id=i, caption=text))
+      lines.append(json.dumps(dict(file_name=name, text=text)))
   forms = {
     'a.json': json.dumps({name: ['one', 'two'] for name in NAMES}),
-    'b.jsonl': '\n'.join(
-      json.dumps(dict(file_name=name, text=each)) for name in NAMES for each in ('one', 'two')
-    ),
-    'c.json': json.dumps(
-      dict(
-        images=[dict(id=i, file_name=name) for i, name in enumerate(NAMES)],
-        annotations=[dict(image_id=i, caption=each) for i in range(3) for each in ('one', 'two')],
-      )
-    ),
-    'd.json': json.dumps(
-      dict(
-        images=[dict(filename=name, sentences=[dict(raw='one'), dict(raw='two')]) for name in NAMES]
-      )
-    ),
+    'b.jsonl': '\n'.join(lines),
+    'c.json': json.dumps(coco),
+    'd.json': json.dumps(karpathy),
   }
   for name, content in forms.items():
     (folder / name).write_text(content)
@@ -156,14 +154,18 @@ def test_several_captions_in_each_form(folder):
 
 @pytest.mark.parametrize('name', ['captions.jsonl', 'captions.csv', 'captions.json'])
 def test_the_options_image_and_text_name_fields(folder, name):
-  rows = [
-    {'file_name': 'no.png', 'img': each, 'text': 'junk', 'caption': 'good', 'a.b': 'dotted'}
-    for each in NAMES
-  ]
+  columns = {
+    'file_name': ['no.png'] * 3,
+    'img': NAMES,
+    'text': ['junk'] * 3,
+    'caption': ['good'] * 3,
+    'a.b': ['dotted'] * 3,
+  }
+  rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
   content = {
     'captions.jsonl': '\n'.join(map(json.dumps, rows)),
-    'captions.csv': '\n'.join([','.join(rows[0]), *(','.join(row.values()) for row in rows)]),
-    'captions.json': json.dumps({key: [row[key] for row in rows] for key in rows[0]}),
+    'captions.csv': '\n'.join([','.join(columns), *(','.join(row.values()) for row in rows)]),
+    'captions.json': json.dumps(columns),
   }
   (folder / name).write_text(content[name])
   assert read(folder, 'img', ('caption',)) == dict.fromkeys(NAMES, ('good',))
@@ -411,7 +413,8 @@ def test_missing_images_are_counted(folder):
     '\n'.join(json.dumps(dict(file_name=name, text=caption(i))) for i, name in enumerate(NAMES))
   )
   (folder / '1.png').unlink()
-  skipped, source = SkipCounter(), dict(format='folder', path=str(folder))
+  skipped = SkipCounter()
+  source = dict(format='folder', path=str(folder))
   data = batches(
     source, heldout=(source,), split='heldout', skipped=skipped, num_threads=0, batch_size=1
   )

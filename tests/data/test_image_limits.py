@@ -1,4 +1,4 @@
-"""Training and inference read the same files alike, and refuse the same ones."""
+"""Training and inference read the same files in the same way, and refuse the same files."""
 
 import io
 import struct
@@ -21,9 +21,9 @@ def encode(image, kind='PNG', **options) -> bytes:
 
 
 def with_size(jpeg: bytes, width: int, height: int) -> bytes:
-  """A JPEG whose header says that it has another size."""
-  at = jpeg.index(b'\xff\xc0') + 5
-  return jpeg[:at] + struct.pack('>HH', height, width) + jpeg[at + 4 :]
+  """Returns a JPEG whose header has another size."""
+  position = jpeg.index(b'\xff\xc0') + 5
+  return jpeg[:position] + struct.pack('>HH', height, width) + jpeg[position + 4 :]
 
 
 def with_alpha(mode: str) -> Image.Image:
@@ -41,21 +41,23 @@ def turned(orientation: int, kind: str = 'PNG') -> bytes:
 
 
 XMP = (
-  b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
-  b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+  b'<x:xmpmeta xmlns:x="adobe:ns:meta/">'
+  b'<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+  b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+  b'</rdf:RDF></x:xmpmeta>'
 )
 RGB = Image.fromarray(PIXELS)
 FRAMES = [Image.fromarray(np.roll(PIXELS, i, 2)).quantize(16) for i in range(3)]
 KINDS = {
   'rgb': encode(RGB),
   'jpeg': encode(RGB, 'JPEG', quality=95),
-  'grey jpeg': encode(RGB.convert('L'), 'JPEG'),
+  'gray jpeg': encode(RGB.convert('L'), 'JPEG'),
   'cmyk jpeg': encode(RGB.convert('CMYK'), 'JPEG'),
   'palette': encode(RGB.quantize(16)),
   'clear palette': encode(RGB.quantize(16), transparency=3),
   'rgba': encode(with_alpha('RGBA')),
   'la': encode(with_alpha('LA')),
-  'clear colour': encode(RGB, transparency=tuple(PIXELS[0, 0].tolist())),
+  'clear color': encode(RGB, transparency=tuple(PIXELS[0, 0].tolist())),
   'webp': encode(with_alpha('RGBA'), 'WEBP', lossless=True),
   'gif': encode(FRAMES[0], 'GIF', save_all=True, append_images=FRAMES[1:]),
   'apng': encode(RGB, save_all=True, append_images=[RGB.rotate(180)]),
@@ -70,10 +72,9 @@ KINDS = {
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_training_and_inference_read_the_same_image(kind):
-  """At the size that it has, nothing is resized: the pixels are equal, those of a JPEG's too."""
-  ours = images.read_image(KINDS[kind])
   side = 40
-  expected = np.asarray(Image.fromarray(ours).resize((side, side), Image.Resampling.BICUBIC))
+  whole = images.read_image(KINDS[kind])
+  expected = np.asarray(Image.fromarray(whole).resize((side, side), Image.Resampling.BICUBIC))
   np.testing.assert_array_equal(images.read_images(KINDS[kind], side)[0], expected)
   np.testing.assert_array_equal(transforms.decode(KINDS[kind], side), expected)
 
@@ -102,7 +103,7 @@ REFUSED = {
   '100 megapixels': (with_size(JPEG, 12_000, 9_000), 'too large'),
   'a bomb': (with_size(JPEG, 60_000, 60_000), 'too large'),
   'empty': (b'', 'empty'),
-  'text': (b'words', 'not an image'),
+  'text': (b'text', 'not an image'),
   'cut jpeg': (JPEG[:-300], 'truncated|damaged'),
   'cut png': (encode(RGB)[:-100], 'truncated|damaged'),
 }
@@ -116,16 +117,13 @@ def test_training_inference_and_packing_refuse_the_same(kind):
   for crop in ('none', 'random'):
     with pytest.raises(UserError, match=message):
       transforms.decode(data, 8, crop, np.random.default_rng(0))
-  assert not array_record._whole(data)
+  assert not array_record._can_decode(data)
 
 
-def test_the_limit_itself_is_taken_by_both(monkeypatch):
+def test_the_limit_itself_is_accepted_by_both(monkeypatch):
   monkeypatch.setattr(images, 'MAX_PIXELS', PIXELS.shape[0] * PIXELS.shape[1])
-  assert images.read_image(JPEG).shape == PIXELS.shape and transforms.decode(JPEG, 8).shape == (
-    8,
-    8,
-    3,
-  )
+  assert images.read_image(JPEG).shape == PIXELS.shape
+  assert transforms.decode(JPEG, 8).shape == (8, 8, 3)
   monkeypatch.setattr(images, 'MAX_PIXELS', PIXELS.shape[0] * PIXELS.shape[1] - 1)
   for read in (images.read_image, lambda data: transforms.decode(data, 8)):
     with pytest.raises(UserError, match='72 x 48 is too large'):

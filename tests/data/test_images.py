@@ -1,4 +1,4 @@
-"""Every kind of picture reads as RGB; every kind of broken one is named."""
+"""Every kind of image is read as RGB; every kind of broken image is named."""
 
 import io
 import struct
@@ -42,7 +42,9 @@ def solid(mode='RGB', color=RED, size=(9, 7)):
     (encode(Image.fromarray(np.full((7, 9), 257 * 120, np.int32)), 'TIFF'), (120,) * 3),
     (encode(Image.fromarray(np.full((7, 9), 0.2, np.float32)), 'TIFF'), (51,) * 3),
   ],
-  ids='rgb 1x1 palette grey bit alpha clear half grey-clear palette-clear rgb-clear 16bit 32bit float'.split(),
+  ids=(
+    'rgb 1x1 palette gray bit alpha clear half gray-clear palette-clear rgb-clear 16bit 32bit float'
+  ).split(),
 )
 def test_every_mode_reads_as_rgb(data, expected):
   image = images.read_image(data)
@@ -69,13 +71,13 @@ RAMP = np.arange(35, dtype=np.float64).reshape(5, 7) / 34
   ],
   ids='float255 float1 float65535 int32 big-endian big-endian-dark little-endian-dark'.split(),
 )
-def test_deep_pictures_are_scaled_not_clipped(source, expected):
+def test_deep_images_are_scaled_not_clipped(source, expected):
   modes = {'f': 'F', 'i': 'I', 'u': 'I;16B' if source.dtype.byteorder == '>' else 'I;16'}
   image = Image.frombytes(modes[source.dtype.kind], source.shape[::-1], source.tobytes())
-  found = images.read_image(image)
-  np.testing.assert_allclose(found[..., 0].astype(float), expected, atol=1)  # of one rounding more
-  assert (found == found[..., :1]).all()
-  np.testing.assert_array_equal(images.read_image(encode(image, 'TIFF')), found)
+  pixels = images.read_image(image)
+  np.testing.assert_allclose(pixels[..., 0].astype(float), expected, atol=1)  # rounded twice
+  assert (pixels == pixels[..., :1]).all()
+  np.testing.assert_array_equal(images.read_image(encode(image, 'TIFF')), pixels)
 
 
 @pytest.mark.parametrize(
@@ -94,11 +96,9 @@ def test_numbers_without_a_white_are_refused(tmp_path, source, message):
   Image.fromarray(source).save(tmp_path / 'deep.tif')
   with pytest.raises(UserError, match=message) as error:
     images.read_image(tmp_path / 'deep.tif')
-  assert (
-    'deep.tif' in str(error.value)
-    and 'scale' in str(error.value)
-    and 'damaged' not in str(error.value)
-  )
+  assert 'deep.tif' in str(error.value)
+  assert 'scale' in str(error.value)
+  assert 'damaged' not in str(error.value)
 
 
 def test_premultiplied_and_palette_alpha_lie_on_white():
@@ -119,7 +119,7 @@ def test_cmyk_is_near_its_rgb(kind):
   assert np.abs(image - np.array(RED, float)).max() < 8
 
 
-def test_exif_turns_the_picture():
+def test_exif_turns_the_image():
   exif = Image.Exif()
   exif[0x0112] = 6  # rotate by 90 degrees to show
   assert images.read_image(encode(solid(), 'JPEG', exif=exif)).shape == (9, 7, 3)
@@ -127,7 +127,7 @@ def test_exif_turns_the_picture():
 
 def test_sources_agree(tmp_path):
   pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 3), np.uint8)
-  path = tmp_path / 'picture.png'
+  path = tmp_path / 'image.png'
   Image.fromarray(pixels).save(path)
   for source in (
     path,
@@ -154,7 +154,7 @@ def test_batches_are_square_and_bicubic():
 
 
 def huge_png():
-  """A few bytes that promise 100,000 x 100,000 pixels."""
+  """A few bytes whose header says 100,000 x 100,000 pixels."""
 
   def chunk(kind, data):
     return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
@@ -170,7 +170,7 @@ NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), n
   'data, message',
   [
     (b'', 'empty'),
-    (b'these are words', 'not an image'),
+    (b'this is text', 'not an image'),
     (encode(NOISE, 'JPEG')[:-900], 'truncated'),
     (encode(NOISE)[:-900], 'truncated'),
     (encode(NOISE, 'JPEG')[:30], 'not an image'),
@@ -184,7 +184,8 @@ def test_broken_files_are_named_in_one_line(tmp_path, data, message):
   path.write_bytes(data)
   with pytest.raises(UserError, match=message) as error:
     images.read_image(path)
-  assert str(path) in str(error.value) and '\n' not in str(error.value)
+  assert str(path) in str(error.value)
+  assert '\n' not in str(error.value)
   with pytest.raises(UserError, match='image 1: .*' + message):
     images.read_images([solid(), data], 8)
 

@@ -125,22 +125,22 @@ def test_weights_and_kinds_of_each_share():
 
   batch, inside, texts = rows(caption=1)
   assert (batch['kind'] == 0).all() and (batch['text_weight'][inside] == 1).all()
-  assert all(words.endswith('background') for words in texts)
+  assert all(string.endswith('background') for string in texts)
 
   batch, inside, texts = rows(draw=1)
   assert (batch['kind'] == 1).all() and (batch['text_weight'][inside] == 0.25).all()
-  assert all(not words or words.endswith('background') for words in texts)
+  assert all(not string or string.endswith('background') for string in texts)
 
   batch, inside, texts = rows(text=1)
   assert (batch['kind'] == 2).all() and (batch['text_weight'][inside] == 1).all()
-  assert all('Kind:' in words for words in texts)
+  assert all('Kind:' in string for string in texts)
 
   batch, inside, texts = rows(answer=1)
   assert (batch['kind'] == 0).all()
-  for ids, weight, words in zip(batch['text'], batch['text_weight'], texts):
-    answer = words.split(' Answer: ')[1]
+  for ids, weight, string in zip(batch['text'], batch['text_weight'], texts):
+    answer = string.split(' Answer: ')[1]
     assert tokenizer.decode(ids[weight == 1]) == answer
-    assert words.startswith('Question: ') and set(np.unique(weight)) == {0, 1}
+    assert string.startswith('Question: ') and set(np.unique(weight)) == {0, 1}
 
 
 def test_shares_are_met():

@@ -1,4 +1,4 @@
-"""Whose bicubic it is: Pillow's rounds and clips to bytes between its two passes, JAX's does not."""
+"""Two bicubics: Pillow rounds and clips to bytes between its two passes, JAX does not."""
 
 import jax
 import numpy as np
@@ -20,9 +20,10 @@ def weights(length: int, new_length: int) -> np.ndarray:
   rows = np.zeros((new_length, length))
   scale = length / new_length
   for new in range(new_length):
-    middle, wide = (new + 0.5) * scale, max(scale, 1)
+    center = (new + 0.5) * scale
+    support = max(scale, 1)
     for old in range(length):
-      x = abs(old + 0.5 - middle) / wide
+      x = abs(old + 0.5 - center) / support
       if x < 1:
         rows[new, old] = (1.5 * x - 2.5) * x * x + 1
       elif x < 2:
@@ -31,35 +32,39 @@ def weights(length: int, new_length: int) -> np.ndarray:
 
 
 def bicubic(image: np.ndarray, size: int, between: bool) -> np.ndarray:
-  """f64[size, size, 3], columns first; with `between`, bytes between the two passes."""
+  """Resizes to f64[size, size, 3], columns first; with `between`, to bytes between the passes."""
   x = np.einsum('hwc,nw->hnc', image.astype(np.float64), weights(image.shape[1], size))
   x = rounded(x) if between else x
   return rounded(np.einsum('hwc,nh->nwc', x, weights(image.shape[0], size)))
 
 
 def rounded(x: np.ndarray) -> np.ndarray:
-  """To bytes, ties up, whatever a sum of float64 makes of a tie."""
+  """Rounds to bytes, ties up, also if the sum of float64 is a little below the tie."""
   return np.floor(x.clip(0, 255) + 0.5 + 1e-9)
 
 
 @pytest.mark.parametrize('sides, size', [((90, 70), 32), ((20, 24), 32), ((24, 20), 77)])
-def test_whose_bicubic_is_which(sides, size):
-  """Pillow's weights have 22 bits and JAX's 24, so each may round a tie otherwise: by 1, or, where
-  that was between the passes, by 1 times a row of weights, 1.3 at most, and its own: by 2.
+def test_which_library_rounds_between_the_passes(sides, size):
+  """The tolerances come from ties, which each library may round in another direction.
+
+  Pillow's weights have 22 bits and JAX's 24. A tie at the end changes the result by 1. A tie
+  between the passes changes it by at most 1.3, the absolute sum of the weights, and with the tie at
+  the end by 2.
   """
   image = hard_edges(*sides)
-  with_bytes, without = bicubic(image, size, True), bicubic(image, size, False)
+  with_bytes = bicubic(image, size, True)
+  without = bicubic(image, size, False)
   loaded = images.resize(image, size).astype(np.float64)
   device = np.asarray(jax.image.resize(image.astype(np.float32), (size, size, 3), 'cubic'))
   assert np.abs(loaded - with_bytes).max() <= 2
   assert np.abs(rounded(device) - without).max() <= 1
   if size > max(sides):
-    assert np.abs(with_bytes - without).max() > 10  # which no one may take for the other
+    assert np.abs(with_bytes - without).max() > 10  # clearly different
 
 
 @pytest.mark.parametrize('sides, size', [((60, 60), 224), ((300, 300), 224)])
-def test_the_safety_checker_sees_what_pillow_would_show_it(sides, size):
-  """It resizes on the device, with bytes between the passes; of the 2, see above."""
+def test_the_safety_checker_resizes_like_pillow(sides, size):
+  """It resizes on the device, with bytes between the passes; for the tolerance, see above."""
   image = hard_edges(*sides)
   found = np.asarray(safety_checker.center_square(image[None], size))[0].astype(np.int32)
   assert np.abs(found - images.resize(image, size).astype(np.int32)).max() <= 2

@@ -144,6 +144,14 @@ def test_the_records_of_a_tiny_source_count_once(bad, message):
   assert skipped.metrics() == {'data/skipped_no_image': bad}
 
 
+def test_records_are_remembered_up_to_ten_thousand():
+  skipped = SkipCounter()
+  source = SourceInfo('sources[0]', 'folder x', 1, '')
+  for _ in range(3):
+    add(skipped, 9800, 200, 0, info=source)
+  assert skipped.seen['records'] == 10_000 and skipped.skipped['records'] == 200
+
+
 def test_the_records_of_a_large_source_keep_their_share():
   """Beyond 10,000 they are not remembered: each read counts, of good and bad ones alike."""
   skipped = SkipCounter()

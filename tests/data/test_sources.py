@@ -358,12 +358,15 @@ def test_a_bad_file_counts_once_however_often_it_is_read(tmp_path, kind, caplog)
   """One of nine files is empty: the epochs add nothing to it. A second one is too much."""
   suffix = 'tar' if kind == 'tars' else 'parquet'
   for f in range(8):
-    things = range(8 * f, 8 * f + 8)
+    file_numbers = range(8 * f, 8 * f + 8)
     file = tmp_path / f'{f}.{suffix}'
     if kind == 'tars':
-      write_tar(file, [sample(i) for i in things])
+      write_tar(file, [sample(i) for i in file_numbers])
     else:
-      table = {'image': [image_file(i) for i in things], 'text': [caption(i) for i in things]}
+      table = {
+        'image': [image_file(i) for i in file_numbers],
+        'text': [caption(i) for i in file_numbers],
+      }
       pq.write_table(pa.table(table), file)
   source = dict(format=kind, path=str(tmp_path))
   (tmp_path / f'8.{suffix}').write_bytes(b'')

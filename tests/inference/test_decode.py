@@ -275,7 +275,11 @@ def test_samples_of_a_prompt_share_its_prefill(params, embed, cache_dtype):
     cache_dtype=cache_dtype,
   )
   once = sample(
-    embeddings[:2], mask[:2], uncond_embeddings=embeddings[2:], uncond_mask=mask[2:], num_return_sequences=3
+    embeddings[:2],
+    mask[:2],
+    uncond_embeddings=embeddings[2:],
+    uncond_mask=mask[2:],
+    num_return_sequences=3,
   )
   embeddings, mask = jnp.repeat(embeddings, 3, axis=0), jnp.repeat(mask, 3, axis=0)
   repeated = sample(

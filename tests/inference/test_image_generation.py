@@ -15,9 +15,9 @@ from nano import NANO
 
 from lavit_jax.data.text import TextTokenizer
 from lavit_jax.errors import UserError
-from lavit_jax.inference import diffusion, generation_config, image_decoder, image_generation
+from lavit_jax.inference import generation_config, image_decoder, image_generation
 from lavit_jax.inference.pipeline import Lavit
-from lavit_jax.models import lavit
+from lavit_jax.models import diffusion, lavit
 from lavit_jax.models.noise_schedule import Scheduler
 from lavit_jax.porting import to_torch
 from lavit_jax.weights.store import folder

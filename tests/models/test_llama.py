@@ -1,4 +1,7 @@
-"""The language model against golden logits and transformers, and its cache against its full forward."""
+"""The language model against golden logits and transformers.
+
+The cached steps are compared with the full forward pass.
+"""
 
 import functools
 import json
@@ -80,11 +83,8 @@ def test_matches_transformers_with_grouped_heads(padding):
   with torch.no_grad():
     for p in peer.parameters():
       p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
-  params = mapping.from_torch(
-    llama_rules(),
-    {k: v.numpy() for k, v in peer.state_dict().items()},
-    jax.eval_shape(lambda: init(TINY)),
-  )
+  state = {name: x.numpy() for name, x in peer.state_dict().items()}
+  params = mapping.from_torch(llama_rules(), state, jax.eval_shape(lambda: init(TINY)))
   ids = np.random.default_rng(0).integers(0, 97, (2, 12))
   mask = np.ones(ids.shape, bool)
   mask[1, :padding] = False
@@ -117,30 +117,29 @@ def _peer(llama):
 
 
 def test_cached_steps_equal_full_forward():
-  """A prompt of 6 at once, then single tokens, then two together, with stale rubbish in the unwritten slots."""
+  """A prompt of 6 at once, then single tokens, then two together; unwritten slots are not zero."""
   ids = jax.random.randint(jax.random.key(1), (2, 12), 0, 97)
   mask = jnp.ones((2, 12), bool).at[1, :4].set(False)
   expected = forward(TINY, init(TINY), ids, mask)
-  slots, step = 15, stepper(TINY)
-  positions, seen = (
-    prompt_positions(mask),
-    jnp.pad(prompt_mask(mask), ((0, 0), (0, 0), (0, 0), (0, slots - 12))),
-  )
+  slots = 15
+  step = make_step(TINY)
+  positions = prompt_positions(mask)
+  visible = jnp.pad(prompt_mask(mask), ((0, 0), (0, 0), (0, 0), (0, slots - 12)))
   cache = TINY.init_cache(2, slots)
   cache = cache._replace(
     layers=tuple(layer._replace(k=layer.k + 9.0, v=layer.v - 9.0) for layer in cache.layers)
   )
   logits = []
   for start, end in [(0, 6), (6, 7), (7, 8), (8, 9), (9, 10), (10, 12)]:
-    part, cache = step(ids[:, start:end], positions[:, start:end], seen[:, :, start:end], cache)
+    part, cache = step(ids[:, start:end], positions[:, start:end], visible[:, :, start:end], cache)
     assert cache.length == end
     logits.append(part)
   difference = jnp.where(mask[..., None], jnp.concatenate(logits, 1) - expected, 0)
   np.testing.assert_allclose(difference, 0, atol=1e-5)
 
 
-def stepper(llama):
-  """(ids, positions, mask, cache) -> (logits, cache), of the unrolled model."""
+def make_step(llama):
+  """A function (ids, positions, mask, cache) -> (logits, cache) of the unrolled model."""
   unrolled, params = unroll_layers(llama, init(llama))
 
   @jax.jit
@@ -153,7 +152,7 @@ def stepper(llama):
 
 
 def test_appending_to_caches():
-  """Each slot and head as NumPy rounds it, the rest untouched."""
+  """Written slots and heads are rounded as by NumPy, the others stay as they were."""
   k, v = np.random.default_rng(0).standard_normal((2, 1, 3, 2, 8), np.float32)  # [B, S, G, d]
   steps = np.abs(k).max(-1, keepdims=True) / 127
   rounded = dict(
@@ -163,28 +162,26 @@ def test_appending_to_caches():
     cache, keys, _ = TINY.init_cache(1, 6, dtype).layers[0].append(jnp.int32(2), k, v)
     np.testing.assert_allclose(keys[:, 2:5], expected, rtol=1e-6)
     assert not keys[:, jnp.array([0, 1, 5])].any() and keys.dtype == jnp.float32
-    assert {x.dtype.name for x in jax.tree.leaves(cache)} == (
-      {dtype, 'float32'} if dtype == 'int8' else {dtype}
-    )
+    dtypes = {x.dtype.name for x in jax.tree.leaves(cache)}
+    assert dtypes == ({'int8', 'float32'} if dtype == 'int8' else {dtype})
 
 
 @pytest.mark.parametrize('dtype, least, most', [('bfloat16', 1e-5, 0.02), ('int8', 1e-5, 0.06)])
 def test_small_caches_lose_little(dtype, least, most):
-  """The worst logit of a prompt and then single tokens, in units of their spread; float32 would lose less than `least`."""
-  ids, mask = jax.random.randint(jax.random.key(1), (2, 12), 0, 97), jnp.ones((2, 12), bool)
-  expected, step, cache, logits = (
-    forward(TINY, init(TINY), ids, mask),
-    stepper(TINY),
-    TINY.init_cache(2, 12, dtype),
-    [],
-  )
+  """The worst logit of a prompt and then single tokens, in units of their deviation.
+
+  A float32 cache would lose less than `least`.
+  """
+  ids = jax.random.randint(jax.random.key(1), (2, 12), 0, 97)
+  mask = jnp.ones((2, 12), bool)
+  positions = prompt_positions(mask)
+  visible = prompt_mask(mask)
+  expected = forward(TINY, init(TINY), ids, mask)
+  step = make_step(TINY)
+  cache = TINY.init_cache(2, 12, dtype)
+  logits = []
   for start, end in [(0, 6), *((n, n + 1) for n in range(6, 12))]:
-    part, cache = step(
-      ids[:, start:end],
-      prompt_positions(mask)[:, start:end],
-      prompt_mask(mask)[:, :, start:end],
-      cache,
-    )
+    part, cache = step(ids[:, start:end], positions[:, start:end], visible[:, :, start:end], cache)
     logits.append(part)
   assert jax.tree.leaves(cache.layers)[0].dtype == dtype
   error = jnp.abs(jnp.concatenate(logits, 1) - expected).max() / expected.std()
@@ -192,15 +189,18 @@ def test_small_caches_lose_little(dtype, least, most):
 
 
 def test_unrolled_layers_are_the_scanned_ones():
-  ids, mask, params = jnp.arange(8)[None], jnp.ones((1, 8), bool), init(TINY)
-  expected, size = forward(TINY, params, ids, mask), sum(x.size for x in jax.tree.leaves(params))
-  unrolled, apart = unroll_layers(TINY, params)
-  np.testing.assert_allclose(forward(unrolled, apart, ids, mask), expected, atol=1e-6)
-  assert jax.tree.leaves(params['layers'])  # the caller's
+  ids = jnp.arange(8)[None]
+  mask = jnp.ones((1, 8), bool)
+  params = init(TINY)
+  expected = forward(TINY, params, ids, mask)
+  size = sum(x.size for x in jax.tree.leaves(params))
+  unrolled, unstacked = unroll_layers(TINY, params)
+  np.testing.assert_allclose(forward(unrolled, unstacked, ids, mask), expected, atol=1e-6)
+  assert jax.tree.leaves(params['layers'])  # the caller's stay complete
   unstack_layers(params)
-  assert not jax.tree.leaves(params['layers'])  # nothing is held twice
-  assert sum(x.size for x in jax.tree.leaves(apart)) == size
-  assert jax.tree.map(jnp.shape, init(unrolled)) == jax.tree.map(jnp.shape, apart)
+  assert not jax.tree.leaves(params['layers'])  # nothing is in memory twice
+  assert sum(x.size for x in jax.tree.leaves(unstacked)) == size
+  assert jax.tree.map(jnp.shape, init(unrolled)) == jax.tree.map(jnp.shape, unstacked)
   with pytest.raises(ValueError, match='unroll'):
     TINY.apply(
       {'params': init(TINY)},
@@ -211,8 +211,9 @@ def test_unrolled_layers_are_the_scanned_ones():
     )
 
 
-def test_the_mask_decides_what_is_seen():
-  params, mask = init(TINY), jnp.ones((1, 8), bool)
+def test_a_token_changes_only_later_logits():
+  params = init(TINY)
+  mask = jnp.ones((1, 8), bool)
   ids = jnp.arange(8)[None]
   logits = forward(TINY, params, ids, mask)
   later = forward(TINY, params, ids.at[0, 5].set(60), mask)
@@ -222,8 +223,9 @@ def test_the_mask_decides_what_is_seen():
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_padding_is_finite_and_harmless(dtype):
-  """Padded queries see nothing at all; neither they nor the gradients may turn into NaN, nor touch the rest."""
-  llama, params = TINY.clone(dtype=dtype), init(TINY)
+  """Padded queries see no key; they and the gradients stay finite, and change no other token."""
+  llama = TINY.clone(dtype=dtype)
+  params = init(TINY)
   ids = jax.random.randint(jax.random.key(2), (1, 6), 0, 97)
   padded = jnp.pad(ids, ((0, 0), (5, 0)), constant_values=2)
   mask = jnp.arange(11)[None] >= 5
@@ -240,19 +242,21 @@ def test_padding_is_finite_and_harmless(dtype):
 
 @pytest.mark.parametrize('remat', ['full', 'save_qkv_proj', 'save_all_but_mlp_in', 'minimal'])
 def test_remat_changes_no_gradient(remat):
-  params, ids = init(TINY), jnp.arange(8)[None]
+  params = init(TINY)
+  ids = jnp.arange(8)[None]
 
   def loss(llama, params):
     return jax.nn.logsumexp(forward(llama, params, ids, jnp.ones((1, 8), bool))).sum()
 
-  expected, gradient = (
-    jax.jit(jax.grad(functools.partial(loss, TINY.clone(remat=r))))(params) for r in ('none', remat)
-  )
-  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), gradient, expected)
+  def gradient(remat):
+    return jax.jit(jax.grad(functools.partial(loss, TINY.clone(remat=remat))))(params)
+
+  assert_close = functools.partial(np.testing.assert_allclose, atol=1e-6)
+  jax.tree.map(assert_close, gradient(remat), gradient('none'))
 
 
 def test_full_size():
-  """LaVIT-7B has 6,872,649,728 parameters in its language model, under the names and shapes of transformers."""
+  """LaVIT-7B's language model has 6,872,649,728 parameters, in the shapes of transformers."""
   torch = pytest.importorskip('torch')
   shapes = jax.eval_shape(lambda: init(LAVIT_7B))
   assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 6_872_649_728

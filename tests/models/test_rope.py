@@ -18,10 +18,14 @@ from lavit_jax.models.settings import freeze
 from lavit_jax.weights.torch import mapping
 from lavit_jax.weights.torch.names_llama import llama_rules
 
-torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
+torch = pytest.importorskip('torch')
+transformers = pytest.importorskip('transformers')
 
 EPS = np.finfo(np.float32).eps
-WIDTH, HEADS, HEAD_DIM, FIRST = 64, 4, 16, 16  # FIRST: the length before scaling
+WIDTH = 64
+HEADS = 4
+HEAD_DIM = 16
+FIRST = 16  # the length before scaling
 LLAMA3 = dict(
   rope_type='llama3',
   factor=8.0,
@@ -93,13 +97,13 @@ def test_rotary_turns_pairs_and_depends_only_on_differences():
 
 @every_scaling
 @pytest.mark.parametrize('length', [FIRST // 2, 40 * FIRST])
-def test_turns_as_transformers_does(name, length):
+def test_rotations_match_transformers(name, length):
   from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
   x = np.random.default_rng(0).standard_normal((1, length, HEADS, HEAD_DIM), np.float32)
   positions = np.arange(length)[None]
-  theirs = LlamaRotaryEmbedding(config(name))
-  cos, sin = theirs(torch.from_numpy(x), torch.from_numpy(positions))
+  peer = LlamaRotaryEmbedding(config(name))
+  cos, sin = peer(torch.from_numpy(x), torch.from_numpy(positions))
   expected, _ = apply_rotary_pos_emb(
     torch.from_numpy(x), torch.from_numpy(x), cos, sin, unsqueeze_dim=2
   )
@@ -108,11 +112,12 @@ def test_turns_as_transformers_does(name, length):
   frequency = np.asarray(rope.frequency(HEAD_DIM, jnp.asarray(positions))).reshape(-1)
   # Either side rounds the power, the quotient and the ramp: some ulps, and of the base's exponent
   # log(theta) < 14 times as many.
-  np.testing.assert_allclose(frequency, theirs.inv_freq.numpy(), rtol=16 * EPS)
+  np.testing.assert_allclose(frequency, peer.inv_freq.numpy(), rtol=16 * EPS)
   turned = rotary(
     x, jnp.asarray(positions), rope.frequency(HEAD_DIM, jnp.asarray(positions)), rope.magnitude
   )
-  # An angle is off by its own rounding and the frequency's, and moves the pair by that much of its norm.
+  # An angle is off by its own rounding and the frequency's, and moves the pair by that much of its
+  # norm.
   angle = positions[0, :, None] * frequency
   norm = rope.magnitude * np.hypot(x[0, ..., : HEAD_DIM // 2], x[0, ..., HEAD_DIM // 2 :])
   bound = norm * (18 * EPS * angle + 8 * EPS)[:, None]
@@ -121,7 +126,7 @@ def test_turns_as_transformers_does(name, length):
 
 @functools.cache
 def weights():
-  """Of transformers' model, large enough that attention depends on the positions."""
+  """Weights of transformers' model, so large that attention depends on the positions."""
   torch.manual_seed(0)
   state = transformers.LlamaForCausalLM(config('theta')).state_dict()
   return {
@@ -153,37 +158,41 @@ def model(name: str) -> tuple[Llama, dict]:
   return unroll_layers(llama, params)
 
 
-PROMPT, TOTAL = 10, 40  # tokens: the first within FIRST, the last far beyond it
+PROMPT = 10  # tokens, within FIRST
+TOTAL = 40  # tokens, far beyond it
 IDS = np.random.default_rng(0).integers(0, 50, (1, TOTAL))
 
 
 @functools.cache
-def steps(name: str, cache_dtype: str, pieces: tuple):
-  """Logits of IDS, written to a cache in pieces, and the cache."""
+def logits_by_pieces(name: str, cache_dtype: str, pieces: tuple):
+  """The logits of IDS, written to a cache in pieces, and the cache."""
   llama, params = model(name)
   mask = jnp.ones((1, TOTAL), bool)
-  positions, seen = prompt_positions(mask), prompt_mask(mask)
+  positions = prompt_positions(mask)
+  visible = prompt_mask(mask)
 
   @jax.jit
-  def step(ids, positions, seen, cache):
+  def step(ids, positions, visible, cache):
     apply = functools.partial(llama.apply, {'params': params})
-    hidden, cache = apply(apply(ids, method='embed'), positions, seen, cache)
+    hidden, cache = apply(apply(ids, method='embed'), positions, visible, cache)
     return apply(hidden, method='logits'), cache
 
-  cache, logits = llama.init_cache(1, TOTAL, cache_dtype), []
+  cache = llama.init_cache(1, TOTAL, cache_dtype)
+  logits = []
   for start, end in pieces:
     part, cache = step(
-      jnp.asarray(IDS[:, start:end]), positions[:, start:end], seen[:, :, start:end], cache
+      jnp.asarray(IDS[:, start:end]), positions[:, start:end], visible[:, :, start:end], cache
     )
     logits.append(np.asarray(part))
   return np.concatenate(logits, 1), cache
 
 
-def theirs(name: str, pieces) -> np.ndarray:
-  """The same of transformers, in the same pieces."""
+def peer_logits(name: str, pieces) -> np.ndarray:
+  """The logits of transformers, in the same pieces."""
   peer = transformers.LlamaForCausalLM(config(name)).eval()
   peer.load_state_dict(weights())
-  cache, logits = transformers.DynamicCache(), []
+  cache = transformers.DynamicCache()
+  logits = []
   for start, end in pieces:
     with torch.no_grad():
       out = peer(
@@ -198,8 +207,8 @@ def theirs(name: str, pieces) -> np.ndarray:
 
 WHOLE = ((0, TOTAL),)
 ONE_BY_ONE = ((0, PROMPT), *((i, i + 1) for i in range(PROMPT, TOTAL)))
-# Angles of at most TOTAL, off by 18 eps of themselves; the rest of a layer rounds sums of at most 96 terms.
-# Two layers and a head multiply that by their gains, here below 100.
+# Angles of at most TOTAL are off by 18 eps of themselves; the rest of a layer rounds sums of at
+# most 96 terms. Two layers and a head multiply that by their gains, here below 100.
 RELATIVE = 100 * (18 * TOTAL + 96) * EPS
 
 
@@ -215,18 +224,18 @@ RELATIVE = 100 * (18 * TOTAL + 96) * EPS
   ],
 )
 def test_logits_beyond_the_first_length(name, pieces):
-  expected = theirs(name, pieces)
-  logits, _ = steps(name, 'float32', pieces)
+  expected = peer_logits(name, pieces)
+  logits, _ = logits_by_pieces(name, 'float32', pieces)
   assert np.abs(logits - expected).max() < RELATIVE * expected.std()
-  plain, _ = steps('linear' if name == 'theta' else 'theta', 'float32', WHOLE)
-  assert np.abs(plain - expected).max() > 10 * RELATIVE * expected.std()  # it would be seen
+  other, _ = logits_by_pieces('linear' if name == 'theta' else 'theta', 'float32', WHOLE)
+  assert np.abs(other - expected).max() > 10 * RELATIVE * expected.std()  # another scaling fails
 
 
 @pytest.mark.parametrize('name', ['dynamic', 'yarn, magnitude'])
-def test_int8_cache_holds_the_same_keys(name):
-  """Of the first layer, whose input has no error: each within half a step of its 127."""
-  _, exact = steps(name, 'float32', ONE_BY_ONE)
-  _, small = steps(name, 'int8', ONE_BY_ONE)
+def test_int8_cache_has_the_same_keys(name):
+  """Keys of the first layer, whose input has no error, are within half a step of its 127."""
+  _, exact = logits_by_pieces(name, 'float32', ONE_BY_ONE)
+  _, small = logits_by_pieces(name, 'int8', ONE_BY_ONE)
   keys = np.asarray(exact.layers[0].k)
   step = np.abs(keys).max(-1, keepdims=True) / 127
   difference = np.abs(np.asarray(dequantize(small.layers[0].k, jnp.float32)) - keys)
@@ -234,7 +243,7 @@ def test_int8_cache_holds_the_same_keys(name):
 
 
 @pytest.mark.parametrize(
-  'scaling, about',
+  'scaling, named',
   [
     ({'rope_type': 'longrope'}, 'longrope'),
     ({'rope_type': 'linear'}, 'factor'),
@@ -244,6 +253,6 @@ def test_int8_cache_holds_the_same_keys(name):
     (YARN | {'beta_fast': 'x'}, 'beta_fast'),
   ],
 )
-def test_refuses_what_it_does_not_compute(scaling, about):
-  with pytest.raises(ValueError, match=about):
+def test_an_invalid_scaling_is_an_error_that_names_it(scaling, named):
+  with pytest.raises(ValueError, match=named):
     check_scaling(scaling)

@@ -1,6 +1,6 @@
 """The input of the safety checker against transformers.
 
-Its output is compared in tests/weights/torch/test_convert.py.
+Its output is compared in tests/weights/torch/test_exported_folders.py.
 """
 
 import jax

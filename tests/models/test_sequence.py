@@ -1,4 +1,4 @@
-"""Packing against plain Python, and a language model that must not notice it."""
+"""Packing against plain Python, and its losses against those of single pairs."""
 
 import functools
 
@@ -9,7 +9,6 @@ import pytest
 
 from lavit_jax.models.llama import Llama
 from lavit_jax.models.sequence import (
-  Vocabulary,
   compact,
   embed_prompts,
   embed_sources,
@@ -19,9 +18,12 @@ from lavit_jax.models.sequence import (
   prompt_positions,
   segment_mask,
 )
+from lavit_jax.models.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(text_size=50, codebook_size=30)
-BATCH, TEXT, VISUAL = 9, 6, 8
+BATCH = 9
+TEXT = 6
+VISUAL = 8
 
 
 def batch(seed):
@@ -38,44 +40,54 @@ def batch(seed):
 
 
 def cut_batch(seed):
-  """`batch`, of which some texts were cut: nothing of weight follows them."""
+  """`batch` with some texts cut: no token with a weight follows them."""
   pairs = batch(seed)
   r = np.random.default_rng(seed + 100)
-  behind = np.where(r.random(BATCH) < 0.5, 0.0, 1.0)
+  next_weight = np.where(r.random(BATCH) < 0.5, 0.0, 1.0)
   weight = np.concatenate([pairs['text_weight'], np.zeros((BATCH, 1), np.float32)], axis=1)
-  np.put_along_axis(weight, pairs['text_length'][:, None], behind[:, None], axis=1)
+  np.put_along_axis(weight, pairs['text_length'][:, None], next_weight[:, None], axis=1)
   return {**pairs, 'text_weight': weight}
 
 
+def pair_tokens(pairs, b, image_loss):
+  """The tokens (id, source, weight) of pair b, in plain Python."""
+  num_words = pairs['text_length'][b]
+  kind = pairs['kind'][b]
+  text = []
+  for i, weight in zip(pairs['text'][b, :num_words], pairs['text_weight'][b, :num_words]):
+    text.append((int(i), -1, float(weight)))
+  image_weight = 1.0 if kind == 1 else float(image_loss)
+  has_next_weight = pairs['text_weight'].shape[1] > TEXT
+  next_index = num_words if has_next_weight else max(num_words - 1, 0)
+  next_weight = float(pairs['text_weight'][b, next_index])
+  start_weight = next_weight if has_next_weight and kind == 1 else image_weight
+  image = [(50, -1, start_weight)]
+  for i, c in enumerate(pairs['codes'][b, : pairs['visual_length'][b]]):
+    image.append((52 + int(c), b * VISUAL + i if kind == 0 else -1, image_weight))
+  image.append((51, -1, image_weight))
+  begin = [(1, -1, 0.0)]
+  end = [(2, -1, 1.0 if kind == 1 else next_weight)]
+  return [image + text, text + image, begin + text][kind] + end
+
+
 def reference(pairs, num_rows, row_length, image_loss):
-  """The packing of `pack` in plain Python: rows of (id, source, position, segment, target, weight), and the overflow."""
-  rows, overflow = [[] for _ in range(num_rows)], 0
+  """The packing of `pack_pairs` in plain Python.
+
+  Returns rows of (id, source, position, segment, target, weight), and the overflow.
+  """
+  rows = [[] for _ in range(num_rows)]
+  overflow = 0
   for b in range(BATCH):
-    n, v, kind = pairs['text_length'][b], pairs['visual_length'][b], pairs['kind'][b]
-    text = [
-      (int(i), -1, float(w)) for i, w in zip(pairs['text'][b, :n], pairs['text_weight'][b, :n])
-    ]
-    image_weight = 1.0 if kind == 1 else float(image_loss)
-    told = pairs['text_weight'].shape[1] > TEXT
-    behind = float(pairs['text_weight'][b, n if told else max(n - 1, 0)])
-    start_weight = behind if told and kind == 1 else image_weight
-    image = [
-      (52 + int(c), b * VISUAL + i if kind == 0 else -1, image_weight)
-      for i, c in enumerate(pairs['codes'][b, :v])
-    ]
-    image = [(50, -1, start_weight), *image, (51, -1, image_weight)]
-    end = [(2, -1, 1.0 if kind == 1 else behind)]
-    tokens = [image + text, text + image, [(1, -1, 0.0)] + text][kind] + end
-    for row in rows:
-      if len(row) + len(tokens) <= row_length:
-        following = [*tokens[1:], (0, -1, 0.0)]
-        row += [
-          (i, s, p, b + 1, t, w) for p, ((i, s, _), (t, _, w)) in enumerate(zip(tokens, following))
-        ]
-        break
-    else:
+    tokens = pair_tokens(pairs, b, image_loss)
+    following = [*tokens[1:], (0, -1, 0.0)]
+    row = next((row for row in rows if len(row) + len(tokens) <= row_length), None)
+    if row is None:
       overflow += 1
-  return [row + [(0, -1, 0, 0, 0, 0.0)] * (row_length - len(row)) for row in rows], overflow
+      continue
+    for position, (token, target) in enumerate(zip(tokens, following)):
+      row.append((token[0], token[1], position, b + 1, target[0], target[2]))
+  empty = (0, -1, 0, 0, 0, 0.0)
+  return [row + [empty] * (row_length - len(row)) for row in rows], overflow
 
 
 @pytest.mark.parametrize('draw', [batch, cut_batch])
@@ -99,11 +111,10 @@ def test_pack_equals_plain_python(seed, num_rows, row_length, image_loss, draw):
   for field, expected in zip(packed, np.moveaxis(np.array(rows), -1, 0)):
     np.testing.assert_array_equal(field, expected.astype(field.dtype))
   assert packed.overflow == overflow
-  assert overflow == 0 or num_rows < 9  # a row a pair is always enough ...
+  assert overflow == 0 or num_rows < 9  # a row for each pair is always enough ...
   assert overflow > 0 or num_rows > 2  # ... and two short rows never are
-  np.testing.assert_allclose(
-    packed.used, np.mean([token[3] > 0 for row in rows for token in row]), atol=1e-6
-  )
+  segments = np.array(rows)[..., 3]
+  np.testing.assert_allclose(packed.used, (segments > 0).mean(), atol=1e-6)
 
 
 def test_packed_losses_equal_those_of_each_pair_alone():
@@ -118,7 +129,7 @@ def test_packed_losses_equal_those_of_each_pair_alone():
   )
   example = jnp.zeros((1, 2, 32)), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 1, 2, 2), bool)
   params = jax.jit(llama.init)(jax.random.key(0), *example)
-  params['params']['embedding'] *= 50.0  # as loud as the features
+  params['params']['embedding'] *= 50.0  # to the scale of the features
   features = jax.random.normal(jax.random.key(1), (BATCH, VISUAL, 32))
   pairs = {k: jnp.asarray(v) for k, v in batch(3).items()}
 
@@ -158,8 +169,10 @@ def test_gradient_reaches_only_the_features_of_image_to_text():
 @pytest.mark.parametrize('keep_dtype', [bool, np.float32])
 def test_compact(keep_dtype):
   r = np.random.default_rng(0)
-  x, keep = r.normal(size=(5, 7, 3)).astype(np.float32), r.random((5, 7)) < 0.5
-  keep[0], keep[1] = True, False
+  x = r.normal(size=(5, 7, 3)).astype(np.float32)
+  keep = r.random((5, 7)) < 0.5
+  keep[0] = True
+  keep[1] = False
   out, mask = jax.jit(compact)(x, keep.astype(keep_dtype))
   for b in range(5):
     n = keep[b].sum()
@@ -170,27 +183,28 @@ def test_compact(keep_dtype):
   np.testing.assert_array_equal(ids, [np.arange(7), np.zeros(7)])
 
 
-def test_masks_are_those_of_their_pictures():
-  picture = ['x....', 'xx...', '..x..', '..xx.', '....x']
-  np.testing.assert_array_equal(
-    segment_mask(jnp.array([[1, 1, 2, 2, 0]]))[0, 0], [[c == 'x' for c in row] for row in picture]
-  )
-  picture = ['.....', '.....', '..x..', '..xx.', '..xxx']
+def picture(*lines):
+  """A mask bool[S, S] drawn with x and dots."""
+  return np.array([list(line) for line in lines]) == 'x'
+
+
+def test_masks_match_their_pictures():
+  segments = jnp.array([[1, 1, 2, 2, 0]])
+  expected = picture('x....', 'xx...', '..x..', '..xx.', '....x')
+  np.testing.assert_array_equal(segment_mask(segments)[0, 0], expected)
   mask = jnp.array([[0, 0, 1, 1, 1]], bool)
-  np.testing.assert_array_equal(
-    prompt_mask(mask)[0, 0], [[c == 'x' for c in row] for row in picture]
-  )
+  expected = picture('.....', '.....', '..x..', '..xx.', '..xxx')
+  np.testing.assert_array_equal(prompt_mask(mask)[0, 0], expected)
   np.testing.assert_array_equal(prompt_positions(mask), [[0, 0, 0, 1, 2]])
 
 
 def test_prompts_are_left_padded_to_a_bucket():
   prompts = [[[50], range(3, 5), [51], [7, 8]], [[9]]]
-  laid = layout_prompts(prompts, pad_id=2, multiple=8)
-  np.testing.assert_array_equal(laid.ids, [[2, 2, 50, 2, 2, 51, 7, 8], [2] * 7 + [9]])
-  np.testing.assert_array_equal(laid.source, [[-1, -1, -1, 3, 4, -1, -1, -1], [-1] * 8])
-  np.testing.assert_array_equal(
-    laid.mask, np.array([[0, 0, 1, 1, 1, 1, 1, 1], [0] * 7 + [1]], bool)
-  )
+  padded = layout_prompts(prompts, pad_id=2, multiple=8)
+  np.testing.assert_array_equal(padded.ids, [[2, 2, 50, 2, 2, 51, 7, 8], [2] * 7 + [9]])
+  np.testing.assert_array_equal(padded.source, [[-1, -1, -1, 3, 4, -1, -1, -1], [-1] * 8])
+  expected_mask = np.array([[0, 0, 1, 1, 1, 1, 1, 1], [0] * 7 + [1]], bool)
+  np.testing.assert_array_equal(padded.mask, expected_mask)
   assert layout_prompts(prompts).ids.shape == (2, 32)
   assert layout_prompts([[range(33)]]).ids.shape == (1, 64)
 
@@ -200,4 +214,4 @@ def test_prompts_are_left_padded_to_a_bucket():
   )
   np.testing.assert_array_equal(embeddings[..., 0], [[2, 2, 50, 103, 104, 51, 7, 8], [2] * 7 + [9]])
   np.testing.assert_array_equal(positions, [[0, 0, 0, 1, 2, 3, 4, 5], [0] * 8])
-  np.testing.assert_array_equal(mask, laid.mask)
+  np.testing.assert_array_equal(mask, padded.mask)

@@ -1,3 +1,5 @@
+"""Selector, merger and quantizer against the golden case and against definitions."""
+
 import functools
 
 import jax
@@ -65,7 +67,7 @@ def test_golden_codes(golden, run):
 
 
 def test_golden_chain_from_pixels(golden, run):
-  """The parts joined, each fed by ours before it, still give the published ids."""
+  """The modules in a chain, each with the output of the one before, give the published ids."""
   x = run('vit', golden.io['images'].transpose(0, 2, 3, 1))[:, 1:]
   merged = run('tokenizer', x, golden.io['keep_mask'], method='merge')
   ids, _ = run('tokenizer', merged, method='quantize')
@@ -73,9 +75,9 @@ def test_golden_chain_from_pixels(golden, run):
 
 
 def test_golden_gumbel_decisions_and_gradient(golden):
-  log_probs, noise, weight = (
-    golden.io[k] for k in ('selector_log_probs', 'gumbel_noise', 'gumbel_grad_weight')
-  )
+  log_probs = golden.io['selector_log_probs']
+  noise = golden.io['gumbel_noise']
+  weight = golden.io['gumbel_grad_weight']
   keep = gumbel_keep(log_probs, noise=noise)
   assert np.array_equal(keep, golden.io['gumbel_hard_keep'])
   grad = jax.grad(lambda x: (gumbel_keep(x, noise=noise) * weight).sum())(log_probs)
@@ -84,7 +86,8 @@ def test_golden_gumbel_decisions_and_gradient(golden):
 
 @pytest.mark.parametrize('temperature', [0.5, 1.0, 3.0])
 def test_gumbel_is_torch_straight_through(temperature):
-  logits, weight = normal(2, 9, 2), normal(2, 9, seed=1)
+  logits = normal(2, 9, 2)
+  weight = normal(2, 9, seed=1)
   noise = np.array(gumbel(jax.random.uniform(jax.random.key(0), (2, 9, 2))))
   leaf = torch.from_numpy(logits).requires_grad_()
   soft = ((leaf + torch.from_numpy(noise)) / temperature).softmax(-1)
@@ -111,7 +114,7 @@ def test_sampling_keeps_with_probability_p():
   log_probs = jnp.broadcast_to(jnp.log(jnp.stack([p, 1 - p], -1)), (20_000, 4, 2))
   keep = gumbel_keep(log_probs, key=jax.random.key(1))
   assert set(np.unique(keep).tolist()) == {0.0, 1.0}  # hard to the last bit
-  # The fallback (nothing kept, the most probable stays) happens with probability prod(1 - p), to the last patch.
+  # The fallback (the most probable patch stays, here the last) has the probability prod(1 - p).
   expected = p + np.prod(1 - p) * np.array([0, 0, 0, 1])
   np.testing.assert_allclose(keep.mean(0), expected, atol=0.015)
   assert np.array_equal(keep, gumbel_keep(log_probs, key=jax.random.key(1)))
@@ -124,7 +127,7 @@ def test_without_a_key_the_expected_number_is_kept():
   )
   log_probs = jnp.log(jnp.stack([p, 1 - p], -1))
   keep, pull = jax.vjp(gumbel_keep, log_probs)
-  # round(1.95) most probable though each is below 1/2; never nothing, the first among equals; round(3.9).
+  # round(1.95) patches though each p is below 1/2; at least one, the first among equals; round(3.9)
   assert keep.tolist() == [[0, 1, 0, 0, 1], [0, 1, 0, 0, 0], [1, 1, 1, 1, 0]]
   soft = jax.vjp(lambda x: jax.nn.softmax(x)[..., 0], log_probs)[1]
   np.testing.assert_allclose(pull(p)[0], soft(p)[0], atol=1e-7)
@@ -143,17 +146,16 @@ def test_a_sampled_row_that_keeps_nothing_keeps_its_most_probable_patch():
 
 
 def test_nearest_code_by_brute_force():
-  z, codebook = normal(3, 5, 8), normal(40, 8, seed=1)
-  expected = (
-    np.square(z[..., None, :].astype(float) - codebook).sum(-1).argmin(-1)
-  )  # codes of unequal length, too
+  z = normal(3, 5, 8)
+  codebook = normal(40, 8, seed=1)  # codes of unequal lengths
+  expected = np.square(z[..., None, :].astype(float) - codebook).sum(-1).argmin(-1)
   ids = nearest_code(z, codebook)
   assert ids.dtype == jnp.int32 and np.array_equal(ids, expected)
   twice = np.concatenate([codebook, codebook])
   assert np.array_equal(nearest_code(z, twice), expected)  # the first among equals
 
 
-def test_l2_normalise_survives_zero():
+def test_l2_normalize_of_zero_is_zero():
   x = normal(2, 4)
   x[1] = 0
   unit, pull = jax.vjp(l2_normalize, x)
@@ -202,7 +204,7 @@ def test_finite_at_the_extremes(golden, dtype):
   assert np.isfinite(value) and all(
     np.isfinite(np.float32(g)).all() for g in jax.tree.leaves(grads)
   )
-  assert np.abs(grads[2]).max() > 0  # the way back to the selector
+  assert np.abs(grads[2]).max() > 0  # the gradient reaches the selector
 
 
 def test_bfloat16_is_near_float32(golden, run):
@@ -211,13 +213,12 @@ def test_bfloat16_is_near_float32(golden, run):
   )
   error = np.abs(np.float32(merged) - golden.io['merged'])
   assert error.mean() < 0.02 * golden.io['merged'].std()
+  # The selector stays float32.
   log_probs = run('tokenizer', golden.features, method='select', dtype=jnp.bfloat16)
-  np.testing.assert_allclose(
-    log_probs, golden.io['selector_log_probs'], atol=1e-4
-  )  # the selector stays float32
+  np.testing.assert_allclose(log_probs, golden.io['selector_log_probs'], atol=1e-4)
 
 
-def test_tokenizer_joins_its_parts(golden, run):
+def test_tokenizer_joins_its_modules(golden, run):
   out = run('tokenizer', golden.features)
   assert np.array_equal(out.keep, gumbel_keep(out.log_probs))
   np.testing.assert_allclose(

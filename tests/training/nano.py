@@ -1,6 +1,7 @@
-"""A variant that trains in a second, its config for each stage, and trainings as processes of their own.
+"""A variant that trains in a second, its config for each stage, and runs as separate processes.
 
-As a script, one training, `nano.py STAGE WORKDIR [key=value ...]`, or all five, `nano.py all FOLDER`.
+As a script it makes one run, `nano.py STAGE WORKDIR [key=value ...]`, or all five,
+`nano.py all FOLDER`.
 """
 
 import ast
@@ -92,6 +93,34 @@ def config(stage: str, **changes):
   return config
 
 
+def run(stage: str, mesh=None, **changes):
+  """The run of a page for this variant, on an abstract device if there is no mesh."""
+  from lavit_jax.training.run import resolve_abstract
+
+  return resolve_abstract(config(stage, **changes), mesh)
+
+
+def optimizer_config(num_steps: int = 10, **changes):
+  """Options of a plain optimizer: no warmup, decay, clipping or averages."""
+  from lavit_jax.training.optimizer import OptimizerConfig
+
+  optim = dict(
+    learning_rate=0.1,
+    warmup_steps=0,
+    final_fraction=1.0,
+    weight_decay=0.0,
+    b1=0.9,
+    b2=0.99,
+    mu_dtype='float32',
+    nu_dtype='float32',
+    clip_norm=0.0,
+    ema_decay=0.0,
+    freeze=(),
+    lr_scale=(),
+  )
+  return OptimizerConfig.from_page(dict(num_steps=num_steps, optim={**optim, **changes}))
+
+
 def train_all(folder: pathlib.Path) -> None:
   """Every stage in turn, each from the exports of those before it, into folder/STAGE."""
   from lavit_jax.training.loop import train
@@ -140,7 +169,9 @@ def launch(stage, workdir, cache, devices=1, env=(), **changes):
 
 
 def launch_job(stage, workdir, cache, processes, devices, timeout=5, own=(), **changes):
-  """One training as a job of several processes, which have `devices` each and give up one that is silent for `timeout` seconds.
+  """One run as a job of several processes, which have `devices` each.
+
+  They give up a process that is silent for `timeout` seconds.
 
   `own`: process -> changes for it alone, of the workdir too.
   """
@@ -169,13 +200,13 @@ def finish(process, status=0):
 def rows(workdir):
   """The lines of metrics.jsonl."""
   file = workdir / 'metrics.jsonl'
-  found = []
+  records = []
   for line in file.read_text().splitlines() if file.exists() else ():
     try:
-      found.append(json.loads(line))
+      records.append(json.loads(line))
     except ValueError:
       pass  # being written
-  return found
+  return records
 
 
 def until(process, workdir, step):
@@ -195,16 +226,12 @@ def main() -> None:
   stage, workdir, *pairs = sys.argv[1:]
   if stage == 'all':
     return train_all(pathlib.Path(workdir))
+  changes = {}
+  for pair in pairs:
+    key, _, value = pair.partition('=')
+    changes[key] = ast.literal_eval(value)
   with processes.exit_together():
-    train(
-      config(
-        stage,
-        **{
-          key: ast.literal_eval(value) for key, _, value in (pair.partition('=') for pair in pairs)
-        },
-      ),
-      workdir,
-    )
+    train(config(stage, **changes), workdir)
 
 
 if __name__ == '__main__':

@@ -4,6 +4,7 @@ import shutil
 import types
 from collections import Counter
 
+import chex
 import grain
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 import xxhash
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
+from nano import optimizer_config
 
 from lavit_jax.data.loader import Batches
 from lavit_jax.errors import UserError
@@ -22,7 +23,7 @@ from lavit_jax.training.checkpoint import Checkpoints
 
 
 def config(**changes):
-  return ConfigDict({'stage': 'lm', 'variant': 'tiny', 'optim': {'learning_rate': 0.1}, **changes})
+  return {'stage': 'lm', 'variant': 'tiny', 'optim': {'learning_rate': 0.1}, **changes}
 
 
 def numbers():
@@ -45,7 +46,8 @@ def abstract(tree):
 @pytest.fixture
 def saved(tmp_path):
   """A run with checkpoints of steps 1, 2, 3, of which it keeps two."""
-  checkpoints, data = Checkpoints(tmp_path, config(), keep=2), numbers()
+  checkpoints = Checkpoints(tmp_path, config(), keep=2)
+  data = numbers()
   for step in (1, 2, 3):
     next(data)
     checkpoints.save(step, state(step), data)
@@ -55,40 +57,28 @@ def saved(tmp_path):
 
 
 def test_state_and_data_go_on_where_they_were(saved):
-  checkpoints, data = Checkpoints(saved, config(), keep=2), numbers()
+  checkpoints = Checkpoints(saved, config(), keep=2)
+  data = numbers()
   assert sorted(p.name for p in (saved / 'checkpoints').iterdir()) == ['2', '3']
   assert checkpoints.latest() == 3
   restored = checkpoints.restore(3, abstract(state(0)), data)
-  jax.tree.map(np.testing.assert_array_equal, restored, state(3))
+  chex.assert_trees_all_equal(restored, state(3))
   np.testing.assert_array_equal(next(data), [12, 13, 14, 15])
 
 
 def test_small_moments_come_back_as_they_were(tmp_path):
-  options = ConfigDict(
-    dict(
-      learning_rate=0.1,
-      warmup_steps=0,
-      final_fraction=1.0,
-      weight_decay=0.0,
-      b1=0.9,
-      b2=0.95,
-      mu_dtype='bfloat16',
-      nu_dtype='bfloat16',
-      clip_norm=0.0,
-      freeze=(),
-      lr_scale=(),
-    )
-  )
+  options = optimizer_config(b2=0.95, mu_dtype='bfloat16', nu_dtype='bfloat16')
   params = {'kernel': jax.random.normal(jax.random.key(0), (8, 8))}
-  tx = optimizer.make_optimizer(options, 10, params)
+  tx = optimizer.make_optimizer(options, params)
   _, moments = tx.update(params, tx.init(params), params)
-  checkpoints, data = Checkpoints(tmp_path, config(), keep=2), numbers()
+  checkpoints = Checkpoints(tmp_path, config(), keep=2)
+  data = numbers()
   checkpoints.save(1, moments, data)
   checkpoints.wait()
   restored = checkpoints.restore(1, abstract(moments), data)
   checkpoints.close()
   assert [x.dtype for x in jax.tree.leaves(restored)].count(jnp.bfloat16) == 2
-  jax.tree.map(np.testing.assert_array_equal, restored, moments)
+  chex.assert_trees_all_equal(restored, moments)
 
 
 def test_it_keeps_the_config_and_the_sizes_of_the_variant(saved):
@@ -98,26 +88,30 @@ def test_it_keeps_the_config_and_the_sizes_of_the_variant(saved):
 
 
 def test_it_asks_nothing_about_preemption(tmp_path, monkeypatch):
-  """JAX has one counter for such questions, which Orbax would set to the step, and processes.Interrupt to its own: SIGTERM would be lost."""
-  asked = []
+  """JAX has one counter for such questions, which `InterruptHandler` increments.
+
+  Orbax would set it to the step, and SIGTERM would be lost.
+  """
+  queries = []
   monkeypatch.setattr(
-    multihost_utils, 'reached_preemption_sync_point', lambda counter: asked.append(counter) or False
+    multihost_utils,
+    'reached_preemption_sync_point',
+    lambda counter: queries.append(counter) or False,
   )
-  checkpoints, data = Checkpoints(tmp_path, config(), keep=2), numbers()
+  checkpoints = Checkpoints(tmp_path, config(), keep=2)
+  data = numbers()
   next(data)
   checkpoints.save(7, state(7), data)
   checkpoints.close()
-  assert not asked and checkpoints.manager.all_steps() == [7]
+  assert not queries and checkpoints.manager.all_steps() == [7]
 
 
 def test_donated_memory_does_not_reach_the_file(tmp_path):
   """Saving goes on behind the next steps, which write over the memory of the state."""
   step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
-  checkpoints, data, now = (
-    Checkpoints(tmp_path, config(), keep=1),
-    numbers(),
-    {'x': jnp.zeros(1 << 20)},
-  )
+  checkpoints = Checkpoints(tmp_path, config(), keep=1)
+  data = numbers()
+  now = {'x': jnp.zeros(1 << 20)}
   checkpoints.save(1, now, data)
   for _ in range(20):
     now = step(now)
@@ -153,7 +147,7 @@ def test_a_checkpoint_of_other_sizes(saved, monkeypatch):
     Checkpoints(saved, config(), keep=2).latest()
 
 
-def test_a_config_that_changes_the_state_is_told(saved):
+def test_a_config_that_changes_the_state_is_refused(saved):
   checkpoints = Checkpoints(saved, config(), keep=2)
   with pytest.raises(
     UserError,
@@ -162,7 +156,7 @@ def test_a_config_that_changes_the_state_is_told(saved):
     checkpoints.restore(3, abstract({**state(0), 'ema': jnp.zeros(3)}), numbers())
 
 
-def test_a_truncated_checkpoint_is_told(saved):
+def test_a_truncated_checkpoint_is_reported(saved):
   folder = saved / 'checkpoints' / '3' / 'state'
   for file in folder.rglob('*'):
     if file.is_file() and file.stat().st_size > 100:
@@ -185,7 +179,8 @@ def flip(file, place=0.5):
 @pytest.fixture
 def noisy(tmp_path):
   """A run with checkpoints of steps 1 and 2; its numbers do not compress."""
-  checkpoints, data = Checkpoints(tmp_path, config(), keep=2), numbers()
+  checkpoints = Checkpoints(tmp_path, config(), keep=2)
+  data = numbers()
   for step in (1, 2):
     next(data)
     checkpoints.save(step, noise(step), data)
@@ -213,7 +208,7 @@ def noise(seed):
   }
 
 
-def test_a_flipped_bit_is_told(flipped):
+def test_a_flipped_bit_is_reported(flipped):
   checkpoints = Checkpoints(flipped, config(), keep=2)
   with pytest.raises(
     UserError,
@@ -224,10 +219,11 @@ def test_a_flipped_bit_is_told(flipped):
 
 
 def test_on_request_the_checkpoint_before_a_damaged_one_is_used(flipped, capsys):
-  checkpoints, data = Checkpoints(flipped, config(), keep=2), numbers()
+  checkpoints = Checkpoints(flipped, config(), keep=2)
+  data = numbers()
   step, restored = checkpoints.restore_latest(abstract(noise(0)), data, skip_damaged=True)
   assert step == 1 and 'checkpoints/2 is damaged' in capsys.readouterr().out
-  jax.tree.map(np.testing.assert_array_equal, restored, noise(1))
+  chex.assert_trees_all_equal(restored, noise(1))
   np.testing.assert_array_equal(next(data), [4, 5, 6, 7])
   assert sorted(p.name for p in (flipped / 'checkpoints').iterdir()) == ['1', '2.damaged']
   checkpoints.save(2, noise(2), data)
@@ -251,7 +247,8 @@ def test_when_all_are_damaged_it_does_not_begin_anew(flipped):
   for skip_damaged in (True, True, False):
     with pytest.raises(
       UserError,
-      match=r'all checkpoints in .*checkpoints are damaged .1.damaged, 2.damaged.: .* another --workdir, or delete',
+      match=r'all checkpoints in .*checkpoints are damaged .1.damaged, 2.damaged.: '
+      r'.* another --workdir, or delete',
     ):
       Checkpoints(flipped, config(), keep=2).restore_latest(
         abstract(noise(0)), numbers(), skip_damaged=skip_damaged
@@ -280,7 +277,8 @@ def second_of_two(monkeypatch):
 
 def test_only_the_first_process_sets_a_checkpoint_aside(flipped, second_of_two, monkeypatch):
   """The others wait before, for it may not be moved while one reads it, and after."""
-  checkpoints, steps = Checkpoints(flipped, config(), keep=2), flipped / 'checkpoints'
+  checkpoints = Checkpoints(flipped, config(), keep=2)
+  steps = flipped / 'checkpoints'
 
   def first_process(what):
     second_of_two.append(what)
@@ -292,21 +290,20 @@ def test_only_the_first_process_sets_a_checkpoint_aside(flipped, second_of_two, 
   monkeypatch.setattr(checkpoint, 'wait_for_all', first_process)
   step, restored = checkpoints.restore_latest(abstract(noise(0)), numbers(), skip_damaged=True)
   assert step == 1 and len(second_of_two) == 2 and (steps / '2.damaged' / 'state').exists()
-  jax.tree.map(np.testing.assert_array_equal, restored, noise(1))
+  chex.assert_trees_all_equal(restored, noise(1))
 
 
 def test_what_one_process_alone_cannot_read_is_skipped_at_the_next_start(
   saved, second_of_two, monkeypatch, capsys
 ):
   """The others may be anywhere, so nothing is moved."""
-  steps, file = (
-    saved / 'checkpoints',
-    next((saved / 'checkpoints' / '3' / 'data').glob('process_*')),
-  )
+  steps = saved / 'checkpoints'
+  file = next((saved / 'checkpoints' / '3' / 'data').glob('process_*'))
   file.write_text(file.read_text().replace('batches', 'botches'))
   with pytest.raises(
     UserError,
-    match=r'checkpoints/3 is damaged .*process_0-of-1.json is not what was saved.*; start again: it will be skipped',
+    match=r'checkpoints/3 is damaged .*process_0-of-1.json is not what was saved.*; '
+    r'start again: it will be skipped',
   ):
     Checkpoints(saved, config(), keep=2).restore_latest(
       abstract(state(0)), numbers(), skip_damaged=True
@@ -317,7 +314,9 @@ def test_what_one_process_alone_cannot_read_is_skipped_at_the_next_start(
     file.read_text().replace('botches', 'batches')
   )  # this process has no reason to complain
   with monkeypatch.context() as patch:
-    patch.setattr(Checkpoints, '_set_aside', None)  # without the option the mark means nothing
+    patch.setattr(
+      Checkpoints, '_set_aside_damaged', None
+    )  # without the option the mark means nothing
     assert (
       Checkpoints(saved, config(), keep=2).restore_latest(abstract(state(0)), numbers())[0] == 3
     )
@@ -330,7 +329,7 @@ def test_what_one_process_alone_cannot_read_is_skipped_at_the_next_start(
   assert 'process_0-of-1.json is not what was saved' in capsys.readouterr().out
 
 
-def test_options_that_have_changed_are_told(saved):
+def test_changed_options_are_reported(saved):
   """In one line; those that give it other data in another, as a warning."""
   now = config(
     optim={'learning_rate': 0.2, 'clip_norm': 1.0},
@@ -358,7 +357,8 @@ def test_a_position_in_other_data_is_no_damage(tmp_path):
       if state != {'of': 2}:
         raise ValueError('other data')
 
-  checkpoints, data = Checkpoints(tmp_path, config(), keep=2), numbers()
+  checkpoints = Checkpoints(tmp_path, config(), keep=2)
+  data = numbers()
   checkpoints.save(1, noise(1), data)
   checkpoints.close()
   with pytest.raises(UserError, match='the position in the data is one in other data') as error:
@@ -379,20 +379,24 @@ def test_a_damaged_config_is_skipped_too(flipped):
 
 
 def every_flip(folder, of, spare):
-  """{what came: how often} of restoring after one bit was flipped, in every `spare`th byte of the files of the last checkpoint that match `of`."""
+  """{outcome: how often} of restoring after one bit was flipped.
+
+  In turn in every `spare`th byte of the files of the last checkpoint that match `of`.
+  """
   came = Counter()
   for file in (folder / 'checkpoints' / '2').rglob(of):
     whole = file.read_bytes() if file.is_file() else b''
     for place in range(0, len(whole), spare):
       flip(file, place=place / len(whole))
-      checkpoints, data = Checkpoints(folder, config(), keep=2), numbers()
+      checkpoints = Checkpoints(folder, config(), keep=2)
+      data = numbers()
       try:
         step, restored = checkpoints.restore_latest(abstract(noise(0)), data)
-        jax.tree.map(np.testing.assert_array_equal, restored, noise(2))
+        chex.assert_trees_all_equal(restored, noise(2))
         assert step == 2 and next(data)[0] == 8
         came['as it was saved'] += 1
       except UserError as error:
-        came['told' if '--config.skip_damaged=true' in str(error) else str(error)] += 1
+        came['reported' if '--config.skip_damaged=true' in str(error) else str(error)] += 1
       checkpoints.close()
       file.write_bytes(whole)
   return came
@@ -402,9 +406,9 @@ def every_flip(folder, of, spare):
   'of, spare',
   [('config/metadata', 71), ('process_0', 14), pytest.param('*', 16, marks=pytest.mark.slow)],
 )
-def test_a_bit_flipped_anywhere_is_told_or_does_not_matter(noisy, of, spare):
+def test_a_bit_flipped_anywhere_is_reported_or_harmless(noisy, of, spare):
   came = every_flip(noisy, of, spare)
-  assert set(came) <= {'as it was saved', 'told'} and came['told'] > 3
+  assert set(came) <= {'as it was saved', 'reported'} and came['reported'] > 3
 
 
 @pytest.mark.parametrize('page', ['{"stage": ', '{"stage": "lm", "sum": "0"}'])
@@ -419,7 +423,7 @@ def test_a_config_that_one_process_alone_cannot_read_is_skipped_at_the_next_star
   assert second_of_two == [] and (flipped / 'checkpoints' / '2' / 'damaged-1').exists()
 
 
-def test_a_checkpoint_that_does_not_fit_is_not_taken_for_a_damaged_one(flipped):
+def test_a_checkpoint_that_does_not_fit_is_not_damaged(flipped):
   with pytest.raises(UserError, match='does not fit this config'):
     Checkpoints(flipped, config(), keep=2).restore_latest(
       abstract({**noise(0), 'ema': jnp.zeros(3)}), numbers(), skip_damaged=True
@@ -436,10 +440,10 @@ def test_other_types_are_no_damage(tmp_path, skip_damaged):
       'opt': {'mu': {'kernel': jnp.full((4, 3), 0.1, dtype)}, 'nu': {'kernel': jnp.ones((4, 3))}}
     }
 
-  checkpoints, data = (
-    Checkpoints(tmp_path, config(optim={'mu_dtype': 'float32', 'nu_dtype': 'float32'}), keep=2),
-    numbers(),
+  checkpoints = Checkpoints(
+    tmp_path, config(optim={'mu_dtype': 'float32', 'nu_dtype': 'float32'}), keep=2
   )
+  data = numbers()
   checkpoints.save(1, moments(jnp.float32), data)
   checkpoints.close()
   checkpoints = Checkpoints(
@@ -447,15 +451,15 @@ def test_other_types_are_no_damage(tmp_path, skip_damaged):
   )
   with pytest.raises(
     UserError,
-    match=r'checkpoints/1 has other types than this config \(1 arrays differ: opt/mu/kernel \[4, 3\] float32, not bfloat16\); '
+    match=r'checkpoints/1 has other types than this config '
+    r'\(1 arrays differ: opt/mu/kernel \[4, 3\] float32, not bfloat16\); '
     r'give --config.optim.mu_dtype=float32, as it was made with, or choose another --workdir',
   ) as error:
     checkpoints.restore_latest(abstract(moments(jnp.bfloat16)), numbers(), skip_damaged)
   assert type(error.value) is UserError and [
     p.name for p in (tmp_path / 'checkpoints').iterdir()
   ] == ['1']
-  jax.tree.map(
-    np.testing.assert_array_equal,
+  chex.assert_trees_all_equal(
     checkpoints.restore(1, abstract(moments(jnp.float32)), numbers()),
     moments(jnp.float32),
   )
@@ -472,7 +476,7 @@ def test_digests_see_one_bit_and_an_exchange():
 
 
 def test_a_position_of_many_processes(saved):
-  """It serves any number of them, if it is whole: a file that is missing, a flipped bit and a contradiction are told."""
+  """It serves any number of them; a missing file, a flipped bit and a contradiction are errors."""
 
   def restore():
     data = numbers()
@@ -513,17 +517,17 @@ class Shards:
     self.state = state
 
 
-def test_every_shard_is_found_whoever_saved_it(tmp_path, monkeypatch):
-  """Two processes save, of which each has two shards in an order of the mesh; any other may go on with any."""
+def test_every_shard_is_restored_whichever_process_saved_it(tmp_path, monkeypatch):
+  """Two processes save, each of which has two shards; others may continue with any of them."""
   handler = integrity.PositionHandler()
   monkeypatch.setattr(integrity.jax, 'process_count', lambda: 2)
   for process, shards in enumerate([(2, 3), (0, 1)]):
-    monkeypatch.setattr(integrity.jax, 'process_index', lambda: process)
+    monkeypatch.setattr(integrity.jax, 'process_index', lambda process=process: process)
     handler.save(tmp_path, integrity.PositionSave(Shards(*shards)))
   for count in (1, 2, 4):
-    monkeypatch.setattr(integrity.jax, 'process_count', lambda: count)
+    monkeypatch.setattr(integrity.jax, 'process_count', lambda count=count: count)
     for process in range(count):
-      monkeypatch.setattr(integrity.jax, 'process_index', lambda: process)
+      monkeypatch.setattr(integrity.jax, 'process_index', lambda process=process: process)
       assert (
         handler.restore(tmp_path, integrity.PositionRestore(Shards())).state
         == Shards(0, 1, 2, 3).state
@@ -546,7 +550,8 @@ def test_every_shard_is_found_whoever_saved_it(tmp_path, monkeypatch):
     (
       [{'of': {'processes': 2}, 'tickets': {'window': [0, 0, 0], 'index': i}} for i in range(2)],
       UserError,
-      '^it in data.sources was saved by an earlier version, which dealt them to processes, and cannot be read any more; begin in another --workdir',
+      '^it in data.sources was saved by an earlier version, which dealt them to processes, and '
+      'cannot be read any more; begin in another --workdir',
     ),
   ],
 )
@@ -571,13 +576,14 @@ def test_the_position_of_an_earlier_version(saved):
   ],
 )
 def test_a_full_disk_leaves_nothing_half_written(saved, monkeypatch, error):
-  """Whether Python says it or, in other words, TensorStore."""
+  """Whether Python reports it by errno, or TensorStore in its message."""
 
   async def fail(self, directory, *args, **kwargs):
     (directory / 'half').write_text('half')
     raise error
 
-  checkpoints, data = Checkpoints(saved, config(), keep=2), numbers()
+  checkpoints = Checkpoints(saved, config(), keep=2)
+  data = numbers()
   with monkeypatch.context() as patch:
     patch.setattr(ocp.StandardCheckpointHandler, 'async_save', fail)
     with pytest.raises(
@@ -589,7 +595,7 @@ def test_a_full_disk_leaves_nothing_half_written(saved, monkeypatch, error):
   assert sorted(p.name for p in (saved / 'checkpoints').iterdir()) == ['2', '3']
   again = Checkpoints(saved, config(), keep=2)
   assert again.latest() == 3
-  jax.tree.map(np.testing.assert_array_equal, again.restore(3, abstract(state(0)), data), state(3))
+  chex.assert_trees_all_equal(again.restore(3, abstract(state(0)), data), state(3))
 
 
 def test_a_disk_that_really_is_full(tmp_path):
@@ -606,7 +612,8 @@ def test_a_disk_that_really_is_full(tmp_path):
   ):
     pytest.skip('cannot mount a small file system here')
   try:
-    checkpoints, data = Checkpoints(disk, config(), keep=2), numbers()
+    checkpoints = Checkpoints(disk, config(), keep=2)
+    data = numbers()
     checkpoints.save(1, state(1), data)
     checkpoints.wait()
     large = {'x': jax.random.normal(jax.random.key(0), (1 << 20,))}
@@ -614,8 +621,6 @@ def test_a_disk_that_really_is_full(tmp_path):
       checkpoints.save(2, large, data)
       checkpoints.wait()
     assert [p.name for p in (disk / 'checkpoints').iterdir()] == ['1']
-    jax.tree.map(
-      np.testing.assert_array_equal, checkpoints.restore(1, abstract(state(0)), data), state(1)
-    )
+    chex.assert_trees_all_equal(checkpoints.restore(1, abstract(state(0)), data), state(1))
   finally:
     subprocess.run(['umount', '-l', disk], check=False)

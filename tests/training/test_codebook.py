@@ -12,7 +12,8 @@ def tokens(seed, shape):
 
 
 def test_tally_counts_only_what_weighs():
-  z, ids = tokens(0, (5, 3)), jnp.array([1, 0, 1, 1, 2])
+  z = tokens(0, (5, 3))
+  ids = jnp.array([1, 0, 1, 1, 2])
   count, total = codebook.count_assignments(z, jnp.array([1.0, 1, 1, 0, 0]), ids, 4)
   np.testing.assert_allclose(count, [1, 2, 0, 0])
   np.testing.assert_allclose(total[1], z[0] + z[2], rtol=1e-6)
@@ -41,20 +42,21 @@ def test_draw_repeats_only_when_there_are_too_few():
 
 
 def test_update_is_the_moving_average_of_beit_v2():
-  z, weight = tokens(0, (12, 4)), jnp.array([1.0] * 9 + [0.0] * 3)
+  z = tokens(0, (12, 4))
+  weight = jnp.array([1.0] * 9 + [0.0] * 3)
   book = codebook.init_codebook(tokens(1, (5, 4)))
   ids = nearest_code(z, book.embedding)
   new = codebook.update_codebook(jax.random.key(0), book, z, weight, ids, decay=0.9, revive_after=0)
   for k in range(5):
-    mine = np.asarray(z)[(np.asarray(ids) == k) & (np.asarray(weight) > 0)]
-    np.testing.assert_allclose(new.cluster_size[k], 0.9 + 0.1 * len(mine), rtol=1e-6)
+    chosen = np.asarray(z)[(np.asarray(ids) == k) & (np.asarray(weight) > 0)]
+    np.testing.assert_allclose(new.cluster_size[k], 0.9 + 0.1 * len(chosen), rtol=1e-6)
     expected = np.asarray(book.embedding[k])
-    if len(mine):
-      mean = mine.sum(0) / np.linalg.norm(mine.sum(0))
+    if len(chosen):
+      mean = chosen.sum(0) / np.linalg.norm(chosen.sum(0))
       expected = 0.9 * expected + 0.1 * mean
       expected /= np.linalg.norm(expected)
     np.testing.assert_allclose(new.embedding[k], expected, rtol=1e-5, atol=1e-6)
-    assert new.idle[k] == (0 if len(mine) else 1)
+    assert new.idle[k] == (0 if len(chosen) else 1)
 
 
 @pytest.mark.parametrize('revive_after', [0, 3])
@@ -63,9 +65,9 @@ def test_dead_codes_come_back_to_life_on_tokens_they_describe_badly(revive_after
   book = codebook.init_codebook(tokens(1, (5, 4)))
   for i in range(3):
     ids = nearest_code(z, book.embedding[:4])  # nobody chooses the last one
-    before, book = (
-      book,
-      codebook.update_codebook(jax.random.key(i), book, z, jnp.ones(20), ids, 0.99, revive_after),
+    before = book
+    book = codebook.update_codebook(
+      jax.random.key(i), book, z, jnp.ones(20), ids, 0.99, revive_after
     )
   distance = jnp.square(book.embedding[4] - z).sum(-1)
   if revive_after:
@@ -79,18 +81,20 @@ def test_dead_codes_come_back_to_life_on_tokens_they_describe_badly(revive_after
 
 
 def test_a_code_moves_again_only_after_as_many_batches_more():
-  z, book = tokens(0, (20, 4)), codebook.init_codebook(tokens(1, (5, 4)))
-  places = []
+  z = tokens(0, (20, 4))
+  book = codebook.init_codebook(tokens(1, (5, 4)))
+  positions = []
   for i in range(7):
     ids = nearest_code(z, book.embedding[:4])
     book = codebook.update_codebook(jax.random.key(i), book, z, jnp.ones(20), ids, 0.99, 3)
-    places.append(np.asarray(book.embedding[4]))
-  moved = [bool((a != b).any()) for a, b in zip([tokens(1, (5, 4))[4], *places], places)]
+    positions.append(np.asarray(book.embedding[4]))
+  moved = [bool((a != b).any()) for a, b in zip([tokens(1, (5, 4))[4], *positions], positions)]
   assert moved == [False, False, True, False, False, True, False]
 
 
 def test_a_dead_code_goes_where_the_error_is_whatever_its_index():
-  z, num_codes = tokens(0, (200, 4)), 180
+  z = tokens(0, (200, 4))
+  num_codes = 180
   book = codebook.init_codebook(tokens(1, (num_codes, 4)))._replace(
     idle=jnp.zeros(num_codes, jnp.int32).at[num_codes - 1].set(2)
   )
@@ -102,11 +106,12 @@ def test_a_dead_code_goes_where_the_error_is_whatever_its_index():
       lambda key: codebook.update_codebook(key, book, z, jnp.ones(200), ids, 0.99, 3).embedding[-1]
     )
   )
-  places = revive(jax.random.split(jax.random.key(2), 40))
-  found = error[jnp.square(z - places[:, None]).sum(-1).argmin(-1)]
-  expected, spread = chances @ error, np.sqrt(chances @ error**2 - (chances @ error) ** 2)
+  positions = revive(jax.random.split(jax.random.key(2), 40))
+  errors = error[jnp.square(z - positions[:, None]).sum(-1).argmin(-1)]
+  expected = chances @ error
+  spread = np.sqrt(chances @ error**2 - (chances @ error) ** 2)
   assert (
-    abs(np.mean(found) - expected) < 3.5 * spread / np.sqrt(40) and expected > 1.3 * error.mean()
+    abs(np.mean(errors) - expected) < 3.5 * spread / np.sqrt(40) and expected > 1.3 * error.mean()
   )
 
 

@@ -13,7 +13,8 @@ def get_config(variant='tiny'):
   if variant not in ('tiny', 'small'):
     raise ValueError(f'unknown variant {variant!r}')
   return ml_collections.ConfigDict(dict(
-      variant=variant, steps=100, rate=1e-3, freeze=True, seed=config_dict.placeholder(int), init=None, mesh=(1, 1),
+      variant=variant, steps=100, rate=1e-3, freeze=True,
+      seed=config_dict.placeholder(int), init=None, mesh=(1, 1),
       optimizer=dict(name='adamw', betas=[0.9, 0.95])))
 """
 

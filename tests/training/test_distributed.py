@@ -1,4 +1,7 @@
-"""Jobs of several processes on loopback: the losses of one process, whoever is killed, whatever they are continued on."""
+"""Jobs of several processes on loopback have the losses of one process.
+
+Whichever process is killed, and on whatever they are continued.
+"""
 
 import re
 import shutil
@@ -18,12 +21,12 @@ from lavit_jax.weights.store import folder
 
 nano.install()
 STEPS = dict(num_steps=16, checkpoint_every=3, eval_every=8, eval_batches=1, picture_every=16)
-TIMEOUT = 5  # seconds until a silent process is given up
+TIMEOUT = 5  # seconds until a silent process counts as lost
 
 
 @pytest.fixture
 def start_job(cache, running):
-  """start_job(stage, workdir, processes, devices of each, key=value ...) -> the running processes of one job."""
+  """start_job(stage, workdir, processes, devices of each, key=value ...) -> the processes."""
 
   def begin(stage, workdir, count, devices, **changes):
     running.extend(job := launch_job(stage, workdir, cache, count, devices, TIMEOUT, **changes))
@@ -42,8 +45,10 @@ def alone(tmp_path_factory, cache):
 
 @pytest.fixture(scope='session')
 def killed(tmp_path_factory, cache):
-  """A run of two processes of which one was killed on the way, two checkpoints being whole: (workdir, what the other said, its status, the
-  seconds it took to end)."""
+  """A run of two processes, of which one was killed when two checkpoints were whole.
+
+  It is (workdir, the output of the other, its status, the seconds that it took to end).
+  """
   return kill_on_the_way('encoder', tmp_path_factory.mktemp('killed'), cache, **STEPS)
 
 
@@ -91,7 +96,7 @@ def test_a_killed_process_ends_the_others(killed):
 
 @pytest.mark.slow
 def test_started_again_they_repeat_themselves_bit_for_bit(start_job, alone, killed, tmp_path):
-  """What was half-written is not taken for a checkpoint."""
+  """A half-written folder is no checkpoint."""
   shutil.copytree(killed[0], tmp_path, dirs_exist_ok=True)
   half = tmp_path / 'checkpoints' / '15.orbax-checkpoint-tmp-7'
   shutil.copytree(next((tmp_path / 'checkpoints').glob('[0-9]*')) / 'config', half / 'config')
@@ -124,7 +129,8 @@ def test_another_number_of_processes_or_another_mesh_goes_on(
     out, *_ = map(finish, start_job('encoder', tmp_path, count, devices, **STEPS, **mesh))
   first = int(out.split('continuing from step ')[1].split()[0])
   assert 3 <= first < 16
-  now, before = losses(tmp_path), losses(alone)
+  now = losses(tmp_path)
+  before = losses(alone)
   assert [step for step, _ in now] == [step for step, _ in before]
   np.testing.assert_allclose(
     now[: first + 3], before[: first + 3], rtol=1e-4
@@ -134,7 +140,7 @@ def test_another_number_of_processes_or_another_mesh_goes_on(
 
 @pytest.fixture(scope='session')
 def on_tars(tmp_path_factory, cache):
-  """(options of a run on tars, the run of one process on two devices, a run of two processes of which one was killed on the way)."""
+  """(options of a run on tars, the run of one process, a run of two of which one was killed)."""
   tars = tmp_path_factory.mktemp('tars')
   for t in range(5):
     write_tar(
@@ -169,7 +175,7 @@ def on_tars(tmp_path_factory, cache):
 def test_a_run_on_tars_goes_on_on_other_machines(
   on_tars, tmp_path, start_job, cache, count, devices, mesh
 ):
-  """Over the end of an epoch, in which some pictures are skipped: the batches of a run that nobody stopped."""
+  """The batches of a run that was not stopped, over an epoch in which images are skipped."""
   options, alone, killed = on_tars
   shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
   if count == 1:
@@ -178,7 +184,8 @@ def test_a_run_on_tars_goes_on_on_other_machines(
     out, *_ = map(finish, start_job('autoencoder', tmp_path, count, devices, **options, **mesh))
   first = int(out.split('continuing from step ')[1].split()[0])
   assert 3 <= first < 16
-  now, before = losses(tmp_path), losses(alone)
+  now = losses(tmp_path)
+  before = losses(alone)
   assert [step for step, _ in now] == [step for step, _ in before] == list(range(1, 17))
   np.testing.assert_allclose(now[: first + 3], before[: first + 3], rtol=1e-4)
   np.testing.assert_allclose(now, before, rtol=0.01)
@@ -269,14 +276,15 @@ def test_a_workdir_that_is_not_shared(start_job, tmp_path):
     for process in start_job('encoder', tmp_path / 'a', 2, 1, own={1: dict(workdir=tmp_path / 'b')})
   ):
     assert re.search(
-      rf'UserError: what process 0 .* writes to {tmp_path}/. is not seen by process 1 .*; --workdir must be one folder',
+      rf'UserError: what process 0 .* writes to {tmp_path}/. is not seen by process 1 .*; '
+      '--workdir must be one folder',
       out,
     ), out
   assert not any((tmp_path / 'a').iterdir()) and not (tmp_path / 'b').exists()
 
 
 @pytest.mark.slow
-def test_a_fault_of_one_process_is_told_and_ends_the_others(start_job, tmp_path):
+def test_an_error_of_one_process_is_reported_and_ends_the_others(start_job, tmp_path):
   begin = time.monotonic()
   first, second = start_job('encoder', tmp_path, 2, 1, own={1: dict(data__source='/nowhere')})
   assert 'UserError: data: /nowhere has no emoji data set' in finish(second, 2)
@@ -305,19 +313,20 @@ def test_two_processes_go_on_from_the_checkpoint_before_a_damaged_one(start_job,
 
 
 @pytest.mark.parametrize(
-  'given, message',
+  'addresses, message',
   [
     (
       ('10.0.0.1:99', 2, None),
-      r'needs --coordinator HOST:PORT, --processes N and --process I .*there is 10.0.0.1:99, 2, None',
+      r'needs --coordinator HOST:PORT, --processes N and --process I '
+      r'.*there is 10.0.0.1:99, 2, None',
     ),
     (('10.0.0.1:99', 2, 2), r'--process 2: of 2 processes the first is 0 and the last 1'),
     (('10.0.0.1', 2, 0), r'--coordinator 10.0.0.1: give host and port'),
   ],
 )
-def test_a_job_that_is_not_described_well(given, message):
+def test_a_job_that_is_not_described_well(addresses, message):
   with pytest.raises(UserError, match=message):
-    distributed.connect(*given)
+    distributed.connect(*addresses)
 
 
 def test_a_variable_that_is_no_number(monkeypatch):

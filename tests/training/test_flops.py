@@ -4,8 +4,9 @@ import nano
 import pytest
 
 from lavit_jax.models import lavit
-from lavit_jax.training import flops, stages
+from lavit_jax.training import flops
 from lavit_jax.training.config import load_config
+from lavit_jax.training.run import resolve_abstract
 
 nano.install()
 
@@ -16,7 +17,8 @@ def counted(fn, *args):
 
 def test_products_and_convolutions():
   assert counted(jnp.matmul, jnp.zeros((5, 3, 4)), jnp.zeros((5, 4, 7))) == 2 * 5 * 3 * 4 * 7
-  x, kernel = jnp.zeros((2, 8, 8, 6)), jnp.zeros((3, 3, 3, 10))  # two groups of 3 channels
+  x = jnp.zeros((2, 8, 8, 6))
+  kernel = jnp.zeros((3, 3, 3, 10))  # two groups of 3 channels
 
   def convolve(x, kernel):
     return jax.lax.conv_general_dilated(
@@ -28,10 +30,13 @@ def test_products_and_convolutions():
 
 
 def test_a_scan_counts_as_often_as_it_runs_and_the_gradient_twice_over():
-  x, w = jnp.zeros((16, 8)), jnp.zeros((5, 8, 8))
+  x = jnp.zeros((16, 8))
+  w = jnp.zeros((5, 8, 8))
 
   def loss(w, x, remat=False):
-    body = lambda x, w: (jnp.tanh(x @ w), None)
+    def body(x, w):
+      return jnp.tanh(x @ w), None
+
     return jax.lax.scan(jax.checkpoint(body) if remat else body, x, w)[0].sum()
 
   forward = 5 * 2 * 16 * 8 * 8
@@ -48,36 +53,32 @@ def test_of_a_condition_the_cheaper_branch_counts():
 
 
 def test_the_parts_of_the_language_models_step_are_all_of_it():
-  """Every product of the loss and its gradient, as they are traced, is in one of them: the towers on all pairs, all slots, all scores."""
-  config = nano.config('lm')
+  """Every traced product of the loss and its gradient is in one of them."""
+  run = nano.run('lm')
   with jax.sharding.use_abstract_mesh(flops.ONE_CPU):
-    pair, whole = (
-      flops.pair_flops(config, lavit.build('nano')),
-      flops.traced(config, lavit.build('nano')),
-    )
-  c = config.lm
-  rows = c.num_rows * (pair.row + c.row_length**2 * pair.scores)
+    pair = flops.pair_flops(run)
+    whole = flops.trace_step(run)
+  rows = run.options.num_rows * (pair.row + run.options.row_length**2 * pair.attention)
   assert whole == pytest.approx(
-    config.batch_size * (pair.see + pair.code + pair.read) + rows, rel=1e-6
+    run.batch_size * (pair.features + pair.codes + pair.understanding) + rows, rel=1e-6
   )
 
 
 def test_flops_of_slots_follow_the_formula():
-  """6 for each parameter of a product and each slot, and attention to the half of the own pair; nothing for what remat does again."""
-  config = nano.config('lm', lm__mean_length=31)
+  """6 for each parameter and slot, and attention to half of the own pair; nothing for remat."""
+  run = nano.run('lm', lm__mean_length=31)
   llama = nano.NANO['llama']
-  width, heads = llama['hidden_size'], llama['num_heads'] * llama['head_dim']
+  width = llama['hidden_size']
+  heads = llama['num_heads'] * llama['head_dim']
   weights = (
     llama['num_layers'] * (4 * width * heads + 3 * width * llama['mlp_dim'])
     + width * lavit.build('nano').vocabulary.size
   )
   attention = llama['num_layers'] * 3 * 2 * 2 * (31 + 1) / 2 * heads
-  step = flops.step_flops(config)
-  assert step.slots == pytest.approx(
-    stages.tokens_per_step(config) * (6 * weights + attention), rel=1e-6
-  )
+  step = flops.step_flops(run)
+  assert step.slots == pytest.approx(run.tokens_per_step * (6 * weights + attention), rel=1e-6)
   assert step.at(1.0) - step.at(0.25) == pytest.approx(0.75 * step.slots)
-  assert flops.step_flops(nano.config('lm', lm__mean_length=31, remat='full')) == step
+  assert flops.step_flops(nano.run('lm', lm__mean_length=31, remat='full')) == step
 
 
 def test_what_a_kind_has_no_use_for_is_not_counted():
@@ -85,40 +86,35 @@ def test_what_a_kind_has_no_use_for_is_not_counted():
     config = nano.config('lm')
     with config.unlocked():
       config.data.shares = shares
-    return flops.step_flops(config).fixed
+    return flops.step_flops(resolve_abstract(config)).fixed
 
   with jax.sharding.use_abstract_mesh(flops.ONE_CPU):
-    pair = flops.pair_flops(nano.config('lm'), lavit.build('nano'))
-  assert min(pair.see, pair.code, pair.read) > 0
-  assert fixed(text=1.0) == 0 and fixed(draw=1.0) == 8 * (pair.see + pair.code)
-  assert fixed(caption=1.0, answer=2.0) == pytest.approx(8 * (pair.see + pair.read))
+    pair = flops.pair_flops(nano.run('lm'))
+  assert min(pair.features, pair.codes, pair.understanding) > 0
+  assert fixed(text=1.0) == 0 and fixed(draw=1.0) == 8 * (pair.features + pair.codes)
+  assert fixed(caption=1.0, answer=2.0) == pytest.approx(8 * (pair.features + pair.understanding))
   assert fixed(caption=1.0, draw=1.0, text=2.0) == pytest.approx(
-    8 * (pair.see / 2 + pair.code / 4 + pair.read / 4)
+    8 * (pair.features / 2 + pair.codes / 4 + pair.understanding / 4)
   )
 
 
 def test_expected_share():
   """136 of the page's pairs to 8 rows of 2,048; a step cannot hold more than it has slots."""
-  assert flops.expected_share(load_config(f'{nano.ROOT}/configs/lm.py:lavit_7b')) == pytest.approx(
-    136 * 110 / (8 * 2048)
-  )
-  assert (
-    flops.expected_share(nano.config('lm', batch_size=1000))
-    == 1
-    == flops.expected_share(nano.config('tokenizer'))
-  )
+  published = resolve_abstract(load_config(f'{nano.ROOT}/configs/lm.py:lavit_7b'))
+  assert flops.expected_share(published) == pytest.approx(136 * 110 / (8 * 2048))
+  assert flops.expected_share(nano.run('lm', batch_size=1000)) == 1
+  assert flops.expected_share(nano.run('tokenizer')) == 1
 
 
 def test_a_frozen_layer_counts_its_forward(monkeypatch):
-  config, vit = nano.config('tokenizer'), nano.NANO['vit']
-  before = flops.step_flops(config).fixed
+  vit = nano.NANO['vit']
+  before = flops.step_flops(nano.run('tokenizer')).fixed
   monkeypatch.setitem(
     lavit.VARIANTS, 'nano', {**nano.NANO, 'vit': {**vit, 'num_layers': vit['num_layers'] + 1}}
   )
-  width, heads, tokens = (
-    vit['hidden_size'],
-    vit['num_heads'] * vit['head_dim'],
-    (vit['image_size'] // vit['patch_size']) ** 2 + 1,
-  )
+  width = vit['hidden_size']
+  heads = vit['num_heads'] * vit['head_dim']
+  tokens = (vit['image_size'] // vit['patch_size']) ** 2 + 1
   products = 2 * (4 * width * heads + 2 * width * vit['mlp_dim']) + 2 * 2 * tokens * heads
-  assert flops.step_flops(config).fixed - before == config.batch_size * tokens * products
+  run = nano.run('tokenizer')
+  assert flops.step_flops(run).fixed - before == run.batch_size * tokens * products

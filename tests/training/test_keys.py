@@ -1,5 +1,6 @@
 """Random keys: no two of a run, and no two of a call at inference, are the same."""
 
+import dataclasses
 import itertools
 import pathlib
 
@@ -11,12 +12,14 @@ import numpy as np
 import lavit_jax
 from lavit_jax import sharding
 from lavit_jax.inference import rng
-from lavit_jax.training import loop
 from lavit_jax.training.keys import Purpose, key_for
-from lavit_jax.training.stage import Stage
+from lavit_jax.training.stages.base import ModuleNames, Stage
+from lavit_jax.training.train_step import make_init, make_train_step
 
 nano.install()
-STEPS, PARTS, SPLIT = 12, 16, 5  # no stage has more parts, and none splits a step's key in more
+STEPS = 12
+PARTS = 16
+SPLIT = 5  # no stage has more parts, and none splits a step's key in more
 
 
 def data_of(key) -> tuple[int, ...]:
@@ -29,30 +32,30 @@ def test_split_is_fold_in():
   assert data_of(jax.random.split(key, 4)[2]) == data_of(jax.random.fold_in(key, 2))
 
 
-def step_keys(config) -> list:
+def step_keys(**changes) -> list:
   """The keys that `make_train_step` hands to the loss, by their data."""
 
   def loss(params, frozen, state, batch, key, train):
     first, second = jax.random.key_data(key)
     return params['w'].sum(), (state, dict(first=first, second=second))
 
-  stage = Stage((), (), lambda key, parts: (dict(w=jnp.ones(2)), {}), loss, None)
+  stage = Stage(ModuleNames(), lambda key, loaded: (dict(w=jnp.ones(2)), {}), loss, None)
   mesh = sharding.make_mesh(dict(data=1, fsdp=1, tensor=1), jax.devices()[:1])
-  init, tx = loop.make_init(config, stage, {})
+  run = dataclasses.replace(nano.run('autoencoder', mesh, **changes), stage=stage)
+  init, tx = make_init(run, {})
   state = init(jax.random.key(0), {})
-  step = loop.make_train_step(config, stage, tx, sharding.shardings(state, mesh), mesh)
-  found = []
+  step = make_train_step(run, tx, sharding.shardings(state, mesh))
+  keys = []
   with jax.set_mesh(mesh):
     for _ in range(STEPS):
       state, values = step(state, {}, {'x': jnp.zeros((8, 1))})
-      found.append((int(values['first']), int(values['second'])))
-  return found
+      keys.append((int(values['first']), int(values['second'])))
+  return keys
 
 
 def test_the_keys_of_a_run_are_distinct():
-  config = nano.config('autoencoder', seed=7)
   steps = [jax.random.fold_in(key_for(7, Purpose.STEPS), step) for step in range(STEPS)]
-  assert [data_of(key) for key in steps] == step_keys(config)
+  assert [data_of(key) for key in steps] == step_keys(seed=7)
   weights = jax.random.split(key_for(7, Purpose.WEIGHTS), PARTS)
   heldout = [jax.random.fold_in(key_for(7, Purpose.HELDOUT), i) for i in range(STEPS)]
   keys = [
@@ -62,23 +65,26 @@ def test_the_keys_of_a_run_are_distinct():
     *steps,
     *heldout,
   ]
-  keys += [part for key in (*weights, *steps, *heldout) for part in jax.random.split(key, SPLIT)]
+  for key in (*weights, *steps, *heldout):
+    keys.extend(jax.random.split(key, SPLIT))
   assert len(set(map(data_of, keys))) == len(keys)
 
 
 def test_no_key_of_a_run_is_made_elsewhere():
   """A key of the bare seed, in training, would be split or folded into one of those."""
   folder = pathlib.Path(lavit_jax.__file__).parent / 'training'
-  texts = {file.name: file.read_text() for file in folder.glob('*.py')}
-  assert [name for name, text in texts.items() if 'random.key(config.seed' in text] == []
+  texts = {file.name: file.read_text() for file in folder.rglob('*.py')}
+  assert [name for name, text in texts.items() if 'random.key(run.seed' in text] == []
   assert 'random.key(seed)' in texts['keys.py']
 
 
 def test_the_keys_of_a_call_at_inference_are_distinct():
-  """Rows, purposes, the numbers of pictures or samples, the steps of a sample, the start of a picture."""
+  """By row, purpose, number of the image or sample, and step of a sample."""
   rows = rng.example_keys(7, 4)
   keys = [jax.random.key(7), *rows]
   for purpose, number in itertools.product(rng.Purpose, range(4)):
     of_rows = rng.purpose_keys(purpose, rows, number)
-    keys += [*of_rows, *(jax.random.fold_in(key, step) for key in of_rows for step in range(8))]
+    keys.extend(of_rows)
+    for key in of_rows:
+      keys += [jax.random.fold_in(key, step) for step in range(8)]
   assert len(set(map(data_of, keys))) == len(keys)

@@ -16,15 +16,15 @@ from lavit_jax.training.lock import WorkdirLock, refuse_if_running
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-  monkeypatch.setattr(lock, 'BEAT', 0.05)
-  monkeypatch.setattr(lock, 'LOOK', 0.02)
+  monkeypatch.setattr(lock, 'BEAT_INTERVAL', 0.05)
+  monkeypatch.setattr(lock, 'POLL_INTERVAL', 0.02)
   monkeypatch.setattr(lock, 'SILENCE', 0.5)
 
 
 def foreign(folder, **changes):
   """A lock of a process on another machine."""
-  told = dict(run='other', host=['pod-7', 'boot', 'pid:[1]'], pid=1, began='5', beat=0) | changes
-  (folder / '.lock').write_text(json.dumps(told))
+  content = dict(run='other', host=['pod-7', 'boot', 'pid:[1]'], pid=1, began='5', beat=0) | changes
+  (folder / '.lock').write_text(json.dumps(content))
 
 
 def test_a_second_run_is_refused_and_the_next_one_is_not(tmp_path):
@@ -51,7 +51,10 @@ def test_an_error_gives_the_directory_back(tmp_path):
 
 def test_after_a_kill_on_this_machine_the_next_run_begins_at_once(tmp_path, monkeypatch):
   monkeypatch.setattr(lock, 'SILENCE', 1e9)
-  code = f'import os, pathlib, time\nfrom lavit_jax.training.lock import WorkdirLock\nWorkdirLock(pathlib.Path({str(tmp_path)!r})).__enter__()\n'
+  code = (
+    'import os\nfrom lavit_jax.training.lock import WorkdirLock\n'
+    f'WorkdirLock({str(tmp_path)!r}).__enter__()\n'
+  )
   subprocess.run(
     [sys.executable, '-c', code + 'os.kill(os.getpid(), 9)'],
     env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
@@ -62,7 +65,7 @@ def test_after_a_kill_on_this_machine_the_next_run_begins_at_once(tmp_path, monk
     assert json.loads((tmp_path / '.lock').read_text())['pid'] == os.getpid()
 
 
-def test_the_number_of_a_dead_process_may_be_anothers_by_now(tmp_path):
+def test_another_process_may_have_the_number_of_a_dead_one(tmp_path):
   foreign(tmp_path, host=lock._machine(), pid=os.getpid(), began='0')
   with WorkdirLock(tmp_path):
     pass
@@ -88,12 +91,12 @@ def test_a_run_on_another_machine_that_beats_is_left_alone(tmp_path):
     thread.join()
 
 
-def test_one_that_was_killed_on_another_machine_is_taken_over_after_a_while(tmp_path, capsys):
+def test_a_run_killed_on_another_machine_is_taken_over_after_a_while(tmp_path, capsys):
   foreign(tmp_path)
   began = time.monotonic()
-  with WorkdirLock(tmp_path) as mine:
+  with WorkdirLock(tmp_path) as own:
     assert time.monotonic() - began > 0.5
-    assert json.loads((tmp_path / '.lock').read_text())['run'] == mine.run
+    assert json.loads((tmp_path / '.lock').read_text())['run'] == own.run
   assert 'which may have been killed: waiting up to' in capsys.readouterr().out
 
 
@@ -104,13 +107,13 @@ def test_a_lock_that_cannot_be_read_counts_as_silent(tmp_path, text):
     pass
 
 
-def test_who_was_silent_too_long_learns_that_another_has_taken_over(tmp_path):
-  with WorkdirLock(tmp_path) as mine:
-    mine.check()
+def test_a_run_that_was_silent_too_long_loses_the_directory(tmp_path):
+  with WorkdirLock(tmp_path) as own:
+    own.check()
     foreign(tmp_path)
     deadline = time.monotonic() + 20
-    while not mine.lost and time.monotonic() < deadline:
+    while not own.lost and time.monotonic() < deadline:
       time.sleep(0.02)
     with pytest.raises(UserError, match='another run has taken this work directory over'):
-      mine.check()
+      own.check()
   assert (tmp_path / '.lock').exists()  # the other's

@@ -1,10 +1,12 @@
-"""The loop as it is run: in processes of their own, killed, continued, on one device and on eight."""
+"""The loop as users run it: in separate processes, killed, continued, on one device and eight."""
 
+import dataclasses
 import functools
 import json
 import signal
 import time
 
+import chex
 import jax
 import jax.numpy as jnp
 import nano
@@ -14,11 +16,12 @@ from nano import finish, launch, rows, until
 
 from lavit_jax import sharding
 from lavit_jax.errors import UserError
-from lavit_jax.inference.parameters import open_checkpoint
-from lavit_jax.training import loop
+from lavit_jax.training import loop, parameters
 from lavit_jax.training.loop import train
-from lavit_jax.training.stage import Stage, Sum
+from lavit_jax.training.parameters import find_modules, load_params
+from lavit_jax.training.stages.base import ModuleNames, Stage, Sum
 from lavit_jax.training.train_step import loss_and_metrics
+from lavit_jax.weights.loader import open_checkpoint
 from lavit_jax.weights.store import folder
 
 nano.install()
@@ -40,7 +43,8 @@ def test_killed_at_any_step_it_repeats_itself_bit_for_bit(start, tmp_path):
     process.communicate()
   out = finish(start('encoder', tmp_path / 'broken', **options))
   assert 'continuing from step' in out
-  whole, broken = rows(tmp_path / 'whole'), rows(tmp_path / 'broken')
+  whole = rows(tmp_path / 'whole')
+  broken = rows(tmp_path / 'broken')
   assert [row['step'] for row in whole if 'loss' in row] == list(range(1, 41))
   assert whole == broken  # all metrics, those of the held-out split among them, all digits
   assert len({row['loss'] for row in whole if 'loss' in row}) == 40
@@ -48,7 +52,7 @@ def test_killed_at_any_step_it_repeats_itself_bit_for_bit(start, tmp_path):
     folder.load_params(tmp_path / name / 'export', variant='nano')['vit']
     for name in ('whole', 'broken')
   ]
-  jax.tree.map(np.testing.assert_array_equal, *exports)
+  chex.assert_trees_all_equal(*exports)
 
 
 def test_sigterm_saves_and_ends(start, tmp_path):
@@ -138,7 +142,7 @@ def test_fewer_steps_than_it_has_made_are_made_already(finished, capsys):
 
 
 @pytest.mark.slow
-def test_null_text_rows_that_are_not_in_init_from_are_told(finished, tmp_path, capsys, monkeypatch):
+def test_absent_null_text_embeddings_are_reported(finished, tmp_path, capsys, monkeypatch):
   def stop(*args):
     raise UserError('enough')
 
@@ -147,7 +151,7 @@ def test_null_text_rows_that_are_not_in_init_from_are_told(finished, tmp_path, c
     for name in ('encoder', 'autoencoder', 'tokenizer', 'detokenizer')
   ]
   monkeypatch.setattr(loop, 'write_config', stop)
-  for init_from, told in ((exports[1], True), (exports[3], False)):
+  for init_from, warned in ((exports[1], True), (exports[3], False)):
     with pytest.raises(UserError, match='enough'):
       train(
         nano.config('detokenizer', frozen=','.join(exports[:3]), init_from=init_from),
@@ -156,15 +160,15 @@ def test_null_text_rows_that_are_not_in_init_from_are_told(finished, tmp_path, c
     out = ' '.join(capsys.readouterr().out.split())
     assert (
       (f'warning: init_from={init_from} has no uncond_embeddings: zeros take the place' in out)
-      == told
+      == warned
       == ('warning' in out)
     )
 
 
 @pytest.mark.slow
 def test_a_unet_goes_on_learning_by_its_own_scheduler(finished, tmp_path):
-  """The settings of the folder that it starts from are in the run's checkpoint and in its export, and the loss is another."""
-  said = dict(
+  """Its run keeps and exports the settings of the folder that it starts from; the loss differs."""
+  scheduler = dict(
     scheduler=dict(
       prediction_type='v_prediction', rescale_betas_zero_snr=True, timestep_spacing='trailing'
     )
@@ -173,8 +177,9 @@ def test_a_unet_goes_on_learning_by_its_own_scheduler(finished, tmp_path):
     finished[name] / 'export' for name in ('encoder', 'autoencoder', 'tokenizer', 'detokenizer')
   ]
   losses = []
-  for settings in ({}, said):
-    start, run = tmp_path / f'start{len(settings)}', tmp_path / f'run{len(settings)}'
+  for settings in ({}, scheduler):
+    start = tmp_path / f'start{len(settings)}'
+    run = tmp_path / f'run{len(settings)}'
     folder.save_params(start, 'nano', folder.load_params(exports[3]), settings=settings)
     train(
       nano.config(
@@ -203,7 +208,7 @@ def test_another_runs_checkpoint_is_refused(finished):
 def test_a_lost_loss_ends_the_run_and_no_checkpoint_has_its_parameters(
   finished, tmp_path, monkeypatch
 ):
-  """An update that is finite and too large: the losses after it are not, and the run goes on from before it."""
+  """An update is finite and too large, later losses are not; the run continues from before it."""
   make = loop.make_train_step
 
   def broken_once(*args):
@@ -230,7 +235,8 @@ def test_a_lost_loss_ends_the_run_and_no_checkpoint_has_its_parameters(
   monkeypatch.setattr(loop, 'make_train_step', broken_once)
   with pytest.raises(
     UserError,
-    match='not finite in 3 steps in a row, from step 5 on; the checkpoints 4.broken have .* it goes on from step 3',
+    match='not finite in 3 steps in a row, from step 5 on; the checkpoints 4.broken have '
+    '.* it goes on from step 3',
   ):
     train(nano.config('autoencoder', **options), tmp_path)
   names = sorted(path.name for path in (tmp_path / 'checkpoints').iterdir())
@@ -359,7 +365,7 @@ def test_a_stage_on_the_page_of_another(page, stage, lacks, tmp_path):
 
 @pytest.fixture(scope='session')
 def three_losses(finished, cache, tmp_path_factory):
-  """three_losses(stage, devices, mesh sizes ...): the first losses of a training, and what it prints."""
+  """three_losses(stage, devices, mesh sizes ...) -> (the first losses of a run, its output)."""
 
   @functools.cache
   def run(stage, devices=1, **mesh):
@@ -380,7 +386,8 @@ def three_losses(finished, cache, tmp_path_factory):
   return run
 
 
-DATA, THREE_AXES = dict(mesh__data=-1), dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
+DATA = dict(mesh__data=-1)
+THREE_AXES = dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
 
 
 @pytest.mark.parametrize(
@@ -420,12 +427,14 @@ def test_averages_of_pieces_are_those_of_the_whole():
     value = jnp.square(batch['x'] @ params['w'] - 1).mean()
     return value, (state, dict(overflow=Sum(jnp.float32(len(batch['x']))), mean=batch['x'].mean()))
 
-  stage = Stage((), (), lambda key, parts: (dict(w=jnp.ones((3, 2))), jnp.zeros([])), loss, None)
+  def init(key, loaded):
+    return dict(w=jnp.ones((3, 2))), jnp.zeros([])
+
+  stage = Stage(ModuleNames(), init, loss, None)
   mesh = sharding.make_mesh(dict(data=-1, fsdp=1, tensor=1), jax.devices()[:1])
+  run = dataclasses.replace(nano.run('autoencoder', mesh, accumulate=4), stage=stage)
   with jax.set_mesh(mesh):
-    values = loss_and_metrics(stage, 4, 1, mesh)(
-      dict(w=jnp.ones((3, 2))), {}, {}, {'x': x}, jax.random.key(0)
-    )
+    values = loss_and_metrics(run)(dict(w=jnp.ones((3, 2))), {}, {}, {'x': x}, jax.random.key(0))
   assert values['loss'] == pytest.approx(float(jnp.square(x.sum(1) - 1).mean()), rel=1e-5)
   assert values['overflow'] == 8 and values['mean'] == pytest.approx(float(x.mean()), abs=1e-6)
 
@@ -435,27 +444,28 @@ def test_init_from_reads_only_what_the_stage_trains_in_the_type_it_has(tmp_path,
     name: {'a': np.ones((2, 2), np.float32)} for name in ('vit', 'llama', 'understanding', 'vae')
   }
   folder.save_params(tmp_path / 'start', 'nano', saved, dtype='bfloat16')
-  asked = []
+  calls = []
   monkeypatch.setattr(
-    loop.folder,
+    parameters.folder,
     'load_params',
     lambda path, names, variant, shardings, dtype: (
-      asked.append((names, dtype)) or dict.fromkeys(names)
+      calls.append((names, dtype)) or dict.fromkeys(names)
     ),
   )
-  stage = Stage(('vit',), (), None, None, None, takes=('llama', 'understanding'))
-  config = nano.config('lm', frozen=str(tmp_path / 'start'), init_from=str(tmp_path / 'start'))
-  assert set(loop.load_parts(config, stage, None)) == {'vit', 'llama', 'understanding'}
-  assert asked == [(['vit'], 'float32'), (['llama', 'understanding'], None)]
+  modules = ModuleNames(needs=('vit',), takes=('llama', 'understanding'))
+  start = [str(tmp_path / 'start')]
+  loaded = load_params('nano', find_modules(modules, frozen=start, init_from=start), None)
+  assert set(loaded) == {'vit', 'llama', 'understanding'}
+  assert calls == [(['vit'], 'float32'), (['llama', 'understanding'], None)]
 
 
 @pytest.mark.slow
-def test_a_tokenizer_without_a_codebook_is_told_marked_and_refused(finished, tmp_path, capsys):
+def test_a_tokenizer_without_a_codebook_is_reported_marked_and_refused(finished, tmp_path, capsys):
   frozen = str(finished['encoder'] / 'export')
   train(nano.config('tokenizer', frozen=frozen, num_steps=1), tmp_path / 'short')
   out = ' '.join(capsys.readouterr().out.split())
   assert (
-    'warning: num_steps=1 ends before quantisation begins' in out
+    'warning: num_steps=1 ends before quantization begins' in out
     and 'the codebook of this run was never trained' in out
   )
   export = tmp_path / 'short' / 'export'
@@ -491,11 +501,11 @@ def test_a_trained_tokenizer_goes_on_with_its_codebook(finished, tmp_path, capsy
 
 
 @pytest.mark.slow
-def test_a_finished_run_that_goes_on_is_told_how_its_learning_rate_jumps(start, tmp_path):
+def test_a_finished_run_that_continues_warns_of_its_learning_rate(start, tmp_path):
   options = dict(optim__warmup_steps=2, optim__final_fraction=0.01, optim__learning_rate=1e-3)
   finish(start('encoder', tmp_path, num_steps=20, **options))
   out = ' '.join(finish(start('encoder', tmp_path, num_steps=22, **options)).split())
   assert (
-    'warning: at step 20 the learning rate goes from 1e-05, as this run was begun (num_steps=20), to'
-    in out
+    'warning: at step 20 the learning rate goes from 1e-05, as this run was begun '
+    '(num_steps=20), to' in out
   )

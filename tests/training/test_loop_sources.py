@@ -1,4 +1,4 @@
-"""The loop on a list of sources: it goes on to the bit, counts what is skipped, and tells how long it waits for data."""
+"""The loop on a list of sources: exact resume, counts of skipped examples, time spent waiting."""
 
 import json
 import re
@@ -11,14 +11,12 @@ import nano
 import pytest
 from numbered_images import sample, write_tar
 
-from lavit_jax import sharding
 from lavit_jax.data import formats
 from lavit_jax.data.row_workers import SkipCounter
 from lavit_jax.data.sources import check_files
 from lavit_jax.data.streams import Stream
 from lavit_jax.errors import UserError
-from lavit_jax.models import lavit
-from lavit_jax.training import loop, metrics
+from lavit_jax.training import batches, loop, metrics
 
 nano.install()
 
@@ -33,14 +31,15 @@ def test_goes_on_to_the_bit_and_counts_what_is_skipped(tmp_path, capsys, monkeyp
     jax.stages.Lowered, 'compile', lambda self: compile_fully(self, nano.QUICK_TO_COMPILE)
   )
   for t in range(2):
-    bad = [('x', {'png': b'no picture', 'txt': b'words'})]
+    bad = [('x', {'png': b'no image', 'txt': b'words'})]
     write_tar(tmp_path / f'{t}.tar', [sample(i) for i in range(20 * t, 20 * t + 20)] + bad)
   source = dict(format='tars', path=f'{tmp_path}/*.tar', window=7)
   config = nano.config(
     'autoencoder', checkpoint_every=2, keep=3, data__sources=(source,), data__crop='random'
   )
   loop.train(config, tmp_path / 'run')
-  out, first = capsys.readouterr().out, lines(tmp_path / 'run')
+  out = capsys.readouterr().out
+  first = lines(tmp_path / 'run')
   assert (
     'data/skipped_corrupt_image' in out
     and 'data_wait' in out
@@ -49,7 +48,8 @@ def test_goes_on_to_the_bit_and_counts_what_is_skipped(tmp_path, capsys, monkeyp
   shutil.rmtree(tmp_path / 'run' / 'checkpoints' / '4')
   assert 'changed since' not in out
   with config.unlocked():
-    config.log_every, config.data.scene_share = 2, 0.5  # which composed data alone have
+    config.log_every = 2
+    config.data.scene_share = 0.5  # which composed data alone have
   with monkeypatch.context() as patch:
     next_batch = loop.next_batch
     patch.setattr(loop, 'next_batch', lambda data: time.sleep(2) or next_batch(data))
@@ -58,13 +58,13 @@ def test_goes_on_to_the_bit_and_counts_what_is_skipped(tmp_path, capsys, monkeyp
   assert 'continuing from step 2' in out and lines(tmp_path / 'run') == first
   assert 'changed since then: log_every 1 -> 2\n' in out
   assert (
-    'warning: changed since then, so the next examples are not those that it would have seen: data.scene_share 0.3 -> 0.5\n'
-    in out
+    'warning: changed since then, so the next examples are not those that it would have seen: '
+    'data.scene_share 0.3 -> 0.5\n' in out
   )
   assert float(re.search(r'step 4/4 .* data_wait ([\d.]+)%', out)[1]) > 10  # of 2 s and two steps
 
 
-def test_sources_without_held_out_ones_are_told_at_once(tmp_path):
+def test_sources_without_held_out_ones_are_refused_at_once(tmp_path):
   config = nano.config('autoencoder', eval_every=4, data__sources=(dict(format='tars', path='x'),))
   with pytest.raises(UserError, match='data.sources without data.heldout'):
     loop.train(config, tmp_path / 'run')
@@ -84,7 +84,7 @@ def test_sources_without_held_out_ones_are_told_at_once(tmp_path):
     ),
   ],
 )
-def test_held_out_data_is_looked_at_before_the_first_step(tmp_path, heldout, message):
+def test_held_out_data_is_checked_before_the_first_step(tmp_path, heldout, message):
   write_tar(tmp_path / 'a.tar', [sample(0)])
   options = dict(
     data__sources=(dict(format='tars', path=f'{tmp_path}/a.tar'),), data__heldout=(heldout,)
@@ -105,8 +105,8 @@ def test_a_few_held_out_tars_may_be_absent(tmp_path):
     check_files('data.heldout', (source,), 0.2)
 
 
-def test_a_step_is_saved_before_it_is_looked_at(tmp_path, monkeypatch):
-  """So that an evaluation that fails loses no step, and what is started again does not come to it once more."""
+def test_a_step_is_saved_before_it_is_evaluated(tmp_path, monkeypatch):
+  """A failing evaluation loses no step, and a restarted run does not repeat the evaluation."""
   compile_fully = jax.stages.Lowered.compile
   monkeypatch.setattr(
     jax.stages.Lowered, 'compile', lambda self: compile_fully(self, nano.QUICK_TO_COMPILE)
@@ -129,10 +129,9 @@ def test_held_out_rows_are_of_the_held_out_sources(tmp_path):
     f'data__{key}': (dict(format='tars', path=f'{tmp_path}/{name}.tar'),)
     for key, name in (('sources', 'a'), ('heldout', 'b'))
   }
-  config, model = nano.config('lm', **sources), lavit.build('nano')
-  share = sharding.process_share(sharding.make_mesh(config.mesh), config.batch_size)
+  run = nano.run('lm', **sources)
   red = {
-    split: loop.next_batch(loop.open_data(config, model, share, split))['image'][:, 0, 0, 0]
+    split: batches.next_batch(batches.open_batches(run, split))['image'][:, 0, 0, 0]
     for split in ('train', 'heldout')
   }
   assert red['train'].max() < 20 and red['heldout'].tolist() == list(range(100, 108))
@@ -142,7 +141,8 @@ class Clock:
   """The time that metrics.Log sees, and a device that does one step after the other."""
 
   def __init__(self):
-    self.now, self.free = 0.0, 0.0
+    self.now = 0.0
+    self.free = 0.0
 
   def monotonic(self):
     return self.now
@@ -171,14 +171,16 @@ class Clock:
 class Computing(float):
   def __new__(cls, clock, then):
     self = super().__new__(cls, 1.0)
-    self.then, self.block_until_ready = then, lambda: clock.pass_to(then)
+    self.then = then
+    self.block_until_ready = lambda: clock.pass_to(then)
     return self
 
 
 @pytest.fixture
 def timed(tmp_path, monkeypatch):
   """(a log, the clock it goes by)."""
-  log, clock = metrics.MetricLogger(tmp_path, 0, num_steps=12, batch_size=4), Clock()
+  log = metrics.MetricLogger(tmp_path, 0, num_steps=12, batch_size=4)
+  clock = Clock()
   log.watch.shutdown()
   log.watch = clock
   monkeypatch.setattr(metrics, 'time', clock)
@@ -203,8 +205,9 @@ def timed(tmp_path, monkeypatch):
 def test_data_wait_is_the_share_of_time_that_the_device_waits(
   timed, capsys, monkeypatch, source, step, wait
 ):
-  """Seconds that the source and the device take for each step, beside each other; the terminal and TensorBoard say the same."""
-  (log, clock), shown = timed, {}
+  """From the seconds of the source and the device for a step; terminal and TensorBoard agree."""
+  (log, clock) = timed
+  shown = {}
   monkeypatch.setattr(log, 'scalars', lambda step, values: shown.update(values))
   for i in range(1, 13):
     assert log.fetch(clock.fetch, source) == 'batch'
@@ -219,7 +222,7 @@ def test_what_the_device_did_before_is_no_waiting(timed):
   log, clock = timed
   log.step(1, {'loss': clock.step(0.2)})
   log.flush()
-  clock.pass_to(0.5)  # looking at pictures, saving
+  clock.pass_to(0.5)  # evaluating, saving
   log.fetch(clock.fetch, 0.1)
   assert log.waited == pytest.approx(0.1)
   log.restart_clock()
@@ -228,11 +231,11 @@ def test_what_the_device_did_before_is_no_waiting(timed):
 
 @pytest.mark.slow
 def test_skips_of_all_processes_are_counted(running, cache, tmp_path):
-  """The first process, which alone writes, meets none; the other one's shards have the other tar first, with two."""
+  """The first process, which alone writes, skips none; the other one reads the tar with two."""
   source = dict(format='tars', path=f'{tmp_path}/{{0..1}}.tar', window=4)
   _, second = Stream.of(formats.Tars(source['path'], None, ('txt',)), 0, '', 0, 4, 8).unit(1, 0)
   for t in range(2):
-    bad = [(f'x{n}', {'png': b'no picture', 'txt': b'words'}) for n in range(2 * (t == second))]
+    bad = [(f'x{n}', {'png': b'no image', 'txt': b'words'}) for n in range(2 * (t == second))]
     write_tar(tmp_path / f'{t}.tar', bad + [sample(i) for i in range(300)])
   job = nano.launch_job(
     'autoencoder', tmp_path / 'run', cache, 2, 1, timeout=20, num_steps=2, data__sources=(source,)
@@ -249,7 +252,7 @@ def test_skips_of_all_processes_are_counted(running, cache, tmp_path):
 
 
 def test_processes_with_the_same_rows_count_once(monkeypatch):
-  told = [{'share': 0, 'a': 1}, {'share': 1, 'a': 2, 'b': 5}, {'share': 0, 'a': 1}]
-  monkeypatch.setattr(loop.distributed, 'gather', lambda values: told)
-  config = nano.config('autoencoder', data__sources=(dict(format='tars', path='x'),))
-  assert loop.skips(config, SkipCounter(), sharding.ProcessShare(None, 0, 2)) == {'a': 3, 'b': 5}
+  messages = [{'share': 0, 'a': 1}, {'share': 1, 'a': 2, 'b': 5}, {'share': 0, 'a': 1}]
+  monkeypatch.setattr(batches.distributed, 'gather', lambda values: messages)
+  run = nano.run('autoencoder', data__sources=(dict(format='tars', path='x'),))
+  assert batches.count_skipped(run, SkipCounter()) == {'a': 3, 'b': 5}

@@ -11,6 +11,8 @@ from PIL import Image
 from lavit_jax import accelerators
 from lavit_jax.errors import UserError
 from lavit_jax.training import flops, metrics
+from lavit_jax.training.profiler import ProfilerTrace
+from lavit_jax.visualization import image_grid
 
 
 def lines(folder):
@@ -110,8 +112,9 @@ def test_the_jsonl_is_json_even_where_nothing_was_measured(tmp_path):
   ]
 
 
-def test_what_there_was_nothing_of_is_not_told(tmp_path, monkeypatch, capsys):
-  log, shown = metrics.MetricLogger(tmp_path, 0, 10, 4), []
+def test_metrics_that_were_not_measured_are_not_shown(tmp_path, monkeypatch, capsys):
+  log = metrics.MetricLogger(tmp_path, 0, 10, 4)
+  shown = []
   monkeypatch.setattr(log.board, 'add_scalar', lambda name, value, step: shown.append(name))
   log.step(1, {'loss': jnp.float32(1), 'loss_text_only': jnp.float32(math.nan)})
   log.report()
@@ -143,7 +146,7 @@ def test_steps_that_were_skipped_are_counted_and_leave_the_means_alone(tmp_path,
 def test_pictures(tmp_path):
   rows = [np.full((3, 4, 4, 3), value, np.uint8) for value in (10, 200)]
   log = metrics.MetricLogger(tmp_path, 0, 10, 4)
-  log.pictures(5, {'tokenizer': metrics.image_grid(*rows)})
+  log.images(5, {'tokenizer': image_grid(*rows)})
   log.close()
   with Image.open(tmp_path / 'pictures' / 'tokenizer_0000005.png') as image:
     pixels = np.asarray(image)
@@ -156,10 +159,8 @@ class Device:
 
 
 def test_memory_in_use_is_that_of_the_fullest_device(monkeypatch):
-  one, other = (
-    dict(bytes_in_use=2**30, peak_bytes_in_use=2**31),
-    dict(bytes_in_use=3 * 2**30, peak_bytes_in_use=0),
-  )
+  one = dict(bytes_in_use=2**30, peak_bytes_in_use=2**31)
+  other = dict(bytes_in_use=3 * 2**30, peak_bytes_in_use=0)
   monkeypatch.setattr(metrics.jax, 'local_devices', lambda: [Device(one), Device(other)])
   assert metrics.memory_in_use() == {'hbm_gib': 3.0, 'hbm_peak_gib': 2.0}
   monkeypatch.setattr(metrics.jax, 'local_devices', lambda: [Device(None)])
@@ -191,13 +192,13 @@ def test_the_peak_of_known_accelerators(kinds, peak):
 
 
 def test_a_trace_of_chosen_steps(tmp_path):
-  trace = metrics.ProfilerTrace('2:3', tmp_path)
+  trace = ProfilerTrace('2:3', tmp_path)
   for step in range(1, 5):
     trace.before(step)
     assert trace.running == (step in (2, 3))
     trace.after(step, jnp.ones(3) + step)
   assert not trace.running and len(list((tmp_path / 'profile').rglob('*.xplane.pb'))) == 1
-  trace = metrics.ProfilerTrace('', tmp_path / 'other')
+  trace = ProfilerTrace('', tmp_path / 'other')
   trace.before(1)
   trace.after(1, None)
   assert not (tmp_path / 'other').exists()
@@ -208,7 +209,7 @@ def test_steps_that_cannot_be_traced(steps, tmp_path):
   with pytest.raises(
     UserError, match=f"profile='{steps}': give the first and the last step to trace, such as 10:12"
   ):
-    metrics.ProfilerTrace(steps, tmp_path)
+    ProfilerTrace(steps, tmp_path)
 
 
 def test_duration():

@@ -3,33 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from ml_collections import ConfigDict
+from nano import optimizer_config as options
 
 from lavit_jax.errors import UserError
 from lavit_jax.training import optimizer
-
-
-def options(**changes):
-  return ConfigDict(
-    {
-      **dict(
-        learning_rate=0.1,
-        warmup_steps=0,
-        final_fraction=1.0,
-        weight_decay=0.0,
-        b1=0.9,
-        b2=0.99,
-        mu_dtype='float32',
-        nu_dtype='float32',
-        clip_norm=0.0,
-        ema_decay=0.0,
-        freeze=(),
-        lr_scale=(),
-      ),
-      **changes,
-    }
-  )
-
 
 PARAMS = {
   'vit': {'kernel': jnp.ones((2, 3)), 'bias': jnp.ones(3)},
@@ -39,8 +16,10 @@ PARAMS = {
 
 def run(config, steps=1, hold=(), gradient=1.0):
   """The parameters after each of `steps` equal gradients."""
-  tx = optimizer.make_optimizer(config, 10, PARAMS, hold)
-  params, state, seen = PARAMS, tx.init(PARAMS), []
+  tx = optimizer.make_optimizer(config, PARAMS, hold)
+  params = PARAMS
+  state = tx.init(PARAMS)
+  seen = []
   for _ in range(steps):
     updates, state = tx.update(
       jax.tree.map(lambda x: jnp.full_like(x, gradient), params), state, params
@@ -72,7 +51,7 @@ def test_no_gradient_is_computed_for_frozen_parameters():
   np.testing.assert_array_equal(gradient['vit']['bias'], 2)
 
 
-def test_held_parameters_stop_at_their_step_in_spite_of_momentum_and_decay():
+def test_parameters_stop_at_their_step_in_spite_of_momentum_and_decay():
   seen, _ = run(options(weight_decay=0.5), steps=4, hold=(('^vit/', 2),))
   kernels = [float(p['vit']['kernel'][0, 0]) for p in seen]
   heads = [float(p['head']['kernel'][0, 0]) for p in seen]
@@ -81,7 +60,7 @@ def test_held_parameters_stop_at_their_step_in_spite_of_momentum_and_decay():
   assert kernels[:2] == heads[:2]
 
 
-def test_what_is_held_does_not_count_in_the_clipping():
+def test_stopped_parameters_do_not_count_in_the_clipping():
   both, _ = run(options(clip_norm=1.0), steps=1, gradient=1e-9)
   held, _ = run(options(clip_norm=1.0), steps=1, hold=(('^vit/', 0),), gradient=1e-9)
   np.testing.assert_array_equal(both[0]['head']['kernel'], held[0]['head']['kernel'])
@@ -113,11 +92,12 @@ def test_learning_rates_by_regex():
 )
 def test_bad_regexes_are_refused(freeze, message):
   with pytest.raises(UserError, match=message):
-    optimizer.make_optimizer(options(freeze=freeze), 10, PARAMS)
+    optimizer.make_optimizer(options(freeze=freeze), PARAMS)
 
 
 def test_learning_rate_warms_up_and_comes_down():
-  rate = optimizer.learning_rate(options(warmup_steps=4, final_fraction=0.1), 20)
+  config = options(num_steps=20, warmup_steps=4, final_fraction=0.1)
+  rate = optimizer.learning_rate(config.schedule)
   values = np.array([rate(step) for step in range(21)])
   assert (
     values[0] == 0
@@ -129,24 +109,27 @@ def test_learning_rate_warms_up_and_comes_down():
 
 
 def test_ema_follows_fast_at_first_and_slowly_later():
-  old, new = {'a': jnp.zeros(2)}, {'a': jnp.ones(2)}
+  old = {'a': jnp.zeros(2)}
+  new = {'a': jnp.ones(2)}
   assert optimizer.ema_update(old, new, 0.999, jnp.array(0))['a'][0] == pytest.approx(0.9)
   assert optimizer.ema_update(old, new, 0.999, jnp.array(10**6))['a'][0] == pytest.approx(
     0.001, rel=1e-3
   )
 
 
-GRADIENTS = [
-  jax.tree.map(lambda x: jax.random.normal(jax.random.key(step), x.shape), PARAMS)
-  for step in range(20)
-]
+def gradient(step):
+  key = jax.random.key(step)
+  return jax.tree.map(lambda x: jax.random.normal(key, x.shape), PARAMS)
+
+
+GRADIENTS = [gradient(step) for step in range(20)]
 
 
 def follow(steps=20, **changes):
-  tx = optimizer.make_optimizer(
-    options(**{'learning_rate': 1e-3, 'b2': 0.95, **changes}), 1000, PARAMS
-  )
-  params, state = PARAMS, tx.init(PARAMS)
+  config = options(num_steps=1000, **{'learning_rate': 1e-3, 'b2': 0.95, **changes})
+  tx = optimizer.make_optimizer(config, PARAMS)
+  params = PARAMS
+  state = tx.init(PARAMS)
   for gradient in GRADIENTS[:steps]:
     updates, state = tx.update(gradient, state, params)
     params = optax.apply_updates(params, updates)
@@ -157,10 +140,12 @@ def follow(steps=20, **changes):
   'dtypes', [('bfloat16', 'float32'), ('float32', 'bfloat16'), ('bfloat16', 'bfloat16')]
 )
 def test_moments_of_half_the_size(dtypes):
-  """The state is of these types before and after, moves as float32's does, within what 8 bits can tell, and not just as that."""
+  """The state keeps these types, and moves like that of float32, up to 8 bits of rounding."""
   changes = dict(zip(('mu_dtype', 'nu_dtype'), dtypes))
-  (exact, _), (params, state) = follow(), follow(**changes)
-  for now in (optimizer.make_optimizer(options(**changes), 1000, PARAMS).init(PARAMS), state):
+  (exact, _) = follow()
+  (params, state) = follow(**changes)
+  config = options(num_steps=1000, **changes)
+  for now in (optimizer.make_optimizer(config, PARAMS).init(PARAMS), state):
     named = {
       optimizer.path_name(path): str(x.dtype)
       for path, x in jax.tree_util.tree_leaves_with_path(now)
@@ -184,16 +169,16 @@ def test_the_second_moment_is_rounded_once_a_step():
       np.float64,
     )
   state = follow(5, nu_dtype='bfloat16')[1]
-  (found,) = (
+  (moment,) = (
     x
     for path, x in jax.tree_util.tree_leaves_with_path(state)
     if optimizer.path_name(path).endswith('/nu/vit/kernel')
   )
-  np.testing.assert_array_equal(np.asarray(found, np.float64), nu)
+  np.testing.assert_array_equal(np.asarray(moment, np.float64), nu)
 
 
 def test_a_slow_second_moment_needs_float32():
   with pytest.raises(
     UserError, match="optim.nu_dtype='bfloat16' needs optim.b2 of at most 0.99, not 0.999"
   ):
-    optimizer.make_optimizer(options(nu_dtype='bfloat16', b2=0.999), 10, PARAMS)
+    optimizer.make_optimizer(options(nu_dtype='bfloat16', b2=0.999), PARAMS)

@@ -1,5 +1,6 @@
-"""Every option of every page has a row of what it may be, and what cannot be meant is refused in one line."""
+"""Every option of every page has a range, and values outside of it are refused in one line."""
 
+import itertools
 import math
 import pathlib
 
@@ -7,15 +8,15 @@ import numpy as np
 import pytest
 
 from lavit_jax.errors import UserError
-from lavit_jax.training import options, validation
+from lavit_jax.training import options, run
 from lavit_jax.training.config import config_leaves, load_config
 
 ROOT = pathlib.Path(__file__).parents[2]
-PAGES = [('encoder', 'tiny'), ('autoencoder', 'tiny')]
-PAGES += [
-  (stage, variant)
-  for stage in ('tokenizer', 'detokenizer', 'lm')
-  for variant in ('tiny', 'small', 'lavit_7b')
+LARGE_STAGES = ('tokenizer', 'detokenizer', 'lm')
+PAGES = [
+  ('encoder', 'tiny'),
+  ('autoencoder', 'tiny'),
+  *itertools.product(LARGE_STAGES, ('tiny', 'small', 'lavit_7b')),
 ]
 
 
@@ -33,12 +34,12 @@ def page(stage, variant='tiny', **changes):
 
 
 def test_every_option_of_every_page_has_a_row_and_no_row_is_without_one():
-  known = set()
+  of_pages = set()
   for stage, variant in PAGES:
     config = page(stage, variant)
-    validation.check_values(config)  # and the values of the pages are in range
-    known |= {key for key, _ in config_leaves(config)}
-  assert known == set(options.OPTIONS)
+    run.check_values(config)  # and the values of the pages are in range
+    of_pages |= {key for key, _ in config_leaves(config)}
+  assert of_pages == set(options.OPTIONS)
 
 
 NUMBERS = [key for key, row in options.OPTIONS.items() if isinstance(row, options.Number)]
@@ -47,13 +48,13 @@ NUMBERS = [key for key, row in options.OPTIONS.items() if isinstance(row, option
 @pytest.mark.parametrize(
   'value', [math.nan, math.inf, -math.inf, True, '1', (1,), np.bool_(True), -1e9]
 )
-def test_no_number_may_be(value):
+def test_values_that_no_number_may_have(value):
   for key in NUMBERS:
     with pytest.raises(UserError, match=rf'^{key}=.* must be (a number|an integer) '):
       options.check_values({key: value})
 
 
-def test_none_is_meant_by_one_option_alone():
+def test_one_option_alone_may_be_none():
   for key in options.OPTIONS:
     if key == 'optim.clip_norm':
       options.check_values({key: None})
@@ -131,9 +132,9 @@ def test_none_is_meant_by_one_option_alone():
     ('lm', dict(lm__max_overflow=2.0), 'lm.max_overflow=2.0 must be'),
   ],
 )
-def test_what_cannot_be_meant_is_refused(stage, changes, message):
+def test_impossible_values_are_refused(stage, changes, message):
   with pytest.raises(UserError, match=message) as error:
-    validation.check_values(page(stage, **changes))
+    run.check_values(page(stage, **changes))
   assert '\n' not in str(error.value) and 'lower optim.learning_rate' not in str(error.value)
 
 
@@ -152,10 +153,10 @@ def test_none_on_the_command_line():
   )
   assert read.init_from == '' and read.data.sources == ()
   off = load_config(f'{ROOT}/configs/tokenizer.py:tiny', [('optim.clip_norm', 'None')])
-  validation.check_values(off)
+  run.check_values(off)
   for key in ('batch_size', 'seed', 'mesh.data', 'checkpoint_every'):
     with pytest.raises(UserError, match=f'^{key}=None must be an integer'):
-      validation.check_values(load_config(f'{ROOT}/configs/tokenizer.py:tiny', [(key, 'None')]))
+      run.check_values(load_config(f'{ROOT}/configs/tokenizer.py:tiny', [(key, 'None')]))
 
 
 @pytest.mark.parametrize(
@@ -174,5 +175,5 @@ def test_options_of_sources(options_of_source, message, tmp_path):
 
   source = dict(format='folder', path=str(tmp_path)) | options_of_source  # nothing is there yet
   with pytest.raises(UserError, match=message):
-    with validation.name_data_option():
+    with run.name_data_errors():
       loader.batches('images', batch_size=2, sources=(source,))

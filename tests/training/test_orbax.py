@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
+from nano import optimizer_config
 
 from lavit_jax.training import optimizer, train_step
 from lavit_jax.training.checkpoint import Checkpoints
@@ -24,29 +24,15 @@ def train_state(seed: int) -> train_step.TrainState:
   """A state with all that stages carry: NamedTuples within tuples, empty ones, a codebook."""
   rng = np.random.default_rng(seed)
   params = {'w': jnp.asarray(rng.normal(size=(4, 4)), jnp.float32)}
-  options = ConfigDict(
-    dict(
-      learning_rate=0.1,
-      warmup_steps=0,
-      final_fraction=1.0,
-      weight_decay=0.1,
-      b1=0.9,
-      b2=0.95,
-      mu_dtype='float32',
-      nu_dtype='float32',
-      clip_norm=1.0,
-      freeze=(),
-      lr_scale=(),
-    )
-  )
-  tx = optimizer.make_optimizer(options, 10, params)
+  options = optimizer_config(weight_decay=0.1, b2=0.95, clip_norm=1.0)
+  tx = optimizer.make_optimizer(options, params)
   _, moments = tx.update(params, tx.init(params), params)
   book = init_codebook(jnp.asarray(rng.normal(size=(8, 4)), jnp.float32))
   return train_step.TrainState(jnp.int32(seed), params, moments, (book, ()), {})
 
 
 def test_a_train_state_comes_back_with_its_types(tmp_path):
-  config = ConfigDict(dict(stage='lm', variant='tiny'))
+  config = dict(stage='lm', variant='tiny')
   state = train_state(1)
   checkpoints = Checkpoints(tmp_path, config, keep=1)
   checkpoints.save(1, state, Position())
@@ -60,6 +46,6 @@ def test_a_train_state_comes_back_with_its_types(tmp_path):
   assert jax.tree.structure(restored) == jax.tree.structure(state)
   assert type(restored) is train_step.TrainState and type(restored.state) is tuple
   assert type(restored.state[0]) is type(state.state[0])
-  for found, saved in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
-    assert found.dtype == saved.dtype
-    np.testing.assert_array_equal(found, saved)
+  for loaded, saved in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
+    assert loaded.dtype == saved.dtype
+    np.testing.assert_array_equal(loaded, saved)

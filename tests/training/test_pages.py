@@ -1,6 +1,7 @@
-"""The config pages, at every variant: they load, their stage builds, and their regexes name parameters."""
+"""The config pages at every variant: they load, the stage builds, regexes match parameters."""
 
 import functools
+import itertools
 import pathlib
 import re
 
@@ -13,15 +14,16 @@ from lavit_jax.data import loader, paths
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.models.initialization import init_params
-from lavit_jax.training import loop, stages, validation
 from lavit_jax.training.config import load_config
+from lavit_jax.training.run import resolve_abstract
+from lavit_jax.training.train_step import make_init
 
 ROOT = pathlib.Path(__file__).parents[2]
-PAGES = [('encoder', 'tiny'), ('autoencoder', 'tiny')] + [
-  (stage, variant)
-  for stage in ('tokenizer', 'detokenizer', 'lm')
-  for variant in lavit.VARIANTS
-  if variant != 'nano'
+VARIANTS = [variant for variant in lavit.VARIANTS if variant != 'nano']
+PAGES = [
+  ('encoder', 'tiny'),
+  ('autoencoder', 'tiny'),
+  *itertools.product(('tokenizer', 'detokenizer', 'lm'), VARIANTS),
 ]
 
 
@@ -37,12 +39,11 @@ def test_page(stage, variant):
   page = (ROOT / 'configs' / f'{stage}.py').read_text()
   assert f'lavit train --config configs/{stage}.py:tiny --workdir' in page
   assert len(page.splitlines()) < 65
-  model = lavit.build(variant, config.dtype, config.remat)
-  built = stages.build_stage(config, model, shards=16 if variant != 'tiny' else 1)
-  parts = {name: shapes(variant)[name] for name in built.needs + built.starts}
-  init, _ = loop.make_init(config, built, parts)  # raises if a regex of the page names nothing
-  state = jax.eval_shape(init, jax.random.key(0), parts)
   mesh = jax.sharding.AbstractMesh((1, 16, 1), sharding.AXES)
+  run = resolve_abstract(config, mesh if variant != 'tiny' else None)
+  loaded = {name: shapes(variant)[name] for name in run.stage.modules.required}
+  init, _ = make_init(run, loaded)  # raises if a regex of the page names nothing
+  state = jax.eval_shape(init, jax.random.key(0), loaded)
   sharding.shardings(state, mesh)  # raises for a large leaf without a rule
 
 
@@ -75,19 +76,19 @@ def test_published_sizes():
 
 
 def test_published_pairs():
-  """specification, Training: 93 M captions, 100 M pictures to draw, text besides; as many steps as see each so often."""
+  """Specification, Training: 93 M captions, 100 M images to draw, and text; each is seen once."""
   page = load_config(f'{ROOT}/configs/lm.py:lavit_7b')
-  told = {
-    use: sum(source['weight'] for source in page.data.sources if source['use'] == use)
-    for use in ('caption', 'draw', 'text')
-  }
-  assert told['caption'] == pytest.approx(93) and told['draw'] == 100 and told['text'] > 0
+  millions = dict.fromkeys(('caption', 'draw', 'text'), 0.0)
+  for source in page.data.sources:
+    millions[source['use']] += source['weight']
+  assert millions['caption'] == pytest.approx(93)
+  assert millions['draw'] == 100 and millions['text'] > 0
   assert (
     ' '.join(source['path'].split('/')[3] for source in page.data.sources)
     == 'cc3m cc12m sbu blip-capfilt laion-aesthetics redpajama'
   )
-  assert page.num_steps * page.batch_size == pytest.approx(1e6 * sum(told.values()), rel=1e-3)
-  assert len(page.data.sources) == sum(source['use'] in told for source in page.data.sources)
+  assert page.num_steps * page.batch_size == pytest.approx(1e6 * sum(millions.values()), rel=1e-3)
+  assert len(millions) == 3  # no source has another use
   np.testing.assert_allclose(
     loader.task_shares(page.data.shares, page.data.sources), np.array([93, 100, 21]) / 214
   )
@@ -103,7 +104,9 @@ def test_published_pairs():
 def test_a_large_pods_hosts_all_have_something_held_out(stage, variant):
   """64 of them; and nothing of it is trained on."""
   data = load_config(f'{ROOT}/configs/{stage}.py:{variant}').data
-  trained = {file for source in data.sources for file in paths.expand_braces(source['path'])}
+  trained = set()
+  for source in data.sources:
+    trained |= set(paths.expand_braces(source['path']))
   for source in data.heldout:
     files = paths.expand_braces(source['path'])
     assert len(files) >= 256 and not trained & set(files)
@@ -115,9 +118,8 @@ def test_pages_fit_one_machine_or_a_pod(stage, variant, devices):
   config = load_config(f'{ROOT}/configs/{stage}.py:{variant}')
   data, rest = divmod(devices, config.mesh.fsdp)
   assert not rest
-  validation.check_options(
-    config, jax.sharding.AbstractMesh((data, config.mesh.fsdp, 1), sharding.AXES)
-  )
+  mesh = jax.sharding.AbstractMesh((data, config.mesh.fsdp, 1), sharding.AXES)
+  resolve_abstract(config, mesh)
 
 
 def test_over_two_slices_the_language_models_batch_goes_in_four_pieces():
@@ -125,12 +127,13 @@ def test_over_two_slices_the_language_models_batch_goes_in_four_pieces():
   mesh = jax.sharding.AbstractMesh((4, 128, 1), sharding.AXES)
   with pytest.raises(
     UserError,
-    match='batch_size=34816 must be a multiple of the 8 x 512 pieces that the mesh makes of it; accumulate=4 would do',
+    match='batch_size=34816 must be a multiple of the 8 x 512 pieces that the mesh makes of it; '
+    'accumulate=4 would do',
   ):
-    validation.check_options(config, mesh)
+    resolve_abstract(config, mesh)
   with config.unlocked():
     config.accumulate = 4
-  validation.check_options(config, mesh)
+  resolve_abstract(config, mesh)
 
 
 def test_packed_rows_hold_the_pairs_of_their_step():

@@ -1,4 +1,6 @@
+import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -12,8 +14,15 @@ from lavit_jax.models import lavit, vit
 from lavit_jax.models.initialization import init_params
 from lavit_jax.models.sequence import compact
 from lavit_jax.models.tokenizer import l2_normalize
-from lavit_jax.training import codebook, foundations, stages
-from lavit_jax.training.stage import apply_module, image_features, initialize_params, row_keys
+from lavit_jax.training import codebook
+from lavit_jax.training.run import resolve_abstract
+from lavit_jax.training.stages import autoencoder, build_stage
+from lavit_jax.training.stages.base import (
+  apply_module,
+  image_features,
+  initialize_params,
+  row_keys,
+)
 from lavit_jax.training.train_step import numbers
 
 nano.install()
@@ -46,7 +55,8 @@ def batch():
   rng = np.random.default_rng(0)
   length = np.array([3, 5, 2, 4, 6, 1, 4, 4], np.int32)
   text = np.where(np.arange(8) < length[:, None], rng.integers(3, 2048, (8, 8)), 0).astype(np.int32)
-  text[7], length[7] = text[6], length[6]  # two equal captions
+  text[7] = text[6]
+  length[7] = length[6]  # two equal captions
   return dict(
     image=rng.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8),
     text=text,
@@ -57,7 +67,7 @@ def batch():
 
 
 def build(name, **changes):
-  return stages.build_stage(nano.config(name, **changes), MODEL, shards=1)
+  return nano.run(name, **changes).stage
 
 
 def start(stage, parts):
@@ -70,11 +80,11 @@ def test_unknown_stage():
   with config.unlocked():
     config.stage = 'decoder'
   with pytest.raises(UserError, match='unknown stage .decoder.'):
-    stages.build_stage(config, MODEL, 1)
+    resolve_abstract(config)
 
 
 def test_equal_captions_are_no_negatives(batch):
-  """It makes no difference which of two pictures stands beside which of two equal captions; of two different ones, it does."""
+  """Swapping two images changes the loss, unless their captions are equal."""
   stage = build('encoder')
   params, state = start(stage, {})
   loss = nano.jit(
@@ -92,7 +102,7 @@ def test_equal_captions_are_no_negatives(batch):
 
 
 def test_a_patch_must_tell_its_own_pixels_and_place(batch):
-  """The read-out is that of the definition, patch by patch, and a picture with other patches is told wrongly."""
+  """The linear predictions are those of the definition, patch by patch."""
   stage = build('encoder', pixel_weight=3.0, place_weight=5.0)
   params, state = start(stage, {})
   value, (_, metrics) = nano.jit(stage.loss, static_argnums=5)(params, {}, state, batch, None, True)
@@ -105,30 +115,25 @@ def test_a_patch_must_tell_its_own_pixels_and_place(batch):
   kernel = np.asarray(params['to_pixels'])
   kernel = 0.5 * kernel / np.linalg.norm(kernel, axis=0)  # columns of length 1/2
   pixels = np.asarray(vit.preprocess(batch['image']))
-  errors = [
-    np.square(
-      x[:, 4 * i + j] @ kernel - pixels[:, 8 * i : 8 * i + 8, 8 * j : 8 * j + 8].reshape(8, -1)
-    ).mean()
-    for i in range(4)
-    for j in range(4)
-  ]
+  errors = []
+  for i, j in itertools.product(range(4), repeat=2):
+    patch = pixels[:, 8 * i : 8 * i + 8, 8 * j : 8 * j + 8].reshape(8, -1)
+    errors.append(np.square(x[:, 4 * i + j] @ kernel - patch).mean())
   assert float(metrics['pixel']) == pytest.approx(np.mean(errors), rel=1e-4)
   kernel = np.asarray(params['to_place'])
-  said = x @ (kernel / np.linalg.norm(kernel, axis=0))
-  true = np.array(
-    [(row, column) for row in np.linspace(-1, 1, 4) for column in np.linspace(-1, 1, 4)]
-  )
-  assert float(metrics['place']) == pytest.approx(np.square(said - true).mean(), rel=1e-4)
+  predicted = x @ (kernel / np.linalg.norm(kernel, axis=0))
+  true = np.array(list(itertools.product(np.linspace(-1, 1, 4), repeat=2)))
+  assert float(metrics['place']) == pytest.approx(np.square(predicted - true).mean(), rel=1e-4)
 
 
-def test_standardised_autoencoder_is_the_same_with_unit_latents(parts):
+def test_a_standardized_autoencoder_is_the_same_with_unit_latents(parts):
   images = jax.random.uniform(jax.random.key(1), (16, 16, 16, 3), minval=-1, maxval=1)
   mean, logvar = apply_module(MODEL.vae, parts['vae'], images, method='encode')
   one = jnp.float32(0.5)
-  moments = foundations.Moments(
+  moments = autoencoder.Moments(
     one * mean.mean((0, 1, 2)), one * jnp.square(mean).mean((0, 1, 2)), one
   )
-  new = foundations.standardise(parts['vae'], moments, 0.25)
+  new = autoencoder.standardize_latents(parts['vae'], moments, 0.25)
   new_mean, new_logvar = apply_module(MODEL.vae, new, images, method='encode')
   np.testing.assert_allclose(0.25 * new_mean.std((0, 1, 2)), 1, rtol=1e-3)
   np.testing.assert_allclose(new_mean.mean((0, 1, 2)), 0, atol=1e-3)
@@ -143,17 +148,19 @@ def test_standardised_autoencoder_is_the_same_with_unit_latents(parts):
   )
 
 
-def test_standardised_latents_suit_the_factors_of_the_vae(parts):
+def test_standardized_latents_fit_the_factors_of_the_vae(parts):
   settings = dict(
     scaling_factor=0.5, latents_mean=[0.3, -0.2, 0.1, 0.4], latents_std=[1.5, 0.5, 2.0, 0.8]
   )
   model = lavit.build('nano', settings=dict(vae=settings)).vae
   images = jax.random.uniform(jax.random.key(1), (16, 16, 16, 3), minval=-1, maxval=1)
   mean, _ = apply_module(model, parts['vae'], images, method='encode')
-  moments = foundations.Moments(
+  moments = autoencoder.Moments(
     mean.mean((0, 1, 2)), jnp.square(mean).mean((0, 1, 2)), jnp.float32(1)
   )
-  new = foundations.standardise(parts['vae'], moments, model.scaling_factor, *model.moments())
+  new = autoencoder.standardize_latents(
+    parts['vae'], moments, model.scaling_factor, *model.moments()
+  )
   new_mean, _ = apply_module(model, new, images, method='encode')
   np.testing.assert_allclose(model.to_unet(new_mean).mean((0, 1, 2)), 0, atol=1e-3)
   np.testing.assert_allclose(model.to_unet(new_mean).std((0, 1, 2)), 1, rtol=1e-3)
@@ -166,9 +173,9 @@ def test_standardised_latents_suit_the_factors_of_the_vae(parts):
 
 @pytest.fixture(scope='module')
 def tokenizer(parts):
-  """(stage, params, codebook, jit'd loss and gradient of (params, codebook, batch, key, train)); quantisation begins at step 1."""
+  """(stage, params, codebook, jit'd loss and gradient); quantization begins at step 1."""
   stage = build('tokenizer', tokenizer__quantize_from=1)
-  without, _ = codebook.take_out(parts)  # of a codebook that is offered, another test
+  without, _ = codebook.take_out(parts)  # with one in init_from: another test
   params, book = start(stage, {name: without[name] for name in ('vit', 'tokenizer', 'decoder')})
   frozen = {'vit': parts['vit']}
 
@@ -190,16 +197,16 @@ def test_tokenizer_schedule(tokenizer, batch):
   first_commitment = float(metrics['commitment'])
   np.testing.assert_array_equal(
     first.embedding, book.embedding
-  )  # without quantisation the codebook waits
+  )  # without quantization the codebook waits
   assert value == pytest.approx(float(metrics['cosine'] + 2 * metrics['ratio']), rel=1e-5)
   assert (
     jnp.abs(gradient['tokenizer']['selector']['fc_in']['kernel']).max() > 0
   )  # through the keep mask alone
   assert jnp.abs(gradient['tokenizer']['merger']['norm']['scale']).max() > 0
 
-  looked, same, _, _ = step(params, first, batch, key, False)
+  evaluated, same, _, _ = step(params, first, batch, key, False)
   np.testing.assert_array_equal(same.embedding, first.embedding)  # evaluation starts nothing
-  assert looked == pytest.approx(float(value), rel=1e-5)
+  assert evaluated == pytest.approx(float(value), rel=1e-5)
 
   value, second, metrics, gradient = step(params, first, batch, key, True)
   assert value == pytest.approx(
@@ -213,7 +220,7 @@ def test_tokenizer_schedule(tokenizer, batch):
     0 < np.abs(third.embedding - second.embedding).max() < 0.1
   )  # a moving average, no second k-means
   assert third.step == 3
-  assert stage.hold == (('^tokenizer/selector/', 1),)
+  assert stage.hold({}) == (('^tokenizer/selector/', 1),)
   np.testing.assert_array_equal(
     stage.export(params, third)['tokenizer']['quantizer']['embedding'], third.embedding
   )
@@ -250,7 +257,7 @@ def detokenizer(parts):
 
 
 def test_the_condition_is_dropped(detokenizer, batch):
-  """With the condition always dropped, the context head cannot matter; with it never dropped, it does."""
+  """The context head matters only where the condition is not dropped."""
   for drop, matters in ((1.0, False), (0.0, True)):
     _, params, loss = detokenizer(drop)
     head = jax.tree.map(jnp.zeros_like, params['decoder']['context_proj_0'])
@@ -259,14 +266,14 @@ def test_the_condition_is_dropped(detokenizer, batch):
 
 
 @pytest.mark.parametrize('kind', ['epsilon', 'v_prediction', 'sample'])
-def test_detokenizer_learns_what_the_scheduler_says(parts, batch, kind):
-  """A U-Net that gives zeros has for its loss the square of the target, on latents by the VAE's factors and under the schedule of the settings."""
+def test_the_detokenizer_learns_the_target_of_the_scheduler(parts, batch, kind):
+  """The loss of a U-Net that gives zeros is the square of the target, under the settings."""
   from diffusers import DDIMScheduler
 
   vae = dict(
     scaling_factor=0.5, latents_mean=[0.3, -0.2, 0.1, 0.4], latents_std=[1.5, 0.5, 2.0, 0.8]
   )
-  said = dict(
+  scheduler = dict(
     prediction_type=kind,
     beta_schedule='linear',
     beta_start=1e-4,
@@ -274,11 +281,9 @@ def test_detokenizer_learns_what_the_scheduler_says(parts, batch, kind):
     num_train_timesteps=50,
     rescale_betas_zero_snr=True,
   )
-  stage = stages.build_stage(
-    nano.config('detokenizer'),
-    lavit.build('nano', settings=dict(vae=vae, scheduler=said)),
-    shards=1,
-  )
+  run = nano.run('detokenizer')
+  model = lavit.build('nano', settings=dict(vae=vae, scheduler=scheduler))
+  stage = build_stage('detokenizer', run.options, model, run.layout)
   params, state = start(
     stage, {name: parts[name] for name in ('unet', 'decoder', 'uncond_embeddings')}
   )
@@ -306,7 +311,7 @@ def test_detokenizer_learns_what_the_scheduler_says(parts, batch, kind):
   )  # as StableDiffusionXLImg2ImgPipeline
   t = np.asarray(jax.vmap(lambda key: jax.random.randint(key, (), 0, 50))(keys[3]))
   noise = np.asarray(normal(keys[4]), np.float64)
-  alpha = DDIMScheduler(**said).alphas_cumprod.double().numpy()[t][:, None, None, None]
+  alpha = DDIMScheduler(**scheduler).alphas_cumprod.double().numpy()[t][:, None, None, None]
   target = dict(
     epsilon=noise, v_prediction=alpha**0.5 * noise - (1 - alpha) ** 0.5 * latents, sample=latents
   )[kind]
@@ -331,7 +336,9 @@ def test_lm_draws_what_it_sees(parts, batch):
 
 
 def lm_loss(parts, batch, shards=1, **changes):
-  stage = stages.build_stage(nano.config('lm', **changes), MODEL, shards)
+  run = nano.run('lm', **changes)
+  layout = dataclasses.replace(run.layout, shards=shards)
+  stage = build_stage('lm', run.options, MODEL, layout)
   params, state = start(stage, parts)
   value, (_, metrics) = nano.jit(
     lambda params, batch: stage.loss(params, parts, state, batch, jax.random.key(1), True)
@@ -356,11 +363,14 @@ def test_lm_loss_is_that_of_the_pairs_one_by_one(parts, batch):
     ), compact(out.ids, out.keep)[0]
 
   visual, mask, codes = tokens(batch['image'])
-  words = MODEL.vocabulary
+  vocabulary = MODEL.vocabulary
 
   @nano.jit
   def costs(ids, continuous):
-    """-log p of ids[1:], where `continuous` f32[S, H] is not nan instead of the embeddings; S is padded, which causality ignores."""
+    """-log p of ids[1:]; where `continuous` f32[S, H] is not nan, it replaces the embeddings.
+
+    S is padded, which causality ignores.
+    """
     embedded = apply_module(MODEL.llama, params['llama'], ids[None], method='embed')
     embedded = jnp.where(jnp.isnan(continuous), embedded, continuous)
     causal = jnp.tril(jnp.ones((1, 1, len(ids), len(ids)), bool))
@@ -374,11 +384,12 @@ def test_lm_loss_is_that_of_the_pairs_one_by_one(parts, batch):
 
   total = {0: [0.0, 0.0], 1: [0.0, 0.0], 2: [0.0, 0.0]}
   for i in range(8):
-    text, n = list(batch['text'][i, : batch['text_length'][i]]), int(mask[i].sum())
+    text = list(batch['text'][i, : batch['text_length'][i]])
+    n = int(mask[i].sum())
     image = [
-      words.image_start,
-      *(int(c) + words.code_offset for c in codes[i, :n]),
-      words.image_end,
+      vocabulary.image_start,
+      *(int(c) + vocabulary.code_offset for c in codes[i, :n]),
+      vocabulary.image_end,
     ]
     kind = int(batch['kind'][i])
     ids, first = {
@@ -419,10 +430,11 @@ def test_lm_counts_what_overflows(parts, batch):
 )
 def test_lm_sizes_that_do_not_divide(changes, message):
   with pytest.raises(UserError, match=message):
-    stages.build_stage(nano.config('lm', **changes), MODEL, 4)
+    run = nano.run('lm', **changes)
+    build_stage('lm', run.options, MODEL, dataclasses.replace(run.layout, shards=4))
 
 
-def test_begin_takes_parts_strictly_and_lets_a_vocabulary_grow():
+def test_loaded_params_must_fit_but_a_vocabulary_may_grow():
   fresh = {
     'llama': {
       'embedding': jnp.zeros((5, 2)),
@@ -430,7 +442,7 @@ def test_begin_takes_parts_strictly_and_lets_a_vocabulary_grow():
       'norm': {'scale': jnp.zeros(2)},
     }
   }
-  given = {
+  loaded = {
     'llama': {
       'embedding': jnp.ones((3, 2)),
       'head': jnp.ones((2, 3)),
@@ -438,19 +450,19 @@ def test_begin_takes_parts_strictly_and_lets_a_vocabulary_grow():
     },
     'other': {},
   }
-  grown = initialize_params(fresh, given)['llama']
+  grown = initialize_params(fresh, loaded)['llama']
   np.testing.assert_array_equal(grown['embedding'][:, 0], [1, 1, 1, 0, 0])
   np.testing.assert_array_equal(grown['head'][0], [1, 1, 1, 0, 0])
   with pytest.raises(UserError, match='norm/scale: the given weights are'):
-    initialize_params(fresh, {'llama': {**given['llama'], 'norm': {'scale': jnp.ones(1)}}})
+    initialize_params(fresh, {'llama': {**loaded['llama'], 'norm': {'scale': jnp.ones(1)}}})
   with pytest.raises(UserError, match="missing .'head'.*unexpected .'foot'"):
     initialize_params(
       fresh,
       {
         'llama': {
-          'embedding': given['llama']['embedding'],
+          'embedding': loaded['llama']['embedding'],
           'foot': jnp.ones(1),
-          'norm': given['llama']['norm'],
+          'norm': loaded['llama']['norm'],
         }
       },
     )

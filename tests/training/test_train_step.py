@@ -1,5 +1,8 @@
-"""One step: the same in any number of pieces, nothing that is not finite is kept, averages with what belongs to them."""
+"""One step: the same in any number of pieces, without updates that are not finite, averaged."""
 
+import dataclasses
+
+import chex
 import jax
 import jax.numpy as jnp
 import nano
@@ -9,8 +12,8 @@ import pytest
 from lavit_jax import sharding
 from lavit_jax.models import lavit
 from lavit_jax.models.initialization import init_params
-from lavit_jax.training import codebook, optimizer, stages
-from lavit_jax.training.stage import Mean, Stage, Sum
+from lavit_jax.training import codebook, optimizer
+from lavit_jax.training.stages.base import Mean, ModuleNames, Stage, Sum
 from lavit_jax.training.train_step import (
   averaged,
   loss_and_metrics,
@@ -23,13 +26,13 @@ nano.install()
 MESH = sharding.make_mesh(dict(data=-1, fsdp=1, tensor=1), jax.devices()[:1])
 
 
-def steps(config, stage, parts, frozen, batches):
+def steps(run, parts, frozen, batches):
   """The states and metrics after each batch."""
-  init, tx = make_init(config, stage, parts)
+  init, tx = make_init(run, parts)
   seen = []
   with jax.set_mesh(MESH):
-    state = nano.jit(init)(jax.random.key(config.seed), parts)
-    step = make_train_step(config, stage, tx, sharding.shardings(state, MESH), MESH)
+    state = nano.jit(init)(jax.random.key(run.seed), parts)
+    step = make_train_step(run, tx, sharding.shardings(state, MESH))
     step = step.lower(state, frozen, batches[0]).compile(compiler_options=nano.QUICK_TO_COMPILE)
     for batch in batches:
       state, values = step(jax.tree.map(jnp.copy, state), frozen, batch)
@@ -37,8 +40,14 @@ def steps(config, stage, parts, frozen, batches):
   return seen
 
 
-def of_one_weight(loss):
-  return Stage((), (), lambda key, parts: (dict(w=jnp.ones(3)), jnp.zeros([])), loss, None)
+def of_one_weight(loss, **changes):
+  """A run whose stage has this loss, of one vector."""
+
+  def init(key, loaded):
+    return dict(w=jnp.ones(3)), jnp.zeros([])
+
+  run = nano.run('autoencoder', MESH, **changes)
+  return dataclasses.replace(run, stage=Stage(ModuleNames(), init, loss, None))
 
 
 PLAIN = dict(
@@ -47,9 +56,10 @@ PLAIN = dict(
 
 
 def test_pieces_count_by_the_weights_of_their_means():
-  """Against numpy in float64: texts of very different length, the mean over all of their words."""
+  """Against numpy in float64: texts of very different length, the mean over all tokens."""
   rng = np.random.default_rng(0)
-  x, weight = rng.normal(size=(8, 3)), np.array([1.0, 30, 2, 0, 0, 5, 1, 9])
+  x = rng.normal(size=(8, 3))
+  weight = np.array([1.0, 30, 2, 0, 0, 5, 1, 9])
 
   def loss(params, frozen, state, batch, key, train):
     error = batch['x'] @ params['w']
@@ -66,9 +76,8 @@ def test_pieces_count_by_the_weights_of_their_means():
   expected = (weight * error**2).sum() / weight.sum()
   gradient = (2 * weight * error) @ x / weight.sum()
   for pieces in (1, 2, 4, 8):  # of eight, two pieces have no weight at all
-    ((_, values),) = steps(
-      nano.config('autoencoder', accumulate=pieces, **PLAIN), of_one_weight(loss), {}, {}, [batch]
-    )
+    run = of_one_weight(loss, accumulate=pieces, **PLAIN)
+    ((_, values),) = steps(run, {}, {}, [batch])
     # Bound: sums of 8 terms in float32, a few roundings each.
     np.testing.assert_allclose(values['loss'], expected, rtol=1e-5)
     np.testing.assert_allclose(values['grad_norm'], np.linalg.norm(gradient), rtol=1e-5)
@@ -85,7 +94,7 @@ def test_pieces_count_by_the_weights_of_their_means():
   ],
 )
 def test_a_stage_has_one_loss_and_gradient_for_any_accumulate(name):
-  """What is random about a picture goes by its row in the batch, so pieces choose the same patches and noise."""
+  """Randomness depends on the row in the batch, so pieces choose the same patches and noise."""
   model = lavit.build('nano')
   parts = nano.jit(lambda key: init_params(model, key))(jax.random.key(5))
   rng = np.random.default_rng(0)
@@ -99,19 +108,18 @@ def test_a_stage_has_one_loss_and_gradient_for_any_accumulate(name):
     text_weight=weight,
     kind=np.array([0, 1, 2, 0, 1, 0, 1, 2], np.int32),
   )
-  results, looks = [], []
+  results = []
+  evaluated = []
   for pieces in (1, 4):
-    config = nano.config(name, accumulate=pieces)
-    stage = stages.build_stage(config, model, 1)
-    frozen = {name: parts[name] for name in stage.needs}
-    ((state, values),) = steps(config, stage, parts, frozen, [batch])
+    run = nano.run(name, MESH, accumulate=pieces)
+    frozen = {name: parts[name] for name in run.stage.modules.needs}
+    ((state, values),) = steps(run, parts, frozen, [batch])
     results.append(values)
     with jax.set_mesh(MESH):
-      measure = nano.jit(loss_and_metrics(stage, pieces, 1, MESH))
-      looks.append(
-        measure(*averaged(stage, state)[:1], frozen, state.state, batch, jax.random.key(3))
-      )
-  for one, four in (results, looks):
+      measure = nano.jit(loss_and_metrics(run))
+      params, _ = averaged(run.stage, state)
+      evaluated.append(measure(params, frozen, state.state, batch, jax.random.key(3)))
+  for one, four in (results, evaluated):
     assert one.keys() == four.keys() and (name != 'lm' or one['overflow'] == 0)
     for key in one:
       if not key.startswith(('psnr', 'latent_std')):  # no means over examples
@@ -119,21 +127,19 @@ def test_a_stage_has_one_loss_and_gradient_for_any_accumulate(name):
 
 
 def test_an_update_that_is_not_finite_is_skipped():
-  """Nothing moves, moments and averages included; and the batch after it trains as if it had not been."""
+  """Nothing moves, moments and averages included, and the next batch trains as usual."""
 
   def loss(params, frozen, state, batch, key, train):
     return (batch['x'] * params['w']).sum() ** 2, (state + batch['x'].sum(), {})
 
-  fine, lost = dict(x=np.ones(3, np.float32)), dict(x=np.full(3, np.nan, np.float32))
+  fine = dict(x=np.ones(3, np.float32))
+  lost = dict(x=np.full(3, np.nan, np.float32))
   too_large = dict(x=np.full(3, 3e38, np.float32))
-  config = nano.config('autoencoder', **PLAIN | dict(optim__ema_decay=0.5))
-  stage = of_one_weight(loss)
-  (one, _), (two, nan), (three, inf), (four, _) = steps(
-    config, stage, {}, {}, [fine, lost, too_large, fine]
-  )
+  run = of_one_weight(loss, **PLAIN | dict(optim__ema_decay=0.5))
+  (one, _), (two, nan), (three, inf), (four, _) = steps(run, {}, {}, [fine, lost, too_large, fine])
   assert (nan['nonfinite'], inf['nonfinite']) == (1, 1)
   for skipped in (two, three):
-    jax.tree.map(np.testing.assert_array_equal, skipped._replace(step=one.step), one)
+    chex.assert_trees_all_equal(skipped._replace(step=one.step), one)
   assert (two.step, three.step, four.step) == (2, 3, 4) and not np.array_equal(
     four.params['w'], one.params['w']
   )
@@ -143,10 +149,11 @@ def test_no_parameter_ever_overflows():
   def loss(params, frozen, state, batch, key, train):
     return params['w'].sum(), (state, {})
 
-  config = nano.config(
-    'autoencoder', **PLAIN | dict(optim__lr_scale=(('w', 1e30),), optim__learning_rate=1e30)
-  )  # 1e60, refused of a page
-  ((state, values),) = steps(config, of_one_weight(loss), {}, {}, [dict(x=np.zeros(8, np.float32))])
+  run = of_one_weight(loss, **PLAIN)
+  schedule = dataclasses.replace(run.optimizer.schedule, learning_rate=1e30)
+  optim = dataclasses.replace(run.optimizer, schedule=schedule, lr_scale=(('w', 1e30),))
+  run = dataclasses.replace(run, optimizer=optim)  # 1e60, refused of a page
+  ((state, values),) = steps(run, {}, {}, [dict(x=np.zeros(8, np.float32))])
   assert values['nonfinite'] == 1 and np.isfinite(state.params['w']).all()
 
 
@@ -159,25 +166,25 @@ def tokenizer():
   return parts, {'vit': parts['vit']}, batches
 
 
-def run_tokenizer(tokenizer, offered, count, **changes):
+def run_tokenizer(tokenizer, loaded, count, **changes):
   parts, frozen, batches = tokenizer
-  config = nano.config('tokenizer', **changes)
-  stage = stages.build_stage(config, lavit.build('nano'), 1)
-  return stage, steps(config, stage, frozen | offered, frozen, batches[:count])
+  run = nano.run('tokenizer', MESH, **changes)
+  return run.stage, steps(run, frozen | loaded, frozen, batches[:count])
 
 
 @pytest.mark.slow
 def test_an_offered_codebook_goes_on(tokenizer):
-  """No k-means: after a step, codes that were not chosen are where they were and the others have moved by 1% towards their tokens."""
+  """No k-means: codes that were not chosen stay, the others move by 1% towards their tokens."""
   parts = tokenizer[0]
-  offered = {name: parts[name] for name in ('tokenizer', 'decoder')}
-  stage, ((state, _),) = run_tokenizer(tokenizer, offered, 1, tokenizer__quantize_from=2)
-  before, after = np.asarray(parts['tokenizer']['quantizer']['embedding']), state.state.embedding
-  assert state.state.started and stage.about(state.state) == dict(codebook='trained')
+  loaded = {name: parts[name] for name in ('tokenizer', 'decoder')}
+  stage, ((state, _),) = run_tokenizer(tokenizer, loaded, 1, tokenizer__quantize_from=2)
+  before = np.asarray(parts['tokenizer']['quantizer']['embedding'])
+  after = state.state.embedding
+  assert state.state.started and stage.export_metadata(state.state) == dict(codebook='trained')
   assert (np.linalg.norm(after - before, axis=1) < 0.03).all() and (after != before).any()
-  assert stage.hold_of(offered) == (
+  assert stage.hold(loaded) == (
     ('^tokenizer/selector/', 0),
-  )  # quantisation has begun, and so the selector stops
+  )  # quantization has begun, and so the selector stops
   same = state.params['tokenizer']['selector']['fc_in']['kernel']
   np.testing.assert_array_equal(same, parts['tokenizer']['selector']['fc_in']['kernel'])
 
@@ -187,13 +194,13 @@ def test_a_codebook_that_was_never_trained_is_begun_by_kmeans(tokenizer):
   without, _ = codebook.take_out({name: tokenizer[0][name] for name in ('tokenizer', 'decoder')})
   stage, seen = run_tokenizer(tokenizer, without, 3, tokenizer__quantize_from=2)
   assert [bool(state.state.started) for state, _ in seen] == [False, False, True]
-  assert stage.about(seen[0][0].state) == dict(codebook='untrained')
-  assert stage.hold_of(without) == (('^tokenizer/selector/', 2),)
+  assert stage.export_metadata(seen[0][0].state) == dict(codebook='untrained')
+  assert stage.hold(without) == (('^tokenizer/selector/', 2),)
 
 
 @pytest.mark.slow
 def test_averaged_weights_have_the_average_of_their_codebook(tokenizer):
-  """Against the recursion in numpy, which begins where k-means does; codes that were moved begin anew."""
+  """Against the recursion in numpy, which restarts at k-means and for codes that were moved."""
   stage, seen = run_tokenizer(
     tokenizer,
     {},
@@ -204,7 +211,8 @@ def test_averaged_weights_have_the_average_of_their_codebook(tokenizer):
     tokenizer__decay=0.5,
     optim__learning_rate=0.05,
   )
-  average, restarted = None, 0
+  average = None
+  restarted = 0
   for step, (state, _) in enumerate(seen):
     book = state.state
     if step <= 1:

@@ -95,9 +95,9 @@ class Composer:
     background = _choose_background(rng, objects, reason)
     style = self.sprites.metadata[focus].style
     facts = Facts(index, style, background, objects, relation, reason)
-    asked = questions.make_questions(rng, facts, self._names[reason])
+    scene_questions = questions.make_questions(rng, facts, self._names[reason])
     image = self._render(rng, facts)
-    return Example(image, _write_caption(rng, facts), asked, facts)
+    return Example(image, _write_caption(rng, facts), scene_questions, facts)
 
   def _scene_object(self, sprite: int, boxes: list[_Box]) -> SceneObject:
     fields = self.sprites.metadata[sprite]
@@ -159,7 +159,7 @@ class Composer:
 
 
 def _members_by_reason(metadata: tuple[Sprite, ...]) -> dict[str | None, np.ndarray]:
-  """Indices of the sprites that examples of each reason are about; None: those of training."""
+  """Returns the indices of the sprites of each held-out reason; None: of training."""
   concept = np.array([splits.heldout_concept(sprite.codepoint) for sprite in metadata])
   pair = np.array([splits.heldout_pair(sprite.style, sprite.codepoint) for sprite in metadata])
   trained = ~concept & ~pair

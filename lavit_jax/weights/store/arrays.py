@@ -147,7 +147,7 @@ class Writer:
 def open_leaves(
   folder: pathlib.Path, paths, context: ts.Context | None = None
 ) -> dict[str, ts.TensorStore]:
-  """path -> array, to be read by `array[row].read().result()` or whole."""
+  """Path -> array, to be read by `array[row].read().result()` or whole."""
   base = {'driver': 'file', 'path': f'{pathlib.Path(folder).absolute()}/'}
 
   def spec(path):

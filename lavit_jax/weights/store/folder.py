@@ -197,7 +197,7 @@ def read_settings(folder) -> dict[str, dict]:
 
 
 def read_checksums(folder, name: str) -> dict[str, int]:
-  """path -> checksum of each leaf of a part."""
+  """Path -> checksum of each leaf of a part."""
   file = pathlib.Path(folder) / 'checksums.json'
   try:
     return json.loads(file.read_text())[name]

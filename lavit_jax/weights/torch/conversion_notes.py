@@ -131,8 +131,8 @@ def _tensor_notes(sources: list[SourceModule]) -> list[str]:
       )
     if source.tied:
       lines.append(
-        f'{source.module}: {source.tied} is not in the files, for config.json has '
-        'tie_word_embeddings; embedding and head are one tensor, of which the way back writes one'
+        f'{source.module}: {source.tied} is not in the files, since config.json has '
+        'tie_word_embeddings; embedding and head are one tensor, and the way back writes one'
       )
   return lines
 
@@ -148,7 +148,7 @@ def _edition_notes(src: pathlib.Path, sources: list[SourceModule]) -> list[str]:
     ]
     if beside and source.edition is not None:
       lines.append(
-        f'{source.module}: {source.edition.name} is taken, not {_listed(beside)} beside it '
+        f'{source.module}: {source.edition.name} is read, not {_listed(beside)} beside it '
         f'(the rule: {weight_files.RULE}; --weights-variant chooses another)'
       )
   return lines
@@ -160,14 +160,14 @@ def _has_stem(file: pathlib.Path, location: ModuleLocation) -> bool:
 
 def _other_weights(src: pathlib.Path, sources: list[SourceModule]) -> list[str]:
   """Weight files of models that are not converted, relative to the source."""
-  known = converted_files(sources) | set(other_editions(src, sources))
+  of_modules = converted_files(sources) | set(other_editions(src, sources))
   return [
     file.relative_to(src).as_posix()
     for file in sorted(src.rglob('*'))
     if file.is_file()
     and weight_files.is_weights(file.name)
     and file.suffix != '.json'
-    and file not in known
+    and file not in of_modules
   ]
 
 
@@ -182,8 +182,8 @@ def _missing_descriptions(src: pathlib.Path, sources: list[SourceModule]) -> lis
     if source.module.endswith('unet'):
       files.append(folder.parent / 'scheduler' / 'scheduler_config.json')
     lines += [
-      f'{source.module}: {file.relative_to(src).as_posix()} is not there, '
-      "so the variant's own values are taken, unchecked"
+      f'{source.module}: {file.relative_to(src).as_posix()} is missing, '
+      "so the variant's own values are used, unchecked"
       for file in files
       if not file.exists()
     ]

@@ -350,7 +350,7 @@ def _read_back(writer: SafetensorsWriter, progress: Progress) -> None:
   for file, name, total, size in leaves.prefetch(tasks):
     if total != writer.sums[name]:
       raise UserError(
-        f'{name} of {file.name} is not on the disk as it was written; the disk is at fault, '
-        'convert again to another one'
+        f'{name} of {file.name} is not on the disk as it was written; the disk is faulty, '
+        'convert again to another disk'
       )
     progress(size)

@@ -144,7 +144,7 @@ class FiniteLedger:
     if self.nonfinite and not allow_nonfinite:
       raise UserError(
         f'NaN or infinity in {_listed(self.nonfinite, "nonfinite")}; the file is damaged, or its '
-        'training had diverged: take another one, or --allow-nonfinite (allow_nonfinite=True) to '
+        'training had diverged: use another one, or --allow-nonfinite (allow_nonfinite=True) to '
         'keep these numbers'
       )
     if self.overflow:

@@ -162,8 +162,8 @@ def detect(
   if kind is None:
     state_dict_names.refuse_foreign_folder(src)
     raise UserError(
-      f'{src} is no folder that is known: no visual_tokenizer/, language_model/, pixel_decoding/, '
-      'unet/ or vae/ in it, and no config.json of a LLaMA or of lavit_jax'
+      f'{src} is not a known folder: it has no visual_tokenizer/, language_model/, '
+      'pixel_decoding/, unet/ or vae/, and no config.json of a LLaMA or of lavit_jax'
     )
   sources = []
   for location in locations(kind).values():

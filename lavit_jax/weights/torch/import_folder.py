@@ -121,10 +121,10 @@ class _FolderImport:
       for module, mapping in self.mapped.items():
         specs = self.specs[module]
         with result.part(module, specs, mapping.plan.stacked) as writer:
-          for name, slot, array, counts in _converted_tensors(mapping, specs, digests):
-            ledger.add(f'{module}: {name}', counts)
-            writer.write(slot.leaf, slot.layer, array)
-            progress(array.nbytes)
+          for tensor in _converted_tensors(mapping, specs, digests):
+            ledger.add(f'{module}: {tensor.name}', tensor.counts)
+            writer.write(tensor.slot.leaf, tensor.slot.layer, tensor.array)
+            progress(tensor.array.nbytes)
         ledger.check(self.dtype, self.allow_nonfinite)
       self._write_extras(result.path)
       self._copy_other_files(result.path)
@@ -136,28 +136,31 @@ class _FolderImport:
     """Writes the tensors that become no leaf into `torch/`, beside where their files were."""
     if not self.src.is_dir():
       return
-    files: dict[tuple[str, str], Mapping[str, LazyTensor]] = {}  # (folder, stem) -> its tensors
-    converted: dict[tuple[str, str], set[str]] = {}
-    for source in self.sources:
-      location = source.location
-      states = [((location.folder, location.stems[0]), source.state)]
-      if location.overlay is not None:
-        states.append((location.overlay, source.overlay))
-      mapping = self.mapped[source.module]
-      for file, state in states:
-        if state:
-          files[file] = state
-          # A tensor under an overlay is not converted for this module.
-          names = {name for name in mapping.plan.slots if mapping.state[name] is state.get(name)}
-          converted.setdefault(file, set()).update(names)
-    for (where, stem), state in files.items():
-      extras = {
-        name: tensor for name, tensor in state.items() if name not in converted[where, stem]
-      }
+    for (where, stem), extras in self._extras().items():
       if extras:
         with SafetensorsWriter(result / 'torch' / where, f'{stem}.extras', extras) as writer:
           for name, tensor in extras.items():
             writer.write(name, np.asarray(tensor))
+
+  def _extras(self) -> dict[tuple[str, str], dict[str, LazyTensor]]:
+    """By file (folder, stem): the tensors that become no leaf of any module."""
+    files: dict[tuple[str, str], Mapping[str, LazyTensor]] = {}
+    converted: dict[tuple[str, str], set[str]] = {}
+    for source in self.sources:
+      mapping = self.mapped[source.module]
+      states = [((source.location.folder, source.location.stems[0]), source.state)]
+      if source.location.overlay is not None:
+        states.append((source.location.overlay, source.overlay))
+      for file, state in states:
+        if state:
+          files[file] = state
+          # By identity, since a tensor under an overlay does not become a leaf of this module.
+          names = {name for name in mapping.plan.slots if mapping.state[name] is state.get(name)}
+          converted.setdefault(file, set()).update(names)
+    extras = {}
+    for file, state in files.items():
+      extras[file] = {name: state[name] for name in state if name not in converted[file]}
+    return extras
 
   def _copy_other_files(self, result: pathlib.Path) -> None:
     """Copies what holds no converted weights into `torch/`, and the tokenizer to `tokenizer/`."""
@@ -176,9 +179,8 @@ class _FolderImport:
 
   def _metadata(self, digests: FileDigests) -> dict[str, Any]:
     """Where the checkpoint is from, and what the way back needs to know."""
-    tensors = [tensor for source in self.sources for tensor in source.merged.values()]
     files = {}
-    for file in sorted({tensor.file for tensor in tensors}):
+    for file in sorted(conversion_notes.converted_files(self.sources)):
       name = file.name if self.src.is_file() else file.relative_to(self.src).as_posix()
       files[name] = f'sha256:{digests.hexdigest(file)}'
     overlays = [list(source.overlay) for source in self.sources if source.module == 'understanding']
@@ -206,17 +208,25 @@ class _FolderImport:
 
 
 class _ReadTensor(NamedTuple):
-  """A tensor between the disk and its leaf; `hashed` is done when `array` may be released."""
+  """A tensor that has been read; `hashed` is done when `array` may be released."""
 
   name: str
-  slot: Slot
   array: np.ndarray
   hashed: concurrent.futures.Future | None = None
 
 
+class _ConvertedTensor(NamedTuple):
+  """A tensor as it is written: `array` is the leaf, or a layer of it."""
+
+  name: str
+  slot: Slot
+  array: np.ndarray
+  counts: finite.Counts
+
+
 def _converted_tensors(
   mapping: MappedModule, specs: LeafSpecs, digests: FileDigests
-) -> Iterator[tuple[str, Slot, np.ndarray, finite.Counts]]:
+) -> Iterator[_ConvertedTensor]:
   """Reads and converts the tensors of a module in the order of the files.
 
   Reading, hashing and conversion go on in threads, ahead of the caller.
@@ -224,10 +234,10 @@ def _converted_tensors(
   slots = mapping.plan.slots
 
   def read(name: str, tensor: LazyTensor) -> _ReadTensor:
-    return _ReadTensor(name, slots[name], np.asarray(tensor))
+    return _ReadTensor(name, np.asarray(tensor))
 
-  def convert(tensor: _ReadTensor) -> tuple[str, Slot, np.ndarray, finite.Counts]:
-    slot = tensor.slot
+  def convert(tensor: _ReadTensor) -> _ConvertedTensor:
+    slot = slots[tensor.name]
     spec = specs[slot.leaf]
     array, counts = finite.cast(tensor.array, spec.dtype)
     array = contiguous(slot.to_leaf(array))
@@ -235,16 +245,17 @@ def _converted_tensors(
       tensor.hashed.result()
     if slot.layer is None:
       array = vocabulary_growth.grow_rows(array, spec.shape)
-    return tensor.name, slot, array, counts
-
-  def conversions() -> Iterator[Callable[[], tuple]]:
-    for tensor in leaves.prefetch(reads):
-      hashed = digests.add(mapping.state[tensor.name], tensor.array)
-      yield functools.partial(convert, tensor._replace(hashed=hashed))
+    return _ConvertedTensor(tensor.name, slot, array, counts)
 
   reads = [
     functools.partial(read, name, tensor) for name, tensor in mapping.state.items() if name in slots
   ]
+
+  def conversions() -> Iterator[Callable[[], _ConvertedTensor]]:
+    for tensor in leaves.prefetch(reads):
+      hashed = digests.add(mapping.state[tensor.name], tensor.array)
+      yield functools.partial(convert, tensor._replace(hashed=hashed))
+
   return leaves.prefetch(conversions())
 
 
@@ -259,6 +270,6 @@ def _read_back(result: folder.FolderWriter, progress: Progress) -> None:
     wrong = [leaf for leaf, rest in remaining.items() if rest]
     if wrong:
       raise UserError(
-        f'{module}/{wrong[0]} is not on the disk as it was written; the disk is at fault, '
-        'convert again to another one'
+        f'{module}/{wrong[0]} is not on the disk as it was written; the disk is faulty, '
+        'convert again to another disk'
       )

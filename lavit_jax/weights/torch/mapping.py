@@ -282,19 +282,19 @@ def _leaf_dtypes(
     shape = tuple(tensor.shape)
     expected = slots[name].tensor_from(blank).shape
     if shape != expected:
-      problems.append(f'wrong shape: {name} is {list(shape)}, the model wants {list(expected)}')
+      problems.append(f'wrong shape: {name} is {list(shape)}, the model expects {list(expected)}')
     dtype = np.dtype(tensor.dtype)
     model_dtype = np.dtype(leaves[leaf].dtype)
     if _is_floating(dtype) != _is_floating(model_dtype):
-      problems.append(f'wrong dtype: {name} is {dtype}, the model wants {model_dtype}')
+      problems.append(f'wrong dtype: {name} is {dtype}, the model expects {model_dtype}')
       continue
     leaf_dtype = dtypes.setdefault(leaf, dtype)
     if mixed:
       dtypes[leaf] = _widest(leaf_dtype, dtype)
     elif leaf_dtype != dtype:
       problems.append(
-        f'wrong dtype: {name} is {dtype}, other layers of it are {leaf_dtype}; choose one type for '
-        f'all of them, as --dtype {_widest(dtype, leaf_dtype)} does, or dtype= in Python'
+        f'wrong dtype: {name} is {dtype}, other layers of it are {leaf_dtype}; choose one dtype '
+        f'for all of them by --dtype {_widest(dtype, leaf_dtype)}, or dtype= in Python'
       )
   return dtypes, problems
 
@@ -306,14 +306,14 @@ def _unknown_names(
 
   They belong to leaves or layers that the model lacks (unexpected), or to no rule (unmapped).
   """
-  known = _pattern(rules)
+  of_rules = _pattern(rules)
   of_other_modules = _pattern([rule for rule in rules if rule.leaf is None])
   problems = []
   hints = 0
   for name in state:
     if name in slots or of_other_modules.fullmatch(name):
       continue
-    if known.fullmatch(name):
+    if of_rules.fullmatch(name):
       problems.append(f'unexpected: the model has no place for {name} (fewer layers?)')
       continue
     hint = _nearest(name, slots) if hints < MAX_HINTS else ''
@@ -341,8 +341,8 @@ def _pattern(rules: Iterable[NameRule]) -> re.Pattern[str]:
   return re.compile('|'.join(re.escape(rule.name).replace(layer, r'\d+') for rule in rules))
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-  near = difflib.get_close_matches(name, list(known), 1)
+def _nearest(name: str, candidates: Iterable[str]) -> str:
+  near = difflib.get_close_matches(name, list(candidates), 1)
   return f' (nearest known: {near[0]})' if near else ''
 
 

@@ -93,10 +93,10 @@ def _vocabulary_shapes(like: Mapping, vocab_size: int) -> dict[str, jax.ShapeDty
 def _wrong_vocabulary(model: lavit.LavitModules, vocab_size: int) -> str:
   text_size = model.vocabulary.text_size
   return (
-    f'llama: wrong rows: the vocabulary has {vocab_size}; taken are {text_size} (the text alone: '
-    f'the rows of the visual tokens are added) and {model.vocabulary.size} (with them). Rows that '
-    f"a <pad> token added go by transformers' resize_token_embeddings({text_size}) before "
-    'save_pretrained'
+    f'llama: wrong rows: the vocabulary has {vocab_size}; supported are {text_size} (the text '
+    f'alone: the rows of the visual tokens are added) and {model.vocabulary.size} (with them). To '
+    "remove rows that a <pad> token added, call transformers' "
+    f'resize_token_embeddings({text_size}) before save_pretrained'
   )
 
 

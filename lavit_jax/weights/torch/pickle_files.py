@@ -106,8 +106,7 @@ def open_pickle(path: pathlib.Path) -> dict[str, LazyTensor]:
   except pickle.UnpicklingError as error:
     if re.search('(?i)unsupported (global|class)|unrecognized function', str(error)):
       raise UserError(
-        f'{path} holds more than tensors and would run code; it is refused. '
-        'Ask for it as .safetensors'
+        f'{path} holds more than tensors and would run code; it is refused: get it as .safetensors'
       ) from None
     raise damaged_file(path, type(error).__name__) from None
   except Exception as error:  # zip and torch each have their own for a damaged file
@@ -121,8 +120,8 @@ def open_pickle(path: pathlib.Path) -> dict[str, LazyTensor]:
   if others:
     key, value = next(iter(others.items()))
     raise UserError(
-      f'{path} is no dict of tensors, nor has it one under {", ".join(WRAPPER_KEYS)}: '
-      f'{key!r} is a {type(value).__name__} ({len(others)} of {len(tensors)} entries are no '
+      f'{path} is not a dict of tensors, nor has one under {", ".join(WRAPPER_KEYS)}: '
+      f'{key!r} is a {type(value).__name__} ({len(others)} of {len(tensors)} entries are not '
       'tensors); save the state_dict of the model alone'
     )
   return {name: _lazy_tensor(file, name, tensor) for name, tensor in tensors.items()}

@@ -89,7 +89,7 @@ def _unwrap_names(state: Mapping[str, LazyTensor], source: str) -> dict[str, Laz
     short = '.'.join(piece for piece in name.split('.') if piece not in WRAPPERS)
     if short in unwrapped:
       raise UserError(
-        f'{source} holds two tensors that are {short} once {", ".join(WRAPPERS)} are taken off; '
+        f'{source} holds two tensors that are {short} once {", ".join(WRAPPERS)} are removed; '
         'save the state_dict of one model'
       )
     unwrapped[short] = tensor
@@ -200,6 +200,6 @@ def refuse_foreign_folder(src: pathlib.Path) -> None:
   for file in sorted(src.iterdir()):
     if file.suffix in ('.ckpt', '.safetensors', '.pt', '.pth', '.bin') and file.is_file():
       raise UserError(
-        f'{src} is no folder that is known, but holds {file.name}; if that is the EVA-CLIP image '
-        'encoder, or to be told what it is, give the file itself to --src'
+        f'{src} is not a known folder, but holds {file.name}; if that is the EVA-CLIP image '
+        'encoder, or to learn what it is, give the file itself to --src'
       )

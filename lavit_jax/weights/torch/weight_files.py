@@ -127,7 +127,7 @@ def choose(
   Args:
     folder: where the files are.
     stems: the stems that they may have.
-    variant: an edition of this variant is taken if there is one ('' is the usual name); otherwise,
+    variant: an edition of this variant is chosen if there is one ('' is the usual name); otherwise,
       and for None, `RULE` decides.
 
   Raises:

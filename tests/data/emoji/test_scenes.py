@@ -1,3 +1,7 @@
+"""Composed images, their captions and their questions agree with the facts."""
+
+import itertools
+
 import numpy as np
 import pytest
 
@@ -11,26 +15,27 @@ def loaded():
 
 
 @pytest.fixture(scope='module')
-def drawn(loaded):
+def examples(loaded):
   compose = Composer(loaded, 'train', scene_share=0.6)
   return [compose(3, index) for index in range(600)]
 
 
-def test_same_seed_and_index_same_example_whatever_was_asked_before(loaded, drawn):
+def test_an_example_depends_on_seed_and_index_alone(loaded, examples):
   again = Composer(loaded, 'train', scene_share=0.6)(3, 411)
-  np.testing.assert_array_equal(again.image, drawn[411].image)
-  assert again[1:] == drawn[411][1:]
+  np.testing.assert_array_equal(again.image, examples[411].image)
+  assert again[1:] == examples[411][1:]
 
 
 def test_seeds_and_indices_give_different_examples(loaded):
   compose = Composer(loaded)
-  captions = {compose(seed, index).caption for seed in range(10) for index in range(10)}
+  pairs = itertools.product(range(10), range(10))
+  captions = {compose(seed, index).caption for seed, index in pairs}
   assert len(captions) > 50
 
 
-def test_things_lie_inside_the_picture_and_do_not_overlap(drawn):
-  for example in drawn:
-    boxes = [box for item in example.facts.objects for box in item.boxes]
+def test_sprites_lie_inside_the_image_and_do_not_overlap(examples):
+  for example in examples:
+    boxes = list(itertools.chain.from_iterable(item.boxes for item in example.facts.objects))
     assert 1 <= len(boxes) <= 4
     for i, (left, top, side) in enumerate(boxes):
       assert left >= 0 and top >= 0 and left + side <= CANVAS and top + side <= CANVAS
@@ -43,9 +48,9 @@ def test_things_lie_inside_the_picture_and_do_not_overlap(drawn):
         )
 
 
-def test_pixels_show_what_the_facts_say(loaded, drawn):
-  """Ink only inside the boxes, ink in each box, and the background's colour everywhere else."""
-  for example in drawn[:200]:
+def test_pixels_show_what_the_facts_say(loaded, examples):
+  """Each box has ink, and all other pixels have the color of the background."""
+  for example in examples[:200]:
     outside = np.ones((CANVAS, CANVAS), bool)
     for item in example.facts.objects:
       for left, top, side in item.boxes:
@@ -60,21 +65,21 @@ def test_pixels_show_what_the_facts_say(loaded, drawn):
     assert distance.max() <= colors.JITTER
 
 
-def test_relation_and_counts_are_true_of_the_positions(drawn):
+def test_relation_and_counts_are_true_of_the_positions(examples):
   seen = set()
-  for example in drawn:
+  for example in examples:
     facts = example.facts
     if facts.relation:
       axis = {'left': 0, 'above': 1}[facts.relation]
-      first, second = ([box[axis] + box[2] / 2 for box in item.boxes] for item in facts.objects)
+      first, second = (_centers(item)[:, axis] for item in facts.objects)
       assert max(first) < min(second)
       seen.add(facts.relation)
   assert seen == {'left', 'above'}
 
 
-def test_answers_are_true_to_the_composition(drawn):
+def test_answers_agree_with_the_facts(examples):
   seen = set()
-  for example in drawn:
+  for example in examples:
     facts = example.facts
     by_plural = {grammar.plural(item.name): item for item in facts.objects}
     for kind, question, answer in example.questions:
@@ -98,7 +103,7 @@ def test_answers_are_true_to_the_composition(drawn):
         case 'position':
           assert answer == _where(facts, question)
         case 'yes/no':
-          assert answer == ('yes' if _holds(facts, question) else 'no'), question
+          assert answer == ('yes' if _is_true(facts, question) else 'no'), question
   assert seen == set(questions.TYPES)
 
 
@@ -106,23 +111,17 @@ def _phrase(item):
   return grammar.definite(item.name, item.count)[1]
 
 
-def _side(subject, other):
-  (x, y), (u, v) = (
-    np.mean([(left + side / 2, top + side / 2) for left, top, side in item.boxes], axis=0)
-    for item in (subject, other)
-  )
-  boxes = {i: [(box[i], box[i] + box[2]) for box in subject.boxes] for i in (0, 1)}
-  others = {i: [(box[i], box[i] + box[2]) for box in other.boxes] for i in (0, 1)}
-  if max(end for _, end in boxes[0]) <= min(start for start, _ in others[0]) and x < u - 10:
-    return 'left'
-  if max(end for _, end in others[0]) <= min(start for start, _ in boxes[0]) and x > u + 10:
-    return 'right'
-  return 'above' if y < v else 'below'
+def _centers(item):
+  """Returns the centers (x, y) of the sprites of an object, f64[count, 2]."""
+  return np.array([(left + side / 2, top + side / 2) for left, top, side in item.boxes])
 
 
 def _where(facts, question):
+  """Answers a question about a position by the boxes alone."""
   first, second = facts.objects
-  subject, other = (first, second) if f' {_phrase(first)}, seen' in question else (second, first)
+  subject, other = first, second
+  if f' {_phrase(first)}, seen' not in question:
+    subject, other = second, first
   # Sprites of two halves may be apart along both axes; the facts say which of the two true
   # relations is meant.
   if facts.relation == 'left':
@@ -130,41 +129,39 @@ def _where(facts, question):
   return 'above' if subject.boxes[0][1] < other.boxes[0][1] else 'below'
 
 
-def _holds(facts, question):
-  """Judges a yes/no question from its words and the facts alone."""
-  words = question.removesuffix('?')
-  if words.startswith('Is the background '):
-    return words.removeprefix('Is the background ') == facts.background
-  if words.startswith('Is the kind '):
-    return words.removeprefix('Is the kind ') == questions.CATEGORIES[facts.objects[0].group]
-  if words.startswith('Is this '):
-    return words.removeprefix('Is this ') == grammar.indefinite(facts.objects[0].name)
-  if words.startswith('Is there '):
-    return words.removeprefix('Is there ') in {
-      grammar.indefinite(item.name) for item in facts.objects
-    }
-  if words.startswith('Is the number of '):
-    name, number = words.removeprefix('Is the number of ').rsplit(' ', 1)
-    return next(
-      item.count for item in facts.objects if grammar.plural(item.name) == name
-    ) == grammar.NUMBERS.index(number)
-  side = next(side for side, words_ in questions.PREPOSITION.items() if f' {words_} the ' in words)
-  subject, other = (
-    facts.objects
-    if words.split(f' {questions.PREPOSITION[side]} ')[0].endswith(_phrase(facts.objects[0]))
-    else facts.objects[::-1]
-  )
-  return side == _where(facts, f' {_phrase(subject)}, seen')
+def _is_true(facts, question):
+  """Answers a yes/no question by its text and the facts alone."""
+  statement = question.removesuffix('?')
+  for prefix, names in (
+    ('Is the background ', {facts.background}),
+    ('Is the kind ', {questions.CATEGORIES[facts.objects[0].group]}),
+    ('Is this ', {grammar.indefinite(facts.objects[0].name)}),
+    ('Is there ', {grammar.indefinite(item.name) for item in facts.objects}),
+  ):
+    if statement.startswith(prefix):
+      return statement.removeprefix(prefix) in names
+  if statement.startswith('Is the number of '):
+    name, number = statement.removeprefix('Is the number of ').rsplit(' ', 1)
+    counts = {grammar.plural(item.name): item.count for item in facts.objects}
+    return counts[name] == grammar.NUMBERS.index(number)
+  side = _side_of(statement, 'the ')
+  first, second = facts.objects
+  subject = statement.split(f' {questions.PREPOSITION[side]} ')[0]
+  item = first if subject.endswith(_phrase(first)) else second
+  return side == _where(facts, f' {_phrase(item)}, seen')
 
 
-def test_captions_tell_the_relation_of_the_picture(drawn):
-  for example in drawn:
+def _side_of(text, article=''):
+  """Returns the side that a text names, with an article behind it."""
+  return next(side for side, name in questions.PREPOSITION.items() if f' {name} {article}' in text)
+
+
+def test_captions_have_the_relation_of_the_image(examples):
+  for example in examples:
     facts = example.facts
     assert example.caption.endswith(f'on {grammar.indefinite(facts.background)} background')
     if facts.relation:
-      side = next(
-        side for side, words in questions.PREPOSITION.items() if f' {words} ' in example.caption
-      )
+      side = _side_of(example.caption)
       first = grammar.counted(facts.objects[0].name, facts.objects[0].count)
       assert example.caption.startswith(first) == (side == facts.relation)
 
@@ -183,41 +180,56 @@ def test_yes_and_no_are_balanced_for_every_form_of_question(loaded):
     assert abs(np.mean(yes) - 0.5) < 4 * 0.5 / len(yes) ** 0.5, form
 
 
-def test_sides_are_balanced(drawn):
-  sides = [
-    answer for example in drawn for kind, _, answer in example.questions if kind == 'position'
-  ]
+def test_sides_are_balanced(examples):
+  asked = itertools.chain.from_iterable(example.questions for example in examples)
+  sides = [question.answer for question in asked if question.type == 'position']
   assert min(sides.count(side) for side in questions.OPPOSITE) > len(sides) / 8
 
 
 def test_image_size_scales_the_same_composition(loaded):
   small, large = (Composer(loaded, image_size=size)(0, 5) for size in (64, 128))
-  assert large.image.shape == (128, 128, 3) and large.facts == small.facts
+  assert large.image.shape == (128, 128, 3)
+  assert large.facts == small.facts
   shrunk = large.image.reshape(64, 2, 64, 2, 3).mean((1, 3))
   assert np.corrcoef(shrunk.ravel(), small.image.ravel())[0, 1] > 0.9
 
 
-def test_grammar():
-  assert grammar.counted('owl', 1) == 'an owl'
-  assert grammar.counted('woman with veil', 2) == 'two women with veil'
-  assert [
-    grammar.counted(name, 2)
-    for name in ('man golfing', 'woman cook', 'card index dividers', 'up right arrow')
-  ] == ['two men golfing', 'two women cooks', 'two card index dividers', 'two up right arrows']
-  assert grammar.counted('red apple', 3) == 'three red apples'
-  assert grammar.counted('glasses', 1) == 'glasses'
-  assert grammar.counted('flag of peru', 2) == 'two flags of peru'
-  assert [grammar.plural(name) for name in ('fox', 'cherry', 'bus', 'sheep', 'monkey')] == [
-    'foxes',
-    'cherries',
-    'buses',
-    'sheep',
-    'monkeys',
-  ]
+@pytest.mark.parametrize(
+  'name, count, expected',
+  [
+    ('owl', 1, 'an owl'),
+    ('glasses', 1, 'glasses'),
+    ('red apple', 3, 'three red apples'),
+    ('woman with veil', 2, 'two women with veil'),
+    ('man golfing', 2, 'two men golfing'),
+    ('woman cook', 2, 'two women cooks'),
+    ('card index dividers', 2, 'two card index dividers'),
+    ('up right arrow', 2, 'two up right arrows'),
+    ('flag of peru', 2, 'two flags of peru'),
+    ('unicorn', 1, 'a unicorn'),
+    ('umbrella', 1, 'an umbrella'),
+  ],
+)
+def test_counted(name, count, expected):
+  assert grammar.counted(name, count) == expected
+
+
+@pytest.mark.parametrize(
+  'name, expected',
+  [
+    ('fox', 'foxes'),
+    ('cherry', 'cherries'),
+    ('bus', 'buses'),
+    ('sheep', 'sheep'),
+    ('monkey', 'monkeys'),
+  ],
+)
+def test_plural(name, expected):
+  assert grammar.plural(name) == expected
+
+
+def test_definite():
   assert grammar.definite('star', 2) == ('are', 'the stars')
-  assert (
-    grammar.indefinite('unicorn') == 'a unicorn' and grammar.indefinite('umbrella') == 'an umbrella'
-  )
 
 
 @pytest.mark.parametrize(
@@ -236,7 +248,7 @@ def test_grammar():
     ('orange', (245, 140, 20)),
   ],
 )
-def test_dominant_colour(name, rgb):
+def test_dominant_color(name, rgb):
   sprite = np.zeros((96, 96, 4), np.uint8)
   sprite[16:80, 16:80] = (*rgb, 255)
   sprite[16:22, 16:80, :3] = 0  # An outline does not count.
@@ -254,7 +266,7 @@ def test_backgrounds_are_named_as_they_look():
 @pytest.mark.parametrize('split', ['heldout/concept', 'heldout/pair'])
 def test_held_out_questions_ask_about_what_is_held_out(split):
   examples = corpus.examples('embedded', split, 3, 40, 'scene')
-  told = 0
+  num_mixed = 0
   for example in examples:
     unseen = {
       item.name
@@ -264,5 +276,5 @@ def test_held_out_questions_ask_about_what_is_held_out(split):
     }
     names = [answer for kind, _, answer in example.questions if kind == 'what']
     assert names and set(names) <= unseen
-    told += len(example.facts.objects) > 1
-  assert told > 5  # in pictures that hold a training concept too
+    num_mixed += len(example.facts.objects) > 1
+  assert num_mixed > 5  # images that have a training concept, too

@@ -20,17 +20,18 @@ VAE = 'vae/diffusion_pytorch_model.safetensors'
 
 
 @pytest.mark.parametrize('dtype', [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
-def test_nonfinite_is_numpys_count(dtype):
+def test_nonfinite_numbers_are_counted_as_by_numpy(dtype):
   array = np.random.default_rng(0).normal(size=(300, 7)).astype(dtype)
-  array[3, 2], array[5, 1], array[7, 0], array[8, 0] = np.nan, np.inf, -np.inf, -np.nan
-  for view in (array, array.T, array[::2], array[:0], array[3, 2].reshape(())):
+  for row, value in ((3, np.nan), (5, np.inf), (7, -np.inf), (8, -np.nan)):
+    array[row, row % 3] = value
+  for view in (array, array.T, array[::2], array[:0], array[3, 0].reshape(())):
     assert (
       finite.count_nonfinite(np.asarray(view)) == (~np.isfinite(np.asarray(view, np.float64))).sum()
     )
   assert finite.count_nonfinite(np.arange(5)) == 0
 
 
-def test_blocks_are_all_looked_at(monkeypatch):
+def test_all_blocks_are_counted(monkeypatch):
   monkeypatch.setattr(finite, 'BLOCK', 4)
   array = np.ones(11, np.float32)
   array[[1, 9]] = np.nan
@@ -72,11 +73,12 @@ def first(value):
 
 
 @pytest.mark.parametrize(
-  ('value', 'told'),
+  ('value', 'message'),
   [
     (
       first(1e5),
-      r'beyond the range of float16 in 1 tensor: vae: decoder.conv_in.bias \(1 of 48 numbers\); choose bfloat16',
+      r'beyond the range of float16 in 1 tensor: vae: decoder.conv_in.bias '
+      r'\(1 of 48 numbers\); choose bfloat16',
     ),
     (lambda x: x * 0 + 1e-9, r'too small for float16.* vae: decoder.conv_in.bias \(48 of 48'),
     (
@@ -86,58 +88,62 @@ def first(value):
     (first(-np.inf), 'NaN or infinity'),
   ],
 )
-def test_a_conversion_to_float16(stable, tmp_path, capsys, value, told):
+def test_a_conversion_to_float16(stable, tmp_path, capsys, value, message):
   src = stable('decoder.conv_in.bias', value)
-  with pytest.raises(UserError, match=told):
-    convert.plan_conversion(src, tmp_path / 'ours', dtype='float16').run(lambda size: None)
-  assert not (tmp_path / 'ours').exists()
+  with pytest.raises(UserError, match=message):
+    convert.plan_conversion(src, tmp_path / 'checkpoint', dtype='float16').run(lambda size: None)
+  assert not (tmp_path / 'checkpoint').exists()
 
 
-def test_what_vanishes_beside_larger_numbers_is_told(stable, tmp_path, capsys):
+def test_numbers_that_vanish_beside_larger_ones_are_noted(stable, tmp_path, capsys):
   src = stable('decoder.conv_in.bias', first(1e-9))
   assert (
-    cli.main(['convert', '--src', str(src), '--dst', str(tmp_path / 'ours'), '--dtype', 'float16'])
+    cli.main(
+      ['convert', '--src', str(src), '--dst', str(tmp_path / 'checkpoint'), '--dtype', 'float16']
+    )
     == 0
   )
-  said = capsys.readouterr().err
+  output = capsys.readouterr().err
   assert (
-    'too small for float16 became zero' in said
-    and 'vae: decoder.conv_in.bias (1 of 48 numbers)' in said
+    'too small for float16 became zero' in output
+    and 'vae: decoder.conv_in.bias (1 of 48 numbers)' in output
   )
 
 
-def test_nan_of_a_source_and_the_way_back(stable, tmp_path, capsys):
+def test_nan_of_a_source_and_of_an_export(stable, tmp_path, capsys):
   src = stable('decoder.conv_in.bias', first(np.nan))
   with pytest.raises(UserError, match='decoder.conv_in.bias'):
-    convert.plan_conversion(src, tmp_path / 'ours').run(lambda size: None)
+    convert.plan_conversion(src, tmp_path / 'checkpoint').run(lambda size: None)
   with pytest.raises(UserError, match='decoder.conv_in.bias'):
     from_torch(src, 'vae', variant='tiny')
   assert np.isnan(
     from_torch(src, 'vae', variant='tiny', allow_nonfinite=True)['decoder']['conv_in']['bias'][0]
   )
   assert (
-    cli.main(['convert', '--src', str(src), '--dst', str(tmp_path / 'ours'), '--allow-nonfinite'])
+    cli.main(
+      ['convert', '--src', str(src), '--dst', str(tmp_path / 'checkpoint'), '--allow-nonfinite']
+    )
     == 0
   )
   assert 'NaN or infinity kept in 1 tensor: vae: decoder.conv_in.bias' in capsys.readouterr().err
   with pytest.raises(UserError, match='decoder.conv_in.bias'):
-    convert.plan_conversion(tmp_path / 'ours', tmp_path / 'back').run(lambda size: None)
-  convert.plan_conversion(tmp_path / 'ours', tmp_path / 'back', allow_nonfinite=True).run(
+    convert.plan_conversion(tmp_path / 'checkpoint', tmp_path / 'back').run(lambda size: None)
+  convert.plan_conversion(tmp_path / 'checkpoint', tmp_path / 'back', allow_nonfinite=True).run(
     lambda size: None
   )
   assert np.isnan(load_file(tmp_path / 'back' / VAE)['decoder.conv_in.bias'][0])
 
 
-def test_the_way_back_to_float16(stable, tmp_path):
+def test_an_export_to_float16(stable, tmp_path):
   src = stable('decoder.conv_in.bias', first(1e5))
-  convert.plan_conversion(src, tmp_path / 'ours').run(lambda size: None)
+  convert.plan_conversion(src, tmp_path / 'checkpoint').run(lambda size: None)
   with pytest.raises(UserError, match='decoder.conv_in.bias .1 of 48 numbers'):
-    convert.plan_conversion(tmp_path / 'ours', tmp_path / 'back', dtype='float16').run(
+    convert.plan_conversion(tmp_path / 'checkpoint', tmp_path / 'back', dtype='float16').run(
       lambda size: None
     )
 
 
-def test_our_own_folders(tmp_path):
+def test_checkpoint_folders(tmp_path):
   with pytest.raises(UserError, match='vae/value .1 of 2 numbers'):
     folder.save_params(
       tmp_path / 'half', 'tiny', {'vae': np.array([1, 1e5], np.float32)}, dtype='float16'

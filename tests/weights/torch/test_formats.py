@@ -1,4 +1,4 @@
-"""Tables against every part at every size, by shape only; and which files are whose."""
+"""Name tables of every module at every size, by shape; and the nearest variant."""
 
 import jax
 import numpy as np
@@ -11,21 +11,21 @@ from lavit_jax.weights.torch.descriptions import safety_config
 from lavit_jax.weights.torch.mapping import slots_for, torch_shapes
 
 
-@pytest.mark.parametrize(
-  ('variant', 'part'),
-  [
-    (variant, part)
-    for variant in lavit.VARIANTS
-    for part in name_tables.TABLES
-    if getattr(lavit.build(variant), part, part) is not None
-  ],
-)
-def test_tables_cover_every_leaf(variant, part):
-  """`slots_for` raises for a leaf that no rule claims, or two rules; counted here as well, on both sides."""
+def variant_modules():
+  for variant in lavit.VARIANTS:
+    model = lavit.build(variant)
+    for module in name_tables.TABLES:
+      if getattr(model, module, module) is not None:
+        yield variant, module
+
+
+@pytest.mark.parametrize(('variant', 'module'), list(variant_modules()))
+def test_tables_cover_every_leaf(variant, module):
+  """`slots_for` raises for a leaf with no rule, or with two; here both sides are counted too."""
   model = lavit.build(variant)
-  tree = name_tables.module_shapes(model, [part])[part]
+  tree = name_tables.module_shapes(model, [module])[module]
   flat = flatten(tree)
-  for rules in name_tables.name_rules(model, part):
+  for rules in name_tables.name_rules(model, module):
     slots = slots_for(rules, flat)
     assert {slot.leaf for slot in slots.values()} == flat.keys()
     shapes = torch_shapes(rules, name_tables.as_tree(tree))
@@ -33,7 +33,7 @@ def test_tables_cover_every_leaf(variant, part):
 
 
 def test_the_safety_checker_at_full_size():
-  """Every weight of diffusers' checker on CLIP ViT-L/14, by its published (nested) name and by transformers' present one."""
+  """Every weight of diffusers' checker on CLIP ViT-L/14, by its nested and its present name."""
   torch, transformers = (pytest.importorskip(name) for name in ('torch', 'transformers'))
   peers = pytest.importorskip('diffusers.pipelines.stable_diffusion.safety_checker')
   model = lavit.build('lavit_7b')
@@ -55,7 +55,7 @@ def test_the_safety_checker_at_full_size():
   } == flat
 
 
-def test_a_strange_module_is_compared_with_the_variant_that_it_is_nearest_to(tmp_path):
+def test_an_unknown_module_is_compared_with_the_nearest_variant(tmp_path):
   model = lavit.build('tiny')
   struct = name_tables.module_shapes(model, ['llama'])['llama']
   rules = name_tables.name_rules(model, 'llama')[0]

@@ -1,4 +1,4 @@
-"""What decides a LLaMA folder's numbers beside its weights: read as transformers reads it, kept, and written again."""
+"""Settings of a LLaMA folder: read as by transformers, stored with the weights, and exported."""
 
 import json
 import pathlib
@@ -11,17 +11,18 @@ import pytest
 from lavit_jax.apps import conversion
 from lavit_jax.data.text import TextTokenizer
 from lavit_jax.errors import UserError
-from lavit_jax.inference.parameters import open_checkpoint
 from lavit_jax.models import lavit
 from lavit_jax.models.llama import Llama
 from lavit_jax.models.rope import Rope
 from lavit_jax.models.sequence import prompt_mask, prompt_positions
 from lavit_jax.porting import from_torch, to_torch, torch_settings
+from lavit_jax.weights.loader import open_checkpoint
 from lavit_jax.weights.store import folder
 from lavit_jax.weights.torch import configs, convert
 from lavit_jax.weights.torch.configs import llama as tables
 
-torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
+torch = pytest.importorskip('torch')
+transformers = pytest.importorskip('transformers')
 
 SIZES = dict(
   model_type='llama',
@@ -61,10 +62,10 @@ def read(where: pathlib.Path) -> dict:
   return configs.read_settings(where, {'llama': ''}, ['llama'], 'letters').get('llama', {})
 
 
-# --------------------------------------------------------------------------------------------------- spellings
+# --- Spellings -------------------------------------------------------------------------------
 
 SPELLINGS = {
-  'nothing said': {},
+  'none': {},
   'theta on top': dict(rope_theta=1e6),
   'theta in parameters': dict(rope_parameters=dict(rope_type='default', rope_theta=5e5)),
   'theta in both': dict(rope_theta=3e4, rope_parameters=dict(rope_type='default', rope_theta=5e5)),
@@ -96,26 +97,28 @@ SPELLINGS = {
 
 
 @pytest.mark.parametrize('spelling', SPELLINGS)
-def test_a_config_means_what_transformers_reads(spelling, tmp_path):
+def test_a_config_is_read_as_by_transformers(spelling, tmp_path):
   from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
   config = transformers.LlamaConfig.from_pretrained(write(tmp_path, **SIZES, **SPELLINGS[spelling]))
   length = 200
-  theirs = LlamaRotaryEmbedding(config)
-  theirs(torch.zeros(1), torch.arange(length)[None])
+  reference = LlamaRotaryEmbedding(config)
+  reference(torch.zeros(1), torch.arange(length)[None])
   llama: Llama = lavit.build('letters', settings={'llama': read(tmp_path)}).llama
   rope = Rope(llama.rope_theta, llama.rope_scaling, llama.max_position_embeddings)
   frequency = np.asarray(rope.frequency(llama.head_dim, np.arange(length)[None])).reshape(-1)
-  np.testing.assert_allclose(frequency, theirs.inv_freq.numpy(), rtol=16 * np.finfo(np.float32).eps)
-  assert rope.magnitude == pytest.approx(theirs.attention_scaling)
+  np.testing.assert_allclose(
+    frequency, reference.inv_freq.numpy(), rtol=16 * np.finfo(np.float32).eps
+  )
+  assert rope.magnitude == pytest.approx(reference.attention_scaling)
   assert llama.rms_norm_eps == config.rms_norm_eps == 1e-6  # the class's default
   assert llama.max_position_embeddings == config.max_position_embeddings
 
 
 def test_every_key_of_the_class_has_a_rule():
-  ours = set(tables.RULES) | {'rope_parameters'}  # which `complete` takes apart
+  rules = set(tables.RULES) | {'rope_parameters'}  # which `complete` splits
   known = transformers.LlamaConfig().to_dict()
-  assert not [key for key in known if key not in ours and not key.startswith('_')]
+  assert not [key for key in known if key not in rules and not key.startswith('_')]
 
 
 def test_the_page_lists_every_key():
@@ -136,7 +139,7 @@ def test_the_page_lists_every_key():
 
 
 @pytest.mark.parametrize(
-  'file, said, about',
+  'file, keys, message',
   [
     (
       'config.json',
@@ -186,16 +189,17 @@ def test_the_page_lists_every_key():
     ('tokenizer_config.json', dict(add_prefix_space=False), 'add_prefix_space=false'),
   ],
 )
-def test_what_is_not_computed_is_refused(file, said, about, tmp_path):
+def test_other_computations_are_refused(file, keys, message, tmp_path):
   write(tmp_path, **PLAIN)
-  write(tmp_path, file, **(PLAIN if file == 'config.json' else {}) | said)
+  write(tmp_path, file, **(PLAIN if file == 'config.json' else {}) | keys)
   with pytest.raises(UserError) as caught:
     read(tmp_path)
-  assert about in str(caught.value)
-  assert file in str(caught.value) and '\n' not in str(caught.value)
+  assert message in str(caught.value)
+  assert file in str(caught.value)
+  assert '\n' not in str(caught.value)
 
 
-def test_what_changes_nothing_is_read_without_a_word(tmp_path):
+def test_harmless_keys_are_accepted(tmp_path):
   write(
     tmp_path,
     **PLAIN,
@@ -226,29 +230,29 @@ def test_what_changes_nothing_is_read_without_a_word(tmp_path):
 
 
 def test_the_longest_sequence(tmp_path):
-  """max_position_embeddings, what Vicuna's folders say beside it, and what dynamic scaling makes of it."""
-  for said, expected in (
+  """By max_position_embeddings, by Vicuna's max_sequence_length, and by dynamic scaling."""
+  for keys, expected in (
     (dict(max_position_embeddings=300), 300),
     (dict(rope_scaling=dict(type='linear', factor=4.0), max_sequence_length=16384), 16384),
     (dict(rope_scaling=dict(type='dynamic', factor=4.0)), 16384),
   ):
-    write(tmp_path, **PLAIN | said)
+    write(tmp_path, **PLAIN | keys)
     assert lavit.build('letters', settings={'llama': read(tmp_path)}).llama.longest == expected
 
 
-def test_a_tokenizer_with_other_ids_of_its_ends_is_refused(tmp_path):
+def test_a_tokenizer_with_other_special_ids_is_refused(tmp_path):
   from tokenizers import AddedToken, Tokenizer, models
 
-  words = Tokenizer(models.BPE())
-  words.add_special_tokens([AddedToken(token) for token in ('<s>', '<pad>', '<unk>', '</s>')])
-  words.save(str(tmp_path / 'tokenizer.json'))
+  tokenizer = Tokenizer(models.BPE())
+  tokenizer.add_special_tokens([AddedToken(token) for token in ('<s>', '<pad>', '<unk>', '</s>')])
+  tokenizer.save(str(tmp_path / 'tokenizer.json'))
   with pytest.raises(
     UserError, match='has <s> under the id 0, and the model reads and writes it as 1'
   ):
     TextTokenizer.load(tmp_path, 4)
 
 
-# ------------------------------------------------------------------------------------------ with weights, and back
+# --- With weights, in both directions --------------------------------------------------------
 
 SCALED = dict(
   rope_theta=1e6,
@@ -261,7 +265,7 @@ IDS = np.random.default_rng(0).integers(3, 100, (1, 60))
 
 @pytest.fixture(scope='module')
 def source(tmp_path_factory):
-  """A LLaMA folder of transformers' own, with settings of its own, and its logits of IDS."""
+  """A LLaMA folder by transformers, with settings of its own, and its logits of IDS."""
   where = tmp_path_factory.mktemp('llama') / 'src'
   torch.manual_seed(0)
   model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | SCALED)).float().eval()
@@ -270,16 +274,16 @@ def source(tmp_path_factory):
       if x.ndim == 2:
         x.normal_(0, 1.5 / x.shape[1] ** 0.5)
   model.save_pretrained(where)
-  return where, theirs(where)
+  return where, transformers_logits(where)
 
 
-def theirs(where) -> np.ndarray:
+def transformers_logits(where) -> np.ndarray:
   model = transformers.LlamaForCausalLM.from_pretrained(where).eval()
   with torch.no_grad():
     return model(torch.from_numpy(IDS)).logits[..., :100].numpy()
 
 
-def ours(settings: dict, params: dict) -> np.ndarray:
+def flax_logits(settings: dict, params: dict) -> np.ndarray:
   llama = lavit.build('letters', settings=settings).llama
   mask = jnp.ones(IDS.shape, bool)
   x = llama.apply({'params': params}, jnp.asarray(IDS), method='embed')
@@ -287,8 +291,8 @@ def ours(settings: dict, params: dict) -> np.ndarray:
   return np.asarray(llama.apply({'params': params}, x, method='logits'))[..., :100]
 
 
-def close(logits, expected):
-  """Float32's rounding of sums of at most 96 terms and angles of at most 60, times the gains of two layers and a head."""
+def assert_close(logits, expected):
+  """Within float32's rounding of sums of 96 terms and angles of 60, times the gains of layers."""
   assert (
     np.abs(logits - expected).max()
     < 100 * (96 + 18 * 60) * np.finfo(np.float32).eps * expected.std()
@@ -296,10 +300,10 @@ def close(logits, expected):
 
 
 def test_there_and_back(source, tmp_path, capsys):
-  """Convert, convert back; and the same without the description that travelled along, as a training's export is."""
+  """With the description of the source, and without it, as an export of a training is."""
   src, expected = source
-  convert.plan_conversion(src, tmp_path / 'ours', variant='letters').run(lambda size: None)
-  settings = folder.read_settings(tmp_path / 'ours')
+  convert.plan_conversion(src, tmp_path / 'checkpoint', variant='letters').run(lambda size: None)
+  settings = folder.read_settings(tmp_path / 'checkpoint')
   assert settings == {
     'llama': dict(
       rope_theta=1e6,
@@ -308,42 +312,43 @@ def test_there_and_back(source, tmp_path, capsys):
       max_position_embeddings=512,
     )
   }
-  conversion.inspect(tmp_path / 'ours')
+  conversion.inspect(tmp_path / 'checkpoint')
   assert 'settings of llama: rope_theta=1000000.0, rope_scaling={"rope_type": "linear"' in ' '.join(
     capsys.readouterr().out.split()
   )
-  parts = folder.load_params(tmp_path / 'ours')
-  close(ours(settings, parts['llama']), expected)
+  params = folder.load_params(tmp_path / 'checkpoint')
+  assert_close(flax_logits(settings, params['llama']), expected)
   assert (
-    np.abs(ours({}, parts['llama']) - expected).max() > 0.1 * expected.std()
+    np.abs(flax_logits({}, params['llama']) - expected).max() > 0.1 * expected.std()
   )  # the settings are what does it
 
-  back = convert.plan_conversion(tmp_path / 'ours', tmp_path / 'back')
+  back = convert.plan_conversion(tmp_path / 'checkpoint', tmp_path / 'back')
   assert any('llama: config.json sets rope_theta=1000000.0' in note for note in back.notes)
   back.run(lambda size: None)
-  close(theirs(tmp_path / 'back'), expected)
-  folder.save_params(tmp_path / 'export', 'letters', dict(llama=parts['llama']), settings=settings)
+  assert_close(transformers_logits(tmp_path / 'back'), expected)
+  folder.save_params(tmp_path / 'export', 'letters', dict(llama=params['llama']), settings=settings)
   convert.plan_conversion(tmp_path / 'export', tmp_path / 'exported').run(lambda size: None)
-  close(theirs(tmp_path / 'exported' / 'language_model'), expected)
+  assert_close(transformers_logits(tmp_path / 'exported' / 'language_model'), expected)
   assert open_checkpoint(tmp_path / 'export', None).settings == settings
 
 
-def test_a_bundle_takes_each_parts_settings(tmp_path):
-  words = pathlib.Path(lavit.__file__).parents[1] / 'assets' / 'tiny' / 'language_model'
+def test_a_bundle_has_the_settings_of_each_module(tmp_path):
+  tokenizer = pathlib.Path(lavit.__file__).parents[1] / 'assets' / 'tiny' / 'language_model'
   tree = {'embedding': np.zeros((3, 2), np.float32)}
-  first, second = {'llama': dict(rope_theta=1e6)}, {'llama': dict(rms_norm_eps=1e-6)}
+  first = {'llama': dict(rope_theta=1e6)}
+  second = {'llama': dict(rms_norm_eps=1e-6)}
   folder.save_params(tmp_path / 'a', 'tiny', dict(llama=tree), settings=first)
   folder.save_params(tmp_path / 'b', 'tiny', dict(llama=tree), settings=second)
   folder.save_params(tmp_path / 'c', 'tiny', dict(decoder=tree))
   for sources, expected in (('abc', second), ('bac', first), ('ca', first)):
-    made = folder.bundle(tmp_path / 'made', [tmp_path / name for name in sources], words)
-    assert folder.read_settings(made) == expected
+    bundle = folder.bundle(tmp_path / 'bundle', [tmp_path / name for name in sources], tokenizer)
+    assert folder.read_settings(bundle) == expected
 
 
 def test_a_conversion_notes_the_settings_that_it_follows(source, tmp_path):
   """Those that differ from the variant's own with that value; base, eps and positions always."""
   src, _ = source
-  notes = convert.plan_conversion(src, tmp_path / 'ours', variant='letters').notes
+  notes = convert.plan_conversion(src, tmp_path / 'checkpoint', variant='letters').notes
   assert (
     'llama: config.json sets rope_theta=1000000.0 (the variant: 10000.0), '
     'rope_scaling={"rope_type": "linear", "factor": 4.0} (the variant: null), '
@@ -351,7 +356,9 @@ def test_a_conversion_notes_the_settings_that_it_follows(source, tmp_path):
   ) in notes
   shutil.copytree(src, tmp_path / 'plain')
   write(tmp_path / 'plain', **PLAIN)
-  notes = convert.plan_conversion(tmp_path / 'plain', tmp_path / 'ours', variant='letters').notes
+  notes = convert.plan_conversion(
+    tmp_path / 'plain', tmp_path / 'checkpoint', variant='letters'
+  ).notes
   assert (
     'llama: config.json sets rope_theta=10000.0, rms_norm_eps=1e-05, max_position_embeddings=4096'
   ) in notes
@@ -366,28 +373,32 @@ def test_scripts_name_the_settings(source, tmp_path):
     from_torch(src, 'llama', variant='letters', grow=True)
   settings = torch_settings(src, 'llama', variant='letters')
   params = from_torch(src, 'llama', variant='letters', grow=True, settings=settings)
-  close(ours(settings, params), expected)
+  assert_close(flax_logits(settings, params), expected)
   to_torch(params, tmp_path / 'back', 'llama', variant='letters', settings=settings)
-  close(theirs(tmp_path / 'back'), expected)
+  assert_close(transformers_logits(tmp_path / 'back'), expected)
   assert torch_settings(tmp_path / 'back', 'llama', variant='letters') == settings
 
 
 def test_a_description_that_disagrees_with_the_settings_is_not_written(source, tmp_path):
-  convert.plan_conversion(source[0], tmp_path / 'ours', variant='letters').run(lambda size: None)
-  file = tmp_path / 'ours' / 'torch' / 'config.json'
+  convert.plan_conversion(source[0], tmp_path / 'checkpoint', variant='letters').run(
+    lambda size: None
+  )
+  file = tmp_path / 'checkpoint' / 'torch' / 'config.json'
   file.write_text(json.dumps(json.loads(file.read_text()) | dict(rms_norm_eps=1e-6)))
   with pytest.raises(
     UserError, match='rms_norm_eps=1e-06, but the settings .* say rms_norm_eps=0.001 of llama'
   ):
-    convert.plan_conversion(tmp_path / 'ours', tmp_path / 'back')
+    convert.plan_conversion(tmp_path / 'checkpoint', tmp_path / 'back')
 
 
-def test_a_folder_of_before_has_its_descriptions_settings(source, tmp_path):
-  convert.plan_conversion(source[0], tmp_path / 'ours', variant='letters').run(lambda size: None)
-  file = tmp_path / 'ours' / 'config.json'
+def test_an_old_checkpoint_has_the_settings_of_its_descriptions(source, tmp_path):
+  convert.plan_conversion(source[0], tmp_path / 'checkpoint', variant='letters').run(
+    lambda size: None
+  )
+  file = tmp_path / 'checkpoint' / 'config.json'
   config = json.loads(file.read_text())
   settings = config.pop('settings')
   file.write_text(json.dumps(config))
-  assert folder.read_settings(tmp_path / 'ours') == settings != {}
-  shutil.rmtree(tmp_path / 'ours' / 'torch')
-  assert folder.read_settings(tmp_path / 'ours') == {}
+  assert folder.read_settings(tmp_path / 'checkpoint') == settings != {}
+  shutil.rmtree(tmp_path / 'checkpoint' / 'torch')
+  assert folder.read_settings(tmp_path / 'checkpoint') == {}

@@ -13,7 +13,7 @@ from lavit_jax.weights.torch.mapping import (
 )
 from lavit_jax.weights.torch.name_rules import TRANSFORMS, NameRule, contiguous
 
-ROWS = [
+RULES = [
   NameRule('embed', 'embed', 'unbatch'),
   NameRule('layers.{i}.fc.weight', 'blocks/fc/kernel', 'linear'),
   NameRule('layers.{i}.fc.bias', 'blocks/fc/bias'),
@@ -46,21 +46,21 @@ def file(drop=(), **extra):
   return state | extra
 
 
-def problems(state, rows=ROWS, like=LIKE):
+def problems(state, rules=RULES, like=LIKE):
   with pytest.raises(PortingError) as error:
-    from_torch(rows, state, like)
+    from_torch(rules, state, like)
   return str(error.value)
 
 
 def test_both_directions():
   state = file()
-  tree = from_torch(ROWS, state, LIKE)
+  tree = from_torch(RULES, state, LIKE)
   assert jax.tree.map(np.shape, tree) == jax.tree.map(lambda x: x.shape, LIKE)
   assert np.array_equal(tree['blocks']['fc']['kernel'][2], state['layers.2.fc.weight'].T)
   assert np.array_equal(tree['embed'], state['embed'][0])
-  back = to_torch(ROWS, tree)
+  back = to_torch(RULES, tree)
   assert back.keys() == state.keys() and all(np.array_equal(back[k], state[k]) for k in state)
-  assert torch_shapes(ROWS, LIKE) == {k: x.shape for k, x in state.items()}
+  assert torch_shapes(RULES, LIKE) == {k: x.shape for k, x in state.items()}
 
 
 SHAPES = {  # of one torch array, and of its leaf
@@ -93,20 +93,22 @@ def test_views_are_laid_out(shape):
 
 def test_types_follow_the_model():
   state = {name: x.astype(ml_dtypes.bfloat16) for name, x in file().items()}
-  assert {x.dtype for x in jax.tree.leaves(from_torch(ROWS, state, LIKE))} == {np.dtype(np.float32)}
+  assert {x.dtype for x in jax.tree.leaves(from_torch(RULES, state, LIKE))} == {
+    np.dtype(np.float32)
+  }
 
 
 def test_optional_rows_and_names_of_other_parts():
-  tree = from_torch(ROWS, file(drop=['head.weight'], **{'other.weight': np.ones(1)}), LIKE)
+  tree = from_torch(RULES, file(drop=['head.weight'], **{'other.weight': np.ones(1)}), LIKE)
   assert 'head' not in tree and 'embed' in tree
-  assert 'head.weight' not in to_torch(ROWS, tree)
+  assert 'head.weight' not in to_torch(RULES, tree)
 
 
 def test_an_optional_stack_is_whole_or_absent():
-  rows = [row._replace(optional=True) for row in ROWS[:4]]
+  rows = [row._replace(optional=True) for row in RULES[:4]]
   assert list(from_torch(rows, {'embed': np.ones((1, 5, 4))}, LIKE)) == ['embed']
-  told = problems(file(drop=['layers.1.fc.bias']), rows)
-  assert 'missing: layers.1.fc.bias' in told
+  message = problems(file(drop=['layers.1.fc.bias']), rows)
+  assert 'missing: layers.1.fc.bias' in message
   assert 'fills no leaf at all' in problems({}, rows)
 
 
@@ -120,71 +122,71 @@ def test_every_offender_is_named_with_its_nearest():
       'stranger': np.ones(1),
     },
   )
-  told = problems(state).splitlines()
-  assert '(6 problems)' in told[0]
-  assert {line.strip() for line in told[1:]} == {
+  message = problems(state).splitlines()
+  assert '(6 problems)' in message[0]
+  assert {line.strip() for line in message[1:]} == {
     'unmapped: no rule names layers.1.fc.wieght (nearest known: layers.1.fc.weight)',
     'unmapped: no rule names stranger',
     'unexpected: the model has no place for layers.3.fc.bias (fewer layers?)',
     'missing: embed',
     'missing: layers.1.fc.weight (nearest known: layers.1.fc.wieght)',
-    'wrong shape: head.weight is [3, 4], the model wants [2, 4]',
+    'wrong shape: head.weight is [3, 4], the model expects [2, 4]',
   }
   assert issubclass(PortingError, UserError)
 
 
-def test_types_are_one_a_stack_and_of_the_right_kind():
+def test_a_stack_has_one_dtype_of_the_right_kind():
   half = {name: x.astype(np.float16) if name.endswith('bias') else x for name, x in file().items()}
-  assert {path: x.dtype for path, x in make_plan(ROWS, half, LIKE).leaves.items()} == {
+  assert {path: x.dtype for path, x in make_plan(RULES, half, LIKE).leaves.items()} == {
     'embed': np.float32,
     'blocks/fc/kernel': np.float32,
     'blocks/fc/bias': np.float16,
     'head/kernel': np.float32,
   }
-  assert make_plan(ROWS, half, LIKE).stacked == {'blocks/fc/kernel', 'blocks/fc/bias'}
-  told = problems(
+  assert make_plan(RULES, half, LIKE).stacked == {'blocks/fc/kernel', 'blocks/fc/bias'}
+  message = problems(
     half | {'layers.1.fc.bias': np.ones(6, np.float32), 'embed': np.ones((1, 5, 4), np.int32)}
   )
-  assert 'wrong dtype: layers.1.fc.bias is float32, other layers of it are float16' in told
-  assert 'wrong dtype: embed is int32, the model wants float32' in told
+  assert 'wrong dtype: layers.1.fc.bias is float32, other layers of it are float16' in message
+  assert 'wrong dtype: embed is int32, the model expects float32' in message
 
 
-def test_what_may_be_missing_is_said_by_pattern():
+def test_a_pattern_allows_missing_names():
   state = file(drop=['embed', 'layers.1.fc.bias'])
   with pytest.raises(PortingError, match='missing: layers.1.fc.bias') as error:
-    make_plan(ROWS, state, LIKE, allow_missing='embed|bias')  # of a stack only the whole
+    make_plan(RULES, state, LIKE, allow_missing='embed|bias')  # of a stack only the whole
   assert 'missing: embed' not in str(error.value)
   state = {name: x for name, x in state.items() if 'bias' not in name}
-  assert sorted(make_plan(ROWS, state, LIKE, allow_missing='embed|bias').leaves) == [
+  assert sorted(make_plan(RULES, state, LIKE, allow_missing='embed|bias').leaves) == [
     'blocks/fc/kernel',
     'head/kernel',
   ]
 
 
-def test_leaves_are_placed_one_by_one():
-  tree = from_torch(ROWS, file(), LIKE, transform_leaf=lambda path, array: (path, array.shape))
+def test_leaves_are_transformed_one_by_one():
+  tree = from_torch(RULES, file(), LIKE, transform_leaf=lambda path, array: (path, array.shape))
   assert tree['blocks']['fc']['bias'] == ('blocks/fc/bias', (3, 6))
 
 
 def test_a_leaf_that_the_model_lacks_is_unexpected():
   like = {k: v for k, v in LIKE.items() if k not in ('head', 'embed')}
-  told = problems(file(), like=like)
-  assert 'unexpected: the model has no place for head.weight' in told
-  assert 'unexpected: embed belongs to leaf embed, which the model does not have' in told
+  message = problems(file(), like=like)
+  assert 'unexpected: the model has no place for head.weight' in message
+  assert 'unexpected: embed belongs to leaf embed, which the model does not have' in message
 
 
 def test_tables_are_checked_too():
   assert 'duplicate: leaf embed is claimed by embed and twin' in problems(
-    file(), [*ROWS, NameRule('twin', 'embed')]
+    file(), [*RULES, NameRule('twin', 'embed')]
   )
   like = LIKE | {'extra': LIKE['embed']}
   assert 'duplicate: embed is claimed by leaves embed and extra' in problems(
-    file(), [*ROWS, NameRule('embed', 'extra')], like
+    file(), [*RULES, NameRule('embed', 'extra')], like
   )
   assert 'unmapped: no rule names leaf extra' in problems(file(), like=like)
-  tree = from_torch(ROWS, file(), LIKE)
+  tree = from_torch(RULES, file(), LIKE)
   with pytest.raises(PortingError, match='no rule names leaf extra'):
-    to_torch(ROWS, tree | {'extra': np.ones(1)})
+    to_torch(RULES, tree | {'extra': np.ones(1)})
   del tree['embed']
   with pytest.raises(PortingError, match='embed belongs to leaf embed'):
-    to_torch(ROWS, tree)
+    to_torch(RULES, tree)

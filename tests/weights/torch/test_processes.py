@@ -1,4 +1,4 @@
-"""Two processes of two devices each: a checkpoint goes straight onto their common mesh, and the first writes another alone."""
+"""Two processes of two devices each load a checkpoint onto one mesh; the first alone writes."""
 
 import os
 import socket
@@ -24,23 +24,30 @@ from lavit_jax.weights.store.folder import load_params, save_params
 import nano
 nano.install()
 mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ('x', 'y'))
-specs = itertools.cycle([P(), P('x'), P('y'), P(None, 'x'), P(None, 'y'), P('x', 'y'), P('y', 'x'), P(None, ('x', 'y')), P(None, None, 'x')])
+specs = itertools.cycle([
+  P(), P('x'), P('y'), P(None, 'x'), P(None, 'y'), P('x', 'y'), P('y', 'x'), P(None, ('x', 'y')),
+  P(None, None, 'x'),
+])
 leaves.CHUNK_BYTES = 1000  # several stretches a leaf
 
 def shardings(tree):
-  def place(x):
-    fitting = (spec for spec in specs if len(spec) <= x.ndim)
-    return NamedSharding(mesh, next(spec for spec in fitting if not any(size % 4 for size, axis in zip(x.shape, spec) if axis) or spec == P()))
-  return jax.tree.map(place, tree)
+  def divides(spec, shape):
+    return len(spec) <= len(shape) and not any(
+      size % 4 for size, axis in zip(shape, spec) if axis
+    )
+
+  def sharding(x):
+    return NamedSharding(mesh, next(spec for spec in specs if divides(spec, x.shape)))
+  return jax.tree.map(sharding, tree)
 
 whole = load_params(folder / 'model', ['llama'])['llama']
-parts = load_params(folder / 'model', ['llama'], shardings=shardings)['llama']
+sharded = load_params(folder / 'model', ['llama'], shardings=shardings)['llama']
 seen = set()
-for x, wanted in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
-  assert x.shape == wanted.shape and len(x.sharding.device_set) == 4
+for x, expected in zip(jax.tree.leaves(sharded), jax.tree.leaves(whole), strict=True):
+  assert x.shape == expected.shape and len(x.sharding.device_set) == 4
   seen.add(str(x.sharding.spec))
   for shard in x.addressable_shards:
-    np.testing.assert_array_equal(shard.data, wanted[shard.index])
+    np.testing.assert_array_equal(shard.data, expected[shard.index])
 if index == 0:
   save_params(folder / 'again', 'nano', {'llama': whole})
 else:
@@ -58,8 +65,8 @@ def test_two_processes(tmp_path):
   rng = np.random.default_rng(0)
   nano.install()
   shapes = jax.eval_shape(lambda: init_params(lavit.build('nano'), jax.random.key(0), ('llama',)))
-  parts = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
-  save_params(tmp_path / 'model', 'nano', parts)
+  params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
+  save_params(tmp_path / 'model', 'nano', params)
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     address = '127.0.0.1:%d' % free.getsockname()[1]
@@ -79,13 +86,13 @@ def test_two_processes(tmp_path):
     for index in range(2)
   ]
   try:
-    told = [child.communicate(timeout=120) for child in children]
+    outputs = [child.communicate(timeout=120) for child in children]
   finally:
     for child in children:
       child.kill()
-  assert [child.returncode for child in children] == [0, 0], told
-  for out, _ in told:
+  assert [child.returncode for child in children] == [0, 0], outputs
+  for out, _ in outputs:
     word, devices, local, seen = out.splitlines()[-1].split()
     assert (word, devices, local) == ('ok', '4', '2') and int(seen) > 4
-  jax.tree.map(np.testing.assert_array_equal, load_params(tmp_path / 'again'), parts)
+  jax.tree.map(np.testing.assert_array_equal, load_params(tmp_path / 'again'), params)
   assert {file.name for file in tmp_path.iterdir()} == {'model', 'again'}

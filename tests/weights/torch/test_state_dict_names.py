@@ -1,10 +1,11 @@
-"""Tensors under other names than the tables': wrapped, prefixed, tied; other projects' files; and messages that end."""
+"""Tensors under other names: wrapped, prefixed, tied; files of other projects; long lists."""
 
 import argparse
 import json
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -36,9 +37,7 @@ LLAMA = dict(
 )
 
 
-def same(tree, other):
-  import jax
-
+def assert_same(tree, other):
   jax.tree.map(np.testing.assert_array_equal, tree, other)
 
 
@@ -65,12 +64,14 @@ def test_prefixes_of_the_encoder(tmp_path, prefix):
   save_tensors(
     {**{prefix + name: x for name, x in state.items()}, **text}, tmp_path / 'eva.safetensors'
   )
-  job = convert.plan_conversion(tmp_path / 'eva.safetensors', tmp_path / 'ours')
-  assert [item.tensors for item in job.items] == [len(state)] and job.variant == 'tiny'
-  assert any(
-    '2 tensors of another model' in note and 'logit_scale' in note for note in job.notes
-  ) == bool(text)
-  same(
+  conversion = convert.plan_conversion(tmp_path / 'eva.safetensors', tmp_path / 'checkpoint')
+  assert [item.tensors for item in conversion.items] == [
+    len(state)
+  ] and conversion.variant == 'tiny'
+  others = [note for note in conversion.notes if '2 tensors of another model' in note]
+  assert len(others) == (1 if text else 0)
+  assert all('logit_scale' in note for note in others)
+  assert_same(
     from_torch(tmp_path / 'eva.safetensors', 'vit', variant='tiny'),
     from_torch(EVA, 'vit', variant='tiny'),
   )
@@ -79,7 +80,7 @@ def test_prefixes_of_the_encoder(tmp_path, prefix):
 @pytest.mark.parametrize(
   'keys', [('model',), ('module',), ('state_dict',), ('state_dict', 'model')]
 )
-def test_what_a_training_saved(tmp_path, keys):
+def test_checkpoints_of_training_scripts(tmp_path, keys):
   torch = pytest.importorskip('torch')
   content = {
     f'module.{name}': torch.from_numpy(x.astype(np.float32)) for name, x in load_file(EVA).items()
@@ -92,7 +93,7 @@ def test_what_a_training_saved(tmp_path, keys):
       'optimizer': {'state': {}},
     }
   torch.save(content, tmp_path / 'eva.pth')
-  same(
+  assert_same(
     from_torch(tmp_path / 'eva.pth', 'vit', variant='tiny'), from_torch(EVA, 'vit', variant='tiny')
   )
 
@@ -101,7 +102,7 @@ def test_a_pickle_without_a_model_says_what_it_holds(tmp_path):
   torch = pytest.importorskip('torch')
   torch.save({'epoch': 3, 'net': {'x': torch.ones(2)}}, tmp_path / 'run.pth')
   with pytest.raises(
-    UserError, match="'epoch' is a int .2 of 2 entries are no tensors.; save the state_dict"
+    UserError, match="'epoch' is a int .2 of 2 entries are not tensors.; save the state_dict"
   ):
     torch_files.load(tmp_path / 'run.pth')
 
@@ -111,11 +112,11 @@ def test_two_tensors_of_one_name(tmp_path):
     {'module.cls_token': np.ones(2), 'cls_token': np.zeros(2)}, tmp_path / 'eva.safetensors'
   )
   with pytest.raises(UserError, match='two tensors that are cls_token'):
-    convert.plan_conversion(tmp_path / 'eva.safetensors', tmp_path / 'ours')
+    convert.plan_conversion(tmp_path / 'eva.safetensors', tmp_path / 'checkpoint')
 
 
 @pytest.mark.parametrize(
-  ('name', 'told'),
+  ('name', 'message'),
   [
     ('model.diffusion_model.input_blocks.0.0.weight', 'StableDiffusionPipeline.from_single_file'),
     ('first_stage_model.encoder.down.0.block.0.conv1.weight', 'AutoencoderKL.from_single_file'),
@@ -126,23 +127,23 @@ def test_two_tensors_of_one_name(tmp_path):
     ('model.layers.0.self_attn.q_proj.qweight', 'quantized'),
   ],
 )
-def test_files_of_other_projects(tmp_path, name, told):
+def test_files_of_other_projects(tmp_path, name, message):
   save_tensors({name: np.ones((2, 2), np.float32)}, tmp_path / 'x.safetensors')
-  with pytest.raises(UserError, match=told) as error:
-    convert.plan_conversion(tmp_path / 'x.safetensors', tmp_path / 'ours')
+  with pytest.raises(UserError, match=message) as error:
+    convert.plan_conversion(tmp_path / 'x.safetensors', tmp_path / 'checkpoint')
   assert '\n' not in str(error.value) and 'x.safetensors' in str(error.value)
 
 
 def test_folders_of_other_projects(tmp_path):
-  for name, file, told in (
+  for name, file, message in (
     ('meta', 'consolidated.00.pth', 'convert_llama_weights_to_hf'),
     ('lora', 'adapter_config.json', 'merge_and_unload'),
     ('one', 'v1-5-pruned.ckpt', 'give the file itself'),
   ):
     (tmp_path / name).mkdir()
     (tmp_path / name / file).write_bytes(b'{}')
-    with pytest.raises(UserError, match=told):
-      convert.plan_conversion(tmp_path / name, tmp_path / 'ours')
+    with pytest.raises(UserError, match=message):
+      convert.plan_conversion(tmp_path / name, tmp_path / 'checkpoint')
 
 
 def test_a_long_list_is_cut(tmp_path):
@@ -151,7 +152,7 @@ def test_a_long_list_is_cut(tmp_path):
     tmp_path / 'eva.safetensors',
   )
   with pytest.raises(PortingError) as error:
-    convert.plan_conversion(tmp_path / 'eva.safetensors', tmp_path / 'ours', variant='tiny')
+    convert.plan_conversion(tmp_path / 'eva.safetensors', tmp_path / 'checkpoint', variant='tiny')
   lines = str(error.value).splitlines()
   strange = sum('strange' in problem and 'unmapped' in problem for problem in error.value.problems)
   assert strange == len(load_file(EVA)) and len(lines) < 20 and len(str(error.value)) < 3000
@@ -159,7 +160,8 @@ def test_a_long_list_is_cut(tmp_path):
 
 
 def make_llama(where, **over):
-  torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
+  torch = pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
   torch.manual_seed(0)
   model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA | over))
   model.save_pretrained(where)
@@ -167,26 +169,26 @@ def make_llama(where, **over):
 
 
 def run(src, dst, **options):
-  job = convert.plan_conversion(src, dst, **options)
-  job.run(lambda size: None)
-  return job
+  conversion = convert.plan_conversion(src, dst, **options)
+  conversion.run(lambda size: None)
+  return conversion
 
 
 def test_tied_embeddings(tmp_path):
   model = make_llama(tmp_path / 'src', tie_word_embeddings=True)
   files = load_file(tmp_path / 'src' / 'model.safetensors')
   assert 'lm_head.weight' not in files
-  job = run(tmp_path / 'src', tmp_path / 'ours', variant='tiny')
-  assert any('lm_head.weight is not in the files' in note for note in job.notes)
-  llama = folder.load_params(tmp_path / 'ours')['llama']
+  conversion = run(tmp_path / 'src', tmp_path / 'checkpoint', variant='tiny')
+  assert any('lm_head.weight is not in the files' in note for note in conversion.notes)
+  llama = folder.load_params(tmp_path / 'checkpoint')['llama']
   np.testing.assert_array_equal(llama['head'][:, :2048], model.lm_head.weight.detach().numpy().T)
   np.testing.assert_array_equal(llama['head'], llama['embedding'].T)  # the new rows too
-  run(tmp_path / 'ours', tmp_path / 'back')
+  run(tmp_path / 'checkpoint', tmp_path / 'back')
   again = load_file(tmp_path / 'back' / 'model.safetensors')
   assert again.keys() == files.keys()
-  run(tmp_path / 'src', tmp_path / 'words', variant='tiny', grow=False)
-  run(tmp_path / 'words', tmp_path / 'words-back')
-  again = load_file(tmp_path / 'words-back' / 'model.safetensors')
+  run(tmp_path / 'src', tmp_path / 'text', variant='tiny', grow=False)
+  run(tmp_path / 'text', tmp_path / 'text-back')
+  again = load_file(tmp_path / 'text-back' / 'model.safetensors')
   assert again.keys() == files.keys() and all(
     np.array_equal(again[name], x) for name, x in files.items()
   )
@@ -196,10 +198,12 @@ def test_tied_embeddings(tmp_path):
     convert.plan_conversion(tmp_path / 'src', tmp_path / 'untied', variant='tiny')
 
 
-def test_rows_that_are_not_taken_say_which_are(tmp_path):
+def test_an_unsupported_vocabulary_names_the_supported_ones(tmp_path):
   make_llama(tmp_path / 'src', vocab_size=2049)
-  with pytest.raises(PortingError, match='the vocabulary has 2049; taken are 2048 .* and 3074 '):
-    convert.plan_conversion(tmp_path / 'src', tmp_path / 'ours', variant='tiny')
+  with pytest.raises(
+    PortingError, match='the vocabulary has 2049; supported are 2048 .* and 3074 '
+  ):
+    convert.plan_conversion(tmp_path / 'src', tmp_path / 'checkpoint', variant='tiny')
 
 
 def test_one_layer_of_another_type(tmp_path):
@@ -211,12 +215,12 @@ def test_one_layer_of_another_type(tmp_path):
     PortingError,
     match=r'wrong dtype: blocks.*mlp.fc1.weight is .*, other layers of it are .*--dtype float32',
   ):
-    convert.plan_conversion(tmp_path / 'eva.safetensors', tmp_path / 'ours')
-  run(tmp_path / 'eva.safetensors', tmp_path / 'ours', dtype='float32')
-  kernel = folder.load_params(tmp_path / 'ours')['vit']['blocks']['mlp']['fc1']['kernel']
+    convert.plan_conversion(tmp_path / 'eva.safetensors', tmp_path / 'checkpoint')
+  run(tmp_path / 'eva.safetensors', tmp_path / 'checkpoint', dtype='float32')
+  kernel = folder.load_params(tmp_path / 'checkpoint')['vit']['blocks']['mlp']['fc1']['kernel']
   np.testing.assert_array_equal(kernel[1], state[name].T)
   np.testing.assert_array_equal(kernel[0], state['blocks.0.mlp.fc1.weight'].astype(np.float32).T)
-  same(
+  assert_same(
     from_torch(tmp_path / 'eva.safetensors', 'vit', variant='tiny')['blocks']['mlp']['fc1'][
       'kernel'
     ],
@@ -232,11 +236,11 @@ def test_an_encoder_without_norm_and_head_captions(tmp_path):
     {name: x for name, x in load_file(file).items() if not name.startswith(('norm.', 'head.'))},
     file,
   )
-  run(tmp_path / 'src', tmp_path / 'ours')
-  picture = ASSETS / 'demo' / '01.png'
-  assert Lavit.from_pretrained(tmp_path / 'ours').caption([picture]) == Lavit.from_pretrained(
+  run(tmp_path / 'src', tmp_path / 'checkpoint')
+  image = ASSETS / 'demo' / '01.png'
+  assert Lavit.from_pretrained(tmp_path / 'checkpoint').caption([image]) == Lavit.from_pretrained(
     TINY
-  ).caption([picture])
+  ).caption([image])
 
 
 def test_an_encoder_without_norm_and_head_opens(tmp_path):
@@ -244,11 +248,11 @@ def test_an_encoder_without_norm_and_head_opens(tmp_path):
     {name: x for name, x in load_file(EVA).items() if not name.startswith(('norm.', 'head.'))},
     tmp_path / 'eva.safetensors',
   )
-  run(tmp_path / 'eva.safetensors', tmp_path / 'ours')
-  assert 'head' not in Lavit.from_pretrained(tmp_path / 'ours').params['vit']
+  run(tmp_path / 'eva.safetensors', tmp_path / 'checkpoint')
+  assert 'head' not in Lavit.from_pretrained(tmp_path / 'checkpoint').params['vit']
   save_tensors(
     {name: x for name, x in load_file(EVA).items() if not name.startswith('blocks.0.norm1')},
     tmp_path / 'less.safetensors',
   )
   with pytest.raises(PortingError, match='missing: blocks.0.norm1'):
-    convert.plan_conversion(tmp_path / 'less.safetensors', tmp_path / 'ours2')
+    convert.plan_conversion(tmp_path / 'less.safetensors', tmp_path / 'checkpoint2')

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from lavit_jax.models.lavit import build
-from lavit_jax.weights.torch import names_visual as tables
+from lavit_jax.weights.torch import names_visual
 from lavit_jax.weights.torch.mapping import PortingError, from_torch, torch_shapes
 
 DATA = pathlib.Path(__file__).parents[2] / 'data'
@@ -27,22 +27,24 @@ def like(module, *shapes):
 
 
 @pytest.fixture(scope='module')
-def parts():
-  """Full-size parameter trees with their rows, by part."""
+def full_size():
+  """By module: name rules and full-size parameter tree."""
   model = build('lavit_7b')
-  x, keep = ((1, 256, 1408), jnp.float32), ((1, 256), jnp.float32)
-  codes, mask = ((1, 256, 32), jnp.float32), ((1, 256), jnp.bool_)
+  x = ((1, 256, 1408), jnp.float32)
+  keep = ((1, 256), jnp.float32)
+  codes = ((1, 256, 32), jnp.float32)
+  mask = ((1, 256), jnp.bool_)
   return {
-    'vit': (tables.vit_rules(), like(model.vit, ((1, 224, 224, 3), jnp.float32))),
-    'tokenizer': (tables.tokenizer_rules(), like(model.tokenizer, x)),
-    'understanding': (tables.understanding_rules(), like(model.understanding, x, keep)),
-    'decoder': (tables.decoder_rules(1), like(model.decoder, codes, mask)),
-    'highres_decoder': (tables.decoder_rules(2), like(model.highres_decoder, codes, mask)),
+    'vit': (names_visual.vit_rules(), like(model.vit, ((1, 224, 224, 3), jnp.float32))),
+    'tokenizer': (names_visual.tokenizer_rules(), like(model.tokenizer, x)),
+    'understanding': (names_visual.understanding_rules(), like(model.understanding, x, keep)),
+    'decoder': (names_visual.decoder_rules(1), like(model.decoder, codes, mask)),
+    'highres_decoder': (names_visual.decoder_rules(2), like(model.highres_decoder, codes, mask)),
   }
 
 
 @pytest.mark.parametrize(
-  ('file', 'names', 'millions'),
+  ('file', 'modules', 'millions'),
   [
     ('eva_vitg_psz14.bin', ['vit'], 1012.6),
     ('tokenizer_encoder.bin', ['tokenizer', 'understanding'], 409.8),
@@ -50,32 +52,34 @@ def parts():
     ('highres_tokenizer_decoder.bin', ['highres_decoder'], 414.0),
   ],
 )
-def test_full_size_names_and_shapes(parts, file, names, millions):
+def test_full_size_names_and_shapes(full_size, file, modules, millions):
   """Every published name is a leaf and every leaf a published name, of the same shape."""
   shapes = {}
-  for name in names:
-    shapes |= torch_shapes(*parts[name])
+  for module in modules:
+    shapes |= torch_shapes(*full_size[module])
   published = {name: tuple(shape) for name, shape in FILES[file].items()}
   assert shapes == published
   assert round(sum(map(np.prod, shapes.values())) / 1e6, 1) == millions
 
 
-def test_encoder_file_may_lack_what_another_part_owns(golden):
-  """`tokenizer_encoder` without vit_proj is a whole tokenizer; the understanding part then names what it misses."""
+def test_the_encoder_file_may_lack_tensors_of_another_module(golden):
+  """`tokenizer_encoder` without vit_proj is a whole tokenizer, and no `understanding`."""
   state = load_file(DATA / 'golden' / 'tokenizer_encoder.safetensors')
   visual = {name: state.pop(name) for name in ('vit_proj.weight', 'vit_proj.bias')}
-  from_torch(tables.tokenizer_rules(), state, golden.params['tokenizer'])
+  from_torch(names_visual.tokenizer_rules(), state, golden.params['tokenizer'])
   with pytest.raises(PortingError, match=r'(?s)missing: vit_proj.weight.*missing: vit_proj.bias'):
-    from_torch(tables.understanding_rules(), state, golden.params['understanding'])
+    from_torch(names_visual.understanding_rules(), state, golden.params['understanding'])
   visual['causal_encoder.norm.bias'] = np.full(64, 3.0)  # the overlay of stage 2
-  tree = from_torch(tables.understanding_rules(), state | visual, golden.params['understanding'])
+  tree = from_torch(
+    names_visual.understanding_rules(), state | visual, golden.params['understanding']
+  )
   assert (tree['merger']['norm']['bias'] == 3).all() and 'vit_proj' in tree
 
 
 def test_vit_without_its_head_still_gives_features(golden):
   state = load_file(DATA / 'golden' / 'eva_vit.safetensors')
   headless = {name: x for name, x in state.items() if not name.startswith(('norm.', 'head.'))}
-  tree = from_torch(tables.vit_rules(), headless, golden.params['vit'])
+  tree = from_torch(names_visual.vit_rules(), headless, golden.params['vit'])
   assert not {'norm', 'head'} & tree.keys()
   features = golden.modules['vit'].apply(
     {'params': tree}, golden.io['images'].transpose(0, 2, 3, 1)

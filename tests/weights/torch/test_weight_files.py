@@ -1,4 +1,7 @@
-"""Which files of a folder are its weights: as diffusers and transformers name them, beside each other, broken, linked, or listed and missing."""
+"""Which files of a folder are its weights.
+
+As diffusers and transformers name them; several editions, broken, linked, or listed and missing.
+"""
 
 import json
 import os
@@ -17,15 +20,15 @@ from lavit_jax.weights.torch import convert, files, formats, weight_files
 from lavit_jax.weights.torch.digests import sha256
 
 TINY = pathlib.Path(cli.ASSETS) / 'tiny'
-PIXELS = TINY / 'pixel_decoding'
+DECODER = TINY / 'pixel_decoding'
 VAE = 'diffusion_pytorch_model'
 
 
 @pytest.fixture
 def stable(tmp_path):
-  """A Stable Diffusion folder of tiny parts."""
+  """A Stable Diffusion folder of tiny modules."""
   for part in ('unet', 'vae'):
-    shutil.copytree(PIXELS / part, tmp_path / 'src' / part)
+    shutil.copytree(DECODER / part, tmp_path / 'src' / part)
   return tmp_path / 'src'
 
 
@@ -68,7 +71,7 @@ def test_names_of_weights(name, variant):
   ],
   ids=lambda options: '-'.join(map(str, options.values())),
 )
-def test_whatever_diffusers_saves_is_found(stable, options):
+def test_all_that_diffusers_saves_is_found(stable, options):
   diffusers = pytest.importorskip('diffusers')
   vae = diffusers.AutoencoderKL.from_pretrained(stable / 'vae')
   shutil.rmtree(stable / 'vae')
@@ -85,7 +88,7 @@ def test_whatever_diffusers_saves_is_found(stable, options):
 
 
 @pytest.mark.parametrize('options', [{}, dict(max_shard_size='2KB')], ids=str)
-def test_whatever_transformers_saves_is_found(tmp_path, options):
+def test_all_that_transformers_saves_is_found(tmp_path, options):
   transformers = pytest.importorskip('transformers')
   config = transformers.LlamaConfig(
     vocab_size=9, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
@@ -97,58 +100,40 @@ def test_whatever_transformers_saves_is_found(tmp_path, options):
 
 
 def test_the_rule_among_several_editions(tmp_path):
-  names = [
-    f'{VAE}{middle}{suffix}'
-    for middle in ('', '.fp16', '.bf16', '.fp32', '.non_ema')
-    for suffix in ('.bin', '.safetensors')
-  ]
-  for name in names:
-    (tmp_path / name).touch()
+  for variant in ('', '.fp16', '.bf16', '.fp32', '.non_ema'):
+    for suffix in ('.bin', '.safetensors'):
+      (tmp_path / f'{VAE}{variant}{suffix}').touch()
   order = [(edition.variant, edition.suffix) for edition in weight_files.editions(tmp_path, [VAE])]
-  assert order == [
-    (variant, suffix)
-    for variant in ('', 'fp32', 'fp16', 'bf16', 'non_ema')
-    for suffix in ('.safetensors', '.bin')
-  ]
+  expected = []
+  for variant in ('', 'fp32', 'fp16', 'bf16', 'non_ema'):
+    expected += [(variant, '.safetensors'), (variant, '.bin')]
+  assert order == expected
   assert weight_files.choose(tmp_path, [VAE], 'bf16').variant == 'bf16'
-  assert (
-    weight_files.choose(tmp_path, [VAE], 'int4').variant == ''
-  )  # of a part that has no such edition
+  assert weight_files.choose(tmp_path, [VAE], 'int4').variant == ''  # there is no such edition
   assert weight_files.choose(tmp_path, ['model']) is None
 
 
-def test_an_edition_beside_the_one_taken_is_told(stable, tmp_path, capsys):
+def test_other_editions_are_noted(stable, tmp_path, capsys):
   state = load_file(stable / 'vae' / f'{VAE}.safetensors')
   save_tensors(
     {name: x.astype(np.float16) for name, x in state.items()},
     stable / 'vae' / f'{VAE}.fp16.safetensors',
   )
-  assert cli.main(['convert', '--src', str(stable), '--dst', str(tmp_path / 'a')]) == 0
-  said = ' '.join(capsys.readouterr().err.split())
-  assert (
-    f'vae: {VAE}.safetensors is taken, not {VAE}.fp16.safetensors beside it' in said
-    and 'unet: diffusion' not in said
-  )
+  command = ['convert', '--src', str(stable), '--dst']
+  assert cli.main([*command, str(tmp_path / 'a')]) == 0
+  notes = ' '.join(capsys.readouterr().err.split())
+  assert f'vae: {VAE}.safetensors is read, not {VAE}.fp16.safetensors beside it' in notes
+  assert 'unet: diffusion' not in notes
   assert not list((tmp_path / 'a' / 'torch').rglob('*.safetensors'))
-  assert (
-    cli.main(
-      ['convert', '--src', str(stable), '--dst', str(tmp_path / 'b'), '--weights-variant', 'fp16']
-    )
-    == 0
-  )
-  assert f'vae: {VAE}.fp16.safetensors is taken' in ' '.join(capsys.readouterr().err.split())
-  dtypes = {place: folder.read_config(tmp_path / place)['parts']['vae']['dtype'] for place in 'ab'}
+  assert cli.main([*command, str(tmp_path / 'b'), '--weights-variant', 'fp16']) == 0
+  assert f'vae: {VAE}.fp16.safetensors is read' in ' '.join(capsys.readouterr().err.split())
+  dtypes = {name: folder.read_config(tmp_path / name)['parts']['vae']['dtype'] for name in 'ab'}
   assert dtypes['b'] == 'float16' != dtypes['a']
-  assert (
-    cli.main(
-      ['convert', '--src', str(stable), '--dst', str(tmp_path / 'c'), '--weights-variant', 'fp8']
-    )
-    == 2
-  )
+  assert cli.main([*command, str(tmp_path / 'c'), '--weights-variant', 'fp8']) == 2
   assert "no weights of the variant 'fp8'" in capsys.readouterr().err
 
 
-def test_a_broken_edition_matters_if_it_is_the_one(stable):
+def test_a_broken_edition_is_an_error_if_it_is_chosen(stable):
   index = stable / 'vae' / f'{VAE}.safetensors.index.fp16.json'
   index.write_text(json.dumps({'weight_map': {'x': f'{VAE}.fp16-00001-of-00002.safetensors'}}))
   assert len(formats.detect(stable)[1]) == 2
@@ -163,7 +148,7 @@ def test_a_broken_edition_matters_if_it_is_the_one(stable):
     formats.detect(stable)
 
 
-def test_a_part_does_not_vanish(stable, tmp_path, capsys):
+def test_a_module_without_its_weights_is_named(stable, tmp_path, capsys):
   (stable / 'model_index.json').write_text(
     json.dumps(
       {
@@ -175,15 +160,11 @@ def test_a_part_does_not_vanish(stable, tmp_path, capsys):
       }
     )
   )
-  shutil.copytree(
-    PIXELS / 'vae', stable / 'text_encoder'
-  )  # weights of a model that is none of ours
+  shutil.copytree(DECODER / 'vae', stable / 'text_encoder')  # weights of another model
   assert cli.main(['convert', '--src', str(stable), '--dst', str(tmp_path / 'a')]) == 0
-  said = ' '.join(capsys.readouterr().err.split())
-  assert (
-    'not converted, but copied as they are into torch/: 1 files' in said
-    and f'text_encoder/{VAE}.safetensors' in said
-  )
+  notes = ' '.join(capsys.readouterr().err.split())
+  assert 'not converted, but copied as they are into torch/: 1 files' in notes
+  assert f'text_encoder/{VAE}.safetensors' in notes
   weights = stable / 'unet' / f'{VAE}.safetensors'
   weights.rename(weights.with_name('diffusion_flax_model.msgpack'))
   with pytest.raises(
@@ -203,8 +184,8 @@ def test_a_part_does_not_vanish(stable, tmp_path, capsys):
   )
 
 
-def test_formats_are_known_by_content(tmp_path):
-  """As the cache of the Hub keeps files: under a digest, with a link of the right name to it; and under wrong names."""
+def test_formats_are_recognized_by_content(tmp_path):
+  """As in the cache of the Hub, under a digest with a link to it; and under wrong names."""
   torch = pytest.importorskip('torch')
   arrays = {'x.weight': np.arange(6, dtype=np.float32).reshape(2, 3)}
   blobs, snapshot = tmp_path / 'blobs', tmp_path / 'snapshots' / 'abc'
@@ -216,14 +197,14 @@ def test_formats_are_known_by_content(tmp_path):
   os.symlink('../../blobs/' + '2e' * 32, snapshot / 'b.bin')
   shutil.copy(blobs / ('1f' * 32), tmp_path / 'wrong.bin')
   shutil.copy(blobs / ('2e' * 32), tmp_path / 'wrong.safetensors')
-  places = [
+  paths = [
     snapshot / 'a.safetensors',
     snapshot / 'b.bin',
     *blobs.iterdir(),
     tmp_path / 'wrong.bin',
     tmp_path / 'wrong.safetensors',
   ]
-  for path in places:
+  for path in paths:
     np.testing.assert_array_equal(np.asarray(files.load(path)['x.weight']), arrays['x.weight'])
     assert len(sha256(path)) == 64
   (tmp_path / 'lfs.safetensors').write_text(
@@ -238,26 +219,26 @@ def test_a_linked_encoder_converts(tmp_path):
   blob.parent.mkdir()
   shutil.copy(TINY / 'visual_tokenizer' / 'eva_vitg_psz14.safetensors', blob)
   os.symlink(blob, tmp_path / 'eva.safetensors')
-  job = convert.plan_conversion(tmp_path / 'eva.safetensors', tmp_path / 'ours')
-  job.run(lambda size: None)
-  assert folder.read_config(tmp_path / 'ours')['metadata']['source']['files'].keys() == {
+  conversion = convert.plan_conversion(tmp_path / 'eva.safetensors', tmp_path / 'checkpoint')
+  conversion.run(lambda size: None)
+  assert folder.read_config(tmp_path / 'checkpoint')['metadata']['source']['files'].keys() == {
     'eva.safetensors'
   }
 
 
-def test_missing_descriptions_are_named(tmp_path):
+def test_missing_descriptions_are_noted(tmp_path):
   shutil.copytree(TINY / 'pixel_decoding' / 'unet', tmp_path / 'sd' / 'unet')
   (tmp_path / 'sd' / 'unet' / 'config.json').unlink()
-  notes = convert.plan_conversion(tmp_path / 'sd', tmp_path / 'ours').notes
-  said = "is not there, so the variant's own values are taken, unchecked"
-  assert f'unet: unet/config.json {said}' in notes
-  assert f'unet: scheduler/scheduler_config.json {said}' in notes
+  notes = convert.plan_conversion(tmp_path / 'sd', tmp_path / 'checkpoint').notes
+  text = "is missing, so the variant's own values are used, unchecked"
+  assert f'unet: unet/config.json {text}' in notes
+  assert f'unet: scheduler/scheduler_config.json {text}' in notes
 
 
 def test_factors_of_the_vae_are_noted(stable, tmp_path, capsys):
   file = stable / 'vae' / 'config.json'
   file.write_text(json.dumps(json.loads(file.read_text()) | {'shift_factor': 0.5}))
-  command = ['convert', '--src', str(stable), '--dst', str(tmp_path / 'ours'), '--dry-run']
+  command = ['convert', '--src', str(stable), '--dst', str(tmp_path / 'checkpoint'), '--dry-run']
   assert cli.main(command) == 0
   notes = capsys.readouterr().err.splitlines()
   assert (
@@ -265,9 +246,9 @@ def test_factors_of_the_vae_are_noted(stable, tmp_path, capsys):
   ) in notes
 
 
-def test_a_llama_folder_with_metas_files_is_recognised(tmp_path):
+def test_a_llama_folder_with_files_of_meta_is_recognized(tmp_path):
   (tmp_path / 'meta').mkdir()
   (tmp_path / 'meta' / 'config.json').write_text('{"model_type": "llama"}')
   (tmp_path / 'meta' / 'consolidated.00.pth').write_bytes(b'')
   with pytest.raises(UserError, match='holds consolidated.00.pth'):
-    convert.plan_conversion(tmp_path / 'meta', tmp_path / 'ours')
+    convert.plan_conversion(tmp_path / 'meta', tmp_path / 'checkpoint')

@@ -67,7 +67,7 @@ def complete(config: dict) -> dict:
 
 
 def lambda_min(value: Any) -> Any:
-  """diffusers' -inf, which JSON may spell as a word, clips nothing."""
+  """Diffusers' -inf, which JSON may spell as a word, clips nothing."""
   return None if value in (-math.inf, '-Infinity', '-inf') else value
 
 

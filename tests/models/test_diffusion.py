@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lavit_jax.inference.diffusion import (
+from lavit_jax.models.diffusion import (
   SAMPLERS,
   guided_denoiser,
   initial_latents,

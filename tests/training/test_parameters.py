@@ -1,5 +1,6 @@
-"""A run trains with the settings of the checkpoints that it begins with, keeps them, and exports them."""
+"""A run trains with the settings of the checkpoints that it starts from, and exports them."""
 
+import dataclasses
 import json
 
 import jax
@@ -11,8 +12,10 @@ import pytest
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.models.initialization import init_params
-from lavit_jax.training import flops, loop, settings, stages
+from lavit_jax.training import flops, loop
 from lavit_jax.training.checkpoint import Checkpoints
+from lavit_jax.training.run import resolve
+from lavit_jax.training.stages import build_stage
 from lavit_jax.weights.store import folder
 from lavit_jax.weights.torch import mapping
 from lavit_jax.weights.torch.names_llama import llama_rules
@@ -41,7 +44,7 @@ def parts():
 
 @pytest.fixture(scope='module')
 def folders(parts, tmp_path_factory):
-  """`towers`: what the language model's stage needs; `other`, `own`: a language model with and without settings of its own."""
+  """`towers`: what the stage needs; `other`, `own`: language models with and without settings."""
   root = tmp_path_factory.mktemp('folders')
   folder.save_params(root / 'towers', 'nano', {name: parts[name] for name in ('vit', 'tokenizer')})
   folder.save_params(root / 'other', 'nano', {'llama': parts['llama']}, settings={'llama': OTHER})
@@ -54,16 +57,27 @@ def page(folders, *init_from, **changes):
   return nano.config('lm', frozen=str(folders / 'towers'), init_from=names, **changes)
 
 
+def as_json(config):
+  return json.loads(config.to_json_best_effort())
+
+
 def of_run(config, workdir):
-  return settings.run_settings(
-    config, loop.split_folders(config.frozen), loop.split_folders(config.init_from), workdir
-  )
+  return resolve(config, workdir).model.settings
+
+
+def build(settings):
+  """The language model's stage with the settings of a checkpoint."""
+  run = nano.run('lm')
+  model = lavit.build('nano', settings=settings)
+  return build_stage(run.stage_name, run.options, model, run.layout)
 
 
 def test_a_step_has_the_loss_that_transformers_computes(parts):
   """Of plain texts, several in a row: each alone in transformers, the mean over all its targets."""
-  torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
-  rng, length = np.random.default_rng(0), np.array([3, 20, 44, 30, 17, 1, 40, 25], np.int32)
+  torch = pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
+  rng = np.random.default_rng(0)
+  length = np.array([3, 20, 44, 30, 17, 1, 40, 25], np.int32)
   inside = np.arange(48) < length[:, None]
   text = np.where(inside, rng.integers(3, 2048, inside.shape), 0).astype(np.int32)
   batch = dict(
@@ -75,7 +89,7 @@ def test_a_step_has_the_loss_that_transformers_computes(parts):
   )
 
   def step(own):
-    stage = stages.build_stage(nano.config('lm'), lavit.build('nano', settings=own), 1)
+    stage = build(own)
     params, state = nano.jit(stage.init)(jax.random.key(0), parts)
     return params['llama'], nano.jit(
       lambda params, batch: stage.loss(params, parts, state, batch, jax.random.key(1), True)[0]
@@ -112,7 +126,7 @@ def test_a_step_has_the_loss_that_transformers_computes(parts):
         ).numpy()
       )
   costs = np.concatenate(costs)
-  # A sum of this many terms, each the logarithm of a sum over the vocabulary, rounded in float32 in any order.
+  # Of a float32 sum of so many terms, each the logarithm of a sum over the vocabulary.
   bound = np.finfo(np.float32).eps * (len(costs) + len(llama['embedding'])) * costs.mean()
   np.testing.assert_allclose(value, costs.mean(), atol=bound, rtol=0)
   assert abs(step(None)[1] - costs.mean()) > 2 * bound
@@ -123,7 +137,8 @@ def test_settings_come_from_the_folders_of_the_parts_that_are_used(folders, tmp_
   assert of_run(page(folders, 'own'), tmp_path) == of_run(page(folders), tmp_path) == {}
   with pytest.raises(
     UserError,
-    match='other has rope_theta=100.0 of llama, and .*own has rope_theta=10000.0; name one of the two alone',
+    match='other has rope_theta=100.0 of llama, and .*own has rope_theta=10000.0; '
+    'name one of the two alone',
   ):
     of_run(page(folders, 'other', 'own'), tmp_path)
   config = nano.config('tokenizer', frozen=f'{folders / "towers"},{folders / "other"}')
@@ -131,7 +146,8 @@ def test_settings_come_from_the_folders_of_the_parts_that_are_used(folders, tmp_
 
 
 def test_checkpoints_keep_them(folders, tmp_path):
-  config, state = page(folders, 'other'), {'x': jnp.zeros(3)}
+  config = as_json(page(folders, 'other'))
+  state = {'x': jnp.zeros(3)}
   checkpoints = Checkpoints(tmp_path, config, 1, {'llama': OTHER})
   checkpoints.save(1, state, loop_data())
   checkpoints.wait()
@@ -160,12 +176,12 @@ def test_checkpoints_keep_them(folders, tmp_path):
 
 
 def test_checkpoints_of_before_there_were_settings(folders, tmp_path, monkeypatch):
-  config = page(folders)
+  config = as_json(page(folders))
   checkpoints = Checkpoints(tmp_path, config, 1)
-  real = checkpoints._about
+  real = checkpoints._read_metadata
   monkeypatch.setattr(
     checkpoints,
-    '_about',
+    '_read_metadata',
     lambda step: {key: value for key, value in real(step).items() if key != 'settings'},
   )
   checkpoints.save(1, {'x': jnp.zeros(3)}, loop_data())
@@ -175,7 +191,8 @@ def test_checkpoints_of_before_there_were_settings(folders, tmp_path, monkeypatc
   checkpoints.settings = {'llama': {'rope_theta': 1e6}}
   with pytest.raises(
     UserError,
-    match='was trained with rope_theta=10000.0 of llama, and the folders of this run have rope_theta=1000000.0',
+    match='was trained with rope_theta=10000.0 of llama, and the folders of this run have '
+    'rope_theta=1000000.0',
   ):
     checkpoints.latest()
   checkpoints.close()
@@ -192,19 +209,16 @@ def loop_data():
 def test_pairs_longer_than_the_language_model_reads_are_refused():
   with pytest.raises(
     UserError,
-    match='data.text_length=48: with 16 visual tokens and 3 marks a pair may have 67 tokens, but .*max_position_embeddings=64',
+    match='data.text_length=48: with 16 visual tokens and 3 marks a pair may have 67 tokens, but '
+    '.*max_position_embeddings=64',
   ):
-    stages.build_stage(
-      nano.config('lm'), lavit.build('nano', settings={'llama': {'max_position_embeddings': 64}}), 1
-    )
+    build({'llama': {'max_position_embeddings': 64}})
 
 
 def test_settings_change_no_flops():
-  config, (plain, other) = (
-    nano.config('lm'),
-    (lavit.build('nano'), lavit.build('nano', settings={'llama': OTHER})),
-  )
-  assert flops.pair_flops(config, plain).row == pytest.approx(flops.pair_flops(config, other).row)
+  plain = nano.run('lm')
+  other = dataclasses.replace(plain, model=lavit.build('nano', settings={'llama': OTHER}))
+  assert flops.pair_flops(plain).row == pytest.approx(flops.pair_flops(other).row)
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from lavit_jax.inference import diffusion
+from lavit_jax.models import diffusion
 
 TRAINED = 1000
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from lavit_jax.errors import UserError
-from lavit_jax.inference import parameters
-from lavit_jax.inference.parameters import CheckpointInfo, LazyParams, open_checkpoint
 from lavit_jax.inference.pipeline import Lavit
 from lavit_jax.models import lavit
 from lavit_jax.models.int8 import quantize_weights
 from lavit_jax.models.llama import unstack_layers
 from lavit_jax.models.noise_schedule import Scheduler
 from lavit_jax.porting import from_torch
+from lavit_jax.weights import loader
+from lavit_jax.weights.loader import CheckpointInfo, LazyParams, open_checkpoint
 from lavit_jax.weights.store.arrays import ParameterSource
 from lavit_jax.weights.store.folder import load_params, open_params
 from lavit_jax.weights.torch import convert
@@ -46,7 +46,7 @@ def test_no_more_than_the_result_and_a_layer_is_on_the_device(tiny_parts, weight
   model, most, flat = (
     lavit.build('tiny', 'bfloat16'),
     [],
-    parameters.flatten(jax.tree.map(np.asarray, tiny_parts['llama'])),
+    loader.flatten(jax.tree.map(np.asarray, tiny_parts['llama'])),
   )
   before = live()
 
@@ -78,8 +78,8 @@ def test_no_more_than_the_result_and_a_layer_is_on_the_device(tiny_parts, weight
 
 @pytest.mark.parametrize('name', ['llama', 'unet'])
 def test_rows_are_those_of_the_whole(ours, name):
-  whole = parameters.flatten(load_params(ours, [name], dtype='bfloat16')[name])
-  again = parameters.flatten(from_torch(TINY, name, variant='tiny', dtype='bfloat16'))
+  whole = loader.flatten(load_params(ours, [name], dtype='bfloat16')[name])
+  again = loader.flatten(from_torch(TINY, name, variant='tiny', dtype='bfloat16'))
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   for source in (
     open_params(ours, name, 'bfloat16'),

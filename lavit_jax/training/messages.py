@@ -1,0 +1,81 @@
+"""The messages of a run at its start and at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from lavit_jax.training.checkpoint import Checkpoints
+from lavit_jax.training.metrics import MetricLogger
+from lavit_jax.training.profiler import ProfilerTrace
+from lavit_jax.training.run import Run
+from lavit_jax.training.schedule import ScheduleConfig, warn_of_schedule
+from lavit_jax.training.train_step import TrainState
+
+
+def option_warnings(
+  run: Run, loaded: Mapping[str, Any], trace: ProfilerTrace, first: int
+) -> list[str]:
+  """The options of a run that do not have the effect that one may expect."""
+  modules = run.stage.modules
+  lines = []
+  absent = [name for name in modules.zeros if run.init_from and name not in loaded]
+  if absent and not first:
+    lines.append(f'init_from={run.init_from} has no {", ".join(absent)}: zeros take the place')
+  own = [name for name in modules.takes if name not in modules.starts]
+  if run.init_from and not any(name in loaded for name in own):
+    lines.append(
+      f'init_from={run.init_from} has none of {", ".join(modules.takes)}, which stage '
+      f'{run.stage_name} trains: they begin anew'
+    )
+  if run.stage.warnings is not None:
+    lines += run.stage.warnings(loaded, run.num_steps)
+  if trace.last and not (first < trace.last and trace.first <= run.num_steps):
+    lines.append(
+      f'profile={run.profile} traces nothing: this run makes steps {first + 1} to {run.num_steps}'
+    )
+  return lines
+
+
+def log_start(
+  run: Run, log: MetricLogger, checkpoints: Checkpoints, abstract: TrainState, first: int
+) -> None:
+  """Logs what is trained, and what has changed since the checkpoint of step `first`."""
+  count = sum(x.size for x in jax.tree.leaves(abstract.params))
+  begin = f'continuing from step {first}' if first else f'starting in {run.workdir}'
+  log.print_line(
+    f'{run.stage_name}:{run.variant}  {count / 1e6:.2f} M parameters  mesh {dict(run.mesh.shape)}  '
+    f'{begin}'
+  )
+  if not first:
+    return
+  harmless, inexact = checkpoints.changes(first)
+  if harmless:
+    log.print_line(f'changed since then: {", ".join(harmless)}')
+  if inexact:
+    log.print_line(
+      'warning: changed since then, so the next examples are not those that it would have seen: '
+      f'{", ".join(inexact)}'
+    )
+  saved = ScheduleConfig.from_page(checkpoints.saved_config(first))
+  warn_of_schedule(log, run.optimizer.schedule, saved, first)
+
+
+def log_end(run: Run, log: MetricLogger, metadata: Mapping[str, Any], first: int) -> None:
+  """Logs where the export is, and whether later stages can use it.
+
+  Args:
+    run: the run.
+    log: receives the lines.
+    metadata: of the export.
+    first: the steps that were made before this process started.
+  """
+  if metadata.get('codebook') == 'untrained':
+    log.print_line(
+      'warning: the codebook of this run was never trained, so its codes mean nothing: the export '
+      'says so, and is only for init_from'
+    )
+  before = ' before; a larger num_steps goes on' if first >= run.num_steps else ''
+  log.print_line(f'done{before}; the weights are in {run.workdir / "export"}')

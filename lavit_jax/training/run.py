@@ -1,0 +1,330 @@
+"""One run of training: everything that its config decides, checked and resolved in one place.
+
+`resolve` turns a config page into a `Run`. Nothing behind it reads the page again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh
+from ml_collections import ConfigDict
+
+from lavit_jax import sharding
+from lavit_jax.data import loader
+from lavit_jax.errors import UserError
+from lavit_jax.models import lavit
+from lavit_jax.models.lavit import LavitModules
+from lavit_jax.sharding import ProcessShare
+from lavit_jax.training import options, parameters, stages
+from lavit_jax.training.config import config_leaves
+from lavit_jax.training.optimizer import OptimizerConfig
+from lavit_jax.training.parameters import ParameterFolder
+from lavit_jax.training.stages import BatchLayout, LanguageModelOptions, Stage, StageOptions
+from lavit_jax.training.stages.base import read_options
+
+ONE_DEVICE = AbstractMesh((1, 1, 1), sharding.AXES)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """The section `data` of a page; `data.loader.batches` explains it, and has its own defaults."""
+
+  task: str
+  image_size: int
+  source: str | None = None
+  text_length: int | None = None
+  tokenizer_folder: str | None = None
+  shares: Mapping[str, float] | None = None
+  question_weights: Mapping[str, float] | None = None
+  draw_text_weight: float | None = None
+  drop_text: float | None = None
+  scene_share: float | None = None
+  num_threads: int | None = None
+  sources: Sequence[Mapping[str, Any]] = ()
+  heldout: Sequence[Mapping[str, Any]] = ()
+  shards: int = 1
+  crop: str = 'none'
+  max_skipped: float = 0.05
+
+  def loader_options(self) -> dict[str, Any]:
+    """The keyword arguments of `data.loader.batches`."""
+    values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Intervals:
+  """When a run reports, evaluates, draws and saves, in steps; 0: never."""
+
+  log_every: int
+  eval_every: int
+  eval_batches: int  # batches of an evaluation
+  picture_every: int
+  checkpoint_every: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A run of training, resolved."""
+
+  stage_name: str
+  variant: str
+  options: StageOptions  # the stage's own
+  seed: int
+  num_steps: int
+  layout: BatchLayout
+  model: LavitModules
+  stage: Stage
+  mesh: Mesh
+  share: ProcessShare  # of a batch, that this process reads
+  folders: tuple[ParameterFolder, ...]  # that the run starts from
+  init_from: str  # the option, for messages
+  data: DataConfig
+  optimizer: OptimizerConfig
+  intervals: Intervals
+  keep: int  # checkpoints
+  skip_damaged: bool  # whether a damaged checkpoint is passed over
+  peak_tflops: float  # of all devices together; 0: by their kind
+  profile: str  # 'FIRST:LAST', the steps to trace; '': none
+  page: Mapping[str, Any]  # the config as JSON, for config.json, checkpoints and exports
+  workdir: pathlib.Path
+
+  @property
+  def batch_size(self) -> int:
+    """Examples of a step."""
+    return self.layout.batch_size
+
+  @property
+  def vit_size(self) -> int | None:
+    """The side of the images that the loader makes for the ViT beside those of `data.image_size`.
+
+    None where the stage has no ViT, or the images have its size.
+    """
+    if not stages.stage_type(self.stage_name).reads_vit:
+      return None
+    return None if self.data.image_size == self.model.image_size else self.model.image_size
+
+  @property
+  def tokens_per_step(self) -> int:
+    """The slots of packed rows of a step of the language model; the patches of another stage."""
+    if isinstance(self.options, LanguageModelOptions):
+      return self.options.num_slots
+    return self.batch_size * self.model.num_patches
+
+
+# --- Resolution ----------------------------------------------------------------------------------
+
+
+def resolve(config: ConfigDict, workdir: str | pathlib.Path) -> Run:
+  """Checks a page, and resolves it for the devices and folders of this job.
+
+  Args:
+    config: a page of `configs/`.
+    workdir: of the run; a checkpoint in it says how the run's own modules were set.
+
+  Raises:
+    UserError: an option is unknown, out of range or contradicts another one; a folder lacks a
+      module or holds another variant's.
+  """
+  page = config.to_dict()
+  check_values(config)
+  mesh = sharding.make_mesh(page['mesh'])
+  _check_page(page, mesh)
+  modules = stages.stage_type(page['stage']).modules
+  frozen = parameters.split_folders(page['frozen'])
+  init_from = parameters.split_folders(page['init_from'])
+  folders = parameters.find_modules(modules, frozen, init_from)
+  settings = parameters.resolve_settings(page['variant'], folders, pathlib.Path(workdir))
+  share = sharding.process_share(mesh, page['batch_size'])
+  run = _make_run(config, page, mesh, share, folders, settings, pathlib.Path(workdir))
+  parameters.check_complete(run.stage_name, modules, folders, page['frozen'])
+  return run
+
+
+def resolve_abstract(config: ConfigDict, mesh: Mesh | AbstractMesh | None = None) -> Run:
+  """Checks a page, and resolves it for devices that need not be here.
+
+  No folder is read: the modules have the settings of the variant.
+
+  Args:
+    config: a page of `configs/`.
+    mesh: of the devices; None: a single one.
+
+  Raises:
+    UserError: as `resolve`, of the page itself.
+  """
+  page = config.to_dict()
+  check_values(config)
+  mesh = cast(Mesh, ONE_DEVICE if mesh is None else mesh)  # no device of it is used
+  _check_page(page, mesh)
+  share = ProcessShare(np.arange(page['batch_size']), 0, 1)
+  return _make_run(config, page, mesh, share, (), {}, pathlib.Path())
+
+
+def _make_run(
+  config: ConfigDict,
+  page: Mapping[str, Any],
+  mesh: Mesh,
+  share: ProcessShare,
+  folders: tuple[ParameterFolder, ...],
+  settings: parameters.Settings,
+  workdir: pathlib.Path,
+) -> Run:
+  name = page['stage']
+  data = read_options(DataConfig, page['data'], 'data')
+  intervals = read_options(Intervals, page)
+  layout = BatchLayout(
+    page['batch_size'],
+    data.image_size,
+    data.text_length or 0,
+    sharding.batch_shards(mesh),
+    page['accumulate'],
+  )
+  stage_options = stages.stage_type(name).options.from_page(page)
+  model = lavit.build(page['variant'], page['dtype'], page['remat'], settings)
+  _check_image_size(page, model)
+  return Run(
+    stage_name=name,
+    variant=page['variant'],
+    options=stage_options,
+    seed=page['seed'],
+    num_steps=page['num_steps'],
+    layout=layout,
+    model=model,
+    stage=stages.build_stage(name, stage_options, model, layout),
+    mesh=mesh,
+    share=share,
+    folders=folders,
+    init_from=page['init_from'],
+    data=data,
+    optimizer=OptimizerConfig.from_page(page),
+    intervals=intervals,
+    keep=page['keep'],
+    skip_damaged=page['skip_damaged'],
+    peak_tflops=page['peak_tflops'],
+    profile=page['profile'],
+    page=json.loads(config.to_json_best_effort()),
+    workdir=workdir,
+  )
+
+
+# --- Checks --------------------------------------------------------------------------------------
+
+
+def check_values(config: ConfigDict) -> None:
+  """Raises UserError for an option that is out of its range (options.py), or needs another one."""
+  values = dict(config_leaves(config))
+  options.check_values(values)
+  restart = values.get('optim.rewarm_from', 0)
+  num_steps = values['num_steps']
+  if values.get('optim.schedule') == 'rewarm' and not 0 < restart < num_steps:
+    raise UserError(
+      "optim.schedule='rewarm' needs optim.rewarm_from, the step from which it warms up anew, "
+      f'between 0 and num_steps={num_steps} (now {restart})'
+    )
+
+
+def _check_page(page: Mapping[str, Any], mesh: Mesh) -> None:
+  """Raises UserError for options that contradict each other or the mesh."""
+  if page['eval_every'] and page['eval_batches'] < 1:
+    raise UserError(
+      f'eval_batches={page["eval_batches"]} with eval_every={page["eval_every"]}: give at least 1, '
+      'or eval_every=0'
+    )
+  _check_stage(page)
+  _check_data(page)
+  _check_pieces(page, sharding.batch_shards(mesh))
+
+
+def _check_stage(page: Mapping[str, Any]) -> None:
+  name = page['stage']
+  stage_type = stages.stage_type(name)
+  task = page['data']['task']
+  if task != stage_type.task or stage_type.section not in page:
+    raise UserError(
+      f'stage={name!r} needs data.task={stage_type.task!r} (now {task!r}) and '
+      f'{stage_type.section!r} in the page; take configs/{name}.py'
+    )
+  if page['accumulate'] > 1 and not stage_type.accumulates:
+    raise UserError(
+      f'accumulate={page["accumulate"]}: stage {name} learns from whole batches; use more devices '
+      'or another remat policy'
+    )
+
+
+def _check_data(page: Mapping[str, Any]) -> None:
+  data = read_options(DataConfig, page['data'], 'data')
+  with name_data_errors():
+    loader.validate_options(
+      data.task,
+      shares=data.shares,
+      question_weights=data.question_weights,
+      crop=data.crop,
+      sources=data.sources,
+      heldout=data.heldout,
+    )
+  if not data.sources:
+    return
+  if not data.heldout and (page['eval_every'] or page['picture_every']):
+    raise UserError(
+      'data.sources without data.heldout: give held-out sources too, or eval_every=0 and '
+      'picture_every=0'
+    )
+  if page['batch_size'] % data.shards:
+    raise UserError(
+      f'batch_size={page["batch_size"]} must be a multiple of data.shards={data.shards}'
+    )
+
+
+def _check_pieces(page: Mapping[str, Any], shards: int) -> None:
+  """Raises UserError if a batch does not divide into the pieces of the mesh and of `accumulate`."""
+  sizes = {'batch_size': page['batch_size']}
+  if 'lm' in page:
+    sizes['lm.num_rows'] = page['lm']['num_rows']
+  accumulate = page['accumulate']
+  undivided = _undivided(sizes, accumulate * shards)
+  if not undivided:
+    return
+  counts = range(1, accumulate + 1)
+  fitting = [count for count in counts if not _undivided(sizes, count * shards)]
+  pieces = f'{accumulate} x {shards}' if accumulate > 1 else f'{shards}'
+  hint = f'; accumulate={fitting[-1]} would do' if fitting else ''
+  key = undivided[0]
+  raise UserError(
+    f'{key}={sizes[key]} must be a multiple of the {pieces} pieces that the mesh makes of it{hint}'
+  )
+
+
+def _undivided(sizes: Mapping[str, int], pieces: int) -> list[str]:
+  """The options whose sizes do not divide into the pieces."""
+  return [key for key, size in sizes.items() if size % pieces]
+
+
+def _check_image_size(page: Mapping[str, Any], model: LavitModules) -> None:
+  size = page['data']['image_size']
+  multiple = stages.image_multiple(page['stage'], model, bool(page['picture_every']))
+  if size % multiple:
+    raise UserError(
+      f'data.image_size={size} must be a multiple of {multiple} for stage {page["stage"]} of '
+      f'variant {page["variant"]}'
+    )
+
+
+@contextlib.contextmanager
+def name_data_errors() -> Iterator[None]:
+  """Errors of the data, as UserErrors that name the option, or at least the section `data`."""
+  try:
+    yield
+  except UserError as error:
+    if error.option:
+      raise type(error)(f'data.{error}') from error
+    raise error.within('data') from error
+  except (FileNotFoundError, ValueError) as error:
+    raise UserError(f'data: {error}') from error

@@ -1,0 +1,78 @@
+"""When a run saves a checkpoint: after so many steps, at its end, and when it is stopped."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from lavit_jax.data.loader import BatchIterator
+from lavit_jax.training.checkpoint import Checkpoints
+from lavit_jax.training.distributed import TERMINATED
+from lavit_jax.training.lock import WorkdirLock
+from lavit_jax.training.metrics import MetricLogger
+from lavit_jax.training.run import Run
+from lavit_jax.training.train_step import TrainState
+from lavit_jax.training.watch import MetricWatch
+
+
+def is_due(interval: int, step: int, last: bool) -> bool:
+  """Whether something is due that happens each `interval` steps (0: never) and at the last one."""
+  return bool(interval) and (step % interval == 0 or last)
+
+
+class Saver:
+  """Saves when due, as soon as the parameters are sound.
+
+  Args:
+    run: the run.
+    log: its metrics.
+    watch: knows whether the parameters are sound.
+    checkpoints: receives the train state and the position in the data.
+    lock: of the work directory, which must still be this run's.
+    batches: the iterator over the data.
+  """
+
+  def __init__(
+    self,
+    run: Run,
+    log: MetricLogger,
+    watch: MetricWatch,
+    checkpoints: Checkpoints,
+    lock: WorkdirLock,
+    batches: BatchIterator,
+  ):
+    self.run = run
+    self.log = log
+    self.watch = watch
+    self.checkpoints = checkpoints
+    self.lock = lock
+    self.batches = batches
+    self.due = False
+    self.saved_step = -1
+
+  def save_if_due(self, step: int, state: TrainState, stop: bool) -> None:
+    """Saves after each `checkpoint_every` steps and the last one, and when the run stops."""
+    last = step == self.run.num_steps
+    self.due |= is_due(self.run.intervals.checkpoint_every, step, last)
+    if self.due or stop:
+      self._save(step, state)
+
+  def _save(self, step: int, state: TrainState) -> None:
+    self.log.flush()
+    self.watch.check_steps(step == self.run.num_steps)
+    if not self.watch.is_sound():
+      return  # a later step is saved, or none
+    self.lock.check()
+    self.checkpoints.save(step, state, self.batches)
+    self.due = False
+    self.saved_step = step
+
+  def stop(self, step: int, state: TrainState) -> NoReturn:
+    """Ends the run after a step, which is saved."""
+    if self.saved_step != step:
+      self._save(step, state)
+    self.checkpoints.wait()
+    place = 'here'
+    if self.saved_step != step:
+      place = 'the last checkpoint, for the last updates were skipped'
+    self.log.print_line(f'stopped at step {step} as asked; the same command goes on from {place}')
+    raise SystemExit(TERMINATED)

@@ -1,0 +1,219 @@
+"""Stage 2: the language model predicts the next word or code, with one head for both.
+
+[image, text] reads continuous features, [text, image] code embeddings (specification, Training).
+Axes: B images, N patches, R packed rows of S slots, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from lavit_jax.errors import UserError
+from lavit_jax.models.initialization import init_params
+from lavit_jax.models.lavit import LavitModules
+from lavit_jax.models.sequence import PackedBatch, compact, embed_sources, pack_pairs
+from lavit_jax.sharding import per_shard
+from lavit_jax.training.stages.base import (
+  BatchLayout,
+  Mean,
+  ModuleNames,
+  Stage,
+  Sum,
+  Tree,
+  apply_module,
+  image_features,
+  initialize_params,
+  read_options,
+  row_keys,
+  vit_images,
+)
+from lavit_jax.visualization import shade_dropped_patches
+
+MODULES = ModuleNames(needs=('vit', 'tokenizer'), takes=('llama', 'understanding'))
+KINDS = ('image_to_text', 'text_to_image', 'text_only')  # by the number in a batch's `kind`
+MARKS = 3  # tokens of a pair besides its text and its image: [IMG], [/IMG], and the end
+NUM_DRAWN = 8  # images
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModelOptions:
+  """The section `lm` of a page."""
+
+  num_rows: int  # packed rows of a step
+  row_length: int  # slots of a packed row
+  mean_length: int  # tokens that a pair is expected to have
+  loss_chunks: int  # parts in which a row's logits are computed, for less memory
+  image_loss: bool  # whether the codes of [image, text] are learned too
+  max_overflow: float = 1.0  # share of the pairs that may find no room
+
+  @classmethod
+  def from_page(cls, page: Mapping[str, Any]) -> LanguageModelOptions:
+    """Reads them from a page."""
+    return read_options(cls, page['lm'], 'lm')
+
+  @property
+  def num_slots(self) -> int:
+    """The slots of a step."""
+    return self.num_rows * self.row_length
+
+
+def longest_pair(model: LavitModules, text_length: int) -> int:
+  """The most tokens that a pair can have."""
+  return text_length + model.num_patches + MARKS
+
+
+def build(options: LanguageModelOptions, model: LavitModules, layout: BatchLayout) -> Stage:
+  """The next word or code, in packed rows; each shard packs its own pairs.
+
+  The merger that understands starts as a copy of the tokenizer's and trains along; the codes stay
+  stage 1's.
+
+  Raises:
+    UserError: the rows do not divide, or pairs may be longer than the language model reads.
+  """
+  _validate(options, model, layout)
+
+  def init(key, loaded):
+    params = init_params(model, key, ('llama', 'understanding'))
+    merger = loaded['tokenizer']['merger']
+    params['understanding'] = dict(params['understanding'], merger=merger)
+    return initialize_params(params, loaded), {}
+
+  def pack_shard(text, text_length, text_weight, kind, codes, visual_length):
+    """The pairs of one shard -> (its rows, the kind i32[R, S] of each slot's pair; -1: empty)."""
+    rows = pack_pairs(
+      text,
+      text_length,
+      text_weight,
+      kind,
+      codes,
+      visual_length,
+      model.vocabulary,
+      num_rows=options.num_rows * len(text) // layout.batch_size,
+      row_length=options.row_length,
+      image_loss=options.image_loss,
+    )
+    kinds = jnp.where(rows.segments > 0, kind[jnp.maximum(rows.segments - 1, 0)], -1)
+    return rows._replace(overflow=rows.overflow[None], used=rows.used[None]), kinds
+
+  def loss(params, frozen, state, batch, key, train):
+    del train
+    x = image_features(model, frozen['vit'], vit_images(batch))[:, 1:]
+    keys = row_keys(key, batch, len(x))
+    tokens = apply_module(model.tokenizer, frozen['tokenizer'], x, keys)
+    features = apply_module(model.understanding, params['understanding'], x, tokens.keep)
+    visual, mask = compact(features, tokens.keep)
+    codes, _ = compact(tokens.ids, tokens.keep)
+    texts = (batch['text'], batch['text_length'], batch['text_weight'], batch['kind'])
+    rows, kinds = per_shard(pack_shard, layout.shards, *texts, codes, mask.sum(-1))
+    embedded = apply_module(model.llama, params['llama'], rows.ids, method='embed')
+    embedded = per_shard(embed_sources, layout.shards, embedded, rows.source, visual)
+    hidden, _ = apply_module(model.llama, params['llama'], embedded, rows.positions, rows.segments)
+    nll, correct = _next_token(model, params['llama'], hidden, rows.targets, options.loss_chunks)
+    metrics = _metrics(rows, kinds, nll, correct)
+    metrics |= dict(cut_texts=Sum(_count_cut_texts(batch)), keep_ratio=tokens.keep.mean())
+    total = metrics['loss']
+    return total.total / jnp.maximum(total.weight, 1e-6), (state, metrics)
+
+  def export(params, state):
+    del state
+    return dict(llama=params['llama'], understanding=params['understanding'])
+
+  def draw(params, frozen, state, batch, key):
+    """Images, and the patches that the language model sees."""
+    del params, state
+    images = batch['image'][:NUM_DRAWN]
+    x = image_features(model, frozen['vit'], vit_images(batch)[:NUM_DRAWN])[:, 1:]
+    tokens = apply_module(model.tokenizer, frozen['tokenizer'], x, key)
+    return [images, shade_dropped_patches(images, tokens.keep)]
+
+  return Stage(MODULES, init, loss, export, draw)
+
+
+def _validate(options: LanguageModelOptions, model: LavitModules, layout: BatchLayout) -> None:
+  if options.num_rows % layout.pieces:
+    raise UserError(
+      f'lm.num_rows={options.num_rows} must be a multiple of the {layout.pieces} pieces of a batch'
+    )
+  if options.row_length % options.loss_chunks:
+    raise UserError(
+      f'lm.row_length={options.row_length} must be a multiple of '
+      f'lm.loss_chunks={options.loss_chunks}'
+    )
+  longest = longest_pair(model, layout.text_length)
+  positions = model.llama.max_position_embeddings
+  if longest > positions:
+    raise UserError(
+      f'data.text_length={layout.text_length}: with {model.num_patches} visual tokens and {MARKS} '
+      f'marks a pair may have {longest} tokens, but the language model of this checkpoint reads '
+      f'max_position_embeddings={positions}; lower data.text_length'
+    )
+
+
+def _next_token(
+  model: LavitModules, params: Tree, hidden: Array, targets: Array, num_chunks: int
+) -> tuple[Array, Array]:
+  """Negative log-likelihood and correctness of the targets, f32[R, S] each.
+
+  Computed some slots at a time, since logits are V wide.
+
+  Args:
+    model: the modules.
+    params: of the language model.
+    hidden: [R, S, width].
+    targets: i32[R, S].
+    num_chunks: the parts of a row.
+  """
+
+  def chunk(_, inputs):
+    hidden, targets = inputs
+    logits = apply_module(model.llama, params, hidden, method='logits')
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    nll = jax.nn.logsumexp(logits, axis=-1) - chosen
+    return None, (nll, (logits.argmax(-1) == targets).astype(jnp.float32))
+
+  def split(x):
+    return jnp.moveaxis(x.reshape(len(x), num_chunks, -1, *x.shape[2:]), 1, 0)
+
+  def join(x):
+    return jnp.moveaxis(x, 0, 1).reshape(targets.shape)
+
+  if model.llama.remat != 'none':
+    chunk = jax.checkpoint(chunk)
+  _, (nll, correct) = jax.lax.scan(chunk, None, (split(hidden), split(targets)))
+  return join(nll), join(correct)
+
+
+def _metrics(rows: PackedBatch, kinds: Array, nll: Array, correct: Array) -> dict[str, Any]:
+  """The metrics of packed rows; all but `rows` [R, S]."""
+  metrics = dict(
+    loss=_weighted_mean(nll, rows.weights),
+    token_accuracy=_weighted_mean(correct, rows.weights),
+    packed_share=rows.used.mean(),
+    overflow=Sum(rows.overflow.sum().astype(jnp.float32)),
+    loss_tokens=Sum((rows.weights > 0).sum().astype(jnp.float32)),
+  )
+  for number, name in enumerate(KINDS):
+    weights = rows.weights * (kinds == number)
+    metrics[f'loss_{name}'] = _weighted_mean(nll, weights)
+    metrics[f'accuracy_{name}'] = _weighted_mean(correct, weights)
+  return metrics
+
+
+def _weighted_mean(values: Array, weights: Array) -> Mean:
+  return Mean((values * weights).sum(), weights.sum())
+
+
+def _count_cut_texts(batch: Mapping[str, Array]) -> Array:
+  """How many texts of a batch were cut, f32[]: nothing of weight follows them."""
+  if batch['text_weight'].shape[1] == batch['text'].shape[1]:  # none can be
+    return jnp.zeros([])
+  length = batch['text_length'][:, None]
+  behind = jnp.take_along_axis(batch['text_weight'], length, axis=1)
+  return (behind == 0).sum().astype(jnp.float32)

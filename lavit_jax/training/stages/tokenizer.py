@@ -1,0 +1,222 @@
+"""Stage 1: the dynamic visual tokenizer (specification, Training).
+
+Features become as few tokens as are needed to reconstruct them; first continuous ones, from
+`quantize_from` on codes. Axes: B images, N patches, D width of the features, C width of the codes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from lavit_jax.models.initialization import init_params
+from lavit_jax.models.lavit import LavitModules
+from lavit_jax.models.sequence import compact
+from lavit_jax.models.tokenizer import gumbel_keep
+from lavit_jax.training import codebook
+from lavit_jax.training.codebook import Codebook
+from lavit_jax.training.stages.base import (
+  Average,
+  BatchLayout,
+  ModuleNames,
+  Stage,
+  Tree,
+  apply_module,
+  cosine_similarity,
+  image_features,
+  initialize_params,
+  read_options,
+  vit_images,
+)
+from lavit_jax.visualization import feature_colors, shade_dropped_patches
+
+MODULES = ModuleNames(needs=('vit',), takes=('tokenizer', 'decoder'))
+SELECTOR = r'^tokenizer/selector/'
+WHEN_QUANTIZING = -1  # value of `freeze_selector_from`
+NUM_DRAWN = 8  # images
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerOptions:
+  """The section `tokenizer` of a page."""
+
+  keep_ratio: float  # rho, the share of the patches that should become tokens
+  ratio_weight: float  # lambda, of the ratio's error in the loss
+  decay: float  # of the codebook's moving averages
+  commitment_weight: float
+  quantize_from: int  # the step at which k-means starts the codebook
+  revive_after: int  # batches after which an unused code moves; 0: never
+  freeze_selector_from: int  # the step at which the selector stops; -1: when quantization begins
+
+  @classmethod
+  def from_page(cls, page: Mapping[str, Any]) -> TokenizerOptions:
+    """Reads them from a page."""
+    return read_options(cls, page['tokenizer'], 'tokenizer')
+
+
+def build(options: TokenizerOptions, model: LavitModules, layout: BatchLayout) -> Stage:
+  """As few tokens as needed to reconstruct the features.
+
+  The codebook is state: k-means on the first quantized batch, then moving averages. The selector
+  stops when quantization begins: if it still trained, it would buy back with more tokens what
+  quantization costs.
+
+  A codebook in `init_from` continues as it is, and so quantization begins with the first step. If
+  the tokenizer in `init_from` has none (its own training ended before), k-means starts it as usual.
+  """
+  del layout
+
+  def init(key, loaded):
+    fresh = init_params(model, key, ('tokenizer', 'decoder'))
+    continues = codebook.has_codebook(loaded)
+    if 'tokenizer' in loaded and not continues:
+      loaded = codebook.put_in(loaded, fresh['tokenizer']['quantizer']['embedding'])
+    params, embedding = codebook.take_out(initialize_params(fresh, loaded))
+    return params, codebook.init_codebook(embedding, started=continues)
+
+  def hold(loaded):
+    step = options.freeze_selector_from
+    if step <= WHEN_QUANTIZING:
+      step = 0 if codebook.has_codebook(loaded) else options.quantize_from
+    return ((SELECTOR, step),)
+
+  def encode(params, book, x, key):
+    """Features [B, N, D] -> (keep f32[B, N], unit vectors before quantization f32[B, N, C])."""
+    tokenizer = _with_codebook(params, book)['tokenizer']
+    keep = gumbel_keep(apply_module(model.tokenizer, tokenizer, x, method='select'), key=key)
+    merged = apply_module(model.tokenizer, tokenizer, x, keep, method='merge')
+    _, vectors = apply_module(model.tokenizer, tokenizer, merged, method='quantize')
+    return keep, vectors
+
+  def reconstruct(params, codes, keep):
+    """Codes f32[B, N, C] and keep f32[B, N], through which the gradient reaches the selector."""
+    return apply_module(model.decoder, params['decoder'], *compact(codes * keep[..., None], keep))
+
+  def loss(params, frozen, book, batch, key, train):
+    keep_key, kmeans_key, revive_key = jax.random.split(key, 3)
+    x = _patch_features(model, frozen, vit_images(batch))
+    keep, z = encode(params, book, x, keep_key)
+    flat = jax.lax.stop_gradient(z.reshape(-1, model.tokenizer.code_dim))
+    weight = jax.lax.stop_gradient(keep.reshape(-1))
+    if train:  # an evaluated batch starts nothing
+      book = _start_if_due(options, kmeans_key, book, flat, weight)
+    quantizing = book.started
+    ids = codebook.nearest_code(flat, book.embedding)
+    chosen = book.embedding[ids].reshape(z.shape)
+    commitment = (keep * jnp.square(z - chosen).sum(-1)).sum() / keep.sum()
+    codes = jnp.where(quantizing, z + jax.lax.stop_gradient(chosen - z), z)
+
+    cosine = 1 - cosine_similarity(x, reconstruct(params, codes, keep)).mean()
+    ratio = jnp.square(options.keep_ratio - keep.mean(-1)).mean()
+    weighted_commitment = jnp.where(quantizing, options.commitment_weight * commitment, 0.0)
+    value = cosine + options.ratio_weight * ratio + weighted_commitment
+
+    book = _step_codebook(options, revive_key, book, flat, weight, ids)
+    count, _ = codebook.count_assignments(flat, weight, ids, len(book.embedding))
+    metrics = dict(
+      cosine=cosine,
+      ratio=ratio,
+      commitment=commitment,
+      keep_ratio=keep.mean(),
+      batch_codes=(count > 0).mean(),
+      batch_perplexity=codebook.perplexity(count),
+    )
+    if train:  # over the last steps, of which an evaluated batch is none
+      metrics |= codebook.usage_metrics(book)
+    return value, (book, metrics)
+
+  def export(params, book):
+    tokenizer = _with_codebook(params, book)['tokenizer']
+    return dict(tokenizer=tokenizer, decoder=params['decoder'])
+
+  def draw(params, frozen, book, batch, key):
+    """Images, kept patches, and the features and their reconstruction as colors."""
+    images = batch['image'][:NUM_DRAWN]
+    x = _patch_features(model, frozen, vit_images(batch)[:NUM_DRAWN])
+    keep, z = encode(params, book, x, key)
+    codes = jnp.where(book.started, book.embedding[codebook.nearest_code(z, book.embedding)], z)
+    colors = feature_colors(x, reconstruct(params, codes, keep), images.shape[1])
+    return [images, shade_dropped_patches(images, keep), *colors]
+
+  return Stage(
+    MODULES,
+    init,
+    loss,
+    export,
+    draw,
+    hold,
+    average=_codebook_average(options.revive_after),
+    export_metadata=_export_metadata,
+    warnings=lambda loaded, num_steps: _warnings(options, loaded, num_steps),
+  )
+
+
+def _patch_features(model: LavitModules, frozen: Mapping[str, Tree], images: Array) -> Array:
+  """The features of the patches, without the class token's, f32[B, N, D]."""
+  return image_features(model, frozen['vit'], images)[:, 1:].astype(jnp.float32)
+
+
+def _with_codebook(params: Tree, book: Codebook) -> Tree:
+  return codebook.put_in(params, book.embedding)
+
+
+def _start_if_due(
+  options: TokenizerOptions, key: Array, book: Codebook, vectors: Array, weight: Array
+) -> Codebook:
+  """The codebook after k-means on the first quantized batch; as it is in every other step."""
+  due = (book.step >= options.quantize_from) & ~book.started
+  return jax.lax.cond(
+    due,
+    lambda book: codebook.start_from_kmeans(key, book, vectors, weight),
+    lambda book: book,
+    book,
+  )
+
+
+def _step_codebook(
+  options: TokenizerOptions, key: Array, book: Codebook, vectors: Array, weight: Array, ids: Array
+) -> Codebook:
+  """The codebook after a batch; its codes move only once quantization has begun."""
+  moved = codebook.update_codebook(
+    key, book, vectors, weight, ids, options.decay, options.revive_after
+  )
+  embedding = jnp.where(book.started, moved.embedding, book.embedding)
+  return moved._replace(embedding=embedding, step=book.step + 1)
+
+
+def _codebook_average(revive_after: int) -> Average:
+  """Averages the codebook with the parameters."""
+
+  def split(average, book):
+    params, embedding = codebook.take_out(average)
+    return params, book._replace(embedding=embedding)
+
+  def restart(average, old, new):
+    params, embedding = codebook.take_out(average)
+    return codebook.put_in(params, codebook.restart_average(embedding, old, new, revive_after))
+
+  return Average(_with_codebook, split, restart)
+
+
+def _export_metadata(book: Codebook) -> dict[str, str]:
+  return dict(codebook='trained' if book.started else 'untrained')
+
+
+def _warnings(options: TokenizerOptions, loaded: Mapping[str, Tree], num_steps: int) -> list[str]:
+  if codebook.has_codebook(loaded):
+    return [
+      'the codebook of init_from goes on: quantization begins with the first step, whatever '
+      'tokenizer.quantize_from says'
+    ]
+  if num_steps <= options.quantize_from:
+    return [
+      f'num_steps={num_steps} ends before quantization begins '
+      f'(tokenizer.quantize_from={options.quantize_from}): the codebook stays untrained, and later '
+      'stages will refuse the export'
+    ]
+  return []
