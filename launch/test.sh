@@ -1,8 +1,17 @@
 #!/usr/bin/env bash
-# Installs the requirements of the tests in .venv and runs the tests; further arguments go to pytest (e.g. -m slow, -k vit).
-# There are two processes, and each runs whole files, because the fixtures of a file take most of the time.
+# Installs what the tests need in .venv and runs them; further arguments go to pytest (e.g. -m slow, -k vit).
+#
+# The default tests compile much and run little, so XLA compiles them without optimising; with -m, as users do.
+# Two processes take whole files, since the fixtures of a file are what takes time; with -k one process starts sooner.
 set -euo pipefail
 source "$(dirname "$0")/install.sh" '[test,torch,app]'
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
-case " $* " in *" -m "*) ;; *) set -- -m 'not slow' "$@" ;; esac
-exec .venv/bin/python -m pytest --numprocesses=2 --dist=loadfile "$@"
+case " $* " in
+  *" -m "*) ;;
+  *)
+    set -- -m 'not slow' "$@"
+    export XLA_FLAGS="--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false ${XLA_FLAGS:-}"
+    ;;
+esac
+case " $* " in *" -k "*) ;; *) set -- --numprocesses=2 --dist=loadfile "$@" ;; esac
+exec .venv/bin/python -m pytest "$@"

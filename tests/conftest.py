@@ -1,4 +1,8 @@
-"""The golden case of the visual parts (specification, Golden case): small random weights and what an independent forward pass made of them."""
+"""Fixtures of all tests.
+
+The golden case of the visual modules (specification, Golden case) has small random weights and the
+outputs of an independent forward pass.
+"""
 
 import functools
 import json
@@ -25,14 +29,15 @@ FOLDER = pathlib.Path(__file__).parent / 'data' / 'golden'
 
 @pytest.fixture(scope='session')
 def golden():
-  """By part: `modules`, `params`. And `size` the config, `io` inputs and outputs, `features` without CLS."""
+  """By module name: `modules`, `params`; `size` the config, `io` inputs and outputs.
+
+  `features` are those of the ViT without CLS.
+  """
   size = json.loads((FOLDER / 'config.json').read_text())
   io = dict(np.load(FOLDER / 'io.npz'))
-  width, heads, patches = (
-    size['width'],
-    size['heads'],
-    (size['image_size'] // size['patch_size']) ** 2,
-  )
+  width = size['width']
+  heads = size['heads']
+  patches = (size['image_size'] // size['patch_size']) ** 2
   mlp_dim = int(width * 4.3637)
   merger = (width, size['merger_depth'], heads, mlp_dim)
   decoder = (width, size['decoder_depth'], heads, mlp_dim, patches, size['code_dim'])
@@ -54,7 +59,8 @@ def golden():
       *decoder, (size['cross_attention_dim_1'], size['cross_attention_dim_2']), size['pooled_dim']
     ),
   )
-  side, x = size['image_size'], jnp.zeros((1, patches, width))
+  side = size['image_size']
+  x = jnp.zeros((1, patches, width))
   inputs = dict(
     vit=(jnp.zeros((1, side, side, 3)),),
     tokenizer=(x,),
@@ -82,21 +88,26 @@ def golden():
 
 @pytest.fixture(scope='session')
 def run(golden):
-  """run(part, *inputs, method=None, dtype=float32): one part of the golden model, compiled once a kind of call."""
+  """Calls `run(module, *inputs, method=None, dtype=float32)` on a module of the golden model.
+
+  Each combination of module, method and dtype is compiled once.
+  """
 
   @functools.cache
-  def compiled(part, method, dtype):
-    return jax.jit(functools.partial(golden.modules[part].clone(dtype=dtype).apply, method=method))
+  def compiled(module, method, dtype):
+    return jax.jit(
+      functools.partial(golden.modules[module].clone(dtype=dtype).apply, method=method)
+    )
 
-  def call(part, *args, method=None, dtype=jnp.float32):
-    return compiled(part, method, dtype)({'params': golden.params[part]}, *args)
+  def call(module, *args, method=None, dtype=jnp.float32):
+    return compiled(module, method, dtype)({'params': golden.params[module]}, *args)
 
   return call
 
 
 @pytest.fixture(scope='session')
 def tiny_parts():
-  """All parts of the tiny variant with random weights, drawn by numpy: nothing compiles."""
+  """All modules of the tiny variant with random weights, which numpy draws: nothing compiles."""
   rng = np.random.default_rng(0)
 
   def draw(leaf):
@@ -110,7 +121,7 @@ def tiny_parts():
 
 @pytest.fixture(scope='session')
 def tiny_folder(tiny_parts, tmp_path_factory):
-  """These parts as a checkpoint folder with its tokenizer."""
+  """The parameters of `tiny_parts` as a checkpoint folder with its tokenizer."""
   folder = tmp_path_factory.mktemp('checkpoint') / 'tiny'
   save_params(
     folder,

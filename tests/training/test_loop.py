@@ -33,10 +33,8 @@ def test_killed_at_any_step_it_repeats_itself_bit_for_bit(start, tmp_path):
     num_steps=40, checkpoint_every=5, eval_every=10, eval_batches=1, optim__ema_decay=0.9
   )
   finish(start('encoder', tmp_path / 'whole', **options))
-  for step in (
-    2,
-    12,
-  ):  # far from the next evaluation: killed between a checkpoint and that, a run misses it
+  # Far from the next evaluation: a run that is killed between a checkpoint and that misses it.
+  for step in (2, 12):
     process = start('encoder', tmp_path / 'broken', **options)
     until(process, tmp_path / 'broken', step)
     process.kill()
