@@ -5,6 +5,7 @@ Axes: B images, N patches, D width of the features.
 
 from __future__ import annotations
 
+import chex
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -22,6 +23,7 @@ def shade_dropped_patches(images: Array | np.ndarray, keep: Array | np.ndarray) 
   Returns:
     uint8[B, H, W, 3].
   """
+  chex.assert_rank([images, keep], [4, 2])
   side = round(keep.shape[1] ** 0.5)
   mask = jnp.asarray(keep > 0).reshape(-1, side, side, 1)
   mask = mask.repeat(images.shape[1] // side, 1).repeat(images.shape[2] // side, 2)
@@ -42,6 +44,8 @@ def feature_colors(features: Array, reconstructed: Array, size: int) -> tuple[Ar
   Returns:
     Two arrays uint8[B, size, size, 3].
   """
+  chex.assert_rank(features, 3)
+  chex.assert_equal_shape([features, reconstructed])
   directions = l2_normalize(features)
   center = directions.mean((0, 1))
   centered = (directions - center).reshape(-1, features.shape[-1])

@@ -6,7 +6,8 @@ What a pod would make of the program is what topology.py reads from it.
 from __future__ import annotations
 
 import json
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import NamedSharding
@@ -101,7 +102,8 @@ def compile_step(config, page: str, topology: str, slices: int = 1) -> Report:
   """Compiles the train step of a config.
 
   Args:
-    page: what the report calls the config.
+    config: a page of `configs/`.
+    page: its name, for the report.
     topology: CHIP:SHAPE, such as 'v5e:16x16'.
     slices: how many of them.
 
@@ -147,23 +149,27 @@ def compile_step(config, page: str, topology: str, slices: int = 1) -> Report:
   )
 
 
-def abstract_step(run: Run):
-  """(the train step, its inputs as ShapeDtypeStructs with their shardings) on the run's mesh, whose devices need not be here."""
-  mesh = run.mesh
+def abstract_step(run: Run) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+  """The train step of a run, whose devices need not be here.
+
+  Returns:
+    (the step, its inputs as ShapeDtypeStructs with their shardings).
+  """
   loaded, batch = abstract_inputs(run)
   init, tx = make_init(run, loaded)
   state = jax.eval_shape(init, jax.random.key(0), loaded)
-  places = sharding.shardings(state, mesh)
-
-  def put(tree, places):
-    return jax.tree.map(
-      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places
-    )
-
+  shardings = sharding.shardings(state, run.mesh)
   frozen = {name: loaded[name] for name in run.stage.modules.needs}
+  batch_sharding = NamedSharding(run.mesh, sharding.BATCH)
   inputs = (
-    put(state, places),
-    put(frozen, sharding.shardings(frozen, mesh)),
-    put(batch, dict.fromkeys(batch, NamedSharding(mesh, sharding.BATCH))),
+    _with_shardings(state, shardings),
+    _with_shardings(frozen, sharding.shardings(frozen, run.mesh)),
+    _with_shardings(batch, dict.fromkeys(batch, batch_sharding)),
   )
-  return make_train_step(run, tx, places), inputs
+  return make_train_step(run, tx, shardings), inputs
+
+
+def _with_shardings(tree: Any, shardings: Any) -> Any:
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+  )

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -186,6 +187,8 @@ def update_codebook(
       code describes badly (chances proportional to the squared distance, as in k-means++), and
       again after as many more. 0: never.
   """
+  chex.assert_rank([vectors, weight, ids], [2, 1, 1])
+  chex.assert_equal_shape_prefix([vectors, weight, ids], 1)
   num_codes = len(book.embedding)
   count, total = count_assignments(vectors, weight, ids, num_codes)
   used = count > 0

@@ -16,13 +16,20 @@ from lavit_jax.training.train_step import TrainState
 
 
 def option_warnings(
-  run: Run, loaded: Mapping[str, Any], trace: ProfilerTrace, first: int
+  run: Run, loaded: Mapping[str, Any], trace: ProfilerTrace, start_step: int
 ) -> list[str]:
-  """The options of a run that do not have the effect that one may expect."""
+  """A line for each option that does not have the effect that one may expect.
+
+  Args:
+    run: the run.
+    loaded: the params of its folders.
+    trace: of the profiler.
+    start_step: the steps that were made before this process started.
+  """
   modules = run.stage.modules
   lines = []
   absent = [name for name in modules.zeros if run.init_from and name not in loaded]
-  if absent and not first:
+  if absent and not start_step:
     lines.append(f'init_from={run.init_from} has no {", ".join(absent)}: zeros take the place')
   own = [name for name in modules.takes if name not in modules.starts]
   if run.init_from and not any(name in loaded for name in own):
@@ -32,26 +39,27 @@ def option_warnings(
     )
   if run.stage.warnings is not None:
     lines += run.stage.warnings(loaded, run.num_steps)
-  if trace.last and not (first < trace.last and trace.first <= run.num_steps):
+  if trace.last and not (start_step < trace.last and trace.first <= run.num_steps):
     lines.append(
-      f'profile={run.profile} traces nothing: this run makes steps {first + 1} to {run.num_steps}'
+      f'profile={run.profile} traces nothing: this run makes steps {start_step + 1} to '
+      f'{run.num_steps}'
     )
   return lines
 
 
 def log_start(
-  run: Run, log: MetricLogger, checkpoints: Checkpoints, abstract: TrainState, first: int
+  run: Run, log: MetricLogger, checkpoints: Checkpoints, abstract: TrainState, start_step: int
 ) -> None:
-  """Logs what is trained, and what has changed since the checkpoint of step `first`."""
+  """Logs what is trained, and what has changed since the checkpoint of step `start_step`."""
   count = sum(x.size for x in jax.tree.leaves(abstract.params))
-  begin = f'continuing from step {first}' if first else f'starting in {run.workdir}'
+  begin = f'continuing from step {start_step}' if start_step else f'starting in {run.workdir}'
   log.print_line(
     f'{run.stage_name}:{run.variant}  {count / 1e6:.2f} M parameters  mesh {dict(run.mesh.shape)}  '
     f'{begin}'
   )
-  if not first:
+  if not start_step:
     return
-  harmless, inexact = checkpoints.changes(first)
+  harmless, inexact = checkpoints.changes(start_step)
   if harmless:
     log.print_line(f'changed since then: {", ".join(harmless)}')
   if inexact:
@@ -59,23 +67,23 @@ def log_start(
       'warning: changed since then, so the next examples are not those that it would have seen: '
       f'{", ".join(inexact)}'
     )
-  saved = ScheduleConfig.from_page(checkpoints.saved_config(first))
-  warn_of_schedule(log, run.optimizer.schedule, saved, first)
+  saved = ScheduleConfig.from_page(checkpoints.saved_config(start_step))
+  warn_of_schedule(log, run.optimizer.schedule, saved, start_step)
 
 
-def log_end(run: Run, log: MetricLogger, metadata: Mapping[str, Any], first: int) -> None:
+def log_end(run: Run, log: MetricLogger, metadata: Mapping[str, Any], start_step: int) -> None:
   """Logs where the export is, and whether later stages can use it.
 
   Args:
     run: the run.
     log: receives the lines.
     metadata: of the export.
-    first: the steps that were made before this process started.
+    start_step: the steps that were made before this process started.
   """
   if metadata.get('codebook') == 'untrained':
     log.print_line(
       'warning: the codebook of this run was never trained, so its codes mean nothing: the export '
       'says so, and is only for init_from'
     )
-  before = ' before; a larger num_steps goes on' if first >= run.num_steps else ''
+  before = ' before; a larger num_steps goes on' if start_step >= run.num_steps else ''
   log.print_line(f'done{before}; the weights are in {run.workdir / "export"}')

@@ -36,7 +36,7 @@ class MetricLogger:
 
   Args:
     workdir: receives metrics.jsonl, tensorboard/ and pictures/.
-    first_step: the steps done so far; a previous run's lines beyond it are dropped, since those
+    start_step: the steps done so far; a previous run's lines beyond it are dropped, since those
       steps will be made again.
     num_steps: for the estimate of the time left.
     batch_size: for examples/s.
@@ -49,7 +49,7 @@ class MetricLogger:
   def __init__(
     self,
     workdir: str | pathlib.Path,
-    first_step: int,
+    start_step: int,
     num_steps: int,
     batch_size: int,
     flops: Callable[[float], float] | None = None,
@@ -67,16 +67,16 @@ class MetricLogger:
     self.untaken: list[Record] = []  # in metrics.jsonl already, and not yet taken by `take_new`
     self.writes = jax.process_index() == 0
     self.clock = time.monotonic()
-    self.last_step = first_step
+    self.last_step = start_step
     self.waited = 0.0  # seconds in which the device waited for data, since the last report
     self.watch = ThreadPoolExecutor(1)
     self.ready: Future | None = None  # when the last step was done
     if self.writes:
       self.workdir.mkdir(parents=True, exist_ok=True)
       file = self.workdir / 'metrics.jsonl'
-      keep_lines(file, first_step)
+      keep_lines(file, start_step)
       self.jsonl = file.open('a')
-      self.board = SummaryWriter(str(self.workdir / 'tensorboard'), purge_step=first_step + 1)
+      self.board = SummaryWriter(str(self.workdir / 'tensorboard'), purge_step=start_step + 1)
 
   # --- Training steps ---
 

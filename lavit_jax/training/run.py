@@ -10,7 +10,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
@@ -122,29 +122,43 @@ class Run:
 # --- Resolution ----------------------------------------------------------------------------------
 
 
+class _Page(NamedTuple):
+  """A config page, whose sections have types."""
+
+  values: dict[str, Any]  # the whole page
+  data: DataConfig
+  intervals: Intervals
+  optimizer: OptimizerConfig
+  options: StageOptions
+  json: dict[str, Any]
+
+
 def resolve(config: ConfigDict, workdir: str | pathlib.Path) -> Run:
   """Checks a page, and resolves it for the devices and folders of this job.
 
   Args:
     config: a page of `configs/`.
-    workdir: of the run; a checkpoint in it says how the run's own modules were set.
+    workdir: of the run; its last checkpoint has the settings of the run's own modules.
 
   Raises:
     UserError: an option is unknown, out of range or contradicts another one; a folder lacks a
       module or holds another variant's.
   """
-  page = config.to_dict()
-  check_values(config)
-  mesh = sharding.make_mesh(page['mesh'])
-  _check_page(page, mesh)
-  modules = stages.stage_type(page['stage']).modules
-  frozen = parameters.split_folders(page['frozen'])
-  init_from = parameters.split_folders(page['init_from'])
-  folders = parameters.find_modules(modules, frozen, init_from)
-  settings = parameters.resolve_settings(page['variant'], folders, pathlib.Path(workdir))
-  share = sharding.process_share(mesh, page['batch_size'])
-  run = _make_run(config, page, mesh, share, folders, settings, pathlib.Path(workdir))
-  parameters.check_complete(run.stage_name, modules, folders, page['frozen'])
+  page = _read_page(config)
+  mesh = sharding.make_mesh(page.values['mesh'])
+  _check_page(page, sharding.batch_shards(mesh))
+  name = page.values['stage']
+  frozen = page.values['frozen']
+  modules = stages.stage_type(name).modules
+  folders = parameters.find_modules(
+    modules,
+    parameters.split_folders(frozen),
+    parameters.split_folders(page.values['init_from']),
+  )
+  settings = parameters.resolve_settings(page.values['variant'], folders, pathlib.Path(workdir))
+  share = sharding.process_share(mesh, page.values['batch_size'])
+  run = _make_run(page, mesh, share, folders, settings, pathlib.Path(workdir))
+  parameters.check_complete(name, modules, folders, frozen)
   return run
 
 
@@ -160,57 +174,67 @@ def resolve_abstract(config: ConfigDict, mesh: Mesh | AbstractMesh | None = None
   Raises:
     UserError: as `resolve`, of the page itself.
   """
-  page = config.to_dict()
-  check_values(config)
+  page = _read_page(config)
   mesh = cast(Mesh, ONE_DEVICE if mesh is None else mesh)  # no device of it is used
-  _check_page(page, mesh)
-  share = ProcessShare(np.arange(page['batch_size']), 0, 1)
-  return _make_run(config, page, mesh, share, (), {}, pathlib.Path())
+  _check_page(page, sharding.batch_shards(mesh))
+  share = ProcessShare(np.arange(page.values['batch_size']), 0, 1)
+  return _make_run(page, mesh, share, (), {}, pathlib.Path())
+
+
+def _read_page(config: ConfigDict) -> _Page:
+  values = config.to_dict()
+  check_values(config)
+  _check_stage(values)
+  return _Page(
+    values,
+    read_options(DataConfig, values['data'], 'data'),
+    read_options(Intervals, values),
+    OptimizerConfig.from_page(values),
+    stages.stage_type(values['stage']).options.from_page(values),
+    json.loads(config.to_json_best_effort()),
+  )
 
 
 def _make_run(
-  config: ConfigDict,
-  page: Mapping[str, Any],
+  page: _Page,
   mesh: Mesh,
   share: ProcessShare,
   folders: tuple[ParameterFolder, ...],
   settings: parameters.Settings,
   workdir: pathlib.Path,
 ) -> Run:
-  name = page['stage']
-  data = read_options(DataConfig, page['data'], 'data')
-  intervals = read_options(Intervals, page)
+  values = page.values
+  name = values['stage']
   layout = BatchLayout(
-    page['batch_size'],
-    data.image_size,
-    data.text_length or 0,
-    sharding.batch_shards(mesh),
-    page['accumulate'],
+    batch_size=values['batch_size'],
+    image_size=page.data.image_size,
+    text_length=page.data.text_length or 0,
+    shards=sharding.batch_shards(mesh),
+    accumulate=values['accumulate'],
   )
-  stage_options = stages.stage_type(name).options.from_page(page)
-  model = lavit.build(page['variant'], page['dtype'], page['remat'], settings)
-  _check_image_size(page, model)
+  model = lavit.build(values['variant'], values['dtype'], values['remat'], settings)
+  _check_image_size(name, page, model)
   return Run(
     stage_name=name,
-    variant=page['variant'],
-    options=stage_options,
-    seed=page['seed'],
-    num_steps=page['num_steps'],
+    variant=values['variant'],
+    options=page.options,
+    seed=values['seed'],
+    num_steps=values['num_steps'],
     layout=layout,
     model=model,
-    stage=stages.build_stage(name, stage_options, model, layout),
+    stage=stages.build_stage(name, page.options, model, layout),
     mesh=mesh,
     share=share,
     folders=folders,
-    init_from=page['init_from'],
-    data=data,
-    optimizer=OptimizerConfig.from_page(page),
-    intervals=intervals,
-    keep=page['keep'],
-    skip_damaged=page['skip_damaged'],
-    peak_tflops=page['peak_tflops'],
-    profile=page['profile'],
-    page=json.loads(config.to_json_best_effort()),
+    init_from=values['init_from'],
+    data=page.data,
+    optimizer=page.optimizer,
+    intervals=page.intervals,
+    keep=values['keep'],
+    skip_damaged=values['skip_damaged'],
+    peak_tflops=values['peak_tflops'],
+    profile=values['profile'],
+    page=page.json,
     workdir=workdir,
   )
 
@@ -231,36 +255,39 @@ def check_values(config: ConfigDict) -> None:
     )
 
 
-def _check_page(page: Mapping[str, Any], mesh: Mesh) -> None:
-  """Raises UserError for options that contradict each other or the mesh."""
-  if page['eval_every'] and page['eval_batches'] < 1:
-    raise UserError(
-      f'eval_batches={page["eval_batches"]} with eval_every={page["eval_every"]}: give at least 1, '
-      'or eval_every=0'
-    )
-  _check_stage(page)
-  _check_data(page)
-  _check_pieces(page, sharding.batch_shards(mesh))
-
-
-def _check_stage(page: Mapping[str, Any]) -> None:
-  name = page['stage']
+def _check_stage(values: Mapping[str, Any]) -> None:
+  """Raises UserError if the page is that of another stage."""
+  name = values['stage']
   stage_type = stages.stage_type(name)
-  task = page['data']['task']
-  if task != stage_type.task or stage_type.section not in page:
+  task = values['data']['task']
+  if task != stage_type.task or stage_type.section not in values:
     raise UserError(
       f'stage={name!r} needs data.task={stage_type.task!r} (now {task!r}) and '
       f'{stage_type.section!r} in the page; take configs/{name}.py'
     )
-  if page['accumulate'] > 1 and not stage_type.accumulates:
+
+
+def _check_page(page: _Page, shards: int) -> None:
+  """Raises UserError for options that contradict each other, or the `shards` of the mesh."""
+  intervals = page.intervals
+  if intervals.eval_every and intervals.eval_batches < 1:
     raise UserError(
-      f'accumulate={page["accumulate"]}: stage {name} learns from whole batches; use more devices '
-      'or another remat policy'
+      f'eval_batches={intervals.eval_batches} with eval_every={intervals.eval_every}: give at '
+      'least 1, or eval_every=0'
     )
+  accumulate = page.values['accumulate']
+  name = page.values['stage']
+  if accumulate > 1 and not stages.stage_type(name).accumulates:
+    raise UserError(
+      f'accumulate={accumulate}: stage {name} learns from whole batches; use more devices or '
+      'another remat policy'
+    )
+  _check_data(page)
+  _check_pieces(page, shards)
 
 
-def _check_data(page: Mapping[str, Any]) -> None:
-  data = read_options(DataConfig, page['data'], 'data')
+def _check_data(page: _Page) -> None:
+  data = page.data
   with name_data_errors():
     loader.validate_options(
       data.task,
@@ -272,23 +299,22 @@ def _check_data(page: Mapping[str, Any]) -> None:
     )
   if not data.sources:
     return
-  if not data.heldout and (page['eval_every'] or page['picture_every']):
+  if not data.heldout and (page.intervals.eval_every or page.intervals.picture_every):
     raise UserError(
       'data.sources without data.heldout: give held-out sources too, or eval_every=0 and '
       'picture_every=0'
     )
-  if page['batch_size'] % data.shards:
-    raise UserError(
-      f'batch_size={page["batch_size"]} must be a multiple of data.shards={data.shards}'
-    )
+  batch_size = page.values['batch_size']
+  if batch_size % data.shards:
+    raise UserError(f'batch_size={batch_size} must be a multiple of data.shards={data.shards}')
 
 
-def _check_pieces(page: Mapping[str, Any], shards: int) -> None:
+def _check_pieces(page: _Page, shards: int) -> None:
   """Raises UserError if a batch does not divide into the pieces of the mesh and of `accumulate`."""
-  sizes = {'batch_size': page['batch_size']}
-  if 'lm' in page:
-    sizes['lm.num_rows'] = page['lm']['num_rows']
-  accumulate = page['accumulate']
+  sizes = {'batch_size': page.values['batch_size']}
+  if isinstance(page.options, LanguageModelOptions):
+    sizes['lm.num_rows'] = page.options.num_rows
+  accumulate = page.values['accumulate']
   undivided = _undivided(sizes, accumulate * shards)
   if not undivided:
     return
@@ -307,13 +333,13 @@ def _undivided(sizes: Mapping[str, int], pieces: int) -> list[str]:
   return [key for key, size in sizes.items() if size % pieces]
 
 
-def _check_image_size(page: Mapping[str, Any], model: LavitModules) -> None:
-  size = page['data']['image_size']
-  multiple = stages.image_multiple(page['stage'], model, bool(page['picture_every']))
+def _check_image_size(name: str, page: _Page, model: LavitModules) -> None:
+  size = page.data.image_size
+  multiple = stages.image_multiple(name, model, bool(page.intervals.picture_every))
   if size % multiple:
     raise UserError(
-      f'data.image_size={size} must be a multiple of {multiple} for stage {page["stage"]} of '
-      f'variant {page["variant"]}'
+      f'data.image_size={size} must be a multiple of {multiple} for stage {name} of variant '
+      f'{model.variant}'
     )
 
 

@@ -310,13 +310,11 @@ def test_what_one_process_alone_cannot_read_is_skipped_at_the_next_start(
     )
   assert not second_of_two and sorted(p.name for p in steps.iterdir()) == ['2', '3']
   monkeypatch.undo()
-  file.write_text(
-    file.read_text().replace('botches', 'batches')
-  )  # this process has no reason to complain
+  # This process has no reason to complain.
+  file.write_text(file.read_text().replace('botches', 'batches'))
   with monkeypatch.context() as patch:
-    patch.setattr(
-      Checkpoints, '_set_aside_damaged', None
-    )  # without the option the mark means nothing
+    # Without the option the mark means nothing.
+    patch.setattr(Checkpoints, '_set_aside_damaged', None)
     assert (
       Checkpoints(saved, config(), keep=2).restore_latest(abstract(state(0)), numbers())[0] == 3
     )

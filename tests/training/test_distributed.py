@@ -116,9 +116,10 @@ def test_started_again_they_repeat_themselves_bit_for_bit(start_job, alone, kill
     pytest.param(4, 1, {}, marks=pytest.mark.slow),
     pytest.param(4, 2, dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2), marks=pytest.mark.slow),
     pytest.param(2, 2, dict(mesh__data=2, mesh__fsdp=1, mesh__tensor=2), marks=pytest.mark.slow),
+    # Two processes read the same rows.
     pytest.param(4, 1, dict(mesh__data=2, mesh__fsdp=1, mesh__tensor=2), marks=pytest.mark.slow),
   ],
-)  # two processes read the same rows
+)
 def test_another_number_of_processes_or_another_mesh_goes_on(
   start_job, alone, killed, tmp_path, cache, count, devices, mesh
 ):
@@ -132,9 +133,8 @@ def test_another_number_of_processes_or_another_mesh_goes_on(
   now = losses(tmp_path)
   before = losses(alone)
   assert [step for step, _ in now] == [step for step, _ in before]
-  np.testing.assert_allclose(
-    now[: first + 3], before[: first + 3], rtol=1e-4
-  )  # another batch would be off by a hundredth at least
+  # Another batch would be off by a hundredth at least.
+  np.testing.assert_allclose(now[: first + 3], before[: first + 3], rtol=1e-4)
   np.testing.assert_allclose(now, before, rtol=0.05)  # rounding grows as it trains
 
 

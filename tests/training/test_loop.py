@@ -23,6 +23,7 @@ from lavit_jax.training.stages.base import ModuleNames, Stage, Sum
 from lavit_jax.training.train_step import loss_and_metrics
 from lavit_jax.weights.loader import open_checkpoint
 from lavit_jax.weights.store import folder
+from lavit_jax.weights.store.bundle import bundle
 
 nano.install()
 
@@ -33,10 +34,8 @@ def test_killed_at_any_step_it_repeats_itself_bit_for_bit(start, tmp_path):
     num_steps=40, checkpoint_every=5, eval_every=10, eval_batches=1, optim__ema_decay=0.9
   )
   finish(start('encoder', tmp_path / 'whole', **options))
-  for step in (
-    2,
-    12,
-  ):  # far from the next evaluation: killed between a checkpoint and that, a run misses it
+  # Far from the next evaluation: a run that is killed between a checkpoint and that misses it.
+  for step in (2, 12):
     process = start('encoder', tmp_path / 'broken', **options)
     until(process, tmp_path / 'broken', step)
     process.kill()
@@ -474,11 +473,11 @@ def test_a_tokenizer_without_a_codebook_is_reported_marked_and_refused(finished,
   words = f'{nano.ROOT}/lavit_jax/assets/tiny/language_model'
   for use in (
     lambda: train(nano.config('lm', frozen=f'{frozen},{export}'), tmp_path / 'lm'),
-    lambda: folder.bundle(tmp_path / 'all', [export], words),
+    lambda: bundle(tmp_path / 'all', [export], words),
     lambda: open_checkpoint(export, None),
   ):
     with pytest.raises(
-      UserError, match='its tokenizer was never quantised, so its codes mean nothing'
+      UserError, match='its tokenizer was never quantized, so its codes mean nothing'
     ):
       use()
 

@@ -194,14 +194,12 @@ def timed(tmp_path, monkeypatch):
   [
     (0.05, 0.0, 1.0),  # the device has nothing to do
     (0.0, 0.05, 0.0),
-    (
-      0.08,
-      0.06,
-      (0.08 + 11 * 0.02) / (12 * 0.08),
-    ),  # a little slower than the device, which waits for the first batch, and the difference
+    # A little slower than the device, which waits for the first batch, and the difference.
+    (0.08, 0.06, (0.08 + 11 * 0.02) / (12 * 0.08)),
+    # A little faster: the host is two steps ahead at the end.
     (0.05, 0.08, 0.05 / (0.05 + 10 * 0.08)),
   ],
-)  # a little faster: the host is two steps ahead at the end
+)
 def test_data_wait_is_the_share_of_time_that_the_device_waits(
   timed, capsys, monkeypatch, source, step, wait
 ):

@@ -152,9 +152,8 @@ def test_checkpoints_keep_them(folders, tmp_path):
   checkpoints.save(1, state, loop_data())
   checkpoints.wait()
   checkpoints.close()
-  assert of_run(page(folders), tmp_path) == {
-    'llama': OTHER
-  }  # the weights are in the checkpoint, and so are the settings
+  # The weights are in the checkpoint, and so are the settings.
+  assert of_run(page(folders), tmp_path) == {'llama': OTHER}
   assert of_run(page(folders, 'own'), tmp_path) == {}
   again = Checkpoints(tmp_path, config, 1, {'llama': OTHER})
   assert again.latest() == 1
@@ -226,9 +225,8 @@ def test_a_run_exports_what_it_trained_with(folders, tmp_path):
   changes = dict(checkpoint_every=1)
   loop.train(page(folders, 'other', num_steps=1, **changes), tmp_path)
   assert folder.read_settings(tmp_path / 'export') == {'llama': OTHER}
-  loop.train(
-    page(folders, num_steps=2, **changes), tmp_path
-  )  # without the folder: as the checkpoint says
+  # Without the folder: as the checkpoint says.
+  loop.train(page(folders, num_steps=2, **changes), tmp_path)
   assert folder.read_settings(tmp_path / 'export') == {'llama': OTHER}
   with pytest.raises(UserError, match='was trained with rope_theta=100.0 of llama'):
     loop.train(page(folders, 'own', num_steps=3, **changes), tmp_path)

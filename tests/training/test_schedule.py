@@ -33,9 +33,8 @@ def test_constant():
 def test_rewarm_goes_on_from_what_was_left():
   rate = learning_rate(ScheduleConfig(300, **OPTIONS, schedule='rewarm', rewarm_from=100))
   first = [float(rate(n)) for n in range(100)]
-  assert first == pytest.approx(
-    [cosine(n, 0.0, 100) for n in range(100)], rel=1e-5
-  )  # as it was made
+  # As it was made.
+  assert first == pytest.approx([cosine(n, 0.0, 100) for n in range(100)], rel=1e-5)
   second = [float(rate(n)) for n in range(100, 301)]
   assert second == pytest.approx([cosine(n, 0.01, 200) for n in range(201)], rel=1e-5)
 

@@ -195,13 +195,11 @@ def test_tokenizer_schedule(tokenizer, batch):
   assert 'embedding' not in params['tokenizer']['quantizer']
   value, first, metrics, gradient = step(params, book, batch, key, True)
   first_commitment = float(metrics['commitment'])
-  np.testing.assert_array_equal(
-    first.embedding, book.embedding
-  )  # without quantization the codebook waits
+  # Without quantization the codebook waits.
+  np.testing.assert_array_equal(first.embedding, book.embedding)
   assert value == pytest.approx(float(metrics['cosine'] + 2 * metrics['ratio']), rel=1e-5)
-  assert (
-    jnp.abs(gradient['tokenizer']['selector']['fc_in']['kernel']).max() > 0
-  )  # through the keep mask alone
+  # Through the keep mask alone.
+  assert jnp.abs(gradient['tokenizer']['selector']['fc_in']['kernel']).max() > 0
   assert jnp.abs(gradient['tokenizer']['merger']['norm']['scale']).max() > 0
 
   evaluated, same, _, _ = step(params, first, batch, key, False)
@@ -216,9 +214,8 @@ def test_tokenizer_schedule(tokenizer, batch):
   assert metrics['commitment'] < first_commitment / 2  # of the random codes before
   assert jnp.abs(gradient['tokenizer']['quantizer']['fc1']['kernel']).max() > 0  # straight through
   value, third, _, _ = step(params, second, batch, jax.random.key(2), True)
-  assert (
-    0 < np.abs(third.embedding - second.embedding).max() < 0.1
-  )  # a moving average, no second k-means
+  # A moving average, no second k-means.
+  assert 0 < np.abs(third.embedding - second.embedding).max() < 0.1
   assert third.step == 3
   assert stage.hold({}) == (('^tokenizer/selector/', 1),)
   np.testing.assert_array_equal(
@@ -306,9 +303,8 @@ def test_the_detokenizer_learns_the_target_of_the_scheduler(parts, batch, kind):
     MODEL.vae, parts['vae'], batch['image'] / np.float32(127.5) - 1, method='encode'
   )
   latents = np.asarray(mean + jnp.exp(logvar / 2) * normal(keys[0]), np.float64)
-  latents = (
-    (latents - vae['latents_mean']) * vae['scaling_factor'] / vae['latents_std']
-  )  # as StableDiffusionXLImg2ImgPipeline
+  # As StableDiffusionXLImg2ImgPipeline.
+  latents = (latents - vae['latents_mean']) * vae['scaling_factor'] / vae['latents_std']
   t = np.asarray(jax.vmap(lambda key: jax.random.randint(key, (), 0, 50))(keys[3]))
   noise = np.asarray(normal(keys[4]), np.float64)
   alpha = DDIMScheduler(**scheduler).alphas_cumprod.double().numpy()[t][:, None, None, None]
@@ -330,9 +326,8 @@ def test_lm_draws_what_it_sees(parts, batch):
   params, state = start(stage, parts)
   images, kept = nano.jit(lambda: stage.draw(params, parts, state, batch, jax.random.key(1)))()
   np.testing.assert_array_equal(images, batch['image'][:8])
-  assert (
-    kept.shape == images.shape and 0 < (kept == images).all(-1).mean() < 1
-  )  # dropped patches are shaded, the others as they were
+  # Dropped patches are shaded, the others as they were.
+  assert kept.shape == images.shape and 0 < (kept == images).all(-1).mean() < 1
 
 
 def lm_loss(parts, batch, shards=1, **changes):

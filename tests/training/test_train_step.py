@@ -182,9 +182,8 @@ def test_an_offered_codebook_goes_on(tokenizer):
   after = state.state.embedding
   assert state.state.started and stage.export_metadata(state.state) == dict(codebook='trained')
   assert (np.linalg.norm(after - before, axis=1) < 0.03).all() and (after != before).any()
-  assert stage.hold(loaded) == (
-    ('^tokenizer/selector/', 0),
-  )  # quantization has begun, and so the selector stops
+  # Quantization has begun, and so the selector stops.
+  assert stage.hold(loaded) == (('^tokenizer/selector/', 0),)
   same = state.params['tokenizer']['selector']['fc_in']['kernel']
   np.testing.assert_array_equal(same, parts['tokenizer']['selector']['fc_in']['kernel'])
 

@@ -83,9 +83,8 @@ def test_the_tokenizer_of_the_tiny_pages_loads_from_anywhere(tmp_path, monkeypat
 
   monkeypatch.chdir(tmp_path)
   assert TextTokenizer.load('lavit_jax/assets/tiny/language_model').vocab_size == 2048
-  pathlib.Path('lavit_jax/assets/tiny/language_model').mkdir(
-    parents=True
-  )  # what is here comes first
+  # What is here comes first.
+  pathlib.Path('lavit_jax/assets/tiny/language_model').mkdir(parents=True)
   with pytest.raises(
     UserError, match='lavit_jax/assets/tiny/language_model/tokenizer.json does not exist'
   ):

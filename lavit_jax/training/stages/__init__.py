@@ -37,6 +37,11 @@ StageOptions = (
 )
 
 
+def _any_size(model: LavitModules) -> int:
+  del model
+  return 1
+
+
 class StageType(NamedTuple):
   """How a stage is configured and built."""
 
@@ -47,6 +52,7 @@ class StageType(NamedTuple):
   section: str  # a key of the page that no other stage's page has
   accumulates: bool = True  # whether a batch may be computed in pieces
   reads_vit: bool = True
+  image_multiple: Callable[[LavitModules], int] = _any_size  # see the function below
   shades_patches: bool = False  # whether its drawn images show kept patches
 
 
@@ -66,6 +72,7 @@ STAGES = {
     task='images',
     section='kl_weight',
     reads_vit=False,
+    image_multiple=autoencoder.image_multiple,
   ),
   'tokenizer': StageType(
     TokenizerOptions,
@@ -82,6 +89,7 @@ STAGES = {
     detokenizer.MODULES,
     task='images',
     section='detokenizer',
+    image_multiple=detokenizer.image_multiple,
     shades_patches=True,
   ),
   'lm': StageType(
@@ -124,12 +132,15 @@ def build_stage(
 
 
 def image_multiple(name: str, model: LavitModules, draws_images: bool) -> int:
-  """The number of pixels of which the side of a stage's images must be a multiple."""
-  multiple = 1
-  if name == 'autoencoder':
-    multiple = model.vae.factor
-  elif name == 'detokenizer':
-    multiple = detokenizer.image_multiple(model)
-  if draws_images and stage_type(name).shades_patches:
+  """The number of pixels of which the side of a stage's images must be a multiple.
+
+  Args:
+    name: of the stage.
+    model: the modules.
+    draws_images: whether the run draws images, patch by patch.
+  """
+  kind = stage_type(name)
+  multiple = kind.image_multiple(model)
+  if draws_images and kind.shades_patches:
     multiple = math.lcm(multiple, model.image_size // model.vit.patch_size)
   return multiple

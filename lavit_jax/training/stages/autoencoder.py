@@ -105,6 +105,11 @@ def _update_moments(moments: Moments, latents: Array) -> Moments:
   return jax.tree.map(lambda m, n: MOMENT_DECAY * m + (1 - MOMENT_DECAY) * n, moments, new)
 
 
+def image_multiple(model: LavitModules) -> int:
+  """The number of pixels of which an image's side must be a multiple."""
+  return model.vae.factor
+
+
 def standardize_latents(
   params: Tree,
   moments: Moments,
