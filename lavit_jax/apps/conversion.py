@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.tree import Tree
 
 from lavit_jax.weights.store import arrays, folder
+from lavit_jax.weights.store.metadata import read_checksums
 from lavit_jax.weights.torch import formats
 from lavit_jax.weights.torch.conversion_plan import Conversion
 
@@ -160,7 +161,7 @@ def _add_leaf_groups(branch: Tree, path: pathlib.Path, module: str) -> None:
   """Adds a line for each group of leaves of a module: those below one key at the top."""
   folder_of_module = path / 'parts' / module
   with folder.reading_errors(folder_of_module):
-    leaves = arrays.open_leaves(folder_of_module, folder.read_checksums(path, module))
+    leaves = arrays.open_leaves(folder_of_module, read_checksums(path, module))
   sizes: dict[str, list[int]] = {}
   for leaf, array in leaves.items():
     sizes.setdefault(leaf.split('/')[0], []).append(math.prod(array.shape))

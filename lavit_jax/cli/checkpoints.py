@@ -137,9 +137,9 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _bundle(args: argparse.Namespace) -> None:
-  from lavit_jax.weights.store import folder
+  from lavit_jax.weights.store.bundle import bundle
 
-  print(folder.bundle(args.out, args.exports, args.tokenizer, args.dtype))
+  print(bundle(args.out, args.exports, args.tokenizer, args.dtype))
 
 
 def _list_variants(args: argparse.Namespace) -> None:

@@ -28,7 +28,7 @@ from lavit_jax.models.lavit import variant_config
 from lavit_jax.training import compatibility, integrity
 from lavit_jax.training.compatibility import Settings
 from lavit_jax.training.distributed import wait_for_all
-from lavit_jax.weights.store.arrays import disk_full
+from lavit_jax.weights.store.disk import disk_full
 
 # File in a step's folder, of a process that could not read the step; it holds the reason.
 DAMAGE_MARK = 'damaged'

@@ -17,7 +17,7 @@ from lavit_jax.models.settings import GROUPS, differences, for_modules, format_s
 from lavit_jax.training import codebook
 from lavit_jax.training.checkpoint import saved_settings
 from lavit_jax.training.stages.base import ModuleNames
-from lavit_jax.weights.store import folder
+from lavit_jax.weights.store import folder, metadata
 
 Settings = dict[str, dict[str, Any]]
 
@@ -149,7 +149,7 @@ def load_params(variant: str, folders: Sequence[ParameterFolder], mesh: Mesh) ->
   params = {}
   for source in folders:
     if source.frozen and 'tokenizer' in source.modules:
-      folder.check_codebook(source.path)
+      metadata.check_codebook(source.path)
     loaded = folder.load_params(
       source.path,
       list(source.modules),
@@ -157,7 +157,7 @@ def load_params(variant: str, folders: Sequence[ParameterFolder], mesh: Mesh) ->
       lambda tree: sharding.shardings(tree, mesh),
       'float32' if source.frozen else None,
     )
-    if not source.frozen and 'tokenizer' in loaded and not folder.has_codebook(source.path):
+    if not source.frozen and 'tokenizer' in loaded and not metadata.has_codebook(source.path):
       loaded, _ = codebook.take_out(loaded)
     params |= loaded
   return params

@@ -26,7 +26,8 @@ from lavit_jax.models.initialization import init_params
 from lavit_jax.models.int8 import quantize_weight
 from lavit_jax.models.noise_schedule import Scheduler
 from lavit_jax.weights.store.arrays import ParameterSource, flatten, unflatten
-from lavit_jax.weights.store.folder import check_codebook, open_params, read_config, read_settings
+from lavit_jax.weights.store.folder import open_params, read_config, read_settings
+from lavit_jax.weights.store.metadata import check_codebook
 from lavit_jax.weights.torch import configs, formats, matching, name_tables, weight_files
 from lavit_jax.weights.torch.api import open_torch
 

@@ -27,7 +27,7 @@ from lavit_jax.inference import (
   generation_config as settings,
 )
 from lavit_jax.inference.pipeline import Lavit
-from lavit_jax.weights.store.folder import bundle
+from lavit_jax.weights.store.bundle import bundle
 from lavit_jax.weights.torch import convert
 
 TINY = pathlib.Path(pipeline.__file__).parents[1] / 'assets' / 'tiny'

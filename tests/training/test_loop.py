@@ -18,6 +18,7 @@ from lavit_jax.training import loop
 from lavit_jax.training.loop import train
 from lavit_jax.weights.loader import open_checkpoint
 from lavit_jax.weights.store import folder
+from lavit_jax.weights.store.bundle import bundle
 
 nano.install()
 
@@ -309,11 +310,11 @@ def test_a_tokenizer_without_a_codebook_is_reported_marked_and_refused(finished,
   words = f'{nano.ROOT}/lavit_jax/assets/tiny/language_model'
   for use in (
     lambda: train(nano.config('lm', frozen=f'{frozen},{export}'), tmp_path / 'lm'),
-    lambda: folder.bundle(tmp_path / 'all', [export], words),
+    lambda: bundle(tmp_path / 'all', [export], words),
     lambda: open_checkpoint(export, None),
   ):
     with pytest.raises(
-      UserError, match='its tokenizer was never quantised, so its codes mean nothing'
+      UserError, match='its tokenizer was never quantized, so its codes mean nothing'
     ):
       use()
 

@@ -1,1 +1,1 @@
-"""Our own checkpoints: a folder with a config and one Orbax array tree a part."""
+"""Our checkpoint folders: a config, and one Orbax array tree for each module."""

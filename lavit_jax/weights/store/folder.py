@@ -1,13 +1,15 @@
-"""Our own folder of weights: a description, and one Orbax checkpoint a part.
+"""Our checkpoint folder: a description, and one Orbax checkpoint for each module.
 
-    folder/config.json      {"format": 2, "variant": "tiny", "parts": {"vit": {"parameters", "dtype"}}, "settings": {}, "metadata": {}}
-    folder/checksums.json   {"vit": {"blocks/attn/qkv/kernel": 123, ...}}, as leaves.checksum counts them
-    folder/parts/vit/       Orbax; leaves by their flax paths
-    folder/tokenizer/       of a whole model: its words, as a Hugging Face tokenizer
-    folder/torch/           of a converted one: what the PyTorch folder held beside the weights (convert.py)
+    folder/config.json      {"format": 2, "variant": "tiny", "parts": {"vit": {"parameters",
+                            "dtype"}}, "settings": {}, "metadata": {}}
+    folder/checksums.json   {"vit": {"blocks/attn/qkv/kernel": 123, ...}} (checksums.py)
+    folder/parts/vit/       Orbax; leaves by their Flax paths
+    folder/tokenizer/       of a complete model: its text tokenizer, as Hugging Face writes it
+    folder/torch/           of a converted model: other files of the PyTorch folder (weights/torch)
 
-A folder appears whole or not at all: it is written beside its place and renamed. (Between the two renames that replace an older one
-a kill leaves that one as `.NAME.old`.)
+A folder appears complete or not at all: it is written under a temporary name beside its place and
+renamed. (A kill between the two renames that replace an older folder leaves that one as
+`.NAME.old`.)
 """
 
 from __future__ import annotations
@@ -15,25 +17,33 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import operator
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
 import ml_dtypes  # registers bfloat16 with numpy
 import numpy as np
+from numpy.typing import DTypeLike
 
-from lavit_jax.data.text import TextTokenizer
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.models import settings as checkpoint_settings
-from lavit_jax.weights.store import arrays as leaves
-from lavit_jax.weights.store.arrays import flatten, unflatten
-from lavit_jax.weights.torch import configs, finite, formats
+from lavit_jax.weights.store import arrays
+from lavit_jax.weights.store.arrays import ParameterSource, flatten, unflatten
+from lavit_jax.weights.store.checksums import checksum
+from lavit_jax.weights.store.disk import disk_full
+from lavit_jax.weights.store.metadata import CHECKSUMS, CONFIG, FORMAT, read_checksums
+from lavit_jax.weights.store.metadata import read_config as read_config
+from lavit_jax.weights.store.metadata import read_settings as read_settings
+from lavit_jax.weights.store.replacement import replace_folder
+from lavit_jax.weights.store.writer import ModuleWriter
+from lavit_jax.weights.torch import finite
 
-FORMAT = 2
 TOKENIZER_FILES = (
   'tokenizer.json',
   'tokenizer.model',
@@ -42,373 +52,261 @@ TOKENIZER_FILES = (
   'added_tokens.json',
 )
 DTYPES = {'float32': np.float32, 'float16': np.float16, 'bfloat16': ml_dtypes.bfloat16}
+Shardings = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+# --- Writing -------------------------------------------------------------------------------------
 
 
 class FolderWriter:
-  """A folder in the making: its parts go into `path`, side by side."""
+  """A checkpoint folder that is being written.
+
+  Attributes:
+    path: the folder, under its temporary name.
+    config: the content of its `config.json`.
+    sums: {module: {path: checksum}}, of its `checksums.json`.
+  """
 
   def __init__(self, path: pathlib.Path, variant: str, metadata: dict, settings: dict):
-    self.path, self.sums = path, {}
-    self.config = dict(
+    self.path = path
+    self.sums: dict[str, dict[str, int]] = {}
+    self.config: dict[str, Any] = dict(
       format=FORMAT, variant=variant, parts={}, settings=settings, metadata=metadata
     )
 
   @contextlib.contextmanager
-  def part(self, name: str, structs: Mapping, stacked=()) -> Iterator[leaves.Writer]:
-    """A writer of one part, whose leaves are described by `structs`: path -> shape and dtype."""
-    with leaves.Writer(self.path / 'parts' / name, structs, stacked) as writer:
+  def open_module(
+    self, name: str, structs: Mapping[str, Any], stacked: Collection[str] = ()
+  ) -> Iterator[ModuleWriter]:
+    """Opens a writer of one module.
+
+    Args:
+      name: of the module.
+      structs: path -> anything with the shape and dtype of the leaf.
+      stacked: the leaves that are written by slices on axis 0.
+    """
+    with ModuleWriter(self.path / 'parts' / name, structs, stacked) as writer:
       yield writer
     self.sums[name] = writer.sums
     dtypes = {str(x.dtype) for x in structs.values()}
     self.config['parts'][name] = dict(
-      parameters=sum(int(np.prod(x.shape)) for x in structs.values()),
+      parameters=sum(math.prod(x.shape) for x in structs.values()),
       dtype=dtypes.pop() if len(dtypes) == 1 else 'mixed',
     )
 
 
 @contextlib.contextmanager
 def open_writer(
-  folder,
+  folder: str | os.PathLike,
   variant: str,
   metadata: dict | None = None,
-  tokenizer=None,
+  tokenizer: str | os.PathLike | None = None,
   settings: Mapping | None = None,
 ) -> Iterator[FolderWriter]:
-  """Makes a checkpoint folder, which takes its place when the block ends well.
+  """Writes a checkpoint folder, which replaces `folder` when the block ends without an error.
 
   Args:
-    folder: where; a checkpoint or an empty folder that stands there is replaced as a whole, anything else is left alone.
-    variant: the row of the variants table that the parts belong to.
-    metadata: anything JSON can say about where the weights come from.
-    tokenizer: a Hugging Face tokenizer folder to put beside them, as `tokenizer/`.
-    settings: of the checkpoint (models/settings.py); those that are the variant's own are left out.
+    folder: a new or empty folder, or a checkpoint, which is replaced as a whole.
+    variant: the name of the model variant.
+    metadata: where the parameters come from, as JSON values.
+    tokenizer: a Hugging Face tokenizer folder, which is copied to `tokenizer/`.
+    settings: of the checkpoint (models/settings.py); values that are the variant's own are omitted.
 
   Raises:
-    UserError: something else stands there, the disk is full or the folder cannot be written; nothing half-written is left. Or settings
-      that are not known.
+    UserError: `folder` has other content or cannot be written, or the disk is full; nothing is left
+      half-written. Or a setting is unknown.
   """
-  settings = (
-    checkpoint_settings.validate(variant, lavit.variant_config(variant), settings)
-    if settings
-    else {}
-  )
+  stored_settings = {}
+  if settings:
+    config = lavit.variant_config(variant)
+    stored_settings = checkpoint_settings.validate(variant, config, settings)
   with replace_folder(folder) as scratch:
     (scratch / 'parts').mkdir()
-    made = FolderWriter(scratch, variant, metadata or {}, settings)
-    yield made
+    writer = FolderWriter(scratch, variant, metadata or {}, stored_settings)
+    yield writer
     if tokenizer is not None:
       copy_tokenizer_files(pathlib.Path(tokenizer), scratch / 'tokenizer')
-    (scratch / 'checksums.json').write_text(json.dumps(made.sums, indent=0) + '\n')
-    (scratch / 'config.json').write_text(json.dumps(made.config, indent=1) + '\n')
-
-
-@contextlib.contextmanager
-def replace_folder(folder, mark: str = 'config.json') -> Iterator[pathlib.Path]:
-  """A new folder, which takes the place of `folder` when the block ends well; what a killed run left of one is cleared away.
-
-  Raises:
-    UserError: as `open_writer`; a folder that stands there is replaced if it holds the file `mark`.
-  """
-  folder = pathlib.Path(folder).resolve()  # of a link, what it points to
-  check_destination(folder, mark)
-  scratch = folder.with_name(f'.{folder.name}.partial')
-  try:
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    yield scratch
-    swap_folders(scratch, folder)
-  except OSError as error:
-    raise UserError(
-      f'cannot write {folder}: {error.strerror or error}; free some space or choose another folder'
-    ) from error
-  except ValueError as error:  # TensorStore reports a full disk in words
-    if not leaves.disk_full(error):
-      raise
-    raise UserError(
-      f'cannot write {folder}: No space left on device; free some space or choose another folder'
-    ) from error
-  finally:
-    shutil.rmtree(scratch, ignore_errors=True)
+    (scratch / CHECKSUMS).write_text(json.dumps(writer.sums, indent=0) + '\n')
+    (scratch / CONFIG).write_text(json.dumps(writer.config, indent=1) + '\n')
 
 
 def save_params(
-  folder,
+  folder: str | os.PathLike,
   variant: str,
-  parts: dict,
+  params: Mapping[str, Any],
   metadata: dict | None = None,
   dtype: str = 'float32',
-  tokenizer=None,
+  tokenizer: str | os.PathLike | None = None,
   settings: Mapping | None = None,
 ) -> pathlib.Path:
-  """Writes the parameters of some parts of a model.
+  """Writes the parameters of modules to a checkpoint folder.
 
   Args:
-    parts: part name -> parameter tree (or one bare array); floating leaves are stored in `dtype`.
-    dtype: 'float32', 'float16' or 'bfloat16'.
-    folder, variant, metadata, tokenizer, settings, and what is raised: as in `open_writer`.
+    folder: as in `open_writer`.
+    variant: as in `open_writer`.
+    params: {module name: parameter tree, or one bare array}.
+    metadata: where the parameters come from, as JSON values.
+    dtype: 'float32', 'float16' or 'bfloat16', for floating leaves.
+    tokenizer: as in `open_writer`.
+    settings: as in `open_writer`.
+
+  Returns:
+    The folder.
+
+  Raises:
+    UserError: as `open_writer`; or a number is too large for `dtype`.
   """
-  folder = pathlib.Path(folder).resolve()  # now: the folder one stands in may be replaced
-  with open_writer(folder, variant, metadata, tokenizer, settings) as made:
-    for name, tree in parts.items():
-      flat = {path: _stored(f'{name}/{path}', leaf, dtype) for path, leaf in flatten(tree).items()}
-      with made.part(name, flat) as writer:
+  folder = pathlib.Path(folder).resolve()  # now: the current directory may be replaced
+  with open_writer(folder, variant, metadata, tokenizer, settings) as result:
+    for module, tree in params.items():
+      flat = {}
+      for path, leaf in flatten(tree).items():
+        flat[path] = _to_stored(f'{module}/{path}', leaf, dtype)
+      with result.open_module(module, flat) as writer:
         for path, array in flat.items():
           writer.write(path, None, array)
   return folder
 
 
-def read_config(folder) -> dict:
-  """The folder's `config.json`; a `UserError` that names the file if it is missing or is not ours."""
-  file = pathlib.Path(folder) / 'config.json'
-  try:
-    config = json.loads(file.read_text())
-  except FileNotFoundError:
-    raise UserError(f'{folder} is not a lavit_jax checkpoint: {file} is missing') from None
-  except (OSError, ValueError) as error:
-    raise UserError(f'{file} cannot be read ({error}); export the checkpoint again') from None
-  if (
-    not isinstance(config, dict)
-    or config.get('format') != FORMAT
-    or not config.keys() >= {'variant', 'parts', 'metadata'}
-  ):
-    raise UserError(f'{file} is not a lavit_jax checkpoint of format {FORMAT}')
-  return config
+def _to_stored(name: str, leaf: Any, dtype: str) -> np.ndarray:
+  """A leaf on the host, in the dtype in which it is written."""
+  array = np.asarray(jax.device_get(leaf))
+  if not _is_floating(array.dtype):
+    return array
+  return finite.convert(name, array, DTYPES[dtype], allow_nonfinite=True)
 
 
-def read_settings(folder) -> dict[str, dict]:
-  """The settings of a checkpoint, {part: {field: value}}, where they are not the variant's own.
-
-  A folder that was converted before there were settings has them in the descriptions that travelled along in `torch/`.
-
-  Raises:
-    UserError: the folder or a description is damaged, or asks for what the variant does not compute.
-  """
-  folder = pathlib.Path(folder)
-  config = read_config(folder)
-  variant = config['variant']
-  if 'settings' not in config:
-    places = formats.locations(config['metadata'].get('source', {}).get('kind', 'LaVIT'))
-    folders = {part: place.folder for part, place in places.items()}
-    return configs.read_settings(folder / 'torch', folders, config['parts'], variant)
-  try:
-    return checkpoint_settings.validate(variant, lavit.variant_config(variant), config['settings'])
-  except UserError as error:
-    raise error.within(f'{folder / "config.json"}') from None
+def copy_tokenizer_files(source: pathlib.Path, target: pathlib.Path) -> None:
+  """Copies the tokenizer's files from a folder; files that exist in `target` stay."""
+  for name in TOKENIZER_FILES:
+    if (source / name).is_file() and not (target / name).exists():
+      target.mkdir(parents=True, exist_ok=True)
+      shutil.copyfile(source / name, target / name)
 
 
-def read_checksums(folder, name: str) -> dict[str, int]:
-  """Path -> checksum of each leaf of a part."""
-  file = pathlib.Path(folder) / 'checksums.json'
-  try:
-    return json.loads(file.read_text())[name]
-  except (OSError, ValueError, KeyError) as error:
-    raise UserError(
-      f'{file} is missing or damaged ({error!r}); copy or export the checkpoint again'
-    ) from None
-
-
-def has_codebook(folder) -> bool:
-  """Whether the codebook of a folder's tokenizer was trained; a run that ends before quantisation begins exports one that was not."""
-  metadata = read_config(folder)['metadata']
-  about = metadata.get('tokenizer', metadata)  # a bundle says it of each part
-  return about.get('codebook') != 'untrained'
-
-
-def check_codebook(folder) -> None:
-  """Raises UserError if the codes of a folder's tokenizer mean nothing."""
-  if not has_codebook(folder):
-    raise UserError(
-      f'{folder}: its tokenizer was never quantised, so its codes mean nothing; train it beyond tokenizer.quantize_from, or go on '
-      'from it with --config.init_from'
-    )
+# --- Reading -------------------------------------------------------------------------------------
 
 
 def load_params(
-  folder,
-  names=None,
+  folder: str | os.PathLike,
+  names: Iterable[str] | None = None,
   variant: str | None = None,
-  shardings: Callable | None = None,
+  shardings: Shardings | None = None,
   dtype: str | None = 'float32',
-) -> dict:
-  """Reads parameter trees.
+) -> dict[str, Any]:
+  """Reads the parameters of modules.
 
   Args:
-    folder: a folder that `save_params` or `lavit convert` wrote.
-    names: the parts to read; None reads all.
-    variant: if given, the variant that the folder must be of.
-    shardings: {part: tree of ShapeDtypeStructs} -> the same tree of shardings; the leaves then go straight onto the devices, each
-      of which gets its own piece only. Without it they are numpy arrays, and their checksums are looked at.
-    dtype: of the floating leaves; None keeps those of the folder.
+    folder: one that `save_params` or `lavit convert` wrote.
+    names: of the modules; None is all of them.
+    variant: the variant that the folder must have; None accepts any.
+    shardings: {module: tree of ShapeDtypeStructs} -> the same tree of shardings. The leaves then go
+      directly to the devices, each of which gets only its shard. None gives numpy arrays, whose
+      checksums are verified.
+    dtype: of floating leaves; None keeps the stored one.
 
   Returns:
-    part name -> parameter tree.
+    {module name: parameter tree}.
 
   Raises:
-    UserError: a part is missing or damaged, or the folder is of another variant.
+    UserError: a module is missing or damaged, or the folder has another variant.
   """
-  folder = pathlib.Path(folder).resolve()  # TensorStore takes no '..'
+  folder = pathlib.Path(folder).resolve()  # TensorStore accepts no '..'
   config = read_config(folder)
   if variant is not None and config['variant'] != variant:
-    raise UserError(f'{folder} holds variant {config["variant"]!r}, but {variant!r} was asked for')
-  parts = {}
+    raise UserError(f'{folder} holds variant {config["variant"]!r}, but {variant!r} was requested')
+  params = {}
   for name in config['parts'] if names is None else names:
     if name not in config['parts']:
-      raise UserError(f'{folder} has no part {name!r}; it holds {", ".join(config["parts"])}')
-    part = open_params(folder, name, dtype)
-    places = {} if shardings is None else flatten(shardings({name: unflatten(part.structs)})[name])
-    parts[name] = unflatten(
-      {path: part.read(path, sharding=places.get(path)) for path in part.structs}
-    )
-  return parts
+      raise UserError(f'{folder} has no module {name!r}; it holds {", ".join(config["parts"])}')
+    source = open_params(folder, name, dtype)
+    leaf_shardings = {}
+    if shardings is not None:
+      leaf_shardings = flatten(shardings({name: unflatten(source.structs)})[name])
+    flat = {path: source.read(path, sharding=leaf_shardings.get(path)) for path in source.structs}
+    params[name] = unflatten(flat)
+  return params
 
 
-def open_params(folder, name: str, dtype: str | None = 'float32') -> leaves.ParameterSource:
-  """A part of a folder, to be read a leaf or a row at a time.
+def open_params(
+  folder: str | os.PathLike, name: str, dtype: str | None = 'float32'
+) -> ParameterSource:
+  """Opens a module, to be read leaf by leaf or layer by layer.
 
-  The checksum of a leaf is looked at when it, or the last of its rows, has been read to the host.
+  The checksum of a leaf is verified when it, or the last of its layers, has been read to the host.
 
   Args:
-    folder, name, dtype: as for `load_params`.
+    folder: as in `load_params`.
+    name: of the module.
+    dtype: as in `load_params`.
+
+  Returns:
+    Its source, whose reads raise UserError as well.
 
   Raises:
-    UserError: it is missing or damaged; later too, as it is read.
+    UserError: the module is missing or damaged.
   """
   path = pathlib.Path(folder).resolve() / 'parts' / name
   with reading_errors(path):
     sums = read_checksums(folder, name)
-    arrays = leaves.open_leaves(path, sums)
-  structs = {
-    leaf: cast(jax.ShapeDtypeStruct(x.shape, x.dtype.numpy_dtype), dtype)
-    for leaf, x in arrays.items()
-  }
-  seen = {leaf: {} for leaf in arrays}  # row -> checksum
+    stores = arrays.open_leaves(path, sums)
+  structs = {}
+  for leaf, store in stores.items():
+    structs[leaf] = cast(jax.ShapeDtypeStruct(store.shape, store.dtype.numpy_dtype), dtype)
+  layer_sums: dict[str, dict[int, int]] = {leaf: {} for leaf in stores}
 
-  def check(leaf, row, array):
-    if row is None:
-      total = leaves.checksum(array)
+  def verify(leaf: str, index: int | None, array: np.ndarray) -> None:
+    if index is None:
+      total = checksum(array)
     else:
-      seen[leaf][row] = leaves.checksum(array[None], row)
-      if len(seen[leaf]) < arrays[leaf].shape[0]:
+      layer_sums[leaf][index] = checksum(array[None], index)
+      if len(layer_sums[leaf]) < stores[leaf].shape[0]:
         return
-      total = functools.reduce(operator.xor, seen[leaf].values())
+      total = functools.reduce(operator.xor, layer_sums[leaf].values())
     if total != sums[leaf]:
       raise ValueError(f'the checksum of {leaf} is another')
 
-  def read(leaf, row=None, sharding=None):
+  def read(
+    leaf: str, index: int | None = None, sharding: jax.sharding.Sharding | None = None
+  ) -> np.ndarray | jax.Array:
     with reading_errors(path):
-      store, struct = arrays[leaf] if row is None else arrays[leaf][row], structs[leaf]
+      store = stores[leaf] if index is None else stores[leaf][index]
+      leaf_dtype = structs[leaf].dtype
       if sharding is not None:
-        return leaves.read_sharded(
-          store, jax.ShapeDtypeStruct(store.shape, struct.dtype, sharding=sharding)
-        )
+        like = jax.ShapeDtypeStruct(store.shape, leaf_dtype, sharding=sharding)
+        return arrays.read_sharded(store, like)
       array = store.read().result()
-      check(leaf, row, array)
-    return finite.convert(f'{path}: {leaf}', array, struct.dtype, allow_nonfinite=True)
+      verify(leaf, index, array)
+    return finite.convert(f'{path}: {leaf}', array, leaf_dtype, allow_nonfinite=True)
 
-  return leaves.ParameterSource(structs, read)
+  return ParameterSource(structs, read)
 
 
 @contextlib.contextmanager
-def reading_errors(path: pathlib.Path):
-  """Turns what Orbax and TensorStore say of a bad part into a UserError."""
+def reading_errors(path: pathlib.Path) -> Iterator[None]:
+  """Turns the errors of Orbax and TensorStore about a damaged module into UserErrors.
+
+  Args:
+    path: the folder of the module.
+  """
   if not path.is_dir():
     raise UserError(f'{path} is missing; the checkpoint is incomplete')
   try:
     yield
   except (OSError, ValueError, KeyError, TypeError) as error:
-    if leaves.disk_full(error):  # of what is written meanwhile
+    if disk_full(error):  # the error of something that is written in the same block
       raise
-    raise UserError(
-      f'{path} is truncated or damaged ({" ".join(str(error).split())[:200]}); copy or export it again'
-    ) from None
+    reason = ' '.join(str(error).split())[:200]
+    raise UserError(f'{path} is truncated or damaged ({reason}); copy or export it again') from None
 
 
-def bundle(folder, sources, tokenizer, dtype: str = 'bfloat16') -> pathlib.Path:
-  """Makes one model of what the stages exported: a folder for `Lavit.from_pretrained`.
-
-  Args:
-    folder: where; as in `save_params`.
-    sources: the stages' export folders, all of one variant; of a part that several hold, the last one's is taken.
-    tokenizer: the tokenizer folder of the language model.
-    dtype: as in `save_params`. The settings of a part come from where the part does.
-
-  Raises:
-    UserError: a source is missing, damaged or of another variant, the tokenizer is another model's, or the folder cannot be written.
-  """
-  parts, about, variant = {}, {}, read_config(sources[0])['variant']
-  settings = {}
-  TextTokenizer.load(tokenizer, lavit.variant_config(variant)['text_vocab_size'])
-  for source in sources:
-    made = load_params(source, variant=variant)
-    if 'tokenizer' in made:
-      check_codebook(source)
-    metadata = read_config(source)['metadata']
-    parts |= made
-    settings = {
-      name: fields
-      for name, fields in settings.items()
-      if checkpoint_settings.GROUPS[name].module not in made
-    }
-    settings |= checkpoint_settings.for_modules(read_settings(source), made)
-    of_part = {name: metadata.get(name, metadata) for name in made}  # a bundle says it of each part
-    about |= {
-      name: {key: told[key] for key in ('stage', 'steps') if key in told}
-      for name, told in of_part.items()
-    }
-  return save_params(folder, variant, parts, about, dtype, tokenizer, settings)
+def cast(struct: Any, dtype: str | None) -> jax.ShapeDtypeStruct:
+  """The shape of an array, with `dtype` if its own is floating; None keeps its own."""
+  target: DTypeLike = struct.dtype
+  if dtype and _is_floating(struct.dtype):
+    target = DTYPES[dtype]
+  return jax.ShapeDtypeStruct(struct.shape, target)
 
 
-def copy_tokenizer_files(src: pathlib.Path, dst: pathlib.Path) -> None:
-  """Copies a tokenizer's files from among others; those that are there already stay."""
-  for name in TOKENIZER_FILES:
-    if (src / name).is_file() and not (dst / name).exists():
-      dst.mkdir(parents=True, exist_ok=True)
-      shutil.copyfile(src / name, dst / name)
-
-
-def check_destination(folder: pathlib.Path, mark: str = 'config.json') -> None:
-  """Raises UserError unless the folder is free, empty, or one of ours, as the file `mark` in it shows."""
-  if folder.exists() and not (
-    folder.is_dir() and ((folder / mark).exists() or not any(folder.iterdir()))
-  ):
-    raise UserError(
-      f'{folder} exists and is not a checkpoint of lavit_jax; choose another folder, or remove it first'
-    )
-  if mark == 'config.json' and folder.exists() and any(folder.iterdir()):
-    read_config(folder)  # a config.json of somebody else's is not ours to replace
-
-
-def swap_folders(scratch: pathlib.Path, folder: pathlib.Path) -> None:
-  """Puts the finished folder in its place; the old one goes only once the new one can stand there."""
-  if folder.exists():
-    old = folder.with_name(f'.{folder.name}.old')
-    shutil.rmtree(old, ignore_errors=True)
-    os.rename(folder, old)
-    try:
-      os.rename(scratch, folder)
-    except OSError:
-      os.rename(old, folder)
-      raise
-    shutil.rmtree(old)
-  else:
-    os.rename(scratch, folder)
-
-
-def cast(struct, dtype: str | None) -> jax.ShapeDtypeStruct:
-  """Of an array or a struct: the shape, and the type that it has once floating leaves are `dtype`; None keeps them."""
-  return jax.ShapeDtypeStruct(
-    struct.shape, DTYPES[dtype] if dtype and _floating(struct.dtype) else struct.dtype
-  )
-
-
-def _floating(dtype) -> bool:
-  return np.dtype(dtype).kind in 'fV'
-
-
-def _stored(name: str, leaf, dtype: str) -> np.ndarray:
-  array = np.asarray(jax.device_get(leaf))
-  return (
-    finite.convert(name, array, DTYPES[dtype], allow_nonfinite=True)
-    if _floating(array.dtype)
-    else array
-  )
+def _is_floating(dtype: DTypeLike) -> bool:
+  return np.dtype(dtype).kind in 'fV'  # V: the dtypes of ml_dtypes, such as bfloat16

@@ -20,7 +20,9 @@ from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.models import settings as checkpoint_settings
 from lavit_jax.weights.store import arrays as leaves
-from lavit_jax.weights.store import folder
+from lavit_jax.weights.store import checksums, folder
+from lavit_jax.weights.store.metadata import read_checksums
+from lavit_jax.weights.store.replacement import replace_folder
 from lavit_jax.weights.torch import configs, finite, formats, name_tables
 from lavit_jax.weights.torch.conversion_notes import settings_notes
 from lavit_jax.weights.torch.conversion_plan import Conversion, Progress, conversion_item
@@ -114,7 +116,7 @@ def plan_export(
 def _open_module(src: pathlib.Path, module: str) -> dict[str, ts.TensorStore]:
   path = src / 'parts' / module
   with folder.reading_errors(path):
-    return leaves.open_leaves(path, folder.read_checksums(src, module), leaves.DIRECT)
+    return leaves.open_leaves(path, read_checksums(src, module), leaves.DIRECT)
 
 
 def _plan_tensors(
@@ -217,7 +219,7 @@ class _FolderExport:
   def run(self, progress: Progress) -> None:
     """Writes the PyTorch folder, and reads it back."""
     ledger = finite.FiniteLedger()
-    with folder.replace_folder(self.dst, formats.EXPORT_INFO) as result:
+    with replace_folder(self.dst, formats.EXPORT_INFO) as result:
       with contextlib.ExitStack() as stack:
         writers = {}
         for (where, stem), specs in self.files.items():
@@ -245,7 +247,7 @@ class _FolderExport:
     progress: Progress,
   ) -> None:
     """Writes the tensors of a module, leaf by leaf, and checks the leaves against their sums."""
-    sums = folder.read_checksums(self.src, module.module)
+    sums = read_checksums(self.src, module.module)
     remaining = {tensor.slot.leaf: sums[tensor.slot.leaf] for tensor in module.tensors.values()}
     with folder.reading_errors(self.src / 'parts' / module.module):
       for converted in _converted_tensors(module, self.dtype):
@@ -325,10 +327,10 @@ def _converted_tensors(module: _ExportedModule, dtype: str | None) -> Iterator[_
     store = module.leaves[slot.leaf]
     if slot.layer is None:
       leaf = store.read().result()
-      leaf_checksum = leaves.checksum(leaf)
+      leaf_checksum = checksums.checksum(leaf)
     else:
       leaf = store[slot.layer].read().result()
-      leaf_checksum = leaves.checksum(leaf[None], slot.layer)
+      leaf_checksum = checksums.checksum(leaf[None], slot.layer)
     array, counts = finite.cast(leaf, folder.cast(leaf, dtype).dtype)
     return _ConvertedTensor(name, contiguous(slot.to_tensor(array)), leaf_checksum, counts)
 

@@ -17,6 +17,7 @@ from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.weights.store import arrays as leaves
 from lavit_jax.weights.store import folder
+from lavit_jax.weights.store.checksums import checksums
 from lavit_jax.weights.torch import (
   configs,
   conversion_notes,
@@ -120,7 +121,7 @@ class _FolderImport:
     ):
       for module, mapping in self.mapped.items():
         specs = self.specs[module]
-        with result.part(module, specs, mapping.plan.stacked) as writer:
+        with result.open_module(module, specs, mapping.plan.stacked) as writer:
           for tensor in _converted_tensors(mapping, specs, digests):
             ledger.add(f'{module}: {tensor.name}', tensor.counts)
             writer.write(tensor.slot.leaf, tensor.slot.layer, tensor.array)
@@ -264,7 +265,7 @@ def _read_back(result: folder.FolderWriter, progress: Progress) -> None:
   for module, sums in result.sums.items():
     remaining = dict(sums)
     path = result.path / 'parts' / module
-    for leaf, checksum, size in leaves.checksums(path, sums):
+    for leaf, checksum, size in checksums(path, sums):
       remaining[leaf] ^= checksum
       progress(size)
     wrong = [leaf for leaf, rest in remaining.items() if rest]

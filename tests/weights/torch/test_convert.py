@@ -248,7 +248,7 @@ def test_an_interrupted_conversion_leaves_nothing_that_looks_complete(
 
 def test_a_faulty_disk_is_detected(published, tmp_path, monkeypatch):
   monkeypatch.setattr(
-    import_folder.leaves, 'checksums', lambda where, paths: ((path, 1, 0) for path in paths)
+    import_folder, 'checksums', lambda folder, paths: ((path, 1, 0) for path in paths)
   )
   with pytest.raises(UserError, match='is not on the disk as it was written'):
     run(published, tmp_path / 'checkpoint')

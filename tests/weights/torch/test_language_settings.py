@@ -18,6 +18,7 @@ from lavit_jax.models.sequence import prompt_mask, prompt_positions
 from lavit_jax.porting import from_torch, to_torch, torch_settings
 from lavit_jax.weights.loader import open_checkpoint
 from lavit_jax.weights.store import folder
+from lavit_jax.weights.store.bundle import bundle
 from lavit_jax.weights.torch import configs, convert
 from lavit_jax.weights.torch.configs import llama as tables
 
@@ -341,8 +342,8 @@ def test_a_bundle_has_the_settings_of_each_module(tmp_path):
   folder.save_params(tmp_path / 'b', 'tiny', dict(llama=tree), settings=second)
   folder.save_params(tmp_path / 'c', 'tiny', dict(decoder=tree))
   for sources, expected in (('abc', second), ('bac', first), ('ca', first)):
-    bundle = folder.bundle(tmp_path / 'bundle', [tmp_path / name for name in sources], tokenizer)
-    assert folder.read_settings(bundle) == expected
+    bundled = bundle(tmp_path / 'bundle', [tmp_path / name for name in sources], tokenizer)
+    assert folder.read_settings(bundled) == expected
 
 
 def test_a_conversion_notes_the_settings_that_it_follows(source, tmp_path):
