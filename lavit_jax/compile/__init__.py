@@ -1,1 +1,1 @@
-"""What a pod would make of a program, found by compiling for it on a CPU."""
+"""What a TPU pod would need for a program, found by compiling for the pod on a CPU."""

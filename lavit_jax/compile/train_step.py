@@ -1,7 +1,4 @@
-"""`lavit compile`: the exact train step, compiled for a TPU pod that is not there.
-
-What a pod would make of the program is what topology.py reads from it.
-"""
+"""`lavit compile`: the exact train step of a page, compiled for an absent TPU pod (topology.py)."""
 
 from __future__ import annotations
 
@@ -11,11 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import NamedSharding
+from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
 from lavit_jax import sharding
-from lavit_jax.compile import topology as pods
+from lavit_jax.compile import topology
 from lavit_jax.compile.topology import GIB
 from lavit_jax.training import flops
 from lavit_jax.training.run import Run, check_values, resolve_abstract
@@ -23,62 +21,103 @@ from lavit_jax.training.train_step import abstract_inputs, make_init, make_train
 
 
 class Report(NamedTuple):
-  """What the compiled step needs, of one chip unless it says otherwise; seconds and GiB.
+  """What the compiled step needs of one chip; seconds and GiB.
 
-  Of chips that are two devices each (`devices_per_chip`), 'chip' means a device throughout: a half,
-  with half of the memory.
+  Of chips that are two devices each (`devices_per_chip`), "chip" means a device throughout, which
+  has half of the memory.
+
+  Attributes:
+    config: the page.
+    topology: CHIP:SHAPE.
+    slices: pods of that topology, which the network of the data center connects.
+    chips: all of them.
+    devices_per_chip: 1 or 2.
+    mesh: axis -> size.
+    tokens_per_step: of all chips: slots of packed rows, or patches.
+    packed_share: the expected share of them that hold a token.
+    hbm_parameters_gib: of the parameters, trained or not, and their averages.
+    hbm_optimizer_gib: of the optimizer's state.
+    hbm_activations_gib: of everything else, such as activations and gradients.
+    hbm_per_chip_gib: of the whole program.
+    hbm_limit_gib: of the chip.
+    fits: whether that suffices, with `topology.SPARE` left.
+    flops_per_chip: operations of the program.
+    model_flops_per_chip: operations of the model, without what is computed twice or for padding.
+    hbm_bytes_per_chip: traffic of the memory.
+    collective_bytes_per_chip: bytes that are sent to other chips.
+    collectives: kind -> those bytes.
+    compute_seconds: lower bound by operations.
+    memory_seconds: lower bound by memory traffic.
+    network_seconds: lower bound by network traffic, as if all of it stayed within a slice.
+    mfu_bound: upper bound of the model FLOP/s utilization.
+    compile_seconds: of the compiler.
   """
 
   config: str
   topology: str
-  slices: int  # pods of that topology, joined by the data centre's network
+  slices: int
   chips: int
   devices_per_chip: int
   mesh: dict[str, int]
-  tokens_per_step: int  # of all chips: slots of packed rows, or patches
-  packed_share: float  # of them, that are expected to hold a token
+  tokens_per_step: int
+  packed_share: float
   hbm_parameters_gib: float
   hbm_optimizer_gib: float
-  hbm_activations_gib: float  # and gradients: all that is neither of the above
+  hbm_activations_gib: float
   hbm_per_chip_gib: float
   hbm_limit_gib: float
-  fits: bool  # with `pods.SPARE` to spare
+  fits: bool
   flops_per_chip: float
   model_flops_per_chip: float
   hbm_bytes_per_chip: float
   collective_bytes_per_chip: float
-  collectives: dict[str, float]  # bytes sent, by kind
+  collectives: dict[str, float]
   compute_seconds: float
   memory_seconds: float
-  network_seconds: (
-    float  # as if all of it went between chips of one slice: what crosses slices takes longer
-  )
+  network_seconds: float
   mfu_bound: float
   compile_seconds: float
 
 
-def run(config, page: str, topology: str, slices: int, as_json: bool) -> None:
-  """Compiles and prints, as one JSON object or as a table."""
-  report = compile_step(config, page, topology, slices)
+def run(config: ConfigDict, page: str, topology_name: str, slices: int, as_json: bool) -> None:
+  """Compiles the train step and prints what it needs.
+
+  Args:
+    config: as in `compile_step`.
+    page: as in `compile_step`.
+    topology_name: as in `compile_step`.
+    slices: as in `compile_step`.
+    as_json: one JSON object; otherwise a table.
+
+  Raises:
+    UserError: as `compile_step`.
+  """
+  report = compile_step(config, page, topology_name, slices)
   if as_json:
     print(json.dumps(report._asdict()))
     return
-  chips = pods.count(report.chips, report.devices_per_chip)
-  one = 'a chip' if report.devices_per_chip == 1 else 'a device'
-  where = f'{report.slices} x {report.topology}'
-  table = Table('', one, title=f'{report.config} on {where}: {chips}, mesh {report.mesh}')
-  for row in rows(report):
-    table.add_row(*row)
+  chips = topology.format_count(report.chips, report.devices_per_chip)
+  unit = 'a chip' if report.devices_per_chip == 1 else 'a device'
+  pods = f'{report.slices} x {report.topology}'
+  table = Table('', unit, title=f'{report.config} on {pods}: {chips}, mesh {report.mesh}')
+  for name, value in _table_rows(report):
+    table.add_row(name, value)
   Console().print(table)
 
 
-def rows(report: Report) -> list[tuple[str, str]]:
-  """The lines of the table, (what, how much)."""
+def _table_rows(report: Report) -> list[tuple[str, str]]:
+  """The rows of the table: (quantity, value)."""
+  collectives = []
+  for kind, size in sorted(report.collectives.items()):
+    collectives.append((f'GB of {kind}', f'{size / 1e9:,.2f}'))
+  network = f'{report.network_seconds:.3f}'
+  if report.slices > 1:
+    network += ', more where it crosses slices'
   return [
     ('parameters, GiB', f'{report.hbm_parameters_gib:.2f}'),
     ('optimizer, GiB', f'{report.hbm_optimizer_gib:.2f}'),
     ('activations and gradients, GiB', f'{report.hbm_activations_gib:.2f}'),
-    ('memory, GiB', pods.memory_limit_note(report)),
+    ('memory, GiB', topology.memory_limit_note(report)),
     (
       'tokens a step, all chips',
       f'{report.tokens_per_step:,}, of which {report.packed_share:.1%} are expected to be filled',
@@ -86,66 +125,65 @@ def rows(report: Report) -> list[tuple[str, str]]:
     ('TFLOP of the program', f'{report.flops_per_chip / 1e12:,.1f}'),
     ('TFLOP of the model', f'{report.model_flops_per_chip / 1e12:,.1f}'),
     ('GB to and from HBM', f'{report.hbm_bytes_per_chip / 1e9:,.1f}'),
-    *((f'GB of {kind}', f'{size / 1e9:,.2f}') for kind, size in sorted(report.collectives.items())),
+    *collectives,
     ('seconds of compute', f'{report.compute_seconds:.3f}'),
     ('seconds of memory', f'{report.memory_seconds:.3f}'),
-    (
-      'seconds of network',
-      f'{report.network_seconds:.3f}{", more where it crosses slices" if report.slices > 1 else ""}',
-    ),
+    ('seconds of network', network),
     ('bound of the MFU', f'{report.mfu_bound:.1%}'),
     ('compiled in, s', f'{report.compile_seconds:.0f}'),
   ]
 
 
-def compile_step(config, page: str, topology: str, slices: int = 1) -> Report:
+def compile_step(config: ConfigDict, page: str, topology_name: str, slices: int = 1) -> Report:
   """Compiles the train step of a config.
 
   Args:
     config: a page of `configs/`.
     page: its name, for the report.
-    topology: CHIP:SHAPE, such as 'v5e:16x16'.
-    slices: how many of them.
+    topology_name: CHIP:SHAPE, such as 'v5e:16x16'.
+    slices: the number of such pods.
 
   Raises:
-    UserError: no such chip or topology, libtpu is missing, or the config does not fit it.
+    UserError: the chip or topology does not exist, libtpu is missing, or the config does not fit.
   """
-  chip, devices = pods.pod_devices(topology, slices)
+  chip, devices = topology.pod_devices(topology_name, slices)
   check_values(config)
-  mesh = sharding.make_mesh(config.mesh, devices)
+  mesh = sharding.make_mesh(config.to_dict()['mesh'], devices)
   run = resolve_abstract(config, mesh)
   step, inputs = abstract_step(run)
-  program = pods.compile_on(topology, mesh, step, *inputs)
+  program = topology.compile_on(topology_name, mesh, step, *inputs)
 
   state, frozen, _ = inputs
-  parameters = pods.bytes_per_chip((state.params, state.ema, state.state, frozen))
-  optimizer = pods.bytes_per_chip(state.opt_state)
+  parameters = topology.bytes_per_chip((state.params, state.ema, state.state, frozen))
+  optimizer = topology.bytes_per_chip(state.opt_state)
   packed_share = flops.expected_share(run)
   model_flops = flops.step_flops(run).at(packed_share) / mesh.size
-  times = program.times(chip)
+  bounds = topology.roofline(program.cost, chip)
   return Report(
-    page,
-    topology,
-    slices,
-    mesh.size,
-    pods.devices_per_chip(topology),
-    dict(mesh.shape),
-    run.tokens_per_step,
-    packed_share,
-    parameters / GIB,
-    optimizer / GIB,
-    (program.hbm_bytes - parameters - optimizer) / GIB,
-    program.hbm_bytes / GIB,
-    chip.hbm_gib,
-    program.fits(chip),
-    program.cost.flops,
-    model_flops,
-    program.cost.bytes,
-    program.sent,
-    dict(program.cost.network),
-    *times,
-    model_flops / (chip.tflops * 1e12 * max(times)),
-    program.compile_seconds,
+    config=page,
+    topology=topology_name,
+    slices=slices,
+    chips=mesh.size,
+    devices_per_chip=topology.devices_per_chip(topology_name),
+    mesh=dict(mesh.shape),
+    tokens_per_step=run.tokens_per_step,
+    packed_share=packed_share,
+    hbm_parameters_gib=parameters / GIB,
+    hbm_optimizer_gib=optimizer / GIB,
+    hbm_activations_gib=(program.hbm_bytes - parameters - optimizer) / GIB,
+    hbm_per_chip_gib=program.hbm_bytes / GIB,
+    hbm_limit_gib=chip.hbm_gib,
+    fits=program.fits(chip),
+    flops_per_chip=program.cost.flops,
+    model_flops_per_chip=model_flops,
+    hbm_bytes_per_chip=program.cost.bytes,
+    collective_bytes_per_chip=topology.bytes_sent(program.cost),
+    collectives=dict(program.cost.network),
+    compute_seconds=bounds.compute,
+    memory_seconds=bounds.memory,
+    network_seconds=bounds.network,
+    mfu_bound=model_flops / (chip.tflops * 1e12 * max(bounds)),
+    compile_seconds=program.compile_seconds,
   )
 
 

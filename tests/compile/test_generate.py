@@ -1,4 +1,4 @@
-"""Decoding compiled for TPUs that are not here; libtpu is in the extra [tpu]."""
+"""Decoding compiled for absent TPUs; libtpu is in the extra [tpu]."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def compile_decoding(*options):
   return done.returncode, done.stdout, done.stderr
 
 
-def test_what_to_compile_must_be_said():
+def test_the_program_must_be_named():
   for options in ((), ('--config', 'configs/lm.py:tiny', '--decode', 'tiny')):
     status, _, errors = compile_decoding(*options)
     assert status == 2 and 'give either --config PAGE.py:VARIANT' in errors
@@ -32,8 +32,11 @@ def test_what_to_compile_must_be_said():
 @pytest.mark.parametrize('options, width', [((), 2), (('--weights', 'int8', '--cache', 'int8'), 1)])
 @pytest.mark.timeout(1600)
 def test_a_token_reads_the_model_and_the_cache_once(options, width):
-  """7B for eight chips: a token reads parameters and cache once. The tenth above that is the cache of some layers, which the compiler brings
-  into the chip's own memory to write the new slot, and writes back whole. `width`: bytes a weight."""
+  """The 7B model on eight chips; `width` is the bytes of a weight.
+
+  A tenth comes on top: the compiler moves the cache of some layers into the memory of the chip to
+  write the new slot, and writes it back as a whole.
+  """
   pytest.importorskip('libtpu')
   status, output, errors = compile_decoding('--decode', 'lavit_7b', '--json', *options)
   assert status == 0, errors
@@ -44,9 +47,8 @@ def test_a_token_reads_the_model_and_the_cache_once(options, width):
     + llama.hidden_size * llama.vocab_size
   )
   cache = 2 * llama.num_layers * 8 * (512 + 256) * llama.hidden_size
-  assert decode['hbm_cache_gib'] * 8 * 2**30 == pytest.approx(
-    cache * width, rel=0.05
-  )  # int8 has scales beside it
+  # int8 has scales beside it.
+  assert decode['hbm_cache_gib'] * 8 * 2**30 == pytest.approx(cache * width, rel=0.05)
   once = (matrices + cache) * width / 8
   assert once < decode['hbm_bytes_per_chip'] < 1.15 * once
   assert prefill['fits'] and decode['fits'] and decode['hbm_per_chip_gib'] < 3

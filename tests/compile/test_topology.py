@@ -1,4 +1,4 @@
-"""What libtpu calls the chips and shapes, and how many devices of JAX a chip is."""
+"""libtpu's names of chips and shapes, and the JAX devices of a chip."""
 
 import json
 import math
@@ -36,47 +36,47 @@ def test_names_and_options(topology, name, options):
 @pytest.mark.parametrize(
   'topology', ['v9:2x2', 'v5e', 'v5e:', 'v5e:2', 'v5e:0x2', 'v5e:2x2x2x2', 'v5e:axb', 'tpu7:2x2x1']
 )
-def test_what_is_no_topology(topology):
+def test_other_topologies_are_refused(topology):
   with pytest.raises(UserError, match='write CHIP:SHAPE such as .*: v4, v5e, v5p, v6e, tpu7x'):
     pods.libtpu_topology(topology)
 
 
-def test_a_refusal_does_not_advise_to_install_what_is_there(monkeypatch):
+def test_a_refusal_does_not_advise_to_install_what_is_installed(monkeypatch):
   monkeypatch.setenv('TPU_LIBRARY_PATH', '/there/libtpu.so')
 
   def refuse(**options):
     raise RuntimeError('not divisible by the\n  bounds')
 
   monkeypatch.setattr(pods.topologies, 'get_topology_desc', refuse)
-  with pytest.raises(UserError, match=r'refuses it \(not divisible by the bounds\);') as told:
+  with pytest.raises(UserError, match=r'refuses it \(not divisible by the bounds\);') as error:
     pods.pod_devices('v5e:3x3')
-  assert 'pip install' not in str(told.value)
+  assert 'pip install' not in str(error.value)
   monkeypatch.delenv('TPU_LIBRARY_PATH')
   monkeypatch.setattr(pods.importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(UserError, match='libtpu is missing; pip install'):
     pods.pod_devices('v5e:2x2')
 
 
-def test_half_a_chip_is_a_device_of_tpu7x():
-  """The MFU is a share of what all devices can do: 2,307 TFLOP/s a chip of two devices."""
-  names = 'TPU7x', 'TPU7x', 'TPU v5', 'TPU v4'
+def test_a_device_of_tpu7x_is_half_a_chip():
+  """The MFU is relative to all devices: 2,307 TFLOP/s for a chip of two devices."""
+  names = ('TPU7x', 'TPU7x', 'TPU v5', 'TPU v4')
   kinds = [types.SimpleNamespace(device_kind=name) for name in names]
   assert accelerators.peak_tflops(kinds[:2]) == 2307
   assert accelerators.peak_tflops(kinds[2:]) == 459 + 275
   half = accelerators.TPUS['tpu7x'].device()
   assert (half.hbm_gib, half.hbm_tbps, half.devices) == (96, 3.69, 1)
-  assert pods.count(128, pods.devices_per_chip('v7x:4x4x4')) == '128 devices, 2 a chip'
-  assert pods.count(64, pods.devices_per_chip('v5p:4x4x4')) == '64 chips'
+  assert pods.format_count(128, pods.devices_per_chip('v7x:4x4x4')) == '128 devices, 2 a chip'
+  assert pods.format_count(64, pods.devices_per_chip('v5p:4x4x4')) == '64 chips'
 
 
-LOOK = """
+LIST_DEVICES = """
 import json, sys
 from lavit_jax.compile import topology as pods
-found = {}
+devices_of = {}
 for topology in sys.argv[1:]:
-  _, devices = pods.pod(topology)
-  found[topology] = len(devices), devices[0].device_kind
-print(json.dumps(found))
+  _, devices = pods.pod_devices(topology)
+  devices_of[topology] = len(devices), devices[0].device_kind
+print(json.dumps(devices_of))
 """
 
 
@@ -95,7 +95,7 @@ def test_libtpu_has_these_devices():
     'v7x:1x1x1': (2, 'TPU7x'),
   }
   env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'TPU_WORKER_HOSTNAMES': 'localhost'}
-  command = [sys.executable, '-c', LOOK, *expected]
+  command = [sys.executable, '-c', LIST_DEVICES, *expected]
   done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
   assert done.returncode == 0, done.stderr
   assert {name: tuple(value) for name, value in json.loads(done.stdout).items()} == expected

@@ -1,4 +1,4 @@
-"""The train step compiled for TPUs that are not here; libtpu is in the extra [tpu]."""
+"""The train step compiled for absent TPUs; libtpu is in the extra [tpu]."""
 
 import json
 import math
@@ -30,7 +30,11 @@ KEYS = (
 
 
 def compile_page(page, topology, *options):
-  """(status, output, errors) of `lavit compile`, in a process of its own: libtpu cannot be unloaded."""
+  """Runs `lavit compile` in its own process, since libtpu cannot be unloaded.
+
+  Returns:
+    (status, output, errors).
+  """
   env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'TPU_WORKER_HOSTNAMES': 'localhost'}
   done = subprocess.run(
     [
@@ -53,13 +57,13 @@ def compile_page(page, topology, *options):
 
 
 @pytest.mark.parametrize('topology', ['v9:2x2', 'v5e', 'v5e:'])
-def test_a_topology_that_is_none(topology):
+def test_other_topologies_are_refused(topology):
   status, _, errors = compile_page('configs/tokenizer.py:tiny', topology)
   assert status == 2 and 'write CHIP:SHAPE such as v5e:16x16; known chips: v4, v5e' in errors
 
 
-def computed(page, options):
-  """Operations of a step of a page, each once: of the language model on all slots and with all towers, whatever they hold."""
+def step_operations(page, options):
+  """Operations of a step, each counted once, with all slots and towers, whatever they hold."""
   run = resolve_abstract(load_config(f'configs/{page}', split_overrides(options)[0]))
   if run.stage_name != 'lm':
     return flops.step_flops(run).fixed
@@ -104,8 +108,11 @@ def computed(page, options):
 )
 @pytest.mark.timeout(3100)
 def test_fits_and_is_accounted_for(page, topology, options, mfu, most):
-  """Of each stage the smallest pod of the README's table, and some that compile in seconds. `mfu`: at least; `most`: operations of the
-  program for one that must be computed."""
+  """The smallest documented pod of each stage, and some that compile in seconds.
+
+  `mfu` is the lower limit of its bound; `most` the upper limit of the program's operations for each
+  that must be computed.
+  """
   pytest.importorskip('libtpu')
   status, output, errors = compile_page(f'configs/{page}', topology, '--json', *options)
   assert status == 0, errors
@@ -114,30 +121,22 @@ def test_fits_and_is_accounted_for(page, topology, options, mfu, most):
   assert not set(KEYS) - set(report)
   chip = TPUS[topology.split(':')[0]]
   assert report['fits'] and report['hbm_per_chip_gib'] < 0.9 * chip.hbm_gib
-  assert (
-    0.98 < report['flops_per_chip'] * report['chips'] / computed(page, options) < most
-  )  # nothing is missing from what was counted
+  operations = step_operations(page, options)
+  flops_of_all = report['flops_per_chip'] * report['chips']
+  assert 0.98 < flops_of_all / operations < most  # nothing is missing from the count
   if page.startswith('lm'):
-    assert report['packed_share'] < 1 and report['model_flops_per_chip'] * report[
-      'chips'
-    ] < 0.85 * computed(page, options)
-  seconds = max(report[f'{what}_seconds'] for what in ('compute', 'memory', 'network'))
-  assert (
-    report['mfu_bound']
-    == pytest.approx(report['model_flops_per_chip'] / (chip.tflops * 1e12 * seconds))
-    and report['mfu_bound'] > mfu
-  )
-  assert (
-    math.prod(report['mesh'].values())
-    == report['chips']
-    == math.prod(map(int, topology.split(':')[1].split('x'))) * report['slices']
-  )
+    assert report['packed_share'] < 1
+    assert report['model_flops_per_chip'] * report['chips'] < 0.85 * operations
+  seconds = max(report[f'{kind}_seconds'] for kind in ('compute', 'memory', 'network'))
+  bound = report['model_flops_per_chip'] / (chip.tflops * 1e12 * seconds)
+  assert report['mfu_bound'] == pytest.approx(bound) and report['mfu_bound'] > mfu
+  sides = map(int, topology.split(':')[1].split('x'))
+  assert math.prod(report['mesh'].values()) == report['chips']
+  assert report['chips'] == math.prod(sides) * report['slices']
   if page == 'lm.py:lavit_7b':
     llama = lavit.build('lavit_7b').llama
     weights = (
       llama.num_layers * (4 * llama.hidden_size**2 + 3 * llama.hidden_size * llama.mlp_dim)
       + 2 * llama.hidden_size * llama.vocab_size
     )
-    assert (
-      report['flops_per_chip'] * report['chips'] < 1.4 * 6 * weights * report['tokens_per_step']
-    )
+    assert flops_of_all < 1.4 * 6 * weights * report['tokens_per_step']
