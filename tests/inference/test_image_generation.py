@@ -23,7 +23,7 @@ from lavit_jax.porting import to_torch
 from lavit_jax.weights.store import folder
 from lavit_jax.weights.torch import name_tables
 from lavit_jax.weights.torch.configs import rules
-from lavit_jax.weights.torch.configs.scheduler import FAMILIES
+from lavit_jax.weights.torch.configs.scheduler import CONFIG_FILES
 from lavit_jax.weights.torch.descriptions import extractor_config
 
 WORDS = pathlib.Path(lavit.__file__).parents[1] / 'assets' / 'tiny' / 'language_model'
@@ -196,7 +196,7 @@ def test_golden_codes_become_the_pictures_that_diffusers_draws(
     num_inference_steps=steps,
     sampler=sampler,
     strength=strength,
-    scheduler=Scheduler(**rules.read(FAMILIES[0], settings, model, tmp_path)),
+    scheduler=Scheduler(**rules.apply_rules(CONFIG_FILES[0], settings, model, tmp_path)),
   )
   drawn = image_decoder.decode_images(
     model,
