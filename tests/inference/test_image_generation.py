@@ -23,7 +23,7 @@ from lavit_jax.porting import to_torch
 from lavit_jax.weights.store import folder
 from lavit_jax.weights.torch import name_tables
 from lavit_jax.weights.torch.configs import rules
-from lavit_jax.weights.torch.configs.scheduler import FAMILIES
+from lavit_jax.weights.torch.configs.scheduler import CONFIG_FILES
 from lavit_jax.weights.torch.descriptions import extractor_config
 
 TOKENIZER = pathlib.Path(lavit.__file__).parents[1] / 'assets' / 'tiny' / 'language_model'
@@ -196,7 +196,7 @@ def test_golden_codes_are_decoded_as_by_diffusers(
     num_inference_steps=steps,
     sampler=sampler,
     strength=strength,
-    scheduler=Scheduler(**rules.read(FAMILIES[0], settings, model, tmp_path)),
+    scheduler=Scheduler(**rules.apply_rules(CONFIG_FILES[0], settings, model, tmp_path)),
   )
   decoded = image_decoder.decode_images(
     model,
