@@ -105,10 +105,23 @@ NAMES = {
   'apps.web': {
     'told': 'report_errors',
   },
+  'compile.hlo': {
+    'Array': 'compile.hlo_parser:Array',
+    'NOTHING': 'ZERO',
+    'costs': 'analyze',
+  },
   'compile.topology': {
-    'bytes_a_chip': 'bytes_per_chip',
-    'limit': 'memory_limit_note',
+    'GIB': 'compile.program:GIB',
+    'Program': 'compile.program:Program',
+    'SPARE': 'compile.program:SPARE_MEMORY',
+    'bytes_a_chip': 'compile.program:bytes_per_device',
+    'bytes_per_chip': 'compile.program:bytes_per_device',
+    'compile_on': 'compile.program:compile_for',
+    'count': 'format_device_count',
     'pod': 'pod_devices',
+  },
+  'compile.train_step': {
+    'rows': 'table_rows',
   },
   'data.archives': {
     'what_else': 'identify_other',
