@@ -44,10 +44,10 @@ GOLDEN = REPOSITORY / 'tests/data/golden'
 SEEDS = range(8)
 PRECISIONS = {  # arguments of Lavit.from_pretrained
   'float32': {},
-  'int8 weights': {'weights': 'int8'},
-  'bfloat16 cache': {'cache': 'bfloat16'},
-  'int8 cache': {'cache': 'int8'},
-  'int8 weights and cache': {'weights': 'int8', 'cache': 'int8'},
+  'int8 weights': {'weights_dtype': 'int8'},
+  'bfloat16 cache': {'cache_dtype': 'bfloat16'},
+  'int8 cache': {'cache_dtype': 'int8'},
+  'int8 weights and cache': {'weights_dtype': 'int8', 'cache_dtype': 'int8'},
 }
 
 
@@ -76,7 +76,7 @@ def compare_keep(examples: Sequence[Example]) -> dict:
     union = (tokens.keep | fixed.keep).sum(-1)
     common.append((tokens.keep & fixed.keep).sum(-1) / union)
 
-  plain = plain_patches(images, model.model.vit.patch_size)
+  plain = plain_patches(images, model.modules.vit.patch_size)
   plain_tokens = [plain & tokens.keep for tokens in sampled]
   fixed_plain_tokens = plain & fixed.keep
   has_plain_token = fixed_plain_tokens.any(-1)
@@ -121,12 +121,12 @@ def names_background(examples: Sequence[Example], captions: Sequence[str]) -> np
 
 def losses(model: Lavit, examples: Sequence[Example]) -> dict[str, float]:
   """Mean losses of the true captions after their images, and of the codes after their captions."""
-  vocabulary = model.model.vocabulary
+  vocabulary = model.modules.vocabulary
   images = stack_images(examples)
-  texts = [model.words.encode(example.caption) for example in examples]
-  features, counts = model._run(read, ('vit', 'tokenizer', 'understanding'), images, None)
+  texts = [model.tokenizer.encode(example.caption) for example in examples]
+  features, counts = model.run(read, ('vit', 'tokenizer', 'understanding'), images, None)
   codes = model.tokenize(images, seed=None).ids
-  num_slots = model.model.num_patches
+  num_slots = model.modules.num_patches
   caption_prompts = []
   code_prompts = []
   for i, (count, text) in enumerate(zip(np.asarray(counts), texts, strict=True)):
@@ -145,7 +145,7 @@ def losses(model: Lavit, examples: Sequence[Example]) -> dict[str, float]:
 
 def make_mean_loss(model: Lavit) -> Callable[..., float]:
   """A function (prompts, suffix lengths, features) -> mean loss of the tokens in the suffixes."""
-  llama, params = unroll_layers(model.model.llama, model.parts['llama'])
+  llama, params = unroll_layers(model.modules.llama, model.params['llama'])
   variables = {'params': params}
   embed = functools.partial(llama.apply, variables, method='embed')
 
@@ -153,7 +153,7 @@ def make_mean_loss(model: Lavit) -> Callable[..., float]:
   def token_losses(embeddings, mask, ids):
     positions = sequence.prompt_positions(mask)
     attention_mask = sequence.prompt_mask(mask)
-    cache = llama.init_cache(*mask.shape, model.cache)
+    cache = llama.init_cache(*mask.shape, model.cache_dtype)
     hidden, _ = llama.apply(variables, embeddings, positions, attention_mask, cache)
     logits = llama.apply(variables, hidden[:, :-1], method='logits')
     log_probs = jax.nn.log_softmax(logits)
@@ -169,7 +169,9 @@ def make_mean_loss(model: Lavit) -> Callable[..., float]:
   return mean_loss
 
 
-def golden_model(weights: str | None = None, cache: str | None = None) -> dict[str, float]:
+def golden_model(
+  weights_dtype: str | None = None, cache_dtype: str | None = None
+) -> dict[str, float]:
   """Errors of the golden model with quantized weights or cache.
 
   Returns:
@@ -179,7 +181,7 @@ def golden_model(weights: str | None = None, cache: str | None = None) -> dict[s
   sizes = json.loads((GOLDEN / 'language_model.json').read_text())
   golden = np.load(GOLDEN / 'language_model_io.npz')
   llama, params = load_golden_model(sizes)
-  if weights:
+  if weights_dtype:
     params = quantize_weights(params)
   variables = {'params': params}
   embed = functools.partial(llama.apply, variables, method='embed')
@@ -190,7 +192,7 @@ def golden_model(weights: str | None = None, cache: str | None = None) -> dict[s
     embed(ids),
     sequence.prompt_positions(mask),
     sequence.prompt_mask(mask),
-    llama.init_cache(*ids.shape, cache),
+    llama.init_cache(*ids.shape, cache_dtype),
   )
   logits = llama.apply(variables, hidden, method='logits')
   expected_logits = golden['forward_logits']
@@ -214,7 +216,7 @@ def golden_model(weights: str | None = None, cache: str | None = None) -> dict[s
     max_new_tokens=sizes['max_new_tokens'],
     eos_id=sizes['eos_id'],
     suppress=jnp.arange(sizes['vocab_size']) >= sizes['text_vocab'],
-    cache_dtype=cache,
+    cache_dtype=cache_dtype,
   )
   expected_ids = golden['caption_greedy']
   equal = np.asarray(output.ids)[:, : expected_ids.shape[1]] == expected_ids

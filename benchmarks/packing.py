@@ -70,7 +70,7 @@ def tiny_pairs(source: str, count: int) -> Pairs:
   """Training examples with the numbers of tokens that the tiny checkpoint keeps."""
   model = Lavit.from_pretrained(ASSETS)
   examples = corpus.examples(source, 'train', 0, count)
-  texts = [model.words.encode(example.caption) for example in examples]
+  texts = [model.tokenizer.encode(example.caption) for example in examples]
   return make_pairs(texts, model.tokenize(stack_images(examples)).counts, 64, 48)
 
 

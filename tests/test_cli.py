@@ -96,13 +96,16 @@ def test_images_of_every_mode_are_tokenized(tiny_folder, tmp_path, capsys):
     (['generate', 'owl', '--temperature', '0'], '--temperature'),
     (['generate', 'owl', '--top-p', '2'], '--top-p'),
     (['generate', 'owl', '--samples', '0'], '--samples'),
-    (['generate', 'owl', '--max-tokens', '99'], 'max_tokens in order, and at most 64'),
+    (['generate', 'owl', '--max-tokens', '99'], 'min_new_tokens <= max_new_tokens <= 64'),
     (['caption', 'IMAGE', '--beams', '0'], '--beams'),
     (
       ['answer', 'IMAGE', 'What?', '--temperature', '2'],
-      'temperature plays no part in beam search; ask for sampling too',
+      'temperature has no effect in beam search; set do_sample=True too',
     ),
-    (['generate', 'owl', '--max-tokens', '5'], 'min_tokens=16 to max_tokens=5 cannot be'),
+    (
+      ['generate', 'owl', '--max-tokens', '5'],
+      'min_new_tokens=16 with max_new_tokens=5 is not allowed',
+    ),
     (
       ['caption', 'IMAGE', '--most-probable', '--sample'],
       '--do-sample needs a random seed, and --most-probable has none; leave one out',
@@ -173,7 +176,7 @@ def test_patches_are_sampled_without_most_probable(monkeypatch, tmp_path):
   NOISE.save(tmp_path / 'owl.png')
   seen = []
   model = types.SimpleNamespace(
-    model=types.SimpleNamespace(image_size=8),
+    modules=types.SimpleNamespace(image_size=8),
     caption=lambda images, seed: seen.append(seed) or ['owl'],
   )
   monkeypatch.setattr(cli.options, 'load_model', lambda args: model)

@@ -66,7 +66,7 @@ def test_checkpoints_tokenizers_and_data_sets(home):
     ('data', 'emoji_sample'),
   ):
     (home / name).symlink_to(ASSETS / target)
-  assert Lavit.from_pretrained('~/model').model.image_size == 64
+  assert Lavit.from_pretrained('~/model').modules.image_size == 64
   assert TextTokenizer.load('~/tokenizer').vocab_size == 2048
   assert sprites.find_dataset('~/data').startswith(str(home))
 

@@ -26,7 +26,8 @@ import numpy as np
 from lavit_jax.apps.page import Figure, Page, Statement, show_kept_patches
 from lavit_jax.data.images import read_images
 from lavit_jax.errors import UserError
-from lavit_jax.inference.pipeline import Lavit, VisualTokens
+from lavit_jax.inference.outputs import VisualTokens
+from lavit_jax.inference.pipeline import Lavit
 from lavit_jax.output import encode_png, write_atomic, write_json
 
 NUM_STEPS = 25  # DDIM; half of the published 50, with no visible difference at 64 pixels
@@ -95,7 +96,7 @@ def run(
   inputs = pathlib.Path(inputs)
   manifest = read_manifest(inputs)
   log = Log()
-  size = model.model.image_size
+  size = model.modules.image_size
   images = read_images([inputs / entry['file'] for entry in manifest['pictures']], size)
   expected = read_images([inputs / entry['file'] for entry in manifest['texts']], size)
 
@@ -104,7 +105,7 @@ def run(
   prompts = [_resolve_parts(inputs, parts) for parts in manifest['mixed']]
   generated = _generate(model, manifest, prompts, seed, log)
   log('reconstruct')
-  reconstructions = model.draw(tokens.ids, steps=NUM_STEPS, seed=seed)
+  reconstructions = model.decode_images(tokens.ids, num_inference_steps=NUM_STEPS, seed=seed)
 
   page = Page()
   described = Descriptions(tokens, captions, answers, reconstructions)
@@ -116,7 +117,7 @@ def run(
   _add_mixed_generations(page, prompts, size, from_parts)
   summary = f'{len(images)} held-out pictures, seed {seed}, {log.seconds():.0f} s'
   path = write_atomic(
-    pathlib.Path(out) / 'index.html', page.html(f'LaVIT {model.model.variant}', summary)
+    pathlib.Path(out) / 'index.html', page.html(f'LaVIT {model.modules.variant}', summary)
   )
   log(f'wrote {path}')
   return path
@@ -159,7 +160,7 @@ def _resolve_parts(inputs: pathlib.Path, parts: list[str]) -> list[str | pathlib
 
 
 def _tokenize(model: Lavit, images: np.ndarray, seed: int, log: Log) -> VisualTokens:
-  log(f'tokenize: {len(images)} pictures of {model.model.num_patches} patches')
+  log(f'tokenize: {len(images)} pictures of {model.modules.num_patches} patches')
   tokens = model.tokenize(images, seed=seed)
   log(f'  kept {", ".join(map(str, tokens.counts))} patches')
   return tokens
@@ -186,12 +187,12 @@ def _generate(
   """Generates from the texts of the manifest, then from its mixed prompts."""
   log('draw from text, from picture and text, from picture and picture')
   texts = [entry['text'] for entry in manifest['texts']]
-  codes = model.sample_codes([[text] for text in texts], guidance=4.0, seed=seed)
-  codes += model.sample_codes(prompts, guidance=5.0, seed=seed)
+  codes = model.sample_codes([[text] for text in texts], guidance_scale=4.0, seed=seed)
+  codes += model.sample_codes(prompts, guidance_scale=5.0, seed=seed)
   names = texts + [' + '.join(parts) for parts in manifest['mixed']]
   for name, ids in zip(names, codes, strict=True):
     log(f'  {name}: {len(ids)} tokens')
-  return Generations(codes, model.draw(codes, steps=NUM_STEPS, seed=seed))
+  return Generations(codes, model.decode_images(codes, num_inference_steps=NUM_STEPS, seed=seed))
 
 
 def _add_descriptions(

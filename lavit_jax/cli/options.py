@@ -130,7 +130,7 @@ def load_model(args: argparse.Namespace) -> Lavit:
     args.folder,
     mesh=mesh,
     dtype=args.dtype,
-    weights=args.weights_dtype,
-    cache=args.cache_dtype,
+    weights_dtype=args.weights_dtype,
+    cache_dtype=args.cache_dtype,
     safety_checker=args.safety_checker,
   )

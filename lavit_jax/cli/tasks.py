@@ -35,6 +35,8 @@ RECORDED_NAMES = {
   'vae_tile_size': 'tile',
   'weights_dtype': 'weights',
 }
+# Options whose keyword of the model's method has another name.
+KEYWORDS = {'init_image': 'init_images'}
 
 
 def add_commands(commands: Commands) -> None:
@@ -328,7 +330,7 @@ def _run_task(args: argparse.Namespace) -> None:
     options.load_model(args),
     inputs._replace(rows=rows),
     args.seed,
-    {RECORDED_NAMES.get(name, name): value for name, value in method_options.items()},
+    {KEYWORDS.get(name, name): value for name, value in method_options.items()},
     as_json=args.json,
     results=results,
     image_folder=image_folder,

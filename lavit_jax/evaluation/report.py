@@ -93,7 +93,7 @@ def evaluate(
       'drawings': measure_images(model, single[:drawn], baselines.classify, seed),
     }
   report = {
-    'variant': model.model.variant,
+    'variant': model.modules.variant,
     'source': str(source),
     'count': count,
     'drawn': min(drawn, count),
@@ -155,7 +155,7 @@ def measure_tokens(
     'cosine': tokens.mean_cosine(features, rebuilt),
     'cosine_of_mean': tokens.mean_cosine(features, mean_features),
     'cosine_of_own_mean': tokens.mean_cosine(features, tokens.mean_direction(features, 1)),
-    **tokens.codebook_usage(image_tokens, model.model.vocabulary.codebook_size),
+    **tokens.codebook_usage(image_tokens, model.modules.vocabulary.codebook_size),
   }
 
 
@@ -183,7 +183,7 @@ def measure_images(
     noise: uniform noise, another lower bound.
   """
   real = stack_images(examples)
-  generated = model.generate([example.caption for example in examples], steps=_STEPS, seed=seed)
+  generated = model.generate([example.caption for example in examples], num_inference_steps=_STEPS, seed=seed)
   rng = np.random.default_rng(seed)
   groups = group_indices(examples)
   backgrounds = np.array([example.facts.background for example in examples])
@@ -202,7 +202,7 @@ def measure_images(
 
   return {
     'drawn': accuracy(generated),
-    'reconstructed': accuracy(model.reconstruct(real, steps=_STEPS, seed=seed)),
+    'reconstructed': accuracy(model.reconstruct(real, num_inference_steps=_STEPS, seed=seed)),
     'real': accuracy(real),
     'shuffled': accuracy(generated, rng.permutation(len(examples))),
     'noise': accuracy(rng.integers(0, 256, real.shape, np.uint8)),

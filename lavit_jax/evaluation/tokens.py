@@ -15,7 +15,8 @@ import numpy as np
 from jax import Array
 
 from lavit_jax.data.images import read_images
-from lavit_jax.inference.pipeline import Lavit, VisualTokens
+from lavit_jax.inference.outputs import VisualTokens
+from lavit_jax.inference.pipeline import Lavit
 from lavit_jax.models import vit
 from lavit_jax.models.lavit import LavitModules
 from lavit_jax.models.tokenizer import l2_normalize
@@ -43,12 +44,12 @@ def codebook_usage(tokens: VisualTokens, codebook_size: int) -> dict[str, float]
 
 def features(model: Lavit, images: np.ndarray) -> np.ndarray:
   """Returns the patch features f32[B, N, D] of images uint8[B, H, W, 3]."""
-  return model.in_batches(_patch_features, ('vit',), read_images(images, model.model.image_size))
+  return model.run_batches(_patch_features, ('vit',), read_images(images, model.modules.image_size))
 
 
 def rebuilt_features(model: Lavit, tokens: VisualTokens) -> np.ndarray:
   """Returns the features f32[B, N, D] that the decoder rebuilds from the tokens alone."""
-  return model.in_batches(_decode_features, ('tokenizer', 'decoder'), *model.in_slots(tokens.ids))
+  return model.run_batches(_decode_features, ('tokenizer', 'decoder'), *model.pad_codes(tokens.ids))
 
 
 def mean_cosine(x: np.ndarray, y: np.ndarray) -> float:

@@ -1,0 +1,1 @@
+"""From images and texts to texts and images: the pipeline and its compiled programs."""

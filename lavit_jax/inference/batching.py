@@ -1,4 +1,4 @@
-"""From rows to batches that the device works on, and back to the host while it works on."""
+"""Batches of rows for the device, and their results on the host while the device goes on."""
 
 from __future__ import annotations
 
@@ -6,47 +6,71 @@ import contextlib
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
-SHOW_AFTER = 2.0  # seconds of work, after which a bar shows how far it is
+T = TypeVar('T')
+
+MAX_BATCH = 16  # rows that are computed at once
+SHOW_AFTER = 2.0  # seconds of work, after which a progress bar appears
 
 
 def batch_ranges(count: int, size: int) -> Iterator[tuple[int, np.ndarray]]:
-  """Covers range(count) by (n, rows): n rows that count, at most `size`, filled up to a power of two by repeating the last."""
+  """Splits range(count) into batches whose sizes are powers of two, so that few shapes compile.
+
+  Args:
+    count: number of rows.
+    size: most rows of a batch, a power of two.
+
+  Yields:
+    n and i32[2^k]: the indices of n <= size rows, padded with copies of the last.
+  """
   for start in range(0, count, size):
     n = min(size, count - start)
-    yield n, start + np.minimum(np.arange(1 << (n - 1).bit_length()), n - 1)
+    padded = 1 << (n - 1).bit_length()
+    yield n, start + np.minimum(np.arange(padded), n - 1)
 
 
-def double_buffer(dispatched: Iterable) -> Iterator:
-  """The same, each after the next has been asked for: so the device has more to do while the host waits for what it did."""
-  before = []
-  for each in dispatched:
-    yield from before
-    before = [each]
-  yield from before
+def double_buffer(dispatched: Iterable[T]) -> Iterator[T]:
+  """Yields each item after the next has been dispatched.
+
+  The device then has work while the host waits for the item.
+  """
+  previous: list[T] = []
+  for item in dispatched:
+    yield from previous
+    previous = [item]
+  yield from previous
 
 
 def fetch_batches(
-  dispatched: Iterable[tuple[int, Any]], total: int, what: str
+  dispatched: Iterable[tuple[int, Any]], total: int, label: str
 ) -> list[tuple[int, Any]]:
-  """(n, arrays) of each batch as they are dispatched -> the same as numpy arrays, with a bar of the n of `total` that are done."""
-  out = []
-  with _bar(total, what) as advance:
-    for n, found in double_buffer(dispatched):
-      out.append((n, jax.device_get(found)))
+  """Copies the results of batches to the host, with a progress bar.
+
+  Args:
+    dispatched: (n, tree of device arrays) for each batch of n rows, as it is dispatched.
+    total: number of rows.
+    label: of the bar.
+
+  Returns:
+    (n, tree of numpy arrays) for each batch.
+  """
+  results = []
+  with _progress_bar(total, label) as advance:
+    for n, arrays in double_buffer(dispatched):
+      results.append((n, jax.device_get(arrays)))
       advance(n)
-  return out
+  return results
 
 
 @contextlib.contextmanager
-def _bar(total: int, what: str) -> Iterator[Callable[[int], None]]:
-  """A bar on a terminal, once there has been work for SHOW_AFTER seconds; gives the function that moves it on."""
+def _progress_bar(total: int, label: str) -> Iterator[Callable[[int], None]]:
+  """Shows a bar on a terminal, once the work took SHOW_AFTER seconds; yields what advances it."""
   if not sys.stderr.isatty():
     yield lambda count: None
     return
@@ -56,10 +80,10 @@ def _bar(total: int, what: str) -> Iterator[Callable[[int], None]]:
     console=Console(stderr=True),
     transient=True,
   )
-  task = bar.add_task(what, total=total)
+  task = bar.add_task(label, total=total)
 
-  def show():
-    sys.stderr.write('\r\x1b[K')  # takes the place of the line that `batch` may have there
+  def show() -> None:
+    sys.stderr.write('\r\x1b[K')  # clears the progress line of the batch commands
     bar.start()
 
   timer = threading.Timer(SHOW_AFTER, show)

@@ -1,84 +1,117 @@
-"""The compiled programs between pictures, words and codes; drawing has its own room (image_generation.py).
+"""The compiled programs between images, text and codes; images are decoded by image_decoder.py.
 
-Each takes the model, which is static, and the parameters that it needs by the names of their parts.
+Each takes the modules, which are static, and the parameters of the modules that it needs.
 
-Axes: B images, N patches, H width of the language model, S prompt slots.
+Axes: B images or rows, N patches, D width of the image encoder, H hidden size of the language
+model, S prompt length.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from lavit_jax.inference import beam_search as searching
 from lavit_jax.inference import decode, faults
-from lavit_jax.models import lavit, sequence, vit
+from lavit_jax.models import sequence, vit
+from lavit_jax.models.lavit import LavitModules
 from lavit_jax.models.tokenizer import gumbel_keep
+
+Params = dict[str, Any]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def read(
-  model: lavit.LavitModules, parts: dict, images: Array, keys: Array | None
+  modules: LavitModules, params: Params, images: Array, keys: Array | None
 ) -> tuple[Array, Array]:
-  """uint8[B, H, W, 3] -> what the language model reads: features compacted to a prefix [B, N, H], and their number i32[B].
+  """Encodes images for the language model.
 
-  Of a picture for which a module's result is not finite, the number is that of the fault (faults.py), negative.
+  Args:
+    modules: the modules.
+    params: of 'vit', 'tokenizer' and 'understanding'.
+    images: uint8[B, H, W, 3], of the size of the image encoder.
+    keys: keys[B] by which patches are sampled; None keeps the most probable ones.
+
+  Returns:
+    Features [B, N, H], those of the kept patches in a prefix, and their number i32[B]. If a
+    module's result is not finite for an image, the number is the negative fault (faults.py).
   """
-  x, keep, sound = _select(model, parts, images, keys)
-  features, mask = sequence.compact(
-    _apply(model.understanding, parts['understanding'], x, keep), keep
-  )
-  fault = faults.first_fault(('vit', x), ('tokenizer', sound), ('understanding', features))
+  patches, keep, finite = _select_patches(modules, params, images, keys)
+  understood = _apply(modules.understanding, params['understanding'], patches, keep)
+  features, mask = sequence.compact(understood, keep)
+  fault = faults.first_fault(('vit', patches), ('tokenizer', finite), ('understanding', features))
   return features, jnp.where(fault > 0, -fault, mask.sum(-1))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def tokenize(
-  model: lavit.LavitModules, parts: dict, images: Array, keys: Array | None
+  modules: LavitModules, params: Params, images: Array, keys: Array | None
 ) -> tuple[Array, Array]:
-  """uint8[B, H, W, 3] -> codes i32[B, N] in the place of their patches, and keep bool[B, N].
+  """Tokenizes images.
 
-  Of a picture for which a module's result is not finite, the codes are the number of the fault (faults.py), negative.
+  Args:
+    modules: the modules.
+    params: of 'vit' and 'tokenizer'.
+    images: uint8[B, H, W, 3], of the size of the image encoder.
+    keys: keys[B] by which patches are sampled; None keeps the most probable ones.
+
+  Returns:
+    The code i32[B, N] of each patch, and bool[B, N], the patches that are kept. If a module's
+    result is not finite for an image, its codes are the negative fault (faults.py).
   """
-  x, keep, sound = _select(model, parts, images, keys)
-  merged = _apply(model.tokenizer, parts['tokenizer'], x, keep, method='merge')
-  ids, _ = _apply(model.tokenizer, parts['tokenizer'], merged, method='quantize')
-  fault = faults.first_fault(('vit', x), ('tokenizer', sound), ('tokenizer', merged))[:, None]
+  patches, keep, finite = _select_patches(modules, params, images, keys)
+  merged = _apply(modules.tokenizer, params['tokenizer'], patches, keep, method='merge')
+  ids, _ = _apply(modules.tokenizer, params['tokenizer'], merged, method='quantize')
+  fault = faults.first_fault(('vit', patches), ('tokenizer', finite), ('tokenizer', merged))
+  fault = fault[:, None]
   return jnp.where(fault > 0, -fault, ids), keep > 0.5
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def embed(model: lavit.LavitModules, parts: dict, ids: Array) -> Array:
-  """Words and codes, ids i32[B, S] -> embeddings [B, S, H]."""
-  return _apply(model.llama, parts['llama'], ids, method='embed')
+def embed(modules: LavitModules, params: Params, ids: Array) -> Array:
+  """Embeds ids i32[B, S] of text and codes as [B, S, H]; `params` of 'llama'."""
+  return _apply(modules.llama, params['llama'], ids, method='embed')
 
 
-def generate(model: lavit.LavitModules, parts: dict, *args, **kwargs) -> decode.GenerateOutput:
-  """`decode.generate` by the language model."""
-  return decode.generate(model.llama, parts['llama'], *args, **kwargs)
+def generate(
+  modules: LavitModules, params: Params, *args: Any, **kwargs: Any
+) -> decode.GenerateOutput:
+  """Runs `decode.generate` with the language model."""
+  return decode.generate(modules.llama, params['llama'], *args, **kwargs)
 
 
-def beam_search(model: lavit.LavitModules, parts: dict, *args, **kwargs) -> decode.GenerateOutput:
-  """`decode.beam_search` by the language model."""
-  return decode.beam_search(model.llama, parts['llama'], *args, **kwargs)
+def beam_search(
+  modules: LavitModules, params: Params, *args: Any, **kwargs: Any
+) -> decode.GenerateOutput:
+  """Runs `beam_search.beam_search` with the language model."""
+  return searching.beam_search(modules.llama, params['llama'], *args, **kwargs)
 
 
-def _select(
-  model: lavit.LavitModules, parts: dict, images: Array, keys: Array | None
+def _select_patches(
+  modules: LavitModules, params: Params, images: Array, keys: Array | None
 ) -> tuple[Array, Array, Array]:
-  """uint8[B, H, W, 3] -> patch features [B, N, D], keep f32[B, N], and whether the choice had numbers to go by, bool[B].
+  """Encodes images, and selects the patches that become tokens.
 
-  Patches are sampled with keys [B]; without, the most probable ones are kept.
+  Returns:
+    Patch features [B, N, D], keep f32[B, N], and bool[B], whether the selector's probabilities are
+    numbers.
   """
-  x = _apply(model.vit, parts['vit'], vit.preprocess(images))[:, 1:]
-  log_probs = _apply(model.tokenizer, parts['tokenizer'], x, method='select')
-  sound = ~jnp.isnan(log_probs).any(tuple(range(1, log_probs.ndim)))
+  encoded = _apply(modules.vit, params['vit'], vit.preprocess(images))
+  patches = encoded[:, 1:]  # without the class token
+  log_probs = _apply(modules.tokenizer, params['tokenizer'], patches, method='select')
+  finite = ~jnp.isnan(log_probs).any(tuple(range(1, log_probs.ndim)))
   if keys is None:
-    return x, gumbel_keep(log_probs), sound
-  return x, jax.vmap(lambda row, key: gumbel_keep(row[None], key=key)[0])(log_probs, keys), sound
+    return patches, gumbel_keep(log_probs), finite
+
+  def keep_of(image_log_probs: Array, key: Array) -> Array:
+    return gumbel_keep(image_log_probs[None], key=key)[0]
+
+  return patches, jax.vmap(keep_of)(log_probs, keys), finite
 
 
-def _apply(module, params, *args, **kwargs):
+def _apply(module: Any, params: Params, *args: Any, **kwargs: Any) -> Any:
   return module.apply({'params': params}, *args, **kwargs)

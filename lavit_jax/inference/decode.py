@@ -1,17 +1,21 @@
-"""Continuing sequences: one compiled prefill and one compiled loop over a cache of fixed size.
+"""Continues prompts token by token: one compiled prefill, and one loop over a cache of fixed size.
 
-The prompt is left-padded embeddings, since it mixes words and visual features; the new tokens are ids. Parameters are an
-argument, never baked in. What changes a shape or the program is static (the model, `max_new_tokens`, `top_k`, beams); all
-other settings are data, so that turning them compiles nothing.
+A prompt is left-padded embeddings, since it mixes text and visual features; new tokens are ids.
+Parameters are an argument. What changes a shape or the program is static (the model,
+`max_new_tokens`, `top_k`); all other options are arrays, so that a change of them compiles nothing.
 
-Layers are unrolled. Parameters of scanned layers are taken apart inside the program, which copies them at each call: who calls often
-does it once (`llama.unstack_layers`).
+The layers are unrolled. Scanned parameters are unstacked inside the program, which copies them at
+each call; a frequent caller does it once (`llama.unstack_layers`).
 
-Axis letters: B rows, S prompt slots, T new tokens at most, M slots of the cache, K beams, V vocabulary.
+Axes: B rows, S prompt length, T most new tokens, M cache slots, Q queries, V vocabulary, H hidden
+size.
 """
 
+from __future__ import annotations
+
+import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,63 +26,86 @@ from lavit_jax.models.llama import KVCache, Llama, unroll_layers
 from lavit_jax.models.sequence import prompt_mask, prompt_positions
 from lavit_jax.models.vocabulary import PAD_ID
 
-NEVER = (
-  -1e9
-)  # The score of a beam that is not there: finite, so that it may be divided and compared.
+Params = dict[str, Any]
 
 
 class GenerateOutput(NamedTuple):
-  """The new tokens of each row."""
+  """The new tokens of each sequence.
 
-  ids: Array  # i32[B, T], with eos where one was reached, then padding.
-  lengths: Array  # i32[B], eos included.
-  scores: (
-    Array  # f32[B]; see the function that made it. NaN if the logits of a row were NaN or infinite.
-  )
+  Attributes:
+    ids: i32[B, T], with eos where it was reached, then padding.
+    lengths: i32[B], with eos.
+    scores: f32[B], defined by the function that returns them; NaN if a logit of the sequence was
+      NaN or infinite.
+  """
+
+  ids: Array
+  lengths: Array
+  scores: Array
 
 
 def prefill(
   llama: Llama,
-  params: dict,
+  params: Params,
   embeddings: Array,
   mask: Array,
   new_slots: int,
   cache_dtype: str | None,
 ) -> tuple[Array, KVCache]:
-  """Reads the prompts: logits f32[B, V] of what comes next, and a cache with `new_slots` free."""
+  """Reads prompts.
+
+  Args:
+    llama: the model.
+    params: its parameters.
+    embeddings: [B, S, H], left-padded.
+    mask: bool[B, S], False in the padding.
+    new_slots: free slots of the cache for new tokens.
+    cache_dtype: of the cache; None for the compute dtype.
+
+  Returns:
+    Logits f32[B, V] of the next token, and the cache of M = S + new_slots.
+  """
   cache = llama.init_cache(mask.shape[0], mask.shape[1] + new_slots, cache_dtype)
-  seen = jnp.pad(prompt_mask(mask), ((0, 0), (0, 0), (0, 0), (0, new_slots)))
-  hidden, cache = llama.apply({'params': params}, embeddings, prompt_positions(mask), seen, cache)
-  return llama.apply({'params': params}, hidden[:, -1], method='logits'), cache
-
-
-def _repeat(cache: KVCache, times: int) -> KVCache:
-  """Each row of a cache `times` times."""
-  return cache._replace(layers=jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), cache.layers))
+  visible = jnp.pad(prompt_mask(mask), ((0, 0), (0, 0), (0, 0), (0, new_slots)))
+  hidden, cache = _apply(llama, params, embeddings, prompt_positions(mask), visible, cache)
+  return _apply(llama, params, hidden[:, -1], method='logits'), cache
 
 
 def extend(
-  llama: Llama, params: dict, tokens: Array, positions: Array, seen: Array, cache: KVCache
+  llama: Llama, params: Params, tokens: Array, positions: Array, visible: Array, cache: KVCache
 ) -> tuple[Array, KVCache]:
-  """Reads tokens i32[B, Q] at positions i32[B], which see bool[B, Q, M]: logits f32[B, Q, V], and the longer cache."""
-  embeddings = llama.apply({'params': params}, tokens, method='embed')
+  """Reads new tokens.
+
+  Args:
+    llama: the model.
+    params: its parameters.
+    tokens: i32[B, Q].
+    positions: i32[B], that of all Q tokens of a row.
+    visible: bool[B, Q, M], the slots that each token attends to.
+    cache: of the earlier tokens.
+
+  Returns:
+    Logits f32[B, Q, V] of the next tokens, and the longer cache.
+  """
+  embeddings = _apply(llama, params, tokens, method='embed')
   positions = jnp.broadcast_to(positions[:, None], tokens.shape)
-  hidden, cache = llama.apply({'params': params}, embeddings, positions, seen[:, None], cache)
-  return llama.apply({'params': params}, hidden, method='logits'), cache
+  hidden, cache = _apply(llama, params, embeddings, positions, visible[:, None], cache)
+  return _apply(llama, params, hidden, method='logits'), cache
 
 
-def _forbidden(suppress: Array | None, vocab_size: int, eos_id: int, too_early: Array) -> Array:
-  """bool[V]: the suppressed ids, and eos while it is too early to stop."""
-  forbidden = (jnp.arange(vocab_size) == eos_id) & too_early
-  return forbidden if suppress is None else forbidden | suppress
+def suppressed_ids(suppress: Array | None, vocab_size: int, eos_id: int, too_short: Array) -> Array:
+  """Returns bool[V]: `suppress`, and eos while a sequence is too short to end."""
+  suppressed = (jnp.arange(vocab_size) == eos_id) & too_short
+  return suppressed if suppress is None else suppressed | suppress
 
 
 @functools.partial(
-  jax.jit, static_argnames=('llama', 'max_new_tokens', 'top_k', 'num_samples', 'cache_dtype')
+  jax.jit,
+  static_argnames=('llama', 'max_new_tokens', 'top_k', 'num_return_sequences', 'cache_dtype'),
 )
 def generate(
   llama: Llama,
-  params: dict,
+  params: Params,
   embeddings: Array,
   mask: Array,
   *,
@@ -92,78 +119,70 @@ def generate(
   temperature: float = 1.0,
   top_k: int | None = None,
   top_p: float | None = None,
-  num_samples: int = 1,
+  num_return_sequences: int = 1,
   cache_dtype: str | None = None,
   guidance_scale: float | None = None,
   uncond_embeddings: Array | None = None,
   uncond_mask: Array | None = None,
 ) -> GenerateOutput:
-  """Continues each prompt token by token: the most probable one without a key, a drawn one with.
+  """Continues each prompt by sampling, or greedily without a key.
 
   Args:
-    llama: the model; params: its 'params' subtree, of scanned or unrolled layers, quantised or not (`int8.quantize_weights`).
-    embeddings: [B, S, H], left-padded prompts; mask: bool[B, S], False in padding (`sequence.embed_prompts`).
-    key: one typed key, or keys[B * num_samples]: a row's tokens depend on its own key only. None: greedy, and temperature, top_k and
-      top_p play no part.
-    eos_id: stops a row, but not among its first `min_new_tokens`.
-    suppress: bool[V], ids never chosen.
-    repetition_penalty: of the ids that a row has chosen so far (`sampling.penalize`); the prompt does not count, for it may be no ids.
-    num_samples: continuations of each prompt, which is read once; the rows of the result are those of the first prompt, then of the
-      second, ... They only differ if sampled.
-    cache_dtype: of the keys and values: the compute dtype if None, 'bfloat16', or 'int8' with a scale a head and slot.
-    guidance_scale: None, or the scale of classifier-free guidance against `uncond_embeddings` [B, S, H] and `uncond_mask`
-      bool[B, S], which run in the same batch.
+    llama: the model.
+    params: its parameters, of scanned or unrolled layers, quantized or not
+      (`int8.quantize_weights`).
+    embeddings: [B, S, H], left-padded prompts (`sequence.embed_prompts`).
+    mask: bool[B, S], False in the padding.
+    key: one typed key, or keys[B * num_return_sequences], and a sequence depends on its own key
+      only; None is greedy, without temperature, top_k and top_p.
+    max_new_tokens: T.
+    min_new_tokens: number of tokens before which no sequence ends.
+    eos_id: ends a sequence.
+    pad_id: fills `ids` after the end.
+    suppress: bool[V], ids that are never generated.
+    repetition_penalty: for ids that the sequence has generated (`sampling.penalize`); the prompt
+      does not count, for it may have no ids.
+    temperature: divides the logits.
+    top_k: sample among so many most probable ids; None among all.
+    top_p: sample among the ids that together reach this probability; None among all.
+    num_return_sequences: for each prompt, which is read once. They differ only if sampled.
+    cache_dtype: of the keys and values: None for the compute dtype, 'bfloat16', or 'int8' with a
+      scale for each head and slot.
+    guidance_scale: of classifier-free guidance; None for none.
+    uncond_embeddings: [B, S, H], the unconditional prompts, which run in the same batch.
+    uncond_mask: bool[B, S], of these.
 
   Returns:
-    GenerateOutput of B * num_samples rows; its scores are the summed log-probabilities of the tokens before any id was penalised or
-    forbidden (under guidance: of the guided distribution), so that greedy and sampled results compare.
+    B * num_return_sequences sequences, those of the first prompt first. A score is the summed
+    log-probability of the tokens, under guidance but before any penalty or filter, so that those of
+    greedy and of sampled sequences compare.
 
   Raises:
-    ValueError: guidance without an unconditional prompt of the shape of the prompt, or the other way round.
+    ValueError: guidance without unconditional prompts of the same shape, or the reverse.
   """
-  batch, length = mask.shape
-  guided = guidance_scale is not None
-  if guided != (uncond_embeddings is not None) or guided != (uncond_mask is not None):
-    raise ValueError(
-      'guidance_scale, uncond_embeddings and uncond_mask come together or not at all'
-    )
-  if guided:
-    if uncond_embeddings.shape != embeddings.shape or uncond_mask.shape != mask.shape:
-      raise ValueError(
-        f'uncond_embeddings {uncond_embeddings.shape} must have the shape of embeddings, {embeddings.shape}'
-      )
-    embeddings, mask = (
-      jnp.concatenate([embeddings, uncond_embeddings]),
-      jnp.concatenate([mask, uncond_mask]),
-    )
+  _check_guidance(embeddings, mask, guidance_scale, uncond_embeddings, uncond_mask)
+  copies = 1
+  if uncond_embeddings is not None and uncond_mask is not None:
+    embeddings = jnp.concatenate([embeddings, uncond_embeddings])
+    mask = jnp.concatenate([mask, uncond_mask])
+    copies = 2  # rows of the conditional prompts, then of the unconditional ones
   llama, params = unroll_layers(llama, params)
-  batch *= num_samples
-  keys = None if key is None else sampling.row_keys(key, batch)
+  batch = mask.shape[0] // copies * num_return_sequences
+  choose = _TokenChooser(
+    vocab_size=llama.vocab_size,
+    keys=None if key is None else sampling.row_keys(key, batch),
+    eos_id=eos_id,
+    min_new_tokens=min_new_tokens,
+    suppress=suppress,
+    repetition_penalty=repetition_penalty,
+    temperature=temperature,
+    top_k=top_k,
+    top_p=top_p,
+    guidance_scale=guidance_scale,
+  )
 
-  def choose(logits: Array, step: Array, used: Array | None) -> tuple[Array, Array]:
-    """Token i32[B] number `step` and its log-probability f32[B]."""
-    if guided:
-      logits = sampling.guided_log_probs(*jnp.split(logits, 2), guidance_scale)
-    allowed = logits if used is None else sampling.penalize(logits, used, repetition_penalty)
-    allowed = sampling.suppress(
-      allowed, _forbidden(suppress, llama.vocab_size, eos_id, step < min_new_tokens)
-    )
-    if keys is None:
-      token = jnp.argmax(allowed, axis=-1).astype(jnp.int32)
-    else:
-      step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-      token = sampling.sample(step_keys, sampling.filter_logits(allowed, temperature, top_k, top_p))
-    return token, jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
-
-  class State(NamedTuple):
-    step: Array  # tokens chosen
-    token: Array  # i32[B], the last of them
-    done: Array  # bool[B]
-    used: Array | None  # bool[B, V], the ids chosen so far, where they are penalised
-    out: GenerateOutput
-    cache: KVCache
-
-  def commit(state: State, logits: Array, cache: KVCache) -> State:
+  def append(state: _State, logits: Array, cache: KVCache) -> _State:
+    """Adds the next token of each sequence."""
     token, log_prob = choose(logits, state.step, state.used)
     token = jnp.where(state.done, pad_id, token)
     out = GenerateOutput(
@@ -172,205 +191,119 @@ def generate(
       scores=state.out.scores + jnp.where(state.done, 0.0, log_prob),
     )
     used = None if state.used is None else state.used.at[jnp.arange(batch), token].set(True)
-    return State(state.step + 1, token, state.done | (token == eos_id), used, out, cache)
+    return _State(state.step + 1, token, state.done | (token == eos_id), used, out, cache)
 
-  def unfinished(state: State) -> Array:
+  def unfinished(state: _State) -> Array:
     return (state.step < max_new_tokens) & ~state.done.all()
 
-  def advance(state: State) -> State:
-    written = jnp.broadcast_to(
+  def advance(state: _State) -> _State:
+    generated = jnp.broadcast_to(
       jnp.arange(max_new_tokens) < state.step, (mask.shape[0], max_new_tokens)
     )
-    seen = jnp.concatenate([mask, written], axis=1)[:, None]
-    tokens = jnp.tile(state.token, 2 if guided else 1)[:, None]
-    logits, cache = extend(llama, params, tokens, mask.sum(1) + state.step - 1, seen, state.cache)
-    return commit(state, logits[:, 0], cache)
+    visible = jnp.concatenate([mask, generated], axis=1)[:, None]
+    tokens = jnp.tile(state.token, copies)[:, None]
+    positions = mask.sum(1) + state.step - 1
+    logits, cache = extend(llama, params, tokens, positions, visible, state.cache)
+    return append(state, logits[:, 0], cache)
 
   logits, cache = prefill(llama, params, embeddings, mask, max_new_tokens, cache_dtype)
-  logits, mask, cache = (
-    jnp.repeat(logits, num_samples, axis=0),
-    jnp.repeat(mask, num_samples, axis=0),
-    _repeat(cache, num_samples),
+  logits = jnp.repeat(logits, num_return_sequences, axis=0)
+  mask = jnp.repeat(mask, num_return_sequences, axis=0)
+  cache = _repeat_rows(cache, num_return_sequences)
+  start = _initial_state(batch, max_new_tokens, pad_id, cache)
+  if repetition_penalty is not None:
+    start = start._replace(used=jnp.zeros((batch, llama.vocab_size), bool))
+  return jax.lax.while_loop(unfinished, advance, append(start, logits, cache)).out
+
+
+class _State(NamedTuple):
+  """Of the loop.
+
+  Attributes:
+    step: i32, the number of tokens generated.
+    token: i32[B], the last of them.
+    done: bool[B], whether the sequence has ended.
+    used: bool[B, V], the generated ids, if they are penalized.
+    out: the result so far.
+    cache: of the earlier tokens.
+  """
+
+  step: Array
+  token: Array
+  done: Array
+  used: Array | None
+  out: GenerateOutput
+  cache: KVCache
+
+
+def _initial_state(batch: int, max_new_tokens: int, pad_id: int, cache: KVCache) -> _State:
+  out = GenerateOutput(
+    ids=jnp.full((batch, max_new_tokens), pad_id, jnp.int32),
+    lengths=jnp.zeros(batch, jnp.int32),
+    scores=jnp.zeros(batch, jnp.float32),
   )
-  used = None if repetition_penalty is None else jnp.zeros((batch, llama.vocab_size), bool)
-  nothing = GenerateOutput(
-    jnp.full((batch, max_new_tokens), pad_id, jnp.int32),
-    jnp.zeros(batch, jnp.int32),
-    jnp.zeros(batch, jnp.float32),
-  )
-  start = State(
-    jnp.int32(0), jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool), used, nothing, cache
-  )
-  return jax.lax.while_loop(unfinished, advance, commit(start, logits, cache)).out
+  token = jnp.zeros(batch, jnp.int32)
+  return _State(jnp.int32(0), token, jnp.zeros(batch, bool), None, out, cache)
 
 
-class _Beams(NamedTuple):
-  """K hypotheses a row, best first."""
+@dataclasses.dataclass(frozen=True)
+class _TokenChooser:
+  """Chooses the next token of each sequence; fields as in `generate`, with keys[B] or None."""
 
-  ids: Array  # i32[B, K, T]
-  scores: Array  # f32[B, K]: of live ones the summed log-probabilities, of finished ones those under the length penalty.
+  vocab_size: int
+  keys: Array | None
+  eos_id: int
+  min_new_tokens: int
+  suppress: Array | None
+  repetition_penalty: float | None
+  temperature: float
+  top_k: int | None
+  top_p: float | None
+  guidance_scale: float | None
+
+  def __call__(self, logits: Array, step: Array, used: Array | None) -> tuple[Array, Array]:
+    """Returns token number `step`, i32[B], and its log-probability f32[B]."""
+    if self.guidance_scale is not None:
+      conditional, unconditional = jnp.split(logits, 2)
+      logits = sampling.guided_log_probs(conditional, unconditional, self.guidance_scale)
+    allowed = logits
+    if used is not None and self.repetition_penalty is not None:
+      allowed = sampling.penalize(logits, used, self.repetition_penalty)
+    too_short = step < self.min_new_tokens
+    suppressed = suppressed_ids(self.suppress, self.vocab_size, self.eos_id, too_short)
+    allowed = sampling.suppress(allowed, suppressed)
+    if self.keys is None:
+      token = jnp.argmax(allowed, axis=-1).astype(jnp.int32)
+    else:
+      step_keys = jax.vmap(jax.random.fold_in, (0, None))(self.keys, step)
+      allowed = sampling.filter_logits(allowed, self.temperature, self.top_k, self.top_p)
+      token = sampling.sample(step_keys, allowed)
+    log_probs = jax.nn.log_softmax(logits)
+    return token, jnp.take_along_axis(log_probs, token[:, None], axis=-1)[:, 0]
 
 
-def _take(tree, index: Array):
-  """Beams index i32[B, K'] of every [B, K, ...] in a tree."""
-  return jax.tree.map(lambda x: jax.vmap(lambda row, i: row[i])(x, index), tree)
-
-
-@functools.partial(
-  jax.jit,
-  static_argnames=(
-    'llama',
-    'num_beams',
-    'early_stopping',
-    'max_new_tokens',
-    'num_samples',
-    'cache_dtype',
-  ),
-)
-def beam_search(
-  llama: Llama,
-  params: dict,
+def _check_guidance(
   embeddings: Array,
   mask: Array,
-  *,
-  num_beams: int,
-  length_penalty: float = 1.0,
-  early_stopping: bool | str = False,
-  max_new_tokens: int,
-  min_new_tokens: int = 0,
-  eos_id: int,
-  pad_id: int = PAD_ID,
-  suppress: Array | None = None,
-  repetition_penalty: float | None = None,
-  num_samples: int = 1,
-  cache_dtype: str | None = None,
-) -> GenerateOutput:
-  """The best continuations by beam search, with the semantics of transformers' `generate`.
-
-  Beams need neither copies of the prompt nor a shuffled cache. The K beams of a row are K queries over one cache that holds
-  the prompt once and K slots a step, and the mask lets each see its own ancestors. With K = 2, after the second step, when
-  both live beams descend from beam 0 of the first:
-
-                prompt    step 0   step 1
-      beam 0    x x x x    x .      x .
-      beam 1    x x x x    x .      . x
-
-  Args:
-    llama, params, embeddings, mask, eos_id, suppress, cache_dtype: as in `generate`.
-    num_beams: K.
-    length_penalty: finished beams compare by summed log-probability / length ** length_penalty, eos counted in the length.
-    early_stopping: True stops a row once K beams are finished. False, once besides the best live one, at its present length, cannot beat
-      the worst of them: a guess, since under a positive length penalty it may still rise. 'never' takes the greatest length instead
-      where the penalty is positive, so that what could win is never given up.
-    repetition_penalty: as in `generate`, but of log-probabilities, and summed into a beam's score.
-    num_samples: beams of each prompt to return, of K at most.
-
-  Returns:
-    GenerateOutput of B * num_samples rows: the best beams of the first prompt, best first, then those of the second, ...; a score is the one
-    it was ranked by.
-
-  Raises:
-    ValueError: `early_stopping` is something else, or more beams are to be returned than there are.
-  """
-  if not 1 <= num_samples <= num_beams:
-    raise ValueError(f'num_samples={num_samples} must be in 1..{num_beams}, the beams')
-  if early_stopping not in (True, False, 'never'):
-    raise ValueError(f"early_stopping is True, False or 'never', not {early_stopping!r}")
-  llama, params = unroll_layers(llama, params)
-  batch, rows = mask.shape[0], jnp.arange(num_beams)
-
-  class State(NamedTuple):
-    step: Array  # tokens chosen
-    live: _Beams
-    ancestry: Array  # bool[B, K, T * K], the new slots of the cache that each live beam sees
-    finished: _Beams
-    count: Array  # i32[B], finished beams, up to K
-    open: Array  # bool[B], finished beams may still improve
-    used: Array | None  # bool[B, K, V], the ids of each live beam, where they are penalised
-    sound: Array  # bool[B], no logit was NaN or infinite
-    cache: KVCache
-
-  def commit(state: State, logits: Array, cache: KVCache) -> State:
-    """Chooses token number `step` of all beams from logits f32[B, K, V]."""
-    sound = state.sound & (jnp.isfinite(logits).all((1, 2)) | ~state.open)
-    log_probs = jax.nn.log_softmax(logits)
-    if state.used is not None:
-      log_probs = sampling.penalize(log_probs, state.used, repetition_penalty)
-    log_probs = sampling.suppress(
-      log_probs, _forbidden(suppress, llama.vocab_size, eos_id, state.step < min_new_tokens)
+  guidance_scale: float | None,
+  uncond_embeddings: Array | None,
+  uncond_mask: Array | None,
+) -> None:
+  absent = {x is None for x in (guidance_scale, uncond_embeddings, uncond_mask)}
+  if len(absent) > 1:
+    raise ValueError('guidance_scale, uncond_embeddings and uncond_mask are given together or not')
+  if uncond_embeddings is None or uncond_mask is None:
+    return
+  if uncond_embeddings.shape != embeddings.shape or uncond_mask.shape != mask.shape:
+    raise ValueError(
+      f'uncond_embeddings {uncond_embeddings.shape} must have the shape of embeddings, '
+      f'{embeddings.shape}'
     )
-    scores = (state.live.scores[..., None] + log_probs).reshape(batch, -1)
-    # Each beam offers one eos at most, so that among 2K candidates K can go on.
-    scores, index = jax.lax.top_k(scores, 2 * num_beams)
-    parent, token = index // llama.vocab_size, (index % llama.vocab_size).astype(jnp.int32)
-    ids = _take(state.live.ids, parent).at[:, :, state.step].set(token)
-    step = state.step + 1
-    ends = (token == eos_id) | (step == max_new_tokens)
 
-    live_scores, chosen = jax.lax.top_k(jnp.where(ends, NEVER, scores), num_beams)
-    live = _Beams(_take(ids, chosen), live_scores)
-    own = jnp.arange(state.ancestry.shape[-1]) == state.step * num_beams + rows[:, None]
-    ancestors = _take(parent, chosen)
-    ancestry = _take(state.ancestry, ancestors) | own
-    used = None
-    if state.used is not None:
-      used = _take(state.used, ancestors) | (
-        _take(token, chosen)[..., None] == jnp.arange(llama.vocab_size)
-      )
 
-    # Only the K best candidates may finish: the others are there to keep the search alive.
-    ends &= (jnp.arange(2 * num_beams) < num_beams) & state.open[:, None]
-    ranked = jnp.where(ends, scores / step**length_penalty, NEVER)
-    pool = _Beams(*(jnp.concatenate(x, axis=1) for x in zip(state.finished, (ids, ranked))))
-    finished_scores, best = jax.lax.top_k(pool.scores, num_beams)
-    finished = _Beams(_take(pool.ids, best), finished_scores)
-    count = jnp.minimum(state.count + ends.sum(1), num_beams)
-    hoped = jnp.where((early_stopping == 'never') & (length_penalty > 0), max_new_tokens, step)
-    promising = live_scores[:, 0] / hoped**length_penalty > finished_scores[:, -1]
-    improvable = (count < num_beams) | (promising & (early_stopping is not True))
-    return State(step, live, ancestry, finished, count, state.open & improvable, used, sound, cache)
+def _apply(llama: Llama, params: Params, *args: Any, **kwargs: Any) -> Any:
+  return llama.apply({'params': params}, *args, **kwargs)
 
-  def unfinished(state: State) -> Array:
-    return (state.step < max_new_tokens) & state.open.any()
 
-  def advance(state: State) -> State:
-    prompt = jnp.broadcast_to(mask[:, None], (batch, num_beams, mask.shape[1]))
-    seen = jnp.concatenate([prompt, state.ancestry], axis=-1)
-    logits, cache = extend(
-      llama,
-      params,
-      state.live.ids[:, :, state.step - 1],
-      mask.sum(1) + state.step - 1,
-      seen,
-      state.cache,
-    )
-    return commit(state, logits, cache)
-
-  new_slots = num_beams * max_new_tokens
-  logits, cache = prefill(llama, params, embeddings, mask, new_slots, cache_dtype)
-  ids = jnp.full((batch, num_beams, max_new_tokens), pad_id, jnp.int32)
-  absent = jnp.full((batch, num_beams), NEVER)
-  start = State(
-    step=jnp.int32(0),
-    live=_Beams(
-      ids, absent.at[:, 0].set(0.0)
-    ),  # One beam to begin with, or all would choose the same.
-    ancestry=jnp.zeros((batch, num_beams, new_slots), bool),
-    finished=_Beams(ids, absent),
-    count=jnp.zeros(batch, jnp.int32),
-    open=jnp.ones(batch, bool),
-    used=None
-    if repetition_penalty is None
-    else jnp.zeros((batch, num_beams, llama.vocab_size), bool),
-    sound=jnp.ones(batch, bool),
-    cache=cache,
-  )
-  logits = jnp.broadcast_to(logits[:, None], (batch, num_beams, llama.vocab_size))
-  state = jax.lax.while_loop(unfinished, advance, commit(start, logits, cache))
-  ids = state.finished.ids[:, :num_samples].reshape(-1, max_new_tokens)
-  scores = jnp.where(state.sound[:, None], state.finished.scores[:, :num_samples], jnp.nan).reshape(
-    -1
-  )
-  ends = ids == eos_id
-  lengths = jnp.where(ends.any(1), jnp.argmax(ends, 1) + 1, max_new_tokens).astype(jnp.int32)
-  return GenerateOutput(ids, lengths, scores)
+def _repeat_rows(cache: KVCache, times: int) -> KVCache:
+  return cache._replace(layers=jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), cache.layers))

@@ -1,12 +1,14 @@
-"""NaN and infinity in what the modules compute: found where they arise, so that nobody takes a black picture or an empty caption for a result.
+"""Finds NaN and infinity where they arise, so that no black image or empty caption looks valid.
 
-A program counts with `first_fault`, on the device and in the same pass as its result, which part of the model was the first whose result for a
-row was not finite. The pipeline looks at that number when the result has come to the host, and raises `NotFinite`.
+On the device, and in the same pass as its result, a program finds the first module whose result for
+a row is not finite (`first_fault`). The pipeline checks this when the result is on the host, and
+raises `NotFinite`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,8 @@ from jax import Array
 
 from lavit_jax.errors import InputError
 
-MODULES = {  # part -> what it is called; the number of a fault is a part's place in it, from 1 on, and 0 is none
+# Module -> its name in messages. A fault is the position of a module here, from 1 on; 0 is none.
+MODULES = {
   'vit': 'the image encoder',
   'tokenizer': 'the visual tokenizer',
   'understanding': 'the projection to the language model',
@@ -27,68 +30,85 @@ MODULES = {  # part -> what it is called; the number of a fault is a part's plac
   'highres_vae': 'the VAE',
   'safety_checker': 'the safety checker',
 }
-_NUMBERS = {part: number for number, part in enumerate(MODULES, 1)}
+_FAULTS = {module: fault for fault, module in enumerate(MODULES, 1)}
+_MAX_LISTED = 4  # rows in a message
 
 
 class NotFinite(InputError):
-  """NaN or infinity came out of a module, for some rows of a batch.
+  """NaN or infinity came out of a module for some rows of a batch.
 
   Attributes:
-    rows: place in the batch -> message of that row.
-    results: what was computed of all rows, those at fault among them; None where nothing can be made of it.
+    rows: index of a row -> its message.
+    results: of all rows, also of those with faults; None if there is no use for them.
   """
 
-  def __init__(self, message: str, rows: Mapping[int, str] | None = None, results=None):
+  def __init__(self, message: str, rows: Mapping[int, str] | None = None, results: Any = None):
     super().__init__(message)
-    self.rows, self.results = dict(rows or {}), results
+    self.rows = dict(rows or {})
+    self.results = results
 
 
 def first_fault(*results: tuple[str, Array]) -> Array:
-  """i32[B]: the number of the first part, of (part, its result [B, ...]) in the order of computation, that is not finite in a row, or 0.
+  """Finds the first module whose result is not finite.
 
-  A result may also be bool[B]: whether the row is sound.
+  Args:
+    *results: (module, its result [B, ...]) in the order of computation; a result may also be
+      bool[B], whether it is finite.
+
+  Returns:
+    i32[B], the fault of each row; 0 for none.
   """
   fault = jnp.zeros(len(results[0][1]), jnp.int32)
-  for part, result in reversed(results):
-    sound = result if result.dtype == bool else finite(result)
-    fault = jnp.where(sound, fault, _NUMBERS[part])
+  for module, result in reversed(results):
+    is_finite = result if result.dtype == bool else finite(result)
+    fault = jnp.where(is_finite, fault, _FAULTS[module])
   return fault
 
 
 def finite(x: Array) -> Array:
-  """bool[B]: whether the numbers of each row of [B, ...] are all finite."""
+  """Returns bool[B]: whether all numbers of each row of [B, ...] are finite."""
   return jnp.isfinite(x).all(tuple(range(1, x.ndim)))
 
 
-def number(part: str) -> int:
-  """The number of a fault of this part."""
-  return _NUMBERS[part]
+def number(module: str) -> int:
+  """Returns the fault of a module."""
+  return _FAULTS[module]
 
 
-def check(faults: np.ndarray, results=None, rows: Sequence[int] | None = None) -> None:
-  """Raises NotFinite if any of the faults i32[B] is one.
+def check(
+  faults: np.ndarray, results: Any = None, rows: Sequence[int] | np.ndarray | None = None
+) -> None:
+  """Checks faults that are on the host.
 
   Args:
-    faults: numbers as `first_fault` gives them.
+    faults: i32[B], as `first_fault` returns them.
     results: for the exception.
-    rows: the row of the batch that each fault is of, where a row has several; by default they are in order.
+    rows: i32[B], the row of each fault, if a row has several; by default 0, 1, ...
+
+  Raises:
+    NotFinite: there is a fault.
   """
-  rows = range(len(faults)) if rows is None else rows
-  parts, messages = list(MODULES), {}
-  for row, fault in zip(rows, faults):
+  indices = list(range(len(faults))) if rows is None else [int(row) for row in rows]
+  modules = list(MODULES)
+  messages: dict[int, str] = {}
+  for row, fault in zip(indices, faults, strict=True):
     if fault:
-      part = parts[fault - 1]
-      messages.setdefault(int(row), f'NaN or infinity came out of {MODULES[part]} ({part})')
+      module = modules[fault - 1]
+      messages.setdefault(row, f'NaN or infinity came out of {MODULES[module]} ({module})')
   if not messages:
     return
-  count = len(set(map(int, rows)))
-  places = ', '.join(str(row + 1) for row in list(messages)[:4]) + (
-    ', ...' if len(messages) > 4 else ''
-  )
-  counted = f' for {len(messages)} of {count} inputs (number {places})' if count > 1 else ''
   raise NotFinite(
-    f'{next(iter(messages.values()))}{counted}; its weights are damaged or beyond the range of the compute dtype: convert the '
-    'checkpoint again, and in float16 try bfloat16 or float32',
+    f'{next(iter(messages.values()))}{_count_rows(messages, len(set(indices)))}; its weights are '
+    'damaged or beyond the range of the compute dtype: convert the checkpoint again, and in '
+    'float16 try bfloat16 or float32',
     messages,
     results,
   )
+
+
+def _count_rows(messages: Mapping[int, str], count: int) -> str:
+  if count == 1:
+    return ''
+  listed = ', '.join(str(row + 1) for row in list(messages)[:_MAX_LISTED])
+  more = ', ...' if len(messages) > _MAX_LISTED else ''
+  return f' for {len(messages)} of {count} inputs (number {listed}{more})'

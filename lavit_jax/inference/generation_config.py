@@ -1,27 +1,23 @@
-"""What a user may ask for: the settings of a model and of the language model's writing, texts and prompts, checked here; and the
-random keys of a seed.
+"""The options of the language model: their names, defaults and limits, checked in one place.
+
+Names and meanings follow `transformers.GenerationConfig`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import enum
+import dataclasses
+import difflib
 import math
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Literal, NamedTuple, TypedDict
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lavit_jax.data.images import is_single_image
-from lavit_jax.errors import InputError, UserError
+from lavit_jax.errors import UserError
 
-# ---------------------------------------------------------------------------------------------------------------- settings
-
-
+# (height, width) in pixels (specification, Image decoders).
 HIGHRES_SIZES = (
   (1024, 1024),
   (896, 1152),
@@ -29,255 +25,247 @@ HIGHRES_SIZES = (
   (768, 1344),
   (1216, 832),
   (1152, 896),
-)  # (height, width), specification, Image decoders
+)
 
 
 class VariantDefaults(NamedTuple):
-  """What depends on how a model was trained: (fewest, most) new tokens, the sizes of what it draws, the form of a prompt."""
+  """Defaults that depend on how a variant was trained.
+
+  Attributes:
+    caption_tokens: (fewest, most) new tokens of a caption.
+    answer_tokens: (fewest, most) new tokens of an answer.
+    image_tokens: (fewest, most) new tokens of an image.
+    output_size: side of the square images that Stable Diffusion 1.5 generates, in pixels.
+    highres_sizes: (height, width) of the images that SDXL generates, in pixels.
+    bracketed: whether the codes of an image in a prompt stand between [IMG] and [/IMG]; the
+      released weights were trained with bare codes.
+  """
 
   caption_tokens: tuple[int, int] = (8, 36)
   answer_tokens: tuple[int, int] = (2, 10)
   image_tokens: tuple[int, int] = (20, 200)
-  drawn_size: int = 512  # side of the square
-  highres_sizes: tuple[tuple[int, int], ...] = HIGHRES_SIZES  # (height, width)
-  bracketed: bool = False  # pictures of a prompt to draw from are [IMG] codes [/IMG]; the released weights are given bare codes
+  output_size: int = 512
+  highres_sizes: tuple[tuple[int, int], ...] = HIGHRES_SIZES
+  bracketed: bool = False
 
 
-VARIANT_DEFAULTS = {'tiny': VariantDefaults((4, 36), (1, 16), (16, 50), 64, bracketed=True)}
+VARIANT_DEFAULTS = {
+  'tiny': VariantDefaults(
+    caption_tokens=(4, 36),
+    answer_tokens=(1, 16),
+    image_tokens=(16, 50),
+    output_size=64,
+    bracketed=True,
+  )
+}
 
 
-class GenerationConfig(NamedTuple):
-  """How the language model continues a prompt: by beam search, or, where `beams` is None, by sampling."""
+class SamplingOptions(TypedDict, total=False):
+  """The fields of `GenerationConfig` that tasks take which always sample."""
 
-  min_tokens: int
-  max_tokens: int
-  beams: int | None = None
-  length_penalty: float = 1.0  # of finished beams
-  early_stopping: bool | str = False  # of the search: False, True or 'never' (`decode.beam_search`)
+  min_new_tokens: int
+  max_new_tokens: int
+  temperature: float
+  top_k: int | None
+  top_p: float | None
+  repetition_penalty: float | None
+  num_return_sequences: int
+
+
+class GenerationOptions(SamplingOptions, total=False):
+  """The fields of `GenerationConfig` that tasks take which search or sample."""
+
+  num_beams: int
+  do_sample: bool
+  length_penalty: float
+  early_stopping: bool | Literal['never']
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationConfig:
+  """How the language model continues a prompt.
+
+  Attributes:
+    min_new_tokens: fewest new tokens, before which no sequence ends.
+    max_new_tokens: most new tokens.
+    num_beams: beams of the search; 1 is greedy.
+    do_sample: sample instead of searching.
+    length_penalty: exponent of the length by which the score of a finished beam is divided.
+    early_stopping: when the search ends: False, True or 'never' (`beam_search.beam_search`).
+    temperature: divides the logits before sampling.
+    top_k: sample among so many most probable tokens; None among all.
+    top_p: sample among the most probable tokens that together reach this probability; None among
+      all.
+    repetition_penalty: penalty above 1 for tokens that were generated before; None for none.
+    num_return_sequences: sequences for each prompt: the best beams, or samples.
+    guidance_scale: classifier-free guidance of sampled codes; None for none.
+  """
+
+  min_new_tokens: int
+  max_new_tokens: int
+  num_beams: int = 1
+  do_sample: bool = False
+  length_penalty: float = 1.0
+  early_stopping: bool | Literal['never'] = False
   temperature: float = 1.0
-  top_k: int | None = 50  # None: all
-  top_p: float | None = None  # None: all
-  repetition_penalty: float | None = None  # None: none
-  num_samples: int = 1  # continuations of each prompt: the best beams, or so many samples
-  guidance: float | None = None  # of sampled codes; None: none
+  top_k: int | None = 50
+  top_p: float | None = None
+  repetition_penalty: float | None = None
+  num_return_sequences: int = 1
+  guidance_scale: float | None = None
 
 
-SEARCHING, SAMPLING = (
-  ('beams', 'length_penalty', 'early_stopping'),
-  ('temperature', 'top_k', 'top_p'),
-)
-_LIMITS = dict(  # what a setting is, which of these it may be, and how to say it
-  min_tokens=(int, lambda x: x >= 0, 'a whole number from 0 up'),
-  max_tokens=(int, lambda x: x >= 1, 'a whole number from 1 up'),
-  beams=(int, lambda x: x >= 1, 'a whole number from 1 up'),
-  length_penalty=(float, lambda x: True, 'a number'),
-  early_stopping=(None, lambda x: x in (False, True, 'never'), "False, True or 'never'"),
-  temperature=(float, lambda x: x > 0, 'a number above 0'),
-  top_k=(int, lambda x: x >= 1, 'a whole number from 1 up, or None'),
-  top_p=(float, lambda x: 0 < x <= 1, 'a number above 0 and at most 1, or None'),
-  repetition_penalty=(float, lambda x: x > 0, 'a number above 0, or None'),
-  num_samples=(int, lambda x: x >= 1, 'a whole number from 1 up'),
-  guidance=(float, lambda x: x >= 0, 'a number from 0 up, or None'),
-)
-_OFF = dict(
-  top_p=1, repetition_penalty=1, guidance=1
-)  # settings that change nothing at this value, and then cost nothing
+FIELD_NAMES = tuple(field.name for field in dataclasses.fields(GenerationConfig))
+SEARCH_FIELDS = ('num_beams', 'length_penalty', 'early_stopping')
+SAMPLING_FIELDS = ('temperature', 'top_k', 'top_p')
+# At these values an option has no effect. It is then turned off, so that it costs nothing.
+_NEUTRAL_VALUES = {'top_p': 1, 'repetition_penalty': 1, 'guidance_scale': 1}
+
+
+class Limit(NamedTuple):
+  """The values that an option can have.
+
+  Attributes:
+    type: int, float, or None for any.
+    description: of the values, for error messages.
+    accepts: whether a value of that type is allowed.
+    optional: whether None is allowed.
+  """
+
+  type: type[int] | type[float] | None
+  description: str
+  accepts: Callable[[Any], bool]
+  optional: bool = False
+
+
+POSITIVE_INTEGER = Limit(int, 'a whole number from 1 up', lambda x: x >= 1)
+_LIMITS = {
+  'min_new_tokens': Limit(int, 'a whole number from 0 up', lambda x: x >= 0),
+  'max_new_tokens': POSITIVE_INTEGER,
+  'num_beams': POSITIVE_INTEGER,
+  'do_sample': Limit(None, 'True or False', lambda x: isinstance(x, (bool, np.bool_))),
+  'length_penalty': Limit(float, 'a number', lambda x: True),
+  'early_stopping': Limit(
+    None,
+    "False, True or 'never'",
+    lambda x: isinstance(x, (bool, str)) and x in (False, True, 'never'),
+  ),
+  'temperature': Limit(float, 'a number above 0', lambda x: x > 0),
+  'top_k': POSITIVE_INTEGER._replace(optional=True),
+  'top_p': Limit(float, 'a number above 0 and at most 1', lambda x: 0 < x <= 1, optional=True),
+  'repetition_penalty': Limit(float, 'a number above 0', lambda x: x > 0, optional=True),
+  'num_return_sequences': POSITIVE_INTEGER,
+  'guidance_scale': Limit(float, 'a number from 0 up', lambda x: x >= 0, optional=True),
+}
 
 
 def resolve_generation_config(
-  task: GenerationConfig, asked: Mapping, most: int
+  defaults: GenerationConfig, options: Mapping[str, Any], max_tokens: int
 ) -> GenerationConfig:
-  """The settings of a task, changed by those that are asked for. The one place that checks them.
+  """Applies a user's options to the defaults of a task, and checks them.
 
   Args:
-    asked: fields of `GenerationConfig` by name; of a task that searches also `sample`: whether to sample instead.
-    most: tokens that the task has room for.
+    defaults: of the task. If these sample, the task cannot search. If they have no guidance, it has
+      none.
+    options: fields of `GenerationConfig` by name.
+    max_tokens: most tokens that the task has room for.
 
   Raises:
-    UserError: a name that is none of these, a value that cannot be, or one that would play no part.
+    UserError: an unknown name, a value that is not allowed, or an option without effect.
   """
-  asked = dict(asked)
-  searches = task.beams is not None and not asked.pop('sample', False)
-  known = [
-    name for name in GenerationConfig._fields if name != 'guidance' or task.guidance is not None
-  ]
-  unknown = asked.keys() - {*known}
-  if unknown:
-    raise UserError(
-      f'no such setting: {", ".join(sorted(unknown))}; choose among {", ".join(known)}'
-      + ', sample' * (task.beams is not None)
-    )
-  for name in SAMPLING if searches else SEARCHING:
-    if asked.get(name) is not None:
-      raise UserError(
-        f'{name} plays no part in '
-        + (
-          'beam search; ask for sampling too'
-          if searches
-          else 'sampling; leave it out' + (', or do not sample' if task.beams else '')
-        )
-      )
-  chosen = task._replace(**asked)._asdict() | ({} if searches else dict(beams=None))
-  writing = GenerationConfig(
-    **{
-      name: check_value(name, value, _LIMITS[name])
-      for name, value in chosen.items()
-      if name != 'beams' or searches
-    }
+  names = _option_names(defaults)
+  check_names(options, names)
+  do_sample = bool(
+    check_value('do_sample', options.get('do_sample', defaults.do_sample), _LIMITS['do_sample'])
   )
-  if not writing.min_tokens <= writing.max_tokens <= most:
-    raise UserError(
-      f'min_tokens={writing.min_tokens} to max_tokens={writing.max_tokens} cannot be; choose min_tokens and max_tokens in '
-      f'order, and at most {most}'
-    )
-  if searches and writing.num_samples > writing.beams:
-    raise UserError(
-      f'num_samples={writing.num_samples} of {writing.beams} beams cannot be; choose as many beams, or sample'
-    )
-  return writing._replace(
-    **{name: None for name, off in _OFF.items() if getattr(writing, name) == off}
-  )
+  _check_effect(options, do_sample, can_search=not defaults.do_sample)
+  config = dataclasses.replace(defaults, **options)
+  values: dict[str, Any] = {}
+  for name in FIELD_NAMES:
+    value = check_value(name, getattr(config, name), _LIMITS[name])
+    values[name] = None if name in _NEUTRAL_VALUES and value == _NEUTRAL_VALUES[name] else value
+  if do_sample:
+    values['num_beams'] = 1
+  config = GenerationConfig(**values)
+  _check_counts(config, max_tokens)
+  return config
 
 
-def check_value(name: str, value, limits: tuple):
-  """A value, as the int or float that it is: the types of what compiled programs are given stay the same. Raises UserError.
+def check_names(names: Collection[str], allowed: Collection[str]) -> None:
+  """Raises UserError if a name is not allowed; the message has the nearest name and all of them."""
+  unknown = sorted(set(names) - set(allowed))
+  if not unknown:
+    return
+  nearest = difflib.get_close_matches(unknown[0], allowed, 1)
+  hint = f'did you mean {nearest[0]}? ' if nearest else ''
+  raise UserError(f'no such option: {", ".join(unknown)}; {hint}choose among {", ".join(allowed)}')
 
-  `limits`: its type, which of that it may be, and how to say it, with 'None' at the end where that is allowed.
+
+def check_value(name: str, value: Any, limit: Limit) -> Any:
+  """Checks the value of an option.
+
+  Args:
+    name: of the option, for the message.
+    value: an array scalar is allowed in place of a number.
+    limit: the values that are allowed.
+
+  Returns:
+    The value as `limit.type`, so that equal numbers of several types compile one program.
+
+  Raises:
+    UserError: the value is not allowed.
   """
-  kind, fits, form = limits
-  if value is None and form.endswith('None'):
+  if value is None and limit.optional:
     return None
+  item: Any = value
   if isinstance(value, (np.ndarray, Array)) and value.ndim == 0:
-    value = value.item()
-  known = {int: numbers.Integral, float: numbers.Real, None: object}[kind]
-  if (
-    not isinstance(value, known)
-    or kind
-    and isinstance(value, bool)
-    or kind is float
-    and not math.isfinite(value)
-    or not fits(value)
-  ):
-    raise UserError(f'{name}={value!r} cannot be; choose {form}')
-  return kind(value) if kind else value
+    item = value.item()
+  if not _has_type(item, limit.type) or not limit.accepts(item):
+    optional = ', or None' if limit.optional else ''
+    raise UserError(f'{name}={item!r} is not allowed; choose {limit.description}{optional}')
+  return limit.type(item) if limit.type else item
 
 
-# ------------------------------------------------------------------------------------------------------- texts and prompts
+def _has_type(value: Any, expected: type | None) -> bool:
+  if expected is None:
+    return True
+  if isinstance(value, bool):
+    return False
+  if expected is int:
+    return isinstance(value, numbers.Integral)
+  return isinstance(value, numbers.Real) and math.isfinite(value)
 
 
-def as_texts(given, name: str) -> list:
-  """One text, or several in a sequence, as a list. Raises UserError if it is neither."""
-  try:
-    return [given] if isinstance(given, str) else list(given)
-  except TypeError:
-    raise UserError(f'{name}={given!r} cannot be; give a text, or a list of them') from None
+def _option_names(defaults: GenerationConfig) -> list[str]:
+  hidden = set()
+  if defaults.guidance_scale is None:
+    hidden.add('guidance_scale')
+  if defaults.do_sample:
+    hidden.add('do_sample')
+  return [name for name in FIELD_NAMES if name not in hidden]
 
 
-def as_prompts(given) -> list[Sequence]:
-  """Prompts, each a list of parts; of one that has words and pictures and stands without brackets, a list of it. Raises UserError."""
-  parts = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
-  words = [isinstance(part, str) for part in parts]
-  if any(words) and not all(words) and all(map(is_single_image, parts)):
-    return [parts]
-  if not all(isinstance(each, Sequence) and not is_single_image(each) for each in parts):
+def _check_effect(options: Mapping[str, Any], do_sample: bool, can_search: bool) -> None:
+  """Refuses options that have no effect: those of the search in sampling, or the reverse."""
+  if not do_sample:
+    for name in SAMPLING_FIELDS:
+      if options.get(name) is not None:
+        raise UserError(f'{name} has no effect in beam search; set do_sample=True too')
+    return
+  for name in SEARCH_FIELDS:
+    if options.get(name) is not None:
+      remedy = 'leave it out, or do_sample' if can_search else 'leave it out'
+      raise UserError(f'{name} has no effect in sampling; {remedy}')
+
+
+def _check_counts(config: GenerationConfig, max_tokens: int) -> None:
+  if not config.min_new_tokens <= config.max_new_tokens <= max_tokens:
     raise UserError(
-      'prompts are lists of parts, [[picture, words], [words], ...]; put each prompt in brackets'
+      f'min_new_tokens={config.min_new_tokens} with max_new_tokens={config.max_new_tokens} is not '
+      f'allowed; choose min_new_tokens <= max_new_tokens <= {max_tokens}'
     )
-  return parts
-
-
-def check_prompt_lengths(
-  lengths: Sequence[int],
-  room: int,
-  rows: Sequence[int] | None = None,
-  count: int | None = None,
-  least: bool = False,
-):
-  """Prompts' numbers of tokens against what there is room for.
-
-  Args:
-    rows: their places among `count`; without, they are all that there are.
-    least: a picture is counted as one token, not yet by its own number.
-
-  Raises:
-    InputError: one is too long.
-  """
-  count = count or len(lengths)
-  for row, length in zip(range(count) if rows is None else rows, lengths):
-    if length > room:
-      which = f', {row + 1} of {count},' if count > 1 else ''
-      raise InputError(
-        f'the prompt{which} is {"at least " * least}{length} tokens long; shorten it to {room}'
-      )
-
-
-@contextlib.contextmanager
-def shared_argument(name: str):
-  """A text that is at fault inside is a setting, which all rows share: it is no row's fault."""
-  try:
-    yield
-  except InputError as error:
-    raise UserError(f'{name}: {error}') from None
-
-
-# -------------------------------------------------------------------------------------------------------------------- keys
-
-
-class Purpose(enum.IntEnum):
-  """What a random key is for. The same seed and row give each purpose keys of its own."""
-
-  PATCHES = 0  # which patches of the row's j-th picture become tokens
-  TOKENS = 1  # what the language model writes, as the row's j-th sample
-  LATENTS = 2  # what its j-th picture is drawn from
-
-
-SEED = (int, lambda x: 0 <= x < 2**32, f'a whole number in 0..{2**32 - 1}')
-
-
-class IndexedSeed(NamedTuple):
-  """A seed for some of many rows: given in place of a seed, row i of the call gets the key that row `rows[i]` has among all of them."""
-
-  seed: int
-  rows: Sequence[int]
-
-
-def example_keys(
-  seed: int | Sequence[int] | IndexedSeed | None, count: int, optional: bool = False
-) -> Array | None:
-  """A key for each row, so that what a row becomes does not depend on its batch; of its own seed, or of one seed and its place.
-
-  Raises UserError: a seed that cannot be, or another number of them; or none, unless that is an `optional` thing to have, which gives None.
-  """
-  if seed is None:
-    if not optional:
-      raise UserError('what is sampled needs a seed; give one')
-    return None
-  if isinstance(seed, IndexedSeed):
-    seed, rows = seed
-  elif np.ndim(seed) == 0:
-    rows = range(count)
-  elif len(seed) == count:
-    keys = [jax.random.key(check_value('seed', each, SEED)) for each in seed]
-    return jnp.stack(keys) if keys else jax.random.split(jax.random.key(0), 0)
-  else:
-    raise UserError(f'{len(seed)} seeds for {count}; give one for each, or one for all')
-  return jax.vmap(jax.random.fold_in, (None, 0))(
-    jax.random.key(check_value('seed', seed, SEED)), np.asarray(rows)
-  )
-
-
-def purpose_keys(purpose: Purpose, keys: Array | None, numbers=0) -> Array | None:
-  """Rows' keys [B] -> their keys for a purpose, of which a row has several by `numbers`, an int or i32[B]."""
-  if keys is None:
-    return None
-  numbers = np.broadcast_to(np.asarray(numbers, np.int32), keys.shape)
-  return jax.vmap(lambda key, number: jax.random.fold_in(jax.random.fold_in(key, purpose), number))(
-    keys, numbers
-  )
-
-
-def sample_keys(purpose: Purpose, keys: Array, count: int) -> Array:
-  """Rows' keys [B] -> their keys for the first `count` samples, [B * count]: more samples change no earlier one."""
-  return purpose_keys(
-    purpose, keys[np.repeat(np.arange(len(keys)), count)], np.tile(np.arange(count), len(keys))
-  )
+  if not config.do_sample and config.num_return_sequences > config.num_beams:
+    raise UserError(
+      f'num_return_sequences={config.num_return_sequences} of num_beams={config.num_beams} is not '
+      'allowed; choose as many beams, or set do_sample=True'
+    )

@@ -1,333 +1,256 @@
-"""Codes -> pictures: the condition that the decoder makes of codes, the latents that a U-Net finds under it, their pixels, and
-whether these may be shown. One compiled program, `decode_images`, and `resolve_image_request`, which makes its arguments of what a user asks for.
+"""Codes to images: a user's options are checked, and codes decoded in batches.
 
-Axes: B images, N patches, H and W pixels, h and w latents, Z latent channels.
+The compiled program is `image_decoder.decode_images`.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Container, Iterable, Sequence
+from typing import Any, NamedTuple, TypedDict
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from lavit_jax.data.images import as_image_list, read_images
 from lavit_jax.errors import UserError
-from lavit_jax.inference import faults
-from lavit_jax.inference.generation_config import check_value
-from lavit_jax.models import diffusion, lavit, safety_checker, vae, vit
-from lavit_jax.models.decoder import null_context
+from lavit_jax.inference import faults, image_decoder
+from lavit_jax.inference.generation_config import (
+  POSITIVE_INTEGER,
+  Limit,
+  SamplingOptions,
+  VariantDefaults,
+  check_value,
+)
+from lavit_jax.inference.image_decoder import HIGHRES, LOWRES, DecodingConfig
+from lavit_jax.inference.outputs import DecodedImages
+from lavit_jax.inference.runner import ModelRunner
+from lavit_jax.models import diffusion
 from lavit_jax.models.noise_schedule import Scheduler
 
 LOG = logging.getLogger(__name__)
-WHOLE_PIXELS = (
-  1024 * 1024
-)  # what the VAE decodes at once, in 2.5 GiB: four pictures of 512 or one of 1024; a larger one is cut into tiles
-TILE = 1024  # side of these; that of SDXL's VAE in diffusers
+TILE_SIZE = 1024  # pixels; of the VAE's tiles for images above a megapixel, as in diffusers
+
+GUIDANCE_LIMIT = Limit(float, 'a number from 0 up', lambda x: x >= 0, optional=True)
+_LIMITS = {
+  'num_inference_steps': POSITIVE_INTEGER._replace(optional=True),
+  'guidance_rescale': Limit(float, 'a number in 0..1', lambda x: 0 <= x <= 1),
+  'strength': Limit(
+    float,
+    'a number above 0 and at most 1, which keeps almost nothing of the initial image',
+    lambda x: 0 < x <= 1,
+  ),
+  'vae_tile_size': Limit(
+    int, 'a whole number of pixels from 64 up', lambda x: x >= 64, optional=True
+  ),
+}
 
 
-class ImageDecoderConfig(NamedTuple):
-  """One of the two ways from codes to pixels, with its published settings (specification, Inference)."""
+class DecodingOptions(TypedDict, total=False):
+  """Keywords of `Lavit.decode_images`, except for the seed and the guidance scale."""
 
-  prefix: str  # of the names of its parts
-  steps: int
-  guidance: float
-  batch: int  # most pictures at a time
-
-  @property
-  def parts(self) -> tuple[str, ...]:
-    own = tuple(self.prefix + name for name in ('decoder', 'unet', 'vae'))
-    return ('codebook', *own, *(() if self.prefix else ('uncond_embeddings',)))
+  size: tuple[int, int] | None
+  num_inference_steps: int | None
+  sampler: str
+  guidance_rescale: float
+  init_images: Any
+  strength: float
+  vae_tile_size: int | None
 
 
-LOWRES = ImageDecoderConfig('', 50, 5.0, 16)  # Stable Diffusion 1.5
-HIGHRES = ImageDecoderConfig('highres_', 25, 7.0, 4)  # SDXL
-
-
-class DecodedImages(NamedTuple):
-  """B pictures, and which of them the safety checker found fault with: these are black."""
-
-  pictures: Array  # uint8[B, H, W, 3]
-  flagged: Array  # bool[B]
-
-
-class Checked(NamedTuple):
-  """`DecodedImages`, and whether every number on the way to it was finite."""
-
-  pictures: Array
-  flagged: Array
-  faults: Array  # i32[B], the first module whose result is not finite, by its number in faults.py; 0 is none
+class ImageGenerationOptions(SamplingOptions, DecodingOptions, total=False):
+  """The options of the language model and of the image decoder."""
 
 
 class ImageRequest(NamedTuple):
-  """What to draw by, every default filled in."""
+  """How images are decoded, with every default filled in.
 
-  start: np.ndarray | None  # uint8[B, H, W, 3]
-  options: dict[str, Any]  # of `decode_images`, by name
-  details: bool  # whether `DecodedImages` is asked for
-
-
-@functools.partial(
-  jax.jit,
-  static_argnames=(
-    'model',
-    'way',
-    'size',
-    'steps',
-    'sampler',
-    'rescale',
-    'strength',
-    'tile',
-    'scheduler',
-  ),
-  donate_argnames='start',
-)
-def decode_images(
-  model: lavit.LavitModules,
-  parts: dict,
-  ids: Array,
-  mask: Array,
-  keys: Array,
-  start: Array | None,
-  *,
-  way: ImageDecoderConfig,
-  size: tuple[int, int],
-  guidance: float,
-  steps: int,
-  sampler: str = 'ddim',
-  rescale: float = 0.0,
-  strength: float = 1.0,
-  tile: int | None = None,
-  scheduler: Scheduler = Scheduler(),
-) -> Checked:
-  """Codes i32[B, N] in a prefix, mask bool[B, N] of it, a key for each picture -> pictures.
-
-  Args:
-    parts: those of `way`; with 'safety_checker' among them, pictures that it flags are made black.
-    start: uint8[B, H, W, 3] to begin from in place of noise; given away, for the pictures may take its place.
-    size: (H, W).
-    guidance, rescale, steps, sampler, strength: see `diffusion.sample_latents`.
-    tile: side of the tiles in which the VAE decodes, in pixels; None decodes a picture as a whole.
-    scheduler: of the U-Net.
+  Attributes:
+    init_images: uint8[B, H, W, 3] to start from, or None.
+    guidance_scale: of the U-Net.
+    config: everything else.
   """
-  decoder, unet, pixels = (way.prefix + name for name in ('decoder', 'unet', 'vae'))
-  autoencoder, at_once = (
-    getattr(model, pixels),
-    1 if tile else max(1, WHOLE_PIXELS // math.prod(size)),
-  )
 
-  def apply(part: str, *args, **kwargs):
-    return getattr(model, part).apply({'params': parts[part]}, *args, **kwargs)
-
-  def encode(pictures: Array, keys: Array) -> Array:
-    moments = apply(pixels, vae.preprocess(pictures), method='encode')
-    return autoencoder.to_unet(jax.vmap(vae.sample_latents)(*moments, keys))
-
-  def decode(latents: Array) -> tuple[Array, Array]:
-    """Latents -> pictures uint8[B, H, W, 3], and whether their numbers were finite, bool[B]."""
-    whole, latents = (
-      functools.partial(apply, pixels, method='decode'),
-      autoencoder.from_unet(latents),
-    )
-    found = (
-      vae.decode_tiled(whole, latents, autoencoder.factor, tile // autoencoder.factor)
-      if tile
-      else whole(latents)
-    )
-    return vae.postprocess(found), faults.finite(found)
-
-  features = apply(
-    decoder, model.tokenizer.apply({'params': parts['codebook']}, ids, method='lookup'), mask
-  )
-  context, pooled = apply(decoder, features, method='context')
-  if way.prefix:
-    condition, null = highres_condition(context, pooled, size)
-  else:
-    condition, null = (
-      (context, jnp.ones_like(mask)),
-      null_context(parts['uncond_embeddings'], model.num_patches),
-    )
-  computed = [(decoder, context)]
-  if start is not None:
-    start = _piecewise(encode, at_once, start, jax.vmap(jax.random.fold_in, (0, None))(keys, 1))
-    computed.append((pixels, start))
-  shape = (*(side // autoencoder.factor for side in size), autoencoder.latent_channels)
-  latents = diffusion.sample_latents(
-    functools.partial(apply, unet),
-    diffusion.initial_latents(keys, shape),
-    condition,
-    null,
-    steps=steps,
-    sampler=sampler,
-    guidance_scale=guidance,
-    rescale=rescale,
-    start=start,
-    strength=strength,
-    scheduler=scheduler,
-  )
-  pictures, sound = _piecewise(decode, at_once, latents)
-  computed += [(unet, latents), (pixels, sound)]
-  if 'safety_checker' not in parts:
-    return Checked(pictures, jnp.zeros(len(pictures), bool), faults.first_fault(*computed))
-  flagged, scores = apply(
-    'safety_checker',
-    vit.preprocess(safety_checker.center_square(pictures, model.safety_checker.image_size)),
-  )
-  computed.append(('safety_checker', scores))
-  return Checked(
-    jnp.where(flagged[:, None, None, None], 0, pictures), flagged, faults.first_fault(*computed)
-  )
-
-
-def highres_condition(context: Array, pooled: Array, size: tuple[int, int]) -> tuple[tuple, tuple]:
-  """What SDXL's U-Net takes after the timesteps, and the same without a condition: zeros, specification, Image decoders.
-
-  The six ids say that the picture was of `size` before it was scaled, was cut nowhere, and is of `size`.
-  """
-  ids = jnp.array([*size, 0, 0, *size], jnp.float32)
-  return (
-    (context, None, (pooled, jnp.broadcast_to(ids, (len(pooled), 6)))),
-    (jnp.zeros_like(context), None, (jnp.zeros_like(pooled), ids)),
-  )
-
-
-LIMITS = dict(  # as `check_value` takes them
-  guidance=(float, lambda x: x >= 0, 'a number from 0 up, or None'),
-  steps=(int, lambda x: x >= 1, 'a whole number from 1 up, or None'),
-  rescale=(float, lambda x: 0 <= x <= 1, 'a number in 0..1'),
-  strength=(
-    float,
-    lambda x: 0 < x <= 1,
-    'a number above 0 and at most 1, which keeps almost nothing of the picture to start from',
-  ),
-  tile=(int, lambda x: x >= 64, 'a whole number of pixels from 64 up, or None'),
-)
+  init_images: np.ndarray | None
+  guidance_scale: float
+  config: DecodingConfig
 
 
 def resolve_image_request(
   count: int,
-  drawn_size: int,
-  highres_sizes: Collection[tuple[int, int]],
-  held: Collection[str],
+  defaults: VariantDefaults,
+  available: Container[str],
   schedulers: Callable[[str], Scheduler] = lambda prefix: Scheduler(),
-  /,
   *,
   size: tuple[int, int] | None = None,
-  guidance: float | None = None,
-  steps: int | None = None,
+  guidance_scale: float | None = None,
+  num_inference_steps: int | None = None,
   sampler: str = 'ddim',
-  rescale: float = 0.0,
-  start=None,
+  guidance_rescale: float = 0.0,
+  init_images: Any = None,
   strength: float = 0.8,
-  tile: int | None = None,
-  details: bool = False,
-  **unknown,
+  vae_tile_size: int | None = None,
 ) -> ImageRequest:
-  """What a user asks for -> what to draw by. So that what is wrong is told before a language model has run for minutes.
+  """Checks the options of a user, before a language model runs for minutes.
 
   Args:
-    count: of pictures.
-    drawn_size, highres_sizes: of the model; `held`: names of the parts that are there; `schedulers`: of their U-Nets, by the prefix of a way.
-    size, guidance, ..., details: see `Lavit.draw`.
+    count: number of images.
+    defaults: of the variant.
+    available: names of the modules that the checkpoint has.
+    schedulers: prefix of a decoder -> how its U-Net was trained.
+    size: this and the following: see `Lavit.decode_images`.
+    guidance_scale: of the U-Net.
+    num_inference_steps: denoising steps.
+    sampler: of the denoising.
+    guidance_rescale: share of rescaled guidance.
+    init_images: to start from.
+    strength: of the change to `init_images`.
+    vae_tile_size: in pixels.
 
   Raises:
-    UserError: a size that is not known or whose parts are missing, or settings that cannot be or are `unknown`.
+    UserError: an unknown size, one whose modules are missing, or a value that is not allowed.
   """
-  if unknown:
-    known = 'size, guidance, steps, sampler, rescale, start, strength, tile, details'
-    raise UserError(f'no such setting: {", ".join(sorted(unknown))}; of drawing there are {known}')
-  given = dict(guidance=guidance, steps=steps, rescale=rescale, strength=strength, tile=tile)
-  guidance, steps, rescale, strength, tile = (
-    check_value(name, value, LIMITS[name]) for name, value in given.items()
+  guidance_scale = check_value('guidance_scale', guidance_scale, GUIDANCE_LIMIT)
+  num_inference_steps = check_value(
+    'num_inference_steps', num_inference_steps, _LIMITS['num_inference_steps']
   )
-  own = (drawn_size, drawn_size)
-  size = own if size is None else tuple(np.ravel(size).tolist())
-  way = LOWRES if size == own else HIGHRES
-  if size not in (own, *highres_sizes):
-    known = ', '.join(map(_format_size, (own, *highres_sizes)))
+  guidance_rescale = check_value('guidance_rescale', guidance_rescale, _LIMITS['guidance_rescale'])
+  strength = check_value('strength', strength, _LIMITS['strength'])
+  vae_tile_size = check_value('vae_tile_size', vae_tile_size, _LIMITS['vae_tile_size'])
+  checked_size = _resolve_size(size, defaults)
+  decoder = HIGHRES
+  if checked_size == (defaults.output_size, defaults.output_size):
+    decoder = LOWRES
+  missing = [name for name in decoder.modules if name not in available]
+  if decoder is HIGHRES and missing:
+    side = defaults.output_size
     raise UserError(
-      f'pictures of {_format_size(size)} cannot be drawn; choose one of (height x width): {known}'
+      f'{_format_size(checked_size)} needs {", ".join(missing)}, which this checkpoint does not '
+      f'have; choose {_format_size((side, side))}, or a checkpoint with highres_pixel_decoding and '
+      'highres_tokenizer_decoder'
     )
-  size = tuple(map(int, size))
-  missing = [name for name in way.parts if name not in held]
-  if way is HIGHRES and missing:
-    raise UserError(
-      f'{_format_size(size)} is drawn by {", ".join(missing)}, which this checkpoint does not hold; draw at {_format_size(own)}, or take one '
-      'with highres_pixel_decoding and highres_tokenizer_decoder'
-    )
-  steps = way.steps if steps is None else steps
-  if start is None:
-    strength = 1.0
-  scheduler = schedulers(way.prefix)
-  try:
-    diffusion.make_plan(scheduler, steps, sampler=sampler, strength=strength)
-  except ValueError as error:
-    raise UserError(str(error)) from None
-  if start is not None:
-    start = as_image_list(start)
-    if len(start) not in (1, count):
-      raise UserError(
-        f'{len(start)} pictures to start from, but {count} to draw; give one for each, or one for all'
-      )
-    start = np.repeat(read_images(start, size), count // max(1, len(start)), 0)
-  if tile is None and math.prod(size) > WHOLE_PIXELS:
-    tile = TILE
+  if vae_tile_size is None and math.prod(checked_size) > image_decoder.MAX_PIXELS:
+    vae_tile_size = TILE_SIZE
+  config = DecodingConfig(
+    decoder=decoder,
+    size=checked_size,
+    num_inference_steps=num_inference_steps or decoder.num_inference_steps,
+    sampler=sampler,
+    guidance_rescale=guidance_rescale,
+    strength=1.0 if init_images is None else strength,
+    vae_tile_size=vae_tile_size,
+    scheduler=schedulers(decoder.prefix),
+  )
+  _check_plan(config)
   return ImageRequest(
-    start,
-    dict(
-      way=way,
-      size=size,
-      guidance=way.guidance if guidance is None else guidance,
-      steps=steps,
-      sampler=sampler,
-      rescale=rescale,
-      strength=strength,
-      tile=tile,
-      scheduler=scheduler,
-    ),
-    details,
+    init_images=None if init_images is None else _read_init_images(init_images, count, config.size),
+    guidance_scale=decoder.guidance_scale if guidance_scale is None else guidance_scale,
+    config=config,
   )
 
 
-def safety_checker_part(model: lavit.LavitModules, held: Collection[str]) -> tuple[str, ...]:
-  """The name of the safety checker among the parts, if it is there; a warning if the variant has one and it is not."""
-  if model.safety_checker is None:
-    return ()
-  if 'safety_checker' in held:
-    return ('safety_checker',)
-  warnings.warn(
-    'this checkpoint holds no safety checker, so what it draws is not looked at; put pixel_decoding/safety_checker into it, or '
-    'open it with safety_checker=False',
-    stacklevel=3,
+def decode_codes(
+  runner: ModelRunner,
+  codes: Sequence[np.ndarray],
+  keys: Array,
+  request: ImageRequest,
+) -> DecodedImages:
+  """Decodes the codes of B images; see `Lavit.decode_image_outputs`.
+
+  Args:
+    runner: the model.
+    codes: i32[n] for each image, n <= N.
+    keys: keys[B] of the initial noise.
+    request: how the images are decoded.
+
+  Raises:
+    UserError: the codes are out of range.
+    NotFinite: NaN or infinity came out of a module.
+  """
+  ids, mask = runner.pad_codes(codes)
+  if not len(ids):
+    return DecodedImages(np.zeros((0, *request.config.size, 3), np.uint8), np.zeros(0, bool))
+  decoder = request.config.decoder
+  checked = runner.run_batches(
+    image_decoder.decode_images,
+    decoder.modules + _safety_modules(runner),
+    ids,
+    mask,
+    keys,
+    request.init_images,
+    max_batch=decoder.max_batch,
+    guidance_scale=request.guidance_scale,
+    config=request.config,
   )
-  return ()
+  decoded = DecodedImages(checked.images, checked.flagged)
+  faults.check(checked.faults, decoded)
+  return decoded
 
 
-def report_flagged(pictures: Iterable[str]) -> None:
-  """A line in the log for each picture that was made black, by what it is called there."""
-  for name in pictures:
+def report_flagged(names: Iterable[str]) -> None:
+  """Logs a line for each image that the safety checker flagged, by its name in the log."""
+  for name in names:
     LOG.warning(
       '%s was flagged by the safety checker and is black; try another prompt or seed', name
     )
 
 
+def report_flagged_rows(flagged: np.ndarray) -> None:
+  """Logs a line for each flagged image of a batch, by its index; flagged is bool[B]."""
+  report_flagged(f'image {i + 1} of {len(flagged)}' for i in flagged.nonzero()[0])
+
+
+def _safety_modules(runner: ModelRunner) -> tuple[str, ...]:
+  """The safety checker's name, if the checkpoint has it; else warns if the variant has one."""
+  if not runner.safety_checker or runner.modules.safety_checker is None:
+    return ()
+  if 'safety_checker' in runner.params:
+    return ('safety_checker',)
+  warnings.warn(
+    'this checkpoint has no safety checker, so generated images are not checked; put '
+    'pixel_decoding/safety_checker into it, or open it with safety_checker=False',
+    stacklevel=3,
+  )
+  return ()
+
+
+def _resolve_size(size: Any, defaults: VariantDefaults) -> tuple[int, int]:
+  default = (defaults.output_size, defaults.output_size)
+  if size is None:
+    return default
+  checked = tuple(np.ravel(size).tolist())
+  sizes = (default, *defaults.highres_sizes)
+  if checked not in sizes:
+    choices = ', '.join(map(_format_size, sizes))
+    raise UserError(
+      f'images of {_format_size(checked)} cannot be generated; '
+      f'choose one of (height x width): {choices}'
+    )
+  height, width = checked
+  return int(height), int(width)
+
+
+def _check_plan(config: DecodingConfig) -> None:
+  try:
+    diffusion.make_plan(
+      config.scheduler,
+      config.num_inference_steps,
+      sampler=config.sampler,
+      strength=config.strength,
+    )
+  except ValueError as error:
+    raise UserError(str(error)) from None
+
+
+def _read_init_images(init_images: Any, count: int, size: tuple[int, int]) -> np.ndarray:
+  """One initial image for each image, uint8[B, H, W, 3]."""
+  sources = as_image_list(init_images)
+  if len(sources) not in (1, count):
+    raise UserError(f'{len(sources)} initial images for {count}; give one for each, or one for all')
+  return np.repeat(read_images(sources, size), count // max(1, len(sources)), axis=0)
+
+
 def _format_size(size: tuple[int, ...]) -> str:
   return 'x'.join(map(str, size))
-
-
-def _piecewise(function: Callable, most: int, *arrays: Array) -> Any:
-  """function(*arrays) over the rows of arrays [B, ...], at most so many at a time, one piece after the other."""
-  size = math.gcd(len(arrays[0]), most)
-  if size == len(arrays[0]):
-    return function(*arrays)
-  found = jax.lax.map(
-    lambda piece: function(*piece), [x.reshape(-1, size, *x.shape[1:]) for x in arrays]
-  )
-  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)

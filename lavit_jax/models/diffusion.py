@@ -1,28 +1,32 @@
-"""Noise -> latents: samplers, each one compiled loop over steps.
+"""Noise to latents: diffusion samplers, each one compiled loop over steps.
 
-B images, h and w latents, Z latent channels; T training steps of the schedule, S steps of a sampler.
+DDIM, Euler and DPM-Solver++ 2M are one update under three plans. Let the network predict the clean
+image and the noise of x = signal * clean + noise_level * noise. Then a step is
 
-DDIM, Euler and DPM-Solver++ 2M are one update under three plans. Given what the network says of x_t, clean and noise, a step is
+    x' = signal' * ahead + noise_level' * noise',
+    ahead = clean + c * (clean - previous clean),
 
-    x' = signal' * ahead + noise' * e,    ahead = clean + c * (clean - clean before),    x = signal * ahead + noise * e
+where noise' is that of x = signal * ahead + noise_level * noise'. The plan says which timesteps are
+visited, where each step goes (signal', noise_level'), and c, which is 0 but for 2M. Another
+deterministic sampler needs only its plan.
 
-and the plan says which timesteps are visited, where each step leads (signal', noise'), and how far it looks ahead (c = 0 but for
-2M). So another deterministic sampler needs only its plan; `guided_denoiser` makes the prediction and `jax.lax.scan` runs the steps.
-
-diffusers' schedulers do the same, made by `from_config` of the same scheduler config (`noise.Scheduler`):
+The samplers agree with diffusers' schedulers, made by `from_config` of the same scheduler config:
 
     'ddim'      DDIMScheduler, eta 0: the published decoder
-    'euler'     EulerDiscreteScheduler, no churn; it knows neither clip_sample nor thresholding
-    'dpm++2m'   DPMSolverMultistepScheduler(algorithm_type='dpmsolver++', solver_order=2, solver_type='midpoint',
-                lower_order_final=True); it knows no clip_sample
+    'euler'     EulerDiscreteScheduler, no churn; it has neither clip_sample nor thresholding
+    'dpm++2m'   DPMSolverMultistepScheduler(algorithm_type='dpmsolver++', solver_order=2,
+                solver_type='midpoint', lower_order_final=True); it has no clip_sample
 
-with one difference: for 62 numbers of steps, diffusers' trailing spacing has a timestep too many, and ours has not (see `timesteps`).
+with one difference: for 62 numbers of steps, diffusers' trailing spacing has one timestep too many.
+
+Axes: B images, h and w latents, Z latent channels, T training steps of a schedule, S steps of a
+sampler.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,53 +35,56 @@ from jax import Array
 
 from lavit_jax.models.noise_schedule import Scheduler
 
-Denoiser = Callable[
-  ..., Array
-]  # (latents [B, h, w, Z], timesteps [B], *condition) -> prediction [B, h, w, Z]
+# (latents [B, h, w, Z], timesteps [B], *condition) -> prediction [B, h, w, Z]
+Denoiser = Callable[..., Array]
+Condition = tuple[Any, ...]
+SD_SCHEDULER = Scheduler()  # of Stable Diffusion 1.5 and SDXL
 SAMPLERS = ('ddim', 'euler', 'dpm++2m')
-SPACINGS = {
-  'ddim': 'leading',
-  'euler': 'linspace',
-  'dpm++2m': 'linspace',
-}  # the defaults of diffusers' classes
-LEAST_SIGNAL = (
-  2.0**-24
-)  # of Euler and DPM++ where a schedule ends with none: so small is float16's least number
-REFUSED = {  # what a scheduler config may say that a sampler would go by, and cannot here; and the value that it can
-  'euler': dict(
-    use_karras_sigmas=False,
-    use_exponential_sigmas=False,
-    use_beta_sigmas=False,
-    interpolation_type='linear',
-    final_sigmas_type='zero',
-  ),
-  'dpm++2m': dict(
-    use_karras_sigmas=False,
-    use_exponential_sigmas=False,
-    use_beta_sigmas=False,
-    use_lu_lambdas=False,
-    final_sigmas_type='zero',
-    lambda_min_clipped=None,
-  ),
+DEFAULT_SPACINGS = {'ddim': 'leading', 'euler': 'linspace', 'dpm++2m': 'linspace'}  # of diffusers
+# Squared, in place of a last training step without signal; it is the least number of float16.
+MIN_SIGNAL = 2.0**-24
+# Fields of a scheduler config that change a sampler's steps, with the only value that works here.
+_REQUIRED_FIELDS = {
+  'ddim': {},
+  'euler': {
+    'use_karras_sigmas': False,
+    'use_exponential_sigmas': False,
+    'use_beta_sigmas': False,
+    'interpolation_type': 'linear',
+    'final_sigmas_type': 'zero',
+  },
+  'dpm++2m': {
+    'use_karras_sigmas': False,
+    'use_exponential_sigmas': False,
+    'use_beta_sigmas': False,
+    'use_lu_lambdas': False,
+    'final_sigmas_type': 'zero',
+    'lambda_min_clipped': None,
+  },
 }
 
 
 class SamplerPlan(NamedTuple):
-  """What a sampler does in its S steps, from noise to image."""
+  """The S steps of a sampler, from noise to image.
 
-  t: (
-    np.ndarray
-  )  # i32[S], or f32[S] where they lie between training steps: what the network is asked at
-  signal: np.ndarray  # f32[S], sqrt(a) before the step
-  noise: np.ndarray  # f32[S], sqrt(1 - a) before the step
-  next_signal: np.ndarray  # f32[S], sqrt(a) after the step; 1 is the clean image
-  next_noise: np.ndarray  # f32[S], sqrt(1 - a) after the step
-  ahead: np.ndarray  # f32[S], c: how far the step looks ahead along the last two clean images
+  Attributes:
+    t: i32[S], or f32[S] between training steps: the timesteps that the network gets.
+    signal: f32[S], sqrt(a) before the step.
+    noise: f32[S], sqrt(1 - a) before the step.
+    next_signal: f32[S], sqrt(a) after the step; 1 is the clean image.
+    next_noise: f32[S], sqrt(1 - a) after the step.
+    ahead: f32[S], c: how far the step extrapolates the last two clean images.
+  """
+
+  t: np.ndarray
+  signal: np.ndarray
+  noise: np.ndarray
+  next_signal: np.ndarray
+  next_noise: np.ndarray
+  ahead: np.ndarray
 
 
-def initial_latents(keys: Array, shape: tuple[int, int, int]) -> Array:
-  """Keys [B], one for each image, so that an image does not depend on its batch; shape (h, w, Z) -> f32[B, h, w, Z]."""
-  return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+# ------------------------------------------------------------------------------------------- plans
 
 
 def timesteps(
@@ -88,32 +95,43 @@ def timesteps(
   sampler: str = 'ddim',
   strength: float = 1.0,
 ) -> np.ndarray:
-  """The timesteps to visit, from noise to image: the last int(steps * strength) of i32[steps], or of f32[steps].
+  """Returns the timesteps to visit, from noise to image.
 
-  Lin et al. 2023 (arXiv 2305.08891, table 2) name the spacings; None is the default of the sampler's class in diffusers:
+  The spacings are named as in Lin et al. 2023 (arXiv 2305.08891, table 2):
 
     'leading'    counts up from `steps_offset` in strides of T // steps, and never sees pure noise
     'trailing'   counts down from T - 1 in strides of T / steps
-    'linspace'   goes evenly from T - 1 to 0; Euler's lie between the training steps, those of the others are rounded
+    'linspace'   goes evenly from T - 1 to 0; between the training steps for Euler, else rounded
 
-  DPM-Solver++ plans a step more by the first and the last of these and leaves the one at the clean end out.
+  DPM-Solver++ plans one step more by the first and the last of these, and leaves out the one at the
+  clean end.
+
+  Args:
+    num_train_steps: T.
+    steps: number of steps of the sampler.
+    spacing: None for the default of the sampler's class in diffusers.
+    steps_offset: of 'leading'.
+    sampler: one of `SAMPLERS`.
+    strength: visits only the last int(steps * strength).
+
+  Returns:
+    i32[S], or f32[S] between training steps.
 
   Raises:
-    ValueError: no such sampler or spacing; more steps than T, or a first step beyond T - 1; a strength that leaves no step.
+    ValueError: an unknown sampler or spacing; more steps than T, or a first step beyond T - 1; a
+      strength that leaves no step.
   """
   if sampler not in SAMPLERS:
     raise ValueError(f'sampler={sampler!r} is not one of {", ".join(map(repr, SAMPLERS))}')
-  spacing = SPACINGS[sampler] if spacing is None else spacing
+  spacing = DEFAULT_SPACINGS[sampler] if spacing is None else spacing
   skipped = int(sampler == 'dpm++2m' and spacing in ('leading', 'linspace'))
   if not 0 < steps <= num_train_steps - skipped:
     raise ValueError(f'steps={steps} must be in 1..{num_train_steps - skipped}')
   if spacing == 'leading':
-    visited = (np.arange(steps)[::-1] + skipped) * (
-      num_train_steps // (steps + skipped)
-    ) + steps_offset
-  elif (
-    spacing == 'trailing'
-  ):  # not np.arange(T, 0, -T / steps), which for 62 numbers of steps has one too many
+    stride = num_train_steps // (steps + skipped)
+    visited = (np.arange(steps)[::-1] + skipped) * stride + steps_offset
+  elif spacing == 'trailing':
+    # np.arange(T, 0, -T / steps) has one too many for 62 numbers of steps.
     visited = np.round(num_train_steps - np.arange(steps) * (num_train_steps / steps)) - 1
   elif spacing == 'linspace':
     visited = np.linspace(0, num_train_steps - 1, steps + skipped)[::-1][:steps]
@@ -122,7 +140,8 @@ def timesteps(
     raise ValueError(f"spacing={spacing!r} is not 'leading', 'trailing' or 'linspace'")
   if visited[0] >= num_train_steps:
     raise ValueError(
-      f'steps={steps} with steps_offset={steps_offset} begins at {visited[0]}, past the {num_train_steps} trained'
+      f'steps={steps} with steps_offset={steps_offset} begins at {visited[0]}, '
+      f'past the {num_train_steps} trained'
     )
   visited = visited[steps - min(int(steps * strength), steps) :]
   if not len(visited):
@@ -134,16 +153,23 @@ def timesteps(
 def make_plan(
   scheduler: Scheduler, steps: int, *, sampler: str = 'ddim', strength: float = 1.0
 ) -> SamplerPlan:
-  """The steps of a sampler, at its `timesteps`.
+  """Plans the steps of a sampler, at its `timesteps`.
 
-  DDIM (Song et al. 2021, equation 12 with eta 0) goes T // steps back, and in the end to the schedule's first step, or, with
-  `set_alpha_to_one`, to the clean image. Euler (Karras et al. 2022, algorithm 1: DDIM, but for where it goes) and DPM-Solver++ 2M (Lu et
-  al. 2022, algorithm 2) go to the next timestep, and in the end to the clean image; 2M does not look ahead in its first step, for
-  want of an earlier one, nor in its last.
+  DDIM (Song et al. 2021, equation 12 with eta 0) goes T // steps back, and finally to the first
+  step of the schedule or, with `set_alpha_to_one`, to the clean image. Euler (Karras et al. 2022,
+  algorithm 1, which is DDIM with other targets) and DPM-Solver++ 2M (Lu et al. 2022, algorithm 2)
+  go to the next timestep, and finally to the clean image. 2M does not extrapolate in its first
+  step, which has no previous one, nor in its last.
+
+  Args:
+    scheduler: how the network was trained, and the options of the sampler.
+    steps: number of steps.
+    sampler: one of `SAMPLERS`.
+    strength: share of the steps that are done.
 
   Raises:
-    ValueError: as `timesteps`; an option that the sampler cannot follow; a first step without any signal, of
-      which a predicted noise cannot say what is clean.
+    ValueError: as in `timesteps`; an option that the sampler does not have; a first step without
+      any signal, where a predicted noise does not determine the clean image.
   """
   t = timesteps(
     scheduler.num_train_timesteps,
@@ -153,102 +179,145 @@ def make_plan(
     sampler,
     strength,
   )
-  for name, value in REFUSED.get(sampler, {}).items():
-    if getattr(scheduler, name) != value:
-      raise ValueError(
-        f'sampler={sampler!r} cannot draw with {name}={getattr(scheduler, name)!r} of scheduler_config.json, only with {value!r}; '
-        "draw with sampler='ddim', or change it there"
-      )
-  levels = scheduler.schedule.alphas_cumprod.astype(np.float64)
+  _check_fields(scheduler, sampler)
   if sampler == 'ddim':
-    back = t - scheduler.num_train_timesteps // steps
-    end = 1.0 if scheduler.set_alpha_to_one else levels[0]
-    here, following = levels[t], np.where(back < 0, end, levels[np.maximum(back, 0)])
-    if here[0] == 0 and scheduler.prediction_type == 'epsilon':
-      raise ValueError(
-        f'steps={steps} begin at timestep {t[0]}, where rescale_betas_zero_snr leaves no signal: there a network of '
-        "prediction_type='epsilon' does not say what is clean; take timestep_spacing='leading', or sampler='euler'"
-      )
+    alphas, next_alphas = _ddim_alphas(scheduler, t, steps)
   else:
-    if scheduler.rescale_betas_zero_snr:
-      levels[-1] = LEAST_SIGNAL
-    sigmas = np.interp(t, np.arange(len(levels)), np.sqrt((1 - levels) / levels))
-    here = 1 / (1 + sigmas**2)
-    following = np.append(here[1:], 1.0)
+    alphas, next_alphas = _sigma_alphas(scheduler, t)
   ahead = np.zeros(len(t))
   if sampler == 'dpm++2m' and len(t) > 2:
-    gains = np.diff(
-      np.log(here / (1 - here)) / 2
-    )  # of log(signal / noise), by each step but the last
+    half_log_snr = np.log(alphas / (1 - alphas)) / 2
+    gains = np.diff(half_log_snr)  # of each step but the last
     ahead[1:-1] = gains[1:] / gains[:-1] / 2
-  rest = (np.sqrt(here), np.sqrt(1 - here), np.sqrt(following), np.sqrt(1 - following), ahead)
-  return SamplerPlan(t, *(x.astype(np.float32) for x in rest))
+  return SamplerPlan(
+    t=t,
+    signal=np.sqrt(alphas).astype(np.float32),
+    noise=np.sqrt(1 - alphas).astype(np.float32),
+    next_signal=np.sqrt(next_alphas).astype(np.float32),
+    next_noise=np.sqrt(1 - next_alphas).astype(np.float32),
+    ahead=ahead.astype(np.float32),
+  )
+
+
+def _check_fields(scheduler: Scheduler, sampler: str) -> None:
+  for name, required in _REQUIRED_FIELDS[sampler].items():
+    value = getattr(scheduler, name)
+    if value != required:
+      raise ValueError(
+        f'sampler={sampler!r} cannot draw with {name}={value!r} of scheduler_config.json, '
+        f"only with {required!r}; draw with sampler='ddim', or change it there"
+      )
+
+
+def _ddim_alphas(scheduler: Scheduler, t: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
+  """The signal variances f64[S] before and after each step."""
+  levels = scheduler.schedule.alphas_cumprod.astype(np.float64)
+  alphas = levels[t]
+  if alphas[0] == 0 and scheduler.prediction_type == 'epsilon':
+    raise ValueError(
+      f'steps={steps} begin at timestep {t[0]}, where rescale_betas_zero_snr leaves no signal: '
+      "there a network of prediction_type='epsilon' does not say what is clean; "
+      "take timestep_spacing='leading', or sampler='euler'"
+    )
+  next_t = t - scheduler.num_train_timesteps // steps
+  end = 1.0 if scheduler.set_alpha_to_one else levels[0]
+  return alphas, np.where(next_t < 0, end, levels[np.maximum(next_t, 0)])
+
+
+def _sigma_alphas(scheduler: Scheduler, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """The same for samplers that interpolate sigma = noise / signal between training steps."""
+  levels = scheduler.schedule.alphas_cumprod.astype(np.float64)
+  if scheduler.rescale_betas_zero_snr:
+    levels[-1] = MIN_SIGNAL
+  sigmas = np.interp(t, np.arange(len(levels)), np.sqrt((1 - levels) / levels))
+  alphas = 1 / (1 + sigmas**2)
+  return alphas, np.append(alphas[1:], 1.0)
+
+
+# ---------------------------------------------------------------------------------------- sampling
+
+
+def initial_latents(keys: Array, shape: tuple[int, int, int]) -> Array:
+  """Returns unit Gaussian f32[B, h, w, Z] by keys[B]: an image does not depend on its batch."""
+  return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
 def guided_denoiser(
   denoise: Denoiser,
-  condition: tuple,
-  null_condition: tuple | None,
+  condition: Condition,
+  null_condition: Condition | None,
   guidance_scale: float | Array,
   rescale: float = 0.0,
 ) -> Denoiser:
-  """Classifier-free guidance (Ho & Salimans 2022): null + scale * (conditional - null), both in one batch of 2B.
+  """Applies classifier-free guidance (Ho & Salimans 2022) to a network, in one batch of 2B.
 
-  `condition` holds what `denoise` takes after the timesteps, any trees of arrays with leading axis B; `null_condition` the
-  same trees for the unconditional branch, with or without that axis. Without it there is no guidance, and no second branch.
-  With `rescale`, that share of the result has the deviation of the conditional prediction, image by image (Lin et al. 2023,
-  section 3.4).
+  Args:
+    denoise: the network.
+    condition: what it takes after the timesteps, trees of arrays with leading axis B.
+    null_condition: the same without a condition, with or without that axis; None for no guidance.
+    guidance_scale: of null + scale * (conditional - null).
+    rescale: share of the result that gets the standard deviation of the conditional prediction,
+      image by image (Lin et al. 2023, section 3.4).
+
+  Returns:
+    (latents, timesteps) -> prediction.
   """
   if null_condition is None:
     return lambda latents, t: denoise(latents, t, *condition)
-  both = jax.tree.map(
-    lambda c, n: jnp.concatenate([c, jnp.broadcast_to(n, c.shape).astype(c.dtype)]),
-    condition,
-    null_condition,
-  )
+
+  def concatenate(conditional: Array, null: Array) -> Array:
+    null = jnp.broadcast_to(null, conditional.shape).astype(conditional.dtype)
+    return jnp.concatenate([conditional, null])
+
+  conditions = jax.tree.map(concatenate, condition, null_condition)
 
   def predict(latents: Array, t: Array) -> Array:
-    given, null = jnp.split(
-      denoise(jnp.concatenate([latents, latents]), jnp.concatenate([t, t]), *both), 2
-    )
-    found = null + guidance_scale * (given - null)
-    if rescale:
-      axes = tuple(range(1, found.ndim))
-      found = found * (
-        1 - rescale + rescale * given.std(axes, keepdims=True) / found.std(axes, keepdims=True)
-      )
-    return found
+    both = denoise(jnp.concatenate([latents, latents]), jnp.concatenate([t, t]), *conditions)
+    conditional, null = jnp.split(both, 2)
+    guided = null + guidance_scale * (conditional - null)
+    if not rescale:
+      return guided
+    axes = tuple(range(1, guided.ndim))
+    ratio = conditional.std(axes, keepdims=True) / guided.std(axes, keepdims=True)
+    return guided * (1 - rescale + rescale * ratio)
 
   return predict
 
 
 def clean_and_noise(
-  latents: Array, prediction: Array, signal: Array, sigma: Array, kind: str
+  latents: Array,
+  prediction: Array,
+  signal: Array,
+  noise_level: Array,
+  kind: str,
 ) -> tuple[Array, Array]:
-  """What a prediction says that x_0 and the noise are, given x_t = signal * x_0 + sigma * noise.
+  """Splits latents into the clean ones and the noise, x_t = signal * clean + noise_level * noise.
 
   Args:
-    latents, prediction: x_t and what the network says of it, f32[B, h, w, Z].
-    signal, sigma: f32 scalars.
-    kind: 'epsilon', 'v_prediction' or 'sample'.
+    latents: x_t, f32[B, h, w, Z].
+    prediction: of the network at x_t, f32[B, h, w, Z].
+    signal: f32 scalar.
+    noise_level: f32 scalar.
+    kind: of the prediction: 'epsilon', 'v_prediction' or 'sample'.
 
   Raises:
-    ValueError: no such kind.
+    ValueError: an unknown kind.
   """
   if kind == 'epsilon':
-    return (latents - sigma * prediction) / signal, prediction
+    return (latents - noise_level * prediction) / signal, prediction
   if kind == 'v_prediction':
-    return signal * latents - sigma * prediction, signal * prediction + sigma * latents
+    clean = signal * latents - noise_level * prediction
+    return clean, signal * prediction + noise_level * latents
   if kind == 'sample':
-    return prediction, (latents - signal * prediction) / sigma
+    return prediction, (latents - signal * prediction) / noise_level
   raise ValueError(f"prediction={kind!r} is not 'epsilon', 'v_prediction' or 'sample'")
 
 
-def limited(clean: Array, scheduler: Scheduler, sampler: str) -> Array:
-  """Clean latents f32[B, h, w, Z], clipped or thresholded as the scheduler config wants it of this sampler.
+def limit_clean(clean: Array, scheduler: Scheduler, sampler: str) -> Array:
+  """Clips or thresholds clean latents f32[B, h, w, Z], as the scheduler config says.
 
-  Dynamic thresholding (Saharia et al. 2022, section 2.3): each image is cut to +-s and divided by s, where s
-  is a quantile of its absolute values, in 1..sample_max_value.
+  Dynamic thresholding (Saharia et al. 2022, section 2.3) clips each image to +-s and divides it by
+  s, a quantile of its absolute values within 1..sample_max_value.
   """
   if scheduler.thresholding and sampler in ('ddim', 'dpm++2m'):
     axes = tuple(range(1, clean.ndim))
@@ -263,64 +332,64 @@ def limited(clean: Array, scheduler: Scheduler, sampler: str) -> Array:
 def sample_latents(
   denoise: Denoiser,
   latents: Array,
-  condition: tuple,
-  null_condition: tuple | None = None,
+  condition: Condition,
+  null_condition: Condition | None = None,
   *,
   steps: int,
-  scheduler: Scheduler = Scheduler(),
+  scheduler: Scheduler = SD_SCHEDULER,
   sampler: str = 'ddim',
   guidance_scale: float | Array = 1.0,
   rescale: float = 0.0,
   start: Array | None = None,
   strength: float = 1.0,
 ) -> Array:
-  """A deterministic sampler with classifier-free guidance, as one scan. The published decoder (specification, Inference) is
+  """Samples latents with a U-Net, in one scan.
 
-      sample(unet, initial_latents(keys, (64, 64, 4)), (context, mask), (null_context, null_mask), steps=50, guidance_scale=5.)
+  The published decoder (specification, Inference) has steps=50 and guidance_scale=5.
 
   Args:
-    denoise: (latents, timesteps i32[B] or f32[B], *condition) -> prediction, float32.
-    latents: f32[B, h, w, Z], unit Gaussian; see `initial_latents`.
-    condition, null_condition, guidance_scale, rescale: see `guided_denoiser`.
-    steps: how many timesteps to visit.
+    denoise: (latents, timesteps i32[B] or f32[B], *condition) -> prediction [B, h, w, Z].
+    latents: unit Gaussian f32[B, h, w, Z] (`initial_latents`).
+    condition: see `guided_denoiser`.
+    null_condition: see `guided_denoiser`.
+    steps: number of steps.
     scheduler: how the network was trained, and the options of the sampler.
-    sampler: 'ddim', 'euler' or 'dpm++2m'; see `make_plan`.
-    start: clean latents f32[B, h, w, Z] to begin from in place of pure noise (Meng et al. 2022, SDEdit); `latents` is then the noise
-      that is laid over them, as much as the first step that is left expects.
-    strength: with `start`, the share of the steps that is made.
+    sampler: one of `SAMPLERS`.
+    guidance_scale: see `guided_denoiser`.
+    rescale: see `guided_denoiser`.
+    start: clean latents f32[B, h, w, Z] to start from (Meng et al. 2022, SDEdit), with as much of
+      `latents` as noise on them as the first step expects; None starts from pure noise.
+    strength: share of the steps that are done from `start`.
 
   Returns:
     f32[B, h, w, Z].
 
   Raises:
-    ValueError: as `make_plan`, and for a prediction_type that is not known.
+    ValueError: as in `make_plan`; an unknown prediction_type.
   """
-  todo = make_plan(scheduler, steps, sampler=sampler, strength=1.0 if start is None else strength)
+  plan = make_plan(scheduler, steps, sampler=sampler, strength=1.0 if start is None else strength)
   predict = guided_denoiser(denoise, condition, null_condition, guidance_scale, rescale)
   latents = latents.astype(jnp.float32)
+  spacing = scheduler.timestep_spacing or DEFAULT_SPACINGS[sampler]
   if start is not None:
-    latents = todo.signal[0] * start + todo.noise[0] * latents
-  elif sampler == 'euler' and (scheduler.timestep_spacing or SPACINGS[sampler]) != 'leading':
-    latents = (
-      latents * todo.noise[0]
-    )  # diffusers begins with sigma times the noise, without a signal
+    latents = plan.signal[0] * start + plan.noise[0] * latents
+  elif sampler == 'euler' and spacing != 'leading':
+    latents = latents * plan.noise[0]  # diffusers starts with sigma times the noise, without signal
 
-  def step(carry: tuple[Array, Array], now: SamplerPlan) -> tuple[tuple[Array, Array], None]:
-    latents, before = carry
-    t = jnp.full(len(latents), now.t)
-    prediction = predict(latents, t).astype(jnp.float32)
+  def step(carry: tuple[Array, Array], now: Any) -> tuple[tuple[Array, Array], None]:
+    """One step of the plan; `now` is a SamplerPlan of scalars."""
+    latents, previous_clean = carry
+    prediction = predict(latents, jnp.full(len(latents), now.t)).astype(jnp.float32)
     clean, noise = clean_and_noise(
       latents, prediction, now.signal, now.noise, scheduler.prediction_type
     )
-    clean = limited(clean, scheduler, sampler)
-    if (
-      sampler == 'dpm++2m'
-    ):  # which knows the clean image only, and DDIM goes on with the noise that was predicted
+    clean = limit_clean(clean, scheduler, sampler)
+    if sampler == 'dpm++2m':  # has no noise of its own; DDIM keeps the noise of the unlimited image
       noise = (latents - now.signal * clean) / now.noise
-    further = now.ahead * (clean - before)
-    moved = now.next_signal * (clean + further) + now.next_noise * (
-      noise - now.signal / now.noise * further
-    )
-    return (moved, clean), None
+    change = now.ahead * (clean - previous_clean)
+    noise = noise - now.signal / now.noise * change
+    latents = now.next_signal * (clean + change) + now.next_noise * noise
+    return (latents, clean), None
 
-  return jax.lax.scan(step, (latents, latents), todo)[0][0]
+  (latents, _), _ = jax.lax.scan(step, (latents, latents), plan)
+  return latents

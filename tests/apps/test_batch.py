@@ -13,9 +13,9 @@ from PIL import Image
 
 from lavit_jax import cli
 from lavit_jax.errors import InputError, UserError
-from lavit_jax.inference.generation_config import IndexedSeed
-from lavit_jax.inference.image_generation import DecodedImages
+from lavit_jax.inference.outputs import DecodedImages
 from lavit_jax.inference.pipeline import Lavit
+from lavit_jax.inference.rng import IndexedSeed
 
 RNG = np.random.default_rng(0)
 
@@ -26,7 +26,7 @@ class Stub:
   It counts its calls. An image generated from a text with 'bad' is flagged.
   """
 
-  model = types.SimpleNamespace(image_size=8)
+  modules = types.SimpleNamespace(image_size=8)
 
   def __init__(self):
     self.calls = 0
@@ -40,18 +40,19 @@ class Stub:
       raise InputError('the text is bad')
     return [f'{image[0, 0, 0]} {text}' for image, text in zip(images, questions, strict=True)]
 
-  def generate(self, prompts, seed, guidance, details, **options):
+  def generate_outputs(self, prompts, seed, guidance_scale, **options):
     self.calls += 1
     images = []
     for text, index in zip(prompts, seed.rows, strict=True):
-      images.append(np.full((8, 8, 3), [index, len(text), guidance + seed.seed], np.uint8))
+      color = [index, len(text), guidance_scale + seed.seed]
+      images.append(np.full((8, 8, 3), color, np.uint8))
     return decoded(images, ['bad' in text for text in prompts])
 
-  def synthesize(self, prompts, seed, details, **options):
+  def synthesize_outputs(self, prompts, seed, **options):
     self.seen = prompts
     return decoded([np.full((8, 8, 3), index, np.uint8) for index in seed.rows])
 
-  def reconstruct(self, images, seed, guidance, details, **options):
+  def reconstruct_outputs(self, images, seed, guidance_scale, **options):
     return decoded(images)
 
 
@@ -550,12 +551,15 @@ def test_generation_options_reach_the_model(stub, folder, tmp_path, monkeypatch)
   )
   assert lavit('caption', folder / '04.PNG', folder / '06.PNG', *options, '--out', out) == 0
   expected = dict(
+    do_sample=True, top_p=0.9, temperature=2.0, max_new_tokens=5, prompt='a', repetition_penalty=1.5
+  )
+  recorded = dict(  # result files keep their older names
     sample=True, top_p=0.9, temperature=2.0, max_tokens=5, prompt='a', repetition_penalty=1.5
   )
   assert seen == [([0, 1, 2, 3, 4, 5], expected)]  # each sample has an index of its own
   results = lines(out.read_text())
   assert [pathlib.Path(row['image']).name for row in results] == ['04.PNG'] * 3 + ['06.PNG'] * 3
-  assert results[0]['settings'].items() >= dict(expected, samples=3).items()
+  assert results[0]['settings'].items() >= dict(recorded, samples=3).items()
   assert lavit('answer', folder / '04.PNG', 'What?', '--beams', 0) == 2
   assert lavit('generate', 'owl', '--samples', 2, '--out', tmp_path / 'drawn') == 0
   assert sorted(path.name for path in (tmp_path / 'drawn').iterdir()) == ['0-owl.png', '1-owl.png']
@@ -582,10 +586,10 @@ def test_a_row_has_the_same_result_in_any_block(tiny_folder):
     model.tokenize(pictures, seed=4).keep[1:], model.tokenize(pictures[1:], seed=part).keep
   )
   # The batches have one shape, since other shapes may round differently.
-  drawn = model.reconstruct(pictures, steps=1, seed=4)
+  drawn = model.reconstruct(pictures, num_inference_steps=1, seed=4)
   np.testing.assert_array_equal(
     drawn[[2, 0, 1]],
-    model.reconstruct(pictures[[2, 0, 1]], steps=1, seed=IndexedSeed(4, [2, 0, 1])),
+    model.reconstruct(pictures[[2, 0, 1]], num_inference_steps=1, seed=IndexedSeed(4, [2, 0, 1])),
   )
   prompts = [[pictures[0], 'a'], [pictures[1], pictures[2]], [pictures[2], 'b']]
   whole = model.sample_codes(prompts, seed=IndexedSeed(4, [0, 1, 2]))

@@ -15,7 +15,8 @@ from PIL import Image
 import lavit_jax
 from lavit_jax.apps import demo, page
 from lavit_jax.errors import UserError
-from lavit_jax.inference.pipeline import Lavit, VisualTokens
+from lavit_jax.inference.outputs import VisualTokens
+from lavit_jax.inference.pipeline import Lavit
 
 ASSETS = pathlib.Path(lavit_jax.__file__).parent / 'assets'
 
@@ -23,7 +24,7 @@ ASSETS = pathlib.Path(lavit_jax.__file__).parent / 'assets'
 class Stub:
   """A model with known answers, by which the page is checked."""
 
-  model = types.SimpleNamespace(image_size=64, num_patches=64, variant='stub')
+  modules = types.SimpleNamespace(image_size=64, num_patches=64, variant='stub')
 
   def tokenize(self, images, seed):
     keep = np.zeros((len(images), 64), bool)
@@ -37,11 +38,11 @@ class Stub:
     assert len(images) == len(questions)
     return [f'answer {i}' for i in range(len(images))]
 
-  def sample_codes(self, prompts, guidance, seed):
+  def sample_codes(self, prompts, guidance_scale, seed):
     self.prompts = getattr(self, 'prompts', []) + prompts
     return [np.arange(5)] * len(prompts)
 
-  def draw(self, codes, steps, seed):
+  def decode_images(self, codes, num_inference_steps, seed):
     return np.full((len(codes), 64, 64, 3), 99, np.uint8)
 
 

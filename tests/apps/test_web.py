@@ -29,9 +29,10 @@ from gradio_client import Client, handle_file
 import lavit_jax
 from lavit_jax.apps import web
 from lavit_jax.errors import UserError
-from lavit_jax.inference import image_generation
-from lavit_jax.inference.image_generation import DecodedImages
-from lavit_jax.inference.pipeline import Lavit, VariantDefaults, VisualTokens
+from lavit_jax.inference import image_decoder
+from lavit_jax.inference.generation_config import VariantDefaults
+from lavit_jax.inference.outputs import DecodedImages, VisualTokens
+from lavit_jax.inference.pipeline import Lavit
 from lavit_jax.models.noise_schedule import Scheduler
 
 ASSETS = pathlib.Path(lavit_jax.__file__).parent / 'assets'
@@ -49,7 +50,7 @@ class Params(dict):
 class Stub:
   """A model that answers with its inputs, and counts simultaneous calls."""
 
-  model = types.SimpleNamespace(
+  modules = types.SimpleNamespace(
     image_size=64,
     variant='stub',
     vocabulary=types.SimpleNamespace(codebook_size=50),
@@ -57,7 +58,8 @@ class Stub:
       apply=lambda variables, codes, method: np.random.default_rng(0).normal(size=(50, 8))
     ),
   )
-  parts, settings = Params(codebook={}), VariantDefaults()
+  params = Params(codebook={})
+  defaults = VariantDefaults()
 
   def __init__(self):
     self.running = 0
@@ -81,20 +83,19 @@ class Stub:
       raise ZeroDivisionError('in /home/me/secret.py')
     return [f'{text} <b>' for text in questions]
 
-  def sample_codes(self, prompts, guidance, seed):
-    self.seen.append((prompts, guidance, seed))
+  def sample_codes(self, prompts, guidance_scale, seed):
+    self.seen.append((prompts, guidance_scale, seed))
     return [IDS[:5]]
 
-  def draw(self, codes, steps, seed, size, details):
-    assert details
+  def decode_image_outputs(self, codes, num_inference_steps, seed, size):
     self.size = size
     return DecodedImages(
-      np.full((len(codes), 64, 64, 3), steps, np.uint8), np.array([steps == 66] * len(codes))
+      np.full((len(codes), 64, 64, 3), num_inference_steps, np.uint8),
+      np.array([num_inference_steps == 66] * len(codes)),
     )
 
-  def reconstruct(self, images, guidance, steps, seed, size, details):
-    assert details
-    return DecodedImages(np.stack(images), np.array([steps == 66]))
+  def reconstruct_outputs(self, images, guidance_scale, num_inference_steps, seed, size):
+    return DecodedImages(np.stack(images), np.array([num_inference_steps == 66]))
 
 
 @pytest.fixture
@@ -127,8 +128,8 @@ def test_tokens_are_shown_in_order(tasks):
 def test_similar_codes_have_similar_colors(tasks):
   vectors = np.random.default_rng(1).normal(size=(50, 8))
   vectors[7] = vectors[3] + 1e-4
-  tasks.model.model = types.SimpleNamespace(
-    **vars(Stub.model) | dict(tokenizer=types.SimpleNamespace(apply=lambda *_, **__: vectors))
+  tasks.model.modules = types.SimpleNamespace(
+    **vars(Stub.modules) | dict(tokenizer=types.SimpleNamespace(apply=lambda *_, **__: vectors))
   )
   colors = np.array([re.findall(r'\d+', color) for color in tasks.code_colors], int)
   assert colors.shape == (50, 3)
@@ -168,10 +169,10 @@ def test_texts_keep_their_order(tasks):
 def test_sizes_are_those_of_the_checkpoint(tasks, monkeypatch):
   assert tasks.sizes() == ['512x512']
   assert tasks.defaults('512x512') == (50, 5.0)
-  with pytest.raises(UserError, match='1024x1024 is drawn by highres_decoder'):
+  with pytest.raises(UserError, match='1024x1024 needs highres_decoder'):
     tasks.draw('owl', 0, 4, 7, '1024x1024')
   assert not tasks.model.seen
-  monkeypatch.setattr(Stub, 'parts', Params(dict.fromkeys(image_generation.HIGHRES.parts)))
+  monkeypatch.setattr(Stub, 'params', Params(dict.fromkeys(image_decoder.HIGHRES.modules)))
   assert tasks.sizes()[:3] == ['512x512', '1024x1024', '896x1152']
   assert len(tasks.sizes()) == 7
   assert tasks.defaults('896x1152') == (25, 7.0)
@@ -180,7 +181,7 @@ def test_sizes_are_those_of_the_checkpoint(tasks, monkeypatch):
   with pytest.raises(UserError, match="'big' is not a size"):
     tasks.draw('owl', 0, 4, 7, 'big')
   monkeypatch.setattr(
-    Stub, 'model', types.SimpleNamespace(**vars(Stub.model) | dict(variant='tiny'))
+    Stub, 'modules', types.SimpleNamespace(**vars(Stub.modules) | dict(variant='tiny'))
   )
   assert tasks.defaults('512x512') == (25, 5.0)
 
@@ -198,7 +199,7 @@ def test_sizes_are_those_of_the_checkpoint(tasks, monkeypatch):
     ('Size', '512x512', True),
   ]
   monkeypatch.setattr(
-    Stub, 'model', types.SimpleNamespace(**vars(Stub.model) | dict(variant='stub'))
+    Stub, 'modules', types.SimpleNamespace(**vars(Stub.modules) | dict(variant='stub'))
   )
   page = web.build(tasks)
   updates = []
@@ -207,7 +208,7 @@ def test_sizes_are_those_of_the_checkpoint(tasks, monkeypatch):
     if is_private and [component.label for component in event.inputs] == ['Size']:
       updates.append(asyncio.run(page.process_api(event, ['896x1152']))['data'])
   assert updates == [[25], [25], [25, 7.0]]  # of Draw, Mix, Rebuild
-  monkeypatch.setattr(Stub, 'parts', {})
+  monkeypatch.setattr(Stub, 'params', {})
   assert sliders(web.build(tasks))[2] == ('Size', '512x512', False)
 
 
@@ -216,7 +217,7 @@ def test_wrong_steps_are_reported_before_the_model_runs(tasks):
     lambda: tasks.draw('owl', 0, 4, 0),
     lambda: tasks.mix(dict(files=[IMAGE], text='owl'), 0, 4, 2000),
   ):
-    with pytest.raises(UserError, match='steps=0 cannot be|steps=2000 must be in'):
+    with pytest.raises(UserError, match='steps=0 is not allowed|steps=2000 must be in'):
       call()
   assert not tasks.model.seen
 

@@ -9,7 +9,7 @@ import pytest
 from lavit_jax.data.emoji import corpus
 from lavit_jax.errors import UserError
 from lavit_jax.evaluation import report
-from lavit_jax.inference.pipeline import VisualTokens
+from lavit_jax.inference.outputs import VisualTokens
 
 DRAWN = 16
 
@@ -17,7 +17,7 @@ DRAWN = 16
 class Oracle:
   """Looks up every image, question and caption among the held-out examples."""
 
-  model = types.SimpleNamespace(
+  modules = types.SimpleNamespace(
     variant='oracle', image_size=64, vocabulary=types.SimpleNamespace(codebook_size=8)
   )
 
@@ -35,10 +35,10 @@ class Oracle:
   def tokenize(self, images, seed):
     return VisualTokens([np.array([1, 2])] * len(images), None, np.full(len(images), 2))
 
-  def in_slots(self, codes):
+  def pad_codes(self, codes):
     return np.stack(codes), None
 
-  def in_batches(self, program, names, arrays, *_):
+  def run_batches(self, program, names, arrays, *_):
     return np.ones((len(arrays), 4, 3), np.float32)
 
   def caption(self, images, seed):

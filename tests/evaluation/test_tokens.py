@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lavit_jax.evaluation import tokens
-from lavit_jax.inference.pipeline import VisualTokens
+from lavit_jax.inference.outputs import VisualTokens
 
 
 def test_codebook_usage():
@@ -25,8 +25,8 @@ def test_cosine_broadcasts():
 def test_images_are_resized_to_the_size_of_the_model():
   calls = []
   model = types.SimpleNamespace(
-    model=types.SimpleNamespace(image_size=32),
-    in_batches=lambda program, names, images: calls.append((names, images.shape, images.dtype)),
+    modules=types.SimpleNamespace(image_size=32),
+    run_batches=lambda program, names, images: calls.append((names, images.shape, images.dtype)),
   )
   tokens.features(model, np.zeros((2, 64, 64, 3), np.uint8))
   assert calls == [(('vit',), (2, 32, 32, 3), np.uint8)]

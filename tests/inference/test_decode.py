@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from lavit_jax.inference.decode import beam_search, generate
+from lavit_jax.inference.beam_search import beam_search
+from lavit_jax.inference.decode import generate
 from lavit_jax.models.llama import Llama
 from lavit_jax.models.sequence import embed_prompts, prompt_mask, prompt_positions
 from lavit_jax.weights.torch import mapping
@@ -274,7 +275,11 @@ def test_samples_of_a_prompt_share_its_prefill(params, embed, cache_dtype):
     cache_dtype=cache_dtype,
   )
   once = sample(
-    embeddings[:2], mask[:2], uncond_embeddings=embeddings[2:], uncond_mask=mask[2:], num_samples=3
+    embeddings[:2],
+    mask[:2],
+    uncond_embeddings=embeddings[2:],
+    uncond_mask=mask[2:],
+    num_return_sequences=3,
   )
   embeddings, mask = jnp.repeat(embeddings, 3, axis=0), jnp.repeat(mask, 3, axis=0)
   repeated = sample(
@@ -285,7 +290,7 @@ def test_samples_of_a_prompt_share_its_prefill(params, embed, cache_dtype):
 
 
 def test_early_stopping_is_checked(params, captions):
-  with pytest.raises(ValueError, match="early_stopping is True, False or 'never', not 'always'"):
+  with pytest.raises(ValueError, match="early_stopping must be True, False or 'never', not 'always'"):
     beam_search(LLAMA, params, *captions, num_beams=2, early_stopping='always', **CAPTION)
 
 

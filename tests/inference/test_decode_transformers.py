@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from lavit_jax.inference import sampling
-from lavit_jax.inference.decode import beam_search, generate
+from lavit_jax.inference.beam_search import beam_search
+from lavit_jax.inference.decode import generate
 from lavit_jax.models.llama import Llama, unroll_layers
 from lavit_jax.models.sequence import embed_prompts
 from lavit_jax.weights.torch import mapping
@@ -130,7 +131,7 @@ def test_beams(both, num_beams, early_stopping):
 def test_the_best_beams(both):
   params, peer, *prompts = both
   ours = beam_search(
-    LLAMA, params, *prompts, num_beams=4, num_samples=3, max_new_tokens=NEW, eos_id=EOS
+    LLAMA, params, *prompts, num_beams=4, num_return_sequences=3, max_new_tokens=NEW, eos_id=EOS
   )
   expected = theirs(peer, *prompts, num_beams=4, num_return_sequences=3)
   assert_same(ours, expected.sequences.numpy())

@@ -30,7 +30,7 @@ POISONED = {  # part: a leaf of it, and the tasks that its result reaches
 def whole():
   """The tiny checkpoint's parts, as Lavit holds them."""
   model = Lavit.from_pretrained(ASSETS / 'tiny')
-  return {part: model.parts[part] for part in (*POISONED, 'uncond_embeddings')}
+  return {part: model.params[part] for part in (*POISONED, 'uncond_embeddings')}
 
 
 def poisoned(whole, part, path):
@@ -48,8 +48,8 @@ def poisoned(whole, part, path):
 
   ready[part] = jax.tree_util.tree_map_with_path(spoil, whole[part])
   assert hit
-  model.parts._ready.update(ready)
-  model.parts._ready['codebook'] = {
+  model.params._ready.update(ready)
+  model.params._ready['codebook'] = {
     'quantizer': {'embedding': ready['tokenizer']['quantizer']['embedding']}
   }
   return model
@@ -57,16 +57,21 @@ def poisoned(whole, part, path):
 
 TASKS = {
   'tokenize': lambda model: model.tokenize(PICTURES),
-  'caption': lambda model: model.caption(PICTURES, min_tokens=1, max_tokens=4),
-  'answer': lambda model: model.answer(PICTURES, ['What is this?'] * 2, min_tokens=1, max_tokens=4),
-  'reconstruct': lambda model: model.reconstruct(PICTURES, steps=1),
+  'caption': lambda model: model.caption(PICTURES, min_new_tokens=1, max_new_tokens=4),
+  'answer': lambda model: model.answer(
+    PICTURES, ['What is this?'] * 2, min_new_tokens=1, max_new_tokens=4
+  ),
+  'reconstruct': lambda model: model.reconstruct(PICTURES, num_inference_steps=1),
   'generate': lambda model: model.generate(
-    ['an owl', 'a cat'], min_tokens=1, max_tokens=4, steps=1
+    ['an owl', 'a cat'], min_new_tokens=1, max_new_tokens=4, num_inference_steps=1
   ),
   'synthesize': lambda model: model.synthesize(
-    [[PICTURES[0], 'in snow'], ['an owl']], min_tokens=1, max_tokens=4, steps=1
+    [[PICTURES[0], 'in snow'], ['an owl']],
+    min_new_tokens=1,
+    max_new_tokens=4,
+    num_inference_steps=1,
   ),
-  'draw': lambda model: model.draw([np.arange(4), np.arange(3)], steps=1),
+  'draw': lambda model: model.decode_images([np.arange(4), np.arange(3)], num_inference_steps=1),
 }
 
 
@@ -85,18 +90,20 @@ def test_the_module_is_named(whole, part):
 def test_sampled_words_too(whole):
   model = poisoned(whole, 'llama', 'norm/scale')
   with pytest.raises(NotFinite, match='llama'):
-    model.caption(PICTURES[:1], sample=True, min_tokens=1, max_tokens=4)
+    model.caption(PICTURES[:1], do_sample=True, min_new_tokens=1, max_new_tokens=4)
   with pytest.raises(NotFinite, match='llama') as error:
-    model.caption(PICTURES[:1], sample=True, min_tokens=1, max_tokens=4, details=True)
+    model.caption_outputs(PICTURES[:1], do_sample=True, min_new_tokens=1, max_new_tokens=4)
   assert np.isnan(error.value.results[0].score)
 
 
 @pytest.mark.slow  # compiles drawing once more
 def test_a_start_picture_that_the_vae_cannot_encode(whole):
   model = poisoned(whole, 'vae', 'encoder/conv_in/bias')
-  model.draw([np.arange(4)], steps=2)  # does not encode
+  model.decode_images([np.arange(4)], num_inference_steps=2)  # does not encode
   with pytest.raises(NotFinite, match='the VAE'):
-    model.draw([np.arange(4)], steps=2, start=PICTURES[0], strength=0.5)
+    model.decode_images(
+      [np.arange(4)], num_inference_steps=2, init_images=PICTURES[0], strength=0.5
+    )
 
 
 def test_first_is_the_earliest_of_each_row():

@@ -15,7 +15,7 @@ from nano import NANO
 
 from lavit_jax.data.text import TextTokenizer
 from lavit_jax.errors import UserError
-from lavit_jax.inference import image_generation, pipeline
+from lavit_jax.inference import generation_config, image_decoder, image_generation
 from lavit_jax.inference.pipeline import Lavit
 from lavit_jax.models import diffusion, lavit
 from lavit_jax.models.noise_schedule import Scheduler
@@ -23,7 +23,7 @@ from lavit_jax.porting import to_torch
 from lavit_jax.weights.store import folder
 from lavit_jax.weights.torch import name_tables
 from lavit_jax.weights.torch.configs import rules
-from lavit_jax.weights.torch.configs.scheduler import FAMILIES
+from lavit_jax.weights.torch.configs.scheduler import CONFIG_FILES
 from lavit_jax.weights.torch.descriptions import extractor_config
 
 WORDS = pathlib.Path(lavit.__file__).parents[1] / 'assets' / 'tiny' / 'language_model'
@@ -86,9 +86,11 @@ def variants():
     for name, row in ROWS.items():
       patch.setitem(lavit.VARIANTS, name, row)
     patch.setitem(
-      pipeline.VARIANT_DEFAULTS,
+      generation_config.VARIANT_DEFAULTS,
       'both',
-      pipeline.VariantDefaults((1, 4), (1, 4), (2, 4), 16, highres_sizes=((16, 24), (24, 16))),
+      generation_config.VariantDefaults(
+        (1, 4), (1, 4), (2, 4), 16, highres_sizes=((16, 24), (24, 16))
+      ),
     )
     yield
 
@@ -129,19 +131,19 @@ def model(parts):
 
 
 @pytest.mark.parametrize(
-  'way, sampler, started, told',
+  'decoder_config, sampler, started, told',
   [
-    (image_generation.LOWRES, 'ddim', True, {}),
-    (image_generation.HIGHRES, 'ddim', False, {}),
-    (image_generation.HIGHRES, 'euler', True, {}),
+    (image_decoder.LOWRES, 'ddim', True, {}),
+    (image_decoder.HIGHRES, 'ddim', False, {}),
+    (image_decoder.HIGHRES, 'euler', True, {}),
     (
-      image_generation.LOWRES,
+      image_decoder.LOWRES,
       'ddim',
       False,
       dict(prediction_type='v_prediction', timestep_spacing='trailing'),
     ),
     (
-      image_generation.LOWRES,
+      image_decoder.LOWRES,
       'ddim',
       False,
       dict(
@@ -156,11 +158,12 @@ def model(parts):
   ],
 )
 def test_golden_codes_become_the_pictures_that_diffusers_draws(
-  golden, tmp_path, way, sampler, started, told
+  golden, tmp_path, decoder_config, sampler, started, told
 ):
   torch, diffusers = pytest.importorskip('torch'), pytest.importorskip('diffusers')
   model, io, size, steps, strength = lavit.build('golden'), golden.io, (16, 24), 5, 0.6
-  unet, vae = way.prefix + 'unet', way.prefix + 'vae'
+  unet = decoder_config.prefix + 'unet'
+  vae = decoder_config.prefix + 'vae'
   parts = random_parts('golden', unet, vae, 'uncond_embeddings')
   parts |= {
     'codebook': golden.params['tokenizer'],
@@ -187,20 +190,23 @@ def test_golden_codes_become_the_pictures_that_diffusers_draws(
     else {**settings, 'clip_sample': False, 'set_alpha_to_one': False, **told}
   )
   (tmp_path / 'scheduler_config.json').write_text(json.dumps(settings))
-  drawn = image_generation.decode_images(
+  config = image_decoder.DecodingConfig(
+    decoder=decoder_config,
+    size=size,
+    num_inference_steps=steps,
+    sampler=sampler,
+    strength=strength,
+    scheduler=Scheduler(**rules.apply_rules(CONFIG_FILES[0], settings, model, tmp_path)),
+  )
+  drawn = image_decoder.decode_images(
     model,
-    {name: parts[name] for name in way.parts},
+    {name: parts[name] for name in decoder_config.modules},
     ids,
     mask,
     keys,
     start,
-    way=way,
-    size=size,
-    steps=steps,
-    guidance=way.guidance,
-    sampler=sampler,
-    strength=strength,
-    scheduler=Scheduler(**rules.read(FAMILIES[0], settings, model, tmp_path)),
+    guidance_scale=decoder_config.guidance_scale,
+    config=config,
   )
 
   def nchw(x):
@@ -218,7 +224,7 @@ def test_golden_codes_become_the_pictures_that_diffusers_draws(
   scheduler.set_timesteps(steps)
   visited = scheduler.timesteps[-int(steps * strength) :] if started else scheduler.timesteps
   x = nchw(jax.vmap(lambda key: jax.random.normal(key, (8, 12, 4)))(keys))
-  if way.prefix:
+  if decoder_config.prefix:
     context = torch.from_numpy(io['highres_context'])
     context, given = (
       torch.cat([context, torch.zeros_like(context)]),
@@ -252,12 +258,12 @@ def test_golden_codes_become_the_pictures_that_diffusers_draws(
     for t in visited:
       seen = scheduler.scale_model_input(torch.cat([x, x]), t)
       given, null = peer(seen, t, context, **more).sample.chunk(2)
-      x = scheduler.step(null + way.guidance * (given - null), t, x).prev_sample
+      x = scheduler.step(null + decoder_config.guidance_scale * (given - null), t, x).prev_sample
     want = decoder.decode(x / decoder.config.scaling_factor).sample
   want = np.moveaxis((want / 2 + 0.5).clamp(0, 1).numpy() * 255, 1, -1)
   assert 0.2 < ((0 < want) & (want < 255)).mean() and want.std() > 20
   # Half a byte of rounding, and a quarter for what float32 adds up to over the steps, at guidance.
-  np.testing.assert_allclose(drawn.pictures, want, atol=0.5 + 0.25)
+  np.testing.assert_allclose(drawn.images, want, atol=0.5 + 0.25)
   assert not drawn.flagged.any()
 
 
@@ -265,19 +271,23 @@ def test_golden_codes_become_the_pictures_that_diffusers_draws(
 
 
 def test_both_ways_by_size(model):
-  assert model.draw(CODES[:1], steps=1).shape == (1, 16, 16, 3)
-  wide = model.generate(['an owl', 'a key'], size=(16, 24), steps=1, seed=2)
+  assert model.decode_images(CODES[:1], num_inference_steps=1).shape == (1, 16, 16, 3)
+  wide = model.generate(['an owl', 'a key'], size=(16, 24), num_inference_steps=1, seed=2)
   assert wide.shape == (2, 16, 24, 3) and wide.dtype == np.uint8 and wide.std() > 1
   codes = model.sample_codes([['an owl'], ['a key']], seed=2)
   np.testing.assert_array_equal(
-    wide, model.draw(codes, size=(16, 24), steps=1, guidance=7.0, seed=2)
+    wide,
+    model.decode_images(codes, size=(16, 24), num_inference_steps=1, guidance_scale=7.0, seed=2),
   )
-  mixed = model.synthesize(
-    [[np.zeros((8, 8), np.uint8), 'an owl']], size=(16, 24), steps=1, details=True
+  mixed = model.synthesize_outputs(
+    [[np.zeros((8, 8), np.uint8), 'an owl']], size=(16, 24), num_inference_steps=1
   )
-  assert mixed.pictures.shape == (1, 16, 24, 3) and mixed.flagged.shape == (1,)
+  assert mixed.images.shape == (1, 16, 24, 3) and mixed.flagged.shape == (1,)
   np.testing.assert_array_equal(
-    wide, model.generate(['an owl', 'a key'], size=(16, 24), steps=1, seed=2, details=True).pictures
+    wide,
+    model.generate_outputs(
+      ['an owl', 'a key'], size=(16, 24), num_inference_steps=1, seed=2
+    ).images,
   )
 
 
@@ -287,15 +297,14 @@ def test_both_ways_by_size(model):
 def test_every_published_size_of_sdxl_at_full_scale(height, width, monkeypatch):
   """lavit_7b draws it in bfloat16, of latents an eighth as high and wide; nothing is computed."""
   full, seen = lavit.build('lavit_7b', 'bfloat16'), []
-  options = image_generation.resolve_image_request(
+  request = image_generation.resolve_image_request(
     2,
-    512,
-    pipeline.VariantDefaults().highres_sizes,
+    generation_config.VariantDefaults(),
     [*name_tables.TABLES, 'codebook'],
     size=(height, width),
-  ).options
+  )
   shapes = name_tables.module_shapes(
-    full, ('tokenizer', *options['way'].parts[1:], 'safety_checker')
+    full, ('tokenizer', *request.config.decoder.modules[1:], 'safety_checker')
   )
   shapes['codebook'] = shapes.pop('tokenizer')
   sample = diffusion.sample_latents
@@ -308,7 +317,12 @@ def test_every_published_size_of_sdxl_at_full_scale(height, width, monkeypatch):
   )
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
   drawn = jax.eval_shape(
-    functools.partial(image_generation.decode_images.__wrapped__, full, **options),
+    functools.partial(
+      image_decoder.decode_images.__wrapped__,
+      full,
+      guidance_scale=request.guidance_scale,
+      config=request.config,
+    ),
     shapes,
     jax.ShapeDtypeStruct((2, 256), jnp.int32),
     jax.ShapeDtypeStruct((2, 256), bool),
@@ -316,7 +330,7 @@ def test_every_published_size_of_sdxl_at_full_scale(height, width, monkeypatch):
     None,
   )
   assert seen == [(2, height // 8, width // 8, 4)]
-  assert (drawn.pictures.shape, drawn.pictures.dtype, drawn.flagged.shape) == (
+  assert (drawn.images.shape, drawn.images.dtype, drawn.flagged.shape) == (
     (2, height, width, 3),
     jnp.uint8,
     (2,),
@@ -324,37 +338,36 @@ def test_every_published_size_of_sdxl_at_full_scale(height, width, monkeypatch):
 
 
 def test_defaults_are_those_published():
-  held = (*image_generation.LOWRES.parts, *image_generation.HIGHRES.parts)
+  available = (*image_decoder.LOWRES.modules, *image_decoder.HIGHRES.modules)
   for size, steps, guidance in (
     (None, 50, 5.0),
     ((512, 512), 50, 5.0),
     ((1024, 1024), 25, 7.0),
     ((768, 1344), 25, 7.0),
   ):
-    options = image_generation.resolve_image_request(
-      2, 512, pipeline.VariantDefaults().highres_sizes, held, size=size
-    ).options
-    assert [options[name] for name in ('steps', 'guidance', 'sampler', 'rescale', 'tile')] == [
-      steps,
-      guidance,
-      'ddim',
-      0.0,
-      None,
-    ]
-  assert (
-    image_generation.resolve_image_request(
-      2, 512, ((2048, 2048),), held, size=(2048, 2048)
-    ).options['tile']
-    == 1024
-  )
+    request = image_generation.resolve_image_request(
+      2, generation_config.VariantDefaults(), available, size=size
+    )
+    assert request.guidance_scale == guidance
+    assert request.config.num_inference_steps == steps
+    assert request.config.sampler == 'ddim'
+    assert request.config.guidance_rescale == 0.0
+    assert request.config.vae_tile_size is None
+  large = generation_config.VariantDefaults(highres_sizes=((2048, 2048),))
+  request = image_generation.resolve_image_request(2, large, available, size=(2048, 2048))
+  assert request.config.vae_tile_size == 1024
 
 
 def test_a_picture_does_not_depend_on_its_batch(model):
-  together = model.draw(CODES, size=(16, 24), steps=2, seed=[4, 5, 6, 7, 8])  # four at a time
+  together = model.decode_images(
+    CODES, size=(16, 24), num_inference_steps=2, seed=[4, 5, 6, 7, 8]
+  )  # four at a time
   assert len(np.unique(together.reshape(5, -1), axis=0)) == 5
   for i in (2, 4):
     np.testing.assert_allclose(
-      model.draw([CODES[i]], size=(16, 24), steps=2, seed=[4 + i])[0].astype(int),
+      model.decode_images([CODES[i]], size=(16, 24), num_inference_steps=2, seed=[4 + i])[0].astype(
+        int
+      ),
       together[i],
       atol=1,
     )
@@ -362,13 +375,18 @@ def test_a_picture_does_not_depend_on_its_batch(model):
 
 def test_pieces_and_tiles_of_the_decoder(model, monkeypatch):
   whole = np.concatenate(
-    [model.draw([codes], steps=1, seed=[seed]) for seed, codes in enumerate(CODES[:2])]
+    [
+      model.decode_images([codes], num_inference_steps=1, seed=[seed])
+      for seed, codes in enumerate(CODES[:2])
+    ]
   ).astype(int)
-  monkeypatch.setattr(image_generation, 'WHOLE_PIXELS', 16 * 16)  # one at a time
-  np.testing.assert_allclose(model.draw(CODES[:2], steps=1, seed=[0, 1]), whole, atol=1)
-  monkeypatch.setattr(image_generation, 'WHOLE_PIXELS', 16 * 16 - 1)
-  monkeypatch.setattr(image_generation, 'TILE', 8)
-  tiled = model.draw(CODES[:1], steps=1, seed=[0]).astype(int)
+  monkeypatch.setattr(image_decoder, 'MAX_PIXELS', 16 * 16)  # one at a time
+  np.testing.assert_allclose(
+    model.decode_images(CODES[:2], num_inference_steps=1, seed=[0, 1]), whole, atol=1
+  )
+  monkeypatch.setattr(image_decoder, 'MAX_PIXELS', 16 * 16 - 1)
+  monkeypatch.setattr(image_generation, 'TILE_SIZE', 8)
+  tiled = model.decode_images(CODES[:1], num_inference_steps=1, seed=[0]).astype(int)
   assert (tiled != whole[:1]).any() and np.corrcoef(tiled.ravel(), whole[:1].ravel())[0, 1] > 0.5
 
 
@@ -377,7 +395,9 @@ def test_each_picture_begins_from_its_own_start(model):
     np.full((40, 60, 3), value, np.uint8) for value in (20, 220)
   )  # scaled to the size that is drawn
   apart, alike, one = (
-    model.draw(CODES[:2], size=(16, 24), steps=5, start=start, strength=0.4)
+    model.decode_images(
+      CODES[:2], size=(16, 24), num_inference_steps=5, init_images=start, strength=0.4
+    )
     for start in ([dark, light], [dark, dark], dark)
   )
   np.testing.assert_array_equal(alike, one)
@@ -388,47 +408,56 @@ def test_each_picture_begins_from_its_own_start(model):
 @pytest.mark.parametrize(
   'options, message',
   [
-    (dict(size=(512, 512)), '512x512 cannot be drawn; choose one of .*: 16x16, 16x24, 24x16$'),
-    (dict(size=16), '16 cannot be drawn'),
+    (dict(size=(512, 512)), '512x512 cannot be generated; choose one of .*: 16x16, 16x24, 24x16$'),
+    (dict(size=16), '16 cannot be generated'),
     (dict(sampler='heun'), "sampler='heun' is not one of 'ddim', 'euler', 'dpm\\+\\+2m'"),
-    (dict(steps=0), 'steps=0 cannot be'),
-    (dict(steps=2000), 'steps=2000 must be in'),
-    (dict(rescale=2.0), 'rescale=2.0'),
-    (dict(tile=3), 'tile=3'),
+    (dict(num_inference_steps=0), 'num_inference_steps=0 is not allowed'),
+    (dict(num_inference_steps=2000), 'steps=2000 must be in'),
+    (dict(guidance_rescale=2.0), 'guidance_rescale=2.0'),
+    (dict(vae_tile_size=3), 'vae_tile_size=3'),
     *(
       (
-        dict(decoder_guidance=value),
-        f'decoder_guidance={value!r} cannot be; choose a number from 0 up, or None',
+        dict(decoder_guidance_scale=value),
+        f'decoder_guidance_scale={value!r} is not allowed; choose a number from 0 up, or None',
       )
       for value in (math.nan, math.inf, -1, '5')
     ),
     *(
-      (dict(steps=value), f'steps={value!r} cannot be; choose a whole number from 1 up')
+      (
+        dict(num_inference_steps=value),
+        f'num_inference_steps={value!r} is not allowed; choose a whole number from 1 up',
+      )
       for value in (2.0, '2', True)
     ),
-    (dict(rescale=None), 'rescale=None cannot be; choose a number in 0..1'),
-    (dict(tile=64.5), 'tile=64.5 cannot be; choose a whole number'),
-    (dict(strength='1'), "strength='1' cannot be; choose a number above 0"),
+    (dict(guidance_rescale=None), 'guidance_rescale=None is not allowed; choose a number in 0..1'),
+    (dict(vae_tile_size=64.5), 'vae_tile_size=64.5 is not allowed; choose a whole number'),
+    (dict(strength='1'), "strength='1' is not allowed; choose a number above 0"),
     (
-      dict(sample=True, held=3),
-      'no such setting: held, sample; of drawing there are size, guidance, ',
+      dict(do_sample=True, held=3),
+      'no such option: do_sample, held; .*choose among prompts, guidance_scale, ',
     ),
     (
-      dict(start=5),
+      dict(init_images=5),
       'images are paths, bytes, PIL images or arrays, one or a list of them; got int',
     ),
-    (dict(negative=' '), 'negative: the text is empty'),
-    (dict(negative='word ' * 3000), 'negative: the prompt is .* tokens long; shorten it to'),
-    (dict(negative=['a', 'b']), r"negative: \['a', 'b'\] is no text"),
-    (dict(negative='a key', guidance=1), 'negative plays no part without guidance'),
-    (dict(seed=-1), 'seed=-1 cannot be'),
-    (dict(start=[np.zeros((4, 4), np.uint8)] * 3), '3 pictures to start from, but 2 to draw'),
-    (dict(start=np.zeros((4, 4), np.uint8), strength=0.0), 'strength=0.0'),
+    (dict(negative_prompt=' '), 'negative_prompt: the text is empty'),
     (
-      dict(start=np.zeros((4, 4), np.uint8), strength=0.1, steps=5),
+      dict(negative_prompt='word ' * 3000),
+      'negative_prompt: the prompt is .* tokens long; shorten it to',
+    ),
+    (dict(negative_prompt=['a', 'b']), r"negative_prompt: \['a', 'b'\] is not a text"),
+    (
+      dict(negative_prompt='a key', guidance_scale=1),
+      'negative_prompt has no effect without guidance',
+    ),
+    (dict(seed=-1), 'seed=-1 is not allowed'),
+    (dict(init_images=[np.zeros((4, 4), np.uint8)] * 3), '3 initial images for 2'),
+    (dict(init_images=np.zeros((4, 4), np.uint8), strength=0.0), 'strength=0.0'),
+    (
+      dict(init_images=np.zeros((4, 4), np.uint8), strength=0.1, num_inference_steps=5),
       'strength=0.1 leaves none of 5 steps',
     ),
-    (dict(start='nowhere.png'), 'nowhere.png'),
+    (dict(init_images='nowhere.png'), 'nowhere.png'),
     (dict(seed=[1]), '1 seeds for 2'),
   ],
 )
@@ -443,28 +472,35 @@ def test_bad_settings_are_told_before_anything_runs(parts, options, message):
 def test_equal_guidance_is_one_program(model):
   count = []
   for guidance in (5, 5.0, np.float32(5), np.int64(5), jnp.float32(5)):
-    model.draw(CODES[:1], steps=1, guidance=guidance)
-    count.append(image_generation.decode_images._cache_size())
+    model.decode_images(CODES[:1], num_inference_steps=1, guidance_scale=guidance)
+    count.append(image_decoder.decode_images._cache_size())
   assert len({*count}) == 1
 
 
 def test_a_size_is_whole_numbers_however_it_is_given(model):
-  assert model.draw(CODES[:1], steps=1, size=np.array([16.0, 24.0])).shape == (1, 16, 24, 3)
+  assert model.decode_images(
+    CODES[:1], num_inference_steps=1, size=np.array([16.0, 24.0])
+  ).shape == (1, 16, 24, 3)
 
 
 def test_nothing_is_drawn_of_nothing(model):
-  for drawn in (model.draw([]), model.reconstruct([]), model.generate([]), model.synthesize([])):
+  for drawn in (
+    model.decode_images([]),
+    model.reconstruct([]),
+    model.generate([]),
+    model.synthesize([]),
+  ):
     assert drawn.shape == (0, 16, 16, 3) and drawn.dtype == np.uint8
-  pictures, flagged = model.draw([], size=(16, 24), details=True)
+  pictures, flagged = model.decode_image_outputs([], size=(16, 24))
   assert pictures.shape == (0, 16, 24, 3) and flagged.shape == (0,)
-  assert model.generate([], details=True).sampled == []
+  assert model.generate_outputs([]).codes == []
 
 
 def test_a_checkpoint_without_the_highres_parts_says_so(parts):
   lowres = opened({name: part for name, part in parts.items() if not name.startswith('highres')})
   with pytest.raises(
     UserError,
-    match='16x24 is drawn by highres_decoder, highres_unet, highres_vae, which .* not hold; draw at 16x16',
+    match='16x24 needs highres_decoder, highres_unet, highres_vae, which .* not have; choose 16x16',
   ):
     lowres.generate(['an owl'], size=(16, 24))
 
@@ -475,12 +511,16 @@ def test_a_checkpoint_without_the_highres_parts_says_so(parts):
 def test_flagged_pictures_are_black_and_reported(parts, model, caplog):
   transformers = pytest.importorskip('transformers')
   codes = CODES[:4]
-  plain = opened(parts, safety_checker=False).draw(codes, size=(16, 24), steps=1)
-  np.testing.assert_array_equal(model.draw(codes, size=(16, 24), steps=1), plain)
+  plain = opened(parts, safety_checker=False).decode_images(
+    codes, size=(16, 24), num_inference_steps=1
+  )
+  np.testing.assert_array_equal(
+    model.decode_images(codes, size=(16, 24), num_inference_steps=1), plain
+  )
   assert not [record for record in caplog.records if record.name.startswith('lavit_jax')]
-  processor = transformers.CLIPImageProcessor(**extractor_config(model.model.safety_checker))
+  processor = transformers.CLIPImageProcessor(**extractor_config(model.modules.safety_checker))
   seen = processor(list(plain), return_tensors='np')['pixel_values'].transpose(0, 2, 3, 1)
-  _, scores = model.model.safety_checker.apply({'params': parts['safety_checker']}, seen)
+  _, scores = model.modules.safety_checker.apply({'params': parts['safety_checker']}, seen)
   highest = np.max(scores, 1) + 2
   _, low, high, _ = np.sort(highest)
   assert high - low > 0.004  # scores are rounded to three places
@@ -489,7 +529,7 @@ def test_flagged_pictures_are_black_and_reported(parts, model, caplog):
     | {'concepts_thresholds': jnp.full(17, (low + high) / 2)}
   }
   with caplog.at_level(logging.WARNING):
-    drawn = opened(strict).draw(codes, size=(16, 24), steps=1)
+    drawn = opened(strict).decode_images(codes, size=(16, 24), num_inference_steps=1)
   bad = highest >= high
   assert not drawn[bad].any()
   np.testing.assert_array_equal(drawn[~bad], plain[~bad])
@@ -498,10 +538,10 @@ def test_flagged_pictures_are_black_and_reported(parts, model, caplog):
     for record in caplog.records
     if record.name.startswith('lavit_jax')
   ]
-  assert told == [f'picture {i + 1} of 4' for i in bad.nonzero()[0]]
+  assert told == [f'image {i + 1} of 4' for i in bad.nonzero()[0]]
   caplog.clear()
-  found = opened(strict).draw(codes, size=(16, 24), steps=1, details=True)
-  np.testing.assert_array_equal(found.pictures, drawn)
+  found = opened(strict).decode_image_outputs(codes, size=(16, 24), num_inference_steps=1)
+  np.testing.assert_array_equal(found.images, drawn)
   np.testing.assert_array_equal(found.flagged, bad)
   assert not [record for record in caplog.records if record.name.startswith('lavit_jax')]
 
@@ -528,14 +568,14 @@ def test_the_folder_says_whether_there_is_a_checker(parts, tmp_path):
     )  # nothing has been read
   for wanted, read in ((True, True), (False, False)):
     model = Lavit.from_pretrained(tmp_path / 'ours', safety_checker=wanted)
-    model.draw(CODES[:1], steps=1)
-    assert ('safety_checker' in model.parts.loaded) == read
+    model.decode_images(CODES[:1], num_inference_steps=1)
+    assert ('safety_checker' in model.params.loaded) == read
 
 
 def test_a_missing_checker_is_not_silent(parts, recwarn):
   without = {name: part for name, part in parts.items() if name != 'safety_checker'}
-  with pytest.warns(UserWarning, match='holds no safety checker'):
-    opened(without).draw(CODES[:1], steps=1)
+  with pytest.warns(UserWarning, match='has no safety checker'):
+    opened(without).decode_images(CODES[:1], num_inference_steps=1)
   recwarn.clear()
-  opened(without, safety_checker=False).draw(CODES[:1], steps=1)
+  opened(without, safety_checker=False).decode_images(CODES[:1], num_inference_steps=1)
   assert not [w for w in recwarn if 'safety' in str(w.message)]

@@ -19,14 +19,14 @@ from lavit_jax.porting import from_torch
 
 weights, heads = sys.argv[1] or None, int(sys.argv[2])
 folder, parts = Path('lavit_jax/assets/tiny'), ('vit', 'tokenizer', 'understanding', 'decoder', 'llama', 'unet', 'uncond_embeddings', 'vae')
-one = Lavit.from_pretrained(folder, weights=weights)
-llama, trees = one.model.llama, {name: from_torch(folder, name, variant='tiny') for name in parts}
+one = Lavit.from_pretrained(folder, weights_dtype=weights)
+llama, trees = one.modules.llama, {name: from_torch(folder, name, variant='tiny') for name in parts}
 attention, more = trees['llama']['layers']['attention'], (heads - llama.num_heads) * llama.head_dim
 for name in ('query', 'key', 'value'):
   attention[name]['kernel'] = jnp.pad(attention[name]['kernel'], [(0, 0), (0, 0), (0, more)])
 attention['proj']['kernel'] = jnp.pad(attention['proj']['kernel'], [(0, 0), (0, more), (0, 0)])  # what the new heads say is not heard
-model = dataclasses.replace(one.model, llama=llama.clone(num_heads=heads, num_kv_heads=heads))
-many = Lavit(model, trees, one.words, weights=weights, mesh=dict(data=2, fsdp=2, tensor=2))
+model = dataclasses.replace(one.modules, llama=llama.clone(num_heads=heads, num_kv_heads=heads))
+many = Lavit(model, trees, one.tokenizer, weights_dtype=weights, mesh=dict(data=2, fsdp=2, tensor=2))
 
 rows, constrain = set(), jax.lax.with_sharding_constraint
 jax.lax.with_sharding_constraint = lambda x, places: rows.add(len(x)) or constrain(x, places)
@@ -35,8 +35,8 @@ for model in (one, many):
   told = model.caption(photos)
   tokens = model.tokenize(photos)
   codes = model.sample_codes([[photos[0], 'on a red background'], ['an owl']])  # with the prompts of the guidance these are four rows
-  drawn = model.draw(tokens.ids, steps=2)
-  held = jax.tree.leaves(model.parts['llama'])
+  drawn = model.decode_images(tokens.ids, num_inference_steps=2)
+  held = jax.tree.leaves(model.params['llama'])
   out.append(dict(told=told, tokens=[x.tolist() for x in tokens.ids], codes=[x.tolist() for x in codes], drawn=drawn.tolist(),
                   placed=sorted({len(x.sharding.device_set) for x in held}), split=sum(not x.sharding.is_fully_replicated for x in held),
                   rows=sorted(rows)))

@@ -18,14 +18,13 @@ from lavit_jax.data.emoji import corpus
 from lavit_jax.errors import InputError, UserError
 from lavit_jax.inference import (
   batching,
+  compiled,
+  generation_config,
   pipeline,
+  rng,
+  text_generation,
 )
-from lavit_jax.inference import (
-  compiled as programs,
-)
-from lavit_jax.inference import (
-  generation_config as settings,
-)
+from lavit_jax.inference.outputs import TextOutput
 from lavit_jax.inference.pipeline import Lavit
 from lavit_jax.weights.store.bundle import bundle
 from lavit_jax.weights.torch import convert
@@ -83,41 +82,44 @@ def intercept(seen):
 
 def test_the_prompt_is_picture_then_question(model, monkeypatch):
   seen = []
-  monkeypatch.setattr(model, '_embed', intercept(seen))
+  monkeypatch.setattr(model, 'embed_prompts', intercept(seen))
   with pytest.raises(Intercepted):
     model.answer(PICTURES[:1], ['What is {this}?'])
   ((start, features, end, question),) = seen[0]
   counts = model.tokenize(PICTURES[:1]).counts
   assert (start, features, end) == ([2048], range(counts[0]), [2049])
-  assert model.words.decode(question) == 'Question: What is {this}? Answer:'
+  assert model.tokenizer.decode(question) == 'Question: What is {this}? Answer:'
 
 
 def test_synthesis_prompts_hold_codes(model, monkeypatch):
   seen = []
-  monkeypatch.setattr(model, '_embed', intercept(seen))
-  keys = settings.purpose_keys(
-    settings.Purpose.PATCHES, settings.example_keys(3, 1)[np.zeros(2, int)], np.arange(2)
+  monkeypatch.setattr(model, 'embed_prompts', intercept(seen))
+  keys = rng.purpose_keys(
+    rng.Purpose.PATCHES, rng.example_keys(3, 1)[np.zeros(2, int)], np.arange(2)
   )  # of the row's, one a picture
-  ids = model.in_batches(programs.tokenize, ('vit', 'tokenizer'), PICTURES[:2], keys)
+  ids = model.run_batches(compiled.tokenize, ('vit', 'tokenizer'), PICTURES[:2], keys)
   first, second = ([row[kept] + 2050] for row, kept in zip(*ids))
-  owl = [model.words.encode('owl')]
+  owl = [model.tokenizer.encode('owl')]
   for bracketed, expected in (
     (True, [[2048], *first, [2049], *owl, [2048], *second, [2049], [2048]]),
     (False, [*first, *owl, *second, [2048]]),
   ):  # the released weights, jy0205/LaVIT: codes, words, one [IMG]
-    monkeypatch.setattr(model, 'settings', model.settings._replace(bracketed=bracketed))
+    monkeypatch.setattr(model, 'defaults', model.defaults._replace(bracketed=bracketed))
     with pytest.raises(Intercepted):
       model.synthesize([[PICTURES[0], 'owl', PICTURES[1]]], seed=3)
     prompt, against = seen.pop()
     assert [list(piece) for piece in prompt] == [list(piece) for piece in expected] and against == [
       [2048]
     ]
-  assert settings.VARIANT_DEFAULTS['tiny'].bracketed and not settings.VariantDefaults().bracketed
+  assert (
+    generation_config.VARIANT_DEFAULTS['tiny'].bracketed
+    and not generation_config.VariantDefaults().bracketed
+  )
 
 
 def test_generated_codes(model):
   codes = model.sample_codes([['an owl'], ['two pizzas on a white background']], seed=1)
-  _, most = model.settings.image_tokens
+  _, most = model.defaults.image_tokens
   assert all(len(row) <= most and ((0 <= row) & (row < 1024)).all() for row in codes)
   again = model.sample_codes([['an owl'], ['a key']], seed=1)
   np.testing.assert_array_equal(again[0], codes[0])
@@ -126,20 +128,29 @@ def test_generated_codes(model):
 
 
 def test_pictures(model):
-  drawn = model.draw([np.array([], int), np.arange(64)], steps=2)
+  drawn = model.decode_images([np.array([], int), np.arange(64)], num_inference_steps=2)
   assert drawn.shape == (2, 64, 64, 3) and drawn.dtype == np.uint8 and (drawn[0] != drawn[1]).any()
-  np.testing.assert_array_equal(model.draw([np.array([], int), np.arange(7)], steps=2)[0], drawn[0])
-  assert (model.draw([np.array([], int), np.arange(64)], steps=2, seed=1)[0] != drawn[0]).any()
-  rebuilt = model.reconstruct(PICTURES, steps=2, seed=5)
   np.testing.assert_array_equal(
-    rebuilt, model.draw(model.tokenize(PICTURES, seed=5).ids, steps=2, seed=5)
+    model.decode_images([np.array([], int), np.arange(7)], num_inference_steps=2)[0], drawn[0]
+  )
+  assert (
+    model.decode_images([np.array([], int), np.arange(64)], num_inference_steps=2, seed=1)[0]
+    != drawn[0]
+  ).any()
+  rebuilt = model.reconstruct(PICTURES, num_inference_steps=2, seed=5)
+  np.testing.assert_array_equal(
+    rebuilt,
+    model.decode_images(model.tokenize(PICTURES, seed=5).ids, num_inference_steps=2, seed=5),
   )
   prompts = [['an owl'], ['a key']]
-  generated = model.generate(['an owl', 'a key'], steps=2, seed=3)
+  generated = model.generate(['an owl', 'a key'], num_inference_steps=2, seed=3)
   np.testing.assert_array_equal(
-    generated, model.draw(model.sample_codes(prompts, seed=3), steps=2, seed=3)
+    generated,
+    model.decode_images(model.sample_codes(prompts, seed=3), num_inference_steps=2, seed=3),
   )
-  mixed = model.synthesize([[PICTURES[0], 'an owl'], [PICTURES[1], 'a key', PICTURES[0]]], steps=2)
+  mixed = model.synthesize(
+    [[PICTURES[0], 'an owl'], [PICTURES[1], 'a key', PICTURES[0]]], num_inference_steps=2
+  )
   assert mixed.shape == (2, 64, 64, 3)
 
 
@@ -149,7 +160,7 @@ def test_pictures(model):
     (lambda m: m.generate(['  ']), 'empty'),
     (lambda m: m.synthesize([[]]), 'empty'),
     (lambda m: m.answer(PICTURES[:1], ['']), 'empty'),
-    (lambda m: m.answer(PICTURES, ['What is this?']), '2 pictures but 1 question'),
+    (lambda m: m.answer(PICTURES, ['What is this?']), '2 images but 1 question'),
     (lambda m: m.generate(['owl ' * 3000]), 'prompt is .* tokens long; shorten it to 4046'),
     (lambda m: m.caption(['nowhere.png']), 'nowhere.png'),
     (lambda m: m.synthesize(['on a red background']), 'each prompt in brackets'),
@@ -159,34 +170,40 @@ def test_pictures(model):
     (lambda m: m.synthesize([bytearray(4)]), 'each prompt in brackets'),
     (lambda m: m.synthesize([[PICTURES[0]], 'red']), 'each prompt in brackets'),
     (lambda m: m.synthesize(None), 'each prompt in brackets'),
-    (lambda m: m.draw([np.arange(65)]), 'at most 64 numbers in 0..1023'),
-    (lambda m: m.draw([np.array([1024])]), 'at most 64 numbers in 0..1023'),
-    (lambda m: m.draw(np.arange(5)), 'of several pictures a list of these; got 0'),
+    (lambda m: m.decode_images([np.arange(65)]), 'at most 64 numbers in 0..1023'),
+    (lambda m: m.decode_images([np.array([1024])]), 'at most 64 numbers in 0..1023'),
+    (lambda m: m.decode_images(np.arange(5)), 'those of several images a list of these; got 0'),
     (
-      lambda m: m.draw([np.array([1.5])]),
-      'whole numbers in a row, of several pictures a list of these; got .1.5',
+      lambda m: m.decode_images([np.array([1.5])]),
+      'a list of whole numbers, those of several images a list of these; got .1.5',
     ),
     (lambda m: m.caption(5), 'images are paths, .* got int'),
-    (lambda m: m.caption(PICTURES, ['a']), '2 pictures but 1 prompts'),
-    (lambda m: m.caption(PICTURES, None), 'prompt=None cannot be; give a text, or a list'),
-    (lambda m: m.caption(PICTURES, ['', None]), 'None is no text'),
-    (lambda m: m.caption(PICTURES, '\udcff'), r"prompt: '\\udcff' is no text"),
-    (lambda m: m.answer(PICTURES, None), 'questions=None cannot be'),
-    (lambda m: m.caption(PICTURES, beams=0), 'beams=0 cannot be'),
+    (lambda m: m.caption(PICTURES, ['a']), '2 images but 1 prompts'),
+    (lambda m: m.caption(PICTURES, None), 'prompt=None is not allowed; give a text, or a list'),
+    (lambda m: m.caption(PICTURES, ['', None]), 'None is not a text'),
+    (lambda m: m.caption(PICTURES, '\udcff'), r"prompt: '\\udcff' is not a text"),
+    (lambda m: m.answer(PICTURES, None), 'questions=None is not allowed'),
+    (lambda m: m.caption(PICTURES, num_beams=0), 'num_beams=0 is not allowed'),
     (
       lambda m: m.answer(PICTURES[:1], ['What?'], temperature=0.5),
-      'temperature plays no part in beam search',
+      'temperature has no effect in beam search',
     ),
-    (lambda m: m.caption(PICTURES, sample=True, seed=None), 'what is sampled needs a seed'),
-    (lambda m: m.sample_codes([[PICTURES[0]]], seed=None), 'what is sampled needs a seed'),
-    (lambda m: m.sample_codes([['an owl']], top_k=0), 'top_k=0 cannot be'),
+    (lambda m: m.caption(PICTURES, do_sample=True, seed=None), 'random sampling needs a seed'),
+    (lambda m: m.sample_codes([[PICTURES[0]]], seed=None), 'random sampling needs a seed'),
+    (lambda m: m.sample_codes([['an owl']], top_k=0), 'top_k=0 is not allowed'),
     (
       lambda m: m.generate(['an owl'], temperature=0),
-      'temperature=0 cannot be; choose a number above 0',
+      'temperature=0 is not allowed; choose a number above 0',
     ),
-    (lambda m: m.synthesize([['an owl']], guidance='much'), "guidance='much' cannot be"),
-    (lambda m: m.generate(['an owl'], max_tokens=65), 'at most 64'),
-    (lambda m: m.caption(PICTURES, max_tokens=4094), 'max_tokens=4094 cannot be; .* at most 4093'),
+    (
+      lambda m: m.synthesize([['an owl']], guidance_scale='much'),
+      "guidance_scale='much' is not allowed",
+    ),
+    (lambda m: m.generate(['an owl'], max_new_tokens=65), 'max_new_tokens <= 64'),
+    (
+      lambda m: m.caption(PICTURES, max_new_tokens=4094),
+      'max_new_tokens=4094 is not allowed; .* <= 4093',
+    ),
   ],
 )
 def test_bad_input(model, call, message):
@@ -197,10 +214,10 @@ def test_bad_input(model, call, message):
 def test_a_fault_of_the_settings_is_no_row_s(model):
   for call in (
     lambda: model.caption(PICTURES, 'word ' * 3000),
-    lambda: model.caption(PICTURES, max_tokens=4096),
+    lambda: model.caption(PICTURES, max_new_tokens=4096),
     lambda: model.caption(PICTURES, '\ud800'),
-    lambda: model.generate(['an owl'], negative=' '),
-    lambda: model.generate(['an owl'], negative='word ' * 3000),
+    lambda: model.generate(['an owl'], negative_prompt=' '),
+    lambda: model.generate(['an owl'], negative_prompt='word ' * 3000),
   ):
     with pytest.raises(UserError) as caught:
       call()
@@ -208,7 +225,7 @@ def test_a_fault_of_the_settings_is_no_row_s(model):
 
 
 def test_prompts_too_long_are_told_before_anything_runs(model, monkeypatch):
-  monkeypatch.setattr(model, '_run', lambda *_, **__: pytest.fail('ran'))
+  monkeypatch.setattr(model, 'run', lambda *_, **__: pytest.fail('ran'))
   long = 'word ' * 3000
   with pytest.raises(
     InputError, match='the prompt, 33 of 33, is at least [0-9]+ tokens long; shorten it to 4080'
@@ -222,12 +239,14 @@ def test_prompts_too_long_are_told_before_anything_runs(model, monkeypatch):
 
 def test_what_fits_by_its_own_number_of_tokens_is_not_refused(model, monkeypatch):
   (count,) = model.tokenize(PICTURES[:1]).counts
-  monkeypatch.setattr(model.parts, 'max_length', 2 + count + len(model.words.encode('an owl')) + 36)
+  monkeypatch.setattr(
+    model.params, 'max_length', 2 + count + len(model.tokenizer.encode('an owl')) + 36
+  )
   assert len(model.caption(PICTURES[:1], 'an owl')) == 1
-  monkeypatch.setattr(model.parts, 'max_length', model.parts.max_length - 1)
+  monkeypatch.setattr(model.params, 'max_length', model.params.max_length - 1)
   with pytest.raises(
     InputError,
-    match=f'^the prompt is {2 + count + len(model.words.encode("an owl"))} tokens long; shorten',
+    match=f'^the prompt is {2 + count + len(model.tokenizer.encode("an owl"))} tokens long; shorten',
   ):
     model.caption(PICTURES[:1], 'an owl')
 
@@ -239,7 +258,7 @@ def test_nothing_becomes_nothing(model):
     model.caption([])
     == model.answer([], [])
     == model.sample_codes([])
-    == model.caption([], sample=True, details=True)
+    == model.caption_outputs([], do_sample=True)
     == []
   )
 
@@ -247,7 +266,8 @@ def test_nothing_becomes_nothing(model):
 def test_one_prompt_of_words_and_pictures_needs_no_brackets(model):
   prompt = [PICTURES[0], 'in the snow']
   np.testing.assert_array_equal(
-    model.synthesize(prompt, steps=1), model.synthesize([prompt], steps=1)
+    model.synthesize(prompt, num_inference_steps=1),
+    model.synthesize([prompt], num_inference_steps=1),
   )
   assert len(model.sample_codes(prompt)) == 1
 
@@ -273,9 +293,9 @@ def test_only_the_parts_of_a_task_are_read(tiny_folder, tmp_path):
   data.write_bytes(data.read_bytes()[:1000])
   shutil.rmtree(folder / 'parts' / 'llama')
   model = Lavit.from_pretrained(folder)
-  assert not model.parts.loaded
+  assert not model.params.loaded
   model.tokenize(PICTURES)
-  assert model.parts.loaded == {'vit', 'tokenizer'}
+  assert model.params.loaded == {'vit', 'tokenizer'}
   with pytest.raises(UserError, match='/understanding is truncated'):
     model.caption(PICTURES)
   with pytest.raises(UserError, match='/llama is missing'):
@@ -290,7 +310,7 @@ def test_only_the_parts_of_a_task_are_read(tiny_folder, tmp_path):
   for task in (lambda: model.caption(PICTURES), lambda: model.generate(['an owl'])):
     with pytest.raises(UserError, match='tokenizer/tokenizer.json does not exist'):
       task()
-  assert model.parts.loaded == {'vit', 'tokenizer'}  # said before anything was read
+  assert model.params.loaded == {'vit', 'tokenizer'}  # said before anything was read
 
 
 def test_drawing_reads_the_codebook_alone(tiny_folder, tiny_parts, tmp_path):
@@ -299,18 +319,20 @@ def test_drawing_reads_the_codebook_alone(tiny_folder, tiny_parts, tmp_path):
     if folder != tiny_folder:
       convert.plan_conversion(tiny_folder, folder).run(lambda size: None)
     model = Lavit.from_pretrained(folder)
-    drawn = model.draw(codes, steps=1)
-    assert 'tokenizer' not in model.parts.loaded
-    (embedding,) = jax.tree.leaves(model.parts['codebook'])
+    drawn = model.decode_images(codes, num_inference_steps=1)
+    assert 'tokenizer' not in model.params.loaded
+    (embedding,) = jax.tree.leaves(model.params['codebook'])
     np.testing.assert_array_equal(embedding, tiny_parts['tokenizer']['quantizer']['embedding'])
     tokens.append(model.tokenize(PICTURES).ids)
-    assert model.parts['tokenizer']['quantizer']['embedding'] is embedding  # the one that was there
+    assert (
+      model.params['tokenizer']['quantizer']['embedding'] is embedding
+    )  # the one that was there
     whole = Lavit.from_pretrained(folder)
     whole.tokenize(PICTURES)
-    np.testing.assert_array_equal(whole.draw(codes, steps=1), drawn)
+    np.testing.assert_array_equal(whole.decode_images(codes, num_inference_steps=1), drawn)
     assert (
-      whole.parts['codebook']['quantizer']['embedding']
-      is whole.parts['tokenizer']['quantizer']['embedding']
+      whole.params['codebook']['quantizer']['embedding']
+      is whole.params['tokenizer']['quantizer']['embedding']
     )
   jax.tree.map(np.testing.assert_array_equal, *tokens)
 
@@ -364,10 +386,11 @@ def test_a_folder_of_pytorch_names_says_the_same(tmp_path):
   first, second = (Lavit.from_pretrained(path) for path in (theirs, tmp_path / 'ours'))
   assert first.caption(PICTURES) == second.caption(PICTURES)
   np.testing.assert_array_equal(
-    first.reconstruct(PICTURES, steps=2), second.reconstruct(PICTURES, steps=2)
+    first.reconstruct(PICTURES, num_inference_steps=2),
+    second.reconstruct(PICTURES, num_inference_steps=2),
   )
-  for name in second.parts.loaded:
-    jax.tree.map(np.testing.assert_array_equal, first.parts[name], second.parts[name])
+  for name in second.params.loaded:
+    jax.tree.map(np.testing.assert_array_equal, first.params[name], second.params[name])
   (tmp_path / 'theirs' / 'language_model').mkdir(parents=True)
   with pytest.raises(UserError, match='holds no weights'):
     Lavit.from_pretrained(tmp_path / 'theirs')
@@ -386,7 +409,7 @@ def test_weights_of_another_variant_are_named(model, tiny_parts):
     (less, 'blocks/.*: missing'),
   ):
     with pytest.raises(UserError, match=f"weights of vit are not of variant 'tiny', .*{fault}"):
-      Lavit(model.model, dict(tiny_parts, vit=vit), model.words).tokenize(PICTURES)
+      Lavit(model.modules, dict(tiny_parts, vit=vit), model.tokenizer).tokenize(PICTURES)
 
 
 def test_batches_cover_everything_in_few_shapes():
@@ -397,19 +420,19 @@ def test_batches_cover_everything_in_few_shapes():
 
 
 def test_details(model):
-  told = model.caption(PICTURES, seed=None, details=True)
+  told = model.caption_outputs(PICTURES, seed=None)
   assert [each.text for each in told] == model.caption(PICTURES, seed=None)
-  least, most = model.settings.caption_tokens
+  least, most = model.defaults.caption_tokens
   assert all(
-    model.words.decode(each.ids).split('.')[0].strip() == each.text and each.score < 0
+    model.tokenizer.decode(each.ids).split('.')[0].strip() == each.text and each.score < 0
     for each in told
   )
   assert all(least <= len(each.ids) <= most for each in told)
   questions = ['What is this?', 'Where is it?']
-  assert [each.text for each in model.answer(PICTURES, questions, details=True)] == model.answer(
+  assert [each.text for each in model.answer_outputs(PICTURES, questions)] == model.answer(
     PICTURES, questions
   )
-  sampled = model.sample_codes([['an owl']], details=True)[0]
+  sampled = model.sample_code_outputs([['an owl']])[0]
   np.testing.assert_array_equal(sampled.codes, model.sample_codes([['an owl']])[0])
   np.testing.assert_array_equal(sampled.ids[sampled.ids >= 2050] - 2050, sampled.codes)
   assert sampled.score < 0
@@ -420,56 +443,56 @@ def test_several_samples_of_a_prompt(model):
     ['an owl'],
     [PICTURES[0], 'and', PICTURES[1], 'on a red background', PICTURES[0]],
   ]  # none, and several pictures
-  one, three = model.sample_codes(prompts), model.sample_codes(prompts, num_samples=3)
+  one, three = model.sample_codes(prompts), model.sample_codes(prompts, num_return_sequences=3)
   assert len(three) == 6
   np.testing.assert_array_equal(three[0], one[0])
   np.testing.assert_array_equal(three[3], one[1])
   assert len({tuple(row) for row in three}) == 6
-  for options in (dict(top_p=0.5), dict(repetition_penalty=1.5), dict(negative='a key')):
+  for options in (dict(top_p=0.5), dict(repetition_penalty=1.5), dict(negative_prompt='a key')):
     assert any(
       a.tolist() != b.tolist() for a, b in zip(model.sample_codes(prompts, **options), one)
     ), options
-  with pytest.raises(UserError, match='num_samples=0 cannot be'):
-    model.sample_codes(prompts, num_samples=0)
-  drawn = model.generate(['an owl', 'a key'], num_samples=2, steps=1, details=True)
+  with pytest.raises(UserError, match='num_return_sequences=0 is not allowed'):
+    model.sample_codes(prompts, num_return_sequences=0)
+  drawn = model.generate_outputs(['an owl', 'a key'], num_return_sequences=2, num_inference_steps=1)
   assert (
-    drawn.pictures.shape == (4, 64, 64, 3)
+    drawn.images.shape == (4, 64, 64, 3)
     and drawn.flagged.tolist() == [False] * 4
-    and len(np.unique(drawn.pictures, axis=0)) == 4
+    and len(np.unique(drawn.images, axis=0)) == 4
   )
-  alone = model.sample_codes([['an owl'], ['a key']], details=True)
-  for ours, one in zip(drawn.sampled[::2], alone, strict=True):
+  alone = model.sample_code_outputs([['an owl'], ['a key']])
+  for ours, one in zip(drawn.codes[::2], alone, strict=True):
     np.testing.assert_array_equal(ours.ids, one.ids)
     np.testing.assert_allclose(ours.score, one.score, rtol=1e-5)
 
 
 def test_words_by_search_and_by_sampling(model):
   one, three = (
-    model.caption(PICTURES, details=True),
-    model.caption(PICTURES, beams=4, num_samples=3, details=True),
+    model.caption_outputs(PICTURES),
+    model.caption_outputs(PICTURES, num_beams=4, num_return_sequences=3),
   )
   assert len(three) == 6 and all(
     three[i].score > three[i + 1].score > three[i + 2].score for i in (0, 3)
   )
-  sampled = model.caption(PICTURES, sample=True, num_samples=3)
-  assert len({*sampled}) == 6 and sampled[::3] == model.caption(PICTURES, sample=True)
-  assert sampled != model.caption(PICTURES, sample=True, num_samples=3, seed=1)
-  greedy = model.caption(PICTURES, sample=True, top_k=1, details=True)
-  assert [each.text for each in greedy] == model.caption(PICTURES, beams=1)
+  sampled = model.caption(PICTURES, do_sample=True, num_return_sequences=3)
+  assert len({*sampled}) == 6 and sampled[::3] == model.caption(PICTURES, do_sample=True)
+  assert sampled != model.caption(PICTURES, do_sample=True, num_return_sequences=3, seed=1)
+  greedy = model.caption_outputs(PICTURES, do_sample=True, top_k=1)
+  assert [each.text for each in greedy] == model.caption(PICTURES, num_beams=1)
   fewer, longer = (
-    model.caption(PICTURES, details=True, **options)
-    for options in (dict(max_tokens=4), dict(length_penalty=-9.0))
+    model.caption_outputs(PICTURES, **options)
+    for options in (dict(max_new_tokens=4), dict(length_penalty=-9.0))
   )
   assert all(len(each.ids) == 4 for each in fewer) and [each.score for each in longer] != [
     each.score for each in one
   ]
   assert model.caption(PICTURES, repetition_penalty=3.0) != [each.text for each in one]
-  assert model.answer(PICTURES[:1], ['What?'], num_samples=5, details=True)[0].score > -100
+  assert model.answer_outputs(PICTURES[:1], ['What?'], num_return_sequences=5)[0].score > -100
 
 
 def test_a_caption_goes_on_from_its_prompt(model, monkeypatch):
   seen = []
-  monkeypatch.setattr(model, '_embed', intercept(seen))
+  monkeypatch.setattr(model, 'embed_prompts', intercept(seen))
   for prompt, expected in (
     ('a picture of', ['a picture of'] * 2),
     (['an owl', ' '], ['an owl', '']),
@@ -477,27 +500,27 @@ def test_a_caption_goes_on_from_its_prompt(model, monkeypatch):
     with pytest.raises(Intercepted):
       model.caption(PICTURES, prompt)
     assert [
-      model.words.decode(pieces[3]) if len(pieces[3]) else '' for pieces in seen.pop()
+      model.tokenizer.decode(pieces[3]) if len(pieces[3]) else '' for pieces in seen.pop()
     ] == expected
 
 
 def test_questions_that_the_picture_does_not_answer(model, monkeypatch):
   asked = []
 
-  def tell(images, prompts, *_):
-    asked.append([model.words.decode(each) for each in prompts])
+  def tell(runner, images, prompts, *_):
+    asked.append([model.tokenizer.decode(each) for each in prompts])
     judged = [
       'I know nothing' if 'What' in text else 'No, not' if 'Who' in text else 'Yes'
       for text in asked[-1]
     ]
     return [
-      pipeline.TextOutput(says if 'answerable? Answer:' in text else 'Yes', np.array([1]), -1.0)
+      TextOutput(says if 'answerable? Answer:' in text else 'Yes', np.array([1]), -1.0)
       for text, says in zip(asked[-1], judged)
     ]
 
-  monkeypatch.setattr(model, '_tell', tell)
+  monkeypatch.setattr(text_generation, 'continue_images', tell)
   assert model.answer(PICTURES, ['What is it?', 'Who is it?']) == ['yes', 'yes']
-  assert model.answer(PICTURES, ['What is it?', 'Who is it?'], judge=True) == [
+  assert model.answer(PICTURES, ['What is it?', 'Who is it?'], check_answerable=True) == [
     'yes',
     'unanswerable',
   ]  # by the word, not its letters
@@ -505,12 +528,14 @@ def test_questions_that_the_picture_does_not_answer(model, monkeypatch):
 
 
 def test_no_guidance_takes_no_second_row(model, monkeypatch):
-  rows, embed = [], model._embed
+  rows, embed = [], model.embed_prompts
   monkeypatch.setattr(
-    model, '_embed', lambda prompts, *rest: rows.append(len(prompts)) or embed(prompts, *rest)
+    model,
+    'embed_prompts',
+    lambda prompts, *rest: rows.append(len(prompts)) or embed(prompts, *rest),
   )
   codes = [
-    model.sample_codes([['an owl']], guidance=guidance)[0].tolist()
+    model.sample_codes([['an owl']], guidance_scale=guidance)[0].tolist()
     for guidance in (None, 1, 1.0001, 4)
   ]
   assert rows == [1, 1, 2, 2] and codes[0] == codes[1] == codes[2] != codes[3]
@@ -518,7 +543,7 @@ def test_no_guidance_takes_no_second_row(model, monkeypatch):
 
 def test_each_purpose_has_keys_of_its_own(model, monkeypatch):
   """Of all that a call draws at random: patches of the pictures of a prompt, every step of every sample, latents."""
-  seen, run = [], model._run
+  seen, run = [], model.run
 
   def watch(program, names, *args, **kwargs):
     for each in jax.tree.leaves((args, kwargs)):
@@ -526,35 +551,39 @@ def test_each_purpose_has_keys_of_its_own(model, monkeypatch):
         seen.append((program, each))
     return run(program, names, *args, **kwargs)
 
-  monkeypatch.setattr(model, '_run', watch)
-  model.synthesize([[PICTURES[0], PICTURES[1], PICTURES[0], PICTURES[1]]], num_samples=2, steps=1)
-  steps = np.arange(model.settings.image_tokens[1])
+  monkeypatch.setattr(model, 'run', watch)
+  model.synthesize(
+    [[PICTURES[0], PICTURES[1], PICTURES[0], PICTURES[1]]],
+    num_return_sequences=2,
+    num_inference_steps=1,
+  )
+  steps = np.arange(model.defaults.image_tokens[1])
   drawn = []
   for program, keys in seen:
     drawn.append(
       keys
-      if program is not programs.generate
+      if program is not compiled.generate
       else jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, steps))(keys).ravel()
     )
   every = jax.random.key_data(jnp.concatenate(drawn))
   assert len(seen) == 3 and len(np.unique(every, axis=0)) == len(every) == 4 + 2 * len(steps) + 2
   seen.clear()
-  model.reconstruct(PICTURES, steps=1)
+  model.reconstruct(PICTURES, num_inference_steps=1)
   every = jax.random.key_data(jnp.concatenate([keys for _, keys in seen]))
   assert len(np.unique(every, axis=0)) == len(every) == 4
 
 
 def test_the_device_is_given_more_before_the_host_waits(model, monkeypatch):
-  events, run, get = [], model._run, jax.device_get
+  events, run, get = [], model.run, jax.device_get
   monkeypatch.setattr(
     model,
-    '_run',
+    'run',
     lambda program, *args, **kwargs: (
-      program is not programs.embed and events.append(program.__name__),
+      program is not compiled.embed and events.append(program.__name__),
       run(program, *args, **kwargs),
     )[1],
   )
-  monkeypatch.setattr(pipeline, 'MAX_BATCH', 2)
+  monkeypatch.setattr(batching, 'MAX_BATCH', 2)
   monkeypatch.setattr(jax, 'device_get', lambda x: events.append('fetch') or get(x))
   model.caption(np.repeat(PICTURES, 3, 0))
   assert events == [
@@ -594,7 +623,10 @@ def test_prompts_of_the_same_bucket_compile_once(model):
   model.answer(PICTURES, ['What is the colour of the background?', 'How many?'], seed=None)
   model.answer(PICTURES, ['Is it red?', 'Where is the owl in this picture?'], seed=None)
   model.sample_codes(
-    [['three pizzas and a key on a white background'], ['a']], temperature=0.7, guidance=2.0, seed=9
+    [['three pizzas and a key on a white background'], ['a']],
+    temperature=0.7,
+    guidance_scale=2.0,
+    seed=9,
   )
   assert not compiled
   jax.jit(lambda x: x + 1)(jnp.ones(3))
@@ -602,24 +634,30 @@ def test_prompts_of_the_same_bucket_compile_once(model):
 
 
 def test_small_weights_and_caches(tiny_folder, tiny_parts, model):
-  expected = model.caption(PICTURES, seed=None, details=True)
-  for options in (dict(weights='int8'), dict(cache='int8'), dict(cache='bfloat16')):
+  expected = model.caption_outputs(PICTURES, seed=None)
+  for options in (
+    dict(weights_dtype='int8'),
+    dict(cache_dtype='int8'),
+    dict(cache_dtype='bfloat16'),
+  ):
     small = Lavit.from_pretrained(tiny_folder, **options)
-    told = small.caption(PICTURES, seed=None, details=True)
+    told = small.caption_outputs(PICTURES, seed=None)
     assert 0 < max(abs(one.score - other.score) for one, other in zip(told, expected)) < 0.5, (
       options
     )
-    types = {x.dtype.name for x in jax.tree.leaves(small.parts['llama'])}
-    assert types == ({'int8', 'float32'} if 'weights' in options else {'float32'})
-    assert {x.dtype.name for x in jax.tree.leaves(small.parts['vit'])} == {'float32'}
+    types = {x.dtype.name for x in jax.tree.leaves(small.params['llama'])}
+    assert types == ({'int8', 'float32'} if 'weights_dtype' in options else {'float32'})
+    assert {x.dtype.name for x in jax.tree.leaves(small.params['vit'])} == {'float32'}
   mine = dict(tiny_parts)
-  Lavit(model.model, mine, model.words, weights='int8').caption(PICTURES)
+  Lavit(model.modules, mine, model.tokenizer, weights_dtype='int8').caption(PICTURES)
   assert (
     mine['llama']['layers']['mlp']['up']['kernel'].dtype == jnp.float32
   )  # what was given is not taken to pieces
-  with pytest.raises(UserError, match='the parts of another model have their weights and mesh'):
-    Lavit(model.model, model.parts, model.words, weights='int8')
-  for options in (dict(weights='int4'), dict(cache='float64')):
+  with pytest.raises(
+    UserError, match='the params of another model have their weights_dtype and mesh'
+  ):
+    Lavit(model.modules, model.params, model.tokenizer, weights_dtype='int8')
+  for options in (dict(weights_dtype='int4'), dict(cache_dtype='float64')):
     with pytest.raises(UserError, match="is not known; choose one of None, .*'int8'"):
       Lavit.from_pretrained(tiny_folder, **options)
 

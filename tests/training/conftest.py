@@ -1,4 +1,4 @@
-"""Trainings in processes of their own."""
+"""Runs in separate processes, and a run with checkpoints."""
 
 import pytest
 from nano import launch
@@ -30,3 +30,20 @@ def start(cache, running):
     return running[-1]
 
   return begin
+
+
+@pytest.fixture
+def saved(tmp_path):
+  """A run with checkpoints of steps 1, 2, 3, of which it keeps two."""
+  from checkpoint_runs import config, numbers, state
+
+  from lavit_jax.training.checkpoint import Checkpoints
+
+  checkpoints = Checkpoints(tmp_path, config(), keep=2)
+  data = numbers()
+  for step in (1, 2, 3):
+    next(data)
+    checkpoints.save(step, state(step), data)
+  checkpoints.wait()
+  checkpoints.close()
+  return tmp_path

@@ -100,6 +100,11 @@ def run(stage: str, mesh=None, **changes):
   return resolve_abstract(config(stage, **changes), mesh)
 
 
+def init_stage(stage, params):
+  """`stage.init`, of which little is computed where `params` has it all."""
+  return jit(stage.init)(jax.random.key(0), params)
+
+
 def optimizer_config(num_steps: int = 10, **changes):
   """Options of a plain optimizer: no warmup, decay, clipping or averages."""
   from lavit_jax.training.optimizer import OptimizerConfig

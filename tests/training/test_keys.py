@@ -11,7 +11,7 @@ import numpy as np
 
 import lavit_jax
 from lavit_jax import sharding
-from lavit_jax.inference import generation_config
+from lavit_jax.inference import rng
 from lavit_jax.training.keys import Purpose, key_for
 from lavit_jax.training.stages.base import ModuleNames, Stage
 from lavit_jax.training.train_step import make_init, make_train_step
@@ -80,10 +80,10 @@ def test_no_key_of_a_run_is_made_elsewhere():
 
 def test_the_keys_of_a_call_at_inference_are_distinct():
   """By row, purpose, number of the image or sample, and step of a sample."""
-  rows = generation_config.example_keys(7, 4)
+  rows = rng.example_keys(7, 4)
   keys = [jax.random.key(7), *rows]
-  for purpose, number in itertools.product(generation_config.Purpose, range(4)):
-    of_rows = generation_config.purpose_keys(purpose, rows, number)
+  for purpose, number in itertools.product(rng.Purpose, range(4)):
+    of_rows = rng.purpose_keys(purpose, rows, number)
     keys.extend(of_rows)
     for key in of_rows:
       keys += [jax.random.fold_in(key, step) for step in range(8)]

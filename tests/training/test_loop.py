@@ -1,6 +1,5 @@
 """The loop as users run it: in separate processes, killed, continued, on one device and eight."""
 
-import dataclasses
 import functools
 import json
 import signal
@@ -14,13 +13,9 @@ import numpy as np
 import pytest
 from nano import finish, launch, rows, until
 
-from lavit_jax import sharding
 from lavit_jax.errors import UserError
-from lavit_jax.training import loop, parameters
+from lavit_jax.training import loop
 from lavit_jax.training.loop import train
-from lavit_jax.training.parameters import find_modules, load_params
-from lavit_jax.training.stages.base import ModuleNames, Stage, Sum
-from lavit_jax.training.train_step import loss_and_metrics
 from lavit_jax.weights.loader import open_checkpoint
 from lavit_jax.weights.store import folder
 from lavit_jax.weights.store.bundle import bundle
@@ -245,123 +240,6 @@ def test_a_lost_loss_ends_the_run_and_no_checkpoint_has_its_parameters(
   assert all(row['nonfinite'] == 0 for row in rows(tmp_path)[3:5])
 
 
-@pytest.mark.parametrize(
-  'changes, message',
-  [
-    (dict(data__source='/nowhere'), 'data: /nowhere has no emoji data set'),
-    (dict(data__tokenizer_folder='/nowhere'), 'data: /nowhere/tokenizer.json does not exist'),
-    (dict(data__text_length=8), 'data: text_length is 8, but this text has'),
-    (dict(dtype='float33'), "dtype='float33' is unknown; choose float32 or bfloat16"),
-    (dict(remat='most'), "remat='most' is unknown; choose none or"),
-    (dict(log_every=0), 'log_every=0 must be an integer of at least 1'),
-    (dict(profile='5'), "profile='5' must give the first and the last step"),
-    (
-      dict(eval_every=1, eval_batches=0),
-      'eval_batches=0 with eval_every=1: give at least 1, or eval_every=0',
-    ),
-    (dict(peak_tflops=-1.0), 'peak_tflops=-1.0 must be a number of at least 0'),
-    (dict(data__text_length=0), 'data.text_length=0 must be an integer of at least 1'),
-    (
-      dict(data__image_size=48),
-      'data.image_size=48: the encoder of variant nano learns from 32 pixels a side',
-    ),
-    (
-      dict(variant='lavit_7b'),
-      'data.image_size=32: the encoder of variant lavit_7b learns from 224 pixels a side',
-    ),
-    (
-      dict(data__task='images'),
-      "stage='encoder' needs data.task='contrastive' .now 'images'. .*; take configs/encoder.py",
-    ),
-    (dict(mesh__tensor=3), 'mesh: data=-1, fsdp=1, tensor=3 does not fit'),
-  ],
-)
-def test_bad_options_are_named(changes, message, tmp_path):
-  with pytest.raises(UserError, match=message):
-    train(nano.config('encoder', **changes), tmp_path)
-
-
-TARS = dict(format='tars', path='x.tar')
-
-
-@pytest.mark.parametrize(
-  'page, changes, message',
-  [
-    ('lm', dict(lm__num_rows=0), 'lm.num_rows=0 must be an integer of at least 1'),
-    ('lm', dict(lm__row_length=0), 'lm.row_length=0 must be an integer of at least 1'),
-    ('lm', dict(lm__loss_chunks=0), 'lm.loss_chunks=0 must be an integer of at least 1'),
-    (
-      'lm',
-      dict(data__shares=dict(caption=-1.0)),
-      'data.shares.caption=-1.0 must be a number of at least 0',
-    ),
-    (
-      'lm',
-      dict(data__sources=('/a.tar',)),
-      r"data.sources\[0\] is '/a.tar'; give {'format': ..., 'path': ...}",
-    ),
-    (
-      'lm',
-      dict(data__sources=(TARS, TARS | dict(weight='3'))),
-      r"data.sources\[1\] has weight '3', which is no float",
-    ),
-    (
-      'lm',
-      dict(data__sources=(TARS,), data__heldout=(TARS | dict(window=0.5),)),
-      r'data.heldout\[0\] has window 0.5, which is no int',
-    ),
-    (
-      'autoencoder',
-      dict(data__crop='centre'),
-      "data.crop='centre' is unknown; choose none or center or random",
-    ),
-    (
-      'autoencoder',
-      dict(data__image_size=31),
-      'data.image_size=31 must be a multiple of 2 for stage autoencoder of variant nano',
-    ),
-    (
-      'tokenizer',
-      dict(data__image_size=30, picture_every=1),
-      'data.image_size=30 must be a multiple of 4 for stage tokenizer',
-    ),
-    (
-      'lm',
-      dict(lm__num_rows=6, accumulate=4),
-      'lm.num_rows=6 must be a multiple of the 4 x 1 pieces .*; accumulate=2 would do',
-    ),
-    (
-      'autoencoder',
-      dict(batch_size=12, accumulate=8),
-      'batch_size=12 must be a multiple of the 8 x 1 pieces .*; accumulate=6 would do',
-    ),
-  ],
-)
-def test_options_of_pages_are_checked_before_anything_is_traced(page, changes, message, tmp_path):
-  with pytest.raises(UserError, match=message):
-    train(nano.config(page, **changes), tmp_path / 'run')
-  assert not (tmp_path / 'run').exists()
-
-
-@pytest.mark.parametrize(
-  'page, stage, lacks',
-  [
-    ('encoder', 'lm', 'lm'),
-    ('tokenizer', 'detokenizer', 'detokenizer'),
-    ('lm', 'autoencoder', 'kl_weight'),
-  ],
-)
-def test_a_stage_on_the_page_of_another(page, stage, lacks, tmp_path):
-  config = nano.config(page)
-  with config.unlocked():
-    config.stage = stage
-  with pytest.raises(
-    UserError,
-    match=f"stage='{stage}' needs data.task=.* and '{lacks}' in the page; take configs/{stage}.py",
-  ):
-    train(config, tmp_path)
-
-
 @pytest.fixture(scope='session')
 def three_losses(finished, cache, tmp_path_factory):
   """three_losses(stage, devices, mesh sizes ...) -> (the first losses of a run, its output)."""
@@ -415,47 +293,6 @@ def test_eight_devices_give_the_losses_of_one(three_losses, stage, mesh):
   )
   assert len(one) == 3
   np.testing.assert_allclose(eight, one, rtol=1e-4)
-
-
-def test_averages_of_pieces_are_those_of_the_whole():
-  """Evaluation goes through in as many pieces as training, and tells the same."""
-  x = jax.random.normal(jax.random.key(0), (8, 3))
-
-  def loss(params, frozen, state, batch, key, train):
-    assert len(batch['x']) == 2  # never more at once
-    value = jnp.square(batch['x'] @ params['w'] - 1).mean()
-    return value, (state, dict(overflow=Sum(jnp.float32(len(batch['x']))), mean=batch['x'].mean()))
-
-  def init(key, loaded):
-    return dict(w=jnp.ones((3, 2))), jnp.zeros([])
-
-  stage = Stage(ModuleNames(), init, loss, None)
-  mesh = sharding.make_mesh(dict(data=-1, fsdp=1, tensor=1), jax.devices()[:1])
-  run = dataclasses.replace(nano.run('autoencoder', mesh, accumulate=4), stage=stage)
-  with jax.set_mesh(mesh):
-    values = loss_and_metrics(run)(dict(w=jnp.ones((3, 2))), {}, {}, {'x': x}, jax.random.key(0))
-  assert values['loss'] == pytest.approx(float(jnp.square(x.sum(1) - 1).mean()), rel=1e-5)
-  assert values['overflow'] == 8 and values['mean'] == pytest.approx(float(x.mean()), abs=1e-6)
-
-
-def test_init_from_reads_only_what_the_stage_trains_in_the_type_it_has(tmp_path, monkeypatch):
-  saved = {
-    name: {'a': np.ones((2, 2), np.float32)} for name in ('vit', 'llama', 'understanding', 'vae')
-  }
-  folder.save_params(tmp_path / 'start', 'nano', saved, dtype='bfloat16')
-  calls = []
-  monkeypatch.setattr(
-    parameters.folder,
-    'load_params',
-    lambda path, names, variant, shardings, dtype: (
-      calls.append((names, dtype)) or dict.fromkeys(names)
-    ),
-  )
-  modules = ModuleNames(needs=('vit',), takes=('llama', 'understanding'))
-  start = [str(tmp_path / 'start')]
-  loaded = load_params('nano', find_modules(modules, frozen=start, init_from=start), None)
-  assert set(loaded) == {'vit', 'llama', 'understanding'}
-  assert calls == [(['vit'], 'float32'), (['llama', 'understanding'], None)]
 
 
 @pytest.mark.slow

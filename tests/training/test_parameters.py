@@ -12,10 +12,12 @@ import pytest
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.models.initialization import init_params
-from lavit_jax.training import flops, loop
+from lavit_jax.training import flops, loop, parameters
 from lavit_jax.training.checkpoint import Checkpoints
+from lavit_jax.training.parameters import find_modules, load_params
 from lavit_jax.training.run import resolve
 from lavit_jax.training.stages import build_stage
+from lavit_jax.training.stages.base import ModuleNames
 from lavit_jax.weights.store import folder
 from lavit_jax.weights.torch import mapping
 from lavit_jax.weights.torch.names_llama import llama_rules
@@ -236,3 +238,23 @@ def test_a_run_exports_what_it_trained_with(folders, tmp_path):
     for where in (tmp_path, tmp_path / 'own')
   )
   assert first != second
+
+
+def test_init_from_reads_only_what_the_stage_trains_in_the_type_it_has(tmp_path, monkeypatch):
+  saved = {
+    name: {'a': np.ones((2, 2), np.float32)} for name in ('vit', 'llama', 'understanding', 'vae')
+  }
+  folder.save_params(tmp_path / 'start', 'nano', saved, dtype='bfloat16')
+  calls = []
+  monkeypatch.setattr(
+    parameters.folder,
+    'load_params',
+    lambda path, names, variant, shardings, dtype: (
+      calls.append((names, dtype)) or dict.fromkeys(names)
+    ),
+  )
+  modules = ModuleNames(needs=('vit',), takes=('llama', 'understanding'))
+  start = [str(tmp_path / 'start')]
+  loaded = load_params('nano', find_modules(modules, frozen=start, init_from=start), None)
+  assert set(loaded) == {'vit', 'llama', 'understanding'}
+  assert calls == [(['vit'], 'float32'), (['llama', 'understanding'], None)]

@@ -238,3 +238,24 @@ def test_averaged_weights_have_the_average_of_their_codebook(tokenizer):
 def test_numbers_of_nothing_are_nan():
   assert np.isnan(numbers(dict(a=Mean(jnp.zeros([]), jnp.zeros([]))))['a'])
   assert optimizer.ema_update({}, {}, 0.9, 0) == {}
+
+
+def test_averages_of_pieces_are_those_of_the_whole():
+  """Evaluation goes through in as many pieces as training, and tells the same."""
+  x = jax.random.normal(jax.random.key(0), (8, 3))
+
+  def loss(params, frozen, state, batch, key, train):
+    assert len(batch['x']) == 2  # never more at once
+    value = jnp.square(batch['x'] @ params['w'] - 1).mean()
+    return value, (state, dict(overflow=Sum(jnp.float32(len(batch['x']))), mean=batch['x'].mean()))
+
+  def init(key, loaded):
+    return dict(w=jnp.ones((3, 2))), jnp.zeros([])
+
+  stage = Stage(ModuleNames(), init, loss, None)
+  mesh = sharding.make_mesh(dict(data=-1, fsdp=1, tensor=1), jax.devices()[:1])
+  run = dataclasses.replace(nano.run('autoencoder', mesh, accumulate=4), stage=stage)
+  with jax.set_mesh(mesh):
+    values = loss_and_metrics(run)(dict(w=jnp.ones((3, 2))), {}, {}, {'x': x}, jax.random.key(0))
+  assert values['loss'] == pytest.approx(float(jnp.square(x.sum(1) - 1).mean()), rel=1e-5)
+  assert values['overflow'] == 8 and values['mean'] == pytest.approx(float(x.mean()), abs=1e-6)

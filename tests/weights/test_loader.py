@@ -106,7 +106,7 @@ def test_a_damaged_layer_is_named(ours, tmp_path):
     UserError,
     match='llama is truncated or damaged .the checksum of layers/mlp/up/kernel is another',
   ):
-    Lavit.from_pretrained(folder).generate(['an owl'], steps=1)
+    Lavit.from_pretrained(folder).generate(['an owl'], num_inference_steps=1)
 
 
 def test_the_length_of_a_prompt_is_the_checkpoints(ours, tiny_folder, tmp_path):
@@ -123,7 +123,7 @@ def test_the_length_of_a_prompt_is_the_checkpoints(ours, tiny_folder, tmp_path):
       json.dumps(config | {'max_position_embeddings': value})
     )
     with pytest.raises(UserError, match=f'prompt is .* tokens long; shorten it to {length - 50}'):
-      Lavit.from_pretrained(theirs).generate(['owl ' * 3000], steps=1)
+      Lavit.from_pretrained(theirs).generate(['owl ' * 3000], num_inference_steps=1)
 
 
 @pytest.mark.slow
@@ -131,7 +131,7 @@ def test_the_scheduler_is_the_folders(ours, tmp_path):
   theirs = shutil.copytree(TINY, tmp_path / 'theirs')
   file = theirs / 'pixel_decoding' / 'scheduler' / 'scheduler_config.json'
   codes = [np.arange(30)]
-  plain = Lavit.from_pretrained(theirs).draw(codes, steps=2)
+  plain = Lavit.from_pretrained(theirs).decode_images(codes, num_inference_steps=2)
   settings = dict(
     prediction_type='v_prediction',
     timestep_spacing='trailing',
@@ -140,13 +140,15 @@ def test_the_scheduler_is_the_folders(ours, tmp_path):
   )
   file.write_text(json.dumps(PUBLISHED | settings))
   assert open_checkpoint(theirs, None).settings == dict(scheduler=settings)
-  other = Lavit.from_pretrained(theirs).draw(codes, steps=2)
+  other = Lavit.from_pretrained(theirs).decode_images(codes, num_inference_steps=2)
   assert (other != plain).any()
   convert.plan_conversion(theirs, tmp_path / 'other').run(lambda size: None)
   np.testing.assert_array_equal(
-    Lavit.from_pretrained(tmp_path / 'other').draw(codes, steps=2), other
+    Lavit.from_pretrained(tmp_path / 'other').decode_images(codes, num_inference_steps=2), other
   )
-  np.testing.assert_array_equal(Lavit.from_pretrained(ours).draw(codes, steps=2), plain)
+  np.testing.assert_array_equal(
+    Lavit.from_pretrained(ours).decode_images(codes, num_inference_steps=2), plain
+  )
   config = json.loads((tmp_path / 'other' / 'config.json').read_text())
   assert config.pop('settings') == dict(scheduler=settings)
   (tmp_path / 'other' / 'config.json').write_text(
@@ -154,4 +156,6 @@ def test_the_scheduler_is_the_folders(ours, tmp_path):
   )  # as it was before there were settings
   assert Lavit.from_pretrained(tmp_path / 'other').model.scheduler == Scheduler(**settings)
   file.unlink()
-  np.testing.assert_array_equal(Lavit.from_pretrained(theirs).draw(codes, steps=2), plain)
+  np.testing.assert_array_equal(
+    Lavit.from_pretrained(theirs).decode_images(codes, num_inference_steps=2), plain
+  )

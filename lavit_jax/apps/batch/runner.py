@@ -20,10 +20,11 @@ from lavit_jax.apps.batch.inputs import Inputs, is_image_path, load_inputs
 from lavit_jax.apps.batch.results import ResultsFile
 from lavit_jax.apps.batch.tasks import Outcome, Row, Task
 from lavit_jax.errors import InputError, UserError
+from lavit_jax.inference.batching import MAX_BATCH
 from lavit_jax.inference.faults import NotFinite
-from lavit_jax.inference.generation_config import IndexedSeed
 from lavit_jax.inference.image_generation import report_flagged
-from lavit_jax.inference.pipeline import MAX_BATCH, Lavit
+from lavit_jax.inference.pipeline import Lavit
+from lavit_jax.inference.rng import IndexedSeed
 from lavit_jax.output import encode_png, slug, write_atomic
 
 
@@ -118,7 +119,7 @@ class _Computation:
           self.inputs.rows[i],
           self.task.inputs,
           self.inputs.folder,
-          self.model.model.image_size,
+          self.model.modules.image_size,
         )
       except UserError as error:
         if not self.inputs.many:

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lavit_jax.inference.image_generation import DecodedImages
-from lavit_jax.inference.pipeline import ImageOutput, Lavit
+from lavit_jax.inference.outputs import DecodedImages, ImageOutput
+from lavit_jax.inference.pipeline import Lavit
 
 Row = dict[str, Any]
 
@@ -63,25 +63,25 @@ def _tokenize(model: Lavit, rows: Sequence[Row], **options) -> list[Outcome]:
 
 
 def _generate(model: Lavit, rows: Sequence[Row], **options) -> list[Outcome]:
-  return _image_outcomes(model.generate(_column(rows, 'prompt'), details=True, **options))
+  return _image_outcomes(model.generate_outputs(_column(rows, 'prompt'), **options))
 
 
 def _synthesize(model: Lavit, rows: Sequence[Row], **options) -> list[Outcome]:
-  return _image_outcomes(model.synthesize(_column(rows, 'parts'), details=True, **options))
+  return _image_outcomes(model.synthesize_outputs(_column(rows, 'parts'), **options))
 
 
 def _reconstruct(
-  model: Lavit, rows: Sequence[Row], decoder_guidance: float | None = None, **options
+  model: Lavit, rows: Sequence[Row], decoder_guidance_scale: float | None = None, **options
 ) -> list[Outcome]:
   images = _column(rows, 'image')
   return _image_outcomes(
-    model.reconstruct(images, guidance=decoder_guidance, details=True, **options)
+    model.reconstruct_outputs(images, guidance_scale=decoder_guidance_scale, **options)
   )
 
 
 def _image_outcomes(output: DecodedImages | ImageOutput) -> list[Outcome]:
   outcomes = []
-  for image, flagged in zip(output.pictures, output.flagged, strict=True):
+  for image, flagged in zip(output.images, output.flagged, strict=True):
     outcomes.append(Outcome({'flagged': True} if flagged else {}, image))
   return outcomes
 

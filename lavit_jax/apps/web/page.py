@@ -93,7 +93,7 @@ class Examples(NamedTuple):
 def build(tasks: Tasks) -> gr.Blocks:
   """The page for a model."""
   examples = _read_examples()
-  note = TINY if tasks.model.model.variant == 'tiny' else ''
+  note = TINY if tasks.model.modules.variant == 'tiny' else ''
   with gr.Blocks(
     title='LaVIT', analytics_enabled=False, delete_cache=(UPLOAD_SECONDS, UPLOAD_SECONDS)
   ) as page:

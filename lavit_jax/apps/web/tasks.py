@@ -16,7 +16,8 @@ from lavit_jax.apps.demo import NUM_STEPS
 from lavit_jax.apps.page import image_tag, show_kept_patches
 from lavit_jax.data.images import read_image, resize
 from lavit_jax.errors import UserError
-from lavit_jax.inference import image_generation
+from lavit_jax.inference import image_decoder, image_generation
+from lavit_jax.inference.outputs import DecodedImages
 from lavit_jax.inference.pipeline import Lavit
 
 MAX_BYTES = 20 * 2**20  # of an upload
@@ -95,13 +96,12 @@ class Tasks:
     """Returns an upload reconstructed from its tokens alone, uint8[H, W, 3], and these as HTML."""
     image = self._open(path)
     checked_seed = _check_seed(seed)
-    output = self.model.reconstruct(
+    output = self.model.reconstruct_outputs(
       [image],
-      guidance=guidance,
-      steps=int(steps),
+      guidance_scale=guidance,
+      num_inference_steps=int(steps),
       size=_parse_size(size),
       seed=checked_seed,
-      details=True,
     )
     return _single_image(output), self._show_tokens(image, checked_seed)
 
@@ -110,10 +110,10 @@ class Tasks:
 
     The sizes of SDXL follow if the checkpoint has its modules.
     """
-    settings = self.model.settings
-    sizes = [(settings.drawn_size, settings.drawn_size)]
-    if all(name in self.model.parts for name in image_generation.HIGHRES.parts):
-      sizes += settings.highres_sizes
+    defaults = self.model.defaults
+    sizes = [(defaults.output_size, defaults.output_size)]
+    if all(name in self.model.params for name in image_decoder.HIGHRES.modules):
+      sizes += defaults.highres_sizes
     return [f'{height}x{width}' for height, width in sizes]
 
   def defaults(self, size: str) -> tuple[int, float]:
@@ -122,10 +122,10 @@ class Tasks:
     These are the published ones, except for the tiny checkpoint, which needs fewer steps.
     """
     is_square = size == self.sizes()[0]
-    decoder = image_generation.LOWRES if is_square else image_generation.HIGHRES
-    if self.model.model.variant == 'tiny':
-      return NUM_STEPS, decoder.guidance
-    return decoder.steps, decoder.guidance
+    decoder = image_decoder.LOWRES if is_square else image_decoder.HIGHRES
+    if self.model.modules.variant == 'tiny':
+      return NUM_STEPS, decoder.guidance_scale
+    return decoder.num_inference_steps, decoder.guidance_scale
 
   def _generate(
     self,
@@ -141,16 +141,15 @@ class Tasks:
     height_width = _parse_size(size)
     image_generation.resolve_image_request(  # reports errors before the language model runs
       1,
-      model.settings.drawn_size,
-      model.settings.highres_sizes,
-      model.parts,
-      model.parts.scheduler,
-      steps=num_steps,
+      model.defaults,
+      model.params,
+      model.params.scheduler,
+      num_inference_steps=num_steps,
       size=height_width,
     )
-    (codes,) = model.sample_codes([parts], guidance=guidance, seed=checked_seed)
-    output = model.draw(
-      [codes], steps=num_steps, size=height_width, seed=checked_seed, details=True
+    (codes,) = model.sample_codes([parts], guidance_scale=guidance, seed=checked_seed)
+    output = model.decode_image_outputs(
+      [codes], num_inference_steps=num_steps, size=height_width, seed=checked_seed
     )
     swatches = [f'<i style="background:{self.code_colors[code]}"></i>' for code in codes]
     title = f'{len(codes)} tokens, as the language model wrote them'
@@ -158,7 +157,7 @@ class Tasks:
 
   def _open(self, path: str | None) -> np.ndarray:
     """An upload as uint8[S, S, 3]."""
-    return resize(open_upload(path), self.model.model.image_size)
+    return resize(open_upload(path), self.model.modules.image_size)
 
   def _show_tokens(self, image: np.ndarray, seed: int = 0) -> str:
     """The image with its dropped patches bleached, and its tokens in order, as HTML."""
@@ -180,9 +179,9 @@ class Tasks:
     Similar codes have similar colors.
     """
     model = self.model
-    codes = np.arange(model.model.vocabulary.codebook_size)
-    codebook = {'params': model.parts['codebook']}
-    lookup = model.model.tokenizer.apply(codebook, codes, method='lookup')
+    codes = np.arange(model.modules.vocabulary.codebook_size)
+    codebook = {'params': model.params['codebook']}
+    lookup = model.modules.tokenizer.apply(codebook, codes, method='lookup')
     vectors = np.asarray(lookup, np.float32)
     centered = vectors - vectors.mean(0)
     directions = np.linalg.svd(centered.T @ centered)[0][:, :3]
@@ -224,10 +223,10 @@ def open_upload(path: str | None) -> np.ndarray:
   return read_image(data, name)
 
 
-def _single_image(output: image_generation.DecodedImages) -> np.ndarray:
+def _single_image(output: DecodedImages) -> np.ndarray:
   if output.flagged[0]:
     raise UserError('the safety checker flagged this image; try another text or another seed')
-  return output.pictures[0]
+  return output.images[0]
 
 
 def _check_text(text: str | None, remedy: str = '') -> str:

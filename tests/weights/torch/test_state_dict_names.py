@@ -249,7 +249,7 @@ def test_an_encoder_without_norm_and_head_opens(tmp_path):
     tmp_path / 'eva.safetensors',
   )
   run(tmp_path / 'eva.safetensors', tmp_path / 'checkpoint')
-  assert 'head' not in Lavit.from_pretrained(tmp_path / 'checkpoint').parts['vit']
+  assert 'head' not in Lavit.from_pretrained(tmp_path / 'checkpoint').params['vit']
   save_tensors(
     {name: x for name, x in load_file(EVA).items() if not name.startswith('blocks.0.norm1')},
     tmp_path / 'less.safetensors',

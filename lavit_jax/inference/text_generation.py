@@ -1,0 +1,197 @@
+"""Images to text: captions and answers.
+
+The language model continues [IMG] features [/IMG] prompt (specification, Inference).
+
+Axes: B images, N patches, H hidden size of the language model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax import Array
+
+from lavit_jax.data import prompts as templates
+from lavit_jax.data.images import read_images
+from lavit_jax.errors import UserError
+from lavit_jax.inference import batching, compiled, faults
+from lavit_jax.inference.generation_config import GenerationConfig
+from lavit_jax.inference.outputs import TextOutput
+from lavit_jax.inference.prompt_checks import as_texts, shared_argument
+from lavit_jax.inference.rng import Purpose, Seed, example_keys, optional_keys, purpose_keys
+from lavit_jax.inference.runner import ModelRunner, score_faults, sequences_of
+from lavit_jax.models.vocabulary import EOS_ID, Vocabulary
+
+MIN_IMAGE_TOKENS = 3  # [IMG], one visual token, [/IMG]
+
+
+def caption(
+  runner: ModelRunner, images: Any, prompt: Any, config: GenerationConfig, seed: Seed | None
+) -> list[TextOutput]:
+  """Captions images; see `Lavit.caption_outputs`."""
+  pixels = read_images(images, runner.modules.image_size)
+  if isinstance(prompt, str):
+    with shared_argument('prompt'):
+      ids = runner.encode_optional_text(prompt)
+      if len(pixels):
+        runner.check_prompt_lengths([MIN_IMAGE_TOKENS + len(ids)], config, lower_bound=True)
+    encoded = [ids] * len(pixels)
+  else:
+    encoded = [runner.encode_optional_text(text) for text in as_texts(prompt, 'prompt')]
+  if len(encoded) != len(pixels):
+    raise UserError(
+      f'{len(pixels)} images but {len(encoded)} prompts; give one for each, or one for all'
+    )
+  outputs = continue_images(runner, pixels, encoded, config, seed)
+  return [output._replace(text=templates.parse_caption(output.text)) for output in outputs]
+
+
+def answer(
+  runner: ModelRunner,
+  images: Any,
+  questions: Any,
+  config: GenerationConfig,
+  seed: Seed | None,
+  *,
+  check_answerable: bool,
+) -> list[TextOutput]:
+  """Answers questions about images; see `Lavit.answer_outputs`."""
+  pixels = read_images(images, runner.modules.image_size)
+  texts = as_texts(questions, 'questions')
+  if len(pixels) != len(texts):
+    raise UserError(
+      f'{len(pixels)} images but {len(texts)} questions; give one question for each image'
+    )
+
+  def encode(template: Callable[[str], str]) -> list[Sequence[int]]:
+    """Encodes the questions, and checks their lengths before anything is computed."""
+    encoded = [runner.encode_text(text, template) for text in texts]
+    lengths = [MIN_IMAGE_TOKENS + len(ids) for ids in encoded]
+    runner.check_prompt_lengths(lengths, config, lower_bound=True)
+    return encoded
+
+  def answers(encoded: Sequence[Sequence[int]]) -> list[TextOutput]:
+    outputs = continue_images(runner, pixels, encoded, config, seed)
+    return [output._replace(text=templates.parse_answer(output.text)) for output in outputs]
+
+  encoded = encode(templates.question_prompt)
+  if not check_answerable:
+    return answers(encoded)
+  encoded_checks = encode(_answerable_prompt)
+  outputs = answers(encoded)
+  verdicts = answers(encoded_checks)
+  checked = []
+  for output, verdict in zip(outputs, verdicts, strict=True):
+    if templates.is_unanswerable(verdict.text):
+      output = output._replace(text=templates.UNANSWERABLE)
+    checked.append(output)
+  return checked
+
+
+def _answerable_prompt(question: str) -> str:
+  return templates.question_prompt(templates.answerable_question(question))
+
+
+def continue_images(
+  runner: ModelRunner,
+  images: np.ndarray,
+  prompts: Sequence[Sequence[int]],
+  config: GenerationConfig,
+  seed: Seed | None,
+) -> list[TextOutput]:
+  """Continues [IMG] features [/IMG] prompt with text, for each image.
+
+  Args:
+    runner: the model.
+    images: uint8[B, H, W, 3], of the size of the image encoder.
+    prompts: the ids after each image.
+    config: how the language model continues.
+    seed: of the patches that become tokens, and of sampling; None keeps the most probable patches.
+
+  Returns:
+    B * num_return_sequences texts.
+
+  Raises:
+    InputError: a prompt is too long.
+    NotFinite: NaN or infinity came out of a module.
+  """
+  tokenizer = runner.tokenizer  # before anything is computed, for its files may be damaged
+  keys = (example_keys if config.do_sample else optional_keys)(seed, len(images))
+  lengths = [MIN_IMAGE_TOKENS + len(ids) for ids in prompts]
+  runner.check_prompt_lengths(lengths, config, lower_bound=True)
+  vocabulary = runner.modules.vocabulary
+  suppress = np.arange(vocabulary.size) >= vocabulary.text_size
+  image_faults: list[int] = []
+
+  def generate() -> Iterator[tuple[int, Any]]:
+    for batch in batching.double_buffer(_encode_batches(runner, images, keys, config)):
+      counts = np.asarray(batch.counts)
+      image_faults.extend(np.maximum(-counts[: batch.n], 0))
+      counts = np.maximum(counts, 1)
+      batch_prompts = [prompts[row] for row in batch.rows]
+      pieces = _prompt_pieces(batch_prompts, counts, vocabulary, runner.modules.num_patches)
+      runner.check_prompt_lengths(
+        [sum(map(len, prompt)) for prompt in pieces], config, rows=batch.rows, count=len(images)
+      )
+      embeddings, mask = runner.embed_prompts(pieces, batch.features)
+      row_keys = None if keys is None else keys[batch.rows]
+      yield (
+        batch.n,
+        runner.continue_prompts(
+          config, embeddings, mask, row_keys, eos_id=EOS_ID, suppress=suppress
+        ),
+      )
+
+  fetched = batching.fetch_batches(generate(), len(images), 'texts')
+  outputs = []
+  for ids, score in sequences_of(fetched, config):
+    outputs.append(TextOutput(tokenizer.decode(ids.tolist()), ids, score))
+  own_faults = score_faults([output.score for output in outputs])
+  earlier_faults = np.repeat(image_faults, config.num_return_sequences)
+  faults.check(np.where(earlier_faults, earlier_faults, own_faults), outputs)
+  return outputs
+
+
+class _EncodedBatch(NamedTuple):
+  """Images as the language model reads them.
+
+  Attributes:
+    n: number of images; those after them are padding.
+    rows: i32[B], the indices of the images.
+    features: [B, N, H], a prefix of each image's.
+    counts: i32[B], the lengths of the prefixes, or negative faults.
+  """
+
+  n: int
+  rows: np.ndarray
+  features: Array
+  counts: Array
+
+
+def _encode_batches(
+  runner: ModelRunner, images: np.ndarray, keys: Array | None, config: GenerationConfig
+) -> Iterator[_EncodedBatch]:
+  patch_keys = None if keys is None else purpose_keys(Purpose.PATCHES, keys)
+  max_batch = batching.MAX_BATCH
+  if config.do_sample:
+    max_batch = max(1, max_batch // config.num_return_sequences)
+  for n, rows in batching.batch_ranges(len(images), max_batch):
+    batch_keys = None if patch_keys is None else patch_keys[rows]
+    features, counts = runner.run(
+      compiled.read, ('vit', 'tokenizer', 'understanding'), images[rows], batch_keys
+    )
+    yield _EncodedBatch(n, rows, features, counts)
+
+
+def _prompt_pieces(
+  prompts: Sequence[Sequence[int]], counts: np.ndarray, vocabulary: Vocabulary, num_patches: int
+) -> list[list[Sequence[int]]]:
+  """The pieces of [IMG] features [/IMG] prompt; features are ranges into the flattened batch."""
+  pieces = []
+  for i, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
+    start = i * num_patches
+    features = range(start, start + int(count))
+    pieces.append([[vocabulary.image_start], features, [vocabulary.image_end], prompt])
+  return pieces

@@ -1,0 +1,54 @@
+"""Params of all modules, and a batch."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import nano
+import numpy as np
+import pytest
+
+from lavit_jax.models import lavit
+from lavit_jax.models.initialization import init_params
+from lavit_jax.models.tokenizer import l2_normalize
+
+nano.install()
+MODEL = lavit.build('nano')
+
+
+@pytest.fixture(scope='module')
+def parts():
+  """Random weights of all parts, drawn by numpy: nothing compiles."""
+  rng = np.random.default_rng(0)
+
+  def draw(path, leaf):
+    if getattr(path[-1], 'key', '') == 'scale':
+      return jnp.ones(leaf.shape)
+    return jnp.asarray(
+      rng.normal(0, max(math.prod(leaf.shape[:-1][-3:]), 1) ** -0.5, leaf.shape), jnp.float32
+    )
+
+  parts = jax.tree_util.tree_map_with_path(
+    draw, jax.eval_shape(functools.partial(init_params, MODEL), jax.random.key(0))
+  )
+  parts['tokenizer']['quantizer']['embedding'] = l2_normalize(
+    parts['tokenizer']['quantizer']['embedding']
+  )
+  return parts
+
+
+@pytest.fixture(scope='module')
+def batch():
+  rng = np.random.default_rng(0)
+  length = np.array([3, 5, 2, 4, 6, 1, 4, 4], np.int32)
+  text = np.where(np.arange(8) < length[:, None], rng.integers(3, 2048, (8, 8)), 0).astype(np.int32)
+  text[7] = text[6]
+  length[7] = length[6]  # two equal captions
+  return dict(
+    image=rng.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8),
+    text=text,
+    text_length=length,
+    text_weight=(np.arange(8) < length[:, None]).astype(np.float32),
+    kind=np.array([0, 1, 2, 0, 1, 0, 1, 2], np.int32),
+  )
