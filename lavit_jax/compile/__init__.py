@@ -1,1 +1,1 @@
-"""What a TPU pod would need for a program, found by compiling for the pod on a CPU."""
+"""Train steps and decoding, compiled on a CPU for TPU pods that the machine does not have."""

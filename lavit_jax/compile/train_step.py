@@ -1,4 +1,4 @@
-"""`lavit compile`: the exact train step of a page, compiled for an absent TPU pod (topology.py)."""
+"""`lavit compile --config`: the train step of a page, compiled for a TPU pod."""
 
 from __future__ import annotations
 
@@ -13,44 +13,42 @@ from rich.console import Console
 from rich.table import Table
 
 from lavit_jax import sharding
-from lavit_jax.compile import topology
-from lavit_jax.compile.topology import GIB
+from lavit_jax.compile.program import (
+  GIB,
+  bytes_per_device,
+  compile_for,
+  format_memory,
+  roofline_times,
+  with_shardings,
+)
+from lavit_jax.compile.topology import (
+  devices_per_chip,
+  format_device,
+  format_device_count,
+  pod_devices,
+)
 from lavit_jax.training import flops
 from lavit_jax.training.run import Run, check_values, resolve_abstract
 from lavit_jax.training.train_step import abstract_inputs, make_init, make_train_step
 
 
 class Report(NamedTuple):
-  """What the compiled step needs of one chip; seconds and GiB.
+  """The cost of a train step. The fields are the keys of the JSON output.
 
-  Of chips that are two devices each (`devices_per_chip`), "chip" means a device throughout, which
-  has half of the memory.
+  "Chip" means a JAX device, which is half a chip where `devices_per_chip` is 2. Memory is in GiB,
+  times are in seconds.
 
   Attributes:
-    config: the page.
-    topology: CHIP:SHAPE.
-    slices: pods of that topology, which the network of the data center connects.
-    chips: all of them.
-    devices_per_chip: 1 or 2.
-    mesh: axis -> size.
+    slices: the number of pods of the topology, connected by the network of the data center.
     tokens_per_step: of all chips: slots of packed rows, or patches.
-    packed_share: the expected share of them that hold a token.
-    hbm_parameters_gib: of the parameters, trained or not, and their averages.
-    hbm_optimizer_gib: of the optimizer's state.
-    hbm_activations_gib: of everything else, such as activations and gradients.
-    hbm_per_chip_gib: of the whole program.
-    hbm_limit_gib: of the chip.
-    fits: whether that suffices, with `topology.SPARE` left.
+    packed_share: the share of these slots that is expected to hold a token.
+    hbm_activations_gib: activations, gradients and all else but parameters and optimizer.
+    fits: whether the program leaves `program.SPARE_MEMORY` free.
     flops_per_chip: operations of the program.
-    model_flops_per_chip: operations of the model, without what is computed twice or for padding.
-    hbm_bytes_per_chip: traffic of the memory.
-    collective_bytes_per_chip: bytes that are sent to other chips.
-    collectives: kind -> those bytes.
-    compute_seconds: lower bound by operations.
-    memory_seconds: lower bound by memory traffic.
-    network_seconds: lower bound by network traffic, as if all of it stayed within a slice.
-    mfu_bound: upper bound of the model FLOP/s utilization.
-    compile_seconds: of the compiler.
+    model_flops_per_chip: operations that the model requires.
+    collectives: {kind of collective: bytes that a chip sends}.
+    network_seconds: as if all traffic stayed within a slice; traffic between slices takes longer.
+    mfu_bound: the model FLOP/s utilization, if the longest of the times were the time of a step.
   """
 
   config: str
@@ -79,49 +77,38 @@ class Report(NamedTuple):
   compile_seconds: float
 
 
-def run(config: ConfigDict, page: str, topology_name: str, slices: int, as_json: bool) -> None:
-  """Compiles the train step and prints what it needs.
-
-  Args:
-    config: as in `compile_step`.
-    page: as in `compile_step`.
-    topology_name: as in `compile_step`.
-    slices: as in `compile_step`.
-    as_json: one JSON object; otherwise a table.
-
-  Raises:
-    UserError: as `compile_step`.
-  """
-  report = compile_step(config, page, topology_name, slices)
+def run(config: ConfigDict, page: str, topology: str, slices: int, as_json: bool) -> None:
+  """Compiles the step and prints the report as a JSON object or as a table."""
+  report = compile_step(config, page, topology, slices)
   if as_json:
     print(json.dumps(report._asdict()))
     return
-  chips = topology.format_count(report.chips, report.devices_per_chip)
-  unit = 'a chip' if report.devices_per_chip == 1 else 'a device'
-  pods = f'{report.slices} x {report.topology}'
-  table = Table('', unit, title=f'{report.config} on {pods}: {chips}, mesh {report.mesh}')
-  for name, value in _table_rows(report):
-    table.add_row(name, value)
+  devices = format_device_count(report.chips, report.devices_per_chip)
+  title = f'{page} on {slices} x {topology}: {devices}, mesh {report.mesh}'
+  table = Table('', format_device(report.devices_per_chip), title=title)
+  for cells in table_rows(report):
+    table.add_row(*cells)
   Console().print(table)
 
 
-def _table_rows(report: Report) -> list[tuple[str, str]]:
-  """The rows of the table: (quantity, value)."""
-  collectives = []
-  for kind, size in sorted(report.collectives.items()):
-    collectives.append((f'GB of {kind}', f'{size / 1e9:,.2f}'))
+def table_rows(report: Report) -> list[tuple[str, str]]:
+  """The rows of the printed table: (label, formatted value)."""
+  memory = format_memory(report.hbm_per_chip_gib, report.hbm_limit_gib, report.fits)
+  tokens = (
+    f'{report.tokens_per_step:,}, of which {report.packed_share:.1%} are expected to be filled'
+  )
   network = f'{report.network_seconds:.3f}'
   if report.slices > 1:
     network += ', more where it crosses slices'
+  collectives = [
+    (f'GB of {kind}', f'{size / 1e9:,.2f}') for kind, size in sorted(report.collectives.items())
+  ]
   return [
     ('parameters, GiB', f'{report.hbm_parameters_gib:.2f}'),
     ('optimizer, GiB', f'{report.hbm_optimizer_gib:.2f}'),
     ('activations and gradients, GiB', f'{report.hbm_activations_gib:.2f}'),
-    ('memory, GiB', topology.memory_limit_note(report)),
-    (
-      'tokens a step, all chips',
-      f'{report.tokens_per_step:,}, of which {report.packed_share:.1%} are expected to be filled',
-    ),
+    ('memory, GiB', memory),
+    ('tokens a step, all chips', tokens),
     ('TFLOP of the program', f'{report.flops_per_chip / 1e12:,.1f}'),
     ('TFLOP of the model', f'{report.model_flops_per_chip / 1e12:,.1f}'),
     ('GB to and from HBM', f'{report.hbm_bytes_per_chip / 1e9:,.1f}'),
@@ -134,61 +121,61 @@ def _table_rows(report: Report) -> list[tuple[str, str]]:
   ]
 
 
-def compile_step(config: ConfigDict, page: str, topology_name: str, slices: int = 1) -> Report:
+def compile_step(config: ConfigDict, page: str, topology: str, slices: int = 1) -> Report:
   """Compiles the train step of a config.
 
   Args:
     config: a page of `configs/`.
     page: its name, for the report.
-    topology_name: CHIP:SHAPE, such as 'v5e:16x16'.
-    slices: the number of such pods.
+    topology: CHIP:SHAPE, such as 'v5e:16x16'.
+    slices: the number of pods of that topology.
 
   Raises:
-    UserError: the chip or topology does not exist, libtpu is missing, or the config does not fit.
+    UserError: as in `pod_devices` and `compile_for`, or the config is invalid.
   """
-  chip, devices = topology.pod_devices(topology_name, slices)
+  chip, devices = pod_devices(topology, slices)
   check_values(config)
   mesh = sharding.make_mesh(config.to_dict()['mesh'], devices)
   run = resolve_abstract(config, mesh)
   step, inputs = abstract_step(run)
-  program = topology.compile_on(topology_name, mesh, step, *inputs)
+  program = compile_for(topology, mesh, step, *inputs)
 
   state, frozen, _ = inputs
-  parameters = topology.bytes_per_chip((state.params, state.ema, state.state, frozen))
-  optimizer = topology.bytes_per_chip(state.opt_state)
+  parameter_bytes = bytes_per_device((state.params, state.ema, state.state, frozen))
+  optimizer_bytes = bytes_per_device(state.opt_state)
   packed_share = flops.expected_share(run)
   model_flops = flops.step_flops(run).at(packed_share) / mesh.size
-  bounds = topology.roofline(program.cost, chip)
+  times = roofline_times(program.cost, chip)
   return Report(
     config=page,
-    topology=topology_name,
+    topology=topology,
     slices=slices,
     chips=mesh.size,
-    devices_per_chip=topology.devices_per_chip(topology_name),
+    devices_per_chip=devices_per_chip(topology),
     mesh=dict(mesh.shape),
     tokens_per_step=run.tokens_per_step,
     packed_share=packed_share,
-    hbm_parameters_gib=parameters / GIB,
-    hbm_optimizer_gib=optimizer / GIB,
-    hbm_activations_gib=(program.hbm_bytes - parameters - optimizer) / GIB,
+    hbm_parameters_gib=parameter_bytes / GIB,
+    hbm_optimizer_gib=optimizer_bytes / GIB,
+    hbm_activations_gib=(program.hbm_bytes - parameter_bytes - optimizer_bytes) / GIB,
     hbm_per_chip_gib=program.hbm_bytes / GIB,
     hbm_limit_gib=chip.hbm_gib,
     fits=program.fits(chip),
     flops_per_chip=program.cost.flops,
     model_flops_per_chip=model_flops,
-    hbm_bytes_per_chip=program.cost.bytes,
-    collective_bytes_per_chip=topology.bytes_sent(program.cost),
-    collectives=dict(program.cost.network),
-    compute_seconds=bounds.compute,
-    memory_seconds=bounds.memory,
-    network_seconds=bounds.network,
-    mfu_bound=model_flops / (chip.tflops * 1e12 * max(bounds)),
+    hbm_bytes_per_chip=program.cost.hbm_bytes,
+    collective_bytes_per_chip=program.cost.sent_bytes,
+    collectives=program.cost.collective_bytes,
+    compute_seconds=times.compute,
+    memory_seconds=times.memory,
+    network_seconds=times.network,
+    mfu_bound=model_flops / (chip.tflops * 1e12 * max(times)),
     compile_seconds=program.compile_seconds,
   )
 
 
 def abstract_step(run: Run) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-  """The train step of a run, whose devices need not be here.
+  """The train step of a run for devices that the machine may not have.
 
   Returns:
     (the step, its inputs as ShapeDtypeStructs with their shardings).
@@ -200,14 +187,8 @@ def abstract_step(run: Run) -> tuple[Callable[..., Any], tuple[Any, ...]]:
   frozen = {name: loaded[name] for name in run.stage.modules.needs}
   batch_sharding = NamedSharding(run.mesh, sharding.BATCH)
   inputs = (
-    _with_shardings(state, shardings),
-    _with_shardings(frozen, sharding.shardings(frozen, run.mesh)),
-    _with_shardings(batch, dict.fromkeys(batch, batch_sharding)),
+    with_shardings(state, shardings),
+    with_shardings(frozen, sharding.shardings(frozen, run.mesh)),
+    with_shardings(batch, dict.fromkeys(batch, batch_sharding)),
   )
   return make_train_step(run, tx, shardings), inputs
-
-
-def _with_shardings(tree: Any, shardings: Any) -> Any:
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
-  )
