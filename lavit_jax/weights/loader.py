@@ -3,7 +3,7 @@
 A module is read when it is first used. Each leaf is checked against the variant, converted to the
 compute dtype and put onto the mesh as it is read. The language model is read one layer of a leaf at
 a time, because the inference programs take its layers apart (models/llama.py), and its matrices are
-quantized on the way if `weights` says so. The device never holds more than the result and the piece
+quantized on the way if that is requested. The device never holds more than the result and the piece
 that is being read.
 """
 
@@ -123,29 +123,29 @@ class LazyParams:
   `layers_0` and so on, in place of one stack.
 
   Args:
-    model: the modules that the parameters belong to.
+    modules: what the parameters belong to.
     checkpoint: where they are read; or {module name: tree}, whose leaves are copied.
-    weights: 'int8' quantizes the matrices of the language model; None does not.
+    weights_dtype: 'int8' quantizes the matrices of the language model; None does not.
     mesh: the devices that hold the parameters (sharding.py); None is the first device.
   """
 
   def __init__(
     self,
-    model: lavit.LavitModules,
+    modules: lavit.LavitModules,
     checkpoint: CheckpointInfo | Mapping[str, Any],
-    weights: str | None = None,
+    weights_dtype: str | None = None,
     mesh: Mesh | None = None,
   ):
     self.mesh = mesh
-    self.max_length = model.llama.longest  # tokens of a prompt and its answer together
-    self._model = model
-    self._weights = weights
+    self.max_length = modules.llama.longest  # tokens of a prompt and its answer together
+    self._modules = modules
+    self._weights_dtype = weights_dtype
     self._params: dict[str, Any] = {}
     if isinstance(checkpoint, CheckpointInfo):
-      self._modules = checkpoint.modules
+      self._available = checkpoint.modules
       self._open = checkpoint.open
     else:
-      self._modules = frozenset(checkpoint)
+      self._available = frozenset(checkpoint)
       self._open = functools.partial(_open_tree, checkpoint)
 
   @property
@@ -155,11 +155,11 @@ class LazyParams:
 
   def scheduler(self, prefix: str) -> Scheduler:
     """The noise schedule of a U-Net, by the prefix of its module name: '' or 'highres_'."""
-    return getattr(self._model, f'{prefix}scheduler')
+    return getattr(self._modules, f'{prefix}scheduler')
 
   def __contains__(self, name: str) -> bool:
     """Whether the checkpoint holds a module, read or not."""
-    return _module_of(name) in self._modules
+    return _module_of(name) in self._available
 
   def __getitem__(self, name: str) -> Any:
     """Returns the parameters of a module, and reads them if this is their first use.
@@ -197,7 +197,7 @@ class LazyParams:
     return flatten(self._params[other])[CODEBOOK_LEAF]
 
   def _dtype(self, module: str) -> str:
-    return 'float32' if module in FLOAT32_MODULES else jnp.dtype(self._model.vit.dtype).name
+    return 'float32' if module in FLOAT32_MODULES else jnp.dtype(self._modules.vit.dtype).name
 
   def _shardings(self, module: str, structs: Mapping[str, Any]) -> dict[str, NamedSharding]:
     """The sharding of each leaf; {} without a mesh."""
@@ -221,16 +221,16 @@ class LazyParams:
   def _finish(self, module: str, path: str, leaf: Any) -> Any:
     """Moves a leaf to the device and quantizes it where required."""
     array = jnp.asarray(leaf)
-    if module == 'llama' and self._weights == 'int8':
+    if module == 'llama' and self._weights_dtype == 'int8':
       array = quantize_weight(path.rsplit('/', 1)[-1], array)
     return jax.block_until_ready(array)  # before the next leaf is read, to bound memory
 
   def _check(self, module: str, structs: Mapping[str, Any]) -> None:
     """Compares shapes with those of the variant; raises UserError where they differ."""
-    model_structs = jax.eval_shape(lambda: init_params(self._model, jax.random.key(0), (module,)))
+    model_structs = jax.eval_shape(lambda: init_params(self._modules, jax.random.key(0), (module,)))
     expected = {path: leaf.shape for path, leaf in flatten(model_structs[module]).items()}
     actual = {path: leaf.shape for path, leaf in structs.items()}
-    optional = optional_leaves(self._model, module)
+    optional = optional_leaves(self._modules, module)
     mismatches = []
     for path in sorted(expected.keys() | actual.keys()):
       if path not in actual and path in optional:
@@ -244,7 +244,7 @@ class LazyParams:
     if len(mismatches) > MAX_MISMATCHES:
       listed += f' and {len(mismatches) - MAX_MISMATCHES} more'
     raise UserError(
-      f'the weights of {module} are not of variant {self._model.variant!r}, '
+      f'the weights of {module} are not of variant {self._modules.variant!r}, '
       f'export the checkpoint again; {listed}'
     )
 

@@ -1,4 +1,4 @@
-"""Parts of a checkpoint as they come: what is in memory meanwhile, what a folder says beside its weights."""
+"""Parameters of a checkpoint, loaded lazily: the memory meanwhile, and the descriptions beside."""
 
 import json
 import pathlib
@@ -15,93 +15,90 @@ from lavit_jax.models import lavit
 from lavit_jax.models.int8 import quantize_weights
 from lavit_jax.models.llama import unstack_layers
 from lavit_jax.models.noise_schedule import Scheduler
-from lavit_jax.porting import from_torch
-from lavit_jax.weights import loader
 from lavit_jax.weights.loader import CheckpointInfo, LazyParams, open_checkpoint
-from lavit_jax.weights.store.arrays import ParameterSource
+from lavit_jax.weights.store.arrays import ParameterSource, flatten
 from lavit_jax.weights.store.folder import load_params, open_params
 from lavit_jax.weights.torch import convert
-from lavit_jax.weights.torch.api import open_torch
+from lavit_jax.weights.torch.api import from_torch, open_torch
 
 TINY = pathlib.Path(lavit.__file__).parents[1] / 'assets' / 'tiny'
-PUBLISHED = json.loads(
-  (TINY / 'pixel_decoding' / 'scheduler' / 'scheduler_config.json').read_text()
-)
+SCHEDULER_FILE = pathlib.Path('pixel_decoding', 'scheduler', 'scheduler_config.json')
 
 
 @pytest.fixture(scope='module')
-def ours(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('ours') / 'tiny'
+def converted(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('converted') / 'tiny'
   convert.plan_conversion(TINY, folder).run(lambda size: None)
   return folder
 
 
-def live() -> int:
+def live_bytes() -> int:
   return sum(x.nbytes for x in jax.live_arrays())
 
 
-@pytest.mark.parametrize('weights', [None, 'int8'])
+@pytest.mark.parametrize('weights_dtype', [None, 'int8'])
 @pytest.mark.parametrize('mesh', [None, dict(data=1)])
-def test_no_more_than_the_result_and_a_layer_is_on_the_device(tiny_parts, weights, mesh):
-  model, most, flat = (
-    lavit.build('tiny', 'bfloat16'),
-    [],
-    loader.flatten(jax.tree.map(np.asarray, tiny_parts['llama'])),
-  )
-  before = live()
+def test_the_device_holds_the_result_and_one_layer(tiny_parts, weights_dtype, mesh):
+  modules = lavit.build('tiny', 'bfloat16')
+  flat = flatten(jax.tree.map(np.asarray, tiny_parts['llama']))
+  memory = []  # at each read
+  before = live_bytes()
 
-  def read(path, row=None, place=None):
-    most.append(live() - before)  # what there is when the next piece is asked for
-    array = (flat[path] if row is None else flat[path][row]).astype(jnp.bfloat16)
-    return array if place is None else jax.device_put(array, place)
+  def read(path, index=None, sharding=None):
+    memory.append(live_bytes() - before)
+    array = (flat[path] if index is None else flat[path][index]).astype(jnp.bfloat16)
+    return array if sharding is None else jax.device_put(array, sharding)
 
   structs = {path: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for path, x in flat.items()}
   checkpoint = CheckpointInfo(
-    'tiny',
-    None,
-    {'llama'},
-    lambda part, dtype: ParameterSource(structs, read),
-    lambda prefix: Scheduler(),
+    variant='tiny',
+    tokenizer_folder=TINY / 'language_model',
+    modules=frozenset({'llama'}),
+    open=lambda module, dtype: ParameterSource(structs, read),
+    settings={},
   )
   mesh = mesh and jax.make_mesh((1, 1, 1), ('data', 'fsdp', 'tensor'))
-  found = LazyParams(model, checkpoint, weights, mesh)['llama']
-  result = sum(x.nbytes for x in jax.tree.leaves(found))
-  assert len(most) == sum(
-    x.shape[0] if path.startswith('layers/') else 1 for path, x in flat.items()
-  )
-  assert max(most) <= result and live() - before == result
-  want = unstack_layers(jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), tiny_parts['llama']))
-  want = quantize_weights(want) if weights else want
-  assert jax.tree.structure(found) == jax.tree.structure(want)
-  jax.tree.map(np.testing.assert_array_equal, found, want)
+  loaded = LazyParams(modules, checkpoint, weights_dtype, mesh)['llama']
+  result_bytes = sum(x.nbytes for x in jax.tree.leaves(loaded))
+  reads = [x.shape[0] if path.startswith('layers/') else 1 for path, x in flat.items()]
+  assert len(memory) == sum(reads)
+  assert max(memory) <= result_bytes and live_bytes() - before == result_bytes
+  params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), tiny_parts['llama'])
+  expected = unstack_layers(params)
+  if weights_dtype:
+    expected = quantize_weights(expected)
+  assert jax.tree.structure(loaded) == jax.tree.structure(expected)
+  jax.tree.map(np.testing.assert_array_equal, loaded, expected)
 
 
-@pytest.mark.parametrize('name', ['llama', 'unet'])
-def test_rows_are_those_of_the_whole(ours, name):
-  whole = loader.flatten(load_params(ours, [name], dtype='bfloat16')[name])
-  again = loader.flatten(from_torch(TINY, name, variant='tiny', dtype='bfloat16'))
-  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+@pytest.mark.parametrize('module', ['llama', 'unet'])
+def test_layers_are_those_of_the_whole_leaf(converted, module):
+  whole = flatten(load_params(converted, [module], dtype='bfloat16')[module])
+  from_source = flatten(from_torch(TINY, module, variant='tiny', dtype='bfloat16'))
+  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   for source in (
-    open_params(ours, name, 'bfloat16'),
-    open_torch(TINY, name, variant='tiny', dtype='bfloat16'),
+    open_params(converted, module, 'bfloat16'),
+    open_torch(TINY, module, variant='tiny', dtype='bfloat16'),
   ):
-    assert source.structs.keys() == whole.keys() == again.keys()
+    assert source.structs.keys() == whole.keys() == from_source.keys()
     for path, x in whole.items():
-      np.testing.assert_array_equal(again[path], x)
+      np.testing.assert_array_equal(from_source[path], x)
       assert source.structs[path].shape == x.shape and source.structs[path].dtype == x.dtype
       if path.startswith('layers/'):
-        for i in (2, 0, 3, 1):
-          np.testing.assert_array_equal(source.read(path, i), x[i])
-          np.testing.assert_array_equal(source.read(path, i, place), x[i])
+        for layer in (2, 0, 3, 1):
+          np.testing.assert_array_equal(source.read(path, layer), x[layer])
+          np.testing.assert_array_equal(source.read(path, layer, sharding), x[layer])
 
 
-def test_a_damaged_layer_is_named(ours, tmp_path):
-  folder = shutil.copytree(ours, tmp_path / 'tiny')
+def test_a_damaged_layer_is_named(converted, tmp_path):
+  folder = shutil.copytree(converted, tmp_path / 'tiny')
   kernel = load_params(folder, ['llama'], dtype=None)['llama']['layers']['mlp']['up']['kernel']
   for data in (folder / 'parts' / 'llama').rglob('*/d/*'):
     content = data.read_bytes()
-    if (at := content.find(kernel[1].tobytes())) >= 0:
-      data.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    position = content.find(kernel[1].tobytes())
+    if position >= 0:
+      flipped = bytes([content[position] ^ 1])
+      data.write_bytes(content[:position] + flipped + content[position + 1 :])
   with pytest.raises(
     UserError,
     match='llama is truncated or damaged .the checksum of layers/mlp/up/kernel is another',
@@ -109,53 +106,48 @@ def test_a_damaged_layer_is_named(ours, tmp_path):
     Lavit.from_pretrained(folder).generate(['an owl'], num_inference_steps=1)
 
 
-def test_the_length_of_a_prompt_is_the_checkpoints(ours, tiny_folder, tmp_path):
-  for folder in (TINY, ours, tiny_folder):
-    found = open_checkpoint(folder, None)
-    assert (
-      lavit.build('tiny', settings=found.settings).llama.max_position_embeddings == 4096
-    )  # said, said, and the variant's own
-  theirs = tmp_path / 'theirs'
-  shutil.copytree(TINY, theirs)
-  config = json.loads((theirs / 'language_model' / 'config.json').read_text())
-  for value, length in ((300, 300), (1000, 1000)):
-    (theirs / 'language_model' / 'config.json').write_text(
-      json.dumps(config | {'max_position_embeddings': value})
-    )
+def test_the_longest_prompt_is_the_checkpoints(converted, tiny_folder, tmp_path):
+  # From its config, from its settings, and from the variant.
+  for folder in (TINY, converted, tiny_folder):
+    settings = open_checkpoint(folder).settings
+    assert lavit.build('tiny', settings=settings).llama.max_position_embeddings == 4096
+  edited = shutil.copytree(TINY, tmp_path / 'edited')
+  config_file = edited / 'language_model' / 'config.json'
+  config = json.loads(config_file.read_text())
+  for length in (300, 1000):
+    config_file.write_text(json.dumps(config | {'max_position_embeddings': length}))
     with pytest.raises(UserError, match=f'prompt is .* tokens long; shorten it to {length - 50}'):
-      Lavit.from_pretrained(theirs).generate(['owl ' * 3000], num_inference_steps=1)
+      Lavit.from_pretrained(edited).generate(['owl ' * 3000], num_inference_steps=1)
 
 
 @pytest.mark.slow
-def test_the_scheduler_is_the_folders(ours, tmp_path):
-  theirs = shutil.copytree(TINY, tmp_path / 'theirs')
-  file = theirs / 'pixel_decoding' / 'scheduler' / 'scheduler_config.json'
+def test_the_scheduler_is_the_checkpoints(converted, tmp_path):
   codes = [np.arange(30)]
-  plain = Lavit.from_pretrained(theirs).decode_images(codes, num_inference_steps=2)
+
+  def images(folder):
+    return Lavit.from_pretrained(folder).decode_images(codes, num_inference_steps=2)
+
+  edited = shutil.copytree(TINY, tmp_path / 'edited')
+  plain = images(edited)
   settings = dict(
     prediction_type='v_prediction',
     timestep_spacing='trailing',
     rescale_betas_zero_snr=True,
     clip_sample=True,
   )
-  file.write_text(json.dumps(PUBLISHED | settings))
-  assert open_checkpoint(theirs, None).settings == dict(scheduler=settings)
-  other = Lavit.from_pretrained(theirs).decode_images(codes, num_inference_steps=2)
-  assert (other != plain).any()
-  convert.plan_conversion(theirs, tmp_path / 'other').run(lambda size: None)
-  np.testing.assert_array_equal(
-    Lavit.from_pretrained(tmp_path / 'other').decode_images(codes, num_inference_steps=2), other
-  )
-  np.testing.assert_array_equal(
-    Lavit.from_pretrained(ours).decode_images(codes, num_inference_steps=2), plain
-  )
-  config = json.loads((tmp_path / 'other' / 'config.json').read_text())
+  published = json.loads((TINY / SCHEDULER_FILE).read_text())
+  (edited / SCHEDULER_FILE).write_text(json.dumps(published | settings))
+  assert open_checkpoint(edited).settings == dict(scheduler=settings)
+  changed = images(edited)
+  assert (changed != plain).any()
+  again = tmp_path / 'again'
+  convert.plan_conversion(edited, again).run(lambda size: None)
+  np.testing.assert_array_equal(images(again), changed)
+  np.testing.assert_array_equal(images(converted), plain)
+  # A folder from before there were settings.
+  config = json.loads((again / 'config.json').read_text())
   assert config.pop('settings') == dict(scheduler=settings)
-  (tmp_path / 'other' / 'config.json').write_text(
-    json.dumps(config)
-  )  # as it was before there were settings
-  assert Lavit.from_pretrained(tmp_path / 'other').model.scheduler == Scheduler(**settings)
-  file.unlink()
-  np.testing.assert_array_equal(
-    Lavit.from_pretrained(theirs).decode_images(codes, num_inference_steps=2), plain
-  )
+  (again / 'config.json').write_text(json.dumps(config))
+  assert Lavit.from_pretrained(again).modules.scheduler == Scheduler(**settings)
+  (edited / SCHEDULER_FILE).unlink()
+  np.testing.assert_array_equal(images(edited), plain)
