@@ -290,7 +290,9 @@ def test_samples_of_a_prompt_share_its_prefill(params, embed, cache_dtype):
 
 
 def test_early_stopping_is_checked(params, captions):
-  with pytest.raises(ValueError, match="early_stopping must be True, False or 'never', not 'always'"):
+  with pytest.raises(
+    ValueError, match="early_stopping must be True, False or 'never', not 'always'"
+  ):
     beam_search(LLAMA, params, *captions, num_beams=2, early_stopping='always', **CAPTION)
 
 
