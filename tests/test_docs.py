@@ -85,11 +85,9 @@ def test_named_folders_exist(name):
 def test_imports_point_one_way():
   """As docs/architecture.md says, from right to left of the line with `<`."""
   line = re.search(r'^    (sharding <.*)$', (ROOT / 'docs/architecture.md').read_text(), re.M)[1]
-  levels = {
-    folder: level
-    for level, folders in enumerate(line.split(' < '))
-    for folder in folders.split(', ')
-  }
+  levels = {}
+  for level, folders in enumerate(line.split(' < ')):
+    levels |= dict.fromkeys(folders.split(', '), level)
   for folder, level in levels.items():
     path = ROOT / 'lavit_jax' / folder
     for file in path.rglob('*.py') if path.is_dir() else [path.with_suffix('.py')]:
@@ -99,7 +97,10 @@ def test_imports_point_one_way():
 
 
 def exists(path: str) -> bool:
-  return any(any(base.glob(path.rstrip('/'))) for base in (ROOT, ROOT / 'lavit_jax'))
+  for base in (ROOT, ROOT / 'lavit_jax'):
+    if any(base.glob(path.rstrip('/'))):
+      return True
+  return False
 
 
 def test_api_page_names_modules():

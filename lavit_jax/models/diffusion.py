@@ -278,8 +278,8 @@ def guided_denoiser(
     if not rescale:
       return guided
     axes = tuple(range(1, guided.ndim))
-    ratio = conditional.std(axes, keepdims=True) / guided.std(axes, keepdims=True)
-    return guided * (1 - rescale + rescale * ratio)
+    deviation = conditional.std(axes, keepdims=True)
+    return guided * (1 - rescale + rescale * deviation / guided.std(axes, keepdims=True))
 
   return predict
 

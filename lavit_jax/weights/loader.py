@@ -56,11 +56,6 @@ class CheckpointInfo(NamedTuple):
   open: Callable[..., ParameterSource]
   settings: Mapping[str, Mapping[str, Any]]
 
-  @property
-  def words(self) -> pathlib.Path:
-    """The former name of `tokenizer_folder`."""
-    return self.tokenizer_folder
-
 
 def open_checkpoint(folder: str | os.PathLike, variant: str | None = None) -> CheckpointInfo:
   """Recognizes a checkpoint folder and reads its descriptions.

@@ -1,4 +1,4 @@
-"""Decoding against golden sequences, transformers' beam search and a plain loop without a cache."""
+"""Decoding against golden sequences, transformers' beam search and a loop without a cache."""
 
 import functools
 import json
@@ -20,7 +20,8 @@ from lavit_jax.weights.torch.names_llama import llama_rules
 FOLDER = pathlib.Path(__file__).parents[1] / 'data/golden'
 SIZES = json.loads((FOLDER / 'language_model.json').read_text())
 GOLDEN = np.load(FOLDER / 'language_model_io.npz')
-IMG, END = SIZES['image_start_id'], SIZES['image_end_id']
+IMG = SIZES['image_start_id']
+END = SIZES['image_end_id']
 LLAMA = Llama(
   vocab_size=SIZES['vocab_size'],
   hidden_size=SIZES['hidden_size'],
@@ -75,7 +76,7 @@ def assert_ids(out, expected, eos_id=SIZES['eos_id']):
   expected = np.atleast_2d(expected)
   np.testing.assert_array_equal(out.ids[:, : expected.shape[1]], expected)
   assert (out.ids[:, expected.shape[1] :] == 2).all()
-  for row, length in zip(np.asarray(out.ids), np.asarray(out.lengths)):
+  for row, length in zip(np.asarray(out.ids), np.asarray(out.lengths), strict=True):
     assert length == len(row) or (row[length - 1] == eos_id and (row[length:] == 2).all())
     assert eos_id not in row[: length - 1]
 
@@ -140,7 +141,7 @@ def test_guidance_needs_both_prompts(params, captions):
 
 
 def test_greedy_equals_a_loop_without_a_cache(params, embed):
-  """And its scores are the log-probabilities of the full forward; padding and batch neighbours change nothing."""
+  """Its scores are the log-probabilities of the full forward pass, whatever padding and batch."""
   prompts = [[[1, 7, 9]], [[1, 30, 31, 32, 33, 34, 35]]]
   out = generate(LLAMA, params, *embed_prompts(prompts, embed)[:2], max_new_tokens=6, eos_id=-1)
 
@@ -153,13 +154,13 @@ def test_greedy_equals_a_loop_without_a_cache(params, embed):
     return jax.nn.log_softmax(LLAMA.apply({'params': params}, hidden, method='logits'))[0]
 
   for row, (prompt,) in enumerate(prompts):
-    ids, score = (
-      jnp.zeros((1, 16), jnp.int32).at[0, : len(prompt)].set(jnp.array(prompt)),
-      0.0,
-    )  # causal: what follows is unseen
+    ids = jnp.zeros((1, 16), jnp.int32)  # attention is causal, so the rest does not matter
+    ids = ids.at[0, : len(prompt)].set(jnp.array(prompt))
+    score = 0.0
     for n in range(len(prompt), len(prompt) + 6):
       last = log_probs(ids)[n - 1]
-      ids, score = ids.at[0, n].set(last.argmax()), score + last.max()
+      ids = ids.at[0, n].set(last.argmax())
+      score += last.max()
     np.testing.assert_array_equal(out.ids[row], ids[0, len(prompt) : len(prompt) + 6])
     np.testing.assert_allclose(out.scores[row], score, atol=1e-4)
 
@@ -167,7 +168,8 @@ def test_greedy_equals_a_loop_without_a_cache(params, embed):
 @pytest.fixture(scope='module')
 def peer():
   """transformers' model of the golden weights."""
-  torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
+  torch = pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
   config = transformers.LlamaConfig(
     vocab_size=LLAMA.vocab_size,
     hidden_size=LLAMA.hidden_size,
@@ -177,9 +179,8 @@ def peer():
     rms_norm_eps=LLAMA.rms_norm_eps,
   )
   model = transformers.LlamaForCausalLM(config).eval()
-  model.load_state_dict(
-    {k: torch.from_numpy(v) for k, v in load_file(FOLDER / 'language_model.safetensors').items()}
-  )
+  state = load_file(FOLDER / 'language_model.safetensors')
+  model.load_state_dict({name: torch.from_numpy(array) for name, array in state.items()})
   return model
 
 
@@ -190,10 +191,13 @@ def peer():
 def test_beam_search_equals_transformers(
   params, embed, peer, early_stopping, num_beams, length_penalty, min_new_tokens
 ):
-  """Sequences and scores of eight prompts, with a word as eos that comes up often. In the last case early stopping matters."""
+  """Sequences and scores of eight prompts; a frequent token is eos.
+
+  In the last case early stopping matters.
+  """
   torch = pytest.importorskip('torch')
-  r = np.random.default_rng(5)
-  prompts = [[r.integers(3, 100, r.integers(1, 9))] for _ in range(8)]
+  rng = np.random.default_rng(5)
+  prompts = [[rng.integers(3, 100, rng.integers(1, 9))] for _ in range(8)]
   embeddings, mask, _ = embed_prompts(prompts, embed, multiple=8)
   settings = dict(
     num_beams=num_beams,
@@ -201,8 +205,9 @@ def test_beam_search_equals_transformers(
     early_stopping=early_stopping,
     min_new_tokens=min_new_tokens,
   )
-  eos_id, suppressed = 44, np.r_[0:3, 100:230]
-  ours = beam_search(
+  eos_id = 44
+  suppressed = np.r_[0:3, 100:230]
+  out = beam_search(
     LLAMA,
     params,
     embeddings,
@@ -213,7 +218,7 @@ def test_beam_search_equals_transformers(
     **settings,
   )
   with torch.no_grad():
-    theirs = peer.generate(
+    expected = peer.generate(
       inputs_embeds=torch.from_numpy(np.array(embeddings)),
       attention_mask=torch.from_numpy(np.array(mask)).long(),
       max_new_tokens=12,
@@ -225,18 +230,15 @@ def test_beam_search_equals_transformers(
       output_scores=True,
       **settings,
     )
-  assert_ids(ours, theirs.sequences.numpy(), eos_id)
-  np.testing.assert_allclose(ours.scores, theirs.sequences_scores.numpy(), atol=1e-4)
-  assert (np.asarray(ours.lengths) < 12).any() == (
-    early_stopping or length_penalty <= 1
-  )  # some stop early, or this shows little
+  assert_ids(out, expected.sequences.numpy(), eos_id)
+  np.testing.assert_allclose(out.scores, expected.sequences_scores.numpy(), atol=1e-4)
+  # Some stop early, or this shows little.
+  assert (np.asarray(out.lengths) < 12).any() == (early_stopping or length_penalty <= 1)
 
 
 def test_one_beam_is_greedy(params, captions):
-  greedy, beam = (
-    generate(LLAMA, params, *captions, **CAPTION),
-    beam_search(LLAMA, params, *captions, num_beams=1, **CAPTION),
-  )
+  greedy = generate(LLAMA, params, *captions, **CAPTION)
+  beam = beam_search(LLAMA, params, *captions, num_beams=1, **CAPTION)
   np.testing.assert_array_equal(beam.ids, greedy.ids)
 
 
@@ -259,7 +261,7 @@ def test_sampled_rows_depend_on_their_own_key_only(params, embed):
 
 @pytest.mark.parametrize('cache_dtype', [None, 'int8'])
 def test_samples_of_a_prompt_share_its_prefill(params, embed, cache_dtype):
-  """The result is that of the prompt repeated, under guidance too."""
+  """The result is that of repeated prompts, also under guidance."""
   embeddings, mask, _ = embed_prompts([[[1, 7, 9]], [[1, 30, 31, 32, 33]], [[IMG]], [[IMG]]], embed)
   sample = functools.partial(
     generate,
@@ -281,7 +283,8 @@ def test_samples_of_a_prompt_share_its_prefill(params, embed, cache_dtype):
     uncond_mask=mask[2:],
     num_return_sequences=3,
   )
-  embeddings, mask = jnp.repeat(embeddings, 3, axis=0), jnp.repeat(mask, 3, axis=0)
+  embeddings = jnp.repeat(embeddings, 3, axis=0)
+  mask = jnp.repeat(mask, 3, axis=0)
   repeated = sample(
     embeddings[:6], mask[:6], uncond_embeddings=embeddings[6:], uncond_mask=mask[6:]
   )
@@ -290,9 +293,8 @@ def test_samples_of_a_prompt_share_its_prefill(params, embed, cache_dtype):
 
 
 def test_early_stopping_is_checked(params, captions):
-  with pytest.raises(
-    ValueError, match="early_stopping must be True, False or 'never', not 'always'"
-  ):
+  message = "early_stopping must be True, False or 'never', not 'always'"
+  with pytest.raises(ValueError, match=message):
     beam_search(LLAMA, params, *captions, num_beams=2, early_stopping='always', **CAPTION)
 
 
@@ -315,7 +317,7 @@ def test_settings_do_not_recompile(params, captions):
 
 
 def test_finished_rows_are_padded_and_stop_the_loop(params, captions):
-  """With everything but eos forbidden, eos comes at the first moment allowed, and pad_id fills the rest."""
+  """If all ids but eos are suppressed, eos comes first, and pad_id fills the rest."""
   out = generate(LLAMA, params, *captions, max_new_tokens=6, eos_id=2, pad_id=77, suppress=IDS != 2)
   np.testing.assert_array_equal(out.ids, [[2, 77, 77, 77, 77, 77]] * 2)
   np.testing.assert_array_equal(out.lengths, [1, 1])
@@ -327,4 +329,5 @@ def test_bfloat16_decodes(params, captions):
     generate(llama, params, *captions, **CAPTION),
     beam_search(llama, params, *captions, num_beams=2, **CAPTION),
   ):
-    assert jnp.isfinite(out.scores).all() and not VISUAL[out.ids].any()
+    assert jnp.isfinite(out.scores).all()
+    assert not VISUAL[out.ids].any()

@@ -1,4 +1,4 @@
-"""Decoding against transformers' `generate` on a random LLaMA: the same tokens over a grid of settings."""
+"""Decoding against transformers' `generate` on a random LLaMA, over a grid of options."""
 
 import itertools
 
@@ -15,17 +15,22 @@ from lavit_jax.models.sequence import embed_prompts
 from lavit_jax.weights.torch import mapping
 from lavit_jax.weights.torch.names_llama import llama_rules
 
-torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
+torch = pytest.importorskip('torch')
+transformers = pytest.importorskip('transformers')
 
 LLAMA = Llama(
   vocab_size=60, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48
 )
-EOS, NEW = 44, 12
+EOS = 44
+NEW = 12  # most new tokens
 
 
 @pytest.fixture(scope='module')
 def both():
-  """Our parameters, transformers' model, and seven left-padded prompts as embeddings and mask. Logits spread enough for no two scores to tie."""
+  """Parameters, transformers' model, and seven left-padded prompts as embeddings and mask.
+
+  The logits spread so far that no two scores are equal.
+  """
   config = transformers.LlamaConfig(
     vocab_size=60,
     hidden_size=32,
@@ -42,21 +47,22 @@ def both():
   with torch.no_grad():
     for p in peer.parameters():
       p += 0.25 * torch.randn(p.shape)
-  example = jnp.zeros((1, 2, 32)), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 1, 2, 2), bool)
+  embeddings = jnp.zeros((1, 2, 32))
+  positions = jnp.zeros((1, 2), jnp.int32)
+  example = (embeddings, positions, jnp.ones((1, 1, 2, 2), bool))
   like = jax.eval_shape(LLAMA.init, jax.random.key(0), *example)['params']
-  params = mapping.from_torch(
-    llama_rules(), {k: v.numpy() for k, v in peer.state_dict().items()}, like
-  )
+  state = {name: tensor.numpy() for name, tensor in peer.state_dict().items()}
+  params = mapping.from_torch(llama_rules(), state, like)
   params = unroll_layers(LLAMA, jax.tree.map(jnp.asarray, params))[1]
-  r = np.random.default_rng(1)
-  prompts = [[r.integers(3, 60, r.integers(1, 9))] for _ in range(7)]
+  rng = np.random.default_rng(1)
+  prompts = [[rng.integers(3, 60, rng.integers(1, 9))] for _ in range(7)]
   embeddings, mask, _ = embed_prompts(
     prompts, lambda ids: LLAMA.apply({'params': params}, ids, method='embed'), multiple=8
   )
   return params, peer, embeddings, mask
 
 
-def theirs(peer, embeddings, mask, **settings):
+def peer_generate(peer, embeddings, mask, **settings):
   with torch.no_grad():
     return peer.generate(
       inputs_embeds=torch.from_numpy(np.array(embeddings)),
@@ -81,26 +87,32 @@ def assert_same(ours, sequences):
 def test_greedy(both, minimum):
   params, peer, *prompts = both
   ours = generate(LLAMA, params, *prompts, max_new_tokens=NEW, min_new_tokens=minimum, eos_id=EOS)
-  assert_same(ours, theirs(peer, *prompts, min_new_tokens=minimum).sequences.numpy())
+  assert_same(ours, peer_generate(peer, *prompts, min_new_tokens=minimum).sequences.numpy())
   assert (ours.lengths < NEW).any()
 
 
 def unpadded(embeddings, mask):
-  """Prompts cut to full ones: of embeddings without ids, transformers takes padding off the new tokens that its penalty counts."""
-  return embeddings[:, -3:][mask[:, -3:].all(1)], mask[:, -3:][mask[:, -3:].all(1)]
+  """The last three slots of the prompts that fill them.
+
+  For embeddings without ids, transformers subtracts the padding from the new tokens that its
+  penalty counts.
+  """
+  full = mask[:, -3:].all(1)
+  return embeddings[:, -3:][full], mask[:, -3:][full]
 
 
-def test_greedy_that_repeats_less_or_more(both):
+def test_greedy_with_a_repetition_penalty(both):
   params, peer, *prompts = both
   prompts = unpadded(*prompts)
-  found = {}
+  ids = {}
   for penalty in (1.0, 1.3, 0.8):
     ours = generate(
       LLAMA, params, *prompts, max_new_tokens=NEW, eos_id=EOS, repetition_penalty=penalty
     )
-    assert_same(ours, theirs(peer, *prompts, repetition_penalty=penalty).sequences.numpy())
-    found[penalty] = np.asarray(ours.ids)
-  assert (found[1.3] != found[1.0]).any() and (found[0.8] != found[1.0]).any()
+    assert_same(ours, peer_generate(peer, *prompts, repetition_penalty=penalty).sequences.numpy())
+    ids[penalty] = np.asarray(ours.ids)
+  assert (ids[1.3] != ids[1.0]).any()
+  assert (ids[0.8] != ids[1.0]).any()
 
 
 @pytest.mark.parametrize(
@@ -109,7 +121,7 @@ def test_greedy_that_repeats_less_or_more(both):
 def test_beams(both, num_beams, early_stopping):
   params, peer, *prompts = both
   settings = dict(num_beams=num_beams, early_stopping=early_stopping)
-  found = []
+  ids = []
   for length_penalty in (0.0, 1.0, 2.0, -1.0):
     ours = beam_search(
       LLAMA,
@@ -120,12 +132,12 @@ def test_beams(both, num_beams, early_stopping):
       length_penalty=length_penalty,
       **settings,
     )
-    expected = theirs(peer, *prompts, length_penalty=length_penalty, **settings)
+    expected = peer_generate(peer, *prompts, length_penalty=length_penalty, **settings)
     assert_same(ours, expected.sequences.numpy())
     # rtol: with a negative penalty a score is a sum times a length
     np.testing.assert_allclose(ours.scores, expected.sequences_scores.numpy(), rtol=1e-5, atol=1e-4)
-    found.append(np.asarray(ours.ids))
-  assert any((one != found[0]).any() for one in found)  # the penalty matters
+    ids.append(np.asarray(ours.ids))
+  assert any((other != ids[0]).any() for other in ids)  # the penalty matters
 
 
 def test_the_best_beams(both):
@@ -133,13 +145,13 @@ def test_the_best_beams(both):
   ours = beam_search(
     LLAMA, params, *prompts, num_beams=4, num_return_sequences=3, max_new_tokens=NEW, eos_id=EOS
   )
-  expected = theirs(peer, *prompts, num_beams=4, num_return_sequences=3)
+  expected = peer_generate(peer, *prompts, num_beams=4, num_return_sequences=3)
   assert_same(ours, expected.sequences.numpy())
   np.testing.assert_allclose(ours.scores, expected.sequences_scores.numpy(), atol=1e-4)
   assert (np.diff(ours.scores.reshape(7, 3)) < 0).all()
 
 
-def test_beams_that_repeat_less(both):
+def test_beams_with_a_repetition_penalty(both):
   params, peer, *prompts = both
   prompts = unpadded(*prompts)
   plain, ours = (
@@ -154,7 +166,9 @@ def test_beams_that_repeat_less(both):
     )
     for penalty in (None, 1.5)
   )
-  assert_same(ours, theirs(peer, *prompts, num_beams=3, repetition_penalty=1.5).sequences.numpy())
+  assert_same(
+    ours, peer_generate(peer, *prompts, num_beams=3, repetition_penalty=1.5).sequences.numpy()
+  )
   assert (ours.ids != plain.ids).any()
 
 
@@ -170,9 +184,10 @@ def test_beams_that_repeat_less(both):
   ],
 )
 def test_distributions(temperature, top_k, top_p, penalty):
-  """What is left of logits by the processors of transformers, in its order, of rows that have used some ids."""
-  r = np.random.default_rng(0)
-  logits, used = 4 * r.standard_normal((5, 700), np.float32), r.integers(0, 700, (5, 30))
+  """The filters equal the processors of transformers, in their order, after some used ids."""
+  rng = np.random.default_rng(0)
+  logits = 4 * rng.standard_normal((5, 700), np.float32)
+  used = rng.integers(0, 700, (5, 30))
   chain = [
     transformers.RepetitionPenaltyLogitsProcessor(penalty),
     transformers.TemperatureLogitsWarper(temperature),
@@ -183,11 +198,10 @@ def test_distributions(temperature, top_k, top_p, penalty):
   for processor in chain:
     expected = processor(torch.from_numpy(used), expected)
   expected = expected.softmax(-1).numpy()
-  penalised = sampling.penalize(
-    logits, jnp.zeros(logits.shape, bool).at[jnp.arange(5)[:, None], used].set(True), penalty
-  )
+  is_used = jnp.zeros(logits.shape, bool).at[jnp.arange(5)[:, None], used].set(True)
+  penalized = sampling.penalize(logits, is_used, penalty)
   probs = np.asarray(
-    jax.nn.softmax(sampling.filter_logits(penalised, temperature, top_k or None, top_p))
+    jax.nn.softmax(sampling.filter_logits(penalized, temperature, top_k or None, top_p))
   )
   # Logits / temperature reach 50, where float32 rounds by 4e-6: exponentials are as far off.
   np.testing.assert_allclose(probs, expected, atol=2e-5, rtol=0)

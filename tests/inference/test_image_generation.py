@@ -1,4 +1,4 @@
-"""Codes -> pictures: both ways against diffusers, from the golden codes on; sizes, starts and the safety checker in the user's API."""
+"""Codes to images: against diffusers, from golden codes; sizes, initial images, safety checker."""
 
 import functools
 import json
@@ -23,10 +23,10 @@ from lavit_jax.porting import to_torch
 from lavit_jax.weights.store import folder
 from lavit_jax.weights.torch import name_tables
 from lavit_jax.weights.torch.configs import rules
-from lavit_jax.weights.torch.configs.scheduler import FAMILIES
+from lavit_jax.weights.torch.configs.scheduler import CONFIG_FILES
 from lavit_jax.weights.torch.descriptions import extractor_config
 
-WORDS = pathlib.Path(lavit.__file__).parents[1] / 'assets' / 'tiny' / 'language_model'
+TOKENIZER = pathlib.Path(lavit.__file__).parents[1] / 'assets' / 'tiny' / 'language_model'
 SDXL = dict(
   block_out_channels=(8, 16),
   layers_per_block=1,
@@ -43,7 +43,7 @@ HIGHRES_VAE = dict(
 CHECKER = dict(
   image_size=16, patch_size=8, hidden_size=16, num_layers=2, num_heads=2, mlp_dim=24, output_dim=12
 )
-ROWS = {
+CONFIGS = {
   'both': {
     **NANO,
     'highres_decoder': dict(num_layers=1, context_dims=(16, 24), pooled_dim=20),
@@ -83,8 +83,8 @@ CODES = [np.arange(5), np.array([3]), np.arange(16), np.array([], int), np.array
 @pytest.fixture(scope='module', autouse=True)
 def variants():
   with pytest.MonkeyPatch.context() as patch:
-    for name, row in ROWS.items():
-      patch.setitem(lavit.VARIANTS, name, row)
+    for name, config in CONFIGS.items():
+      patch.setitem(lavit.VARIANTS, name, config)
     patch.setitem(
       generation_config.VARIANT_DEFAULTS,
       'both',
@@ -95,43 +95,41 @@ def variants():
     yield
 
 
-def random_parts(variant, *names):
-  """Parameters that keep signals at about one, drawn by numpy: nothing compiles."""
+def random_params(variant, *names):
+  """Random parameters that keep signals at about one, by numpy, so that nothing compiles."""
   rng = np.random.default_rng(1)
 
   def normal(leaf):
     fan_in = np.prod(leaf.shape[-2:-1] if leaf.ndim < 4 else leaf.shape[:3])
     return jnp.asarray(rng.normal(0, fan_in**-0.5, leaf.shape), jnp.float32)
 
-  return jax.tree.map(
-    normal, name_tables.module_shapes(lavit.build(variant), names or name_tables.TABLES)
-  )
+  shapes = name_tables.module_shapes(lavit.build(variant), names or name_tables.TABLES)
+  return jax.tree.map(normal, shapes)
 
 
 @pytest.fixture(scope='module')
-def parts():
-  parts = random_parts('both')
+def params():
+  params = random_params('both')
+  checker = params['safety_checker']
   for name in ('concepts_thresholds', 'special_thresholds'):
-    parts['safety_checker'][name] = jnp.full_like(
-      parts['safety_checker'][name], 2.0
-    )  # a cosine is never above
-  return parts
+    checker[name] = jnp.full_like(checker[name], 2.0)  # above every cosine
+  return params
 
 
-def opened(parts, **options):
-  return Lavit(lavit.build('both'), parts, TextTokenizer.load(WORDS, 2048), **options)
+def open_model(params, **options):
+  return Lavit(lavit.build('both'), params, TextTokenizer.load(TOKENIZER, 2048), **options)
 
 
 @pytest.fixture(scope='module')
-def model(parts):
-  return opened(parts)
+def model(params):
+  return open_model(params)
 
 
-# ------------------------------------------------------------------------------------------------------- against diffusers
+# -------------------------------------------------------------------------------- against diffusers
 
 
 @pytest.mark.parametrize(
-  'decoder_config, sampler, started, told',
+  'decoder_config, sampler, with_init_images, changes',
   [
     (image_decoder.LOWRES, 'ddim', True, {}),
     (image_decoder.HIGHRES, 'ddim', False, {}),
@@ -157,26 +155,30 @@ def model(parts):
     ),
   ],
 )
-def test_golden_codes_become_the_pictures_that_diffusers_draws(
-  golden, tmp_path, decoder_config, sampler, started, told
+def test_golden_codes_are_decoded_as_by_diffusers(
+  golden, tmp_path, decoder_config, sampler, with_init_images, changes
 ):
-  torch, diffusers = pytest.importorskip('torch'), pytest.importorskip('diffusers')
-  model, io, size, steps, strength = lavit.build('golden'), golden.io, (16, 24), 5, 0.6
+  torch = pytest.importorskip('torch')
+  diffusers = pytest.importorskip('diffusers')
+  model = lavit.build('golden')
+  io = golden.io
+  size = (16, 24)
+  steps = 5
+  strength = 0.6
   unet = decoder_config.prefix + 'unet'
   vae = decoder_config.prefix + 'vae'
-  parts = random_parts('golden', unet, vae, 'uncond_embeddings')
-  parts |= {
-    'codebook': golden.params['tokenizer'],
-    **{name: golden.params[name] for name in ('decoder', 'highres_decoder')},
-  }
+  params = random_params('golden', unet, vae, 'uncond_embeddings')
+  params['codebook'] = golden.params['tokenizer']
+  for name in ('decoder', 'highres_decoder'):
+    params[name] = golden.params[name]
   counts = io['kept_token_counts']
   mask = np.arange(16) < counts[:, None]
   ids = np.zeros((len(counts), 16), np.int32)
   ids[mask] = io['code_ids']
   keys = jax.random.split(jax.random.key(3), len(ids))
-  start = (
-    np.random.default_rng(0).integers(0, 256, (len(ids), *size, 3), np.uint8) if started else None
-  )
+  init_images = None
+  if with_init_images:
+    init_images = np.random.default_rng(0).integers(0, 256, (len(ids), *size, 3), np.uint8)
   settings = dict(
     beta_start=0.00085,
     beta_end=0.012,
@@ -184,11 +186,9 @@ def test_golden_codes_become_the_pictures_that_diffusers_draws(
     steps_offset=1,
     timestep_spacing='leading',
   )
-  settings = (
-    settings | told
-    if sampler != 'ddim'
-    else {**settings, 'clip_sample': False, 'set_alpha_to_one': False, **told}
-  )
+  if sampler == 'ddim':
+    settings |= dict(clip_sample=False, set_alpha_to_one=False)
+  settings |= changes
   (tmp_path / 'scheduler_config.json').write_text(json.dumps(settings))
   config = image_decoder.DecodingConfig(
     decoder=decoder_config,
@@ -196,15 +196,15 @@ def test_golden_codes_become_the_pictures_that_diffusers_draws(
     num_inference_steps=steps,
     sampler=sampler,
     strength=strength,
-    scheduler=Scheduler(**rules.read(FAMILIES[0], settings, model, tmp_path)),
+    scheduler=Scheduler(**rules.apply_rules(CONFIG_FILES[0], settings, model, tmp_path)),
   )
-  drawn = image_decoder.decode_images(
+  decoded = image_decoder.decode_images(
     model,
-    {name: parts[name] for name in decoder_config.modules},
+    {name: params[name] for name in decoder_config.modules},
     ids,
     mask,
     keys,
-    start,
+    init_images,
     guidance_scale=decoder_config.guidance_scale,
     config=config,
   )
@@ -212,68 +212,64 @@ def test_golden_codes_become_the_pictures_that_diffusers_draws(
   def nchw(x):
     return torch.from_numpy(np.moveaxis(np.array(x), -1, 1).copy())
 
-  for part in (unet, vae):
-    to_torch(parts[part], tmp_path / part, part, variant='golden')
-  peer, decoder = (
-    getattr(diffusers, name).from_pretrained(tmp_path / part).eval()
-    for name, part in (('UNet2DConditionModel', unet), ('AutoencoderKL', vae))
-  )
-  scheduler = (
-    diffusers.DDIMScheduler if sampler == 'ddim' else diffusers.EulerDiscreteScheduler
-  ).from_pretrained(tmp_path)
+  for name in (unet, vae):
+    to_torch(params[name], tmp_path / name, name, variant='golden')
+  peer = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / unet).eval()
+  peer_vae = diffusers.AutoencoderKL.from_pretrained(tmp_path / vae).eval()
+  is_ddim = sampler == 'ddim'
+  scheduler_class = diffusers.DDIMScheduler if is_ddim else diffusers.EulerDiscreteScheduler
+  scheduler = scheduler_class.from_pretrained(tmp_path)
   scheduler.set_timesteps(steps)
-  visited = scheduler.timesteps[-int(steps * strength) :] if started else scheduler.timesteps
+  visited = (
+    scheduler.timesteps[-int(steps * strength) :] if with_init_images else scheduler.timesteps
+  )
   x = nchw(jax.vmap(lambda key: jax.random.normal(key, (8, 12, 4)))(keys))
   if decoder_config.prefix:
     context = torch.from_numpy(io['highres_context'])
-    context, given = (
-      torch.cat([context, torch.zeros_like(context)]),
-      torch.from_numpy(io['highres_pooled']),
-    )
-    more = dict(
+    context = torch.cat([context, torch.zeros_like(context)])
+    pooled = torch.from_numpy(io['highres_pooled'])
+    condition = dict(
       added_cond_kwargs=dict(
-        text_embeds=torch.cat([given, torch.zeros_like(given)]),
+        text_embeds=torch.cat([pooled, torch.zeros_like(pooled)]),
         time_ids=torch.tensor([[16.0, 24.0, 0.0, 0.0, 16.0, 24.0]]).repeat(2 * len(ids), 1),
       )
     )
   else:
-    null = np.concatenate([parts['uncond_embeddings'], np.zeros((13, 24), np.float32)])
+    null = np.concatenate([params['uncond_embeddings'], np.zeros((13, 24), np.float32)])
     context = torch.from_numpy(np.concatenate([io['lowres_context'], np.stack([null] * len(ids))]))
-    more = dict(
-      encoder_attention_mask=torch.cat(
-        [torch.ones(len(ids), 16), torch.arange(16)[None].repeat(len(ids), 1) < 3]
-      ).bool()
-    )
+    null_mask = torch.arange(16)[None].repeat(len(ids), 1) < 3
+    both_masks = torch.cat([torch.ones(len(ids), 16), null_mask]).bool()
+    condition = dict(encoder_attention_mask=both_masks)
   with torch.no_grad():
-    if started:
-      of = decoder.encode(nchw(start / 127.5 - 1).float()).latent_dist
-      own = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 1), (8, 12, 4)))(keys)
-      x = scheduler.add_noise(
-        decoder.config.scaling_factor * (of.mean + of.std * nchw(own)),
-        x,
-        visited[:1].repeat(len(ids)),
-      )
+    if with_init_images:
+      encoded = peer_vae.encode(nchw(init_images / 127.5 - 1).float()).latent_dist
+      noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 1), (8, 12, 4)))(keys)
+      init_latents = peer_vae.config.scaling_factor * (encoded.mean + encoded.std * nchw(noise))
+      x = scheduler.add_noise(init_latents, x, visited[:1].repeat(len(ids)))
     else:
       x = x * scheduler.init_noise_sigma
     for t in visited:
-      seen = scheduler.scale_model_input(torch.cat([x, x]), t)
-      given, null = peer(seen, t, context, **more).sample.chunk(2)
-      x = scheduler.step(null + decoder_config.guidance_scale * (given - null), t, x).prev_sample
-    want = decoder.decode(x / decoder.config.scaling_factor).sample
-  want = np.moveaxis((want / 2 + 0.5).clamp(0, 1).numpy() * 255, 1, -1)
-  assert 0.2 < ((0 < want) & (want < 255)).mean() and want.std() > 20
-  # Half a byte of rounding, and a quarter for what float32 adds up to over the steps, at guidance.
-  np.testing.assert_allclose(drawn.images, want, atol=0.5 + 0.25)
-  assert not drawn.flagged.any()
+      x_twice = scheduler.scale_model_input(torch.cat([x, x]), t)
+      prediction, null = peer(x_twice, t, context, **condition).sample.chunk(2)
+      guided = null + decoder_config.guidance_scale * (prediction - null)
+      x = scheduler.step(guided, t, x).prev_sample
+    expected = peer_vae.decode(x / peer_vae.config.scaling_factor).sample
+  expected = np.moveaxis((expected / 2 + 0.5).clamp(0, 1).numpy() * 255, 1, -1)
+  assert 0.2 < ((0 < expected) & (expected < 255)).mean()
+  assert expected.std() > 20
+  # Half a byte of rounding, and a quarter for the float32 errors of all steps under guidance.
+  np.testing.assert_allclose(decoded.images, expected, atol=0.5 + 0.25)
+  assert not decoded.flagged.any()
 
 
-# ----------------------------------------------------------------------------------------------------------- the user's API
+# ----------------------------------------------------------------------------------- the user's API
 
 
-def test_both_ways_by_size(model):
+def test_the_size_selects_the_decoder(model):
   assert model.decode_images(CODES[:1], num_inference_steps=1).shape == (1, 16, 16, 3)
   wide = model.generate(['an owl', 'a key'], size=(16, 24), num_inference_steps=1, seed=2)
-  assert wide.shape == (2, 16, 24, 3) and wide.dtype == np.uint8 and wide.std() > 1
+  assert wide.shape == (2, 16, 24, 3) and wide.dtype == np.uint8
+  assert wide.std() > 1
   codes = model.sample_codes([['an owl'], ['a key']], seed=2)
   np.testing.assert_array_equal(
     wide,
@@ -295,8 +291,9 @@ def test_both_ways_by_size(model):
   'height, width', [(1024, 1024), (896, 1152), (832, 1216), (768, 1344), (1216, 832), (1152, 896)]
 )
 def test_every_published_size_of_sdxl_at_full_scale(height, width, monkeypatch):
-  """lavit_7b draws it in bfloat16, of latents an eighth as high and wide; nothing is computed."""
-  full, seen = lavit.build('lavit_7b', 'bfloat16'), []
+  """With lavit_7b in bfloat16, from latents of an eighth of the size; nothing is computed."""
+  full = lavit.build('lavit_7b', 'bfloat16')
+  latent_shapes = []
   request = image_generation.resolve_image_request(
     2,
     generation_config.VariantDefaults(),
@@ -307,16 +304,15 @@ def test_every_published_size_of_sdxl_at_full_scale(height, width, monkeypatch):
     full, ('tokenizer', *request.config.decoder.modules[1:], 'safety_checker')
   )
   shapes['codebook'] = shapes.pop('tokenizer')
-  sample = diffusion.sample_latents
-  monkeypatch.setattr(
-    diffusion,
-    'sample_latents',
-    lambda denoise, noise, *args, **kwargs: (
-      seen.append(noise.shape) or sample(denoise, noise, *args, **kwargs)
-    ),
-  )
+  sample_latents = diffusion.sample_latents
+
+  def record_shape(denoise, noise, *args, **kwargs):
+    latent_shapes.append(noise.shape)
+    return sample_latents(denoise, noise, *args, **kwargs)
+
+  monkeypatch.setattr(diffusion, 'sample_latents', record_shape)
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
-  drawn = jax.eval_shape(
+  decoded = jax.eval_shape(
     functools.partial(
       image_decoder.decode_images.__wrapped__,
       full,
@@ -329,12 +325,10 @@ def test_every_published_size_of_sdxl_at_full_scale(height, width, monkeypatch):
     keys,
     None,
   )
-  assert seen == [(2, height // 8, width // 8, 4)]
-  assert (drawn.images.shape, drawn.images.dtype, drawn.flagged.shape) == (
-    (2, height, width, 3),
-    jnp.uint8,
-    (2,),
-  )
+  assert latent_shapes == [(2, height // 8, width // 8, 4)]
+  assert decoded.images.shape == (2, height, width, 3)
+  assert decoded.images.dtype == jnp.uint8
+  assert decoded.flagged.shape == (2,)
 
 
 def test_defaults_are_those_published():
@@ -358,28 +352,20 @@ def test_defaults_are_those_published():
   assert request.config.vae_tile_size == 1024
 
 
-def test_a_picture_does_not_depend_on_its_batch(model):
-  together = model.decode_images(
-    CODES, size=(16, 24), num_inference_steps=2, seed=[4, 5, 6, 7, 8]
-  )  # four at a time
+def test_an_image_does_not_depend_on_its_batch(model):
+  options = dict(size=(16, 24), num_inference_steps=2)
+  together = model.decode_images(CODES, seed=[4, 5, 6, 7, 8], **options)  # four at a time
   assert len(np.unique(together.reshape(5, -1), axis=0)) == 5
   for i in (2, 4):
-    np.testing.assert_allclose(
-      model.decode_images([CODES[i]], size=(16, 24), num_inference_steps=2, seed=[4 + i])[0].astype(
-        int
-      ),
-      together[i],
-      atol=1,
-    )
+    alone = model.decode_images([CODES[i]], seed=[4 + i], **options)[0]
+    np.testing.assert_allclose(alone.astype(int), together[i], atol=1)
 
 
-def test_pieces_and_tiles_of_the_decoder(model, monkeypatch):
-  whole = np.concatenate(
-    [
-      model.decode_images([codes], num_inference_steps=1, seed=[seed])
-      for seed, codes in enumerate(CODES[:2])
-    ]
-  ).astype(int)
+def test_batches_and_tiles_of_the_vae(model, monkeypatch):
+  images = []
+  for seed, codes in enumerate(CODES[:2]):
+    images.append(model.decode_images([codes], num_inference_steps=1, seed=[seed]))
+  whole = np.concatenate(images).astype(int)
   monkeypatch.setattr(image_decoder, 'MAX_PIXELS', 16 * 16)  # one at a time
   np.testing.assert_allclose(
     model.decode_images(CODES[:2], num_inference_steps=1, seed=[0, 1]), whole, atol=1
@@ -387,22 +373,22 @@ def test_pieces_and_tiles_of_the_decoder(model, monkeypatch):
   monkeypatch.setattr(image_decoder, 'MAX_PIXELS', 16 * 16 - 1)
   monkeypatch.setattr(image_generation, 'TILE_SIZE', 8)
   tiled = model.decode_images(CODES[:1], num_inference_steps=1, seed=[0]).astype(int)
-  assert (tiled != whole[:1]).any() and np.corrcoef(tiled.ravel(), whole[:1].ravel())[0, 1] > 0.5
+  assert (tiled != whole[:1]).any()
+  assert np.corrcoef(tiled.ravel(), whole[:1].ravel())[0, 1] > 0.5
 
 
-def test_each_picture_begins_from_its_own_start(model):
-  dark, light = (
-    np.full((40, 60, 3), value, np.uint8) for value in (20, 220)
-  )  # scaled to the size that is drawn
-  apart, alike, one = (
+def test_each_image_starts_from_its_own_initial_image(model):
+  dark = np.full((40, 60, 3), 20, np.uint8)  # resized to the size of the output
+  light = np.full((40, 60, 3), 220, np.uint8)
+  different, same, single = (
     model.decode_images(
-      CODES[:2], size=(16, 24), num_inference_steps=5, init_images=start, strength=0.4
+      CODES[:2], size=(16, 24), num_inference_steps=5, init_images=init_images, strength=0.4
     )
-    for start in ([dark, light], [dark, dark], dark)
+    for init_images in ([dark, light], [dark, dark], dark)
   )
-  np.testing.assert_array_equal(alike, one)
-  np.testing.assert_array_equal(apart[0], alike[0])
-  assert np.abs(apart[1].astype(int) - alike[1]).mean() > 1
+  np.testing.assert_array_equal(same, single)
+  np.testing.assert_array_equal(different[0], same[0])
+  assert np.abs(different[1].astype(int) - same[1]).mean() > 1
 
 
 @pytest.mark.parametrize(
@@ -461,43 +447,44 @@ def test_each_picture_begins_from_its_own_start(model):
     (dict(seed=[1]), '1 seeds for 2'),
   ],
 )
-def test_bad_settings_are_told_before_anything_runs(parts, options, message):
-  lazy = opened(
-    dict.fromkeys(parts) | {'llama': parts['llama']} if 'seed' in options else dict.fromkeys(parts)
-  )
+def test_options_are_checked_before_anything_runs(params, options, message):
+  without_values = dict.fromkeys(params)
+  if 'seed' in options:
+    without_values['llama'] = params['llama']
+  model = open_model(without_values)
   with pytest.raises(UserError, match=message):
-    lazy.generate(['an owl', 'a key'], **options)
+    model.generate(['an owl', 'a key'], **options)
 
 
 def test_equal_guidance_is_one_program(model):
-  count = []
+  counts = set()
   for guidance in (5, 5.0, np.float32(5), np.int64(5), jnp.float32(5)):
     model.decode_images(CODES[:1], num_inference_steps=1, guidance_scale=guidance)
-    count.append(image_decoder.decode_images._cache_size())
-  assert len({*count}) == 1
+    counts.add(image_decoder.decode_images._cache_size())
+  assert len(counts) == 1
 
 
-def test_a_size_is_whole_numbers_however_it_is_given(model):
-  assert model.decode_images(
-    CODES[:1], num_inference_steps=1, size=np.array([16.0, 24.0])
-  ).shape == (1, 16, 24, 3)
+def test_a_size_may_be_an_array_of_floats(model):
+  size = np.array([16.0, 24.0])
+  images = model.decode_images(CODES[:1], num_inference_steps=1, size=size)
+  assert images.shape == (1, 16, 24, 3)
 
 
-def test_nothing_is_drawn_of_nothing(model):
-  for drawn in (
-    model.decode_images([]),
-    model.reconstruct([]),
-    model.generate([]),
-    model.synthesize([]),
-  ):
-    assert drawn.shape == (0, 16, 16, 3) and drawn.dtype == np.uint8
-  pictures, flagged = model.decode_image_outputs([], size=(16, 24))
-  assert pictures.shape == (0, 16, 24, 3) and flagged.shape == (0,)
+def test_no_inputs_give_no_images(model):
+  for method in (model.decode_images, model.reconstruct, model.generate, model.synthesize):
+    images = method([])
+    assert images.shape == (0, 16, 16, 3)
+    assert images.dtype == np.uint8
+  images, flagged = model.decode_image_outputs([], size=(16, 24))
+  assert images.shape == (0, 16, 24, 3)
+  assert flagged.shape == (0,)
   assert model.generate_outputs([]).codes == []
 
 
-def test_a_checkpoint_without_the_highres_parts_says_so(parts):
-  lowres = opened({name: part for name, part in parts.items() if not name.startswith('highres')})
+def test_a_checkpoint_without_the_highres_modules(params):
+  lowres = open_model(
+    {name: tree for name, tree in params.items() if not name.startswith('highres')}
+  )
   with pytest.raises(
     UserError,
     match='16x24 needs highres_decoder, highres_unet, highres_vae, which .* not have; choose 16x16',
@@ -505,77 +492,69 @@ def test_a_checkpoint_without_the_highres_parts_says_so(parts):
     lowres.generate(['an owl'], size=(16, 24))
 
 
-# ------------------------------------------------------------------------------------------------------ the safety checker
+# ------------------------------------------------------------------------------- the safety checker
 
 
-def test_flagged_pictures_are_black_and_reported(parts, model, caplog):
+def logged(caplog):
+  """The messages of lavit_jax in the log."""
+  records = [record for record in caplog.records if record.name.startswith('lavit_jax')]
+  return [record.getMessage() for record in records]
+
+
+def test_flagged_images_are_black_and_reported(params, model, caplog):
   transformers = pytest.importorskip('transformers')
   codes = CODES[:4]
-  plain = opened(parts, safety_checker=False).decode_images(
-    codes, size=(16, 24), num_inference_steps=1
-  )
-  np.testing.assert_array_equal(
-    model.decode_images(codes, size=(16, 24), num_inference_steps=1), plain
-  )
-  assert not [record for record in caplog.records if record.name.startswith('lavit_jax')]
+  options = dict(size=(16, 24), num_inference_steps=1)
+  plain = open_model(params, safety_checker=False).decode_images(codes, **options)
+  np.testing.assert_array_equal(model.decode_images(codes, **options), plain)
+  assert not logged(caplog)
   processor = transformers.CLIPImageProcessor(**extractor_config(model.modules.safety_checker))
-  seen = processor(list(plain), return_tensors='np')['pixel_values'].transpose(0, 2, 3, 1)
-  _, scores = model.modules.safety_checker.apply({'params': parts['safety_checker']}, seen)
+  pixels = processor(list(plain), return_tensors='np')['pixel_values'].transpose(0, 2, 3, 1)
+  checker = params['safety_checker']
+  _, scores = model.modules.safety_checker.apply({'params': checker}, pixels)
   highest = np.max(scores, 1) + 2
   _, low, high, _ = np.sort(highest)
   assert high - low > 0.004  # scores are rounded to three places
-  strict = parts | {
-    'safety_checker': parts['safety_checker']
-    | {'concepts_thresholds': jnp.full(17, (low + high) / 2)}
-  }
+  strict_checker = checker | {'concepts_thresholds': jnp.full(17, (low + high) / 2)}
+  strict = params | {'safety_checker': strict_checker}
   with caplog.at_level(logging.WARNING):
-    drawn = opened(strict).decode_images(codes, size=(16, 24), num_inference_steps=1)
-  bad = highest >= high
-  assert not drawn[bad].any()
-  np.testing.assert_array_equal(drawn[~bad], plain[~bad])
-  told = [
-    record.getMessage().split(' was')[0]
-    for record in caplog.records
-    if record.name.startswith('lavit_jax')
-  ]
-  assert told == [f'image {i + 1} of 4' for i in bad.nonzero()[0]]
+    images = open_model(strict).decode_images(codes, **options)
+  flagged = highest >= high
+  assert not images[flagged].any()
+  np.testing.assert_array_equal(images[~flagged], plain[~flagged])
+  names = [message.split(' was')[0] for message in logged(caplog)]
+  assert names == [f'image {i + 1} of 4' for i in flagged.nonzero()[0]]
   caplog.clear()
-  found = opened(strict).decode_image_outputs(codes, size=(16, 24), num_inference_steps=1)
-  np.testing.assert_array_equal(found.images, drawn)
-  np.testing.assert_array_equal(found.flagged, bad)
-  assert not [record for record in caplog.records if record.name.startswith('lavit_jax')]
+  output = open_model(strict).decode_image_outputs(codes, **options)
+  np.testing.assert_array_equal(output.images, images)
+  np.testing.assert_array_equal(output.flagged, flagged)
+  assert not logged(caplog)
 
 
-def test_the_folder_says_whether_there_is_a_checker(parts, tmp_path):
-  folder.save_params(tmp_path / 'ours', 'both', parts, tokenizer=WORDS)
-  to_torch(parts['unet'], tmp_path / 'theirs' / 'pixel_decoding' / 'unet', 'unet', variant='both')
-  to_torch(
-    parts['safety_checker'],
-    tmp_path / 'theirs' / 'pixel_decoding' / 'safety_checker',
-    'safety_checker',
-    variant='both',
-  )
+def test_the_safety_checker_is_optional_in_a_folder(params, tmp_path):
+  folder.save_params(tmp_path / 'jax', 'both', params, tokenizer=TOKENIZER)
+  pixel_decoding = tmp_path / 'torch' / 'pixel_decoding'
+  for name in ('unet', 'safety_checker'):
+    to_torch(params[name], pixel_decoding / name, name, variant='both')
   shutil.copytree(
-    WORDS, tmp_path / 'theirs' / 'language_model', ignore=shutil.ignore_patterns('*.safetensors')
+    TOKENIZER, tmp_path / 'torch' / 'language_model', ignore=shutil.ignore_patterns('*.safetensors')
   )
-  for name in ('ours', 'theirs'):
-    held = Lavit.from_pretrained(tmp_path / name, variant='both').parts
-    assert (
-      'safety_checker' in held
-      and 'unet' in held
-      and ('vae' in held) == (name == 'ours')
-      and not held.loaded
-    )  # nothing has been read
-  for wanted, read in ((True, True), (False, False)):
-    model = Lavit.from_pretrained(tmp_path / 'ours', safety_checker=wanted)
+  for name in ('jax', 'torch'):
+    available = Lavit.from_pretrained(tmp_path / name, variant='both').params
+    assert 'safety_checker' in available
+    assert 'unet' in available
+    assert ('vae' in available) == (name == 'jax')
+    assert not available.loaded
+  for check in (True, False):
+    model = Lavit.from_pretrained(tmp_path / 'jax', safety_checker=check)
     model.decode_images(CODES[:1], num_inference_steps=1)
-    assert ('safety_checker' in model.params.loaded) == read
+    assert ('safety_checker' in model.params.loaded) == check
 
 
-def test_a_missing_checker_is_not_silent(parts, recwarn):
-  without = {name: part for name, part in parts.items() if name != 'safety_checker'}
+def test_a_missing_safety_checker_is_a_warning(params, recwarn):
+  without = {name: tree for name, tree in params.items() if name != 'safety_checker'}
   with pytest.warns(UserWarning, match='has no safety checker'):
-    opened(without).decode_images(CODES[:1], num_inference_steps=1)
+    open_model(without).decode_images(CODES[:1], num_inference_steps=1)
   recwarn.clear()
-  opened(without, safety_checker=False).decode_images(CODES[:1], num_inference_steps=1)
+  open_model(without, safety_checker=False).decode_images(CODES[:1], num_inference_steps=1)
   assert not [w for w in recwarn if 'safety' in str(w.message)]

@@ -1,4 +1,4 @@
-"""Filters against golden distributions, and draws against the distributions they come from."""
+"""Filters against golden distributions, and samples against the distributions they come from."""
 
 import pathlib
 
@@ -23,7 +23,7 @@ def test_golden_probabilities(temperature, top_k, top_p):
   np.testing.assert_array_equal(probs > 0, expected > 0)
 
 
-def test_filters_compose_with_what_is_already_forbidden():
+def test_filters_compose_with_suppressed_ids():
   logits = jnp.log(jnp.array([[0.4, 0.3, 0.2, 0.1]]))
   logits = sampling.suppress(logits, jnp.array([True, False, False, False]))
   np.testing.assert_allclose(
@@ -32,7 +32,7 @@ def test_filters_compose_with_what_is_already_forbidden():
   np.testing.assert_allclose(
     jax.nn.softmax(sampling.keep_top_p(logits, 0.51)), [[0, 0.6, 0.4, 0]], atol=1e-5
   )
-  for p in (0.0, 0.49):  # the best one always stays
+  for p in (0.0, 0.49):  # the most probable id always stays
     np.testing.assert_allclose(
       jax.nn.softmax(sampling.keep_top_p(logits, p)), [[0, 1, 0, 0]], atol=1e-6
     )
@@ -41,7 +41,8 @@ def test_filters_compose_with_what_is_already_forbidden():
 
 def test_guidance():
   conditional, unconditional = jax.random.normal(jax.random.key(0), (2, 3, 7))
-  a, b = jax.nn.log_softmax(conditional), jax.nn.log_softmax(unconditional)
+  a = jax.nn.log_softmax(conditional)
+  b = jax.nn.log_softmax(unconditional)
   np.testing.assert_allclose(
     sampling.guided_log_probs(conditional, unconditional, 1.0), a, atol=1e-5
   )
@@ -50,16 +51,16 @@ def test_guidance():
   )
 
 
-def test_draws_follow_the_distribution_and_their_own_key():
+def test_samples_follow_the_distribution_and_their_own_key():
   probs = jnp.array([0.5, 0.3, 0.2, 0.0])
   logits = jnp.log(jnp.broadcast_to(probs, (20000, 4)))
   keys = sampling.row_keys(jax.random.key(0), 20000)
-  draws = sampling.sample(keys, logits)
-  np.testing.assert_allclose(jnp.bincount(draws, length=4) / 20000, probs, atol=0.015)
-  assert not (draws == 3).any()
-  np.testing.assert_array_equal(sampling.sample(keys[7:9], logits[7:9]), draws[7:9])
+  samples = sampling.sample(keys, logits)
+  np.testing.assert_allclose(jnp.bincount(samples, length=4) / 20000, probs, atol=0.015)
+  assert not (samples == 3).any()
+  np.testing.assert_array_equal(sampling.sample(keys[7:9], logits[7:9]), samples[7:9])
   np.testing.assert_array_equal(
-    sampling.sample(sampling.row_keys(jax.random.key(0), 9), logits[:9]), draws[:9]
+    sampling.sample(sampling.row_keys(jax.random.key(0), 9), logits[:9]), samples[:9]
   )
   np.testing.assert_array_equal(
     jax.random.key_data(sampling.row_keys(keys, 20000)), jax.random.key_data(keys)

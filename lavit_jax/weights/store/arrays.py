@@ -32,14 +32,17 @@ T = TypeVar('T')
 
 
 class LeafReader(Protocol):
-  """Reads a leaf, or one index on axis 0 of it.
-
-  Returns a numpy array on the host; with a sharding, a jax.Array on its devices.
-  """
+  """A function that reads a leaf."""
 
   def __call__(
     self, path: str, index: int | None = None, /, sharding: jax.sharding.Sharding | None = None
-  ) -> np.ndarray | jax.Array: ...
+  ) -> np.ndarray | jax.Array:
+    """Reads a leaf, or one index on axis 0 of it.
+
+    Returns:
+      An array on the host; with a sharding, on its devices.
+    """
+    ...
 
 
 class ParameterSource(NamedTuple):

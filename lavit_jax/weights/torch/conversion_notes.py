@@ -63,7 +63,7 @@ def description_names(src: pathlib.Path, folders: Mapping[str, str]) -> dict[str
     src: the folder, or a single file, which has none.
     folders: module -> its folder in `src`.
   """
-  files = configs.described(src, folders, list(folders))
+  files = configs.settings_files(src, folders, list(folders))
   return {group: file.relative_to(src).as_posix() for group, file in files.items()}
 
 

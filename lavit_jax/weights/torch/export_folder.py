@@ -173,7 +173,7 @@ def _check_descriptions(src: pathlib.Path, config: Mapping, kind: str, settings:
   variant = config['variant']
   described_in = src / 'torch'
   folders = {location.module: location.folder for location in formats.locations(kind).values()}
-  description_files = configs.described(described_in, folders, config['parts'])
+  description_files = configs.settings_files(described_in, folders, config['parts'])
   described = configs.read_settings(described_in, folders, config['parts'], variant)
   variant_config = lavit.variant_config(variant)
   for group, field in checkpoint_settings.differences(described, settings):

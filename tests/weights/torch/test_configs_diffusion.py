@@ -113,7 +113,7 @@ def test_every_key_of_a_class_has_a_rule_and_its_default(name):
       of_each_sampler = key == 'timestep_spacing'
       if isinstance(rule, rules.Harmless) or key in levels or of_each_sampler:
         continue
-      is_same = rules.same(rules.plain(rule.default), default)
+      is_same = rules.json_equal(rules.to_json_value(rule.default), default)
       assert is_same or (rule.default, default) == (None, ...), key
   if name == 'UNet2DConditionModel':
     assert levels['attention_head_dim'] == [8] * 4
@@ -123,8 +123,8 @@ def test_every_key_of_a_class_has_a_rule_and_its_default(name):
 def test_every_key_of_the_safety_checker_has_a_rule():
   config = transformers.CLIPConfig().to_dict()
   assert {key for key in safety.complete(config) if not key.startswith('_')} <= safety.RULES.keys()
-  extractor = json.loads(transformers.CLIPImageProcessor().to_json_string())
-  assert safety.complete_extractor(extractor).keys() <= safety.EXTRACTOR.keys()
+  processor = json.loads(transformers.CLIPImageProcessor().to_json_string())
+  assert safety.complete_processor(processor).keys() <= safety.PROCESSOR_RULES.keys()
   for module in (diffusers.StableDiffusionPipeline, diffusers.StableDiffusionXLPipeline):
     assert inspect.signature(module.__init__).parameters.keys() - {'self'} <= pipeline.RULES.keys()
 
@@ -280,7 +280,7 @@ EXTRACTOR = 'pixel_decoding/feature_extractor/preprocessor_config.json'
     (UNET, dict(only_cross_attention=[True]), 'only_cross_attention=true'),
     (UNET, dict(resnet_time_scale_shift='scale_shift'), 'resnet_time_scale_shift="scale_shift"'),
     (UNET, dict(class_embed_type='timestep'), 'class_embed_type="timestep"'),
-    (UNET, dict(no_such_key=1), 'no_such_key=1 is no key that is known'),
+    (UNET, dict(no_such_key=1), 'no_such_key=1 is not a known key of'),
     (
       UNET,
       dict(cross_attention_dim=...),
@@ -313,7 +313,7 @@ EXTRACTOR = 'pixel_decoding/feature_extractor/preprocessor_config.json'
     ),
     (SCHEDULER, dict(beta_schedule='sigmoid'), 'beta_schedule="sigmoid" cannot be followed'),
     (SCHEDULER, dict(steps_offset=1.5), 'steps_offset=1.5'),
-    (SCHEDULER, dict(_class_name='FlowMatchEulerDiscreteScheduler'), 'trained another way'),
+    (SCHEDULER, dict(_class_name='FlowMatchEulerDiscreteScheduler'), 'trained differently'),
     (SCHEDULER, dict(clip_sample=1), 'clip_sample=1'),
     (
       SCHEDULER,
@@ -379,9 +379,9 @@ def test_keys_and_missing_keys_of_a_scheduler(published, tmp_path, keys, setting
 
 def test_the_documentation_names_every_key():
   page = (pathlib.Path(__file__).parents[3] / 'docs' / 'checkpoints-diffusion.md').read_text()
-  for family in configs.FAMILIES:
-    if family.part not in ('llama', 'vit') and not family.part.startswith('highres_'):
-      for key in family.rules:
+  for config_file in configs.CONFIG_FILES:
+    if config_file.module not in ('llama', 'vit') and not config_file.module.startswith('highres_'):
+      for key in config_file.rules:
         is_listed = f'`{key.removeprefix(safety.VISION)}`' in page
-        is_harmless = isinstance(family.rules[key], rules.Harmless)
-        assert is_listed or (is_harmless and family.part == 'safety_checker'), key
+        is_harmless = isinstance(config_file.rules[key], rules.Harmless)
+        assert is_listed or (is_harmless and config_file.module == 'safety_checker'), key

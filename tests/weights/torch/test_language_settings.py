@@ -169,7 +169,7 @@ def test_the_page_lists_every_key():
       dict(rope_scaling=dict(rope_type='longrope', short_factor=[1], long_factor=[2])),
       "type 'longrope'",
     ),
-    ('config.json', dict(rope_scaling=[4]), 'rope_scaling=[4] is no object'),
+    ('config.json', dict(rope_scaling=[4]), 'rope_scaling=[4] is not an object'),
     (
       'config.json',
       dict(rope_scaling=dict(type='linear', factor='4')),
@@ -181,7 +181,7 @@ def test_the_page_lists_every_key():
     ('config.json', dict(max_position_embeddings=0), 'max_position_embeddings=0 cannot'),
     ('config.json', dict(hidden_size='wide', head_dim=None), 'hidden_size="wide"'),
     ('config.json', dict(model_type='mistral'), 'model_type="mistral"'),
-    ('config.json', dict(sliding_window=512), 'sliding_window=512 is no key that is known'),
+    ('config.json', dict(sliding_window=512), 'sliding_window=512 is not a known key of'),
     ('config.json', dict(hiden_act='silu'), 'nearest known: hidden_act'),
     ('config.json', dict(quantization_config=dict(bits=4)), 'quantization_config'),
     ('config.json', dict(eos_token_id=[2, 7]), 'eos_token_id=[2, 7], but'),

@@ -1,70 +1,82 @@
-"""Settings that the descriptions of a PyTorch folder ask for: one module a kind of part, and the rules that they share (rules.py)."""
+"""Reads settings from the config files of a PyTorch folder.
+
+There is a module for each kind of file; rules.py has what they share.
+"""
 
 from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from lavit_jax.models import lavit
 from lavit_jax.models import settings as checkpoint_settings
 from lavit_jax.weights.torch.configs import llama, pipeline, rules, safety, scheduler, unet, vae
 
-FAMILIES: tuple[rules.Family, ...] = (
-  *llama.FAMILIES,
-  *unet.FAMILIES,
-  *vae.FAMILIES,
-  *scheduler.FAMILIES,
-  *pipeline.FAMILIES,
-  *safety.FAMILIES,
+CONFIG_FILES: tuple[rules.ConfigFile, ...] = (
+  *llama.CONFIG_FILES,
+  *unet.CONFIG_FILES,
+  *vae.CONFIG_FILES,
+  *scheduler.CONFIG_FILES,
+  *pipeline.CONFIG_FILES,
+  *safety.CONFIG_FILES,
 )
 
 
 def read_settings(
-  src: pathlib.Path, folders: Mapping[str, str], parts: Iterable[str], variant: str
+  src: pathlib.Path, folders: Mapping[str, str], modules: Collection[str], variant: str
 ) -> dict[str, dict]:
-  """The settings of a PyTorch folder, where they are not the variant's own; all its descriptions are checked.
+  """Reads the settings of a PyTorch folder, and checks all its config files.
 
   Args:
-    src: the folder; of a single file there is no description.
-    folders: part -> where in `src` it lies.
-    parts: which parts are there.
-    variant: a row of the variants table.
+    src: the folder, or a single file, which has no config files.
+    folders: module -> its folder, relative to `src`.
+    modules: the names of the modules that are there.
+    variant: the name of the model variant.
+
+  Returns:
+    {group: {field: value}} of the values that differ from the variant's own.
 
   Raises:
-    UserError: a description asks for what the variant does not compute (`rules.read`), or is damaged.
+    UserError: a config file is damaged, or asks for what the variant does not compute.
   """
-  model, found = lavit.build(variant), {}
-  for family, file in _files(src, folders, parts):
-    if (
-      getattr(model, family.part) is None
-    ):  # the weights have no place in it, which is told of them
-      continue
-    fields = rules.read(family, rules.read_description(file), model, file)
-    if family.settings is not None:
-      found.setdefault(family.settings, {}).update(fields)
-  return checkpoint_settings.validate(variant, lavit.variant_config(variant), found)
+  model = lavit.build(variant)
+  settings: dict[str, dict] = {}
+  for config_file, file in _existing_files(src, folders, modules):
+    if getattr(model, config_file.module) is None:
+      continue  # the variant has no such module, which the conversion reports
+    fields = rules.apply_rules(config_file, rules.read_json_object(file), model, file)
+    if config_file.settings_group is not None:
+      settings.setdefault(config_file.settings_group, {}).update(fields)
+  return checkpoint_settings.validate(variant, lavit.variant_config(variant), settings)
 
 
-def described(
-  src: pathlib.Path, folders: Mapping[str, str], parts: Iterable[str]
+def settings_files(
+  src: pathlib.Path, folders: Mapping[str, str], modules: Collection[str]
 ) -> dict[str, pathlib.Path]:
-  """By the name of settings: the description in `src` that they come from, of those that are there. The arguments: as for `read_settings`."""
+  """By settings group: the config file in `src` that has it, if it exists.
+
+  Args:
+    src: as in `read_settings`.
+    folders: as in `read_settings`.
+    modules: as in `read_settings`.
+  """
   return {
-    family.settings: file
-    for family, file in _files(src, folders, parts)
-    if family.settings is not None
+    config_file.settings_group: file
+    for config_file, file in _existing_files(src, folders, modules)
+    if config_file.settings_group is not None
   }
 
 
-def _files(
-  src: pathlib.Path, folders: Mapping[str, str], parts: Iterable[str]
-) -> Iterator[tuple[rules.Family, pathlib.Path]]:
-  """The descriptions that are there; beside a single file there are none."""
+def _existing_files(
+  src: pathlib.Path, folders: Mapping[str, str], modules: Collection[str]
+) -> Iterator[tuple[rules.ConfigFile, pathlib.Path]]:
+  """The config files that exist; yields (rules, path)."""
   if src.is_file():
     return
-  for family in FAMILIES:
-    if family.part in parts and family.part in folders:
-      file = pathlib.Path(os.path.normpath(src / folders[family.part] / family.file))
+  for config_file in CONFIG_FILES:
+    module = config_file.module
+    if module in modules and module in folders:
+      file = pathlib.Path(os.path.normpath(src / folders[module] / config_file.file))
       if file.is_file():
-        yield family, file
+        yield config_file, file

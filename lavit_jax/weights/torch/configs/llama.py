@@ -1,12 +1,23 @@
-"""transformers' LlamaConfig, in the spelling of version 5 and in older ones, and what lies beside it."""
+"""Rules for transformers' LlamaConfig, of version 5 and older ones, and the files beside it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from lavit_jax.models.lavit import LavitModules
 from lavit_jax.models.rope import KEYS, REQUIRED
-from lavit_jax.weights.torch.configs.rules import Checked, Family, Followed, constant, harmless
+from lavit_jax.weights.torch.configs.rules import (
+  Checked,
+  ConfigFile,
+  Followed,
+  Rule,
+  constant,
+  harmless,
+)
 
 ORIGINAL = 'original_max_position_embeddings'
-GENERATION = (  # old versions kept them in the config
+GENERATION = (  # options of generation, which old versions kept in the config
   'max_length',
   'min_length',
   'do_sample',
@@ -31,51 +42,22 @@ GENERATION = (  # old versions kept them in the config
   'suppress_tokens',
   'begin_suppress_tokens',
 )
-IGNORED = {
-  'type',
-  'rope_type',
-  'rope_theta',
-  'partial_rotary_factor',
-  'finetuned',
-}  # of a scaling's keys: read elsewhere, or of no effect
+# Keys of a scaling that are read elsewhere, or have no effect.
+IGNORED = {'type', 'rope_type', 'rope_theta', 'partial_rotary_factor', 'finetuned'}
 
 
-def complete(config: dict) -> dict:
-  """Older spellings as `rope_theta` and `rope_scaling`, and sizes that follow from others filled in, as transformers does.
+def complete(config: dict[str, Any]) -> dict[str, Any]:
+  """Spells rotary positions as `rope_theta` and `rope_scaling`, and fills in sizes.
+
+  As in transformers, a missing `num_key_value_heads` or `head_dim` follows from other sizes.
 
   Raises:
-    ValueError: the positions are told in a way that cannot be followed.
+    ValueError: the positions are of a kind that is not computed here.
   """
   config = dict(config)
-  told = config.pop('rope_scaling', None) or config.pop('rope_parameters', None) or {}
+  scaling = config.pop('rope_scaling', None) or config.pop('rope_parameters', None) or {}
   config.pop('rope_parameters', None)
-  if not isinstance(told, dict):
-    raise ValueError(
-      f'rope_scaling={told!r} is no object; give one with the key rope_type, or null'
-    )
-  kind = told.get('rope_type', told.get('type', 'default'))
-  if kind not in ('default', *REQUIRED):
-    raise ValueError(
-      f'rope_scaling of the type {kind!r} is not computed here; choose a checkpoint '
-      f'with one of the types default, {", ".join(REQUIRED)}'
-    )
-  if unknown := sorted(told.keys() - KEYS - IGNORED):
-    raise ValueError(
-      f'rope_scaling has the key {unknown[0]}={told[unknown[0]]!r}, which is not followed here; remove it if transformers knows none'
-    )
-  for key in ('rope_theta', 'partial_rotary_factor'):
-    if told.get(key) is not None:
-      config[key] = told[key]
-  if kind != 'default':
-    scaling = {**told, 'rope_type': kind}
-    if kind in ('llama3', 'yarn'):
-      # The key beside the scaling wins over the one in it; without either it is the length of the longest sequence.
-      positions = config.get('max_position_embeddings', 2048)
-      scaling[ORIGINAL] = config.get(ORIGINAL) or scaling.get(ORIGINAL) or positions
-      numbers = all(isinstance(value, int | float) for value in (positions, scaling[ORIGINAL]))
-      if kind == 'yarn' and scaling.get('factor') is None and numbers and scaling[ORIGINAL]:
-        scaling['factor'] = positions / scaling[ORIGINAL]
-    config['rope_scaling'] = scaling
+  config.update(_complete_rope(config, scaling))
   config.pop(ORIGINAL, None)
   heads = config.get('num_attention_heads', 32)
   if config.get('num_key_value_heads') is None:
@@ -86,8 +68,64 @@ def complete(config: dict) -> dict:
   return config
 
 
-def complete_tokenizer(config: dict) -> dict:
-  """Tokens that are written as objects, as their text."""
+def _complete_rope(config: Mapping[str, Any], scaling: Any) -> dict[str, Any]:
+  """The keys of the config that a scaling determines.
+
+  Raises:
+    ValueError: as `complete`.
+  """
+  kind = _rope_type(scaling)
+  completed = {}
+  for key in ('rope_theta', 'partial_rotary_factor'):
+    if scaling.get(key) is not None:
+      completed[key] = scaling[key]
+  if kind != 'default':
+    completed['rope_scaling'] = _complete_scaling(config, {**scaling, 'rope_type': kind})
+  return completed
+
+
+def _rope_type(scaling: Any) -> str:
+  """The type of a scaling, after its keys have been checked.
+
+  Raises:
+    ValueError: as `complete`.
+  """
+  if not isinstance(scaling, dict):
+    raise ValueError(
+      f'rope_scaling={scaling!r} is not an object; give one with the key rope_type, or null'
+    )
+  kind = scaling.get('rope_type', scaling.get('type', 'default'))
+  if kind not in ('default', *REQUIRED):
+    raise ValueError(
+      f'rope_scaling of the type {kind!r} is not computed here; choose a checkpoint '
+      f'with one of the types default, {", ".join(REQUIRED)}'
+    )
+  unknown = sorted(scaling.keys() - KEYS - IGNORED)
+  if unknown:
+    key = unknown[0]
+    raise ValueError(
+      f'rope_scaling has the key {key}={scaling[key]!r}, which is not followed here; '
+      'remove it if transformers ignores it'
+    )
+  return kind
+
+
+def _complete_scaling(config: Mapping[str, Any], scaling: dict[str, Any]) -> dict[str, Any]:
+  """Fills in the original length, and the factor of YaRN, as transformers does."""
+  if scaling['rope_type'] not in ('llama3', 'yarn'):
+    return scaling
+  positions = config.get('max_position_embeddings', 2048)
+  # The key beside the scaling takes precedence over the one in it.
+  original = config.get(ORIGINAL) or scaling.get(ORIGINAL) or positions
+  scaling = {**scaling, ORIGINAL: original}
+  are_numbers = isinstance(positions, int | float) and isinstance(original, int | float)
+  if scaling['rope_type'] == 'yarn' and scaling.get('factor') is None and are_numbers and original:
+    scaling['factor'] = positions / original
+  return scaling
+
+
+def complete_tokenizer(config: dict[str, Any]) -> dict[str, Any]:
+  """Replaces special tokens that are objects by their text."""
   config = dict(config)
   for key in ('bos_token', 'eos_token', 'unk_token'):
     if isinstance(config.get(key), dict):
@@ -95,33 +133,43 @@ def complete_tokenizer(config: dict) -> dict:
   return config
 
 
-END = Checked(
+END_TOKEN = Checked(
   constant(2, [2], None),
   2,
-  "texts end with id 2, LLaMA's </s>: correct the file if that is "
-  'what the tokenizer has, or choose a checkpoint whose texts end so',
+  "texts end with id 2, LLaMA's </s>: correct the file if the tokenizer has that id, "
+  'or choose a checkpoint whose texts end with it',
 )
 
-RULES = {
+
+def _llama(field: str, default: int) -> Checked:
+  """A size that must be the variant's."""
+
+  def expected(model: LavitModules) -> int:
+    return getattr(model.llama, field)
+
+  return Checked(expected, default)
+
+
+RULES: dict[str, Rule] = {
   'rope_theta': Followed('rope_theta', 1e4),
   'rope_scaling': Followed('rope_scaling', None),
   'rms_norm_eps': Followed('rms_norm_eps', 1e-6),
   'max_position_embeddings': Followed('max_position_embeddings', 2048),
-  # transformers ignores it; Vicuna's and LongChat's folders say their whole length by it.
+  # The complete length in folders of Vicuna and LongChat; transformers ignores the key.
   'max_sequence_length': Followed('max_sequence_length', None),
-  'hidden_size': Checked(lambda model: model.llama.hidden_size, 4096),
-  'intermediate_size': Checked(lambda model: model.llama.mlp_dim, 11008),
-  'num_hidden_layers': Checked(lambda model: model.llama.num_layers, 32),
-  'num_attention_heads': Checked(lambda model: model.llama.num_heads, 32),
-  'num_key_value_heads': Checked(lambda model: model.llama.num_kv_heads, 32),
-  'head_dim': Checked(lambda model: model.llama.head_dim, 128),
+  'hidden_size': _llama('hidden_size', 4096),
+  'intermediate_size': _llama('mlp_dim', 11008),
+  'num_hidden_layers': _llama('num_layers', 32),
+  'num_attention_heads': _llama('num_heads', 32),
+  'num_key_value_heads': _llama('num_kv_heads', 32),
+  'head_dim': _llama('head_dim', 128),
   'hidden_act': Checked(
     constant('silu', 'swish'),
     'silu',
     "choose a checkpoint whose MLP is SwiGLU: only hidden_act='silu' is computed here",
   ),
   'partial_rotary_factor': Checked(
-    constant(None, 1.0), None, 'choose a checkpoint that turns whole heads'
+    constant(None, 1.0), None, 'choose a checkpoint that rotates whole heads'
   ),
   'attention_bias': Checked(
     constant(False, None), False, 'choose a checkpoint without biases in its attention'
@@ -135,11 +183,11 @@ RULES = {
   ),
   'add_cross_attention': Checked(constant(False, None), False, 'choose a decoder alone'),
   'is_encoder_decoder': Checked(constant(False, None), False, 'choose a decoder alone'),
-  **harmless('the rows of the weights count', 'vocab_size'),
+  **harmless('the shapes of the weights determine it', 'vocab_size'),
   **harmless(
-    'it counts only where embedding or head is missing, as in transformers', 'tie_word_embeddings'
+    'used only if the embedding or the head is missing, as in transformers', 'tie_word_embeddings'
   ),
-  'eos_token_id': END,
+  'eos_token_id': END_TOKEN,
   **harmless(
     'the ids of the tokenizer beside the weights are used',
     'bos_token_id',
@@ -171,9 +219,9 @@ RULES = {
     'output_attentions',
     'tf_legacy_loss',
   ),
-  **harmless('the types of the weights count', 'dtype', 'torch_dtype'),
+  **harmless('the weights determine it', 'dtype', 'torch_dtype'),
   **harmless(
-    'who wrote it, and with what',
+    'notes about the origin of the file',
     'architectures',
     'transformers_version',
     'auto_map',
@@ -198,11 +246,11 @@ RULES = {
     'problem_type',
     'task_specific_params',
   ),
-  **harmless('options of generation: those of the call are used', *GENERATION),
+  **harmless('the options of the call are used', *GENERATION),
 }
 
-GENERATION_RULES = {
-  'eos_token_id': END,
+GENERATION_RULES: dict[str, Rule] = {
+  'eos_token_id': END_TOKEN,
   **harmless(
     'the ids of the tokenizer beside the weights are used',
     'bos_token_id',
@@ -212,22 +260,20 @@ GENERATION_RULES = {
     'forced_eos_token_id',
   ),
 }
-TOKENIZER_RULES = {
-  'bos_token': Checked(constant('<s>', '', None), None, 'give the tokenizer of the language model'),
-  'eos_token': Checked(
-    constant('</s>', '', None), None, 'give the tokenizer of the language model'
-  ),
+TOKENIZER_RULES: dict[str, Rule] = {
+  'bos_token': Checked(constant('<s>', '', None), None, 'use the tokenizer of the language model'),
+  'eos_token': Checked(constant('</s>', '', None), None, 'use the tokenizer of the language model'),
   'unk_token': Checked(
-    constant('<unk>', '', None), None, 'give the tokenizer of the language model'
+    constant('<unk>', '', None), None, 'use the tokenizer of the language model'
   ),
   'add_prefix_space': Checked(
-    constant(True, None), None, 'give a tokenizer whose texts begin with a space'
+    constant(True, None), None, 'use a tokenizer that puts a space before a text'
   ),
   'sp_model_kwargs': Checked(
-    constant({}, None), None, 'remove it: texts are never split at random'
+    constant({}, None), None, 'remove it: texts are not split at random here'
   ),
   'clean_up_tokenization_spaces': Checked(
-    constant(False, None), None, 'write false: texts keep the spaces that the model writes'
+    constant(False, None), None, 'set it to false: texts keep the spaces that the model generates'
   ),
   **harmless(
     'the prompts have their own special tokens',
@@ -236,36 +282,36 @@ TOKENIZER_RULES = {
     'add_special_tokens',
   ),
   **harmless(
-    'of special tokens within a text, which are letters here',
+    'special tokens within a text are ordinary characters here',
     'legacy',
     'split_special_tokens',
     'spaces_between_special_tokens',
   ),
   **harmless('the positions of the language model limit the length', 'model_max_length'),
   **harmless(
-    'prompts are padded on the left, out of sight of the model', 'padding_side', 'pad_token'
+    'prompts are padded on the left, and the padding is masked', 'padding_side', 'pad_token'
   ),
   **harmless(
-    "tokens behind the model's rows are left out",
+    'tokens beyond the vocabulary of the model are removed',
     'added_tokens_decoder',
     'additional_special_tokens',
   ),
 }
 
-CONFIG = Family('llama', 'config.json', "transformers' LlamaConfig", RULES, 'llama', complete)
-GENERATION_CONFIG = Family(
+CONFIG = ConfigFile('llama', 'config.json', "transformers' LlamaConfig", RULES, 'llama', complete)
+GENERATION_CONFIG = ConfigFile(
   'llama',
   'generation_config.json',
   "transformers' GenerationConfig",
   GENERATION_RULES,
-  others='options of generation: those of the call are used',
+  other_keys='the options of the call are used',
 )
-TOKENIZER_CONFIG = Family(
+TOKENIZER_CONFIG = ConfigFile(
   'llama',
   'tokenizer_config.json',
   "transformers' LlamaTokenizer",
   TOKENIZER_RULES,
   complete=complete_tokenizer,
-  others='names, templates of chats and the like, of which nothing is used here',
+  other_keys='names, chat templates and similar keys are not used here',
 )
-FAMILIES = (CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG)
+CONFIG_FILES = (CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG)

@@ -1,9 +1,13 @@
-"""How the descriptions in a PyTorch folder (`config.json` and its like) are read.
+"""Rules for the config files of a PyTorch folder (`config.json` and similar ones).
 
-Equal shapes do not make equal models, so every key of a description has a rule: it is followed (it becomes a setting of the checkpoint,
-models/settings.py), checked (it must be what the variant computes), or harmless (it changes nothing that is computed here, for a reason
-that the rule names). A key without a rule is an error. A key that is missing means the default of the library's class, and is then followed
-or checked in the same way.
+Models of equal shapes can compute differently, so every key of a config file has a rule. It is
+
+  - followed: it becomes a setting of the checkpoint (models/settings.py);
+  - checked: it must be what the variant computes; or
+  - harmless: it changes nothing that is computed here, for the reason that the rule gives.
+
+A key without a rule is an error. A missing key stands for the default of the library's class, which
+is then followed or checked in the same way.
 """
 
 from __future__ import annotations
@@ -11,35 +15,47 @@ from __future__ import annotations
 import difflib
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from lavit_jax.errors import UserError
-from lavit_jax.models import lavit, settings
+from lavit_jax.models import settings
+from lavit_jax.models.lavit import LavitModules
 
-PRIVATE = (
-  '_'  # keys that begin with it are the library's own notes: '_class_name', '_name_or_path', ...
-)
+PRIVATE_PREFIX = '_'  # of the library's own notes: '_class_name', '_name_or_path', ...
+MAX_VALUE_LENGTH = 80  # of a value in a message
 
 
 class Followed(NamedTuple):
-  """The value becomes the setting `field`. `read`: the library's value -> the setting's; ValueError says why it cannot be."""
+  """The value becomes a setting.
+
+  Attributes:
+    field: the name of the setting.
+    default: the value of a missing key.
+    convert: from the library's value to the setting's; ValueError gives the reason if it cannot.
+  """
 
   field: str
   default: Any
-  read: Callable[[Any], Any] = lambda value: value
+  convert: Callable[[Any], Any] = lambda value: value
 
 
 class Checked(NamedTuple):
-  """The value must be what the model computes. `own`: model -> that value, or a tuple `Any of` several."""
+  """The value must be what the model computes.
 
-  own: Callable[[lavit.LavitModules], Any]
+  Attributes:
+    expected: model -> that value, or `AnyOf` several.
+    default: the value of a missing key.
+    remedy: what to do about another value.
+  """
+
+  expected: Callable[[LavitModules], Any]
   default: Any
   remedy: str = 'choose a variant, or a checkpoint, that agrees'
 
 
 class AnyOf(tuple):
-  """What `Checked.own` returns where several values mean the same."""
+  """Several values that are all expected."""
 
 
 class Harmless(NamedTuple):
@@ -51,124 +67,49 @@ class Harmless(NamedTuple):
 Rule = Followed | Checked | Harmless
 
 
-def constant(*values: Any) -> Callable[[lavit.LavitModules], AnyOf]:
-  """What `Checked.own` is where every variant computes the same: any of these."""
+def constant(*values: Any) -> Callable[[LavitModules], AnyOf]:
+  """For `Checked.expected`: any of these values, whatever the variant."""
   return lambda model: AnyOf(values)
 
 
-class Family(NamedTuple):
-  """The description of one kind of part.
-
-  part: of the model; it lies in the folder of that part (formats.ModuleLocation).
-  file: relative to that folder.
-  library: the class whose description it is, for messages and for the documentation.
-  rules: key -> rule.
-  settings: the name under which the settings are kept; None where nothing is followed.
-  complete: description -> the same in the newest spelling; ValueError says what is wrong with it.
-  check: (the settings, the model): raises ValueError for settings that do not go together, or do not suit the model.
-  others: why a key without a rule is harmless; None: such a key is an error.
-  """
-
-  part: str
-  file: str
-  library: str
-  rules: Mapping[str, Rule]
-  settings: str | None = None
-  complete: Callable[[dict], dict] = dict
-  check: Callable[[Mapping, lavit.LavitModules], None] = lambda settings, model: None
-  others: str | None = None
-
-
-def read(
-  family: Family, description: Mapping, model: lavit.LavitModules, file: pathlib.Path
-) -> dict[str, Any]:
-  """The settings {field: value} that a description asks for, after all its keys have been checked.
-
-  Args:
-    description: the content of the file.
-    model: the variant, with its own settings.
-    file: where it was read, for messages.
-
-  Raises:
-    UserError: a key that is not known, cannot be followed, or is not what the variant computes.
-  """
-  try:
-    description = family.complete(dict(description))
-  except ValueError as error:
-    raise UserError(f'{file}: {error}') from None
-  for key in description:
-    known = key in family.rules or key.startswith(PRIVATE)
-    if not known and family.others is None:
-      near = difflib.get_close_matches(key, family.rules, 1)
-      hint = f' (nearest known: {near[0]})' if near else ''
-      raise UserError(
-        f'{file}: {key}={_short(description[key])} is no key that is known of {family.library}{hint}; '
-        'remove it from the file if it changes nothing that the model computes'
-      )
-  found = {}
-  for key, rule in family.rules.items():
-    if isinstance(rule, Followed):
-      found[rule.field] = _followed(family, rule, key, description.get(key, rule.default), file)
-    elif isinstance(rule, Checked):
-      _check(family, rule, key, description, model, file)
-  try:
-    family.check(found, model)
-  except ValueError as error:
-    raise UserError(f'{file}: {error}') from None
-  return found
-
-
-def _followed(family: Family, rule: Followed, key: str, value: Any, file: pathlib.Path) -> Any:
-  try:
-    return settings.GROUPS[family.settings].fields[rule.field].check(rule.read(value))
-  except ValueError as error:
-    raise UserError(f'{file}: {key}={_short(value)} cannot be followed: {error}') from None
-
-
-def _check(
-  family: Family,
-  rule: Checked,
-  key: str,
-  description: Mapping,
-  model: lavit.LavitModules,
-  file: pathlib.Path,
-) -> None:
-  value, own = plain(description.get(key, rule.default)), rule.own(model)
-  allowed = [plain(each) for each in own] if isinstance(own, AnyOf) else [plain(own)]
-  if not any(same(value, each) for each in allowed):
-    absent = (
-      '' if key in description else f' (the default of {family.library}, for the key is missing)'
-    )
-    raise UserError(
-      f'{file}: {key}={_short(value)}{absent}, but the variant {model.variant!r} computes with {_short(allowed[0])}; {rule.remedy}'
-    )
-
-
-def same(first: Any, second: Any) -> bool:
-  """Equal as JSON values: true is not 1, though 1 is 1.0."""
-  if isinstance(first, bool) or isinstance(second, bool):
-    return first is second
-  if isinstance(first, list) and isinstance(second, list):
-    return len(first) == len(second) and all(map(same, first, second))
-  return first == second
-
-
-def plain(value: Any) -> Any:
-  """As JSON gives it back: tuples are lists."""
-  return json.loads(json.dumps(value))
-
-
 def harmless(reason: str, *keys: str) -> dict[str, Harmless]:
-  """The rule for each of some keys."""
+  """The same rule for several keys."""
   return dict.fromkeys(keys, Harmless(reason))
 
 
-def read_description(file: pathlib.Path) -> dict | None:
-  """A JSON object; None if there is no file. A UserError that names the file if it is damaged."""
+class ConfigFile(NamedTuple):
+  """A config file of one module, and its rules.
+
+  Attributes:
+    module: the name of the module.
+    file: its path relative to the folder of the module (formats.ModuleLocation).
+    library: the class whose config it is, for messages.
+    rules: key -> rule.
+    settings_group: of the settings that are followed; None if none are.
+    complete: config -> the same in the newest spelling; ValueError gives the reason if it cannot.
+    check: (settings, model) -> None; raises ValueError for settings that contradict each other or
+      do not suit the model.
+    other_keys: why a key without a rule is harmless; None if it is an error.
+  """
+
+  module: str
+  file: str
+  library: str
+  rules: Mapping[str, Rule]
+  settings_group: str | None = None
+  complete: Callable[[dict[str, Any]], dict[str, Any]] = dict
+  check: Callable[[Mapping[str, Any], LavitModules], None] = lambda settings, model: None
+  other_keys: str | None = None
+
+
+def read_json_object(file: pathlib.Path) -> dict[str, Any]:
+  """Reads a config file.
+
+  Raises:
+    UserError: it is damaged; the message names it.
+  """
   try:
     content = json.loads(file.read_text())
-  except FileNotFoundError:
-    return None
   except (OSError, ValueError) as error:
     raise UserError(f'{file} cannot be read ({error}); download it again') from None
   if not isinstance(content, dict):
@@ -176,22 +117,109 @@ def read_description(file: pathlib.Path) -> dict | None:
   return content
 
 
-def table(families: Iterable[Family]) -> list[tuple[str, str, str]]:
-  """(key, what becomes of it, the setting or the reason), of all keys of some families: for the documentation and its test."""
-  rows = []
-  for family in families:
-    for key, rule in family.rules.items():
-      if isinstance(rule, Followed):
-        rows.append((key, 'followed', rule.field))
-      elif isinstance(rule, Checked):
-        rows.append((key, 'checked', rule.remedy))
-      else:
-        rows.append((key, 'harmless', rule.reason))
-    if family.others is not None:
-      rows.append(('any other key', 'harmless', family.others))
-  return rows
+def apply_rules(
+  config_file: ConfigFile, config: Mapping[str, Any], model: LavitModules, file: pathlib.Path
+) -> dict[str, Any]:
+  """Checks all keys of a config.
+
+  Args:
+    config_file: the rules.
+    config: the content of the file.
+    model: the variant, with its own settings.
+    file: for messages.
+
+  Returns:
+    {field: value} of the settings that are followed.
+
+  Raises:
+    UserError: a key is unknown, cannot be followed, or is not what the variant computes.
+  """
+  try:
+    config = config_file.complete(dict(config))
+  except ValueError as error:
+    raise UserError(f'{file}: {error}') from None
+  if config_file.other_keys is None:
+    _check_known(config_file, config, file)
+  followed = {}
+  for key, rule in config_file.rules.items():
+    if isinstance(rule, Followed):
+      value = config.get(key, rule.default)
+      followed[rule.field] = _follow(config_file, rule, key, value, file)
+    elif isinstance(rule, Checked):
+      _check(config_file, rule, key, config, model, file)
+  try:
+    config_file.check(followed, model)
+  except ValueError as error:
+    raise UserError(f'{file}: {error}') from None
+  return followed
 
 
-def _short(value: Any) -> str:
+def _check_known(config_file: ConfigFile, config: Mapping[str, Any], file: pathlib.Path) -> None:
+  """Raises UserError for a key without a rule."""
+  for key, value in config.items():
+    if key in config_file.rules or key.startswith(PRIVATE_PREFIX):
+      continue
+    nearest = difflib.get_close_matches(key, config_file.rules, 1)
+    hint = f' (nearest known: {nearest[0]})' if nearest else ''
+    raise UserError(
+      f'{file}: {key}={_abbreviate(value)} is not a known key of {config_file.library}{hint}; '
+      'remove it from the file if it changes nothing that the model computes'
+    )
+
+
+def _follow(
+  config_file: ConfigFile, rule: Followed, key: str, value: Any, file: pathlib.Path
+) -> Any:
+  """The value of a setting, checked."""
+  assert config_file.settings_group is not None
+  fields = settings.GROUPS[config_file.settings_group].fields
+  try:
+    return fields[rule.field].check(rule.convert(value))
+  except ValueError as error:
+    raise UserError(f'{file}: {key}={_abbreviate(value)} cannot be followed: {error}') from None
+
+
+def _check(
+  config_file: ConfigFile,
+  rule: Checked,
+  key: str,
+  config: Mapping[str, Any],
+  model: LavitModules,
+  file: pathlib.Path,
+) -> None:
+  """Raises UserError for a value that is not what the model computes."""
+  value = to_json_value(config.get(key, rule.default))
+  expected = rule.expected(model)
+  if not isinstance(expected, AnyOf):
+    expected = AnyOf((expected,))
+  allowed = [to_json_value(choice) for choice in expected]
+  if any(json_equal(value, choice) for choice in allowed):
+    return
+  origin = ''
+  if key not in config:
+    origin = f' (the default of {config_file.library}, for the key is missing)'
+  raise UserError(
+    f'{file}: {key}={_abbreviate(value)}{origin}, but the variant {model.variant!r} '
+    f'computes with {_abbreviate(allowed[0])}; {rule.remedy}'
+  )
+
+
+def json_equal(first: Any, second: Any) -> bool:
+  """Whether JSON values are equal: 1 equals 1.0, but not true."""
+  if isinstance(first, bool) or isinstance(second, bool):
+    return first is second
+  if isinstance(first, list) and isinstance(second, list):
+    return len(first) == len(second) and all(map(json_equal, first, second))
+  return first == second
+
+
+def to_json_value(value: Any) -> Any:
+  """The value that JSON reads back: tuples become lists."""
+  return json.loads(json.dumps(value))
+
+
+def _abbreviate(value: Any) -> str:
   text = json.dumps(value)
-  return text if len(text) <= 80 else f'{text[:77]}...'
+  if len(text) <= MAX_VALUE_LENGTH:
+    return text
+  return f'{text[: MAX_VALUE_LENGTH - 3]}...'

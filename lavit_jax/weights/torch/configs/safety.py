@@ -1,12 +1,16 @@
-"""diffusers' StableDiffusionSafetyChecker (a CLIPConfig), and the CLIPImageProcessor beside it."""
+"""Rules for diffusers' StableDiffusionSafetyChecker and the image processor beside it."""
 
 from __future__ import annotations
 
-from lavit_jax.models import vit
-from lavit_jax.weights.torch.configs.llama import GENERATION
-from lavit_jax.weights.torch.configs.rules import Checked, Family, constant, harmless
+from collections.abc import Iterable
+from typing import Any
 
-VISION = 'vision_config.'
+from lavit_jax.models import vit
+from lavit_jax.models.lavit import LavitModules
+from lavit_jax.weights.torch.configs.llama import GENERATION
+from lavit_jax.weights.torch.configs.rules import Checked, ConfigFile, Rule, constant, harmless
+
+VISION = 'vision_config.'  # the prefix of the image encoder's keys in RULES
 PRETRAINED = (  # transformers' own keys, which old versions wrote into every config
   'architectures',
   'transformers_version',
@@ -51,8 +55,12 @@ PRETRAINED = (  # transformers' own keys, which old versions wrote into every co
 )
 
 
-def complete(config: dict) -> dict:
-  """The keys of the image encoder under 'vision_config.', as transformers puts them together."""
+def complete(config: dict[str, Any]) -> dict[str, Any]:
+  """Flattens the two objects that may describe the image encoder, as transformers merges them.
+
+  Raises:
+    ValueError: one of them is not an object.
+  """
   flat = {
     key: value
     for key, value in config.items()
@@ -61,16 +69,16 @@ def complete(config: dict) -> dict:
   for group in ('vision_config', 'vision_config_dict'):
     values = config.get(group) or {}
     if not isinstance(values, dict):
-      raise ValueError(f'{group}={values!r} is no object; download the file again')
+      raise ValueError(f'{group}={values!r} is not an object; download the file again')
     flat |= {VISION + key: value for key, value in values.items() if not key.startswith('_')}
   return flat
 
 
-def _vision(key: str, field: str, default: int | str) -> dict:
+def _vision(key: str, field: str, default: int | str) -> dict[str, Rule]:
   return {VISION + key: Checked(lambda model: getattr(model.safety_checker, field), default)}
 
 
-RULES = {
+RULES: dict[str, Rule] = {
   'model_type': Checked(
     constant('clip'), 'clip', 'only the CLIP checker of Stable Diffusion is computed here'
   ),
@@ -93,54 +101,56 @@ RULES = {
   **harmless('the checker has no text encoder', 'text_config', 'text_config_dict'),
   **harmless('the checker compares cosines, which are not scaled', 'logit_scale_init_value'),
   **harmless(
-    'of training, of generation, or of how transformers runs it',
+    'of training, of generation, or how transformers runs it',
     *PRETRAINED,
     *(VISION + key for key in PRETRAINED),
   ),
 }
 
 
-def complete_extractor(config: dict) -> dict:
-  """A size as one number, as old versions wrote it and as new ones do."""
+def complete_processor(config: dict[str, Any]) -> dict[str, Any]:
+  """Spells sizes as one number, as old versions wrote them, and rounds constants."""
   config = dict(config)
-  size, crop = config.get('size', 224), config.get('crop_size', 224)
+  size = config.get('size', 224)
   if isinstance(size, dict) and set(size) == {'shortest_edge'}:
     size = size['shortest_edge']
-  if (
-    isinstance(crop, dict) and set(crop) == {'height', 'width'} and crop['height'] == crop['width']
-  ):
+  crop = config.get('crop_size', 224)
+  is_box = isinstance(crop, dict) and set(crop) == {'height', 'width'}
+  if is_box and crop['height'] == crop['width']:
     crop = crop['height']
   for key in ('image_mean', 'image_std'):
     values = config.get(key)
     if isinstance(values, list) and all(isinstance(value, int | float) for value in values):
-      config[key] = [round(value, 6) for value in values]
+      config[key] = _rounded(values)
   factor = config.get('rescale_factor', 1 / 255)
-  near = isinstance(factor, int | float) and abs(factor - 1 / 255) < 1e-9
-  return {**config, 'size': size, 'crop_size': crop, 'rescale_factor': 1 / 255 if near else factor}
+  if isinstance(factor, int | float) and abs(factor - 1 / 255) < 1e-9:
+    factor = 1 / 255
+  return {**config, 'size': size, 'crop_size': crop, 'rescale_factor': factor}
 
 
-def _rounded(values: tuple[float, ...]) -> list[float]:
+def _rounded(values: Iterable[float]) -> list[float]:
   return [round(value, 6) for value in values]
 
 
-def _side(model) -> int:
+def _image_size(model: LavitModules) -> int:
+  assert model.safety_checker is not None
   return model.safety_checker.image_size
 
 
-EXTRACTOR = {
-  'size': Checked(_side, 224),
-  'crop_size': Checked(_side, 224),
+PROCESSOR_RULES: dict[str, Rule] = {
+  'size': Checked(_image_size, 224),
+  'crop_size': Checked(_image_size, 224),
   'image_mean': Checked(lambda model: _rounded(vit.MEAN), _rounded(vit.MEAN)),
   'image_std': Checked(lambda model: _rounded(vit.STD), _rounded(vit.STD)),
   'resample': Checked(constant(3), 3, 'only bicubic (3) is computed here'),
   'rescale_factor': Checked(constant(1 / 255), 1 / 255, 'only 1 / 255 is computed here'),
-  **{
-    key: Checked(constant(True, None), True, 'choose a checker with true')
-    for key in ('do_resize', 'do_center_crop', 'do_rescale', 'do_normalize')
-  },
-  **harmless('pictures that were drawn have three colours', 'do_convert_rgb'),
+  **dict.fromkeys(
+    ('do_resize', 'do_center_crop', 'do_rescale', 'do_normalize'),
+    Checked(constant(True, None), True, 'choose a checker with true'),
+  ),
+  **harmless('generated images are RGB', 'do_convert_rgb'),
   **harmless(
-    'who wrote it, and how transformers runs it',
+    'notes about the origin, or how transformers runs it',
     'feature_extractor_type',
     'image_processor_type',
     'processor_class',
@@ -155,19 +165,19 @@ EXTRACTOR = {
   ),
 }
 
-FAMILIES = (
-  Family(
+CONFIG_FILES = (
+  ConfigFile(
     'safety_checker',
     'config.json',
     "diffusers' StableDiffusionSafetyChecker",
     RULES,
     complete=complete,
   ),
-  Family(
+  ConfigFile(
     'safety_checker',
     '../feature_extractor/preprocessor_config.json',
     "transformers' CLIPImageProcessor",
-    EXTRACTOR,
-    complete=complete_extractor,
+    PROCESSOR_RULES,
+    complete=complete_processor,
   ),
 )

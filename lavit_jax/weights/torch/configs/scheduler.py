@@ -1,9 +1,9 @@
-"""The `scheduler_config.json` beside a U-Net: its training noise, and the options of its samplers.
+"""Rules for the `scheduler_config.json` beside a U-Net: its noise schedule, and sampler options.
 
-The published code opens it as a DDIMScheduler, whatever class it names, and diffusers' `from_config`
-makes any of its samplers of any such file. So does this: what the file names is followed, and what it
-does not name is the default of the class that draws. One exception: a file of a class that cannot clip
-does not mean DDIM's default, which clips.
+The published code opens the file as a DDIMScheduler, whatever class it names, and the `from_config`
+of diffusers makes any of its samplers from any such file. The rules do the same: a key in the file
+is followed, and a missing key has the default of the sampler's class. There is one exception: in a
+file of a class that cannot clip, a missing `clip_sample` does not have DDIM's default, true.
 """
 
 from __future__ import annotations
@@ -11,17 +11,26 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lavit_jax.weights.torch.configs.rules import Checked, Family, Followed, constant, harmless
+from lavit_jax.weights.torch.configs.rules import (
+  Checked,
+  ConfigFile,
+  Followed,
+  Rule,
+  constant,
+  harmless,
+)
 
+# The classes that clip by default. None: the file names no class.
 CLIPPING = (
   'DDIMScheduler',
   'DDPMScheduler',
   'DDIMParallelScheduler',
   'DDPMParallelScheduler',
   None,
-)  # by default
-CLASSES = (  # whose networks remove the noise of models/noise_schedule.py
-  *CLIPPING[:-1],
+)
+# The classes whose networks remove the noise of models/noise_schedule.py.
+CLASSES = (
+  *CLIPPING,
   'DDIMInverseScheduler',
   'PNDMScheduler',
   'LMSDiscreteScheduler',
@@ -39,39 +48,39 @@ CLASSES = (  # whose networks remove the noise of models/noise_schedule.py
   'SASolverScheduler',
   'LCMScheduler',
   'TCDScheduler',
-  None,
 )
 
 
-def complete(config: dict) -> dict:
-  """The defaults that depend on the class or on each other.
+def complete(config: dict[str, Any]) -> dict[str, Any]:
+  """Fills in a default that depends on the class, and checks the number of betas.
 
   Raises:
-    ValueError: a class whose networks are trained another way, or a wrong number of betas.
+    ValueError: the class is for networks that are trained differently, or a number does not match.
   """
   config = dict(config)
-  kind = config.get('_class_name')
-  if kind not in CLASSES:
+  class_name = config.get('_class_name')
+  if class_name not in CLASSES:
     raise ValueError(
-      f'_class_name={kind!r} is a scheduler of networks that are trained another way, which is not computed '
-      'here; take a checkpoint whose scheduler DDIMScheduler can stand in for'
+      f'_class_name={class_name!r} is a scheduler of networks that are trained differently, which '
+      'is not computed here; choose a checkpoint whose scheduler DDIMScheduler can replace'
     )
-  config.setdefault('clip_sample', kind in CLIPPING)
-  betas, steps = config.get('trained_betas'), config.get('num_train_timesteps', 1000)
+  config.setdefault('clip_sample', class_name in CLIPPING)
+  betas = config.get('trained_betas')
+  steps = config.get('num_train_timesteps', 1000)
   if isinstance(betas, list) and len(betas) != steps:
     raise ValueError(
       f'trained_betas has {len(betas)} entries, and num_train_timesteps={steps}; '
-      'they must be as many'
+      'the two must be equal'
     )
   return config
 
 
-def lambda_min(value: Any) -> Any:
-  """Diffusers' -inf, which JSON may spell as a word, clips nothing."""
+def convert_lambda_min(value: Any) -> Any:
+  """None for minus infinity, diffusers' default, which clips nothing."""
   return None if value in (-math.inf, '-Infinity', '-inf') else value
 
 
-RULES = {
+RULES: dict[str, Rule] = {
   'prediction_type': Followed('prediction_type', 'epsilon'),
   'beta_schedule': Followed('beta_schedule', 'linear'),
   'beta_start': Followed('beta_start', 0.0001),
@@ -87,30 +96,30 @@ RULES = {
   'thresholding': Followed('thresholding', False),
   'dynamic_thresholding_ratio': Followed('dynamic_thresholding_ratio', 0.995),
   'sample_max_value': Followed('sample_max_value', 1.0),
-  # Known, and refused by the samplers that would go by them:
+  # The samplers that would use these refuse them.
   'use_karras_sigmas': Followed('use_karras_sigmas', False),
   'use_exponential_sigmas': Followed('use_exponential_sigmas', False),
   'use_beta_sigmas': Followed('use_beta_sigmas', False),
   'use_lu_lambdas': Followed('use_lu_lambdas', False),
   'interpolation_type': Followed('interpolation_type', 'linear'),
   'final_sigmas_type': Followed('final_sigmas_type', 'zero'),
-  'lambda_min_clipped': Followed('lambda_min_clipped', None, lambda_min),
+  'lambda_min_clipped': Followed('lambda_min_clipped', None, convert_lambda_min),
   'timestep_type': Checked(
-    constant('discrete'), 'discrete', 'take a checkpoint whose U-Net is asked at whole timesteps'
+    constant('discrete'), 'discrete', 'choose a checkpoint whose U-Net takes whole timesteps'
   ),
   'use_flow_sigmas': Checked(
-    constant(False, None), False, 'take a checkpoint that was not trained by flow matching'
+    constant(False, None), False, 'choose a checkpoint that was not trained by flow matching'
   ),
   'variance_type': Checked(
     constant(None, 'fixed_small', 'fixed_small_log', 'fixed_large', 'fixed_large_log'),
     None,
-    'take a checkpoint whose U-Net gives no variance',
+    'choose a checkpoint whose U-Net predicts no variance',
   ),
   'use_dynamic_shifting': Checked(
-    constant(False, None), False, 'take a checkpoint without dynamic shifting'
+    constant(False, None), False, 'choose a checkpoint without dynamic shifting'
   ),
   **harmless(
-    "the name of the sampler says it: 'dpm++2m' is dpmsolver++ of order 2, midpoint",
+    "the name of the sampler determines it: 'dpm++2m' is dpmsolver++ of order 2, midpoint",
     'algorithm_type',
     'solver_order',
     'solver_type',
@@ -139,15 +148,15 @@ RULES = {
 }
 
 
-def _family(prefix: str) -> Family:
-  return Family(
+def _config_file(prefix: str) -> ConfigFile:
+  return ConfigFile(
     prefix + 'unet',
     '../scheduler/scheduler_config.json',
     "diffusers' DDIMScheduler",
     RULES,
-    prefix + 'scheduler',
-    complete,
+    settings_group=prefix + 'scheduler',
+    complete=complete,
   )
 
 
-FAMILIES = (_family(''), _family('highres_'))
+CONFIG_FILES = (_config_file(''), _config_file('highres_'))
