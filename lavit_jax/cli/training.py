@@ -139,16 +139,10 @@ def _compile(args: argparse.Namespace) -> None:
   if args.decode:
     from lavit_jax.compile import generate
 
-    generate.run(
-      args.decode,
-      args.topology,
-      args.batch,
-      args.prompt,
-      args.new_tokens,
-      args.weights_dtype,
-      args.cache_dtype,
-      args.json,
+    workload = generate.Workload(
+      args.batch, args.prompt, args.new_tokens, args.weights_dtype, args.cache_dtype
     )
+    generate.run(args.decode, args.topology, workload, args.json)
     return
   from lavit_jax.training.config import load_config
 

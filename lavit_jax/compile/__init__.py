@@ -1,1 +1,1 @@
-"""What a pod would make of a program, found by compiling for it on a CPU."""
+"""Train steps and decoding, compiled on a CPU for TPU pods that the machine does not have."""

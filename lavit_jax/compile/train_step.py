@@ -1,7 +1,4 @@
-"""`lavit compile`: the exact train step, compiled for a TPU pod that is not there.
-
-What a pod would make of the program is what topology.py reads from it.
-"""
+"""`lavit compile --config`: the train step of a page, compiled for a TPU pod."""
 
 from __future__ import annotations
 
@@ -11,146 +8,174 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import NamedSharding
+from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
 from lavit_jax import sharding
-from lavit_jax.compile import topology as pods
-from lavit_jax.compile.topology import GIB
+from lavit_jax.compile.program import (
+  GIB,
+  bytes_per_device,
+  compile_for,
+  format_memory,
+  roofline_times,
+  with_shardings,
+)
+from lavit_jax.compile.topology import (
+  devices_per_chip,
+  format_device,
+  format_device_count,
+  pod_devices,
+)
 from lavit_jax.training import flops
 from lavit_jax.training.run import Run, check_values, resolve_abstract
 from lavit_jax.training.train_step import abstract_inputs, make_init, make_train_step
 
 
 class Report(NamedTuple):
-  """What the compiled step needs, of one chip unless it says otherwise; seconds and GiB.
+  """The cost of a train step. The fields are the keys of the JSON output.
 
-  Of chips that are two devices each (`devices_per_chip`), 'chip' means a device throughout: a half,
-  with half of the memory.
+  "Chip" means a JAX device, which is half a chip where `devices_per_chip` is 2. Memory is in GiB,
+  times are in seconds.
+
+  Attributes:
+    slices: the number of pods of the topology, connected by the network of the data center.
+    tokens_per_step: of all chips: slots of packed rows, or patches.
+    packed_share: the share of these slots that is expected to hold a token.
+    hbm_activations_gib: activations, gradients and all else but parameters and optimizer.
+    fits: whether the program leaves `program.SPARE_MEMORY` free.
+    flops_per_chip: operations of the program.
+    model_flops_per_chip: operations that the model requires.
+    collectives: {kind of collective: bytes that a chip sends}.
+    network_seconds: as if all traffic stayed within a slice; traffic between slices takes longer.
+    mfu_bound: the model FLOP/s utilization, if the longest of the times were the time of a step.
   """
 
   config: str
   topology: str
-  slices: int  # pods of that topology, joined by the data centre's network
+  slices: int
   chips: int
   devices_per_chip: int
   mesh: dict[str, int]
-  tokens_per_step: int  # of all chips: slots of packed rows, or patches
-  packed_share: float  # of them, that are expected to hold a token
+  tokens_per_step: int
+  packed_share: float
   hbm_parameters_gib: float
   hbm_optimizer_gib: float
-  hbm_activations_gib: float  # and gradients: all that is neither of the above
+  hbm_activations_gib: float
   hbm_per_chip_gib: float
   hbm_limit_gib: float
-  fits: bool  # with `pods.SPARE` to spare
+  fits: bool
   flops_per_chip: float
   model_flops_per_chip: float
   hbm_bytes_per_chip: float
   collective_bytes_per_chip: float
-  collectives: dict[str, float]  # bytes sent, by kind
+  collectives: dict[str, float]
   compute_seconds: float
   memory_seconds: float
-  network_seconds: (
-    float  # as if all of it went between chips of one slice: what crosses slices takes longer
-  )
+  network_seconds: float
   mfu_bound: float
   compile_seconds: float
 
 
-def run(config, page: str, topology: str, slices: int, as_json: bool) -> None:
-  """Compiles and prints, as one JSON object or as a table."""
+def run(config: ConfigDict, page: str, topology: str, slices: int, as_json: bool) -> None:
+  """Compiles the step and prints the report as a JSON object or as a table."""
   report = compile_step(config, page, topology, slices)
   if as_json:
     print(json.dumps(report._asdict()))
     return
-  chips = pods.count(report.chips, report.devices_per_chip)
-  one = 'a chip' if report.devices_per_chip == 1 else 'a device'
-  where = f'{report.slices} x {report.topology}'
-  table = Table('', one, title=f'{report.config} on {where}: {chips}, mesh {report.mesh}')
-  for row in rows(report):
-    table.add_row(*row)
+  devices = format_device_count(report.chips, report.devices_per_chip)
+  title = f'{page} on {slices} x {topology}: {devices}, mesh {report.mesh}'
+  table = Table('', format_device(report.devices_per_chip), title=title)
+  for cells in table_rows(report):
+    table.add_row(*cells)
   Console().print(table)
 
 
-def rows(report: Report) -> list[tuple[str, str]]:
-  """The lines of the table, (what, how much)."""
+def table_rows(report: Report) -> list[tuple[str, str]]:
+  """The rows of the printed table: (label, formatted value)."""
+  memory = format_memory(report.hbm_per_chip_gib, report.hbm_limit_gib, report.fits)
+  tokens = (
+    f'{report.tokens_per_step:,}, of which {report.packed_share:.1%} are expected to be filled'
+  )
+  network = f'{report.network_seconds:.3f}'
+  if report.slices > 1:
+    network += ', more where it crosses slices'
+  collectives = [
+    (f'GB of {kind}', f'{size / 1e9:,.2f}') for kind, size in sorted(report.collectives.items())
+  ]
   return [
     ('parameters, GiB', f'{report.hbm_parameters_gib:.2f}'),
     ('optimizer, GiB', f'{report.hbm_optimizer_gib:.2f}'),
     ('activations and gradients, GiB', f'{report.hbm_activations_gib:.2f}'),
-    ('memory, GiB', pods.memory_limit_note(report)),
-    (
-      'tokens a step, all chips',
-      f'{report.tokens_per_step:,}, of which {report.packed_share:.1%} are expected to be filled',
-    ),
+    ('memory, GiB', memory),
+    ('tokens a step, all chips', tokens),
     ('TFLOP of the program', f'{report.flops_per_chip / 1e12:,.1f}'),
     ('TFLOP of the model', f'{report.model_flops_per_chip / 1e12:,.1f}'),
     ('GB to and from HBM', f'{report.hbm_bytes_per_chip / 1e9:,.1f}'),
-    *((f'GB of {kind}', f'{size / 1e9:,.2f}') for kind, size in sorted(report.collectives.items())),
+    *collectives,
     ('seconds of compute', f'{report.compute_seconds:.3f}'),
     ('seconds of memory', f'{report.memory_seconds:.3f}'),
-    (
-      'seconds of network',
-      f'{report.network_seconds:.3f}{", more where it crosses slices" if report.slices > 1 else ""}',
-    ),
+    ('seconds of network', network),
     ('bound of the MFU', f'{report.mfu_bound:.1%}'),
     ('compiled in, s', f'{report.compile_seconds:.0f}'),
   ]
 
 
-def compile_step(config, page: str, topology: str, slices: int = 1) -> Report:
+def compile_step(config: ConfigDict, page: str, topology: str, slices: int = 1) -> Report:
   """Compiles the train step of a config.
 
   Args:
     config: a page of `configs/`.
     page: its name, for the report.
     topology: CHIP:SHAPE, such as 'v5e:16x16'.
-    slices: how many of them.
+    slices: the number of pods of that topology.
 
   Raises:
-    UserError: no such chip or topology, libtpu is missing, or the config does not fit it.
+    UserError: as in `pod_devices` and `compile_for`, or the config is invalid.
   """
-  chip, devices = pods.pod_devices(topology, slices)
+  chip, devices = pod_devices(topology, slices)
   check_values(config)
-  mesh = sharding.make_mesh(config.mesh, devices)
+  mesh = sharding.make_mesh(config.to_dict()['mesh'], devices)
   run = resolve_abstract(config, mesh)
   step, inputs = abstract_step(run)
-  program = pods.compile_on(topology, mesh, step, *inputs)
+  program = compile_for(topology, mesh, step, *inputs)
 
   state, frozen, _ = inputs
-  parameters = pods.bytes_per_chip((state.params, state.ema, state.state, frozen))
-  optimizer = pods.bytes_per_chip(state.opt_state)
+  parameter_bytes = bytes_per_device((state.params, state.ema, state.state, frozen))
+  optimizer_bytes = bytes_per_device(state.opt_state)
   packed_share = flops.expected_share(run)
   model_flops = flops.step_flops(run).at(packed_share) / mesh.size
-  times = program.times(chip)
+  times = roofline_times(program.cost, chip)
   return Report(
-    page,
-    topology,
-    slices,
-    mesh.size,
-    pods.devices_per_chip(topology),
-    dict(mesh.shape),
-    run.tokens_per_step,
-    packed_share,
-    parameters / GIB,
-    optimizer / GIB,
-    (program.hbm_bytes - parameters - optimizer) / GIB,
-    program.hbm_bytes / GIB,
-    chip.hbm_gib,
-    program.fits(chip),
-    program.cost.flops,
-    model_flops,
-    program.cost.bytes,
-    program.sent,
-    dict(program.cost.network),
-    *times,
-    model_flops / (chip.tflops * 1e12 * max(times)),
-    program.compile_seconds,
+    config=page,
+    topology=topology,
+    slices=slices,
+    chips=mesh.size,
+    devices_per_chip=devices_per_chip(topology),
+    mesh=dict(mesh.shape),
+    tokens_per_step=run.tokens_per_step,
+    packed_share=packed_share,
+    hbm_parameters_gib=parameter_bytes / GIB,
+    hbm_optimizer_gib=optimizer_bytes / GIB,
+    hbm_activations_gib=(program.hbm_bytes - parameter_bytes - optimizer_bytes) / GIB,
+    hbm_per_chip_gib=program.hbm_bytes / GIB,
+    hbm_limit_gib=chip.hbm_gib,
+    fits=program.fits(chip),
+    flops_per_chip=program.cost.flops,
+    model_flops_per_chip=model_flops,
+    hbm_bytes_per_chip=program.cost.hbm_bytes,
+    collective_bytes_per_chip=program.cost.sent_bytes,
+    collectives=program.cost.collective_bytes,
+    compute_seconds=times.compute,
+    memory_seconds=times.memory,
+    network_seconds=times.network,
+    mfu_bound=model_flops / (chip.tflops * 1e12 * max(times)),
+    compile_seconds=program.compile_seconds,
   )
 
 
 def abstract_step(run: Run) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-  """The train step of a run, whose devices need not be here.
+  """The train step of a run for devices that the machine may not have.
 
   Returns:
     (the step, its inputs as ShapeDtypeStructs with their shardings).
@@ -162,14 +187,8 @@ def abstract_step(run: Run) -> tuple[Callable[..., Any], tuple[Any, ...]]:
   frozen = {name: loaded[name] for name in run.stage.modules.needs}
   batch_sharding = NamedSharding(run.mesh, sharding.BATCH)
   inputs = (
-    _with_shardings(state, shardings),
-    _with_shardings(frozen, sharding.shardings(frozen, run.mesh)),
-    _with_shardings(batch, dict.fromkeys(batch, batch_sharding)),
+    with_shardings(state, shardings),
+    with_shardings(frozen, sharding.shardings(frozen, run.mesh)),
+    with_shardings(batch, dict.fromkeys(batch, batch_sharding)),
   )
   return make_train_step(run, tx, shardings), inputs
-
-
-def _with_shardings(tree: Any, shardings: Any) -> Any:
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
-  )

@@ -70,7 +70,7 @@ def fetch_batches(
 
 @contextlib.contextmanager
 def _progress_bar(total: int, label: str) -> Iterator[Callable[[int], None]]:
-  """Shows a bar on a terminal, once the work took SHOW_AFTER seconds; yields what advances it."""
+  """Shows a bar on a terminal after SHOW_AFTER seconds of work; yields its `advance(count)`."""
   if not sys.stderr.isatty():
     yield lambda count: None
     return

@@ -133,8 +133,8 @@ def generate(
       (`int8.quantize_weights`).
     embeddings: [B, S, H], left-padded prompts (`sequence.embed_prompts`).
     mask: bool[B, S], False in the padding.
-    key: one typed key, or keys[B * num_return_sequences], and a sequence depends on its own key
-      only; None is greedy, without temperature, top_k and top_p.
+    key: a typed key, or keys[B * num_return_sequences], and a sequence depends on its own key only;
+      None is greedy, without temperature, top_k and top_p.
     max_new_tokens: T.
     min_new_tokens: number of tokens before which no sequence ends.
     eos_id: ends a sequence.
@@ -291,7 +291,7 @@ def _check_guidance(
 ) -> None:
   absent = {x is None for x in (guidance_scale, uncond_embeddings, uncond_mask)}
   if len(absent) > 1:
-    raise ValueError('guidance_scale, uncond_embeddings and uncond_mask are given together or not')
+    raise ValueError('guidance_scale, uncond_embeddings and uncond_mask must come together')
   if uncond_embeddings is None or uncond_mask is None:
     return
   if uncond_embeddings.shape != embeddings.shape or uncond_mask.shape != mask.shape:

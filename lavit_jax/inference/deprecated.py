@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 from lavit_jax.errors import UserError
@@ -40,13 +40,14 @@ RENAMED_KEYWORDS = {
 
 
 def api_method(
-  options: type | None = None, *, outputs: str | None = None
+  options: type | None = None, *, outputs: str | None = None, positional: Sequence[str] = ()
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
   """Makes a method take the old names of its keywords, and check the names of all.
 
   Args:
     options: the TypedDict of its `**` parameter, if it has one.
     outputs: the method that returns the details, which `details=True` stood for.
+    positional: keywords that were positional after the present ones, in their old order.
 
   Returns:
     A decorator. The method raises UserError for a keyword that is unknown.
@@ -56,16 +57,24 @@ def api_method(
     parameters = list(inspect.signature(method).parameters.values())[1:]
     allowed = [x.name for x in parameters if x.kind is not inspect.Parameter.VAR_KEYWORD]
     allowed += options.__annotations__ if options else []
+    num_args = 1 + sum(x.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for x in parameters)
+
+    call: Callable[..., R] = method
 
     @functools.wraps(method)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
       keywords = _rename_keywords(kwargs, allowed)
+      if num_args < len(args) <= num_args + len(positional):
+        names = positional[: len(args) - num_args]
+        _warn(f'{", ".join(names)} by position; use keywords')
+        keywords = dict(zip(names, args[num_args:], strict=True)) | keywords
+        return call(*args[:num_args], **keywords)
       if outputs and 'details' in keywords:
         _warn(f'details=True; call {outputs}')
         if keywords.pop('details'):
           return getattr(args[0], outputs)(*args[1:], **keywords)
       check_names(keywords, allowed)
-      return method(*args, **keywords)
+      return call(*args, **keywords)
 
     setattr(wrapper, 'allowed_keywords', tuple(allowed))  # noqa: B010
     return wrapper

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 class ImageTasks(ModelRunner):
   """Visual tokens of images, codes of new images, and images of codes."""
 
-  @api_method()
+  @api_method(positional=('seed',))
   def tokenize(self, images: Any, *, seed: Seed | None = 0) -> VisualTokens:
     """Returns the visual tokens of images.
 

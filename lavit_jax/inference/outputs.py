@@ -30,7 +30,7 @@ class TextOutput(NamedTuple):
   """A caption or an answer.
 
   Attributes:
-    text: what `caption` or `answer` returns.
+    text: the result of `caption` or `answer`.
     ids: i32[n], the new tokens, with </s> if the text ended there.
     score: of a beam, the log-probability divided by n ** length_penalty, which ranks it; of a
       sample, the log-probability.
@@ -45,7 +45,7 @@ class CodesOutput(NamedTuple):
   """The codes of one generated image.
 
   Attributes:
-    codes: i32[n], in 0..codebook_size - 1, what `sample_codes` returns.
+    codes: i32[n], in 0..codebook_size - 1, the result of `sample_codes`.
     ids: i32[m], the new tokens of the language model, with [/IMG] if the image ended there.
     score: log-probability of the tokens under guidance, before any id was suppressed.
   """

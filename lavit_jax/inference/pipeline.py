@@ -55,10 +55,10 @@ class Lavit(TextTasks, ImageTasks, DeprecatedNames):
   keep the most probable patches instead. A `seed` may be an `IndexedSeed`, for a part of a longer
   run.
 
-  A method `..._outputs` returns the details of what the method without the suffix returns.
+  A method `..._outputs` returns the result of the method without the suffix, with details.
   """
 
-  @api_method()
+  @api_method(positional=('weights_dtype', 'cache_dtype', 'safety_checker', 'mesh'))
   def __init__(
     self,
     modules: lavit.LavitModules,
@@ -70,7 +70,7 @@ class Lavit(TextTasks, ImageTasks, DeprecatedNames):
     safety_checker: bool = True,
     mesh: Mesh | Mapping[str, int] | None = None,
   ):
-    """Makes a model of what is loaded; `from_pretrained` opens a folder.
+    """Makes a model of loaded parts; `from_pretrained` opens a folder.
 
     Args:
       modules: the Flax modules.
@@ -100,7 +100,9 @@ class Lavit(TextTasks, ImageTasks, DeprecatedNames):
     super().__init__(modules, params, tokenizer, cache_dtype, safety_checker)
 
   @classmethod
-  @api_method()
+  @api_method(
+    positional=('mesh', 'dtype', 'variant', 'weights_dtype', 'cache_dtype', 'safety_checker')
+  )
   def from_pretrained(
     cls,
     folder: str | os.PathLike,

@@ -14,7 +14,7 @@ def as_texts(value: Any, name: str) -> list[Any]:
   """Returns one text, or several in a sequence, as a list.
 
   Args:
-    value: what the user passes; the items are checked by `is_blank`.
+    value: the user's argument; its items are checked by `is_blank`.
     name: of the argument, for the message.
 
   Raises:
@@ -88,12 +88,12 @@ def check_prompt_lengths(
     count = len(lengths)
   if rows is None:
     rows = range(count)
-  for row, length in zip(rows, lengths, strict=False):
+  for row, length in zip(rows, lengths, strict=True):
     if length > max_length:
-      which = f', {row + 1} of {count},' if count > 1 else ''
+      number = f', {row + 1} of {count},' if count > 1 else ''
       at_least = 'at least ' if lower_bound else ''
       raise InputError(
-        f'the prompt{which} is {at_least}{length} tokens long; shorten it to {max_length}'
+        f'the prompt{number} is {at_least}{length} tokens long; shorten it to {max_length}'
       )
 
 

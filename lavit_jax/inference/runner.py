@@ -1,4 +1,4 @@
-"""Runs compiled programs on a model's parameters, in batches: what all tasks of the pipeline share.
+"""Runs compiled programs on a model's parameters, in batches; shared by all tasks.
 
 Axes: B rows, N patches, H hidden size of the language model, S prompt length.
 """

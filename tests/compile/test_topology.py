@@ -1,4 +1,4 @@
-"""What libtpu calls the chips and shapes, and how many devices of JAX a chip is."""
+"""libtpu's names and options of topologies, and the number of JAX devices of a chip."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import types
 import pytest
 
 from lavit_jax import accelerators
-from lavit_jax.compile import topology as pods
+from lavit_jax.compile import topology as topology_lib
 from lavit_jax.errors import UserError
 
 
@@ -29,35 +29,35 @@ from lavit_jax.errors import UserError
   ],
 )
 def test_names_and_options(topology, name, options):
-  assert pods.libtpu_topology(topology)[1:] == (name, options)
-  assert pods.libtpu_topology(topology, 2)[2] == {**options, 'num_slices': 2}
+  assert topology_lib.libtpu_topology(topology)[1:] == (name, options)
+  assert topology_lib.libtpu_topology(topology, 2)[2] == {**options, 'num_slices': 2}
 
 
 @pytest.mark.parametrize(
   'topology', ['v9:2x2', 'v5e', 'v5e:', 'v5e:2', 'v5e:0x2', 'v5e:2x2x2x2', 'v5e:axb', 'tpu7:2x2x1']
 )
-def test_what_is_no_topology(topology):
+def test_invalid_topologies_are_refused(topology):
   with pytest.raises(UserError, match='write CHIP:SHAPE such as .*: v4, v5e, v5p, v6e, tpu7x'):
-    pods.libtpu_topology(topology)
+    topology_lib.libtpu_topology(topology)
 
 
-def test_a_refusal_does_not_advise_to_install_what_is_there(monkeypatch):
+def test_the_error_advises_to_install_libtpu_only_if_it_is_missing(monkeypatch):
   monkeypatch.setenv('TPU_LIBRARY_PATH', '/there/libtpu.so')
 
   def refuse(**options):
     raise RuntimeError('not divisible by the\n  bounds')
 
-  monkeypatch.setattr(pods.topologies, 'get_topology_desc', refuse)
-  with pytest.raises(UserError, match=r'refuses it \(not divisible by the bounds\);') as told:
-    pods.pod_devices('v5e:3x3')
-  assert 'pip install' not in str(told.value)
+  monkeypatch.setattr(topology_lib.topologies, 'get_topology_desc', refuse)
+  with pytest.raises(UserError, match=r'refuses it \(not divisible by the bounds\);') as refusal:
+    topology_lib.pod_devices('v5e:3x3')
+  assert 'pip install' not in str(refusal.value)
   monkeypatch.delenv('TPU_LIBRARY_PATH')
-  monkeypatch.setattr(pods.importlib.util, 'find_spec', lambda name: None)
+  monkeypatch.setattr(topology_lib.importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(UserError, match='libtpu is missing; pip install'):
-    pods.pod_devices('v5e:2x2')
+    topology_lib.pod_devices('v5e:2x2')
 
 
-def test_half_a_chip_is_a_device_of_tpu7x():
+def test_a_chip_of_tpu7x_is_two_devices():
   """The MFU is a share of what all devices can do: 2,307 TFLOP/s a chip of two devices."""
   names = 'TPU7x', 'TPU7x', 'TPU v5', 'TPU v4'
   kinds = [types.SimpleNamespace(device_kind=name) for name in names]
@@ -65,23 +65,25 @@ def test_half_a_chip_is_a_device_of_tpu7x():
   assert accelerators.peak_tflops(kinds[2:]) == 459 + 275
   half = accelerators.TPUS['tpu7x'].device()
   assert (half.hbm_gib, half.hbm_tbps, half.devices) == (96, 3.69, 1)
-  assert pods.count(128, pods.devices_per_chip('v7x:4x4x4')) == '128 devices, 2 a chip'
-  assert pods.count(64, pods.devices_per_chip('v5p:4x4x4')) == '64 chips'
+  per_chip = topology_lib.devices_per_chip('v7x:4x4x4')
+  assert topology_lib.format_device_count(128, per_chip) == '128 devices, 2 a chip'
+  per_chip = topology_lib.devices_per_chip('v5p:4x4x4')
+  assert topology_lib.format_device_count(64, per_chip) == '64 chips'
 
 
-LOOK = """
+LIST_DEVICES = """
 import json, sys
-from lavit_jax.compile import topology as pods
-found = {}
+from lavit_jax.compile.topology import pod_devices
+counts = {}
 for topology in sys.argv[1:]:
-  _, devices = pods.pod(topology)
-  found[topology] = len(devices), devices[0].device_kind
-print(json.dumps(found))
+  _, devices = pod_devices(topology)
+  counts[topology] = len(devices), devices[0].device_kind
+print(json.dumps(counts))
 """
 
 
 def test_libtpu_has_these_devices():
-  """In a process of its own: libtpu cannot be unloaded."""
+  """Runs in a process of its own, since libtpu cannot be unloaded."""
   pytest.importorskip('libtpu')
   expected = {
     'v5e:1x1': (1, 'TPU v5 lite'),
@@ -95,12 +97,13 @@ def test_libtpu_has_these_devices():
     'v7x:1x1x1': (2, 'TPU7x'),
   }
   env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'TPU_WORKER_HOSTNAMES': 'localhost'}
-  command = [sys.executable, '-c', LOOK, *expected]
-  done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-  assert done.returncode == 0, done.stderr
-  assert {name: tuple(value) for name, value in json.loads(done.stdout).items()} == expected
+  command = [sys.executable, '-c', LIST_DEVICES, *expected]
+  process = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+  assert process.returncode == 0, process.stderr
+  devices = {name: tuple(value) for name, value in json.loads(process.stdout).items()}
+  assert devices == expected
   for topology, (count, kind) in expected.items():
-    name, shape = pods.libtpu_topology(topology)[1].split(':')
-    sides = [int(side) for side in shape.split('x')]
+    name, shape = topology_lib.libtpu_topology(topology)[1].split(':')
+    num_chips = math.prod(int(side) for side in shape.split('x'))
     assert accelerators.TPUS[name].kind == kind
-    assert count == accelerators.TPUS[name].devices * math.prod(sides)
+    assert count == accelerators.TPUS[name].devices * num_chips

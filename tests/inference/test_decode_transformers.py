@@ -77,18 +77,18 @@ def peer_generate(peer, embeddings, mask, **settings):
     )
 
 
-def assert_same(ours, sequences):
+def assert_same(out, sequences):
   assert sequences.shape[1] > 3
-  np.testing.assert_array_equal(ours.ids[:, : sequences.shape[1]], sequences)
-  assert (ours.ids[:, sequences.shape[1] :] == 2).all()
+  np.testing.assert_array_equal(out.ids[:, : sequences.shape[1]], sequences)
+  assert (out.ids[:, sequences.shape[1] :] == 2).all()
 
 
 @pytest.mark.parametrize('minimum', [0, 5])
 def test_greedy(both, minimum):
   params, peer, *prompts = both
-  ours = generate(LLAMA, params, *prompts, max_new_tokens=NEW, min_new_tokens=minimum, eos_id=EOS)
-  assert_same(ours, peer_generate(peer, *prompts, min_new_tokens=minimum).sequences.numpy())
-  assert (ours.lengths < NEW).any()
+  out = generate(LLAMA, params, *prompts, max_new_tokens=NEW, min_new_tokens=minimum, eos_id=EOS)
+  assert_same(out, peer_generate(peer, *prompts, min_new_tokens=minimum).sequences.numpy())
+  assert (out.lengths < NEW).any()
 
 
 def unpadded(embeddings, mask):
@@ -106,11 +106,11 @@ def test_greedy_with_a_repetition_penalty(both):
   prompts = unpadded(*prompts)
   ids = {}
   for penalty in (1.0, 1.3, 0.8):
-    ours = generate(
+    out = generate(
       LLAMA, params, *prompts, max_new_tokens=NEW, eos_id=EOS, repetition_penalty=penalty
     )
-    assert_same(ours, peer_generate(peer, *prompts, repetition_penalty=penalty).sequences.numpy())
-    ids[penalty] = np.asarray(ours.ids)
+    assert_same(out, peer_generate(peer, *prompts, repetition_penalty=penalty).sequences.numpy())
+    ids[penalty] = np.asarray(out.ids)
   assert (ids[1.3] != ids[1.0]).any()
   assert (ids[0.8] != ids[1.0]).any()
 
@@ -123,7 +123,7 @@ def test_beams(both, num_beams, early_stopping):
   settings = dict(num_beams=num_beams, early_stopping=early_stopping)
   ids = []
   for length_penalty in (0.0, 1.0, 2.0, -1.0):
-    ours = beam_search(
+    out = beam_search(
       LLAMA,
       params,
       *prompts,
@@ -133,28 +133,28 @@ def test_beams(both, num_beams, early_stopping):
       **settings,
     )
     expected = peer_generate(peer, *prompts, length_penalty=length_penalty, **settings)
-    assert_same(ours, expected.sequences.numpy())
+    assert_same(out, expected.sequences.numpy())
     # rtol: with a negative penalty a score is a sum times a length
-    np.testing.assert_allclose(ours.scores, expected.sequences_scores.numpy(), rtol=1e-5, atol=1e-4)
-    ids.append(np.asarray(ours.ids))
+    np.testing.assert_allclose(out.scores, expected.sequences_scores.numpy(), rtol=1e-5, atol=1e-4)
+    ids.append(np.asarray(out.ids))
   assert any((other != ids[0]).any() for other in ids)  # the penalty matters
 
 
 def test_the_best_beams(both):
   params, peer, *prompts = both
-  ours = beam_search(
+  out = beam_search(
     LLAMA, params, *prompts, num_beams=4, num_return_sequences=3, max_new_tokens=NEW, eos_id=EOS
   )
   expected = peer_generate(peer, *prompts, num_beams=4, num_return_sequences=3)
-  assert_same(ours, expected.sequences.numpy())
-  np.testing.assert_allclose(ours.scores, expected.sequences_scores.numpy(), atol=1e-4)
-  assert (np.diff(ours.scores.reshape(7, 3)) < 0).all()
+  assert_same(out, expected.sequences.numpy())
+  np.testing.assert_allclose(out.scores, expected.sequences_scores.numpy(), atol=1e-4)
+  assert (np.diff(out.scores.reshape(7, 3)) < 0).all()
 
 
 def test_beams_with_a_repetition_penalty(both):
   params, peer, *prompts = both
   prompts = unpadded(*prompts)
-  plain, ours = (
+  plain, out = (
     beam_search(
       LLAMA,
       params,
@@ -167,9 +167,9 @@ def test_beams_with_a_repetition_penalty(both):
     for penalty in (None, 1.5)
   )
   assert_same(
-    ours, peer_generate(peer, *prompts, num_beams=3, repetition_penalty=1.5).sequences.numpy()
+    out, peer_generate(peer, *prompts, num_beams=3, repetition_penalty=1.5).sequences.numpy()
   )
-  assert (ours.ids != plain.ids).any()
+  assert (out.ids != plain.ids).any()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from lavit_jax.errors import UserError
 from lavit_jax.inference import deprecated
 from lavit_jax.inference.generation_config import GenerationOptions
-from lavit_jax.inference.image_generation import ImageGenerationOptions
+from lavit_jax.inference.image_generation import DecodingOptions
 from lavit_jax.inference.outputs import DecodedImages, ImageOutput
 from lavit_jax.inference.pipeline import Lavit
 
@@ -46,6 +46,10 @@ class Recorder:
   def caption_outputs(self, images, *, seed=0, **generation):
     return 'outputs', images, seed, generation
 
+  @deprecated.api_method(positional=('seed', 'size'))
+  def tokenize(self, images, *, seed=0, size=1):
+    return images, seed, size
+
 
 def test_every_old_keyword_has_a_new_one_of_its_method():
   for name, keywords in OLD_KEYWORDS.items():
@@ -69,6 +73,18 @@ def test_details_return_the_outputs():
   assert caught[0].filename == __file__
   with pytest.warns(DeprecationWarning, match='details'):
     assert Recorder().caption('image', details=False)[0] == 'texts'
+
+
+def test_keywords_that_were_positional():
+  with pytest.warns(DeprecationWarning, match='seed by position; use keywords') as caught:
+    assert Recorder().tokenize('image', 3) == ('image', 3, 1)
+  assert caught[0].filename == __file__
+  with pytest.warns(DeprecationWarning, match='seed, size by position'):
+    assert Recorder().tokenize('image', 3, 4) == ('image', 3, 4)
+  with pytest.raises(TypeError, match='positional'):
+    Recorder().tokenize('image', 3, 4, 5)
+  with pytest.raises(TypeError, match='positional'):
+    Recorder().caption('image', 3)
 
 
 def test_an_old_and_a_new_keyword_for_the_same_are_refused():
@@ -117,5 +133,7 @@ def test_old_names_of_the_model(tiny_folder):
   np.testing.assert_array_equal(old, model.decode_images([np.arange(4)], num_inference_steps=1))
 
 
-def test_options_have_the_fields_of_their_receivers():
-  assert set(Lavit.generate.allowed_keywords) > set(ImageGenerationOptions.__annotations__)
+def test_option_types_match_the_keywords():
+  decoding = set(DecodingOptions.__annotations__)
+  keywords = set(Lavit.decode_images.allowed_keywords)
+  assert keywords == decoding | {'codes', 'seed', 'guidance_scale'}

@@ -419,8 +419,8 @@ def test_each_image_starts_from_its_own_initial_image(model):
     (dict(vae_tile_size=64.5), 'vae_tile_size=64.5 is not allowed; choose a whole number'),
     (dict(strength='1'), "strength='1' is not allowed; choose a number above 0"),
     (
-      dict(do_sample=True, held=3),
-      'no such option: do_sample, held; .*choose among prompts, guidance_scale, ',
+      dict(do_sample=True, zoom=3),
+      'no such option: do_sample, zoom; .*choose among prompts, guidance_scale, ',
     ),
     (
       dict(init_images=5),
