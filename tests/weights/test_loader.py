@@ -1,4 +1,4 @@
-"""Modules of a checkpoint load when they are needed; a folder says what stands beside its weights."""
+"""Modules of a checkpoint load when needed; a folder lists what stands beside its weights."""
 
 import json
 import pathlib
