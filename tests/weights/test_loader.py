@@ -1,4 +1,4 @@
-"""Parts of a checkpoint as they come: what is in memory meanwhile, what a folder says beside its weights."""
+"""Modules of a checkpoint load when needed; a folder lists what stands beside its weights."""
 
 import json
 import pathlib
