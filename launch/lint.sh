@@ -4,5 +4,5 @@
 set -euo pipefail
 source "$(dirname "$0")/install.sh" '[test,torch,app]'
 .venv/bin/ruff format --check .
-.venv/bin/ruff check . --select E9,F,I "$@"
-# .venv/bin/basedpyright
+.venv/bin/ruff check . "$@"
+.venv/bin/basedpyright

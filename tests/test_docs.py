@@ -166,6 +166,7 @@ def snippets(page: pathlib.Path) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize('page', GUIDES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_commands_run(page, tmp_path):
   """All blocks of a page run in one folder, in the order of the page."""

@@ -132,7 +132,7 @@ def analyze(text: str, kernel_flops: KernelFlops = _no_kernel_flops) -> Analysis
 
 
 class _Analyzer:
-  """Adds up the costs of a program, of each computation once."""
+  """Adds up the costs of the instructions of a program; visits each computation once."""
 
   def __init__(self, module: Module, kernel_flops: KernelFlops):
     self._computations = module.computations
@@ -217,7 +217,7 @@ class _Analyzer:
 
 
 def _collective_cost(kind: str, instruction: Instruction, computation: Computation) -> Cost:
-  """The operands are read once, and as many bytes are written."""
+  """The cost of a collective, which reads its operands once and writes as many bytes."""
   operand_bytes = sum(array.num_bytes for array in operand_arrays(instruction, computation))
   sent = sent_bytes(kind, operand_bytes, group_size(instruction.attributes))
   return Cost(0.0, 2.0 * operand_bytes, {kind: sent})

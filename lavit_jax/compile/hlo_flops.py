@@ -14,11 +14,17 @@ Shape = tuple[int, ...]
 
 
 def instruction_flops(instruction: Instruction, computation: Computation) -> float:
-  """Operations of one instruction: two for each multiplication and addition of a pair.
+  """Operations of a product or a convolution; a multiplication with its addition counts as two.
 
   Args:
-    instruction: a product or a convolution; 0 for all others, which take little in comparison.
-    computation: the one that it belongs to.
+    instruction: of any kind.
+    computation: which contains the instruction and its operands.
+
+  Returns:
+    0 for other instructions, which need few operations in comparison.
+
+  Raises:
+    ValueError: an attribute is missing.
   """
   if instruction.opcode not in ('dot', 'convolution'):
     return 0.0
@@ -35,7 +41,7 @@ def _dot_flops(instruction: Instruction, left: Shape) -> float:
 
 
 class _WindowDimension(NamedTuple):
-  """One spatial dimension of a convolution's window; the dilations are strides over zeros."""
+  """One spatial dimension of a window; a dilation of n puts n - 1 zeros between elements."""
 
   size: int
   stride: int
@@ -57,7 +63,7 @@ def _convolution_flops(instruction: Instruction, left: Shape, right: Shape) -> f
 
   XLA writes batched products as convolutions that meet mostly such zeros.
   """
-  # Of each dimension a letter or digit: b(atch), f(eature), i(nput), o(utput), 0, 1 (spatial).
+  # One character per dimension: b(atch), f(eature), i(nput), o(utput), or a spatial digit.
   labels = _search(r'dim_labels=(?P<left>\w+)_(?P<right>\w+)->(?P<output>\w+)', instruction)
   spatial = sorted(set(labels['left']) - set('bf'))
   batch_size = left[labels['left'].index('b')]
@@ -75,7 +81,7 @@ def _convolution_flops(instruction: Instruction, left: Shape, right: Shape) -> f
 
 
 def _window(instruction: Instruction, num_dimensions: int) -> list[_WindowDimension]:
-  """The window of a convolution; what the text leaves out has its default."""
+  """The window of a convolution; options that the text leaves out have their defaults."""
   text = re.search(r'window=\{([^}]*)\}', instruction.attributes)
   options = dict(re.findall(r'(\w+)=([\w\-]+)', text[1])) if text else {}
 
@@ -97,5 +103,5 @@ def _window(instruction: Instruction, num_dimensions: int) -> list[_WindowDimens
 def _search(pattern: str, instruction: Instruction) -> re.Match[str]:
   match = re.search(pattern, instruction.attributes)
   if match is None:
-    raise ValueError(f'{instruction.opcode} {instruction.name} without {pattern}')
+    raise ValueError(f'{instruction.opcode} {instruction.name} has no {pattern}')
   return match

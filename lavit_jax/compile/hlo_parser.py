@@ -18,7 +18,7 @@ class Array(NamedTuple):
 
   Attributes:
     dtype: XLA's name of the dtype, such as 'bf16'.
-    shape: of the part of one device.
+    shape: of the shard on one device.
     on_chip: whether it lies in the chip's own memory (VMEM, SMEM), not in HBM.
   """
 
@@ -42,7 +42,7 @@ class Instruction(NamedTuple):
 
   Attributes:
     name: unique in the program.
-    arrays: the results; those of a tuple one after another.
+    arrays: the results; a tuple is flattened.
     opcode: such as 'dot'.
     operands: the names of the instructions whose results it reads.
     attributes: the text behind the operands.
@@ -58,8 +58,17 @@ class Instruction(NamedTuple):
   literal: str
   root: bool
 
+  @property
+  def result_bytes(self) -> int:
+    """The size of the results, in either memory."""
+    return sum(array.num_bytes for array in self.arrays)
+
   def called(self, attribute: str) -> str:
-    """The name of the computation that an attribute refers to, such as 'body'."""
+    """The name of the computation that an attribute refers to, such as 'body'.
+
+    Raises:
+      ValueError: the instruction has no such attribute.
+    """
     reference = re.search(rf'{attribute}=%?([\w.\-]+)', self.attributes)
     if reference is None:
       raise ValueError(f'{self.opcode} {self.name} has no attribute {attribute}')
@@ -114,7 +123,10 @@ def parse(text: str) -> Module:
 
 def operand_arrays(instruction: Instruction, computation: Computation) -> list[Array]:
   """The arrays that an instruction reads."""
-  return [array for name in instruction.operands for array in computation[name].arrays]
+  arrays = []
+  for name in instruction.operands:
+    arrays.extend(computation[name].arrays)
+  return arrays
 
 
 def _parse_instruction(line: str) -> Instruction:

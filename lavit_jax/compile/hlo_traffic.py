@@ -16,7 +16,7 @@ _SLICES = ('dynamic-slice', 'slice', 'gather')
 def instruction_bytes(instruction: Instruction, computation: Computation) -> float:
   """HBM traffic of an instruction that calls no other computation.
 
-  It reads its operands and writes its results, but slices and copies may touch less of them.
+  It reads its operands and writes its results; slices and updates touch only a part of them.
   """
   results = instruction.arrays
   if instruction.opcode == 'dynamic-update-slice':
@@ -54,11 +54,11 @@ def fusion_bytes(fusion: Instruction, fused: Computation) -> float:
 
 
 def _parameter_bytes(parameter: Instruction, uses: list[Instruction]) -> int:
-  """What a fusion reads of one operand."""
+  """Bytes that a fusion reads of one operand."""
   if uses and all(use.opcode in _SLICES for use in uses):
     if parameter.arrays[0].on_chip:
       return 0
-    return sum(array.num_bytes for use in uses for array in use.arrays)
+    return sum(use.result_bytes for use in uses)
   if uses and all(_updates(use, parameter) for use in uses):
     return 0
   return sum(array.hbm_bytes for array in parameter.arrays)
@@ -70,7 +70,7 @@ def _updates(use: Instruction, parameter: Instruction) -> bool:
 
 
 def _result_bytes(fusion: Instruction, fused: Computation) -> int:
-  """What a fusion writes."""
+  """Bytes that a fusion writes."""
   root = next(instruction for instruction in fused.values() if instruction.root)
   outputs = [root]
   if root.opcode == 'tuple':

@@ -56,7 +56,7 @@ def pod_devices(topology: str, slices: int = 1) -> tuple[Chip, list[Any]]:
 
 
 def libtpu_topology(topology: str, slices: int = 1) -> tuple[str, str, dict[str, Any]]:
-  """What libtpu calls a topology.
+  """Translates a topology into libtpu's terms.
 
   Args:
     topology: CHIP:SHAPE such as 'v7x:2x2x1'.

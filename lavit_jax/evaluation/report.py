@@ -183,7 +183,9 @@ def measure_images(
     noise: uniform noise, another lower bound.
   """
   real = stack_images(examples)
-  generated = model.generate([example.caption for example in examples], num_inference_steps=_STEPS, seed=seed)
+  generated = model.generate(
+    [example.caption for example in examples], num_inference_steps=_STEPS, seed=seed
+  )
   rng = np.random.default_rng(seed)
   groups = group_indices(examples)
   backgrounds = np.array([example.facts.background for example in examples])

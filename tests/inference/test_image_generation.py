@@ -19,9 +19,9 @@ from lavit_jax.inference import generation_config, image_decoder, image_generati
 from lavit_jax.inference.pipeline import Lavit
 from lavit_jax.models import diffusion, lavit
 from lavit_jax.models.noise_schedule import Scheduler
-from lavit_jax.porting import to_torch
 from lavit_jax.weights.store import folder
 from lavit_jax.weights.torch import name_tables
+from lavit_jax.weights.torch.api import to_torch
 from lavit_jax.weights.torch.configs import rules
 from lavit_jax.weights.torch.configs.scheduler import CONFIG_FILES
 from lavit_jax.weights.torch.descriptions import extractor_config

@@ -16,7 +16,7 @@ import dataclasses, json, sys
 import jax, jax.numpy as jnp
 from pathlib import Path
 from lavit_jax import Lavit
-from lavit_jax.porting import from_torch
+from lavit_jax.weights.torch.api import from_torch
 
 weights, heads = sys.argv[1] or None, int(sys.argv[2])
 folder = Path('lavit_jax/assets/tiny')

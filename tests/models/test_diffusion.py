@@ -71,7 +71,10 @@ def peer_sample(
   strength=1.0,
   **settings,
 ):
-  """denoise(latents, t) -> (conditional, unconditional), numpy throughout; the trajectory is diffusers', as its pipelines drive it."""
+  """The trajectory of diffusers, driven as its pipelines do, in numpy.
+
+  `denoise(latents, t)` returns the conditional and the unconditional prediction.
+  """
   scheduler = PEERS[sampler].from_config(SETTINGS | settings)
   scheduler.set_timesteps(steps)
   x, visited = torch.from_numpy(latents), scheduler.timesteps
@@ -127,7 +130,8 @@ def assert_same_trajectory(**settings):
     **call,
   )
   assert np.abs(want - LATENTS).max() > 0.5
-  # Each step rounds latents of up to 10 times the result, guidance multiplies by 5, in up to 50 steps.
+  # Each step rounds latents of up to 10 times the result, and guidance multiplies by 5,
+  # in up to 50 steps.
   scale = 10 * max(1, np.abs(want).max())
   np.testing.assert_allclose(got, want, rtol=0, atol=scale * 5 * 50 * np.finfo(np.float32).eps)
   return got
@@ -179,7 +183,7 @@ def test_trajectory_matches_diffusers(sampler, prediction, spacing, steps):
   ],
 )
 def test_options_match_diffusers(sampler, options):
-  """DDIM knows all of these, DPM++ no clip_sample, and Euler neither that nor thresholding: `from_config` says so."""
+  """DDIM has all options, DPM++ no clip_sample, Euler neither that nor thresholding."""
   changed = assert_same_trajectory(sampler=sampler, steps=12, **options)
   plain = sample_latents(
     toy, LATENTS, (CONTEXT, MASK), (NULL, NULL_MASK), guidance_scale=3.0, steps=12, sampler=sampler
@@ -222,7 +226,8 @@ def test_spacing_that_is_not_named_is_the_default_of_the_class(sampler, first):
 def test_what_a_sampler_cannot_follow_is_named(sampler):
   with pytest.raises(
     ValueError,
-    match=f"sampler='{re.escape(sampler)}' cannot draw with use_karras_sigmas=True .*draw with sampler='ddim'",
+    match=f"sampler='{re.escape(sampler)}' cannot draw with use_karras_sigmas=True "
+    ".*draw with sampler='ddim'",
   ):
     make_plan(Scheduler(use_karras_sigmas=True), 10, sampler=sampler)
   make_plan(Scheduler(use_karras_sigmas=True), 10)
