@@ -236,8 +236,9 @@ class LazyParams:
       if path not in actual and path in optional:
         continue
       if expected.get(path) != actual.get(path):
-        found = actual.get(path, 'missing')
-        mismatches.append(f'{path}: {found} instead of {expected.get(path, "nothing")}')
+        actual_shape = actual.get(path, 'missing')
+        expected_shape = expected.get(path, 'nothing')
+        mismatches.append(f'{path}: {actual_shape} instead of {expected_shape}')
     if not mismatches:
       return
     listed = '; '.join(mismatches[:MAX_MISMATCHES])
@@ -265,7 +266,7 @@ def _module_of(name: str) -> str:
 
 def _open_tree(trees: Mapping[str, Any], module: str, dtype: str) -> ParameterSource:
   """A source that reads from a tree in memory, which keeps its own dtypes."""
-  del dtype  # the caller chose it when the tree was made
+  del dtype  # the tree has the dtype that its owner chose
   flat = flatten(trees[module])
 
   def read(path: str, index: int | None = None, sharding: Sharding | None = None) -> jax.Array:

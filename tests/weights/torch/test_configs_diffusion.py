@@ -166,8 +166,8 @@ def test_a_unet_with_settings_computes_as_in_diffusers(published, params, tmp_pa
     conditions = dict(text_embeds=torch.from_numpy(pooled), time_ids=torch.from_numpy(sizes))
     options = dict(added_cond_kwargs=conditions)
 
-  def diffusers_output(where):
-    reference = diffusers.UNet2DConditionModel.from_pretrained(where).eval()
+  def diffusers_output(folder_of_unet):
+    reference = diffusers.UNet2DConditionModel.from_pretrained(folder_of_unet).eval()
     with torch.no_grad():
       output = reference(
         torch.from_numpy(latents.transpose(0, 3, 1, 2)),

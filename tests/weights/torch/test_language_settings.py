@@ -20,7 +20,7 @@ from lavit_jax.weights.loader import open_checkpoint
 from lavit_jax.weights.store import folder
 from lavit_jax.weights.store.bundle import bundle
 from lavit_jax.weights.torch import configs, convert
-from lavit_jax.weights.torch.configs import llama as tables
+from lavit_jax.weights.torch.configs import llama as llama_files
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
@@ -53,14 +53,14 @@ def variant():
   del lavit.VARIANTS['letters']
 
 
-def write(where: pathlib.Path, file: str = 'config.json', **content) -> pathlib.Path:
-  where.mkdir(parents=True, exist_ok=True)
-  (where / file).write_text(json.dumps(content))
-  return where
+def write(folder: pathlib.Path, file: str = 'config.json', **content) -> pathlib.Path:
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / file).write_text(json.dumps(content))
+  return folder
 
 
-def read(where: pathlib.Path) -> dict:
-  return configs.read_settings(where, {'llama': ''}, ['llama'], 'letters').get('llama', {})
+def read(folder: pathlib.Path) -> dict:
+  return configs.read_settings(folder, {'llama': ''}, ['llama'], 'letters').get('llama', {})
 
 
 # --- Spellings -------------------------------------------------------------------------------
@@ -117,25 +117,24 @@ def test_a_config_is_read_as_by_transformers(spelling, tmp_path):
 
 
 def test_every_key_of_the_class_has_a_rule():
-  rules = set(tables.RULES) | {'rope_parameters'}  # which `complete` splits
-  known = transformers.LlamaConfig().to_dict()
-  assert not [key for key in known if key not in rules and not key.startswith('_')]
+  rules = set(llama_files.RULES) | {'rope_parameters'}  # which `complete` splits
+  config = transformers.LlamaConfig().to_dict()
+  assert not [key for key in config if key not in rules and not key.startswith('_')]
 
 
 def test_the_page_lists_every_key():
   page = (pathlib.Path(__file__).parents[3] / 'docs' / 'checkpoints-language-model.md').read_text()
-  config, beside = page.split('## generation_config.json')
-  for text, family in (
-    (config, tables.CONFIG),
-    (beside, tables.GENERATION_CONFIG),
-    (beside, tables.TOKENIZER_CONFIG),
+  config_section, other_section = page.split('## generation_config.json')
+  for section, config_file in (
+    (config_section, llama_files.CONFIG),
+    (other_section, llama_files.GENERATION_CONFIG),
+    (other_section, llama_files.TOKENIZER_CONFIG),
   ):
-    for key, rule in family.rules.items():
+    table_rows = [line for line in section.splitlines() if line.startswith('|')]
+    for key, rule in config_file.rules.items():
       kind = type(rule).__name__.lower()
-      if kind != 'harmless' or family is tables.CONFIG:
-        row = next(
-          (line for line in text.splitlines() if line.startswith('|') and f'`{key}`' in line), ''
-        )
+      if kind != 'harmless' or config_file is llama_files.CONFIG:
+        row = next((line for line in table_rows if f'`{key}`' in line), '')
         assert kind in row, key
 
 
@@ -267,19 +266,19 @@ IDS = np.random.default_rng(0).integers(3, 100, (1, 60))
 @pytest.fixture(scope='module')
 def source(tmp_path_factory):
   """A LLaMA folder by transformers, with settings of its own, and its logits of IDS."""
-  where = tmp_path_factory.mktemp('llama') / 'src'
+  src = tmp_path_factory.mktemp('llama') / 'src'
   torch.manual_seed(0)
   model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | SCALED)).float().eval()
   with torch.no_grad():
     for x in model.parameters():
       if x.ndim == 2:
         x.normal_(0, 1.5 / x.shape[1] ** 0.5)
-  model.save_pretrained(where)
-  return where, transformers_logits(where)
+  model.save_pretrained(src)
+  return src, transformers_logits(src)
 
 
-def transformers_logits(where) -> np.ndarray:
-  model = transformers.LlamaForCausalLM.from_pretrained(where).eval()
+def transformers_logits(src) -> np.ndarray:
+  model = transformers.LlamaForCausalLM.from_pretrained(src).eval()
   with torch.no_grad():
     return model(torch.from_numpy(IDS)).logits[..., :100].numpy()
 
@@ -294,10 +293,8 @@ def flax_logits(settings: dict, params: dict) -> np.ndarray:
 
 def assert_close(logits, expected):
   """Within float32's rounding of sums of 96 terms and angles of 60, times the gains of layers."""
-  assert (
-    np.abs(logits - expected).max()
-    < 100 * (96 + 18 * 60) * np.finfo(np.float32).eps * expected.std()
-  )
+  tolerance = 100 * (96 + 18 * 60) * np.finfo(np.float32).eps * expected.std()
+  assert np.abs(logits - expected).max() < tolerance
 
 
 def test_there_and_back(source, tmp_path, capsys):
@@ -314,14 +311,13 @@ def test_there_and_back(source, tmp_path, capsys):
     )
   }
   conversion.inspect(tmp_path / 'checkpoint')
-  assert 'settings of llama: rope_theta=1000000.0, rope_scaling={"rope_type": "linear"' in ' '.join(
-    capsys.readouterr().out.split()
-  )
+  output = ' '.join(capsys.readouterr().out.split())
+  assert 'settings of llama: rope_theta=1000000.0, rope_scaling={"rope_type": "linear"' in output
   params = folder.load_params(tmp_path / 'checkpoint')
   assert_close(flax_logits(settings, params['llama']), expected)
-  assert (
-    np.abs(flax_logits({}, params['llama']) - expected).max() > 0.1 * expected.std()
-  )  # the settings are what does it
+  # Without the settings, the logits differ.
+  plain = flax_logits({}, params['llama'])
+  assert np.abs(plain - expected).max() > 0.1 * expected.std()
 
   back = convert.plan_conversion(tmp_path / 'checkpoint', tmp_path / 'back')
   assert any('llama: config.json sets rope_theta=1000000.0' in note for note in back.notes)
