@@ -240,7 +240,7 @@ def load_golden_model(sizes: dict[str, int]) -> tuple[Llama, dict]:
   mask = jnp.ones((1, 1, 2, 2), bool)
   like = jax.eval_shape(llama.init, jax.random.key(0), embeddings, positions, mask)['params']
   state = load_file(GOLDEN / 'language_model.safetensors')
-  params = mapping.from_torch(llama_rules(), state, like)
+  params = mapping.from_state_dict(llama_rules(), state, like)
   return unroll_layers(llama, jax.tree.map(jnp.asarray, params))
 
 

@@ -1,6 +1,6 @@
 """Plots training curves from the metrics.jsonl of runs: lines for training, dots for held-out data.
 
-python benchmarks/curves.py runs --out lavit_jax/assets/curves.svg
+python benchmarks/curves.py runs --out docs/assets/curves.svg
 
 A line shows means of 2% of the steps.
 """

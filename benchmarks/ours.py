@@ -26,7 +26,7 @@ def module_params(module: str, rules: list[mapping.NameRule]) -> dict:
   like = jax.eval_shape(init, jax.random.key(0))[module]
   shapes = mapping.torch_shapes(rules, like)
   state = {name: Weights(name, shape) for name, shape in shapes.items()}
-  return mapping.from_torch(rules, state, like, lambda _, x: jnp.asarray(x))
+  return mapping.from_state_dict(rules, state, like, lambda _, x: jnp.asarray(x))
 
 
 def drawing() -> Callable[[], np.ndarray]:

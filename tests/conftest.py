@@ -22,7 +22,7 @@ from lavit_jax.models.tokenizer import DynamicTokenizer, Understanding
 from lavit_jax.models.vit import ViT
 from lavit_jax.weights.store.folder import save_params
 from lavit_jax.weights.torch import names_visual as tables
-from lavit_jax.weights.torch.mapping import from_torch
+from lavit_jax.weights.torch.mapping import from_state_dict
 
 FOLDER = pathlib.Path(__file__).parent / 'data' / 'golden'
 
@@ -79,7 +79,7 @@ def golden():
   for part, (file, rows) in files.items():
     like = jax.eval_shape(modules[part].init, jax.random.key(0), *inputs[part])['params']
     params[part] = jax.tree.map(
-      jnp.asarray, from_torch(rows, load_file(FOLDER / f'{file}.safetensors'), like)
+      jnp.asarray, from_state_dict(rows, load_file(FOLDER / f'{file}.safetensors'), like)
     )
   return types.SimpleNamespace(
     modules=modules, params=params, io=io, features=io['vit_features'][:, 1:], size=size

@@ -254,7 +254,7 @@ def test_parts_in_a_bucket(tmp_path, fails):
       tmp_path / 'run',
       '--config.frozen=a, gs://b/export',
     ],
-    'gs://b/export is no folder here',
+    'gs://b/export is not a local folder',
   )
 
 

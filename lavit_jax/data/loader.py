@@ -119,7 +119,7 @@ def batches(
 
   With `sources` (sources.py), and `heldout` for held-out splits, rows come from these instead of
   the composer. They are dealt to `shards` (shards.py), of which a process reads several. Images are
-  decoded by `transforms.decode` with `crop`, texts are cleaned and cut at `text_length`.
+  decoded by `transforms.decode_sizes` with `crop`, texts are cleaned and cut at `text_length`.
 
   Args:
     task: 'images', 'contrastive' or 'lm'.

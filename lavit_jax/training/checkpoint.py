@@ -343,7 +343,7 @@ class _FullDiskErrors:
       return False
     self.checkpoints.clear_half_written()
     steps = self.checkpoints.manager.all_steps(read=True)
-    remedy = f'it goes on from step {max(steps)}' if steps else 'it begins anew'
+    remedy = f'it resumes from step {max(steps)}' if steps else 'it restarts from step 0'
     raise UserError(
       f'the disk is full while saving to {self.checkpoints.folder}; free some space and start the '
       f'same command again: {remedy}'

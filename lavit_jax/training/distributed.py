@@ -128,7 +128,7 @@ def _from_environment(option: str, variable: str, value: int | None) -> int | No
   if value is not None or not text:
     return value
   if not text.isdigit():
-    raise UserError(f'{variable}={text!r} is no number (it stands for {option})')
+    raise UserError(f'{variable}={text!r} is not a number (it stands for {option})')
   return int(text)
 
 

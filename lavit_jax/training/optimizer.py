@@ -33,7 +33,7 @@ class OptimizerConfig:
   b2: float
   mu_dtype: str  # of the first moment; bfloat16 halves its memory
   nu_dtype: str  # of the second moment
-  clip_norm: float | None  # of the whole gradient; None or 0: off
+  clip_norm: float | None  # of the whole gradient; None: off
   ema_decay: float = 0.0  # of the parameters' moving average; 0: off
   freeze: tuple[str, ...] = ()  # regexes of parameters that do not train
   lr_scale: tuple[tuple[str, float], ...] = ()  # (regex, factor); the first match counts
@@ -112,7 +112,7 @@ def adam(config: OptimizerConfig) -> optax.GradientTransformation:
   if config.nu_dtype == 'bfloat16' and config.b2 > MAX_BFLOAT16_B2:
     raise UserError(
       f"optim.nu_dtype='bfloat16' needs optim.b2 of at most {MAX_BFLOAT16_B2}, not {config.b2}: "
-      'slower averages stand still in it'
+      'above this, updates are lost to rounding'
     )
   inner = optax.scale_by_adam(config.b1, config.b2, eps=1e-8, mu_dtype=config.mu_dtype)
 

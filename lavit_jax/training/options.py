@@ -138,13 +138,13 @@ class Regexes(NamedTuple):
     regex = item
     if self.factors is not None:
       if not isinstance(item, (tuple, list)) or len(item) != 2:
-        return f'must be {self.describe()}; {item!r} is none'
+        return f'must be {self.describe()}; {item!r} is not'
       regex, factor = item
       fault = self.factors.fault(factor)
       if fault:
         return f'has the factor {factor!r} for {regex!r}, which {fault}'
     if not isinstance(regex, str):
-      return f'must be {self.describe()}; {item!r} is none'
+      return f'must be {self.describe()}; {item!r} is not'
     try:
       re.compile(regex)
     except re.error as error:

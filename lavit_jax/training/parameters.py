@@ -42,8 +42,8 @@ def split_folders(text: str) -> tuple[str, ...]:
   for path in paths:
     if '://' in path:
       raise UserError(
-        f'{path} is no folder here; mount the bucket (gcsfuse), or use a disk that all machines '
-        'share'
+        f'{path} is not a local folder; mount the bucket (gcsfuse), or use a disk that all '
+        'machines share'
       )
   return tuple(expand_home(path) for path in paths)
 

@@ -68,7 +68,7 @@ class MetricWatch:
     if aside:
       names = ', '.join(f'{step}.broken' for step in aside)
       moved = f'the checkpoints {names} have these parameters and are set aside; '
-    restart = f'it goes on from step {max(remaining)}' if remaining else 'it begins anew'
+    restart = f'it resumes from step {max(remaining)}' if remaining else 'it restarts from step 0'
     raise UserError(
       f'loss or gradient was not finite in {self.streak} steps in a row, from step '
       f'{self.first_skipped} on; {moved}lower optim.learning_rate or optim.clip_norm, or look at '
@@ -97,7 +97,7 @@ class MetricWatch:
     if share > options.max_overflow:
       raise UserError(
         f'at step {step} {message} (lm.max_overflow={options.max_overflow} is the share that a '
-        'run puts up with)'
+        'run allows)'
       )
     if share > WARNING_SHARE and not self.warned:
       self.warned = True

@@ -50,7 +50,9 @@ def params():
     jnp.ones((1, 1, 2, 2), bool),
   )
   like = jax.eval_shape(LLAMA.init, jax.random.key(0), *example)['params']
-  tree = mapping.from_torch(llama_rules(), load_file(FOLDER / 'language_model.safetensors'), like)
+  tree = mapping.from_state_dict(
+    llama_rules(), load_file(FOLDER / 'language_model.safetensors'), like
+  )
   return jax.tree.map(jnp.asarray, tree)
 
 

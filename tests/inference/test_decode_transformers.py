@@ -52,7 +52,7 @@ def both():
   example = (embeddings, positions, jnp.ones((1, 1, 2, 2), bool))
   like = jax.eval_shape(LLAMA.init, jax.random.key(0), *example)['params']
   state = {name: tensor.numpy() for name, tensor in peer.state_dict().items()}
-  params = mapping.from_torch(llama_rules(), state, like)
+  params = mapping.from_state_dict(llama_rules(), state, like)
   params = unroll_layers(LLAMA, jax.tree.map(jnp.asarray, params))[1]
   rng = np.random.default_rng(1)
   prompts = [[rng.integers(3, 60, rng.integers(1, 9))] for _ in range(7)]

@@ -298,7 +298,7 @@ def test_tiny_unet_trajectory_matches_diffusers():
     norm_num_groups=4,
   ).eval()
   state = {name: p.numpy() for name, p in model.state_dict().items()}
-  params = {'params': mapping.from_torch(unet_rules(module), state, unet_shapes(module))}
+  params = {'params': mapping.from_state_dict(unet_rules(module), state, unet_shapes(module))}
 
   @torch.no_grad()
   def both(latents, t):

@@ -69,7 +69,9 @@ def test_golden_logits():
     rope_theta=sizes['rope_theta'],
   )
   like = jax.eval_shape(lambda: init(llama))
-  params = mapping.from_torch(llama_rules(), load_file(GOLDEN / 'language_model.safetensors'), like)
+  params = mapping.from_state_dict(
+    llama_rules(), load_file(GOLDEN / 'language_model.safetensors'), like
+  )
   ids = jnp.asarray(golden['forward_ids'], jnp.int32)
   logits = forward(llama, params, ids, jnp.ones(ids.shape, bool))
   assert logits.dtype == jnp.float32
@@ -84,7 +86,7 @@ def test_matches_transformers_with_grouped_heads(padding):
     for p in peer.parameters():
       p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
   state = {name: x.numpy() for name, x in peer.state_dict().items()}
-  params = mapping.from_torch(llama_rules(), state, jax.eval_shape(lambda: init(TINY)))
+  params = mapping.from_state_dict(llama_rules(), state, jax.eval_shape(lambda: init(TINY)))
   ids = np.random.default_rng(0).integers(0, 97, (2, 12))
   mask = np.ones(ids.shape, bool)
   mask[1, :padding] = False

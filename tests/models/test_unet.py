@@ -95,7 +95,7 @@ def ported(module):
     for p in model.parameters():
       p += 0.05 * torch.randn(p.shape, generator=generator)
   state = {name: p.numpy() for name, p in model.state_dict().items()}
-  params = mapping.from_torch(unet_rules(module), state, unet_shapes(module))
+  params = mapping.from_state_dict(unet_rules(module), state, unet_shapes(module))
   return model, state, {'params': params}
 
 

@@ -47,7 +47,7 @@ def ported():
     for p in model.parameters():
       p += 0.05 * torch.randn(p.shape, generator=generator)
   state = {name: p.numpy() for name, p in model.state_dict().items()}
-  return model, state, mapping.from_torch(vae_rules(VAE), state, vae_shapes(VAE))
+  return model, state, mapping.from_state_dict(vae_rules(VAE), state, vae_shapes(VAE))
 
 
 def nchw(x):
@@ -147,7 +147,7 @@ def test_old_attention_names_load_into_the_same_tree(ported):
   assert 'encoder.mid_block.attentions.0.proj_attn.weight' in state
   jax.tree.map(
     np.testing.assert_array_equal,
-    mapping.from_torch(vae_rules(VAE, old_attention=True), state, vae_shapes(VAE)),
+    mapping.from_state_dict(vae_rules(VAE, old_attention=True), state, vae_shapes(VAE)),
     params,
   )
 

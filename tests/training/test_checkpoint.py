@@ -156,7 +156,7 @@ def test_a_full_disk_leaves_nothing_half_written(saved, monkeypatch, error):
   with monkeypatch.context() as patch:
     patch.setattr(ocp.StandardCheckpointHandler, 'async_save', fail)
     with pytest.raises(
-      UserError, match=r'disk is full while saving to .*checkpoints; .*: it goes on from step 3'
+      UserError, match=r'disk is full while saving to .*checkpoints; .*: it resumes from step 3'
     ):
       checkpoints.save(4, state(4), data)
       checkpoints.wait()

@@ -331,7 +331,7 @@ def test_a_job_that_is_not_described_well(addresses, message):
 
 def test_a_variable_that_is_no_number(monkeypatch):
   monkeypatch.setenv('JAX_NUM_PROCESSES', 'two')
-  with pytest.raises(UserError, match="JAX_NUM_PROCESSES='two' is no number"):
+  with pytest.raises(UserError, match="JAX_NUM_PROCESSES='two' is not a number"):
     distributed.connect()
 
 

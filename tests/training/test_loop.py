@@ -230,7 +230,7 @@ def test_a_lost_loss_ends_the_run_and_no_checkpoint_has_its_parameters(
   with pytest.raises(
     UserError,
     match='not finite in 3 steps in a row, from step 5 on; the checkpoints 4.broken have '
-    '.* it goes on from step 3',
+    '.* it resumes from step 3',
   ):
     train(nano.config('autoencoder', **options), tmp_path)
   names = sorted(path.name for path in (tmp_path / 'checkpoints').iterdir())

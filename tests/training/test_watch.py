@@ -45,7 +45,7 @@ def test_updates_skipped_in_a_row(lost, last, ends):
   with pytest.raises(
     UserError,
     match='lower optim.learning_rate or optim.clip_norm, or look at the data, and start again: '
-    'it goes on from step 2',
+    'it resumes from step 2',
   ):
     seen.check_steps(last)
   assert aside == [lost.index(1)]  # of the step before the first, whose parameters they are

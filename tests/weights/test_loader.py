@@ -1,5 +1,6 @@
 """Parameters of a checkpoint, loaded lazily: the memory meanwhile, and the descriptions beside."""
 
+import gc
 import json
 import pathlib
 import shutil
@@ -42,6 +43,7 @@ def test_the_device_holds_the_result_and_one_layer(tiny_parts, weights_dtype, me
   modules = lavit.build('tiny', 'bfloat16')
   flat = flatten(jax.tree.map(np.asarray, tiny_parts['llama']))
   memory = []  # at each read
+  gc.collect()  # arrays of earlier tests that nothing refers to
   before = live_bytes()
 
   def read(path, index=None, sharding=None):

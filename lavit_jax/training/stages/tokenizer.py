@@ -63,7 +63,7 @@ def build(options: TokenizerOptions, model: LavitModules, layout: BatchLayout) -
   """As few tokens as needed to reconstruct the features.
 
   The codebook is state: k-means on the first quantized batch, then moving averages. The selector
-  stops when quantization begins: if it still trained, it would buy back with more tokens what
+  stops when quantization begins: if it still trained, it would keep more patches to offset what
   quantization costs.
 
   A codebook in `init_from` continues as it is, and so quantization begins with the first step. If

@@ -162,7 +162,7 @@ def torch_shapes(rules: Iterable[NameRule], like: Mapping) -> dict[str, tuple[in
 # --- Whole trees -----------------------------------------------------------------------------
 
 
-def from_torch(
+def from_state_dict(
   rules: Iterable[NameRule],
   state: Mapping[str, Any],
   like: Mapping,
@@ -200,7 +200,7 @@ def from_torch(
 
 
 def to_torch(rules: Iterable[NameRule], params: Mapping) -> dict[str, np.ndarray]:
-  """Parameter tree -> torch name -> contiguous array; the inverse of `from_torch`.
+  """Parameter tree -> torch name -> contiguous array; the inverse of `from_state_dict`.
 
   Raises:
     PortingError: as `slots_for`.

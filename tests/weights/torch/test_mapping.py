@@ -6,7 +6,7 @@ import pytest
 from lavit_jax.errors import UserError
 from lavit_jax.weights.torch.mapping import (
   PortingError,
-  from_torch,
+  from_state_dict,
   make_plan,
   to_torch,
   torch_shapes,
@@ -48,13 +48,13 @@ def file(drop=(), **extra):
 
 def problems(state, rules=RULES, like=LIKE):
   with pytest.raises(PortingError) as error:
-    from_torch(rules, state, like)
+    from_state_dict(rules, state, like)
   return str(error.value)
 
 
 def test_both_directions():
   state = file()
-  tree = from_torch(RULES, state, LIKE)
+  tree = from_state_dict(RULES, state, LIKE)
   assert jax.tree.map(np.shape, tree) == jax.tree.map(lambda x: x.shape, LIKE)
   assert np.array_equal(tree['blocks']['fc']['kernel'][2], state['layers.2.fc.weight'].T)
   assert np.array_equal(tree['embed'], state['embed'][0])
@@ -93,20 +93,20 @@ def test_views_are_laid_out(shape):
 
 def test_types_follow_the_model():
   state = {name: x.astype(ml_dtypes.bfloat16) for name, x in file().items()}
-  assert {x.dtype for x in jax.tree.leaves(from_torch(RULES, state, LIKE))} == {
+  assert {x.dtype for x in jax.tree.leaves(from_state_dict(RULES, state, LIKE))} == {
     np.dtype(np.float32)
   }
 
 
 def test_optional_rows_and_names_of_other_parts():
-  tree = from_torch(RULES, file(drop=['head.weight'], **{'other.weight': np.ones(1)}), LIKE)
+  tree = from_state_dict(RULES, file(drop=['head.weight'], **{'other.weight': np.ones(1)}), LIKE)
   assert 'head' not in tree and 'embed' in tree
   assert 'head.weight' not in to_torch(RULES, tree)
 
 
 def test_an_optional_stack_is_whole_or_absent():
   rows = [row._replace(optional=True) for row in RULES[:4]]
-  assert list(from_torch(rows, {'embed': np.ones((1, 5, 4))}, LIKE)) == ['embed']
+  assert list(from_state_dict(rows, {'embed': np.ones((1, 5, 4))}, LIKE)) == ['embed']
   message = problems(file(drop=['layers.1.fc.bias']), rows)
   assert 'missing: layers.1.fc.bias' in message
   assert 'fills no leaf at all' in problems({}, rows)
@@ -164,7 +164,9 @@ def test_a_pattern_allows_missing_names():
 
 
 def test_leaves_are_transformed_one_by_one():
-  tree = from_torch(RULES, file(), LIKE, transform_leaf=lambda path, array: (path, array.shape))
+  tree = from_state_dict(
+    RULES, file(), LIKE, transform_leaf=lambda path, array: (path, array.shape)
+  )
   assert tree['blocks']['fc']['bias'] == ('blocks/fc/bias', (3, 6))
 
 
@@ -184,7 +186,7 @@ def test_tables_are_checked_too():
     file(), [*RULES, NameRule('embed', 'extra')], like
   )
   assert 'unmapped: no rule names leaf extra' in problems(file(), like=like)
-  tree = from_torch(RULES, file(), LIKE)
+  tree = from_state_dict(RULES, file(), LIKE)
   with pytest.raises(PortingError, match='no rule names leaf extra'):
     to_torch(RULES, tree | {'extra': np.ones(1)})
   del tree['embed']

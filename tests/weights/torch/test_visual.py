@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from lavit_jax.models.lavit import build
 from lavit_jax.weights.torch import names_visual
-from lavit_jax.weights.torch.mapping import PortingError, from_torch, torch_shapes
+from lavit_jax.weights.torch.mapping import PortingError, from_state_dict, torch_shapes
 
 DATA = pathlib.Path(__file__).parents[2] / 'data'
 FILES = {
@@ -66,11 +66,11 @@ def test_the_encoder_file_may_lack_tensors_of_another_module(golden):
   """`tokenizer_encoder` without vit_proj is a whole tokenizer, and no `understanding`."""
   state = load_file(DATA / 'golden' / 'tokenizer_encoder.safetensors')
   visual = {name: state.pop(name) for name in ('vit_proj.weight', 'vit_proj.bias')}
-  from_torch(names_visual.tokenizer_rules(), state, golden.params['tokenizer'])
+  from_state_dict(names_visual.tokenizer_rules(), state, golden.params['tokenizer'])
   with pytest.raises(PortingError, match=r'(?s)missing: vit_proj.weight.*missing: vit_proj.bias'):
-    from_torch(names_visual.understanding_rules(), state, golden.params['understanding'])
+    from_state_dict(names_visual.understanding_rules(), state, golden.params['understanding'])
   visual['causal_encoder.norm.bias'] = np.full(64, 3.0)  # the overlay of stage 2
-  tree = from_torch(
+  tree = from_state_dict(
     names_visual.understanding_rules(), state | visual, golden.params['understanding']
   )
   assert (tree['merger']['norm']['bias'] == 3).all() and 'vit_proj' in tree
@@ -79,7 +79,7 @@ def test_the_encoder_file_may_lack_tensors_of_another_module(golden):
 def test_vit_without_its_head_still_gives_features(golden):
   state = load_file(DATA / 'golden' / 'eva_vit.safetensors')
   headless = {name: x for name, x in state.items() if not name.startswith(('norm.', 'head.'))}
-  tree = from_torch(names_visual.vit_rules(), headless, golden.params['vit'])
+  tree = from_state_dict(names_visual.vit_rules(), headless, golden.params['vit'])
   assert not {'norm', 'head'} & tree.keys()
   features = golden.modules['vit'].apply(
     {'params': tree}, golden.io['images'].transpose(0, 2, 3, 1)
