@@ -186,7 +186,7 @@ def test_a_disk_that_really_is_full(tmp_path):
     checkpoints.save(1, state(1), data)
     checkpoints.wait()
     large = {'x': jax.random.normal(jax.random.key(0), (1 << 20,))}
-    with pytest.raises(UserError, match='disk is full .* goes on from step 1'):
+    with pytest.raises(UserError, match='disk is full .* resumes from step 1'):
       checkpoints.save(2, large, data)
       checkpoints.wait()
     assert [p.name for p in (disk / 'checkpoints').iterdir()] == ['1']
