@@ -84,6 +84,9 @@ class WorkdirLock:
     """Tries once: {'acquired': True}, {'refused': why}, {'waiting': message}, or {}."""
     try:
       self.file.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:  # of another file than the lock
+      return {'refused': f'{self.file.parent}: Not a directory; choose another --workdir'}
+    try:
       descriptor = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:
       if other.is_alive():

@@ -43,6 +43,15 @@ def test_a_second_run_is_refused_and_the_next_one_is_not(tmp_path):
     pass
 
 
+def test_a_file_is_refused_at_once(tmp_path, monkeypatch):
+  """A file in place of the directory is not the lock of a silent run."""
+  monkeypatch.setattr(lock, 'SILENCE', float('inf'))
+  (tmp_path / 'run').write_text('mine')
+  with pytest.raises(UserError, match='run: Not a directory; choose another --workdir'):
+    WorkdirLock(tmp_path / 'run').__enter__()
+  assert (tmp_path / 'run').read_text() == 'mine'
+
+
 def test_an_error_gives_the_directory_back(tmp_path):
   with pytest.raises(RuntimeError), WorkdirLock(tmp_path):
     raise RuntimeError
