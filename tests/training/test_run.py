@@ -29,13 +29,16 @@ def test_a_run_has_the_values_of_its_page(tmp_path):
     run.seed = 8
 
 
-def test_a_run_does_not_follow_its_page(tmp_path):
-  config = nano.config('autoencoder')
-  run = resolve(config, tmp_path)
+def test_a_run_does_not_follow_its_page():
+  config = nano.config('lm')
+  run = resolve_abstract(config)
+  shares = dict(run.data.shares)
   with config.unlocked():
     config.batch_size = 16
     config.optim.b1 = 0.5
+    config.data.shares.caption = 0.0
   assert run.batch_size == 8 and run.optimizer.b1 == 0.9
+  assert run.data.shares == shares and shares['caption'] > 0
 
 
 def test_the_model_is_built_once(tmp_path, monkeypatch):
