@@ -110,7 +110,7 @@ def test_agreement_measures_losses(load):
   assert 0 < losses['caption_loss'] < 0.5 * np.log(2048)
   assert 0 < losses['code_loss'] < 0.9 * np.log(1024)
   exact = benchmark.golden_model()
-  quantized = benchmark.golden_model(weights='int8')
+  quantized = benchmark.golden_model(weights_dtype='int8')
   assert exact['golden_tokens_alike'] == 1
   assert exact['golden_error'] < 1e-5
   assert 1e-3 < quantized['golden_error'] < 0.03
