@@ -58,7 +58,9 @@ def attention(
   return _weighted_sums(jax.nn.softmax(scores), v)
 
 
-def policy_attention(q: Array, k: Array, v: Array, policy: Array) -> Array:
+def policy_attention(
+  q: Array, k: Array, v: Array, policy: Array, counterfactual: bool = False
+) -> Array:
   """The merger's masked softmax: gradients reach its 0/1 policy (specification, Merger).
 
   The maximum of each query is taken before masking, and eps / K is spread over the keys, so that a
@@ -69,6 +71,9 @@ def policy_attention(q: Array, k: Array, v: Array, policy: Array) -> Array:
     k: [B, K, H, d].
     v: [B, K, H, d].
     policy: f32, broadcastable to [B, H, Q, K]; 1 where a key counts, 0 where it does not.
+    counterfactual: the derivative by the policy of a key that does not count is the change of the
+      output if the key did count. The true derivative, the default as published, is unbounded: it
+      is large wherever such a key would outweigh those that do count.
 
   Returns:
     [B, Q, H, d] in the dtype of v.
@@ -77,10 +82,26 @@ def policy_attention(q: Array, k: Array, v: Array, policy: Array) -> Array:
   chex.assert_rank(policy, {2, 4})
   scores = _scores(q, k, None)
   maximum = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
-  weights = jnp.exp(scores - maximum) * policy
+  weights = jnp.exp(scores - maximum)
+  if counterfactual:
+    policy = _counterfactual_policy(policy, weights)
+  weights = weights * policy
   num_keys = weights.shape[-1]
   total = weights.sum(-1, keepdims=True)
   return _weighted_sums((weights + POLICY_EPSILON / num_keys) / (total + POLICY_EPSILON), v)
+
+
+def _counterfactual_policy(policy: Array, weights: Array) -> Array:
+  """A policy of the same value whose derivatives are scaled; see `policy_attention`.
+
+  With the weight w of a key and the total t of those that count, adding the key changes the output
+  by w / (t + w) of the difference of values. The derivative has w / t in this place.
+  """
+  value = jax.lax.stop_gradient(policy)
+  weights = jax.lax.stop_gradient(weights)
+  total = (weights * value).sum(-1, keepdims=True) + POLICY_EPSILON
+  scale = total / (total + weights * (1 - value))
+  return value + scale * (policy - value)
 
 
 def _assert_shapes(q: Array, k: Array, v: Array) -> None:

@@ -10,6 +10,7 @@ from functools import partial
 
 import chex
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -18,6 +19,7 @@ from lavit_jax.models.attention import (
   SelfAttention,
   attention,
   merge_heads,
+  policy_attention,
   split_heads,
 )
 from lavit_jax.models.layers import Dtype, LayerNorm, Mlp
@@ -34,7 +36,16 @@ class DecoderBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, codes: Array, mask: Array) -> tuple[Array, None]:
-    """Queries x and codes [B, N, D], mask bool[B, 1, 1, N] -> (dtype[B, N, D], None)."""
+    """Decodes one step further.
+
+    Args:
+      x: queries [B, N, D].
+      codes: [B, N, D].
+      mask: bool[B, 1, 1, N], or the f32 policy of `policy_attention`.
+
+    Returns:
+      (dtype[B, N, D], None).
+    """
 
     def norm(name: str) -> LayerNorm:
       return LayerNorm(1e-5, self.dtype, name=name)
@@ -44,7 +55,11 @@ class DecoderBlock(nn.Module):
     cross = CrossAttention(self.num_heads, self.dtype, name='cross_attn')
     x = constrain_batch(x)
     x = x + self_attention(norm('norm0')(x))
-    x = x + cross(norm('norm1')(x), codes, partial(attention, mask=mask))
+    if mask.dtype == jnp.bool:
+      attend = partial(attention, mask=mask)
+    else:
+      attend = partial(policy_attention, policy=mask, counterfactual=True)
+    x = x + cross(norm('norm1')(x), codes, attend)
     x = x + Mlp(self.mlp_dim, self.dtype, name='mlp')(norm('norm2')(x))
     return x, None
 
@@ -134,14 +149,38 @@ class FeatureDecoder(nn.Module):
     """
     chex.assert_shape(codes, (None, self.num_patches, self.code_dim))
     chex.assert_shape(mask, codes.shape[:2])
-    codes = self.in_proj(codes)
-    codes = codes + self.pos_embed.astype(codes.dtype)  # by slot, not by patch
-    queries = jnp.broadcast_to(self.query_embed.astype(codes.dtype), codes.shape)
-    x, _ = self.blocks(queries, codes, mask[:, None, None, :])
-    features = self.fc2(nn.tanh(self.fc1(self.norm(x))))
+    features = self._decode(codes, self.pos_embed, mask)
     if self.is_initializing():
       self.context(features)  # so that `init` makes the parameters of the heads, too
     return features
+
+  def decode_kept(self, codes: Array, keep: Array) -> Array:
+    """Decodes the codes of the kept patches, with gradients to the choice of patches.
+
+    It equals `__call__` on the compacted codes, up to the constants of `policy_attention`. The
+    gradient by `keep` is what each kept code contributes, and what the code of each dropped patch
+    would, in the slot that it would take.
+
+    Args:
+      codes: of all patches, [B, N, C].
+      keep: f32[B, N], 0 or 1.
+
+    Returns:
+      dtype[B, N, D].
+    """
+    chex.assert_shape(codes, (None, self.num_patches, self.code_dim))
+    chex.assert_shape(keep, codes.shape[:2])
+    kept = jax.lax.stop_gradient(keep)
+    slot = (jnp.cumsum(kept, axis=-1) - kept).astype(jnp.int32)  # kept patches before this one
+    return self._decode(codes, self.pos_embed[slot], keep.astype(jnp.float32))
+
+  def _decode(self, codes: Array, positions: Array, mask: Array) -> Array:
+    """Codes [B, N, C], position embeddings [..., N, D], mask or policy [B, N] -> [B, N, D]."""
+    codes = self.in_proj(codes)
+    codes = codes + positions.astype(codes.dtype)  # by slot, not by patch
+    queries = jnp.broadcast_to(self.query_embed.astype(codes.dtype), codes.shape)
+    x, _ = self.blocks(queries, codes, mask[:, None, None, :])
+    return self.fc2(nn.tanh(self.fc1(self.norm(x))))
 
   def context(self, features: Array) -> tuple[Array, Array | None]:
     """The U-Net's condition.

@@ -140,6 +140,7 @@ class MergerBlock(nn.Module):
   num_heads: int
   mlp_dim: int
   dtype: Dtype = jnp.float32
+  counterfactual: bool = False
 
   @nn.compact
   def __call__(
@@ -153,9 +154,10 @@ class MergerBlock(nn.Module):
     head_dim = x.shape[-1] // self.num_heads
     causal = SelfAttention(self.num_heads, head_dim, dtype=self.dtype, name='self_attn')
     cross = CrossAttention(self.num_heads, self.dtype, name='cross_attn')
+    attend = partial(policy_attention, counterfactual=self.counterfactual)
     x = constrain_batch(x)
-    x = x + causal(norm('norm0')(x), partial(policy_attention, policy=kept_policy))
-    x = x + cross(norm('norm1')(x), dropped, partial(policy_attention, policy=dropped_policy))
+    x = x + causal(norm('norm0')(x), partial(attend, policy=kept_policy))
+    x = x + cross(norm('norm1')(x), dropped, partial(attend, policy=dropped_policy))
     x = x + Mlp(self.mlp_dim, self.dtype, name='mlp')(norm('norm2')(x))
     self.sow('intermediates', 'stream', x)
     return x, None
@@ -172,6 +174,15 @@ class Merger(nn.Module):
         2 x . x . .
         3 x . x x .
         4 x . x x x
+
+  Attributes:
+    hidden_size: D.
+    num_layers: number of blocks.
+    num_heads: of every attention.
+    mlp_dim: hidden width of the MLPs.
+    dtype: of the computation.
+    remat: policy of the blocks ('none' or a key of `remat.REMAT_POLICIES`).
+    counterfactual: see `policy_attention`; it changes gradients by the policy alone.
   """
 
   hidden_size: int
@@ -180,6 +191,7 @@ class Merger(nn.Module):
   mlp_dim: int
   dtype: Dtype = jnp.float32
   remat: str = 'none'
+  counterfactual: bool = False
 
   @nn.compact
   def __call__(self, x: Array, keep: Array) -> Array:
@@ -206,7 +218,9 @@ class Merger(nn.Module):
     vision = LayerNorm(1e-5, self.dtype, name='ln_vision')(x)
     self.sow('intermediates', 'vision', vision)
     make_blocks = scan_blocks(MergerBlock, self.num_layers, self.remat)
-    blocks = make_blocks(self.num_heads, self.mlp_dim, self.dtype, name='blocks')
+    blocks = make_blocks(
+      self.num_heads, self.mlp_dim, self.dtype, self.counterfactual, name='blocks'
+    )
     x, _ = blocks(x, vision, kept_policy, dropped_policy)
     return LayerNorm(1e-5, self.dtype, name='norm')(x)
 
@@ -303,7 +317,10 @@ class Quantizer(nn.Module):
 
 
 class DynamicTokenizer(nn.Module):
-  """Selector, merger and quantizer: a feature map becomes as many discrete tokens as it needs."""
+  """Selector, merger and quantizer: a feature map becomes as many discrete tokens as it needs.
+
+  `counterfactual` is that of the merger.
+  """
 
   hidden_size: int
   num_layers: int
@@ -313,12 +330,19 @@ class DynamicTokenizer(nn.Module):
   code_dim: int
   dtype: Dtype = jnp.float32
   remat: str = 'none'
+  counterfactual: bool = False
 
   def setup(self):
     """Makes the parameters and submodules."""
     self.selector = Selector(self.hidden_size)
     self.merger = Merger(
-      self.hidden_size, self.num_layers, self.num_heads, self.mlp_dim, self.dtype, self.remat
+      self.hidden_size,
+      self.num_layers,
+      self.num_heads,
+      self.mlp_dim,
+      self.dtype,
+      self.remat,
+      self.counterfactual,
     )
     self.quantizer = Quantizer(self.hidden_size, self.codebook_size, self.code_dim, self.dtype)
 

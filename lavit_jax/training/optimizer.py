@@ -34,7 +34,7 @@ class OptimizerConfig:
   b2: float
   mu_dtype: str  # of the first moment; bfloat16 halves its memory
   nu_dtype: str  # of the second moment
-  clip_norm: float | None  # of the whole gradient; None: off
+  clip_norm: float | None  # of the whole gradient, or of each of its groups; None: off
   freeze: tuple[str, ...]  # regexes of parameters that do not train
   lr_scale: tuple[tuple[str, float], ...]  # (regex, factor); the first match counts
   ema_decay: float = 0.0  # of the parameters' moving average; 0: off
@@ -72,6 +72,7 @@ def make_optimizer(
   """
   names = jax.tree_util.tree_map_with_path(lambda path, _: path_name(path), params)
   _check_regexes('freeze', config.freeze, names)
+  _check_regexes('clip_groups', config.clip_groups, names)
   _check_regexes('lr_scale', [regex for regex, _ in config.lr_scale], names)
   _check_regexes('hold', [regex for regex, _ in hold], names)
 
@@ -81,10 +82,13 @@ def make_optimizer(
   def scale(name: str) -> float:
     return next((factor for regex, factor in config.lr_scale if re.search(regex, name)), 1.0)
 
+  def group(name: str) -> str:
+    return next((regex for regex in config.clip_groups if re.search(regex, name)), '')
+
   holds = [hold_from(matches(regex), step) for regex, step in hold]
   trained = optax.chain(
     *holds,  # before the clipping: what no longer moves does not count in the norm
-    optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+    clip_by_group(config.clip_norm, jax.tree.map(group, names)),
     adam(config),
     optax.add_decayed_weights(config.weight_decay, mask=matches('kernel$')),
     scale_leaves(jax.tree.map(scale, names)),
@@ -157,6 +161,30 @@ def hold_from(mask: Tree, step: int) -> optax.GradientTransformation:
     return updates, HoldState(state.count + 1)
 
   return optax.GradientTransformation(init, update)
+
+
+def clip_by_group(max_norm: float | None, groups: Tree) -> optax.GradientTransformation:
+  """Scales the gradient of each group to a norm of at most `max_norm`.
+
+  Args:
+    max_norm: None does not clip.
+    groups: the name of each leaf's group.
+  """
+  if not max_norm:
+    return optax.identity()
+  clip = optax.clip_by_global_norm(max_norm)
+
+  def update(updates, _):
+    gradients, structure = jax.tree.flatten(updates)
+    names = jax.tree.leaves(_map_unmasked(lambda _, name: name, updates, groups))
+    for name in dict.fromkeys(names):
+      members = [i for i, other in enumerate(names) if other == name]
+      clipped, _ = clip.update([gradients[i] for i in members], optax.EmptyState())
+      for i, gradient in zip(members, clipped, strict=True):
+        gradients[i] = gradient
+    return jax.tree.unflatten(structure, gradients)
+
+  return optax.stateless(update)
 
 
 def scale_leaves(factors: Tree) -> optax.GradientTransformation:
