@@ -19,6 +19,7 @@ from lavit_jax.models.remat import SAVED_PROJ, SAVED_QKV
 
 QUERY_BLOCK = 256  # queries whose scores are in memory at once, in long rows without a mask
 POLICY_EPSILON = 1e-6
+MAX_EXPONENT = 60.0  # of an attention weight, in float32
 
 Attend = Callable[[Array, Array, Array], Array]
 
@@ -89,6 +90,33 @@ def policy_attention(
   num_keys = weights.shape[-1]
   total = weights.sum(-1, keepdims=True)
   return _weighted_sums((weights + POLICY_EPSILON / num_keys) / (total + POLICY_EPSILON), v)
+
+
+def counterfactual_attention(q: Array, k: Array, v: Array, policy: Array) -> Array:
+  """Softmax attention to the keys that count, with gradients to the choice of keys.
+
+  It is `attention` with the mask `policy > 0`. The derivative by the policy of a key is as in
+  `policy_attention` with `counterfactual`.
+
+  Args:
+    q: [B, Q, H, d].
+    k: [B, K, H, d].
+    v: [B, K, H, d].
+    policy: f32, broadcastable to [B, H, Q, K]; 1 where a key counts, 0 where it does not. At least
+      one key counts for each query.
+
+  Returns:
+    [B, Q, H, d] in the dtype of v.
+  """
+  _assert_shapes(q, k, v)
+  chex.assert_rank(policy, {2, 4})
+  scores = _scores(q, k, None)
+  maximum = jnp.where(policy > 0, scores, -jnp.inf).max(-1, keepdims=True)
+  # Without the limit, a key that does not count could overflow.
+  exponents = jnp.minimum(scores - jax.lax.stop_gradient(maximum), MAX_EXPONENT)
+  weights = jnp.exp(exponents)
+  weights = weights * _counterfactual_policy(policy, weights)
+  return _weighted_sums(weights / weights.sum(-1, keepdims=True), v)
 
 
 def _counterfactual_policy(policy: Array, weights: Array) -> Array:

@@ -18,8 +18,8 @@ from lavit_jax.models.attention import (
   CrossAttention,
   SelfAttention,
   attention,
+  counterfactual_attention,
   merge_heads,
-  policy_attention,
   split_heads,
 )
 from lavit_jax.models.layers import Dtype, LayerNorm, Mlp
@@ -41,7 +41,7 @@ class DecoderBlock(nn.Module):
     Args:
       x: queries [B, N, D].
       codes: [B, N, D].
-      mask: bool[B, 1, 1, N], or the f32 policy of `policy_attention`.
+      mask: bool[B, 1, 1, N], or the f32 policy of `counterfactual_attention`.
 
     Returns:
       (dtype[B, N, D], None).
@@ -58,7 +58,7 @@ class DecoderBlock(nn.Module):
     if mask.dtype == jnp.bool:
       attend = partial(attention, mask=mask)
     else:
-      attend = partial(policy_attention, policy=mask, counterfactual=True)
+      attend = partial(counterfactual_attention, policy=mask)
     x = x + cross(norm('norm1')(x), codes, attend)
     x = x + Mlp(self.mlp_dim, self.dtype, name='mlp')(norm('norm2')(x))
     return x, None
@@ -157,9 +157,9 @@ class FeatureDecoder(nn.Module):
   def decode_kept(self, codes: Array, keep: Array) -> Array:
     """Decodes the codes of the kept patches, with gradients to the choice of patches.
 
-    It equals `__call__` on the compacted codes, up to the constants of `policy_attention`. The
-    gradient by `keep` is what each kept code contributes, and what the code of each dropped patch
-    would, in the slot that it would take.
+    The result is that of `__call__` on the compacted codes. The gradient by `keep` is what each
+    kept code contributes, and what the code of each dropped patch would, in the slot that it would
+    take.
 
     Args:
       codes: of all patches, [B, N, C].

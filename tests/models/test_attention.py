@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from lavit_jax.models import attention as attention_module
-from lavit_jax.models.attention import attention, policy_attention
+from lavit_jax.models.attention import attention, counterfactual_attention, policy_attention
 
 
 def normal(*shape, seed=0):
@@ -99,5 +99,46 @@ def test_policy_gradient_is_finite_and_reaches_the_policy():
   gradient = jax.grad(lambda *args: jnp.square(policy_attention(*args)).sum(), argnums=(0, 1, 2, 3))
   for policy in (np.ones((1, 1, 4, 4)), np.zeros((1, 1, 4, 4)), np.eye(4)[None, None]):
     gradients = gradient(q, k, v, np.float32(policy))
+    assert all(np.isfinite(g).all() for g in gradients)
+    assert np.abs(gradients[3]).max() > 0
+
+
+POLICY = np.float32([0, 1, 0, 1, 1])
+
+
+def published(q, k, v, policy):
+  return policy_attention(q, k, v, policy, counterfactual=True)
+
+
+@pytest.mark.parametrize('attend', [published, counterfactual_attention])
+def test_the_counterfactual_derivative_is_the_change_of_the_output(attend):
+  q, k, v = (normal(1, 5, 1, 4, seed=n) for n in range(3))
+
+  def result(policy, attend=attend):
+    return attend(4 * q, 4 * k, v, policy[None, None, None])
+
+  derivative = jax.jacobian(result)(POLICY)
+  for key in (0, 2):
+    with_key = result(POLICY + np.eye(5, dtype=np.float32)[key])
+    np.testing.assert_allclose(derivative[..., key], with_key - result(POLICY), atol=1e-4)
+  true = jax.jacobian(lambda policy: result(policy, policy_attention))(POLICY)
+  np.testing.assert_array_less(3 * np.abs(derivative).max(), np.abs(true).max())
+  np.testing.assert_allclose(derivative[..., [1, 3, 4]], true[..., [1, 3, 4]], atol=1e-4)
+  np.testing.assert_allclose(result(POLICY), result(POLICY, policy_attention), atol=1e-4)
+
+
+def test_counterfactual_attention_is_masked_attention_at_any_scores():
+  # Products up to 1e4 apart: absent keys would overflow, or push those that count below epsilon.
+  q, k, v = (normal(1, 5, 1, 4, seed=n) for n in range(3))
+  gradient = jax.grad(
+    lambda *args: jnp.square(counterfactual_attention(*args)).sum(), argnums=(0, 1, 2, 3)
+  )
+  for scale in (1.0, 60.0):
+    mask = POLICY.astype(bool)[None, None, None]
+    expected = attention(scale * q, scale * k, v, mask)
+    policy = np.float32(mask)
+    result = counterfactual_attention(scale * q, scale * k, v, policy)
+    np.testing.assert_allclose(result, expected, atol=1e-5)
+    gradients = gradient(scale * q, scale * k, v, policy)
     assert all(np.isfinite(g).all() for g in gradients)
     assert np.abs(gradients[3]).max() > 0

@@ -39,6 +39,25 @@ def test_padded_slots_do_not_matter(golden, run):
   assert np.abs(run('decoder', other, np.ones_like(mask)) - expected).max() > 1e-2
 
 
+def test_kept_codes_are_decoded_in_place(golden, run):
+  """Codes between dropped patches give what compacted codes give, and gradients to the choice."""
+  keep = np.float32(golden.io['keep_mask'])
+  codes = np.full((*keep.shape, golden.size['code_dim']), 7.0, np.float32)
+  codes[keep > 0] = golden.io['quantized']
+  features = run('decoder', codes, keep, method='decode_kept')
+  np.testing.assert_allclose(features, golden.io['reconstructed_features'], atol=1e-4, rtol=0)
+
+  def total(keep):
+    decoded = golden.modules['decoder'].apply(
+      {'params': golden.params['decoder']}, codes, keep, method='decode_kept'
+    )
+    return jnp.sin(decoded).sum()
+
+  gradient = np.array(jax.grad(total)(keep))
+  dropped = gradient[1][keep[1] == 0]  # row 1 keeps one patch
+  assert dropped.size > 1 and np.abs(dropped).min() > 0
+
+
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_finite_at_the_extremes(golden, dtype):
   codes, mask = prefix(golden)  # row 0 keeps all, row 1 one

@@ -67,6 +67,23 @@ def test_stopped_parameters_do_not_count_in_the_clipping():
   np.testing.assert_array_equal(held[0]['vit']['kernel'], 1)
 
 
+def test_groups_are_clipped_apart():
+  gradient = dict(
+    vit=dict(kernel=jnp.full((2, 2), 3.0), bias=jnp.zeros(2)),
+    head=dict(kernel=jnp.full((4, 1), 0.2)),
+  )
+  groups = dict(vit=dict(kernel='vit', bias='vit'), head=dict(kernel=''))
+  clip = optimizer.clip_by_group(1.0, groups)
+  clipped, _ = clip.update(gradient, clip.init(gradient))
+  np.testing.assert_allclose(clipped['vit']['kernel'], 0.5)  # a norm of 6 becomes 1
+  np.testing.assert_array_equal(clipped['head']['kernel'], gradient['head']['kernel'])  # 0.4 stays
+
+  # Frozen parameters are in no group.
+  run(options(clip_norm=1.0, clip_groups=('^vit/',), freeze=('bias$',)), steps=2)
+  with pytest.raises(UserError, match='optim.clip_groups: .* matches no parameter'):
+    run(options(clip_groups=('^nothing/',)))
+
+
 def test_weight_decay_is_on_kernels_only():
   (params,), _ = run(options(weight_decay=0.5), gradient=0.0)
   np.testing.assert_allclose(params['vit']['kernel'], 0.95)

@@ -52,6 +52,9 @@ class TokenizerOptions:
   quantize_from: int  # the step at which k-means starts the codebook
   revive_after: int  # batches after which an unused code moves; 0: never
   freeze_selector_from: int  # the step at which the selector stops; -1: when quantization begins
+  ratio_scope: str = 'image'  # 'image': each has the ratio; 'batch': only their mean has it
+  ratio_of: str = 'choices'  # 'choices': of the drawn mask; 'probabilities': of its expectation
+  selector_gradient: str = 'published'  # or 'counterfactual': through the decoder's attention, too
 
   @classmethod
   def from_config(cls, config: Mapping[str, Any]) -> TokenizerOptions:
@@ -85,22 +88,33 @@ def build(options: TokenizerOptions, model: LavitModules, layout: BatchLayout) -
       step = 0 if codebook.has_codebook(loaded) else options.quantize_from
     return ((SELECTOR, step),)
 
+  counterfactual = options.selector_gradient == 'counterfactual'
+  module = model.tokenizer.clone(counterfactual=counterfactual)
+
   def encode(params, book, x, key):
-    """Features [B, N, D] -> (keep f32[B, N], unit vectors before quantization f32[B, N, C])."""
+    """Selects, merges, and projects.
+
+    Returns:
+      (probabilities of keeping f32[B, N], keep f32[B, N], unit vectors before quantization
+      f32[B, N, C]).
+    """
     tokenizer = _with_codebook(params, book)['tokenizer']
-    keep = gumbel_keep(apply_module(model.tokenizer, tokenizer, x, method='select'), key=key)
-    merged = apply_module(model.tokenizer, tokenizer, x, keep, method='merge')
-    _, vectors = apply_module(model.tokenizer, tokenizer, merged, method='quantize')
-    return keep, vectors
+    log_probs = apply_module(module, tokenizer, x, method='select')
+    keep = gumbel_keep(log_probs, key=key)
+    merged = apply_module(module, tokenizer, x, keep, method='merge')
+    _, vectors = apply_module(module, tokenizer, merged, method='quantize')
+    return jnp.exp(log_probs[..., 0]), keep, vectors
 
   def reconstruct(params, codes, keep):
     """Codes f32[B, N, C] and keep f32[B, N], through which the gradient reaches the selector."""
+    if counterfactual:
+      return apply_module(model.decoder, params['decoder'], codes, keep, method='decode_kept')
     return apply_module(model.decoder, params['decoder'], *compact(codes * keep[..., None], keep))
 
   def loss(params, frozen, book, batch, key, train):
     keep_key, kmeans_key, revive_key = jax.random.split(key, 3)
     x = _patch_features(model, frozen, vit_images(batch))
-    keep, z = encode(params, book, x, keep_key)
+    probabilities, keep, z = encode(params, book, x, keep_key)
     flat = jax.lax.stop_gradient(z.reshape(-1, model.tokenizer.code_dim))
     weight = jax.lax.stop_gradient(keep.reshape(-1))
     if train:  # an evaluated batch starts nothing
@@ -112,7 +126,7 @@ def build(options: TokenizerOptions, model: LavitModules, layout: BatchLayout) -
     codes = jnp.where(quantizing, z + jax.lax.stop_gradient(chosen - z), z)
 
     cosine = 1 - cosine_similarity(x, reconstruct(params, codes, keep)).mean()
-    ratio = jnp.square(options.keep_ratio - keep.mean(-1)).mean()
+    ratio = ratio_error(options, probabilities, keep)
     weighted_commitment = jnp.where(quantizing, options.commitment_weight * commitment, 0.0)
     value = cosine + options.ratio_weight * ratio + weighted_commitment
 
@@ -123,6 +137,8 @@ def build(options: TokenizerOptions, model: LavitModules, layout: BatchLayout) -
       ratio=ratio,
       commitment=commitment,
       keep_ratio=keep.mean(),
+      keep_probability_std=probabilities.std(),
+      count_std=count_std(probabilities),
       batch_codes=(count > 0).mean(),
       batch_perplexity=codebook.perplexity(count),
     )
@@ -138,7 +154,7 @@ def build(options: TokenizerOptions, model: LavitModules, layout: BatchLayout) -
     """Images, kept patches, and the features and their reconstruction as colors."""
     images = batch['image'][:NUM_DRAWN]
     x = _patch_features(model, frozen, vit_images(batch)[:NUM_DRAWN])
-    keep, z = encode(params, book, x, key)
+    _, keep, z = encode(params, book, x, key)
     codes = jnp.where(book.started, book.embedding[codebook.nearest_code(z, book.embedding)], z)
     colors = feature_colors(x, reconstruct(params, codes, keep), images.shape[1])
     return [images, shade_dropped_patches(images, keep), *colors]
@@ -159,6 +175,24 @@ def build(options: TokenizerOptions, model: LavitModules, layout: BatchLayout) -
 def _patch_features(model: LavitModules, frozen: Mapping[str, Tree], images: Array) -> Array:
   """The features of the patches, without the class token's, f32[B, N, D]."""
   return image_features(model, frozen['vit'], images)[:, 1:].astype(jnp.float32)
+
+
+def ratio_error(options: TokenizerOptions, probabilities: Array, keep: Array) -> Array:
+  """The squared error of the ratio of kept patches, f32[], by probabilities and keep f32[B, N]."""
+  chosen = keep if options.ratio_of == 'choices' else probabilities
+  ratio = chosen.mean(-1) if options.ratio_scope == 'image' else chosen.mean()
+  return jnp.square(options.keep_ratio - ratio).mean()
+
+
+def count_std(probabilities: Array) -> Array:
+  """How the expected number of tokens differs between images, f32[], by probabilities f32[B, N].
+
+  The unit is the standard deviation of a binomial count with one probability for all patches: 1 is
+  what chance does in any image.
+  """
+  mean = probabilities.mean()
+  num_patches = probabilities.shape[-1]
+  return probabilities.sum(-1).std() / jnp.sqrt(num_patches * mean * (1 - mean))
 
 
 def _with_codebook(params: Tree, book: Codebook) -> Tree:

@@ -10,6 +10,7 @@ import pytest
 
 from lavit_jax.models import lavit
 from lavit_jax.training import codebook
+from lavit_jax.training.stages.tokenizer import count_std, ratio_error
 
 nano.install()
 MODEL = lavit.build('nano')
@@ -80,3 +81,66 @@ def test_tokenizer_metrics_are_those_of_the_dashboard(tokenizer, batch):
     'dead_codes',
     'keep_ratio',
   } <= set(metrics)
+
+
+def build_variation(parts, **options):
+  """(stage, loss and gradient of the selector) with other options, before quantization."""
+  stage = nano.run('tokenizer', tokenizer__quantize_from=9, **options).stage
+  without, _ = codebook.take_out(parts)
+  params, book = nano.init_stage(stage, {name: without[name] for name in ('tokenizer', 'decoder')})
+
+  @nano.jit
+  def step(params, batch, key):
+    def loss(params):
+      value, (_, metrics) = stage.loss(params, {'vit': parts['vit']}, book, batch, key, True)
+      return value, metrics
+
+    (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+    return value, metrics, gradient['tokenizer']['selector']['fc_in']['kernel']
+
+  return params, step
+
+
+def test_the_gradient_of_the_selector_alone_depends_on_its_option(parts, batch):
+  key = jax.random.key(1)
+  options = dict(tokenizer__ratio_weight=0.0)
+  params, published = build_variation(parts, **options)
+  _, counterfactual = build_variation(
+    parts, tokenizer__selector_gradient='counterfactual', **options
+  )
+  value, metrics, gradient = published(params, batch, key)
+  other_value, other_metrics, other = counterfactual(params, batch, key)
+  assert other_value == pytest.approx(float(value), abs=1e-5)
+  assert other_metrics['keep_ratio'] == metrics['keep_ratio']
+  assert np.abs(other - gradient).max() > 0.01 * np.abs(gradient).max()
+
+
+@pytest.mark.parametrize(
+  'of, scope, expected',
+  [
+    ('choices', 'image', (0.25**2 + 0.25**2) / 2),
+    ('choices', 'batch', 0.0),
+    ('probabilities', 'image', (0.15**2 + 0.05**2) / 2),
+    ('probabilities', 'batch', 0.05**2),
+  ],
+)
+def test_the_error_of_the_ratio(of, scope, expected):
+  """Of the drawn masks or of the probabilities; of each image or of the batch."""
+  options = nano.run(
+    'tokenizer',
+    tokenizer__keep_ratio=0.5,
+    tokenizer__ratio_of=of,
+    tokenizer__ratio_scope=scope,
+  ).options
+  keep = jnp.array([[1.0, 1, 1, 0], [0, 1, 0, 0]])
+  probabilities = jnp.array([[0.9, 0.8, 0.7, 0.2], [0.1, 0.9, 0.5, 0.3]])
+  assert ratio_error(options, probabilities, keep) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_spread_of_the_count():
+  """One for counts that differ as much as binomial ones, zero for equal ones."""
+  p = np.full((2, 64), 0.25)
+  assert count_std(p) == pytest.approx(0.0, abs=1e-6)
+  p[0, :] += 0.0625
+  p[1, :] -= 0.0625  # counts of 20 and 12: a deviation of 4, the binomial's is sqrt(12)
+  assert count_std(p) == pytest.approx(4 / 12**0.5, rel=1e-5)
