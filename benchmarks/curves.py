@@ -97,6 +97,11 @@ def chart(runs: pathlib.Path) -> str:
     for key, color in metrics:
       lines.append((color, smooth(series(records, key)), series(records, f'heldout/{key}')))
     panels.append(panel(f'{stage}: {title}', lines))
+  return svg(panels)
+
+
+def svg(panels: list[str]) -> str:
+  """Panels as one SVG, two side by side."""
   cells = []
   for i, content in enumerate(panels):
     cells.append(f'<g transform="translate({i % 2 * WIDTH} {i // 2 * HEIGHT})">{content}</g>')

@@ -7,15 +7,20 @@ import pathlib
 import sys
 import types
 
+import jax
 import numpy as np
 import pytest
 
 from lavit_jax import Lavit
 from lavit_jax.data.emoji import corpus
 from lavit_jax.models import lavit
+from lavit_jax.models.initialization import init_params
 from lavit_jax.models.llama import Llama
+from lavit_jax.training.config import load_config
+from lavit_jax.weights.store.folder import save_params
 
-FOLDER = pathlib.Path(__file__).parents[1] / 'benchmarks'
+ROOT = pathlib.Path(__file__).parents[1]
+FOLDER = ROOT / 'benchmarks'
 NEED_TORCH = ('inference', 'peers')
 
 
@@ -114,3 +119,45 @@ def test_agreement_measures_losses(load):
   assert exact['golden_tokens_alike'] == 1
   assert exact['golden_error'] < 1e-5
   assert 1e-3 < quantized['golden_error'] < 0.03
+
+
+def test_ablations_have_options_of_the_config(load):
+  benchmark = load('ablations')
+  config = load_config(f'{ROOT}/{benchmark.CONFIG}')
+  for name, options in benchmark.ROWS.items():
+    changed = load_config(
+      f'{ROOT}/{benchmark.CONFIG}', [tuple(option.split('=', 1)) for option in options]
+    )
+    assert (changed.to_dict() != config.to_dict()) == (name != benchmark.LEARNED), name
+
+
+def test_ablations_measure_and_report(load, monkeypatch, tmp_path):
+  """The measures of runs that were not trained; a finished run is not trained again."""
+  benchmark = load('ablations')
+  rows = {name: benchmark.ROWS[name] for name in ('learned', 'shuffled', 'fixed')}
+  model = lavit.build('tiny')
+  params = init_params(model, jax.random.key(0), ('vit', 'tokenizer', 'decoder'))
+  save_params(tmp_path / 'vit', 'tiny', {'vit': params.pop('vit')})
+  commands = []
+
+  def train(command, check):
+    commands.append(command)
+    workdir = pathlib.Path(command[command.index('--workdir') + 1])
+    save_params(workdir / 'export', 'tiny', params)
+
+  monkeypatch.setattr(benchmark, 'ROWS', rows)
+  monkeypatch.setattr(benchmark.subprocess, 'run', train)
+  monkeypatch.setattr(benchmark, 'TRAIN_IMAGES', 16)
+  arguments = [f'--workdir={tmp_path}', f'--frozen={tmp_path / "vit"}', '--source=embedded']
+  arguments += [f'--rows={",".join(rows)}', '--seeds=1', '--images=8']
+  monkeypatch.setattr(sys, 'argv', ['ablations', *arguments])
+  monkeypatch.chdir(ROOT)
+  benchmark.main()
+  assert len(commands) == 3
+  assert any('init_from' in option for option in commands[1])  # shuffled: a learned selector
+  benchmark.main()
+  assert len(commands) == 3
+  report = benchmark.table(tmp_path)
+  assert all(f'| {name} | 1 | ' in report for name in rows)
+  fixed = json.loads((tmp_path / 'fixed-0' / 'measures.json').read_text())
+  assert fixed['tokens'] == round(64 / 3) and fixed['count_std_ratio'] == 0

@@ -38,6 +38,7 @@ class OptimizerConfig:
   freeze: tuple[str, ...]  # regexes of parameters that do not train
   lr_scale: tuple[tuple[str, float], ...]  # (regex, factor); the first match counts
   ema_decay: float = 0.0  # of the parameters' moving average; 0: off
+  clip_groups: tuple[str, ...] = ()  # regexes of parameters that are clipped apart from the others
   max_nonfinite: int = 10  # updates skipped in a row after which a run ends
 
   @classmethod
@@ -52,6 +53,7 @@ class OptimizerConfig:
     return dataclasses.replace(
       options,
       freeze=tuple(options.freeze),
+      clip_groups=tuple(options.clip_groups),
       lr_scale=tuple((regex, factor) for regex, factor in options.lr_scale),
     )
 

@@ -17,7 +17,7 @@ from jax import Array
 from lavit_jax.models.initialization import init_params
 from lavit_jax.models.lavit import LavitModules
 from lavit_jax.models.sequence import compact
-from lavit_jax.models.tokenizer import gumbel_keep
+from lavit_jax.models.tokenizer import fixed_keep, gumbel_keep
 from lavit_jax.training import codebook
 from lavit_jax.training.codebook import Codebook
 from lavit_jax.training.config import read_options
@@ -55,6 +55,9 @@ class TokenizerOptions:
   ratio_scope: str = 'image'  # 'image': each has the ratio; 'batch': only their mean has it
   ratio_of: str = 'choices'  # 'choices': of the drawn mask; 'probabilities': of its expectation
   selector_gradient: str = 'published'  # or 'counterfactual': through the decoder's attention, too
+  entropy_weight: float = 0.0  # of the entropy of the choices in the loss
+  entropy_from: int = 0  # the step from which it counts
+  selection: str = 'learned'  # or, to compare with: 'shuffled', 'fixed'
 
   @classmethod
   def from_config(cls, config: Mapping[str, Any]) -> TokenizerOptions:
@@ -95,15 +98,15 @@ def build(options: TokenizerOptions, model: LavitModules, layout: BatchLayout) -
     """Selects, merges, and projects.
 
     Returns:
-      (probabilities of keeping f32[B, N], keep f32[B, N], unit vectors before quantization
+      (log-probabilities f32[B, N, 2], keep f32[B, N], unit vectors before quantization
       f32[B, N, C]).
     """
     tokenizer = _with_codebook(params, book)['tokenizer']
     log_probs = apply_module(module, tokenizer, x, method='select')
-    keep = gumbel_keep(log_probs, key=key)
+    keep = choose_patches(options, log_probs, key)
     merged = apply_module(module, tokenizer, x, keep, method='merge')
     _, vectors = apply_module(module, tokenizer, merged, method='quantize')
-    return jnp.exp(log_probs[..., 0]), keep, vectors
+    return log_probs, keep, vectors
 
   def reconstruct(params, codes, keep):
     """Codes f32[B, N, C] and keep f32[B, N], through which the gradient reaches the selector."""
@@ -114,7 +117,8 @@ def build(options: TokenizerOptions, model: LavitModules, layout: BatchLayout) -
   def loss(params, frozen, book, batch, key, train):
     keep_key, kmeans_key, revive_key = jax.random.split(key, 3)
     x = _patch_features(model, frozen, vit_images(batch))
-    probabilities, keep, z = encode(params, book, x, keep_key)
+    log_probs, keep, z = encode(params, book, x, keep_key)
+    probabilities = jnp.exp(log_probs[..., 0])
     flat = jax.lax.stop_gradient(z.reshape(-1, model.tokenizer.code_dim))
     weight = jax.lax.stop_gradient(keep.reshape(-1))
     if train:  # an evaluated batch starts nothing
@@ -128,7 +132,11 @@ def build(options: TokenizerOptions, model: LavitModules, layout: BatchLayout) -
     cosine = 1 - cosine_similarity(x, reconstruct(params, codes, keep)).mean()
     ratio = ratio_error(options, probabilities, keep)
     weighted_commitment = jnp.where(quantizing, options.commitment_weight * commitment, 0.0)
-    value = cosine + options.ratio_weight * ratio + weighted_commitment
+    entropy = -(jnp.exp(log_probs) * log_probs).sum(-1).mean()
+    weighted_entropy = jnp.where(
+      book.step >= options.entropy_from, options.entropy_weight * entropy, 0.0
+    )
+    value = cosine + options.ratio_weight * ratio + weighted_commitment + weighted_entropy
 
     book = _step_codebook(options, revive_key, book, flat, weight, ids)
     count, _ = codebook.count_assignments(flat, weight, ids, len(book.embedding))
@@ -137,6 +145,7 @@ def build(options: TokenizerOptions, model: LavitModules, layout: BatchLayout) -
       ratio=ratio,
       commitment=commitment,
       keep_ratio=keep.mean(),
+      keep_entropy=entropy,
       keep_probability_std=probabilities.std(),
       count_std=count_std(probabilities),
       batch_codes=(count > 0).mean(),
@@ -175,6 +184,21 @@ def build(options: TokenizerOptions, model: LavitModules, layout: BatchLayout) -
 def _patch_features(model: LavitModules, frozen: Mapping[str, Tree], images: Array) -> Array:
   """The features of the patches, without the class token's, f32[B, N, D]."""
   return image_features(model, frozen['vit'], images)[:, 1:].astype(jnp.float32)
+
+
+def choose_patches(options: TokenizerOptions, log_probs: Array, key: Array) -> Array:
+  """The patches to keep, f32[B, N], by the log-probabilities f32[B, N, 2] of the selector.
+
+  'learned' samples as published. The others show what learning is worth: 'shuffled' keeps as many
+  patches of each image, but any; 'fixed' keeps the same number in all images.
+  """
+  if options.selection == 'fixed':
+    return fixed_keep(log_probs, key, round(options.keep_ratio * log_probs.shape[1]))
+  if options.selection == 'shuffled':
+    choice_key, shuffle_key = jax.random.split(key)
+    keep = jax.lax.stop_gradient(gumbel_keep(log_probs, key=choice_key))
+    return jax.random.permutation(shuffle_key, keep, axis=-1, independent=True)
+  return gumbel_keep(log_probs, key=key)
 
 
 def ratio_error(options: TokenizerOptions, probabilities: Array, keep: Array) -> Array:

@@ -10,16 +10,17 @@ import pytest
 
 from lavit_jax.models import lavit
 from lavit_jax.training import codebook
-from lavit_jax.training.stages.tokenizer import count_std, ratio_error
+from lavit_jax.training.stages.tokenizer import choose_patches, count_std, ratio_error
 
 nano.install()
 MODEL = lavit.build('nano')
+PUBLISHED = dict(tokenizer__freeze_selector_from=-1, tokenizer__selector_gradient='published')
 
 
 @pytest.fixture(scope='module')
 def tokenizer(parts):
   """(stage, params, codebook, jit'd loss and gradient); quantization begins at step 1."""
-  stage = nano.run('tokenizer', tokenizer__quantize_from=1).stage
+  stage = nano.run('tokenizer', tokenizer__quantize_from=1, **PUBLISHED).stage
   without, _ = codebook.take_out(parts)  # with one in init_from: another test
   loaded = {name: without[name] for name in ('vit', 'tokenizer', 'decoder')}
   params, book = nano.init_stage(stage, loaded)
@@ -104,7 +105,7 @@ def build_variation(parts, **options):
 def test_the_gradient_of_the_selector_alone_depends_on_its_option(parts, batch):
   key = jax.random.key(1)
   options = dict(tokenizer__ratio_weight=0.0)
-  params, published = build_variation(parts, **options)
+  params, published = build_variation(parts, tokenizer__selector_gradient='published', **options)
   _, counterfactual = build_variation(
     parts, tokenizer__selector_gradient='counterfactual', **options
   )
@@ -144,3 +145,41 @@ def test_the_spread_of_the_count():
   p[0, :] += 0.0625
   p[1, :] -= 0.0625  # counts of 20 and 12: a deviation of 4, the binomial's is sqrt(12)
   assert count_std(p) == pytest.approx(4 / 12**0.5, rel=1e-5)
+
+
+def test_the_choice_of_patches():
+  """Shuffled, an image keeps as many patches elsewhere; fixed, each keeps the same number."""
+  p = jnp.linspace(0.01, 0.99, 64)
+  log_probs = jnp.broadcast_to(jnp.log(jnp.stack([p, 1 - p], -1)), (200, 64, 2))
+  key = jax.random.key(0)
+
+  def choose(selection):
+    options = nano.run('tokenizer', tokenizer__selection=selection).options
+    return choose_patches(options, log_probs, key)
+
+  learned = choose('learned')
+  shuffled = choose('shuffled')
+  fixed = choose('fixed')
+  assert learned[:, 32:].mean() > 0.7 > 0.55 > shuffled[:, 32:].mean() > 0.45
+  np.testing.assert_array_equal(fixed.sum(1), round(64 / 3))
+  assert fixed[:, 32:].mean() > fixed[:, :32].mean()
+  # As many as a choice by the selector: its distribution, here a mean of 32 and a deviation of 3.2.
+  assert abs(shuffled.sum(1).mean() - learned.sum(1).mean()) < 1.5
+  assert shuffled.sum(1).std() == pytest.approx(learned.sum(1).std(), rel=0.25)
+  moved = choose_patches(
+    nano.run('tokenizer', tokenizer__selection='shuffled').options, log_probs[:2], key
+  )
+  assert not np.array_equal(moved[0], moved[1])  # each image is shuffled on its own
+
+
+def test_entropy_sharpens_the_choices_from_its_step(parts, batch):
+  key = jax.random.key(1)
+  options = dict(tokenizer__ratio_weight=0.0, tokenizer__entropy_weight=1.0)
+  params, off = build_variation(parts, tokenizer__entropy_from=1, **options)
+  _, on = build_variation(parts, tokenizer__entropy_from=0, **options)
+  value, metrics, gradient = off(params, batch, key)
+  other_value, other_metrics, other = on(params, batch, key)
+  assert value == pytest.approx(float(metrics['cosine']), rel=1e-5)  # this is step 0
+  assert other_value - value == pytest.approx(float(other_metrics['keep_entropy']), rel=1e-4)
+  assert 0 < other_metrics['keep_entropy'] < np.log(2) + 1e-6
+  assert np.abs(other - gradient).max() > 0
