@@ -7,7 +7,7 @@ keeps of training images, and a synthetic one of 256 patches, with mean 85 (rho 
 deviation 25. A step is the forward and the backward pass of the language model; packed and padded
 steps run in turn.
 
-`page` is about the synthetic pairs, as many as a chip of v5e:16x16 has in a batch of
+`pieces` is about the synthetic pairs, as many as a chip of v5e:16x16 has in a batch of
 configs/lm.py:lavit_7b. It gives the share of pairs that do not fit in its rows of 2,048 (`lost`)
 and the share of slots that hold a token (`filled`), for packing all pairs at once or in the pieces
 of `accumulate`.
@@ -93,7 +93,7 @@ def make_pairs(
   return Pairs(padded, text_length, np.asarray(visual_length, np.int32), capacity)
 
 
-def measure_page(count: int, num_rows: int, row_length: int = 2048) -> dict[str, float]:
+def measure_pieces(count: int, num_rows: int, row_length: int = 2048) -> dict[str, float]:
   """`lost` and `filled` of synthetic pairs, with `count` of them in every `num_rows` rows."""
   lengths = synthetic_pairs(PACKED_BATCHES * PIECES[0][0]).lengths().reshape(-1, count)
   rows, _ = jax.vmap(lambda lengths: assign_rows(lengths, num_rows, row_length))(lengths)
@@ -195,13 +195,13 @@ def main() -> None:
   parser.add_argument('--source', default='embedded', help='data set of the tiny distribution')
   parser.add_argument('--json', type=pathlib.Path)
   args = parser.parse_args()
-  page = {}
+  pieces = {}
   for count, num_rows in PIECES:
-    page[f'{count} pairs to {num_rows} rows'] = measure_page(count, num_rows)
+    pieces[f'{count} pairs to {num_rows} rows'] = measure_pieces(count, num_rows)
   result = {
     'tiny': measure(tiny_pairs(args.source, 128), 256, 160),
     'mean_85': measure(synthetic_pairs(160), 1024, 160),
-    'page': page,
+    'pieces': pieces,
   }
   print(json.dumps(result, indent=1))
   if args.json:

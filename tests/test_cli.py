@@ -154,19 +154,19 @@ def test_checkpoints(tiny_folder, tmp_path, fails):
 
 def test_training_options(tmp_path, fails):
   workdir = tmp_path / 'run'
-  page = ROOT / 'configs' / 'tokenizer.py'
+  config = ROOT / 'configs' / 'tokenizer.py'
   fails(
     ['train', '--config', 'configs/nowhere.py:tiny', '--workdir', workdir],
     'no file configs/nowhere.py',
   )
-  fails(['train', '--config', f'{page}:tinny', '--workdir', workdir], 'tinny.*tiny')
+  fails(['train', '--config', f'{config}:tinny', '--workdir', workdir], 'tinny.*tiny')
   fails(
-    ['train', '--config', page, '--workdir', workdir, '--config.batchsize=1'],
+    ['train', '--config', config, '--workdir', workdir, '--config.batchsize=1'],
     'did you mean --config.batch_size',
   )
-  fails(['train', '--config', page, '--workdir', workdir, '--config.batch_size=few'], 'type int')
+  fails(['train', '--config', config, '--workdir', workdir, '--config.batch_size=few'], 'type int')
   fails(
-    ['train', '--config', page, '--workdir', workdir, '--workdirs', 'x'],
+    ['train', '--config', config, '--workdir', workdir, '--workdirs', 'x'],
     'does not know --workdirs x',
   )
   assert not workdir.exists()
@@ -206,9 +206,9 @@ def test_overrides_reach_the_loop(tmp_path, monkeypatch):
 
   seen = []
   monkeypatch.setattr(loop, 'train', lambda config, workdir: seen.append((config, workdir)))
-  page = f'{ROOT}/configs/tokenizer.py:tiny'
+  config_file = f'{ROOT}/configs/tokenizer.py:tiny'
   overrides = ['--config.batch_size=3', '--config.seed', '7']
-  assert cli.main(['train', '--config', page, '--workdir', 'runs/x', *overrides]) == 0
+  assert cli.main(['train', '--config', config_file, '--workdir', 'runs/x', *overrides]) == 0
   ((config, workdir),) = seen
   assert (config.batch_size, config.seed, config.variant, workdir) == (3, 7, 'tiny', 'runs/x')
 
@@ -218,8 +218,8 @@ def test_an_error_that_a_restart_may_remove_has_another_status(tmp_path, monkeyp
     raise Unreachable('gs://b/0.tar cannot be read')
 
   monkeypatch.setattr('lavit_jax.training.loop.train', run)
-  page = f'{ROOT}/configs/encoder.py:tiny'
-  assert cli.main(['train', '--config', page, '--workdir', str(tmp_path)]) == 200
+  config = f'{ROOT}/configs/encoder.py:tiny'
+  assert cli.main(['train', '--config', config, '--workdir', str(tmp_path)]) == 200
   assert capsys.readouterr().err == 'lavit: error: gs://b/0.tar cannot be read\n'
 
 

@@ -423,9 +423,9 @@ def test_the_config_of_a_usage_line_fits_its_machines(script):
     )
   else:
     (devices,) = {int(cores) // 2 for cores in re.findall(r'v5p-(\d+)', text)}  # two cores a chip
-  for page in re.findall(r'configs/\w+\.py:\w+', text):
-    mesh = load_config(f'{ROOT}/{page}').mesh
-    assert devices % (mesh.fsdp * mesh.tensor) == 0, f'{page} on {devices}'
+  for config in re.findall(r'configs/\w+\.py:\w+', text):
+    mesh = load_config(f'{ROOT}/{config}').mesh
+    assert devices % (mesh.fsdp * mesh.tensor) == 0, f'{config} on {devices}'
 
 
 def wait_for(run, text):

@@ -1,4 +1,4 @@
-"""'~' is expanded in all paths: options, config pages, files of rows, Python."""
+"""'~' is expanded in all paths: options, config files, files of rows, Python."""
 
 import argparse
 import json
@@ -49,13 +49,13 @@ def test_options_with_local_paths(home):
   assert count > 20
 
 
-def test_config_pages_and_their_folders(home):
-  (home / 'page.py').write_text("""
+def test_config_files_and_their_folders(home):
+  (home / 'config.py').write_text("""
 from ml_collections import ConfigDict
 def get_config(variant):
   return ConfigDict(dict(variant=variant))
 """)
-  assert load_config('~/page.py:tiny').variant == 'tiny'
+  assert load_config('~/config.py:tiny').variant == 'tiny'
   assert split_folders('~/a/export, b,~') == (f'{home}/a/export', 'b', str(home))
 
 

@@ -115,7 +115,7 @@ def run(
   from_parts = Generations(generated.codes[num_texts:], generated.images[num_texts:])
   _add_text_generations(page, manifest['texts'], expected, from_text)
   _add_mixed_generations(page, prompts, size, from_parts)
-  summary = f'{len(images)} held-out pictures, seed {seed}, {log.seconds():.0f} s'
+  summary = f'{len(images)} held-out images, seed {seed}, {log.seconds():.0f} s'
   path = write_atomic(
     pathlib.Path(out) / 'index.html', page.html(f'LaVIT {model.modules.variant}', summary)
   )
@@ -160,7 +160,7 @@ def _resolve_parts(inputs: pathlib.Path, parts: list[str]) -> list[str | pathlib
 
 
 def _tokenize(model: Lavit, images: np.ndarray, seed: int, log: Log) -> VisualTokens:
-  log(f'tokenize: {len(images)} pictures of {model.modules.num_patches} patches')
+  log(f'tokenize: {len(images)} images of {model.modules.num_patches} patches')
   tokens = model.tokenize(images, seed=seed)
   log(f'  kept {", ".join(map(str, tokens.counts))} patches')
   return tokens
@@ -185,7 +185,7 @@ def _generate(
   model: Lavit, manifest: dict[str, Any], prompts: list[list[Any]], seed: int, log: Log
 ) -> Generations:
   """Generates from the texts of the manifest, then from its mixed prompts."""
-  log('draw from text, from picture and text, from picture and picture')
+  log('generate from text, from image and text, from image and image')
   texts = [entry['text'] for entry in manifest['texts']]
   codes = model.sample_codes([[text] for text in texts], guidance_scale=4.0, seed=seed)
   codes += model.sample_codes(prompts, guidance_scale=5.0, seed=seed)
@@ -199,9 +199,9 @@ def _add_descriptions(
   page: Page, entries: list[dict[str, str]], images: np.ndarray, described: Descriptions
 ) -> None:
   page.add_section(
-    'Pictures in words, and again from their tokens',
-    'A picture; the patches that became visual tokens; the picture drawn again from these tokens '
-    'alone; what the model says of it, and what is true.',
+    'Captions, answers and reconstructions',
+    'An image; the patches that became visual tokens; the image reconstructed from these tokens '
+    'alone; the caption and the answer of the model, and the true ones.',
   )
   for i, entry in enumerate(entries):
     kept = show_kept_patches(images[i], described.tokens.keep[i])
@@ -222,14 +222,14 @@ def _add_text_generations(
   page: Page, entries: list[dict[str, str]], expected: np.ndarray, generated: Generations
 ) -> None:
   page.add_section(
-    'Words to pictures',
-    'Drawn from the text alone, beside the held-out picture that has this caption.',
+    'Text to image',
+    'Generated from the text alone, beside the held-out image that has this caption.',
   )
   for entry, codes, image, example in zip(
     entries, generated.codes, generated.images, expected, strict=True
   ):
     page.add_card(
-      [Figure(image, f'drawn, {len(codes)} tokens'), Figure(example, 'such as')],
+      [Figure(image, f'generated, {len(codes)} tokens'), Figure(example, 'held-out')],
       [Statement('text', entry['text'])],
     )
 
@@ -241,8 +241,8 @@ def _add_mixed_generations(
   generated: Generations,
 ) -> None:
   page.add_section(
-    'Pictures and words to pictures',
-    'The prompt holds the visual tokens of its pictures; the last picture is drawn.',
+    'Images and text to image',
+    'The prompt contains the visual tokens of its images; the last image is generated.',
   )
   for parts, codes, image in zip(prompts, generated.codes, generated.images, strict=True):
     figures = []
@@ -252,7 +252,7 @@ def _add_mixed_generations(
         statements.append(Statement('text', part))
       else:
         figures.append(Figure(read_images(part, size)[0], 'input'))
-    figures.append(Figure(image, f'drawn, {len(codes)} tokens'))
+    figures.append(Figure(image, f'generated, {len(codes)} tokens'))
     page.add_card(figures, statements)
 
 

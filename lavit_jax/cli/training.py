@@ -23,11 +23,11 @@ def _add_train(commands: Commands) -> None:
     commands,
     'train',
     _train,
-    'train one stage; --config.KEY=VALUE sets any value of its config page',
+    'train one stage; --config.KEY=VALUE sets any value of its config',
   )
   parser.set_defaults(accepts_overrides=True)
   parser.add_argument(
-    '--config', required=True, metavar='PAGE.py:VARIANT', help='such as configs/tokenizer.py:tiny'
+    '--config', required=True, metavar='FILE.py:VARIANT', help='such as configs/tokenizer.py:tiny'
   )
   parser.add_argument(
     '--workdir',
@@ -74,7 +74,7 @@ def _add_compile(commands: Commands) -> None:
   )
   parser.set_defaults(accepts_overrides=True)
   parser.add_argument(
-    '--config', metavar='PAGE.py:VARIANT', help='as for train, with --config.KEY=VALUE'
+    '--config', metavar='FILE.py:VARIANT', help='as for train, with --config.KEY=VALUE'
   )
   parser.add_argument(
     '--decode',
@@ -133,7 +133,7 @@ def _compile(args: argparse.Namespace) -> None:
 
   if (args.config is None) == (args.decode is None):
     raise UserError(
-      'give either --config PAGE.py:VARIANT, for its train step, '
+      'give either --config FILE.py:VARIANT, for its train step, '
       'or --decode VARIANT, for its language model'
     )
   if args.decode:
@@ -149,5 +149,5 @@ def _compile(args: argparse.Namespace) -> None:
   config = load_config(args.config, args.overrides)
   from lavit_jax.compile import train_step
 
-  page = os.path.basename(args.config)
-  train_step.run(config, page, args.topology, args.slices, args.json)
+  name = os.path.basename(args.config)
+  train_step.run(config, name, args.topology, args.slices, args.json)

@@ -1,7 +1,8 @@
-"""`lavit compile --config`: the train step of a page, compiled for a TPU pod."""
+"""`lavit compile --config`: the train step of a config, compiled for a TPU pod."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from lavit_jax.compile.topology import (
   pod_devices,
 )
 from lavit_jax.training import flops
-from lavit_jax.training.run import Run, check_values, resolve_abstract
+from lavit_jax.training.run import Run, read_mesh, resolve_abstract
 from lavit_jax.training.train_step import abstract_inputs, make_init, make_train_step
 
 
@@ -77,14 +78,14 @@ class Report(NamedTuple):
   compile_seconds: float
 
 
-def run(config: ConfigDict, page: str, topology: str, slices: int, as_json: bool) -> None:
+def run(config: ConfigDict, name: str, topology: str, slices: int, as_json: bool) -> None:
   """Compiles the step and prints the report as a JSON object or as a table."""
-  report = compile_step(config, page, topology, slices)
+  report = compile_step(config, name, topology, slices)
   if as_json:
     print(json.dumps(report._asdict()))
     return
   devices = format_device_count(report.chips, report.devices_per_chip)
-  title = f'{page} on {slices} x {topology}: {devices}, mesh {report.mesh}'
+  title = f'{name} on {slices} x {topology}: {devices}, mesh {report.mesh}'
   table = Table('', format_device(report.devices_per_chip), title=title)
   for cells in table_rows(report):
     table.add_row(*cells)
@@ -121,12 +122,12 @@ def table_rows(report: Report) -> list[tuple[str, str]]:
   ]
 
 
-def compile_step(config: ConfigDict, page: str, topology: str, slices: int = 1) -> Report:
+def compile_step(config: ConfigDict, name: str, topology: str, slices: int = 1) -> Report:
   """Compiles the train step of a config.
 
   Args:
-    config: a page of `configs/`.
-    page: its name, for the report.
+    config: as the files in `configs/` define it.
+    name: of the config, for the report.
     topology: CHIP:SHAPE, such as 'v5e:16x16'.
     slices: the number of pods of that topology.
 
@@ -134,8 +135,7 @@ def compile_step(config: ConfigDict, page: str, topology: str, slices: int = 1) 
     UserError: as in `pod_devices` and `compile_for`, or the config is invalid.
   """
   chip, devices = pod_devices(topology, slices)
-  check_values(config)
-  mesh = sharding.make_mesh(config.to_dict()['mesh'], devices)
+  mesh = sharding.make_mesh(dataclasses.asdict(read_mesh(config)), devices)
   run = resolve_abstract(config, mesh)
   step, inputs = abstract_step(run)
   program = compile_for(topology, mesh, step, *inputs)
@@ -147,7 +147,7 @@ def compile_step(config: ConfigDict, page: str, topology: str, slices: int = 1) 
   model_flops = flops.step_flops(run).at(packed_share) / mesh.size
   times = roofline_times(program.cost, chip)
   return Report(
-    config=page,
+    config=name,
     topology=topology,
     slices=slices,
     chips=mesh.size,

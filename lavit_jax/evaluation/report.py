@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from lavit_jax.data.emoji import corpus, questions, sprites
-from lavit_jax.data.emoji.scenes import Example
+from lavit_jax.data.emoji.scenes import Composer, Example
 from lavit_jax.data.emoji.sprites import Sprites
 from lavit_jax.errors import UserError
-from lavit_jax.evaluation import captions, images, tokens, vqa
+from lavit_jax.evaluation import captions, images, selection, tokens, vqa
 from lavit_jax.inference.pipeline import Lavit
 from lavit_jax.output import write_json
 
@@ -24,6 +24,18 @@ GROUPS = tuple(questions.CATEGORIES)
 _STEPS = 25  # of the image decoder
 _NUM_MEAN_FEATURES = 256  # training images whose mean feature is the baseline of tokens
 _IMAGE_KINDS = ('drawn', 'reconstructed', 'real', 'shuffled', 'noise')
+_SELECTION_ROWS = {  # row of the table -> measure of each kind of patch
+  f'probability of {", ".join(selection.KINDS)}, %': 'probability',
+  'kept by sampling, %': 'sampled',
+  'kept as most probable, %': 'most_probable',
+}
+_SELECTION_VALUES = (  # (row of the table, measure, baseline)
+  ('probability of object / background', 'probability_ratio', 1),
+  ('standard deviation of the probability', 'probability_std', 0),
+  ('correlation of tokens with object share', 'correlation_sampled', 0),
+  ('correlation of expected tokens', 'correlation_expected', 0),
+  ('spread of tokens / binomial', 'count_std_ratio', 1),
+)
 
 Report = dict[str, Any]
 Classify = Callable[[np.ndarray], np.ndarray]  # uint8[B, H, W, 3] -> i32[B]
@@ -69,8 +81,8 @@ def evaluate(
     seed: of the examples and of all sampling.
 
   Returns:
-    The report. `report['splits']` is split -> {tokens, captions, questions, drawings}, each measure
-    beside its baseline.
+    The report. `report['splits']` is split -> {tokens, selection, captions, questions, drawings},
+    each measure beside its baseline.
 
   Raises:
     UserError: there is no such data set, the checkpoint lacks a module, or the report cannot be
@@ -81,6 +93,7 @@ def evaluate(
   except FileNotFoundError as error:
     raise UserError(str(error)) from None
   baselines = _fit_baselines(model, source, loaded, train, seed)
+  composer = Composer(loaded)
   splits = {}
   for split in SPLITS:
     single = corpus.examples(source, split, seed, count, 'single')
@@ -88,6 +101,7 @@ def evaluate(
     captioned = model.caption(stack_images(single), seed=seed)
     splits[split] = {
       'tokens': measure_tokens(model, single, baselines.mean_features, seed),
+      'selection': measure_selection(model, single + scenes, composer, seed),
       'captions': captions.score_captions(captioned, single, baselines.groups, baselines.train),
       'questions': measure_answers(model, single[: count // 2] + scenes, baselines.answers, seed),
       'drawings': measure_images(model, single[:drawn], baselines.classify, seed),
@@ -159,6 +173,25 @@ def measure_tokens(
   }
 
 
+def measure_selection(
+  model: Lavit, examples: Sequence[Example], composer: Composer, seed: int
+) -> dict[str, float]:
+  """Measures whether the selector keeps objects rather than background.
+
+  Args:
+    model: with ViT and tokenizer.
+    examples: of one sprite and of several. Those of several vary most in the share of the image
+      that objects cover, with which the number of tokens can correlate.
+    composer: has the sprites of the examples.
+    seed: of the sampled patches.
+
+  Returns:
+    What `selection.score_selection` returns.
+  """
+  masks = np.stack([composer.object_mask(example.facts) for example in examples])
+  return selection.measure_selection(model, stack_images(examples), masks, seed)
+
+
 def measure_answers(
   model: Lavit, examples: Sequence[Example], baseline: vqa.MajorityBaseline, seed: int
 ) -> dict[str, dict[str, float]]:
@@ -219,6 +252,7 @@ def report_tables(report: Report) -> list[Table]:
   splits = [report['splits'][split] for split in SPLITS]
   return [
     _tokens_table([split['tokens'] for split in splits]),
+    _selection_table([split['selection'] for split in splits]),
     _captions_table([split['captions'] for split in splits]),
     _questions_table([split['questions'] for split in splits]),
     _images_table([split['drawings'] for split in splits]),
@@ -242,6 +276,21 @@ def _tokens_table(splits: Sequence[dict[str, float]]) -> Table:
     for row, cell in zip(rows, cells, strict=True):
       row.append(cell)
   return _table('visual tokens', rows)
+
+
+def _selection_table(splits: Sequence[dict[str, float]]) -> Table:
+  rows = []
+  for label, measure in _SELECTION_ROWS.items():
+    row = [label]
+    for values in splits:
+      row.append(', '.join(_percent(values, f'{measure}_{kind}') for kind in selection.KINDS))
+    rows.append(row)
+  for label, key, baseline in _SELECTION_VALUES:
+    row = [f'{label} ({baseline})']
+    for values in splits:
+      row.append(f'{values[key]:.3f}' if key in values else '-')
+    rows.append(row)
+  return _table('selection (the same probability for all patches)', rows)
 
 
 def _captions_table(splits: Sequence[dict[str, float]]) -> Table:

@@ -11,8 +11,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
-from lavit_jax.errors import UserError
 from lavit_jax.inference.generation_config import check_names
+from lavit_jax.renamed_keywords import rename_keywords
 
 P = ParamSpec('P')
 R = TypeVar('R')
@@ -57,13 +57,16 @@ def api_method(
     parameters = list(inspect.signature(method).parameters.values())[1:]
     allowed = [x.name for x in parameters if x.kind is not inspect.Parameter.VAR_KEYWORD]
     allowed += options.__annotations__ if options else []
+    renamed = {
+      old: new for old, new in RENAMED_KEYWORDS.items() if new in allowed and old not in allowed
+    }
     num_args = 1 + sum(x.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for x in parameters)
 
     call: Callable[..., R] = method
 
     @functools.wraps(method)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-      keywords = _rename_keywords(kwargs, allowed)
+      keywords = rename_keywords(kwargs, renamed)
       if num_args < len(args) <= num_args + len(positional):
         names = positional[: len(args) - num_args]
         _warn(f'{", ".join(names)} by position; use keywords')
@@ -107,18 +110,5 @@ class DeprecatedNames:
     return self.decode_images(*args, **kwargs)
 
 
-def _rename_keywords(kwargs: dict[str, Any], allowed: list[str]) -> dict[str, Any]:
-  renamed = {}
-  for name, value in kwargs.items():
-    new = RENAMED_KEYWORDS.get(name)
-    if new in allowed and name not in allowed:
-      if new in kwargs:
-        raise UserError(f'{name} and {new} are the same; leave {name} out')
-      _warn(f'{name}=; use {new}=', stacklevel=4)
-      name = new
-    renamed[name] = value
-  return renamed
-
-
-def _warn(message: str, stacklevel: int = 3) -> None:
-  warnings.warn(f'deprecated: {message}', DeprecationWarning, stacklevel=stacklevel)
+def _warn(message: str) -> None:
+  warnings.warn(f'deprecated: {message}', DeprecationWarning, stacklevel=3)

@@ -1,4 +1,4 @@
 """Training: one loop for all stages.
 
-`run.py` turns a config page into a `Run`; `loop.py` runs it; `stages/` says what is learned.
+`run.py` turns a config into a `Run`; `loop.py` runs it; `stages/` says what is learned.
 """

@@ -44,7 +44,7 @@ class Checkpoints:
 
   Args:
     workdir: holds the folder `checkpoints`.
-    page: the run's config as JSON; its stage and variant must be those of earlier checkpoints.
+    config: of the run, as JSON; its stage and variant must be those of earlier checkpoints.
     keep: how many of the latest to keep.
     settings: of the model (models/settings.py), which must be those of earlier checkpoints.
   """
@@ -52,15 +52,15 @@ class Checkpoints:
   def __init__(
     self,
     workdir: str | pathlib.Path,
-    page: Mapping[str, Any],
+    config: Mapping[str, Any],
     keep: int,
     settings: Settings | None = None,
   ):
     self.folder = pathlib.Path(os.path.abspath(workdir)) / 'checkpoints'
-    sizes = json.loads(json.dumps(variant_config(page['variant'])))
-    self.identity = dict(stage=page['stage'], variant=page['variant'], sizes=sizes)
+    sizes = json.loads(json.dumps(variant_config(config['variant'])))
+    self.identity = dict(stage=config['stage'], variant=config['variant'], sizes=sizes)
     self.settings = settings or {}
-    self.config = dict(page)
+    self.config = dict(config)
     self.clear_half_written()
     self.manager = _Manager(
       self.folder,

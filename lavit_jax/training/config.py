@@ -1,14 +1,15 @@
-"""Config pages: a Python file with `get_config(argument)`, and `--config.key=value` options."""
+"""Configs: Python files with `get_config(argument)`, and `--config.key=value` options."""
 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import difflib
 import importlib.util
 import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
@@ -17,29 +18,30 @@ from lavit_jax.local_paths import expand_home
 
 LITERALS = {'true': True, 'false': False, 'none': None}
 OPTION_PREFIX = '--config.'
+T = TypeVar('T')
 
 
 def load_config(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
-  """Reads a page, applies overrides, and locks the config.
+  """Reads a config file, applies overrides, and locks the config.
 
   Args:
     spec: 'path.py' or 'path.py:argument'.
     overrides: (dotted key, text); the text is read in the type of the value that it replaces.
 
   Raises:
-    UserError: there is no such page, the page refuses the argument, a key is unknown (the nearest
-      is named), or a value has another type.
+    UserError: there is no such file, it refuses the argument, a key is unknown (the nearest is
+      named), or a value has another type.
   """
   path, _, argument = spec.partition(':')
   path = expand_home(path)
-  get_config = _read_page(path)
+  get_config = _load_get_config(path)
   if argument and not inspect.signature(get_config).parameters:
     raise UserError(f'--config: {path} takes no argument; leave out {":" + argument!r}')
   try:
     config = get_config(argument) if argument else get_config()
   except (KeyError, ValueError, TypeError) as error:
     raise UserError(
-      f'--config: {path} refuses {argument!r} ({error}); see the first lines of the page'
+      f'--config: {path} refuses {argument!r} ({error}); see the first lines of the file'
     ) from error
   for key, text in overrides:
     override(config, key, text)
@@ -102,33 +104,56 @@ def config_leaves(
       yield prefix + key, value
 
 
+def read_options(kind: type[T], values: Mapping[str, Any], section: str = '') -> T:
+  """Makes a dataclass of the options that a section of a config names like its fields.
+
+  Args:
+    kind: a dataclass; its defaults hold where the config has no such option.
+    values: the options of the section.
+    section: its name, for messages; '' for the config itself.
+
+  Raises:
+    UserError: the config lacks an option that has no default.
+  """
+  chosen = {}
+  for field in dataclasses.fields(kind):  # pyright: ignore[reportArgumentType]
+    if field.name in values:
+      chosen[field.name] = values[field.name]
+    elif field.default is dataclasses.MISSING:
+      name = f'{section}.{field.name}' if section else field.name
+      raise UserError(f'the config has no {name}; compare it with the files in configs/')
+  return kind(**chosen)
+
+
 def _suggest(key: str, values: Mapping[str, Any]) -> str:
   """Keys that may have been meant."""
   inside = [name for name in values if name.startswith(f'{key}.')]
   near = inside[:3] or difflib.get_close_matches(key, values, n=1, cutoff=0.4)
   if not near:
-    return 'the page names them all'
+    return 'the config file names them all'
   return f'did you mean {" or ".join(OPTION_PREFIX + name for name in near)}?'
 
 
-def _read_page(path: str) -> Callable[..., ConfigDict]:
+def _load_get_config(path: str) -> Callable[..., ConfigDict]:
   if not os.path.isfile(path):
-    raise UserError(f'--config: there is no file {path}; the pages of the project are configs/*.py')
-  spec = importlib.util.spec_from_file_location('lavit_config_page', path)
+    raise UserError(
+      f'--config: there is no file {path}; the config files of the project are configs/*.py'
+    )
+  spec = importlib.util.spec_from_file_location('lavit_config_file', path)
   try:
     if spec is None or spec.loader is None:
       raise AttributeError('its name does not end in .py')
-    page = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(page)
-    return page.get_config
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config
   except (SyntaxError, AttributeError) as error:
     raise UserError(
-      f'--config: {path} is not a config page, which defines get_config(argument) ({error})'
+      f'--config: {path} is not a config file, which defines get_config(argument) ({error})'
     ) from error
 
 
 def _parse(key: str, text: str, old: Any, kind: type) -> Any:
-  """`text` as a `kind`; any Python literal or text where the page left the value open (None)."""
+  """`text` as a `kind`; any Python literal or text where the config left the value open (None)."""
   if kind is str:
     return '' if text == 'None' else text
   try:

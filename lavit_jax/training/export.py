@@ -17,7 +17,7 @@ from lavit_jax.weights.store import folder
 def write_config(run: Run) -> None:
   """Writes WORKDIR/config.json."""
   if jax.process_index() == 0:
-    (run.workdir / 'config.json').write_text(json.dumps(run.page, indent=1) + '\n')
+    (run.workdir / 'config.json').write_text(json.dumps(run.config, indent=1) + '\n')
 
 
 def export(run: Run, train_state: TrainState) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def export(run: Run, train_state: TrainState) -> dict[str, Any]:
   """
   params, state = averaged(run.stage, train_state)
   params = distributed.to_host(run.stage.export(params, state))
-  metadata = dict(stage=run.stage_name, steps=int(train_state.step), config=run.page)
+  metadata = dict(stage=run.stage_name, steps=int(train_state.step), config=run.config)
   if run.stage.export_metadata is not None:
     metadata |= run.stage.export_metadata(state)
   if jax.process_index() == 0:

@@ -62,7 +62,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> None:
   """Trains the stage that `config` describes, from where `workdir` left off.
 
   Args:
-    config: a page of `configs/`, locked.
+    config: as the files in `configs/` define it, locked.
     workdir: receives checkpoints/, metrics.jsonl, tensorboard/, pictures/ and, at the end, export/.
 
   Raises:
@@ -118,7 +118,7 @@ def _open_inputs(run: Run, stack: contextlib.ExitStack) -> _Inputs:
   check_heldout(run)
   # These are the first to write: whatever is missing has been reported by now.
   lock = stack.enter_context(WorkdirLock(run.workdir))
-  checkpoints = Checkpoints(run.workdir, run.page, run.keep, run.model.settings)
+  checkpoints = Checkpoints(run.workdir, run.config, run.keep, run.model.settings)
   stack.callback(checkpoints.close)
   return _Inputs(loaded, batches, skipped, lock, checkpoints)
 

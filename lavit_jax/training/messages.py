@@ -67,7 +67,7 @@ def log_start(
       'warning: changed since then, so the next examples are not those that it would have seen: '
       f'{", ".join(inexact)}'
     )
-  saved = ScheduleConfig.from_page(checkpoints.saved_config(start_step))
+  saved = ScheduleConfig.from_config(checkpoints.saved_config(start_step))
   warn_of_schedule(log, run.optimizer.schedule, saved, start_step)
 
 

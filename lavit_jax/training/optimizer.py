@@ -17,6 +17,7 @@ import optax
 
 from lavit_jax.errors import UserError
 from lavit_jax.sharding import path_name
+from lavit_jax.training.config import read_options
 from lavit_jax.training.schedule import ScheduleConfig, learning_rate
 
 Tree = Any
@@ -25,7 +26,7 @@ MAX_BFLOAT16_B2 = 0.99  # above it an update changes a number by less than bfloa
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """The section `optim` of a page."""
+  """The section `optim` of the config."""
 
   schedule: ScheduleConfig
   weight_decay: float  # of kernels only
@@ -34,21 +35,24 @@ class OptimizerConfig:
   mu_dtype: str  # of the first moment; bfloat16 halves its memory
   nu_dtype: str  # of the second moment
   clip_norm: float | None  # of the whole gradient; None: off
+  freeze: tuple[str, ...]  # regexes of parameters that do not train
+  lr_scale: tuple[tuple[str, float], ...]  # (regex, factor); the first match counts
   ema_decay: float = 0.0  # of the parameters' moving average; 0: off
-  freeze: tuple[str, ...] = ()  # regexes of parameters that do not train
-  lr_scale: tuple[tuple[str, float], ...] = ()  # (regex, factor); the first match counts
   max_nonfinite: int = 10  # updates skipped in a row after which a run ends
 
   @classmethod
-  def from_page(cls, page: Mapping[str, Any]) -> OptimizerConfig:
-    """Reads it from a page."""
-    names = {field.name for field in dataclasses.fields(cls)} & set(page['optim'])
-    options = {name: page['optim'][name] for name in names - {'schedule', 'freeze', 'lr_scale'}}
-    return cls(
-      schedule=ScheduleConfig.from_page(page),
-      freeze=tuple(page['optim']['freeze']),
-      lr_scale=tuple((regex, factor) for regex, factor in page['optim']['lr_scale']),
-      **options,
+  def from_config(cls, config: Mapping[str, Any]) -> OptimizerConfig:
+    """Reads it from a config.
+
+    Raises:
+      UserError: `optim` lacks an option that has no default.
+    """
+    schedule = ScheduleConfig.from_config(config)
+    options = read_options(cls, {**config['optim'], 'schedule': schedule}, 'optim')
+    return dataclasses.replace(
+      options,
+      freeze=tuple(options.freeze),
+      lr_scale=tuple((regex, factor) for regex, factor in options.lr_scale),
     )
 
 

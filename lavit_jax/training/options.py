@@ -1,4 +1,4 @@
-"""The permitted values of each option of a page: one table for all of them.
+"""The permitted values of each config option: one table for all of them.
 
 Types are strict: `True` is no number, and nan and infinity are refused. What depends on other
 options or on files is checked in run.py.
@@ -250,7 +250,7 @@ OPTIONS: dict[str, Kind] = {
 
 
 def check_values(values: Mapping[str, Any]) -> None:
-  """Checks each option of a page on its own.
+  """Checks each option of a config on its own.
 
   Args:
     values: 'optim.learning_rate' -> 0.1, ...
@@ -262,7 +262,7 @@ def check_values(values: Mapping[str, Any]) -> None:
     if key not in OPTIONS:
       near = difflib.get_close_matches(key, OPTIONS, n=1)
       hint = f'; did you mean {near[0]}?' if near else ''
-      raise UserError(f'{key} is no option of a page{hint}')
+      raise UserError(f'{key} is not a config option{hint}')
     fault = OPTIONS[key].fault(value)
     if fault:
       raise UserError(f'{key}={value!r} {fault}')

@@ -1,6 +1,6 @@
 """One run of training: everything that its config decides, checked and resolved in one place.
 
-`resolve` turns a config page into a `Run`. Nothing behind it reads the page again.
+`resolve` turns a config into a `Run`. Nothing behind it reads the config again.
 """
 
 from __future__ import annotations
@@ -23,18 +23,26 @@ from lavit_jax.models import lavit
 from lavit_jax.models.lavit import LavitModules
 from lavit_jax.sharding import ProcessShare
 from lavit_jax.training import options, parameters, stages
-from lavit_jax.training.config import config_leaves
+from lavit_jax.training.config import config_leaves, read_options
 from lavit_jax.training.optimizer import OptimizerConfig
 from lavit_jax.training.parameters import ParameterFolder
 from lavit_jax.training.stages import BatchLayout, LanguageModelOptions, Stage, StageOptions
-from lavit_jax.training.stages.base import read_options
 
 ONE_DEVICE = AbstractMesh((1, 1, 1), sharding.AXES)
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """The section `mesh` of the config: the size of each axis, -1 for the remaining devices."""
+
+  data: int
+  fsdp: int
+  tensor: int
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """The section `data` of a page; `data.loader.batches` explains it, and has its own defaults."""
+  """The section `data` of the config, explained in `data.loader.batches`, with its own defaults."""
 
   task: str
   image_size: int
@@ -93,7 +101,7 @@ class Run:
   skip_damaged: bool  # whether a damaged checkpoint is passed over
   peak_tflops: float  # of all devices together; 0: by their kind
   profile: str  # 'FIRST:LAST', the steps to trace; '': none
-  page: Mapping[str, Any]  # the config as JSON, for config.json, checkpoints and exports
+  config: Mapping[str, Any]  # as JSON, for config.json, checkpoints and exports
   workdir: pathlib.Path
 
   @property
@@ -122,10 +130,34 @@ class Run:
 # --- Resolution ----------------------------------------------------------------------------------
 
 
-class _Page(NamedTuple):
-  """A config page, whose sections have types."""
+@dataclasses.dataclass(frozen=True)
+class _CommonOptions:
+  """The options and sections that the configs of all stages have, besides `Intervals`."""
 
-  values: dict[str, Any]  # the whole page
+  stage: str
+  variant: str
+  batch_size: int
+  num_steps: int
+  seed: int
+  accumulate: int
+  dtype: str
+  remat: str
+  mesh: Mapping[str, int]
+  peak_tflops: float
+  frozen: str
+  init_from: str
+  data: Mapping[str, Any]
+  optim: Mapping[str, Any]
+  keep: int
+  skip_damaged: bool
+  profile: str
+
+
+class _TypedConfig(NamedTuple):
+  """A config whose options have types."""
+
+  common: _CommonOptions
+  mesh: MeshConfig
   data: DataConfig
   intervals: Intervals
   optimizer: OptimizerConfig
@@ -134,107 +166,117 @@ class _Page(NamedTuple):
 
 
 def resolve(config: ConfigDict, workdir: str | pathlib.Path) -> Run:
-  """Checks a page, and resolves it for the devices and folders of this job.
+  """Checks a config, and resolves it for the devices and folders of this job.
 
   Args:
-    config: a page of `configs/`.
+    config: as the files in `configs/` define it.
     workdir: of the run; its last checkpoint has the settings of the run's own modules.
 
   Raises:
-    UserError: an option is unknown, out of range or contradicts another one; a folder lacks a
-      module or holds another variant's.
+    UserError: an option is missing, unknown, out of range or contradicts another one; a folder
+      lacks a module or holds another variant's.
   """
-  page = _read_page(config)
-  mesh = sharding.make_mesh(page.values['mesh'])
-  _check_page(page, sharding.batch_shards(mesh))
-  name = page.values['stage']
-  frozen = page.values['frozen']
-  modules = stages.stage_type(name).modules
+  typed = _read_config(config)
+  common = typed.common
+  mesh = sharding.make_mesh(dataclasses.asdict(typed.mesh))
+  _check_config(typed, sharding.batch_shards(mesh))
+  modules = stages.stage_type(common.stage).modules
   folders = parameters.find_modules(
     modules,
-    parameters.split_folders(frozen),
-    parameters.split_folders(page.values['init_from']),
+    parameters.split_folders(common.frozen),
+    parameters.split_folders(common.init_from),
   )
-  settings = parameters.resolve_settings(page.values['variant'], folders, pathlib.Path(workdir))
-  share = sharding.process_share(mesh, page.values['batch_size'])
-  run = _make_run(page, mesh, share, folders, settings, pathlib.Path(workdir))
-  parameters.check_complete(name, modules, folders, frozen)
+  settings = parameters.resolve_settings(common.variant, folders, pathlib.Path(workdir))
+  share = sharding.process_share(mesh, common.batch_size)
+  run = _make_run(typed, mesh, share, folders, settings, pathlib.Path(workdir))
+  parameters.check_complete(common.stage, modules, folders, common.frozen)
   return run
 
 
 def resolve_abstract(config: ConfigDict, mesh: Mesh | AbstractMesh | None = None) -> Run:
-  """Checks a page, and resolves it for devices that need not be here.
+  """Checks a config, and resolves it for devices that need not be here.
 
   No folder is read: the modules have the settings of the variant.
 
   Args:
-    config: a page of `configs/`.
+    config: as the files in `configs/` define it.
     mesh: of the devices; None: a single one.
 
   Raises:
-    UserError: as `resolve`, of the page itself.
+    UserError: as `resolve`, of the config itself.
   """
-  page = _read_page(config)
+  typed = _read_config(config)
   mesh = cast(Mesh, ONE_DEVICE if mesh is None else mesh)  # no device of it is used
-  _check_page(page, sharding.batch_shards(mesh))
-  share = ProcessShare(np.arange(page.values['batch_size']), 0, 1)
-  return _make_run(page, mesh, share, (), {}, pathlib.Path())
+  _check_config(typed, sharding.batch_shards(mesh))
+  share = ProcessShare(np.arange(typed.common.batch_size), 0, 1)
+  return _make_run(typed, mesh, share, (), {}, pathlib.Path())
 
 
-def _read_page(config: ConfigDict) -> _Page:
-  values = config.to_dict()
+def read_mesh(config: ConfigDict) -> MeshConfig:
+  """Reads the section `mesh` of a config, after a check of all values.
+
+  Raises:
+    UserError: an option is missing, unknown or out of range.
+  """
   check_values(config)
-  _check_stage(values)
-  return _Page(
-    values,
-    read_options(DataConfig, values['data'], 'data'),
+  return read_options(MeshConfig, config.to_dict()['mesh'], 'mesh')
+
+
+def _read_config(config: ConfigDict) -> _TypedConfig:
+  mesh = read_mesh(config)
+  values = config.to_dict()
+  data = read_options(DataConfig, values['data'], 'data')
+  _check_stage(values, data.task)
+  return _TypedConfig(
+    read_options(_CommonOptions, values),
+    mesh,
+    data,
     read_options(Intervals, values),
-    OptimizerConfig.from_page(values),
-    stages.stage_type(values['stage']).options.from_page(values),
+    OptimizerConfig.from_config(values),
+    stages.stage_type(values['stage']).options.from_config(values),
     json.loads(config.to_json_best_effort()),
   )
 
 
 def _make_run(
-  page: _Page,
+  typed: _TypedConfig,
   mesh: Mesh,
   share: ProcessShare,
   folders: tuple[ParameterFolder, ...],
   settings: parameters.Settings,
   workdir: pathlib.Path,
 ) -> Run:
-  values = page.values
-  name = values['stage']
+  common = typed.common
   layout = BatchLayout(
-    batch_size=values['batch_size'],
-    image_size=page.data.image_size,
-    text_length=page.data.text_length or 0,
+    batch_size=common.batch_size,
+    image_size=typed.data.image_size,
+    text_length=typed.data.text_length or 0,
     shards=sharding.batch_shards(mesh),
-    accumulate=values['accumulate'],
+    accumulate=common.accumulate,
   )
-  model = lavit.build(values['variant'], values['dtype'], values['remat'], settings)
-  _check_image_size(name, page, model)
+  model = lavit.build(common.variant, common.dtype, common.remat, settings)
+  _check_image_size(typed, model)
   return Run(
-    stage_name=name,
-    variant=values['variant'],
-    options=page.options,
-    seed=values['seed'],
-    num_steps=values['num_steps'],
+    stage_name=common.stage,
+    variant=common.variant,
+    options=typed.options,
+    seed=common.seed,
+    num_steps=common.num_steps,
     layout=layout,
     model=model,
-    stage=stages.build_stage(name, page.options, model, layout),
+    stage=stages.build_stage(common.stage, typed.options, model, layout),
     mesh=mesh,
     share=share,
     folders=folders,
-    init_from=values['init_from'],
-    data=page.data,
-    optimizer=page.optimizer,
-    intervals=page.intervals,
-    keep=values['keep'],
-    skip_damaged=values['skip_damaged'],
-    peak_tflops=values['peak_tflops'],
-    profile=values['profile'],
-    page=page.json,
+    init_from=common.init_from,
+    data=typed.data,
+    optimizer=typed.optimizer,
+    intervals=typed.intervals,
+    keep=common.keep,
+    skip_damaged=common.skip_damaged,
+    peak_tflops=common.peak_tflops,
+    profile=common.profile,
+    config=typed.json,
     workdir=workdir,
   )
 
@@ -243,7 +285,8 @@ def _make_run(
 
 
 def check_values(config: ConfigDict) -> None:
-  """Raises UserError for an option that is out of its range (options.py), or needs another one."""
+  """Raises UserError for options that are missing or out of range (options.py), or need others."""
+  read_options(_CommonOptions, config.to_dict())
   values = dict(config_leaves(config))
   options.check_values(values)
   restart = values.get('optim.rewarm_from', 0)
@@ -255,39 +298,38 @@ def check_values(config: ConfigDict) -> None:
     )
 
 
-def _check_stage(values: Mapping[str, Any]) -> None:
-  """Raises UserError if the page is that of another stage."""
+def _check_stage(values: Mapping[str, Any], task: str) -> None:
+  """Raises UserError if the config is that of another stage."""
   name = values['stage']
   stage_type = stages.stage_type(name)
-  task = values['data']['task']
   if task != stage_type.task or stage_type.section not in values:
     raise UserError(
       f'stage={name!r} needs data.task={stage_type.task!r} (now {task!r}) and '
-      f'{stage_type.section!r} in the page; take configs/{name}.py'
+      f'{stage_type.section!r} in the config; take configs/{name}.py'
     )
 
 
-def _check_page(page: _Page, shards: int) -> None:
+def _check_config(typed: _TypedConfig, shards: int) -> None:
   """Raises UserError for options that contradict each other, or the `shards` of the mesh."""
-  intervals = page.intervals
+  intervals = typed.intervals
   if intervals.eval_every and intervals.eval_batches < 1:
     raise UserError(
       f'eval_batches={intervals.eval_batches} with eval_every={intervals.eval_every}: give at '
       'least 1, or eval_every=0'
     )
-  accumulate = page.values['accumulate']
-  name = page.values['stage']
+  accumulate = typed.common.accumulate
+  name = typed.common.stage
   if accumulate > 1 and not stages.stage_type(name).accumulates:
     raise UserError(
       f'accumulate={accumulate}: stage {name} learns from whole batches; use more devices or '
       'another remat policy'
     )
-  _check_data(page)
-  _check_pieces(page, shards)
+  _check_data(typed)
+  _check_pieces(typed, shards)
 
 
-def _check_data(page: _Page) -> None:
-  data = page.data
+def _check_data(typed: _TypedConfig) -> None:
+  data = typed.data
   with name_data_errors():
     loader.validate_options(
       data.task,
@@ -299,22 +341,22 @@ def _check_data(page: _Page) -> None:
     )
   if not data.sources:
     return
-  if not data.heldout and (page.intervals.eval_every or page.intervals.picture_every):
+  if not data.heldout and (typed.intervals.eval_every or typed.intervals.picture_every):
     raise UserError(
       'data.sources without data.heldout: give held-out sources too, or eval_every=0 and '
       'picture_every=0'
     )
-  batch_size = page.values['batch_size']
+  batch_size = typed.common.batch_size
   if batch_size % data.shards:
     raise UserError(f'batch_size={batch_size} must be a multiple of data.shards={data.shards}')
 
 
-def _check_pieces(page: _Page, shards: int) -> None:
+def _check_pieces(typed: _TypedConfig, shards: int) -> None:
   """Raises UserError if a batch does not divide into the pieces of the mesh and of `accumulate`."""
-  sizes = {'batch_size': page.values['batch_size']}
-  if isinstance(page.options, LanguageModelOptions):
-    sizes['lm.num_rows'] = page.options.num_rows
-  accumulate = page.values['accumulate']
+  sizes = {'batch_size': typed.common.batch_size}
+  if isinstance(typed.options, LanguageModelOptions):
+    sizes['lm.num_rows'] = typed.options.num_rows
+  accumulate = typed.common.accumulate
   undivided = _undivided(sizes, accumulate * shards)
   if not undivided:
     return
@@ -333,9 +375,10 @@ def _undivided(sizes: Mapping[str, int], pieces: int) -> list[str]:
   return [key for key, size in sizes.items() if size % pieces]
 
 
-def _check_image_size(name: str, page: _Page, model: LavitModules) -> None:
-  size = page.data.image_size
-  multiple = stages.image_multiple(name, model, bool(page.intervals.picture_every))
+def _check_image_size(typed: _TypedConfig, model: LavitModules) -> None:
+  name = typed.common.stage
+  size = typed.data.image_size
+  multiple = stages.image_multiple(name, model, bool(typed.intervals.picture_every))
   if size % multiple:
     raise UserError(
       f'data.image_size={size} must be a multiple of {multiple} for stage {name} of variant '

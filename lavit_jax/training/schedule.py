@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import optax
 
+from lavit_jax.training.config import read_options
+
 if TYPE_CHECKING:
   from lavit_jax.training.metrics import MetricLogger
 
@@ -28,11 +30,13 @@ class ScheduleConfig:
   rewarm_from: int = 0  # under 'rewarm', the update at which the first cosine ends
 
   @classmethod
-  def from_page(cls, page: Mapping[str, Any]) -> ScheduleConfig:
-    """Reads it from a page, or from the JSON of one of an earlier version."""
-    optim = page['optim']
-    names = {field.name for field in dataclasses.fields(cls)} & set(optim)
-    return cls(num_steps=page['num_steps'], **{name: optim[name] for name in names})
+  def from_config(cls, config: Mapping[str, Any]) -> ScheduleConfig:
+    """Reads it from a config, or from the JSON of one of an earlier version.
+
+    Raises:
+      UserError: `optim` lacks an option that has no default.
+    """
+    return read_options(cls, {**config['optim'], 'num_steps': config['num_steps']}, 'optim')
 
 
 def learning_rate(config: ScheduleConfig) -> optax.Schedule:

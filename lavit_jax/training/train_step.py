@@ -60,7 +60,7 @@ def make_init(
     (init(key, loaded) -> TrainState, the optimizer).
 
   Raises:
-    UserError: a regex of the page matches no parameter, or loaded weights do not fit the model.
+    UserError: a regex of the config matches no parameter, or loaded weights do not fit the model.
   """
   stage = run.stage
   params, _ = jax.eval_shape(stage.init, jax.random.key(0), loaded)

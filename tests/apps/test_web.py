@@ -207,7 +207,7 @@ def test_sizes_are_those_of_the_checkpoint(tasks, monkeypatch):
     is_private = event.api_visibility == 'private'
     if is_private and [component.label for component in event.inputs] == ['Size']:
       updates.append(asyncio.run(page.process_api(event, ['896x1152']))['data'])
-  assert updates == [[25], [25], [25, 7.0]]  # of Draw, Mix, Rebuild
+  assert updates == [[25], [25], [25, 7.0]]  # of Generate, Mix, Reconstruct
   monkeypatch.setattr(Stub, 'params', {})
   assert sliders(web.build(tasks))[2] == ('Size', '512x512', False)
 
@@ -415,13 +415,13 @@ def test_in_a_browser(browser, tmp_path, monkeypatch):
   phone = dict(width=390, height=844, deviceScaleFactor=1, mobile=True)
   browser.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', phone)
   browser.get(url)
-  wait(lambda: shown('.picture'))
+  wait(lambda: shown('.pixel-image'))
   assert browser.execute_script('return document.documentElement.scrollWidth') <= 390
 
   def caption(path):
     browser.find_elements('css selector', 'input[type=file]')[0].send_keys(path)
     wait(lambda: browser.find_elements('css selector', f'img[src*="{pathlib.Path(path).name}"]'))
-    press('button.primary', 'Say what it is')
+    press('button.primary', 'Caption')
 
   caption(upload(tmp_path, b'words'))
   message = wait(lambda: shown('.toast-body'))[0].text
@@ -430,14 +430,16 @@ def test_in_a_browser(browser, tmp_path, monkeypatch):
   press('[aria-label="Remove Image"]', '')
   caption(IMAGE)
   assert 'background' in wait(
-    lambda: shown('.said textarea') and shown('.said textarea')[0].get_attribute('value')
+    lambda: (
+      shown('.output-text textarea') and shown('.output-text textarea')[0].get_attribute('value')
+    )
   )
   wait(lambda: len(shown('.tokens li')) > 5)
-  press('button[role=tab]', 'Draw')
+  press('button[role=tab]', 'Generate')
   wait(lambda: shown('textarea'))[0].send_keys('pizza on a blue background')
-  press('button.primary', 'Draw')
+  press('button.primary', 'Generate')
   wait(lambda: len(shown('.tokens i')) > 5)
-  image = wait(lambda: shown('.picture img'))[0]
+  image = wait(lambda: shown('.pixel-image img'))[0]
   assert image.size['width'] > 200
   assert browser.execute_script('return arguments[0].naturalWidth', image) == 64
   fetched = []

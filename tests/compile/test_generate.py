@@ -29,7 +29,7 @@ def compile_decoding(*options):
 @pytest.mark.parametrize('options', [(), ('--config', 'configs/lm.py:tiny', '--decode', 'tiny')])
 def test_either_a_config_or_decode_is_required(options):
   status, _, errors = compile_decoding(*options)
-  assert status == 2 and 'give either --config PAGE.py:VARIANT' in errors
+  assert status == 2 and 'give either --config FILE.py:VARIANT' in errors
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ KEYS = (
 )
 
 
-def compile_page(page, topology, *options):
+def compile_config(config, topology, *options):
   """Runs `lavit compile` in a process of its own, since libtpu cannot be unloaded.
 
   Returns (status, output, errors).
@@ -37,7 +37,7 @@ def compile_page(page, topology, *options):
   env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'TPU_WORKER_HOSTNAMES': 'localhost'}
   command = [sys.executable, '-m', 'lavit_jax', 'compile']
   process = subprocess.run(
-    [*command, '--config', page, '--topology', topology, *options],
+    [*command, '--config', config, '--topology', topology, *options],
     env=env,
     capture_output=True,
     text=True,
@@ -48,16 +48,16 @@ def compile_page(page, topology, *options):
 
 @pytest.mark.parametrize('topology', ['v9:2x2', 'v5e', 'v5e:'])
 def test_an_invalid_topology_is_refused(topology):
-  status, _, errors = compile_page('configs/tokenizer.py:tiny', topology)
+  status, _, errors = compile_config('configs/tokenizer.py:tiny', topology)
   assert status == 2 and 'write CHIP:SHAPE such as v5e:16x16; known chips: v4, v5e' in errors
 
 
-def expected_flops(page, options):
+def expected_flops(config, options):
   """Operations of a step, each counted once.
 
   The language model counts with all slots and all encoders, whatever the slots contain.
   """
-  run = resolve_abstract(load_config(f'configs/{page}', split_overrides(options)[0]))
+  run = resolve_abstract(load_config(f'configs/{config}', split_overrides(options)[0]))
   if run.stage_name != 'lm':
     return flops.step_flops(run).fixed
   pair = flops.pair_flops(run)
@@ -77,7 +77,7 @@ LM_TENSOR = (  # the tiny model's five heads cannot be split in two
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  'page, topology, options, min_mfu, max_ratio',
+  'config, topology, options, min_mfu, max_ratio',
   [
     ('tokenizer.py:tiny', 'v5e:2x2', (), 0.0, 2.0),
     ('lm.py:tiny', 'v5e:2x2', LM_BATCH, 0.0, 2.0),
@@ -89,14 +89,14 @@ LM_TENSOR = (  # the tiny model's five heads cannot be split in two
   ],
 )
 @pytest.mark.timeout(3100)
-def test_a_step_fits_and_all_operations_are_counted(page, topology, options, min_mfu, max_ratio):
+def test_a_step_fits_and_all_operations_are_counted(config, topology, options, min_mfu, max_ratio):
   """The smallest pod of the README's table for each stage, and some that compile in seconds.
 
   `min_mfu`: a lower limit of the bound of the MFU; `max_ratio`: an upper limit of the program's
   operations relative to the expected ones.
   """
   pytest.importorskip('libtpu')
-  status, output, errors = compile_page(f'configs/{page}', topology, '--json', *options)
+  status, output, errors = compile_config(f'configs/{config}', topology, '--json', *options)
   assert status == 0, errors
   print(output)
   report = json.loads(output)
@@ -104,10 +104,10 @@ def test_a_step_fits_and_all_operations_are_counted(page, topology, options, min
   chip_name, shape = topology.split(':')
   chip = TPUS[chip_name]
   assert report['fits'] and report['hbm_per_chip_gib'] < 0.9 * chip.hbm_gib
-  expected = expected_flops(page, options)
+  expected = expected_flops(config, options)
   program_flops = report['flops_per_chip'] * report['chips']
   assert 0.98 < program_flops / expected < max_ratio
-  if page.startswith('lm'):
+  if config.startswith('lm'):
     assert report['packed_share'] < 1
     assert report['model_flops_per_chip'] * report['chips'] < 0.85 * expected
   seconds = max(report[f'{resource}_seconds'] for resource in ('compute', 'memory', 'network'))
@@ -116,7 +116,7 @@ def test_a_step_fits_and_all_operations_are_counted(page, topology, options, min
   assert report['mfu_bound'] > min_mfu
   assert report['chips'] == math.prod(report['mesh'].values())
   assert report['chips'] == math.prod(map(int, shape.split('x'))) * report['slices']
-  if page == 'lm.py:lavit_7b':
+  if config == 'lm.py:lavit_7b':
     llama = lavit.build('lavit_7b').llama
     layer = 4 * llama.hidden_size**2 + 3 * llama.hidden_size * llama.mlp_dim
     weights = llama.num_layers * layer + 2 * llama.hidden_size * llama.vocab_size

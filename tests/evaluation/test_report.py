@@ -33,12 +33,15 @@ class Oracle:
       self.by_captions[captions] = [example.image for example in single[:DRAWN]]
 
   def tokenize(self, images, seed):
-    return VisualTokens([np.array([1, 2])] * len(images), None, np.full(len(images), 2))
+    keep = np.tile([True, True, False, False], (len(images), 1))
+    return VisualTokens([np.array([1, 2])] * len(images), keep, np.full(len(images), 2))
 
   def pad_codes(self, codes):
     return np.stack(codes), None
 
   def run_batches(self, program, names, arrays, *_):
+    if names == ('vit', 'tokenizer'):  # the selector
+      return np.full((len(arrays), 4), 0.5, np.float32), np.ones((len(arrays), 4), bool)
     return np.ones((len(arrays), 4, 3), np.float32)
 
   def caption(self, images, seed):
@@ -79,7 +82,7 @@ def test_an_oracle_is_right_and_a_parrot_is_not(tmp_path, capsys):
   oracle = report.evaluate(Oracle(count), **options)
   assert json.loads((tmp_path / 'report.json').read_text()) == json.loads(json.dumps(oracle))
   printed = capsys.readouterr().out
-  for name in ('visual tokens', 'captions', 'answers', 'images', 'shuffled', 'yes/no'):
+  for name in ('visual tokens', 'selection', 'captions', 'answers', 'images', 'shuffled', 'yes/no'):
     assert name in printed
   parrot = report.evaluate(Parrot(count), **options)
   for split in report.SPLITS:
@@ -88,6 +91,9 @@ def test_an_oracle_is_right_and_a_parrot_is_not(tmp_path, capsys):
     assert good['tokens']['cosine_of_own_mean'] == pytest.approx(1)
     assert good['tokens']['cosine'] == pytest.approx(1)
     assert good['tokens']['tokens'] == good['tokens']['codes'] == 2
+    assert good['selection']['probability_ratio'] == 1
+    assert good['selection']['most_probable_object'] == 1
+    assert good['selection']['count_std_ratio'] == good['selection']['correlation_sampled'] == 0
     assert good['captions']['name'] == good['captions']['background'] == 1
     assert bad['captions']['background'] == 0
     assert {values['accuracy'] for values in good['questions'].values()} == {1.0}

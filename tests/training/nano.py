@@ -62,7 +62,7 @@ def install() -> None:
 
 
 def config(stage: str, **changes):
-  """The page of a stage for this variant; `changes` by dotted key with '__' for the dot."""
+  """The config of a stage for this variant; `changes` by dotted key with '__' for the dot."""
   from lavit_jax.training.config import load_config
 
   config = load_config(f'{ROOT}/configs/{stage}.py:tiny')
@@ -94,7 +94,7 @@ def config(stage: str, **changes):
 
 
 def run(stage: str, mesh=None, **changes):
-  """The run of a page for this variant, on an abstract device if there is no mesh."""
+  """The run of a config for this variant, on an abstract device if there is no mesh."""
   from lavit_jax.training.run import resolve_abstract
 
   return resolve_abstract(config(stage, **changes), mesh)
@@ -123,7 +123,7 @@ def optimizer_config(num_steps: int = 10, **changes):
     freeze=(),
     lr_scale=(),
   )
-  return OptimizerConfig.from_page(dict(num_steps=num_steps, optim={**optim, **changes}))
+  return OptimizerConfig.from_config(dict(num_steps=num_steps, optim={**optim, **changes}))
 
 
 def train_all(folder: pathlib.Path) -> None:

@@ -237,11 +237,11 @@ def test_a_bit_flipped_anywhere_is_reported_or_harmless(noisy, of, spare):
   assert set(came) <= {'as it was saved', 'reported'} and came['reported'] > 3
 
 
-@pytest.mark.parametrize('page', ['{"stage": ', '{"stage": "lm", "sum": "0"}'])
+@pytest.mark.parametrize('saved_config', ['{"stage": ', '{"stage": "lm", "sum": "0"}'])
 def test_a_config_that_one_process_alone_cannot_read_is_skipped_at_the_next_start(
-  flipped, second_of_two, page
+  flipped, second_of_two, saved_config
 ):
-  (flipped / 'checkpoints' / '2' / 'config' / 'metadata').write_text(page)
+  (flipped / 'checkpoints' / '2' / 'config' / 'metadata').write_text(saved_config)
   with pytest.raises(UserError, match='start again: it will be skipped'):
     Checkpoints(flipped, config(), keep=2).restore_latest(
       abstract(noise(0)), numbers(), skip_damaged=True

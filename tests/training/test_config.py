@@ -1,11 +1,11 @@
-"""Config pages and their overrides: right types in, one clear line out."""
+"""Config files and their overrides: right types in, one clear line out."""
 
 import pytest
 
 from lavit_jax.errors import UserError
 from lavit_jax.training.config import load_config, split_overrides
 
-PAGE = """
+CONFIG_FILE = """
 import ml_collections
 from ml_collections import config_dict
 
@@ -20,9 +20,9 @@ def get_config(variant='tiny'):
 
 
 @pytest.fixture
-def page(tmp_path):
-  path = tmp_path / 'page.py'
-  path.write_text(PAGE)
+def config_file(tmp_path):
+  path = tmp_path / 'config.py'
+  path.write_text(CONFIG_FILE)
   return str(path)
 
 
@@ -45,15 +45,15 @@ def page(tmp_path):
     ('variant', '', ''),
   ],
 )
-def test_an_override_takes_the_type_of_the_value(page, key, text, value):
-  config = load_config(page, [(key, text)])
+def test_an_override_takes_the_type_of_the_value(config_file, key, text, value):
+  config = load_config(config_file, [(key, text)])
   for name in key.split('.'):
     config = config[name]
   assert config == value and type(config) is type(value)
 
 
-def test_the_argument_reaches_the_page_and_the_config_is_locked(page):
-  config = load_config(page + ':small')
+def test_the_argument_reaches_the_file_and_the_config_is_locked(config_file):
+  config = load_config(config_file + ':small')
   assert config.variant == 'small' and config.is_locked and config.optimizer.is_locked
 
 
@@ -70,21 +70,21 @@ def test_the_argument_reaches_the_page_and_the_config_is_locked(page):
     ('seed', 'x', 'type int'),
   ],
 )
-def test_a_bad_override_names_the_option(page, key, text, message):
+def test_a_bad_override_names_the_option(config_file, key, text, message):
   with pytest.raises(UserError) as error:
-    load_config(page, [(key, text)])
+    load_config(config_file, [(key, text)])
   assert message in str(error.value) and '\n' not in str(error.value)
 
 
-def test_bad_pages(tmp_path, page):
+def test_bad_config_files(tmp_path, config_file):
   with pytest.raises(UserError, match='no file nowhere.py'):
     load_config('nowhere.py:tiny')
   with pytest.raises(UserError, match="refuses 'huge'.*unknown variant"):
-    load_config(page + ':huge')
+    load_config(config_file + ':huge')
   for text in ('def get_config(:', 'x = 1'):
     other = tmp_path / 'other.py'
     other.write_text(text)
-    with pytest.raises(UserError, match='not a config page'):
+    with pytest.raises(UserError, match='not a config file'):
       load_config(str(other))
   other.write_text('def get_config(): return None')
   with pytest.raises(UserError, match='takes no argument'):

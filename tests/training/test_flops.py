@@ -99,7 +99,7 @@ def test_what_a_kind_has_no_use_for_is_not_counted():
 
 
 def test_expected_share():
-  """136 of the page's pairs to 8 rows of 2,048; a step cannot hold more than it has slots."""
+  """136 of the config's pairs to 8 rows of 2,048; a step cannot hold more than it has slots."""
   published = resolve_abstract(load_config(f'{nano.ROOT}/configs/lm.py:lavit_7b'))
   assert flops.expected_share(published) == pytest.approx(136 * 110 / (8 * 2048))
   assert flops.expected_share(nano.run('lm', batch_size=1000)) == 1

@@ -338,7 +338,12 @@ def test_a_trained_tokenizer_goes_on_with_its_codebook(finished, tmp_path, capsy
 
 @pytest.mark.slow
 def test_a_finished_run_that_continues_warns_of_its_learning_rate(start, tmp_path):
-  options = dict(optim__warmup_steps=2, optim__final_fraction=0.01, optim__learning_rate=1e-3)
+  options = dict(
+    optim__warmup_steps=2,
+    optim__final_fraction=0.01,
+    optim__learning_rate=1e-3,
+    checkpoint_every=20,
+  )
   finish(start('encoder', tmp_path, num_steps=20, **options))
   out = ' '.join(finish(start('encoder', tmp_path, num_steps=22, **options)).split())
   assert (

@@ -49,7 +49,7 @@ TARS = dict(format='tars', path='x.tar')
 
 
 @pytest.mark.parametrize(
-  'page, changes, message',
+  'stage, changes, message',
   [
     ('lm', dict(lm__num_rows=0), 'lm.num_rows=0 must be an integer of at least 1'),
     ('lm', dict(lm__row_length=0), 'lm.row_length=0 must be an integer of at least 1'),
@@ -101,26 +101,27 @@ TARS = dict(format='tars', path='x.tar')
     ),
   ],
 )
-def test_options_of_pages_are_checked_before_anything_is_traced(page, changes, message, tmp_path):
+def test_options_are_checked_before_anything_is_traced(stage, changes, message, tmp_path):
   with pytest.raises(UserError, match=message):
-    train(nano.config(page, **changes), tmp_path / 'run')
+    train(nano.config(stage, **changes), tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
 
 
 @pytest.mark.parametrize(
-  'page, stage, lacks',
+  'config_stage, stage, lacks',
   [
     ('encoder', 'lm', 'lm'),
     ('tokenizer', 'detokenizer', 'detokenizer'),
     ('lm', 'autoencoder', 'kl_weight'),
   ],
 )
-def test_a_stage_on_the_page_of_another(page, stage, lacks, tmp_path):
-  config = nano.config(page)
+def test_a_stage_with_the_config_of_another(config_stage, stage, lacks, tmp_path):
+  config = nano.config(config_stage)
   with config.unlocked():
     config.stage = stage
   with pytest.raises(
     UserError,
-    match=f"stage='{stage}' needs data.task=.* and '{lacks}' in the page; take configs/{stage}.py",
+    match=f"stage='{stage}' needs data.task=.* and '{lacks}' in the config; "
+    f'take configs/{stage}.py',
   ):
     train(config, tmp_path)

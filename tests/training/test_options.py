@@ -1,4 +1,4 @@
-"""Every option of every page has a range, and values outside of it are refused in one line."""
+"""Every option of every config has a range, and values outside of it are refused in one line."""
 
 import itertools
 import math
@@ -13,14 +13,14 @@ from lavit_jax.training.config import config_leaves, load_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 LARGE_STAGES = ('tokenizer', 'detokenizer', 'lm')
-PAGES = [
+CONFIGS = [
   ('encoder', 'tiny'),
   ('autoencoder', 'tiny'),
   *itertools.product(LARGE_STAGES, ('tiny', 'small', 'lavit_7b')),
 ]
 
 
-def page(stage, variant='tiny', **changes):
+def make_config(stage, variant='tiny', **changes):
   config = load_config(f'{ROOT}/configs/{stage}.py:{variant}')
   with config.unlocked(), config.ignore_type():
     for key, value in changes.items():
@@ -33,13 +33,13 @@ def page(stage, variant='tiny', **changes):
   return config
 
 
-def test_every_option_of_every_page_has_a_row_and_no_row_is_without_one():
-  of_pages = set()
-  for stage, variant in PAGES:
-    config = page(stage, variant)
-    run.check_values(config)  # and the values of the pages are in range
-    of_pages |= {key for key, _ in config_leaves(config)}
-  assert of_pages == set(options.OPTIONS)
+def test_every_option_of_every_config_has_a_row_and_no_row_is_without_one():
+  keys = set()
+  for stage, variant in CONFIGS:
+    config = make_config(stage, variant)
+    run.check_values(config)  # and the values are in range
+    keys |= {key for key, _ in config_leaves(config)}
+  assert keys == set(options.OPTIONS)
 
 
 NUMBERS = [key for key, row in options.OPTIONS.items() if isinstance(row, options.Number)]
@@ -134,14 +134,14 @@ def test_one_option_alone_may_be_none():
 )
 def test_impossible_values_are_refused(stage, changes, message):
   with pytest.raises(UserError, match=message) as error:
-    run.check_values(page(stage, **changes))
+    run.check_values(make_config(stage, **changes))
   assert '\n' not in str(error.value) and 'lower optim.learning_rate' not in str(error.value)
 
 
-def test_numpys_numbers_are_numbers_and_a_misspelt_option_of_a_page_is_named():
+def test_numpys_numbers_are_numbers_and_a_misspelt_config_option_is_named():
   options.check_values({'optim.learning_rate': np.float64(0.1), 'batch_size': np.int64(4)})
   with pytest.raises(
-    UserError, match='optim.learning_rat is no option of a page; did you mean optim.learning_rate'
+    UserError, match='optim.learning_rat is not a config option; did you mean optim.learning_rate'
   ):
     options.check_values({'optim.learning_rat': 0.1})
 

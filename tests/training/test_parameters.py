@@ -54,7 +54,7 @@ def folders(parts, tmp_path_factory):
   return root
 
 
-def page(folders, *init_from, **changes):
+def make_config(folders, *init_from, **changes):
   names = ','.join(str(folders / name) for name in init_from)
   return nano.config('lm', frozen=str(folders / 'towers'), init_from=names, **changes)
 
@@ -135,28 +135,29 @@ def test_a_step_has_the_loss_that_transformers_computes(parts):
 
 
 def test_settings_come_from_the_folders_of_the_parts_that_are_used(folders, tmp_path):
-  assert of_run(page(folders, 'other'), tmp_path) == {'llama': OTHER}
-  assert of_run(page(folders, 'own'), tmp_path) == of_run(page(folders), tmp_path) == {}
+  assert of_run(make_config(folders, 'other'), tmp_path) == {'llama': OTHER}
+  assert of_run(make_config(folders, 'own'), tmp_path) == {}
+  assert of_run(make_config(folders), tmp_path) == {}
   with pytest.raises(
     UserError,
     match='other has rope_theta=100.0 of llama, and .*own has rope_theta=10000.0; '
     'name one of the two alone',
   ):
-    of_run(page(folders, 'other', 'own'), tmp_path)
+    of_run(make_config(folders, 'other', 'own'), tmp_path)
   config = nano.config('tokenizer', frozen=f'{folders / "towers"},{folders / "other"}')
   assert of_run(config, tmp_path) == {}  # of `frozen` it does not take a language model
 
 
 def test_checkpoints_keep_them(folders, tmp_path):
-  config = as_json(page(folders, 'other'))
+  config = as_json(make_config(folders, 'other'))
   state = {'x': jnp.zeros(3)}
   checkpoints = Checkpoints(tmp_path, config, 1, {'llama': OTHER})
   checkpoints.save(1, state, loop_data())
   checkpoints.wait()
   checkpoints.close()
   # The weights are in the checkpoint, and so are the settings.
-  assert of_run(page(folders), tmp_path) == {'llama': OTHER}
-  assert of_run(page(folders, 'own'), tmp_path) == {}
+  assert of_run(make_config(folders), tmp_path) == {'llama': OTHER}
+  assert of_run(make_config(folders, 'own'), tmp_path) == {}
   again = Checkpoints(tmp_path, config, 1, {'llama': OTHER})
   assert again.latest() == 1
   again.close()
@@ -177,7 +178,7 @@ def test_checkpoints_keep_them(folders, tmp_path):
 
 
 def test_checkpoints_of_before_there_were_settings(folders, tmp_path, monkeypatch):
-  config = as_json(page(folders))
+  config = as_json(make_config(folders))
   checkpoints = Checkpoints(tmp_path, config, 1)
   real = checkpoints._read_metadata
   monkeypatch.setattr(
@@ -225,14 +226,14 @@ def test_settings_change_no_flops():
 @pytest.mark.slow
 def test_a_run_exports_what_it_trained_with(folders, tmp_path):
   changes = dict(checkpoint_every=1)
-  loop.train(page(folders, 'other', num_steps=1, **changes), tmp_path)
+  loop.train(make_config(folders, 'other', num_steps=1, **changes), tmp_path)
   assert folder.read_settings(tmp_path / 'export') == {'llama': OTHER}
   # Without the folder: as the checkpoint says.
-  loop.train(page(folders, num_steps=2, **changes), tmp_path)
+  loop.train(make_config(folders, num_steps=2, **changes), tmp_path)
   assert folder.read_settings(tmp_path / 'export') == {'llama': OTHER}
   with pytest.raises(UserError, match='was trained with rope_theta=100.0 of llama'):
-    loop.train(page(folders, 'own', num_steps=3, **changes), tmp_path)
-  loop.train(page(folders, 'own', num_steps=1), tmp_path / 'own')
+    loop.train(make_config(folders, 'own', num_steps=3, **changes), tmp_path)
+  loop.train(make_config(folders, 'own', num_steps=1), tmp_path / 'own')
   first, second = (
     json.loads((where / 'metrics.jsonl').read_text().splitlines()[0])['loss']
     for where in (tmp_path, tmp_path / 'own')

@@ -1,4 +1,4 @@
-"""A page becomes a run once: typed, frozen, and checked."""
+"""A config becomes a run once: typed, frozen, and checked."""
 
 import dataclasses
 import json
@@ -9,14 +9,34 @@ import pytest
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
-from lavit_jax.training.config import load_config
+from lavit_jax.training.config import config_leaves, load_config
 from lavit_jax.training.run import resolve, resolve_abstract
 from lavit_jax.training.stages import LanguageModelOptions
 
 nano.install()
 
+COMMON_OPTIONS = {
+  key
+  for key, _ in config_leaves(load_config(f'{nano.ROOT}/configs/tokenizer.py:tiny'))
+  if not key.startswith('tokenizer.')
+}
+OPTIONS_WITH_DEFAULTS = {
+  'data.crop',
+  'data.heldout',
+  'data.max_skipped',
+  'data.num_threads',
+  'data.scene_share',
+  'data.shards',
+  'data.source',
+  'data.sources',
+  'optim.ema_decay',
+  'optim.max_nonfinite',
+  'optim.rewarm_from',
+  'optim.schedule',
+}
 
-def test_a_run_has_the_values_of_its_page(tmp_path):
+
+def test_a_run_has_the_values_of_its_config(tmp_path):
   config = nano.config('autoencoder', batch_size=8, seed=7, optim__b2=0.9, eval_every=3)
   run = resolve(config, tmp_path)
   assert run.stage_name == 'autoencoder' and run.variant == 'nano' and run.seed == 7
@@ -24,12 +44,12 @@ def test_a_run_has_the_values_of_its_page(tmp_path):
   assert run.intervals.eval_every == 3 and run.data.image_size == 32
   assert run.share.index == 0 and run.share.count == 1
   np.testing.assert_array_equal(run.share.rows, np.arange(8))
-  assert run.page == json.loads(config.to_json_best_effort())
+  assert run.config == json.loads(config.to_json_best_effort())
   with pytest.raises(dataclasses.FrozenInstanceError):
     run.seed = 8
 
 
-def test_a_run_does_not_follow_its_page():
+def test_a_run_does_not_follow_its_config():
   config = nano.config('lm')
   run = resolve_abstract(config)
   shares = dict(run.data.shares)
@@ -58,15 +78,39 @@ def test_the_model_is_built_once(tmp_path, monkeypatch):
   'stage, section, option',
   [('lm', 'lm', 'num_rows'), ('tokenizer', 'tokenizer', 'keep_ratio')],
 )
-def test_a_page_that_lacks_an_option_is_refused(stage, section, option):
+def test_a_config_that_lacks_an_option_of_its_stage_is_refused(stage, section, option):
   config = nano.config(stage)
   with config.unlocked():
     del config[section][option]
-  with pytest.raises(UserError, match=f'the page has no {section}.{option}; compare it with'):
+  with pytest.raises(UserError, match=f'the config has no {section}.{option}; compare it with'):
     resolve_abstract(config)
 
 
-def test_options_that_earlier_pages_lack_have_defaults():
+def without(key):
+  """The config of a stage without an option or section."""
+  config = nano.config('tokenizer')
+  section, _, name = key.rpartition('.')
+  with config.unlocked():
+    del (config[section] if section else config)[name]
+  return config
+
+
+@pytest.mark.parametrize(
+  'key', sorted({*COMMON_OPTIONS, 'mesh', 'data', 'optim'} - OPTIONS_WITH_DEFAULTS)
+)
+def test_a_config_that_lacks_a_common_option_is_refused(key):
+  with pytest.raises(
+    UserError, match=rf'^the config has no {key}; compare it with the files in configs/$'
+  ):
+    resolve_abstract(without(key))
+
+
+@pytest.mark.parametrize('key', sorted(OPTIONS_WITH_DEFAULTS))
+def test_a_common_option_with_a_default_may_be_left_out(key):
+  assert resolve_abstract(without(key)).stage_name == 'tokenizer'
+
+
+def test_options_that_earlier_configs_lack_have_defaults():
   config = nano.config('lm')
   with config.unlocked():
     for option in ('schedule', 'rewarm_from', 'max_nonfinite'):

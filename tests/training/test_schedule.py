@@ -17,7 +17,7 @@ def cosine(step, start, steps):
   return 0.01 + 0.09 * (1 + math.cos(math.pi * done)) / 2
 
 
-def test_cosine_is_what_pages_without_a_schedule_mean():
+def test_cosine_is_the_schedule_of_configs_without_one():
   for options in (OPTIONS, OPTIONS | dict(schedule='cosine', rewarm_from=50)):
     rate = learning_rate(ScheduleConfig(100, **options))
     assert [float(rate(n)) for n in range(0, 120, 7)] == pytest.approx(
@@ -56,7 +56,7 @@ class LineLog(list):
 def test_a_jump_is_reported_with_both_rates(changes, steps, warns):
   log = LineLog()
   config = ScheduleConfig(steps, **OPTIONS | changes)
-  saved = ScheduleConfig.from_page(dict(optim=OPTIONS, num_steps=100))
+  saved = ScheduleConfig.from_config(dict(optim=OPTIONS, num_steps=100))
   warn_of_schedule(log, config, saved, 100)
   assert bool(log) == (warns and steps > 100)
   if log:

@@ -152,7 +152,7 @@ def test_no_parameter_ever_overflows():
   run = of_one_weight(loss, **PLAIN)
   schedule = dataclasses.replace(run.optimizer.schedule, learning_rate=1e30)
   optim = dataclasses.replace(run.optimizer, schedule=schedule, lr_scale=(('w', 1e30),))
-  run = dataclasses.replace(run, optimizer=optim)  # 1e60, refused of a page
+  run = dataclasses.replace(run, optimizer=optim)  # 1e60, refused of a config
   ((state, values),) = steps(run, {}, {}, [dict(x=np.zeros(8, np.float32))])
   assert values['nonfinite'] == 1 and np.isfinite(state.params['w']).all()
 

@@ -78,7 +78,7 @@ def test_rows_that_are_too_short_for_the_longest_pair():
     watch(run)[0].check_packing(dict(overflow=6.0, packed_share=0.1), 1)
 
 
-def test_the_tokenizer_of_the_tiny_pages_loads_from_anywhere(tmp_path, monkeypatch):
+def test_the_tokenizer_of_the_tiny_configs_loads_from_anywhere(tmp_path, monkeypatch):
   from lavit_jax.data.text import TextTokenizer
 
   monkeypatch.chdir(tmp_path)

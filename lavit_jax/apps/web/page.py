@@ -24,8 +24,8 @@ EXAMPLES = pathlib.Path(__file__).parents[2] / 'assets' / 'demo'
 EXAMPLES_LABEL = 'Or one of these'
 
 ABOUT = (
-  'A picture becomes a few dozen tokens, '
-  'which one language model reads and writes as it does words.'
+  'An image becomes a few dozen tokens, '
+  'which one language model reads and writes in the same way as text.'
 )
 TINY = ' This checkpoint is tiny, and has seen nothing but emoji on plain backgrounds.'
 
@@ -39,7 +39,7 @@ STYLE = """
   .app { padding: 0 !important }
   #head h1 { font-size: 1.9rem; letter-spacing: -.02em; margin: 0 0 .3rem }
   #head p { margin: 0; color: var(--soft) }
-  .picture img { image-rendering: pixelated; object-fit: contain }
+  .pixel-image img { image-rendering: pixelated; object-fit: contain }
   .html-container { padding: 0 !important }
   .label svg { display: none }
   .gallery-item img, .gallery-item .container { width: 4rem !important; height: 4rem !important }
@@ -48,7 +48,7 @@ STYLE = """
   }
   .gallery-item .container p { order: 1; min-width: 0 !important }
   .gallery-item .container p:empty { display: none }
-  .said textarea { font-size: 1.25rem; line-height: 1.4 }
+  .output-text textarea { font-size: 1.25rem; line-height: 1.4 }
   .kept { display: grid; grid-template-columns: 11rem 1fr; gap: 1.2rem; align-items: start }
   .kept > img {
     width: 100%; image-rendering: pixelated; border-radius: .5rem;
@@ -102,12 +102,12 @@ def build(tasks: Tasks) -> gr.Blocks:
       _caption_tab(tasks, examples)
     with gr.Tab('Ask'):
       _ask_tab(tasks, examples)
-    with gr.Tab('Draw'):
-      _draw_tab(tasks, examples)
+    with gr.Tab('Generate'):
+      _generate_tab(tasks, examples)
     with gr.Tab('Mix'):
       _mix_tab(tasks, examples)
-    with gr.Tab('Rebuild'):
-      _rebuild_tab(tasks, examples)
+    with gr.Tab('Reconstruct'):
+      _reconstruct_tab(tasks, examples)
   return page.queue(max_size=MAX_QUEUE)
 
 
@@ -141,10 +141,10 @@ def _read_examples() -> Examples:
     files = [str(EXAMPLES / part) for part in parts if (EXAMPLES / part).is_file()]
     texts = [part for part in parts if not (EXAMPLES / part).is_file()]
     prompts.append({'text': ' '.join(texts), 'files': files})
-  pictures = manifest['pictures']
+  entries = manifest['pictures']
   return Examples(
-    images=[os.fspath(EXAMPLES / picture['file']) for picture in pictures],
-    questions=list(dict.fromkeys(picture['question'] for picture in pictures)),
+    images=[os.fspath(EXAMPLES / entry['file']) for entry in entries],
+    questions=list(dict.fromkeys(entry['question'] for entry in entries)),
     texts=[entry['text'] for entry in manifest['texts']],
     prompts=prompts,
   )
@@ -153,7 +153,7 @@ def _read_examples() -> Examples:
 def _caption_tab(tasks: Tasks, examples: Examples) -> None:
   image = _upload()
   _add_examples(examples.images, image)
-  button = gr.Button('Say what it is', variant='primary')
+  button = gr.Button('Caption', variant='primary')
   _run_on([button.click], tasks.caption, [image], [_output_text('Caption'), gr.HTML()])
 
 
@@ -171,24 +171,24 @@ def _ask_tab(tasks: Tasks, examples: Examples) -> None:
   )
 
 
-def _draw_tab(tasks: Tasks, examples: Examples) -> None:
+def _generate_tab(tasks: Tasks, examples: Examples) -> None:
   text = gr.Textbox(
-    label='Words', placeholder='pizza on a blue background', max_length=MAX_CHARACTERS
+    label='Prompt', placeholder='pizza on a blue background', max_length=MAX_CHARACTERS
   )
   _add_examples(examples.texts, text)
   options = _image_options(tasks, guidance=4.0)
-  button = gr.Button('Draw', variant='primary')
+  button = gr.Button('Generate', variant='primary')
   _run_on(
     [button.click, text.submit],
     tasks.draw,
     [text, *options],
-    [_output_image('Drawn'), gr.HTML()],
+    [_output_image('Generated image'), gr.HTML()],
   )
 
 
 def _mix_tab(tasks: Tasks, examples: Examples) -> None:
   prompt = gr.MultimodalTextbox(
-    label='Pictures, then words',
+    label='Images, then text',
     placeholder='on a blue background',
     file_types=['image'],
     file_count='multiple',
@@ -197,37 +197,37 @@ def _mix_tab(tasks: Tasks, examples: Examples) -> None:
     max_plain_text_length=MAX_CHARACTERS,
   )
   _add_examples(examples.prompts, prompt)
-  before = gr.Textbox(label='Words before the pictures, if any', max_length=MAX_CHARACTERS)
+  before = gr.Textbox(label='Text before the images (optional)', max_length=MAX_CHARACTERS)
   options = _image_options(tasks, guidance=5.0)
-  button = gr.Button('Draw', variant='primary')
+  button = gr.Button('Generate', variant='primary')
   _run_on(
     [button.click, prompt.submit, before.submit],
     tasks.mix,
     [prompt, *options, before],
-    [_output_image('Drawn'), gr.HTML()],
+    [_output_image('Generated image'), gr.HTML()],
   )
 
 
-def _rebuild_tab(tasks: Tasks, examples: Examples) -> None:
+def _reconstruct_tab(tasks: Tasks, examples: Examples) -> None:
   image = _upload()
   _add_examples(examples.images, image)
   options = _image_options(tasks)
-  button = gr.Button('Draw it again from its tokens', variant='primary')
+  button = gr.Button('Reconstruct from its tokens', variant='primary')
   _run_on(
     [button.click],
     tasks.rebuild,
     [image, *options],
-    [_output_image('Drawn again'), gr.HTML()],
+    [_output_image('Reconstruction'), gr.HTML()],
   )
 
 
 def _upload() -> gr.Image:
   image = gr.Image(
-    label='Picture',
+    label='Image',
     sources=['upload'],
     type='filepath',
     height='13rem',
-    elem_classes='picture',
+    elem_classes='pixel-image',
     buttons=[],
   )
   # Gradio would decode the image before its size could be checked.
@@ -236,7 +236,7 @@ def _upload() -> gr.Image:
 
 
 def _output_text(label: str) -> gr.Textbox:
-  return gr.Textbox(label=label, elem_classes='said', interactive=False)
+  return gr.Textbox(label=label, elem_classes='output-text', interactive=False)
 
 
 def _output_image(label: str) -> gr.Image:
@@ -245,7 +245,7 @@ def _output_image(label: str) -> gr.Image:
     format='png',
     interactive=False,
     height='20rem',
-    elem_classes='picture',
+    elem_classes='pixel-image',
     buttons=['download'],
   )
 
@@ -268,7 +268,7 @@ def _image_options(tasks: Tasks, guidance: float | None = None) -> list[Componen
     seed = gr.Number(
       0,
       label='Seed',
-      info='Another seed, another picture.',
+      info='Another seed gives another image.',
       precision=0,
       minimum=0,
       maximum=2**32 - 1,

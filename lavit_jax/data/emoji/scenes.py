@@ -4,6 +4,7 @@ An example is a function of (seed, index) alone, so it is the same on every mach
 number of workers. The layout is on a canvas of 64 x 64 units, and is drawn at any size.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -142,10 +143,27 @@ class Composer:
       other = _choose(rng, companions)
     return other
 
+  def object_mask(self, facts: Facts) -> np.ndarray:
+    """Returns how much of each pixel the sprites cover, f32[H, W] in 0..1.
+
+    Args:
+      facts: of an example that this composer, or another one with the same sprites, composed.
+    """
+    mask = Image.new('L', (self.image_size, self.image_size))
+    for sprite, corner in self._scaled_sprites(facts):
+      mask.paste(255, corner, sprite.getchannel('A'))
+    return np.array(mask, np.float32) / 255
+
   def _render(self, rng: np.random.Generator, facts: Facts) -> np.ndarray:
     jitter = rng.integers(-colors.JITTER, colors.JITTER + 1, 3)
     color = np.array(colors.BACKGROUNDS[facts.background]) + jitter
     image = Image.new('RGB', (self.image_size, self.image_size), tuple(color.tolist()))
+    for sprite, corner in self._scaled_sprites(facts):
+      image.paste(sprite, corner, sprite)
+    return np.array(image)
+
+  def _scaled_sprites(self, facts: Facts) -> Iterator[tuple[Image.Image, tuple[int, int]]]:
+    """Yields each sprite of an image as RGBA in its size, and its left top corner in pixels."""
     scale = self.image_size / CANVAS
     for scene_object in facts.objects:
       pixels = self.sprites.pixels[scene_object.sprite]
@@ -154,8 +172,7 @@ class Composer:
       for left, top, side in scene_object.boxes:
         size = max(1, int(side * scale))
         sprite = source.resize((size, size), Image.Resampling.BOX).convert('RGBA')
-        image.paste(sprite, (int(left * scale), int(top * scale)), sprite)
-    return np.array(image)
+        yield sprite, (int(left * scale), int(top * scale))
 
 
 def _members_by_reason(metadata: tuple[Sprite, ...]) -> dict[str | None, np.ndarray]:

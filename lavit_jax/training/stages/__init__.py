@@ -48,8 +48,8 @@ class StageType(NamedTuple):
   options: type[StageOptions]
   build: Callable[[Any, LavitModules, BatchLayout], Stage]
   modules: ModuleNames
-  task: str  # `data.task` of its pages
-  section: str  # a key of the page that no other stage's page has
+  task: str  # `data.task` of its configs
+  section: str  # a key of its configs that no other stage's configs have
   accumulates: bool = True  # whether a batch may be computed in pieces
   reads_vit: bool = True
   image_multiple: Callable[[LavitModules], int] = _any_size  # see the function below

@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 from lavit_jax.models import vae as pixels
 from lavit_jax.models.initialization import init_params
 from lavit_jax.models.lavit import LavitModules
+from lavit_jax.training.config import read_options
 from lavit_jax.training.stages.base import (
   BatchLayout,
   ModuleNames,
@@ -25,7 +26,6 @@ from lavit_jax.training.stages.base import (
   Tree,
   apply_module,
   initialize_params,
-  read_options,
   row_keys,
 )
 
@@ -37,15 +37,15 @@ NUM_DRAWN = 8  # images
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderOptions:
-  """The options that pages of this stage have besides the common ones: weights in the loss."""
+  """The options that configs of this stage have besides the common ones: weights in the loss."""
 
   kl_weight: float
   edge_weight: float  # of the differences between neighboring pixels
 
   @classmethod
-  def from_page(cls, page: Mapping[str, Any]) -> AutoencoderOptions:
-    """Reads them from a page."""
-    return read_options(cls, page)
+  def from_config(cls, config: Mapping[str, Any]) -> AutoencoderOptions:
+    """Reads them from a config."""
+    return read_options(cls, config)
 
 
 class Moments(NamedTuple):

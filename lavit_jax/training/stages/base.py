@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,6 @@ from lavit_jax.models.tokenizer import l2_normalize
 from lavit_jax.sharding import constrain_batch
 
 Tree = Any
-T = TypeVar('T')
 ROW = '_row'  # key in a piece of a batch: i32[B], the indices of its rows in the whole batch
 
 
@@ -108,30 +107,6 @@ class Stage(NamedTuple):
   """state -> what the export's metadata says besides, as JSON."""
   warnings: Callable[[Mapping[str, Tree], int], list[str]] | None = None
   """(loaded params, number of steps) -> a line for each option without the expected effect."""
-
-
-# --- Options -------------------------------------------------------------------------------------
-
-
-def read_options(kind: type[T], values: Mapping[str, Any], section: str = '') -> T:
-  """Makes a dataclass of the options that a section of a page names like its fields.
-
-  Args:
-    kind: a dataclass; its defaults hold where the page has no such option.
-    values: the options of the section.
-    section: its name, for messages; '' for the page itself.
-
-  Raises:
-    UserError: the page lacks an option that has no default.
-  """
-  chosen = {}
-  for field in dataclasses.fields(kind):  # pyright: ignore[reportArgumentType]
-    if field.name in values:
-      chosen[field.name] = values[field.name]
-    elif field.default is dataclasses.MISSING:
-      name = f'{section}.{field.name}' if section else field.name
-      raise UserError(f'the page has no {name}; compare it with the pages in configs/')
-  return kind(**chosen)
 
 
 # --- Modules and batches -------------------------------------------------------------------------

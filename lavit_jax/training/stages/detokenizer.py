@@ -22,6 +22,7 @@ from lavit_jax.models.initialization import init_params
 from lavit_jax.models.lavit import LavitModules
 from lavit_jax.models.row_random import draw_rows
 from lavit_jax.models.sequence import compact
+from lavit_jax.training.config import read_options
 from lavit_jax.training.stages.base import (
   BatchLayout,
   ModuleNames,
@@ -30,7 +31,6 @@ from lavit_jax.training.stages.base import (
   apply_module,
   image_features,
   initialize_params,
-  read_options,
   row_keys,
   vit_images,
 )
@@ -47,21 +47,21 @@ NUM_DRAWN = 8  # images
 
 @dataclasses.dataclass(frozen=True)
 class DetokenizerOptions:
-  """The section `detokenizer` of a page."""
+  """The section `detokenizer` of the config."""
 
   drop_condition: float  # share of the examples that are denoised without a condition
   guidance_scale: float  # of drawn images
 
   @classmethod
-  def from_page(cls, page: Mapping[str, Any]) -> DetokenizerOptions:
-    """Reads them from a page."""
-    return read_options(cls, page['detokenizer'], 'detokenizer')
+  def from_config(cls, config: Mapping[str, Any]) -> DetokenizerOptions:
+    """Reads them from a config."""
+    return read_options(cls, config['detokenizer'], 'detokenizer')
 
 
 def build(options: DetokenizerOptions, model: LavitModules, layout: BatchLayout) -> Stage:
   """Denoising under the reconstructed features, sometimes under none (for guidance).
 
-  Of the decoder only the context heads train (the page's `optim.freeze`): the features stay what
+  Of the decoder only the context heads train (`optim.freeze`): the features stay what
   stage 1 made them.
   """
   del layout

@@ -21,6 +21,7 @@ from lavit_jax.models.lavit import LavitModules
 from lavit_jax.models.llama import Llama
 from lavit_jax.models.sequence import segment_mask
 from lavit_jax.models.tokenizer import l2_normalize
+from lavit_jax.training.config import read_options
 from lavit_jax.training.stages.base import (
   BatchLayout,
   ModuleNames,
@@ -29,7 +30,6 @@ from lavit_jax.training.stages.base import (
   apply_module,
   image_features,
   initialize_params,
-  read_options,
 )
 
 MODULES = ModuleNames(takes=('vit',))
@@ -52,17 +52,17 @@ class TextTowerOptions:
 
 @dataclasses.dataclass(frozen=True)
 class EncoderOptions:
-  """The options that pages of this stage have besides the common ones."""
+  """The options that configs of this stage have besides the common ones."""
 
   text_tower: TextTowerOptions
   pixel_weight: float  # of the pixels' error in the loss
   place_weight: float  # of the places' error in the loss
 
   @classmethod
-  def from_page(cls, page: Mapping[str, Any]) -> EncoderOptions:
-    """Reads them from a page."""
-    tower = read_options(TextTowerOptions, page['text_tower'], 'text_tower')
-    return read_options(cls, {**page, 'text_tower': tower})
+  def from_config(cls, config: Mapping[str, Any]) -> EncoderOptions:
+    """Reads them from a config."""
+    tower = read_options(TextTowerOptions, config['text_tower'], 'text_tower')
+    return read_options(cls, {**config, 'text_tower': tower})
 
 
 def build(options: EncoderOptions, model: LavitModules, layout: BatchLayout) -> Stage:

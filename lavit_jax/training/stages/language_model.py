@@ -19,6 +19,7 @@ from lavit_jax.models.initialization import init_params
 from lavit_jax.models.lavit import LavitModules
 from lavit_jax.models.sequence import PackedBatch, compact, embed_sources, pack_pairs
 from lavit_jax.sharding import per_shard
+from lavit_jax.training.config import read_options
 from lavit_jax.training.stages.base import (
   BatchLayout,
   Mean,
@@ -29,7 +30,6 @@ from lavit_jax.training.stages.base import (
   apply_module,
   image_features,
   initialize_params,
-  read_options,
   row_keys,
   vit_images,
 )
@@ -43,7 +43,7 @@ NUM_DRAWN = 8  # images
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModelOptions:
-  """The section `lm` of a page."""
+  """The section `lm` of the config."""
 
   num_rows: int  # packed rows of a step
   row_length: int  # slots of a packed row
@@ -53,9 +53,9 @@ class LanguageModelOptions:
   max_overflow: float = 1.0  # share of the pairs that may find no room
 
   @classmethod
-  def from_page(cls, page: Mapping[str, Any]) -> LanguageModelOptions:
-    """Reads them from a page."""
-    return read_options(cls, page['lm'], 'lm')
+  def from_config(cls, config: Mapping[str, Any]) -> LanguageModelOptions:
+    """Reads them from a config."""
+    return read_options(cls, config['lm'], 'lm')
 
   @property
   def num_slots(self) -> int:

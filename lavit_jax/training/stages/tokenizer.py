@@ -20,6 +20,7 @@ from lavit_jax.models.sequence import compact
 from lavit_jax.models.tokenizer import gumbel_keep
 from lavit_jax.training import codebook
 from lavit_jax.training.codebook import Codebook
+from lavit_jax.training.config import read_options
 from lavit_jax.training.stages.base import (
   Average,
   BatchLayout,
@@ -30,7 +31,6 @@ from lavit_jax.training.stages.base import (
   cosine_similarity,
   image_features,
   initialize_params,
-  read_options,
   vit_images,
 )
 from lavit_jax.visualization import feature_colors, shade_dropped_patches
@@ -43,7 +43,7 @@ NUM_DRAWN = 8  # images
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerOptions:
-  """The section `tokenizer` of a page."""
+  """The section `tokenizer` of the config."""
 
   keep_ratio: float  # rho, the share of the patches that should become tokens
   ratio_weight: float  # lambda, of the ratio's error in the loss
@@ -54,9 +54,9 @@ class TokenizerOptions:
   freeze_selector_from: int  # the step at which the selector stops; -1: when quantization begins
 
   @classmethod
-  def from_page(cls, page: Mapping[str, Any]) -> TokenizerOptions:
-    """Reads them from a page."""
-    return read_options(cls, page['tokenizer'], 'tokenizer')
+  def from_config(cls, config: Mapping[str, Any]) -> TokenizerOptions:
+    """Reads them from a config."""
+    return read_options(cls, config['tokenizer'], 'tokenizer')
 
 
 def build(options: TokenizerOptions, model: LavitModules, layout: BatchLayout) -> Stage:

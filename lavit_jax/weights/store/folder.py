@@ -33,6 +33,7 @@ from numpy.typing import DTypeLike
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.models import settings as checkpoint_settings
+from lavit_jax.renamed_keywords import accept_old_keywords
 from lavit_jax.weights.store import arrays
 from lavit_jax.weights.store.arrays import ParameterSource, flatten, unflatten
 from lavit_jax.weights.store.checksums import checksum
@@ -130,6 +131,7 @@ def open_writer(
     (scratch / CONFIG).write_text(json.dumps(writer.config, indent=1) + '\n')
 
 
+@accept_old_keywords(parts='params')
 def save_params(
   folder: str | os.PathLike,
   variant: str,

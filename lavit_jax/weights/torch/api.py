@@ -15,6 +15,7 @@ import numpy as np
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.models import settings as checkpoint_settings
+from lavit_jax.renamed_keywords import accept_old_keywords
 from lavit_jax.weights.store import folder
 from lavit_jax.weights.store.arrays import ParameterSource, flatten, unflatten
 from lavit_jax.weights.torch import (
@@ -36,6 +37,7 @@ from lavit_jax.weights.torch.safetensors_files import SHARD_BYTES, SafetensorsWr
 ONE_FILE_BYTES = 1 << 62  # a shard size that is never reached
 
 
+@accept_old_keywords(part='module')
 def from_torch(
   path: str | os.PathLike,
   module: str | None = None,
@@ -92,6 +94,7 @@ def from_torch(
   return params[module] if module else params
 
 
+@accept_old_keywords(part='module')
 def torch_settings(
   path: str | os.PathLike, module: str | None = None, *, variant: str | None = None
 ) -> dict[str, dict]:
@@ -116,6 +119,7 @@ def torch_settings(
   return _read_settings(path, sources, variant or matching.find_variant(sources))
 
 
+@accept_old_keywords(part='module')
 def open_torch(
   path: str | os.PathLike, module: str, *, variant: str, dtype: str | None = 'float32'
 ) -> ParameterSource:
@@ -130,6 +134,7 @@ def open_torch(
   return _parameter_source(mapped[module], dtype)
 
 
+@accept_old_keywords(part='module')
 def to_torch(
   params: Any,
   path: str | os.PathLike,

@@ -65,6 +65,27 @@ def test_pixels_show_what_the_facts_say(loaded, examples):
     assert distance.max() <= colors.JITTER
 
 
+@pytest.mark.parametrize('image_size', [64, 96])
+def test_the_object_mask_covers_what_differs_from_the_background(loaded, image_size):
+  compose = Composer(loaded, scene_share=0.6, image_size=image_size)
+  for index in range(60):
+    example = compose(4, index)
+    mask = compose.object_mask(example.facts)
+    assert mask.shape == (image_size, image_size) and mask.dtype == np.float32
+    assert mask.min() >= 0 and 0.5 < mask.max() <= 1
+    clear = example.image[mask == 0]
+    if len(clear):  # one color outside of the sprites
+      assert (clear == clear[0]).all()
+      differs = (example.image != clear[0]).any(-1)
+      assert (mask[differs] > 0).all()
+    # Without the background, what is left of an image is its mask.
+    other_color = 'blue' if example.facts.background != 'blue' else 'red'
+    other = compose._render(
+      np.random.default_rng(0), example.facts._replace(background=other_color)
+    )
+    np.testing.assert_array_equal(example.image[mask == 1], other[mask == 1])
+
+
 def test_relation_and_counts_are_true_of_the_positions(examples):
   seen = set()
   for example in examples:

@@ -1,4 +1,4 @@
-"""The config pages at every variant: they load, the stage builds, regexes match parameters."""
+"""The configs at every variant: they load, the stage builds, regexes match parameters."""
 
 import functools
 import itertools
@@ -20,7 +20,7 @@ from lavit_jax.training.train_step import make_init
 
 ROOT = pathlib.Path(__file__).parents[2]
 VARIANTS = [variant for variant in lavit.VARIANTS if variant != 'nano']
-PAGES = [
+CONFIGS = [
   ('encoder', 'tiny'),
   ('autoencoder', 'tiny'),
   *itertools.product(('tokenizer', 'detokenizer', 'lm'), VARIANTS),
@@ -32,17 +32,17 @@ def shapes(variant):
   return jax.eval_shape(functools.partial(init_params, lavit.build(variant)), jax.random.key(0))
 
 
-@pytest.mark.parametrize('stage, variant', PAGES)
-def test_page(stage, variant):
+@pytest.mark.parametrize('stage, variant', CONFIGS)
+def test_config(stage, variant):
   config = load_config(f'{ROOT}/configs/{stage}.py:{variant}')
   assert (config.stage, config.variant, config.is_locked) == (stage, variant, True)
-  page = (ROOT / 'configs' / f'{stage}.py').read_text()
-  assert f'lavit train --config configs/{stage}.py:tiny --workdir' in page
-  assert len(page.splitlines()) < 65
+  text = (ROOT / 'configs' / f'{stage}.py').read_text()
+  assert f'lavit train --config configs/{stage}.py:tiny --workdir' in text
+  assert len(text.splitlines()) < 65
   mesh = jax.sharding.AbstractMesh((1, 16, 1), sharding.AXES)
   run = resolve_abstract(config, mesh if variant != 'tiny' else None)
   loaded = {name: shapes(variant)[name] for name in run.stage.modules.required}
-  init, _ = make_init(run, loaded)  # raises if a regex of the page names nothing
+  init, _ = make_init(run, loaded)  # raises if a regex of the config names nothing
   state = jax.eval_shape(init, jax.random.key(0), loaded)
   sharding.shardings(state, mesh)  # raises for a large leaf without a rule
 
@@ -50,10 +50,10 @@ def test_page(stage, variant):
 @pytest.mark.parametrize('stage', ['tokenizer', 'detokenizer', 'lm'])
 def test_values_of_the_large_variant_have_a_source(stage):
   """Or are our choice; the line says which."""
-  page = (ROOT / 'configs' / f'{stage}.py').read_text()
+  text = (ROOT / 'configs' / f'{stage}.py').read_text()
   lines = [
     line
-    for line in page[page.index("'lavit_7b': dict(") :].splitlines()
+    for line in text[text.index("'lavit_7b': dict(") :].splitlines()
     if re.search(r'^    .*\w=(?!dict\($)', line)
   ]
   assert len(lines) > 15
@@ -77,20 +77,21 @@ def test_published_sizes():
 
 def test_published_pairs():
   """Specification, Training: 93 M captions, 100 M images to draw, and text; each is seen once."""
-  page = load_config(f'{ROOT}/configs/lm.py:lavit_7b')
+  config = load_config(f'{ROOT}/configs/lm.py:lavit_7b')
   millions = dict.fromkeys(('caption', 'draw', 'text'), 0.0)
-  for source in page.data.sources:
+  for source in config.data.sources:
     millions[source['use']] += source['weight']
   assert millions['caption'] == pytest.approx(93)
   assert millions['draw'] == 100 and millions['text'] > 0
   assert (
-    ' '.join(source['path'].split('/')[3] for source in page.data.sources)
+    ' '.join(source['path'].split('/')[3] for source in config.data.sources)
     == 'cc3m cc12m sbu blip-capfilt laion-aesthetics redpajama'
   )
-  assert page.num_steps * page.batch_size == pytest.approx(1e6 * sum(millions.values()), rel=1e-3)
+  examples = config.num_steps * config.batch_size
+  assert examples == pytest.approx(1e6 * sum(millions.values()), rel=1e-3)
   assert len(millions) == 3  # no source has another use
   np.testing.assert_allclose(
-    loader.task_shares(page.data.shares, page.data.sources), np.array([93, 100, 21]) / 214
+    loader.task_shares(config.data.shares, config.data.sources), np.array([93, 100, 21]) / 214
   )
   images = [
     load_config(f'{ROOT}/configs/{stage}.py:lavit_7b').data.sources
@@ -114,7 +115,7 @@ def test_a_large_pods_hosts_all_have_something_held_out(stage, variant):
 
 @pytest.mark.parametrize('stage', ['tokenizer', 'detokenizer', 'lm'])
 @pytest.mark.parametrize('variant, devices', [('small', 8), ('small', 64), ('lavit_7b', 256)])
-def test_pages_fit_one_machine_or_a_pod(stage, variant, devices):
+def test_configs_fit_one_machine_or_a_pod(stage, variant, devices):
   config = load_config(f'{ROOT}/configs/{stage}.py:{variant}')
   data, rest = divmod(devices, config.mesh.fsdp)
   assert not rest
@@ -138,10 +139,10 @@ def test_over_two_slices_the_language_models_batch_goes_in_four_pieces():
 
 def test_packed_rows_hold_the_pairs_of_their_step():
   for variant in ('tiny', 'small', 'lavit_7b'):
-    page = load_config(f'{ROOT}/configs/lm.py:{variant}')
-    assert (
-      0.8 < page.batch_size * page.lm.mean_length / (page.lm.num_rows * page.lm.row_length) < 0.95
-    )
+    config = load_config(f'{ROOT}/configs/lm.py:{variant}')
+    expected_tokens = config.batch_size * config.lm.mean_length
+    num_slots = config.lm.num_rows * config.lm.row_length
+    assert 0.8 < expected_tokens / num_slots < 0.95
 
 
 @pytest.mark.parametrize('stage', ['encoder', 'autoencoder', 'tokenizer', 'detokenizer', 'lm'])
