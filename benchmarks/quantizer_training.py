@@ -91,7 +91,9 @@ def optimizer_of(program: Program, params: Any) -> optax.GradientTransformation:
     b2=0.98,
     mu_dtype='float32',
     nu_dtype='float32',
-    clip_norm=1,
+    clip_norm=1.0,
+    freeze=(),
+    lr_scale=(),
   )
   return make_optimizer(config, params)
 
