@@ -299,7 +299,7 @@ def figure(workdir: pathlib.Path) -> str:
         records = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
         lines.append((color, curves.smooth(curves.series(records, key)), []))
     panels.append(curves.panel(title, lines))
-  return curves.svg(panels)
+  return curves.grid(panels)
 
 
 if __name__ == '__main__':

@@ -8,6 +8,7 @@ A line shows means of 2% of the steps.
 import argparse
 import json
 import pathlib
+from collections.abc import Mapping, Sequence
 
 BLUE = '#1f77b4'
 RED = '#d62728'
@@ -58,10 +59,11 @@ def panel(title: str, lines: list[tuple[str, Points, Points]]) -> str:
   last_step = max(x for x, _ in points)
   low = min(y for _, y in points)
   high = max(y for _, y in points)
+  span = (high - low) or 1
 
   def position(x, y):
     left = LEFT + (WIDTH - LEFT - RIGHT) * x / last_step
-    top = HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * (y - low) / (high - low)
+    top = HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * (y - low) / span
     return left, top
 
   out = [f'<text x="{LEFT}" y="16">{title}</text>']
@@ -97,21 +99,31 @@ def chart(runs: pathlib.Path) -> str:
     for key, color in metrics:
       lines.append((color, smooth(series(records, key)), series(records, f'heldout/{key}')))
     panels.append(panel(f'{stage}: {title}', lines))
-  return svg(panels)
+  return grid(panels)
 
 
-def svg(panels: list[str]) -> str:
-  """Panels as one SVG, two side by side."""
-  cells = []
-  for i, content in enumerate(panels):
-    cells.append(f'<g transform="translate({i % 2 * WIDTH} {i // 2 * HEIGHT})">{content}</g>')
+def grid(cells: Sequence[str]) -> str:
+  """Cells as one SVG, two side by side."""
+  groups = []
+  for i, content in enumerate(cells):
+    groups.append(f'<g transform="translate({i % 2 * WIDTH} {i // 2 * HEIGHT})">{content}</g>')
   width = 2 * WIDTH
-  height = -(-len(cells) // 2) * HEIGHT
+  height = -(-len(groups) // 2) * HEIGHT
   return (
     f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
     'font-family="sans-serif" font-size="11">'
-    f'<rect width="{width}" height="{height}" fill="white"/>\n' + '\n'.join(cells) + '\n</svg>\n'
+    f'<rect width="{width}" height="{height}" fill="white"/>\n' + '\n'.join(groups) + '\n</svg>\n'
   )
+
+
+def legend(colors: Mapping[str, str]) -> str:
+  """A cell with the name of each color."""
+  out = []
+  for i, (name, color) in enumerate(colors.items()):
+    y = TOP + 14 * i
+    out.append(f'<path d="M{LEFT} {y}h24" stroke="{color}" stroke-width="1.5"/>')
+    out.append(f'<text x="{LEFT + 30}" y="{y + 4}">{name}</text>')
+  return '\n'.join(out)
 
 
 if __name__ == '__main__':

@@ -8,6 +8,7 @@ import sys
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,19 +17,22 @@ from lavit_jax.data.emoji import corpus
 from lavit_jax.models import lavit
 from lavit_jax.models.initialization import init_params
 from lavit_jax.models.llama import Llama
+from lavit_jax.models.tokenizer import l2_normalize, nearest_code
 from lavit_jax.training.config import load_config
 from lavit_jax.weights.store.folder import save_params
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / 'benchmarks'
 NEED_TORCH = ('inference', 'peers')
+# Benchmarks that other benchmarks import.
+SIBLINGS = ('curves', 'ours', 'peers', 'quantizer_training', 'quantizers', 'weights')
 
 
 @pytest.fixture
 def load(monkeypatch):
   """load(name): a benchmark as a module; its imports of other benchmarks are undone afterwards."""
   monkeypatch.syspath_prepend(FOLDER)
-  for sibling in ('ours', 'peers', 'weights'):
+  for sibling in SIBLINGS:
     monkeypatch.delitem(sys.modules, sibling, raising=False)
 
   def load(name):
@@ -38,11 +42,12 @@ def load(monkeypatch):
       )
     spec = importlib.util.spec_from_file_location(f'benchmark_{name}', FOLDER / f'{name}.py')
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look it up
     spec.loader.exec_module(module)
     return module
 
   yield load
-  for sibling in ('ours', 'peers', 'weights'):
+  for sibling in SIBLINGS:
     sys.modules.pop(sibling, None)
 
 
@@ -104,6 +109,120 @@ def test_json_ends_with_the_ratios(file, load, monkeypatch, capsys, tmp_path):
   assert last == dict(decode_b1=0.5, decode_b8=1.5, decode_b8_cfg=2.5, tokenize=4.5, unet=5.5)
   if file:
     assert json.loads((tmp_path / file).read_text())['unet'] == dict(ratio=5.5, seconds=1.0)
+
+
+def read_records(folder):
+  """{run: its records without the times}."""
+  runs = {}
+  for path in folder.glob('*.jsonl'):
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records:
+      del record['seconds'], record['milliseconds_per_step']
+    runs[path.stem] = records
+  return runs
+
+
+def test_codebook_study_resumes_and_reports(load, monkeypatch, capsys, tmp_path):
+  benchmark = load('codebook')
+  options = ['--codes', '64', '--code_dim', '8', '--steps', '6', '--quantize_from', '2']
+  options += ['--record_every', '2', '--evaluate_every', '4', '--batch_size', '4']
+  options += ['--train_images', '12', '--heldout_images', '6']
+
+  def study(folder, *variants):
+    benchmark.main(['--workdir', str(tmp_path / folder), *options, '--variants', *variants])
+    return read_records(tmp_path / folder)
+
+  runs = study('whole', *benchmark.VARIANTS)
+  assert sorted(runs) == sorted(f'{name}-seed0' for name in benchmark.VARIANTS)
+  for records in runs.values():
+    assert [record['step'] for record in records] == [2, 4, 6]
+    assert 'usage' not in records[0]
+    assert records[-1]['cosine'] < records[0]['cosine']
+    assert 0 < records[-1]['usage'] <= 100
+    assert 1 < records[-1]['heldout/perplexity'] <= 64
+
+  def stop_at_the_end(path, state, seconds):
+    if state.step == 6:  # its record is written, the state is not
+      raise KeyboardInterrupt
+    save_state(path, state, seconds)
+
+  save_state = benchmark.save_state
+  for name in ('ours', 'gradient'):
+    monkeypatch.setattr(benchmark, 'save_state', stop_at_the_end)
+    with pytest.raises(KeyboardInterrupt):
+      study('resumed', name)
+    monkeypatch.setattr(benchmark, 'save_state', save_state)
+    capsys.readouterr()
+    resumed = study('resumed', name)
+    assert resumed[f'{name}-seed0'] == runs[f'{name}-seed0']
+    assert capsys.readouterr().out.count('"step"') == 1  # the last two steps
+    study('resumed', name)
+    assert capsys.readouterr().out == ''  # finished
+
+  figure = tmp_path / 'codebook.svg'
+  benchmark.main(['--workdir', str(tmp_path / 'whole'), '--report', '--out', str(figure)])
+  rows = capsys.readouterr().out.splitlines()
+  assert [row.split('|')[1].strip() for row in rows[2:]] == list(benchmark.VARIANTS)
+  assert all(f'>{name}</text>' in figure.read_text() for name in benchmark.VARIANTS)
+
+  options[options.index('--codes') + 1] = '16'
+  with pytest.raises(SystemExit):
+    study('whole', 'ours')
+  assert 'use another --workdir' in capsys.readouterr().err
+
+
+def test_codes_without_a_codebook(load):
+  quantizers = load('quantizers')
+  assert quantizers.code_width('fsq', 16384, 32) == 7
+  assert quantizers.code_width('lfq', 16384, 32) == 14
+  with pytest.raises(ValueError, match='power of 4'):
+    quantizers.code_width('fsq', 32, 32)
+  ids = jnp.arange(64)
+  for kind, base, width in (('fsq', 4, 3), ('lfq', 2, 6)):
+    digits = quantizers.split_digits(ids, base, width)
+    codes = quantizers.fsq_codes(digits) if kind == 'fsq' else 2.0 * digits - 1
+    assert len(np.unique(codes, axis=0)) == 64
+    # Each code is chosen by what lies near it; atanh undoes the tanh of fsq.
+    encoded = jnp.arctanh(0.9 * codes) if kind == 'fsq' else 0.9 * codes
+    quantized = quantizers.quantize(kind, encoded, None, 1.0)
+    np.testing.assert_array_equal(quantized.ids, ids)
+    np.testing.assert_allclose(quantized.codes, codes, atol=1e-6)
+
+  weight = jax.random.normal(jax.random.key(0), (64, 3))
+  x = jax.random.normal(jax.random.key(1), (64, 3))
+
+  def loss(x):
+    quantized = quantizers.quantize('fsq', x, None, 1.0)
+    return (weight * quantizers.straight_through(quantized.z, quantized.codes)).sum()
+
+  gradient = jax.grad(loss)(x)
+  np.testing.assert_allclose(gradient, weight * (1 - jnp.tanh(x) ** 2), rtol=1e-5, atol=1e-6)
+
+
+def test_lfq_entropy_is_that_of_all_codes(load):
+  quantizers = load('quantizers')
+  z = np.random.default_rng(0).normal(size=(10, 3))
+  codes = np.array([[2 * (i >> bit & 1) - 1 for bit in range(3)] for i in range(8)])
+  share = np.exp(-np.square(z[:, None] - codes).sum(-1))
+  share /= share.sum(-1, keepdims=True)
+
+  def entropy(share):
+    return -(share * np.log(share)).sum(-1)
+
+  expected = entropy(share).mean() - entropy(share.mean(0))
+  np.testing.assert_allclose(quantizers.lfq_entropy(jnp.asarray(z)), expected, rtol=1e-4)
+
+
+def test_faster_nearest_code_chooses_the_same(load, monkeypatch):
+  """With ties too: the codebook holds every code twice."""
+  quantizers = load('quantizers')
+  monkeypatch.setattr(quantizers, 'TOKEN_BLOCK', 16)
+  monkeypatch.setattr(quantizers, 'CODE_BLOCK', 8)
+  z = l2_normalize(jax.random.normal(jax.random.key(0), (48, 4)))
+  embedding = l2_normalize(jax.random.normal(jax.random.key(1), (20, 4)))
+  twice = jnp.concatenate([embedding, embedding])
+  ids = jax.jit(quantizers.nearest_code)(z, twice)
+  np.testing.assert_array_equal(ids, nearest_code(z, embedding))
 
 
 @pytest.mark.slow
