@@ -126,7 +126,7 @@ def build(options: TokenizerOptions, model: LavitModules, layout: BatchLayout) -
     quantizing = book.started
     ids = codebook.nearest_code(flat, book.embedding)
     chosen = book.embedding[ids].reshape(z.shape)
-    commitment = (keep * jnp.square(z - chosen).sum(-1)).sum() / keep.sum()
+    commitment = commitment_error(z, chosen, keep)
     codes = jnp.where(quantizing, z + jax.lax.stop_gradient(chosen - z), z)
 
     cosine = 1 - cosine_similarity(x, reconstruct(params, codes, keep)).mean()
@@ -199,6 +199,15 @@ def choose_patches(options: TokenizerOptions, log_probs: Array, key: Array) -> A
     keep = jax.lax.stop_gradient(gumbel_keep(log_probs, key=choice_key))
     return jax.random.permutation(shuffle_key, keep, axis=-1, independent=True)
   return gumbel_keep(log_probs, key=key)
+
+
+def commitment_error(vectors: Array, codes: Array, keep: Array) -> Array:
+  """The mean squared distance of kept vectors f32[B, N, C] to their codes f32[B, N, C], f32[].
+
+  The mask keep f32[B, N] gets no gradient: the selector would keep what is easy to quantize.
+  """
+  weight = jax.lax.stop_gradient(keep)
+  return (weight * jnp.square(vectors - codes).sum(-1)).sum() / weight.sum()
 
 
 def ratio_error(options: TokenizerOptions, probabilities: Array, keep: Array) -> Array:

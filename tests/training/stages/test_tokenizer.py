@@ -10,7 +10,12 @@ import pytest
 
 from lavit_jax.models import lavit
 from lavit_jax.training import codebook
-from lavit_jax.training.stages.tokenizer import choose_patches, count_std, ratio_error
+from lavit_jax.training.stages.tokenizer import (
+  choose_patches,
+  commitment_error,
+  count_std,
+  ratio_error,
+)
 
 nano.install()
 MODEL = lavit.build('nano')
@@ -183,3 +188,13 @@ def test_entropy_sharpens_the_choices_from_its_step(parts, batch):
   assert other_value - value == pytest.approx(float(other_metrics['keep_entropy']), rel=1e-4)
   assert 0 < other_metrics['keep_entropy'] < np.log(2) + 1e-6
   assert np.abs(other - gradient).max() > 0
+
+
+def test_commitment_does_not_choose_the_patches():
+  vectors = jnp.array([[[1.0, 0.0], [0.0, 1.0], [3.0, 0.0]]])
+  codes = jnp.array([[[0.0, 0.0], [0.0, 3.0], [0.0, 0.0]]])
+  keep = jnp.array([[1.0, 1.0, 0.0]])
+  value, gradient = jax.value_and_grad(commitment_error, argnums=(0, 2))(vectors, codes, keep)
+  assert value == pytest.approx((1 + 4) / 2)
+  np.testing.assert_allclose(gradient[0], [[[1.0, 0.0], [0.0, -2.0], [0.0, 0.0]]])
+  np.testing.assert_array_equal(gradient[1], 0)
