@@ -49,6 +49,7 @@ PUBLISHED = (
   'tokenizer.selector_gradient=published',
   'tokenizer.entropy_weight=0.0',
   'tokenizer.freeze_selector_from=-1',
+  'tokenizer.quantize_from=300',
   'optim.lr_scale=()',
   'optim.clip_groups=()',
 )
@@ -70,8 +71,8 @@ ROWS: dict[str, tuple[str, ...]] = {  # the options in which a run differs from 
 COLUMNS = (  # measure, head, digits
   ('cosine', '1 - cosine', 3),
   ('category', 'category, %', 1),
-  ('probability_object', 'p, object', 2),
-  ('probability_background', 'p, background', 2),
+  ('sampled_object', 'objects kept', 2),
+  ('sampled_background', 'background kept', 2),
   ('correlation_sampled', 'count and object share', 2),
   ('count_std_ratio', 'spread of the count', 2),
   ('tokens', 'tokens per image', 1),
@@ -135,7 +136,9 @@ def study(args: argparse.Namespace, name: str, seed: int) -> None:
   overrides = [tuple(option.split('=', 1)) for option in options]
   run = resolve(load_config(CONFIG, overrides), workdir)
   measures = measure(run, args.frozen, args.source, args.images)
-  (workdir / 'measures.json').write_text(json.dumps(measures, indent=1) + '\n')
+  unfinished = workdir / 'measures.tmp'
+  unfinished.write_text(json.dumps(measures, indent=1) + '\n')
+  unfinished.rename(workdir / 'measures.json')
   print(name, seed, json.dumps(measures), flush=True)
 
 
@@ -298,7 +301,8 @@ def figure(workdir: pathlib.Path) -> str:
       for run in finished(workdir, name)[:1]:
         records = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
         lines.append((color, curves.smooth(curves.series(records, key)), []))
-    panels.append(curves.panel(title, lines))
+    if lines:
+      panels.append(curves.panel(title, lines))
   return curves.grid(panels)
 
 

@@ -157,9 +157,9 @@ class FeatureDecoder(nn.Module):
   def decode_kept(self, codes: Array, keep: Array) -> Array:
     """Decodes the codes of the kept patches, with gradients to the choice of patches.
 
-    The result is that of `__call__` on the compacted codes. The gradient by `keep` is what each
-    kept code contributes, and what the code of each dropped patch would, in the slot that it would
-    take.
+    The result is that of `__call__` on the compacted codes. The gradient by `keep` of a dropped
+    patch is what its code would change, in the slot that it would take; see
+    `counterfactual_attention`.
 
     Args:
       codes: of all patches, [B, N, C].

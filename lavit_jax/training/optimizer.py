@@ -38,7 +38,9 @@ class OptimizerConfig:
   freeze: tuple[str, ...]  # regexes of parameters that do not train
   lr_scale: tuple[tuple[str, float], ...]  # (regex, factor); the first match counts
   ema_decay: float = 0.0  # of the parameters' moving average; 0: off
-  clip_groups: tuple[str, ...] = ()  # regexes of parameters that are clipped apart from the others
+  clip_groups: tuple[
+    str, ...
+  ] = ()  # regexes of groups clipped on their own; the first match counts
   max_nonfinite: int = 10  # updates skipped in a row after which a run ends
 
   @classmethod

@@ -218,7 +218,7 @@ OPTIONS: dict[str, Kind] = {
   'tokenizer.ratio_scope': Choice(('image', 'batch')),
   'tokenizer.ratio_of': Choice(('choices', 'probabilities')),
   'tokenizer.entropy_weight': WEIGHT,
-  'tokenizer.entropy_from': COUNT,
+  'tokenizer.entropy_from': Number(int, 0, 2**31 - 1),
   'tokenizer.selection': Choice(('learned', 'shuffled', 'fixed')),
   'tokenizer.selector_gradient': Choice(('published', 'counterfactual')),
   'detokenizer.drop_condition': SHARE,

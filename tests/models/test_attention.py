@@ -106,11 +106,11 @@ def test_policy_gradient_is_finite_and_reaches_the_policy():
 POLICY = np.float32([0, 1, 0, 1, 1])
 
 
-def published(q, k, v, policy):
+def counterfactual_policy(q, k, v, policy):
   return policy_attention(q, k, v, policy, counterfactual=True)
 
 
-@pytest.mark.parametrize('attend', [published, counterfactual_attention])
+@pytest.mark.parametrize('attend', [counterfactual_policy, counterfactual_attention])
 def test_the_counterfactual_derivative_is_the_change_of_the_output(attend):
   q, k, v = (normal(1, 5, 1, 4, seed=n) for n in range(3))
 

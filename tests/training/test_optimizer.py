@@ -78,8 +78,25 @@ def test_groups_are_clipped_apart():
   np.testing.assert_allclose(clipped['vit']['kernel'], 0.5)  # a norm of 6 becomes 1
   np.testing.assert_array_equal(clipped['head']['kernel'], gradient['head']['kernel'])  # 0.4 stays
 
-  # Frozen parameters are in no group.
-  run(options(clip_norm=1.0, clip_groups=('^vit/',), freeze=('bias$',)), steps=2)
+
+def test_a_group_does_not_use_up_the_step_of_another():
+  def heads(gradients, **changes):
+    config = options(clip_norm=1.0, freeze=('bias$',), **changes)
+    tx = optimizer.make_optimizer(config, PARAMS)
+    params = PARAMS
+    state = tx.init(PARAMS)
+    for vit in gradients:
+      values = dict(
+        vit=dict(kernel=jnp.full((2, 3), vit), bias=jnp.zeros(3)),
+        head=dict(kernel=jnp.full((3, 2), 0.1)),
+      )
+      updates, state = tx.update(values, state, params)
+      params = optax.apply_updates(params, updates)
+    return np.array(params['head']['kernel'])
+
+  calm = heads([0.0, 0.0])
+  np.testing.assert_array_equal(heads([100.0, 0.0], clip_groups=('^vit/',)), calm)
+  assert np.abs(heads([100.0, 0.0]) - calm).max() > 1e-3  # Adam sees a small gradient, then a large
   with pytest.raises(UserError, match='optim.clip_groups: .* matches no parameter'):
     run(options(clip_groups=('^nothing/',)))
 

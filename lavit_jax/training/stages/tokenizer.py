@@ -69,8 +69,8 @@ def build(options: TokenizerOptions, model: LavitModules, layout: BatchLayout) -
   """As few tokens as needed to reconstruct the features.
 
   The codebook is state: k-means on the first quantized batch, then moving averages. The selector
-  stops when quantization begins: if it still trained, it would keep more patches to offset what
-  quantization costs.
+  stops at `freeze_selector_from`: trained on codes by the published formulas, it would keep more
+  patches to offset what quantization costs.
 
   A codebook in `init_from` continues as it is, and so quantization begins with the first step. If
   the tokenizer in `init_from` has none (its own training ended before), k-means starts it as usual.
@@ -193,7 +193,8 @@ def choose_patches(options: TokenizerOptions, log_probs: Array, key: Array) -> A
   patches of each image, but any; 'fixed' keeps the same number in all images.
   """
   if options.selection == 'fixed':
-    return fixed_keep(log_probs, key, round(options.keep_ratio * log_probs.shape[1]))
+    count = max(1, round(options.keep_ratio * log_probs.shape[1]))
+    return fixed_keep(log_probs, key, count)
   if options.selection == 'shuffled':
     choice_key, shuffle_key = jax.random.split(key)
     keep = jax.lax.stop_gradient(gumbel_keep(log_probs, key=choice_key))
@@ -211,8 +212,12 @@ def commitment_error(vectors: Array, codes: Array, keep: Array) -> Array:
 
 
 def ratio_error(options: TokenizerOptions, probabilities: Array, keep: Array) -> Array:
-  """The squared error of the ratio of kept patches, f32[], by probabilities and keep f32[B, N]."""
-  chosen = keep if options.ratio_of == 'choices' else probabilities
+  """The squared error of the ratio of kept patches, f32[], by probabilities and keep f32[B, N].
+
+  A fixed number of choices cannot change, so that there the probabilities count.
+  """
+  of_choices = options.ratio_of == 'choices' and options.selection != 'fixed'
+  chosen = keep if of_choices else probabilities
   ratio = chosen.mean(-1) if options.ratio_scope == 'image' else chosen.mean()
   return jnp.square(options.keep_ratio - ratio).mean()
 
@@ -220,8 +225,9 @@ def ratio_error(options: TokenizerOptions, probabilities: Array, keep: Array) ->
 def count_std(probabilities: Array) -> Array:
   """How the expected number of tokens differs between images, f32[], by probabilities f32[B, N].
 
-  The unit is the standard deviation of a binomial count with one probability for all patches: 1 is
-  what chance does in any image.
+  The unit is the standard deviation of a binomial count with one probability for all patches. It is
+  0 if all images have the same expectation, and 1 if expectations differ as much as drawn counts do
+  by chance.
   """
   mean = probabilities.mean()
   num_patches = probabilities.shape[-1]

@@ -10,6 +10,8 @@ import pytest
 
 from lavit_jax.models import lavit
 from lavit_jax.training import codebook
+from lavit_jax.training.stages import tokenizer as tokenizer_stage
+from lavit_jax.training.stages.base import apply_module
 from lavit_jax.training.stages.tokenizer import (
   choose_patches,
   commitment_error,
@@ -107,15 +109,25 @@ def build_variation(parts, **options):
   return params, step
 
 
-def test_the_gradient_of_the_selector_alone_depends_on_its_option(parts, batch):
+def test_the_gradient_of_the_selector_alone_depends_on_its_option(parts, batch, monkeypatch):
   key = jax.random.key(1)
   options = dict(tokenizer__ratio_weight=0.0)
   params, published = build_variation(parts, tokenizer__selector_gradient='published', **options)
   _, counterfactual = build_variation(
     parts, tokenizer__selector_gradient='counterfactual', **options
   )
+  calls = []
+
+  def record(module, *args, method=None):
+    calls.append((getattr(module, 'counterfactual', None), method))
+    return apply_module(module, *args, method=method)
+
+  monkeypatch.setattr(tokenizer_stage, 'apply_module', record)
   value, metrics, gradient = published(params, batch, key)
+  assert (False, 'merge') in calls and (None, 'decode_kept') not in calls
+  calls.clear()
   other_value, other_metrics, other = counterfactual(params, batch, key)
+  assert (True, 'merge') in calls and (None, 'decode_kept') in calls
   assert other_value == pytest.approx(float(value), abs=1e-5)
   assert other_metrics['keep_ratio'] == metrics['keep_ratio']
   assert np.abs(other - gradient).max() > 0.01 * np.abs(gradient).max()
@@ -175,6 +187,15 @@ def test_the_choice_of_patches():
     nano.run('tokenizer', tokenizer__selection='shuffled').options, log_probs[:2], key
   )
   assert not np.array_equal(moved[0], moved[1])  # each image is shuffled on its own
+
+  def total(log_probs, selection):
+    options = nano.run('tokenizer', tokenizer__selection=selection).options
+    return (choose_patches(options, log_probs, key) * jnp.arange(64.0)).sum()
+
+  assert not jax.grad(total)(log_probs, 'shuffled').any()  # what is chosen is not the selector's
+  assert jax.grad(total)(log_probs, 'learned').any()
+  few = nano.run('tokenizer', tokenizer__selection='fixed', tokenizer__keep_ratio=0.001).options
+  np.testing.assert_array_equal(choose_patches(few, log_probs, key).sum(1), 1)
 
 
 def test_entropy_sharpens_the_choices_from_its_step(parts, batch):
