@@ -184,7 +184,7 @@ def clip_by_group(max_norm: float | None, groups: Tree) -> optax.GradientTransfo
     for name in dict.fromkeys(names):
       members = [i for i, other in enumerate(names) if other == name]
       clipped, _ = clip.update([gradients[i] for i in members], optax.EmptyState())
-      for i, gradient in zip(members, clipped, strict=True):
+      for i, gradient in zip(members, jax.tree.leaves(clipped), strict=True):
         gradients[i] = gradient
     return jax.tree.unflatten(structure, gradients)
 

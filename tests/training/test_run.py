@@ -29,6 +29,7 @@ OPTIONS_WITH_DEFAULTS = {
   'data.shards',
   'data.source',
   'data.sources',
+  'optim.clip_groups',
   'optim.ema_decay',
   'optim.max_nonfinite',
   'optim.rewarm_from',
