@@ -2,7 +2,8 @@
 # Installs what the tests need in .venv and runs them; further arguments go to pytest (e.g. -m slow, -k vit).
 #
 # The default tests compile much and run little, so XLA compiles them without optimising; with -m, as users do.
-# Two processes take whole files, since the fixtures of a file are what takes time; with -k one process starts sooner.
+# Two processes take whole files, since the fixtures of a file are what takes time, in the order of tests/conftest.py;
+# with -k one process starts sooner.
 set -euo pipefail
 source "$(dirname "$0")/install.sh" '[test,torch,app]'
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
@@ -13,5 +14,5 @@ case " $* " in
     export XLA_FLAGS="--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false ${XLA_FLAGS:-}"
     ;;
 esac
-case " $* " in *" -k "*) ;; *) set -- --numprocesses=2 --dist=loadfile "$@" ;; esac
+case " $* " in *" -k "*) ;; *) set -- --numprocesses=2 --dist=loadfile --no-loadscope-reorder "$@" ;; esac
 exec .venv/bin/python -m pytest "$@"

@@ -25,6 +25,19 @@ from lavit_jax.weights.torch import names_visual as tables
 from lavit_jax.weights.torch.mapping import from_state_dict
 
 FOLDER = pathlib.Path(__file__).parent / 'data' / 'golden'
+LONG_FILES = (  # each takes over a minute
+  'test_pipeline.py',
+  'test_image_generation.py',
+  'test_distributed.py',
+  'test_loop.py',
+  'test_loop_sources.py',
+  'test_convert.py',
+)
+
+
+def pytest_collection_modifyitems(items):
+  """Long files go first: whoever began one last would keep the other processes waiting."""
+  items.sort(key=lambda item: item.path.name not in LONG_FILES)
 
 
 @pytest.fixture(scope='session')
