@@ -122,6 +122,7 @@ def read_records(folder):
   return runs
 
 
+@pytest.mark.slow
 def test_codebook_study_resumes_and_reports(load, monkeypatch, capsys, tmp_path):
   benchmark = load('codebook')
   options = ['--codes', '64', '--code_dim', '8', '--steps', '6', '--quantize_from', '2']
@@ -250,6 +251,7 @@ def test_ablations_have_options_of_the_config(load):
     assert (changed.to_dict() != config.to_dict()) == (name != benchmark.LEARNED), name
 
 
+@pytest.mark.slow
 def test_ablations_measure_and_report(load, monkeypatch, tmp_path):
   """The measures of runs that were not trained; a finished run is not trained again."""
   benchmark = load('ablations')
