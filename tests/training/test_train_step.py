@@ -168,7 +168,7 @@ def tokenizer():
 
 def run_tokenizer(tokenizer, loaded, count, **changes):
   parts, frozen, batches = tokenizer
-  run = nano.run('tokenizer', MESH, **changes)
+  run = nano.run('tokenizer', MESH, tokenizer__freeze_selector_from=-1, **changes)
   return run.stage, steps(run, frozen | loaded, frozen, batches[:count])
 
 
