@@ -169,14 +169,17 @@ def measure(run: Run, frozen: str, source: str, num_images: int) -> dict[str, fl
   scenes = corpus.examples(source, 'heldout/pair', 0, num_images // 2, 'scene')
 
   _, rebuilt_trained, *_ = encode(evaluation.stack_images(trained))
-  x, rebuilt, _, _, _, ids = encode(evaluation.stack_images(heldout))
   probe = linear_probe(pool(rebuilt_trained), evaluation.group_indices(trained))
-  correct = probe(pool(rebuilt)) == evaluation.group_indices(heldout)
 
   both = heldout + scenes
-  compose = Composer(sprites.load(source), 'heldout/pair')
-  masks = np.stack([compose.object_mask(example.facts) for example in both])
-  _, _, probabilities, keep, most_probable, _ = encode(evaluation.stack_images(both))
+  x, rebuilt, probabilities, keep, most_probable, ids = encode(evaluation.stack_images(both))
+  x = x[: len(heldout)]
+  rebuilt = rebuilt[: len(heldout)]
+  ids = ids[: len(heldout)]
+  correct = probe(pool(rebuilt)) == evaluation.group_indices(heldout)
+
+  composer = Composer(sprites.load(source), 'heldout/pair')
+  masks = np.stack([composer.object_mask(example.facts) for example in both])
   side = run.model.image_size // run.model.vit.patch_size
   coverage = selection.patch_coverage(masks, side)
   kept_ids = ids[ids >= 0]

@@ -17,7 +17,7 @@ PUBLISHED_SELECTOR = dict(
     ratio_scope='image', ratio_of='choices',  # specification, Training: the ratio's error is of each image's drawn mask
     selector_gradient='published', entropy_weight=0.0, entropy_from=0, selection='learned',  # specification, Training
     freeze_selector_from=-1)  # our choice, and one report (specification, Training)
-TINY_SELECTOR = dict(  # our choice
+TINY_SELECTOR = dict(  # our choice; it never freezes
     ratio_scope='batch', ratio_of='probabilities', selector_gradient='counterfactual', entropy_weight=0.02, entropy_from=300,
     selection='learned', freeze_selector_from=1_000_000_000)
 SCHEDULES = {  # tiny and small: our choice

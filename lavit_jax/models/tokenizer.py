@@ -116,28 +116,6 @@ def gumbel_keep(
   return hard + (soft - jax.lax.stop_gradient(soft))
 
 
-def fixed_keep(log_probs: Array, key: Array, count: int) -> Array:
-  """Keeps `count` patches of each image: the most probable ones after the noise of `gumbel_keep`.
-
-  The gradient is that of `gumbel_keep` at temperature 1.
-
-  Args:
-    log_probs: [B, N, 2]; class 0 is keep.
-    key: one key, or keys [B], one for each row.
-    count: from 1 to N.
-
-  Returns:
-    f32[B, N], 0 or 1.
-  """
-  chex.assert_shape(log_probs, (None, None, 2))
-  logits = log_probs.astype(jnp.float32)
-  noisy = logits + gumbel(draw_rows(jax.random.uniform, key, logits.shape))
-  margin = noisy[..., 0] - noisy[..., 1]
-  rank = jnp.argsort(jnp.argsort(-margin))
-  soft = jax.nn.sigmoid(margin)
-  return (rank < count) + (soft - jax.lax.stop_gradient(soft))
-
-
 def gumbel(u: Array) -> Array:
   """Standard Gumbel values -log(-log u) of uniform u f32[...] in [0, 1]; finite at both ends."""
   limits = jnp.finfo(jnp.float32)

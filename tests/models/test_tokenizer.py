@@ -10,7 +10,6 @@ import torch
 
 from lavit_jax.models.tokenizer import (
   Selector,
-  fixed_keep,
   gumbel,
   gumbel_keep,
   l2_normalize,
@@ -126,27 +125,6 @@ def test_sampling_keeps_with_probability_p():
   np.testing.assert_allclose(keep.mean(0), expected, atol=0.015)
   assert np.array_equal(keep, gumbel_keep(log_probs, key=jax.random.key(1)))
   assert not np.array_equal(keep, gumbel_keep(log_probs, key=jax.random.key(2)))
-
-
-def test_a_fixed_number_is_kept():
-  p = jnp.array([0.2, 0.9, 0.2, 0.6, 0.2])
-  log_probs = jnp.broadcast_to(jnp.log(jnp.stack([p, 1 - p], -1)), (20_000, 5, 2))
-  keep = fixed_keep(log_probs, jax.random.key(0), 2)
-  assert set(np.unique(keep).tolist()) == {0.0, 1.0}
-  np.testing.assert_array_equal(keep.sum(1), 2)
-  share = keep.mean(0)
-  assert share[1] > share[3] > share[::2].max()  # not always the most probable two
-  np.testing.assert_allclose(share[::2], share[0], atol=0.02)
-  # The gradient is that of the sampled choice, whose noise has the same key.
-  weight = normal(3, 5)
-  total = [
-    jax.grad(lambda x, choose=choose: (choose(x) * weight).sum())(log_probs[:3])
-    for choose in (
-      lambda x: fixed_keep(x, jax.random.key(1), 2),
-      lambda x: gumbel_keep(x, key=jax.random.key(1)),
-    )
-  ]
-  np.testing.assert_allclose(total[0], total[1], atol=1e-6)
 
 
 def test_without_a_key_the_expected_number_is_kept():

@@ -17,7 +17,7 @@ from jax import Array
 from lavit_jax.models.initialization import init_params
 from lavit_jax.models.lavit import LavitModules
 from lavit_jax.models.sequence import compact
-from lavit_jax.models.tokenizer import fixed_keep, gumbel_keep
+from lavit_jax.models.tokenizer import gumbel, gumbel_keep
 from lavit_jax.training import codebook
 from lavit_jax.training.codebook import Codebook
 from lavit_jax.training.config import read_options
@@ -200,6 +200,27 @@ def choose_patches(options: TokenizerOptions, log_probs: Array, key: Array) -> A
     keep = jax.lax.stop_gradient(gumbel_keep(log_probs, key=choice_key))
     return jax.random.permutation(shuffle_key, keep, axis=-1, independent=True)
   return gumbel_keep(log_probs, key=key)
+
+
+def fixed_keep(log_probs: Array, key: Array, count: int) -> Array:
+  """Keeps `count` patches of each image: the most probable ones after the noise of `gumbel_keep`.
+
+  The gradient is that of `gumbel_keep` at temperature 1.
+
+  Args:
+    log_probs: [B, N, 2]; class 0 is keep.
+    key: of the noise.
+    count: from 1 to N.
+
+  Returns:
+    f32[B, N], 0 or 1.
+  """
+  logits = log_probs.astype(jnp.float32)
+  noisy = logits + gumbel(jax.random.uniform(key, logits.shape))
+  margin = noisy[..., 0] - noisy[..., 1]
+  rank = jnp.argsort(jnp.argsort(-margin))
+  soft = jax.nn.sigmoid(margin)
+  return (rank < count) + (soft - jax.lax.stop_gradient(soft))
 
 
 def commitment_error(vectors: Array, codes: Array, keep: Array) -> Array:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lavit_jax.models import lavit
+from lavit_jax.models.tokenizer import gumbel_keep
 from lavit_jax.training import codebook
 from lavit_jax.training.stages import tokenizer as tokenizer_stage
 from lavit_jax.training.stages.base import apply_module
@@ -16,6 +17,7 @@ from lavit_jax.training.stages.tokenizer import (
   choose_patches,
   commitment_error,
   count_std,
+  fixed_keep,
   ratio_error,
 )
 
@@ -196,6 +198,27 @@ def test_the_choice_of_patches():
   assert jax.grad(total)(log_probs, 'learned').any()
   few = nano.run('tokenizer', tokenizer__selection='fixed', tokenizer__keep_ratio=0.001).options
   np.testing.assert_array_equal(choose_patches(few, log_probs, key).sum(1), 1)
+
+
+def test_a_fixed_number_is_kept():
+  p = jnp.array([0.2, 0.9, 0.2, 0.6, 0.2])
+  log_probs = jnp.broadcast_to(jnp.log(jnp.stack([p, 1 - p], -1)), (20_000, 5, 2))
+  keep = fixed_keep(log_probs, jax.random.key(0), 2)
+  assert set(np.unique(keep).tolist()) == {0.0, 1.0}
+  np.testing.assert_array_equal(keep.sum(1), 2)
+  share = keep.mean(0)
+  assert share[1] > share[3] > share[::2].max()  # not always the most probable two
+  np.testing.assert_allclose(share[::2], share[0], atol=0.02)
+  # The gradient is that of the sampled choice, whose noise has the same key.
+  weight = jnp.arange(15.0).reshape(3, 5)
+  total = [
+    jax.grad(lambda x, choose=choose: (choose(x) * weight).sum())(log_probs[:3])
+    for choose in (
+      lambda x: fixed_keep(x, jax.random.key(1), 2),
+      lambda x: gumbel_keep(x, key=jax.random.key(1)),
+    )
+  ]
+  np.testing.assert_allclose(total[0], total[1], atol=1e-6)
 
 
 def test_entropy_sharpens_the_choices_from_its_step(parts, batch):
