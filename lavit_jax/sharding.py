@@ -6,7 +6,7 @@ parameter and all that belongs to it. Scanned layers have a leading axis that is
 specs are right-aligned for that reason.
 
 A batch is split over `data` and `fsdp` together. The modules of `models/` keep it so with
-`constrain_batch`, and need no other function of this file but `per_shard`.
+`constrain_batch`, and need no other functions of this file but `num_shards` and `per_shard`.
 """
 
 from __future__ import annotations
@@ -263,6 +263,17 @@ def constrain_batch(x: Array) -> Array:
   if not _has_axes(mesh, BATCH_AXES) or x.shape[0] % batch_shards(mesh):
     return x
   return jax.lax.with_sharding_constraint(x, P(BATCH_AXES))
+
+
+def num_shards(num_rows: int) -> int:
+  """The number of equal pieces into which the program's mesh splits `num_rows` rows of a batch.
+
+  1 where the program has no such mesh, or where the rows do not divide.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if not _has_axes(mesh, BATCH_AXES) or num_rows % batch_shards(mesh):
+    return 1
+  return batch_shards(mesh)
 
 
 def per_shard(function: Callable, shards: int, *arrays: Array) -> Any:
