@@ -20,9 +20,9 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
       dtype='float32', remat='none', mesh=dict(data=-1, fsdp=1, tensor=1), peak_tflops=0.0,
       frozen='', init_from='',
       data=dict(task='contrastive', source='data', tokenizer_folder='lavit_jax/assets/tiny/language_model', text_length=48, image_size=64,
-                scene_share=0.3, num_threads=2),
+                scene_share=0.4, augment=True, num_threads=2),
       text_tower=dict(hidden_size=128, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=32, mlp_dim=384),
-      pixel_weight=2.0, place_weight=1.0,
+      pixel_weight=2.0, place_weight=1.0, name_weight=1.0,
       optim=dict(
           schedule='cosine', rewarm_from=0, max_nonfinite=10,
           learning_rate=1e-3, warmup_steps=100, final_fraction=0.01, weight_decay=0.1, b1=0.9, b2=0.98, mu_dtype='float32',

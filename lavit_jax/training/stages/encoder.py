@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from lavit_jax.data.emoji import splits
 from lavit_jax.errors import UserError
 from lavit_jax.models import vit
 from lavit_jax.models.initialization import init_params
@@ -57,6 +58,7 @@ class EncoderOptions:
   text_tower: TextTowerOptions
   pixel_weight: float  # of the pixels' error in the loss
   place_weight: float  # of the places' error in the loss
+  name_weight: float = 0.0  # of the objects' names in the loss; only for composed data
 
   @classmethod
   def from_config(cls, config: Mapping[str, Any]) -> EncoderOptions:
@@ -70,7 +72,8 @@ def build(options: EncoderOptions, model: LavitModules, layout: BatchLayout) -> 
 
   A patch must also predict its own pixels and its place. EVA's features come from masked image
   modeling and stay local; those of the contrastive loss alone become the same at every patch of an
-  image, and then no token could say what is where.
+  image, and then no token could say what is where. With `name_weight`, a patch must also tell
+  whether it shows an object, which one, and of which group.
 
   Raises:
     UserError: the images have another size than the ViT takes.
@@ -89,6 +92,7 @@ def build(options: EncoderOptions, model: LavitModules, layout: BatchLayout) -> 
 
   def init(key, loaded):
     vit_key, text_key, projection_key, pixel_key, place_key = jax.random.split(key, 5)
+    name_key = jax.random.fold_in(key, 5)
     width = tower.hidden_size
     projection = jax.random.normal(projection_key, (width, model.vit.output_dim)) * width**-0.5
     num_pixels = 3 * model.vit.patch_size**2
@@ -100,6 +104,9 @@ def build(options: EncoderOptions, model: LavitModules, layout: BatchLayout) -> 
       to_place=jax.random.normal(place_key, (model.vit.hidden_size, 2)),
       temperature=jnp.log(1 / INITIAL_TEMPERATURE),
     )
+    if options.name_weight:
+      shape = (model.vit.hidden_size, 1 + len(splits.concept_names()))
+      fresh['to_name'] = jax.random.normal(name_key, shape) * model.vit.hidden_size**-0.5
     return initialize_params(fresh, loaded), {}
 
   def embed(params, batch):
@@ -130,6 +137,11 @@ def build(options: EncoderOptions, model: LavitModules, layout: BatchLayout) -> 
       temperature=jnp.exp(-params['temperature']),
     )
     value = contrastive + options.pixel_weight * pixel + options.place_weight * place
+    if options.name_weight:
+      labels = _patch_labels(model, batch)
+      name, metrics['name_accuracy'] = _name_error(params['to_name'], x, labels)
+      metrics['name'] = name
+      value += options.name_weight * name
     return value, (state, metrics)
 
   def export(params, state):
@@ -187,6 +199,60 @@ def _pixel_error(model: LavitModules, kernel: Array, features: Array, images: Ar
   side = model.image_size // patch
   true = vit.preprocess(images).reshape(-1, side, patch, side, patch, 3).swapaxes(2, 3)
   return jnp.square(predicted - true.reshape(predicted.shape)).mean()
+
+
+def _patch_labels(model: LavitModules, batch: Tree) -> Array:
+  """What each patch shows, i32[B, N]: 0 background, 1 + c concept c, -1 neither clearly.
+
+  An object must cover a third of the patch. The background must be visible in 95% of it.
+
+  Raises:
+    UserError: the batch does not have its objects, because it is not composed.
+  """
+  if 'object_map' not in batch:
+    raise UserError('name_weight needs composed images: set data.sources=() or name_weight=0')
+  patch = model.vit.patch_size
+  side = model.image_size // patch
+  object_map = batch['object_map'].reshape(-1, side, patch, side, patch)
+  shares = []
+  for number in range(1, 1 + batch['object_names'].shape[1]):
+    share = (object_map == number).mean((2, 4), dtype=jnp.float32)
+    shares.append(share.reshape(-1, side * side))
+  share = jnp.stack(shares, -1)  # f32[B, N, objects]
+  name = jnp.take_along_axis(batch['object_names'], share.argmax(-1), axis=1)
+  label = jnp.where(share.max(-1) >= 1 / 3, 1 + name, -1)
+  return jnp.where(share.sum(-1) <= 0.05, 0, label)
+
+
+def _name_error(kernel: Array, features: Array, labels: Array) -> tuple[Array, Array]:
+  """The cross-entropies of background or concept, and of background or group, of a linear reader.
+
+  Background and objects have the same weight in an image.
+
+  Args:
+    kernel: f32[D, 1 + concepts].
+    features: [B, 1 + N, D].
+    labels: i32[B, N], -1 where there is none.
+
+  Returns:
+    The sum of both f32[], and the share of the objects' patches whose concept is right f32[].
+  """
+  x = jax.nn.standardize(features[:, 1:].astype(jnp.float32))
+  log_names = jax.nn.log_softmax(x @ kernel)
+  groups = tuple(dict.fromkeys(splits.concept_groups().values()))
+  group_of = jnp.array([0] + [1 + groups.index(g) for g in splits.concept_groups().values()])
+  member = jax.nn.one_hot(group_of, 1 + len(groups))  # f32[1 + concepts, 1 + groups]
+  log_groups = jnp.log(jnp.exp(log_names) @ member + 1e-9)
+  target = jnp.maximum(labels, 0)
+  log_name = jnp.take_along_axis(log_names, target[..., None], -1)[..., 0]
+  log_group = jnp.take_along_axis(log_groups, group_of[target][..., None], -1)[..., 0]
+  is_object = labels > 0
+  is_background = labels == 0
+  weight = is_object / jnp.maximum(is_object.sum(), 1)
+  weight += is_background / jnp.maximum(is_background.sum(), 1)
+  error = -((log_name + log_group) * weight).sum() / 2
+  hit = is_object & (log_names[..., 1:].argmax(-1) + 1 == labels)
+  return error, hit.sum() / jnp.maximum(is_object.sum(), 1)
 
 
 def _place_error(model: LavitModules, kernel: Array, features: Array) -> Array:
