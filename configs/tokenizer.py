@@ -46,7 +46,7 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
           task='images', image_size=image_size, crop='none',  # specification, Image encoder: 224 x 224 pixels, resized to the square
           sources=SOURCES if large else (), heldout=HELDOUT if large else (),  # above
           shards=512 if large else 8,  # our choice: shards of the sources, a multiple of `data` x `fsdp` of any mesh
-          source='data', scene_share=0.3, num_threads=16 if large else 2, max_skipped=0.05),  # our choice
+          source='data', scene_share=0.4, augment=not large, num_threads=16 if large else 2, max_skipped=0.05),  # our choice
       tokenizer=dict(
           keep_ratio=1 / 3, ratio_weight=2.0, decay=0.99,  # specification, Training: rho, lambda, decay of the codebook
           commitment_weight=1.0, quantize_from=values['quantize_from'], revive_after=values['revive_after'],  # our choice

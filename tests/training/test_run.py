@@ -21,6 +21,7 @@ COMMON_OPTIONS = {
   if not key.startswith('tokenizer.')
 }
 OPTIONS_WITH_DEFAULTS = {
+  'data.augment',
   'data.crop',
   'data.heldout',
   'data.max_skipped',

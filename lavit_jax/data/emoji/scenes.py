@@ -77,8 +77,9 @@ class Composer:
     members = _members_by_reason(metadata)
     trained = members[None]
     self.heldout_names = frozenset(metadata[i].name for i in members['concept'])
+    self._all_members = members
     self._members = {}
-    for reason in splits.heldout_reasons(split) or (None,):
+    for reason in _reasons(split):
       if len(members[reason]):
         self._members[reason] = members[reason]
     if not self._members:
@@ -95,6 +96,14 @@ class Composer:
     for reason, indices in self._members.items():
       names = _names(metadata, indices)
       self._names[reason] = names if len(names) > _MIN_NAMES else trained_names
+
+  def has_split(self, split: str) -> bool:
+    """Whether any of the sprites belongs to a split.
+
+    Raises:
+      ValueError: the split is unknown.
+    """
+    return any(len(self._all_members[reason]) for reason in _reasons(split))
 
   def __call__(self, seed: int, index: int) -> Example:
     """Composes one example."""
@@ -223,6 +232,11 @@ def _change_colors(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
   gain = 1 + rng.uniform(-_COLOR_GAIN, _COLOR_GAIN)
   gain = gain + rng.uniform(-_COLOR_GAIN, _COLOR_GAIN, 3) / 3
   return np.clip(image * gain, 0, 255).astype(np.uint8)
+
+
+def _reasons(split: str) -> tuple[str | None, ...]:
+  """Returns why the examples of a split are held out; (None,) for training."""
+  return splits.heldout_reasons(split) or (None,)
 
 
 def _members_by_reason(metadata: tuple[Sprite, ...]) -> dict[str | None, np.ndarray]:

@@ -1,4 +1,4 @@
-"""What is held out: concepts, a style, (style, concept) pairs, and (group, background) combinations.
+"""What is held out: concepts, a style, (style, concept) pairs, (group, background) combinations.
 
 Each rule is a pure function of names. So every machine and every subset of the data set agree.
 """
