@@ -22,6 +22,7 @@ _TURN = 12  # degrees to either side, when sprites are augmented
 _STRETCH = 0.12  # of either side of a sprite, at most
 _COLOR_GAIN = 0.12  # of the colors of an image, at most; a third of it differs between channels
 _COUNTS = ((1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (3, 1))  # of the two objects of other scenes
+_OPAQUE = [0] * 128 + [255] * 128  # alpha -> whether it covers most of a pixel
 _MIN_NAMES = 8  # of held-out emoji, for wrong answers that are held out too
 
 _Box = tuple[float, float, float]  # left, top, side
@@ -187,7 +188,7 @@ class Composer:
     object_map = Image.new('L', size)
     for number, sprite, corner in self._scaled_sprites(facts, rng if self.augment else None):
       image.paste(sprite, corner, sprite)
-      covered = sprite.getchannel('A').point(lambda alpha: 255 * (alpha > 127))
+      covered = sprite.getchannel('A').point(_OPAQUE)
       object_map.paste(number + 1, corner, covered)
     pixels = np.array(image)
     if self.augment:
