@@ -246,6 +246,7 @@ OPTIONS: dict[str, Kind] = {
   'optim.max_nonfinite': AT_LEAST_ONE,
   'optim.freeze': Regexes(),
   'optim.clip_groups': Regexes(),
+  'optim.muon': Regexes(),
   'optim.lr_scale': Regexes(Number(float, 0, 1e3)),
   'log_every': AT_LEAST_ONE,
   'eval_every': COUNT,

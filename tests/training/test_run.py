@@ -33,6 +33,7 @@ OPTIONS_WITH_DEFAULTS = {
   'optim.clip_groups',
   'optim.ema_decay',
   'optim.max_nonfinite',
+  'optim.muon',
   'optim.rewarm_from',
   'optim.schedule',
 }

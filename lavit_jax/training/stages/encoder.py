@@ -58,7 +58,7 @@ class EncoderOptions:
   text_tower: TextTowerOptions
   pixel_weight: float  # of the pixels' error in the loss
   place_weight: float  # of the places' error in the loss
-  name_weight: float = 0.0  # of the objects' names in the loss; only for composed data
+  name_weight: float = 0.0  # of the objects' names and groups in the loss, if composed
 
   @classmethod
   def from_config(cls, config: Mapping[str, Any]) -> EncoderOptions:
@@ -72,8 +72,8 @@ def build(options: EncoderOptions, model: LavitModules, layout: BatchLayout) -> 
 
   A patch must also predict its own pixels and its place. EVA's features come from masked image
   modeling and stay local; those of the contrastive loss alone become the same at every patch of an
-  image, and then no token could say what is where. With `name_weight`, a patch must also tell
-  whether it shows an object, which one, and of which group.
+  image, and then no token could say what is where. With `name_weight`, a patch must also tell the
+  group of the object that it shows, and the patches of an object together its name.
 
   Raises:
     UserError: the images have another size than the ViT takes.
@@ -105,8 +105,13 @@ def build(options: EncoderOptions, model: LavitModules, layout: BatchLayout) -> 
       temperature=jnp.log(1 / INITIAL_TEMPERATURE),
     )
     if options.name_weight:
-      shape = (model.vit.hidden_size, 1 + len(splits.concept_names()))
-      fresh['to_name'] = jax.random.normal(name_key, shape) * model.vit.hidden_size**-0.5
+      width = model.vit.hidden_size
+      num_groups = 1 + max(_groups_of_concepts())
+      for number, (name, size) in enumerate(
+        (('to_name', len(splits.concept_names())), ('to_group', 1 + num_groups))
+      ):
+        reader_key = jax.random.fold_in(name_key, number)
+        fresh[name] = jax.random.normal(reader_key, (width, size)) * width**-0.5
     return initialize_params(fresh, loaded), {}
 
   def embed(params, batch):
@@ -138,10 +143,11 @@ def build(options: EncoderOptions, model: LavitModules, layout: BatchLayout) -> 
     )
     value = contrastive + options.pixel_weight * pixel + options.place_weight * place
     if options.name_weight:
-      labels = _patch_labels(model, batch)
-      name, metrics['name_accuracy'] = _name_error(params['to_name'], x, labels)
-      metrics['name'] = name
-      value += options.name_weight * name
+      objects = (_object_shares(model, batch), batch['object_names'])
+      name, metrics['name_accuracy'] = _name_error(params['to_name'], x, *objects)
+      group = _group_error(params['to_group'], x, *objects)
+      metrics |= dict(name=name, group=group)
+      value += options.name_weight * (name + group)
     return value, (state, metrics)
 
   def export(params, state):
@@ -201,10 +207,8 @@ def _pixel_error(model: LavitModules, kernel: Array, features: Array, images: Ar
   return jnp.square(predicted - true.reshape(predicted.shape)).mean()
 
 
-def _patch_labels(model: LavitModules, batch: Tree) -> Array:
-  """What each patch shows, i32[B, N]: 0 background, 1 + c concept c, -1 neither clearly.
-
-  An object must cover a third of the patch. The background must be visible in 95% of it.
+def _object_shares(model: LavitModules, batch: Tree) -> Array:
+  """How much of each patch each object covers, f32[B, N, objects].
 
   Raises:
     UserError: the batch does not have its objects, because it is not composed.
@@ -218,41 +222,62 @@ def _patch_labels(model: LavitModules, batch: Tree) -> Array:
   for number in range(1, 1 + batch['object_names'].shape[1]):
     share = (object_map == number).mean((2, 4), dtype=jnp.float32)
     shares.append(share.reshape(-1, side * side))
-  share = jnp.stack(shares, -1)  # f32[B, N, objects]
-  name = jnp.take_along_axis(batch['object_names'], share.argmax(-1), axis=1)
-  label = jnp.where(share.max(-1) >= 1 / 3, 1 + name, -1)
-  return jnp.where(share.sum(-1) <= 0.05, 0, label)
+  return jnp.stack(shares, -1)
 
 
-def _name_error(kernel: Array, features: Array, labels: Array) -> tuple[Array, Array]:
-  """The cross-entropies of background or concept, and of background or group, of a linear reader.
-
-  Background and objects have the same weight in an image.
+def _name_error(kernel: Array, features: Array, shares: Array, names: Array) -> tuple[Array, Array]:
+  """The cross-entropy of a linear reader of an object's name, from the mean of its patches.
 
   Args:
-    kernel: f32[D, 1 + concepts].
+    kernel: f32[D, concepts].
     features: [B, 1 + N, D].
-    labels: i32[B, N], -1 where there is none.
+    shares: f32[B, N, objects], of the patches.
+    names: i32[B, objects], -1 where there is none.
 
   Returns:
-    The sum of both f32[], and the share of the objects' patches whose concept is right f32[].
+    The mean over the objects f32[], and the share of right names f32[].
   """
   x = jax.nn.standardize(features[:, 1:].astype(jnp.float32))
-  log_names = jax.nn.log_softmax(x @ kernel)
-  groups = tuple(dict.fromkeys(splits.concept_groups().values()))
-  group_of = jnp.array([0] + [1 + groups.index(g) for g in splits.concept_groups().values()])
-  member = jax.nn.one_hot(group_of, 1 + len(groups))  # f32[1 + concepts, 1 + groups]
-  log_groups = jnp.log(jnp.exp(log_names) @ member + 1e-9)
-  target = jnp.maximum(labels, 0)
-  log_name = jnp.take_along_axis(log_names, target[..., None], -1)[..., 0]
-  log_group = jnp.take_along_axis(log_groups, group_of[target][..., None], -1)[..., 0]
-  is_object = labels > 0
-  is_background = labels == 0
-  weight = is_object / jnp.maximum(is_object.sum(), 1)
-  weight += is_background / jnp.maximum(is_background.sum(), 1)
-  error = -((log_name + log_group) * weight).sum() / 2
-  hit = is_object & (log_names[..., 1:].argmax(-1) + 1 == labels)
-  return error, hit.sum() / jnp.maximum(is_object.sum(), 1)
+  weights = shares / jnp.maximum(shares.sum(1, keepdims=True), 1e-6)
+  logits = jnp.einsum('bnd,bno->bod', x, weights) @ kernel
+  is_object = names >= 0
+  count = jnp.maximum(is_object.sum(), 1)
+  log_names = jax.nn.log_softmax(logits)
+  target = jnp.maximum(names, 0)
+  error = -jnp.take_along_axis(log_names, target[..., None], -1)[..., 0]
+  hit = is_object & (logits.argmax(-1) == names)
+  return (error * is_object).sum() / count, hit.sum() / count
+
+
+def _group_error(kernel: Array, features: Array, shares: Array, names: Array) -> Array:
+  """The cross-entropy of a linear reader of a patch: the background, or the group of its object.
+
+  An object must cover a third of the patch, or the background 95% of it; others do not count.
+  Background and objects have the same weight.
+
+  Args:
+    kernel: f32[D, 1 + groups].
+    features: [B, 1 + N, D].
+    shares: f32[B, N, objects], of the patches.
+    names: i32[B, objects], -1 where there is none.
+  """
+  group_of = jnp.array(_groups_of_concepts())
+  largest = shares.argmax(-1)
+  name = jnp.maximum(jnp.take_along_axis(names, largest, axis=1), 0)
+  is_object = shares.max(-1) >= 1 / 3
+  is_background = shares.sum(-1) <= 0.05
+  label = jnp.where(is_object, 1 + group_of[name], 0)
+  x = jax.nn.standardize(features[:, 1:].astype(jnp.float32))
+  error = -jnp.take_along_axis(jax.nn.log_softmax(x @ kernel), label[..., None], -1)[..., 0]
+  objects = (error * is_object).sum() / jnp.maximum(is_object.sum(), 1)
+  background = (error * is_background).sum() / jnp.maximum(is_background.sum(), 1)
+  return (objects + background) / 2
+
+
+def _groups_of_concepts() -> list[int]:
+  groups = splits.concept_groups()
+  names = tuple(dict.fromkeys(groups.values()))
+  return [names.index(group) for group in groups.values()]
 
 
 def _place_error(model: LavitModules, kernel: Array, features: Array) -> Array:
