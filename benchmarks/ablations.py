@@ -35,6 +35,7 @@ from lavit_jax.models import lavit, vit
 from lavit_jax.models.initialization import init_params
 from lavit_jax.models.sequence import compact
 from lavit_jax.models.tokenizer import gumbel_keep
+from lavit_jax.training import codebook
 from lavit_jax.training.config import load_config
 from lavit_jax.training.run import Run, resolve
 from lavit_jax.training.stages.tokenizer import choose_patches
@@ -78,6 +79,7 @@ COLUMNS = (  # measure, head, digits
   ('count_std_ratio', 'spread of the count', 2),
   ('tokens', 'tokens per image', 1),
   ('codes', 'codes used', 0),
+  ('perplexity', 'perplexity', 0),
 )
 LINES = {LEARNED: curves.BLUE, SHUFFLED: curves.RED, 'published': '#7f7f7f', 'fixed': '#2ca02c'}
 TRAIN_IMAGES = 8192
@@ -186,13 +188,14 @@ def measure(run: Run, frozen: str, source: str, num_images: int) -> dict[str, fl
   masks = np.stack([composer.object_mask(example.facts) for example in both])
   side = run.model.image_size // run.model.vit.patch_size
   coverage = selection.patch_coverage(masks, side)
-  kept_ids = ids[ids >= 0]
+  counts = np.bincount(ids[ids >= 0], minlength=run.model.vocabulary.codebook_size)
   return dict(
     cosine=1 - tokens.mean_cosine(x, rebuilt[: len(heldout)]),
     category=100 * float(correct_groups.mean()),
     name=100 * float(correct_names.mean()),
     tokens=float((ids >= 0).sum(1).mean()),
-    codes=len(np.unique(kept_ids)),
+    codes=int((counts > 0).sum()),
+    perplexity=float(codebook.perplexity(counts)),
     **selection.score_selection(probabilities, keep, most_probable, coverage),
   )
 
