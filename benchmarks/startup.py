@@ -5,9 +5,9 @@
 caption: CPU seconds (user and system) of `lavit caption IMAGE` as a process, with and without
     --compilation-cache off, in turn; the first start with a cache, which fills it, is apart.
     --baseline names another build's `lavit` that is started in turn, too.
-train: wall and CPU seconds until the train step is compiled (lowering included), of a run that
-    is killed after its first checkpoint, and of its second start. The config is encoder:tiny with
-    the embedded data. The wall seconds are those of goodput.jsonl.
+train: CPU seconds in which the train step is lowered and compiled, of a run that is killed after
+    its first checkpoint, and of its second start. The config is encoder:tiny with the embedded
+    data. The seconds are those of the process between two lines of goodput.jsonl (Linux only).
 
 Numbers are medians; `range` is the smallest and the largest. With --json the last line is one
 object with the ratios, such as {"caption": 0.34, "train": 0.15}.
@@ -69,53 +69,65 @@ def caption(folder: pathlib.Path, repeats: int, baseline: str | None) -> float:
 
 
 def train(folder: pathlib.Path, repeats: int) -> float:
-  """Prints the seconds of compiling the train step; returns those of a restart over the first."""
-  first = []
-  second = []
+  """Prints the CPU seconds of compiling a train step; returns second start over first."""
+  times: dict[int, list[float]] = {1: [], 2: []}
   for repeat in range(repeats):
     workdir = folder / str(repeat)
     command = [*LAVIT, 'train', '--config', 'configs/encoder.py:tiny', '--workdir', str(workdir)]
     options = {'data.source': 'embedded', 'eval_every': 0, 'picture_every': 0}
     options |= {'checkpoint_every': 1, 'log_every': 1, 'num_steps': 1000, 'batch_size': 8}
     command += [f'--config.{name}={value}' for name, value in options.items()]
-    for start, times in ((1, first), (2, second)):
+    for start, seconds in times.items():
       process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
-      seconds = None
-      while seconds is None:
-        if process.poll() is not None:
-          sys.exit('the run ended early')
-        time.sleep(0.05)
-        seconds = compile_seconds(workdir / 'goodput.jsonl', start)
-      times.append(seconds)
+      began = wait_for_line(process, workdir, start, compiling=True)
+      seconds.append(wait_for_line(process, workdir, start, compiling=False) - began)
       while start == 1 and not any((workdir / 'checkpoints').glob('[0-9]*')):
-        time.sleep(0.05)
+        time.sleep(0.02)
       process.kill()
       process.wait()
-  print('lavit train, encoder:tiny: lowering and compiling the train step, wall seconds')
-  print(f'  first start  {summary(first)}')
-  print(f'  second start {summary(second)}')
-  ratio = statistics.median(second) / statistics.median(first)
+  print('lavit train, encoder:tiny: lowering and compiling the train step, CPU seconds')
+  print(f'  first start  {summary(times[1])}')
+  print(f'  second start {summary(times[2])}')
+  ratio = statistics.median(times[2]) / statistics.median(times[1])
   print(f'  second over first: {ratio:.2f}')
   return ratio
 
 
-def compile_seconds(file: pathlib.Path, start: int) -> float | None:
-  """Seconds of the phase `compile` of a start; None while it is not over."""
-  if not file.exists():
-    return None
-  before = None
-  for text in file.read_text().splitlines():
+def wait_for_line(
+  process: subprocess.Popen, workdir: pathlib.Path, start: int, compiling: bool
+) -> float:
+  """Waits until a start begins to compile its train step, or has done so.
+
+  Returns:
+    The CPU seconds of the process until then.
+  """
+  while True:
+    seconds = process_cpu_seconds(process.pid)
+    phases = line_phases(workdir / 'goodput.jsonl', start)
+    if 'compile' in phases and (compiling or phases[-1] != 'compile'):
+      return seconds
+    if process.poll() is not None:
+      sys.exit(f'the run ended early, with status {process.returncode}')
+    time.sleep(0.02)
+
+
+def line_phases(file: pathlib.Path, start: int) -> list[str]:
+  """The phases of the lines of a start."""
+  phases = []
+  for text in file.read_text().splitlines() if file.exists() else ():
     try:
       line = json.loads(text)
     except ValueError:  # being written
       continue
-    if line['start'] != start:
-      continue
-    if before is not None:
-      return line['seconds']['compile'] - before
-    if line['phase'] == 'compile':
-      before = line['seconds'].get('compile', 0.0)
-  return None
+    if line['start'] == start:
+      phases.append(line['phase'])
+  return phases
+
+
+def process_cpu_seconds(pid: int) -> float:
+  """CPU seconds of a process that runs."""
+  fields = pathlib.Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
+  return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
 
 
 def summary(seconds: list[float]) -> str:
