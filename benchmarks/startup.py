@@ -4,7 +4,7 @@
 
 caption: CPU seconds (user and system) of `lavit caption IMAGE` as a process, with and without
     --compilation-cache off, in turn; the first start with a cache, which fills it, is apart.
-    --baseline names another build's `lavit` that is started in turn, too.
+    --baseline names the `lavit` of a build without a cache, which is started in turn, too.
 train: CPU seconds in which the train step is lowered and compiled, of a run that is killed after
     its first checkpoint, and of its second start. The config is encoder:tiny with the embedded
     data. The seconds are those of the process between two lines of goodput.jsonl (Linux only).
@@ -33,8 +33,11 @@ LAVIT = (sys.executable, '-m', 'lavit_jax')
 
 def cpu_seconds(command: list[str]) -> float:
   """CPU seconds of a command, which must succeed."""
+  env = environment()
+  if command[0] != sys.executable:  # another build, which finds its own package
+    env.pop('PYTHONPATH')
   before = resource.getrusage(resource.RUSAGE_CHILDREN)
-  subprocess.run(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, check=True)
+  subprocess.run(command, cwd='/', env=env, stdout=subprocess.DEVNULL, check=True)
   after = resource.getrusage(resource.RUSAGE_CHILDREN)
   return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
