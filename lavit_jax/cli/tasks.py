@@ -173,7 +173,7 @@ def _add_image_outputs(parser: argparse.ArgumentParser) -> None:
   )
   parser.add_argument(
     '--sampler',
-    choices=('ddim', 'euler', 'dpm++2m'),
+    choices=('ddim', 'euler', 'dpm++2m', 'pndm'),
     default='ddim',
     help='diffusion sampler (default: %(default)s)',
   )
