@@ -53,7 +53,7 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
           shares=dict(caption=0.36, answer=0.38, draw=0.24, text=0.02),  # our choice; the sources above have weights instead
           question_weights=dict.fromkeys(questions.TYPES, 1.0) | {'what': 2.0, 'position': 3.0, 'yes/no': 2.0},  # our choice
           draw_text_weight=0.1, drop_text=0.1,  # our choice; guidance compares with a prompt without text: specification, Inference
-          source='data', scene_share=0.45, num_threads=16 if large else 2, max_skipped=0.05),  # our choice
+          source='data', scene_share=0.45, augment=not large, num_threads=16 if large else 2, max_skipped=0.05),  # our choice
       lm={key: values[key] for key in ('num_rows', 'row_length', 'mean_length', 'loss_chunks')} | dict(image_loss=False, max_overflow=0.2),  # above; our choice
       optim=dict(
           learning_rate=values['learning_rate'], warmup_steps=values['warmup_steps'], final_fraction=0.05,  # above; our choice

@@ -36,7 +36,7 @@ Rules = Sequence[tuple[str, P]]
 
 # Specs of the last axes of a leaf; the first rule that matches counts. A kernel into a block has
 # its output split over `tensor`, a kernel out of a block its input.
-INTO_BLOCK = r'/(qkv|query|key|value|to_[qkv]|gate|up|fc1|fc_in|proj_in|linear_1)/kernel$'
+INTO_BLOCK = r'/(qkv|kv|query|key|value|to_[qkv]|gate|up|fc1|fc_in|proj_in|linear_1)/kernel$'
 OUT_OF_BLOCK = r'/(proj|to_out|down|fc2|proj_out|linear_2)/kernel$'
 RULES: Rules = (
   (INTO_BLOCK, P('fsdp', 'tensor')),  # [..., D, F]
@@ -44,7 +44,7 @@ RULES: Rules = (
   (r'/(vit_proj|text_proj|context_proj_\d+|time_emb_proj|head)/kernel$', P('fsdp', 'tensor')),
   (r'/(conv\w*|patch_embed)/kernel$', P('fsdp', 'tensor')),  # [h, w, in, out]
   (r'(^state|/quantizer)/embedding$', P()),  # the codebook, [K, C]
-  (r'/embedding$', P('tensor', 'fsdp')),  # [V, D]
+  (r'/(embedding|word_embed)$', P('tensor', 'fsdp')),  # [V, D]
   (r'/head$', P('fsdp', 'tensor')),  # [D, V]
 )
 

@@ -32,6 +32,7 @@ def attention(
   scale: float | None = None,
   *,
   bias: Array | None = None,
+  dropout: Callable[[Array], Array] | None = None,
 ) -> Array:
   """Softmax attention, softmax in float32.
 
@@ -43,20 +44,25 @@ def attention(
       averages all values.
     scale: of the products, d ** -0.5 if None.
     bias: added to the scaled products, broadcastable to [B, H, Q, K].
+    dropout: applied to the weights f32[B, H, Q, K] of the values.
 
   Returns:
     [B, Q, H, d] in the dtype of v.
   """
   _assert_shapes(q, k, v)
   chex.assert_rank([x for x in (mask, bias) if x is not None], {2, 4})
-  if q.shape[1] >= 4 * QUERY_BLOCK and mask is None and bias is None:
+  is_plain = mask is None and bias is None and dropout is None
+  if q.shape[1] >= 4 * QUERY_BLOCK and is_plain:
     return _attention_by_blocks(q, k, v, scale)
   scores = _scores(q, k, scale)
   if bias is not None:
     scores = scores + bias
   if mask is not None:
     scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-  return _weighted_sums(jax.nn.softmax(scores), v)
+  weights = jax.nn.softmax(scores)
+  if dropout is not None:
+    weights = dropout(weights)
+  return _weighted_sums(weights, v)
 
 
 def policy_attention(
@@ -234,23 +240,27 @@ def _attention_by_blocks(q: Array, k: Array, v: Array, scale: float | None) -> A
 
 
 class QKV(nn.Module):
-  """Three projections from one kernel f32[3, D, W].
+  """Projections from one kernel f32[3, D, W]: three, or two of keys and values with `count` 2.
 
-  They are three products: slicing one product apart costs a third of the layer's gradient on CPU.
+  They are as many products: slicing one product apart costs a third of the layer's gradient on
+  CPU.
   """
 
   features: int
   use_bias: bool = True
   dtype: Dtype = jnp.float32
+  count: int = 3
 
   @nn.compact
   def __call__(self, x: Array) -> list[Array]:
-    """Input x [..., D] -> three arrays dtype[..., W]."""
+    """Input x [..., D] -> `count` arrays dtype[..., W]."""
     init = nn.initializers.lecun_normal(batch_axis=0)
-    kernel = self.param('kernel', init, (3, x.shape[-1], self.features)).astype(self.dtype)
+    kernel = self.param('kernel', init, (self.count, x.shape[-1], self.features)).astype(self.dtype)
     qkv = [x.astype(self.dtype) @ w for w in kernel]
     if self.use_bias:
-      bias = self.param('bias', nn.initializers.zeros, (3, self.features)).astype(self.dtype)
+      bias = self.param('bias', nn.initializers.zeros, (self.count, self.features)).astype(
+        self.dtype
+      )
       qkv = [y + b for y, b in zip(qkv, bias, strict=True)]
     return qkv
 

@@ -54,6 +54,7 @@ class DataConfig:
   draw_text_weight: float | None = None
   drop_text: float | None = None
   scene_share: float | None = None
+  augment: bool = False
   num_threads: int | None = None
   sources: Sequence[Mapping[str, Any]] = ()
   heldout: Sequence[Mapping[str, Any]] = ()

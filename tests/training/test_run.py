@@ -21,6 +21,7 @@ COMMON_OPTIONS = {
   if not key.startswith('tokenizer.')
 }
 OPTIONS_WITH_DEFAULTS = {
+  'data.augment',
   'data.crop',
   'data.heldout',
   'data.max_skipped',
@@ -33,6 +34,7 @@ OPTIONS_WITH_DEFAULTS = {
   'optim.clip_groups',
   'optim.ema_decay',
   'optim.max_nonfinite',
+  'optim.muon',
   'optim.rewarm_from',
   'optim.schedule',
 }
