@@ -1,16 +1,19 @@
 """Recognizes the published files of other systems by their names, and splits them into modules.
 
-form                      modules
-llava_v1                  interface (LinearProjection), and llama and tower where the file has them
-llava_v1.5                interface (MlpProjection), and the same
-llava_transformers        interface (MlpProjection), llama, tower
-openflamingo              interface (FlamingoInterface), gated
-blip2_stage1              pretraining (QFormerPretraining)
-blip2                     interface (QFormerInterface)
-instructblip              interface (QFormerInterface with a vocabulary)
-blip2_transformers        interface, tower
-instructblip_transformers interface, tower
-emu                       interface, head, llama, tower
+    form                       modules
+    llava_v1                   interface (LinearProjection); llama and tower if the file has them
+    llava_v1.5                 interface (MlpProjection); llama and tower if the file has them
+    llava_transformers         interface (MlpProjection), llama, tower
+    openflamingo               interface (FlamingoInterface), gated
+    blip2_stage1               pretraining (QFormerPretraining)
+    blip2                      interface (QFormerInterface)
+    instructblip               interface (QFormerInterface with a vocabulary)
+    blip2_retrieval            pretraining, less the head of words and the temperature; tower
+    blip2_transformers         interface, tower
+    instructblip_transformers  interface, tower
+    emu                        interface, head, llama, tower
+
+Names of no module are listed, such as those of the language models of BLIP-2.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from lavit_jax.weights.torch.names_llama import llama_rules
 from lavit_jax.weights.torch.rule_builders import nested_rules
 
 Tables = dict[str, list[NameRule]]  # by module
-WITH_QKV_BIAS = ('blip2_transformers', 'instructblip_transformers')
+WITH_QKV_BIAS = ('blip2_retrieval', 'blip2_transformers', 'instructblip_transformers')
 GATE = re.compile(r'lang_encoder\.(?P<layers>.*)\.(?P<number>\d+)\.gated_cross_attn_layer\.')
 
 
@@ -149,7 +152,14 @@ def _recognize_lavis(names: Collection[str]) -> tuple[str, Tables] | None:
 
 
 def _recognize_blip_of_transformers(names: Collection[str]) -> tuple[str, Tables] | None:
-  if 'language_projection.weight' not in names or 'query_tokens' not in names:
+  if 'query_tokens' not in names:
+    return None
+  if 'vision_projection.weight' in names:
+    tables = dict(
+      pretraining=names_blip2.blip2_retrieval_rules(), tower=names_blip2.blip2_tower_rules()
+    )
+    return 'blip2_retrieval', tables
+  if 'language_projection.weight' not in names:
     return None
   text = 'qformer.embeddings.word_embeddings.weight' in names
   tables = dict(

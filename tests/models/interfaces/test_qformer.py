@@ -16,6 +16,7 @@ from lavit_jax.models.interfaces.qformer_pretraining import QFormerPretraining
 from lavit_jax.models.interfaces.towers import Tower
 from lavit_jax.models.vit import ViT
 from lavit_jax.weights.torch import names_blip2 as names
+from lavit_jax.weights.torch.interface_files import open_interface
 from lavit_jax.weights.torch.mapping import from_state_dict
 
 torch = pytest.importorskip('torch')
@@ -221,6 +222,23 @@ def test_retrieval_model_of_transformers(stage1):
   close(images, contrast.image_embeds)
   close(texts, contrast.text_embeds)
   close(matching, match.logits_per_image)
+
+
+def test_the_file_of_the_retrieval_model(stage1):
+  """It gives what the file of LAVIS gives, less the head of words and the temperature."""
+  peer, params = stage1
+  state = {name: array.copy() for name, array in numpy_state(peer.blip).items()}
+  for name, array in state.items():
+    if name.endswith('qkv.bias'):
+      array[12:24] = 0  # EVA has no bias of keys
+  opened = open_interface(state)
+  assert opened.form == 'blip2_retrieval'
+  assert set(opened.others) <= {'embeddings.position_ids'}
+  tree = from_state_dict(opened.tables['pretraining'], opened.states['pretraining'], params)
+  absent = {'word_fc', 'word_norm', 'word_bias', 'temperature'}
+  assert tree.keys() == params.keys() - absent
+  kept = {name: leaf for name, leaf in params.items() if name not in absent}
+  jax.tree.map(np.testing.assert_array_equal, tree, kept)
 
 
 def peer_losses(peer, other_image, other_text):

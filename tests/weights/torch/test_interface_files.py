@@ -90,6 +90,10 @@ FORMS = {
     gated=('gated', names_interfaces.gated_rules('gpt_neox.layers', 2)),
   ),
   'blip2_stage1': dict(pretraining=('pretraining', names_blip2.blip2_pretraining_rules())),
+  'blip2_retrieval': dict(
+    pretraining=('pretraining', names_blip2.blip2_retrieval_rules()),
+    tower=('eva', names_blip2.blip2_tower_rules()),
+  ),
   'blip2': dict(interface=('qformer', names_blip2.blip2_rules('t5_proj'))),
   'instructblip': dict(interface=('instructed', names_blip2.blip2_rules('llm_proj', True))),
   'blip2_transformers': dict(
