@@ -87,7 +87,7 @@ def purpose_keys(purpose: Purpose, keys: Array, numbers: int | np.ndarray = 0) -
 
 @jax.jit
 def _fold_numbers(keys: Array, purpose: int, numbers: np.ndarray) -> Array:
-  def fold(key: Array, number: Array) -> Array:
+  def fold(key: Array, number: Array | np.ndarray) -> Array:
     return jax.random.fold_in(jax.random.fold_in(key, purpose), number)
 
   return jax.vmap(fold)(keys, numbers)

@@ -3,13 +3,14 @@
     WORKDIR/goodput.jsonl   what each start of the run did until when
     WORKDIR/.goodput_alive  when the process that is at work was last alive, in Unix seconds
 
-A start appends a line when it has found its checkpoint, when it begins and ends to compile, at
-each report, and after each save and evaluation:
+A start appends a line when it has the work directory, when it begins and ends to restore and to
+compile, at each report, and after each save and evaluation:
 
     {"start": 2, "at": 1e9, "step": 40, "phase": "step", "seconds": {"compile": 8.1, ...}}
 
 `at` is in Unix seconds, `seconds` counts since this start, and `phase` is what the process does
-from then on. The first line of a start has `began` and `resumed_from` too. All seconds of a
+from then on. The first line of a start has `began` and `last_alive` too, and the one that says
+which checkpoint it goes on from has `resumed_from`. All seconds of a
 process belong to one phase. Steps behind the checkpoint that a later start resumed from are lost;
 so is what a killed process did after its last line, as long as it was alive, unless it was not at
 steps. The time between two starts is no process's and is reported apart, as `down`.
@@ -153,31 +154,32 @@ class Goodput:
 
   # --- The file ---
 
-  def open(self, folder: pathlib.Path, resumed_from: int) -> None:
+  def open(self, folder: pathlib.Path) -> None:
     """Takes up the account of the earlier starts, and writes this one's from now on.
 
     Args:
       folder: the work directory, which is this run's.
-      resumed_from: the step of the checkpoint that was restored; 0 for none.
     """
     lines = _read_lines(folder / FILE)
     ledger = _Ledger()
     for line in lines:
       ledger.add(line)
     began = self._now() - (self._clock() - self._began)
-    first = {
-      'began': began,
-      'resumed_from': resumed_from,
-      'last_alive': _read_alive(folder / ALIVE),
-    }
+    first = {'began': began, 'last_alive': _read_alive(folder / ALIVE)}
     ledger.begin(first)
     self._earlier = ledger
     self._folder = folder
-    self._step = resumed_from
     _drop_cut_line(folder / FILE)
     self._write({'start': ledger.starts, **first})
     self._thread = threading.Thread(target=self._sign, daemon=True)
     self._thread.start()
+
+  def resume(self, step: int) -> None:
+    """Counts steps of earlier starts after `step` as lost; 0 if nothing was restored."""
+    self._step = step
+    if self._folder is not None and self._earlier is not None:
+      self._earlier.lose_after(step)
+      self._write({'start': self._earlier.starts, 'resumed_from': step})
 
   def record(self, step: int) -> None:
     """Writes what has been counted until now; `step` is the last that is done."""
@@ -244,6 +246,9 @@ class _Ledger:
       return  # the last words of a start whose directory another one has taken over
     before = self._last['seconds'] if self._last else {}
     step = self._last['step'] if self._last else line['step']
+    if 'resumed_from' in line:
+      self.lose_after(line['resumed_from'])
+      step = line['step']
     for phase, seconds in line['seconds'].items():
       passed = seconds - before.get(phase, 0.0)
       if phase == STEP:
@@ -268,9 +273,8 @@ class _Ledger:
       self._seconds[LOST if phase == STEP else phase] += tail
       self._seconds[DOWN] += max(first['began'] - end, 0.0)
     self._last = None
-    self._lose_after(first['resumed_from'])
 
-  def _lose_after(self, step: int) -> None:
+  def lose_after(self, step: int) -> None:
     """Counts the steps after `step` as lost: they are made again."""
     kept = []
     for before, after, seconds in self._steps:

@@ -91,8 +91,12 @@ def train(
     interrupt.check()
     if before_compiling is not None:
       before_compiling()
+    if jax.process_index() == 0:
+      goodput.open(run.workdir)
+      stack.callback(goodput.close)  # while the directory is this run's
     with goodput.phase('restore'):
       start = _restore_or_init(run, inputs)
+    goodput.resume(start.step)
     frozen = {name: inputs.loaded[name] for name in run.stage.modules.needs}
     warnings = option_warnings(run, inputs.loaded, trace, start.step)
     inputs.loaded.clear()  # the state has copies
@@ -108,9 +112,6 @@ def train(
       tokens=run.tokens_per_step,
       goodput=goodput,
     )
-    if log.writes:
-      goodput.open(run.workdir, start.step)
-      stack.callback(goodput.close)  # while the directory is this run's
     stack.callback(log.close)
     stack.callback(trace.close)
     log_start(run, log, inputs.checkpoints, start.abstract, start.step)

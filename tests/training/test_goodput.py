@@ -31,9 +31,10 @@ def start(tmp_path):
     account = clock.account()
     accounts.append(account)
     clock.passes(1)
+    account.open(tmp_path)
     with account.phase('restore'):
       clock.passes(2)
-    account.open(tmp_path, step)
+    account.resume(step)
     with account.phase('compile'):
       clock.passes(4)
     account.begin_steps()
@@ -120,12 +121,37 @@ def test_a_kill_while_it_compiles(start, tmp_path):
   """What it did then is compilation, up to its last sign of life."""
   clock = Clock()
   account = clock.account()
-  account.open(tmp_path, 0)
+  account.open(tmp_path)
+  account.resume(0)
   with account.phase('compile'):
     (tmp_path / ALIVE).write_text('50.0')
     account = start(Clock(100.0), 0)
   totals = shown(account.totals())
   assert totals[DOWN] == 50 and totals['compile'] == 50 + 4 and LOST not in totals
+
+
+def test_a_kill_before_it_has_found_its_checkpoint(start, tmp_path):
+  """It loses no steps, and the time until its last sign of life is that of restoring."""
+  clock = Clock()
+  account = start(clock, 0)
+  clock.passes(10)
+  account.record(5)
+  killed = Clock(clock.unix)
+  account = killed.account()
+  killed.passes(1)
+  account.open(tmp_path)
+  with account.phase('restore'):
+    killed.passes(6)
+    (tmp_path / ALIVE).write_text(str(killed.unix))
+    account = start(Clock(killed.unix + 3), 5)
+  assert shown(account.totals()) == {
+    'startup': 1 + 1 + 1,
+    'restore': 2 + 6 + 2,
+    'compile': 8,
+    'step': 10,
+    DOWN: 3,
+  }
+  assert account.totals().starts == 3
 
 
 def test_a_late_line_of_an_earlier_start_does_not_count(start, tmp_path):
@@ -148,7 +174,7 @@ def test_a_line_that_was_cut_short(start, tmp_path):
   account = start(Clock(clock.unix), 5)
   assert shown(account.totals())['step'] == 10
   lines = file.read_text().splitlines()
-  assert json.loads(lines[len(whole.splitlines()) + 1])['resumed_from'] == 5
+  assert 'began' in json.loads(lines[len(whole.splitlines()) + 1])
 
 
 def test_a_machine_whose_clock_goes_back(start):
