@@ -9,7 +9,7 @@ can be stopped at any time; the same command continues it.
 A run is measured on held-out images (split 'heldout/pair'), by its own choice of patches: the
 selection as in `lavit evaluate`; the cosine of the features that are rebuilt from its codes; and
 the shares of images whose category and whose name linear classifiers read from these features. The
-classifiers are trained on rebuilt features of training images.
+classifiers are trained on rebuilt features of training images; others read the true features.
 """
 
 import argparse
@@ -73,6 +73,8 @@ COLUMNS = (  # measure, head, digits
   ('cosine', '1 - cosine', 3),
   ('category', 'category, %', 1),
   ('name', 'name, %', 1),
+  ('true_category', 'category by true features, %', 1),
+  ('true_name', 'name by true features, %', 1),
   ('sampled_object', 'objects kept', 2),
   ('sampled_background', 'background kept', 2),
   ('correlation_sampled', 'count and object share', 2),
@@ -171,18 +173,13 @@ def measure(run: Run, frozen: str, source: str, num_images: int) -> dict[str, fl
   heldout = corpus.examples(source, 'heldout/pair', 0, num_images, 'single')
   scenes = corpus.examples(source, 'heldout/pair', 0, num_images // 2, 'scene')
 
-  _, rebuilt_trained, *_ = encode(evaluation.stack_images(trained))
-  pooled = pool(rebuilt_trained)
-  read_group = linear_probe(pooled, evaluation.group_indices(trained), len(evaluation.GROUPS))
-  read_name = linear_probe(pooled, name_indices(trained), len(splits.concept_names()))
-
+  x_trained, rebuilt_trained, *_ = encode(evaluation.stack_images(trained))
   both = heldout + scenes
   x, rebuilt, probabilities, keep, most_probable, ids = encode(evaluation.stack_images(both))
   x = x[: len(heldout)]
-  pooled = pool(rebuilt[: len(heldout)])
   ids = ids[: len(heldout)]
-  correct_groups = read_group(pooled) == evaluation.group_indices(heldout)
-  correct_names = read_name(pooled) == name_indices(heldout)
+  read = read_features(rebuilt_trained, trained, rebuilt[: len(heldout)], heldout)
+  true = read_features(x_trained, trained, x, heldout)
 
   composer = Composer(sprites.load(source), 'heldout/pair')
   masks = np.stack([composer.object_mask(example.facts) for example in both])
@@ -191,8 +188,8 @@ def measure(run: Run, frozen: str, source: str, num_images: int) -> dict[str, fl
   counts = np.bincount(ids[ids >= 0], minlength=run.model.vocabulary.codebook_size)
   return dict(
     cosine=1 - tokens.mean_cosine(x, rebuilt[: len(heldout)]),
-    category=100 * float(correct_groups.mean()),
-    name=100 * float(correct_names.mean()),
+    **read,
+    **{f'true_{key}': value for key, value in true.items()},
     tokens=float((ids >= 0).sum(1).mean()),
     codes=int((counts > 0).sum()),
     perplexity=float(codebook.perplexity(counts)),
@@ -240,6 +237,31 @@ def encode_images(
 def pool(features: np.ndarray) -> np.ndarray:
   """The mean and the maximum over the patches, f32[B, N, D] -> f32[B, 2 D]."""
   return np.concatenate([features.mean(1), features.max(1)], axis=1)
+
+
+def read_features(
+  trained_features: np.ndarray,
+  trained: Sequence[Example],
+  features: np.ndarray,
+  examples: Sequence[Example],
+) -> dict[str, float]:
+  """Reads category and name by linear classifiers.
+
+  Args:
+    trained_features: of the training images, f32[T, N, D].
+    trained: the T training examples.
+    features: f32[B, N, D].
+    examples: the B examples.
+
+  Returns:
+    {'category': % of right ones, 'name': % of right ones}.
+  """
+  measures = {}
+  num_classes = {'category': len(evaluation.GROUPS), 'name': len(splits.concept_names())}
+  for key, index in (('category', evaluation.group_indices), ('name', name_indices)):
+    read = linear_probe(pool(trained_features), index(trained), num_classes[key])
+    measures[key] = 100 * float((read(pool(features)) == index(examples)).mean())
+  return measures
 
 
 def name_indices(examples: Sequence[Example]) -> np.ndarray:
