@@ -33,8 +33,8 @@ from lavit_jax.evaluation import report as evaluation
 from lavit_jax.evaluation import selection, tokens
 from lavit_jax.models import lavit, vit
 from lavit_jax.models.initialization import init_params
+from lavit_jax.models.selector import gumbel_keep
 from lavit_jax.models.sequence import compact
-from lavit_jax.models.tokenizer import gumbel_keep
 from lavit_jax.training import codebook
 from lavit_jax.training.config import load_config
 from lavit_jax.training.run import Run, resolve

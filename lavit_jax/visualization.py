@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lavit_jax.models.tokenizer import l2_normalize
+from lavit_jax.models.quantizer import l2_normalize
 
 # RGB at equal steps from 0 to 1: the CIE lightness rises by about a fifth of its range at each.
 _HEAT = ((10, 8, 20), (82, 14, 96), (168, 38, 84), (228, 92, 46), (248, 168, 60), (252, 244, 190))

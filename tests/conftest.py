@@ -6,6 +6,7 @@ outputs of an independent forward pass.
 
 import functools
 import json
+import os
 import pathlib
 import types
 
@@ -23,6 +24,9 @@ from lavit_jax.models.vit import ViT
 from lavit_jax.weights.store.folder import save_params
 from lavit_jax.weights.torch import names_visual as tables
 from lavit_jax.weights.torch.mapping import from_state_dict
+
+# Commands that tests run leave nothing in the caches of whoever runs the tests.
+os.environ['LAVIT_COMPILATION_CACHE'] = 'off'
 
 FOLDER = pathlib.Path(__file__).parent / 'data' / 'golden'
 LONG_FILES = (  # each takes over a minute

@@ -112,6 +112,18 @@ class Steps(NamedTuple):
     return 'must give the first and the last step to trace, such as 10:12'
 
 
+class Ascending(NamedTuple):
+  """A list of positive integers, each larger than the one before; it may be empty."""
+
+  def fault(self, value: Any) -> str:
+    """What is wrong with a value, '' if nothing."""
+    if isinstance(value, (tuple, list)):
+      kinds = all(isinstance(size, int) and not isinstance(size, bool) for size in value)
+      if kinds and all(a < b for a, b in zip((0, *value), value, strict=False)):
+        return ''
+    return 'must list ascending integers of at least 1, such as (104, 176), or be ()'
+
+
 class Sources(NamedTuple):
   """A list of sources, whose options are checked in data/sources.py."""
 
@@ -179,6 +191,7 @@ OPTIONS: dict[str, Kind] = {
   'accumulate': AT_LEAST_ONE,
   'dtype': DTYPE,
   'remat': Choice(('none', *REMAT_POLICIES)),
+  'merger_capacities': Ascending(),
   'mesh.data': AXIS,
   'mesh.fsdp': AXIS,
   'mesh.tensor': AXIS,

@@ -152,6 +152,7 @@ class _CommonOptions:
   keep: int
   skip_damaged: bool
   profile: str
+  merger_capacities: tuple[int, ...] = ()
 
 
 class _TypedConfig(NamedTuple):
@@ -255,7 +256,8 @@ def _make_run(
     shards=sharding.batch_shards(mesh),
     accumulate=common.accumulate,
   )
-  model = lavit.build(common.variant, common.dtype, common.remat, settings)
+  capacities = tuple(common.merger_capacities)
+  model = lavit.build(common.variant, common.dtype, common.remat, settings, capacities)
   _check_image_size(typed, model)
   return Run(
     stage_name=common.stage,

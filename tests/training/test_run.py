@@ -30,6 +30,7 @@ OPTIONS_WITH_DEFAULTS = {
   'data.shards',
   'data.source',
   'data.sources',
+  'merger_capacities',
   'optim.clip_groups',
   'optim.ema_decay',
   'optim.max_nonfinite',
@@ -74,7 +75,7 @@ def test_the_model_is_built_once(tmp_path, monkeypatch):
 
   monkeypatch.setattr(lavit, 'build', counted)
   resolve(nano.config('autoencoder'), tmp_path)
-  assert calls == [('nano', 'float32', 'none', {})]
+  assert calls == [('nano', 'float32', 'none', {}, ())]
 
 
 @pytest.mark.parametrize(

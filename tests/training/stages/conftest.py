@@ -11,7 +11,7 @@ import pytest
 
 from lavit_jax.models import lavit
 from lavit_jax.models.initialization import init_params
-from lavit_jax.models.tokenizer import l2_normalize
+from lavit_jax.models.quantizer import l2_normalize
 
 nano.install()
 MODEL = lavit.build('nano')
