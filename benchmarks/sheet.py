@@ -17,7 +17,7 @@ GAP = 8  # pixels
 
 
 def cards(page: str) -> list[list[np.ndarray]]:
-  """The images uint8[H, W, 3] of each card of a page."""
+  """The images uint8[H, W, 3] of each card of a page; cards as wide as the page are left out."""
   result = []
   for article in re.findall('<article>.*?</article>', page, re.DOTALL):
     images = []

@@ -12,6 +12,9 @@ from jax import Array
 
 from lavit_jax.models.quantizer import l2_normalize
 
+# RGB at equal steps from 0 to 1: the CIE lightness rises by about a fifth of its range at each.
+_HEAT = ((10, 8, 20), (82, 14, 96), (168, 38, 84), (228, 92, 46), (248, 168, 60), (252, 244, 190))
+
 
 def shade_dropped_patches(images: Array | np.ndarray, keep: Array | np.ndarray) -> Array:
   """Bleaches the patches of an image that did not become visual tokens.
@@ -28,6 +31,31 @@ def shade_dropped_patches(images: Array | np.ndarray, keep: Array | np.ndarray) 
   mask = jnp.asarray(keep > 0).reshape(-1, side, side, 1)
   mask = mask.repeat(images.shape[1] // side, 1).repeat(images.shape[2] // side, 2)
   return jnp.where(mask, images, 235 + images // 16)
+
+
+def probability_colors(probabilities: np.ndarray, size: int) -> np.ndarray:
+  """Colors the probability of each patch, from black at 0 through red to pale yellow at 1.
+
+  The lightness rises evenly, so that the order of the probabilities shows without color, too.
+
+  Args:
+    probabilities: f32[B, N] in 0..1; N is a square.
+    size: the side of the images, in pixels, a multiple of the number of patches along a side.
+
+  Returns:
+    uint8[B, size, size, 3].
+  """
+  side = round(probabilities.shape[1] ** 0.5)
+  squares = probabilities.reshape(-1, side, side)
+  pixels = squares.repeat(size // side, 1).repeat(size // side, 2)
+  return colors_of_scale(pixels)
+
+
+def colors_of_scale(values: np.ndarray) -> np.ndarray:
+  """Returns the colors uint8[..., 3] of values f32[...] in 0..1, as `probability_colors` does."""
+  positions = np.linspace(0, 1, len(_HEAT))
+  channels = [np.interp(values, positions, channel) for channel in zip(*_HEAT, strict=True)]
+  return np.rint(np.stack(channels, -1)).astype(np.uint8)
 
 
 def feature_colors(features: Array, reconstructed: Array, size: int) -> tuple[Array, Array]:

@@ -18,6 +18,18 @@ def test_kept_patches_stay_and_dropped_ones_fade():
   np.testing.assert_array_equal(as_floats, shaded)
 
 
+def test_colors_of_probabilities_become_lighter():
+  probabilities = np.linspace(0, 1, 64, dtype=np.float32)[None]
+  colors = visualization.probability_colors(probabilities, 16)
+  assert colors.shape == (1, 16, 16, 3) and colors.dtype == np.uint8
+  squares = colors[0].reshape(8, 2, 8, 2, 3)
+  assert (np.ptp(squares, axis=(1, 3)) == 0).all()
+  # Luminance by the weights of Rec. 709; patches are in raster order.
+  luminance = squares[:, 0, :, 0].reshape(64, 3) @ [0.2126, 0.7152, 0.0722]
+  assert (np.diff(luminance) > 0).all()
+  assert luminance[0] < 20 and luminance[-1] > 230
+
+
 def test_equal_features_have_equal_colors():
   features = jax.random.normal(jax.random.key(0), (2, 16, 8))
   original, rebuilt = visualization.feature_colors(features, 3 * features, size=8)

@@ -11,21 +11,11 @@ Axes: B images, N patches.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Mapping
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
-from lavit_jax.data.images import read_images
 from lavit_jax.inference.pipeline import Lavit
-from lavit_jax.models import vit
-from lavit_jax.models.lavit import LavitModules
-from lavit_jax.models.selector import gumbel_keep
 
 KINDS = ('object', 'background', 'edge')
 
@@ -44,25 +34,10 @@ def measure_selection(
   Returns:
     What `score_selection` returns.
   """
-  probabilities, most_probable = select(model, images)
+  probabilities, most_probable, _ = model.select_patches(images)
   sampled = model.tokenize(images, seed=seed).keep
   side = math.isqrt(probabilities.shape[1])
   return score_selection(probabilities, sampled, most_probable, patch_coverage(masks, side))
-
-
-def select(model: Lavit, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Runs the selector.
-
-  Args:
-    model: with ViT and tokenizer.
-    images: uint8[B, H, W, 3].
-
-  Returns:
-    The probability f32[B, N] that a patch is kept, and bool[B, N], the patches that are kept
-    without sampling.
-  """
-  pixels = read_images(images, model.modules.image_size)
-  return model.run_batches(_select, ('vit', 'tokenizer'), pixels)
 
 
 def patch_coverage(masks: np.ndarray, side: int) -> np.ndarray:
@@ -156,13 +131,3 @@ def _correlation(x: np.ndarray, y: np.ndarray) -> float:
   if np.ptp(x) == 0 or np.ptp(y) == 0:
     return 0.0
   return float(np.corrcoef(x, y)[0, 1])
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _select(modules: LavitModules, params: Mapping[str, Any], images: Array) -> tuple[Array, Array]:
-  encoded = jnp.asarray(modules.vit.apply({'params': params['vit']}, vit.preprocess(images)))
-  patches = encoded[:, 1:]  # without the class token
-  log_probs = jnp.asarray(
-    modules.tokenizer.apply({'params': params['tokenizer']}, patches, method='select')
-  )
-  return jnp.exp(log_probs[..., 0]), gumbel_keep(log_probs) > 0.5

@@ -72,6 +72,26 @@ def tokenize(
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def select(modules: LavitModules, params: Params, images: Array) -> tuple[Array, Array]:
+  """Runs the selector without sampling.
+
+  Args:
+    modules: the modules.
+    params: of 'vit' and 'tokenizer'.
+    images: uint8[B, H, W, 3], of the size of the image encoder.
+
+  Returns:
+    The probability f32[B, N] that each patch is kept, and bool[B, N], the most probable patches. If
+    a module's result is not finite for an image, its probabilities are the negative fault
+    (faults.py).
+  """
+  patches, log_probs, finite = _score_patches(modules, params, images)
+  fault = faults.first_fault(('vit', patches), ('tokenizer', finite))[:, None]
+  probabilities = jnp.exp(log_probs[..., 0].astype(jnp.float32))
+  return jnp.where(fault > 0, -fault, probabilities), gumbel_keep(log_probs) > 0.5
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def embed(modules: LavitModules, params: Params, ids: Array) -> Array:
   """Embeds ids i32[B, S] of text and codes as [B, S, H]; `params` of 'llama'."""
   return _apply(modules.llama, params['llama'], ids, method='embed')
@@ -100,10 +120,7 @@ def _select_patches(
     Patch features [B, N, D], keep f32[B, N], and bool[B], whether the selector's probabilities are
     numbers.
   """
-  encoded = _apply(modules.vit, params['vit'], vit.preprocess(images))
-  patches = encoded[:, 1:]  # without the class token
-  log_probs = _apply(modules.tokenizer, params['tokenizer'], patches, method='select')
-  finite = ~jnp.isnan(log_probs).any(tuple(range(1, log_probs.ndim)))
+  patches, log_probs, finite = _score_patches(modules, params, images)
   if keys is None:
     return patches, gumbel_keep(log_probs), finite
 
@@ -111,6 +128,22 @@ def _select_patches(
     return gumbel_keep(image_log_probs[None], key=key)[0]
 
   return patches, jax.vmap(keep_of)(log_probs, keys), finite
+
+
+def _score_patches(
+  modules: LavitModules, params: Params, images: Array
+) -> tuple[Array, Array, Array]:
+  """Encodes images, and scores their patches.
+
+  Returns:
+    Patch features [B, N, D], log-probabilities [B, N, 2] of keeping and dropping a patch, and
+    bool[B], whether these are numbers.
+  """
+  encoded = _apply(modules.vit, params['vit'], vit.preprocess(images))
+  patches = encoded[:, 1:]  # without the class token
+  log_probs = _apply(modules.tokenizer, params['tokenizer'], patches, method='select')
+  finite = ~jnp.isnan(log_probs).any(tuple(range(1, log_probs.ndim)))
+  return patches, log_probs, finite
 
 
 def _apply(module: Any, params: Params, *args: Any, **kwargs: Any) -> Any:

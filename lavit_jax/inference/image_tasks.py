@@ -21,7 +21,13 @@ from lavit_jax.inference.image_generation import (
   ImageGenerationOptions,
   ImageRequest,
 )
-from lavit_jax.inference.outputs import CodesOutput, DecodedImages, ImageOutput, VisualTokens
+from lavit_jax.inference.outputs import (
+  CodesOutput,
+  DecodedImages,
+  ImageOutput,
+  PatchSelection,
+  VisualTokens,
+)
 from lavit_jax.inference.prompt_checks import as_prompts, as_texts
 from lavit_jax.inference.rng import (
   Purpose,
@@ -52,6 +58,17 @@ class ImageTasks(ModelRunner):
     keys = optional_keys(seed, len(pixels))
     patch_keys = None if keys is None else purpose_keys(Purpose.PATCHES, keys)
     return self.tokenize_images(pixels, patch_keys)
+
+  def select_patches(self, images: Any) -> PatchSelection:
+    """Returns how probable each patch of images is to become a visual token.
+
+    Args:
+      images: B images.
+
+    Returns:
+      The probabilities, and the patches that `tokenize` keeps with seed=None.
+    """
+    return self.select_image_patches(read_images(images, self.modules.image_size))
 
   @api_method(ImageGenerationOptions, outputs='generate_outputs')
   def generate(

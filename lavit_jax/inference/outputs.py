@@ -26,6 +26,21 @@ class VisualTokens(NamedTuple):
   counts: np.ndarray
 
 
+class PatchSelection(NamedTuple):
+  """What the selector makes of B images of N patches, without sampling.
+
+  Attributes:
+    probabilities: f32[B, N], that a patch becomes a token when patches are sampled.
+    keep: bool[B, N], the round(sum of probabilities) most probable patches, which become tokens
+      without sampling.
+    counts: i32[B], their number.
+  """
+
+  probabilities: np.ndarray
+  keep: np.ndarray
+  counts: np.ndarray
+
+
 class TextOutput(NamedTuple):
   """A caption or an answer.
 

@@ -23,7 +23,7 @@ from lavit_jax.inference.generation_config import (
   GenerationConfig,
   VariantDefaults,
 )
-from lavit_jax.inference.outputs import VisualTokens
+from lavit_jax.inference.outputs import PatchSelection, VisualTokens
 from lavit_jax.inference.rng import Purpose, sample_keys
 from lavit_jax.models import sequence
 from lavit_jax.models.lavit import LavitModules
@@ -139,6 +139,22 @@ class ModelRunner:
     faults.check(np.maximum(-ids[:, 0], 0), rows=rows)
     kept_ids = [image_ids[kept] for image_ids, kept in zip(ids, keep, strict=True)]
     return VisualTokens(kept_ids, keep, keep.sum(-1))
+
+  def select_image_patches(self, images: np.ndarray) -> PatchSelection:
+    """Runs the selector without sampling on images uint8[B, H, W, 3].
+
+    Args:
+      images: of the size of the image encoder.
+
+    Raises:
+      NotFinite: NaN or infinity came out of a module.
+    """
+    if not len(images):
+      none = np.zeros((0, self.modules.num_patches), bool)
+      return PatchSelection(none.astype(np.float32), none, np.zeros(0, int))
+    probabilities, keep = self.run_batches(compiled.select, ('vit', 'tokenizer'), images)
+    faults.check(np.maximum(-probabilities[:, 0], 0).astype(int))
+    return PatchSelection(probabilities, keep, keep.sum(-1))
 
   def pad_codes(self, codes: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Pads the codes of B images to N.

@@ -107,7 +107,8 @@ def test_the_tiny_checkpoint():
   scenes = corpus.examples('embedded', 'train', 0, 16, 'scene')
   examples = single + scenes
   images = report.stack_images(examples)
-  probabilities, most_probable = selection.select(model, images)
+  probabilities, most_probable, counts = model.select_patches(images)
+  np.testing.assert_array_equal(counts, most_probable.sum(1))
   assert probabilities.shape == (32, 64)
   assert 0 < probabilities.min() < probabilities.max() < 1
   np.testing.assert_array_equal(most_probable, model.tokenize(images, seed=None).keep)

@@ -18,7 +18,7 @@ from lavit_jax.inference.pipeline import Lavit
 ASSETS = pathlib.Path(cli.ASSETS)
 IMAGES = [ASSETS / 'demo' / f'0{n}.png' for n in (1, 2)]
 POISONED = {  # module: a leaf of it, and the tasks that use its result
-  'vit': ('blocks/mlp/fc2/bias', ('tokenize', 'caption')),
+  'vit': ('blocks/mlp/fc2/bias', ('tokenize', 'select', 'caption')),
   'tokenizer': ('merger/norm/scale', ('tokenize',)),
   'understanding': ('merger/norm/scale', ('caption', 'answer')),
   'llama': ('norm/scale', ('caption', 'answer', 'generate')),
@@ -56,6 +56,7 @@ def poisoned_model(params, module, path):
 
 TASKS = {
   'tokenize': lambda model: model.tokenize(IMAGES),
+  'select': lambda model: model.select_patches(IMAGES),
   'caption': lambda model: model.caption(IMAGES, min_new_tokens=1, max_new_tokens=4),
   'answer': lambda model: model.answer(
     IMAGES, ['What is this?'] * 2, min_new_tokens=1, max_new_tokens=4

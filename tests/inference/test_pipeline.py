@@ -54,6 +54,20 @@ def test_tokenize(model):
   np.testing.assert_array_equal(model.tokenize(IMAGES).keep, sampled[0])  # the default is seed 0
 
 
+def test_select_patches(model):
+  probabilities, keep, counts = model.select_patches(IMAGES)
+  assert probabilities.dtype == np.float32
+  np.testing.assert_array_equal(keep, model.tokenize(IMAGES, seed=None).keep)
+  np.testing.assert_array_equal(counts, keep.sum(-1))
+  for image_probabilities, image_keep in zip(probabilities, keep, strict=True):
+    assert abs(image_keep.sum() - image_probabilities.sum()) <= 0.5 + 1e-4
+    assert image_probabilities[image_keep].min() >= image_probabilities[~image_keep].max()
+  # Sampled patches are as frequent: 32 draws of 128 patches are within five deviations.
+  sampled = [model.tokenize(IMAGES, seed=seed).keep for seed in range(32)]
+  deviation = np.sqrt((probabilities * (1 - probabilities)).sum() / 32)
+  assert abs(np.sum(sampled) / 32 - probabilities.sum()) < 5 * deviation
+
+
 def test_text_from_images(model):
   captions = model.caption(IMAGES, seed=None)
   assert len(captions) == 2
@@ -253,6 +267,7 @@ def test_no_inputs_give_no_outputs(model):
   assert keep.shape == (0, 64)
   assert keep.dtype == bool
   assert counts.shape == (0,)
+  assert model.select_patches([]).probabilities.shape == (0, 64)
   assert model.caption([]) == []
   assert model.answer([], []) == []
   assert model.sample_codes([]) == []

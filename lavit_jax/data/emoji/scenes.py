@@ -58,6 +58,9 @@ class Composer:
     image_size: side of the images in pixels.
     augment: turn and stretch each sprite a little, and change the colors of each image a little.
 
+  Attributes:
+    trained_sprites: i64[T], indices of the sprites of training images, whatever the split.
+
   Raises:
     ValueError: the split is unknown, or none of the sprites belongs to it.
   """
@@ -78,6 +81,7 @@ class Composer:
     members = _members_by_reason(metadata)
     trained = members[None]
     self.heldout_names = frozenset(metadata[i].name for i in members['concept'])
+    self.trained_sprites = trained
     self._all_members = members
     self._members = {}
     for reason in _reasons(split):
@@ -124,6 +128,15 @@ class Composer:
     scene_questions = questions.make_questions(rng, facts, self._names[reason])
     image, object_map = self._render(rng, facts)
     return Example(image, _write_caption(rng, facts), scene_questions, facts, object_map)
+
+  def draw(self, facts: Facts) -> np.ndarray:
+    """Draws an image of given facts, uint8[H, W, 3].
+
+    Args:
+      facts: of an example of these sprites, perhaps with other boxes, or without objects.
+    """
+    image, _ = self._render(np.random.default_rng(0), facts)
+    return image
 
   def _scene_object(self, sprite: int, boxes: list[_Box]) -> SceneObject:
     fields = self.sprites.metadata[sprite]

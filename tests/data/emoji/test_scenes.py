@@ -87,6 +87,22 @@ def test_the_object_mask_covers_what_differs_from_the_background(loaded, image_s
     np.testing.assert_array_equal(example.image[mask == 1], other[mask == 1])
 
 
+def test_given_facts_are_drawn_with_fewer_objects_and_other_boxes(loaded):
+  composer = Composer(loaded, 'train', scene_share=0)
+  facts = composer(1, 0).facts
+  empty = composer.draw(facts._replace(objects=()))
+  assert empty.shape == (64, 64, 3)
+  assert (empty == empty[0, 0]).all()
+  boxes = ((2, 2, 20), (40, 30, 20))
+  moved = facts._replace(objects=(facts.objects[0]._replace(boxes=boxes),))
+  image = composer.draw(moved)
+  differs = (image != empty[0, 0]).any(-1)
+  assert differs[2:22, 2:22].any() and differs[30:50, 40:60].any()
+  differs[2:22, 2:22] = differs[30:50, 40:60] = False
+  assert not differs.any()
+  np.testing.assert_array_equal(image[2:22, 2:22], image[30:50, 40:60])
+
+
 def test_the_object_map_says_which_sprite_covers_a_pixel(loaded):
   compose = Composer(loaded, scene_share=0.6)
   seen = set()
