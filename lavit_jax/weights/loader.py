@@ -22,7 +22,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from lavit_jax import sharding
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
-from lavit_jax.models.initialization import init_params
 from lavit_jax.models.int8 import quantize_weight
 from lavit_jax.models.noise_schedule import Scheduler
 from lavit_jax.weights.store.arrays import ParameterSource, flatten, unflatten
@@ -227,8 +226,8 @@ class LazyParams:
 
   def _check(self, module: str, structs: Mapping[str, Any]) -> None:
     """Compares shapes with those of the variant; raises UserError where they differ."""
-    model_structs = jax.eval_shape(lambda: init_params(self._modules, jax.random.key(0), (module,)))
-    expected = {path: leaf.shape for path, leaf in flatten(model_structs[module]).items()}
+    model_structs = name_tables.module_shapes(self._modules, (module,))[module]
+    expected = {path: leaf.shape for path, leaf in flatten(model_structs).items()}
     actual = {path: leaf.shape for path, leaf in structs.items()}
     optional = optional_leaves(self._modules, module)
     mismatches = []
