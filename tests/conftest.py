@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import shutil
 import sys
 import tempfile
@@ -62,6 +63,19 @@ def pytest_configure(config):
   # This process has imported jax already, which reads the environment only then.
   jax.config.update('jax_compilation_cache_dir', os.environ['JAX_COMPILATION_CACHE_DIR'])
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+
+
+def pytest_ignore_collect(collection_path, config):
+  """With `-k WORD` alone, files that have the word nowhere are not imported.
+
+  To import all of them takes longer than most single tests.
+  """
+  word = config.option.keyword.lower()
+  finds_all_files = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+  if collection_path.suffix != '.py' or not finds_all_files or not re.fullmatch(r'\w+', word):
+    return None
+  names = collection_path.relative_to(config.rootpath).as_posix().lower()
+  return None if word in names or word in collection_path.read_text().lower() else True
 
 
 def pytest_collection_modifyitems(items):
