@@ -8,8 +8,8 @@ can be stopped at any time; the same command continues it.
 
 A run is measured on held-out images (split 'heldout/pair'), by its own choice of patches: the
 selection as in `lavit evaluate`; the cosine of the features that are rebuilt from its codes; and
-the share of images whose category a linear classifier reads from these features. The classifier is
-trained on rebuilt features of training images.
+the shares of images whose category and whose name linear classifiers read from these features. The
+classifiers are trained on rebuilt features of training images.
 """
 
 import argparse
@@ -27,14 +27,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lavit_jax.data.emoji import corpus, sprites
-from lavit_jax.data.emoji.scenes import Composer
+from lavit_jax.data.emoji import corpus, splits, sprites
+from lavit_jax.data.emoji.scenes import Composer, Example
 from lavit_jax.evaluation import report as evaluation
 from lavit_jax.evaluation import selection, tokens
 from lavit_jax.models import lavit, vit
 from lavit_jax.models.initialization import init_params
+from lavit_jax.models.selector import gumbel_keep
 from lavit_jax.models.sequence import compact
-from lavit_jax.models.tokenizer import gumbel_keep
+from lavit_jax.training import codebook
 from lavit_jax.training.config import load_config
 from lavit_jax.training.run import Run, resolve
 from lavit_jax.training.stages.tokenizer import choose_patches
@@ -71,15 +72,17 @@ ROWS: dict[str, tuple[str, ...]] = {  # the options in which a run differs from 
 COLUMNS = (  # measure, head, digits
   ('cosine', '1 - cosine', 3),
   ('category', 'category, %', 1),
+  ('name', 'name, %', 1),
   ('sampled_object', 'objects kept', 2),
   ('sampled_background', 'background kept', 2),
   ('correlation_sampled', 'count and object share', 2),
   ('count_std_ratio', 'spread of the count', 2),
   ('tokens', 'tokens per image', 1),
   ('codes', 'codes used', 0),
+  ('perplexity', 'perplexity', 0),
 )
 LINES = {LEARNED: curves.BLUE, SHUFFLED: curves.RED, 'published': '#7f7f7f', 'fixed': '#2ca02c'}
-TRAIN_IMAGES = 4096
+TRAIN_IMAGES = 8192
 HELDOUT_IMAGES = 1024
 PROBE_STEPS = 400
 BATCH = 256
@@ -169,25 +172,30 @@ def measure(run: Run, frozen: str, source: str, num_images: int) -> dict[str, fl
   scenes = corpus.examples(source, 'heldout/pair', 0, num_images // 2, 'scene')
 
   _, rebuilt_trained, *_ = encode(evaluation.stack_images(trained))
-  probe = linear_probe(pool(rebuilt_trained), evaluation.group_indices(trained))
+  pooled = pool(rebuilt_trained)
+  read_group = linear_probe(pooled, evaluation.group_indices(trained), len(evaluation.GROUPS))
+  read_name = linear_probe(pooled, name_indices(trained), len(splits.concept_names()))
 
   both = heldout + scenes
   x, rebuilt, probabilities, keep, most_probable, ids = encode(evaluation.stack_images(both))
   x = x[: len(heldout)]
-  rebuilt = rebuilt[: len(heldout)]
+  pooled = pool(rebuilt[: len(heldout)])
   ids = ids[: len(heldout)]
-  correct = probe(pool(rebuilt)) == evaluation.group_indices(heldout)
+  correct_groups = read_group(pooled) == evaluation.group_indices(heldout)
+  correct_names = read_name(pooled) == name_indices(heldout)
 
   composer = Composer(sprites.load(source), 'heldout/pair')
   masks = np.stack([composer.object_mask(example.facts) for example in both])
   side = run.model.image_size // run.model.vit.patch_size
   coverage = selection.patch_coverage(masks, side)
-  kept_ids = ids[ids >= 0]
+  counts = np.bincount(ids[ids >= 0], minlength=run.model.vocabulary.codebook_size)
   return dict(
-    cosine=1 - tokens.mean_cosine(x, rebuilt),
-    category=100 * float(correct.mean()),
+    cosine=1 - tokens.mean_cosine(x, rebuilt[: len(heldout)]),
+    category=100 * float(correct_groups.mean()),
+    name=100 * float(correct_names.mean()),
     tokens=float((ids >= 0).sum(1).mean()),
-    codes=len(np.unique(kept_ids)),
+    codes=int((counts > 0).sum()),
+    perplexity=float(codebook.perplexity(counts)),
     **selection.score_selection(probabilities, keep, most_probable, coverage),
   )
 
@@ -234,14 +242,22 @@ def pool(features: np.ndarray) -> np.ndarray:
   return np.concatenate([features.mean(1), features.max(1)], axis=1)
 
 
-def linear_probe(x: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+def name_indices(examples: Sequence[Example]) -> np.ndarray:
+  """The concept of the first object of each image, i32[B]."""
+  names = splits.concept_names()
+  return np.array([names.index(example.facts.objects[0].name) for example in examples])
+
+
+def linear_probe(
+  x: np.ndarray, labels: np.ndarray, num_classes: int
+) -> Callable[[np.ndarray], np.ndarray]:
   """Trains a linear classifier; f32[B, D] and labels i32[B] -> a function f32[B, D] -> i32[B]."""
   mean = x.mean(0)
   std = x.std(0) + 1e-6
   standardized = jnp.asarray((x - mean) / std)
   targets = jnp.asarray(labels)
   optimizer = optax.adamw(1e-2, weight_decay=0.1)
-  weights = jnp.zeros((x.shape[1] + 1, len(evaluation.GROUPS)))
+  weights = jnp.zeros((x.shape[1] + 1, num_classes))
 
   def logits(weights, x):
     return x @ weights[1:] + weights[0]

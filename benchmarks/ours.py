@@ -11,7 +11,7 @@ import numpy as np
 from weights import DRAWING_GUIDANCE, STEPS, Weights, drawing_inputs
 
 from lavit_jax.inference import compiled
-from lavit_jax.models import diffusion, lavit
+from lavit_jax.models import diffusion, lavit, vit
 from lavit_jax.models.initialization import init_params
 from lavit_jax.weights.torch import mapping
 from lavit_jax.weights.torch.names_diffusion import unet_rules
@@ -47,10 +47,18 @@ def drawing() -> Callable[[], np.ndarray]:
   return lambda: np.asarray(draw(params, *drawing_inputs()))
 
 
-def tokenizing(images: np.ndarray) -> Callable[[], list[np.ndarray]]:
+def patch_features(images: np.ndarray) -> jax.Array:
+  """The features f32[B, N, D] of images uint8[B, H, W, 3]."""
+  variables = {'params': module_params('vit', vit_rules())}
+  return jax.jit(SMALL.vit.apply)(variables, vit.preprocess(images))[:, 1:]
+
+
+def tokenizing(
+  images: np.ndarray, modules: lavit.LavitModules | None = None
+) -> Callable[[], list[np.ndarray]]:
   """A function that tokenizes images uint8[B, H, W, 3] with the most probable patches.
 
-  It returns codes i32[B, N] and keep bool[B, N].
+  It returns codes i32[B, N] and keep bool[B, N]. The modules are those of `small`.
   """
   params = {
     'vit': module_params('vit', vit_rules()),
@@ -58,7 +66,7 @@ def tokenizing(images: np.ndarray) -> Callable[[], list[np.ndarray]]:
   }
 
   def tokenize():
-    outputs = compiled.tokenize(SMALL, params, jnp.asarray(images), None)
+    outputs = compiled.tokenize(modules or SMALL, params, jnp.asarray(images), None)
     return [np.asarray(x) for x in outputs]
 
   return tokenize

@@ -18,7 +18,7 @@ from jax import Array
 from quantizers import quantize, straight_through
 
 from lavit_jax.models.layers import gelu
-from lavit_jax.models.tokenizer import Quantizer, l2_normalize, unit_rows
+from lavit_jax.models.quantizer import Quantizer, l2_normalize, unit_rows
 from lavit_jax.training import codebook
 from lavit_jax.training.codebook import Codebook
 from lavit_jax.training.optimizer import OptimizerConfig, make_optimizer

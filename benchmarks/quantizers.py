@@ -13,10 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lavit_jax.models.tokenizer import l2_normalize
+from lavit_jax.models.quantizer import l2_normalize, nearest_code
 
-TOKEN_BLOCK = 512  # distances of so many tokens to so many codes stay in a core's cache
-CODE_BLOCK = 1024
 FSQ_LEVELS = 4
 LFQ_ENTROPY_WEIGHT = 0.1
 LFQ_COMMITMENT_WEIGHT = 0.25
@@ -91,40 +89,6 @@ def straight_through(z: Array, codes: Array) -> Array:
 def squared_distance(x: Array, y: Array) -> Array:
   """Mean over the tokens of |x - y|^2, f32[]."""
   return jnp.square(x - y).sum(-1).mean()
-
-
-def nearest_code(z: Array, embedding: Array) -> Array:
-  """`lavit_jax.models.tokenizer.nearest_code` of z f32[T, C], faster on a CPU: i32[T].
-
-  XLA's `argmin` takes ten times as long as the product of the matrices there. The index of the
-  minimum is found by a comparison instead, in blocks that stay in the cache.
-  """
-  z = jax.lax.stop_gradient(z)
-  embedding = jax.lax.stop_gradient(embedding)
-  num_tokens = math.gcd(len(z), TOKEN_BLOCK)
-  num_codes = math.gcd(len(embedding), CODE_BLOCK)
-  starts = jnp.arange(0, len(embedding), num_codes, dtype=jnp.int32)
-  blocks = embedding.reshape(-1, num_codes, embedding.shape[-1])
-  columns = jnp.arange(num_codes, dtype=jnp.int32)
-
-  def nearest_of(tokens):
-    def compare(nearest, inputs):
-      least_distance, ids = nearest
-      start, codes = inputs
-      product = jnp.matmul(tokens, codes.T, precision=jax.lax.Precision.HIGHEST)
-      # The barrier keeps one copy of the distances; a second one might be rounded otherwise.
-      distance = jax.lax.optimization_barrier(jnp.square(codes).sum(-1) - 2 * product)
-      least = distance.min(-1)
-      column = jnp.where(distance == least[:, None], columns, num_codes).min(-1)
-      closer = least < least_distance
-      ids = jnp.where(closer, start + column, ids)
-      return (jnp.where(closer, least, least_distance), ids), None
-
-    nearest = (jnp.full(num_tokens, jnp.inf), jnp.zeros(num_tokens, jnp.int32))
-    (_, ids), _ = jax.lax.scan(compare, nearest, (starts, blocks))
-    return ids
-
-  return jax.lax.map(nearest_of, z.reshape(-1, num_tokens, z.shape[-1])).reshape(-1)
 
 
 # --- Codes without a codebook --------------------------------------------------------------------

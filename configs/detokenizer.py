@@ -31,7 +31,8 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
   config = ConfigDict(dict(
       stage='detokenizer', variant=variant, batch_size=values['batch_size'], num_steps=values['num_steps'],  # above
       seed=0, accumulate=1, dtype='bfloat16' if large else 'float32', remat='full' if large else 'none',  # our choice
-      mesh=dict(data=-1, fsdp=values['fsdp'], tensor=1), peak_tflops=0.0, frozen='', init_from='',  # our choice
+      mesh=dict(data=-1, fsdp=values['fsdp'], tensor=1), merger_capacities=lavit.variant_config(variant)['tokenizer'].get('capacities', ()),  # our choice
+      peak_tflops=0.0, frozen='', init_from='',  # our choice
       data=dict(
           task='images', image_size=values['image_size'], crop='none',  # specification, Image decoders: resized to the square
           sources=SOURCES if large else (), heldout=HELDOUT if large else (),  # above

@@ -41,12 +41,13 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
   config = ConfigDict(dict(
       stage='tokenizer', variant=variant, batch_size=values['batch_size'], num_steps=values['num_steps'],  # above
       seed=0, accumulate=1, dtype='bfloat16' if large else 'float32', remat='minimal' if large else 'none',  # our choice
-      mesh=dict(data=-1, fsdp=values['fsdp'], tensor=1), peak_tflops=0.0, frozen='', init_from='',  # our choice
+      mesh=dict(data=-1, fsdp=values['fsdp'], tensor=1), merger_capacities=lavit.variant_config(variant)['tokenizer'].get('capacities', ()),  # our choice
+      peak_tflops=0.0, frozen='', init_from='',  # our choice
       data=dict(
           task='images', image_size=image_size, crop='none',  # specification, Image encoder: 224 x 224 pixels, resized to the square
           sources=SOURCES if large else (), heldout=HELDOUT if large else (),  # above
           shards=512 if large else 8,  # our choice: shards of the sources, a multiple of `data` x `fsdp` of any mesh
-          source='data', scene_share=0.3, num_threads=16 if large else 2, max_skipped=0.05),  # our choice
+          source='data', scene_share=0.4, augment=not large, num_threads=16 if large else 2, max_skipped=0.05),  # our choice
       tokenizer=dict(
           keep_ratio=1 / 3, ratio_weight=2.0, decay=0.99,  # specification, Training: rho, lambda, decay of the codebook
           commitment_weight=1.0, quantize_from=values['quantize_from'], revive_after=values['revive_after'],  # our choice
@@ -56,7 +57,7 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
           learning_rate=values['learning_rate'], warmup_steps=values['warmup_steps'], final_fraction=0.05, weight_decay=0.05,  # our choice
           b1=0.9, b2=0.98, mu_dtype='float32', nu_dtype='float32', clip_norm=1.0, ema_decay=0.0,  # our choice
           lr_scale=() if large else (('^tokenizer/selector/', 5.0),),  # our choice
-          clip_groups=() if large else ('^tokenizer/selector/', '^tokenizer/merger/'),  # our choice
+          clip_groups=() if large else ('^tokenizer/selector/', '^tokenizer/merger/'), muon=(),  # our choice
           freeze=('^decoder/(context_proj|pool)',)),  # they belong to stage 1b
       log_every=50, eval_every=1000 if large else 250, eval_batches=8, picture_every=1000 if large else 500,  # our choice
       checkpoint_every=500, keep=2, skip_damaged=False, profile=''))  # our choice

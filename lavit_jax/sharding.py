@@ -6,7 +6,7 @@ parameter and all that belongs to it. Scanned layers have a leading axis that is
 specs are right-aligned for that reason.
 
 A batch is split over `data` and `fsdp` together. The modules of `models/` keep it so with
-`constrain_batch`, and need no other function of this file but `per_shard`.
+`constrain_batch`, and need no other functions of this file but `num_shards` and `per_shard`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Rules = Sequence[tuple[str, P]]
 
 # Specs of the last axes of a leaf; the first rule that matches counts. A kernel into a block has
 # its output split over `tensor`, a kernel out of a block its input.
-INTO_BLOCK = r'/(qkv|query|key|value|to_[qkv]|gate|up|fc1|fc_in|proj_in|linear_1)/kernel$'
+INTO_BLOCK = r'/(qkv|kv|query|key|value|to_[qkv]|gate|up|fc1|fc_in|proj_in|linear_1)/kernel$'
 OUT_OF_BLOCK = r'/(proj|to_out|down|fc2|proj_out|linear_2)/kernel$'
 RULES: Rules = (
   (INTO_BLOCK, P('fsdp', 'tensor')),  # [..., D, F]
@@ -44,7 +44,7 @@ RULES: Rules = (
   (r'/(vit_proj|text_proj|context_proj_\d+|time_emb_proj|head)/kernel$', P('fsdp', 'tensor')),
   (r'/(conv\w*|patch_embed)/kernel$', P('fsdp', 'tensor')),  # [h, w, in, out]
   (r'(^state|/quantizer)/embedding$', P()),  # the codebook, [K, C]
-  (r'/embedding$', P('tensor', 'fsdp')),  # [V, D]
+  (r'/(embedding|word_embed)$', P('tensor', 'fsdp')),  # [V, D]
   (r'/head$', P('fsdp', 'tensor')),  # [D, V]
 )
 
@@ -263,6 +263,17 @@ def constrain_batch(x: Array) -> Array:
   if not _has_axes(mesh, BATCH_AXES) or x.shape[0] % batch_shards(mesh):
     return x
   return jax.lax.with_sharding_constraint(x, P(BATCH_AXES))
+
+
+def num_shards(num_rows: int) -> int:
+  """The number of equal pieces into which the program's mesh splits `num_rows` rows of a batch.
+
+  1 where the program has no such mesh, or where the rows do not divide.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if not _has_axes(mesh, BATCH_AXES) or num_rows % batch_shards(mesh):
+    return 1
+  return batch_shards(mesh)
 
 
 def per_shard(function: Callable, shards: int, *arrays: Array) -> Any:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lavit_jax.models.tokenizer import l2_normalize
+from lavit_jax.models.quantizer import l2_normalize
 
 
 def shade_dropped_patches(images: Array | np.ndarray, keep: Array | np.ndarray) -> Array:

@@ -51,13 +51,15 @@ def pytest_configure(config):
   of them than cores, as with two test processes. Its models here are small: one thread is enough.
 
   Equal programs compile once, whichever test or process needs them. Their cache is new and empty
-  in each run, so that no result comes from an earlier version of the code or of a library.
+  in each run, so that no result comes from an earlier version of the code or of a library. Commands
+  use it, too, and leave nothing in the cache of whoever runs the tests.
   """
   assert 'torch' not in sys.modules  # it reads the variable when it is imported
   os.environ.setdefault('OMP_NUM_THREADS', '1')
   if not hasattr(config, 'workerinput'):  # the process that starts the others, or the only one
     folder = tempfile.mkdtemp(prefix='lavit-compiled-')
     config.add_cleanup(functools.partial(shutil.rmtree, folder, ignore_errors=True))
+    os.environ.pop('LAVIT_COMPILATION_CACHE', None)
     os.environ['JAX_COMPILATION_CACHE_DIR'] = folder
     os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
   # This process has imported jax already, which reads the environment only then.

@@ -17,7 +17,6 @@ from lavit_jax.data.emoji import corpus
 from lavit_jax.models import lavit
 from lavit_jax.models.initialization import init_params
 from lavit_jax.models.llama import Llama
-from lavit_jax.models.tokenizer import l2_normalize, nearest_code
 from lavit_jax.training.config import load_config
 from lavit_jax.weights.store.folder import save_params
 
@@ -212,18 +211,6 @@ def test_lfq_entropy_is_that_of_all_codes(load):
 
   expected = entropy(share).mean() - entropy(share.mean(0))
   np.testing.assert_allclose(quantizers.lfq_entropy(jnp.asarray(z)), expected, rtol=1e-4)
-
-
-def test_faster_nearest_code_chooses_the_same(load, monkeypatch):
-  """With ties too: the codebook holds every code twice."""
-  quantizers = load('quantizers')
-  monkeypatch.setattr(quantizers, 'TOKEN_BLOCK', 16)
-  monkeypatch.setattr(quantizers, 'CODE_BLOCK', 8)
-  z = l2_normalize(jax.random.normal(jax.random.key(0), (48, 4)))
-  embedding = l2_normalize(jax.random.normal(jax.random.key(1), (20, 4)))
-  twice = jnp.concatenate([embedding, embedding])
-  ids = jax.jit(quantizers.nearest_code)(z, twice)
-  np.testing.assert_array_equal(ids, nearest_code(z, embedding))
 
 
 @pytest.mark.slow

@@ -205,7 +205,7 @@ def test_overrides_reach_the_loop(tmp_path, monkeypatch):
   from lavit_jax.training import loop
 
   seen = []
-  monkeypatch.setattr(loop, 'train', lambda config, workdir: seen.append((config, workdir)))
+  monkeypatch.setattr(loop, 'train', lambda config, workdir, *_: seen.append((config, workdir)))
   config_file = f'{ROOT}/configs/tokenizer.py:tiny'
   overrides = ['--config.batch_size=3', '--config.seed', '7']
   assert cli.main(['train', '--config', config_file, '--workdir', 'runs/x', *overrides]) == 0
@@ -214,7 +214,7 @@ def test_overrides_reach_the_loop(tmp_path, monkeypatch):
 
 
 def test_an_error_that_a_restart_may_remove_has_another_status(tmp_path, monkeypatch, capsys):
-  def run(config, workdir):
+  def run(*_):
     raise Unreachable('gs://b/0.tar cannot be read')
 
   monkeypatch.setattr('lavit_jax.training.loop.train', run)

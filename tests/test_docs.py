@@ -21,8 +21,9 @@ GUIDES = [
 QUOTED_ERROR = re.compile(r'^\| `([^`]+)` \|', re.M)
 # Lines that need weights, data, machines or a network that a test does not have.
 ELSEWHERE = re.compile(
-  r'BUCKET|POD|/mnt/|LaVIT-7B|LaVIT-again|Llama-2|llama-with|ZONE|pip install|data build|lavit app|'
-  r'bash launch|lavit_7b|activate|inproceedings|runs/(encoder|autoencoder|tokenizer|detokenizer|lm)'
+  r'BUCKET|POD|/mnt/|LaVIT-7B|LaVIT-again|Llama-2|llama-with|ZONE|(pip|npm) install|data build|'
+  r'lavit app|bash launch|lavit_7b|activate|inproceedings|'
+  r'runs/(encoder|autoencoder|tokenizer|detokenizer|lm)'
   r'|lavit bundle|--folder trained|lavit inspect model$|data pack'
 )
 

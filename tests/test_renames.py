@@ -10,7 +10,7 @@ import pytest
 from lavit_jax import renames
 
 ROOT = pathlib.Path(__file__).parents[1]
-NEED_EXTRAS = ('apps.web', 'data.emoji.build', 'data.emoji.rendering')
+NEED_EXTRAS = ('apps.web', 'data.emoji.rendering')
 
 
 def import_module(name):

@@ -32,6 +32,13 @@ def _add_build(actions: Commands) -> None:
     help='the data set is written to DIR/emoji',
   )
   parser.add_argument(
+    '--npm',
+    type=local_path,
+    default='',
+    metavar='DIR',
+    help='the folder node_modules with the art of more styles; without it the data set has three',
+  )
+  parser.add_argument(
     '--sample', action='store_true', help='only the two dozen concepts that are in the package'
   )
 
@@ -76,8 +83,8 @@ def _build(args: argparse.Namespace) -> None:
   from lavit_jax.errors import UserError
 
   try:
-    print(build(args.data_dir, args.sample))
-  except ImportError as error:  # the extra is missing
+    print(build(args.data_dir, args.sample, args.npm))
+  except (ImportError, FileNotFoundError) as error:  # the extra or an npm package is missing
     raise UserError(error) from error
 
 

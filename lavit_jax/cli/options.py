@@ -14,6 +14,7 @@ if TYPE_CHECKING:
   Commands = argparse._SubParsersAction[Any]
 
 ASSETS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'assets')
+CACHE_FOLDER = '$XDG_CACHE_HOME/lavit_jax/compiled or ~/.cache/lavit_jax/compiled'
 TINY = os.path.relpath(os.path.join(ASSETS, 'tiny'))
 
 
@@ -109,6 +110,19 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     action='store_false',
     help='skip the safety check of generated images',
   )
+  add_cache_option(parser)
+
+
+def add_cache_option(parser: argparse.ArgumentParser, folder: str = CACHE_FOLDER) -> None:
+  """Adds --compilation-cache; `folder` is the default in the help."""
+  parser.add_argument(
+    '--compilation-cache',
+    type=local_path,
+    metavar='DIR|off',
+    help='folder for compiled programs, which the next start reads instead of compiling; at most '
+    '2 GiB stay there; off: none (default: $LAVIT_COMPILATION_CACHE, else '
+    f'$JAX_COMPILATION_CACHE_DIR, else {folder})',
+  )
 
 
 def add_seed_option(parser: argparse.ArgumentParser) -> None:
@@ -123,8 +137,10 @@ def add_seed_option(parser: argparse.ArgumentParser) -> None:
 
 def load_model(args: argparse.Namespace) -> Lavit:
   """Opens the checkpoint that the options of `add_model_options` describe."""
+  from lavit_jax import compilation_cache
   from lavit_jax.inference.pipeline import Lavit
 
+  compilation_cache.enable(args.compilation_cache)
   mesh = {'tensor': args.tensor} if args.tensor > 1 else None
   return Lavit.from_pretrained(
     args.folder,

@@ -23,6 +23,8 @@ def build_parser() -> argparse.ArgumentParser:
   parser = Parser(
     prog='lavit',
     description='LaVIT in JAX: one language model that understands and generates images.',
+    epilog='Programs that a command compiles are kept for its next start; --compilation-cache says '
+    'where, and LAVIT_COMPILATION_CACHE=off turns it off.',
   )
   commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
   tasks.add_commands(commands)

@@ -16,7 +16,16 @@ IMAGE_ROW = '{"image": "cat.png"}'
 # Every result depends on these; result files record them.
 MODEL_OPTIONS = ('folder', 'dtype', 'weights_dtype', 'cache_dtype', 'safety_checker', 'seed')
 # The other options, apart from these, are arguments of the model's method.
-COMMAND_OPTIONS = ('command', 'run', 'inputs', 'input', 'out', 'json', 'tensor')
+COMMAND_OPTIONS = (
+  'command',
+  'run',
+  'inputs',
+  'input',
+  'out',
+  'json',
+  'tensor',
+  'compilation_cache',
+)
 # Options under another name in result files, which have older names: a run must be resumable.
 RECORDED_NAMES = {
   'cache_dtype': 'cache',
@@ -164,7 +173,7 @@ def _add_image_outputs(parser: argparse.ArgumentParser) -> None:
   )
   parser.add_argument(
     '--sampler',
-    choices=('ddim', 'euler', 'dpm++2m'),
+    choices=('ddim', 'euler', 'dpm++2m', 'pndm'),
     default='ddim',
     help='diffusion sampler (default: %(default)s)',
   )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import pathlib
+import time
 from typing import TYPE_CHECKING
 
-from lavit_jax.cli.options import add_command, local_path, number
+from lavit_jax.cli.options import add_cache_option, add_command, local_path, number
 
 if TYPE_CHECKING:
   from lavit_jax.cli.options import Commands
@@ -36,6 +38,7 @@ def _add_train(commands: Commands) -> None:
     metavar='DIR',
     help='folder for checkpoints, logs and exports; a run that is in it is resumed',
   )
+  add_cache_option(parser, 'WORKDIR/compiled')
   group = parser.add_argument_group(
     'several processes', 'not needed on TPU pods, on GKE and under SLURM'
   )
@@ -115,6 +118,7 @@ def _add_compile(commands: Commands) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
+  began = time.monotonic()
   from lavit_jax.training.config import load_config
 
   config = load_config(args.config, args.overrides)
@@ -123,8 +127,18 @@ def _train(args: argparse.Namespace) -> None:
   distributed.connect(args.coordinator, args.processes, args.process, args.timeout)
   from lavit_jax.training import loop  # only now: nothing of JAX may run before `connect`
 
+  def enable_cache() -> None:
+    import jax
+
+    from lavit_jax import compilation_cache
+
+    # The work directory is the one folder that all processes share, and that a run which is
+    # started again, maybe on another machine, is known to find.
+    default = pathlib.Path(args.workdir) / 'compiled'
+    compilation_cache.enable(args.compilation_cache, default, jax.process_index() == 0)
+
   with distributed.exit_together():
-    loop.train(config, args.workdir)
+    loop.train(config, args.workdir, began, enable_cache)
 
 
 def _compile(args: argparse.Namespace) -> None:

@@ -9,12 +9,14 @@ import grain
 import numpy as np
 
 from lavit_jax.data import images, prompts
+from lavit_jax.data.emoji import splits
 from lavit_jax.data.emoji.corpus import describe_sprite
 from lavit_jax.data.emoji.scenes import Composer, Example
 from lavit_jax.data.tasks import KIND_OF_USE, UseSampler
 from lavit_jax.data.text_fields import TextEncoder
 
 _ENDLESS = 1 << 62  # rows
+MAX_OBJECTS = 2  # kinds of sprites in an image
 
 MakeRow = Callable[[int], dict[str, Any]]
 
@@ -94,13 +96,18 @@ def image_rows(composer: Composer, seed: int, vit_size: int | None) -> MakeRow:
 def contrastive_rows(
   composer: Composer, seed: int, vit_size: int | None, encoder: TextEncoder
 ) -> MakeRow:
-  """Rows of the task 'contrastive': an image with its caption."""
+  """Rows of the task 'contrastive': an image with its caption, and where its objects are."""
+  concepts = {name: number for number, name in enumerate(splits.concept_names())}
 
   def make_row(index: int) -> dict[str, Any]:
     example = composer(seed, index)
     text = encoder.encode(example.caption)
     del text['text_weight']
-    return {**_image_fields(example, vit_size), **text}
+    names = np.full(MAX_OBJECTS, -1, np.int32)
+    for number, scene_object in enumerate(example.facts.objects):
+      names[number] = concepts[scene_object.name]
+    objects = {'object_map': example.object_map, 'object_names': names}
+    return {**_image_fields(example, vit_size), **text, **objects}
 
   return make_row
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from lavit_jax.data import tasks, transforms
 from lavit_jax.data.composed import (
+  MAX_OBJECTS,
   Batches,
   composed_batches,
   contrastive_rows,
@@ -87,6 +88,7 @@ def batches(
   draw_text_weight: float = 0.1,
   drop_text: float = 0.1,
   scene_share: float = 0.3,
+  augment: bool = False,
   shard_index: int = 0,
   shard_count: int = 1,
   rows: Sequence[int] | None = None,
@@ -101,15 +103,17 @@ def batches(
 ) -> BatchIterator:
   """Endless batches for a task, as dictionaries of NumPy arrays.
 
-  | field       | tasks           | array             | content                               |
-  |-------------|-----------------|-------------------|---------------------------------------|
-  | image       | all             | uint8[B, H, W, 3] | RGB, H = W = `image_size`             |
-  | vit_image   | with `vit_size` | uint8[B, V, V, 3] | the same image, V = `vit_size`        |
-  | text        | contrastive, lm | int32[B, T]       | ids, padded with 0, T = `text_length` |
-  | text_length | contrastive, lm | int32[B]          | ids without padding                   |
-  | text_weight | lm              | f32[B, T + 1]     | weights in the loss                   |
-  | kind        | lm              | int32[B]          | 0 image to text, 1 text to image,     |
-  |             |                 |                   | 2 text only                           |
+  | field        | tasks           | array             | content                               |
+  |--------------|-----------------|-------------------|---------------------------------------|
+  | image        | all             | uint8[B, H, W, 3] | RGB, H = W = `image_size`             |
+  | vit_image    | with `vit_size` | uint8[B, V, V, 3] | the same image, V = `vit_size`        |
+  | text         | contrastive, lm | int32[B, T]       | ids, padded with 0, T = `text_length` |
+  | text_length  | contrastive, lm | int32[B]          | ids without padding                   |
+  | object_map   | contrastive,    | uint8[B, H, W]    | 0 background, i + 1 object i          |
+  | object_names | if composed     | int32[B, 2]       | their concepts, or -1 (splits.py)     |
+  | text_weight  | lm              | f32[B, T + 1]     | weights in the loss                   |
+  | kind         | lm              | int32[B]          | 0 image to text, 1 text to image,     |
+  |              |                 |                   | 2 text only                           |
 
   `text_weight` has a weight for each token, and for the one behind the text: 1, or 0 where the
   text was cut and does not end. Begin and end tokens are added when rows are packed.
@@ -135,6 +139,7 @@ def batches(
     draw_text_weight: the weight of captions in rows of use 'draw'.
     drop_text: the share of these rows that have no text.
     scene_share: the share of composed examples with several sprites.
+    augment: turn, stretch and recolor composed training examples a little.
     shard_index: the block of the global batch that this process has.
     shard_count: the number of blocks.
     rows: the rows of the global batch that this process has, if they are not a block.
@@ -173,7 +178,8 @@ def batches(
   if task != 'images':
     encoder = TextEncoder(tokenizer_folder, text_length)
   if not sources:
-    composer = Composer(sprites.load(source), split, scene_share, image_size)
+    loaded = sprites.load(source)
+    composer = Composer(loaded, split, scene_share, image_size, augment and split == 'train')
     if encoder is None:
       make_row = image_rows(composer, seed, vit_size)
     elif task == 'contrastive':
@@ -281,9 +287,23 @@ def _check_source_types(name: str, source: Any) -> None:
 
 
 def batch_shapes(
-  task: str, batch_size: int, image_size: int, text_length: int = 0, vit_size: int | None = None
+  task: str,
+  batch_size: int,
+  image_size: int,
+  text_length: int = 0,
+  vit_size: int | None = None,
+  composed: bool = False,
 ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-  """The fields of the batches of a task: {name: (shape, dtype)}; see `batches`."""
+  """The fields of the batches of a task: {name: (shape, dtype)}; see `batches`.
+
+  Args:
+    task: as for `batches`, like the sizes.
+    batch_size: B.
+    image_size: H = W.
+    text_length: T.
+    vit_size: V.
+    composed: whether the images are composed, not read from sources.
+  """
   shapes: dict[str, tuple[tuple[int, ...], Any]] = {
     'image': ((batch_size, image_size, image_size, 3), np.uint8)
   }
@@ -292,6 +312,9 @@ def batch_shapes(
   if task != 'images':
     shapes['text'] = ((batch_size, text_length), np.int32)
     shapes['text_length'] = ((batch_size,), np.int32)
+  if task == 'contrastive' and composed:
+    shapes['object_map'] = ((batch_size, image_size, image_size), np.uint8)
+    shapes['object_names'] = ((batch_size, MAX_OBJECTS), np.int32)
   if task == 'lm':
     shapes['text_weight'] = ((batch_size, text_length + 1), np.float32)
     shapes['kind'] = ((batch_size,), np.int32)

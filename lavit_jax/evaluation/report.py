@@ -19,7 +19,14 @@ from lavit_jax.evaluation import captions, images, selection, tokens, vqa
 from lavit_jax.inference.pipeline import Lavit
 from lavit_jax.output import write_json
 
-SPLITS = {'heldout/pair': 'unseen style of a concept', 'heldout/concept': 'unseen concept'}
+SPLITS = {  # with the heading of their column
+  'train': 'trained sprites, new images',
+  'heldout/pair': 'unseen style of a concept',
+  'heldout/style': 'a whole unseen style',
+  'heldout/concept': 'unseen concept',
+}
+# Of the images of trained sprites: those of small seeds are the training images of runs.
+_TRAIN_SEED = 1 << 40
 GROUPS = tuple(questions.CATEGORIES)
 _STEPS = 25  # of the image decoder
 _NUM_MEAN_FEATURES = 256  # training images whose mean feature is the baseline of tokens
@@ -38,6 +45,7 @@ _SELECTION_VALUES = (  # (row of the table, measure, baseline)
 )
 
 Report = dict[str, Any]
+Rows = tuple[str, list[list[str]]]  # (title, rows) of a table
 Classify = Callable[[np.ndarray], np.ndarray]  # uint8[B, H, W, 3] -> i32[B]
 
 
@@ -96,8 +104,11 @@ def evaluate(
   composer = Composer(loaded)
   splits = {}
   for split in SPLITS:
-    single = corpus.examples(source, split, seed, count, 'single')
-    scenes = corpus.examples(source, split, seed, count // 2, 'scene')
+    if not composer.has_split(split):  # the sample has no sprite of the held-out style
+      continue
+    split_seed = seed + _TRAIN_SEED if split == 'train' else seed
+    single = corpus.examples(source, split, split_seed, count, 'single')
+    scenes = corpus.examples(source, split, split_seed, count // 2, 'scene')
     captioned = model.caption(stack_images(single), seed=seed)
     splits[split] = {
       'tokens': measure_tokens(model, single, baselines.mean_features, seed),
@@ -249,17 +260,18 @@ def measure_images(
 
 def report_tables(report: Report) -> list[Table]:
   """Returns the tables of a report for the terminal, with a column for each split."""
-  splits = [report['splits'][split] for split in SPLITS]
+  headings = [SPLITS[split] for split in report['splits']]
+  splits = report['splits'].values()
   return [
-    _tokens_table([split['tokens'] for split in splits]),
-    _selection_table([split['selection'] for split in splits]),
-    _captions_table([split['captions'] for split in splits]),
-    _questions_table([split['questions'] for split in splits]),
-    _images_table([split['drawings'] for split in splits]),
+    _table(*_tokens_rows([split['tokens'] for split in splits]), headings),
+    _table(*_selection_rows([split['selection'] for split in splits]), headings),
+    _table(*_captions_rows([split['captions'] for split in splits]), headings),
+    _table(*_questions_rows([split['questions'] for split in splits]), headings),
+    _table(*_images_rows([split['drawings'] for split in splits]), headings),
   ]
 
 
-def _tokens_table(splits: Sequence[dict[str, float]]) -> Table:
+def _tokens_rows(splits: Sequence[dict[str, float]]) -> Rows:
   rows = [
     ['cosine of rebuilt features (of the mean)'],
     ["cosine of an image's own mean"],
@@ -275,10 +287,10 @@ def _tokens_table(splits: Sequence[dict[str, float]]) -> Table:
     )
     for row, cell in zip(rows, cells, strict=True):
       row.append(cell)
-  return _table('visual tokens', rows)
+  return 'visual tokens', rows
 
 
-def _selection_table(splits: Sequence[dict[str, float]]) -> Table:
+def _selection_rows(splits: Sequence[dict[str, float]]) -> Rows:
   rows = []
   for label, measure in _SELECTION_ROWS.items():
     row = [label]
@@ -290,27 +302,27 @@ def _selection_table(splits: Sequence[dict[str, float]]) -> Table:
     for values in splits:
       row.append(f'{values[key]:.3f}' if key in values else '-')
     rows.append(row)
-  return _table('selection (the same probability for all patches)', rows)
+  return 'selection (the same probability for all patches)', rows
 
 
-def _captions_table(splits: Sequence[dict[str, float]]) -> Table:
+def _captions_rows(splits: Sequence[dict[str, float]]) -> Rows:
   rows = []
   for key in ('name', 'category', 'background'):
     rows.append([key, *(_with_baselines(values, key, f'{key}_majority') for values in splits)])
-  return _table('captions, % (majority)', rows)
+  return 'captions, % (majority)', rows
 
 
-def _questions_table(splits: Sequence[dict[str, dict[str, float]]]) -> Table:
+def _questions_rows(splits: Sequence[dict[str, dict[str, float]]]) -> Rows:
   rows = []
   for question_type in dict.fromkeys(itertools.chain.from_iterable(splits)):
     row = [question_type]
     for values in splits:
       row.append(_with_baselines(values.get(question_type, {}), 'accuracy', 'majority', 'blind'))
     rows.append(row)
-  return _table('answers, % (majority of the type; of the question)', rows)
+  return 'answers, % (majority of the type; of the question)', rows
 
 
-def _images_table(splits: Sequence[dict[str, dict[str, float]]]) -> Table:
+def _images_rows(splits: Sequence[dict[str, dict[str, float]]]) -> Rows:
   rows = []
   for kind in _IMAGE_KINDS:
     row = [kind]
@@ -318,11 +330,11 @@ def _images_table(splits: Sequence[dict[str, dict[str, float]]]) -> Table:
       category = _percent(values[kind], 'category')
       row.append(f'{category}, {_percent(values[kind], "background")}')
     rows.append(row)
-  return _table('images, % right category, background', rows)
+  return 'images, % right category, background', rows
 
 
-def _table(title: str, rows: Iterable[Sequence[str]]) -> Table:
-  table = Table(title, *SPLITS.values(), title_justify='left')
+def _table(title: str, rows: Iterable[Sequence[str]], headings: Sequence[str]) -> Table:
+  table = Table(title, *headings, title_justify='left')
   for row in rows:
     table.add_row(*row)
   return table

@@ -25,7 +25,7 @@ from lavit_jax.data.images import read_images
 from lavit_jax.inference.pipeline import Lavit
 from lavit_jax.models import vit
 from lavit_jax.models.lavit import LavitModules
-from lavit_jax.models.tokenizer import gumbel_keep
+from lavit_jax.models.selector import gumbel_keep
 
 KINDS = ('object', 'background', 'edge')
 

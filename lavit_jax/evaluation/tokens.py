@@ -19,7 +19,7 @@ from lavit_jax.inference.outputs import VisualTokens
 from lavit_jax.inference.pipeline import Lavit
 from lavit_jax.models import vit
 from lavit_jax.models.lavit import LavitModules
-from lavit_jax.models.tokenizer import l2_normalize
+from lavit_jax.models.quantizer import l2_normalize
 
 
 def codebook_usage(tokens: VisualTokens, codebook_size: int) -> dict[str, float]:

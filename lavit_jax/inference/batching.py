@@ -10,8 +10,6 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress, TimeElapsedColumn
 
 T = TypeVar('T')
 
@@ -74,6 +72,9 @@ def _progress_bar(total: int, label: str) -> Iterator[Callable[[int], None]]:
   if not sys.stderr.isatty():
     yield lambda count: None
     return
+  from rich.console import Console
+  from rich.progress import Progress, TimeElapsedColumn
+
   bar = Progress(
     *Progress.get_default_columns(),
     TimeElapsedColumn(),

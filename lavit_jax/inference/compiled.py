@@ -19,7 +19,7 @@ from lavit_jax.inference import beam_search as searching
 from lavit_jax.inference import decode, faults
 from lavit_jax.models import sequence, vit
 from lavit_jax.models.lavit import LavitModules
-from lavit_jax.models.tokenizer import gumbel_keep
+from lavit_jax.models.selector import gumbel_keep
 
 Params = dict[str, Any]
 

@@ -63,7 +63,7 @@ class DecodingConfig:
     decoder: LOWRES or HIGHRES.
     size: (height, width) of the images, in pixels.
     num_inference_steps: denoising steps.
-    sampler: 'ddim', 'euler' or 'dpm++2m' (`diffusion.make_plan`).
+    sampler: one of `sampler_plans.SAMPLERS`.
     guidance_rescale: share of rescaled guidance.
     strength: share of the steps that are done from an initial image.
     vae_tile_size: side of the tiles that the VAE decodes, in pixels; None decodes whole images.

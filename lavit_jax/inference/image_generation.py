@@ -27,7 +27,7 @@ from lavit_jax.inference.generation_config import (
 from lavit_jax.inference.image_decoder import HIGHRES, LOWRES, DecodingConfig
 from lavit_jax.inference.outputs import DecodedImages
 from lavit_jax.inference.runner import ModelRunner
-from lavit_jax.models import diffusion
+from lavit_jax.models import sampler_plans
 from lavit_jax.models.noise_schedule import Scheduler
 
 LOG = logging.getLogger(__name__)
@@ -234,7 +234,7 @@ def _resolve_size(size: Any, defaults: VariantDefaults) -> tuple[int, int]:
 
 def _check_plan(config: DecodingConfig) -> None:
   try:
-    diffusion.make_plan(
+    sampler_plans.make_plan(
       config.scheduler,
       config.num_inference_steps,
       sampler=config.sampler,

@@ -282,7 +282,7 @@ class ImageTasks(ModelRunner):
         square of `defaults.output_size` by Stable Diffusion 1.5.
       guidance_scale: of the U-Net; by default as published, 5, or 7 with SDXL.
       num_inference_steps: denoising steps; by default as published, 50, or 25 with SDXL.
-      sampler: 'ddim', as published, 'euler' or 'dpm++2m'.
+      sampler: 'ddim', as published, 'euler', 'dpm++2m' or 'pndm'.
       guidance_rescale: share of rescaled guidance, against images that are too bright or too dark
         (Lin et al. 2023, who use 0.7).
       init_images: images to start from instead of noise, one for each or one for all; they are

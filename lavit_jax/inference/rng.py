@@ -82,12 +82,21 @@ def purpose_keys(purpose: Purpose, keys: Array, numbers: int | np.ndarray = 0) -
   Returns:
     keys[B].
   """
-  numbers = np.broadcast_to(np.asarray(numbers, np.int32), keys.shape)
+  return _fold_numbers(keys, purpose, np.broadcast_to(np.asarray(numbers, np.int32), keys.shape))
 
+
+@jax.jit
+def _fold_numbers(keys: Array, purpose: int, numbers: np.ndarray) -> Array:
   def fold(key: Array, number: Array | np.ndarray) -> Array:
     return jax.random.fold_in(jax.random.fold_in(key, purpose), number)
 
   return jax.vmap(fold)(keys, numbers)
+
+
+@jax.jit
+def take_keys(keys: Array, rows: np.ndarray) -> Array:
+  """Returns keys[rows], keys[B'], in one program."""
+  return keys[rows]
 
 
 def sample_keys(purpose: Purpose, keys: Array, count: int) -> Array:
@@ -108,4 +117,9 @@ def sample_keys(purpose: Purpose, keys: Array, count: int) -> Array:
 
 def _fold_rows(seed: Any, rows: Sequence[int]) -> Array:
   key = jax.random.key(check_value('seed', seed, SEED_LIMIT))
-  return jax.vmap(jax.random.fold_in, (None, 0))(key, np.asarray(rows))
+  return _fold_each(key, np.asarray(rows))
+
+
+@jax.jit
+def _fold_each(key: Array, rows: np.ndarray) -> Array:
+  return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)

@@ -20,7 +20,14 @@ from lavit_jax.inference import batching, compiled, faults
 from lavit_jax.inference.generation_config import GenerationConfig
 from lavit_jax.inference.outputs import TextOutput
 from lavit_jax.inference.prompt_checks import as_texts, shared_argument
-from lavit_jax.inference.rng import Purpose, Seed, example_keys, optional_keys, purpose_keys
+from lavit_jax.inference.rng import (
+  Purpose,
+  Seed,
+  example_keys,
+  optional_keys,
+  purpose_keys,
+  take_keys,
+)
 from lavit_jax.inference.runner import ModelRunner, score_faults, sequences_of
 from lavit_jax.models.vocabulary import EOS_ID, Vocabulary
 
@@ -178,7 +185,7 @@ def _encode_batches(
   if config.do_sample:
     max_batch = max(1, max_batch // config.num_return_sequences)
   for n, rows in batching.batch_ranges(len(images), max_batch):
-    batch_keys = None if patch_keys is None else patch_keys[rows]
+    batch_keys = None if patch_keys is None else take_keys(patch_keys, rows)
     features, counts = runner.run(
       compiled.read, ('vit', 'tokenizer', 'understanding'), images[rows], batch_keys
     )

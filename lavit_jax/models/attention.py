@@ -32,6 +32,7 @@ def attention(
   scale: float | None = None,
   *,
   bias: Array | None = None,
+  dropout: Callable[[Array], Array] | None = None,
 ) -> Array:
   """Softmax attention, softmax in float32.
 
@@ -43,20 +44,25 @@ def attention(
       averages all values.
     scale: of the products, d ** -0.5 if None.
     bias: added to the scaled products, broadcastable to [B, H, Q, K].
+    dropout: applied to the weights f32[B, H, Q, K] of the values.
 
   Returns:
     [B, Q, H, d] in the dtype of v.
   """
   _assert_shapes(q, k, v)
   chex.assert_rank([x for x in (mask, bias) if x is not None], {2, 4})
-  if q.shape[1] >= 4 * QUERY_BLOCK and mask is None and bias is None:
+  is_plain = mask is None and bias is None and dropout is None
+  if q.shape[1] >= 4 * QUERY_BLOCK and is_plain:
     return _attention_by_blocks(q, k, v, scale)
   scores = _scores(q, k, scale)
   if bias is not None:
     scores = scores + bias
   if mask is not None:
     scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-  return _weighted_sums(jax.nn.softmax(scores), v)
+  weights = jax.nn.softmax(scores)
+  if dropout is not None:
+    weights = dropout(weights)
+  return _weighted_sums(weights, v)
 
 
 def policy_attention(
@@ -80,6 +86,33 @@ def policy_attention(
   Returns:
     [B, Q, H, d] in the dtype of v.
   """
+  return policy_attention_with_effect(q, k, v, policy, counterfactual)[0]
+
+
+def policy_attention_with_effect(
+  q: Array,
+  k: Array,
+  v: Array,
+  policy: Array,
+  counterfactual: bool = False,
+  key_shares: Array | None = None,
+) -> tuple[Array, Array]:
+  """`policy_attention`, and how much of its result is due to eps.
+
+  Args:
+    q: see `policy_attention`.
+    k: see `policy_attention`.
+    v: see `policy_attention`.
+    policy: see `policy_attention`.
+    counterfactual: see `policy_attention`.
+    key_shares: how eps is spread over the keys, f32[B, K], the sum is 1; None for 1 / K each. A key
+      that stands for others has their shares.
+
+  Returns:
+    ([B, Q, H, d] in the dtype of v, f32[B, Q]). The second is the norm, over all heads, of what
+    would change without eps, in relation to the norm of the result; inf or nan if eps outweighs all
+    keys that count. It has no gradient.
+  """
   _assert_shapes(q, k, v)
   chex.assert_rank(policy, {2, 4})
   scores = _scores(q, k, None)
@@ -88,9 +121,37 @@ def policy_attention(
   if counterfactual:
     policy = _counterfactual_policy(policy, weights)
   weights = weights * policy
-  num_keys = weights.shape[-1]
   total = weights.sum(-1, keepdims=True)
-  return _weighted_sums((weights + POLICY_EPSILON / num_keys) / (total + POLICY_EPSILON), v)
+  num_keys = weights.shape[-1]
+  shares = 1 / num_keys if key_shares is None else key_shares[:, None, None]
+  weights = (weights + POLICY_EPSILON * shares) / (total + POLICY_EPSILON)
+  attended = _weighted_sums(weights, v)
+  return attended, _effect_of_epsilon(attended, total, v, shares)
+
+
+def _effect_of_epsilon(attended: Array, total: Array, v: Array, shares: Array | float) -> Array:
+  """f32[B, Q], see `policy_attention_with_effect`.
+
+  With the mean m of the values by their shares, a result is r = (s + eps m) / (t + eps), where s
+  and t are sums over the keys that count. Without eps it is s / t, and r - s / t = eps / t (m - r).
+
+  Args:
+    attended: r [B, Q, H, d].
+    total: t f32[B, H, Q, 1].
+    v: [B, K, H, d].
+    shares: f32[B, 1, 1, K], or one number.
+  """
+  attended, total, v = jax.lax.stop_gradient((attended, total, v))
+  values = v.astype(jnp.float32)
+  weights = jnp.broadcast_to(jnp.asarray(shares, jnp.float32), (len(v), 1, 1, v.shape[1]))
+  mean = jnp.einsum('bk,bkhd->bhd', weights[:, 0, 0], values)[:, None]
+  result = attended.astype(jnp.float32)
+  total = total.swapaxes(1, 2)
+  # Of a total below eps, m - r is lost to rounding.
+  share = jnp.where(total > POLICY_EPSILON, POLICY_EPSILON / total, jnp.inf)
+  change = share * (mean - result)
+  squares = jnp.square(change).sum((-2, -1)) / jnp.square(result).sum((-2, -1))
+  return jnp.sqrt(squares)
 
 
 def counterfactual_attention(q: Array, k: Array, v: Array, policy: Array) -> Array:
@@ -179,23 +240,27 @@ def _attention_by_blocks(q: Array, k: Array, v: Array, scale: float | None) -> A
 
 
 class QKV(nn.Module):
-  """Three projections from one kernel f32[3, D, W].
+  """Projections from one kernel f32[3, D, W]: three, or two of keys and values with `count` 2.
 
-  They are three products: slicing one product apart costs a third of the layer's gradient on CPU.
+  They are as many products: slicing one product apart costs a third of the layer's gradient on
+  CPU.
   """
 
   features: int
   use_bias: bool = True
   dtype: Dtype = jnp.float32
+  count: int = 3
 
   @nn.compact
   def __call__(self, x: Array) -> list[Array]:
-    """Input x [..., D] -> three arrays dtype[..., W]."""
+    """Input x [..., D] -> `count` arrays dtype[..., W]."""
     init = nn.initializers.lecun_normal(batch_axis=0)
-    kernel = self.param('kernel', init, (3, x.shape[-1], self.features)).astype(self.dtype)
+    kernel = self.param('kernel', init, (self.count, x.shape[-1], self.features)).astype(self.dtype)
     qkv = [x.astype(self.dtype) @ w for w in kernel]
     if self.use_bias:
-      bias = self.param('bias', nn.initializers.zeros, (3, self.features)).astype(self.dtype)
+      bias = self.param('bias', nn.initializers.zeros, (self.count, self.features)).astype(
+        self.dtype
+      )
       qkv = [y + b for y, b in zip(qkv, bias, strict=True)]
     return qkv
 

@@ -19,7 +19,6 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec as P
 
 from lavit_jax.models.attention import attention
@@ -93,6 +92,9 @@ def splash_attention(
   Returns:
     [R, S, H, d] in the dtype of v.
   """
+  # Only here: Pallas takes long to import, and without a TPU nothing else needs it.
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
   length, heads = q.shape[1:3]
   block = math.gcd(length, BLOCK)
   sizes = splash.BlockSizes(

@@ -102,6 +102,7 @@ def build(
   dtype: str = 'float32',
   remat: str = 'none',
   settings: checkpoint_settings.Settings | None = None,
+  merger_capacities: tuple[int, ...] | None = None,
 ) -> LavitModules:
   """Builds the modules of a variant.
 
@@ -111,6 +112,8 @@ def build(
       (specification, Image decoders).
     remat: policy of the scanned stacks: 'none' or a key of `remat.REMAT_POLICIES`.
     settings: of a checkpoint, {group: {field: value}} (settings.py), in place of the variant's own.
+    merger_capacities: the buckets of both mergers (merger.py), in place of the variant's own. With
+      (), they compute all rows, as published.
 
   Raises:
     UserError: an unknown variant, or settings that are unknown or out of range.
@@ -120,7 +123,10 @@ def build(
   config = with_settings(config, settings)
   common: dict[str, Any] = dict(dtype=jnp.dtype(dtype), remat=remat)
   vit = ViT(**config['vit'], **common)
-  tokenizer = config['tokenizer']
+  tokenizer = dict(config['tokenizer'])
+  if merger_capacities is not None:
+    tokenizer['capacities'] = merger_capacities
+  capacities = tokenizer.get('capacities', ())
   merger = {key: tokenizer[key] for key in ('hidden_size', 'num_layers', 'num_heads', 'mlp_dim')}
   vocabulary = Vocabulary(config['text_vocab_size'], tokenizer['codebook_size'])
 
@@ -138,7 +144,9 @@ def build(
     vocabulary=vocabulary,
     vit=vit,
     tokenizer=DynamicTokenizer(**tokenizer, **common),
-    understanding=Understanding(**merger, llm_dim=config['llama']['hidden_size'], **common),
+    understanding=Understanding(
+      **merger, llm_dim=config['llama']['hidden_size'], capacities=capacities, **common
+    ),
     decoder=build_decoder('decoder'),
     highres_decoder=build_decoder('highres_decoder') if 'highres_decoder' in config else None,
     llama=Llama(vocab_size=vocabulary.size, **config['llama'], **common),

@@ -3,7 +3,7 @@
 It is a CLIP ViT, and the embeddings of the concepts that it detects. Source: Radford et al. 2021
 (CLIP), section 2.4; the rule is that of diffusers (`StableDiffusionSafetyChecker`).
 
-Axes: B images, N patches, D width, P width of CLIP's common space, C concepts.
+Axes: B images, P width of CLIP's common space, C concepts.
 """
 
 import chex
@@ -13,34 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lavit_jax.models.attention import CrossAttention
-from lavit_jax.models.layers import Dtype, LayerNorm, Mlp
-from lavit_jax.models.remat import scan_blocks
-from lavit_jax.sharding import constrain_batch
+from lavit_jax.models.clip_vit import ClipViT
+from lavit_jax.models.layers import Dtype
 
 SPECIAL_CARE = 0.01  # by how much a special concept lowers the thresholds of all others
-
-
-def quick_gelu(x: Array) -> Array:
-  """CLIP's approximation of GELU."""
-  return x * jax.nn.sigmoid(1.702 * x)
-
-
-class ClipBlock(nn.Module):
-  """Pre-norm self-attention and MLP."""
-
-  num_heads: int
-  mlp_dim: int
-  dtype: Dtype = jnp.float32
-
-  @nn.compact
-  def __call__(self, x: Array) -> tuple[Array, None]:
-    """[B, N, D] -> (dtype[B, N, D], None)."""
-    x = constrain_batch(x)
-    y = LayerNorm(dtype=self.dtype, name='norm1')(x)
-    x = x + CrossAttention(self.num_heads, self.dtype, name='attn')(y, y)
-    y = LayerNorm(dtype=self.dtype, name='norm2')(x)
-    return x + Mlp(self.mlp_dim, self.dtype, quick_gelu, name='mlp')(y), None
 
 
 class SafetyChecker(nn.Module):
@@ -62,7 +38,24 @@ class SafetyChecker(nn.Module):
   dtype: Dtype = jnp.float32
   remat: str = 'none'
 
-  @nn.compact
+  def setup(self):
+    """Makes the parameters and submodules."""
+    self.encoder = ClipViT(
+      self.image_size,
+      self.patch_size,
+      self.hidden_size,
+      self.num_layers,
+      self.num_heads,
+      self.mlp_dim,
+      self.dtype,
+      self.remat,
+    )
+    nn.share_scope(self, self.encoder)  # its parameters lie beside those of the checker
+    self.proj = nn.Dense(self.output_dim, use_bias=False, dtype=self.dtype)
+    for name, count in (('special', self.num_special), ('concepts', self.num_concepts)):
+      self.param(name, nn.initializers.ones, (count, self.output_dim))
+      self.param(f'{name}_thresholds', nn.initializers.ones, (count,))
+
   def __call__(self, images: Array) -> tuple[Array, Array]:
     """Scores images.
 
@@ -73,44 +66,18 @@ class SafetyChecker(nn.Module):
       unsafe bool[B], and scores f32[B, C]. A score is the cosine to a concept less its threshold,
       rounded to three places; an image with one above zero is unsafe.
     """
-    chex.assert_shape(images, (None, self.image_size, self.image_size, 3))
-    embeddings = self._embed(images)
-    special = jnp.round(self._scores(embeddings, 'special', self.num_special), 3)
+    cls = self.encoder.final_norm(self.encoder(images)[:, 0])
+    embeddings = _unit(self.proj(cls).astype(jnp.float32))
+    special = jnp.round(self._scores(embeddings, 'special'), 3)
     needs_care = (special > 0).any(-1, keepdims=True)
-    concepts = self._scores(embeddings, 'concepts', self.num_concepts)
+    concepts = self._scores(embeddings, 'concepts')
     scores = jnp.round(concepts + SPECIAL_CARE * needs_care, 3)
     return (scores > 0).any(-1), scores
 
-  def _embed(self, images: Array) -> Array:
-    """Unit vectors f32[B, P] in CLIP's common space."""
-    batch = images.shape[0]
-    table = nn.initializers.normal(0.02)
-    patch = (self.patch_size, self.patch_size)
-    patch_embed = nn.Conv(
-      self.hidden_size,
-      patch,
-      patch,
-      padding='VALID',
-      use_bias=False,
-      dtype=self.dtype,
-      name='patch_embed',
-    )
-    x = patch_embed(images).reshape(batch, -1, self.hidden_size)
-    cls = self.param('cls_token', table, (self.hidden_size,)).astype(x.dtype)
-    x = jnp.concatenate([jnp.broadcast_to(cls, (batch, 1, self.hidden_size)), x], 1)
-    x = x + self.param('pos_embed', table, x.shape[1:]).astype(x.dtype)
-    x = LayerNorm(dtype=self.dtype, name='norm_in')(x)
-    make_blocks = scan_blocks(ClipBlock, self.num_layers, self.remat)
-    x, _ = make_blocks(self.num_heads, self.mlp_dim, self.dtype, name='blocks')(x)
-    x = LayerNorm(dtype=self.dtype, name='norm')(x[:, 0])
-    x = nn.Dense(self.output_dim, use_bias=False, dtype=self.dtype, name='proj')(x)
-    return _unit(x.astype(jnp.float32))
-
-  def _scores(self, embeddings: Array, name: str, count: int) -> Array:
-    """Cosines f32[B, count] to the concepts `name`, less their thresholds."""
-    concepts = self.param(name, nn.initializers.ones, (count, self.output_dim))
-    thresholds = self.param(f'{name}_thresholds', nn.initializers.ones, (count,))
-    return embeddings @ _unit(concepts).T - thresholds
+  def _scores(self, embeddings: Array, name: str) -> Array:
+    """Cosines f32[B, C] of f32[B, P] to the concepts `name`, less their thresholds."""
+    concepts = self.get_variable('params', name)
+    return embeddings @ _unit(concepts).T - self.get_variable('params', f'{name}_thresholds')
 
 
 def _unit(x: Array) -> Array:

@@ -164,8 +164,9 @@ def embed_prompts(
     embeddings [B, S, H], mask bool[B, S], positions i32[B, S].
   """
   padded = layout_prompts(prompts, pad_id=pad_id, multiple=multiple)
-  embeddings = embed(jnp.asarray(padded.ids))
+  # `jnp.asarray` and plain calls would compile a program for each of many operations.
+  embeddings = embed(jax.device_put(padded.ids))
   if features is not None:
-    embeddings = embed_sources(embeddings, jnp.asarray(padded.source), features)
-  mask = jnp.asarray(padded.mask)
-  return embeddings, mask, prompt_positions(mask)
+    embeddings = jax.jit(embed_sources)(embeddings, padded.source, features)
+  mask = jax.device_put(padded.mask)
+  return embeddings, mask, jax.jit(prompt_positions)(mask)

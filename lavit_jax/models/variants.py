@@ -95,7 +95,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
       output_dim=512,
     ),
     tokenizer=dict(
-      hidden_size=768, num_layers=6, num_heads=12, mlp_dim=3072, codebook_size=16384, code_dim=32
+      hidden_size=768,
+      num_layers=6,
+      num_heads=12,
+      mlp_dim=3072,
+      codebook_size=16384,
+      code_dim=32,
+      capacities=(104, 128, 176),
     ),
     decoder=dict(num_layers=6, context_dims=(768,)),
     llama=dict(

@@ -27,7 +27,10 @@ def preprocess(images: Array) -> Array:
 
 
 class ViTBlock(nn.Module):
-  """Pre-norm self-attention and MLP."""
+  """Pre-norm self-attention and MLP.
+
+  It sows its output as the intermediate 'stream' [B, 1 + N, D].
+  """
 
   num_heads: int
   head_dim: int
@@ -47,6 +50,7 @@ class ViTBlock(nn.Module):
     )
     x = x + attention(norm('norm1')(x))
     x = x + Mlp(self.mlp_dim, self.dtype, name='mlp')(norm('norm2')(x))
+    self.sow('intermediates', 'stream', x)
     return x, None
 
 
@@ -107,3 +111,7 @@ class ViT(nn.Module):
   def pooled(self, features: Array) -> Array:
     """Features [B, 1 + N, D] -> dtype[B, P]: final norm and head of the CLS row."""
     return self.head(self.norm(features[:, 0]))
+
+  def final_norm(self, x: Array) -> Array:
+    """[..., D] -> dtype[..., D]."""
+    return self.norm(x)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lavit_jax.models.tokenizer import l2_normalize, nearest_code
+from lavit_jax.models.quantizer import l2_normalize, nearest_code
 
 DEAD_AFTER = 100  # batches without a token after which a code counts as dead
 

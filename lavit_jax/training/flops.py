@@ -154,14 +154,20 @@ def _without_remat(run: Run) -> LavitModules:
   """The run's model, of which backward computes nothing again."""
   if run.model.llama.remat == 'none':
     return run.model
-  return lavit.build(run.variant, str(run.model.llama.dtype), settings=run.model.settings)
+  return lavit.build(
+    run.variant,
+    str(run.model.llama.dtype),
+    settings=run.model.settings,
+    merger_capacities=run.model.tokenizer.capacities,
+  )
 
 
 def count(jaxpr: Any) -> float:
   """Multiplications and additions in the products and convolutions of a (closed) jaxpr.
 
   Recomputation by rematerialization is included. A `while` counts as one round. Of the branches of
-  a `cond` the cheapest counts, since the expensive one is the exception (k-means).
+  a `cond` the cheapest counts, since the expensive one is the exception (k-means; the merger's rows
+  of dropped patches, if it has buckets).
   """
   return float(sum(_count_equation(equation) for equation in getattr(jaxpr, 'jaxpr', jaxpr).eqns))
 

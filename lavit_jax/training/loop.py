@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +27,7 @@ from lavit_jax.training.checkpoint import Checkpoints
 from lavit_jax.training.distributed import InterruptHandler
 from lavit_jax.training.evaluator import Evaluator
 from lavit_jax.training.export import export, write_config
+from lavit_jax.training.goodput import Goodput
 from lavit_jax.training.keys import Purpose, key_for
 from lavit_jax.training.lock import WorkdirLock, refuse_if_running
 from lavit_jax.training.messages import log_end, log_start, option_warnings
@@ -58,12 +59,20 @@ class _Start(NamedTuple):
   tx: optax.GradientTransformation
 
 
-def train(config: ConfigDict, workdir: str | pathlib.Path) -> None:
+def train(
+  config: ConfigDict,
+  workdir: str | pathlib.Path,
+  began: float | None = None,
+  before_compiling: Callable[[], None] | None = None,
+) -> None:
   """Trains the stage that `config` describes, from where `workdir` left off.
 
   Args:
     config: as the files in `configs/` define it, locked.
-    workdir: receives checkpoints/, metrics.jsonl, tensorboard/, pictures/ and, at the end, export/.
+    workdir: receives checkpoints/, metrics.jsonl, goodput.jsonl, tensorboard/, pictures/ and, at
+      the end, export/.
+    began: when the process began, by `time.monotonic`; None is now.
+    before_compiling: called when the work directory is this run's, before programs are compiled.
 
   Raises:
     UserError: anything that the user can correct: earlier stages missing, another run's checkpoint,
@@ -76,9 +85,18 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> None:
   trace = ProfilerTrace(run.profile, run.workdir)
   step_flops = flops.step_flops(run)
   with InterruptHandler() as interrupt, jax.set_mesh(run.mesh), contextlib.ExitStack() as stack:
-    inputs = _open_inputs(run, stack)
+    goodput = Goodput(began)
+    stack.callback(goodput.close)
+    inputs = _open_inputs(run, stack, goodput)
     interrupt.check()
-    start = _restore_or_init(run, inputs)
+    if before_compiling is not None:
+      before_compiling()
+    if jax.process_index() == 0:
+      goodput.open(run.workdir)
+      stack.callback(goodput.close)  # while the directory is this run's
+    with goodput.phase('restore'):
+      start = _restore_or_init(run, inputs)
+    goodput.resume(start.step)
     frozen = {name: inputs.loaded[name] for name in run.stage.modules.needs}
     warnings = option_warnings(run, inputs.loaded, trace, start.step)
     inputs.loaded.clear()  # the state has copies
@@ -92,6 +110,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> None:
       flops=step_flops.at,
       peak_tflops=run.peak_tflops or accelerators.peak_tflops(jax.devices()),
       tokens=run.tokens_per_step,
+      goodput=goodput,
     )
     stack.callback(log.close)
     stack.callback(trace.close)
@@ -102,16 +121,18 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> None:
 
     state = start.state
     if start.step < run.num_steps:
-      state = _train_steps(run, inputs, start, frozen, log, trace, interrupt)
-    inputs.checkpoints.wait()
-    inputs.lock.check()
-    metadata = export(run, state)
-    log_end(run, log, metadata, start.step)
+      state = _train_steps(run, inputs, start, frozen, log, goodput, trace, interrupt)
+    with goodput.phase('saving'):
+      inputs.checkpoints.wait()
+      inputs.lock.check()
+      metadata = export(run, state)
+    log_end(run, log, metadata, start.step, goodput)
 
 
-def _open_inputs(run: Run, stack: contextlib.ExitStack) -> _Inputs:
+def _open_inputs(run: Run, stack: contextlib.ExitStack, goodput: Goodput) -> _Inputs:
   """Opens everything that the run reads, and then what it writes; `stack` closes it."""
-  loaded = parameters.load_params(run.variant, run.folders, run.mesh)
+  with goodput.phase('restore'):
+    loaded = parameters.load_params(run.variant, run.folders, run.mesh)
   skipped = SkipCounter(jax.process_count() == 1)
   batches = open_batches(run, 'train', skipped)
   stack.callback(batches.close)
@@ -146,6 +167,7 @@ def _train_steps(
   start: _Start,
   frozen: Mapping[str, Tree],
   log: MetricLogger,
+  goodput: Goodput,
   trace: ProfilerTrace,
   interrupt: InterruptHandler,
 ) -> TrainState:
@@ -159,13 +181,16 @@ def _train_steps(
   """
   state = start.state
   watch = MetricWatch(run, log, inputs.checkpoints)
-  saver = Saver(run, log, watch, inputs.checkpoints, inputs.lock, inputs.batches)
-  batch = sharding.put_batch(next_batch(inputs.batches), run.mesh, run.share)
+  saver = Saver(run, log, watch, inputs.checkpoints, inputs.lock, inputs.batches, goodput)
+  with goodput.phase('data_wait'):
+    batch = sharding.put_batch(next_batch(inputs.batches), run.mesh, run.share)
   shardings = jax.tree.map(lambda x: x.sharding, start.abstract)
-  train_step = make_train_step(run, start.tx, shardings).lower(state, frozen, batch).compile()
+  with goodput.phase('compile'):
+    train_step = make_train_step(run, start.tx, shardings).lower(state, frozen, batch).compile()
   evaluator = Evaluator(run, frozen, log)
   interrupt.check()
   log.restart_clock()
+  goodput.begin_steps()
 
   every = run.intervals
   for step in range(start.step + 1, run.num_steps + 1):
@@ -188,9 +213,15 @@ def _train_steps(
     # A step is saved before it is evaluated, so that a failing evaluation loses none.
     saver.save_if_due(step, state, stop)
     if is_due(every.eval_every, step, last) and not stop:
-      stop = not evaluator.evaluate(state, step, interrupt)
+      log.flush()  # steps that are under way are not evaluation
+      with goodput.phase('evaluation'):
+        stop = not evaluator.evaluate(state, step, interrupt)
+      goodput.record(step)
     if is_due(every.picture_every, step, last) and run.stage.draw and not stop:
-      evaluator.draw(state, step)
+      log.flush()
+      with goodput.phase('evaluation'):
+        evaluator.draw(state, step)
+      goodput.record(step)
       stop = interrupt.requested()
     if stop:
       saver.stop(step, state)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from lavit_jax.training.checkpoint import Checkpoints
+from lavit_jax.training.goodput import Goodput
 from lavit_jax.training.metrics import MetricLogger
 from lavit_jax.training.profiler import ProfilerTrace
 from lavit_jax.training.run import Run
@@ -71,14 +72,17 @@ def log_start(
   warn_of_schedule(log, run.optimizer.schedule, saved, start_step)
 
 
-def log_end(run: Run, log: MetricLogger, metadata: Mapping[str, Any], start_step: int) -> None:
-  """Logs where the export is, and whether later stages can use it.
+def log_end(
+  run: Run, log: MetricLogger, metadata: Mapping[str, Any], start_step: int, goodput: Goodput
+) -> None:
+  """Logs where the export is, whether later stages can use it, and where the time went.
 
   Args:
     run: the run.
     log: receives the lines.
     metadata: of the export.
     start_step: the steps that were made before this process started.
+    goodput: of the run.
   """
   if metadata.get('codebook') == 'untrained':
     log.print_line(
@@ -87,3 +91,4 @@ def log_end(run: Run, log: MetricLogger, metadata: Mapping[str, Any], start_step
     )
   before = ' before; a larger num_steps goes on' if start_step >= run.num_steps else ''
   log.print_line(f'done{before}; the weights are in {run.workdir / "export"}')
+  log.print_line(goodput.totals().line())

@@ -22,6 +22,8 @@ import numpy as np
 from PIL import Image
 from tensorboardX import SummaryWriter
 
+from lavit_jax.training.goodput import Goodput
+
 T = TypeVar('T')
 Record = dict[str, float]  # a line of metrics.jsonl
 # Rates on the terminal, where they are known.
@@ -44,6 +46,7 @@ class MetricLogger:
       of its slots that hold a token (flops.StepFlops.at), 1 where nothing is packed.
     peak_tflops: of all devices together (0 = unknown), for the MFU.
     tokens: slots of one step, for tokens/s, of which those that hold a token count.
+    goodput: where the time goes; it is told of waiting for data and of reports, and shown in them.
   """
 
   def __init__(
@@ -55,11 +58,13 @@ class MetricLogger:
     flops: Callable[[float], float] | None = None,
     peak_tflops: float = 0.0,
     tokens: int = 0,
+    goodput: Goodput | None = None,
   ):
     self.workdir = pathlib.Path(workdir)
     self.num_steps = num_steps
     self.batch_size = batch_size
     self.tokens = tokens
+    self.goodput = goodput
     self.flops = flops
     self.peak = 1e12 * peak_tflops
     self.pending: list[tuple[int, Mapping[str, Any]]] = []  # on the device
@@ -120,10 +125,14 @@ class MetricLogger:
     """
     start = time.monotonic()
     batch = source(*args)
+    waited = 0.0
     if self.ready is None:
-      self.waited += time.monotonic() - start
+      waited = time.monotonic() - start
     elif self.ready.done():
-      self.waited += time.monotonic() - max(start, self.ready.result())
+      waited = time.monotonic() - max(start, self.ready.result())
+    self.waited += waited
+    if self.goodput is not None:
+      self.goodput.move(waited, 'data_wait')
     return batch
 
   def report(self, counts: Mapping[str, int] | None = None) -> Record:
@@ -164,6 +173,9 @@ class MetricLogger:
       'data_wait': self.waited / seconds,
       **memory_in_use(),
     }
+    if self.goodput is not None:
+      self.goodput.record(step)
+      rates |= self.goodput.totals().scalars()
     if self.tokens:
       rates['tokens_per_s'] = speed * packed_share * self.tokens
     if self.flops:
@@ -180,6 +192,8 @@ class MetricLogger:
     fields += [f'{unit} {rates[key]:.3g}' for key, unit in SHOWN_RATES.items() if key in rates]
     fields.append(f'ETA {duration((self.num_steps - step) / speed)}')
     fields.append(f'data_wait {rates["data_wait"]:.1%}')
+    if 'goodput' in rates:
+      fields.append(f'goodput {rates["goodput"]:.1%}')
     fields += [f'{key} {value:.4g}' for key, value in values.items() if not math.isnan(value)]
     self.print_line('  '.join(fields))
 

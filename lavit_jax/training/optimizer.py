@@ -21,6 +21,7 @@ from lavit_jax.training.config import read_options
 from lavit_jax.training.schedule import ScheduleConfig, learning_rate
 
 Tree = Any
+MUON_RMS = 0.2  # of an update, about that of Adam's
 MAX_BFLOAT16_B2 = 0.99  # above it an update changes a number by less than bfloat16's rounding
 
 
@@ -42,6 +43,7 @@ class OptimizerConfig:
     str, ...
   ] = ()  # regexes of groups clipped on their own; the first match counts
   max_nonfinite: int = 10  # updates skipped in a row after which a run ends
+  muon: tuple[str, ...] = ()  # regexes of matrices that Muon updates in the place of Adam
 
   @classmethod
   def from_config(cls, config: Mapping[str, Any]) -> OptimizerConfig:
@@ -56,6 +58,7 @@ class OptimizerConfig:
       options,
       freeze=tuple(options.freeze),
       clip_groups=tuple(options.clip_groups),
+      muon=tuple(options.muon),
       lr_scale=tuple((regex, factor) for regex, factor in options.lr_scale),
     )
 
@@ -77,6 +80,7 @@ def make_optimizer(
   names = jax.tree_util.tree_map_with_path(lambda path, _: path_name(path), params)
   _check_regexes('freeze', config.freeze, names)
   _check_regexes('clip_groups', config.clip_groups, names)
+  _check_regexes('muon', config.muon, names)
   _check_regexes('lr_scale', [regex for regex, _ in config.lr_scale], names)
   _check_regexes('hold', [regex for regex, _ in hold], names)
 
@@ -93,7 +97,7 @@ def make_optimizer(
   trained = optax.chain(
     *holds,  # before the clipping: what no longer moves does not count in the norm
     clip_by_group(config.clip_norm, jax.tree.map(group, names)),
-    adam(config),
+    _direction(config, names),
     optax.add_decayed_weights(config.weight_decay, mask=matches('kernel$')),
     scale_leaves(jax.tree.map(scale, names)),
     optax.scale_by_learning_rate(learning_rate(config.schedule)),
@@ -101,6 +105,36 @@ def make_optimizer(
   )
   labels = jax.tree.map(lambda name: 'frozen' if _is_frozen(config, name) else 'trained', names)
   return optax.partition({'trained': trained, 'frozen': optax.set_to_zero()}, labels)
+
+
+def _direction(config: OptimizerConfig, names: Tree) -> optax.GradientTransformation:
+  """Adam, or Muon for the matrices that `config.muon` names."""
+  if not config.muon:
+    return adam(config)
+
+  def label(name: str) -> str:
+    return 'muon' if any(re.search(regex, name) for regex in config.muon) else 'adam'
+
+  return optax.partition({'adam': adam(config), 'muon': muon()}, jax.tree.map(label, names))
+
+
+def muon() -> optax.GradientTransformation:
+  """`optax.contrib.scale_by_muon` of the last two axes, whose updates are as large as Adam's.
+
+  So the learning rate and the decay are those of Adam (Liu et al. 2025, Muon is scalable for LLM
+  training, section 2.2).
+  """
+
+  def axes(params: Tree) -> Tree:
+    return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(-2, -1), params)
+
+  def scale(updates: Tree, params: Tree) -> Tree:
+    del params
+    return jax.tree.map(lambda x: MUON_RMS * max(x.shape[-2:]) ** 0.5 * x, updates)
+
+  return optax.chain(
+    optax.contrib.scale_by_muon(weight_dimension_numbers=axes), optax.stateless(scale)
+  )
 
 
 def stop_frozen_gradients(config: OptimizerConfig, params: Tree) -> Tree:

@@ -112,6 +112,18 @@ class Steps(NamedTuple):
     return 'must give the first and the last step to trace, such as 10:12'
 
 
+class Ascending(NamedTuple):
+  """A list of positive integers, each larger than the one before; it may be empty."""
+
+  def fault(self, value: Any) -> str:
+    """What is wrong with a value, '' if nothing."""
+    if isinstance(value, (tuple, list)):
+      kinds = all(isinstance(size, int) and not isinstance(size, bool) for size in value)
+      if kinds and all(a < b for a, b in zip((0, *value), value, strict=False)):
+        return ''
+    return 'must list ascending integers of at least 1, such as (104, 176), or be ()'
+
+
 class Sources(NamedTuple):
   """A list of sources, whose options are checked in data/sources.py."""
 
@@ -179,6 +191,7 @@ OPTIONS: dict[str, Kind] = {
   'accumulate': AT_LEAST_ONE,
   'dtype': DTYPE,
   'remat': Choice(('none', *REMAT_POLICIES)),
+  'merger_capacities': Ascending(),
   'mesh.data': AXIS,
   'mesh.fsdp': AXIS,
   'mesh.tensor': AXIS,
@@ -189,6 +202,7 @@ OPTIONS: dict[str, Kind] = {
   'data.source': Text(empty=False),
   'data.image_size': Number(int, 1, 16384),
   'data.scene_share': SHARE,
+  'data.augment': Flag(),
   'data.num_threads': Number(int, 0, 4096),
   'data.sources': Sources(),
   'data.heldout': Sources(),
@@ -206,6 +220,7 @@ OPTIONS: dict[str, Kind] = {
   **{f'text_tower.{size}': AT_LEAST_ONE for size in TOWER_SIZES},
   'pixel_weight': WEIGHT,
   'place_weight': WEIGHT,
+  'name_weight': WEIGHT,
   'kl_weight': WEIGHT,
   'edge_weight': WEIGHT,
   'tokenizer.keep_ratio': Number(float, 0, 1, above=True),
@@ -244,6 +259,7 @@ OPTIONS: dict[str, Kind] = {
   'optim.max_nonfinite': AT_LEAST_ONE,
   'optim.freeze': Regexes(),
   'optim.clip_groups': Regexes(),
+  'optim.muon': Regexes(),
   'optim.lr_scale': Regexes(Number(float, 0, 1e3)),
   'log_every': AT_LEAST_ONE,
   'eval_every': COUNT,

@@ -54,6 +54,7 @@ class DataConfig:
   draw_text_weight: float | None = None
   drop_text: float | None = None
   scene_share: float | None = None
+  augment: bool = False
   num_threads: int | None = None
   sources: Sequence[Mapping[str, Any]] = ()
   heldout: Sequence[Mapping[str, Any]] = ()
@@ -151,6 +152,7 @@ class _CommonOptions:
   keep: int
   skip_damaged: bool
   profile: str
+  merger_capacities: tuple[int, ...] = ()
 
 
 class _TypedConfig(NamedTuple):
@@ -254,7 +256,8 @@ def _make_run(
     shards=sharding.batch_shards(mesh),
     accumulate=common.accumulate,
   )
-  model = lavit.build(common.variant, common.dtype, common.remat, settings)
+  capacities = tuple(common.merger_capacities)
+  model = lavit.build(common.variant, common.dtype, common.remat, settings, capacities)
   _check_image_size(typed, model)
   return Run(
     stage_name=common.stage,

@@ -7,6 +7,7 @@ from typing import NoReturn
 from lavit_jax.data.loader import BatchIterator
 from lavit_jax.training.checkpoint import Checkpoints
 from lavit_jax.training.distributed import TERMINATED
+from lavit_jax.training.goodput import Goodput
 from lavit_jax.training.lock import WorkdirLock
 from lavit_jax.training.metrics import MetricLogger
 from lavit_jax.training.run import Run
@@ -29,6 +30,7 @@ class Saver:
     checkpoints: receives the train state and the position in the data.
     lock: of the work directory, which must still be this run's.
     batches: the iterator over the data.
+    goodput: is told of saving.
   """
 
   def __init__(
@@ -39,6 +41,7 @@ class Saver:
     checkpoints: Checkpoints,
     lock: WorkdirLock,
     batches: BatchIterator,
+    goodput: Goodput,
   ):
     self.run = run
     self.log = log
@@ -46,6 +49,7 @@ class Saver:
     self.checkpoints = checkpoints
     self.lock = lock
     self.batches = batches
+    self.goodput = goodput
     self.due = False
     self.saved_step = -1
 
@@ -62,7 +66,9 @@ class Saver:
     if not self.watch.is_sound():
       return  # a later step is saved, or none
     self.lock.check()
-    self.checkpoints.save(step, state, self.batches)
+    with self.goodput.phase('saving'):
+      self.checkpoints.save(step, state, self.batches)
+    self.goodput.record(step)
     self.due = False
     self.saved_step = step
 
@@ -70,9 +76,11 @@ class Saver:
     """Ends the run after a step, which is saved."""
     if self.saved_step != step:
       self._save(step, state)
-    self.checkpoints.wait()
+    with self.goodput.phase('saving'):
+      self.checkpoints.wait()
     place = 'here'
     if self.saved_step != step:
       place = 'the last checkpoint, for the last updates were skipped'
     self.log.print_line(f'stopped at step {step} as asked; the same command goes on from {place}')
+    self.log.print_line(self.goodput.totals().line())
     raise SystemExit(TERMINATED)

@@ -85,7 +85,12 @@ def abstract_inputs(run: Run) -> tuple[dict[str, Any], dict[str, jax.ShapeDtypeS
   names = run.stage.modules.required
   params = jax.eval_shape(lambda: init_params(run.model, jax.random.key(0), names))
   shapes = loader.batch_shapes(
-    run.data.task, run.batch_size, run.data.image_size, run.layout.text_length, run.vit_size
+    run.data.task,
+    run.batch_size,
+    run.data.image_size,
+    run.layout.text_length,
+    run.vit_size,
+    composed=not run.data.sources,
   )
   batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
   return params, batch

@@ -219,7 +219,11 @@ class LazyParams:
 
   def _finish(self, module: str, path: str, leaf: Any) -> Any:
     """Moves a leaf to the device and quantizes it where required."""
-    array = jnp.asarray(leaf)
+    array = leaf
+    if not isinstance(leaf, jax.Array):
+      # `jnp.asarray` would compile a program for each shape. A view may be of a mapped file, and
+      # the device array of a CPU is the numpy array where it can be, whatever `may_alias` says.
+      array = jax.device_put(leaf if leaf.flags.owndata else leaf.copy())
     if module == 'llama' and self._weights_dtype == 'int8':
       array = quantize_weight(path.rsplit('/', 1)[-1], array)
     return jax.block_until_ready(array)  # before the next leaf is read, to bound memory

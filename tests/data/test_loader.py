@@ -26,7 +26,7 @@ def equal(one, other):
   'task, keys',
   [
     ('images', {'image'}),
-    ('contrastive', {'image', 'text', 'text_length'}),
+    ('contrastive', {'image', 'text', 'text_length', 'object_map', 'object_names'}),
     ('lm', {'image', 'text', 'text_length', 'text_weight', 'kind'}),
   ],
 )
@@ -39,6 +39,8 @@ def test_shapes_and_dtypes(task, keys):
     'text_length': ((8,), 'int32'),
     'text_weight': ((8, 41), 'float32'),
     'kind': ((8,), 'int32'),
+    'object_map': ((8, 64, 64), 'uint8'),
+    'object_names': ((8, 2), 'int32'),
   }
   assert {key: (value.shape, str(value.dtype)) for key, value in batch.items()} == {
     key: shapes[key] for key in keys

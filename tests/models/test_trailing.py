@@ -5,16 +5,16 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from lavit_jax.models import diffusion
+from lavit_jax.models import sampler_plans
 
 TRAINED = 1000
 
 
-@pytest.mark.parametrize('sampler', diffusion.SAMPLERS)
+@pytest.mark.parametrize('sampler', sampler_plans.SAMPLERS)
 def test_each_count_has_that_many_timesteps(sampler):
   """round(1000 - i * 1000 / steps) - 1 for i = 0 .. steps - 1; a tie may be rounded either way."""
   for steps in (*range(1, 130), 333, 500, 999, TRAINED):
-    found = diffusion.timesteps(TRAINED, steps, 'trailing', sampler=sampler)
+    found = sampler_plans.timesteps(TRAINED, steps, 'trailing', sampler=sampler)
     assert found.shape == (steps,) and (np.diff(found) < 0).all()
     for i, timestep in enumerate(found):
       assert abs(timestep + 1 - (TRAINED - i * Fraction(TRAINED, steps))) <= Fraction(1, 2)
@@ -28,6 +28,6 @@ def test_where_diffusers_has_one_too_many():
   theirs = pytest.importorskip('diffusers').DDIMScheduler(timestep_spacing='trailing')
   for steps in (1, 10, 25, 50, 61, 64, 122, 133, 199):
     theirs.set_timesteps(steps)
-    ours = diffusion.timesteps(TRAINED, steps, 'trailing')
+    ours = sampler_plans.timesteps(TRAINED, steps, 'trailing')
     assert len(ours) == steps and len(theirs.timesteps) in (steps, steps + 1)
     assert np.abs(ours - theirs.timesteps.numpy()[:steps]).max() <= 1  # 1 at ties

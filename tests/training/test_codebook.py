@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lavit_jax.models.tokenizer import l2_normalize, nearest_code
+from lavit_jax.models.quantizer import l2_normalize, nearest_code
 from lavit_jax.training import codebook
 
 

@@ -1,6 +1,7 @@
 """The loop as users run it: in separate processes, killed, continued, on one device and eight."""
 
 import json
+import re
 import signal
 import time
 
@@ -14,6 +15,7 @@ from nano import finish, launch, rows, until
 
 from lavit_jax.errors import UserError
 from lavit_jax.training import loop
+from lavit_jax.training.goodput import read_totals
 from lavit_jax.training.loop import train
 from lavit_jax.weights.loader import open_checkpoint
 from lavit_jax.weights.store import folder
@@ -41,6 +43,12 @@ def test_killed_at_any_step_it_repeats_itself_bit_for_bit(start, tmp_path):
   assert [row['step'] for row in whole if 'loss' in row] == list(range(1, 41))
   assert whole == broken  # all metrics, those of the held-out split among them, all digits
   assert len({row['loss'] for row in whole if 'loss' in row}) == 40
+  totals = read_totals(tmp_path / 'broken')
+  assert totals.starts == 3 and totals.seconds['down'] > 0
+  assert totals.seconds['lost'] > 0  # at least steps 1 and 2 were made twice
+  assert 0 < totals.goodput < 1 and min(totals.seconds.values()) >= 0
+  last = out.splitlines()[-1]
+  assert re.match(r'goodput [\d.]+% of [\d.]+ s in 3 starts: compile [\d.]+%', last), last
   exports = [
     folder.load_params(tmp_path / name / 'export', variant='nano')['vit']
     for name in ('whole', 'broken')

@@ -120,6 +120,33 @@ def test_learning_rates_by_regex():
   ] == pytest.approx(step['head'] / 10, rel=1e-4)
 
 
+def newton_schulz(x):
+  """The five iterations of Muon in float64 (Jordan 2024): nearly the nearest orthogonal matrix."""
+  x = x / np.linalg.norm(x)
+  for _ in range(5):
+    square = x @ x.T
+    x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+  return x
+
+
+def test_muon_updates_the_matrices_of_each_layer_and_adam_the_rest():
+  rng = np.random.default_rng(0)
+  gradient = {'blocks': {'kernel': rng.normal(size=(3, 6, 8))}, 'bias': rng.normal(size=8)}
+  params = jax.tree.map(jnp.zeros_like, gradient)
+  config = options(muon=('^blocks/.*kernel$',), weight_decay=0.0, clip_norm=None)
+  tx = optimizer.make_optimizer(config, params)
+  updates, _ = tx.update(jax.tree.map(jnp.float32, gradient), tx.init(params), params)
+  rate = float(optimizer.learning_rate(config.schedule)(0))
+  for layer, update in zip(gradient['blocks']['kernel'], updates['blocks']['kernel'], strict=True):
+    # 0.2 x the root of the larger side: the root mean square of an update is about 0.2. In float32
+    # each iteration enlarges a rounding error by at most 3.4445, so five by less than 500.
+    expected = -rate * 0.2 * 8**0.5 * newton_schulz(layer)
+    np.testing.assert_allclose(update, expected, atol=500 * 6 * 1.2e-7 * rate)
+    root_mean_square = float(np.sqrt(np.square(update).mean()))
+    assert root_mean_square == pytest.approx(0.2 * rate, rel=0.3)
+  np.testing.assert_allclose(updates['bias'], -rate * np.sign(gradient['bias']), rtol=1e-4)
+
+
 @pytest.mark.parametrize(
   'freeze, message',
   [(('^vot/',), 'matches no parameter.*head, |vit'), (('(',), 'not a regular expression')],

@@ -97,6 +97,9 @@ def test_one_option_alone_may_be_none():
       r"optim.freeze=.* has '\[', which is not a regular expression",
     ),
     ('encoder', dict(optim__freeze='vit'), 'optim.freeze=.vit. must be a list'),
+    ('lm', dict(merger_capacities=(176, 112)), 'merger_capacities=.* must list ascending integers'),
+    ('lm', dict(merger_capacities=(0, 112)), 'merger_capacities=.* must list ascending integers'),
+    ('lm', dict(merger_capacities=112), 'merger_capacities=112 must list ascending integers'),
     ('encoder', dict(optim__freeze=(5,)), 'optim.freeze=.5,. must be a list'),
     ('encoder', dict(optim__lr_scale=('vit',)), 'optim.lr_scale=.* must be a list of pairs'),
     (

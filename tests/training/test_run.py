@@ -21,6 +21,7 @@ COMMON_OPTIONS = {
   if not key.startswith('tokenizer.')
 }
 OPTIONS_WITH_DEFAULTS = {
+  'data.augment',
   'data.crop',
   'data.heldout',
   'data.max_skipped',
@@ -29,9 +30,11 @@ OPTIONS_WITH_DEFAULTS = {
   'data.shards',
   'data.source',
   'data.sources',
+  'merger_capacities',
   'optim.clip_groups',
   'optim.ema_decay',
   'optim.max_nonfinite',
+  'optim.muon',
   'optim.rewarm_from',
   'optim.schedule',
 }
@@ -72,7 +75,7 @@ def test_the_model_is_built_once(tmp_path, monkeypatch):
 
   monkeypatch.setattr(lavit, 'build', counted)
   resolve(nano.config('autoencoder'), tmp_path)
-  assert calls == [('nano', 'float32', 'none', {})]
+  assert calls == [('nano', 'float32', 'none', {}, ())]
 
 
 @pytest.mark.parametrize(

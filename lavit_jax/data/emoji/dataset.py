@@ -26,9 +26,27 @@ LICENCES = {
   'noto': (
     'Noto Color Emoji, (c) Google LLC, SIL Open Font License 1.1, https://openfontlicense.org'
   ),
+  'fluent': (
+    'Fluent Emoji, (c) Microsoft Corporation, MIT License, '
+    'https://github.com/microsoft/fluentui-emoji/blob/main/LICENSE'
+  ),
+  'blob': (
+    'Noto Emoji before 2017, (c) Google Inc., Apache License 2.0, '
+    'https://www.apache.org/licenses/LICENSE-2.0'
+  ),
+  'firefox': (
+    'FxEmojis, (c) Mozilla Foundation, Apache License 2.0, '
+    'https://www.apache.org/licenses/LICENSE-2.0'
+  ),
+  'streamline': (
+    'Streamline Emojis, (c) Streamline, CC BY 4.0, https://creativecommons.org/licenses/by/4.0/'
+  ),
+  'emojione': (
+    'EmojiOne 2, (c) Ranks.com Inc., CC BY 4.0, https://creativecommons.org/licenses/by/4.0/'
+  ),
 }
 _DESCRIPTION = (
-  'Emoji as 96 px RGBA sprites in three styles, with names, keywords and groups. '
+  'Emoji as 96 px RGBA sprites in several styles, with names, keywords and groups. '
   'Changes to the art: rasterised, cropped to the ink, centred; in the sample, at most 128 colours.'
 )
 SAMPLE = (  # common emoji of every category; the last four are held-out concepts (splits.py)
@@ -65,17 +83,27 @@ _SAMPLE_COLORS = 128  # of a sprite: half the bytes, because the sample is part 
 class Emoji(tfds.core.GeneratorBasedBuilder):
   """RGBA sprites with names.
 
-  The splits are `plain` (without skin tones) and `toned`; splits.py divides them into training and
-  held-out examples.
+  The only split is `plain`; splits.py divides it into training and held-out examples.
+
+  Args:
+    npm_folder: with the npm packages of `rendering.NPM_STYLES`; '': only the styles of the extra
+      `[emoji]`.
+    **options: of every builder.
   """
 
-  VERSION = tfds.core.Version('1.0.1')
+  VERSION = tfds.core.Version('2.0.0')
   BUILDER_CONFIGS = [
-    tfds.core.BuilderConfig(name='full', description='Every emoji in three styles.'),
     tfds.core.BuilderConfig(
-      name='sample', description='Two dozen emoji in three styles, for tests and the demo.'
+      name='full', description='All concepts, in the styles whose art is installed.'
+    ),
+    tfds.core.BuilderConfig(
+      name='sample', description='Two dozen concepts in three styles, for tests and the demo.'
     ),
   ]
+
+  def __init__(self, *, npm_folder: str = '', **options):
+    self._npm_folder = npm_folder
+    super().__init__(**options)
 
   @property
   def _is_sample(self) -> bool:
@@ -98,7 +126,6 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
           'group': tfds.features.Text(),
           'subgroup': tfds.features.Text(),
           'colour': tfds.features.Text(doc='empty when no colour dominates'),
-          'skin_tone': tfds.features.Scalar(np.bool_),
         }
       ),
       license='\n'.join(LICENCES.values()),
@@ -109,18 +136,23 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
     del dl_manager  # nothing is downloaded: the art comes with the pip packages
     concepts = rendering.concepts()
     if self._is_sample:
-      sample = [concept for concept in concepts if concept.name in SAMPLE]
-      return {'plain': self._generate_examples(sample)}
-    plain = [concept for concept in concepts if not concept.skin_tone]
-    toned = [concept for concept in concepts if concept.skin_tone]
-    return {'plain': self._generate_examples(plain), 'toned': self._generate_examples(toned)}
+      concepts = [concept for concept in concepts if concept.name in SAMPLE]
+    return {'plain': self._generate_examples(concepts)}
 
   def _generate_examples(
     self, concepts: list[rendering.Concept]
   ) -> Iterator[tuple[str, dict[str, Any]]]:
+    styles = rendering.STYLES
+    if self._npm_folder:
+      styles = (*styles, *rendering.NPM_STYLES)
     for concept in concepts:
-      for style in rendering.STYLES:
-        sprite = rendering.render(concept, style)
+      for style in styles:
+        try:
+          sprite = rendering.render(concept, style, self._npm_folder)
+        except LookupError:
+          if style in rendering.STYLES:  # these have every concept
+            raise
+          continue
         if self._is_sample:
           sprite = sprite.quantize(_SAMPLE_COLORS, Image.Quantize.FASTOCTREE).convert('RGBA')
         png = io.BytesIO()

@@ -42,8 +42,9 @@ def make_questions(
   """
   questions = [
     Question('background', 'What colour is the background?', facts.background),
-    Question('style', 'Which style is this?', facts.style),
   ]
+  if not splits.heldout_style(facts.style):  # nobody can know its name
+    questions.append(Question('style', 'Which style is this?', facts.style))
   if facts.relation or facts.objects[0].count > 1:
     return tuple(questions + _scene_questions(rng, facts, names))
   return tuple(questions + _single_questions(rng, facts, names))
@@ -144,7 +145,7 @@ def _heldout_objects(facts: Facts) -> list[SceneObject]:
   return [
     scene_object
     for scene_object in facts.objects
-    if splits.heldout_concept(scene_object.codepoint)
+    if splits.heldout_concept(scene_object.name)
     or splits.heldout_pair(facts.style, scene_object.codepoint)
   ]
 

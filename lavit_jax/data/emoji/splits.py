@@ -1,30 +1,71 @@
-"""What is held out: whole concepts, (style, concept) pairs, and (group, background) combinations.
+"""What is held out: concepts, a style, (style, concept) pairs, (group, background) combinations.
 
-Each rule is a pure function of names. So there is no list to keep, and every machine and every
-subset of the data set agree.
+Each rule is a pure function of names. So every machine and every subset of the data set agree.
 """
 
 import functools
 from hashlib import blake2b
+from importlib import resources
 
-# Of the salts below 200,000 that hold out exactly 80 of the 1,898 concepts, this is the one where
-# no held-out name is part of another concept's name. Otherwise training texts would contain it,
-# as 'oil drum' contains 'drum'.
-_CONCEPT_SALT = 173414
-_CONCEPT_SHARE = 0.042
+HELDOUT_STYLE = 'emojione'  # no stage of training sees it
+NUM_HELDOUT_CONCEPTS = 80
+# The first salt that holds out the last four concepts of the sample (dataset.py) and
+# none of its others.
+_CONCEPT_SALT = 36133
 _PAIR_SHARE = 0.05
 _COMBINATION_SHARE = 0.06
-_REASONS = ('concept', 'pair', 'combination')
+_TRAINING_REASONS = ('concept', 'pair', 'combination')  # of the held-out images of training runs
 
 
-def heldout_concept(codepoint: str) -> bool:
-  """Whether a concept ('1F44D-1F3FB') is held out in every style; skin tones do not matter."""
-  codes = []
-  for code in codepoint.split('-'):
-    is_skin_tone = '1F3FB' <= code <= '1F3FF'
-    if code != 'FE0F' and not is_skin_tone:
-      codes.append(code)
-  return _fraction(f'{_CONCEPT_SALT} concept {"-".join(codes)}') < _CONCEPT_SHARE
+@functools.cache
+def concept_groups() -> dict[str, str]:
+  """The concepts of the data set and their groups, from concepts.txt: {'owl': 'Animals & Nature'}.
+
+  They are familiar ones that most styles draw. Not among them are most flags, clocks, arrows,
+  keycaps and buttons, and what differs from another concept by gender, skin tone or direction only.
+  """
+  text = (resources.files('lavit_jax') / 'data/emoji/concepts.txt').read_text('utf-8')
+  groups = {}
+  group = ''
+  for line in text.splitlines():
+    if line.startswith('# '):
+      group = line.removeprefix('# ')
+    else:
+      groups[line] = group
+  return groups
+
+
+@functools.cache
+def concept_names() -> tuple[str, ...]:
+  """The names of the concepts; `object_names` of a batch are positions here."""
+  return tuple(concept_groups())
+
+
+@functools.cache
+def heldout_concepts() -> frozenset[str]:
+  """The names of the concepts that are held out in every style.
+
+  They are the 80 with the least hashes, of those whose name is not part of another concept's name.
+  Otherwise training texts would contain it, as 'car key' contains 'key'.
+  """
+  names = concept_names()
+  candidates = []
+  for name in names:
+    containing = [other for other in names if other != name and f' {name} ' in f' {other} ']
+    if not containing:
+      candidates.append(name)
+  candidates.sort(key=lambda name: _fraction(f'{_CONCEPT_SALT} concept {name}'))
+  return frozenset(candidates[:NUM_HELDOUT_CONCEPTS])
+
+
+def heldout_concept(name: str) -> bool:
+  """Whether a concept ('owl') is held out in every style."""
+  return name in heldout_concepts()
+
+
+def heldout_style(style: str) -> bool:
+  """Whether a style is held out with all of its sprites."""
+  return style == HELDOUT_STYLE
 
 
 def heldout_pair(style: str, codepoint: str) -> bool:
@@ -41,14 +82,18 @@ def heldout_combination(group: str, background: str) -> bool:
 def heldout_reasons(split: str) -> tuple[str, ...]:
   """Returns why the examples of a split are held out.
 
+  The split 'heldout', which training runs evaluate, leaves out the held-out style. So no choice is
+  made by it.
+
   Args:
-    split: 'train' (no reason), 'heldout' (any of three), or 'heldout/REASON'.
+    split: 'train' (no reason), 'heldout' (any of three), or 'heldout/REASON': 'concept', 'pair',
+      'combination' or 'style'.
 
   Raises:
     ValueError: the split is unknown.
   """
-  reasons = {'train': (), 'heldout': _REASONS}
-  for reason in _REASONS:
+  reasons = {'train': (), 'heldout': _TRAINING_REASONS}
+  for reason in (*_TRAINING_REASONS, 'style'):
     reasons[f'heldout/{reason}'] = (reason,)
   if split not in reasons:
     raise ValueError(f'unknown split {split!r}; choose one of {", ".join(reasons)}')

@@ -40,12 +40,11 @@ class Sprites(NamedTuple):
 
 
 @functools.cache
-def load(source: str = 'embedded', skin_tones: bool = False) -> Sprites:
+def load(source: str = 'embedded') -> Sprites:
   """Loads the sprites of a data set, once.
 
   Args:
     source: 'embedded' (part of the package), or the data_dir that `lavit data build` wrote.
-    skin_tones: load emoji with skin tones too, if the data set has them.
 
   Raises:
     FileNotFoundError: there is no such data set; the message names the command that builds it.
@@ -53,12 +52,9 @@ def load(source: str = 'embedded', skin_tones: bool = False) -> Sprites:
   import tensorflow_datasets as tfds  # Imported here, because it takes seconds.
 
   builder = tfds.builder_from_directory(find_dataset(source))
-  splits = ['plain', 'toned'] if skin_tones and 'toned' in builder.info.splits else ['plain']
   decoders = {'image': tfds.decode.SkipDecoding()}
-  records = []
-  for split in splits:
-    # The decorator of tfds hides the parameters.
-    records += builder.as_data_source(split, decoders=decoders)  # pyright: ignore[reportCallIssue]
+  # The decorator of tfds hides the parameters.
+  records = list(builder.as_data_source('plain', decoders=decoders))  # pyright: ignore[reportCallIssue]
   records.sort(key=lambda record: (record['codepoint'], record['style']))
   pixels = np.stack([_premultiplied(record['image']) for record in records])
   return Sprites(pixels, tuple(_metadata(record) for record in records))

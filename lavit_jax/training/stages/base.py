@@ -16,7 +16,7 @@ from jax import Array
 from lavit_jax.errors import UserError
 from lavit_jax.models import vit
 from lavit_jax.models.lavit import LavitModules
-from lavit_jax.models.tokenizer import l2_normalize
+from lavit_jax.models.quantizer import l2_normalize
 from lavit_jax.sharding import constrain_batch
 
 Tree = Any

@@ -75,14 +75,14 @@ def build(options: DetokenizerOptions, model: LavitModules, layout: BatchLayout)
     return initialize_params(fresh, loaded), state
 
   def condition(params, frozen, images, key):
-    """Images and a key, or keys [B] -> (context [B, N, width], keep f32[B, N])."""
+    """Images and a key, or keys [B] -> (context [B, N, width], TokenizerOutput)."""
     x = image_features(model, frozen['vit'], images)[:, 1:]
     tokens = apply_module(model.tokenizer, frozen['tokenizer'], x, key)
     decoder = params['decoder']
     rebuilt = apply_module(model.decoder, decoder, *compact(tokens.codes, tokens.keep))
     rebuilt = jax.lax.stop_gradient(rebuilt)
     context, _ = apply_module(model.decoder, decoder, rebuilt, method='context')
-    return context, tokens.keep
+    return context, tokens
 
   def loss(params, frozen, state, batch, key, train):
     del train
@@ -90,7 +90,7 @@ def build(options: DetokenizerOptions, model: LavitModules, layout: BatchLayout)
     keys = [row_keys(purpose, batch, len(images)) for purpose in jax.random.split(key, 5)]
     latent_key, token_key, drop_key, time_key, noise_key = keys
     latents = _encode(model, frozen['vae'], images, latent_key)
-    context, keep = condition(params, frozen, vit_images(batch), token_key)
+    context, tokens = condition(params, frozen, vit_images(batch), token_key)
     drop = draw_rows(jax.random.uniform, drop_key, (len(images), 1)) < options.drop_condition
     null, null_mask = _null_condition(model, state, len(images))
     context = jnp.where(drop[..., None], null, context)
@@ -101,7 +101,10 @@ def build(options: DetokenizerOptions, model: LavitModules, layout: BatchLayout)
     predicted = apply_module(model.unet, params['unet'], noisy, t, context, mask)
     target = noise_schedule.training_target(scheduler.prediction_type, schedule, latents, noise, t)
     value = jnp.square(predicted - target).mean()
-    return value, (state, dict(keep_ratio=keep.mean(), latent_std=latents.std()))
+    metrics = dict(keep_ratio=tokens.keep.mean(), latent_std=latents.std())
+    if model.tokenizer.capacities:
+      metrics['tokenizer_in_bucket'] = tokens.in_bucket
+    return value, (state, metrics)
 
   def export(params, state):
     return dict(
@@ -112,7 +115,7 @@ def build(options: DetokenizerOptions, model: LavitModules, layout: BatchLayout)
     """Images, kept patches, and images from the tokens alone: DDIM with guidance."""
     images = batch['image'][:NUM_DRAWN]
     token_key, noise_key = jax.random.split(key)
-    context, keep = condition(params, frozen, vit_images(batch)[:NUM_DRAWN], token_key)
+    context, tokens = condition(params, frozen, vit_images(batch)[:NUM_DRAWN], token_key)
     null, null_mask = _null_condition(model, state, len(images))
     side = images.shape[1] // model.vae.factor
     shape = (len(images), side, side, model.vae.latent_channels)
@@ -127,7 +130,7 @@ def build(options: DetokenizerOptions, model: LavitModules, layout: BatchLayout)
     )
     latents = model.vae.from_unet(latents)
     drawn = apply_module(model.vae, frozen['vae'], latents, method='decode')
-    return [images, shade_dropped_patches(images, keep), pixels.postprocess(drawn)]
+    return [images, shade_dropped_patches(images, tokens.keep), pixels.postprocess(drawn)]
 
   return Stage(MODULES, init, loss, export, draw)
 

@@ -108,7 +108,9 @@ def build(options: LanguageModelOptions, model: LavitModules, layout: BatchLayou
     x = image_features(model, frozen['vit'], vit_images(batch))[:, 1:]
     keys = row_keys(key, batch, len(x))
     tokens = apply_module(model.tokenizer, frozen['tokenizer'], x, keys)
-    features = apply_module(model.understanding, params['understanding'], x, tokens.keep)
+    features, in_bucket = apply_module(
+      model.understanding, params['understanding'], x, tokens.keep, method='read_counted'
+    )
     visual, mask = compact(features, tokens.keep)
     codes, _ = compact(tokens.ids, tokens.keep)
     texts = (batch['text'], batch['text_length'], batch['text_weight'], batch['kind'])
@@ -119,6 +121,8 @@ def build(options: LanguageModelOptions, model: LavitModules, layout: BatchLayou
     nll, correct = _next_token(model, params['llama'], hidden, rows.targets, options.loss_chunks)
     metrics = _metrics(rows, kinds, nll, correct)
     metrics |= dict(cut_texts=Sum(_count_cut_texts(batch)), keep_ratio=tokens.keep.mean())
+    if model.understanding.capacities:
+      metrics |= dict(tokenizer_in_bucket=tokens.in_bucket, understanding_in_bucket=in_bucket)
     total = metrics['loss']
     return total.total / jnp.maximum(total.weight, 1e-6), (state, metrics)
 

@@ -16,8 +16,8 @@ from jax import Array
 
 from lavit_jax.models.initialization import init_params
 from lavit_jax.models.lavit import LavitModules
+from lavit_jax.models.selector import gumbel, gumbel_keep
 from lavit_jax.models.sequence import compact
-from lavit_jax.models.tokenizer import gumbel, gumbel_keep
 from lavit_jax.training import codebook
 from lavit_jax.training.codebook import Codebook
 from lavit_jax.training.config import read_options
@@ -94,19 +94,26 @@ def build(options: TokenizerOptions, model: LavitModules, layout: BatchLayout) -
   counterfactual = options.selector_gradient == 'counterfactual'
   module = model.tokenizer.clone(counterfactual=counterfactual)
 
-  def encode(params, book, x, key):
+  def selector_trains(book):
+    """Whether the selector still moves (`hold`): then the merger must compute all rows, bool[]."""
+    step = options.freeze_selector_from
+    if step > WHEN_QUANTIZING:
+      return book.step < step
+    return ~book.started & (book.step < options.quantize_from)
+
+  def encode(params, book, x, key, trains=False):
     """Selects, merges, and projects.
 
     Returns:
       (log-probabilities f32[B, N, 2], keep f32[B, N], unit vectors before quantization
-      f32[B, N, C]).
+      f32[B, N, C], whether the merger used a bucket f32[]).
     """
     tokenizer = _with_codebook(params, book)['tokenizer']
     log_probs = apply_module(module, tokenizer, x, method='select')
     keep = choose_patches(options, log_probs, key)
-    merged = apply_module(module, tokenizer, x, keep, method='merge')
+    merged, in_bucket = apply_module(module, tokenizer, x, keep, trains, method='merge_counted')
     _, vectors = apply_module(module, tokenizer, merged, method='quantize')
-    return log_probs, keep, vectors
+    return log_probs, keep, vectors, in_bucket
 
   def reconstruct(params, codes, keep):
     """Codes f32[B, N, C] and keep f32[B, N], through which the gradient reaches the selector."""
@@ -117,7 +124,8 @@ def build(options: TokenizerOptions, model: LavitModules, layout: BatchLayout) -
   def loss(params, frozen, book, batch, key, train):
     keep_key, kmeans_key, revive_key = jax.random.split(key, 3)
     x = _patch_features(model, frozen, vit_images(batch))
-    log_probs, keep, z = encode(params, book, x, keep_key)
+    trains = selector_trains(book) if train else False
+    log_probs, keep, z, in_bucket = encode(params, book, x, keep_key, trains)
     probabilities = jnp.exp(log_probs[..., 0])
     flat = jax.lax.stop_gradient(z.reshape(-1, model.tokenizer.code_dim))
     weight = jax.lax.stop_gradient(keep.reshape(-1))
@@ -151,6 +159,8 @@ def build(options: TokenizerOptions, model: LavitModules, layout: BatchLayout) -
       batch_codes=(count > 0).mean(),
       batch_perplexity=codebook.perplexity(count),
     )
+    if module.capacities:
+      metrics['tokenizer_in_bucket'] = in_bucket
     if train:  # over the last steps, of which an evaluated batch is none
       metrics |= codebook.usage_metrics(book)
     return value, (book, metrics)
@@ -163,7 +173,7 @@ def build(options: TokenizerOptions, model: LavitModules, layout: BatchLayout) -
     """Images, kept patches, and the features and their reconstruction as colors."""
     images = batch['image'][:NUM_DRAWN]
     x = _patch_features(model, frozen, vit_images(batch)[:NUM_DRAWN])
-    _, keep, z = encode(params, book, x, key)
+    _, keep, z, _ = encode(params, book, x, key)
     codes = jnp.where(book.started, book.embedding[codebook.nearest_code(z, book.embedding)], z)
     colors = feature_colors(x, reconstruct(params, codes, keep), images.shape[1])
     return [images, shade_dropped_patches(images, keep), *colors]

@@ -23,7 +23,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import ml_dtypes  # registers bfloat16 with numpy
@@ -42,8 +42,10 @@ from lavit_jax.weights.store.metadata import CHECKSUMS, CONFIG, FORMAT, read_che
 from lavit_jax.weights.store.metadata import read_config as read_config
 from lavit_jax.weights.store.metadata import read_settings as read_settings
 from lavit_jax.weights.store.replacement import replace_folder
-from lavit_jax.weights.store.writer import ModuleWriter
 from lavit_jax.weights.torch import finite
+
+if TYPE_CHECKING:
+  from lavit_jax.weights.store.writer import ModuleWriter
 
 TOKENIZER_FILES = (
   'tokenizer.json',
@@ -86,6 +88,8 @@ class FolderWriter:
       structs: path -> anything with the shape and dtype of the leaf.
       stacked: the leaves that are written by slices on axis 0.
     """
+    from lavit_jax.weights.store.writer import ModuleWriter  # Orbax; reading does not need it
+
     with ModuleWriter(self.path / 'parts' / name, structs, stacked) as writer:
       yield writer
     self.sums[name] = writer.sums

@@ -235,9 +235,8 @@ def _expand(
           f'unexpected: {rule.name} belongs to leaf {rule.leaf}, which the model does not have'
         )
       continue
-    is_stack = '{i}' in rule.name
-    for layer in range(leaves[rule.leaf].shape[0]) if is_stack else (None,):
-      name = rule.name.replace('{i}', str(layer))
+    for layer in range(leaves[rule.leaf].shape[0]) if rule.is_stack else (None,):
+      name = rule.name if layer is None else rule.layer_name(layer)
       if name in slots:
         problems.append(
           f'duplicate: {name} is claimed by leaves {slots[name].leaf} and {rule.leaf}'
@@ -337,8 +336,7 @@ def _missing_names(
 
 def _pattern(rules: Iterable[NameRule]) -> re.Pattern[str]:
   """Matches every torch name of the rules, in any layer."""
-  layer = re.escape('{i}')
-  return re.compile('|'.join(re.escape(rule.name).replace(layer, r'\d+') for rule in rules))
+  return re.compile('|'.join(rule.pattern for rule in rules))
 
 
 def _nearest(name: str, candidates: Iterable[str]) -> str:

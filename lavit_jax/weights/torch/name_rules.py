@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from lavit_jax.weights.torch.tensors import ArraySpec
 
+LAYER = re.compile(r'\{\d*i(?:\+\d+)?\}')
 STRIP_COLUMNS = 16  # copied at once from a transposed matrix: a few cache lines of the source
 
 
@@ -17,7 +19,8 @@ class NameRule(NamedTuple):
   """One line of a table: a torch name and the leaf that it becomes.
 
   Attributes:
-    name: the torch name; `{i}` stands for the number of a layer.
+    name: the torch name. `{i}` stands for the number of a layer, `{2i+1}` for that of a leaf which
+      stacks only the odd ones.
     leaf: path of the leaf; None for a name that a file may have for another module.
     transform: a key of `TRANSFORMS`.
     optional: whether a file may lack the name, in all layers; the tree then lacks the leaf.
@@ -27,6 +30,26 @@ class NameRule(NamedTuple):
   leaf: str | None
   transform: str = 'copy'
   optional: bool = False
+
+  @property
+  def is_stack(self) -> bool:
+    """Whether the leaf stacks layers."""
+    return LAYER.search(self.name) is not None
+
+  def layer_name(self, layer: int) -> str:
+    """The torch name of one layer of the leaf."""
+    return LAYER.sub(lambda match: str(_layer_number(match[0], layer)), self.name)
+
+  @property
+  def pattern(self) -> str:
+    """A regex of its torch names, whatever number the layer has."""
+    return r'\d+'.join(re.escape(piece) for piece in LAYER.split(self.name))
+
+
+def _layer_number(placeholder: str, layer: int) -> int:
+  """The number in a file of the leaf's layer, by '{i}', '{2i}' or '{2i+1}'."""
+  step, _, first = placeholder.strip('{}').partition('i')
+  return int(step or 1) * layer + int(first or 0)
 
 
 class Transform(NamedTuple):
@@ -45,6 +68,10 @@ TRANSFORMS = {
   'conv1x1_to_linear': Transform(lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None]),
   'qkv': Transform(  # [3 * out, in] <-> [3, in, out]
     lambda x: x.reshape(3, -1, x.shape[1]).swapaxes(1, 2),
+    lambda x: x.swapaxes(1, 2).reshape(-1, x.shape[1]),
+  ),
+  'kv': Transform(  # [2 * out, in] <-> [2, in, out]
+    lambda x: x.reshape(2, -1, x.shape[1]).swapaxes(1, 2),
     lambda x: x.swapaxes(1, 2).reshape(-1, x.shape[1]),
   ),
   'qkv_bias': Transform(lambda x: x.reshape(3, -1), lambda x: x.reshape(-1)),

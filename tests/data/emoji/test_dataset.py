@@ -1,5 +1,7 @@
 """The sprites that are part of the package, and building them again."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -54,3 +56,37 @@ def test_newest_version_and_the_full_set_are_preferred(tmp_path):
 def test_names_have_no_character_at_which_answers_end():
   assert rendering._plain_name(':flag_of_St._Lucia:') == 'flag of st lucia'
   assert rendering._plain_name('Woman, “Kitchen” (U.S.)') == 'woman kitchen us'
+
+
+def test_art_of_an_npm_package_is_found_by_name_alias_and_keyword(tmp_path):
+  """Icons are numbered, mirrored or named in another way; a keyword is no other concept's name."""
+  pytest.importorskip('resvg_py')
+  square = '<path fill="#{}" d="M0 0h16v16H0z"/>'
+  icons = {
+    'icons': {
+      'red-apple-1': {'body': square.format('ff0000')},
+      'teacup': {'body': square.format('00ff00'), 'width': 16},
+      'bee': {'body': square.format('0000ff'), 'left': 8},
+      'key': {'body': square.format('ffffff')},
+    },
+    'aliases': {'hot-beverage': {'parent': 'teacup'}, 'owl': {'parent': 'bee', 'hFlip': True}},
+    'width': 16,
+    'height': 16,
+  }
+  folder = tmp_path / rendering.NPM_STYLES['fluent']
+  folder.mkdir(parents=True)
+  (folder / 'icons.json').write_text(json.dumps(icons))
+
+  def color(name, keywords=''):
+    concept = rendering.Concept('1F34E', name, keywords, 'Food & Drink', 'food-fruit')
+    return rendering.render(concept, 'fluent', str(tmp_path)).getpixel((48, 48))
+
+  assert color('red apple') == (255, 0, 0, 255)
+  assert color('hot beverage') == (0, 255, 0, 255)
+  assert color('honeybee', 'bug, bee') == (0, 0, 255, 255)
+  for name, keywords in (('owl', ''), ('old key', 'key')):
+    with pytest.raises(LookupError, match='fluent has no drawing'):
+      color(name, keywords)
+  with pytest.raises(FileNotFoundError, match='npm install .*@iconify-json/fxemoji@1.2.2'):
+    concept = rendering.Concept('1F34E', 'red apple', '', 'Food & Drink', 'food-fruit')
+    rendering.render(concept, 'firefox', str(tmp_path))

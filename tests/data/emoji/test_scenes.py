@@ -23,7 +23,8 @@ def examples(loaded):
 def test_an_example_depends_on_seed_and_index_alone(loaded, examples):
   again = Composer(loaded, 'train', scene_share=0.6)(3, 411)
   np.testing.assert_array_equal(again.image, examples[411].image)
-  assert again[1:] == examples[411][1:]
+  np.testing.assert_array_equal(again.object_map, examples[411].object_map)
+  assert again[1:4] == examples[411][1:4]
 
 
 def test_seeds_and_indices_give_different_examples(loaded):
@@ -80,10 +81,46 @@ def test_the_object_mask_covers_what_differs_from_the_background(loaded, image_s
       assert (mask[differs] > 0).all()
     # Without the background, what is left of an image is its mask.
     other_color = 'blue' if example.facts.background != 'blue' else 'red'
-    other = compose._render(
+    other, _ = compose._render(
       np.random.default_rng(0), example.facts._replace(background=other_color)
     )
     np.testing.assert_array_equal(example.image[mask == 1], other[mask == 1])
+
+
+def test_the_object_map_says_which_sprite_covers_a_pixel(loaded):
+  compose = Composer(loaded, scene_share=0.6)
+  seen = set()
+  for index in range(60):
+    example = compose(4, index)
+    covered = compose.object_mask(example.facts) > 0.5
+    np.testing.assert_array_equal(example.object_map > 0, covered)
+    for number, item in enumerate(example.facts.objects):
+      ys, xs = np.nonzero(example.object_map == number + 1)
+      seen.add(number)
+      for y, x in zip(ys, xs, strict=True):
+        assert any(
+          int(left) <= x <= left + side and int(top) <= y <= top + side
+          for left, top, side in item.boxes
+        )
+  assert seen == {0, 1}
+
+
+def test_augmented_images_differ_and_say_the_same(loaded):
+  plain = Composer(loaded, scene_share=0.6)
+  augmented = Composer(loaded, scene_share=0.6, augment=True)
+  for index in range(30):
+    one = plain(5, index)
+    other = augmented(5, index)
+    assert one.facts == other.facts and one.questions == other.questions
+    assert (one.image != other.image).any()
+    # A turned sprite covers nearly the same place.
+    both = (one.object_map > 0) & (other.object_map > 0)
+    either = (one.object_map > 0) | (other.object_map > 0)
+    assert both.sum() > 0.4 * either.sum()
+    background = one.object_map + other.object_map == 0
+    color = np.median(one.image[background], axis=0)
+    change = np.abs(np.median(other.image[background], axis=0) - color)
+    assert (change <= 0.16 * color + 1).all()  # a gain of at most 1 +- (0.12 + 0.04), rounded
 
 
 def test_relation_and_counts_are_true_of_the_positions(examples):
@@ -292,7 +329,7 @@ def test_held_out_questions_ask_about_what_is_held_out(split):
     unseen = {
       item.name
       for item in example.facts.objects
-      if splits.heldout_concept(item.codepoint)
+      if splits.heldout_concept(item.name)
       or splits.heldout_pair(example.facts.style, item.codepoint)
     }
     names = [answer for kind, _, answer in example.questions if kind == 'what']

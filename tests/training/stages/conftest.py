@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lavit_jax.models import lavit
-from lavit_jax.models.tokenizer import l2_normalize
+from lavit_jax.models.quantizer import l2_normalize
 from lavit_jax.weights.torch import name_tables
 
 nano.install()
@@ -50,4 +50,19 @@ def batch():
     text_length=length,
     text_weight=(np.arange(8) < length[:, None]).astype(np.float32),
     kind=np.array([0, 1, 2, 0, 1, 0, 1, 2], np.int32),
+    object_map=_object_map(),
+    object_names=np.array([[7, 8], *[[9, -1]] * 7], np.int32),
   )
+
+
+def _object_map():
+  """In each image an upper left square of 16 pixels shows the first object.
+
+  In the first image the lower right quarter of its last patch shows the second one, which is too
+  little, and the patch above has half of it.
+  """
+  objects = np.zeros((8, 32, 32), np.uint8)
+  objects[:, :16, :16] = 1
+  objects[0, 28:, 28:] = 2
+  objects[0, 16:20, 24:] = 2
+  return objects

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lavit_jax.models import lavit
-from lavit_jax.models.tokenizer import gumbel_keep
+from lavit_jax.models.selector import gumbel_keep
 from lavit_jax.training import codebook
 from lavit_jax.training.stages import tokenizer as tokenizer_stage
 from lavit_jax.training.stages.base import apply_module
@@ -126,10 +126,10 @@ def test_the_gradient_of_the_selector_alone_depends_on_its_option(parts, batch, 
 
   monkeypatch.setattr(tokenizer_stage, 'apply_module', record)
   value, metrics, gradient = published(params, batch, key)
-  assert (False, 'merge') in calls and (None, 'decode_kept') not in calls
+  assert (False, 'merge_counted') in calls and (None, 'decode_kept') not in calls
   calls.clear()
   other_value, other_metrics, other = counterfactual(params, batch, key)
-  assert (True, 'merge') in calls and (None, 'decode_kept') in calls
+  assert (True, 'merge_counted') in calls and (None, 'decode_kept') in calls
   assert other_value == pytest.approx(float(value), abs=1e-5)
   assert other_metrics['keep_ratio'] == metrics['keep_ratio']
   assert np.abs(other - gradient).max() > 0.01 * np.abs(gradient).max()
@@ -242,3 +242,53 @@ def test_commitment_does_not_choose_the_patches():
   assert value == pytest.approx((1 + 4) / 2)
   np.testing.assert_allclose(gradient[0], [[[1.0, 0.0], [0.0, -2.0], [0.0, 0.0]]])
   np.testing.assert_array_equal(gradient[1], 0)
+
+
+def test_the_merger_computes_kept_rows_alone_once_the_selector_is_frozen(parts, batch):
+  """The loss of a step with all rows and of one with a bucket."""
+  stage = nano.run(
+    'tokenizer',
+    merger_capacities=(14,),
+    tokenizer__quantize_from=9,
+    tokenizer__freeze_selector_from=1,
+    tokenizer__selector_gradient='published',
+  ).stage
+  without, _ = codebook.take_out(parts)
+  params, book = stage.init(
+    jax.random.key(0), {name: without[name] for name in ('tokenizer', 'decoder')}
+  )
+  # With nearly equal scores, eps changes little.
+  qkv = params['tokenizer']['merger']['blocks']['self_attn']['qkv']
+  flat = {**qkv, 'kernel': qkv['kernel'].at[:, 0].multiply(0.01)}
+  params['tokenizer']['merger']['blocks']['self_attn']['qkv'] = flat
+
+  @nano.jit
+  def measure(book):
+    loss, (_, metrics) = stage.loss(
+      params, {'vit': parts['vit']}, book, batch, jax.random.key(1), True
+    )
+    return loss, metrics
+
+  trained_loss, trained = measure(book)
+  frozen_loss, frozen = measure(book._replace(step=book.step + 1))
+  assert (trained['tokenizer_in_bucket'], frozen['tokenizer_in_bucket']) == (0, 1)
+  assert 0 < trained['keep_ratio'] == frozen['keep_ratio'] < 0.9
+  np.testing.assert_allclose(frozen_loss, trained_loss, atol=1e-4)
+
+
+@pytest.mark.parametrize('name', ['detokenizer', 'lm'])
+def test_later_stages_count_batches_in_buckets(name, parts, batch):
+  run = nano.run(name, merger_capacities=(8,))
+  assert run.model.tokenizer.capacities == run.model.understanding.capacities == (8,)
+  names = run.stage.modules.required
+  loaded = {module: parts[module] for module in names}
+
+  def measure(batch):
+    params, state = run.stage.init(jax.random.key(0), loaded)
+    frozen = {module: parts[module] for module in run.stage.modules.needs}
+    return run.stage.loss(params, frozen, state, batch, jax.random.key(1), True)
+
+  _, (_, metrics) = jax.eval_shape(measure, batch)
+  counted = {metric for metric in metrics if metric.endswith('_in_bucket')}
+  expected = {'tokenizer_in_bucket', 'understanding_in_bucket'}
+  assert counted == (expected if name == 'lm' else {'tokenizer_in_bucket'})

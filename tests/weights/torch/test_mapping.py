@@ -69,6 +69,7 @@ SHAPES = {  # of one torch array, and of its leaf
   'conv': ((6, 4, 3, 2), (3, 2, 4, 6)),
   'conv1x1_to_linear': ((6, 4, 1, 1), (4, 6)),
   'qkv': ((6, 4), (3, 4, 2)),
+  'kv': ((6, 4), (2, 4, 3)),
   'qkv_bias': ((6,), (3, 2)),
   'unbatch': ((1, 5, 4), (5, 4)),
 }
@@ -83,6 +84,20 @@ def test_transforms_are_bijections(name):
   assert leaf.shape == expected
   if name == 'qkv':
     assert np.array_equal(leaf[1], x[2:4].T)  # the keys' projection
+  if name == 'kv':
+    assert np.array_equal(leaf[1], x[3:].T)  # the values' projection
+
+
+def test_a_leaf_may_stack_every_other_layer():
+  rules = [NameRule('layer.{2i}.w', 'even'), NameRule('layer.{2i+1}.w', 'odd')]
+  like = {name: jax.ShapeDtypeStruct((2, 3), np.float32) for name in ('even', 'odd')}
+  state = {f'layer.{i}.w': np.full(3, i, np.float32) for i in range(4)}
+  tree = from_state_dict(rules, state, like)
+  assert tree['even'][:, 0].tolist() == [0, 2]
+  assert tree['odd'][:, 0].tolist() == [1, 3]
+  back = to_torch(rules, tree)
+  assert back.keys() == state.keys() and all(np.array_equal(back[k], state[k]) for k in state)
+  assert 'no place for layer.4.w' in problems(state | {'layer.4.w': np.zeros(3)}, rules, like)
 
 
 @pytest.mark.parametrize('shape', [(), (5,), (40, 3), (3, 40, 5), (2, 3, 17, 33)])

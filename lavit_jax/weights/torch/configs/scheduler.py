@@ -142,7 +142,7 @@ RULES: dict[str, Rule] = {
     'time_shift_type',
     'shift_terminal',
   ),
-  **harmless("of PNDM's own first steps", 'skip_prk_steps'),
+  **harmless("the sampler `pndm` always skips PNDM's Runge-Kutta steps", 'skip_prk_steps'),
   **harmless("of LCM's and TCD's own steps", 'original_inference_steps', 'timestep_scaling'),
   **harmless('of stochastic samplers', 'noise_sampler_seed'),
 }

@@ -1,0 +1,21 @@
+"""How an image enters the language model: LaVIT's own way, and those of other systems.
+
+    file                        interface                          who published it
+    lavit.py                    LavitInterface                     LaVIT (continuous tokens)
+    projections.py              LinearProjection, MlpProjection    LLaVA v1, v1.5
+    resampler.py                ResamplerInterface                 Flamingo's, into the sequence
+                                FlamingoInterface                  Flamingo
+    gated_cross_attention.py    the layers that Flamingo adds to the language model
+    qformer.py                  QFormerInterface                   BLIP-2, InstructBLIP
+    emu.py                      EmuInterface                       Emu
+
+`build_interface` (variants.py) makes one by its name and sizes.
+
+All follow one protocol (base.py): patch features and a `Context` in, `VisualTokens` out. A tower
+(towers.py) makes the patch features from images.
+
+    features = tower.features(tower_params, images)                          [B, N, D]
+    tokens = interface.apply({'params': params}, features, Context(keep))    vectors [B, n, H]
+    rows = pack_pairs(..., codes, tokens.lengths, ...)                       codes: i32[B, n]
+    embedded = embed_sources(embedded, rows.source, tokens.vectors)
+"""

@@ -1,0 +1,104 @@
+"""The interfaces by name: their sizes are data, as those of all modules (models/variants.py).
+
+`published` has the sizes of the released models. `tiny` is a choice, for the tiny variant: all
+interfaces get the same width and depth of their own, and a fourth of its 64 patches.
+
+Sources: OpenFlamingo's, LAVIS's and Emu's configs; the heads of `qformer` are BERT-base's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from lavit_jax.errors import UserError
+from lavit_jax.models.interfaces.base import VisualInterface
+from lavit_jax.models.interfaces.emu import EmuInterface
+from lavit_jax.models.interfaces.lavit import LavitInterface
+from lavit_jax.models.interfaces.projections import LinearProjection, MlpProjection
+from lavit_jax.models.interfaces.qformer import QFormerInterface
+from lavit_jax.models.interfaces.resampler import FlamingoInterface, ResamplerInterface
+from lavit_jax.models.interfaces.towers import Tower
+
+BERT_VOCABULARY = 30523  # with the decode token, which LAVIS appends
+
+_RESAMPLER = dict(num_latents=64, num_layers=6, num_heads=8, head_dim=64, mlp_dim=4096)
+_QFORMER = dict(num_queries=32, hidden_size=768, num_layers=12, num_heads=12, mlp_dim=3072)
+_TINY_RESAMPLER = dict(num_latents=16, num_layers=2, num_heads=4, head_dim=32, mlp_dim=384)
+_TINY_QFORMER = dict(num_queries=16, hidden_size=128, num_layers=2, num_heads=4, mlp_dim=384)
+
+# name -> module, and how its tower is cut (towers.py).
+INTERFACES: dict[str, tuple[Any, dict[str, Any]]] = {
+  'lavit': (LavitInterface, {}),
+  'linear': (LinearProjection, dict(cut=1)),
+  'mlp': (MlpProjection, dict(cut=1)),
+  'resampler': (ResamplerInterface, {}),
+  'flamingo': (FlamingoInterface, {}),
+  'qformer': (QFormerInterface, dict(cut=1, keep_cls=True)),
+  'instructed_qformer': (QFormerInterface, dict(cut=1, keep_cls=True)),
+  'emu': (EmuInterface, dict(keep_cls=True)),
+}
+SIZES: dict[str, dict[str, dict[str, Any]]] = {
+  'published': {
+    'lavit': dict(hidden_size=1408, num_layers=12, num_heads=16, mlp_dim=6144),
+    'linear': {},
+    'mlp': {},
+    'resampler': _RESAMPLER,
+    'flamingo': _RESAMPLER,
+    'qformer': _QFORMER,
+    'instructed_qformer': dict(_QFORMER, vocab_size=BERT_VOCABULARY),
+    'emu': dict(
+      num_tokens=32, hidden_size=768, num_layers=12, num_heads=12, head_dim=64, mlp_dim=3072
+    ),
+  },
+  'tiny': {
+    'lavit': dict(hidden_size=128, num_layers=2, num_heads=4, mlp_dim=384),
+    'linear': {},
+    'mlp': {},
+    'resampler': _TINY_RESAMPLER,
+    'flamingo': _TINY_RESAMPLER,
+    'qformer': _TINY_QFORMER,
+    'instructed_qformer': dict(_TINY_QFORMER, vocab_size=2048, max_positions=64),
+    'emu': dict(
+      num_tokens=16, hidden_size=128, num_layers=2, num_heads=4, head_dim=32, mlp_dim=384
+    ),
+  },
+}
+
+
+def build_interface(
+  name: str, sizes: str, llm_dim: int, dtype: str = 'float32', remat: str = 'none'
+) -> VisualInterface:
+  """The interface of a name.
+
+  Args:
+    name: a key of `INTERFACES`.
+    sizes: a key of `SIZES`.
+    llm_dim: H of the language model.
+    dtype: the compute dtype.
+    remat: policy of the scanned stacks.
+
+  Raises:
+    UserError: an unknown name.
+  """
+  if name not in INTERFACES:
+    raise UserError(f'unknown interface {name!r}: known: {", ".join(INTERFACES)}')
+  module, _ = INTERFACES[name]
+  options: dict[str, Any] = dict(SIZES[sizes][name], dtype=jnp.dtype(dtype))
+  if name != 'flamingo':  # its vectors do not go into the sequence
+    options['llm_dim'] = llm_dim
+  if name not in ('linear', 'mlp'):  # they have no stack
+    options['remat'] = remat
+  return module(**options)
+
+
+def build_tower(name: str, encoder: Any) -> Tower:
+  """The tower of an interface with a given encoder (`ViT` or `ClipViT`).
+
+  Raises:
+    UserError: an unknown name.
+  """
+  if name not in INTERFACES:
+    raise UserError(f'unknown interface {name!r}: known: {", ".join(INTERFACES)}')
+  return Tower(encoder, **INTERFACES[name][1])
