@@ -34,7 +34,7 @@ from lavit_jax import Lavit
 from lavit_jax.data.emoji import corpus
 from lavit_jax.evaluation.report import stack_images
 from lavit_jax.models.llama import Llama
-from lavit_jax.models.sequence import assign_rows, pack_pairs
+from lavit_jax.models.packing import assign_rows, pack_pairs
 from lavit_jax.models.vocabulary import Vocabulary
 
 ASSETS = pathlib.Path(__file__).parents[1] / 'lavit_jax' / 'assets' / 'tiny'

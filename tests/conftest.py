@@ -8,6 +8,10 @@ import functools
 import json
 import os
 import pathlib
+import re
+import shutil
+import sys
+import tempfile
 import types
 
 import jax
@@ -18,30 +22,68 @@ from safetensors.numpy import load_file
 
 from lavit_jax.models import lavit
 from lavit_jax.models.decoder import FeatureDecoder
-from lavit_jax.models.initialization import init_params
 from lavit_jax.models.tokenizer import DynamicTokenizer, Understanding
 from lavit_jax.models.vit import ViT
 from lavit_jax.weights.store.folder import save_params
+from lavit_jax.weights.torch import name_tables
 from lavit_jax.weights.torch import names_visual as tables
 from lavit_jax.weights.torch.mapping import from_state_dict
 
-# Commands that tests run leave nothing in the caches of whoever runs the tests.
-os.environ['LAVIT_COMPILATION_CACHE'] = 'off'
-
 FOLDER = pathlib.Path(__file__).parent / 'data' / 'golden'
-LONG_FILES = (  # each takes over a minute
-  'test_pipeline.py',
-  'test_image_generation.py',
-  'test_distributed.py',
+LONG_FILES = (  # the longest first
   'test_loop.py',
+  'test_distributed.py',
+  'test_pipeline.py',
+  'test_pipeline_options.py',
+  'test_image_generation.py',
+  'test_image_decoder.py',
+  'test_unet.py',
   'test_loop_sources.py',
   'test_convert.py',
+  'test_convert_modules.py',
 )
+
+
+def pytest_configure(config):
+  """Prepares what all processes of the tests share: settings of PyTorch, and compiled programs.
+
+  PyTorch's threads wait for each other actively, which takes most of the time where there are more
+  of them than cores, as with two test processes. Its models here are small: one thread is enough.
+
+  Equal programs compile once, whichever test or process needs them. Their cache is new and empty
+  in each run, so that no result comes from an earlier version of the code or of a library. Commands
+  use it, too, and leave nothing in the cache of whoever runs the tests.
+  """
+  assert 'torch' not in sys.modules  # it reads the variable when it is imported
+  os.environ.setdefault('OMP_NUM_THREADS', '1')
+  if not hasattr(config, 'workerinput'):  # the process that starts the others, or the only one
+    folder = tempfile.mkdtemp(prefix='lavit-compiled-')
+    config.add_cleanup(functools.partial(shutil.rmtree, folder, ignore_errors=True))
+    os.environ.pop('LAVIT_COMPILATION_CACHE', None)
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = folder
+    os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+  # This process has imported jax already, which reads the environment only then.
+  jax.config.update('jax_compilation_cache_dir', os.environ['JAX_COMPILATION_CACHE_DIR'])
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+
+
+def pytest_ignore_collect(collection_path, config):
+  """With `-k WORD` alone, files that have the word nowhere are not imported.
+
+  To import all of them takes longer than most single tests.
+  """
+  word = config.option.keyword.lower()
+  finds_all_files = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+  if collection_path.suffix != '.py' or not finds_all_files or not re.fullmatch(r'\w+', word):
+    return None
+  names = collection_path.relative_to(config.rootpath).as_posix().lower()
+  return None if word in names or word in collection_path.read_text().lower() else True
 
 
 def pytest_collection_modifyitems(items):
   """Long files go first: whoever began one last would keep the other processes waiting."""
-  items.sort(key=lambda item: item.path.name not in LONG_FILES)
+  order = {name: i for i, name in enumerate(LONG_FILES)}
+  items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(scope='session')
@@ -131,9 +173,7 @@ def tiny_parts():
     fan_in = np.prod(leaf.shape[-2:-1] if leaf.ndim < 4 else leaf.shape[:3])
     return jnp.asarray(rng.normal(0, fan_in**-0.5, leaf.shape), jnp.float32)
 
-  return jax.tree.map(
-    draw, jax.eval_shape(functools.partial(init_params, lavit.build('tiny')), jax.random.key(0))
-  )
+  return jax.tree.map(draw, name_tables.module_shapes(lavit.build('tiny'), name_tables.TABLES))
 
 
 @pytest.fixture(scope='session')

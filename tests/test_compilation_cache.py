@@ -54,7 +54,8 @@ def settings(monkeypatch):
   """No setting of JAX outlives a test, and none comes from whoever runs it."""
   before = {name: getattr(jax.config, name) for name in SETTINGS}
   monkeypatch.setattr(warnings, 'showwarning', warnings.showwarning)
-  monkeypatch.delenv('LAVIT_COMPILATION_CACHE')
+  monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR')
+  monkeypatch.delenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS')
   jax.config.update('jax_compilation_cache_dir', None)
   yield
   for name, value in before.items():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
+from collections.abc import Iterator
 
 import ml_dtypes
 import numpy as np
+import pytest
 import safetensors.numpy
 from nano import NANO
 
@@ -45,6 +48,14 @@ WHOLE = {  # every module that a published folder may have
   'uncond_rows': 3,
 }
 DTYPES = {'vit': np.float16, 'llama': ml_dtypes.bfloat16, 'unet': np.float16}
+
+
+@contextlib.contextmanager
+def whole_variant() -> Iterator[None]:
+  """Adds the variant 'whole' to the table for a while: no other test should match its shapes."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(lavit.VARIANTS, 'whole', WHOLE)
+    yield
 
 
 def write(where, stem, state, shard_bytes=10**9):

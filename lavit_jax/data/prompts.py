@@ -1,6 +1,6 @@
 """The prompts of the published model, and how its outputs are read (specification, Inference).
 
-An image is written as `[IMG] features or codes [/IMG]` by `models/sequence.py`; this module has the
+An image is written as `[IMG] features or codes [/IMG]` (models/packing.py); this module has the
 text beside it. A caption has no prompt. An image prompt is the caption itself.
 """
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lavit_jax.data.emoji import questions
-from lavit_jax.models.sequence import IMAGE_TO_TEXT, TEXT_ONLY, TEXT_TO_IMAGE
+from lavit_jax.models.packing import IMAGE_TO_TEXT, TEXT_ONLY, TEXT_TO_IMAGE
 
 DEFAULT_SHARES = {'caption': 0.35, 'answer': 0.3, 'draw': 0.3, 'text': 0.05}
 KIND_OF_USE = {

@@ -22,8 +22,8 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from lavit_jax.models.attention import attention
+from lavit_jax.models.packing import segment_mask
 from lavit_jax.models.remat import SAVED_ATTENTION
-from lavit_jax.models.sequence import segment_mask
 from lavit_jax.sharding import BATCH_AXES, TENSOR_AXIS, batch_shards
 
 LANES = 128  # the blocks and head widths of the splash kernel are multiples of this
@@ -38,7 +38,7 @@ def packed_attention(q: Array, k: Array, v: Array, segments: Array) -> Array:
     q: [R, S, H, d], rotated and unscaled.
     k: [R, S, G, d], rotated; G divides H.
     v: [R, S, G, d].
-    segments: i32[R, S] (`sequence.PackedBatch.segments`).
+    segments: i32[R, S] (`packing.PackedBatch.segments`).
 
   Returns:
     [R, S, H, d] in the dtype of v.

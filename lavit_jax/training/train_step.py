@@ -63,12 +63,14 @@ def make_init(
     UserError: a regex of the config matches no parameter, or loaded weights do not fit the model.
   """
   stage = run.stage
-  params, _ = jax.eval_shape(stage.init, jax.random.key(0), loaded)
+  # Programs that call it share one trace: the shapes here, and then `init` once or twice.
+  stage_init = jax.jit(stage.init)
+  params, _ = jax.eval_shape(stage_init, jax.random.key(0), loaded)
   hold = stage.hold(loaded) if stage.hold is not None else ()
   tx = optimizer.make_optimizer(run.optimizer, params, hold)
 
   def init(key, loaded):
-    params, state = stage.init(key, loaded)
+    params, state = stage_init(key, loaded)
     ema = {}
     if run.optimizer.ema_decay:
       averaged_params = stage.average.join(params, state) if stage.average else params

@@ -3,17 +3,20 @@
 import json
 import math
 import os
+import pathlib
 import subprocess
 import sys
 
 import pytest
 
 from lavit_jax.accelerators import TPUS
+from lavit_jax.cli import main
 from lavit_jax.models import lavit
 from lavit_jax.training import flops
 from lavit_jax.training.config import load_config, split_overrides
 from lavit_jax.training.run import resolve_abstract
 
+ROOT = pathlib.Path(__file__).parents[2]
 KEYS = (
   'topology',
   'chips',
@@ -47,9 +50,12 @@ def compile_config(config, topology, *options):
 
 
 @pytest.mark.parametrize('topology', ['v9:2x2', 'v5e', 'v5e:'])
-def test_an_invalid_topology_is_refused(topology):
-  status, _, errors = compile_config('configs/tokenizer.py:tiny', topology)
-  assert status == 2 and 'write CHIP:SHAPE such as v5e:16x16; known chips: v4, v5e' in errors
+def test_an_invalid_topology_is_refused(topology, capsys):
+  """Before libtpu is loaded."""
+  config = f'{ROOT}/configs/tokenizer.py:tiny'
+  assert main(['compile', '--config', config, '--topology', topology]) == 2
+  errors = capsys.readouterr().err
+  assert 'write CHIP:SHAPE such as v5e:16x16; known chips: v4, v5e' in errors
 
 
 def expected_flops(config, options):

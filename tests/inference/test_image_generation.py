@@ -1,110 +1,34 @@
-"""Codes to images: against diffusers, from golden codes; sizes, initial images, safety checker."""
+"""The user's API from codes to images: sizes, initial images, options, the safety checker."""
 
-import functools
-import json
 import logging
 import math
 import pathlib
 import shutil
 
-import jax
+import image_variants
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from nano import NANO
+from image_variants import random_params
 
 from lavit_jax.data.text import TextTokenizer
 from lavit_jax.errors import UserError
 from lavit_jax.inference import generation_config, image_decoder, image_generation
 from lavit_jax.inference.pipeline import Lavit
-from lavit_jax.models import diffusion, lavit
-from lavit_jax.models.noise_schedule import Scheduler
+from lavit_jax.models import lavit
 from lavit_jax.weights.store import folder
-from lavit_jax.weights.torch import name_tables
 from lavit_jax.weights.torch.api import to_torch
-from lavit_jax.weights.torch.configs import rules
-from lavit_jax.weights.torch.configs.scheduler import CONFIG_FILES
 from lavit_jax.weights.torch.descriptions import extractor_config
 
 TOKENIZER = pathlib.Path(lavit.__file__).parents[1] / 'assets' / 'tiny' / 'language_model'
-SDXL = dict(
-  block_out_channels=(8, 16),
-  layers_per_block=1,
-  down_block_attention=(False, True),
-  transformer_layers=(1, 2),
-  num_heads=(2, 2),
-  norm_num_groups=4,
-  use_linear_projection=True,
-  addition_time_embed_dim=8,
-)
-HIGHRES_VAE = dict(
-  block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, scaling_factor=0.5
-)
-CHECKER = dict(
-  image_size=16, patch_size=8, hidden_size=16, num_layers=2, num_heads=2, mlp_dim=24, output_dim=12
-)
-CONFIGS = {
-  'both': {
-    **NANO,
-    'highres_decoder': dict(num_layers=1, context_dims=(16, 24), pooled_dim=20),
-    'highres_vae': HIGHRES_VAE,
-    'highres_unet': dict(SDXL, cross_attention_dim=40, pooled_dim=20),
-    'safety_checker': CHECKER,
-    'uncond_rows': 3,
-  },
-  'golden': dict(  # of tests/data/golden/config.json
-    text_vocab_size=100,
-    vit=dict(
-      image_size=56,
-      patch_size=14,
-      hidden_size=64,
-      num_layers=3,
-      num_heads=4,
-      head_dim=16,
-      mlp_dim=279,
-      output_dim=32,
-    ),
-    tokenizer=dict(
-      hidden_size=64, num_layers=2, num_heads=4, mlp_dim=279, codebook_size=128, code_dim=8
-    ),
-    llama=NANO['llama'],
-    decoder=dict(num_layers=2, context_dims=(24,)),
-    highres_decoder=dict(num_layers=2, context_dims=(24, 40), pooled_dim=40),
-    unet={**NANO['unet'], 'cross_attention_dim': 24},
-    vae={**NANO['vae'], 'scaling_factor': 0.18},
-    uncond_rows=3,
-    highres_unet=dict(SDXL, cross_attention_dim=64, pooled_dim=40),
-    highres_vae=HIGHRES_VAE,
-  ),
-}
 CODES = [np.arange(5), np.array([3]), np.arange(16), np.array([], int), np.array([7, 7])]
 
 
 @pytest.fixture(scope='module', autouse=True)
 def variants():
   with pytest.MonkeyPatch.context() as patch:
-    for name, config in CONFIGS.items():
-      patch.setitem(lavit.VARIANTS, name, config)
-    patch.setitem(
-      generation_config.VARIANT_DEFAULTS,
-      'both',
-      generation_config.VariantDefaults(
-        (1, 4), (1, 4), (2, 4), 16, highres_sizes=((16, 24), (24, 16))
-      ),
-    )
+    image_variants.install(patch)
     yield
-
-
-def random_params(variant, *names):
-  """Random parameters that keep signals at about one, by numpy, so that nothing compiles."""
-  rng = np.random.default_rng(1)
-
-  def normal(leaf):
-    fan_in = np.prod(leaf.shape[-2:-1] if leaf.ndim < 4 else leaf.shape[:3])
-    return jnp.asarray(rng.normal(0, fan_in**-0.5, leaf.shape), jnp.float32)
-
-  shapes = name_tables.module_shapes(lavit.build(variant), names or name_tables.TABLES)
-  return jax.tree.map(normal, shapes)
 
 
 @pytest.fixture(scope='module')
@@ -123,146 +47,6 @@ def open_model(params, **options):
 @pytest.fixture(scope='module')
 def model(params):
   return open_model(params)
-
-
-# -------------------------------------------------------------------------------- against diffusers
-
-
-@pytest.mark.parametrize(
-  'decoder_config, sampler, with_init_images, changes',
-  [
-    (image_decoder.LOWRES, 'ddim', True, {}),
-    (image_decoder.HIGHRES, 'ddim', False, {}),
-    (image_decoder.HIGHRES, 'euler', True, {}),
-    (
-      image_decoder.LOWRES,
-      'ddim',
-      False,
-      dict(prediction_type='v_prediction', timestep_spacing='trailing'),
-    ),
-    (
-      image_decoder.LOWRES,
-      'ddim',
-      False,
-      dict(
-        beta_schedule='linear',
-        beta_start=0.0001,
-        beta_end=0.02,
-        steps_offset=0,
-        set_alpha_to_one=True,
-        num_train_timesteps=500,
-      ),
-    ),
-  ],
-)
-def test_golden_codes_are_decoded_as_by_diffusers(
-  golden, tmp_path, decoder_config, sampler, with_init_images, changes
-):
-  torch = pytest.importorskip('torch')
-  diffusers = pytest.importorskip('diffusers')
-  model = lavit.build('golden')
-  io = golden.io
-  size = (16, 24)
-  steps = 5
-  strength = 0.6
-  unet = decoder_config.prefix + 'unet'
-  vae = decoder_config.prefix + 'vae'
-  params = random_params('golden', unet, vae, 'uncond_embeddings')
-  params['codebook'] = golden.params['tokenizer']
-  for name in ('decoder', 'highres_decoder'):
-    params[name] = golden.params[name]
-  counts = io['kept_token_counts']
-  mask = np.arange(16) < counts[:, None]
-  ids = np.zeros((len(counts), 16), np.int32)
-  ids[mask] = io['code_ids']
-  keys = jax.random.split(jax.random.key(3), len(ids))
-  init_images = None
-  if with_init_images:
-    init_images = np.random.default_rng(0).integers(0, 256, (len(ids), *size, 3), np.uint8)
-  settings = dict(
-    beta_start=0.00085,
-    beta_end=0.012,
-    beta_schedule='scaled_linear',
-    steps_offset=1,
-    timestep_spacing='leading',
-  )
-  if sampler == 'ddim':
-    settings |= dict(clip_sample=False, set_alpha_to_one=False)
-  settings |= changes
-  (tmp_path / 'scheduler_config.json').write_text(json.dumps(settings))
-  config = image_decoder.DecodingConfig(
-    decoder=decoder_config,
-    size=size,
-    num_inference_steps=steps,
-    sampler=sampler,
-    strength=strength,
-    scheduler=Scheduler(**rules.apply_rules(CONFIG_FILES[0], settings, model, tmp_path)),
-  )
-  decoded = image_decoder.decode_images(
-    model,
-    {name: params[name] for name in decoder_config.modules},
-    ids,
-    mask,
-    keys,
-    init_images,
-    guidance_scale=decoder_config.guidance_scale,
-    config=config,
-  )
-
-  def nchw(x):
-    return torch.from_numpy(np.moveaxis(np.array(x), -1, 1).copy())
-
-  for name in (unet, vae):
-    to_torch(params[name], tmp_path / name, name, variant='golden')
-  peer = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / unet).eval()
-  peer_vae = diffusers.AutoencoderKL.from_pretrained(tmp_path / vae).eval()
-  is_ddim = sampler == 'ddim'
-  scheduler_class = diffusers.DDIMScheduler if is_ddim else diffusers.EulerDiscreteScheduler
-  scheduler = scheduler_class.from_pretrained(tmp_path)
-  scheduler.set_timesteps(steps)
-  visited = (
-    scheduler.timesteps[-int(steps * strength) :] if with_init_images else scheduler.timesteps
-  )
-  x = nchw(jax.vmap(lambda key: jax.random.normal(key, (8, 12, 4)))(keys))
-  if decoder_config.prefix:
-    context = torch.from_numpy(io['highres_context'])
-    context = torch.cat([context, torch.zeros_like(context)])
-    pooled = torch.from_numpy(io['highres_pooled'])
-    condition = dict(
-      added_cond_kwargs=dict(
-        text_embeds=torch.cat([pooled, torch.zeros_like(pooled)]),
-        time_ids=torch.tensor([[16.0, 24.0, 0.0, 0.0, 16.0, 24.0]]).repeat(2 * len(ids), 1),
-      )
-    )
-  else:
-    null = np.concatenate([params['uncond_embeddings'], np.zeros((13, 24), np.float32)])
-    context = torch.from_numpy(np.concatenate([io['lowres_context'], np.stack([null] * len(ids))]))
-    null_mask = torch.arange(16)[None].repeat(len(ids), 1) < 3
-    both_masks = torch.cat([torch.ones(len(ids), 16), null_mask]).bool()
-    condition = dict(encoder_attention_mask=both_masks)
-  with torch.no_grad():
-    if with_init_images:
-      encoded = peer_vae.encode(nchw(init_images / 127.5 - 1).float()).latent_dist
-      noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 1), (8, 12, 4)))(keys)
-      init_latents = peer_vae.config.scaling_factor * (encoded.mean + encoded.std * nchw(noise))
-      x = scheduler.add_noise(init_latents, x, visited[:1].repeat(len(ids)))
-    else:
-      x = x * scheduler.init_noise_sigma
-    for t in visited:
-      x_twice = scheduler.scale_model_input(torch.cat([x, x]), t)
-      prediction, null = peer(x_twice, t, context, **condition).sample.chunk(2)
-      guided = null + decoder_config.guidance_scale * (prediction - null)
-      x = scheduler.step(guided, t, x).prev_sample
-    expected = peer_vae.decode(x / peer_vae.config.scaling_factor).sample
-  expected = np.moveaxis((expected / 2 + 0.5).clamp(0, 1).numpy() * 255, 1, -1)
-  assert 0.2 < ((0 < expected) & (expected < 255)).mean()
-  assert expected.std() > 20
-  # Half a byte of rounding, and a quarter for the float32 errors of all steps under guidance.
-  np.testing.assert_allclose(decoded.images, expected, atol=0.5 + 0.25)
-  assert not decoded.flagged.any()
-
-
-# ----------------------------------------------------------------------------------- the user's API
 
 
 def test_the_size_selects_the_decoder(model):
@@ -285,50 +69,6 @@ def test_the_size_selects_the_decoder(model):
       ['an owl', 'a key'], size=(16, 24), num_inference_steps=1, seed=2
     ).images,
   )
-
-
-@pytest.mark.parametrize(
-  'height, width', [(1024, 1024), (896, 1152), (832, 1216), (768, 1344), (1216, 832), (1152, 896)]
-)
-def test_every_published_size_of_sdxl_at_full_scale(height, width, monkeypatch):
-  """With lavit_7b in bfloat16, from latents of an eighth of the size; nothing is computed."""
-  full = lavit.build('lavit_7b', 'bfloat16')
-  latent_shapes = []
-  request = image_generation.resolve_image_request(
-    2,
-    generation_config.VariantDefaults(),
-    [*name_tables.TABLES, 'codebook'],
-    size=(height, width),
-  )
-  shapes = name_tables.module_shapes(
-    full, ('tokenizer', *request.config.decoder.modules[1:], 'safety_checker')
-  )
-  shapes['codebook'] = shapes.pop('tokenizer')
-  sample_latents = diffusion.sample_latents
-
-  def record_shape(denoise, noise, *args, **kwargs):
-    latent_shapes.append(noise.shape)
-    return sample_latents(denoise, noise, *args, **kwargs)
-
-  monkeypatch.setattr(diffusion, 'sample_latents', record_shape)
-  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
-  decoded = jax.eval_shape(
-    functools.partial(
-      image_decoder.decode_images.__wrapped__,
-      full,
-      guidance_scale=request.guidance_scale,
-      config=request.config,
-    ),
-    shapes,
-    jax.ShapeDtypeStruct((2, 256), jnp.int32),
-    jax.ShapeDtypeStruct((2, 256), bool),
-    keys,
-    None,
-  )
-  assert latent_shapes == [(2, height // 8, width // 8, 4)]
-  assert decoded.images.shape == (2, height, width, 3)
-  assert decoded.images.dtype == jnp.uint8
-  assert decoded.flagged.shape == (2,)
 
 
 def test_defaults_are_those_published():
@@ -490,9 +230,6 @@ def test_a_checkpoint_without_the_highres_modules(params):
     match='16x24 needs highres_decoder, highres_unet, highres_vae, which .* not have; choose 16x16',
   ):
     lowres.generate(['an owl'], size=(16, 24))
-
-
-# ------------------------------------------------------------------------------- the safety checker
 
 
 def logged(caplog):

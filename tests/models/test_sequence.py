@@ -1,169 +1,17 @@
-"""Packing against plain Python, and its losses against those of single pairs."""
-
-import functools
+"""Compaction of visual features, and left-padded prompts, against plain Python."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lavit_jax.models.llama import Llama
 from lavit_jax.models.sequence import (
   compact,
   embed_prompts,
-  embed_sources,
   layout_prompts,
-  pack_pairs,
   prompt_mask,
   prompt_positions,
-  segment_mask,
 )
-from lavit_jax.models.vocabulary import Vocabulary
-
-VOCABULARY = Vocabulary(text_size=50, codebook_size=30)
-BATCH = 9
-TEXT = 6
-VISUAL = 8
-
-
-def batch(seed):
-  """Random pairs of all kinds, some without a word."""
-  r = np.random.default_rng(seed)
-  return dict(
-    text=r.integers(3, 50, (BATCH, TEXT)),
-    text_length=r.integers(0, TEXT + 1, BATCH),
-    text_weight=r.random((BATCH, TEXT), np.float32).round(2),
-    kind=r.integers(0, 3, BATCH),
-    codes=r.integers(0, 30, (BATCH, VISUAL)),
-    visual_length=r.integers(1, VISUAL + 1, BATCH),
-  )
-
-
-def cut_batch(seed):
-  """`batch` with some texts cut: no token with a weight follows them."""
-  pairs = batch(seed)
-  r = np.random.default_rng(seed + 100)
-  next_weight = np.where(r.random(BATCH) < 0.5, 0.0, 1.0)
-  weight = np.concatenate([pairs['text_weight'], np.zeros((BATCH, 1), np.float32)], axis=1)
-  np.put_along_axis(weight, pairs['text_length'][:, None], next_weight[:, None], axis=1)
-  return {**pairs, 'text_weight': weight}
-
-
-def pair_tokens(pairs, b, image_loss):
-  """The tokens (id, source, weight) of pair b, in plain Python."""
-  num_words = pairs['text_length'][b]
-  kind = pairs['kind'][b]
-  text = []
-  for i, weight in zip(pairs['text'][b, :num_words], pairs['text_weight'][b, :num_words]):
-    text.append((int(i), -1, float(weight)))
-  image_weight = 1.0 if kind == 1 else float(image_loss)
-  has_next_weight = pairs['text_weight'].shape[1] > TEXT
-  next_index = num_words if has_next_weight else max(num_words - 1, 0)
-  next_weight = float(pairs['text_weight'][b, next_index])
-  start_weight = next_weight if has_next_weight and kind == 1 else image_weight
-  image = [(50, -1, start_weight)]
-  for i, c in enumerate(pairs['codes'][b, : pairs['visual_length'][b]]):
-    image.append((52 + int(c), b * VISUAL + i if kind == 0 else -1, image_weight))
-  image.append((51, -1, image_weight))
-  begin = [(1, -1, 0.0)]
-  end = [(2, -1, 1.0 if kind == 1 else next_weight)]
-  return [image + text, text + image, begin + text][kind] + end
-
-
-def reference(pairs, num_rows, row_length, image_loss):
-  """The packing of `pack_pairs` in plain Python.
-
-  Returns rows of (id, source, position, segment, target, weight), and the overflow.
-  """
-  rows = [[] for _ in range(num_rows)]
-  overflow = 0
-  for b in range(BATCH):
-    tokens = pair_tokens(pairs, b, image_loss)
-    following = [*tokens[1:], (0, -1, 0.0)]
-    row = next((row for row in rows if len(row) + len(tokens) <= row_length), None)
-    if row is None:
-      overflow += 1
-      continue
-    for position, (token, target) in enumerate(zip(tokens, following)):
-      row.append((token[0], token[1], position, b + 1, target[0], target[2]))
-  empty = (0, -1, 0, 0, 0, 0.0)
-  return [row + [empty] * (row_length - len(row)) for row in rows], overflow
-
-
-@pytest.mark.parametrize('draw', [batch, cut_batch])
-@pytest.mark.parametrize('seed', range(6))
-@pytest.mark.parametrize(
-  'num_rows, row_length, image_loss', [(9, 17, False), (4, 25, True), (2, 16, False)]
-)
-def test_pack_equals_plain_python(seed, num_rows, row_length, image_loss, draw):
-  pairs = draw(seed)
-  run = jax.jit(
-    functools.partial(
-      pack_pairs,
-      vocabulary=VOCABULARY,
-      num_rows=num_rows,
-      row_length=row_length,
-      image_loss=image_loss,
-    )
-  )
-  packed = run(**{k: jnp.asarray(v) for k, v in pairs.items()})
-  rows, overflow = reference(pairs, num_rows, row_length, image_loss)
-  for field, expected in zip(packed, np.moveaxis(np.array(rows), -1, 0)):
-    np.testing.assert_array_equal(field, expected.astype(field.dtype))
-  assert packed.overflow == overflow
-  assert overflow == 0 or num_rows < 9  # a row for each pair is always enough ...
-  assert overflow > 0 or num_rows > 2  # ... and two short rows never are
-  segments = np.array(rows)[..., 3]
-  np.testing.assert_allclose(packed.used, (segments > 0).mean(), atol=1e-6)
-
-
-def test_packed_losses_equal_those_of_each_pair_alone():
-  llama = Llama(
-    VOCABULARY.size,
-    hidden_size=32,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=4,
-    head_dim=8,
-    mlp_dim=48,
-  )
-  example = jnp.zeros((1, 2, 32)), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 1, 2, 2), bool)
-  params = jax.jit(llama.init)(jax.random.key(0), *example)
-  params['params']['embedding'] *= 50.0  # to the scale of the features
-  features = jax.random.normal(jax.random.key(1), (BATCH, VISUAL, 32))
-  pairs = {k: jnp.asarray(v) for k, v in batch(3).items()}
-
-  @jax.jit
-  def losses(packed, features):
-    embeddings = embed_sources(
-      llama.apply(params, packed.ids, method='embed'), packed.source, features
-    )
-    hidden, _ = llama.apply(params, embeddings, packed.positions, segment_mask(packed.segments))
-    log_probs = jax.nn.log_softmax(llama.apply(params, hidden, method='logits'))
-    return -jnp.take_along_axis(log_probs, packed.targets[..., None], -1)[..., 0]
-
-  packed = pack_pairs(**pairs, vocabulary=VOCABULARY, num_rows=4, row_length=34, image_loss=True)
-  together = losses(packed, features)
-  assert packed.overflow == 0
-  assert any(len(set(np.asarray(row)) - {0}) > 1 for row in packed.segments)  # rows are shared
-  pack_one = jax.jit(
-    functools.partial(pack_pairs, vocabulary=VOCABULARY, num_rows=1, row_length=17, image_loss=True)
-  )
-  for b in range(BATCH):
-    alone = pack_one(**{k: v[b : b + 1] for k, v in pairs.items()})
-    expected = losses(alone, features[b : b + 1])[alone.segments > 0]
-    np.testing.assert_allclose(together[packed.segments == b + 1], expected, atol=1e-5)
-
-
-def test_gradient_reaches_only_the_features_of_image_to_text():
-  pairs = {k: jnp.asarray(v) for k, v in batch(0).items()}
-  packed = pack_pairs(**pairs, vocabulary=VOCABULARY, num_rows=9, row_length=17)
-  text = jnp.ones(packed.ids.shape + (4,))
-  gradient = jax.grad(lambda f: embed_sources(text, packed.source, f).sum())(
-    jnp.ones((BATCH, VISUAL, 4))
-  )
-  used = (pairs['kind'] == 0)[:, None] & (jnp.arange(VISUAL) < pairs['visual_length'][:, None])
-  np.testing.assert_array_equal(gradient, jnp.broadcast_to(used[..., None], gradient.shape))
 
 
 @pytest.mark.parametrize('keep_dtype', [bool, np.float32])
@@ -183,17 +31,11 @@ def test_compact(keep_dtype):
   np.testing.assert_array_equal(ids, [np.arange(7), np.zeros(7)])
 
 
-def picture(*lines):
-  """A mask bool[S, S] drawn with x and dots."""
-  return np.array([list(line) for line in lines]) == 'x'
-
-
-def test_masks_match_their_pictures():
-  segments = jnp.array([[1, 1, 2, 2, 0]])
-  expected = picture('x....', 'xx...', '..x..', '..xx.', '....x')
-  np.testing.assert_array_equal(segment_mask(segments)[0, 0], expected)
+def test_the_mask_of_prompts_matches_its_picture():
+  """Queries down, keys across; an x where a query sees a key."""
+  lines = ('.....', '.....', '..x..', '..xx.', '..xxx')
+  expected = np.array([list(line) for line in lines]) == 'x'
   mask = jnp.array([[0, 0, 1, 1, 1]], bool)
-  expected = picture('.....', '.....', '..x..', '..xx.', '..xxx')
   np.testing.assert_array_equal(prompt_mask(mask)[0, 0], expected)
   np.testing.assert_array_equal(prompt_positions(mask), [[0, 0, 0, 1, 2]])
 

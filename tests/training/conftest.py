@@ -4,12 +4,6 @@ import pytest
 from nano import launch
 
 
-@pytest.fixture(scope='session')
-def cache(tmp_path_factory):
-  """Where the processes share what they compile; the computations are the same."""
-  return tmp_path_factory.mktemp('compiled')
-
-
 @pytest.fixture
 def running():
   """The processes of a test; what still runs at its end is killed."""
@@ -22,11 +16,11 @@ def running():
 
 
 @pytest.fixture
-def start(cache, running):
+def start(running):
   """start(stage, workdir, key=value ...) -> the running process of one training."""
 
   def begin(stage, workdir, **changes):
-    running.append(launch(stage, workdir, cache, **changes))
+    running.append(launch(stage, workdir, **changes))
     return running[-1]
 
   return begin

@@ -126,27 +126,34 @@ def optimizer_config(num_steps: int = 10, **changes):
   return OptimizerConfig.from_config(dict(num_steps=num_steps, optim={**optim, **changes}))
 
 
+EARLIER = {  # by stage: those that it starts from
+  'tokenizer': ('encoder',),
+  'detokenizer': ('encoder', 'autoencoder', 'tokenizer'),
+  'lm': ('encoder', 'tokenizer'),
+}
+
+
+def options_after(stage, runs):
+  """The options of a stage's run of four steps; `runs` has the workdirs of those before it."""
+  exports = [str(runs[name] / 'export') for name in EARLIER.get(stage, ())]
+  options = dict(checkpoint_every=4, frozen=','.join(exports))
+  if stage == 'tokenizer':
+    options |= dict(tokenizer__quantize_from=2, eval_every=2, eval_batches=1, picture_every=4)
+  return options
+
+
 def train_all(folder: pathlib.Path) -> None:
   """Every stage in turn, each from the exports of those before it, into folder/STAGE."""
   from lavit_jax.training.loop import train
 
-  earlier = {
-    'tokenizer': ('encoder',),
-    'detokenizer': ('encoder', 'autoencoder', 'tokenizer'),
-    'lm': ('encoder', 'tokenizer'),
-  }
-  for stage in ('encoder', 'autoencoder', 'tokenizer', 'detokenizer', 'lm'):
-    changes = dict(
-      checkpoint_every=4,
-      frozen=','.join(str(folder / name / 'export') for name in earlier.get(stage, ())),
-    )
-    if stage == 'tokenizer':
-      changes |= dict(tokenizer__quantize_from=2, eval_every=2, eval_batches=1, picture_every=4)
-    train(config(stage, **changes), folder / stage)
+  stages = ('encoder', 'autoencoder', 'tokenizer', 'detokenizer', 'lm')
+  runs = {stage: folder / stage for stage in stages}
+  for stage in stages:
+    train(config(stage, **options_after(stage, runs)), runs[stage])
 
 
-def launch(stage, workdir, cache, devices=1, env=(), **changes):
-  """One training as a process of its own; `cache` is where processes share what they compile."""
+def launch(stage, workdir, devices=1, env=(), **changes):
+  """One training as a process of its own, with the tests' cache of compiled programs."""
   flags = {'xla_force_host_platform_device_count': devices, **QUICK_TO_COMPILE}
   if isa := re.search(r'xla_cpu_max_isa=(\w+)', os.environ.get('XLA_FLAGS', '')):
     flags['xla_cpu_max_isa'] = isa[1]  # a CPU that is imitated is so here too
@@ -155,8 +162,6 @@ def launch(stage, workdir, cache, devices=1, env=(), **changes):
     **os.environ,
     'JAX_PLATFORMS': 'cpu',
     'XLA_FLAGS': flags,
-    'JAX_COMPILATION_CACHE_DIR': str(cache),
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     'PYTHONPATH': str(ROOT),
     'TF_CPP_MIN_LOG_LEVEL': '3',
     **dict(env),
@@ -173,7 +178,7 @@ def launch(stage, workdir, cache, devices=1, env=(), **changes):
   )
 
 
-def launch_job(stage, workdir, cache, processes, devices, timeout=5, own=(), **changes):
+def launch_job(stage, workdir, processes, devices, timeout=5, own=(), **changes):
   """One run as a job of several processes, which have `devices` each.
 
   They give up a process that is silent for `timeout` seconds.
@@ -190,7 +195,7 @@ def launch_job(stage, workdir, cache, processes, devices, timeout=5, own=(), **c
   )
   changes = [{'workdir': workdir, **changes, **dict(own).get(i, {})} for i in range(processes)]
   return [
-    launch(stage, cache=cache, devices=devices, env={**env, 'JAX_PROCESS_ID': str(i)}, **each)
+    launch(stage, devices=devices, env={**env, 'JAX_PROCESS_ID': str(i)}, **each)
     for i, each in enumerate(changes)
   ]
 
@@ -222,10 +227,18 @@ def until(process, workdir, step):
 
 
 def main() -> None:
+  # tensorboardX imports torch where it is installed; training does not need it, and it takes a
+  # second.
+  sys.modules['torch'] = None  # pyright: ignore[reportArgumentType]
   from lavit_jax.training import distributed as processes
 
   processes.connect()  # by the environment
+  from lavit_jax.training import flops
   from lavit_jax.training.loop import train
+
+  # The count traces the whole step once more. test_flops.py tests it, and runs in the tests' own
+  # process have it.
+  flops.step_flops = lambda run: flops.StepFlops(1.0)
 
   install()
   stage, workdir, *pairs = sys.argv[1:]

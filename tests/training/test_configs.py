@@ -1,6 +1,5 @@
 """The configs at every variant: they load, the stage builds, regexes match parameters."""
 
-import functools
 import itertools
 import pathlib
 import re
@@ -13,10 +12,10 @@ from lavit_jax import sharding
 from lavit_jax.data import loader, paths
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
-from lavit_jax.models.initialization import init_params
 from lavit_jax.training.config import load_config
 from lavit_jax.training.run import resolve_abstract
 from lavit_jax.training.train_step import make_init
+from lavit_jax.weights.torch import name_tables
 
 ROOT = pathlib.Path(__file__).parents[2]
 VARIANTS = [variant for variant in lavit.VARIANTS if variant != 'nano']
@@ -25,11 +24,6 @@ CONFIGS = [
   ('autoencoder', 'tiny'),
   *itertools.product(('tokenizer', 'detokenizer', 'lm'), VARIANTS),
 ]
-
-
-@functools.cache
-def shapes(variant):
-  return jax.eval_shape(functools.partial(init_params, lavit.build(variant)), jax.random.key(0))
 
 
 @pytest.mark.parametrize('stage, variant', CONFIGS)
@@ -41,7 +35,7 @@ def test_config(stage, variant):
   assert len(text.splitlines()) < 65
   mesh = jax.sharding.AbstractMesh((1, 16, 1), sharding.AXES)
   run = resolve_abstract(config, mesh if variant != 'tiny' else None)
-  loaded = {name: shapes(variant)[name] for name in run.stage.modules.required}
+  loaded = name_tables.module_shapes(lavit.build(variant), run.stage.modules.required)
   init, _ = make_init(run, loaded)  # raises if a regex of the config names nothing
   state = jax.eval_shape(init, jax.random.key(0), loaded)
   sharding.shardings(state, mesh)  # raises for a large leaf without a rule

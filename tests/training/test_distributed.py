@@ -25,35 +25,35 @@ TIMEOUT = 5  # seconds until a silent process counts as lost
 
 
 @pytest.fixture
-def start_job(cache, running):
+def start_job(running):
   """start_job(stage, workdir, processes, devices of each, key=value ...) -> the processes."""
 
   def begin(stage, workdir, count, devices, **changes):
-    running.extend(job := launch_job(stage, workdir, cache, count, devices, TIMEOUT, **changes))
+    running.extend(job := launch_job(stage, workdir, count, devices, TIMEOUT, **changes))
     return job
 
   return begin
 
 
 @pytest.fixture(scope='session')
-def alone(tmp_path_factory, cache):
+def alone(tmp_path_factory):
   """The run of one process on two devices."""
   workdir = tmp_path_factory.mktemp('alone')
-  finish(launch('encoder', workdir, cache, 2, **STEPS))
+  finish(launch('encoder', workdir, 2, **STEPS))
   return workdir
 
 
 @pytest.fixture(scope='session')
-def killed(tmp_path_factory, cache):
+def killed(tmp_path_factory):
   """A run of two processes, of which one was killed when two checkpoints were whole.
 
   It is (workdir, the output of the other, its status, the seconds that it took to end).
   """
-  return kill_on_the_way('encoder', tmp_path_factory.mktemp('killed'), cache, **STEPS)
+  return kill_on_the_way('encoder', tmp_path_factory.mktemp('killed'), **STEPS)
 
 
-def kill_on_the_way(stage, workdir, cache, **options):
-  job = launch_job(stage, workdir, cache, 2, 1, TIMEOUT, **options)
+def kill_on_the_way(stage, workdir, **options):
+  job = launch_job(stage, workdir, 2, 1, TIMEOUT, **options)
   until(job[0], workdir, 7)
   while len(whole_checkpoints(workdir)) < 2:
     assert job[0].poll() is None, job[0].communicate()[0]
@@ -121,11 +121,11 @@ def test_started_again_they_repeat_themselves_bit_for_bit(start_job, alone, kill
   ],
 )
 def test_another_number_of_processes_or_another_mesh_goes_on(
-  start_job, alone, killed, tmp_path, cache, count, devices, mesh
+  start_job, alone, killed, tmp_path, count, devices, mesh
 ):
   shutil.copytree(killed[0], tmp_path, dirs_exist_ok=True)
   if count == 1:
-    out = finish(launch('encoder', tmp_path, cache, devices, **STEPS, **mesh))
+    out = finish(launch('encoder', tmp_path, devices, **STEPS, **mesh))
   else:
     out, *_ = map(finish, start_job('encoder', tmp_path, count, devices, **STEPS, **mesh))
   first = int(out.split('continuing from step ')[1].split()[0])
@@ -139,7 +139,7 @@ def test_another_number_of_processes_or_another_mesh_goes_on(
 
 
 @pytest.fixture(scope='session')
-def on_tars(tmp_path_factory, cache):
+def on_tars(tmp_path_factory):
   """(options of a run on tars, the run of one process, a run of two of which one was killed)."""
   tars = tmp_path_factory.mktemp('tars')
   for t in range(5):
@@ -151,11 +151,11 @@ def on_tars(tmp_path_factory, cache):
   options = dict(
     num_steps=16, checkpoint_every=3, data__sources=(source,), data__crop='random', data__shards=4
   )
-  finish(launch('autoencoder', tars / 'alone', cache, 2, **options))
+  finish(launch('autoencoder', tars / 'alone', 2, **options))
   return (
     options,
     tars / 'alone',
-    kill_on_the_way('autoencoder', tars / 'killed', cache, **options)[0],
+    kill_on_the_way('autoencoder', tars / 'killed', **options)[0],
   )
 
 
@@ -173,13 +173,13 @@ def on_tars(tmp_path_factory, cache):
   ],
 )
 def test_a_run_on_tars_goes_on_on_other_machines(
-  on_tars, tmp_path, start_job, cache, count, devices, mesh
+  on_tars, tmp_path, start_job, count, devices, mesh
 ):
   """The batches of a run that was not stopped, over an epoch in which images are skipped."""
   options, alone, killed = on_tars
   shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
   if count == 1:
-    out = finish(launch('autoencoder', tmp_path, cache, devices, **options, **mesh))
+    out = finish(launch('autoencoder', tmp_path, devices, **options, **mesh))
   else:
     out, *_ = map(finish, start_job('autoencoder', tmp_path, count, devices, **options, **mesh))
   first = int(out.split('continuing from step ')[1].split()[0])
@@ -200,23 +200,23 @@ def test_a_run_on_tars_goes_on_on_other_machines(
     ('encoder', dict(mesh__data=1, mesh__fsdp=4)),
   ],
 )
-def test_four_processes_have_the_losses_of_one(start_job, tmp_path, cache, stage, mesh):
-  finish(launch(stage, tmp_path / 'one', cache, 4, num_steps=6, **mesh))
+def test_four_processes_have_the_losses_of_one(start_job, tmp_path, stage, mesh):
+  finish(launch(stage, tmp_path / 'one', 4, num_steps=6, **mesh))
   list(map(finish, start_job(stage, tmp_path / 'four', 4, 1, num_steps=6, **mesh)))
   assert len(losses(tmp_path / 'one')) == 6
   np.testing.assert_allclose(losses(tmp_path / 'four'), losses(tmp_path / 'one'), rtol=1e-5)
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_losses_of_one_in_the_stages_with_noise(start_job, tmp_path, cache):
+def test_two_processes_have_the_losses_of_one_in_the_stages_with_noise(start_job, tmp_path):
   """Which row has which noise matters here, and in the language model which pairs share a shard."""
-  finish(launch('encoder', tmp_path / 'encoder', cache, num_steps=1))
+  finish(launch('encoder', tmp_path / 'encoder', num_steps=1))
   frozen = dict(frozen=f'{tmp_path}/encoder/export')
   for stage in ('tokenizer', 'lm'):
     options = dict(
       num_steps=4, **frozen, **(dict(tokenizer__quantize_from=2) if stage == 'tokenizer' else {})
     )
-    finish(launch(stage, tmp_path / stage, cache, 2, **options))
+    finish(launch(stage, tmp_path / stage, 2, **options))
     list(map(finish, start_job(stage, tmp_path / f'{stage}-two', 2, 1, **options)))
     assert len(losses(tmp_path / stage)) == 4
     np.testing.assert_allclose(
@@ -229,13 +229,14 @@ def test_two_processes_have_the_losses_of_one_in_the_stages_with_noise(start_job
   'phase, options',
   [
     pytest.param('steps', dict(eval_every=0), marks=pytest.mark.slow),
-    ('evaluation', dict(eval_every=3, eval_batches=1 << 20)),
+    # The programs of `alone` and `killed`; the evaluation would take hours.
+    ('evaluation', STEPS | dict(checkpoint_every=0, eval_every=3, eval_batches=1 << 20)),
     ('compilation', {}),
   ],
 )
 def test_sigterm_to_one_of_two_stops_both(start_job, tmp_path, phase, options):
   """At the same step, with everything saved; status 143."""
-  job = start_job('encoder', tmp_path, 2, 1, num_steps=100_000, **options)
+  job = start_job('encoder', tmp_path, 2, 1, **dict(num_steps=100_000) | options)
   if phase == 'compilation':
     while not (tmp_path / 'checkpoints').exists():
       assert job[0].poll() is None, job[0].communicate()[0]

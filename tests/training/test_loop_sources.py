@@ -228,7 +228,7 @@ def test_what_the_device_did_before_is_no_waiting(timed):
 
 
 @pytest.mark.slow
-def test_skips_of_all_processes_are_counted(running, cache, tmp_path):
+def test_skips_of_all_processes_are_counted(running, tmp_path):
   """The first process, which alone writes, skips none; the other one reads the tar with two."""
   source = dict(format='tars', path=f'{tmp_path}/{{0..1}}.tar', window=4)
   _, second = Stream.of(formats.Tars(source['path'], None, ('txt',)), 0, '', 0, 4, 8).unit(1, 0)
@@ -236,7 +236,7 @@ def test_skips_of_all_processes_are_counted(running, cache, tmp_path):
     bad = [(f'x{n}', {'png': b'no image', 'txt': b'words'}) for n in range(2 * (t == second))]
     write_tar(tmp_path / f'{t}.tar', bad + [sample(i) for i in range(300)])
   job = nano.launch_job(
-    'autoencoder', tmp_path / 'run', cache, 2, 1, timeout=20, num_steps=2, data__sources=(source,)
+    'autoencoder', tmp_path / 'run', 2, 1, timeout=20, num_steps=2, data__sources=(source,)
   )
   running.extend(job)
   first, other = map(nano.finish, job)

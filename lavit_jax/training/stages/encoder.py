@@ -20,8 +20,8 @@ from lavit_jax.models import vit
 from lavit_jax.models.initialization import init_params
 from lavit_jax.models.lavit import LavitModules
 from lavit_jax.models.llama import Llama
+from lavit_jax.models.packing import segment_mask
 from lavit_jax.models.quantizer import l2_normalize
-from lavit_jax.models.sequence import segment_mask
 from lavit_jax.training.config import read_options
 from lavit_jax.training.stages.base import (
   BatchLayout,

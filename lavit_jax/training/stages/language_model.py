@@ -17,7 +17,8 @@ from jax import Array
 from lavit_jax.errors import UserError
 from lavit_jax.models.initialization import init_params
 from lavit_jax.models.lavit import LavitModules
-from lavit_jax.models.sequence import PackedBatch, compact, embed_sources, pack_pairs
+from lavit_jax.models.packing import PackedBatch, pack_pairs
+from lavit_jax.models.sequence import compact, embed_sources
 from lavit_jax.sharding import per_shard
 from lavit_jax.training.config import read_options
 from lavit_jax.training.stages.base import (

@@ -106,13 +106,20 @@ def find_variant(sources: list[SourceModule]) -> str:
   `map_modules` lists what does not match.
   """
 
-  def matches(variant: str) -> tuple[int, int]:
+  def complete_modules(variant: str) -> int:
+    """How many modules in a row match, up to the first that does not: the rest is not traced."""
     model = lavit.build(variant)
-    counts = [_count_matches(model, source) for source in sources]
-    complete = itertools.takewhile(lambda count: count[0] == count[1], counts)
-    return len(list(complete)), sum(same for same, _ in counts)
+    counts = (_count_matches(model, source) for source in sources)
+    return sum(1 for _ in itertools.takewhile(lambda count: count[0] == count[1], counts))
 
-  return max(reversed(lavit.VARIANTS), key=matches)
+  def matching_tensors(variant: str) -> int:
+    model = lavit.build(variant)
+    return sum(_count_matches(model, source)[0] for source in sources)
+
+  complete = {variant: complete_modules(variant) for variant in reversed(lavit.VARIANTS)}
+  most = max(complete.values())
+  candidates = [variant for variant, count in complete.items() if count == most]
+  return candidates[0] if len(candidates) == 1 else max(candidates, key=matching_tensors)
 
 
 def _count_matches(model: lavit.LavitModules, source: SourceModule) -> tuple[int, int]:

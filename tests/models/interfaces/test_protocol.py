@@ -15,7 +15,8 @@ from lavit_jax.models.interfaces.base import Context, VisualInterface
 from lavit_jax.models.interfaces.lavit import LavitInterface
 from lavit_jax.models.interfaces.projections import LinearProjection
 from lavit_jax.models.interfaces.variants import INTERFACES, build_interface, build_tower
-from lavit_jax.models.sequence import EMBED_ID, compact, embed_sources, pack_pairs
+from lavit_jax.models.packing import pack_pairs
+from lavit_jax.models.sequence import EMBED_ID, compact, embed_sources
 from lavit_jax.models.vocabulary import Vocabulary
 
 

@@ -1,6 +1,5 @@
 """Params of all modules, and a batch."""
 
-import functools
 import math
 
 import jax
@@ -10,8 +9,8 @@ import numpy as np
 import pytest
 
 from lavit_jax.models import lavit
-from lavit_jax.models.initialization import init_params
 from lavit_jax.models.quantizer import l2_normalize
+from lavit_jax.weights.torch import name_tables
 
 nano.install()
 MODEL = lavit.build('nano')
@@ -30,7 +29,7 @@ def parts():
     )
 
   parts = jax.tree_util.tree_map_with_path(
-    draw, jax.eval_shape(functools.partial(init_params, MODEL), jax.random.key(0))
+    draw, name_tables.module_shapes(MODEL, name_tables.TABLES)
   )
   parts['tokenizer']['quantizer']['embedding'] = l2_normalize(
     parts['tokenizer']['quantizer']['embedding']

@@ -1,5 +1,6 @@
 """Exported folders are loaded by transformers and diffusers, which compute the same."""
 
+import functools
 import itertools
 
 import jax
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import sentencepiece
-from torch_folders import WHOLE, run, write
+from nano import jit
+from torch_folders import run, whole_variant, write
 
 from lavit_jax.data.emoji import corpus
 from lavit_jax.models import lavit, vit
@@ -17,9 +19,8 @@ from lavit_jax.weights.torch import name_tables
 
 @pytest.fixture(scope='module', autouse=True)
 def variant():
-  lavit.VARIANTS['whole'] = WHOLE
-  yield
-  del lavit.VARIANTS['whole']
+  with whole_variant():
+    yield
 
 
 def random_params(modules, scale, rng):
@@ -49,12 +50,16 @@ def test_transformers_loads_the_language_model(tmp_path):
     expected = reference(torch.from_numpy(ids)).logits.numpy()
 
   variables = {'params': params['llama']}
-  embedded = model.llama.apply(variables, ids, method='embed')
   positions = np.broadcast_to(np.arange(5), ids.shape)
   mask = np.tril(np.ones((1, 1, 5, 5), bool))
-  hidden, _ = model.llama.apply(variables, embedded, positions, mask)
-  logits = model.llama.apply(variables, hidden, method='logits')
-  np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+  @jit
+  def logits(variables):
+    embedded = model.llama.apply(variables, ids, method='embed')
+    hidden, _ = model.llama.apply(variables, embedded, positions, mask)
+    return model.llama.apply(variables, hidden, method='logits')
+
+  np.testing.assert_allclose(logits(variables), expected, atol=1e-4)
 
 
 def test_transformers_loads_the_tokenizer(tmp_path):
@@ -112,14 +117,15 @@ def test_diffusers_loads_the_image_decoders(tmp_path, prefix):
       torch_latents, torch.from_numpy(timesteps), torch.from_numpy(context), **options
     ).sample.numpy()
   variables = {'params': params[f'{prefix}unet']}
-  noise = unet.apply(variables, latents, timesteps, context, None, added)
+  noise = jit(unet.apply)(variables, latents, timesteps, context, None, added)
   np.testing.assert_allclose(noise, expected.transpose(0, 2, 3, 1), atol=1e-4)
 
   reference_vae = diffusers.AutoencoderKL.from_pretrained(exported / 'vae').eval()
   assert reference_vae.config.scaling_factor == vae.scaling_factor
   with torch.no_grad():
     expected = reference_vae.decode(torch_latents).sample.numpy()
-  images = vae.apply({'params': params[f'{prefix}vae']}, latents, method='decode')
+  decode = jit(functools.partial(vae.apply, method='decode'))
+  images = decode({'params': params[f'{prefix}vae']}, latents)
   np.testing.assert_allclose(images, expected.transpose(0, 2, 3, 1), atol=1e-4)
 
 
@@ -129,6 +135,7 @@ def test_the_safety_checker_agrees_with_diffusers(tmp_path, nested):
   transformers = pytest.importorskip('transformers')
   reference = pytest.importorskip('diffusers.pipelines.stable_diffusion.safety_checker')
   checker = lavit.build('whole').safety_checker
+  check = jit(checker.apply)
   rng = np.random.default_rng(0)
   params = random_params(['safety_checker'], 0.5, rng)['safety_checker']
   images = rng.normal(size=(32, 16, 16, 3)).astype(np.float32)
@@ -139,7 +146,7 @@ def test_the_safety_checker_agrees_with_diffusers(tmp_path, nested):
       'concepts_thresholds': np.zeros(17, np.float32),
       'special_thresholds': np.ones(3, np.float32),
     }
-    return checker.apply({'params': params | without_thresholds}, images)[1]
+    return check({'params': params | without_thresholds}, images)[1]
 
   # Each list finds some of the images, but not all.
   special_cosines = cosines(np.resize(params['special'], (17, 12)))[:, :3]
@@ -164,7 +171,7 @@ def test_the_safety_checker_agrees_with_diffusers(tmp_path, nested):
   assert extractor.crop_size['height'] == 16
   assert list(extractor.image_mean) == list(vit.MEAN)
   pixels = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
-  unsafe, scores = checker.apply({'params': params}, images)
+  unsafe, scores = check({'params': params}, images)
   _, expected_unsafe = peer(pixels, images.copy())
   with torch.no_grad():
     embedded = peer.visual_projection(peer.vision_model(pixels)[1])

@@ -1,0 +1,10 @@
+"""The model that the tests of the user's API share."""
+
+import pytest
+
+from lavit_jax.inference.pipeline import Lavit
+
+
+@pytest.fixture(scope='session')
+def model(tiny_folder):
+  return Lavit.from_pretrained(tiny_folder)
