@@ -24,12 +24,12 @@ SD15 = UNet(
   cross_attention_dim=24,
   norm_num_groups=8,
 )
-TINY = UNet(
-  block_out_channels=(8, 16),
+TINY = UNet(  # one level, since gradients of it compile several times
+  block_out_channels=(8,),
   layers_per_block=1,
-  down_block_attention=(False, True),
-  transformer_layers=(1, 1),
-  num_heads=(2, 2),
+  down_block_attention=(True,),
+  transformer_layers=(1,),
+  num_heads=(2,),
   cross_attention_dim=12,
   norm_num_groups=4,
 )

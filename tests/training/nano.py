@@ -229,7 +229,7 @@ def until(process, workdir, step):
 def main() -> None:
   # tensorboardX imports torch where it is installed; training does not need it, and it takes a
   # second.
-  sys.modules['torch'] = None  # pyright: ignore[reportArgumentType]
+  sys.modules['torch'] = None
   from lavit_jax.training import distributed as processes
 
   processes.connect()  # by the environment
