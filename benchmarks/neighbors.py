@@ -42,13 +42,13 @@ def measure(source: str, count: int) -> None:
     distances = []
     for index in range(count):
       example = composer(3, index)
-      found = find_nearest(example.image, trained)
-      if found is None:
+      nearest = find_nearest(example.image, trained)
+      if nearest is None:
         continue
       name = example.facts.objects[0].name
-      name_hits += found.name == name
-      sprite_hits += (found.name, found.style) == (name, example.facts.style)
-      distances.append(found.distance)
+      name_hits += nearest.name == name
+      sprite_hits += (nearest.name, nearest.style) == (name, example.facts.style)
+      distances.append(nearest.distance)
     values = ' '.join(f'{value:6.3f}' for value in np.quantile(distances, QUANTILES))
     print(f'{label:40} {sprite_hits / count:11.1%} {name_hits / count:8.1%}              {values}')
 

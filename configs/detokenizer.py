@@ -25,14 +25,14 @@ HELDOUT = (dict(format='tars', path='gs://BUCKET/laion400m/{41152..41407}.tar'),
 
 
 def get_config(variant: str = 'tiny') -> ConfigDict:
-  lavit.variant_config(variant)  # an unknown variant is an error that names the nearest one
+  sizes = lavit.variant_config(variant)  # an unknown variant is an error that names the nearest one
   values = SCHEDULES[variant]
   large = variant != 'tiny'
   config = ConfigDict(dict(
       stage='detokenizer', variant=variant, batch_size=values['batch_size'], num_steps=values['num_steps'],  # above
       seed=0, accumulate=1, dtype='bfloat16' if large else 'float32', remat='full' if large else 'none',  # our choice
-      mesh=dict(data=-1, fsdp=values['fsdp'], tensor=1), merger_capacities=lavit.variant_config(variant)['tokenizer'].get('capacities', ()),  # our choice
-      peak_tflops=0.0, frozen='', init_from='',  # our choice
+      mesh=dict(data=-1, fsdp=values['fsdp'], tensor=1), peak_tflops=0.0, frozen='', init_from='',  # our choice
+      merger_capacities=sizes['tokenizer'].get('capacities', ()),  # our choice: docs/performance.md
       data=dict(
           task='images', image_size=values['image_size'], crop='none',  # specification, Image decoders: resized to the square
           sources=SOURCES if large else (), heldout=HELDOUT if large else (),  # above

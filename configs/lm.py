@@ -37,16 +37,16 @@ HELDOUT = (dict(format='tars', path='gs://BUCKET/blip-capfilt/{07640..07895}.tar
 
 
 def get_config(variant: str = 'tiny') -> ConfigDict:
-  image_size = lavit.variant_config(variant)['vit']['image_size']
+  sizes = lavit.variant_config(variant)
   values = SCHEDULES[variant]
   large = variant != 'tiny'
   config = ConfigDict(dict(
       stage='lm', variant=variant, batch_size=values['batch_size'], num_steps=values['num_steps'],  # above
       seed=0, accumulate=values['accumulate'], dtype='bfloat16' if large else 'float32', remat=values['remat'],  # above
-      mesh=dict(data=-1, fsdp=values['fsdp'], tensor=1), merger_capacities=lavit.variant_config(variant)['tokenizer'].get('capacities', ()),  # our choice
-      peak_tflops=0.0, frozen='', init_from='', log_every=50, eval_every=1000 if large else 250, eval_batches=8,  # our choice
+      mesh=dict(data=-1, fsdp=values['fsdp'], tensor=1), peak_tflops=0.0, frozen='', init_from='',  # our choice
+      merger_capacities=sizes['tokenizer'].get('capacities', ()),  # our choice: docs/performance.md
       data=dict(
-          task='lm', image_size=image_size, crop='none',  # specification, Image encoder: 224 x 224 pixels, resized to the square
+          task='lm', image_size=sizes['vit']['image_size'], crop='none',  # specification, Image encoder: 224 x 224 pixels, resized to the square
           sources=SOURCES if large else (), heldout=HELDOUT if large else (), text_length=values['text_length'],  # above
           shards=512 if large else 8,  # our choice: shards of the sources, a multiple of `data` x `fsdp` of any mesh
           tokenizer_folder='lavit_jax/assets/tiny/language_model' if not large else 'tokenizer',  # specification, Vocabulary: LLaMA's tokenizer
@@ -57,8 +57,8 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
       lm={key: values[key] for key in ('num_rows', 'row_length', 'mean_length', 'loss_chunks')} | dict(image_loss=False, max_overflow=0.2),  # above; our choice
       optim=dict(
           learning_rate=values['learning_rate'], warmup_steps=values['warmup_steps'], final_fraction=0.05,  # above; our choice
-          schedule='cosine', rewarm_from=0,  # our choice: training/schedule.py
-          weight_decay=0.05, b1=0.9, b2=0.95, mu_dtype='float32', nu_dtype='float32', clip_norm=1.0,  # our choice
+          schedule='cosine', rewarm_from=0, weight_decay=0.05, b1=0.9, b2=0.95, mu_dtype='float32', nu_dtype='float32', clip_norm=1.0,  # our choice: training/schedule.py
           max_nonfinite=10, ema_decay=0.0, freeze=(), lr_scale=()),  # our choice
-      picture_every=1000 if large else 500, checkpoint_every=500, keep=2, skip_damaged=False, profile=''))  # our choice
+      log_every=50, eval_every=1000 if large else 250, eval_batches=8, picture_every=1000 if large else 500,  # our choice
+      checkpoint_every=500, keep=2, skip_damaged=False, profile=''))  # our choice
   return config.lock()

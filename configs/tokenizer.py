@@ -34,17 +34,17 @@ HELDOUT = (dict(format='tars', path='gs://BUCKET/laion400m/{41152..41407}.tar'),
 
 
 def get_config(variant: str = 'tiny') -> ConfigDict:
-  image_size = lavit.variant_config(variant)['vit']['image_size']
+  sizes = lavit.variant_config(variant)
   values = SCHEDULES[variant]
   large = variant != 'tiny'
   selector = PUBLISHED_SELECTOR if large else TINY_SELECTOR
   config = ConfigDict(dict(
       stage='tokenizer', variant=variant, batch_size=values['batch_size'], num_steps=values['num_steps'],  # above
       seed=0, accumulate=1, dtype='bfloat16' if large else 'float32', remat='minimal' if large else 'none',  # our choice
-      mesh=dict(data=-1, fsdp=values['fsdp'], tensor=1), merger_capacities=lavit.variant_config(variant)['tokenizer'].get('capacities', ()),  # our choice
-      peak_tflops=0.0, frozen='', init_from='',  # our choice
+      mesh=dict(data=-1, fsdp=values['fsdp'], tensor=1), peak_tflops=0.0, frozen='', init_from='',  # our choice
+      merger_capacities=sizes['tokenizer'].get('capacities', ()),  # our choice: docs/performance.md
       data=dict(
-          task='images', image_size=image_size, crop='none',  # specification, Image encoder: 224 x 224 pixels, resized to the square
+          task='images', image_size=sizes['vit']['image_size'], crop='none',  # specification, Image encoder: 224 x 224 pixels, resized to the square
           sources=SOURCES if large else (), heldout=HELDOUT if large else (),  # above
           shards=512 if large else 8,  # our choice: shards of the sources, a multiple of `data` x `fsdp` of any mesh
           source='data', scene_share=0.4, augment=not large, num_threads=16 if large else 2, max_skipped=0.05),  # our choice

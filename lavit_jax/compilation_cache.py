@@ -148,27 +148,34 @@ def _check_writable(folder: pathlib.Path) -> None:
 
 
 def _is_whole(path: pathlib.Path) -> bool:
-  """Whether a compressed program can be decompressed."""
+  """Whether a compressed program can be decompressed; True if this Python cannot tell."""
   data = path.read_bytes()
+  if data.startswith(ZSTD):
+    return _is_whole_zstd(data)
   try:
-    if data.startswith(ZSTD):
-      _decompress_zstd(data)
-    else:
-      zlib.decompress(data)
-  except Exception:  # each library has its own kinds
+    zlib.decompress(data)
+  except zlib.error:
     return False
   return True
 
 
-def _decompress_zstd(data: bytes) -> None:
+def _is_whole_zstd(data: bytes) -> bool:
+  """The same for a zstd frame, by the first library that JAX would take."""
   try:
     from compression import zstd  # pyright: ignore[reportMissingImports]  # Python 3.14
 
-    zstd.decompress(data)
+    decompress = zstd.decompress
   except ImportError:
-    import zstandard  # pyright: ignore[reportMissingImports]  # JAX had it
-
-    zstandard.ZstdDecompressor().decompress(data)
+    try:
+      import zstandard as zstd  # pyright: ignore[reportMissingImports]
+    except ImportError:  # a program of an environment that has it: not to be removed
+      return True
+    decompress = zstd.ZstdDecompressor().decompress
+  try:
+    decompress(data)
+  except (zstd.ZstdError, EOFError):
+    return False
+  return True
 
 
 def _read_index(folder: pathlib.Path) -> dict[str, int]:

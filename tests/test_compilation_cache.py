@@ -161,6 +161,15 @@ def test_a_program_that_was_cut_short_goes(tmp_path):
   assert list(json.loads((tmp_path / INDEX).read_text())) == ['whole-cache']
 
 
+def test_a_program_that_this_python_cannot_decompress_stays(tmp_path, monkeypatch):
+  """Another environment with zstandard has written it, and reads it."""
+  monkeypatch.setitem(sys.modules, 'zstandard', None)
+  monkeypatch.setitem(sys.modules, 'compression', None)
+  (tmp_path / 'other-cache').write_bytes(compilation_cache.ZSTD + bytes(10))
+  tidy(tmp_path, 1 << 30)
+  assert (tmp_path / 'other-cache').exists()
+
+
 def test_programs_that_are_known_are_not_read_again(tmp_path, monkeypatch):
   write_program(tmp_path, 'known', 1000, 1e9)
   tidy(tmp_path, 1 << 30)

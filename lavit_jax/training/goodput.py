@@ -243,7 +243,7 @@ class _Ledger:
     if 'began' in line:
       self.begin(line)
     elif line['start'] != self.starts or self._last is None:
-      return  # the last words of a start whose directory another one has taken over
+      return  # of a start whose directory another one has taken over
     before = self._last['seconds'] if self._last else {}
     step = self._last['step'] if self._last else line['step']
     if 'resumed_from' in line:

@@ -46,7 +46,7 @@ class MetricLogger:
       of its slots that hold a token (flops.StepFlops.at), 1 where nothing is packed.
     peak_tflops: of all devices together (0 = unknown), for the MFU.
     tokens: slots of one step, for tokens/s, of which those that hold a token count.
-    goodput: where the time goes; it is told of waiting for data and of reports, and shown in them.
+    goodput: counts the waiting for data and writes a line at each report, which shows it.
   """
 
   def __init__(

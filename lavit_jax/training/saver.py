@@ -30,7 +30,7 @@ class Saver:
     checkpoints: receives the train state and the position in the data.
     lock: of the work directory, which must still be this run's.
     batches: the iterator over the data.
-    goodput: is told of saving.
+    goodput: counts the time of saving.
   """
 
   def __init__(

@@ -3,16 +3,6 @@
 import os
 
 
-def npm_command() -> str:
-  """The command that installs the art of the other styles."""
-  from lavit_jax.data.emoji import rendering
-
-  packages = []
-  for style, package in rendering.NPM_STYLES.items():
-    packages.append(f'{package}@{rendering.NPM_VERSIONS[style]}')
-  return f'npm install --prefix art {" ".join(packages)}'
-
-
 def build(data_dir: str, sample: bool = False, npm_folder: str = '') -> str:
   """Draws the data set and writes it as ArrayRecord, unless it exists.
 

@@ -21,25 +21,27 @@ from PIL import Image
 from lavit_jax.data.emoji import splits
 
 STYLES = ('twemoji', 'openmoji', 'noto')  # of the extra `[emoji]`
-NPM_STYLES = {  # style -> npm package with its art, as SVG in the format of Iconify
-  'fluent': '@iconify-json/fluent-emoji-flat',
-  'blob': '@iconify-json/noto-v1',
-  'firefox': '@iconify-json/fxemoji',
-  'streamline': '@iconify-json/streamline-emojis',
-  'emojione': '@iconify-json/emojione',
-}
-NPM_VERSIONS = {
-  'fluent': '1.2.6',
-  'blob': '1.2.5',
-  'firefox': '1.2.2',
-  'streamline': '1.2.4',
-  'emojione': '1.2.3',
-}
 SPRITE_SIZE = 96  # pixels
 _OVERSAMPLING = 2
 # The most that a sprite is enlarged when it is cropped to its ink. So 'small square' stays smaller
 # than 'large square'.
 _MAX_ZOOM = 1.6
+
+
+class NpmPackage(NamedTuple):
+  """An npm package with the art of a style, as SVG in the format of Iconify."""
+
+  name: str
+  version: str
+
+
+NPM_STYLES = {
+  'fluent': NpmPackage('@iconify-json/fluent-emoji-flat', '1.2.6'),
+  'blob': NpmPackage('@iconify-json/noto-v1', '1.2.5'),
+  'firefox': NpmPackage('@iconify-json/fxemoji', '1.2.2'),
+  'streamline': NpmPackage('@iconify-json/streamline-emojis', '1.2.4'),
+  'emojione': NpmPackage('@iconify-json/emojione', '1.2.3'),
+}
 
 
 class Concept(NamedTuple):
@@ -194,11 +196,12 @@ def _iconify_svg(concept: Concept, style: str, npm_folder: str) -> str:
 @functools.cache
 def _icons(style: str, npm_folder: str) -> dict[str, str]:
   """Reads an npm package: {name without spaces and signs: SVG}."""
-  package = f'{NPM_STYLES[style]}@{NPM_VERSIONS[style]}'
-  path = Path(npm_folder, NPM_STYLES[style], 'icons.json')
+  package = NPM_STYLES[style]
+  path = Path(npm_folder, package.name, 'icons.json')
   if not path.exists():
     raise FileNotFoundError(
-      f'{npm_folder} has no art of the style {style}: npm install --prefix FOLDER {package}'
+      f'{npm_folder} has no art of the style {style}: '
+      f'npm install --prefix FOLDER {package.name}@{package.version}'
     )
   icons = json.loads(path.read_text('utf-8'))
   result = {}

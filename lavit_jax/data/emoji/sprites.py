@@ -12,6 +12,7 @@ from PIL import Image
 
 from lavit_jax.local_paths import expand_home
 
+_MIN_VERSION = 2  # of the full data set; before, it had all emoji
 _FIELDS = ('codepoint', 'style', 'name', 'keywords', 'group', 'subgroup', 'colour')  # of a record
 
 
@@ -67,7 +68,7 @@ def find_dataset(source: str) -> str:
     source: 'embedded' or a data_dir.
 
   Raises:
-    FileNotFoundError: there is none.
+    FileNotFoundError: there is none, or the full one is of an earlier version, with other emoji.
   """
   if source == 'embedded':
     root = Path(str(resources.files('lavit_jax') / 'assets/emoji_sample'))
@@ -78,7 +79,14 @@ def find_dataset(source: str) -> str:
     raise FileNotFoundError(
       f'{root} has no emoji data set; build one: lavit data build --data_dir {source}'
     )
-  return os.fspath(descriptions[-1].parent)
+  newest = descriptions[-1]
+  is_full, version = _version(newest)
+  if is_full and version < [_MIN_VERSION]:
+    raise FileNotFoundError(
+      f'{newest.parent} is of an earlier version, with other emoji; build the present one: '
+      f'lavit data build --data_dir {source}'
+    )
+  return os.fspath(newest.parent)
 
 
 def _version(description: Path) -> tuple[bool, list[int]]:

@@ -1,4 +1,4 @@
-"""How an image enters the language model: LaVIT's own way, and those of other systems.
+"""Visual interfaces: how LaVIT and other systems give an image to the language model.
 
     file                        interface                          who published it
     lavit.py                    LavitInterface                     LaVIT (continuous tokens)

@@ -29,7 +29,7 @@ class VisualTokens(NamedTuple):
 
   @property
   def lengths(self) -> Array:
-    """The number of vectors that count, i32[B]: the `visual_length` of `sequence.pack_pairs`."""
+    """The number of vectors that count, i32[B]: the `visual_length` of `packing.pack_pairs`."""
     return self.mask.sum(-1, dtype=jnp.int32)
 
 

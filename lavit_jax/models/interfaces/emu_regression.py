@@ -27,7 +27,7 @@ def regression_slots(source: Array, segments: Array) -> Array:
   """The slots whose hidden state predicts an embedding.
 
   Args:
-    source: i32[R, S], not negative at the slots of an image (`sequence.PackedBatch.source`).
+    source: i32[R, S], not negative at the slots of an image (`packing.PackedBatch.source`).
     segments: i32[R, S].
 
   Returns:

@@ -80,11 +80,11 @@ def build_interface(
     remat: policy of the scanned stacks.
 
   Raises:
-    UserError: an unknown name.
+    UserError: an unknown name, or unknown sizes.
   """
-  if name not in INTERFACES:
-    raise UserError(f'unknown interface {name!r}: known: {", ".join(INTERFACES)}')
-  module, _ = INTERFACES[name]
+  module, _ = _find_interface(name)
+  if sizes not in SIZES:
+    raise UserError(f'unknown sizes {sizes!r}: choose one of {", ".join(SIZES)}')
   options: dict[str, Any] = dict(SIZES[sizes][name], dtype=jnp.dtype(dtype))
   if name != 'flamingo':  # its vectors do not go into the sequence
     options['llm_dim'] = llm_dim
@@ -94,11 +94,16 @@ def build_interface(
 
 
 def build_tower(name: str, encoder: Any) -> Tower:
-  """The tower of an interface with a given encoder (`ViT` or `ClipViT`).
+  """The tower of an interface, with an encoder (`ViT` or `ClipViT`).
 
   Raises:
     UserError: an unknown name.
   """
+  _, cut = _find_interface(name)
+  return Tower(encoder, **cut)
+
+
+def _find_interface(name: str) -> tuple[Any, dict[str, Any]]:
   if name not in INTERFACES:
-    raise UserError(f'unknown interface {name!r}: known: {", ".join(INTERFACES)}')
-  return Tower(encoder, **INTERFACES[name][1])
+    raise UserError(f'unknown interface {name!r}: choose one of {", ".join(INTERFACES)}')
+  return INTERFACES[name]

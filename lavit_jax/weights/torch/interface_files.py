@@ -105,9 +105,9 @@ def _recognize(names: Collection[str]) -> tuple[str, Tables]:
     _recognize_llava,
   )
   for recognize in recognizers:
-    found = recognize(names)
-    if found is not None:
-      return found
+    form_and_tables = recognize(names)
+    if form_and_tables is not None:
+      return form_and_tables
   raise PortingError(
     'these are not the weights of LLaVA, OpenFlamingo, BLIP-2, InstructBLIP or Emu: no name is '
     'one of theirs; names are, for example, ' + ', '.join(sorted(names)[:3])

@@ -1,6 +1,7 @@
 """The sprites that are part of the package, and building them again."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -47,10 +48,10 @@ def test_rebuilding_the_sample_gives_the_embedded_sprites(tmp_path):
 
 
 def test_newest_version_and_the_full_set_are_preferred(tmp_path):
-  for name in ('sample/9.0.0', 'full/1.2.0', 'full/1.10.0'):
+  for name in ('sample/9.0.0', 'full/2.2.0', 'full/2.10.0'):
     (tmp_path / 'emoji' / name).mkdir(parents=True)
     (tmp_path / 'emoji' / name / 'dataset_info.json').touch()
-  assert sprites.find_dataset(str(tmp_path)).endswith('full/1.10.0')
+  assert sprites.find_dataset(str(tmp_path)).endswith('full/2.10.0')
 
 
 def test_names_have_no_character_at_which_answers_end():
@@ -73,7 +74,7 @@ def test_art_of_an_npm_package_is_found_by_name_alias_and_keyword(tmp_path):
     'width': 16,
     'height': 16,
   }
-  folder = tmp_path / rendering.NPM_STYLES['fluent']
+  folder = tmp_path / rendering.NPM_STYLES['fluent'].name
   folder.mkdir(parents=True)
   (folder / 'icons.json').write_text(json.dumps(icons))
 
@@ -87,6 +88,14 @@ def test_art_of_an_npm_package_is_found_by_name_alias_and_keyword(tmp_path):
   for name, keywords in (('owl', ''), ('old key', 'key')):
     with pytest.raises(LookupError, match='fluent has no drawing'):
       color(name, keywords)
-  with pytest.raises(FileNotFoundError, match='npm install .*@iconify-json/fxemoji@1.2.2'):
+  with pytest.raises(FileNotFoundError, match='npm install .*@iconify-json/fxemoji@1.2.2$'):
     concept = rendering.Concept('1F34E', 'red apple', '', 'Food & Drink', 'food-fruit')
     rendering.render(concept, 'firefox', str(tmp_path))
+
+
+def test_a_data_set_of_an_earlier_version_is_refused(tmp_path):
+  """Its emoji are others: what is held out would not be what splits.py says."""
+  folder = tmp_path / 'emoji/full/1.0.1'
+  shutil.copytree(sprites.find_dataset('embedded'), folder)
+  with pytest.raises(FileNotFoundError, match='1.0.1 is of an earlier version.*lavit data build'):
+    sprites.load(str(tmp_path))

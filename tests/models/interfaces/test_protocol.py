@@ -97,5 +97,5 @@ def test_every_interface_follows_the_protocol(name, sizes):
 
 
 def test_an_unknown_interface_is_named():
-  with pytest.raises(UserError, match="unknown interface 'perceiver': known: lavit, linear"):
+  with pytest.raises(UserError, match="unknown interface 'perceiver': choose one of lavit, linear"):
     build_interface('perceiver', 'tiny', 8)
