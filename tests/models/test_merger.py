@@ -165,6 +165,27 @@ def test_all_rows_are_computed_where_eps_counts(golden, compare):
   assert global_norm(other_gradients, gradients) <= 1e-5 * global_norm(gradients)
 
 
+def test_a_bucket_is_rejected_above_the_largest_effect(golden, compare):
+  """The larger the scores, the more eps counts; the limit decides, not only what is infinite."""
+  keep = np.broadcast_to(KEEPS['some'], (3, PATCHES)).astype(np.float32)
+  base = golden.modules['tokenizer']
+  merger = Merger(base.hidden_size, base.num_layers, base.num_heads, base.mlp_dim)
+
+  @jax.jit
+  def effect_of_epsilon(params):
+    bound = merger.bind({'params': params})
+    return bound.merge_bucket(golden.features[:3], keep, capacity=8)[1]
+
+  effects = []
+  for factor in (0.1, 2, 4, 6, 8, 12):
+    params = scale_queries(golden.params['tokenizer']['merger'], factor)
+    effects.append(float(effect_of_epsilon(params)))
+    (_, ((_, in_bucket), _)) = compare(params, golden.features[:3], keep)
+    assert in_bucket == (effects[-1] <= 1e-5)
+  assert min(effects) < 5e-6  # far from the limit, so that rounding does not decide
+  assert any(2e-5 < effect < 1 for effect in effects)
+
+
 def test_what_is_not_a_number_stays_visible(golden, compare):
   params = scale_queries(golden.params['tokenizer']['merger'], 0.1)
   x = golden.features[:3].copy()

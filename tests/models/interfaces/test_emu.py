@@ -96,6 +96,9 @@ def test_pairs_of_the_regression_loss():
   segments = np.array([[1, 1, 1, 1, 1, 2, 2, 2, 3, 0]])
   slots = emu_regression.regression_slots(jnp.asarray(source), jnp.asarray(segments))
   assert np.flatnonzero(slots[0]).tolist() == [0, 1, 2, 5, 6]
+  # An image that ends its row or its segment: its last vector predicts nothing of another.
+  cut = emu_regression.regression_slots(jnp.array([[-1, 0, 1, 2]]), jnp.array([[1, 1, 2, 2]]))
+  assert np.flatnonzero(cut[0]).tolist() == [0, 2]
   predicted, inputs = arrays((1, 10, 4), (1, 10, 4))
   predicted[0, 9] = np.nan  # an empty slot
 
