@@ -5,12 +5,15 @@
 Needs `vit` and `tokenizer`; exports `llama` and `understanding`. The large variants start from LLaMA: --config.init_from=FOLDER with `llama`, with or
 without the visual ids. `data.shares`: shares of captions, answers, images to generate and plain text; `data.question_weights`: frequencies of the types
 of questions. A packed row has `row_length` tokens, a pair `mean_length` on average; `max_overflow`: the largest share of pairs that find no room.
+`interface` `linear`, `mlp`, `resampler` or `qformer`: images are seen as in other systems (lavit_jax/models/interfaces). That needs `vit` alone, exports
+`llama` and `interface`, and draws nothing; what else follows from it, unless it is set: lavit_jax/training/interface_options.py.
 """
 
 from ml_collections import ConfigDict
 
 from lavit_jax.data.emoji import questions
 from lavit_jax.models import lavit
+from lavit_jax.training.interface_options import follow_interface
 
 MILLIONS = dict(caption=93, draw=100, text=21)  # pairs: specification, Training; plain text: our choice, no number is published
 STEP = 34_816  # pairs of a step: our choice, not published
@@ -40,13 +43,12 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
   sizes = lavit.variant_config(variant)
   values = SCHEDULES[variant]
   large = variant != 'tiny'
-  config = ConfigDict(dict(
-      stage='lm', variant=variant, batch_size=values['batch_size'], num_steps=values['num_steps'],  # above
+  return ConfigDict(follow_interface(dict(
+      stage='lm', variant=variant, interface='lavit', batch_size=values['batch_size'], num_steps=values['num_steps'],  # above
       seed=0, accumulate=values['accumulate'], dtype='bfloat16' if large else 'float32', remat=values['remat'],  # above
       mesh=dict(data=-1, fsdp=values['fsdp'], tensor=1), peak_tflops=0.0, frozen='', init_from='',  # our choice
       merger_capacities=sizes['tokenizer'].get('capacities', ()),  # our choice: docs/performance.md
-      data=dict(
-          task='lm', image_size=sizes['vit']['image_size'], crop='none',  # specification, Image encoder: 224 x 224 pixels, resized to the square
+      data=dict(task='lm', image_size=sizes['vit']['image_size'], crop='none',  # specification, Image encoder: 224 x 224 pixels, resized to the square
           sources=SOURCES if large else (), heldout=HELDOUT if large else (), text_length=values['text_length'],  # above
           shards=512 if large else 8,  # our choice: shards of the sources, a multiple of `data` x `fsdp` of any mesh
           tokenizer_folder='lavit_jax/assets/tiny/language_model' if not large else 'tokenizer',  # specification, Vocabulary: LLaMA's tokenizer
@@ -55,10 +57,8 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
           draw_text_weight=0.1, drop_text=0.1,  # our choice; guidance compares with a prompt without text: specification, Inference
           source='data', scene_share=0.45, augment=not large, num_threads=16 if large else 2, max_skipped=0.05),  # our choice
       lm={key: values[key] for key in ('num_rows', 'row_length', 'mean_length', 'loss_chunks')} | dict(image_loss=False, max_overflow=0.2),  # above; our choice
-      optim=dict(
-          learning_rate=values['learning_rate'], warmup_steps=values['warmup_steps'], final_fraction=0.05,  # above; our choice
+      optim=dict(learning_rate=values['learning_rate'], warmup_steps=values['warmup_steps'], final_fraction=0.05,  # above; our choice
           schedule='cosine', rewarm_from=0, weight_decay=0.05, b1=0.9, b2=0.95, mu_dtype='float32', nu_dtype='float32', clip_norm=1.0,  # our choice: training/schedule.py
           max_nonfinite=10, ema_decay=0.0, freeze=(), lr_scale=()),  # our choice
       log_every=50, eval_every=1000 if large else 250, eval_batches=8, picture_every=1000 if large else 500,  # our choice
-      checkpoint_every=500, keep=2, skip_damaged=False, profile=''))  # our choice
-  return config.lock()
+      checkpoint_every=500, keep=2, skip_damaged=False, profile=''))).lock()  # our choice

@@ -66,6 +66,8 @@ def _example_inputs(model: LavitModules) -> dict[str, tuple]:
     inputs['highres_vae'] = _vae_inputs(model.highres_vae)
   if model.safety_checker is not None:
     inputs['safety_checker'] = (_images(model.safety_checker.image_size),)
+  if model.interface is not None:
+    inputs['interface'] = (jnp.zeros((1, model.tower.num_features, model.vit.hidden_size)),)
   return inputs
 
 

@@ -13,6 +13,9 @@ import jax.numpy as jnp
 from lavit_jax.errors import UserError
 from lavit_jax.models import settings as checkpoint_settings
 from lavit_jax.models.decoder import FeatureDecoder
+from lavit_jax.models.interfaces.base import VisualInterface
+from lavit_jax.models.interfaces.towers import Tower
+from lavit_jax.models.interfaces.variants import LAVIT, build_interface, build_tower, sizes_of
 from lavit_jax.models.llama import Llama
 from lavit_jax.models.noise_schedule import Scheduler
 from lavit_jax.models.safety_checker import SafetyChecker
@@ -48,6 +51,8 @@ class LavitModules:
     scheduler: of `unet`.
     highres_scheduler: of `highres_unet`.
     settings_text: `settings` as JSON, so that the dataclass is hashable.
+    interface: how the language model sees images, in place of `tokenizer` and `understanding`; None
+      is LaVIT's own way. With another one there are no codes, and so no images are generated.
   """
 
   variant: str
@@ -67,6 +72,7 @@ class LavitModules:
   scheduler: Scheduler = Scheduler()
   highres_scheduler: Scheduler = Scheduler()
   settings_text: str = '{}'
+  interface: VisualInterface | None = None
 
   @property
   def settings(self) -> dict[str, dict]:
@@ -82,6 +88,23 @@ class LavitModules:
   def num_patches(self) -> int:
     """N, the most visual tokens an image can have."""
     return self.vit.num_patches
+
+  @property
+  def interface_name(self) -> str:
+    """The name of the interface (interfaces/variants.py)."""
+    return self.settings.get('interface', {}).get('name', LAVIT)
+
+  @property
+  def tower(self) -> Tower:
+    """What the interface reads of the image encoder."""
+    return build_tower(self.interface_name, self.vit)
+
+  @property
+  def max_visual_tokens(self) -> int:
+    """The most slots of a sequence that an image can take."""
+    if self.interface is None:
+      return self.num_patches
+    return self.interface.num_vectors(self.tower.num_features)
 
 
 def variant_config(variant: str) -> dict[str, Any]:
@@ -136,6 +159,12 @@ def build(
       **sizes, code_dim=tokenizer['code_dim'], num_patches=vit.num_patches, **common
     )
 
+  def build_other_interface() -> VisualInterface | None:
+    name = config.get('interface', {}).get('name', LAVIT)
+    if name == LAVIT:
+      return None
+    return build_interface(name, sizes_of(variant), config['llama']['hidden_size'], dtype, remat)
+
   def optional(name: str, make: Any, **arguments: Any) -> Any:
     return make(**config[name], **arguments) if name in config else None
 
@@ -159,6 +188,7 @@ def build(
     scheduler=Scheduler(**config.get('scheduler', {})),
     highres_scheduler=Scheduler(**config.get('highres_scheduler', {})),
     settings_text=json.dumps(settings, sort_keys=True),
+    interface=build_other_interface(),
   )
 
 

@@ -1,4 +1,4 @@
-"""Settings of a checkpoint: numbers that change what a model computes and are not weight shapes.
+"""Settings of a checkpoint: what changes the computation, and is not read off weight shapes.
 
 They belong to the checkpoint and travel with it as `{group: {field: value}}` of JSON values. A
 checkpoint stores only the values that differ from its variant's own. `GROUPS` lists every field:
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import rope
+from lavit_jax.models.interfaces.variants import LAVIT, OTHERS
 from lavit_jax.models.llama import Llama
 from lavit_jax.models.noise_schedule import Scheduler
 from lavit_jax.models.unet import UNet
@@ -39,10 +40,17 @@ class Setting(NamedTuple):
 
 
 class SettingsGroup(NamedTuple):
-  """The fields of one group, and the module whose weights they travel with."""
+  """The fields of one group.
+
+  Attributes:
+    module: whose weights they travel with.
+    fields: by name.
+    in_all_variants: whether a variant has them although its config does not name the module.
+  """
 
   module: str
   fields: dict[str, Setting]
+  in_all_variants: bool = False
 
 
 # --- Checks of single values ---------------------------------------------------------------------
@@ -192,6 +200,8 @@ LLAMA = dict(
     optional(positive_integer), Llama.max_sequence_length, affects_outputs=False
   ),
 )
+# How the language model sees images, if it is not LaVIT's way (models/interfaces).
+INTERFACE = dict(name=Setting(one_of(LAVIT, *OTHERS), LAVIT))
 
 GROUPS: dict[str, SettingsGroup] = {
   'unet': SettingsGroup('unet', UNET),
@@ -201,6 +211,7 @@ GROUPS: dict[str, SettingsGroup] = {
   'highres_vae': SettingsGroup('highres_vae', VAE),
   'highres_scheduler': SettingsGroup('highres_unet', SCHEDULER),
   'llama': SettingsGroup('llama', LLAMA),
+  'interface': SettingsGroup('interface', INTERFACE, in_all_variants=True),
 }
 
 
@@ -211,7 +222,7 @@ def variant_settings(config: Mapping) -> dict[str, dict]:
   """All settings of a variant: the values in its config (`lavit.variant_config`), else defaults."""
   settings = {}
   for name, group in GROUPS.items():
-    if group.module not in config:
+    if group.module not in config and not group.in_all_variants:
       continue
     configured = config.get(name, {})
     settings[name] = {

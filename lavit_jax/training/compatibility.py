@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lavit_jax.errors import UserError
+from lavit_jax.models.interfaces.variants import LAVIT
 from lavit_jax.models.lavit import variant_config
 from lavit_jax.models.settings import affects_outputs, differences, format_setting
 from lavit_jax.training.config import config_leaves
@@ -72,6 +73,12 @@ def check_settings(path: pathlib.Path, metadata: Mapping[str, Any], settings: Se
   before = metadata.get('settings', {})
   config = variant_config(metadata['variant'])
   for name, field in differences(before, settings):
+    if name == 'interface':
+      was, now = (values.get(name, {}).get(field, LAVIT) for values in (before, settings))
+      raise UserError(
+        f'{path} was trained with interface={was!r}, and the config has interface={now!r}; give '
+        f'--config.interface={was}, or choose another --workdir'
+      )
     if affects_outputs(name, field, settings) or 'settings' in metadata:
       raise UserError(
         f'{path} was trained with {format_setting(before, name, field, config)} of {name}, and the '

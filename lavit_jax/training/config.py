@@ -9,9 +9,9 @@ import importlib.util
 import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from lavit_jax.errors import UserError
 from lavit_jax.local_paths import expand_home
@@ -47,6 +47,25 @@ def load_config(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigD
     override(config, key, text)
   config.lock()
   return config
+
+
+class _Operation(NamedTuple):
+  """What a `FieldReference` applies to its value when it is read."""
+
+  fn: Callable[..., Any]
+  args: list[Any]
+
+
+def derived(option: FieldReference, function: Callable[[Any], T]) -> FieldReference:
+  """A value that follows another option of a config until it is set itself.
+
+  Args:
+    option: the other one, as a reference that the config holds too.
+    function: its value -> this value, always of one type.
+  """
+  value = function(option.get())
+  operation = _Operation(lambda _, of_option: function(of_option), [option])
+  return FieldReference(value, field_type=type(value), op=operation)
 
 
 def override(config: ConfigDict, key: str, text: str) -> None:

@@ -48,8 +48,8 @@ class StepFlops(NamedTuple):
 class PairFlops(NamedTuple):
   """What one pair and one packed row need in the language model's step."""
 
-  features: float  # of an image: the encoder and the selector
-  codes: float  # of an image, from its features
+  features: float  # of an image: the encoder and, if there is one, the selector
+  codes: float  # of an image, from its features; 0 without codes
   understanding: float  # continuous tokens of an image, and their gradient
   row: float  # products of the language model and their gradients, without attention
   attention: float  # of a slot to one other slot, and its gradient
@@ -112,17 +112,22 @@ def pair_flops(run: Run) -> PairFlops:
     raise ValueError(f'stage {run.stage_name} has no pairs')
   llama = model.llama
   names = ('vit', 'tokenizer', 'understanding', 'llama')
+  if model.interface is not None:
+    names = ('vit', 'interface', 'llama')
   params = jax.eval_shape(lambda: init_params(model, jax.random.key(0), names))
   image = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.uint8)
   slots = jax.ShapeDtypeStruct((1, options.row_length), jnp.int32)
-  x = jax.eval_shape(lambda p, image: image_features(model, p, image)[:, 1:], params['vit'], image)
-  keep = jax.ShapeDtypeStruct(x.shape[:2], jnp.float32)
 
   def trace(name: str, function: Callable, *inputs) -> float:
     return count(jax.make_jaxpr(function)(params[name], *inputs))
 
   def features(p, image):
-    return image_features(model, p, image)
+    if model.interface is not None:
+      return model.tower.features(p, image)
+    return image_features(model, p, image)[:, 1:]
+
+  x = jax.eval_shape(features, params['vit'], image)
+  keep = jax.ShapeDtypeStruct(x.shape[:2], jnp.float32)
 
   def select(p, x):
     return apply_module(model.tokenizer, p, x, method='select')
@@ -134,6 +139,9 @@ def pair_flops(run: Run) -> PairFlops:
   def read(p, x, keep):
     return apply_module(model.understanding, p, x, keep).astype(jnp.float32).sum()
 
+  def read_by_interface(p, x):
+    return apply_module(model.interface, p, x).vectors.astype(jnp.float32).sum()
+
   def row(p, ids):
     embedded = apply_module(llama, p, ids, method='embed')
     hidden, _ = apply_module(llama, p, embedded, ids, ids)
@@ -141,10 +149,17 @@ def pair_flops(run: Run) -> PairFlops:
 
   # Two products for each pair of slots: of queries and keys, and of scores and values.
   scores = 2 * 2 * llama.num_heads * llama.head_dim * llama.num_layers
+  encoded = trace('vit', features, image)
+  if model.interface is not None:
+    of_images = (encoded, 0.0, trace('interface', jax.grad(read_by_interface), x))
+  else:
+    of_images = (
+      encoded + trace('tokenizer', select, x),
+      trace('tokenizer', code, x, keep),
+      trace('understanding', jax.grad(read), x, keep),
+    )
   return PairFlops(
-    features=trace('vit', features, image) + trace('tokenizer', select, x),
-    codes=trace('tokenizer', code, x, keep),
-    understanding=trace('understanding', jax.grad(read), x, keep),
+    *of_images,
     row=3 * (trace('llama', row, slots) - options.row_length**2 * scores),
     attention=3 * scores,
   )

@@ -58,6 +58,11 @@ def log_start(
     f'{run.stage_name}:{run.variant}  {count / 1e6:.2f} M parameters  mesh {dict(run.mesh.shape)}  '
     f'{begin}'
   )
+  if run.model.interface is not None:
+    log.print_line(
+      f'interface {run.model.interface_name}: {run.model.max_visual_tokens} tokens an image, and '
+      'no codes, so no image is drawn (data.shares.draw=0)'
+    )
   if not start_step:
     return
   harmless, inexact = checkpoints.changes(start_step)

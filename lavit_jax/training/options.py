@@ -17,6 +17,7 @@ import numpy as np
 from lavit_jax.data import transforms
 from lavit_jax.data.emoji import questions
 from lavit_jax.errors import UserError
+from lavit_jax.models.interfaces.variants import LAVIT, OTHERS
 from lavit_jax.models.remat import REMAT_POLICIES
 from lavit_jax.training.profiler import parse_steps
 from lavit_jax.training.schedule import SCHEDULES
@@ -238,6 +239,7 @@ OPTIONS: dict[str, Kind] = {
   'tokenizer.selector_gradient': Choice(('published', 'counterfactual')),
   'detokenizer.drop_condition': SHARE,
   'detokenizer.guidance_scale': Number(float, 0, 100),
+  'interface': Choice((LAVIT, *OTHERS)),
   'lm.num_rows': AT_LEAST_ONE,
   'lm.row_length': AT_LEAST_ONE,
   'lm.mean_length': AT_LEAST_ONE,

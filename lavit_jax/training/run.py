@@ -22,7 +22,7 @@ from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.models.lavit import LavitModules
 from lavit_jax.sharding import ProcessShare
-from lavit_jax.training import options, parameters, stages
+from lavit_jax.training import interface_options, options, parameters, stages
 from lavit_jax.training.config import config_leaves, read_options
 from lavit_jax.training.optimizer import OptimizerConfig
 from lavit_jax.training.parameters import ParameterFolder
@@ -182,13 +182,15 @@ def resolve(config: ConfigDict, workdir: str | pathlib.Path) -> Run:
   common = typed.common
   mesh = sharding.make_mesh(dataclasses.asdict(typed.mesh))
   _check_config(typed, sharding.batch_shards(mesh))
-  modules = stages.stage_type(common.stage).modules
+  modules = stages.stage_modules(common.stage, typed.options)
   folders = parameters.find_modules(
     modules,
     parameters.split_folders(common.frozen),
     parameters.split_folders(common.init_from),
   )
   settings = parameters.resolve_settings(common.variant, folders, pathlib.Path(workdir))
+  if isinstance(typed.options, LanguageModelOptions):
+    settings = interface_options.with_interface(settings, typed.options.interface, folders)
   share = sharding.process_share(mesh, common.batch_size)
   run = _make_run(typed, mesh, share, folders, settings, pathlib.Path(workdir))
   parameters.check_complete(common.stage, modules, folders, common.frozen)
@@ -211,7 +213,10 @@ def resolve_abstract(config: ConfigDict, mesh: Mesh | AbstractMesh | None = None
   mesh = cast(Mesh, ONE_DEVICE if mesh is None else mesh)  # no device of it is used
   _check_config(typed, sharding.batch_shards(mesh))
   share = ProcessShare(np.arange(typed.common.batch_size), 0, 1)
-  return _make_run(typed, mesh, share, (), {}, pathlib.Path())
+  settings = {}
+  if isinstance(typed.options, LanguageModelOptions):
+    settings = interface_options.with_interface(settings, typed.options.interface)
+  return _make_run(typed, mesh, share, (), settings, pathlib.Path())
 
 
 def read_mesh(config: ConfigDict) -> MeshConfig:
@@ -328,6 +333,10 @@ def _check_config(typed: _TypedConfig, shards: int) -> None:
       'another remat policy'
     )
   _check_data(typed)
+  if isinstance(typed.options, LanguageModelOptions):
+    data = typed.data
+    shares = data.shares or loader.DEFAULT_SHARES
+    interface_options.check_drawing(typed.options.interface, shares, data.sources, data.heldout)
   _check_pieces(typed, shards)
 
 

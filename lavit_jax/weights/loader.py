@@ -258,6 +258,8 @@ def optional_leaves(model: lavit.LavitModules, module: str) -> frozenset[str]:
 
   No task of this package computes with them.
   """
+  if module not in name_tables.TABLES:
+    return frozenset()
   rules = name_tables.name_rules(model, module)[0]
   return frozenset(rule.leaf for rule in rules if rule.optional and rule.leaf)
 

@@ -1,7 +1,8 @@
 """The interfaces by name: their sizes are data, as those of all modules (models/variants.py).
 
-`published` has the sizes of the released models. `tiny` is a choice, for the tiny variant: all
-interfaces get the same width and depth of their own, and a fourth of its 64 patches.
+`published` has the sizes of the released models, for all variants without sizes of their own.
+`tiny` is a choice, for the tiny variant: all interfaces get the same width and depth of their own,
+and a fourth of its 64 patches.
 
 Sources: OpenFlamingo's, LAVIS's and Emu's configs; the heads of `qformer` are BERT-base's.
 """
@@ -22,6 +23,9 @@ from lavit_jax.models.interfaces.resampler import FlamingoInterface, ResamplerIn
 from lavit_jax.models.interfaces.towers import Tower
 
 BERT_VOCABULARY = 30523  # with the decode token, which LAVIS appends
+LAVIT = 'lavit'
+# Those that a whole model may have in place of LaVIT's (models/lavit.py).
+OTHERS = ('linear', 'mlp', 'resampler', 'qformer')
 
 _RESAMPLER = dict(num_latents=64, num_layers=6, num_heads=8, head_dim=64, mlp_dim=4096)
 _QFORMER = dict(num_queries=32, hidden_size=768, num_layers=12, num_heads=12, mlp_dim=3072)
@@ -91,6 +95,11 @@ def build_interface(
   if name not in ('linear', 'mlp'):  # they have no stack
     options['remat'] = remat
   return module(**options)
+
+
+def sizes_of(variant: str) -> str:
+  """The key of `SIZES` for a variant (models/variants.py)."""
+  return variant if variant in SIZES else 'published'
 
 
 def build_tower(name: str, encoder: Any) -> Tower:

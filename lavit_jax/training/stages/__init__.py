@@ -5,6 +5,7 @@
     tokenizer     vit                            -> tokenizer, decoder    stage 1
     detokenizer   vit, tokenizer, decoder, vae   -> unet, decoder         stage 1b
     lm            vit, tokenizer                 -> llama, understanding  stage 2
+                  vit                            -> llama, interface      with another interface
 
 A stage is a handful of pure functions (base.py), built by a module of this package; the loop
 (training/loop.py) is the same for all.
@@ -43,7 +44,10 @@ def _any_size(model: LavitModules) -> int:
 
 
 class StageType(NamedTuple):
-  """How a stage is configured and built."""
+  """How a stage is configured and built.
+
+  `modules` are those of its usual options (`stage_modules`).
+  """
 
   options: type[StageOptions]
   build: Callable[[Any, LavitModules, BatchLayout], Stage]
@@ -112,6 +116,13 @@ def stage_type(name: str) -> StageType:
   if name not in STAGES:
     raise UserError(f'unknown stage {name!r}; known: {", ".join(STAGES)}')
   return STAGES[name]
+
+
+def stage_modules(name: str, options: StageOptions) -> ModuleNames:
+  """The modules whose parameters a stage with these options reads from folders."""
+  if isinstance(options, LanguageModelOptions):
+    return language_model.module_names(options)
+  return stage_type(name).modules
 
 
 def build_stage(

@@ -1,14 +1,18 @@
 """Stage 2: the language model predicts the next word or code, with one head for both.
 
 [image, text] reads continuous features, [text, image] code embeddings (specification, Training).
-Axes: B images, N patches, R packed rows of S slots, V vocabulary.
+With another interface than LaVIT's (models/interfaces), [image, text] reads the vectors of that,
+and there is no [text, image].
+
+Axes: B images, N patches, n visual slots of an image, H width of the language model, R packed rows
+of S slots, V vocabulary.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +20,7 @@ from jax import Array
 
 from lavit_jax.errors import UserError
 from lavit_jax.models.initialization import init_params
+from lavit_jax.models.interfaces.variants import LAVIT
 from lavit_jax.models.lavit import LavitModules
 from lavit_jax.models.packing import PackedBatch, pack_pairs
 from lavit_jax.models.sequence import compact, embed_sources
@@ -37,6 +42,7 @@ from lavit_jax.training.stages.base import (
 from lavit_jax.visualization import shade_dropped_patches
 
 MODULES = ModuleNames(needs=('vit', 'tokenizer'), takes=('llama', 'understanding'))
+INTERFACE_MODULES = ModuleNames(needs=('vit',), takes=('llama', 'interface'))
 KINDS = ('image_to_text', 'text_to_image', 'text_only')  # by the number in a batch's `kind`
 MARKS = 3  # tokens of a pair besides its text and its image: [IMG], [/IMG], and the end
 NUM_DRAWN = 8  # images
@@ -44,7 +50,7 @@ NUM_DRAWN = 8  # images
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModelOptions:
-  """The section `lm` of the config."""
+  """The section `lm` of the config, and its `interface`."""
 
   num_rows: int  # packed rows of a step
   row_length: int  # slots of a packed row
@@ -52,11 +58,13 @@ class LanguageModelOptions:
   loss_chunks: int  # parts in which a row's logits are computed, for less memory
   image_loss: bool  # whether the codes of [image, text] are learned too
   max_overflow: float = 1.0  # share of the pairs that may find no room
+  interface: str = LAVIT  # how images are seen: interfaces/variants.py
 
   @classmethod
   def from_config(cls, config: Mapping[str, Any]) -> LanguageModelOptions:
     """Reads them from a config."""
-    return read_options(cls, config['lm'], 'lm')
+    interface = config.get('interface', LAVIT)  # earlier configs have none
+    return read_options(cls, dict(config['lm'], interface=interface), 'lm')
 
   @property
   def num_slots(self) -> int:
@@ -66,22 +74,50 @@ class LanguageModelOptions:
 
 def longest_pair(model: LavitModules, text_length: int) -> int:
   """The most tokens that a pair can have."""
-  return text_length + model.num_patches + MARKS
+  return text_length + model.max_visual_tokens + MARKS
+
+
+def module_names(options: LanguageModelOptions) -> ModuleNames:
+  """The modules that the stage reads with an interface."""
+  return MODULES if options.interface == LAVIT else INTERFACE_MODULES
+
+
+class _Visual(NamedTuple):
+  """The images of a batch for the language model.
+
+  Attributes:
+    vectors: [B, n, H].
+    codes: i32[B, n]; zeros without codes.
+    mask: bool[B, n], a prefix of each image: which vectors and codes count.
+    keep: f32[B, N], the patches that were kept; None where none are chosen.
+    in_bucket: metrics of mergers with buckets.
+  """
+
+  vectors: Array
+  codes: Array
+  mask: Array
+  keep: Array | None
+  in_bucket: dict[str, Array]
 
 
 def build(options: LanguageModelOptions, model: LavitModules, layout: BatchLayout) -> Stage:
   """The next word or code, in packed rows; each shard packs its own pairs.
 
   The merger that understands starts as a copy of the tokenizer's and trains along; the codes stay
-  stage 1's.
+  stage 1's. Another interface starts anew, and trains without dropout.
 
   Raises:
-    UserError: the rows do not divide, or pairs may be longer than the language model reads.
+    UserError: the rows do not divide, pairs may be longer than the language model reads, or codes
+      should be learned that the interface does not have.
   """
   _validate(options, model, layout)
+  see = _see_tokens if model.interface is None else _see_interface
+  trained = ('llama', 'understanding' if model.interface is None else 'interface')
 
   def init(key, loaded):
-    params = init_params(model, key, ('llama', 'understanding'))
+    if model.interface is not None:
+      return initialize_params(init_params(model, key, trained), loaded), {}
+    params = init_params(model, key, trained)
     merger = loaded['tokenizer']['merger']
     params['understanding'] = dict(params['understanding'], merger=merger)
     return initialize_params(params, loaded), {}
@@ -105,30 +141,23 @@ def build(options: LanguageModelOptions, model: LavitModules, layout: BatchLayou
 
   def loss(params, frozen, state, batch, key, train):
     del train
-    x = image_features(model, frozen['vit'], vit_images(batch))[:, 1:]
-    keys = row_keys(key, batch, len(x))
-    tokens = apply_module(model.tokenizer, frozen['tokenizer'], x, keys)
-    features, in_bucket = apply_module(
-      model.understanding, params['understanding'], x, tokens.keep, method='read_counted'
-    )
-    visual, mask = compact(features, tokens.keep)
-    codes, _ = compact(tokens.ids, tokens.keep)
+    visual = see(model, params, frozen, batch, key)
     texts = (batch['text'], batch['text_length'], batch['text_weight'], batch['kind'])
-    rows, kinds = per_shard(pack_shard, layout.shards, *texts, codes, mask.sum(-1))
+    rows, kinds = per_shard(pack_shard, layout.shards, *texts, visual.codes, visual.mask.sum(-1))
     embedded = apply_module(model.llama, params['llama'], rows.ids, method='embed')
-    embedded = per_shard(embed_sources, layout.shards, embedded, rows.source, visual)
+    embedded = per_shard(embed_sources, layout.shards, embedded, rows.source, visual.vectors)
     hidden, _ = apply_module(model.llama, params['llama'], embedded, rows.positions, rows.segments)
     nll, correct = _next_token(model, params['llama'], hidden, rows.targets, options.loss_chunks)
     metrics = _metrics(rows, kinds, nll, correct)
-    metrics |= dict(cut_texts=Sum(_count_cut_texts(batch)), keep_ratio=tokens.keep.mean())
-    if model.understanding.capacities:
-      metrics |= dict(tokenizer_in_bucket=tokens.in_bucket, understanding_in_bucket=in_bucket)
+    metrics |= dict(cut_texts=Sum(_count_cut_texts(batch)), **visual.in_bucket)
+    if visual.keep is not None:
+      metrics['keep_ratio'] = visual.keep.mean()
     total = metrics['loss']
     return total.total / jnp.maximum(total.weight, 1e-6), (state, metrics)
 
   def export(params, state):
     del state
-    return dict(llama=params['llama'], understanding=params['understanding'])
+    return {name: params[name] for name in trained}
 
   def draw(params, frozen, state, batch, key):
     """Images, and the patches that the language model sees."""
@@ -138,10 +167,45 @@ def build(options: LanguageModelOptions, model: LavitModules, layout: BatchLayou
     tokens = apply_module(model.tokenizer, frozen['tokenizer'], x, key)
     return [images, shade_dropped_patches(images, tokens.keep)]
 
-  return Stage(MODULES, init, loss, export, draw)
+  return Stage(module_names(options), init, loss, export, draw if model.interface is None else None)
+
+
+def _see_tokens(
+  model: LavitModules, params: Tree, frozen: Tree, batch: Mapping[str, Array], key: Array
+) -> _Visual:
+  """LaVIT's continuous tokens and codes; `key` chooses the patches."""
+  x = image_features(model, frozen['vit'], vit_images(batch))[:, 1:]
+  keys = row_keys(key, batch, len(x))
+  tokens = apply_module(model.tokenizer, frozen['tokenizer'], x, keys)
+  features, in_bucket = apply_module(
+    model.understanding, params['understanding'], x, tokens.keep, method='read_counted'
+  )
+  vectors, mask = compact(features, tokens.keep)
+  codes, _ = compact(tokens.ids, tokens.keep)
+  metrics = {}
+  if model.understanding.capacities:
+    metrics = dict(tokenizer_in_bucket=tokens.in_bucket, understanding_in_bucket=in_bucket)
+  return _Visual(vectors, codes, mask, tokens.keep, metrics)
+
+
+def _see_interface(
+  model: LavitModules, params: Tree, frozen: Tree, batch: Mapping[str, Array], key: Array
+) -> _Visual:
+  """The vectors of another interface; nothing about them is random."""
+  del key
+  assert model.interface is not None
+  features = model.tower.features(frozen['vit'], vit_images(batch))
+  tokens = apply_module(model.interface, params['interface'], features)
+  codes = jnp.zeros(tokens.mask.shape, jnp.int32)
+  return _Visual(tokens.vectors, codes, tokens.mask, None, {})
 
 
 def _validate(options: LanguageModelOptions, model: LavitModules, layout: BatchLayout) -> None:
+  if options.image_loss and model.interface is not None:
+    raise UserError(
+      f'lm.image_loss=True: interface={options.interface!r} has no codes to learn; give '
+      "lm.image_loss=False, or interface='lavit'"
+    )
   if options.num_rows % layout.pieces:
     raise UserError(
       f'lm.num_rows={options.num_rows} must be a multiple of the {layout.pieces} pieces of a batch'
@@ -155,9 +219,9 @@ def _validate(options: LanguageModelOptions, model: LavitModules, layout: BatchL
   positions = model.llama.max_position_embeddings
   if longest > positions:
     raise UserError(
-      f'data.text_length={layout.text_length}: with {model.num_patches} visual tokens and {MARKS} '
-      f'marks a pair may have {longest} tokens, but the language model of this checkpoint reads '
-      f'max_position_embeddings={positions}; lower data.text_length'
+      f'data.text_length={layout.text_length}: with {model.max_visual_tokens} visual tokens and '
+      f'{MARKS} marks a pair may have {longest} tokens, but the language model of this checkpoint '
+      f'reads max_position_embeddings={positions}; lower data.text_length'
     )
 
 

@@ -13,6 +13,8 @@ from lavit_jax.models import settings as checkpoint_settings
 from lavit_jax.weights.store.folder import load_params, save_params
 from lavit_jax.weights.store.metadata import check_codebook, read_config, read_settings
 
+# A language model sees images in one way: the last source decides between these modules.
+RIVALS = {'interface': 'understanding', 'understanding': 'interface'}
 METADATA_KEYS = ('stage', 'steps')  # kept for each module
 
 
@@ -27,7 +29,8 @@ def bundle(
   Args:
     folder: as in `save_params`.
     sources: the export folders, all of one variant. A module that several of them hold is taken,
-      with its settings, from the last one.
+      with its settings, from the last one. Of `understanding` and another interface
+      (models/interfaces), the result has what the last source that holds one of them has.
     tokenizer: the tokenizer folder of the language model.
     dtype: as in `save_params`.
 
@@ -47,6 +50,11 @@ def bundle(
     source_params = load_params(source, variant=variant)
     if 'tokenizer' in source_params:
       check_codebook(source)
+    for module, rival in RIVALS.items():
+      if module in source_params and rival not in source_params:
+        params.pop(rival, None)
+        metadata.pop(rival, None)
+        settings.pop(rival, None)
     params.update(source_params)
     source_metadata = read_config(source)['metadata']
     for module in source_params:

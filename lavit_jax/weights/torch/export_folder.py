@@ -73,6 +73,10 @@ def plan_export(
   metadata = config['metadata']
   model = lavit.build(variant, settings=settings)
   kind = metadata.get('source', {}).get('kind', formats.LAVIT)
+  if 'interface' in config['parts']:
+    raise UserError(
+      f'{src} has the interface {model.interface_name!r}, for which a {kind} folder has no place'
+    )
   _check_descriptions(src, config, kind, settings)
   files: dict[TargetFile, dict[str, ArraySpec]] = {}
   modules = []

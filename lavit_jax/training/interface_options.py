@@ -1,0 +1,129 @@
+"""The option `interface` of stage `lm`: what follows from it, and what contradicts it.
+
+An interface of another system than LaVIT (models/interfaces) has no codes, so no images are drawn,
+and another number of tokens an image, so pairs have another length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import FieldReference
+
+from lavit_jax.errors import UserError
+from lavit_jax.models import lavit
+from lavit_jax.models.interfaces.variants import LAVIT
+from lavit_jax.training.config import derived
+from lavit_jax.training.parameters import ParameterFolder, Settings
+from lavit_jax.weights.store import folder
+
+LAVIT_RATIO = 1 / 3  # share of the patches that are LaVIT's tokens: specification, Training
+
+# --- Defaults ------------------------------------------------------------------------------------
+
+
+def follow_interface(values: Mapping[str, Any]) -> dict[str, Any]:
+  """The values of a config, of which some follow its option `interface`.
+
+  Args:
+    values: of the config; `lm.num_rows`, `lm.mean_length`, `data.sources`, `data.heldout` and
+      `data.shares` are those of LaVIT's interface.
+
+  Returns:
+    The same with references in place of these values: with another interface the share of images to
+    draw is 0, sources of them are left out, and rows have the proportion of the mean length.
+  """
+  interface = FieldReference(values['interface'])
+  variant = values['variant']
+  num_rows = values['lm']['num_rows']
+  length = values['lm']['mean_length']
+
+  def mean_length(name: str) -> int:
+    return length if name == LAVIT else _mean_length(variant, name, length)
+
+  def rows(name: str) -> int:
+    divisor = num_rows & -num_rows  # the power of two by which pieces of a batch divide it
+    return _round_up(num_rows * mean_length(name) / length, divisor)
+
+  def draw_share(name: str) -> float:
+    return values['data']['shares']['draw'] if name == LAVIT else 0.0
+
+  def sources(key: str) -> FieldReference:
+    all_sources = values['data'][key]
+    return derived(interface, lambda name: all_sources if name == LAVIT else _seen(all_sources))
+
+  data = dict(values['data'], sources=sources('sources'), heldout=sources('heldout'))
+  data['shares'] = dict(data['shares'], draw=derived(interface, draw_share))
+  packing = dict(num_rows=derived(interface, rows), mean_length=derived(interface, mean_length))
+  return dict(values, interface=interface, data=data, lm=dict(values['lm'], **packing))
+
+
+def _mean_length(variant: str, name: str, of_lavit: int) -> int:
+  """The mean length of pairs with another interface, whose texts are as long as with LaVIT's."""
+  model = lavit.build(variant, settings={'interface': {'name': name}})
+  return round(of_lavit - LAVIT_RATIO * model.num_patches + model.max_visual_tokens)
+
+
+def _seen(sources: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+  """The sources without those whose images are to be drawn."""
+  return tuple(source for source in sources if source.get('use') != 'draw')
+
+
+def _round_up(number: float, multiple: int) -> int:
+  return multiple * -int(-number // multiple)
+
+
+# --- Checks --------------------------------------------------------------------------------------
+
+
+def check_drawing(
+  interface: str,
+  shares: Mapping[str, float],
+  sources: Sequence[Mapping[str, Any]] = (),
+  heldout: Sequence[Mapping[str, Any]] = (),
+) -> None:
+  """Checks that nothing is to be drawn with an interface that has no codes.
+
+  Raises:
+    UserError: a share or a source has the use 'draw'.
+  """
+  if interface == LAVIT:
+    return
+  reason = f'interface={interface!r} has no codes, so its language model draws no images'
+  if shares.get('draw', 0):
+    raise UserError(f'data.shares.draw={shares["draw"]}: {reason}; give data.shares.draw=0')
+  for key, all_sources in (('sources', sources), ('heldout', heldout)):
+    for number, source in enumerate(all_sources):
+      if source.get('use') == 'draw':
+        raise UserError(
+          f"data.{key}[{number}] has use 'draw': {reason}; give it use 'caption', or leave it out"
+        )
+
+
+def with_interface(
+  settings: Settings, interface: str, folders: Sequence[ParameterFolder] = ()
+) -> Settings:
+  """The settings of a run with the interface of its config, whatever its folders had.
+
+  Args:
+    settings: of the folders and of the last checkpoint.
+    interface: of the config.
+    folders: that the run starts from.
+
+  Raises:
+    UserError: a folder of `init_from` has parameters of another interface.
+  """
+  others = {name: fields for name, fields in settings.items() if name != 'interface'}
+  if interface == LAVIT:
+    return others
+  for source in folders:
+    if 'interface' not in source.modules:
+      continue
+    found = folder.read_settings(source.path).get('interface', {}).get('name')
+    if found != interface:
+      raise UserError(
+        f'init_from={source.path} has the interface {found!r}, and the config has '
+        f'interface={interface!r}; give --config.interface={found}, or leave the folder out'
+      )
+  return {**others, 'interface': {'name': interface}}
