@@ -55,16 +55,16 @@ class Baselines(NamedTuple):
   Attributes:
     train: the training examples of one sprite each.
     groups: spoken name -> group.
-    classify: the classifier of images.
+    classify: the classifier of images; None where nothing is drawn.
     answers: the most frequent answers.
-    mean_features: direction of the mean features, f32[1, N, D].
+    mean_features: direction of the mean features, f32[1, N, D]; None where no codes are measured.
   """
 
   train: list[Example]
   groups: dict[str, str]
-  classify: Classify
+  classify: Classify | None
   answers: vqa.MajorityBaseline
-  mean_features: np.ndarray
+  mean_features: np.ndarray | None
 
 
 def evaluate(
@@ -80,7 +80,8 @@ def evaluate(
   """Measures a model, writes the report and prints it.
 
   Args:
-    model: a checkpoint with all modules.
+    model: a checkpoint with all modules; with another interface than LaVIT's, with those of
+      captions and answers. It has no codes, so tokens, selection and drawings are left out.
     source: the data set: 'embedded' or a data_dir.
     count: images of each split.
     out: the JSON file.
@@ -90,7 +91,8 @@ def evaluate(
 
   Returns:
     The report. `report['splits']` is split -> {tokens, selection, captions, questions, drawings},
-    each measure beside its baseline.
+    those that the model can do, each measure beside its baseline. `report['interface']` is the
+    name of another interface.
 
   Raises:
     UserError: there is no such data set, the checkpoint lacks a module, or the report cannot be
@@ -109,14 +111,19 @@ def evaluate(
     split_seed = seed + _TRAIN_SEED if split == 'train' else seed
     single = corpus.examples(source, split, split_seed, count, 'single')
     scenes = corpus.examples(source, split, split_seed, count // 2, 'scene')
+    measures = {}
     captioned = model.caption(stack_images(single), seed=seed)
-    splits[split] = {
-      'tokens': measure_tokens(model, single, baselines.mean_features, seed),
-      'selection': measure_selection(model, single + scenes, composer, seed),
-      'captions': captions.score_captions(captioned, single, baselines.groups, baselines.train),
-      'questions': measure_answers(model, single[: count // 2] + scenes, baselines.answers, seed),
-      'drawings': measure_images(model, single[:drawn], baselines.classify, seed),
-    }
+    if baselines.mean_features is not None:
+      measures['tokens'] = measure_tokens(model, single, baselines.mean_features, seed)
+      measures['selection'] = measure_selection(model, single + scenes, composer, seed)
+    measures['captions'] = captions.score_captions(
+      captioned, single, baselines.groups, baselines.train
+    )
+    asked = single[: count // 2] + scenes
+    measures['questions'] = measure_answers(model, asked, baselines.answers, seed)
+    if baselines.classify is not None:
+      measures['drawings'] = measure_images(model, single[:drawn], baselines.classify, seed)
+    splits[split] = measures
   report = {
     'variant': model.modules.variant,
     'source': str(source),
@@ -125,6 +132,8 @@ def evaluate(
     'seed': seed,
     'splits': splits,
   }
+  if model.modules.interface is not None:
+    report |= {'interface': model.modules.interface_name, 'drawn': 0}
   write_json(out, report)
   Console().print(*report_tables(report))
   return report
@@ -134,16 +143,20 @@ def _fit_baselines(model: Lavit, source: str, loaded: Sprites, count: int, seed:
   """Fits the baselines on `count` training examples of one sprite and a quarter as many scenes."""
   single = corpus.examples(source, 'train', seed, count, 'single')
   scenes = corpus.examples(source, 'train', seed, count // 4, 'scene')
-  classify = images.train_classifier(
-    stack_images(single), group_indices(single), len(GROUPS), seed=seed
-  )
-  features = tokens.features(model, stack_images(single[:_NUM_MEAN_FEATURES]))
+  classify = None
+  mean_features = None
+  if model.modules.interface is None:
+    classify = images.train_classifier(
+      stack_images(single), group_indices(single), len(GROUPS), seed=seed
+    )
+    features = tokens.features(model, stack_images(single[:_NUM_MEAN_FEATURES]))
+    mean_features = tokens.mean_direction(features, 0)
   return Baselines(
     train=single,
     groups=captions.groups_by_name(loaded),
     classify=classify,
     answers=vqa.fit_majority(vqa.collect_questions(single + scenes)),
-    mean_features=tokens.mean_direction(features, 0),
+    mean_features=mean_features,
   )
 
 
@@ -261,14 +274,19 @@ def measure_images(
 def report_tables(report: Report) -> list[Table]:
   """Returns the tables of a report for the terminal, with a column for each split."""
   headings = [SPLITS[split] for split in report['splits']]
-  splits = report['splits'].values()
-  return [
-    _table(*_tokens_rows([split['tokens'] for split in splits]), headings),
-    _table(*_selection_rows([split['selection'] for split in splits]), headings),
-    _table(*_captions_rows([split['captions'] for split in splits]), headings),
-    _table(*_questions_rows([split['questions'] for split in splits]), headings),
-    _table(*_images_rows([split['drawings'] for split in splits]), headings),
-  ]
+  makers = {
+    'tokens': _tokens_rows,
+    'selection': _selection_rows,
+    'captions': _captions_rows,
+    'questions': _questions_rows,
+    'drawings': _images_rows,
+  }
+  tables = []
+  for measure, make_rows in makers.items():
+    measured = [split[measure] for split in report['splits'].values() if measure in split]
+    if measured:
+      tables.append(_table(*make_rows(measured), headings))
+  return tables
 
 
 def _tokens_rows(splits: Sequence[dict[str, float]]) -> Rows:

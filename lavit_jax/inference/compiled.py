@@ -48,6 +48,29 @@ def read(
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def read_by_interface(
+  modules: LavitModules, params: Params, images: Array, keys: Array | None
+) -> tuple[Array, Array]:
+  """Encodes images for the language model by another interface than LaVIT's (models/interfaces).
+
+  Args:
+    modules: the modules.
+    params: of 'vit' and 'interface'.
+    images: uint8[B, H, W, 3], of the size of the image encoder.
+    keys: not used, for nothing is sampled.
+
+  Returns:
+    Vectors [B, n, H] and their number i32[B], as `read`.
+  """
+  del keys
+  assert modules.interface is not None
+  features = modules.tower.features(params['vit'], images)
+  tokens = _apply(modules.interface, params['interface'], features)
+  fault = faults.first_fault(('vit', features), ('interface', tokens.vectors))
+  return tokens.vectors, jnp.where(fault > 0, -fault, tokens.lengths)
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def tokenize(
   modules: LavitModules, params: Params, images: Array, keys: Array | None
 ) -> tuple[Array, Array]:

@@ -29,6 +29,7 @@ MODULES = {
   'highres_unet': 'the U-Net',
   'highres_vae': 'the VAE',
   'safety_checker': 'the safety checker',
+  'interface': 'the interface of images to the language model',
 }
 _FAULTS = {module: fault for fault, module in enumerate(MODULES, 1)}
 _MAX_LISTED = 4  # rows in a message

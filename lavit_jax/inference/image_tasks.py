@@ -196,6 +196,7 @@ class ImageTasks(ModelRunner):
     **sampling: Unpack[SamplingOptions],
   ) -> ImageOutput:
     """Samples codes and decodes them; checks all options before anything is computed."""
+    self.require_drawing()
     config = self._code_config(guidance_scale, sampling)
     negative = code_generation.resolve_negative_prompt(self, negative_prompt, config)
     check_value('decoder_guidance_scale', decoder_guidance_scale, image_generation.GUIDANCE_LIMIT)
@@ -268,6 +269,7 @@ class ImageTasks(ModelRunner):
     **sampling: Unpack[SamplingOptions],
   ) -> list[CodesOutput]:
     """Samples codes as `sample_codes` does, and returns ids and scores too."""
+    self.require_drawing()
     checked = as_prompts(prompts)
     config = self._code_config(guidance_scale, sampling)
     negative = code_generation.resolve_negative_prompt(self, negative_prompt, config)

@@ -67,6 +67,32 @@ class ModelRunner:
       return self._tokenizer
     return TextTokenizer.load(self._tokenizer, self.modules.vocabulary.text_size)
 
+  # Interfaces.
+
+  def require_drawing(self) -> None:
+    """Checks that the language model has learned codes.
+
+    Raises:
+      UserError: it sees images by another interface than LaVIT's.
+    """
+    if self.modules.interface is not None:
+      raise UserError(f'{self._interface_limit()}; to draw, open a checkpoint of LaVIT itself')
+
+  def require_tokenizer(self) -> None:
+    """Checks that images can become codes.
+
+    Raises:
+      UserError: there is no visual tokenizer, for another interface than LaVIT's needs none.
+    """
+    if self.modules.interface is not None and 'tokenizer' not in self.params:
+      raise UserError(f'{self._interface_limit()}; to tokenize, open a checkpoint of LaVIT itself')
+
+  def _interface_limit(self) -> str:
+    return (
+      f'this model sees images by the interface {self.modules.interface_name!r}, which has no '
+      'codes: it captions and answers, and draws nothing'
+    )
+
   # Programs.
 
   def run(
@@ -133,6 +159,7 @@ class ModelRunner:
     Raises:
       NotFinite: NaN or infinity came out of a module.
     """
+    self.require_tokenizer()
     if not len(images):
       return VisualTokens([], np.zeros((0, self.modules.num_patches), bool), np.zeros(0, int))
     ids, keep = self.run_batches(compiled.tokenize, ('vit', 'tokenizer'), images, keys)
@@ -149,6 +176,7 @@ class ModelRunner:
     Raises:
       NotFinite: NaN or infinity came out of a module.
     """
+    self.require_tokenizer()
     if not len(images):
       none = np.zeros((0, self.modules.num_patches), bool)
       return PatchSelection(none.astype(np.float32), none, np.zeros(0, int))

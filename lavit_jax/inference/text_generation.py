@@ -2,7 +2,7 @@
 
 The language model continues [IMG] features [/IMG] prompt (specification, Inference).
 
-Axes: B images, N patches, H hidden size of the language model.
+Axes: B images, N most features of an image, H hidden size of the language model.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def continue_images(
       image_faults.extend(np.maximum(-counts[: batch.n], 0))
       counts = np.maximum(counts, 1)
       batch_prompts = [prompts[row] for row in batch.rows]
-      pieces = _prompt_pieces(batch_prompts, counts, vocabulary, runner.modules.num_patches)
+      pieces = _prompt_pieces(batch_prompts, counts, vocabulary, batch.features.shape[1])
       runner.check_prompt_lengths(
         [sum(map(len, prompt)) for prompt in pieces], config, rows=batch.rows, count=len(images)
       )
@@ -181,24 +181,30 @@ def _encode_batches(
   runner: ModelRunner, images: np.ndarray, keys: Array | None, config: GenerationConfig
 ) -> Iterator[_EncodedBatch]:
   patch_keys = None if keys is None else purpose_keys(Purpose.PATCHES, keys)
+  program = compiled.read
+  module_names = ('vit', 'tokenizer', 'understanding')
+  if runner.modules.interface is not None:
+    program = compiled.read_by_interface
+    module_names = ('vit', 'interface')
   max_batch = batching.MAX_BATCH
   if config.do_sample:
     max_batch = max(1, max_batch // config.num_return_sequences)
   for n, rows in batching.batch_ranges(len(images), max_batch):
     batch_keys = None if patch_keys is None else take_keys(patch_keys, rows)
-    features, counts = runner.run(
-      compiled.read, ('vit', 'tokenizer', 'understanding'), images[rows], batch_keys
-    )
+    features, counts = runner.run(program, module_names, images[rows], batch_keys)
     yield _EncodedBatch(n, rows, features, counts)
 
 
 def _prompt_pieces(
-  prompts: Sequence[Sequence[int]], counts: np.ndarray, vocabulary: Vocabulary, num_patches: int
+  prompts: Sequence[Sequence[int]], counts: np.ndarray, vocabulary: Vocabulary, num_features: int
 ) -> list[list[Sequence[int]]]:
-  """The pieces of [IMG] features [/IMG] prompt; features are ranges into the flattened batch."""
+  """The pieces of [IMG] features [/IMG] prompt.
+
+  Features are ranges into the flattened batch, which has `num_features` rows for each image.
+  """
   pieces = []
   for i, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
-    start = i * num_patches
+    start = i * num_features
     features = range(start, start + int(count))
     pieces.append([[vocabulary.image_start], features, [vocabulary.image_end], prompt])
   return pieces

@@ -13,7 +13,7 @@ from ml_collections import FieldReference
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
-from lavit_jax.models.interfaces.variants import LAVIT
+from lavit_jax.models.interfaces.variants import LAVIT, OTHERS
 from lavit_jax.training.config import derived
 from lavit_jax.training.parameters import ParameterFolder, Settings
 from lavit_jax.weights.store import folder
@@ -33,6 +33,7 @@ def follow_interface(values: Mapping[str, Any]) -> dict[str, Any]:
   Returns:
     The same with references in place of these values: with another interface the share of images to
     draw is 0, sources of them are left out, and rows have the proportion of the mean length.
+    An unknown interface changes nothing, and is reported when the config is checked.
   """
   interface = FieldReference(values['interface'])
   variant = values['variant']
@@ -40,18 +41,18 @@ def follow_interface(values: Mapping[str, Any]) -> dict[str, Any]:
   length = values['lm']['mean_length']
 
   def mean_length(name: str) -> int:
-    return length if name == LAVIT else _mean_length(variant, name, length)
+    return _mean_length(variant, name, length) if name in OTHERS else length
 
   def rows(name: str) -> int:
     divisor = num_rows & -num_rows  # the power of two by which pieces of a batch divide it
     return _round_up(num_rows * mean_length(name) / length, divisor)
 
   def draw_share(name: str) -> float:
-    return values['data']['shares']['draw'] if name == LAVIT else 0.0
+    return 0.0 if name in OTHERS else values['data']['shares']['draw']
 
   def sources(key: str) -> FieldReference:
     all_sources = values['data'][key]
-    return derived(interface, lambda name: all_sources if name == LAVIT else _seen(all_sources))
+    return derived(interface, lambda name: _seen(all_sources) if name in OTHERS else all_sources)
 
   data = dict(values['data'], sources=sources('sources'), heldout=sources('heldout'))
   data['shares'] = dict(data['shares'], draw=derived(interface, draw_share))

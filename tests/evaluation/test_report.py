@@ -21,7 +21,10 @@ class Oracle:
   """Looks up every image, question and caption among the held-out examples."""
 
   modules = types.SimpleNamespace(
-    variant='oracle', image_size=64, vocabulary=types.SimpleNamespace(codebook_size=8)
+    variant='oracle',
+    image_size=64,
+    vocabulary=types.SimpleNamespace(codebook_size=8),
+    interface=None,
   )
 
   def __init__(self, count):
@@ -77,6 +80,28 @@ class Parrot(Oracle):
 
   def generate(self, captions, **_):
     return np.zeros((len(captions), 64, 64, 3), np.uint8)
+
+
+class Reader(Oracle):
+  """Sees images by an interface without codes, and so only captions and answers."""
+
+  modules = types.SimpleNamespace(
+    **vars(Oracle.modules) | dict(interface='a module', interface_name='mlp')
+  )
+  tokenize = select_patches = run_batches = generate = reconstruct = None
+
+
+def test_what_a_model_without_codes_cannot_do_is_left_out(tmp_path, capsys):
+  out = tmp_path / 'report.json'
+  written = report.evaluate(Reader(8), 'embedded', 8, out, drawn=4, train=32)
+  assert (written['interface'], written['drawn']) == ('mlp', 0)
+  for measures in written['splits'].values():
+    assert list(measures) == ['captions', 'questions']
+    assert measures['captions']['name'] == 1
+    assert measures['questions']['all']['accuracy'] == 1
+  printed = capsys.readouterr().out
+  assert 'captions' in printed and 'answers' in printed
+  assert 'visual tokens' not in printed and 'shuffled' not in printed
 
 
 def test_an_oracle_is_right_and_a_parrot_is_not(tmp_path, capsys):

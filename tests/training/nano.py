@@ -47,6 +47,12 @@ NANO = dict(
   vae=dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, scaling_factor=1.0),
   uncond_rows=1,
 )
+INTERFACES = dict(
+  linear={},
+  mlp={},
+  resampler=dict(num_latents=4, num_layers=1, num_heads=2, head_dim=16, mlp_dim=64),
+  qformer=dict(num_queries=4, hidden_size=32, num_layers=2, num_heads=2, mlp_dim=64),
+)
 
 
 # Nearly everything here is compiled to run once.
@@ -55,10 +61,12 @@ jit = functools.partial(jax.jit, compiler_options=QUICK_TO_COMPILE)
 
 
 def install() -> None:
-  """Adds the variant to the table."""
+  """Adds the variant to the tables."""
   from lavit_jax.models import lavit
+  from lavit_jax.models.interfaces import variants
 
   lavit.VARIANTS['nano'] = NANO
+  variants.SIZES['nano'] = INTERFACES
 
 
 def config(stage: str, **changes):

@@ -1,0 +1,168 @@
+"""Stage 2 with the interfaces of other systems: the loss, its gradients, and what is refused."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import nano
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+
+from lavit_jax import sharding
+from lavit_jax.errors import UserError
+from lavit_jax.models import lavit
+from lavit_jax.models.interfaces.variants import OTHERS
+from lavit_jax.training import flops
+from lavit_jax.training.config import load_config
+from lavit_jax.training.run import resolve_abstract
+from lavit_jax.training.stages.base import apply_module
+from lavit_jax.training.train_step import abstract_inputs, make_init, numbers
+
+nano.install()
+
+
+@pytest.fixture(scope='module')
+def read_batch(batch):
+  """The batch without images to draw: its pairs are read."""
+  return dict(batch, kind=np.where(batch['kind'] == 1, 0, batch['kind']))
+
+
+def separate_rows(batch, lengths, vocabulary, length=32):
+  """A row for each pair, by its definition: ids, slots of vectors, and weights of the targets."""
+  ids = np.zeros((len(lengths), length), np.int32)
+  is_vector = np.zeros(ids.shape, bool)
+  weights = np.zeros(ids.shape, np.float32)
+  for row, n in enumerate(lengths):
+    text = [*batch['text'][row, : batch['text_length'][row]], 2]
+    before = [1]
+    if batch['kind'][row] == 0:
+      before = [vocabulary.image_start, *[0] * n, vocabulary.image_end]
+      is_vector[row, 1 : n + 1] = True
+    ids[row, : len(before) + len(text)] = before + text
+    weights[row, len(before) : len(before) + len(text)] = 1
+  return ids, is_vector, weights
+
+
+@pytest.mark.parametrize('name', OTHERS)
+def test_packed_pairs_have_the_loss_of_separate_rows(parts, read_batch, name):
+  run = nano.run('lm', interface=name)
+  model = run.model
+  frozen = {'vit': parts['vit']}
+  params, state = nano.init_stage(run.stage, {'llama': parts['llama'], **frozen})
+  ids, is_vector, weights = separate_rows(
+    read_batch, [model.max_visual_tokens] * 8, model.vocabulary
+  )
+
+  @nano.jit
+  def packed(params):
+    def loss(params):
+      return run.stage.loss(params, frozen, state, read_batch, jax.random.key(1), True)
+
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+  @nano.jit
+  def separate(params):
+    features = model.tower.features(frozen['vit'], read_batch['image'])
+    vectors = apply_module(model.interface, params['interface'], features).vectors
+    embedded = apply_module(model.llama, params['llama'], ids, method='embed')
+    places = jnp.broadcast_to(is_vector[..., None], embedded.shape)
+    embedded = jnp.where(
+      places, jnp.pad(vectors, ((0, 0), (1, 31 - vectors.shape[1]), (0, 0))), embedded
+    )
+    causal = jnp.tril(jnp.ones((1, 1, 32, 32), bool))
+    positions = jnp.broadcast_to(jnp.arange(32), ids.shape)
+    hidden, _ = apply_module(model.llama, params['llama'], embedded, positions, causal)
+    logits = apply_module(model.llama, params['llama'], hidden, method='logits')
+    log_probs = jax.nn.log_softmax(logits[:, :-1])
+    chosen = jnp.take_along_axis(log_probs, ids[:, 1:, None], -1)[..., 0]
+    return -(chosen * weights[:, 1:]).sum() / weights.sum()
+
+  (value, (_, metrics)), gradients = packed(params)
+  metrics = numbers(metrics)
+  assert metrics['overflow'] == 0 and 'keep_ratio' not in metrics
+  assert metrics['loss_tokens'] == weights.sum()
+  assert value == pytest.approx(float(separate(params)), rel=1e-4)
+  for path, gradient in jax.tree_util.tree_leaves_with_path(gradients['interface']):
+    if 'key/bias' in sharding.path_name(path):  # softmax does not see it
+      continue
+    assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0, sharding.path_name(path)
+  assert run.stage.draw is None
+  assert sorted(run.stage.export(params, state)) == ['interface', 'llama']
+
+
+@pytest.mark.parametrize('name', OTHERS)
+def test_published_sizes_train_on_a_pod(name):
+  """They need the image encoder alone, each large parameter has a rule, and rows hold the pairs."""
+  config = load_config(f'{nano.ROOT}/configs/lm.py:lavit_7b', [('interface', name)])
+  mesh = AbstractMesh((2, 128, 1), sharding.AXES)
+  run = resolve_abstract(config, mesh)
+  assert run.stage.modules.needs == ('vit',)
+  loaded, _ = abstract_inputs(run)
+  assert list(loaded) == ['vit']
+  state = jax.eval_shape(make_init(run, loaded)[0], jax.random.key(0), loaded)
+  sharding.shardings(state, mesh)
+  share = flops.expected_share(run)
+  assert 0.4 < share < 0.95
+  assert all(source['use'] != 'draw' for source in (*run.data.sources, *run.data.heldout))
+  assert len(run.data.sources) == 5 and len(run.data.heldout) == 1
+
+
+def test_options_follow_the_interface_until_they_are_set():
+  page = f'{nano.ROOT}/configs/lm.py:tiny'
+  usual = load_config(page)
+  assert (usual.lm.num_rows, usual.lm.mean_length, usual.data.shares.draw) == (10, 35, 0.24)
+  config = load_config(page, [('interface', 'mlp')])
+  # A third of 64 patches is 21 tokens; now there are 64: 35 + 43. Rows grow in proportion.
+  assert (config.lm.mean_length, config.lm.num_rows) == (78, 24)
+  assert config.data.shares.draw == 0 and config.data.shares.caption == 0.36
+  config = load_config(page, [('lm.num_rows', '31'), ('interface', 'mlp')])
+  assert (config.lm.mean_length, config.lm.num_rows) == (78, 31)
+
+
+def test_the_flops_of_an_interface_are_those_of_its_products():
+  """Linear(D, H) on the patches: forward once, and the gradient of its kernel."""
+  run = nano.run('lm', interface='linear')
+  with jax.sharding.use_abstract_mesh(flops.ONE_CPU):
+    pair = flops.pair_flops(run)
+  patches, width = 16, 32
+  assert pair.codes == 0
+  assert pair.understanding == 2 * 2 * patches * width * width
+  # The resampler reads one block more of the image encoder: 17 rows, 32 wide, an MLP of 64.
+  with jax.sharding.use_abstract_mesh(flops.ONE_CPU):
+    whole = flops.pair_flops(nano.run('lm', interface='resampler')).features
+  rows = patches + 1
+  products = 2 * rows * width * (3 * width + width + 2 * 64)
+  attention = 2 * 2 * rows * rows * width
+  assert whole - pair.features == products + attention
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    (dict(interface='clip'), "^interface='clip' is unknown; choose lavit or linear or mlp"),
+    (
+      dict(interface='mlp', data__shares__draw=0.1),
+      "^data.shares.draw=0.1: interface='mlp' has no codes, .* give data.shares.draw=0$",
+    ),
+    (
+      dict(interface='mlp', data__sources=({'format': 'tars', 'path': 'a', 'use': 'draw'},)),
+      r"^data.sources\[0\] has use 'draw': interface='mlp' has no codes",
+    ),
+    (
+      dict(interface='mlp', lm__image_loss=True),
+      "^lm.image_loss=True: interface='mlp' has no codes to learn",
+    ),
+  ],
+)
+def test_what_an_interface_cannot_do_is_refused(changes, message):
+  with pytest.raises(UserError, match=message):
+    nano.run('lm', **changes)
+
+
+def test_a_model_without_an_interface_has_no_parameters_of_one():
+  model = lavit.build('nano')
+  assert model.interface is None and model.interface_name == 'lavit'
+  assert model.max_visual_tokens == model.num_patches == 16
+  settings = {'interface': {'name': 'lavit'}}
+  assert dataclasses.asdict(lavit.build('nano', settings=settings)) == dataclasses.asdict(model)
