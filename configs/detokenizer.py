@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from lavit_jax.models import lavit
 
 SCHEDULES = {  # tiny and small: our choice
-    'tiny': dict(batch_size=32, num_steps=3_000, image_size=64, learning_rate=1e-3, warmup_steps=100, fsdp=1),
+    'tiny': dict(batch_size=32, num_steps=6_000, image_size=64, learning_rate=1e-3, warmup_steps=100, fsdp=1),
     'small': dict(batch_size=512, num_steps=20_000, image_size=512, learning_rate=1e-4, warmup_steps=1_000, fsdp=8),
     'lavit_7b': dict(
         num_steps=20_000,  # paper, section 4.1

@@ -4,6 +4,7 @@
 
 Needs `vit`; exports `tokenizer` and `decoder`. The first `quantize_from` steps have no quantization. Then k-means initializes the
 codebook. `revive_after`: a code that is unused for so many batches moves to a token far from all codes (0: never).
+Quantization that begins too early makes the tokens of an image copies of each other; `distinct_tokens` shows it.
 
 The selector: lavit_7b and small train it by the published formulas, and freeze it when quantization begins
 (`freeze_selector_from` -1). With these, a small model learns no selection; tiny has others (docs/selection.md).
@@ -16,12 +17,13 @@ from lavit_jax.models import lavit
 PUBLISHED_SELECTOR = dict(
     ratio_scope='image', ratio_of='choices',  # specification, Training: the ratio's error is of each image's drawn mask
     selector_gradient='published', entropy_weight=0.0, entropy_from=0, selection='learned',  # specification, Training
-    freeze_selector_from=-1)  # our choice, and one report (specification, Training)
+    freeze_selector_from=-1,  # our choice, and one report (specification, Training)
+    cross_attention_from=0)  # specification, Merger: from the start
 TINY_SELECTOR = dict(  # our choice; it never freezes
-    ratio_scope='batch', ratio_of='probabilities', selector_gradient='counterfactual', entropy_weight=0.02, entropy_from=300,
-    selection='learned', freeze_selector_from=1_000_000_000)
+    ratio_scope='batch', ratio_of='probabilities', selector_gradient='counterfactual', entropy_weight=0.06, entropy_from=300,
+    selection='learned', freeze_selector_from=1_000_000_000, cross_attention_from=600)
 SCHEDULES = {  # tiny and small: our choice
-    'tiny': dict(batch_size=64, num_steps=1_000, learning_rate=1e-3, warmup_steps=60, quantize_from=150, revive_after=100, fsdp=1),
+    'tiny': dict(batch_size=64, num_steps=1_500, learning_rate=1e-3, warmup_steps=60, quantize_from=900, revive_after=100, fsdp=1),
     'small': dict(batch_size=2048, num_steps=50_000, learning_rate=2e-4, warmup_steps=2_000, quantize_from=10_000, revive_after=100, fsdp=8),
     'lavit_7b': dict(
         batch_size=2048, num_steps=50_000,  # paper, section 4.1: so 102 M images
@@ -50,7 +52,7 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
           source='data', scene_share=0.4, augment=not large, num_threads=16 if large else 2, max_skipped=0.05),  # our choice
       tokenizer=dict(
           keep_ratio=1 / 3, ratio_weight=2.0, decay=0.99,  # specification, Training: rho, lambda, decay of the codebook
-          commitment_weight=1.0, quantize_from=values['quantize_from'], revive_after=values['revive_after'],  # our choice
+          commitment_weight=1.0 if large else 1 / 16, quantize_from=values['quantize_from'], revive_after=values['revive_after'],  # our choice
           **selector),  # above
       optim=dict(
           schedule='cosine', rewarm_from=0, max_nonfinite=10,  # our choice: training/schedule.py

@@ -293,14 +293,14 @@ def _tokens_rows(splits: Sequence[dict[str, float]]) -> Rows:
   rows = [
     ['cosine of rebuilt features (of the mean)'],
     ["cosine of an image's own mean"],
-    ['tokens an image'],
+    ['tokens an image, different codes among them'],
     ['codes in use, perplexity'],
   ]
   for values in splits:
     cells = (
       f'{values["cosine"]:.3f} ({values["cosine_of_mean"]:.3f})',
       f'{values["cosine_of_own_mean"]:.3f}',
-      f'{values["tokens"]:.1f}',
+      f'{values["tokens"]:.1f}, {values["distinct"]:.1f}',
       f'{values["codes"]}, {values["perplexity"]:.0f}',
     )
     for row, cell in zip(rows, cells, strict=True):

@@ -27,6 +27,7 @@ def codebook_usage(tokens: VisualTokens, codebook_size: int) -> dict[str, float]
 
   Returns:
     tokens: mean number of tokens of an image.
+    distinct: mean number of different codes among the tokens of an image.
     codes: number of codes in use.
     code_share: the same as a fraction of the codebook.
     perplexity: of the frequencies of the codes.
@@ -36,6 +37,7 @@ def codebook_usage(tokens: VisualTokens, codebook_size: int) -> dict[str, float]
   num_codes = len(frequencies)
   return {
     'tokens': float(tokens.counts.mean()),
+    'distinct': float(np.mean([len(np.unique(ids)) for ids in tokens.ids])),
     'codes': num_codes,
     'code_share': num_codes / codebook_size,
     'perplexity': float(np.exp(-(frequencies * np.log(frequencies)).sum())),

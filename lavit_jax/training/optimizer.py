@@ -63,15 +63,29 @@ class OptimizerConfig:
     )
 
 
+class Hold(NamedTuple):
+  """Parameters that do not move in some of the steps.
+
+  Attributes:
+    regex: of their names.
+    start: the first update, counted from 0, that they miss.
+    stop: the first one that they get again; None: never.
+  """
+
+  regex: str
+  start: int = 0
+  stop: int | None = None
+
+
 def make_optimizer(
-  config: OptimizerConfig, params: Tree, hold: Sequence[tuple[str, int]] = ()
+  config: OptimizerConfig, params: Tree, hold: Sequence[Hold] = ()
 ) -> optax.GradientTransformation:
   """Builds the optimizer of a run.
 
   Args:
     config: its options.
     params: the parameters, or their shapes.
-    hold: (regex, step) of parameters that stop moving, decay included, after `step` updates.
+    hold: parameters that do not move, decay included, in some of the steps.
 
   Raises:
     UserError: a regex is malformed or matches no parameter, or the second moment moves too slowly
@@ -82,7 +96,7 @@ def make_optimizer(
   _check_regexes('clip_groups', config.clip_groups, names)
   _check_regexes('muon', config.muon, names)
   _check_regexes('lr_scale', [regex for regex, _ in config.lr_scale], names)
-  _check_regexes('hold', [regex for regex, _ in hold], names)
+  _check_regexes('hold', [each.regex for each in hold], names)
 
   def matches(regex: str) -> Tree:
     return jax.tree.map(lambda name: bool(re.search(regex, name)), names)
@@ -93,7 +107,7 @@ def make_optimizer(
   def group(name: str) -> str:
     return next((regex for regex in config.clip_groups if re.search(regex, name)), '')
 
-  holds = [hold_from(matches(regex), step) for regex, step in hold]
+  holds = [hold_between(matches(each.regex), each.start, each.stop) for each in hold]
   trained = optax.chain(
     *holds,  # before the clipping: what no longer moves does not count in the norm
     clip_by_group(config.clip_norm, jax.tree.map(group, names)),
@@ -181,8 +195,8 @@ class HoldState(NamedTuple):
   count: jax.Array
 
 
-def hold_from(mask: Tree, step: int) -> optax.GradientTransformation:
-  """Zeroes the updates of the masked leaves from the `step`-th update (counted from 0) on."""
+def hold_between(mask: Tree, start: int, stop: int | None) -> optax.GradientTransformation:
+  """Zeroes the updates of the masked leaves in the steps of `Hold`."""
 
   def init(params):
     del params
@@ -190,7 +204,9 @@ def hold_from(mask: Tree, step: int) -> optax.GradientTransformation:
 
   def update(updates, state, params=None):
     del params
-    live = state.count < step
+    live = state.count < start
+    if stop is not None:
+      live |= state.count >= stop
 
     def hold(u, masked):
       return jnp.where(live, u, 0) if masked else u

@@ -235,6 +235,7 @@ OPTIONS: dict[str, Kind] = {
   'tokenizer.ratio_of': Choice(('choices', 'probabilities')),
   'tokenizer.entropy_weight': WEIGHT,
   'tokenizer.entropy_from': Number(int, 0, 2**31 - 1),
+  'tokenizer.cross_attention_from': COUNT,
   'tokenizer.selection': Choice(('learned', 'shuffled', 'fixed')),
   'tokenizer.selector_gradient': Choice(('published', 'counterfactual')),
   'detokenizer.drop_condition': SHARE,

@@ -19,6 +19,7 @@ import lavit_jax
 from lavit_jax.apps import demo, page
 from lavit_jax.apps.demo import neighbors, runner
 from lavit_jax.data.emoji import scenes, sprites
+from lavit_jax.data.emoji.dataset import LICENCES
 from lavit_jax.data.emoji.scenes import Composer
 from lavit_jax.errors import UserError
 from lavit_jax.inference.outputs import PatchSelection, TextOutput, VisualTokens
@@ -122,6 +123,7 @@ def test_all_training_sprites_are_among_the_inputs(inputs):
   licences = json.loads((inputs / 'sprites.json').read_text())['licences']
   assert set(licences) == {style for _, style in expected}
   assert 'CC BY-SA 4.0' in licences['openmoji']
+  assert 'Permission is hereby granted' in LICENCES['fluent']  # MIT asks for the notice itself
 
 
 def images_of(text):

@@ -122,6 +122,7 @@ def test_an_oracle_is_right_and_a_parrot_is_not(tmp_path, capsys):
     assert good['tokens']['cosine_of_own_mean'] == pytest.approx(1)
     assert good['tokens']['cosine'] == pytest.approx(1)
     assert good['tokens']['tokens'] == good['tokens']['codes'] == 2
+    assert good['tokens']['distinct'] == 2
     assert good['selection']['probability_ratio'] == 1
     assert good['selection']['most_probable_object'] == 1
     assert good['selection']['count_std_ratio'] == good['selection']['correlation_sampled'] == 0

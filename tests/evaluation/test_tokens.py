@@ -13,7 +13,9 @@ from lavit_jax.inference.outputs import VisualTokens
 def test_codebook_usage():
   ids = [np.array([3, 3, 5]), np.array([5])]
   usage = tokens.codebook_usage(VisualTokens(ids, None, np.array([3, 1])), 8)
-  assert usage == dict(tokens=2.0, codes=2, code_share=0.25, perplexity=pytest.approx(2.0))
+  assert usage == dict(
+    tokens=2.0, distinct=1.5, codes=2, code_share=0.25, perplexity=pytest.approx(2.0)
+  )
 
 
 def test_cosine_broadcasts():

@@ -52,7 +52,7 @@ def test_no_gradient_is_computed_for_frozen_parameters():
 
 
 def test_parameters_stop_at_their_step_in_spite_of_momentum_and_decay():
-  seen, _ = run(options(weight_decay=0.5), steps=4, hold=(('^vit/', 2),))
+  seen, _ = run(options(weight_decay=0.5), steps=4, hold=(optimizer.Hold('^vit/', 2),))
   kernels = [float(p['vit']['kernel'][0, 0]) for p in seen]
   heads = [float(p['head']['kernel'][0, 0]) for p in seen]
   assert 1 > kernels[0] > kernels[1] == kernels[2] == kernels[3]
@@ -60,9 +60,16 @@ def test_parameters_stop_at_their_step_in_spite_of_momentum_and_decay():
   assert kernels[:2] == heads[:2]
 
 
+def test_parameters_that_start_later():
+  """They miss the updates from `start` on, and get those from `stop` on."""
+  seen, _ = run(options(weight_decay=0.5), steps=4, hold=(optimizer.Hold('^vit/', 0, 2),))
+  kernels = [float(p['vit']['kernel'][0, 0]) for p in seen]
+  assert 1 == kernels[0] == kernels[1] > kernels[2] > kernels[3]
+
+
 def test_stopped_parameters_do_not_count_in_the_clipping():
   both, _ = run(options(clip_norm=1.0), steps=1, gradient=1e-9)
-  held, _ = run(options(clip_norm=1.0), steps=1, hold=(('^vit/', 0),), gradient=1e-9)
+  held, _ = run(options(clip_norm=1.0), steps=1, hold=(optimizer.Hold('^vit/', 0),), gradient=1e-9)
   np.testing.assert_array_equal(both[0]['head']['kernel'], held[0]['head']['kernel'])
   np.testing.assert_array_equal(held[0]['vit']['kernel'], 1)
 

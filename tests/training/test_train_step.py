@@ -13,6 +13,7 @@ from lavit_jax import sharding
 from lavit_jax.models import lavit
 from lavit_jax.models.initialization import init_params
 from lavit_jax.training import codebook, optimizer
+from lavit_jax.training.optimizer import Hold
 from lavit_jax.training.stages.base import Mean, ModuleNames, Stage, Sum
 from lavit_jax.training.train_step import (
   averaged,
@@ -183,7 +184,7 @@ def test_an_offered_codebook_goes_on(tokenizer):
   assert state.state.started and stage.export_metadata(state.state) == dict(codebook='trained')
   assert (np.linalg.norm(after - before, axis=1) < 0.03).all() and (after != before).any()
   # Quantization has begun, and so the selector stops.
-  assert stage.hold(loaded) == (('^tokenizer/selector/', 0),)
+  assert stage.hold(loaded) == (Hold('^tokenizer/selector/', 0),)
   same = state.params['tokenizer']['selector']['fc_in']['kernel']
   np.testing.assert_array_equal(same, parts['tokenizer']['selector']['fc_in']['kernel'])
 
@@ -194,7 +195,7 @@ def test_a_codebook_that_was_never_trained_is_begun_by_kmeans(tokenizer):
   stage, seen = run_tokenizer(tokenizer, without, 3, tokenizer__quantize_from=2)
   assert [bool(state.state.started) for state, _ in seen] == [False, False, True]
   assert stage.export_metadata(seen[0][0].state) == dict(codebook='untrained')
-  assert stage.hold(without) == (('^tokenizer/selector/', 2),)
+  assert stage.hold(without) == (Hold('^tokenizer/selector/', 2),)
 
 
 @pytest.mark.slow

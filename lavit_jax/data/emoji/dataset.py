@@ -27,8 +27,18 @@ LICENCES = {
     'Noto Color Emoji, (c) Google LLC, SIL Open Font License 1.1, https://openfontlicense.org'
   ),
   'fluent': (
-    'Fluent Emoji, (c) Microsoft Corporation, MIT License, '
-    'https://github.com/microsoft/fluentui-emoji/blob/main/LICENSE'
+    'Fluent Emoji, MIT License, Copyright (c) Microsoft Corporation. Permission is hereby granted, '
+    'free of charge, to any person obtaining a copy of this software and associated documentation '
+    'files (the "Software"), to deal in the Software without restriction, including without '
+    'limitation the rights to use, copy, modify, merge, publish, distribute, sublicense, and/or '
+    'sell copies of the Software, and to permit persons to whom the Software is furnished to do '
+    'so, subject to the following conditions: The above copyright notice and this permission '
+    'notice shall be included in all copies or substantial portions of the Software. THE SOFTWARE '
+    'IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT '
+    'LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND '
+    'NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, '
+    'DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING '
+    'FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.'
   ),
   'blob': (
     'Noto Emoji before 2017, (c) Google Inc., Apache License 2.0, '

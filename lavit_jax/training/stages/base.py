@@ -18,6 +18,7 @@ from lavit_jax.models import vit
 from lavit_jax.models.lavit import LavitModules
 from lavit_jax.models.quantizer import l2_normalize
 from lavit_jax.sharding import constrain_batch
+from lavit_jax.training.optimizer import Hold
 
 Tree = Any
 ROW = '_row'  # key in a piece of a batch: i32[B], the indices of its rows in the whole batch
@@ -100,8 +101,8 @@ class Stage(NamedTuple):
   """(params, state) -> the params of the modules that the stage has made."""
   draw: Callable[..., list[Array]] | None = None
   """(params, frozen, state, batch, key) -> rows of images, uint8[n, H, W, 3] each."""
-  hold: Callable[[Mapping[str, Tree]], tuple[tuple[str, int], ...]] | None = None
-  """loaded params -> (regex, step) of parameters that stop moving at that step."""
+  hold: Callable[[Mapping[str, Tree]], tuple[Hold, ...]] | None = None
+  """loaded params -> parameters that do not move in some of the steps."""
   average: Average | None = None
   export_metadata: Callable[[Any], dict[str, Any]] | None = None
   """state -> what the export's metadata says besides, as JSON."""

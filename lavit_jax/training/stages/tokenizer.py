@@ -7,6 +7,7 @@ Features become as few tokens as are needed to reconstruct them; first continuou
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,9 +19,11 @@ from lavit_jax.models.initialization import init_params
 from lavit_jax.models.lavit import LavitModules
 from lavit_jax.models.selector import gumbel, gumbel_keep
 from lavit_jax.models.sequence import compact
+from lavit_jax.sharding import path_name
 from lavit_jax.training import codebook
 from lavit_jax.training.codebook import Codebook
 from lavit_jax.training.config import read_options
+from lavit_jax.training.optimizer import Hold
 from lavit_jax.training.stages.base import (
   Average,
   BatchLayout,
@@ -37,6 +40,7 @@ from lavit_jax.visualization import feature_colors, shade_dropped_patches
 
 MODULES = ModuleNames(needs=('vit',), takes=('tokenizer', 'decoder'))
 SELECTOR = r'^tokenizer/selector/'
+CROSS_ATTENTION_OUTPUT = r'^tokenizer/merger/blocks/cross_attn/proj/'
 WHEN_QUANTIZING = -1  # value of `freeze_selector_from`
 NUM_DRAWN = 8  # images
 
@@ -57,6 +61,7 @@ class TokenizerOptions:
   selector_gradient: str = 'published'  # or 'counterfactual': through the decoder's attention, too
   entropy_weight: float = 0.0  # of the entropy of the choices in the loss
   entropy_from: int = 0  # the step from which it counts
+  cross_attention_from: int = 0  # the step from which kept patches take in dropped ones
   selection: str = 'learned'  # or, to compare with: 'shuffled', 'fixed'
 
   @classmethod
@@ -79,6 +84,8 @@ def build(options: TokenizerOptions, model: LavitModules, layout: BatchLayout) -
 
   def init(key, loaded):
     fresh = init_params(model, key, ('tokenizer', 'decoder'))
+    if _starts_without_cross_attention(options, loaded):
+      fresh['tokenizer'] = without_cross_attention(fresh['tokenizer'])
     continues = codebook.has_codebook(loaded)
     if 'tokenizer' in loaded and not continues:
       loaded = codebook.put_in(loaded, fresh['tokenizer']['quantizer']['embedding'])
@@ -89,7 +96,10 @@ def build(options: TokenizerOptions, model: LavitModules, layout: BatchLayout) -
     step = options.freeze_selector_from
     if step <= WHEN_QUANTIZING:
       step = 0 if codebook.has_codebook(loaded) else options.quantize_from
-    return ((SELECTOR, step),)
+    holds = [Hold(SELECTOR, step)]
+    if _starts_without_cross_attention(options, loaded):
+      holds.append(Hold(CROSS_ATTENTION_OUTPUT, 0, options.cross_attention_from))
+    return tuple(holds)
 
   counterfactual = options.selector_gradient == 'counterfactual'
   module = model.tokenizer.clone(counterfactual=counterfactual)
@@ -157,6 +167,8 @@ def build(options: TokenizerOptions, model: LavitModules, layout: BatchLayout) -
       keep_probability_std=probabilities.std(),
       count_std=count_std(probabilities),
       batch_codes=(count > 0).mean(),
+      token_spread=token_spread(z, keep),
+      distinct_tokens=distinct_share(ids.reshape(keep.shape), keep),
       batch_perplexity=codebook.perplexity(count),
     )
     if module.capacities:
@@ -194,6 +206,20 @@ def build(options: TokenizerOptions, model: LavitModules, layout: BatchLayout) -
 def _patch_features(model: LavitModules, frozen: Mapping[str, Tree], images: Array) -> Array:
   """The features of the patches, without the class token's, f32[B, N, D]."""
   return image_features(model, frozen['vit'], images)[:, 1:].astype(jnp.float32)
+
+
+def without_cross_attention(tokenizer: Tree) -> Tree:
+  """The tokenizer with a merger whose cross-attention adds nothing: its output layer is zero."""
+
+  def zero(path, leaf):
+    name = 'tokenizer/' + path_name(path)
+    return jnp.zeros_like(leaf) if re.search(CROSS_ATTENTION_OUTPUT, name) else leaf
+
+  return jax.tree_util.tree_map_with_path(zero, tokenizer)
+
+
+def _starts_without_cross_attention(options: TokenizerOptions, loaded: Mapping[str, Tree]) -> bool:
+  return options.cross_attention_from > 0 and 'tokenizer' not in loaded
 
 
 def choose_patches(options: TokenizerOptions, log_probs: Array, key: Array) -> Array:
@@ -251,6 +277,36 @@ def ratio_error(options: TokenizerOptions, probabilities: Array, keep: Array) ->
   chosen = keep if of_choices else probabilities
   ratio = chosen.mean(-1) if options.ratio_scope == 'image' else chosen.mean()
   return jnp.square(options.keep_ratio - ratio).mean()
+
+
+def token_spread(vectors: Array, keep: Array) -> Array:
+  """The share of the tokens' variance that lies within images, f32[].
+
+  It is 0 if the tokens of an image are copies of each other, however much images differ. Then they
+  carry what one token could, and it does not matter how many there are, or where.
+
+  Args:
+    vectors: f32[B, N, C].
+    keep: f32[B, N], 0 or 1.
+  """
+  weight = keep[..., None]
+  counts = jnp.maximum(weight.sum(1, keepdims=True), 1)
+  image_means = (weight * vectors).sum(1, keepdims=True) / counts
+  mean = (weight * vectors).sum((0, 1)) / jnp.maximum(weight.sum(), 1)
+  within = (weight * jnp.square(vectors - image_means)).sum()
+  return within / jnp.maximum((weight * jnp.square(vectors - mean)).sum(), 1e-12)
+
+
+def distinct_share(ids: Array, keep: Array) -> Array:
+  """Of the tokens of an image, the share that are not copies of another one, f32[].
+
+  Args:
+    ids: of the codes, i32[B, N].
+    keep: f32[B, N], 0 or 1.
+  """
+  sorted_ids = jnp.sort(jnp.where(keep > 0.5, ids, -1), axis=-1)  # dropped patches first
+  is_new = jnp.diff(sorted_ids, axis=-1, prepend=-1) != 0
+  return is_new.sum() / jnp.maximum(keep.sum(), 1)
 
 
 def count_std(probabilities: Array) -> Array:

@@ -1,6 +1,7 @@
 """Stage 1: first without quantization, then with codes."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +11,19 @@ import pytest
 
 from lavit_jax.models import lavit
 from lavit_jax.models.selector import gumbel_keep
+from lavit_jax.sharding import path_name
 from lavit_jax.training import codebook
+from lavit_jax.training.optimizer import Hold
 from lavit_jax.training.stages import tokenizer as tokenizer_stage
 from lavit_jax.training.stages.base import apply_module
 from lavit_jax.training.stages.tokenizer import (
   choose_patches,
   commitment_error,
   count_std,
+  distinct_share,
   fixed_keep,
   ratio_error,
+  token_spread,
 )
 
 nano.install()
@@ -73,7 +78,7 @@ def test_tokenizer_schedule(tokenizer, batch):
   # A moving average, no second k-means.
   assert 0 < np.abs(third.embedding - second.embedding).max() < 0.1
   assert third.step == 3
-  assert stage.hold({}) == (('^tokenizer/selector/', 1),)
+  assert stage.hold({}) == (Hold('^tokenizer/selector/', 1),)
   np.testing.assert_array_equal(
     stage.export(params, third)['tokenizer']['quantizer']['embedding'], third.embedding
   )
@@ -157,6 +162,37 @@ def test_the_error_of_the_ratio(of, scope, expected):
   assert ratio_error(options, probabilities, keep) == pytest.approx(expected, abs=1e-6)
 
 
+def test_kept_patches_take_in_dropped_ones_from_a_step_on(parts):
+  """Until then a dropped patch changes no kept one; a tokenizer of `init_from` stays as it is."""
+  stage = nano.run('tokenizer', tokenizer__cross_attention_from=3).stage
+  params, book = nano.init_stage(stage, {})
+  held = stage.hold({})[-1]
+  assert held[1:] == (0, 3)
+  names = jax.tree_util.tree_map_with_path(lambda path, _: path_name(path), params)
+  assert sum(bool(re.search(held.regex, name)) for name in jax.tree.leaves(names)) == 2
+
+  tokenizer = codebook.put_in(params, book.embedding)['tokenizer']
+  keep = jnp.array([[1.0, 0, 1, 0]])
+  x = jax.random.normal(jax.random.key(0), (1, 4, MODEL.tokenizer.hidden_size))
+
+  def change_of_kept_rows(tokenizer):
+    rows = apply_module(MODEL.tokenizer, tokenizer, x, keep, method='merge')
+    other = apply_module(MODEL.tokenizer, tokenizer, x.at[0, 1].multiply(-1), keep, method='merge')
+    return jnp.abs((rows - other)[keep > 0.5]).max()
+
+  # The policy's eps gives each absent key 1e-6 / N of the attention.
+  assert change_of_kept_rows(tokenizer) < 1e-4
+  assert change_of_kept_rows(parts['tokenizer']) > 1e-2
+
+  loaded = {'tokenizer': parts['tokenizer'], 'decoder': parts['decoder']}
+  kept, _ = nano.init_stage(stage, loaded)
+  given = parts['tokenizer']['merger']['blocks']['cross_attn']['proj']['kernel']
+  np.testing.assert_array_equal(
+    kept['tokenizer']['merger']['blocks']['cross_attn']['proj']['kernel'], given
+  )
+  assert [hold.regex for hold in stage.hold(loaded)] == ['^tokenizer/selector/']
+
+
 def test_the_spread_of_the_count():
   """One for counts that differ as much as binomial ones, zero for equal ones."""
   p = np.full((2, 64), 0.25)
@@ -164,6 +200,27 @@ def test_the_spread_of_the_count():
   p[0, :] += 0.0625
   p[1, :] -= 0.0625  # counts of 20 and 12: a deviation of 4, the binomial's is sqrt(12)
   assert count_std(p) == pytest.approx(4 / 12**0.5, rel=1e-5)
+
+
+def test_the_spread_of_tokens_within_images():
+  """Zero for copies, one if all images have the same tokens; dropped patches do not count."""
+  copies = np.array([[[1.0, 0]] * 3, [[0, 1.0]] * 3])
+  keep = np.ones((2, 3))
+  assert token_spread(copies, keep) == pytest.approx(0, abs=1e-6)
+  alike = np.array([[[1.0, 0], [0, 1.0], [0, 1.0]]] * 2)
+  assert token_spread(alike, keep) == pytest.approx(1, rel=1e-6)
+  one_differs = copies.copy()
+  one_differs[0, 2] = [0, 1]
+  assert token_spread(one_differs, np.array([[1.0, 1, 0], [1, 1, 1]])) == pytest.approx(0, abs=1e-6)
+  # From the mean of the first image (2/3, 1/3): 2 x 2/9 + 8/9; from that of all (1/3, 2/3): 24/9.
+  assert token_spread(one_differs, keep) == pytest.approx((12 / 9) / (24 / 9), rel=1e-6)
+
+
+def test_the_share_of_distinct_tokens():
+  """Two of three kept tokens, and one of two; the ids of dropped patches do not count."""
+  ids = jnp.array([[5, 5, 0, 7], [2, 2, 9, 9]])
+  keep = jnp.array([[1.0, 1, 1, 0], [1, 1, 0, 0]])
+  assert distinct_share(ids, keep) == pytest.approx(3 / 5)
 
 
 def test_the_choice_of_patches():
