@@ -274,7 +274,7 @@ def measure_images(
 def report_tables(report: Report) -> list[Table]:
   """Returns the tables of a report for the terminal, with a column for each split."""
   headings = [SPLITS[split] for split in report['splits']]
-  makers = {
+  makers: dict[str, Callable[[Sequence[Any]], Rows]] = {
     'tokens': _tokens_rows,
     'selection': _selection_rows,
     'captions': _captions_rows,
