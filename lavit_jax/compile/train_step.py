@@ -29,7 +29,8 @@ from lavit_jax.compile.topology import (
   pod_devices,
 )
 from lavit_jax.training import flops
-from lavit_jax.training.run import Run, read_mesh, resolve_abstract
+from lavit_jax.training.run import Run, resolve_abstract
+from lavit_jax.training.run_config import read_mesh
 from lavit_jax.training.train_step import abstract_inputs, make_init, make_train_step
 
 

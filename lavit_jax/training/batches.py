@@ -15,7 +15,8 @@ from lavit_jax.data.skips import SkipCounter
 from lavit_jax.data.sources import check_files
 from lavit_jax.errors import UserError
 from lavit_jax.training import distributed
-from lavit_jax.training.run import Run, name_data_errors
+from lavit_jax.training.run import Run
+from lavit_jax.training.run_config import name_data_errors
 
 
 def open_batches(run: Run, split: str, skipped: SkipCounter | None = None) -> BatchIterator:

@@ -195,7 +195,7 @@ class HoldState(NamedTuple):
   count: jax.Array
 
 
-def hold_between(mask: Tree, start: int, stop: int | None) -> optax.GradientTransformation:
+def hold_between(mask: Tree, start: int, stop: int | None = None) -> optax.GradientTransformation:
   """Zeroes the updates of the masked leaves in the steps of `Hold`."""
 
   def init(params):

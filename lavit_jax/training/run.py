@@ -5,78 +5,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from lavit_jax import sharding
-from lavit_jax.data import loader
-from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.models.lavit import LavitModules
 from lavit_jax.sharding import ProcessShare
-from lavit_jax.training import interface_options, options, parameters, stages
-from lavit_jax.training.config import config_leaves, read_options
+from lavit_jax.training import interface_options, parameters, stages
 from lavit_jax.training.optimizer import OptimizerConfig
 from lavit_jax.training.parameters import ParameterFolder
+from lavit_jax.training.run_config import (
+  DataConfig,
+  Intervals,
+  TypedConfig,
+  check_config,
+  check_image_size,
+  read_config,
+)
 from lavit_jax.training.stages import BatchLayout, LanguageModelOptions, Stage, StageOptions
 
 ONE_DEVICE = AbstractMesh((1, 1, 1), sharding.AXES)
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-  """The section `mesh` of the config: the size of each axis, -1 for the remaining devices."""
-
-  data: int
-  fsdp: int
-  tensor: int
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-  """The section `data` of the config, explained in `data.loader.batches`, with its own defaults."""
-
-  task: str
-  image_size: int
-  source: str | None = None
-  text_length: int | None = None
-  tokenizer_folder: str | None = None
-  shares: Mapping[str, float] | None = None
-  question_weights: Mapping[str, float] | None = None
-  draw_text_weight: float | None = None
-  drop_text: float | None = None
-  scene_share: float | None = None
-  augment: bool = False
-  num_threads: int | None = None
-  sources: Sequence[Mapping[str, Any]] = ()
-  heldout: Sequence[Mapping[str, Any]] = ()
-  shards: int = 1
-  crop: str = 'none'
-  max_skipped: float = 0.05
-
-  def loader_options(self) -> dict[str, Any]:
-    """The keyword arguments of `data.loader.batches`."""
-    values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-    return {name: value for name, value in values.items() if value is not None}
-
-
-@dataclasses.dataclass(frozen=True)
-class Intervals:
-  """When a run reports, evaluates, draws and saves, in steps; 0: never."""
-
-  log_every: int
-  eval_every: int
-  eval_batches: int  # batches of an evaluation
-  picture_every: int
-  checkpoint_every: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,42 +86,6 @@ class Run:
 # --- Resolution ----------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class _CommonOptions:
-  """The options and sections that the configs of all stages have, besides `Intervals`."""
-
-  stage: str
-  variant: str
-  batch_size: int
-  num_steps: int
-  seed: int
-  accumulate: int
-  dtype: str
-  remat: str
-  mesh: Mapping[str, int]
-  peak_tflops: float
-  frozen: str
-  init_from: str
-  data: Mapping[str, Any]
-  optim: Mapping[str, Any]
-  keep: int
-  skip_damaged: bool
-  profile: str
-  merger_capacities: tuple[int, ...] = ()
-
-
-class _TypedConfig(NamedTuple):
-  """A config whose options have types."""
-
-  common: _CommonOptions
-  mesh: MeshConfig
-  data: DataConfig
-  intervals: Intervals
-  optimizer: OptimizerConfig
-  options: StageOptions
-  json: dict[str, Any]
-
-
 def resolve(config: ConfigDict, workdir: str | pathlib.Path) -> Run:
   """Checks a config, and resolves it for the devices and folders of this job.
 
@@ -178,10 +97,10 @@ def resolve(config: ConfigDict, workdir: str | pathlib.Path) -> Run:
     UserError: an option is missing, unknown, out of range or contradicts another one; a folder
       lacks a module or holds another variant's.
   """
-  typed = _read_config(config)
+  typed = read_config(config)
   common = typed.common
   mesh = sharding.make_mesh(dataclasses.asdict(typed.mesh))
-  _check_config(typed, sharding.batch_shards(mesh))
+  check_config(typed, sharding.batch_shards(mesh))
   modules = stages.stage_modules(common.stage, typed.options)
   folders = parameters.find_modules(
     modules,
@@ -209,9 +128,9 @@ def resolve_abstract(config: ConfigDict, mesh: Mesh | AbstractMesh | None = None
   Raises:
     UserError: as `resolve`, of the config itself.
   """
-  typed = _read_config(config)
+  typed = read_config(config)
   mesh = cast(Mesh, ONE_DEVICE if mesh is None else mesh)  # no device of it is used
-  _check_config(typed, sharding.batch_shards(mesh))
+  check_config(typed, sharding.batch_shards(mesh))
   share = ProcessShare(np.arange(typed.common.batch_size), 0, 1)
   settings = {}
   if isinstance(typed.options, LanguageModelOptions):
@@ -219,34 +138,8 @@ def resolve_abstract(config: ConfigDict, mesh: Mesh | AbstractMesh | None = None
   return _make_run(typed, mesh, share, (), settings, pathlib.Path())
 
 
-def read_mesh(config: ConfigDict) -> MeshConfig:
-  """Reads the section `mesh` of a config, after a check of all values.
-
-  Raises:
-    UserError: an option is missing, unknown or out of range.
-  """
-  check_values(config)
-  return read_options(MeshConfig, config.to_dict()['mesh'], 'mesh')
-
-
-def _read_config(config: ConfigDict) -> _TypedConfig:
-  mesh = read_mesh(config)
-  values = config.to_dict()
-  data = read_options(DataConfig, values['data'], 'data')
-  _check_stage(values, data.task)
-  return _TypedConfig(
-    read_options(_CommonOptions, values),
-    mesh,
-    data,
-    read_options(Intervals, values),
-    OptimizerConfig.from_config(values),
-    stages.stage_type(values['stage']).options.from_config(values),
-    json.loads(config.to_json_best_effort()),
-  )
-
-
 def _make_run(
-  typed: _TypedConfig,
+  typed: TypedConfig,
   mesh: Mesh,
   share: ProcessShare,
   folders: tuple[ParameterFolder, ...],
@@ -263,7 +156,7 @@ def _make_run(
   )
   capacities = tuple(common.merger_capacities)
   model = lavit.build(common.variant, common.dtype, common.remat, settings, capacities)
-  _check_image_size(typed, model)
+  check_image_size(typed, model)
   return Run(
     stage_name=common.stage,
     variant=common.variant,
@@ -287,125 +180,3 @@ def _make_run(
     config=typed.json,
     workdir=workdir,
   )
-
-
-# --- Checks --------------------------------------------------------------------------------------
-
-
-def check_values(config: ConfigDict) -> None:
-  """Raises UserError for options that are missing or out of range (options.py), or need others."""
-  read_options(_CommonOptions, config.to_dict())
-  values = dict(config_leaves(config))
-  options.check_values(values)
-  restart = values.get('optim.rewarm_from', 0)
-  num_steps = values['num_steps']
-  if values.get('optim.schedule') == 'rewarm' and not 0 < restart < num_steps:
-    raise UserError(
-      "optim.schedule='rewarm' needs optim.rewarm_from, the step from which it warms up anew, "
-      f'between 0 and num_steps={num_steps} (now {restart})'
-    )
-
-
-def _check_stage(values: Mapping[str, Any], task: str) -> None:
-  """Raises UserError if the config is that of another stage."""
-  name = values['stage']
-  stage_type = stages.stage_type(name)
-  if task != stage_type.task or stage_type.section not in values:
-    raise UserError(
-      f'stage={name!r} needs data.task={stage_type.task!r} (now {task!r}) and '
-      f'{stage_type.section!r} in the config; take configs/{name}.py'
-    )
-
-
-def _check_config(typed: _TypedConfig, shards: int) -> None:
-  """Raises UserError for options that contradict each other, or the `shards` of the mesh."""
-  intervals = typed.intervals
-  if intervals.eval_every and intervals.eval_batches < 1:
-    raise UserError(
-      f'eval_batches={intervals.eval_batches} with eval_every={intervals.eval_every}: give at '
-      'least 1, or eval_every=0'
-    )
-  accumulate = typed.common.accumulate
-  name = typed.common.stage
-  if accumulate > 1 and not stages.stage_type(name).accumulates:
-    raise UserError(
-      f'accumulate={accumulate}: stage {name} learns from whole batches; use more devices or '
-      'another remat policy'
-    )
-  _check_data(typed)
-  if isinstance(typed.options, LanguageModelOptions):
-    data = typed.data
-    shares = data.shares or loader.DEFAULT_SHARES
-    interface_options.check_drawing(typed.options.interface, shares, data.sources, data.heldout)
-  _check_pieces(typed, shards)
-
-
-def _check_data(typed: _TypedConfig) -> None:
-  data = typed.data
-  with name_data_errors():
-    loader.validate_options(
-      data.task,
-      shares=data.shares,
-      question_weights=data.question_weights,
-      crop=data.crop,
-      sources=data.sources,
-      heldout=data.heldout,
-    )
-  if not data.sources:
-    return
-  if not data.heldout and (typed.intervals.eval_every or typed.intervals.picture_every):
-    raise UserError(
-      'data.sources without data.heldout: give held-out sources too, or eval_every=0 and '
-      'picture_every=0'
-    )
-  batch_size = typed.common.batch_size
-  if batch_size % data.shards:
-    raise UserError(f'batch_size={batch_size} must be a multiple of data.shards={data.shards}')
-
-
-def _check_pieces(typed: _TypedConfig, shards: int) -> None:
-  """Raises UserError if a batch does not divide into the pieces of the mesh and of `accumulate`."""
-  sizes = {'batch_size': typed.common.batch_size}
-  if isinstance(typed.options, LanguageModelOptions):
-    sizes['lm.num_rows'] = typed.options.num_rows
-  accumulate = typed.common.accumulate
-  undivided = _undivided(sizes, accumulate * shards)
-  if not undivided:
-    return
-  counts = range(1, accumulate + 1)
-  fitting = [count for count in counts if not _undivided(sizes, count * shards)]
-  pieces = f'{accumulate} x {shards}' if accumulate > 1 else f'{shards}'
-  hint = f'; accumulate={fitting[-1]} would do' if fitting else ''
-  key = undivided[0]
-  raise UserError(
-    f'{key}={sizes[key]} must be a multiple of the {pieces} pieces that the mesh makes of it{hint}'
-  )
-
-
-def _undivided(sizes: Mapping[str, int], pieces: int) -> list[str]:
-  """The options whose sizes do not divide into the pieces."""
-  return [key for key, size in sizes.items() if size % pieces]
-
-
-def _check_image_size(typed: _TypedConfig, model: LavitModules) -> None:
-  name = typed.common.stage
-  size = typed.data.image_size
-  multiple = stages.image_multiple(name, model, bool(typed.intervals.picture_every))
-  if size % multiple:
-    raise UserError(
-      f'data.image_size={size} must be a multiple of {multiple} for stage {name} of variant '
-      f'{model.variant}'
-    )
-
-
-@contextlib.contextmanager
-def name_data_errors() -> Iterator[None]:
-  """Errors of the data, as UserErrors that name the option, or at least the section `data`."""
-  try:
-    yield
-  except UserError as error:
-    if error.option:
-      raise type(error)(f'data.{error}') from error
-    raise error.within('data') from error
-  except (FileNotFoundError, ValueError) as error:
-    raise UserError(f'data: {error}') from error

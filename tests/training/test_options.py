@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lavit_jax.errors import UserError
-from lavit_jax.training import options, run
+from lavit_jax.training import options, run_config
 from lavit_jax.training.config import config_leaves, load_config
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -37,7 +37,7 @@ def test_every_option_of_every_config_has_a_row_and_no_row_is_without_one():
   keys = set()
   for stage, variant in CONFIGS:
     config = make_config(stage, variant)
-    run.check_values(config)  # and the values are in range
+    run_config.check_values(config)  # and the values are in range
     keys |= {key for key, _ in config_leaves(config)}
   assert keys == set(options.OPTIONS)
 
@@ -137,7 +137,7 @@ def test_one_option_alone_may_be_none():
 )
 def test_impossible_values_are_refused(stage, changes, message):
   with pytest.raises(UserError, match=message) as error:
-    run.check_values(make_config(stage, **changes))
+    run_config.check_values(make_config(stage, **changes))
   assert '\n' not in str(error.value) and 'lower optim.learning_rate' not in str(error.value)
 
 
@@ -156,10 +156,10 @@ def test_none_on_the_command_line():
   )
   assert read.init_from == '' and read.data.sources == ()
   off = load_config(f'{ROOT}/configs/tokenizer.py:tiny', [('optim.clip_norm', 'None')])
-  run.check_values(off)
+  run_config.check_values(off)
   for key in ('batch_size', 'seed', 'mesh.data', 'checkpoint_every'):
     with pytest.raises(UserError, match=f'^{key}=None must be an integer'):
-      run.check_values(load_config(f'{ROOT}/configs/tokenizer.py:tiny', [(key, 'None')]))
+      run_config.check_values(load_config(f'{ROOT}/configs/tokenizer.py:tiny', [(key, 'None')]))
 
 
 @pytest.mark.parametrize(
@@ -178,5 +178,5 @@ def test_options_of_sources(options_of_source, message, tmp_path):
 
   source = dict(format='folder', path=str(tmp_path)) | options_of_source  # nothing is there yet
   with pytest.raises(UserError, match=message):
-    with run.name_data_errors():
+    with run_config.name_data_errors():
       loader.batches('images', batch_size=2, sources=(source,))
