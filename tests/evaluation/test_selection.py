@@ -117,5 +117,5 @@ def test_the_tiny_checkpoint():
   kept = sum(measures[f'patches_{kind}'] * measures[f'sampled_{kind}'] for kind in selection.KINDS)
   assert kept == pytest.approx(model.tokenize(images, seed=0).keep.mean())
   assert measures['probability_std'] == pytest.approx(probabilities.std(), rel=1e-4)
-  # This selector has not learned to select.
-  assert measures['probability_ratio'] == pytest.approx(1, abs=0.2)
+  # It has learned to keep objects; 2.5 on held-out images.
+  assert measures['probability_ratio'] > 1.5
