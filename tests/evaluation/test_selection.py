@@ -110,7 +110,7 @@ def test_the_tiny_checkpoint():
   probabilities, most_probable, counts = model.select_patches(images)
   np.testing.assert_array_equal(counts, most_probable.sum(1))
   assert probabilities.shape == (32, 64)
-  assert 0 < probabilities.min() < probabilities.max() < 1
+  assert 0 <= probabilities.min() < 0.1 < 0.9 < probabilities.max() <= 1
   np.testing.assert_array_equal(most_probable, model.tokenize(images, seed=None).keep)
   measures = report.measure_selection(model, examples, Composer(sprites.load()), 0)
   assert all(measures[f'patches_{kind}'] > 0.1 for kind in selection.KINDS)

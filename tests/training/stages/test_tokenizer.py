@@ -28,7 +28,12 @@ from lavit_jax.training.stages.tokenizer import (
 
 nano.install()
 MODEL = lavit.build('nano')
-PUBLISHED = dict(tokenizer__freeze_selector_from=-1, tokenizer__selector_gradient='published')
+PUBLISHED = dict(
+  tokenizer__freeze_selector_from=-1,
+  tokenizer__selector_gradient='published',
+  tokenizer__commitment_weight=1.0,
+  tokenizer__cross_attention_from=0,
+)
 
 
 @pytest.fixture(scope='module')
