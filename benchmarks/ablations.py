@@ -43,6 +43,7 @@ from lavit_jax.weights.store.folder import load_params, save_params
 
 CONFIG = 'configs/tokenizer.py:tiny'
 LEARNED = 'learned'
+CROSS_ATTENTION = 'cross_attention'
 SHUFFLED = 'shuffled'
 PUBLISHED = (
   'tokenizer.ratio_scope=image',
@@ -56,6 +57,9 @@ PUBLISHED = (
 )
 ROWS: dict[str, tuple[str, ...]] = {  # the options in which a run differs from the config
   LEARNED: (),
+  CROSS_ATTENTION: ('tokenizer.cross_attention_from=0',),
+  # With the selector of the run above, from which it differs by nothing else: a tokenizer of
+  # `init_from` has its cross-attention from the start, whatever `cross_attention_from` says.
   SHUFFLED: ('tokenizer.selection=shuffled', 'tokenizer.freeze_selector_from=0'),
   'published': PUBLISHED,
   'fixed': ('tokenizer.selection=fixed',),
@@ -66,7 +70,6 @@ ROWS: dict[str, tuple[str, ...]] = {  # the options in which a run differs from 
   'one_clip': ('optim.clip_groups=()',),
   'early_codes': ('tokenizer.quantize_from=150',),
   'commitment_1': ('tokenizer.commitment_weight=1.0',),
-  'cross_attention': ('tokenizer.cross_attention_from=0',),
   'keep_0.2': ('tokenizer.keep_ratio=0.2',),
   'keep_0.5': ('tokenizer.keep_ratio=0.5',),
   'keep_1': ('tokenizer.keep_ratio=1.0',),
@@ -151,11 +154,11 @@ def study(args: argparse.Namespace, name: str, seed: int) -> None:
 
 
 def selector_of(workdir: pathlib.Path, seed: int) -> pathlib.Path:
-  """The selector of the learned run in an otherwise fresh tokenizer, whose counts are compared."""
-  learned = workdir / f'{LEARNED}-{seed}' / 'export'
-  folder = workdir / f'{LEARNED}-{seed}' / 'selector'
+  """The selector of a learned run in an otherwise fresh tokenizer, whose counts are compared."""
+  learned = workdir / f'{CROSS_ATTENTION}-{seed}' / 'export'
+  folder = workdir / f'{CROSS_ATTENTION}-{seed}' / 'selector'
   if not learned.exists():
-    raise SystemExit(f'{SHUFFLED} needs the run {LEARNED} of the same seed first')
+    raise SystemExit(f'{SHUFFLED} needs the run {CROSS_ATTENTION} of the same seed first')
   if not folder.exists():
     model = lavit.build('tiny')
     fresh = init_params(model, jax.random.key(1000 + seed), ('tokenizer', 'decoder'))

@@ -242,7 +242,7 @@ def test_ablations_have_options_of_the_config(load):
 def test_ablations_measure_and_report(load, monkeypatch, tmp_path):
   """The measures of runs that were not trained; a finished run is not trained again."""
   benchmark = load('ablations')
-  rows = {name: benchmark.ROWS[name] for name in ('learned', 'shuffled', 'fixed')}
+  rows = {name: benchmark.ROWS[name] for name in ('cross_attention', 'shuffled', 'fixed')}
   model = lavit.build('tiny')
   params = init_params(model, jax.random.key(0), ('vit', 'tokenizer', 'decoder'))
   save_params(tmp_path / 'vit', 'tiny', {'vit': params.pop('vit')})

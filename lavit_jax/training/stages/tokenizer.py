@@ -368,15 +368,26 @@ def _export_metadata(book: Codebook) -> dict[str, str]:
 
 
 def _warnings(options: TokenizerOptions, loaded: Mapping[str, Tree], num_steps: int) -> list[str]:
+  lines = []
+  if options.cross_attention_from and 'tokenizer' in loaded:
+    lines.append(
+      'the merger of init_from goes on with its cross-attention, whatever '
+      'tokenizer.cross_attention_from says'
+    )
+  elif num_steps <= options.cross_attention_from:
+    lines.append(
+      f'num_steps={num_steps} ends before the merger takes in dropped patches '
+      f'(tokenizer.cross_attention_from={options.cross_attention_from})'
+    )
   if codebook.has_codebook(loaded):
-    return [
+    lines.append(
       'the codebook of init_from goes on: quantization begins with the first step, whatever '
       'tokenizer.quantize_from says'
-    ]
-  if num_steps <= options.quantize_from:
-    return [
+    )
+  elif num_steps <= options.quantize_from:
+    lines.append(
       f'num_steps={num_steps} ends before quantization begins '
       f'(tokenizer.quantize_from={options.quantize_from}): the codebook stays untrained, and later '
       'stages will refuse the export'
-    ]
-  return []
+    )
+  return lines

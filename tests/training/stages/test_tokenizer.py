@@ -196,6 +196,10 @@ def test_kept_patches_take_in_dropped_ones_from_a_step_on(parts):
     kept['tokenizer']['merger']['blocks']['cross_attn']['proj']['kernel'], given
   )
   assert [hold.regex for hold in stage.hold(loaded)] == ['^tokenizer/selector/']
+  (line, _) = stage.warnings(loaded, 4)
+  assert 'goes on with its cross-attention' in line
+  (line, _) = stage.warnings({}, 3)
+  assert 'num_steps=3 ends before the merger takes in dropped patches' in line
 
 
 def test_the_spread_of_the_count():
