@@ -2,8 +2,8 @@
 
     lavit train --config configs/tokenizer.py:tiny --workdir runs/tokenizer --config.frozen=runs/encoder/export
 
-Needs `vit`; exports `tokenizer` and `decoder`. `quantize_from`: the step at which k-means initializes the codebook; too early, and the
-tokens of an image become copies (metric `distinct_tokens`). `revive_after`: a code unused for so many batches moves (0: never).
+Needs `vit`; exports `tokenizer` and `decoder`. k-means initializes the codebook at step `quantize_from`. If that is too early, the tokens of
+an image become copies of each other (metric `distinct_tokens`). An unused code moves after `revive_after` batches (0: never).
 
 The selector: lavit_7b and small train it by the published formulas, and freeze it when quantization begins
 (`freeze_selector_from` -1). With these, a small model learns no selection; tiny has others (docs/selection.md).
@@ -15,8 +15,8 @@ from lavit_jax.models import lavit
 
 PUBLISHED_SELECTOR = dict(
     ratio_scope='image', ratio_of='choices',  # specification, Training: the ratio's error is of each image's drawn mask
-    selector_gradient='published', entropy_weight=0.0, entropy_from=0, selection='learned',  # specification, Training
-    freeze_selector_from=-1, cross_attention_from=0)  # our choice, and one report (specification, Training); specification, Merger
+    selector_gradient='published', entropy_weight=0.0, entropy_from=0, selection='learned', cross_attention_from=0,  # specification, Training and Merger
+    freeze_selector_from=-1)  # our choice, and one report (specification, Training)
 TINY_SELECTOR = dict(  # our choice; it never freezes
     ratio_scope='batch', ratio_of='probabilities', selector_gradient='counterfactual', entropy_weight=0.06, entropy_from=300,
     selection='learned', freeze_selector_from=1_000_000_000, cross_attention_from=600)

@@ -119,8 +119,8 @@ def evaluate(
     measures['captions'] = captions.score_captions(
       captioned, single, baselines.groups, baselines.train
     )
-    asked = single[: count // 2] + scenes
-    measures['questions'] = measure_answers(model, asked, baselines.answers, seed)
+    examples = single[: count // 2] + scenes
+    measures['questions'] = measure_answers(model, examples, baselines.answers, seed)
     if baselines.classify is not None:
       measures['drawings'] = measure_images(model, single[:drawn], baselines.classify, seed)
     splits[split] = measures

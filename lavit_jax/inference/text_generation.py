@@ -2,7 +2,7 @@
 
 The language model continues [IMG] features [/IMG] prompt (specification, Inference).
 
-Axes: B images, N most features of an image, H hidden size of the language model.
+Axes: B images, N slots for the features of an image, H hidden size of the language model.
 """
 
 from __future__ import annotations

@@ -52,7 +52,9 @@ def follow_interface(values: Mapping[str, Any]) -> dict[str, Any]:
 
   def sources(key: str) -> FieldReference:
     all_sources = values['data'][key]
-    return derived(interface, lambda name: _seen(all_sources) if name in OTHERS else all_sources)
+    return derived(
+      interface, lambda name: _without_drawing(all_sources) if name in OTHERS else all_sources
+    )
 
   data = dict(values['data'], sources=sources('sources'), heldout=sources('heldout'))
   data['shares'] = dict(data['shares'], draw=derived(interface, draw_share))
@@ -66,7 +68,7 @@ def _mean_length(variant: str, name: str, of_lavit: int) -> int:
   return round(of_lavit - LAVIT_RATIO * model.num_patches + model.max_visual_tokens)
 
 
-def _seen(sources: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+def _without_drawing(sources: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
   """The sources without those whose images are to be drawn."""
   return tuple(source for source in sources if source.get('use') != 'draw')
 
@@ -121,10 +123,10 @@ def with_interface(
   for source in folders:
     if 'interface' not in source.modules:
       continue
-    found = folder.read_settings(source.path).get('interface', {}).get('name')
-    if found != interface:
+    stored = folder.read_settings(source.path).get('interface', {}).get('name')
+    if stored != interface:
       raise UserError(
-        f'init_from={source.path} has the interface {found!r}, and the config has '
-        f'interface={interface!r}; give --config.interface={found}, or leave the folder out'
+        f'init_from={source.path} has the interface {stored!r}, and the config has '
+        f'interface={interface!r}; give --config.interface={stored}, or leave the folder out'
       )
   return {**others, 'interface': {'name': interface}}

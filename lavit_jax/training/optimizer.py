@@ -107,7 +107,7 @@ def make_optimizer(
   def group(name: str) -> str:
     return next((regex for regex in config.clip_groups if re.search(regex, name)), '')
 
-  holds = [hold_between(matches(each.regex), each.start, each.stop) for each in hold]
+  holds = [hold_updates(hold, [matches(each.regex) for each in hold])] if hold else []
   trained = optax.chain(
     *holds,  # before the clipping: what no longer moves does not count in the norm
     clip_by_group(config.clip_norm, jax.tree.map(group, names)),
@@ -195,8 +195,15 @@ class HoldState(NamedTuple):
   count: jax.Array
 
 
-def hold_between(mask: Tree, start: int, stop: int | None = None) -> optax.GradientTransformation:
-  """Zeroes the updates of the masked leaves in the steps of `Hold`."""
+def hold_updates(holds: Sequence[Hold], masks: Sequence[Tree]) -> optax.GradientTransformation:
+  """Zeroes the updates of parameters in the steps of their holds.
+
+  The state is one count, so that a checkpoint does not depend on the number of holds.
+
+  Args:
+    holds: at least one.
+    masks: of the parameters of each.
+  """
 
   def init(params):
     del params
@@ -204,14 +211,15 @@ def hold_between(mask: Tree, start: int, stop: int | None = None) -> optax.Gradi
 
   def update(updates, state, params=None):
     del params
-    live = state.count < start
-    if stop is not None:
-      live |= state.count >= stop
+    for hold, mask in zip(holds, masks, strict=True):
+      moves = state.count < hold.start
+      if hold.stop is not None:
+        moves |= state.count >= hold.stop
 
-    def hold(u, masked):
-      return jnp.where(live, u, 0) if masked else u
+      def zero(u, masked, moves=moves):
+        return jnp.where(moves, u, 0) if masked else u
 
-    updates = _map_unmasked(hold, updates, mask)
+      updates = _map_unmasked(zero, updates, mask)
     return updates, HoldState(state.count + 1)
 
   return optax.GradientTransformation(init, update)

@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,6 +66,14 @@ def test_parameters_that_start_later():
   seen, _ = run(options(weight_decay=0.5), steps=4, hold=(optimizer.Hold('^vit/', 0, 2),))
   kernels = [float(p['vit']['kernel'][0, 0]) for p in seen]
   assert 1 == kernels[0] == kernels[1] > kernels[2] > kernels[3]
+
+
+def test_a_run_may_go_on_with_other_holds():
+  """A checkpoint made with one hold continues with two: the state is a count of updates."""
+  one = (optimizer.Hold('^vit/', 2),)
+  two = (*one, optimizer.Hold('^head/', 0, 3))
+  states = [optimizer.make_optimizer(options(), PARAMS, hold).init(PARAMS) for hold in (one, two)]
+  chex.assert_trees_all_equal(*states)
 
 
 def test_stopped_parameters_do_not_count_in_the_clipping():

@@ -82,7 +82,7 @@ def module_names(options: LanguageModelOptions) -> ModuleNames:
   return MODULES if options.interface == LAVIT else INTERFACE_MODULES
 
 
-class _Visual(NamedTuple):
+class _VisualInputs(NamedTuple):
   """The images of a batch for the language model.
 
   Attributes:
@@ -111,7 +111,7 @@ def build(options: LanguageModelOptions, model: LavitModules, layout: BatchLayou
       should be learned that the interface does not have.
   """
   _validate(options, model, layout)
-  see = _see_tokens if model.interface is None else _see_interface
+  encode_images = _encode_by_tokenizer if model.interface is None else _encode_by_interface
   trained = ('llama', 'understanding' if model.interface is None else 'interface')
 
   def init(key, loaded):
@@ -141,7 +141,7 @@ def build(options: LanguageModelOptions, model: LavitModules, layout: BatchLayou
 
   def loss(params, frozen, state, batch, key, train):
     del train
-    visual = see(model, params, frozen, batch, key)
+    visual = encode_images(model, params, frozen, batch, key)
     texts = (batch['text'], batch['text_length'], batch['text_weight'], batch['kind'])
     rows, kinds = per_shard(pack_shard, layout.shards, *texts, visual.codes, visual.mask.sum(-1))
     embedded = apply_module(model.llama, params['llama'], rows.ids, method='embed')
@@ -170,9 +170,9 @@ def build(options: LanguageModelOptions, model: LavitModules, layout: BatchLayou
   return Stage(module_names(options), init, loss, export, draw if model.interface is None else None)
 
 
-def _see_tokens(
+def _encode_by_tokenizer(
   model: LavitModules, params: Tree, frozen: Tree, batch: Mapping[str, Array], key: Array
-) -> _Visual:
+) -> _VisualInputs:
   """LaVIT's continuous tokens and codes; `key` chooses the patches."""
   x = image_features(model, frozen['vit'], vit_images(batch))[:, 1:]
   keys = row_keys(key, batch, len(x))
@@ -185,19 +185,19 @@ def _see_tokens(
   metrics = {}
   if model.understanding.capacities:
     metrics = dict(tokenizer_in_bucket=tokens.in_bucket, understanding_in_bucket=in_bucket)
-  return _Visual(vectors, codes, mask, tokens.keep, metrics)
+  return _VisualInputs(vectors, codes, mask, tokens.keep, metrics)
 
 
-def _see_interface(
+def _encode_by_interface(
   model: LavitModules, params: Tree, frozen: Tree, batch: Mapping[str, Array], key: Array
-) -> _Visual:
+) -> _VisualInputs:
   """The vectors of another interface; nothing about them is random."""
   del key
   assert model.interface is not None
   features = model.tower.features(frozen['vit'], vit_images(batch))
   tokens = apply_module(model.interface, params['interface'], features)
   codes = jnp.zeros(tokens.mask.shape, jnp.int32)
-  return _Visual(tokens.vectors, codes, tokens.mask, None, {})
+  return _VisualInputs(tokens.vectors, codes, tokens.mask, None, {})
 
 
 def _validate(options: LanguageModelOptions, model: LavitModules, layout: BatchLayout) -> None:

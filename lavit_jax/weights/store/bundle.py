@@ -14,7 +14,7 @@ from lavit_jax.weights.store.folder import load_params, save_params
 from lavit_jax.weights.store.metadata import check_codebook, read_config, read_settings
 
 # A language model sees images in one way: the last source decides between these modules.
-RIVALS = {'interface': 'understanding', 'understanding': 'interface'}
+ALTERNATIVES = {'interface': 'understanding', 'understanding': 'interface'}
 METADATA_KEYS = ('stage', 'steps')  # kept for each module
 
 
@@ -50,11 +50,11 @@ def bundle(
     source_params = load_params(source, variant=variant)
     if 'tokenizer' in source_params:
       check_codebook(source)
-    for module, rival in RIVALS.items():
-      if module in source_params and rival not in source_params:
-        params.pop(rival, None)
-        metadata.pop(rival, None)
-        settings.pop(rival, None)
+    for module, alternative in ALTERNATIVES.items():
+      if module in source_params and alternative not in source_params:
+        params.pop(alternative, None)
+        metadata.pop(alternative, None)
+        settings.pop(alternative, None)
     params.update(source_params)
     source_metadata = read_config(source)['metadata']
     for module in source_params:
