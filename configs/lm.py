@@ -5,7 +5,7 @@
 Needs `vit` and `tokenizer`; exports `llama` and `understanding`. The large variants start from LLaMA: --config.init_from=FOLDER with `llama`, with or
 without the visual ids. `data.shares`: shares of captions, answers, images to generate and plain text; `data.question_weights`: frequencies of the types
 of questions. A packed row has `row_length` tokens, a pair `mean_length` on average; `max_overflow`: the largest share of pairs that find no room.
-`interface` `linear`, `mlp`, `resampler` or `qformer`: images are seen as in other systems (lavit_jax/models/interfaces). That needs `vit` alone, exports
+`interface` `linear`, `mlp`, `resampler`, `flamingo` or `qformer`: images are seen as in other systems (lavit_jax/models/interfaces). That needs `vit` alone, exports
 `llama` and `interface`, and draws nothing; what else follows from it, unless it is set: lavit_jax/training/interface_options.py.
 """
 
@@ -59,6 +59,6 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
       lm={key: values[key] for key in ('num_rows', 'row_length', 'mean_length', 'loss_chunks')} | dict(image_loss=False, max_overflow=0.2),  # above; our choice
       optim=dict(learning_rate=values['learning_rate'], warmup_steps=values['warmup_steps'], final_fraction=0.05,  # above; our choice
           schedule='cosine', rewarm_from=0, weight_decay=0.05, b1=0.9, b2=0.95, mu_dtype='float32', nu_dtype='float32', clip_norm=1.0,  # our choice: training/schedule.py
-          max_nonfinite=10, ema_decay=0.0, freeze=(), lr_scale=(), muon=() if large else ('^(llama|understanding|interface)/.*(attention|attn|mlp)/.*kernel$',)),  # our choice
+          max_nonfinite=10, ema_decay=0.0, freeze=(), lr_scale=(), muon=() if large else ('^(llama|understanding|interface)/.*((attention|attn|mlp)/.*|/(query|kv|proj)/)kernel$',)),  # our choice
       log_every=50, eval_every=1000 if large else 250, eval_batches=8, picture_every=1000 if large else 500,  # our choice
       checkpoint_every=500, keep=2, skip_damaged=False, profile=''))).lock()  # our choice

@@ -24,7 +24,7 @@ from jax import Array
 
 from lavit_jax.inference import sampling
 from lavit_jax.inference.decode import GenerateOutput, Params, extend, prefill, suppressed_ids
-from lavit_jax.models.llama import KVCache, Llama, unroll_layers
+from lavit_jax.models.llama import ExtraLayers, KVCache, Llama, unroll_layers
 from lavit_jax.models.vocabulary import PAD_ID
 
 EarlyStopping = bool | Literal['never']
@@ -59,6 +59,7 @@ def beam_search(
   repetition_penalty: float | None = None,
   num_return_sequences: int = 1,
   cache_dtype: str | None = None,
+  extra: ExtraLayers | None = None,
 ) -> GenerateOutput:
   """Searches the best continuations of each prompt.
 
@@ -82,6 +83,7 @@ def beam_search(
     repetition_penalty: as in `decode.generate`, but of log-probabilities, and part of the score.
     num_return_sequences: beams of each prompt to return, at most K.
     cache_dtype: as in `decode.generate`.
+    extra: as in `decode.generate`.
 
   Returns:
     B * num_return_sequences sequences: the best beams of the first prompt, best first, then those
@@ -97,6 +99,8 @@ def beam_search(
   if early_stopping not in (True, False, 'never'):
     raise ValueError(f"early_stopping must be True, False or 'never', not {early_stopping!r}")
   llama, params = unroll_layers(llama, params)
+  extra = None if extra is None else extra.unrolled()
+  new_extra = None if extra is None else extra.for_new_tokens()
   search = _Search(
     vocab_size=llama.vocab_size,
     num_beams=num_beams,
@@ -118,11 +122,11 @@ def beam_search(
     visible = jnp.concatenate([prompt, state.ancestry], axis=-1)
     tokens = state.live.ids[:, :, state.step - 1]
     positions = mask.sum(1) + state.step - 1
-    logits, cache = extend(llama, params, tokens, positions, visible, state.cache)
+    logits, cache = extend(llama, params, tokens, positions, visible, state.cache, new_extra)
     return search.append(state, logits, cache)
 
   new_slots = num_beams * max_new_tokens
-  logits, cache = prefill(llama, params, embeddings, mask, new_slots, cache_dtype)
+  logits, cache = prefill(llama, params, embeddings, mask, new_slots, cache_dtype, extra)
   logits = jnp.broadcast_to(logits[:, None], (batch, num_beams, llama.vocab_size))
   start = search.append(search.initial_state(batch, pad_id, cache), logits, cache)
   state = jax.lax.while_loop(unfinished, advance, start)

@@ -18,7 +18,9 @@ from jax import Array
 from lavit_jax.inference import beam_search as searching
 from lavit_jax.inference import decode, faults
 from lavit_jax.models import sequence, vit
+from lavit_jax.models.interfaces.base import RowImages
 from lavit_jax.models.lavit import LavitModules
+from lavit_jax.models.llama import ExtraLayers
 from lavit_jax.models.selector import gumbel_keep
 
 Params = dict[str, Any]
@@ -68,6 +70,23 @@ def read_by_interface(
   tokens = _apply(modules.interface, params['interface'], features)
   fault = faults.first_fault(('vit', features), ('interface', tokens.vectors))
   return tokens.vectors, jnp.where(fault > 0, -fault, tokens.lengths)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def extra_layers(
+  modules: LavitModules, params: Params, vectors: Array, mask: Array
+) -> ExtraLayers:
+  """The layers of a `LayeredInterface`, for prompts that begin with their one image.
+
+  Args:
+    modules: the modules.
+    params: of 'interface'.
+    vectors: [B, n, W], of each prompt's image.
+    mask: bool[B, S], False in the padding of the prompts.
+  """
+  assert modules.layered_interface is not None
+  images = RowImages(vectors[:, None], jnp.where(mask, 0, -1))
+  return modules.layered_interface.extra_layers(params['interface'], images)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lavit_jax.inference import sampling
-from lavit_jax.models.llama import KVCache, Llama, unroll_layers
+from lavit_jax.models.llama import ExtraLayers, KVCache, Llama, unroll_layers
 from lavit_jax.models.sequence import prompt_mask, prompt_positions
 from lavit_jax.models.vocabulary import PAD_ID
 
@@ -51,6 +51,7 @@ def prefill(
   mask: Array,
   new_slots: int,
   cache_dtype: str | None,
+  extra: ExtraLayers | None = None,
 ) -> tuple[Array, KVCache]:
   """Reads prompts.
 
@@ -61,18 +62,25 @@ def prefill(
     mask: bool[B, S], False in the padding.
     new_slots: free slots of the cache for new tokens.
     cache_dtype: of the cache; None for the compute dtype.
+    extra: unrolled layers that read images (`Llama.__call__`).
 
   Returns:
     Logits f32[B, V] of the next token, and the cache of M = S + new_slots.
   """
   cache = llama.init_cache(mask.shape[0], mask.shape[1] + new_slots, cache_dtype)
   visible = jnp.pad(prompt_mask(mask), ((0, 0), (0, 0), (0, 0), (0, new_slots)))
-  hidden, cache = _apply(llama, params, embeddings, prompt_positions(mask), visible, cache)
+  hidden, cache = _apply(llama, params, embeddings, prompt_positions(mask), visible, cache, extra)
   return _apply(llama, params, hidden[:, -1], method='logits'), cache
 
 
 def extend(
-  llama: Llama, params: Params, tokens: Array, positions: Array, visible: Array, cache: KVCache
+  llama: Llama,
+  params: Params,
+  tokens: Array,
+  positions: Array,
+  visible: Array,
+  cache: KVCache,
+  extra: ExtraLayers | None = None,
 ) -> tuple[Array, KVCache]:
   """Reads new tokens.
 
@@ -83,13 +91,14 @@ def extend(
     positions: i32[B], that of all Q tokens of a row.
     visible: bool[B, Q, M], the slots that each token attends to.
     cache: of the earlier tokens.
+    extra: as in `prefill`, `for_new_tokens`.
 
   Returns:
     Logits f32[B, Q, V] of the next tokens, and the longer cache.
   """
   embeddings = _apply(llama, params, tokens, method='embed')
   positions = jnp.broadcast_to(positions[:, None], tokens.shape)
-  hidden, cache = _apply(llama, params, embeddings, positions, visible[:, None], cache)
+  hidden, cache = _apply(llama, params, embeddings, positions, visible[:, None], cache, extra)
   return _apply(llama, params, hidden, method='logits'), cache
 
 
@@ -121,6 +130,7 @@ def generate(
   top_p: float | None = None,
   num_return_sequences: int = 1,
   cache_dtype: str | None = None,
+  extra: ExtraLayers | None = None,
   guidance_scale: float | None = None,
   uncond_embeddings: Array | None = None,
   uncond_mask: Array | None = None,
@@ -148,6 +158,8 @@ def generate(
     num_return_sequences: for each prompt, which is read once. They differ only if sampled.
     cache_dtype: of the keys and values: None for the compute dtype, 'bfloat16', or 'int8' with a
       scale for each head and slot.
+    extra: layers between those of the language model, which read images of the prompts
+      (`Llama.__call__`); unconditional prompts have none, so not with guidance.
     guidance_scale: of classifier-free guidance; None for none.
     uncond_embeddings: [B, S, H], the unconditional prompts, which run in the same batch.
     uncond_mask: bool[B, S], of these.
@@ -158,15 +170,19 @@ def generate(
     greedy and of sampled sequences compare.
 
   Raises:
-    ValueError: guidance without unconditional prompts of the same shape, or the reverse.
+    ValueError: guidance without unconditional prompts of the same shape, or the reverse; guidance
+      with extra layers.
   """
   _check_guidance(embeddings, mask, guidance_scale, uncond_embeddings, uncond_mask)
+  if extra is not None and guidance_scale is not None:
+    raise ValueError('guidance_scale is for a model without extra layers')
   copies = 1
   if uncond_embeddings is not None and uncond_mask is not None:
     embeddings = jnp.concatenate([embeddings, uncond_embeddings])
     mask = jnp.concatenate([mask, uncond_mask])
     copies = 2  # rows of the conditional prompts, then of the unconditional ones
   llama, params = unroll_layers(llama, params)
+  extra = None if extra is None else extra.unrolled()
   batch = mask.shape[0] // copies * num_return_sequences
   choose = _TokenChooser(
     vocab_size=llama.vocab_size,
@@ -203,10 +219,13 @@ def generate(
     visible = jnp.concatenate([mask, generated], axis=1)[:, None]
     tokens = jnp.tile(state.token, copies)[:, None]
     positions = mask.sum(1) + state.step - 1
-    logits, cache = extend(llama, params, tokens, positions, visible, state.cache)
+    logits, cache = extend(llama, params, tokens, positions, visible, state.cache, new_extra)
     return append(state, logits[:, 0], cache)
 
-  logits, cache = prefill(llama, params, embeddings, mask, max_new_tokens, cache_dtype)
+  logits, cache = prefill(llama, params, embeddings, mask, max_new_tokens, cache_dtype, extra)
+  new_extra = None
+  if extra is not None:
+    new_extra = extra.for_new_tokens().repeat_rows(num_return_sequences)
   logits = jnp.repeat(logits, num_return_sequences, axis=0)
   mask = jnp.repeat(mask, num_return_sequences, axis=0)
   cache = _repeat_rows(cache, num_return_sequences)

@@ -286,8 +286,8 @@ class ModelRunner:
       embeddings: [B, S, H].
       mask: bool[B, S].
       keys: keys[B] of the rows; not needed for a search.
-      **kwargs: further arguments of `decode.generate` or `beam_search`: `eos_id`, `suppress` and
-        those of guidance.
+      **kwargs: further arguments of `decode.generate` or `beam_search`: `eos_id`, `suppress`,
+        `extra`, and those of guidance.
 
     Returns:
       B * num_return_sequences sequences.

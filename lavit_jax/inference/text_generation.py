@@ -1,6 +1,7 @@
 """Images to text: captions and answers.
 
-The language model continues [IMG] features [/IMG] prompt (specification, Inference).
+The language model continues [IMG] features [/IMG] prompt (specification, Inference). With
+Flamingo's interface it continues [IMG] [/IMG] prompt, and extra layers read the features.
 
 Axes: B images, N slots for the features of an image, H hidden size of the language model.
 """
@@ -31,7 +32,6 @@ from lavit_jax.inference.rng import (
 from lavit_jax.inference.runner import ModelRunner, score_faults, sequences_of
 from lavit_jax.models.vocabulary import EOS_ID, Vocabulary
 
-MIN_IMAGE_TOKENS = 3  # [IMG], one visual token, [/IMG]
 
 
 def caption(
@@ -43,7 +43,7 @@ def caption(
     with shared_argument('prompt'):
       ids = runner.encode_optional_text(prompt)
       if len(pixels):
-        runner.check_prompt_lengths([MIN_IMAGE_TOKENS + len(ids)], config, lower_bound=True)
+        runner.check_prompt_lengths([_min_image_tokens(runner) + len(ids)], config, lower_bound=True)
     encoded = [ids] * len(pixels)
   else:
     encoded = [runner.encode_optional_text(text) for text in as_texts(prompt, 'prompt')]
@@ -75,7 +75,7 @@ def answer(
   def encode(template: Callable[[str], str]) -> list[Sequence[int]]:
     """Encodes the questions, and checks their lengths before anything is computed."""
     encoded = [runner.encode_text(text, template) for text in texts]
-    lengths = [MIN_IMAGE_TOKENS + len(ids) for ids in encoded]
+    lengths = [_min_image_tokens(runner) + len(ids) for ids in encoded]
     runner.check_prompt_lengths(lengths, config, lower_bound=True)
     return encoded
 
@@ -95,6 +95,11 @@ def answer(
       output = output._replace(text=templates.UNANSWERABLE)
     checked.append(output)
   return checked
+
+
+def _min_image_tokens(runner: ModelRunner) -> int:
+  """[IMG], one visual token unless layers read them, [/IMG]."""
+  return 3 if runner.modules.layered_interface is None else 2
 
 
 def _answerable_prompt(question: str) -> str:
@@ -126,7 +131,7 @@ def continue_images(
   """
   tokenizer = runner.tokenizer  # before anything is computed, for its files may be damaged
   keys = (example_keys if config.do_sample else optional_keys)(seed, len(images))
-  lengths = [MIN_IMAGE_TOKENS + len(ids) for ids in prompts]
+  lengths = [_min_image_tokens(runner) + len(ids) for ids in prompts]
   runner.check_prompt_lengths(lengths, config, lower_bound=True)
   vocabulary = runner.modules.vocabulary
   suppress = np.arange(vocabulary.size) >= vocabulary.text_size
@@ -136,18 +141,22 @@ def continue_images(
     for batch in batching.double_buffer(_encode_batches(runner, images, keys, config)):
       counts = np.asarray(batch.counts)
       image_faults.extend(np.maximum(-counts[: batch.n], 0))
-      counts = np.maximum(counts, 1)
+      in_sequence = runner.modules.layered_interface is None
+      counts = np.maximum(counts, 1) if in_sequence else np.zeros_like(counts)
       batch_prompts = [prompts[row] for row in batch.rows]
       pieces = _prompt_pieces(batch_prompts, counts, vocabulary, batch.features.shape[1])
       runner.check_prompt_lengths(
         [sum(map(len, prompt)) for prompt in pieces], config, rows=batch.rows, count=len(images)
       )
-      embeddings, mask = runner.embed_prompts(pieces, batch.features)
+      embeddings, mask = runner.embed_prompts(pieces, batch.features if in_sequence else None)
+      extra = None
+      if not in_sequence:
+        extra = runner.run(compiled.extra_layers, ('interface',), batch.features, mask)
       row_keys = None if keys is None else keys[batch.rows]
       yield (
         batch.n,
         runner.continue_prompts(
-          config, embeddings, mask, row_keys, eos_id=EOS_ID, suppress=suppress
+          config, embeddings, mask, row_keys, eos_id=EOS_ID, suppress=suppress, extra=extra
         ),
       )
 
@@ -167,7 +176,7 @@ class _EncodedBatch(NamedTuple):
   Attributes:
     n: number of images; those after them are padding.
     rows: i32[B], the indices of the images.
-    features: [B, N, H], a prefix of each image's.
+    features: [B, N, H], a prefix of each image's; of a `LayeredInterface` [B, n, W].
     counts: i32[B], the lengths of the prefixes, or negative faults.
   """
 

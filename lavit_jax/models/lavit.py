@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from lavit_jax.errors import UserError
 from lavit_jax.models import settings as checkpoint_settings
 from lavit_jax.models.decoder import FeatureDecoder
-from lavit_jax.models.interfaces.base import VisualInterface
+from lavit_jax.models.interfaces.base import LayeredInterface, VisualInterface
 from lavit_jax.models.interfaces.towers import Tower
 from lavit_jax.models.interfaces.variants import LAVIT, build_interface, build_tower, sizes_of
 from lavit_jax.models.llama import Llama
@@ -101,10 +101,21 @@ class LavitModules:
 
   @property
   def max_visual_tokens(self) -> int:
-    """The most slots of a sequence that an image can take."""
+    """The most slots of a sequence that an image can take, besides [IMG] and [/IMG]."""
     if self.interface is None:
       return self.num_patches
+    return self.num_image_vectors if self.interface.in_sequence else 0
+
+  @property
+  def num_image_vectors(self) -> int:
+    """n of the interface, in the sequence or not."""
+    assert self.interface is not None
     return self.interface.num_vectors(self.tower.num_features)
+
+  @property
+  def layered_interface(self) -> LayeredInterface | None:
+    """The interface, if layers of the language model read its vectors; else None."""
+    return self.interface if isinstance(self.interface, LayeredInterface) else None
 
 
 def variant_config(variant: str) -> dict[str, Any]:
@@ -163,7 +174,10 @@ def build(
     name = config.get('interface', {}).get('name', LAVIT)
     if name == LAVIT:
       return None
-    return build_interface(name, sizes_of(variant), config['llama']['hidden_size'], dtype, remat)
+    llama = config['llama']
+    return build_interface(
+      name, sizes_of(variant), llama['hidden_size'], llama['num_layers'], dtype, remat
+    )
 
   def optional(name: str, make: Any, **arguments: Any) -> Any:
     return make(**config[name], **arguments) if name in config else None

@@ -10,6 +10,7 @@ H width, G key-value heads, d head width, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from lavit_jax.models.attention import attention, merge_heads, split_heads
 from lavit_jax.models.attention_kernels import packed_attention
 from lavit_jax.models.int8 import Int8, Linear, dequantize, product, quantize, weight
 from lavit_jax.models.layers import Dtype, RMSNorm, SwiGLU
-from lavit_jax.models.remat import SAVED_PROJ, SAVED_QKV, scan_blocks
+from lavit_jax.models.remat import REMAT_POLICIES, SAVED_PROJ, SAVED_QKV, scan_blocks
 from lavit_jax.models.rope import Rope, rotary
 from lavit_jax.sharding import constrain_batch
 
@@ -71,6 +72,58 @@ class KVCache(NamedTuple):
 
   layers: tuple[LayerCache, ...]
   length: Array  # i32[]; slots written, the same for all rows: masks hide those of padding
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ExtraLayers:
+  """G layers of another module between LLaMA's own, such as those by which Flamingo sees images.
+
+  Each runs before the last of every `every` layers of LLaMA.
+
+  Attributes:
+    block: one of them: its method `read` takes x [B, S, H], a memory and `slots`, and returns x.
+    every: L / G.
+    layers: (parameters, memory) of the layers: a stack of leaves [G, ...], or, for an unrolled
+      LLaMA, a tuple of G (`unrolled`). The leaves of a memory have rows B.
+    slots: [B, S], what each token reads of the memory; [B, 1] if all of a row read the same.
+  """
+
+  block: nn.Module = dataclasses.field(metadata=dict(static=True))
+  every: int = dataclasses.field(metadata=dict(static=True))
+  layers: Any
+  slots: Array
+
+  def run(self, x: Array, layer: tuple[Any, Any]) -> Array:
+    """x [B, S, H] after one of the layers."""
+    params, memory = layer
+    return self.block.apply({'params': params}, x, memory, self.slots, method='read')  # pyright: ignore[reportReturnType]
+
+  def run_before(self, number: int, x: Array) -> Array:
+    """x [B, S, H] after the layer before layer `number` of an unrolled LLaMA, if there is one."""
+    group, place = divmod(number, self.every)
+    return self.run(x, self.layers[group]) if place == self.every - 1 else x
+
+  def unrolled(self) -> ExtraLayers:
+    """The layers one by one; see `unroll_layers`."""
+    if isinstance(self.layers[0], tuple):
+      return self
+    count = len(jax.tree.leaves(self.layers)[0])
+    layers = [jax.tree.map(lambda leaf, i=i: leaf[i], self.layers) for i in range(count)]
+    return dataclasses.replace(self, layers=tuple(layers))
+
+  def for_new_tokens(self) -> ExtraLayers:
+    """New tokens read what the last token of their row reads."""
+    return dataclasses.replace(self, slots=self.slots[:, -1:])
+
+  def repeat_rows(self, times: int) -> ExtraLayers:
+    """Each row `times` times, of unrolled layers."""
+
+    def repeat(leaf: Array) -> Array:
+      return jnp.repeat(leaf, times, axis=0)
+
+    layers = tuple((params, jax.tree.map(repeat, memory)) for params, memory in self.layers)
+    return dataclasses.replace(self, layers=layers, slots=repeat(self.slots))
 
 
 class SelfAttention(nn.Module):
@@ -176,8 +229,14 @@ class Llama(nn.Module):
     self.embedding = self.param('embedding', init, (self.vocab_size, self.hidden_size))
     self.head = weight(self, 'head', init, (self.hidden_size, self.vocab_size))
     self.norm = RMSNorm(self.rms_norm_eps, self.dtype)
-    make_block = functools.partial(
-      scan_blocks(Block, self.num_layers, self.remat) if self.scan else Block,
+    if self.scan:
+      stack = scan_blocks(Block, self.num_layers, self.remat)
+      self.layers: Any = stack(**self._block_fields())
+    else:
+      self.layers = [Block(**self._block_fields()) for _ in range(self.num_layers)]
+
+  def _block_fields(self) -> dict[str, Any]:
+    return dict(
       num_heads=self.num_heads,
       num_kv_heads=self.num_kv_heads,
       head_dim=self.head_dim,
@@ -186,17 +245,18 @@ class Llama(nn.Module):
       rope=Rope(self.rope_theta, self.rope_scaling, self.max_position_embeddings),
       dtype=self.dtype,
     )
-    if self.scan:
-      self.layers: Any = make_block()
-    else:
-      self.layers = [make_block() for _ in range(self.num_layers)]
 
   def embed(self, ids: Array) -> Array:
     """Ids i32[...] in [0, V) -> dtype[..., H]."""
     return self.embedding[ids].astype(self.dtype)
 
   def __call__(
-    self, embeddings: Array, positions: Array, mask: Array, cache: KVCache | None = None
+    self,
+    embeddings: Array,
+    positions: Array,
+    mask: Array,
+    cache: KVCache | None = None,
+    extra: ExtraLayers | None = None,
   ) -> tuple[Array, KVCache | None]:
     """Runs the layers.
 
@@ -208,30 +268,73 @@ class Llama(nn.Module):
         Or i32[B, S], the segments of packed rows.
       cache: the new tokens are written at its `length`, and must fit: M >= length + S. Only
         unrolled layers take one.
+      extra: layers between these, scanned or unrolled as these are.
 
     Returns:
       dtype[B, S, H] after the final norm, and the cache with the new tokens (None without one).
 
     Raises:
-      ValueError: a cache, but scanned layers.
+      ValueError: a cache, but scanned layers; extra layers of a number that does not fit.
     """
     chex.assert_rank(embeddings, 3)
     chex.assert_shape(positions, embeddings.shape[:2])
     chex.assert_rank(mask, {2, 4})
     x = embeddings.astype(self.dtype)
+    if extra is not None:
+      self._check_extra(extra)
     if self.scan:
       if cache is not None:
         raise ValueError('a cache is for unrolled layers; see `unroll_layers`')
-      return self.norm(self.layers(x, positions, mask)[0]), None
-    if cache is None:
-      for block in self.layers:
-        x, _ = block(x, positions, mask)
+      if extra is None:
+        x, _ = self.layers(x, positions, mask)
+      else:
+        x = self._run_groups(x, positions, mask, extra)
       return self.norm(x), None
+    old_layers = [None] * self.num_layers if cache is None else cache.layers
+    start = None if cache is None else cache.length
     layers = []
-    for block, layer in zip(self.layers, cache.layers, strict=True):
-      x, layer = block(x, positions, mask, layer, cache.length)
+    for number, (block, layer) in enumerate(zip(self.layers, old_layers, strict=True)):
+      if extra is not None:
+        x = extra.run_before(number, x)
+      x, layer = block(x, positions, mask, layer, start)
       layers.append(layer)
+    if cache is None:
+      return self.norm(x), None
     return self.norm(x), KVCache(tuple(layers), cache.length + embeddings.shape[1])
+
+  def _check_extra(self, extra: ExtraLayers) -> None:
+    count = len(jax.tree.leaves(extra.layers)[0]) if self.scan else len(extra.layers)
+    if count * extra.every != self.num_layers:
+      raise ValueError(
+        f'{count} extra layers before every {extra.every} layers do not fit {self.num_layers} '
+        'layers'
+      )
+
+  def _run_groups(self, x: Array, positions: Array, mask: Array, extra: ExtraLayers) -> Array:
+    """One scan over G groups: `every - 1` layers, an extra one, and one more layer."""
+    block = Block(**self._block_fields(), parent=None)
+
+    def run_block(x: Array, params: Any) -> Array:
+      return block.apply({'params': params}, x, positions, mask)[0]
+
+    run_extra = extra.run
+    if self.remat != 'none':
+      policy = REMAT_POLICIES[self.remat]
+      run_block = jax.checkpoint(run_block, policy=policy, prevent_cse=False)
+      run_extra = jax.checkpoint(run_extra, policy=policy, prevent_cse=False)
+
+    def run_group(x: Array, group: tuple[Any, Any]) -> tuple[Array, None]:
+      layers, extra_layer = group
+      for place in range(extra.every):
+        if place == extra.every - 1:
+          x = run_extra(x, extra_layer)
+        x = run_block(x, jax.tree.map(lambda leaf, i=place: leaf[i], layers))
+      return x, None
+
+    groups = jax.tree.map(
+      lambda leaf: leaf.reshape(-1, extra.every, *leaf.shape[1:]), self.layers.variables['params']
+    )
+    return jax.lax.scan(run_group, x, (groups, extra.layers))[0]
 
   def logits(self, hidden: Array) -> Array:
     """[..., H] -> f32[..., V]."""

@@ -47,27 +47,44 @@ class PackedBatch(NamedTuple):
   used: Array
 
 
-def assign_rows(lengths: Array, num_rows: int, row_length: int) -> tuple[Array, Array]:
+def assign_rows(
+  lengths: Array,
+  num_rows: int,
+  row_length: int,
+  images: Array | None = None,
+  max_images: int | None = None,
+) -> tuple[Array, Array]:
   """Assigns each length, in order, to the first row with room for it.
 
   Args:
     lengths: i32[B].
     num_rows: R.
     row_length: S.
+    images: i32[B], the images of each; None without `max_images`.
+    max_images: of a row; None for any number.
 
   Returns:
     row i32[B], `num_rows` where no row had room, and start i32[B] within the row.
   """
 
-  def place(fill: Array, length: Array) -> tuple[Array, tuple[Array, Array]]:
-    fits = fill + length <= row_length
+  # What a pair needs, and what a row has: slots, and where they are limited, places for images.
+  needs = [lengths]
+  capacity = [row_length]
+  if max_images is not None:
+    assert images is not None
+    needs.append(images)
+    capacity.append(max_images)
+
+  def place(fill: Array, need: Array) -> tuple[Array, tuple[Array, Array]]:
+    fits = (fill + need <= jnp.array(capacity)).all(-1)
     row = jnp.where(fits.any(), jnp.argmax(fits), num_rows)
     # An index out of bounds is clamped in reading and dropped in writing: without room for a pair,
     # nothing changes.
-    start = fill[row]
-    return fill.at[row].add(length, mode='drop'), (row, start)
+    start = fill[row, 0]
+    return fill.at[row].add(need, mode='drop'), (row, start)
 
-  _, assigned = jax.lax.scan(place, jnp.zeros(num_rows, jnp.int32), lengths.astype(jnp.int32))
+  empty = jnp.zeros((num_rows, len(needs)), jnp.int32)
+  _, assigned = jax.lax.scan(place, empty, jnp.stack(needs, axis=-1).astype(jnp.int32))
   return assigned
 
 
@@ -92,6 +109,7 @@ def pack_pairs(
   *,
   num_rows: int,
   row_length: int,
+  max_images: int | None = None,
   image_loss: bool = False,
   bos_id: int = BOS_ID,
   eos_id: int = EOS_ID,
@@ -122,6 +140,7 @@ def pack_pairs(
     vocabulary: of ids and codes.
     num_rows: R.
     row_length: S.
+    max_images: of a row; None for any number.
     image_loss: whether the loss covers the codes of kind 0.
     bos_id: the first id of kind 2.
     eos_id: the last id of every pair.
@@ -143,7 +162,7 @@ def pack_pairs(
   index = jnp.arange(batch, dtype=jnp.int32)[:, None]
   source = jnp.where(pairs.source >= 0, index * num_slots + pairs.source, EMBED_ID)
 
-  row, start = assign_rows(pairs.length, num_rows, row_length)
+  row, start = assign_rows(pairs.length, num_rows, row_length, kind != TEXT_ONLY, max_images)
   dropped = row == num_rows
   position = jnp.arange(pairs.ids.shape[1], dtype=jnp.int32)
   is_token = (position < pairs.length[:, None]) & ~dropped[:, None]

@@ -19,6 +19,7 @@ from lavit_jax import sharding
 from lavit_jax.data import loader
 from lavit_jax.models import lavit
 from lavit_jax.models.initialization import init_params
+from lavit_jax.models.interfaces.base import RowImages
 from lavit_jax.models.lavit import LavitModules
 from lavit_jax.training import optimizer, stages
 from lavit_jax.training.run import Run
@@ -51,7 +52,7 @@ class PairFlops(NamedTuple):
   features: float  # of an image: the encoder and, if there is one, the selector
   codes: float  # of an image, from its features; 0 without codes
   understanding: float  # continuous tokens of an image, and their gradient
-  row: float  # products of the language model and their gradients, without attention
+  row: float  # products of the language model and their gradients, without attention to slots
   attention: float  # of a slot to one other slot, and its gradient
 
 
@@ -62,7 +63,8 @@ def step_flops(run: Run) -> StepFlops:
   program computes besides does not count: rematerialization; in the language model's stage empty
   slots, attention to later tokens and to other pairs, and what a kind of pair has no use for: the
   image of plain text, the codes of an image that is read, the features of one that is drawn. The
-  kinds have the frequencies of `data`, and pairs the length `lm.mean_length`.
+  kinds have the frequencies of `data`, and pairs the length `lm.mean_length`. Where extra layers
+  read images, each token sees one, those of plain text too.
   """
   with jax.sharding.use_abstract_mesh(ONE_CPU):
     if not isinstance(run.options, LanguageModelOptions):
@@ -140,12 +142,35 @@ def pair_flops(run: Run) -> PairFlops:
     return apply_module(model.understanding, p, x, keep).astype(jnp.float32).sum()
 
   def read_by_interface(p, x):
-    return apply_module(model.interface, p, x).vectors.astype(jnp.float32).sum()
+    vectors = apply_module(model.interface, p, x).vectors
+    read = [vectors]
+    if model.layered_interface is not None:
+      images = RowImages(vectors[:, None], jnp.zeros((1, 1), jnp.int32))
+      _, memory = model.layered_interface.extra_layers(p, images).layers
+      read += jax.tree.leaves(memory)
+    return sum(array.astype(jnp.float32).sum() for array in read)
 
   def row(p, ids):
     embedded = apply_module(llama, p, ids, method='embed')
     hidden, _ = apply_module(llama, p, embedded, ids, ids)
     return apply_module(llama, p, hidden, method='logits')
+
+  def extra_row(p, vectors, slots):
+    assert model.layered_interface is not None
+    stream = jnp.zeros((*slots.shape, llama.hidden_size))
+    extra = model.layered_interface.extra_layers(p, RowImages(vectors, slots))
+    return jax.lax.scan(lambda x, layer: (extra.run(x, layer), None), stream, extra.layers)
+
+  def extra_products() -> float:
+    """Of the extra layers in a row, whose images have their keys and values."""
+    if model.layered_interface is None:
+      return 0.0
+    shape = (1, 1, model.num_image_vectors, x.shape[-1])
+    vectors = jax.ShapeDtypeStruct(shape, jnp.float32)
+    nothing = jax.ShapeDtypeStruct((1, 0), jnp.int32)
+    return trace('interface', extra_row, vectors, slots) - trace(
+      'interface', extra_row, vectors, nothing
+    )
 
   # Two products for each pair of slots: of queries and keys, and of scores and values.
   scores = 2 * 2 * llama.num_heads * llama.head_dim * llama.num_layers
@@ -160,7 +185,7 @@ def pair_flops(run: Run) -> PairFlops:
     )
   return PairFlops(
     *of_images,
-    row=3 * (trace('llama', row, slots) - options.row_length**2 * scores),
+    row=3 * (trace('llama', row, slots) - options.row_length**2 * scores + extra_products()),
     attention=3 * scores,
   )
 

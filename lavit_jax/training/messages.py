@@ -59,9 +59,12 @@ def log_start(
     f'{begin}'
   )
   if run.model.interface is not None:
+    tokens = f'{run.model.max_visual_tokens} tokens an image'
+    if run.model.layered_interface is not None:
+      tokens = f'{run.model.num_image_vectors} vectors an image, which extra layers read'
     log.print_line(
-      f'interface {run.model.interface_name}: {run.model.max_visual_tokens} tokens an image, and '
-      'no codes, so no image is drawn (data.shares.draw=0)'
+      f'interface {run.model.interface_name}: {tokens}, and no codes, so no image is drawn '
+      '(data.shares.draw=0)'
     )
   if not start_step:
     return

@@ -1,18 +1,22 @@
 """The protocol of the visual interfaces: patch features in, vectors for the language model out.
 
 Packing, prompts, decoding and evaluation read `VisualTokens` alone, and so work with every
-interface.
+interface. With most, the vectors stand in the sequence. With a `LayeredInterface`, the sequence has
+[IMG] and [/IMG] alone, and layers between those of the language model read the vectors.
 
 Axes: B images, N rows of features, D feature width, n vectors of an image, H width of the language
-model, T text slots.
+model, T text slots, R rows of the language model, S slots of a row, M images of a row.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax import Array
+
+from lavit_jax.models.llama import ExtraLayers
 
 
 class VisualTokens(NamedTuple):
@@ -20,7 +24,7 @@ class VisualTokens(NamedTuple):
 
   Attributes:
     vectors: dtype[B, n, H]. They stand in the sequence if the interface's `in_sequence` is True;
-      otherwise the gated layers attend to them, and H is the width of those.
+      otherwise extra layers read them, and their width is that of these layers.
     mask: bool[B, n], a prefix of each row: which vectors count. The others are arbitrary.
   """
 
@@ -63,7 +67,7 @@ class VisualInterface(Protocol):
   in_sequence: bool
 
   def num_vectors(self, num_features: int) -> int:
-    """n, for N rows of features: how many slots of the sequence an image may take."""
+    """n, for N rows of features: the slots of the sequence that an image takes, if any."""
     ...
 
   def __call__(self, features: Array, context: Context = NO_CONTEXT) -> VisualTokens:
@@ -72,6 +76,27 @@ class VisualInterface(Protocol):
     Raises:
       ValueError: the context lacks what the interface needs.
     """
+    ...
+
+
+class RowImages(NamedTuple):
+  """The images of packed rows or prompts.
+
+  Attributes:
+    vectors: dtype[R, M, n, W]; rows with fewer images have zeros.
+    ordinal: i32[R, S], which of them a slot sees; -1 for none.
+  """
+
+  vectors: Array
+  ordinal: Array
+
+
+@runtime_checkable
+class LayeredInterface(VisualInterface, Protocol):
+  """An interface whose vectors are not in the sequence; `in_sequence` is False."""
+
+  def extra_layers(self, params: Mapping[str, Any], images: RowImages) -> ExtraLayers:
+    """The layers of the language model that read the vectors, by the interface's parameters."""
     ...
 
 

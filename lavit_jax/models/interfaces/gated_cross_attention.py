@@ -1,8 +1,8 @@
 """Flamingo's gated cross-attention: layers between those of a language model, which read images.
 
-They stand before every `every`-th layer of LLaMA, in `GatedLayers` with parameters of their own:
-those of LLaMA stay as they are. Their gates begin at 0, so that the language model begins
-unchanged.
+They stand before every `every`-th layer of LLaMA (`llama.ExtraLayers`), in `GatedLayers` with
+parameters of their own: those of LLaMA stay as they are. Their gates begin at 0, so that the
+language model begins unchanged.
 
 Source: Alayrac et al. 2022, Flamingo, section 2.2; the sizes and places are OpenFlamingo's.
 
@@ -18,9 +18,8 @@ n vectors of an image, W their width, G gated layers, L layers of the language m
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -28,24 +27,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from lavit_jax.models.attention import QKV, attend_and_project, attention
+from lavit_jax.models.interfaces.base import RowImages
 from lavit_jax.models.interfaces.resampler import FeedForward
 from lavit_jax.models.layers import Dtype, LayerNorm
-from lavit_jax.models.llama import Block, KVCache, Llama
-from lavit_jax.models.remat import REMAT_POLICIES, scan_blocks
-from lavit_jax.models.rope import Rope
-
-
-class RowImages(NamedTuple):
-  """The images of packed rows or prompts.
-
-  Attributes:
-    vectors: dtype[R, M, n, W]; rows with fewer images have zeros.
-    ordinal: i32[R, S], which of them a slot sees; -1 for none.
-  """
-
-  vectors: Array
-  ordinal: Array
-
+from lavit_jax.models.llama import ExtraLayers
+from lavit_jax.models.remat import scan_blocks
+from lavit_jax.sharding import constrain_batch
 
 # --- Which image a slot sees ---------------------------------------------------------------------
 
@@ -99,44 +86,70 @@ class GatedBlock(nn.Module):
   It sows its output as the intermediate 'stream' [R, S, H].
   """
 
+  hidden_size: int
   num_heads: int
   head_dim: int
   mlp_dim: int
   dtype: Dtype = jnp.float32
 
-  @nn.compact
+  def setup(self):
+    """Makes the parameters and submodules."""
+    width = self.num_heads * self.head_dim
+    self.attn_gate = self.param('attn_gate', nn.initializers.zeros, (1,))
+    self.ff_gate = self.param('ff_gate', nn.initializers.zeros, (1,))
+    self.norm = LayerNorm(dtype=self.dtype)
+    self.query = nn.Dense(width, use_bias=False, dtype=self.dtype)
+    self.kv = QKV(width, use_bias=False, dtype=self.dtype, count=2)
+    self.proj = nn.Dense(self.hidden_size, use_bias=False, dtype=self.dtype)
+    self.mlp = FeedForward(self.mlp_dim, self.dtype)
+
   def __call__(self, x: Array, images: RowImages) -> tuple[Array, None]:
     """Input x [R, S, H] -> (dtype[R, S, H], None)."""
-    rows, num_images, per_image, image_width = images.vectors.shape
-    attn_gate = self.param('attn_gate', nn.initializers.zeros, (1,))
-    ff_gate = self.param('ff_gate', nn.initializers.zeros, (1,))
-    width = self.num_heads * self.head_dim
-    y = LayerNorm(dtype=self.dtype, name='norm')(x)
-    q = nn.Dense(width, use_bias=False, dtype=self.dtype, name='query')(y)
-    media = images.vectors.reshape(rows, num_images * per_image, image_width)
-    k, v = QKV(width, use_bias=False, dtype=self.dtype, count=2, name='kv')(media)
+    return self.read(x, self.project_images(images.vectors), images.ordinal), None
+
+  def project_images(self, vectors: Array) -> tuple[Array, Array]:
+    """[R, M, n, W] -> keys and values, dtype[R, M, n, h * d] each."""
+    keys, values = self.kv(vectors)
+    return keys, values
+
+  def read(self, x: Array, memory: tuple[Array, Array], ordinal: Array) -> Array:
+    """The layer, for `ExtraLayers`.
+
+    Args:
+      x: [R, S, H].
+      memory: of `project_images`.
+      ordinal: i32[R, S], the image that a slot sees, -1 for none; or i32[R, 1].
+
+    Returns:
+      dtype[R, S, H].
+    """
+    x = constrain_batch(x)
+    keys, values = memory
+    rows, num_images, per_image, width = keys.shape
+    k = keys.reshape(rows, num_images * per_image, width)
+    v = values.reshape(rows, num_images * per_image, width)
     owner = jnp.repeat(jnp.arange(num_images), per_image)
-    mask = images.ordinal[:, None, :, None] == owner
-    sees = (images.ordinal >= 0)[..., None]
+    mask = ordinal[:, None, :, None] == owner
+    sees = (ordinal >= 0)[..., None, None]
 
     def attend(q: Array, k: Array, v: Array) -> Array:
       # A slot that sees no image would average all of them.
-      return jnp.where(sees[..., None], attention(q, k, v, mask), 0)
+      return jnp.where(sees, attention(q, k, v, mask), 0)
 
-    project = nn.Dense(x.shape[-1], use_bias=False, dtype=self.dtype, name='proj')
-    attended = attend_and_project(q, k, v, self.num_heads, attend, project)
-    x = x + jnp.tanh(attn_gate).astype(self.dtype) * attended
-    fed = FeedForward(self.mlp_dim, self.dtype, name='mlp')(x)
-    x = x + jnp.tanh(ff_gate).astype(self.dtype) * fed
+    q = self.query(self.norm(x))
+    attended = attend_and_project(q, k, v, self.num_heads, attend, self.proj)
+    x = x + jnp.tanh(self.attn_gate).astype(self.dtype) * attended
+    x = x + jnp.tanh(self.ff_gate).astype(self.dtype) * self.mlp(x)
     self.sow('intermediates', 'stream', x)
-    return x, None
+    return x
 
 
 class GatedLayers(nn.Module):
-  """All gated layers of a language model, stacked; OpenFlamingo's are (L // every, 8, 64, 4 * H).
+  """All gated layers of a language model, stacked; OpenFlamingo's are (G, H, 8, 64, 4 * H).
 
   Attributes:
     num_layers: G.
+    hidden_size: H.
     num_heads: of the attention.
     head_dim: its width of a head.
     mlp_dim: hidden width of the feed-forward.
@@ -145,6 +158,7 @@ class GatedLayers(nn.Module):
   """
 
   num_layers: int
+  hidden_size: int
   num_heads: int
   head_dim: int
   mlp_dim: int
@@ -154,118 +168,31 @@ class GatedLayers(nn.Module):
   def setup(self):
     """Makes the submodules."""
     make_blocks = scan_blocks(GatedBlock, self.num_layers)
-    self.blocks = make_blocks(self.num_heads, self.head_dim, self.mlp_dim, self.dtype)
+    self.blocks = make_blocks(**self._block_fields())
+
+  def _block_fields(self) -> dict[str, Any]:
+    return dict(
+      hidden_size=self.hidden_size,
+      num_heads=self.num_heads,
+      head_dim=self.head_dim,
+      mlp_dim=self.mlp_dim,
+      dtype=self.dtype,
+    )
 
   def __call__(self, x: Array, images: RowImages) -> Array:
     """The gated layers one after the other, without those of the language model between them.
 
-    x [R, S, H] -> dtype[R, S, H]. `init` needs it; a language model runs by `run_gated`.
+    x [R, S, H] -> dtype[R, S, H]. `init` needs it; a language model runs by `extra_layers`.
     """
     return self.blocks(x, images)[0]
 
+  @nn.nowrap
+  def extra_layers(self, params: Mapping[str, Any], images: RowImages) -> ExtraLayers:
+    """The gated layers for `Llama`, by their parameters; keys and values of images are computed."""
+    block = GatedBlock(**self._block_fields(), parent=None)
 
-# --- The language model with them ----------------------------------------------------------------
+    def project(params: Mapping[str, Any]) -> Any:
+      return block.apply({'params': params}, images.vectors, method='project_images')
 
-
-def run_gated(
-  llama: Llama,
-  params: Mapping[str, Any],
-  gated: GatedLayers,
-  gated_params: Mapping[str, Any],
-  embeddings: Array,
-  positions: Array,
-  mask: Array,
-  images: RowImages,
-  cache: KVCache | None = None,
-) -> tuple[Array, KVCache | None]:
-  """`Llama.__call__` with gated layers.
-
-  Scanned layers run as one scan over G groups, unrolled ones (decoding) one by one.
-
-  Args:
-    llama: the language model.
-    params: its parameters, in the form that `llama.scan` says.
-    gated: the gated layers; G * every is L.
-    gated_params: their parameters.
-    embeddings: [R, S, H].
-    positions: as in `Llama.__call__`.
-    mask: as in `Llama.__call__`.
-    images: what the slots see.
-    cache: as in `Llama.__call__`.
-
-  Returns:
-    As `Llama.__call__`: dtype[R, S, H] after the final norm, and the cache.
-
-  Raises:
-    ValueError: the layers do not divide; a cache, but scanned layers.
-  """
-  if gated.num_layers * gated.every != llama.num_layers:
-    raise ValueError(
-      f'{gated.num_layers} gated layers before every {gated.every} layers do not fit '
-      f'{llama.num_layers} layers'
-    )
-  if llama.scan and cache is not None:
-    raise ValueError('a cache is for unrolled layers; see `unroll_layers`')
-  run_block = functools.partial(_run_block, _block(llama), positions, mask)
-  run_gate = functools.partial(_run_gate, gated, images)
-  x = embeddings.astype(llama.dtype)
-  norm: Any = functools.partial(
-    llama.apply, {'params': params}, method=lambda module, x: module.norm(x)
-  )
-  if llama.scan:
-    return norm(_run_groups(llama, params, gated, gated_params, x, run_block, run_gate)), None
-  layers = []
-  for number in range(llama.num_layers):
-    group, place = divmod(number, gated.every)
-    if place == gated.every - 1:
-      x = run_gate(x, jax.tree.map(lambda leaf, i=group: leaf[i], gated_params['blocks']))
-    layer_cache = None if cache is None else cache.layers[number]
-    start = None if cache is None else cache.length
-    x, layer_cache = run_block(x, params[f'layers_{number}'], layer_cache, start)
-    layers.append(layer_cache)
-  if cache is None:
-    return norm(x), None
-  return norm(x), KVCache(tuple(layers), cache.length + embeddings.shape[1])
-
-
-def _block(llama: Llama) -> Block:
-  rope = Rope(llama.rope_theta, llama.rope_scaling, llama.max_position_embeddings)
-  return Block(
-    llama.num_heads,
-    llama.num_kv_heads,
-    llama.head_dim,
-    llama.mlp_dim,
-    llama.rms_norm_eps,
-    rope,
-    llama.dtype,
-  )
-
-
-def _run_block(block: Block, positions: Array, mask: Array, x: Array, params: Any, *cache: Any):
-  return block.apply({'params': params}, x, positions, mask, *cache)
-
-
-def _run_gate(gated: GatedLayers, images: RowImages, x: Array, params: Any) -> Array:
-  block = GatedBlock(gated.num_heads, gated.head_dim, gated.mlp_dim, gated.dtype)
-  return block.apply({'params': params}, x, images)[0]
-
-
-def _run_groups(llama, params, gated, gated_params, x, run_block, run_gate) -> Array:
-  """One scan over the groups: `every - 1` layers, a gated layer, and one more layer."""
-  groups = jax.tree.map(
-    lambda leaf: leaf.reshape(gated.num_layers, gated.every, *leaf.shape[1:]), params['layers']
-  )
-  if llama.remat != 'none':
-    policy = REMAT_POLICIES[llama.remat]
-    run_block = jax.checkpoint(run_block, policy=policy, prevent_cse=False)
-    run_gate = jax.checkpoint(run_gate, policy=policy, prevent_cse=False)
-
-  def run_group(x: Array, inputs: tuple[Any, Any]) -> tuple[Array, None]:
-    layers, gate = inputs
-    for place in range(gated.every):
-      if place == gated.every - 1:
-        x = run_gate(x, gate)
-      x, _ = run_block(x, jax.tree.map(lambda leaf, i=place: leaf[i], layers))
-    return x, None
-
-  return jax.lax.scan(run_group, x, (groups, gated_params['blocks']))[0]
+    stacked = params['blocks']
+    return ExtraLayers(block, self.every, (stacked, jax.vmap(project)(stacked)), images.ordinal)

@@ -1,7 +1,7 @@
 """Flamingo's Perceiver resampler: learned latents that attend to the patches of an image.
 
 Two interfaces: its latents go into the sequence by a Linear(W, H), or the gated layers of the
-language model attend to them (gated_cross_attention.py). Source: Alayrac et al. 2022, Flamingo,
+language model attend to them (flamingo.py). Source: Alayrac et al. 2022, Flamingo,
 section 2.1; the sizes and details are OpenFlamingo's.
 
 Axes: B images, N rows of features, n latents, W width of features and latents, H width of the
@@ -122,43 +122,3 @@ class ResamplerInterface(nn.Module):
     )
     project = nn.Dense(self.llm_dim, dtype=self.dtype, name='vit_proj')
     return all_count(project(resampler(features)))
-
-
-class FlamingoInterface(nn.Module):
-  """The latents for the gated layers of the language model; the sequence has brackets alone.
-
-  Its parameters are those of the resampler.
-  """
-
-  num_latents: int
-  num_layers: int
-  num_heads: int
-  head_dim: int
-  mlp_dim: int
-  dtype: Dtype = jnp.float32
-  remat: str = 'none'
-
-  in_sequence = False
-
-  def num_vectors(self, num_features: int) -> int:
-    """n, none of which takes a slot of the sequence."""
-    del num_features
-    return self.num_latents
-
-  def setup(self):
-    """Makes the submodules."""
-    self.resampler = PerceiverResampler(
-      self.num_latents,
-      self.num_layers,
-      self.num_heads,
-      self.head_dim,
-      self.mlp_dim,
-      self.dtype,
-      self.remat,
-    )
-    nn.share_scope(self, self.resampler)
-
-  def __call__(self, features: Array, context: Context = NO_CONTEXT) -> VisualTokens:
-    """Features [B, N, W] -> vectors [B, n, W]; see `VisualInterface`."""
-    del context
-    return all_count(self.resampler(features))

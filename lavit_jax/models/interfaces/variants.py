@@ -16,16 +16,17 @@ import jax.numpy as jnp
 from lavit_jax.errors import UserError
 from lavit_jax.models.interfaces.base import VisualInterface
 from lavit_jax.models.interfaces.emu import EmuInterface
+from lavit_jax.models.interfaces.flamingo import FlamingoInterface
 from lavit_jax.models.interfaces.lavit import LavitInterface
 from lavit_jax.models.interfaces.projections import LinearProjection, MlpProjection
 from lavit_jax.models.interfaces.qformer import QFormerInterface
-from lavit_jax.models.interfaces.resampler import FlamingoInterface, ResamplerInterface
+from lavit_jax.models.interfaces.resampler import ResamplerInterface
 from lavit_jax.models.interfaces.towers import Tower
 
 BERT_VOCABULARY = 30523  # with the decode token, which LAVIS appends
 LAVIT = 'lavit'
 # Those that a whole model may have in place of LaVIT's (models/lavit.py).
-OTHERS = ('linear', 'mlp', 'resampler', 'qformer')
+OTHERS = ('linear', 'mlp', 'resampler', 'flamingo', 'qformer')
 
 _RESAMPLER = dict(num_latents=64, num_layers=6, num_heads=8, head_dim=64, mlp_dim=4096)
 _QFORMER = dict(num_queries=32, hidden_size=768, num_layers=12, num_heads=12, mlp_dim=3072)
@@ -49,7 +50,7 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
     'linear': {},
     'mlp': {},
     'resampler': _RESAMPLER,
-    'flamingo': _RESAMPLER,
+    'flamingo': dict(_RESAMPLER, every=4),
     'qformer': _QFORMER,
     'instructed_qformer': dict(_QFORMER, vocab_size=BERT_VOCABULARY),
     'emu': dict(
@@ -61,7 +62,7 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
     'linear': {},
     'mlp': {},
     'resampler': _TINY_RESAMPLER,
-    'flamingo': _TINY_RESAMPLER,
+    'flamingo': dict(_TINY_RESAMPLER, every=2),
     'qformer': _TINY_QFORMER,
     'instructed_qformer': dict(_TINY_QFORMER, vocab_size=2048, max_positions=64),
     'emu': dict(
@@ -72,7 +73,12 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def build_interface(
-  name: str, sizes: str, llm_dim: int, dtype: str = 'float32', remat: str = 'none'
+  name: str,
+  sizes: str,
+  llm_dim: int,
+  llm_layers: int,
+  dtype: str = 'float32',
+  remat: str = 'none',
 ) -> VisualInterface:
   """The interface of a name.
 
@@ -80,6 +86,7 @@ def build_interface(
     name: a key of `INTERFACES`.
     sizes: a key of `SIZES`.
     llm_dim: H of the language model.
+    llm_layers: its layers.
     dtype: the compute dtype.
     remat: policy of the scanned stacks.
 
@@ -89,9 +96,9 @@ def build_interface(
   module, _ = _find_interface(name)
   if sizes not in SIZES:
     raise UserError(f'unknown sizes {sizes!r}: choose one of {", ".join(SIZES)}')
-  options: dict[str, Any] = dict(SIZES[sizes][name], dtype=jnp.dtype(dtype))
-  if name != 'flamingo':  # its vectors do not go into the sequence
-    options['llm_dim'] = llm_dim
+  options: dict[str, Any] = dict(SIZES[sizes][name], llm_dim=llm_dim, dtype=jnp.dtype(dtype))
+  if name == 'flamingo':  # it has layers between those of the language model
+    options['llm_layers'] = llm_layers
   if name not in ('linear', 'mlp'):  # they have no stack
     options['remat'] = remat
   return module(**options)

@@ -2,7 +2,7 @@
 
 [image, text] reads continuous features, [text, image] code embeddings (specification, Training).
 With another interface than LaVIT's (models/interfaces), [image, text] reads the vectors of that,
-and there is no [text, image].
+and there is no [text, image]. Those of Flamingo are not in the sequence: extra layers read them.
 
 Axes: B images, N patches, n visual slots of an image, H width of the language model, R packed rows
 of S slots, V vocabulary.
@@ -11,6 +11,7 @@ of S slots, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -20,6 +21,8 @@ from jax import Array
 
 from lavit_jax.errors import UserError
 from lavit_jax.models.initialization import init_params
+from lavit_jax.models.interfaces.base import RowImages
+from lavit_jax.models.interfaces.gated_cross_attention import gather_images, latest_image
 from lavit_jax.models.interfaces.variants import LAVIT
 from lavit_jax.models.lavit import LavitModules
 from lavit_jax.models.packing import PackedBatch, pack_pairs
@@ -46,6 +49,9 @@ INTERFACE_MODULES = ModuleNames(needs=('vit',), takes=('llama', 'interface'))
 KINDS = ('image_to_text', 'text_to_image', 'text_only')  # by the number in a batch's `kind`
 MARKS = 3  # tokens of a pair besides its text and its image: [IMG], [/IMG], and the end
 NUM_DRAWN = 8  # images
+# Places for images in a row of the language model, where layers read them beside the sequence: so
+# many times as many as the row has pairs on average.
+SPARE_IMAGES = 1.25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +77,11 @@ class LanguageModelOptions:
     """The slots of a step."""
     return self.num_rows * self.row_length
 
+  @property
+  def max_images(self) -> int:
+    """The most images of a packed row whose vectors are not in it."""
+    return math.ceil(SPARE_IMAGES * self.row_length / self.mean_length)
+
 
 def longest_pair(model: LavitModules, text_length: int) -> int:
   """The most tokens that a pair can have."""
@@ -86,16 +97,16 @@ class _VisualInputs(NamedTuple):
   """The images of a batch for the language model.
 
   Attributes:
-    vectors: [B, n, H].
+    vectors: [B, n, H]; of a `LayeredInterface` [B, n, W], and they take no slots.
     codes: i32[B, n]; zeros without codes.
-    mask: bool[B, n], a prefix of each image: which vectors and codes count.
+    lengths: i32[B], the slots that an image takes: so many of the vectors and codes count.
     keep: f32[B, N], the patches that were kept; None where none are chosen.
     in_bucket: metrics of mergers with buckets.
   """
 
   vectors: Array
   codes: Array
-  mask: Array
+  lengths: Array
   keep: Array | None
   in_bucket: dict[str, Array]
 
@@ -134,19 +145,35 @@ def build(options: LanguageModelOptions, model: LavitModules, layout: BatchLayou
       model.vocabulary,
       num_rows=options.num_rows * len(text) // layout.batch_size,
       row_length=options.row_length,
+      max_images=None if model.layered_interface is None else options.max_images,
       image_loss=options.image_loss,
     )
     kinds = jnp.where(rows.segments > 0, kind[jnp.maximum(rows.segments - 1, 0)], -1)
     return rows._replace(overflow=rows.overflow[None], used=rows.used[None]), kinds
 
+  def run_llama(params, rows, vectors):
+    """Hidden states [R, S, H] of packed rows with the vectors [B, n, ...] of their images."""
+    embedded = apply_module(model.llama, params['llama'], rows.ids, method='embed')
+    extra = None
+    if model.layered_interface is None:
+      embedded = per_shard(embed_sources, layout.shards, embedded, rows.source, vectors)
+    else:
+      images = per_shard(images_of_shard, layout.shards, vectors, rows.ids, rows.segments)
+      extra = model.layered_interface.extra_layers(params['interface'], images)
+    return apply_module(
+      model.llama, params['llama'], embedded, rows.positions, rows.segments, extra=extra
+    )[0]
+
+  def images_of_shard(vectors: Array, ids: Array, segments: Array) -> RowImages:
+    ordinal = latest_image(ids == model.vocabulary.image_start, segments)
+    return gather_images(vectors, segments - 1, ordinal, options.max_images)
+
   def loss(params, frozen, state, batch, key, train):
     del train
     visual = encode_images(model, params, frozen, batch, key)
     texts = (batch['text'], batch['text_length'], batch['text_weight'], batch['kind'])
-    rows, kinds = per_shard(pack_shard, layout.shards, *texts, visual.codes, visual.mask.sum(-1))
-    embedded = apply_module(model.llama, params['llama'], rows.ids, method='embed')
-    embedded = per_shard(embed_sources, layout.shards, embedded, rows.source, visual.vectors)
-    hidden, _ = apply_module(model.llama, params['llama'], embedded, rows.positions, rows.segments)
+    rows, kinds = per_shard(pack_shard, layout.shards, *texts, visual.codes, visual.lengths)
+    hidden = run_llama(params, rows, visual.vectors)
     nll, correct = _next_token(model, params['llama'], hidden, rows.targets, options.loss_chunks)
     metrics = _metrics(rows, kinds, nll, correct)
     metrics |= dict(cut_texts=Sum(_count_cut_texts(batch)), **visual.in_bucket)
@@ -185,7 +212,7 @@ def _encode_by_tokenizer(
   metrics = {}
   if model.understanding.capacities:
     metrics = dict(tokenizer_in_bucket=tokens.in_bucket, understanding_in_bucket=in_bucket)
-  return _VisualInputs(vectors, codes, mask, tokens.keep, metrics)
+  return _VisualInputs(vectors, codes, mask.sum(-1), tokens.keep, metrics)
 
 
 def _encode_by_interface(
@@ -197,7 +224,11 @@ def _encode_by_interface(
   features = model.tower.features(frozen['vit'], vit_images(batch))
   tokens = apply_module(model.interface, params['interface'], features)
   codes = jnp.zeros(tokens.mask.shape, jnp.int32)
-  return _VisualInputs(tokens.vectors, codes, tokens.mask, None, {})
+  lengths = tokens.lengths
+  if not model.interface.in_sequence:
+    codes = codes[:, :1]  # packing wants one, which does not count
+    lengths = jnp.zeros_like(lengths)
+  return _VisualInputs(tokens.vectors, codes, lengths, None, {})
 
 
 def _validate(options: LanguageModelOptions, model: LavitModules, layout: BatchLayout) -> None:

@@ -4,7 +4,7 @@
     llava_v1                   interface (LinearProjection); llama and tower if the file has them
     llava_v1.5                 interface (MlpProjection); llama and tower if the file has them
     llava_transformers         interface (MlpProjection), llama, tower
-    openflamingo               interface (FlamingoInterface), gated
+    openflamingo               resampler, gated: together the parameters of FlamingoInterface
     blip2_stage1               pretraining (QFormerPretraining)
     blip2                      interface (QFormerInterface)
     instructblip               interface (QFormerInterface with a vocabulary)
@@ -129,7 +129,7 @@ def _recognize_emu(names: Collection[str]) -> tuple[str, Tables] | None:
 def _recognize_openflamingo(names: Collection[str]) -> tuple[str, Tables] | None:
   if 'perceiver.latents' not in names:
     return None
-  tables = dict(interface=names_interfaces.resampler_rules())
+  tables = dict(resampler=names_interfaces.resampler_rules())
   gates = [match for match in map(GATE.match, names) if match]
   if gates:
     # The first gated layer stands before the last layer of the first group.

@@ -61,7 +61,7 @@ FLAMINGO_LAYERS = (  # where a language model has its layers
 
 
 def resampler_rules() -> list[NameRule]:
-  """`FlamingoInterface` in OpenFlamingo's `checkpoint.pt`."""
+  """`PerceiverResampler` in OpenFlamingo's `checkpoint.pt`."""
   attention = [
     *norm_rules('norm_media', 'media_norm'),
     *norm_rules('norm_latents', 'latent_norm'),

@@ -3,6 +3,7 @@
 The reference follows the published facts in one pass per row and image, without packing or scans.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 
 from lavit_jax.models.interfaces import gated_cross_attention as gates
-from lavit_jax.models.interfaces.base import VisualInterface
-from lavit_jax.models.interfaces.resampler import FlamingoInterface, ResamplerInterface
+from lavit_jax.models.interfaces.base import LayeredInterface
+from lavit_jax.models.interfaces.flamingo import FlamingoInterface
+from lavit_jax.models.interfaces.resampler import PerceiverResampler, ResamplerInterface
 from lavit_jax.models.llama import Llama, unroll_layers
 from lavit_jax.models.sequence import prompt_mask, prompt_positions
 from lavit_jax.weights.torch import names_interfaces as names
@@ -101,18 +103,22 @@ def test_resampler_block_by_block():
   peer = randomize(PeerResampler())
   features = arrays((2, 5, WIDTH))[0]
   state = numpy_state(peer, rename='perceiver.{}'.format)
-  interface = FlamingoInterface(**RESAMPLER)
-  params, unused = port(names.resampler_rules(), state, interface, features)
-  assert not unused and isinstance(interface, VisualInterface)
-  run = jax.jit(functools.partial(interface.apply, mutable='intermediates'))
-  tokens, sown = run({'params': params}, features)
+  resampler = PerceiverResampler(**RESAMPLER)
+  params, unused = port(names.resampler_rules(), state, resampler, features)
+  assert not unused
+  run = jax.jit(functools.partial(resampler.apply, mutable='intermediates'))
+  vectors, sown = run({'params': params}, features)
   stream = sown['intermediates']['blocks']['stream'][0]
   for image in range(2):
     *states, last = peer(torch.from_numpy(features[image]))
     for layer in range(2):
       close(stream[layer][image], states[layer])
-    close(tokens.vectors[image], last)
-  assert tokens.mask.shape == (2, interface.num_vectors(5)) and not interface.in_sequence
+    close(vectors[image], last)
+  interface = FlamingoInterface(HIDDEN, llm_layers=4, every=2, **RESAMPLER)
+  assert isinstance(interface, LayeredInterface) and not interface.in_sequence
+  tokens = jax.jit(interface.apply)({'params': {'resampler': params}}, features)
+  np.testing.assert_allclose(tokens.vectors, vectors, atol=1e-6)
+  assert tokens.mask.shape == (2, interface.num_vectors(5))
 
   into_sequence = ResamplerInterface(HIDDEN, **RESAMPLER)
   projection = randomize(torch.nn.Linear(WIDTH, HIDDEN))
@@ -120,7 +126,7 @@ def test_resampler_block_by_block():
   params, unused = port(names.resampler_sequence_rules(), state, into_sequence, features)
   assert not unused
   found = jax.jit(into_sequence.apply)({'params': params}, features)
-  close(found.vectors, projection(torch.from_numpy(np.array(tokens.vectors))))
+  close(found.vectors, projection(torch.from_numpy(np.array(vectors))))
 
 
 # Two rows; row 0 has two segments, of which the first has two images and the second begins with
@@ -160,7 +166,7 @@ def test_gated_layers_see_the_latest_image_alone():
   peer = torch.nn.ModuleDict({'1': PeerGate(), '3': PeerGate()})
   randomize(peer)
   x, vectors = arrays((2, 8, HIDDEN), (4, LATENTS, WIDTH))
-  gated = gates.GatedLayers(2, HEADS, HEAD_DIM, 4 * HIDDEN, every=2)
+  gated = gates.GatedLayers(2, HIDDEN, HEADS, HEAD_DIM, 4 * HIDDEN, every=2)
   prefix = 'lang_encoder.model.layers.'
   state = {}
   for name, array in numpy_state(peer).items():
@@ -234,14 +240,13 @@ def prompt_images(present):
 def test_the_language_model_begins_unchanged_and_decodes_alike(language_model, every):
   params, embeddings, positions, mask, present = language_model
   images = prompt_images(present)
-  gated = gates.GatedLayers(4 // every, HEADS, HEAD_DIM, 4 * HIDDEN, every)
+  gated = gates.GatedLayers(4 // every, HIDDEN, HEADS, HEAD_DIM, 4 * HIDDEN, every)
   fresh = jax.jit(gated.init)(jax.random.key(0), embeddings, images)['params']
 
   @jax.jit
   def run(gated_params):
-    return gates.run_gated(LLAMA, params, gated, gated_params, embeddings, positions, mask, images)[
-      0
-    ]
+    extra = gated.extra_layers(gated_params, images)
+    return LLAMA.apply({'params': params}, embeddings, positions, mask, extra=extra)[0]
 
   plain, _ = jax.jit(LLAMA.apply)({'params': params}, embeddings, positions, mask)
   # The gates are exactly 0; only the order of XLA's sums may differ.
@@ -261,21 +266,14 @@ def test_the_language_model_begins_unchanged_and_decodes_alike(language_model, e
   def decode():
     """Four tokens at once, then one by one."""
     cache = unrolled.init_cache(2, 6)
+    extra = gated.extra_layers(opened, images).unrolled()
     hidden = []
     for start, stop in ((0, 4), (4, 5), (5, 6)):
       part = slice(start, stop)
-      now = images._replace(ordinal=images.ordinal[:, part])
+      now = dataclasses.replace(extra, slots=extra.slots[:, part])
       part_mask = jnp.pad(mask[:, :, part, :stop], ((0, 0), (0, 0), (0, 0), (0, 6 - stop)))
-      out, cache = gates.run_gated(
-        unrolled,
-        layers,
-        gated,
-        opened,
-        embeddings[:, part],
-        positions[:, part],
-        part_mask,
-        now,
-        cache,
+      out, cache = unrolled.apply(
+        {'params': layers}, embeddings[:, part], positions[:, part], part_mask, cache, now
       )
       hidden.append(out)
     return jnp.concatenate(hidden, 1)
@@ -287,6 +285,13 @@ def test_the_language_model_begins_unchanged_and_decodes_alike(language_model, e
 
 def test_layers_that_do_not_divide(language_model):
   params, embeddings, positions, mask, present = language_model
-  gated = gates.GatedLayers(3, HEADS, HEAD_DIM, 4 * HIDDEN, every=1)
-  with pytest.raises(ValueError, match='3 gated layers before every 1 layers do not fit 4'):
-    gates.run_gated(LLAMA, params, gated, {}, embeddings, positions, mask, prompt_images(present))
+  gated = gates.GatedLayers(3, HIDDEN, HEADS, HEAD_DIM, 4 * HIDDEN, every=1)
+  images = prompt_images(present)
+  like = jax.eval_shape(gated.init, jax.random.key(0), embeddings, images)['params']
+
+  def run(gated_params):
+    extra = gated.extra_layers(gated_params, images)
+    return LLAMA.apply({'params': params}, embeddings, positions, mask, extra=extra)
+
+  with pytest.raises(ValueError, match='3 extra layers before every 1 layers do not fit 4'):
+    jax.eval_shape(run, like)

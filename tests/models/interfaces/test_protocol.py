@@ -11,7 +11,7 @@ from lavit_jax import sharding
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.models.clip_vit import ClipViT
-from lavit_jax.models.interfaces.base import Context, VisualInterface
+from lavit_jax.models.interfaces.base import Context, LayeredInterface, VisualInterface
 from lavit_jax.models.interfaces.lavit import LavitInterface
 from lavit_jax.models.interfaces.projections import LinearProjection
 from lavit_jax.models.interfaces.variants import INTERFACES, build_interface, build_tower
@@ -74,8 +74,10 @@ def test_every_interface_follows_the_protocol(name, sizes):
     tower = build_tower(name, ClipViT(224, 14, 1024, 24, 16, 4096))
     width = 1024
   rows = tower.num_features
-  interface = build_interface(name, sizes, llm_dim=variant.llama.hidden_size, remat='full')
+  llama = variant.llama
+  interface = build_interface(name, sizes, llama.hidden_size, llama.num_layers, remat='full')
   assert isinstance(interface, VisualInterface)
+  assert isinstance(interface, LayeredInterface) != interface.in_sequence
   features = jax.ShapeDtypeStruct((2, rows, width), np.float32)
   context = Context(
     keep=jax.ShapeDtypeStruct((2, rows), np.float32),
@@ -98,4 +100,4 @@ def test_every_interface_follows_the_protocol(name, sizes):
 
 def test_an_unknown_interface_is_named():
   with pytest.raises(UserError, match="unknown interface 'perceiver': choose one of lavit, linear"):
-    build_interface('perceiver', 'tiny', 8)
+    build_interface('perceiver', 'tiny', 8, 2)

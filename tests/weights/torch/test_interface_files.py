@@ -11,7 +11,7 @@ from lavit_jax.models.interfaces.gated_cross_attention import GatedLayers, RowIm
 from lavit_jax.models.interfaces.projections import LinearProjection, MlpProjection
 from lavit_jax.models.interfaces.qformer import QFormerInterface
 from lavit_jax.models.interfaces.qformer_pretraining import QFormerPretraining
-from lavit_jax.models.interfaces.resampler import FlamingoInterface
+from lavit_jax.models.interfaces.resampler import PerceiverResampler
 from lavit_jax.models.llama import Llama
 from lavit_jax.models.vit import ViT
 from lavit_jax.weights.torch import interface_files, names_blip2, names_interfaces
@@ -24,8 +24,8 @@ QFORMER = dict(num_queries=2, hidden_size=8, num_layers=4, num_heads=2, mlp_dim=
 MODULES = dict(
   linear=LinearProjection(8),
   mlp=MlpProjection(8),
-  resampler=FlamingoInterface(2, num_layers=2, num_heads=2, head_dim=4, mlp_dim=12),
-  gated=GatedLayers(2, 2, 4, 12, every=2),
+  resampler=PerceiverResampler(2, num_layers=2, num_heads=2, head_dim=4, mlp_dim=12),
+  gated=GatedLayers(2, 8, 2, 4, 12, every=2),
   qformer=QFormerInterface(8, **QFORMER),
   instructed=QFormerInterface(8, **QFORMER, vocab_size=9, max_positions=5),
   pretraining=QFormerPretraining(**QFORMER, vocab_size=9, output_dim=4, max_positions=5),
@@ -86,7 +86,7 @@ FORMS = {
     tower=('clip', names_interfaces.llava_tower_rules('vision_tower.vision_model.')),
   ),
   'openflamingo': dict(
-    interface=('resampler', names_interfaces.resampler_rules()),
+    resampler=('resampler', names_interfaces.resampler_rules()),
     gated=('gated', names_interfaces.gated_rules('gpt_neox.layers', 2)),
   ),
   'blip2_stage1': dict(pretraining=('pretraining', names_blip2.blip2_pretraining_rules())),

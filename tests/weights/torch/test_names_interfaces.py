@@ -14,7 +14,7 @@ from lavit_jax.models.interfaces.gated_cross_attention import GatedLayers, RowIm
 from lavit_jax.models.interfaces.projections import LinearProjection, MlpProjection
 from lavit_jax.models.interfaces.qformer import QFormerInterface
 from lavit_jax.models.interfaces.qformer_pretraining import QFormerPretraining
-from lavit_jax.models.interfaces.resampler import FlamingoInterface
+from lavit_jax.models.interfaces.resampler import PerceiverResampler
 from lavit_jax.weights.torch import names_blip2
 from lavit_jax.weights.torch import names_interfaces as names
 from lavit_jax.weights.torch.mapping import PortingError, torch_shapes
@@ -38,7 +38,7 @@ def count(shapes):
 
 
 def test_resampler_has_63_million():
-  module = FlamingoInterface(64, num_layers=6, num_heads=8, head_dim=64, mlp_dim=4096)
+  module = PerceiverResampler(64, num_layers=6, num_heads=8, head_dim=64, mlp_dim=4096)
   shapes = torch_shapes(names.resampler_rules(), shapes_of(module, CLIP))
   assert shapes['perceiver.latents'] == (64, 1024)
   assert shapes['perceiver.layers.5.0.to_kv.weight'] == (1024, 1024)
@@ -53,7 +53,7 @@ def test_resampler_has_63_million():
 @pytest.mark.parametrize('every, last', [(1, 31), (4, 31)])
 def test_gated_layers_stand_before_the_last_of_their_group(every, last):
   """OpenFlamingo-9B: MPT-7B, 4096 wide, 32 layers."""
-  gated = GatedLayers(32 // every, 8, 64, 4 * 4096, every)
+  gated = GatedLayers(32 // every, 4096, 8, 64, 4 * 4096, every)
   x = jax.ShapeDtypeStruct((1, 4, 4096), jnp.float32)
   images = RowImages(
     jax.ShapeDtypeStruct((1, 1, 64, 1024), jnp.float32), jax.ShapeDtypeStruct((1, 4), jnp.int32)
