@@ -155,22 +155,20 @@ def pair_flops(run: Run) -> PairFlops:
     hidden, _ = apply_module(llama, p, embedded, ids, ids)
     return apply_module(llama, p, hidden, method='logits')
 
-  def extra_row(p, vectors, slots):
-    assert model.layered_interface is not None
-    stream = jnp.zeros((*slots.shape, llama.hidden_size))
-    extra = model.layered_interface.extra_layers(p, RowImages(vectors, slots))
-    return jax.lax.scan(lambda x, layer: (extra.run(x, layer), None), stream, extra.layers)
-
   def extra_products() -> float:
-    """Of the extra layers in a row, whose images have their keys and values."""
+    """Of the extra layers in a row, whose image has its keys and values."""
     if model.layered_interface is None:
       return 0.0
-    shape = (1, 1, model.num_image_vectors, x.shape[-1])
-    vectors = jax.ShapeDtypeStruct(shape, jnp.float32)
-    nothing = jax.ShapeDtypeStruct((1, 0), jnp.int32)
-    return trace('interface', extra_row, vectors, slots) - trace(
-      'interface', extra_row, vectors, nothing
+    vectors = jax.ShapeDtypeStruct((1, 1, model.num_image_vectors, x.shape[-1]), jnp.float32)
+    extra = jax.eval_shape(
+      model.layered_interface.extra_layers, params['interface'], RowImages(vectors, slots)
     )
+    stream = jnp.zeros((*slots.shape, llama.hidden_size))
+
+    def run(extra):
+      return jax.lax.scan(lambda x, layer: (extra.run(x, layer), None), stream, extra.layers)
+
+    return count(jax.make_jaxpr(run)(extra))
 
   # Two products for each pair of slots: of queries and keys, and of scores and values.
   scores = 2 * 2 * llama.num_heads * llama.head_dim * llama.num_layers

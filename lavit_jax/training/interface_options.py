@@ -6,6 +6,7 @@ and another number of tokens an image, so pairs have another length.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,12 +28,13 @@ def follow_interface(values: Mapping[str, Any]) -> dict[str, Any]:
   """The values of a config, of which some follow its option `interface`.
 
   Args:
-    values: of the config; `lm.num_rows`, `lm.mean_length`, `data.sources`, `data.heldout` and
-      `data.shares` are those of LaVIT's interface.
+    values: of the config; `lm.num_rows`, `lm.row_length`, `lm.mean_length`, `data.sources`,
+      `data.heldout` and `data.shares` are those of LaVIT's interface.
 
   Returns:
     The same with references in place of these values: with another interface the share of images to
-    draw is 0, sources of them are left out, and rows have the proportion of the mean length.
+    draw is 0, sources of them are left out, and the slots of a step have the proportion of the mean
+    length: there are fewer rows, and where the pieces of a batch allow no fewer, shorter ones.
     An unknown interface changes nothing, and is reported when the config is checked.
   """
   interface = FieldReference(values['interface'])
@@ -43,9 +45,18 @@ def follow_interface(values: Mapping[str, Any]) -> dict[str, Any]:
   def mean_length(name: str) -> int:
     return _mean_length(variant, name, length) if name in OTHERS else length
 
+  divisor = num_rows & -num_rows  # the power of two by which pieces of a batch divide it
+
+  def halvings(name: str) -> int:
+    """How often rows are halved, since a half of the fewest possible would hold all pairs."""
+    fewest = divisor * length / (num_rows * mean_length(name))
+    return max(0, math.floor(math.log2(fewest)))
+
   def rows(name: str) -> int:
-    divisor = num_rows & -num_rows  # the power of two by which pieces of a batch divide it
-    return _round_up(num_rows * mean_length(name) / length, divisor)
+    return _round_up(2 ** halvings(name) * num_rows * mean_length(name) / length, divisor)
+
+  def row_length(name: str) -> int:
+    return values['lm']['row_length'] // 2 ** halvings(name)
 
   def draw_share(name: str) -> float:
     return 0.0 if name in OTHERS else values['data']['shares']['draw']
@@ -58,7 +69,11 @@ def follow_interface(values: Mapping[str, Any]) -> dict[str, Any]:
 
   data = dict(values['data'], sources=sources('sources'), heldout=sources('heldout'))
   data['shares'] = dict(data['shares'], draw=derived(interface, draw_share))
-  packing = dict(num_rows=derived(interface, rows), mean_length=derived(interface, mean_length))
+  packing = dict(
+    num_rows=derived(interface, rows),
+    row_length=derived(interface, row_length),
+    mean_length=derived(interface, mean_length),
+  )
   return dict(values, interface=interface, data=data, lm=dict(values['lm'], **packing))
 
 

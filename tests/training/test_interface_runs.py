@@ -16,6 +16,7 @@ from lavit_jax.data import prompts
 from lavit_jax.errors import UserError
 from lavit_jax.inference.pipeline import Lavit
 from lavit_jax.models import lavit
+from lavit_jax.models.interfaces.base import RowImages
 from lavit_jax.training.checkpoint import saved_settings
 from lavit_jax.training.loop import train
 from lavit_jax.weights.store import folder
@@ -27,15 +28,15 @@ nano.install()
 TOKENIZER = nano.ROOT / 'lavit_jax/assets/tiny/language_model'
 
 
-@pytest.fixture(scope='module')
-def options(tmp_path_factory):
+@pytest.fixture(scope='module', params=['qformer', 'flamingo'])
+def options(request, tmp_path_factory):
   """Of all runs: they save a checkpoint in the middle, and read a random image encoder."""
   path = tmp_path_factory.mktemp('vit')
   rng = np.random.default_rng(0)
   shapes = name_tables.module_shapes(lavit.build('nano'), ['vit'])
   vit = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), shapes)
   folder.save_params(path, 'nano', vit)
-  return dict(frozen=str(path), interface='qformer', checkpoint_every=2)
+  return dict(frozen=str(path), interface=request.param, checkpoint_every=2)
 
 
 @pytest.fixture(scope='module')
@@ -49,21 +50,34 @@ def finished(options, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def model(options, finished, tmp_path_factory):
-  """The image encoder and the export as one checkpoint."""
+  """The image encoder and the export as one checkpoint, with open gates if there are some."""
   path = tmp_path_factory.mktemp('model')
-  bundle(path, [options['frozen'], finished[0] / 'export'], TOKENIZER, 'float32')
+  exported = finished[0] / 'export'
+  if options['interface'] == 'flamingo':
+    params = folder.load_params(exported)
+    blocks = params['interface']['gated']['blocks']
+    blocks |= {name: np.ones_like(blocks[name]) for name in ('attn_gate', 'ff_gate')}
+    settings = folder.read_settings(exported)
+    exported = folder.save_params(path / 'open', 'nano', params, settings=settings)
+  bundle(path, [options['frozen'], exported], TOKENIZER, 'float32')
   return Lavit.from_pretrained(path)
 
 
-def test_it_trains_says_what_follows_and_exports(finished):
+LINES = dict(
+  qformer='interface qformer: 4 tokens an image, and no codes, so no image is drawn',
+  flamingo='interface flamingo: 4 vectors an image, which extra layers read, and no codes, so',
+)
+
+
+def test_it_trains_says_what_follows_and_exports(options, finished):
   workdir, out = finished
+  name = options['interface']
   losses = [row['loss'] for row in rows(workdir)]
   assert len(losses) == 4 and np.isfinite(losses).all()
-  line = 'interface qformer: 4 tokens an image, and no codes, so no image is drawn'
-  assert line in ' '.join(out.split())
+  assert LINES[name] in ' '.join(out.split())
   assert all(row['loss_text_to_image'] is None for row in rows(workdir))  # no such pair
-  assert folder.read_settings(workdir / 'export') == {'interface': {'name': 'qformer'}}
-  assert saved_settings(workdir) == {'interface': {'name': 'qformer'}}
+  assert folder.read_settings(workdir / 'export') == {'interface': {'name': name}}
+  assert saved_settings(workdir) == {'interface': {'name': name}}
   assert sorted(folder.load_params(workdir / 'export', variant='nano')) == ['interface', 'llama']
 
 
@@ -83,16 +97,20 @@ def test_eight_devices_give_the_losses_of_one(options, finished, tmp_path):
 
 
 def test_another_interface_does_not_continue_it(options, finished, tmp_path):
+  name = options['interface']
   changed = nano.config('lm', **dict(options, interface='mlp'))
-  with pytest.raises(UserError, match="trained with interface='qformer', .* has interface='mlp'"):
+  with pytest.raises(UserError, match=f"trained with interface='{name}', .* has interface='mlp'"):
     train(changed, finished[0])
   start = nano.config('lm', **dict(options, interface='mlp', init_from=f'{finished[0]}/export'))
-  with pytest.raises(UserError, match="has the interface 'qformer', .* --config.interface=qformer"):
+  with pytest.raises(UserError, match=f"has the interface '{name}', .* --config.interface={name}"):
     train(start, tmp_path)
 
 
 def test_captions_and_answers_follow_the_vectors_of_the_interface(model):
-  """Greedy: each new word is the most probable one of the whole sequence, computed anew."""
+  """Greedy: each new word is the most probable one of the whole sequence, computed anew.
+
+  The best one alone, drawn twice, is the same; the score of a beam is that of its words.
+  """
   images = np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3), np.uint8)
   modules, params = model.modules, model.params
   options = dict(num_beams=1, max_new_tokens=3, min_new_tokens=3)
@@ -100,7 +118,9 @@ def test_captions_and_answers_follow_the_vectors_of_the_interface(model):
   question = 'What is this?'
   answers = model.answer_outputs(images, [question] * 2, **options)
   asked = model.tokenizer.encode(prompts.question_prompt(question))
-  is_text = np.arange(modules.vocabulary.size) < modules.vocabulary.text_size
+  suppressed = np.arange(modules.vocabulary.size) >= modules.vocabulary.text_size
+  suppressed[2] = True  # too short to end
+  slots = modules.max_visual_tokens
   llama = stacked_layers(params['llama'])
 
   @nano.jit
@@ -109,25 +129,47 @@ def test_captions_and_answers_follow_the_vectors_of_the_interface(model):
     return modules.interface.apply({'params': params['interface']}, features).vectors
 
   @nano.jit
-  def next_word(ids, vectors, last):
+  def next_logits(ids, vectors, last):
     def apply(*args, **kwargs):
       return modules.llama.apply({'params': llama}, *args, **kwargs)
 
-    embedded = apply(ids, method='embed').at[:, 1:5].set(vectors)
+    embedded = apply(ids, method='embed').at[:, 1 : 1 + slots].set(vectors[:, :slots])
+    extra = None
+    if modules.layered_interface is not None:
+      images = RowImages(vectors[:, None], jnp.zeros_like(ids))
+      extra = modules.layered_interface.extra_layers(params['interface'], images)
     causal = jnp.tril(jnp.ones((1, 1, ids.shape[1], ids.shape[1]), bool))
-    hidden, _ = apply(embedded, jnp.arange(ids.shape[1])[None], causal)
-    logits = apply(hidden[:, last], method='logits')
-    return jnp.where(is_text & (np.arange(len(is_text)) != 2), logits, -jnp.inf).argmax(-1)
+    hidden, _ = apply(embedded, jnp.arange(ids.shape[1])[None], causal, extra=extra)
+    return apply(hidden[0, last], method='logits')
 
   vectors = see(images)
-  before = [modules.vocabulary.image_start, *[0] * 4, modules.vocabulary.image_end]
+  before = [modules.vocabulary.image_start, *[0] * slots, modules.vocabulary.image_end]
+
+  def logits_of(prompt, row, words):
+    """Logits of each of the words."""
+    ids = [*before, *prompt]
+    for word in words:
+      padded = np.array([ids + [0] * (40 - len(ids))], np.int32)
+      yield np.asarray(next_logits(padded, vectors[row : row + 1], len(ids) - 1))
+      ids.append(word)
+
   for outputs, prompt in ((captions, []), (answers, asked)):
     for row, output in enumerate(outputs):
-      ids = [*before, *prompt]
-      for word in output.ids:
-        padded = np.array([ids + [0] * (40 - len(ids))], np.int32)
-        assert word == next_word(padded, vectors[row : row + 1], len(ids) - 1)[0]
-        ids.append(word)
+      for word, logits in zip(output.ids, logits_of(prompt, row, output.ids), strict=True):
+        assert word == np.where(suppressed, -np.inf, logits).argmax()
+  assert captions[0].score != captions[1].score  # they see their own images
+  drawn = model.answer_outputs(
+    images, [question] * 2, do_sample=True, top_k=1, num_return_sequences=2, seed=0, **options
+  )
+  assert [output.ids.tolist() for output in drawn] == [
+    answers[row].ids.tolist() for row in (0, 0, 1, 1)
+  ]
+  beams = model.caption_outputs(images, **dict(options, num_beams=3), length_penalty=0.0)
+  for row, beam in enumerate(beams):
+    score = 0.0
+    for word, logits in zip(beam.ids, logits_of([], row, beam.ids), strict=True):
+      score += float(jax.nn.log_softmax(logits)[word])
+    assert beam.score == pytest.approx(score, rel=1e-4)
   assert len({tuple(output.ids) for output in (*captions, *answers)}) > 1
 
 
@@ -138,9 +180,10 @@ def stacked_layers(params):
   return dict(others, layers=jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers))
 
 
-def test_what_it_cannot_do_is_one_line(model, finished, tmp_path):
+def test_what_it_cannot_do_is_one_line(options, model, finished, tmp_path):
+  name = options['interface']
   image = np.zeros((1, 32, 32, 3), np.uint8)
-  limit = "sees images by the interface 'qformer', which has no codes: .*, and draws nothing; to "
+  limit = f"sees images by the interface '{name}', which has no codes: .*, and draws nothing; to "
   for task in (
     lambda: model.generate(['a cat']),
     lambda: model.synthesize([[image[0], 'in the snow']]),
@@ -151,7 +194,7 @@ def test_what_it_cannot_do_is_one_line(model, finished, tmp_path):
   for task in (model.tokenize, model.reconstruct, model.select_patches):
     with pytest.raises(UserError, match=limit + 'tokenize'):
       task(image)
-  with pytest.raises(UserError, match="has the interface 'qformer', for which a LaVIT folder has"):
+  with pytest.raises(UserError, match=f"has the interface '{name}', for which a LaVIT folder has"):
     plan_conversion(finished[0] / 'export', tmp_path / 'torch')
 
 

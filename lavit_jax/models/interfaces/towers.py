@@ -23,6 +23,7 @@ from jax import Array
 
 from lavit_jax.models.clip_vit import ClipViT
 from lavit_jax.models.vit import ViT, preprocess
+from lavit_jax.sharding import constrain_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,4 +67,5 @@ class Tower:
     x = x if self.keep_cls else x[:, 1:]
     if self.final_norm:
       x = encoder.apply(variables, x, method='final_norm')
-    return x
+    # Split by width as well, they make XLA compute wrong latents in the resampler's gradient.
+    return constrain_batch(x)

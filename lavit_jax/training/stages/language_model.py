@@ -27,7 +27,7 @@ from lavit_jax.models.interfaces.variants import LAVIT
 from lavit_jax.models.lavit import LavitModules
 from lavit_jax.models.packing import PackedBatch, pack_pairs
 from lavit_jax.models.sequence import compact, embed_sources
-from lavit_jax.sharding import per_shard
+from lavit_jax.sharding import constrain_batch, per_shard
 from lavit_jax.training.config import read_options
 from lavit_jax.training.stages.base import (
   BatchLayout,
@@ -154,6 +154,7 @@ def build(options: LanguageModelOptions, model: LavitModules, layout: BatchLayou
   def run_llama(params, rows, vectors):
     """Hidden states [R, S, H] of packed rows with the vectors [B, n, ...] of their images."""
     embedded = apply_module(model.llama, params['llama'], rows.ids, method='embed')
+    embedded = constrain_batch(embedded)
     extra = None
     if model.layered_interface is None:
       embedded = per_shard(embed_sources, layout.shards, embedded, rows.source, vectors)

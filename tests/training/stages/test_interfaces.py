@@ -1,6 +1,7 @@
 """Stage 2 with the interfaces of other systems: the loss, its gradients, and what is refused."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jax.sharding import AbstractMesh
 from lavit_jax import sharding
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
+from lavit_jax.models.interfaces.base import RowImages
 from lavit_jax.models.interfaces.variants import OTHERS
 from lavit_jax.training import flops
 from lavit_jax.training.config import load_config
@@ -44,12 +46,22 @@ def separate_rows(batch, lengths, vocabulary, length=32):
   return ids, is_vector, weights
 
 
+def open_gates(interface):
+  """The parameters of an interface whose extra layers, if any, count."""
+
+  def change(path, leaf):
+    return np.full_like(leaf, 0.5) if sharding.path_name(path).endswith('_gate') else leaf
+
+  return jax.tree_util.tree_map_with_path(change, interface)
+
+
 @pytest.mark.parametrize('name', OTHERS)
 def test_packed_pairs_have_the_loss_of_separate_rows(parts, read_batch, name):
   run = nano.run('lm', interface=name)
   model = run.model
   frozen = {'vit': parts['vit']}
-  params, state = nano.init_stage(run.stage, {'llama': parts['llama'], **frozen})
+  fresh, state = nano.init_stage(run.stage, {'llama': parts['llama'], **frozen})
+  params = dict(fresh, interface=open_gates(fresh['interface']))
   ids, is_vector, weights = separate_rows(
     read_batch, [model.max_visual_tokens] * 8, model.vocabulary
   )
@@ -61,8 +73,8 @@ def test_packed_pairs_have_the_loss_of_separate_rows(parts, read_batch, name):
 
     return jax.value_and_grad(loss, has_aux=True)(params)
 
-  @nano.jit
-  def separate(params):
+  @functools.partial(nano.jit, static_argnames='see')
+  def separate(params, see=True):
     features = model.tower.features(frozen['vit'], read_batch['image'])
     vectors = apply_module(model.interface, params['interface'], features).vectors
     embedded = apply_module(model.llama, params['llama'], ids, method='embed')
@@ -72,7 +84,12 @@ def test_packed_pairs_have_the_loss_of_separate_rows(parts, read_batch, name):
     )
     causal = jnp.tril(jnp.ones((1, 1, 32, 32), bool))
     positions = jnp.broadcast_to(jnp.arange(32), ids.shape)
-    hidden, _ = apply_module(model.llama, params['llama'], embedded, positions, causal)
+    extra = None
+    if model.layered_interface is not None and see:
+      ordinal = jnp.broadcast_to(jnp.where(read_batch['kind'] == 0, 0, -1)[:, None], ids.shape)
+      images = RowImages(vectors[:, None], ordinal)
+      extra = model.layered_interface.extra_layers(params['interface'], images)
+    hidden, _ = apply_module(model.llama, params['llama'], embedded, positions, causal, extra=extra)
     logits = apply_module(model.llama, params['llama'], hidden, method='logits')
     log_probs = jax.nn.log_softmax(logits[:, :-1])
     chosen = jnp.take_along_axis(log_probs, ids[:, 1:, None], -1)[..., 0]
@@ -83,6 +100,12 @@ def test_packed_pairs_have_the_loss_of_separate_rows(parts, read_batch, name):
   assert metrics['overflow'] == 0 and 'keep_ratio' not in metrics
   assert metrics['loss_tokens'] == weights.sum()
   assert value == pytest.approx(float(separate(params)), rel=1e-4)
+  if model.layered_interface is not None:
+    blind = float(separate(params, see=False))
+    assert abs(value - blind) > 0.01
+    # With closed gates, the language model is what it was.
+    (value, _), _ = packed(fresh)
+    assert value == pytest.approx(blind, rel=1e-4)
   for path, gradient in jax.tree_util.tree_leaves_with_path(gradients['interface']):
     if 'key/bias' in sharding.path_name(path):  # softmax does not see it
       continue
@@ -116,6 +139,14 @@ def test_options_follow_the_interface_until_they_are_set():
   # A third of 64 patches is 21 tokens; now there are 64: 35 + 43. Rows grow in proportion.
   assert (config.lm.mean_length, config.lm.num_rows) == (78, 24)
   assert config.data.shares.draw == 0 and config.data.shares.caption == 0.36
+  # Without tokens in the sequence: 35 - 21 = 14. Four rows, for one has 18 pairs.
+  config = load_config(page, [('interface', 'flamingo')])
+  assert (config.lm.mean_length, config.lm.num_rows, config.lm.row_length) == (14, 4, 256)
+  # A pod has 2048 pieces of a batch, and so no fewer rows: 110 - 85 = 25 tokens, a fourth.
+  large = load_config(f'{nano.ROOT}/configs/lm.py:lavit_7b', [('interface', 'flamingo')])
+  assert (large.lm.mean_length, large.lm.num_rows, large.lm.row_length) == (25, 2048, 512)
+  large = load_config(f'{nano.ROOT}/configs/lm.py:lavit_7b', [('interface', 'qformer')])
+  assert (large.lm.mean_length, large.lm.num_rows, large.lm.row_length) == (57, 2048, 2048)
   config = load_config(page, [('lm.num_rows', '31'), ('interface', 'mlp')])
   assert (config.lm.mean_length, config.lm.num_rows) == (78, 31)
 
@@ -135,6 +166,20 @@ def test_the_flops_of_an_interface_are_those_of_its_products():
   products = 2 * rows * width * (3 * width + width + 2 * 64)
   attention = 2 * 2 * rows * rows * width
   assert whole - pair.features == products + attention
+
+
+def test_the_flops_of_gated_layers_are_those_of_their_products():
+  """Two layers: keys and values once an image; the rest in each slot, which sees four latents."""
+  run = nano.run('lm', interface='flamingo')
+  usual = nano.run('lm', interface='resampler')
+  with jax.sharding.use_abstract_mesh(flops.ONE_CPU):
+    pair, without = flops.pair_flops(run), flops.pair_flops(usual)
+  layers, latents, width = 2, 4, 32
+  projection = 2 * latents * width * width  # of the resampler alone: into the sequence
+  keys_and_values = 2 * layers * latents * width * (2 * 32)
+  assert pair.understanding - (without.understanding - 3 * projection) == 3 * keys_and_values
+  slot = 2 * width * (32 + 32 + 4 * width + 4 * width) + 2 * 2 * latents * 32
+  assert pair.row - without.row == 3 * layers * run.options.row_length * slot
 
 
 @pytest.mark.parametrize(
