@@ -39,16 +39,15 @@ class TextEncoder:
     self._tokenizer = TextTokenizer.load(tokenizer_folder)
     self._length = length
 
-  def encode(self, text: str, weight: float = 1.0, context: str = '') -> Fields:
-    """The fields of a whole text, behind a context that has no weight in the loss.
+  def encode(self, text: str, weight: float = 1.0) -> Fields:
+    """The fields of a whole text.
 
     Raises:
       ValueError: the text has more tokens than a row.
     """
-    context_ids = self._tokenizer.encode(context) if context else ()
-    text_ids = self._encode_behind(text) if context else self._tokenizer.encode(text)
-    self._check_length(len(context_ids) + len(text_ids), context + text)
-    return self._fields(context_ids + text_ids, weight, start=len(context_ids))
+    ids = self._tokenizer.encode(text)
+    self._check_length(len(ids), text)
+    return self._fields(ids, weight)
 
   def encode_turns(self, turns: Sequence[tuple[str, str]]) -> Fields:
     """The fields of prompts with answers, of as many as there is room for.
@@ -65,7 +64,8 @@ class TextEncoder:
     learned: list[int] = []  # the indices with weight 1
     for number, (prompt, answer) in enumerate(turns):
       prompt_ids = self._tokenizer.encode(prompt)
-      answer_ids = self._encode_behind(answer)
+      # the tokenizer begins every text with a space; LLaMA's would begin an answer with two
+      answer_ids = self._tokenizer.encode(answer.removeprefix(' '))
       separator = (END,) if number else ()
       num_ids = len(ids) + len(separator) + len(prompt_ids) + len(answer_ids)
       if not number:
@@ -78,13 +78,6 @@ class TextEncoder:
     fields = self._fields(ids, 0.0)
     fields['text_weight'][learned] = 1.0
     return fields
-
-  def _encode_behind(self, text: str) -> tuple[int, ...]:
-    """The ids of a text behind another one.
-
-    The tokenizer begins every text with a space; LLaMA's would begin an answer with two.
-    """
-    return self._tokenizer.encode(text.removeprefix(' '))
 
   def _check_length(self, num_ids: int, text: str) -> None:
     if num_ids > self._length:
@@ -106,17 +99,15 @@ class TextEncoder:
     )
     return self._fields(ids, weight, is_whole=is_end)
 
-  def _fields(
-    self, ids: Sequence[int], weight: float, start: int = 0, is_whole: bool = True
-  ) -> Fields:
-    """The fields of ids, of which those from `start` on have a weight.
+  def _fields(self, ids: Sequence[int], weight: float, is_whole: bool = True) -> Fields:
+    """The fields of ids of one weight.
 
     The token behind the text is learned only if the text ends with these ids (`is_whole`).
     """
     padded = np.zeros(self._length, np.int32)
     padded[: len(ids)] = ids
     weights = np.zeros(self._length + 1, np.float32)
-    weights[start : len(ids)] = weight
+    weights[: len(ids)] = weight
     weights[len(ids)] = float(is_whole)
     return {'text': padded, 'text_length': np.int32(len(ids)), 'text_weight': weights}
 

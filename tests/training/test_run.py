@@ -24,7 +24,6 @@ OPTIONS_WITH_DEFAULTS = {
   'data.augment',
   'data.crop',
   'data.heldout',
-  'data.max_questions',
   'data.max_skipped',
   'data.num_threads',
   'data.scene_share',
