@@ -248,6 +248,8 @@ OPTIONS: dict[str, Kind] = {
   'lm.loss_chunks': AT_LEAST_ONE,
   'lm.image_loss': Flag(),
   'lm.max_overflow': SHARE,
+  'qformer.output_dim': AT_LEAST_ONE,
+  'qformer.dropout_rate': DECAY,
   'optim.learning_rate': Number(float, 0, 1, above=True),
   'optim.schedule': Choice(SCHEDULES),
   'optim.warmup_steps': COUNT,
