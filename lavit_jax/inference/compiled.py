@@ -73,9 +73,7 @@ def read_by_interface(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def extra_layers(
-  modules: LavitModules, params: Params, vectors: Array, mask: Array
-) -> ExtraLayers:
+def extra_layers(modules: LavitModules, params: Params, vectors: Array, mask: Array) -> ExtraLayers:
   """The layers of a `LayeredInterface`, for prompts that begin with their one image.
 
   Args:

@@ -30,8 +30,8 @@ from lavit_jax.inference.rng import (
   take_keys,
 )
 from lavit_jax.inference.runner import ModelRunner, score_faults, sequences_of
+from lavit_jax.models.lavit import LavitModules
 from lavit_jax.models.vocabulary import EOS_ID, Vocabulary
-
 
 
 def caption(
@@ -43,7 +43,9 @@ def caption(
     with shared_argument('prompt'):
       ids = runner.encode_optional_text(prompt)
       if len(pixels):
-        runner.check_prompt_lengths([_min_image_tokens(runner) + len(ids)], config, lower_bound=True)
+        runner.check_prompt_lengths(
+          [min_image_tokens(runner.modules) + len(ids)], config, lower_bound=True
+        )
     encoded = [ids] * len(pixels)
   else:
     encoded = [runner.encode_optional_text(text) for text in as_texts(prompt, 'prompt')]
@@ -75,7 +77,7 @@ def answer(
   def encode(template: Callable[[str], str]) -> list[Sequence[int]]:
     """Encodes the questions, and checks their lengths before anything is computed."""
     encoded = [runner.encode_text(text, template) for text in texts]
-    lengths = [_min_image_tokens(runner) + len(ids) for ids in encoded]
+    lengths = [min_image_tokens(runner.modules) + len(ids) for ids in encoded]
     runner.check_prompt_lengths(lengths, config, lower_bound=True)
     return encoded
 
@@ -97,9 +99,9 @@ def answer(
   return checked
 
 
-def _min_image_tokens(runner: ModelRunner) -> int:
+def min_image_tokens(modules: LavitModules) -> int:
   """[IMG], one visual token unless layers read them, [/IMG]."""
-  return 3 if runner.modules.layered_interface is None else 2
+  return 3 if modules.layered_interface is None else 2
 
 
 def _answerable_prompt(question: str) -> str:
@@ -131,7 +133,7 @@ def continue_images(
   """
   tokenizer = runner.tokenizer  # before anything is computed, for its files may be damaged
   keys = (example_keys if config.do_sample else optional_keys)(seed, len(images))
-  lengths = [_min_image_tokens(runner) + len(ids) for ids in prompts]
+  lengths = [min_image_tokens(runner.modules) + len(ids) for ids in prompts]
   runner.check_prompt_lengths(lengths, config, lower_bound=True)
   vocabulary = runner.modules.vocabulary
   suppress = np.arange(vocabulary.size) >= vocabulary.text_size

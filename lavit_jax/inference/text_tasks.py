@@ -116,5 +116,5 @@ class TextTasks(ModelRunner):
   def _text_config(
     self, defaults: GenerationConfig, generation: GenerationOptions
   ) -> GenerationConfig:
-    max_tokens = self.params.max_length - text_generation.MIN_IMAGE_TOKENS
+    max_tokens = self.params.max_length - text_generation.min_image_tokens(self.modules)
     return resolve_generation_config(defaults, generation, max_tokens)

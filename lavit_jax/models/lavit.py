@@ -108,7 +108,7 @@ class LavitModules:
 
   @property
   def num_image_vectors(self) -> int:
-    """n of the interface, in the sequence or not."""
+    """The vectors n of an image by the interface, in the sequence or not."""
     assert self.interface is not None
     return self.interface.num_vectors(self.tower.num_features)
 

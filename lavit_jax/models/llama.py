@@ -11,7 +11,6 @@ H width, G key-value heads, d head width, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import chex
@@ -95,12 +94,12 @@ class ExtraLayers:
   slots: Array
 
   def run(self, x: Array, layer: tuple[Any, Any]) -> Array:
-    """x [B, S, H] after one of the layers."""
+    """Runs one of the layers on x [B, S, H]."""
     params, memory = layer
     return self.block.apply({'params': params}, x, memory, self.slots, method='read')  # pyright: ignore[reportReturnType]
 
   def run_before(self, number: int, x: Array) -> Array:
-    """x [B, S, H] after the layer before layer `number` of an unrolled LLaMA, if there is one."""
+    """Runs the layer before layer `number` of an unrolled LLaMA, if there is one."""
     group, place = divmod(number, self.every)
     return self.run(x, self.layers[group]) if place == self.every - 1 else x
 

@@ -66,7 +66,6 @@ def assign_rows(
   Returns:
     row i32[B], `num_rows` where no row had room, and start i32[B] within the row.
   """
-
   # What a pair needs, and what a row has: slots, and where they are limited, places for images.
   needs = [lengths]
   capacity = [row_length]

@@ -157,17 +157,19 @@ def pair_flops(run: Run) -> PairFlops:
 
   def extra_products() -> float:
     """Of the extra layers in a row, whose image has its keys and values."""
-    if model.layered_interface is None:
+    layered = model.layered_interface
+    if layered is None:
       return 0.0
     vectors = jax.ShapeDtypeStruct((1, 1, model.num_image_vectors, x.shape[-1]), jnp.float32)
-    extra = jax.eval_shape(
-      model.layered_interface.extra_layers, params['interface'], RowImages(vectors, slots)
-    )
-    stream = jnp.zeros((*slots.shape, llama.hidden_size))
+
+    def make(p, vectors, ordinal):
+      return layered.extra_layers(p, RowImages(vectors, ordinal))
 
     def run(extra):
+      stream = jnp.zeros((*slots.shape, llama.hidden_size))
       return jax.lax.scan(lambda x, layer: (extra.run(x, layer), None), stream, extra.layers)
 
+    extra = jax.eval_shape(make, params['interface'], vectors, slots)
     return count(jax.make_jaxpr(run)(extra))
 
   # Two products for each pair of slots: of queries and keys, and of scores and values.

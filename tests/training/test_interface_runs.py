@@ -113,10 +113,10 @@ def test_captions_and_answers_follow_the_vectors_of_the_interface(model):
   """
   images = np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3), np.uint8)
   modules, params = model.modules, model.params
-  options = dict(num_beams=1, max_new_tokens=3, min_new_tokens=3)
-  captions = model.caption_outputs(images, **options)
+  lengths = dict(max_new_tokens=3, min_new_tokens=3)
+  captions = model.caption_outputs(images, num_beams=1, **lengths)
   question = 'What is this?'
-  answers = model.answer_outputs(images, [question] * 2, **options)
+  answers = model.answer_outputs(images, [question] * 2, num_beams=1, **lengths)
   asked = model.tokenizer.encode(prompts.question_prompt(question))
   suppressed = np.arange(modules.vocabulary.size) >= modules.vocabulary.text_size
   suppressed[2] = True  # too short to end
@@ -158,13 +158,12 @@ def test_captions_and_answers_follow_the_vectors_of_the_interface(model):
       for word, logits in zip(output.ids, logits_of(prompt, row, output.ids), strict=True):
         assert word == np.where(suppressed, -np.inf, logits).argmax()
   assert captions[0].score != captions[1].score  # they see their own images
-  drawn = model.answer_outputs(
-    images, [question] * 2, do_sample=True, top_k=1, num_return_sequences=2, seed=0, **options
-  )
+  sampling = dict(do_sample=True, top_k=1, num_return_sequences=2, seed=0)
+  drawn = model.answer_outputs(images, [question] * 2, **sampling, **lengths)
   assert [output.ids.tolist() for output in drawn] == [
     answers[row].ids.tolist() for row in (0, 0, 1, 1)
   ]
-  beams = model.caption_outputs(images, **dict(options, num_beams=3), length_penalty=0.0)
+  beams = model.caption_outputs(images, num_beams=3, length_penalty=0.0, **lengths)
   for row, beam in enumerate(beams):
     score = 0.0
     for word, logits in zip(beam.ids, logits_of([], row, beam.ids), strict=True):
