@@ -19,8 +19,8 @@ MILLIONS = dict(caption=93, draw=100, text=21)  # pairs: specification, Training
 STEP = 34_816  # pairs of a step: our choice, not published
 PASSES = 1  # times that each pair is seen: our choice, not published
 SCHEDULES = {  # tiny and small: our choice
-    'tiny': dict(batch_size=48, num_steps=5_000, text_length=64, num_rows=10, row_length=256, mean_length=49, loss_chunks=1, learning_rate=2e-3,
-                 warmup_steps=100, accumulate=1, remat='none', fsdp=1),
+    'tiny': dict(batch_size=48, num_steps=5_000, text_length=64, num_rows=10, row_length=256, mean_length=49, read_length=53, loss_chunks=1,
+                 learning_rate=2e-3, warmup_steps=100, accumulate=1, remat='none', fsdp=1),
     'small': dict(batch_size=1024, num_steps=100_000, text_length=128, num_rows=128, row_length=1024, mean_length=110, loss_chunks=8,
                   learning_rate=3e-4, warmup_steps=2_000, accumulate=1, remat='full', fsdp=8),
     'lavit_7b': dict(
@@ -61,4 +61,4 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
           schedule='cosine', rewarm_from=0, weight_decay=0.05, b1=0.9, b2=0.95, mu_dtype='float32', nu_dtype='float32', clip_norm=1.0,  # our choice: training/schedule.py
           max_nonfinite=10, ema_decay=0.0, freeze=(), lr_scale=(), muon=() if large else ('^(llama|understanding|interface)/.*((attention|attn|mlp)/.*|/(query|kv|proj)/)kernel$',)),  # our choice
       log_every=50, eval_every=1000 if large else 250, eval_batches=8, picture_every=1000 if large else 500,  # our choice
-      checkpoint_every=500, keep=2, skip_damaged=False, profile=''))).lock()  # our choice
+      checkpoint_every=500, keep=2, skip_damaged=False, profile=''), read_length=values.get('read_length', values['mean_length']))).lock()  # our choice

@@ -24,12 +24,14 @@ LAVIT_RATIO = 1 / 3  # share of the patches that are LaVIT's tokens: specificati
 # --- Defaults ------------------------------------------------------------------------------------
 
 
-def follow_interface(values: Mapping[str, Any]) -> dict[str, Any]:
+def follow_interface(values: Mapping[str, Any], read_length: int) -> dict[str, Any]:
   """The values of a config, of which some follow its option `interface`.
 
   Args:
     values: of the config; `lm.num_rows`, `lm.row_length`, `lm.mean_length`, `data.sources`,
       `data.heldout` and `data.shares` are those of LaVIT's interface.
+    read_length: `lm.mean_length` with LaVIT's interface if no images are to be drawn: the texts of
+      pairs that are read may be longer.
 
   Returns:
     The same with references in place of these values: with another interface the share of images to
@@ -43,7 +45,7 @@ def follow_interface(values: Mapping[str, Any]) -> dict[str, Any]:
   length = values['lm']['mean_length']
 
   def mean_length(name: str) -> int:
-    return _mean_length(variant, name, length) if name in OTHERS else length
+    return _mean_length(variant, name, read_length) if name in OTHERS else length
 
   divisor = num_rows & -num_rows  # the power of two by which pieces of a batch divide it
 

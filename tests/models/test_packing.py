@@ -62,20 +62,26 @@ def pair_tokens(pairs, b, image_loss):
   return [image + text, text + image, begin + text][kind] + end
 
 
-def reference(pairs, num_rows, row_length, image_loss):
+def reference(pairs, num_rows, row_length, image_loss, max_images=None):
   """The packing of `pack_pairs` in plain Python.
 
   Returns rows of (id, source, position, segment, target, weight), and the overflow.
   """
   rows = [[] for _ in range(num_rows)]
+  images = [0] * num_rows
   overflow = 0
   for b in range(BATCH):
     tokens = pair_tokens(pairs, b, image_loss)
     following = [*tokens[1:], (0, -1, 0.0)]
-    row = next((row for row in rows if len(row) + len(tokens) <= row_length), None)
-    if row is None:
+    has_image = int(pairs['kind'][b] != 2)
+    fits = [len(row) + len(tokens) <= row_length for row in rows]
+    if max_images is not None:
+      fits = [fit and n + has_image <= max_images for fit, n in zip(fits, images)]
+    if not any(fits):
       overflow += 1
       continue
+    images[fits.index(True)] += has_image
+    row = rows[fits.index(True)]
     for position, (token, target) in enumerate(zip(tokens, following)):
       row.append((token[0], token[1], position, b + 1, target[0], target[2]))
   empty = (0, -1, 0, 0, 0, 0.0)
@@ -83,7 +89,7 @@ def reference(pairs, num_rows, row_length, image_loss):
 
 
 @functools.cache
-def packer(num_rows, row_length, image_loss=False):
+def packer(num_rows, row_length, image_loss=False, max_images=None):
   """`pack_pairs` for these sizes, which compiles once for all tests."""
   return jax.jit(
     functools.partial(
@@ -92,6 +98,7 @@ def packer(num_rows, row_length, image_loss=False):
       num_rows=num_rows,
       row_length=row_length,
       image_loss=image_loss,
+      max_images=max_images,
     )
   )
 
@@ -99,12 +106,13 @@ def packer(num_rows, row_length, image_loss=False):
 @pytest.mark.parametrize('draw', [batch, cut_batch])
 @pytest.mark.parametrize('seed', range(6))
 @pytest.mark.parametrize(
-  'num_rows, row_length, image_loss', [(9, 17, False), (4, 25, True), (2, 16, False)]
+  'num_rows, row_length, image_loss, max_images',
+  [(9, 17, False, None), (4, 25, True, None), (2, 16, False, None), (9, 34, False, 1)],
 )
-def test_pack_equals_plain_python(seed, num_rows, row_length, image_loss, draw):
+def test_pack_equals_plain_python(seed, num_rows, row_length, image_loss, max_images, draw):
   pairs = draw(seed)
-  packed = packer(num_rows, row_length, image_loss)(**pairs)
-  rows, overflow = reference(pairs, num_rows, row_length, image_loss)
+  packed = packer(num_rows, row_length, image_loss, max_images)(**pairs)
+  rows, overflow = reference(pairs, num_rows, row_length, image_loss, max_images)
   for field, expected in zip(packed, np.moveaxis(np.array(rows), -1, 0)):
     np.testing.assert_array_equal(field, expected.astype(field.dtype))
   assert packed.overflow == overflow

@@ -59,8 +59,8 @@ def model(options, finished, tmp_path_factory):
     blocks |= {name: np.ones_like(blocks[name]) for name in ('attn_gate', 'ff_gate')}
     settings = folder.read_settings(exported)
     exported = folder.save_params(path / 'open', 'nano', params, settings=settings)
-  bundle(path, [options['frozen'], exported], TOKENIZER, 'float32')
-  return Lavit.from_pretrained(path)
+  bundle(path / 'model', [options['frozen'], exported], TOKENIZER, 'float32')
+  return Lavit.from_pretrained(path / 'model')
 
 
 LINES = dict(

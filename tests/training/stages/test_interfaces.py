@@ -136,19 +136,20 @@ def test_options_follow_the_interface_until_they_are_set():
   usual = load_config(page)
   assert (usual.lm.num_rows, usual.lm.mean_length, usual.data.shares.draw) == (10, 49, 0.33)
   config = load_config(page, [('interface', 'mlp')])
-  # A third of 64 patches is 21 tokens; now there are 64: 49 + 43. Rows grow in proportion.
-  assert (config.lm.mean_length, config.lm.num_rows) == (92, 20)
+  # Pairs that are read have 53 tokens, of which a third of 64 patches is 21; now there are 64:
+  # 53 + 43. Rows grow in proportion.
+  assert (config.lm.mean_length, config.lm.num_rows) == (96, 20)
   assert config.data.shares.draw == 0 and config.data.shares.caption == 0.38
-  # Without tokens in the sequence: 49 - 21 = 28. Six rows, for one has 9 pairs.
+  # Without tokens in the sequence: 53 - 21 = 32. Eight rows, for one has 8 pairs.
   config = load_config(page, [('interface', 'flamingo')])
-  assert (config.lm.mean_length, config.lm.num_rows, config.lm.row_length) == (28, 6, 256)
+  assert (config.lm.mean_length, config.lm.num_rows, config.lm.row_length) == (32, 8, 256)
   # A pod has 2048 pieces of a batch, and so no fewer rows: 110 - 85 = 25 tokens, a fourth.
   large = load_config(f'{nano.ROOT}/configs/lm.py:lavit_7b', [('interface', 'flamingo')])
   assert (large.lm.mean_length, large.lm.num_rows, large.lm.row_length) == (25, 2048, 512)
   large = load_config(f'{nano.ROOT}/configs/lm.py:lavit_7b', [('interface', 'qformer')])
   assert (large.lm.mean_length, large.lm.num_rows, large.lm.row_length) == (57, 2048, 2048)
   config = load_config(page, [('lm.num_rows', '31'), ('interface', 'mlp')])
-  assert (config.lm.mean_length, config.lm.num_rows) == (92, 31)
+  assert (config.lm.mean_length, config.lm.num_rows) == (96, 31)
 
 
 def test_the_flops_of_an_interface_are_those_of_its_products():
