@@ -51,8 +51,8 @@ def smooth(points: Points, num_chunks: int = 50) -> Points:
   return means
 
 
-def panel(title: str, lines: list[tuple[str, Points, Points]]) -> str:
-  """One plot as SVG; `lines` are (color, training points, held-out points)."""
+def panel(title: str, lines: list[tuple[str, Points, Points]], unit: str = 'steps') -> str:
+  """One plot as SVG; `lines` are (color, training points, held-out points), x in `unit`s."""
   points = []
   for _, training, heldout in lines:
     points += training + heldout
@@ -75,7 +75,7 @@ def panel(title: str, lines: list[tuple[str, Points, Points]]) -> str:
   baseline = HEIGHT - 8
   out.append(
     f'<text x="{LEFT}" y="{baseline}">0</text>'
-    f'<text x="{right}" y="{baseline}" text-anchor="end">{last_step:.0f} steps</text>'
+    f'<text x="{right}" y="{baseline}" text-anchor="end">{last_step:.0f} {unit}</text>'
   )
   for color, training, heldout in lines:
     positions = [position(*point) for point in training]

@@ -19,7 +19,7 @@ MILLIONS = dict(caption=93, draw=100, text=21)  # pairs: specification, Training
 STEP = 34_816  # pairs of a step: our choice, not published
 PASSES = 1  # times that each pair is seen: our choice, not published
 SCHEDULES = {  # tiny and small: our choice
-    'tiny': dict(batch_size=64, num_steps=5_000, text_length=48, num_rows=10, row_length=256, mean_length=35, loss_chunks=1, learning_rate=2e-3,
+    'tiny': dict(batch_size=48, num_steps=5_000, text_length=64, num_rows=10, row_length=256, mean_length=49, loss_chunks=1, learning_rate=2e-3,
                  warmup_steps=100, accumulate=1, remat='none', fsdp=1),
     'small': dict(batch_size=1024, num_steps=100_000, text_length=128, num_rows=128, row_length=1024, mean_length=110, loss_chunks=8,
                   learning_rate=3e-4, warmup_steps=2_000, accumulate=1, remat='full', fsdp=8),
@@ -52,10 +52,10 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
           sources=SOURCES if large else (), heldout=HELDOUT if large else (), text_length=values['text_length'],  # above
           shards=512 if large else 8,  # our choice: shards of the sources, a multiple of `data` x `fsdp` of any mesh
           tokenizer_folder='lavit_jax/assets/tiny/language_model' if not large else 'tokenizer',  # specification, Vocabulary: LLaMA's tokenizer
-          shares=dict(caption=0.36, answer=0.38, draw=0.24, text=0.02),  # our choice; the sources above have weights instead
-          question_weights=dict.fromkeys(questions.TYPES, 1.0) | {'what': 2.0, 'position': 3.0, 'yes/no': 2.0},  # our choice
-          draw_text_weight=0.1, drop_text=0.1,  # our choice; guidance compares with a prompt without text: specification, Inference
-          source='data', scene_share=0.45, augment=not large, num_threads=16 if large else 2, max_skipped=0.05),  # our choice
+          shares=dict(caption=0.38, answer=0.27, draw=0.33, text=0.02),  # our choice; the sources above have weights instead
+          question_weights=dict.fromkeys(questions.TYPES, 1.0) | {'what': 2.0, 'place': 4.0, 'position': 4.0, 'yes/no': 2.0},  # our choice
+          max_questions=1 if large else 6, draw_text_weight=0.1, drop_text=0.1,  # our choice; guidance compares with a prompt without text: specification, Inference
+          source='data', scene_share=0.5, augment=not large, num_threads=16 if large else 2, max_skipped=0.05),  # our choice
       lm={key: values[key] for key in ('num_rows', 'row_length', 'mean_length', 'loss_chunks')} | dict(image_loss=False, max_overflow=0.2),  # above; our choice
       optim=dict(learning_rate=values['learning_rate'], warmup_steps=values['warmup_steps'], final_fraction=0.05,  # above; our choice
           schedule='cosine', rewarm_from=0, weight_decay=0.05, b1=0.9, b2=0.95, mu_dtype='float32', nu_dtype='float32', clip_norm=1.0,  # our choice: training/schedule.py

@@ -11,6 +11,7 @@ import numpy as np
 from lavit_jax.data import images, prompts
 from lavit_jax.data.emoji import splits
 from lavit_jax.data.emoji.corpus import describe_sprite
+from lavit_jax.data.emoji.facts import Question
 from lavit_jax.data.emoji.scenes import Composer, Example
 from lavit_jax.data.tasks import KIND_OF_USE, UseSampler
 from lavit_jax.data.text_fields import TextEncoder
@@ -119,6 +120,7 @@ def lm_rows(
   encoder: TextEncoder,
   shares: Mapping[str, float],
   question_weights: Mapping[str, float],
+  max_questions: int,
   draw_text_weight: float,
   drop_text: float,
 ) -> MakeRow:
@@ -131,6 +133,7 @@ def lm_rows(
     encoder: encodes texts.
     shares: {use: how often}.
     question_weights: {type of question: how often}, for all types.
+    max_questions: the most questions that a row of use 'answer' has.
     draw_text_weight: the weight of captions in rows of use 'draw'.
     drop_text: the share of these rows that have no text.
   """
@@ -144,8 +147,9 @@ def lm_rows(
       case 'caption':
         text = encoder.encode(example.caption)
       case 'answer':
-        question, answer = _choose_question(example, rng, question_weights)
-        text = encoder.encode(f' {answer}', context=prompts.question_prompt(question))
+        chosen = _choose_questions(example, rng, question_weights, max_questions)
+        turns = [(prompts.question_prompt(text), f' {answer}') for _, text, answer in chosen]
+        text = encoder.encode_turns(turns)
       case 'draw':
         is_dropped = rng.random() < drop_text  # guidance needs images without a text
         text = encoder.encode('' if is_dropped else example.caption, draw_text_weight)
@@ -163,11 +167,14 @@ def _image_fields(example: Example, vit_size: int | None) -> dict[str, np.ndarra
   return fields
 
 
-def _choose_question(
-  example: Example, rng: np.random.Generator, weights: Mapping[str, float]
-) -> tuple[str, str]:
-  """(question, answer), one of the example's, at random by the weights of their types."""
-  cumulative = np.cumsum([weights[question_type] for question_type, _, _ in example.questions])
-  chosen = np.searchsorted(cumulative, rng.random() * cumulative[-1], side='right')
-  _, question, answer = example.questions[chosen]
-  return question, answer
+def _choose_questions(
+  example: Example, rng: np.random.Generator, weights: Mapping[str, float], max_questions: int
+) -> list[Question]:
+  """Some of the example's questions, in random order, drawn by the weights of their types."""
+  remaining = list(example.questions)
+  chosen = []
+  while remaining and len(chosen) < max_questions:
+    cumulative = np.cumsum([weights[question.type] for question in remaining])
+    drawn = np.searchsorted(cumulative, rng.random() * cumulative[-1], side='right')
+    chosen.append(remaining.pop(drawn))
+  return chosen

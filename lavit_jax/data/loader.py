@@ -85,6 +85,7 @@ def batches(
   tokenizer_folder: str | None = None,
   shares: Mapping[str, float] | None = None,
   question_weights: Mapping[str, float] | None = None,
+  max_questions: int = 1,
   draw_text_weight: float = 0.1,
   drop_text: float = 0.1,
   scene_share: float = 0.3,
@@ -136,6 +137,8 @@ def batches(
     tokenizer_folder: of the tokenizer; needed for texts.
     shares: how often a row of the task 'lm' has each use (tasks.py); None: DEFAULT_SHARES.
     question_weights: {type of question: how often}; 1 for a type that is not named.
+    max_questions: the most questions about an image that a composed row of use 'answer' has, one
+      after the other, each answer with an end token; as many as `text_length` has room for.
     draw_text_weight: the weight of captions in rows of use 'draw'.
     drop_text: the share of these rows that have no text.
     scene_share: the share of composed examples with several sprites.
@@ -187,7 +190,15 @@ def batches(
     else:
       weights = tasks.question_weights(question_weights or {})
       make_row = lm_rows(
-        composer, seed, vit_size, encoder, shares, weights, draw_text_weight, drop_text
+        composer,
+        seed,
+        vit_size,
+        encoder,
+        shares,
+        weights,
+        max_questions,
+        draw_text_weight,
+        drop_text,
       )
     return composed_batches(make_row, rows, global_batch_size, num_threads)
   is_train = split == 'train'

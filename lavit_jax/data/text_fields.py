@@ -10,7 +10,7 @@ import numpy as np
 from lavit_jax.data import long_text, transforms
 from lavit_jax.data.cleaning import clean_caption, clean_text
 from lavit_jax.data.tasks import KIND_OF_USE, UseSampler, pair_shares
-from lavit_jax.data.text import TextTokenizer
+from lavit_jax.data.text import END, TextTokenizer
 
 _CHARACTERS = 16  # encoded for each token of a row: more than any language needs
 
@@ -39,21 +39,51 @@ class TextEncoder:
     self._tokenizer = TextTokenizer.load(tokenizer_folder)
     self._length = length
 
-  def encode(self, text: str, weight: float = 1.0, context: str = '') -> Fields:
-    """The fields of a whole text, behind a context that has no weight in the loss.
+  def encode(self, text: str, weight: float = 1.0) -> Fields:
+    """The fields of a whole text.
 
     Raises:
       ValueError: the text has more tokens than a row.
     """
-    context_ids = self._tokenizer.encode(context) if context else ()
-    # the tokenizer begins every text with a space; LLaMA's would begin an answer with two
-    text_ids = self._tokenizer.encode(text.removeprefix(' ') if context else text)
-    ids = context_ids + text_ids
-    if len(ids) > self._length:
+    ids = self._tokenizer.encode(text)
+    self._check_length(len(ids), text)
+    return self._fields(ids, weight)
+
+  def encode_turns(self, turns: Sequence[tuple[str, str]]) -> Fields:
+    """The fields of prompts with answers, of as many as there is room for.
+
+    Each answer ends with an end token. Answers and end tokens have weight 1, prompts 0.
+
+    Args:
+      turns: (prompt, answer) of each; at least one.
+
+    Raises:
+      ValueError: the first has more tokens than a row.
+    """
+    ids: list[int] = []
+    learned: list[int] = []  # the indices with weight 1
+    for number, (prompt, answer) in enumerate(turns):
+      prompt_ids = self._tokenizer.encode(prompt)
+      # the tokenizer begins every text with a space; LLaMA's would begin an answer with two
+      answer_ids = self._tokenizer.encode(answer.removeprefix(' '))
+      separator = (END,) if number else ()
+      num_ids = len(ids) + len(separator) + len(prompt_ids) + len(answer_ids)
+      if not number:
+        self._check_length(num_ids, prompt + answer)
+      elif num_ids > self._length:
+        continue
+      learned.extend(range(len(ids), len(ids) + len(separator)))
+      learned.extend(range(num_ids - len(answer_ids), num_ids))
+      ids.extend((*separator, *prompt_ids, *answer_ids))
+    fields = self._fields(ids, 0.0)
+    fields['text_weight'][learned] = 1.0
+    return fields
+
+  def _check_length(self, num_ids: int, text: str) -> None:
+    if num_ids > self._length:
       raise ValueError(
-        f'text_length is {self._length}, but this text has {len(ids)} tokens: {context + text!r}'
+        f'text_length is {self._length}, but this text has {num_ids} tokens: {text!r}'
       )
-    return self._fields(ids, weight, start=len(context_ids))
 
   def encode_beginning(self, text: str, weight: float) -> Fields:
     """The fields of as much of a text as a row has room for."""
@@ -69,17 +99,15 @@ class TextEncoder:
     )
     return self._fields(ids, weight, is_whole=is_end)
 
-  def _fields(
-    self, ids: Sequence[int], weight: float, start: int = 0, is_whole: bool = True
-  ) -> Fields:
-    """The fields of ids, of which those from `start` on have a weight.
+  def _fields(self, ids: Sequence[int], weight: float, is_whole: bool = True) -> Fields:
+    """The fields of ids of one weight.
 
     The token behind the text is learned only if the text ends with these ids (`is_whole`).
     """
     padded = np.zeros(self._length, np.int32)
     padded[: len(ids)] = ids
     weights = np.zeros(self._length + 1, np.float32)
-    weights[start : len(ids)] = weight
+    weights[: len(ids)] = weight
     weights[len(ids)] = float(is_whole)
     return {'text': padded, 'text_length': np.int32(len(ids)), 'text_weight': weights}
 

@@ -13,6 +13,7 @@ from lavit_jax.training.metrics import MetricLogger
 from lavit_jax.training.profiler import ProfilerTrace
 from lavit_jax.training.run import Run
 from lavit_jax.training.schedule import ScheduleConfig, warn_of_schedule
+from lavit_jax.training.stages import LanguageModelOptions
 from lavit_jax.training.train_step import TrainState
 
 
@@ -58,7 +59,7 @@ def log_start(
     f'{run.stage_name}:{run.variant}  {count / 1e6:.2f} M parameters  mesh {dict(run.mesh.shape)}  '
     f'{begin}'
   )
-  if run.model.interface is not None:
+  if isinstance(run.options, LanguageModelOptions) and run.model.interface is not None:
     log.print_line(
       f'interface {run.model.interface_name}: {run.model.max_visual_tokens} tokens an image, and '
       'no codes, so no image is drawn (data.shares.draw=0)'

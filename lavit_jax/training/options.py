@@ -216,6 +216,7 @@ OPTIONS: dict[str, Kind] = {
   **{
     f'data.question_weights.{kind}': Number(float, 0, 1e6, above=True) for kind in questions.TYPES
   },
+  'data.max_questions': AT_LEAST_ONE,
   'data.draw_text_weight': WEIGHT,
   'data.drop_text': SHARE,
   **{f'text_tower.{size}': AT_LEAST_ONE for size in TOWER_SIZES},
@@ -247,6 +248,8 @@ OPTIONS: dict[str, Kind] = {
   'lm.loss_chunks': AT_LEAST_ONE,
   'lm.image_loss': Flag(),
   'lm.max_overflow': SHARE,
+  'qformer.output_dim': AT_LEAST_ONE,
+  'qformer.dropout_rate': DECAY,
   'optim.learning_rate': Number(float, 0, 1, above=True),
   'optim.schedule': Choice(SCHEDULES),
   'optim.warmup_steps': COUNT,

@@ -108,8 +108,8 @@ def resolve(config: ConfigDict, workdir: str | pathlib.Path) -> Run:
     parameters.split_folders(common.init_from),
   )
   settings = parameters.resolve_settings(common.variant, folders, pathlib.Path(workdir))
-  if isinstance(typed.options, LanguageModelOptions):
-    settings = interface_options.with_interface(settings, typed.options.interface, folders)
+  if interface := stages.interface_name(typed.options):
+    settings = interface_options.with_interface(settings, interface, folders)
   share = sharding.process_share(mesh, common.batch_size)
   run = _make_run(typed, mesh, share, folders, settings, pathlib.Path(workdir))
   parameters.check_complete(common.stage, modules, folders, common.frozen)
@@ -133,8 +133,8 @@ def resolve_abstract(config: ConfigDict, mesh: Mesh | AbstractMesh | None = None
   check_config(typed, sharding.batch_shards(mesh))
   share = ProcessShare(np.arange(typed.common.batch_size), 0, 1)
   settings = {}
-  if isinstance(typed.options, LanguageModelOptions):
-    settings = interface_options.with_interface(settings, typed.options.interface)
+  if interface := stages.interface_name(typed.options):
+    settings = interface_options.with_interface(settings, interface)
   return _make_run(typed, mesh, share, (), settings, pathlib.Path())
 
 

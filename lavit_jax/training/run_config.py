@@ -42,6 +42,7 @@ class DataConfig:
   tokenizer_folder: str | None = None
   shares: Mapping[str, float] | None = None
   question_weights: Mapping[str, float] | None = None
+  max_questions: int = 1
   draw_text_weight: float | None = None
   drop_text: float | None = None
   scene_share: float | None = None

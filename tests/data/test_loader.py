@@ -200,6 +200,23 @@ def test_questions_are_asked_by_weight():
   assert (kinds({'position': 4.0}) == 'position').mean() > 2 * (even == 'position').mean()
 
 
+def test_several_questions_about_an_image_are_different_ones():
+  tokenizer = text.TextTokenizer.load(FOLDER)
+
+  def turns(max_questions):
+    options = dict(shares={'answer': 1}, scene_share=1.0, max_questions=max_questions)
+    batch = next(batches('lm', batch_size=100, text_length=128, **options))
+    rows = []
+    for ids, length in zip(batch['text'], batch['text_length']):
+      ends = [0, *np.flatnonzero(ids[:length] == text.END), length]
+      rows.append([tokenizer.decode(ids[i:j]) for i, j in itertools.pairwise(ends)])
+    return rows
+
+  several = turns(3)
+  assert [row[:1] for row in several] == turns(1)
+  assert all(len(set(row)) == 3 for row in several)
+
+
 @pytest.mark.parametrize('drop_text', [0.0, 0.3, 1.0])
 def test_some_images_to_draw_have_no_text(drop_text):
   rows = take(

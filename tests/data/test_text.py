@@ -279,9 +279,26 @@ def test_the_sentencepiece_model_goes_before_the_json(sentencepiece_folder, tmp_
 def test_an_answer_after_a_question_begins_with_one_space(sentencepiece_folder):
   for folder in (sentencepiece_folder, FOLDER):
     encoder = text_fields.TextEncoder(folder, 60)
-    row = encoder.encode(' red apple', context='Question: What is this? Answer:')
+    row = encoder.encode_turns([('Question: What is this? Answer:', ' red apple')])
     whole = TextTokenizer.load(folder).encode('Question: What is this? Answer: red apple')
     assert tuple(row['text'][: row['text_length']]) == whole
+
+
+def test_turns_end_with_an_end_token_and_answers_alone_are_learned():
+  tokenizer = TextTokenizer.load(FOLDER)
+  turns = [('Question: What is this? Answer:', ' cat'), ('Question: Where? Answer:', ' left')]
+  row = text_fields.TextEncoder(FOLDER, 40).encode_turns(turns)
+  length = row['text_length']
+  pieces = [tokenizer.encode(piece.removeprefix(' ')) for turn in turns for piece in turn]
+  question, cat, where, left = pieces
+  assert tuple(row['text'][:length]) == (*question, *cat, text.END, *where, *left)
+  learned = row['text'][:length][row['text_weight'][:length] > 0]
+  assert tuple(learned) == (*cat, text.END, *left)
+  assert row['text_weight'][length] == 1 and not row['text_weight'][length + 1 :].any()
+  short = text_fields.TextEncoder(FOLDER, length - 1).encode_turns(turns)
+  assert short['text_length'] == len(question) + len(cat)  # no half of a turn
+  with pytest.raises(ValueError, match='text_length is 3'):
+    text_fields.TextEncoder(FOLDER, 3).encode_turns(turns)
 
 
 def test_missing_folder_names_the_file(tmp_path):

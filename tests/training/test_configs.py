@@ -22,7 +22,7 @@ VARIANTS = [variant for variant in lavit.VARIANTS if variant != 'nano']
 CONFIGS = [
   ('encoder', 'tiny'),
   ('autoencoder', 'tiny'),
-  *itertools.product(('tokenizer', 'detokenizer', 'lm'), VARIANTS),
+  *itertools.product(('tokenizer', 'detokenizer', 'lm', 'qformer'), VARIANTS),
 ]
 
 
@@ -41,7 +41,7 @@ def test_config(stage, variant):
   sharding.shardings(state, mesh)  # raises for a large leaf without a rule
 
 
-@pytest.mark.parametrize('stage', ['tokenizer', 'detokenizer', 'lm'])
+@pytest.mark.parametrize('stage', ['tokenizer', 'detokenizer', 'lm', 'qformer'])
 def test_values_of_the_large_variant_have_a_source(stage):
   """Or are our choice; the line says which."""
   text = (ROOT / 'configs' / f'{stage}.py').read_text()
@@ -51,11 +51,8 @@ def test_values_of_the_large_variant_have_a_source(stage):
     if re.search(r'^    .*\w=(?!dict\($)', line)
   ]
   assert len(lines) > 15
-  assert not [
-    line
-    for line in lines
-    if not re.search(r'# .*(our choice|paper, section|specification, \w+|above|stage 1b)', line)
-  ]
+  source = r'our choice|paper, section|BLIP-2, section|published code|specification, \w+'
+  assert not [line for line in lines if not re.search(rf'# .*({source}|above|stage 1b)', line)]
 
 
 def test_published_sizes():
@@ -94,7 +91,7 @@ def test_published_pairs():
   assert images[0] == images[1] and len(images[0]) == 1 and 'laion400m' in images[0][0]['path']
 
 
-@pytest.mark.parametrize('stage', ['tokenizer', 'detokenizer', 'lm'])
+@pytest.mark.parametrize('stage', ['tokenizer', 'detokenizer', 'lm', 'qformer'])
 @pytest.mark.parametrize('variant', ['small', 'lavit_7b'])
 def test_a_large_pods_hosts_all_have_something_held_out(stage, variant):
   """64 of them; and nothing of it is trained on."""
@@ -107,7 +104,7 @@ def test_a_large_pods_hosts_all_have_something_held_out(stage, variant):
     assert len(files) >= 256 and not trained & set(files)
 
 
-@pytest.mark.parametrize('stage', ['tokenizer', 'detokenizer', 'lm'])
+@pytest.mark.parametrize('stage', ['tokenizer', 'detokenizer', 'lm', 'qformer'])
 @pytest.mark.parametrize('variant, devices', [('small', 8), ('small', 64), ('lavit_7b', 256)])
 def test_configs_fit_one_machine_or_a_pod(stage, variant, devices):
   config = load_config(f'{ROOT}/configs/{stage}.py:{variant}')
@@ -139,7 +136,9 @@ def test_packed_rows_hold_the_pairs_of_their_step():
     assert 0.8 < expected_tokens / num_slots < 0.95
 
 
-@pytest.mark.parametrize('stage', ['encoder', 'autoencoder', 'tokenizer', 'detokenizer', 'lm'])
+@pytest.mark.parametrize(
+  'stage', ['encoder', 'autoencoder', 'tokenizer', 'detokenizer', 'lm', 'qformer']
+)
 def test_unknown_variant_names_the_nearest(stage):
   with pytest.raises(UserError, match='tinny.*did you mean .tiny'):
     load_config(f'{ROOT}/configs/{stage}.py:tinny')

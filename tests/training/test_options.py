@@ -12,7 +12,7 @@ from lavit_jax.training import options, run_config
 from lavit_jax.training.config import config_leaves, load_config
 
 ROOT = pathlib.Path(__file__).parents[2]
-LARGE_STAGES = ('tokenizer', 'detokenizer', 'lm')
+LARGE_STAGES = ('tokenizer', 'detokenizer', 'lm', 'qformer')
 CONFIGS = [
   ('encoder', 'tiny'),
   ('autoencoder', 'tiny'),

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+CANVAS = 64
+
 
 class SceneObject(NamedTuple):
   """Equal sprites of one image.

@@ -5,9 +5,19 @@ from collections.abc import Sequence
 import numpy as np
 
 from lavit_jax.data.emoji import colors, grammar, splits
-from lavit_jax.data.emoji.facts import Facts, Question, SceneObject
+from lavit_jax.data.emoji.facts import CANVAS, Facts, Question, SceneObject
 
-TYPES = ('what', 'category', 'style', 'colour', 'background', 'how many', 'position', 'yes/no')
+TYPES = (
+  'what',
+  'category',
+  'style',
+  'colour',
+  'background',
+  'how many',
+  'place',
+  'position',
+  'yes/no',
+)
 CATEGORIES = {  # group of Unicode -> the word for it in answers
   'Smileys & Emotion': 'emotion',
   'People & Body': 'people',
@@ -20,6 +30,8 @@ CATEGORIES = {  # group of Unicode -> the word for it in answers
   'Flags': 'flag',
 }
 OPPOSITE = {'left': 'right', 'right': 'left', 'above': 'below', 'below': 'above'}
+PLACE = {'left': 'left', 'right': 'right', 'above': 'top', 'below': 'bottom'}
+_CLEAR_OFFSET = 5  # canvas units from the center, of an object that is clearly on one side
 PREPOSITION = {
   'left': 'to the left of',
   'right': 'to the right of',
@@ -62,6 +74,8 @@ def _single_questions(
   ]
   if subject.color:
     questions.append(Question('colour', 'What colour is it?', subject.color))
+  if side := _clear_side(subject.boxes[0]):
+    questions.append(Question('place', 'Where in the image is it?', PLACE[side]))
 
   is_true = _toss(rng)
   form = rng.integers(3)
@@ -125,6 +139,7 @@ def _relation_questions(facts: Facts, subject: SceneObject) -> list[Question]:
       f'How many {grammar.plural(subject.name)} are there?',
       grammar.NUMBERS[subject.count],
     ),
+    Question('place', f'Where in the image {verb} {noun}?', PLACE[side]),
     Question('position', f'Where {verb} {noun}, seen from {other_noun}?', side),
     Question('what', f'What is {PREPOSITION[side]} {other_noun}?', subject.name),
   ]
@@ -138,6 +153,18 @@ def _other_object(facts: Facts, subject: SceneObject) -> tuple[SceneObject, str]
   if subject is first:
     return second, facts.relation
   return first, OPPOSITE[facts.relation]
+
+
+def _clear_side(box: tuple[float, float, float]) -> str | None:
+  """Returns the side of the image where an object clearly is; None if there is no such side."""
+  left, top, side = box
+  x = left + side / 2 - CANVAS / 2
+  y = top + side / 2 - CANVAS / 2
+  if max(abs(x), abs(y)) < max(_CLEAR_OFFSET, 2 * min(abs(x), abs(y))):
+    return None
+  if abs(x) > abs(y):
+    return 'left' if x < 0 else 'right'
+  return 'above' if y < 0 else 'below'
 
 
 def _heldout_objects(facts: Facts) -> list[SceneObject]:

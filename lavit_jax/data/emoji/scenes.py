@@ -11,10 +11,9 @@ import numpy as np
 from PIL import Image
 
 from lavit_jax.data.emoji import colors, grammar, questions, splits
-from lavit_jax.data.emoji.facts import Facts, Question, SceneObject
+from lavit_jax.data.emoji.facts import CANVAS, Facts, Question, SceneObject
 from lavit_jax.data.emoji.sprites import Sprite, Sprites
 
-CANVAS = 64
 _WHITE_SHARE = 0.25  # of backgrounds, as many images of single things have a white one
 _REPEATED_SHARE = 0.4  # of scenes: two to four equal sprites
 _SINGLE_SIDES = (28, 64)  # of the sprite in images of one; those of scenes have 20 to 30 units

@@ -122,8 +122,9 @@ class QFormerPretraining(nn.Module):
     read = self.qformer(features, caption, text_mask, causal=True, key=parts[0])
     captioning = captioning_loss(self.word_logits(read.text), caption, text_mask)
 
-    images = self.project_images(read.queries)
-    cosines = similarities(images, self.project_texts(text, text_mask, parts[1]))
+    # `read.queries` are those of the image alone: queries see no word of a causal text.
+    texts = self.project_texts(text, text_mask, parts[1])
+    cosines = similarities(self.project_images(read.queries), texts)
     own = jnp.arange(len(cosines))
 
     other_text = hard_negatives(cosines, self.temperature, negative_keys[:, 0])
@@ -142,6 +143,11 @@ class QFormerPretraining(nn.Module):
       (cosines.argmax(-1) == own).mean(),
       (logits.argmax(-1) == is_pair).mean(),
     )
+
+  def similarities(self, features: Array, text: Array, text_mask: Array) -> Array:
+    """The similarities of images [B, N, E] and texts i32[B, T], f32[B, B]: images down."""
+    queries = self.qformer(self.ln_vision(features)).queries
+    return similarities(self.project_images(queries), self.project_texts(text, text_mask))
 
   def project_images(self, queries: Array) -> Array:
     """Queries [B, Q, D] that read an image alone -> f32[B, Q, P] of unit length."""

@@ -6,6 +6,7 @@
     detokenizer   vit, tokenizer, decoder, vae   -> unet, decoder         stage 1b
     lm            vit, tokenizer                 -> llama, understanding  stage 2
                   vit                            -> llama, interface      with another interface
+    qformer       vit, captions                  -> interface             before lm with `qformer`
 
 A stage is a handful of pure functions (base.py), built by a module of this package; the loop
 (training/loop.py) is the same for all.
@@ -24,6 +25,7 @@ from lavit_jax.training.stages import (
   detokenizer,
   encoder,
   language_model,
+  qformer,
   tokenizer,
 )
 from lavit_jax.training.stages.autoencoder import AutoencoderOptions
@@ -31,10 +33,16 @@ from lavit_jax.training.stages.base import BatchLayout, ModuleNames, Stage
 from lavit_jax.training.stages.detokenizer import DetokenizerOptions
 from lavit_jax.training.stages.encoder import EncoderOptions
 from lavit_jax.training.stages.language_model import LanguageModelOptions
+from lavit_jax.training.stages.qformer import QFormerOptions
 from lavit_jax.training.stages.tokenizer import TokenizerOptions
 
 StageOptions = (
-  EncoderOptions | AutoencoderOptions | TokenizerOptions | DetokenizerOptions | LanguageModelOptions
+  EncoderOptions
+  | AutoencoderOptions
+  | TokenizerOptions
+  | DetokenizerOptions
+  | LanguageModelOptions
+  | QFormerOptions
 )
 
 
@@ -104,6 +112,14 @@ STAGES = {
     section='lm',
     shades_patches=True,
   ),
+  'qformer': StageType(
+    QFormerOptions,
+    qformer.build,
+    qformer.MODULES,
+    task='lm',
+    section='qformer',
+    accumulates=False,
+  ),
 }
 
 
@@ -123,6 +139,13 @@ def stage_modules(name: str, options: StageOptions) -> ModuleNames:
   if isinstance(options, LanguageModelOptions):
     return language_model.module_names(options)
   return stage_type(name).modules
+
+
+def interface_name(options: StageOptions) -> str | None:
+  """The interface that a stage with these options trains, or shows images by; None: neither."""
+  if isinstance(options, LanguageModelOptions):
+    return options.interface
+  return qformer.INTERFACE if isinstance(options, QFormerOptions) else None
 
 
 def build_stage(

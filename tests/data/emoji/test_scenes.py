@@ -174,6 +174,8 @@ def test_answers_agree_with_the_facts(examples):
           assert grammar.NUMBERS.index(answer) == len(by_plural[name].boxes)
         case 'what':
           assert answer in {item.name for item in facts.objects}
+        case 'place':
+          assert answer == _place(facts, question)
         case 'position':
           assert answer == _where(facts, question)
         case 'yes/no':
@@ -188,6 +190,19 @@ def _phrase(item):
 def _centers(item):
   """Returns the centers (x, y) of the sprites of an object, f64[count, 2]."""
   return np.array([(left + side / 2, top + side / 2) for left, top, side in item.boxes])
+
+
+def _place(facts, question):
+  """Answers where in the image something is, by the boxes alone."""
+  names = {'left': 'left', 'right': 'right', 'above': 'top', 'below': 'bottom'}
+  if facts.relation:
+    subject = next(item for item in facts.objects if f' {_phrase(item)}?' in question)
+    return names[_where(facts, f' {_phrase(subject)}, seen')]
+  ((x, y),) = _centers(facts.objects[0]) - 32
+  assert max(abs(x), abs(y)) >= max(5, 2 * min(abs(x), abs(y)))  # it is clearly on one side
+  if abs(x) > abs(y):
+    return 'left' if x < 0 else 'right'
+  return 'top' if y < 0 else 'bottom'
 
 
 def _where(facts, question):

@@ -111,13 +111,13 @@ def test_published_sizes_train_on_a_pod(name):
 def test_options_follow_the_interface_until_they_are_set():
   page = f'{nano.ROOT}/configs/lm.py:tiny'
   usual = load_config(page)
-  assert (usual.lm.num_rows, usual.lm.mean_length, usual.data.shares.draw) == (10, 35, 0.24)
+  assert (usual.lm.num_rows, usual.lm.mean_length, usual.data.shares.draw) == (10, 49, 0.33)
   config = load_config(page, [('interface', 'mlp')])
-  # A third of 64 patches is 21 tokens; now there are 64: 35 + 43. Rows grow in proportion.
-  assert (config.lm.mean_length, config.lm.num_rows) == (78, 24)
-  assert config.data.shares.draw == 0 and config.data.shares.caption == 0.36
+  # A third of 64 patches is 21 tokens; now there are 64: 49 + 43. Rows grow in proportion.
+  assert (config.lm.mean_length, config.lm.num_rows) == (92, 20)
+  assert config.data.shares.draw == 0 and config.data.shares.caption == 0.38
   config = load_config(page, [('lm.num_rows', '31'), ('interface', 'mlp')])
-  assert (config.lm.mean_length, config.lm.num_rows) == (78, 31)
+  assert (config.lm.mean_length, config.lm.num_rows) == (92, 31)
 
 
 def test_the_flops_of_an_interface_are_those_of_its_products():
