@@ -1,6 +1,7 @@
 """Images of one color that encode their number, with captions that name it, in each format."""
 
 import io
+import itertools
 import json
 import tarfile
 from pathlib import Path
@@ -10,10 +11,11 @@ import pyarrow.parquet as pq
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from lavit_jax.data import array_record, loader, text
+from lavit_jax.data import array_record, formats, loader, text
 
 SIZE = 8
 FOLDER = str(Path(text.__file__).parent.parent / 'assets/tiny/language_model')
+TOKENS = text.TextTokenizer.load(FOLDER)
 
 
 def image_file(i: int) -> bytes:
@@ -145,3 +147,36 @@ def batches(*positional, sources=(), task='lm', batch_size=3, seed=1, **options)
     seed=seed,
     **options,
   )
+
+
+def numbers(iterator, count) -> list[int]:
+  """The numbers of the images of `count` batches, each checked to have its own caption."""
+  found = []
+  for batch in itertools.islice(iterator, count):
+    for i, image in enumerate(batch['image']):
+      found.append(number(image))
+      if 'text' in batch:
+        assert TOKENS.decode(batch['text'][i][: batch['text_length'][i]]) in (
+          caption(found[-1]),
+          f'again {found[-1]}',
+        )
+  return found
+
+
+class Counted:
+  """A store of 24 records, or a stream of units of 40, which counts what is read of it."""
+
+  cost = 1
+
+  def __init__(self, units=24):
+    self.units = units
+    self.count = 0
+
+  def __len__(self):
+    return self.units
+
+  def read(self, unit, start=0, ahead=0):
+    for i in range(start, 40):
+      self.count += 1
+      yield i, i + 1, formats.Record(b'', (), f'{unit} {i}')
+    yield 40, 40, formats.Skip('', str(unit), 'files')

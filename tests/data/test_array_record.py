@@ -5,7 +5,7 @@ import os
 import re
 
 import pytest
-from numbered_images import caption, image_file, sample, write_tar, write_tars
+from numbered_images import batches, caption, image_file, numbers, sample, write_tar, write_tars
 
 from lavit_jax import cli
 from lavit_jax.data import array_record, formats, stores, tars
@@ -117,3 +117,32 @@ def test_a_failure_to_read_is_no_broken_tar(tmp_path, monkeypatch, capsys):
   assert array_record.write_array_records(
     source['path'], str(tmp_path / 'out'), 1, log=lambda line: None
   ) == (24, {}, 0, [])
+
+
+@pytest.mark.parametrize(
+  'path', ['', '/', '/*.array_record', 'file://', 'file:///00000.array_record']
+)
+def test_paths_of_array_records(written, path):
+  folder = written['arrayrecord']['path'].removesuffix('/*.array_record')
+  count = 6 if '0000' in path else 24
+  path = (
+    f'file://{folder}{path.removeprefix("file://")}'
+    if path.startswith('file://')
+    else folder + path
+  )
+  assert sorted(
+    numbers(batches(dict(format='arrayrecord', path=path), batch_size=6), count // 6)
+  ) == list(range(count))
+
+
+@pytest.mark.parametrize('content', [b'', b'{"records": 6}', b'?' * 200_000])
+def test_what_is_no_array_record_is_named(written, tmp_path, content):
+  (tmp_path / 'a.txt').write_bytes(content)
+  with pytest.raises(
+    UserError,
+    match=r'^sources\[0\]: \S*/a.txt: no ArrayRecord, or damaged \(.*\); '
+    r'give the folder or its \*.array',
+  ):
+    batches(
+      dict(format='arrayrecord', path=[written['arrayrecord']['path'], str(tmp_path / 'a.txt')])
+    )

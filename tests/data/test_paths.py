@@ -4,11 +4,12 @@ A store that fails gives the same records, or an error that names the file; neve
 """
 
 import io
+from pathlib import Path
 
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from numbered_images import SIZE, write_folder, write_parquet, write_tars
+from numbered_images import SIZE, batches, numbers, write_folder, write_parquet, write_tars
 
 from lavit_jax import local_paths
 from lavit_jax.data import formats, loader, paths
@@ -250,3 +251,35 @@ def test_the_home_folder(tmp_path, monkeypatch):
   assert len(formats.Folder('~/pairs', None, ())) == 24
   (tmp_path / '~').mkdir()  # which exists, in this folder
   assert local_paths.expand_home('~') == '~'
+
+
+def test_braces_and_globs(tmp_path):
+  assert paths.expand('a/{08..11}/{x,y}.tar', '.tar') == [
+    f'a/{name}.tar' for name in ('08/x', '08/y', '09/x', '09/y', '10/x', '10/y', '11/x', '11/y')
+  ]
+  assert paths.expand(['b', 'a{1..2}'], '.tar') == ['b', 'a1', 'a2']
+  for name in ('b.tar', 'a.tar', 'c.txt'):
+    (tmp_path / name).touch()
+  for path in ('/*.tar', '', '/'):  # a folder is all of these in it
+    assert paths.expand(f'{tmp_path}{path}', '.tar') == [f'{tmp_path}/a.tar', f'{tmp_path}/b.tar']
+    assert paths.expand(f'file://{tmp_path}{path}', '.tar') == paths.expand([tmp_path], '.tar')
+  with pytest.raises(UserError, match=r'\*.parquet matches no file'):
+    paths.expand(tmp_path, '.parquet')
+
+
+def test_remote_paths(tmp_path):
+  import fsspec
+
+  memory = fsspec.filesystem('memory')
+  for file in sorted(Path(write_tars(tmp_path)['path']).parent.glob('*.tar')):
+    memory.pipe(f'/bucket/{file.name}', file.read_bytes())
+  assert sorted(numbers(batches(dict(format='tars', path='memory://bucket/*.tar')), 8)) == list(
+    range(24)
+  )
+  write_parquet(tmp_path)
+  memory.pipe('/bucket/0.parquet', (tmp_path / '0.parquet').read_bytes())
+  assert sorted(
+    numbers(batches(dict(format='parquet', path='memory://bucket/0.parquet')), 4)
+  ) == list(range(12))
+  with pytest.raises(UserError, match='nowhere://a.*pip install'):
+    next(batches(dict(format='tars', path='nowhere://a/*.tar')))

@@ -1,13 +1,13 @@
 """The samplers against diffusers' schedulers, over whole trajectories."""
 
 import itertools
-import re
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scheduler_peers import PEERS, SETTINGS
 
 from lavit_jax.models.diffusion import guided_denoiser, initial_latents, sample_latents
 from lavit_jax.models.noise_schedule import (
@@ -17,7 +17,7 @@ from lavit_jax.models.noise_schedule import (
   training_target,
   velocity,
 )
-from lavit_jax.models.sampler_plans import SAMPLERS, make_plan, timesteps
+from lavit_jax.models.sampler_plans import SAMPLERS, make_plan
 from lavit_jax.models.unet import UNet
 from lavit_jax.weights.torch import mapping
 from lavit_jax.weights.torch.names_diffusion import unet_rules, unet_shapes
@@ -30,22 +30,6 @@ rescale_noise_cfg = pytest.importorskip(
 ).rescale_noise_cfg
 
 SCHEDULE = scaled_linear()
-SETTINGS = dict(  # as the scheduler configs of Stable Diffusion 1.5 and SDXL have them
-  _class_name='DDIMScheduler',
-  beta_start=0.00085,
-  beta_end=0.012,
-  beta_schedule='scaled_linear',
-  steps_offset=1,
-  clip_sample=False,
-  set_alpha_to_one=False,
-  skip_prk_steps=True,
-)
-PEERS = {
-  'ddim': diffusers.DDIMScheduler,
-  'euler': diffusers.EulerDiscreteScheduler,
-  'dpm++2m': diffusers.DPMSolverMultistepScheduler,
-  'pndm': diffusers.PNDMScheduler,
-}
 RNG = np.random.default_rng(0)
 LATENTS = RNG.standard_normal((2, 4, 4, 4), np.float32)
 CONTEXT, NULL = (
@@ -208,53 +192,10 @@ def test_options_match_diffusers(sampler, options):
   )
 
 
-@pytest.mark.parametrize('sampler', ['ddim', 'euler', 'dpm++2m'])
-def test_zero_terminal_snr_begins_at_noise_alone(sampler):
-  said = dict(
-    rescale_betas_zero_snr=True, prediction_type='v_prediction', timestep_spacing='trailing'
-  )
-  peer = PEERS[sampler].from_config(SETTINGS | said)
-  peer.set_timesteps(10)
-  scheduler = Scheduler(**said)
-  steps = make_plan(scheduler, 10, sampler=sampler)
-  np.testing.assert_array_equal(steps.t, peer.timesteps)
-  assert steps.signal[0] == (0 if sampler == 'ddim' else 2**-12)
-  with pytest.raises(
-    ValueError, match="rescale_betas_zero_snr leaves no signal.*take timestep_spacing='leading'"
-  ):
-    make_plan(scheduler._replace(prediction_type='epsilon'), 10)
-
-
-@pytest.mark.parametrize('sampler,first', [('ddim', 981), ('euler', 999), ('dpm++2m', 999)])
-def test_spacing_that_is_not_named_is_the_default_of_the_class(sampler, first):
-  peer = PEERS[sampler].from_config(SETTINGS)
-  peer.set_timesteps(50)
-  np.testing.assert_allclose(timesteps(1000, 50, sampler=sampler), peer.timesteps, rtol=1e-7)
-  assert peer.timesteps[0] == first
-
-
-@pytest.mark.parametrize('sampler', ['euler', 'dpm++2m'])
-def test_what_a_sampler_cannot_follow_is_named(sampler):
-  with pytest.raises(
-    ValueError,
-    match=f"sampler='{re.escape(sampler)}' cannot draw with use_karras_sigmas=True "
-    ".*draw with sampler='ddim'",
-  ):
-    make_plan(Scheduler(use_karras_sigmas=True), 10, sampler=sampler)
-  make_plan(Scheduler(use_karras_sigmas=True), 10)
-
-
 @pytest.mark.parametrize('sampler', SAMPLERS)
 @pytest.mark.parametrize('steps', [1, 2, 3])
 def test_short_trajectories_match_too(sampler, steps):
   assert_same_trajectory(sampler=sampler, steps=steps, timestep_spacing='trailing')
-
-
-def test_pndm_visits_its_second_timestep_twice():
-  for steps in (1, 2, 3, 50):
-    peer = PEERS['pndm'].from_config(SETTINGS)
-    peer.set_timesteps(steps)
-    np.testing.assert_array_equal(make_plan(Scheduler(), steps, sampler='pndm').t, peer.timesteps)
 
 
 def test_the_samplers_differ():
@@ -281,17 +222,6 @@ def test_a_noised_start_matches_diffusers_img2img(sampler, spacing, steps, stren
   start = RNG.standard_normal(LATENTS.shape, np.float32)
   assert_same_trajectory(
     timestep_spacing=spacing, sampler=sampler, steps=steps, start=start, strength=strength
-  )
-
-
-@pytest.mark.parametrize('steps', [1, 60, 61, 103, 201, 999, 1000])
-def test_trailing_timesteps_stay_in_range(steps):
-  visited = timesteps(1000, steps, 'trailing')
-  assert (
-    len(visited) == steps
-    and visited[0] == 999
-    and visited[-1] >= 0
-    and (np.diff(visited) < 0).all()
   )
 
 
@@ -393,24 +323,6 @@ def test_schedule_and_training_targets_match_diffusers():
   np.testing.assert_allclose(
     velocity(SCHEDULE, LATENTS, noise, t), scheduler.get_velocity(*arrays), atol=1e-5
   )
-
-
-@pytest.mark.parametrize(
-  'change,message',
-  [
-    (dict(spacing='karras'), "spacing='karras'"),
-    (dict(steps=0), 'steps=0'),
-    (dict(steps=1001), 'steps=1001'),
-    (dict(steps=1000), 'begins at 1000'),
-    (dict(steps=999, sampler='dpm++2m', spacing='leading'), 'begins at 1000'),
-    (dict(strength=0.05), 'strength=0.05 leaves none of 10 steps'),
-    (dict(steps=1000, sampler='dpm++2m'), 'must be in 1..999'),
-    (dict(sampler='heun'), "sampler='heun' is not one of 'ddim', 'euler'"),
-  ],
-)
-def test_bad_settings_are_named(change, message):
-  with pytest.raises(ValueError, match=message):
-    timesteps(**(dict(num_train_steps=1000, steps=10) | change))
 
 
 def test_bad_prediction_is_named():
