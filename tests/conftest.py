@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from lavit_jax.inference.generation_config import VARIANT_DEFAULTS
 from lavit_jax.models import lavit
 from lavit_jax.models.decoder import FeatureDecoder
 from lavit_jax.models.tokenizer import DynamicTokenizer, Understanding
@@ -137,9 +138,8 @@ def golden():
   params = {}
   for part, (file, rows) in files.items():
     like = jax.eval_shape(modules[part].init, jax.random.key(0), *inputs[part])['params']
-    params[part] = jax.tree.map(
-      jnp.asarray, from_state_dict(rows, load_file(FOLDER / f'{file}.safetensors'), like)
-    )
+    state = load_file(FOLDER / f'{file}.safetensors')
+    params[part] = jax.device_put(from_state_dict(rows, state, like))
   return types.SimpleNamespace(
     modules=modules, params=params, io=io, features=io['vit_features'][:, 1:], size=size
   )
@@ -164,26 +164,55 @@ def run(golden):
   return call
 
 
-@pytest.fixture(scope='session')
-def tiny_parts():
-  """All modules of the tiny variant with random weights, which numpy draws: nothing compiles."""
+def draw_parts(variant):
+  """All modules of a variant with random weights.
+
+  Nothing compiles: numpy draws, and `device_put`, unlike `jnp.asarray`, has no program.
+  """
   rng = np.random.default_rng(0)
 
   def draw(leaf):
     fan_in = np.prod(leaf.shape[-2:-1] if leaf.ndim < 4 else leaf.shape[:3])
-    return jnp.asarray(rng.normal(0, fan_in**-0.5, leaf.shape), jnp.float32)
+    return jax.device_put(rng.normal(0, fan_in**-0.5, leaf.shape).astype(np.float32))
 
-  return jax.tree.map(draw, name_tables.module_shapes(lavit.build('tiny'), name_tables.TABLES))
+  return jax.tree.map(draw, name_tables.module_shapes(lavit.build(variant), name_tables.TABLES))
 
 
 @pytest.fixture(scope='session')
-def tiny_folder(tiny_parts, tmp_path_factory):
-  """The parameters of `tiny_parts` as a checkpoint folder with its tokenizer."""
-  folder = tmp_path_factory.mktemp('checkpoint') / 'tiny'
+def tiny_parts():
+  """The modules of the variant tiny."""
+  return draw_parts('tiny')
+
+
+@pytest.fixture(scope='session')
+def shallow_parts():
+  """The modules of the variant shallow: tiny, with fewer layers and channels to be compiled.
+
+  Decoding repeats the layers of the language model in its program. No module has the shapes of
+  tiny's, so that a converter takes none for the other.
+  """
+  tiny = lavit.VARIANTS['tiny']
+  lavit.VARIANTS['shallow'] = {
+    **tiny,
+    'vit': {**tiny['vit'], 'mlp_dim': 256},
+    'tokenizer': {**tiny['tokenizer'], 'num_layers': 1, 'mlp_dim': 256},
+    'decoder': {**tiny['decoder'], 'num_layers': 1},
+    'llama': {**tiny['llama'], 'num_layers': 2},
+    'unet': {**tiny['unet'], 'block_out_channels': (16, 24)},
+    'vae': {**tiny['vae'], 'block_out_channels': (8, 16, 24)},
+  }
+  VARIANT_DEFAULTS['shallow'] = VARIANT_DEFAULTS['tiny']
+  return draw_parts('shallow')
+
+
+@pytest.fixture(scope='session')
+def shallow_folder(shallow_parts, tmp_path_factory):
+  """The parameters of `shallow_parts` as a checkpoint folder with the tokenizer of tiny."""
+  folder = tmp_path_factory.mktemp('checkpoint') / 'shallow'
   save_params(
     folder,
-    'tiny',
-    tiny_parts,
+    'shallow',
+    shallow_parts,
     tokenizer=pathlib.Path(lavit.__file__).parents[1] / 'assets' / 'tiny' / 'language_model',
   )
   return folder

@@ -1,7 +1,6 @@
 """Variants with small image decoders, and their random parameters."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from nano import NANO
 
@@ -80,7 +79,7 @@ def random_params(variant, *names):
 
   def normal(leaf):
     fan_in = np.prod(leaf.shape[-2:-1] if leaf.ndim < 4 else leaf.shape[:3])
-    return jnp.asarray(rng.normal(0, fan_in**-0.5, leaf.shape), jnp.float32)
+    return jax.device_put(rng.normal(0, fan_in**-0.5, leaf.shape).astype(np.float32))
 
   shapes = name_tables.module_shapes(lavit.build(variant), names or name_tables.TABLES)
   return jax.tree.map(normal, shapes)

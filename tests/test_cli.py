@@ -54,17 +54,19 @@ def jpeg(**kwargs):
   ],
 )
 @pytest.mark.parametrize('command', ['caption', 'reconstruct', 'tokenize', 'answer', 'synthesize'])
-def test_files_that_are_not_images(tiny_folder, tmp_path, fails, command, data, message):
+def test_files_that_are_not_images(shallow_folder, tmp_path, fails, command, data, message):
   path = tmp_path / 'picture.jpg'
   out = tmp_path / 'out'
   if data is not None:
     path.write_bytes(data)
   more = ['What is this?'] if command in ('answer', 'synthesize') else []
-  fails([command, path, *more, '--folder', tiny_folder, '--out', out], f'picture.jpg: .*{message}')
+  fails(
+    [command, path, *more, '--folder', shallow_folder, '--out', out], f'picture.jpg: .*{message}'
+  )
   assert not out.exists()
 
 
-def test_images_of_every_mode_are_tokenized(tiny_folder, tmp_path, capsys):
+def test_images_of_every_mode_are_tokenized(shallow_folder, tmp_path, capsys):
   images = {
     'one.png': NOISE.resize((1, 1)),
     'palette.png': NOISE.quantize(16),
@@ -76,7 +78,7 @@ def test_images_of_every_mode_are_tokenized(tiny_folder, tmp_path, capsys):
     image.save(tmp_path / name)
   out = tmp_path / 'tokens.jsonl'
   paths = [str(tmp_path / name) for name in images]
-  assert cli.main(['tokenize', *paths, '--folder', str(tiny_folder), '--out', str(out)]) == 0
+  assert cli.main(['tokenize', *paths, '--folder', str(shallow_folder), '--out', str(out)]) == 0
   rows = [json.loads(line) for line in out.read_text().splitlines()]
   assert [os.path.basename(row['image']) for row in rows] == list(images)
   assert all(len(row['ids']) == len(row['patches']) == row['count'] > 0 for row in rows)
@@ -125,20 +127,20 @@ def test_images_of_every_mode_are_tokenized(tiny_folder, tmp_path, capsys):
     (['draw', 'owl'], "'draw'.*generate"),
   ],
 )
-def test_prompts_and_options(tiny_folder, tmp_path, fails, arguments, message):
+def test_prompts_and_options(shallow_folder, tmp_path, fails, arguments, message):
   image = tmp_path / 'image.png'
   out = tmp_path / 'out'
   NOISE.save(image)
   arguments = [image if argument == 'IMAGE' else argument for argument in arguments]
-  fails([*arguments, '--folder', tiny_folder, '--out', out], message)
+  fails([*arguments, '--folder', shallow_folder, '--out', out], message)
   assert not out.exists()
 
 
-def test_checkpoints(tiny_folder, tmp_path, fails):
+def test_checkpoints(shallow_folder, tmp_path, fails):
   fails(
     ['generate', 'owl', '--folder', tmp_path / 'nowhere'], 'nowhere is not a lavit_jax checkpoint'
   )
-  folder = shutil.copytree(tiny_folder, tmp_path / 'broken')
+  folder = shutil.copytree(shallow_folder, tmp_path / 'broken')
   data = max((folder / 'parts' / 'llama').rglob('*/d/*'), key=lambda x: x.stat().st_size)
   data.write_bytes(data.read_bytes()[:1000])
   fails(['generate', 'owl', '--folder', folder, '--out', tmp_path / 'out'], r'/llama is truncated')
@@ -258,9 +260,17 @@ def test_parts_in_a_bucket(tmp_path, fails):
   )
 
 
-def test_a_missing_data_set(tiny_folder, tmp_path, fails):
+def test_a_missing_data_set(shallow_folder, tmp_path, fails):
   fails(
-    ['evaluate', '--folder', tiny_folder, '--source', tmp_path, '--out', tmp_path / 'report.json'],
+    [
+      'evaluate',
+      '--folder',
+      shallow_folder,
+      '--source',
+      tmp_path,
+      '--out',
+      tmp_path / 'report.json',
+    ],
     'no emoji data set; build one',
   )
   assert not list(tmp_path.iterdir())

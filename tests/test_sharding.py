@@ -259,7 +259,7 @@ def test_activations_are_split_by_rows_whatever_the_input(axes, rows):
   env = {
     **os.environ,
     'JAX_PLATFORMS': 'cpu',
-    'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
+    'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count=8',
     'PYTHONPATH': str(pathlib.Path(lavit.__file__).parents[2]),
   }
   out = subprocess.run(

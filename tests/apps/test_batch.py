@@ -222,9 +222,9 @@ def test_generation_options_reach_the_model(stub, folder, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-def test_a_row_has_the_same_result_in_any_block(tiny_folder):
+def test_a_row_has_the_same_result_in_any_block(shallow_folder):
   """With a real model: the keys of a row, and of the images in it, depend on its index alone."""
-  model = Lavit.from_pretrained(tiny_folder)
+  model = Lavit.from_pretrained(shallow_folder)
   pictures = RNG.integers(0, 256, (3, 64, 64, 3), np.uint8)
   part = IndexedSeed(4, [1, 2])
   np.testing.assert_array_equal(

@@ -6,5 +6,5 @@ from lavit_jax.inference.pipeline import Lavit
 
 
 @pytest.fixture(scope='session')
-def model(tiny_folder):
-  return Lavit.from_pretrained(tiny_folder)
+def model(shallow_folder):
+  return Lavit.from_pretrained(shallow_folder)

@@ -53,7 +53,7 @@ def params():
   tree = mapping.from_state_dict(
     llama_rules(), load_file(FOLDER / 'language_model.safetensors'), like
   )
-  return jax.tree.map(jnp.asarray, tree)
+  return jax.device_put(tree)
 
 
 @pytest.fixture(scope='module')

@@ -53,7 +53,7 @@ def both():
   like = jax.eval_shape(LLAMA.init, jax.random.key(0), *example)['params']
   state = {name: tensor.numpy() for name, tensor in peer.state_dict().items()}
   params = mapping.from_state_dict(llama_rules(), state, like)
-  params = unroll_layers(LLAMA, jax.tree.map(jnp.asarray, params))[1]
+  params = unroll_layers(LLAMA, jax.device_put(params))[1]
   rng = np.random.default_rng(1)
   prompts = [[rng.integers(3, 60, rng.integers(1, 9))] for _ in range(7)]
   embeddings, mask, _ = embed_prompts(

@@ -116,9 +116,9 @@ def test_old_attributes_of_results():
     assert generated.sampled is generated.codes
 
 
-def test_old_names_of_the_model(tiny_folder):
+def test_old_names_of_the_model(shallow_folder):
   with pytest.warns(DeprecationWarning, match='cache=; use cache_dtype='):
-    model = Lavit.from_pretrained(tiny_folder, cache='bfloat16')
+    model = Lavit.from_pretrained(shallow_folder, cache='bfloat16')
   for old, new in (
     ('model', 'modules'),
     ('parts', 'params'),

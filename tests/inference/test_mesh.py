@@ -93,6 +93,6 @@ def test_a_mesh_computes_what_one_device_computes(weights, heads):
   assert (difference > 0).mean() < 0.02
 
 
-def test_a_mesh_that_does_not_fit(tiny_folder):
+def test_a_mesh_that_does_not_fit(shallow_folder):
   with pytest.raises(UserError, match='mesh: data=1, fsdp=1, tensor=3 does not fit'):
-    Lavit.from_pretrained(tiny_folder, mesh=dict(tensor=3))
+    Lavit.from_pretrained(shallow_folder, mesh=dict(tensor=3))

@@ -23,8 +23,8 @@ TINY = pathlib.Path(pipeline.__file__).parents[1] / 'assets' / 'tiny'
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
 
 
-def test_a_task_reads_only_its_modules(tiny_folder, tmp_path):
-  folder = shutil.copytree(tiny_folder, tmp_path / 'tiny')
+def test_a_task_reads_only_its_modules(shallow_folder, tmp_path):
+  folder = shutil.copytree(shallow_folder, tmp_path / 'tiny')
   data = max((folder / 'parts' / 'understanding').rglob('*/d/*'), key=lambda x: x.stat().st_size)
   data.write_bytes(data.read_bytes()[:1000])
   shutil.rmtree(folder / 'parts' / 'llama')
@@ -36,7 +36,7 @@ def test_a_task_reads_only_its_modules(tiny_folder, tmp_path):
     model.caption(IMAGES)
   with pytest.raises(UserError, match='/llama is missing'):
     model.generate(['an owl'])
-  with pytest.raises(UserError, match="holds variant 'tiny'"):
+  with pytest.raises(UserError, match="holds variant 'shallow'"):
     Lavit.from_pretrained(folder, variant='small')
   with pytest.raises(UserError, match='nowhere is not a lavit_jax checkpoint'):
     Lavit.from_pretrained('nowhere')
@@ -49,16 +49,16 @@ def test_a_task_reads_only_its_modules(tiny_folder, tmp_path):
   assert model.params.loaded == {'vit', 'tokenizer'}  # said before anything was read
 
 
-def test_decoding_reads_only_the_codebook_of_the_tokenizer(tiny_folder, tiny_parts, tmp_path):
+def test_decoding_reads_only_the_codebook_of_the_tokenizer(shallow_folder, shallow_parts, tmp_path):
   codes, tokens = [np.arange(20)], []
-  for folder in (tiny_folder, tmp_path / 'theirs'):
-    if folder != tiny_folder:
-      convert.plan_conversion(tiny_folder, folder).run(lambda size: None)
+  for folder in (shallow_folder, tmp_path / 'theirs'):
+    if folder != shallow_folder:
+      convert.plan_conversion(shallow_folder, folder).run(lambda size: None)
     model = Lavit.from_pretrained(folder)
     drawn = model.decode_images(codes, num_inference_steps=1)
     assert 'tokenizer' not in model.params.loaded
     (embedding,) = jax.tree.leaves(model.params['codebook'])
-    np.testing.assert_array_equal(embedding, tiny_parts['tokenizer']['quantizer']['embedding'])
+    np.testing.assert_array_equal(embedding, shallow_parts['tokenizer']['quantizer']['embedding'])
     tokens.append(model.tokenize(IMAGES).ids)
     assert model.params['tokenizer']['quantizer']['embedding'] is embedding  # not read again
     whole = Lavit.from_pretrained(folder)
@@ -125,17 +125,17 @@ def test_a_pytorch_folder_gives_the_same_results(tmp_path):
     Lavit.from_pretrained(tmp_path / 'theirs')
 
 
-def test_weights_of_another_variant_are_named(model, tiny_parts):
-  wide = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-1], 2 * x.shape[-1])), tiny_parts['vit'])
+def test_weights_of_another_variant_are_named(model, shallow_parts):
+  wide = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-1], 2 * x.shape[-1])), shallow_parts['vit'])
   deep = {
-    **tiny_parts['vit'],
-    'blocks': jax.tree.map(lambda x: jnp.concatenate([x, x]), tiny_parts['vit']['blocks']),
+    **shallow_parts['vit'],
+    'blocks': jax.tree.map(lambda x: jnp.concatenate([x, x]), shallow_parts['vit']['blocks']),
   }
-  less = {key: value for key, value in tiny_parts['vit'].items() if key != 'blocks'}
+  less = {key: value for key, value in shallow_parts['vit'].items() if key != 'blocks'}
   for vit, fault in (
     (wide, 'instead of'),
     (deep, r'blocks/.*: \(8, .*instead of \(4, '),
     (less, 'blocks/.*: missing'),
   ):
-    with pytest.raises(UserError, match=f"weights of vit are not of variant 'tiny', .*{fault}"):
-      Lavit(model.modules, dict(tiny_parts, vit=vit), model.tokenizer).tokenize(IMAGES)
+    with pytest.raises(UserError, match=f"weights of vit are not of variant 'shallow', .*{fault}"):
+      Lavit(model.modules, dict(shallow_parts, vit=vit), model.tokenizer).tokenize(IMAGES)

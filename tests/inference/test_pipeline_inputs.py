@@ -136,8 +136,8 @@ def test_the_bytes_of_one_image_are_one_image(model):
 
 
 @pytest.mark.parametrize('dtype', ['float99', 'int8', 'float64'])
-def test_unknown_dtypes(tiny_folder, dtype):
+def test_unknown_dtypes(shallow_folder, dtype):
   with pytest.raises(
     UserError, match=f"dtype='{dtype}' is not known; choose one of None, 'float32'"
   ):
-    Lavit.from_pretrained(tiny_folder, dtype=dtype)
+    Lavit.from_pretrained(shallow_folder, dtype=dtype)

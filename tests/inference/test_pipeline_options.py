@@ -135,20 +135,20 @@ def test_each_purpose_has_keys_of_its_own(model, monkeypatch):
   assert len(np.unique(data, axis=0)) == len(data) == 4
 
 
-def test_weight_and_cache_dtypes(tiny_folder, tiny_parts, model):
+def test_weight_and_cache_dtypes(shallow_folder, shallow_parts, model):
   expected = model.caption_outputs(IMAGES, seed=None)
   for options in (
     dict(weights_dtype='int8'),
     dict(cache_dtype='int8'),
     dict(cache_dtype='bfloat16'),
   ):
-    small = Lavit.from_pretrained(tiny_folder, **options)
+    small = Lavit.from_pretrained(shallow_folder, **options)
     scores = scores_of(small.caption_outputs(IMAGES, seed=None))
     assert 0 < np.abs(np.subtract(scores, scores_of(expected))).max() < 0.5, options
     types = {x.dtype.name for x in jax.tree.leaves(small.params['llama'])}
     assert types == ({'int8', 'float32'} if 'weights_dtype' in options else {'float32'})
     assert {x.dtype.name for x in jax.tree.leaves(small.params['vit'])} == {'float32'}
-  params = dict(tiny_parts)
+  params = dict(shallow_parts)
   Lavit(model.modules, params, model.tokenizer, weights_dtype='int8').caption(IMAGES)
   assert params['llama']['layers']['mlp']['up']['kernel'].dtype == jnp.float32  # not changed
   with pytest.raises(
@@ -157,4 +157,4 @@ def test_weight_and_cache_dtypes(tiny_folder, tiny_parts, model):
     Lavit(model.modules, model.params, model.tokenizer, weights_dtype='int8')
   for options in (dict(weights_dtype='int4'), dict(cache_dtype='float64')):
     with pytest.raises(UserError, match="is not known; choose one of None, .*'int8'"):
-      Lavit.from_pretrained(tiny_folder, **options)
+      Lavit.from_pretrained(shallow_folder, **options)

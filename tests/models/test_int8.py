@@ -102,7 +102,7 @@ def test_golden_language_model():
   )
   like = jax.eval_shape(llama.init, jax.random.key(0), *example)['params']
   state = load_file(GOLDEN / 'language_model.safetensors')
-  stacked = jax.tree.map(jnp.asarray, mapping.from_state_dict(llama_rules(), state, like))
+  stacked = jax.device_put(mapping.from_state_dict(llama_rules(), state, like))
   llama, params = unroll_layers(llama, stacked)
   rounded = jax.tree.map(lambda x: x, params)
   round_matrix(rounded, 'head')

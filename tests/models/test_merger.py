@@ -73,7 +73,7 @@ BUCKETED = dict(zip(KEEPS, (1, 1, 1, 0, 0), strict=True))
 
 def scale_queries(params, factor):
   """Scores of the self-attention times a factor: small ones leave little to eps."""
-  params = jax.tree.map(jnp.asarray, params)
+  params = jax.device_put(params)
   kernel = params['blocks']['self_attn']['qkv']['kernel']
   params['blocks']['self_attn']['qkv']['kernel'] = kernel.at[:, 0].multiply(factor)
   return params
@@ -312,7 +312,7 @@ def test_a_bucket_on_eight_devices_is_that_on_one():
   env = {
     **os.environ,
     'JAX_PLATFORMS': 'cpu',
-    'XLA_FLAGS': '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0',
+    'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count=8',
     'PYTHONPATH': str(pathlib.Path(lavit.__file__).parents[2]),
   }
   done = subprocess.run(

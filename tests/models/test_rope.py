@@ -154,7 +154,7 @@ def model(name: str) -> tuple[Llama, dict]:
   example = jnp.zeros((1, 2, WIDTH)), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 1, 2, 2), bool)
   stacked = jax.eval_shape(llama.clone(scan=True).init, jax.random.key(0), *example)['params']
   state = {key: x.numpy() for key, x in weights().items()}
-  params = jax.tree.map(jnp.asarray, mapping.from_state_dict(llama_rules(), state, stacked))
+  params = jax.device_put(mapping.from_state_dict(llama_rules(), state, stacked))
   return unroll_layers(llama, params)
 
 

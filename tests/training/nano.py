@@ -56,9 +56,21 @@ INTERFACES = dict(
 )
 
 
-# Nearly everything here is compiled to run once.
-QUICK_TO_COMPILE = dict(xla_backend_optimization_level=0, xla_cpu_use_fusion_emitters=False)
-jit = functools.partial(jax.jit, compiler_options=QUICK_TO_COMPILE)
+# Nearly everything here is compiled to run once, as all tests are by launch/test.sh.
+QUICK_TO_COMPILE = dict(
+  xla_backend_optimization_level=0,
+  xla_cpu_use_fusion_emitters=False,
+  xla_cpu_opt_preset='CPU_OPT_PRESET_FAST_COMPILE',
+  xla_cpu_parallel_codegen_split_count=1,
+)
+# Those that XLA_FLAGS do not have: equal programs of several processes are compiled once only if
+# their flags and options are equal, too.
+QUICK_OPTIONS = {
+  name: value
+  for name, value in QUICK_TO_COMPILE.items()
+  if f'--{name}=' not in os.environ.get('XLA_FLAGS', '')
+}
+jit = functools.partial(jax.jit, compiler_options=QUICK_OPTIONS)
 
 
 def install() -> None:
@@ -112,6 +124,12 @@ def run(stage: str, mesh=None, **changes):
 def init_stage(stage, params):
   """`stage.init`, of which little is computed where `params` has it all."""
   return jit(stage.init)(jax.random.key(0), params)
+
+
+@functools.partial(jit, static_argnames=('module', 'method'))
+def apply_module(module, params, *args, method=None):
+  """`module.apply` on a bare tree of parameters, as one program."""
+  return module.apply({'params': params}, *args, method=method)
 
 
 def optimizer_config(num_steps: int = 10, **changes):

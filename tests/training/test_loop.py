@@ -222,7 +222,7 @@ def test_a_lost_loss_ends_the_run_and_no_checkpoint_has_its_parameters(
 
     class Broken:
       def lower(self, state, frozen, batch):
-        compiled = step.lower(state, frozen, batch).compile(compiler_options=nano.QUICK_TO_COMPILE)
+        compiled = step.lower(state, frozen, batch).compile(compiler_options=nano.QUICK_OPTIONS)
 
         def run(state, frozen, batch):
           number = int(state.step)

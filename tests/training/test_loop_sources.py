@@ -28,7 +28,7 @@ def lines(folder):
 def test_goes_on_to_the_bit_and_counts_what_is_skipped(tmp_path, capsys, monkeypatch):
   compile_fully = jax.stages.Lowered.compile
   monkeypatch.setattr(
-    jax.stages.Lowered, 'compile', lambda self: compile_fully(self, nano.QUICK_TO_COMPILE)
+    jax.stages.Lowered, 'compile', lambda self: compile_fully(self, nano.QUICK_OPTIONS)
   )
   for t in range(2):
     bad = [('x', {'png': b'no image', 'txt': b'words'})]
@@ -109,7 +109,7 @@ def test_a_step_is_saved_before_it_is_evaluated(tmp_path, monkeypatch):
   """A failing evaluation loses no step, and a restarted run does not repeat the evaluation."""
   compile_fully = jax.stages.Lowered.compile
   monkeypatch.setattr(
-    jax.stages.Lowered, 'compile', lambda self: compile_fully(self, nano.QUICK_TO_COMPILE)
+    jax.stages.Lowered, 'compile', lambda self: compile_fully(self, nano.QUICK_OPTIONS)
   )
 
   def fail(self, *args):

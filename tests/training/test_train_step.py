@@ -34,7 +34,7 @@ def steps(run, parts, frozen, batches):
   with jax.set_mesh(MESH):
     state = nano.jit(init)(jax.random.key(run.seed), parts)
     step = make_train_step(run, tx, sharding.shardings(state, MESH))
-    step = step.lower(state, frozen, batches[0]).compile(compiler_options=nano.QUICK_TO_COMPILE)
+    step = step.lower(state, frozen, batches[0]).compile(compiler_options=nano.QUICK_OPTIONS)
     for batch in batches:
       state, values = step(jax.tree.map(jnp.copy, state), frozen, batch)
       seen.append((jax.device_get(state), jax.device_get(values)))

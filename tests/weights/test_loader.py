@@ -108,9 +108,9 @@ def test_a_damaged_layer_is_named(converted, tmp_path):
     Lavit.from_pretrained(folder).generate(['an owl'], num_inference_steps=1)
 
 
-def test_the_longest_prompt_is_the_checkpoints(converted, tiny_folder, tmp_path):
+def test_the_longest_prompt_is_the_checkpoints(converted, shallow_folder, tmp_path):
   # From its config, from its settings, and from the variant.
-  for folder in (TINY, converted, tiny_folder):
+  for folder in (TINY, converted, shallow_folder):
     settings = open_checkpoint(folder).settings
     assert lavit.build('tiny', settings=settings).llama.max_position_embeddings == 4096
   edited = shutil.copytree(TINY, tmp_path / 'edited')

@@ -156,7 +156,7 @@ def stage1():
     names.blip2_pretraining_rules(), state, STAGE1, *inputs(), decode_id=DECODE_ID
   )
   assert not unused
-  return peer, jax.tree.map(jnp.asarray, params)
+  return peer, jax.device_put(params)
 
 
 def apply(params, *args, method=None, **options):

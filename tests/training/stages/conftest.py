@@ -3,7 +3,6 @@
 import math
 
 import jax
-import jax.numpy as jnp
 import nano
 import numpy as np
 import pytest
@@ -23,10 +22,9 @@ def parts():
 
   def draw(path, leaf):
     if getattr(path[-1], 'key', '') == 'scale':
-      return jnp.ones(leaf.shape)
-    return jnp.asarray(
-      rng.normal(0, max(math.prod(leaf.shape[:-1][-3:]), 1) ** -0.5, leaf.shape), jnp.float32
-    )
+      return jax.device_put(np.ones(leaf.shape, np.float32))
+    fan_in = max(math.prod(leaf.shape[:-1][-3:]), 1)
+    return jax.device_put(rng.normal(0, fan_in**-0.5, leaf.shape).astype(np.float32))
 
   parts = jax.tree_util.tree_map_with_path(
     draw, name_tables.module_shapes(MODEL, name_tables.TABLES)

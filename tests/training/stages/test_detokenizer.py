@@ -5,12 +5,10 @@ import jax.numpy as jnp
 import nano
 import numpy as np
 import pytest
+from nano import apply_module
 
 from lavit_jax.models import lavit
 from lavit_jax.training.stages import build_stage
-from lavit_jax.training.stages.base import (
-  apply_module,
-)
 
 nano.install()
 MODEL = lavit.build('nano')
@@ -72,19 +70,19 @@ def test_the_detokenizer_learns_the_target_of_the_scheduler(parts, batch, kind):
     params, frozen, state, batch, jax.random.key(5), True
   )
 
-  rows = jnp.arange(8)
-  keys = [
-    jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
-    for key in jax.random.split(jax.random.key(5), 5)
-  ]
-  normal = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))
+  fold_rows = jax.vmap(jax.random.fold_in, (None, 0))
+  keys = nano.jit(jax.vmap(fold_rows, (0, None)))(
+    jax.random.split(jax.random.key(5), 5), np.arange(8)
+  )
+  normal = nano.jit(jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:])))
   mean, logvar = apply_module(
     MODEL.vae, parts['vae'], batch['image'] / np.float32(127.5) - 1, method='encode'
   )
-  latents = np.asarray(mean + jnp.exp(logvar / 2) * normal(keys[0]), np.float64)
+  mean, logvar, draw = (np.asarray(x, np.float64) for x in (mean, logvar, normal(keys[0])))
+  latents = mean + np.exp(logvar / 2) * draw
   # As StableDiffusionXLImg2ImgPipeline.
   latents = (latents - vae['latents_mean']) * vae['scaling_factor'] / vae['latents_std']
-  t = np.asarray(jax.vmap(lambda key: jax.random.randint(key, (), 0, 50))(keys[3]))
+  t = np.asarray(nano.jit(jax.vmap(lambda key: jax.random.randint(key, (), 0, 50)))(keys[3]))
   noise = np.asarray(normal(keys[4]), np.float64)
   alpha = DDIMScheduler(**scheduler).alphas_cumprod.double().numpy()[t][:, None, None, None]
   target = dict(

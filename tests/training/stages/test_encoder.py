@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import nano
 import numpy as np
 import pytest
@@ -108,4 +109,4 @@ def test_names_need_composed_images(batch):
   params, state = nano.init_stage(stage, {})
   del batch['object_map']
   with pytest.raises(UserError, match='name_weight needs composed images'):
-    stage.loss(params, {}, state, batch, None, True)
+    jax.eval_shape(lambda: stage.loss(params, {}, state, batch, None, True))

@@ -177,9 +177,10 @@ def test_kept_patches_take_in_dropped_ones_from_a_step_on(parts):
   assert sum(bool(re.search(held.regex, name)) for name in jax.tree.leaves(names)) == 2
 
   tokenizer = codebook.put_in(params, book.embedding)['tokenizer']
-  keep = jnp.array([[1.0, 0, 1, 0]])
+  keep = np.array([[1, 0, 1, 0]], np.float32)
   x = jax.random.normal(jax.random.key(0), (1, 4, MODEL.tokenizer.hidden_size))
 
+  @nano.jit
   def change_of_kept_rows(tokenizer):
     rows = apply_module(MODEL.tokenizer, tokenizer, x, keep, method='merge')
     other = apply_module(MODEL.tokenizer, tokenizer, x.at[0, 1].multiply(-1), keep, method='merge')
@@ -234,51 +235,54 @@ def test_the_share_of_distinct_tokens():
 
 def test_the_choice_of_patches():
   """Shuffled, an image keeps as many patches elsewhere; fixed, each keeps the same number."""
-  p = jnp.linspace(0.01, 0.99, 64)
-  log_probs = jnp.broadcast_to(jnp.log(jnp.stack([p, 1 - p], -1)), (200, 64, 2))
+  p = np.linspace(0.01, 0.99, 64, dtype=np.float32)
+  log_probs = np.broadcast_to(np.log(np.stack([p, 1 - p], -1)), (200, 64, 2))
   key = jax.random.key(0)
 
-  def choose(selection):
-    options = nano.run('tokenizer', tokenizer__selection=selection).options
-    return choose_patches(options, log_probs, key)
+  def choose(log_probs=log_probs, **options):
+    changes = {f'tokenizer__{name}': value for name, value in options.items()}
+    options = nano.run('tokenizer', **changes).options
+    return np.asarray(nano.jit(lambda x: choose_patches(options, x, key))(log_probs))
 
-  learned = choose('learned')
-  shuffled = choose('shuffled')
-  fixed = choose('fixed')
+  learned = choose(selection='learned')
+  shuffled = choose(selection='shuffled')
+  fixed = choose(selection='fixed')
   assert learned[:, 32:].mean() > 0.7 > 0.55 > shuffled[:, 32:].mean() > 0.45
   np.testing.assert_array_equal(fixed.sum(1), round(64 / 3))
   assert fixed[:, 32:].mean() > fixed[:, :32].mean()
   # As many as a choice by the selector: its distribution, here a mean of 32 and a deviation of 3.2.
   assert abs(shuffled.sum(1).mean() - learned.sum(1).mean()) < 1.5
   assert shuffled.sum(1).std() == pytest.approx(learned.sum(1).std(), rel=0.25)
-  moved = choose_patches(
-    nano.run('tokenizer', tokenizer__selection='shuffled').options, log_probs[:2], key
-  )
+  moved = choose(log_probs[:2], selection='shuffled')
   assert not np.array_equal(moved[0], moved[1])  # each image is shuffled on its own
 
-  def total(log_probs, selection):
+  def gradient(selection):
     options = nano.run('tokenizer', tokenizer__selection=selection).options
-    return (choose_patches(options, log_probs, key) * jnp.arange(64.0)).sum()
 
-  assert not jax.grad(total)(log_probs, 'shuffled').any()  # what is chosen is not the selector's
-  assert jax.grad(total)(log_probs, 'learned').any()
-  few = nano.run('tokenizer', tokenizer__selection='fixed', tokenizer__keep_ratio=0.001).options
-  np.testing.assert_array_equal(choose_patches(few, log_probs, key).sum(1), 1)
+    def total(log_probs):
+      return (choose_patches(options, log_probs, key) * np.arange(64.0)).sum()
+
+    return np.asarray(nano.jit(jax.grad(total))(log_probs))
+
+  assert not gradient('shuffled').any()  # what is chosen is not the selector's
+  assert gradient('learned').any()
+  few = choose(selection='fixed', keep_ratio=0.001)
+  np.testing.assert_array_equal(few.sum(1), 1)
 
 
 def test_a_fixed_number_is_kept():
-  p = jnp.array([0.2, 0.9, 0.2, 0.6, 0.2])
-  log_probs = jnp.broadcast_to(jnp.log(jnp.stack([p, 1 - p], -1)), (20_000, 5, 2))
-  keep = fixed_keep(log_probs, jax.random.key(0), 2)
+  p = np.array([0.2, 0.9, 0.2, 0.6, 0.2], np.float32)
+  log_probs = np.broadcast_to(np.log(np.stack([p, 1 - p], -1)), (20_000, 5, 2))
+  keep = np.asarray(nano.jit(lambda x: fixed_keep(x, jax.random.key(0), 2))(log_probs))
   assert set(np.unique(keep).tolist()) == {0.0, 1.0}
   np.testing.assert_array_equal(keep.sum(1), 2)
   share = keep.mean(0)
   assert share[1] > share[3] > share[::2].max()  # not always the most probable two
   np.testing.assert_allclose(share[::2], share[0], atol=0.02)
   # The gradient is that of the sampled choice, whose noise has the same key.
-  weight = jnp.arange(15.0).reshape(3, 5)
+  weight = np.arange(15.0).reshape(3, 5)
   total = [
-    jax.grad(lambda x, choose=choose: (choose(x) * weight).sum())(log_probs[:3])
+    nano.jit(jax.grad(lambda x, choose=choose: (choose(x) * weight).sum()))(log_probs[:3])
     for choose in (
       lambda x: fixed_keep(x, jax.random.key(1), 2),
       lambda x: gumbel_keep(x, key=jax.random.key(1)),
@@ -320,9 +324,7 @@ def test_the_merger_computes_kept_rows_alone_once_the_selector_is_frozen(parts, 
     tokenizer__selector_gradient='published',
   ).stage
   without, _ = codebook.take_out(parts)
-  params, book = stage.init(
-    jax.random.key(0), {name: without[name] for name in ('tokenizer', 'decoder')}
-  )
+  params, book = nano.init_stage(stage, {name: without[name] for name in ('tokenizer', 'decoder')})
   # With nearly equal scores, eps changes little.
   qkv = params['tokenizer']['merger']['blocks']['self_attn']['qkv']
   flat = {**qkv, 'kernel': qkv['kernel'].at[:, 0].multiply(0.01)}
