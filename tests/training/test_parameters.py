@@ -211,7 +211,7 @@ def loop_data():
 def test_pairs_longer_than_the_language_model_reads_are_refused():
   with pytest.raises(
     UserError,
-    match='data.text_length=48: with 16 visual tokens and 3 marks a pair may have 67 tokens, but '
+    match='data.text_length=64: with 16 visual tokens and 3 marks a pair may have 83 tokens, but '
     '.*max_position_embeddings=64',
   ):
     build({'llama': {'max_position_embeddings': 64}})

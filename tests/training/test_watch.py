@@ -73,7 +73,7 @@ def test_rows_that_are_too_short_for_the_longest_pair():
   run = nano.run('lm', lm__row_length=48)  # of 48 text tokens, 16 patches and 3 marks
   with pytest.raises(
     UserError,
-    match='lm.row_length=48 is less than the 67 tokens that a pair may have: set lm.row_length=67',
+    match='lm.row_length=48 is less than the 83 tokens that a pair may have: set lm.row_length=83',
   ):
     watch(run)[0].check_packing(dict(overflow=6.0, packed_share=0.1), 1)
 
