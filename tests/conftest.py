@@ -164,32 +164,13 @@ def run(golden):
   return call
 
 
-def draw_parts(variant):
-  """All modules of a variant with random weights.
-
-  Nothing compiles: numpy draws, and `device_put`, unlike `jnp.asarray`, has no program.
-  """
-  rng = np.random.default_rng(0)
-
-  def draw(leaf):
-    fan_in = np.prod(leaf.shape[-2:-1] if leaf.ndim < 4 else leaf.shape[:3])
-    return jax.device_put(rng.normal(0, fan_in**-0.5, leaf.shape).astype(np.float32))
-
-  return jax.tree.map(draw, name_tables.module_shapes(lavit.build(variant), name_tables.TABLES))
-
-
-@pytest.fixture(scope='session')
-def tiny_parts():
-  """The modules of the variant tiny."""
-  return draw_parts('tiny')
-
-
 @pytest.fixture(scope='session')
 def shallow_parts():
-  """The modules of the variant shallow: tiny, with fewer layers and channels to be compiled.
+  """Random weights of all modules of the variant shallow.
 
-  Decoding repeats the layers of the language model in its program. No module has the shapes of
-  tiny's, so that a converter takes none for the other.
+  It is tiny with fewer layers and channels to be compiled: decoding repeats the layers of the
+  language model in its program. No module has the shapes of tiny's, so that a converter takes none
+  for the other.
   """
   tiny = lavit.VARIANTS['tiny']
   lavit.VARIANTS['shallow'] = {
@@ -202,7 +183,14 @@ def shallow_parts():
     'vae': {**tiny['vae'], 'block_out_channels': (8, 16, 24)},
   }
   VARIANT_DEFAULTS['shallow'] = VARIANT_DEFAULTS['tiny']
-  return draw_parts('shallow')
+  rng = np.random.default_rng(0)
+
+  def draw(leaf):
+    fan_in = np.prod(leaf.shape[-2:-1] if leaf.ndim < 4 else leaf.shape[:3])
+    # Nothing compiles: `device_put`, unlike `jnp.asarray`, has no program.
+    return jax.device_put(rng.normal(0, fan_in**-0.5, leaf.shape).astype(np.float32))
+
+  return jax.tree.map(draw, name_tables.module_shapes(lavit.build('shallow'), name_tables.TABLES))
 
 
 @pytest.fixture(scope='session')

@@ -155,21 +155,23 @@ def start_script(checkout, script, *arguments, **env):
     for name, value in os.environ.items()
     if name not in ('REPOSITORY', 'CUDA_VISIBLE_DEVICES')
   } | env
-  return subprocess.Popen(
-    ['bash', checkout / 'launch' / script, *arguments],
-    env=env,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-    start_new_session=True,
-    preexec_fn=restore_signals,
-  )
-
-
-def restore_signals():
-  """Undoes what a shell does to processes in the background: it has them ignore these signals."""
-  for number in (signal.SIGINT, signal.SIGHUP):
-    signal.signal(number, signal.SIG_DFL)
+  # A shell has its processes in the background ignore these signals. They are default here, and so
+  # in the script, without a `preexec_fn`: that would copy the memory map of all tests.
+  ours = {
+    number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)
+  }
+  try:
+    return subprocess.Popen(
+      ['bash', checkout / 'launch' / script, *arguments],
+      env=env,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+      start_new_session=True,
+    )
+  finally:
+    for number, handler in ours.items():
+      signal.signal(number, handler)
 
 
 def test_arguments_are_passed_on_and_the_status_is_returned(checkout):

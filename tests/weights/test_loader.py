@@ -39,9 +39,9 @@ def live_bytes() -> int:
 
 @pytest.mark.parametrize('weights_dtype', [None, 'int8'])
 @pytest.mark.parametrize('mesh', [None, dict(data=1)])
-def test_the_device_holds_the_result_and_one_layer(tiny_parts, weights_dtype, mesh):
-  modules = lavit.build('tiny', 'bfloat16')
-  flat = flatten(jax.tree.map(np.asarray, tiny_parts['llama']))
+def test_the_device_holds_the_result_and_one_layer(shallow_parts, weights_dtype, mesh):
+  modules = lavit.build('shallow', 'bfloat16')
+  flat = flatten(jax.tree.map(np.asarray, shallow_parts['llama']))
   memory = []  # at each read
   gc.collect()  # arrays of earlier tests that nothing refers to
   before = live_bytes()
@@ -53,7 +53,7 @@ def test_the_device_holds_the_result_and_one_layer(tiny_parts, weights_dtype, me
 
   structs = {path: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for path, x in flat.items()}
   checkpoint = CheckpointInfo(
-    variant='tiny',
+    variant='shallow',
     tokenizer_folder=TINY / 'language_model',
     modules=frozenset({'llama'}),
     open=lambda module, dtype: ParameterSource(structs, read),
@@ -65,7 +65,7 @@ def test_the_device_holds_the_result_and_one_layer(tiny_parts, weights_dtype, me
   reads = [x.shape[0] if path.startswith('layers/') else 1 for path, x in flat.items()]
   assert len(memory) == sum(reads)
   assert max(memory) <= result_bytes and live_bytes() - before == result_bytes
-  params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), tiny_parts['llama'])
+  params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), shallow_parts['llama'])
   expected = unstack_layers(params)
   if weights_dtype:
     expected = quantize_weights(expected)
