@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from programs import compiled
 
 from lavit_jax.models import attention as attention_module
 from lavit_jax.models.attention import attention, counterfactual_attention, policy_attention
@@ -39,7 +40,7 @@ def test_attention_matches_torch(kv_heads, extra):
   expected = F.scaled_dot_product_attention(
     to_torch(q), to_torch(k), to_torch(v), enable_gqa=True, **torch_options
   )
-  out = attention(q, k, v, **options)
+  out = compiled(attention, 'scale')(q, k, v, **options)
   np.testing.assert_allclose(out, expected.numpy().swapaxes(1, 2), atol=1e-5)
 
 
@@ -49,7 +50,8 @@ def test_attention_gradient_matches_torch(monkeypatch, block):
   monkeypatch.setattr(attention_module, 'QUERY_BLOCK', block)
   q, k, v = (normal(2, 19, 4, 8, seed=n) for n in range(3))
   weight = normal(2, 19, 4, 8, seed=3)
-  gradients = jax.grad(lambda *qkv: (attention(*qkv) * weight).sum(), argnums=(0, 1, 2))(q, k, v)
+  gradient = jax.grad(lambda *qkv: (attention(*qkv) * weight).sum(), argnums=(0, 1, 2))
+  gradients = compiled(gradient)(q, k, v)
   leaves = [torch.from_numpy(x).requires_grad_() for x in (q, k, v)]
   out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in leaves)).transpose(1, 2)
   (out * torch.from_numpy(weight)).sum().backward()
@@ -59,7 +61,7 @@ def test_attention_gradient_matches_torch(monkeypatch, block):
 
 def test_attention_to_nothing_is_the_mean():
   q, k, v = (normal(1, 3, 2, 4, seed=n) for n in range(3))
-  out = attention(q, k, v, mask=np.zeros((1, 1, 3, 3), bool))
+  out = compiled(attention)(q, k, v, mask=np.zeros((1, 1, 3, 3), bool))
   np.testing.assert_allclose(out, np.broadcast_to(v.mean(1, keepdims=True), v.shape), atol=1e-5)
 
 
@@ -87,7 +89,7 @@ def test_policy_attention():
   q, k, v = (normal(2, 4, 2, 8, seed=n) for n in range(3))
   policy = np.float32(normal(2, 4, 4, seed=3) > 0)
   policy[0, 1] = 0
-  out = policy_attention(q, k, v, policy[:, None])
+  out = compiled(policy_attention)(q, k, v, policy[:, None])
   np.testing.assert_allclose(out, naive_policy_attention(q, k, v, policy), atol=1e-5)
   # A query without a key gives each the weight 1 / K.
   np.testing.assert_allclose(out[0, 1], v[0].mean(0), atol=1e-5)
@@ -96,7 +98,8 @@ def test_policy_attention():
 def test_policy_gradient_is_finite_and_reaches_the_policy():
   # Large scores, where a naive softmax overflows.
   q, k, v = (30 * normal(1, 4, 2, 8, seed=n) for n in range(3))
-  gradient = jax.grad(lambda *args: jnp.square(policy_attention(*args)).sum(), argnums=(0, 1, 2, 3))
+  total = jax.grad(lambda *args: jnp.square(policy_attention(*args)).sum(), argnums=(0, 1, 2, 3))
+  gradient = compiled(total)
   for policy in (np.ones((1, 1, 4, 4)), np.zeros((1, 1, 4, 4)), np.eye(4)[None, None]):
     gradients = gradient(q, k, v, np.float32(policy))
     assert all(np.isfinite(g).all() for g in gradients)
@@ -117,27 +120,28 @@ def test_the_counterfactual_derivative_is_the_change_of_the_output(attend):
   def result(policy, attend=attend):
     return attend(4 * q, 4 * k, v, policy[None, None, None])
 
-  derivative = jax.jacobian(result)(POLICY)
+  evaluate = compiled(result, 'attend')
+  derivative = compiled(jax.jacobian(result))(POLICY)
   for key in (0, 2):
-    with_key = result(POLICY + np.eye(5, dtype=np.float32)[key])
-    np.testing.assert_allclose(derivative[..., key], with_key - result(POLICY), atol=1e-4)
-  true = jax.jacobian(lambda policy: result(policy, policy_attention))(POLICY)
+    with_key = evaluate(POLICY + np.eye(5, dtype=np.float32)[key])
+    np.testing.assert_allclose(derivative[..., key], with_key - evaluate(POLICY), atol=1e-4)
+  true = compiled(jax.jacobian(lambda policy: result(policy, policy_attention)))(POLICY)
   np.testing.assert_array_less(3 * np.abs(derivative).max(), np.abs(true).max())
   np.testing.assert_allclose(derivative[..., [1, 3, 4]], true[..., [1, 3, 4]], atol=1e-4)
-  np.testing.assert_allclose(result(POLICY), result(POLICY, policy_attention), atol=1e-4)
+  np.testing.assert_allclose(evaluate(POLICY), evaluate(POLICY, policy_attention), atol=1e-4)
 
 
 def test_counterfactual_attention_is_masked_attention_at_any_scores():
   # Products up to 1e4 apart: absent keys would overflow, or push those that count below epsilon.
   q, k, v = (normal(1, 5, 1, 4, seed=n) for n in range(3))
-  gradient = jax.grad(
-    lambda *args: jnp.square(counterfactual_attention(*args)).sum(), argnums=(0, 1, 2, 3)
+  gradient = compiled(
+    jax.grad(lambda *args: jnp.square(counterfactual_attention(*args)).sum(), argnums=(0, 1, 2, 3))
   )
   for scale in (1.0, 60.0):
     mask = POLICY.astype(bool)[None, None, None]
-    expected = attention(scale * q, scale * k, v, mask)
+    expected = compiled(attention)(scale * q, scale * k, v, mask)
     policy = np.float32(mask)
-    result = counterfactual_attention(scale * q, scale * k, v, policy)
+    result = compiled(counterfactual_attention)(scale * q, scale * k, v, policy)
     np.testing.assert_allclose(result, expected, atol=1e-5)
     gradients = gradient(scale * q, scale * k, v, policy)
     assert all(np.isfinite(g).all() for g in gradients)

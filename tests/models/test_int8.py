@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from bounds import assert_product
+from programs import compiled
 from safetensors.numpy import load_file
 
 from lavit_jax.models import int8
@@ -20,13 +21,17 @@ from lavit_jax.weights.torch.names_llama import llama_rules
 GOLDEN = pathlib.Path(__file__).parents[1] / 'data/golden'
 
 
+quantize = compiled(int8.quantize)
+multiply = compiled(int8.product, 'out_dtype')
+
+
 def normal(*shape):
   return np.random.default_rng(len(shape)).standard_normal(shape, np.float32)
 
 
 def test_quantize():
   x = normal(5, 40) * np.array([[1e-3], [1], [100], [0], [1]], np.float32)
-  quantized = int8.quantize(jnp.asarray(x))
+  quantized = quantize(x)
   assert quantized.values.dtype == jnp.int8
   assert quantized.values.shape == x.shape
   assert quantized.scale.shape == (5,)
@@ -36,7 +41,7 @@ def test_quantize():
   half = 0.5 + 127 * 4 * np.finfo(np.float32).eps
   assert np.abs(quantized.values - np.float64(x) / steps[:, None]).max() <= half
   assert np.abs(quantized.values).max(-1).tolist() == [127, 127, 127, 0, 127]
-  dequantized = int8.dequantize(quantized, jnp.float32)
+  dequantized = compiled(int8.dequantize, 'dtype')(quantized, jnp.float32)
   np.testing.assert_allclose(dequantized, x, atol=steps.max() / 2 * 1.001)
 
 
@@ -49,25 +54,27 @@ def test_products(rows, inputs, outputs):
   """
   x = normal(2, rows, inputs)[0]
   kernel = normal(inputs, outputs)
-  quantized = int8.quantize(jnp.asarray(kernel.T))
-  product = jax.jit(int8.product, static_argnums=2)(x, quantized, jnp.float32)
+  quantized = quantize(kernel.T)
+  product = multiply(x, quantized, jnp.float32)
   weights = np.float64(quantized.values) * np.float64(quantized.scale)[:, None]
   assert_product(product, x, weights.T)
-  elsewhere = int8._product(jnp.asarray(x), quantized.values) * quantized.scale
+  elsewhere = compiled(int8._product)(x, quantized.values) * quantized.scale
   assert_product(elsewhere, x, weights.T)
-  low = int8.product(jnp.asarray(x, jnp.bfloat16)[None], quantized, jnp.bfloat16)
+  low = multiply(x.astype(jnp.bfloat16)[None], quantized, jnp.bfloat16)
   assert low.dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize('rows', [1, 4])
 def test_a_loop_never_has_the_weights_as_floats(rows):
   """XLA moves constant computations out of loops: conversions too, unless they are hidden."""
-  weights = int8.quantize(jnp.asarray(normal(1024, 1024)))
+  weights = quantize(normal(1024, 1024))
 
   def run(x, weights):
     return jax.lax.fori_loop(0, 5, lambda _, x: jnp.tanh(int8.product(x, weights, jnp.float32)), x)
 
-  memory = jax.jit(run).lower(jnp.ones((rows, 1024)), weights).compile().memory_analysis()
+  memory = (
+    jax.jit(run).lower(np.ones((rows, 1024), np.float32), weights).compile().memory_analysis()
+  )
   # As floats they would take four times their bytes.
   assert memory.temp_size_in_bytes < 2 * weights.values.nbytes
 
@@ -127,7 +134,7 @@ def test_golden_language_model():
     hidden, _ = apply(apply(ids, method='embed'), prompt_positions(mask), prompt_mask(mask))
     return apply(hidden, method='logits')
 
-  ids = jnp.asarray(golden['forward_ids'], jnp.int32)
+  ids = golden['forward_ids'].astype(np.int32)
   expected = golden['forward_logits']
   logits = forward(params, ids)
   np.testing.assert_allclose(logits, forward(rounded, ids), atol=1e-4)

@@ -111,9 +111,13 @@ def compare(golden):
 
 
 def global_norm(tree, other=None):
-  other = jax.tree.map(jnp.zeros_like, tree) if other is None else other
-  squares = jax.tree.map(lambda a, b: float(jnp.square(a - b).sum()), tree, other)
-  return sum(jax.tree.leaves(squares)) ** 0.5
+  """Of a tree, or of its difference to another one, in float64."""
+  leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree)]
+  others = [0.0] * len(leaves) if other is None else jax.tree.leaves(other)
+  squares = 0.0
+  for leaf, subtracted in zip(leaves, others, strict=True):
+    squares += np.square(leaf - np.asarray(subtracted, np.float64)).sum()
+  return squares**0.5
 
 
 @pytest.mark.parametrize('name', KEEPS)

@@ -5,6 +5,14 @@ from nano import launch
 
 
 @pytest.fixture
+def without_flops(monkeypatch):
+  """Runs do not count their operations, for which the whole step is traced once more."""
+  from lavit_jax.training import flops
+
+  monkeypatch.setattr(flops, 'step_flops', lambda run: flops.StepFlops(1.0))
+
+
+@pytest.fixture
 def running():
   """The processes of a test; what still runs at its end is killed."""
   processes = []

@@ -263,8 +263,8 @@ def main() -> None:
   from lavit_jax.training import flops
   from lavit_jax.training.loop import train
 
-  # The count traces the whole step once more. test_flops.py tests it, and runs in the tests' own
-  # process have it.
+  # The count traces the whole step once more. test_flops.py tests it, and some runs in the tests'
+  # own process have it.
   flops.step_flops = lambda run: flops.StepFlops(1.0)
 
   install()

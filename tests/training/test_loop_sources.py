@@ -25,6 +25,7 @@ def lines(folder):
   return [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
 
 
+@pytest.mark.usefixtures('without_flops')
 def test_goes_on_to_the_bit_and_counts_what_is_skipped(tmp_path, capsys, monkeypatch):
   compile_fully = jax.stages.Lowered.compile
   monkeypatch.setattr(
@@ -105,6 +106,7 @@ def test_a_few_held_out_tars_may_be_absent(tmp_path):
     check_files('data.heldout', (source,), 0.2)
 
 
+@pytest.mark.usefixtures('without_flops')
 def test_a_step_is_saved_before_it_is_evaluated(tmp_path, monkeypatch):
   """A failing evaluation loses no step, and a restarted run does not repeat the evaluation."""
   compile_fully = jax.stages.Lowered.compile

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
+from programs import compiled
 
 from lavit_jax import sharding
 from lavit_jax.errors import UserError
@@ -43,21 +44,21 @@ def test_tokens_of_any_interface_are_packed():
   """Two images of three vectors each stand between their brackets, in order."""
   interface = LinearProjection(5)
   features = np.random.default_rng(0).standard_normal((2, 3, 4), np.float32)
-  tokens, _ = interface.init_with_output(jax.random.key(0), features)
+  tokens, _ = compiled(interface.init_with_output)(jax.random.key(0), features)
   text = np.full((2, 2), 7, np.int32)
   ones = np.ones(2, np.int32)
-  rows = pack_pairs(
+  rows = compiled(pack_pairs, 'vocabulary', 'num_rows', 'row_length')(
     text,
     2 * ones,
     np.ones((2, 2), np.float32),
     0 * ones,
     np.zeros(tokens.mask.shape, np.int32),
     tokens.lengths,
-    Vocabulary(10, 4),
+    vocabulary=Vocabulary(10, 4),
     num_rows=1,
     row_length=18,
   )
-  embedded = embed_sources(np.zeros((1, 18, 5), np.float32), rows.source, tokens.vectors)
+  embedded = compiled(embed_sources)(np.zeros((1, 18, 5), np.float32), rows.source, tokens.vectors)
   slots = np.flatnonzero(rows.source[0] != EMBED_ID)
   assert slots.tolist() == [1, 2, 3, 9, 10, 11]
   np.testing.assert_array_equal(embedded[0, slots], tokens.vectors.reshape(6, 5))

@@ -57,6 +57,7 @@ def test_the_loss_is_the_sum_of_three_and_trains_every_array(parts, batch):
   assert not zero
 
 
+@pytest.mark.usefixtures('without_flops')
 def test_the_export_starts_the_interface_of_the_language_model(encoder, tmp_path):
   first = tmp_path / 'first'
   train(nano.config('qformer', frozen=str(encoder), num_steps=2), first)
