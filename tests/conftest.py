@@ -36,6 +36,7 @@ LONG_FILES = (  # the longest first
   'test_distributed.py',
   'test_pipeline.py',
   'test_pipeline_options.py',
+  'test_interface_runs.py',
   'test_image_generation.py',
   'test_image_decoder.py',
   'test_unet.py',
