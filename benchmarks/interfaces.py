@@ -34,6 +34,7 @@ from lavit_jax.evaluation.report import stack_images
 from lavit_jax.training import flops
 from lavit_jax.training.config import load_config
 from lavit_jax.training.run import Run, resolve
+from lavit_jax.weights.store.folder import load_params, save_params
 
 CONFIG = 'configs/lm.py:tiny'
 COLORS = {  # of each system's lines
@@ -43,7 +44,6 @@ COLORS = {  # of each system's lines
   'resampler': '#2ca02c',
   'flamingo': '#9467bd',
   'qformer': '#d62728',
-  'emu': '#ff7f0e',
 }
 LANGUAGE_MODELS: dict[str, tuple[str, ...]] = {
   'trained': (),
@@ -122,8 +122,9 @@ def resolve_options(options: Sequence[str], workdir: pathlib.Path) -> Run:
 def language_model(args: argparse.Namespace) -> pathlib.Path:
   """A language model that has read the training texts, but has seen no image."""
   workdir = args.workdir / 'texts'
-  if (workdir / 'export').exists():
-    return workdir / 'export'
+  folder = workdir / 'llama'  # the export without its interface
+  if folder.exists():
+    return folder
   workdir.mkdir(parents=True, exist_ok=True)
   texts = workdir / 'texts.parquet'
   if not texts.exists():
@@ -144,7 +145,8 @@ def language_model(args: argparse.Namespace) -> pathlib.Path:
     'picture_every=0',
   )
   train(args, workdir, options)
-  return workdir / 'export'
+  save_params(folder, 'tiny', load_params(workdir / 'export', ['llama']))
+  return folder
 
 
 def study(args: argparse.Namespace, system: str, mode: str, seed: int) -> None:
