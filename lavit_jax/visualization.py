@@ -33,6 +33,20 @@ def shade_dropped_patches(images: Array | np.ndarray, keep: Array | np.ndarray) 
   return jnp.where(mask, images, 235 + images // 16)
 
 
+def similarity_cells(similarities: Array) -> Array:
+  """Draws a matrix as gray cells of 8 x 8 pixels, black at 0 and below, white at 1.
+
+  Args:
+    similarities: f32[H, W].
+
+  Returns:
+    uint8[1, 8 * H, 8 * W, 3].
+  """
+  gray = (jnp.clip(similarities, 0, 1) * 255).astype(jnp.uint8)
+  gray = gray.repeat(8, 0).repeat(8, 1)
+  return jnp.stack([gray] * 3, -1)[None]
+
+
 def probability_colors(probabilities: np.ndarray, size: int) -> np.ndarray:
   """Colors the probability of each patch, from black at 0 through red to pale yellow at 1.
 

@@ -19,7 +19,7 @@ from lavit_jax.models.lavit import LavitModules
 from lavit_jax.training import interface_options, options, stages
 from lavit_jax.training.config import config_leaves, read_options
 from lavit_jax.training.optimizer import OptimizerConfig
-from lavit_jax.training.stages import LanguageModelOptions, StageOptions
+from lavit_jax.training.stages import LanguageModelOptions, QFormerOptions, StageOptions, qformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,9 +182,11 @@ def check_config(typed: TypedConfig, shards: int) -> None:
       'another remat policy'
     )
   _check_data(typed)
+  data = typed.data
+  shares = data.shares or loader.DEFAULT_SHARES
+  if isinstance(typed.options, QFormerOptions):
+    qformer.check_captions(shares, data.sources, data.heldout)
   if isinstance(typed.options, LanguageModelOptions):
-    data = typed.data
-    shares = data.shares or loader.DEFAULT_SHARES
     interface_options.check_drawing(typed.options.interface, shares, data.sources, data.heldout)
   _check_pieces(typed, shards)
 

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-CANVAS = 64
+CANVAS = 64  # units of a side of an image
 
 
 class SceneObject(NamedTuple):

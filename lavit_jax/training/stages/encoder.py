@@ -32,11 +32,11 @@ from lavit_jax.training.stages.base import (
   image_features,
   initialize_params,
 )
+from lavit_jax.visualization import similarity_cells
 
 MODULES = ModuleNames(takes=('vit',))
 INITIAL_TEMPERATURE = 0.07
 MAX_LOGIT_SCALE = 100.0
-DRAWN_PIXELS = 8  # side of a cell of the drawn similarity matrix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,9 +158,7 @@ def build(options: EncoderOptions, model: LavitModules, layout: BatchLayout) -> 
     """Similarities: images down, captions across; the diagonal should be bright."""
     del frozen, state, key
     _, image, text = embed(params, batch)
-    gray = (jnp.clip(image @ text.T, 0, 1) * 255).astype(jnp.uint8)
-    gray = gray.repeat(DRAWN_PIXELS, 0).repeat(DRAWN_PIXELS, 1)
-    return [jnp.stack([gray] * 3, -1)[None]]
+    return [similarity_cells(image @ text.T)]
 
   return Stage(MODULES, init, loss, export, draw)
 

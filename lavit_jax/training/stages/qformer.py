@@ -14,7 +14,7 @@ Axes: B images, T tokens of a caption, V text vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,11 +38,11 @@ from lavit_jax.training.stages.base import (
   row_keys,
   vit_images,
 )
+from lavit_jax.visualization import similarity_cells
 
 MODULES = ModuleNames(needs=('vit',))
 INTERFACE = 'qformer'
 MARKS = 2  # tokens of a caption besides its text: begin and end
-_SIMILARITY_PIXELS = 8  # side of a cell of the drawn similarities
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,27 @@ class QFormerOptions:
   def from_config(cls, config: Mapping[str, Any]) -> QFormerOptions:
     """Reads them from a config."""
     return read_options(cls, config['qformer'], 'qformer')
+
+
+def check_captions(
+  shares: Mapping[str, float],
+  sources: Sequence[Mapping[str, Any]] = (),
+  heldout: Sequence[Mapping[str, Any]] = (),
+) -> None:
+  """Checks that all texts are captions of their images.
+
+  Raises:
+    UserError: a share or a source has another use.
+  """
+  reason = 'stage qformer learns from images with captions alone'
+  for use, share in shares.items():
+    if share and use != 'caption':
+      raise UserError(f'data.shares.{use}={share}: {reason}; give data.shares.{use}=0')
+  for key, all_sources in (('sources', sources), ('heldout', heldout)):
+    for number, source in enumerate(all_sources):
+      use = source.get('use', '')
+      if use not in ('', 'caption'):  # without a use, it follows the shares
+        raise UserError(f"data.{key}[{number}] has use {use!r}: {reason}; give it use 'caption'")
 
 
 def build(options: QFormerOptions, model: LavitModules, layout: BatchLayout) -> Stage:
@@ -128,12 +149,10 @@ def build(options: QFormerOptions, model: LavitModules, layout: BatchLayout) -> 
     del state, key
     features = model.tower.features(frozen['vit'], vit_images(batch))
     text, text_mask = mark_captions(batch['text'], batch['text_length'])
-    gray = apply_module(
+    similarities = apply_module(
       pretraining, params[INTERFACE], features, text, text_mask, method='similarities'
     )
-    gray = (jnp.clip(gray, 0, 1) * 255).astype(jnp.uint8)
-    gray = gray.repeat(_SIMILARITY_PIXELS, 0).repeat(_SIMILARITY_PIXELS, 1)
-    return [jnp.stack([gray] * 3, -1)[None]]
+    return [similarity_cells(similarities)]
 
   return Stage(MODULES, init, loss, export, draw)
 

@@ -72,6 +72,19 @@ def test_the_export_starts_the_interface_of_the_language_model(encoder, tmp_path
   chex.assert_trees_all_equal(params['interface'], exported['interface'])
 
 
+def test_all_texts_are_captions():
+  with pytest.raises(UserError, match='^data.shares.text=0.5: stage qformer learns .*text=0$'):
+    nano.run('qformer', data__shares__text=0.5)
+  source = {'format': 'tars', 'path': 'a'}
+  for use, is_refused in (('', False), ('caption', False), ('draw', True), ('text', True)):
+    options = dict(data__sources=(dict(source, use=use),), data__shards=1)
+    if not is_refused:
+      nano.run('qformer', **options)
+      continue
+    with pytest.raises(UserError, match=rf"^data.sources\[0\] has use '{use}': stage qformer"):
+      nano.run('qformer', **options)
+
+
 def test_one_pair_has_no_negatives():
   with pytest.raises(UserError, match='^batch_size=1: the negatives of a pair are the others'):
     nano.run('qformer', batch_size=1)
