@@ -18,7 +18,7 @@ from lavit_jax.data.text_fields import TextEncoder
 
 _ENDLESS = 1 << 62  # rows
 MAX_OBJECTS = 2  # kinds of sprites in an image
-# Types of questions that say what is where in an image: who has read one need not see for another.
+# Types of questions about what is where in an image: one answer gives the others away.
 _REVEALING = frozenset({'what', 'place', 'position'})
 
 MakeRow = Callable[[int], dict[str, Any]]
