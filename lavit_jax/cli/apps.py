@@ -1,4 +1,4 @@
-"""`lavit demo`, `lavit app` and `lavit evaluate`."""
+"""`lavit demo`, `lavit app`, `lavit serve` and `lavit evaluate`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def add_commands(commands: Commands) -> None:
   """Adds the commands of this module."""
   _add_demo(commands)
   _add_app(commands)
+  _add_serve(commands)
   _add_evaluate(commands)
 
 
@@ -50,13 +51,42 @@ def _add_demo(commands: Commands) -> None:
 def _add_app(commands: Commands) -> None:
   parser = add_command(commands, 'app', _app, 'serve a web page for trying all tasks')
   options.add_model_options(parser)
+  _add_address_options(parser, port=7860)
+
+
+def _add_serve(commands: Commands) -> None:
+  parser = add_command(
+    commands, 'serve', _serve, "answer HTTP requests in the shapes of OpenAI's client"
+  )
+  options.add_model_options(parser)
+  _add_address_options(parser, port=8000)
+  integers = (
+    ('--slots', 16, 'texts that are generated at once'),
+    ('--max-prompt-tokens', 512, 'most tokens of a prompt'),
+    ('--max-new-tokens', 128, 'most new tokens of a text'),
+    ('--max-queue', 128, 'requests that may wait; more are refused with status 429'),
+    ('--max-body', 20, 'MiB of the body of a request'),
+    ('--max-pixels', 40, 'million pixels of an image'),
+    ('--timeout', 120, 'seconds after which a request is cut off'),
+  )
+  for name, default, text in integers:
+    parser.add_argument(
+      name,
+      type=number(int, 1),
+      default=default,
+      metavar='N',
+      help=f'{text} (default: %(default)s)',
+    )
+
+
+def _add_address_options(parser: argparse.ArgumentParser, port: int) -> None:
   parser.add_argument(
     '--host',
     default='127.0.0.1',
     help='address to listen on; 0.0.0.0 accepts other machines (default: %(default)s)',
   )
   parser.add_argument(
-    '--port', type=number(int, 1, 65535), default=7860, help='(default: %(default)s)'
+    '--port', type=number(int, 1, 65535), default=port, help='(default: %(default)s)'
   )
 
 
@@ -114,6 +144,33 @@ def _app(args: argparse.Namespace) -> None:
       "the page needs Gradio; pip install -e '.[app]' -c launch/constraints.txt"
     ) from None
   serve(options.load_model(args), args.host, args.port)
+
+
+def _serve(args: argparse.Namespace) -> None:
+  from lavit_jax.errors import UserError
+
+  try:
+    from lavit_jax.apps.serve import serve
+    from lavit_jax.apps.serve.api import Limits
+  except ImportError as error:
+    if (error.name or '').split('.')[0].startswith('lavit_jax'):
+      raise
+    raise UserError(
+      f"the server needs {error.name}; pip install -e '.[serve]' -c launch/constraints.txt"
+    ) from None
+  serve(
+    options.load_model(args),
+    args.folder,
+    args.host,
+    args.port,
+    num_slots=args.slots,
+    prompt_tokens=args.max_prompt_tokens,
+    new_tokens=args.max_new_tokens,
+    max_queue=args.max_queue,
+    limits=Limits(
+      body_bytes=args.max_body * 2**20, pixels=args.max_pixels * 10**6, seconds=args.timeout
+    ),
+  )
 
 
 def _evaluate(args: argparse.Namespace) -> None:
