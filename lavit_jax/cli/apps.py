@@ -51,7 +51,7 @@ def _add_demo(commands: Commands) -> None:
 def _add_app(commands: Commands) -> None:
   parser = add_command(commands, 'app', _app, 'serve a web page for trying all tasks')
   options.add_model_options(parser)
-  _add_address_options(parser, port=7860)
+  _add_address_options(parser, 7860)
 
 
 def _add_serve(commands: Commands) -> None:
@@ -59,7 +59,7 @@ def _add_serve(commands: Commands) -> None:
     commands, 'serve', _serve, "answer HTTP requests in the shapes of OpenAI's client"
   )
   options.add_model_options(parser)
-  _add_address_options(parser, port=8000)
+  _add_address_options(parser, 8000, lowest=0, note=', 0 chooses a free one')
   integers = (
     ('--slots', 16, 'texts that are generated at once'),
     ('--max-prompt-tokens', 512, 'most tokens of a prompt'),
@@ -79,14 +79,19 @@ def _add_serve(commands: Commands) -> None:
     )
 
 
-def _add_address_options(parser: argparse.ArgumentParser, port: int) -> None:
+def _add_address_options(
+  parser: argparse.ArgumentParser, port: int, lowest: int = 1, note: str = ''
+) -> None:
   parser.add_argument(
     '--host',
     default='127.0.0.1',
     help='address to listen on; 0.0.0.0 accepts other machines (default: %(default)s)',
   )
   parser.add_argument(
-    '--port', type=number(int, 1, 65535), default=port, help='(default: %(default)s)'
+    '--port',
+    type=number(int, lowest, 65535),
+    default=port,
+    help=f'(default: %(default)s{note})',
   )
 
 

@@ -19,7 +19,7 @@ import io
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
@@ -83,14 +83,8 @@ def create_app(engine: Engine, model_name: str, limits: Limits, api_key: str | N
   metrics = Metrics(engine)
   app = FastAPI(title='lavit_jax', lifespan=lifespan, docs_url=None, redoc_url=None)
   app.add_middleware(_BodyLimit, max_bytes=limits.body_bytes)
+  app.add_middleware(_CountResponses, metrics=metrics)
   _add_error_handlers(app)
-
-  @app.middleware('http')
-  async def count(request: Request, call_next: Callable[[Request], Awaitable[Response]]):
-    start = time.monotonic()
-    response = await call_next(request)
-    metrics.count_response(request.scope.get('route'), response.status_code, start)
-    return response
 
   def authorize(request: Request) -> None:
     sent = request.headers.get('authorization', '').removeprefix('Bearer ')
@@ -350,6 +344,28 @@ class _BodyLimit:
       return message
 
     await self._app(scope, receive_limited, send)
+
+
+class _CountResponses:
+  """ASGI middleware that counts responses.
+
+  FastAPI's own middleware would hide from the routes that a client has gone.
+  """
+
+  def __init__(self, app: Any, metrics: Metrics):
+    self._app = app
+    self._metrics = metrics
+
+  async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    """Handles a request."""
+    start = time.monotonic()
+
+    async def send_counted(message: Any) -> None:
+      if message['type'] == 'http.response.start':
+        self._metrics.count_response(scope.get('route'), message['status'], start)
+      await send(message)
+
+    await self._app(scope, receive, send_counted)
 
 
 def _add_error_handlers(app: FastAPI) -> None:
