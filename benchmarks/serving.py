@@ -3,8 +3,8 @@
 python benchmarks/serving.py --clients 64 --requests 128
 
 Starts a server with the tiny checkpoint on loopback, asks questions about images one after another,
-then the same ones by all clients at once, in turn for some rounds, and checks that each has the same
-answer both times. Bounded by the number of requests, and by the timeout of each.
+then the same ones by all clients at once, in turn for some rounds, and checks that each has the
+same answer both times. Bounded by the number of requests, and by the timeout of each.
 """
 
 from __future__ import annotations

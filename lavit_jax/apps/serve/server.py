@@ -8,9 +8,9 @@ import socket
 
 import uvicorn
 
+from lavit_jax.apps.listening import cannot_listen
 from lavit_jax.apps.serve.api import Limits, create_app
 from lavit_jax.apps.serve.engine import Engine
-from lavit_jax.errors import UserError
 from lavit_jax.inference.pipeline import Lavit
 
 API_KEY_VARIABLE = 'LAVIT_API_KEY'
@@ -48,10 +48,7 @@ def serve(
   try:
     listener = socket.create_server((host, port))
   except OSError:
-    raise UserError(
-      f'cannot listen on {host}:{port}; the port is taken, or the host is not this machine; '
-      'choose another --port or --host'
-    ) from None
+    raise cannot_listen(host, port) from None
   with listener:
     engine = Engine(model, num_slots, prompt_tokens, new_tokens, max_queue)
     engine.warm_up()
