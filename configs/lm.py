@@ -5,9 +5,8 @@
 Needs `vit` and `tokenizer`; exports `llama` and `understanding`. The large variants start from LLaMA: --config.init_from=FOLDER with `llama`, with or
 without the visual ids. `data.shares`: shares of captions, answers, images to generate and plain text; `data.question_weights`: frequencies of the types
 of questions. A packed row has `row_length` tokens, a pair `mean_length` on average; `max_overflow`: the largest share of pairs that find no room.
-`interface` `linear`, `mlp`, `resampler`, `flamingo`, `qformer` or `emu`: images are seen as in other systems (lavit_jax/models/interfaces). That needs `vit`
-alone, exports `llama` and `interface`, and draws nothing, but for `emu`, whose vectors are regressed by `regression_weight`; what else follows from it, unless
-it is set: lavit_jax/training/interface_options.py.
+`interface` `linear`, `mlp`, `resampler`, `flamingo`, `qformer` or `emu`: images are seen as in other systems (lavit_jax/models/interfaces). That needs `vit` alone,
+exports `llama` and `interface`, and draws nothing, but for `emu` (`regression_weight`); what else follows, unless it is set: lavit_jax/training/interface_options.py.
 """
 
 from ml_collections import ConfigDict

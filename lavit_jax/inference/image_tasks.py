@@ -16,8 +16,11 @@ from lavit_jax.inference import (
 )
 from lavit_jax.inference.deprecated import api_method
 from lavit_jax.inference.generation_config import (
+  FIELD_NAMES,
+  POSITIVE_INTEGER,
   GenerationConfig,
   SamplingOptions,
+  check_names,
   check_value,
   resolve_generation_config,
 )
@@ -201,13 +204,15 @@ class ImageTasks(TokenTasks):
     Raises:
       UserError: an option of sampling is given, which would have no effect.
     """
+    check_names(sampling, FIELD_NAMES)
     for name, value in sampling.items():
       if name != 'num_return_sequences' and value is not None:
         raise UserError(
           f'{name} has no effect: this model regresses the vectors of an image, and samples '
           'nothing; leave it out'
         )
-    copies = self._code_config(None, sampling).num_return_sequences
+    copies = sampling.get('num_return_sequences', 1)
+    copies = check_value('num_return_sequences', copies, POSITIVE_INTEGER)
     request = image_generation.resolve_image_request(
       len(prompts) * copies,
       self.defaults,
@@ -219,9 +224,8 @@ class ImageTasks(TokenTasks):
     keys = example_keys(seed, len(prompts))
     if not all(map(len, prompts)):
       raise InputError('the prompt is empty; give it texts or images')
+    null_vectors = vector_generation.negative_vectors(self, negative_prompt)
     vectors = vector_generation.regress_vectors(self, prompts)
-    away = [negative_prompt] if negative_prompt else []
-    (null_vectors,) = vector_generation.regress_vectors(self, [away])
     decoded = image_generation.decode_vectors(
       self,
       np.repeat(vectors, copies, axis=0),

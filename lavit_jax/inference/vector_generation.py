@@ -17,7 +17,7 @@ import numpy as np
 
 from lavit_jax.data.images import read_images
 from lavit_jax.inference import batching, compiled, faults
-from lavit_jax.inference.prompt_checks import check_prompt_lengths
+from lavit_jax.inference.prompt_checks import check_prompt_lengths, shared_argument
 from lavit_jax.inference.runner import ModelRunner
 
 
@@ -83,6 +83,20 @@ def regress_vectors(runner: ModelRunner, prompts: Sequence[Sequence[Any]]) -> np
   )
   faults.check(found, vectors)
   return vectors
+
+
+def negative_vectors(runner: ModelRunner, negative_prompt: str | None) -> np.ndarray:
+  """The vectors f32[n, H] that guidance leads away from: of [IMG] alone, or after a text.
+
+  Raises:
+    UserError: the negative prompt is no text, blank or too long.
+  """
+  prompt = []
+  with shared_argument('negative_prompt'):
+    if negative_prompt not in (None, ''):
+      runner.encode_text(negative_prompt)  # a check: what is no text would be an image below
+      prompt.append(negative_prompt)
+    return regress_vectors(runner, [prompt])[0]
 
 
 def _texts(prompt: Sequence[Any]) -> list[str]:

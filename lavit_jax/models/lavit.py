@@ -56,8 +56,8 @@ class LavitModules:
     highres_scheduler: of `highres_unet`.
     settings_text: `settings` as JSON, so that the dataclass is hashable.
     interface: how the language model sees images, in place of `tokenizer` and `understanding`; None
-      is LaVIT's own way. With another one there are no codes, and so no images are generated, but for
-      a `RegressingInterface`.
+      is LaVIT's own way. With another one there are no codes, and so no images are generated,
+      unless it is a `RegressingInterface`.
   """
 
   variant: str

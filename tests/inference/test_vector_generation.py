@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from lavit_jax.errors import InputError, UserError
+from lavit_jax.inference import image_decoder
 from lavit_jax.inference.generation_config import VARIANT_DEFAULTS, VariantDefaults
 from lavit_jax.inference.pipeline import Lavit
-from lavit_jax.models import diffusion, lavit, vae
+from lavit_jax.inference.rng import Purpose
+from lavit_jax.models import lavit
 from lavit_jax.models.initialization import init_params
 
 nano.install()
@@ -26,7 +28,14 @@ def params():
   names = ('vit', 'interface', 'llama', 'unet', 'vae')
   shapes = jax.eval_shape(lambda: init_params(modules, jax.random.key(0), names))
   rng = np.random.default_rng(0)
-  return jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), shapes)
+
+  def draw(path, leaf):
+    if path[-1].key == 'scale':
+      return np.ones(leaf.shape, np.float32)
+    deviation = np.prod(leaf.shape[-3:-1]) ** -0.5 if path[-1].key == 'kernel' else 0.2
+    return rng.normal(0, deviation, leaf.shape).astype(np.float32)
+
+  return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 @pytest.fixture(scope='module')
@@ -52,10 +61,6 @@ def test_each_vector_follows_from_the_whole_sequence_before_it(model, params):
     return modules.interface.apply({'params': params['interface']}, features).vectors
 
   @nano.jit
-  def embed(ids):
-    return modules.llama.apply({'params': params['llama']}, ids, method='embed')
-
-  @nano.jit
   def next_vector(embedded, last):
     causal = jnp.tril(jnp.ones((1, 1, LENGTH, LENGTH), bool))
     positions = jnp.arange(LENGTH)[None]
@@ -66,7 +71,7 @@ def test_each_vector_follows_from_the_whole_sequence_before_it(model, params):
   start, end = vocabulary.image_start, vocabulary.image_end
   cat, snow = map(model.tokenizer.encode, ('a cat', 'in the snow'))
   for row, ids in enumerate(([*cat, start], [start, 0, 0, 0, 0, end, *snow, start], [start])):
-    embedded = np.array(embed(np.array(ids + [0] * (LENGTH - len(ids)))))
+    embedded = params['llama']['embedding'][ids + [0] * (LENGTH - len(ids))]
     if row == 1:
       embedded[1:5] = see(IMAGE[None])[0]
     for number in range(4):
@@ -78,38 +83,37 @@ def test_each_vector_follows_from_the_whole_sequence_before_it(model, params):
 
 
 def test_images_are_drawn_from_their_vectors(model, params):
-  """Two of each prompt; guidance leads away from the vectors of the empty prompt."""
-  options = dict(num_inference_steps=2, sampler='pndm', decoder_guidance_scale=3.0, seed=[4, 5])
-  images = model.generate(['a cat', 'snow'], num_return_sequences=2, **options)
-  assert images.shape == (4, 16, 16, 3) and len({image.tobytes() for image in images}) == 4
-  alone = model.generate_outputs(['snow'], **{**options, 'seed': [5]})
-  np.testing.assert_allclose(images[2].astype(int), alone.images[0], atol=1)
-  assert alone.codes == [] and not alone.flagged.any()
-  modules = model.modules
-  vectors = model.regress_vectors([['snow'], []])
-  key = jax.random.fold_in(jax.random.fold_in(jax.random.key(5), 2), 0)
+  """Two of a prompt; guidance leads away from the vectors of the empty prompt."""
+  options = dict(num_inference_steps=1, sampler='pndm', seed=[5])
+  drawn = model.generate_outputs(['a cat'], num_return_sequences=2, **options)
+  images = drawn.images
+  assert images.shape == (2, 16, 16, 3) and drawn.codes == [] and not drawn.flagged.any()
+  vectors, null_vectors = (model.regress_vectors([prompt]) for prompt in (['a cat'], []))
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(
+    jax.random.fold_in(jax.random.key(5), Purpose.LATENTS), np.arange(2)
+  )
+  config = image_decoder.DecodingConfig(
+    image_decoder.VECTORS, (16, 16), 1, 'pndm', scheduler=model.modules.scheduler
+  )
+  decoder_params = {name: params[name] for name in ('unet', 'vae')}
 
-  @nano.jit
-  def decode(vectors, null_vectors):
-    def denoise(latents, t, context):
-      return modules.unet.apply({'params': params['unet']}, latents, t, context)
-
-    latents = diffusion.sample_latents(
-      denoise,
-      jax.random.normal(key, (1, 8, 8, 4)),
-      (vectors[None],),
-      (null_vectors[None],),
-      steps=2,
-      sampler='pndm',
-      guidance_scale=3.0,
-      scheduler=modules.scheduler,
+  def decode(vectors, guidance_scale):
+    decoded = image_decoder.decode_vectors(
+      model.modules,
+      decoder_params,
+      np.repeat(vectors, 2, axis=0),
+      keys,
+      None,
+      null_vectors=null_vectors[0],
+      guidance_scale=guidance_scale,
+      config=config,
     )
-    return modules.vae.apply(
-      {'params': params['vae']}, modules.vae.from_unet(latents), method='decode'
-    )
+    return np.asarray(decoded.images, int)
 
-  want = vae.postprocess(decode(*vectors))[0]
-  np.testing.assert_allclose(alone.images[0].astype(int), want, atol=1)
+  np.testing.assert_allclose(images, decode(vectors, 7.5), atol=1)
+  null = decode(null_vectors, 1.0)
+  np.testing.assert_allclose(decode(vectors, 0.0), null, atol=1)
+  assert np.abs(images - null).max() > 10 < np.abs(null[0] - null[1]).max()
 
 
 def test_what_drawing_by_vectors_refuses(model, params):
@@ -119,6 +123,8 @@ def test_what_drawing_by_vectors_refuses(model, params):
     model.regress_vectors([['cat ' * 5000]])
   with pytest.raises(UserError, match='^temperature has no effect: this model regresses'):
     model.generate(['a cat'], temperature=0.5)
+  with pytest.raises(UserError, match='^negative_prompt: the text is empty'):
+    model.generate(['a cat'], negative_prompt=' ')
   with pytest.raises(UserError, match='^32x32 is decoded from codes, .* choose 16x16'):
     model.generate(['a cat'], size=(32, 32))
   with pytest.raises(
