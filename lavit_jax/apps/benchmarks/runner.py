@@ -1,0 +1,291 @@
+"""Runs a benchmark: texts of the model, in shares; then the result file and the report.
+
+Each process appends to a file of its own, `rows-I-of-N.jsonl` (apps/batch). A row has the key of
+its index, and the blocks of a share are those of the whole run, so neither a kill nor the number of
+processes changes a result. The process that finds all rows there merges them.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import platform
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from lavit_jax.apps import batch
+from lavit_jax.apps.benchmarks import files, protocols, questions
+from lavit_jax.apps.benchmarks.files import DataSet, Record
+from lavit_jax.apps.benchmarks.protocols import Protocol
+from lavit_jax.errors import UserError
+from lavit_jax.evaluation import lemmas
+from lavit_jax.inference.pipeline import Lavit
+from lavit_jax.output import write_atomic, write_json
+
+RESULTS = 'results.json'
+REPORT = 'report.json'
+SHOWN_GROUPS = 12  # a kind with more of them, such as the 65 question types, is in the report alone
+COCO_IMAGES = 'val2014 of cocodataset.org'
+Submit = Callable[[list[Record], list[str]], list[dict[str, Any]]]
+
+
+class Benchmark(NamedTuple):
+  """A data set, and what is done with it.
+
+  Attributes:
+    task: the task of apps/batch, 'caption' or 'answer'.
+    read: reads the official files in a folder.
+    subfolders: of the folder of images, where the images may be.
+    images: the page that has the images.
+    submit: makes the official result file.
+    protocols: by name.
+  """
+
+  task: str
+  read: Callable[[pathlib.Path], DataSet]
+  subfolders: tuple[str, ...]
+  images: str
+  submit: Submit
+  protocols: Mapping[str, Protocol]
+
+
+BENCHMARKS = {
+  'vqav2': Benchmark(
+    'answer',
+    questions.read_vqav2,
+    ('', 'val2014'),
+    COCO_IMAGES,
+    questions.vqa_submission,
+    {'lavit': protocols.LAVIT_VQA, 'standard': protocols.STANDARD_VQA},
+  ),
+  'okvqa': Benchmark(
+    'answer',
+    questions.read_okvqa,
+    ('', 'val2014'),
+    COCO_IMAGES,
+    questions.vqa_submission,
+    {'lavit': protocols.LAVIT_VQA, 'standard': protocols.STANDARD_OKVQA},
+  ),
+  'gqa': Benchmark(
+    'answer',
+    questions.read_gqa,
+    ('', 'images'),
+    questions.GQA_PAGE,
+    questions.gqa_submission,
+    {'lavit': protocols.LAVIT_GQA, 'standard': protocols.STANDARD_GQA},
+  ),
+  'vizwiz': Benchmark(
+    'answer',
+    questions.read_vizwiz,
+    ('', 'val'),
+    questions.VIZWIZ_PAGE,
+    questions.vizwiz_submission,
+    {'lavit': protocols.LAVIT_VIZWIZ, 'standard': protocols.STANDARD_VIZWIZ},
+  ),
+}
+
+
+class Request(NamedTuple):
+  """What to evaluate, and where.
+
+  Attributes:
+    benchmark: a name of `BENCHMARKS`.
+    protocol: 'lavit' or 'standard'.
+    data: the folder of the annotation files.
+    images: the folder of the images.
+    out: the folder for results.
+    share: (i, n) computes the i-th of n shares.
+    limit: the number of records, the first; None for all.
+  """
+
+  benchmark: str
+  protocol: str
+  data: pathlib.Path
+  images: pathlib.Path
+  out: pathlib.Path
+  share: tuple[int, int] = (0, 1)
+  limit: int | None = None
+
+
+def run_benchmark(
+  load_model: Callable[[], Lavit],
+  folder: str,
+  request: Request,
+  seed: int | None,
+  model_options: Mapping[str, Any],
+) -> dict[str, Any] | None:
+  """Computes a share of a benchmark; if no row is missing then, writes and prints the metrics.
+
+  Args:
+    load_model: opens the checkpoint; files are checked before.
+    folder: of the checkpoint.
+    request: what to evaluate.
+    seed: of the patches that become tokens; None keeps the most probable patches.
+    model_options: how the checkpoint was opened, for the report.
+
+  Returns:
+    The report, or None while rows of other shares are missing.
+
+  Raises:
+    UserError: a file is missing or wrong, a package is missing, or rows have errors.
+  """
+  benchmark = BENCHMARKS[request.benchmark]
+  protocol = benchmark.protocols[request.protocol]
+  if request.protocol == 'lavit' and benchmark.task == 'answer':
+    lemmas.require_lemmatizer()
+  data = benchmark.read(request.data)
+  records = _kept_records(data.records, protocol, request.limit)
+  names = [record.image for record in records]
+  paths = files.find_images(request.images, names, benchmark.subfolders, benchmark.images)
+  rows = []
+  for record, path in zip(records, paths, strict=True):
+    row = {'id': record.id, 'image': path}
+    if benchmark.task == 'answer':
+      row['question'] = protocol.ask(record.question)
+    rows.append(row)
+  model = load_model()
+  settings = {
+    'benchmark': request.benchmark,
+    'protocol': request.protocol,
+    'checkpoint': files.folder_digest(folder),
+    'compute_dtype': str(model.modules.llama.dtype),
+    'seed': seed,
+    **({} if request.limit is None else {'limit': request.limit}),
+    **model_options,
+    **protocol.options,
+  }
+  task = batch.TASKS[benchmark.task]
+  number, count = request.share
+  results = batch.ResultsFile(
+    request.out / f'rows-{number}-of-{count}.jsonl', task.outputs, settings
+  )
+  batch.run_batch(
+    task,
+    model,
+    batch.Inputs(rows, request.images, True),
+    seed,
+    dict(protocol.options),
+    results=results,
+    share=request.share,
+    quiet=True,
+  )
+  texts = _read_texts(request.out, benchmark.task, settings)
+  missing = sum(record.id not in texts for record in records)
+  if missing:
+    print(
+      f'lavit: {request.out} has {len(records) - missing} of {len(records)} rows; the share that '
+      'completes them writes the results',
+      file=sys.stderr,
+    )
+    return None
+  outputs = [texts[record.id] for record in records]
+  report = {
+    'benchmark': request.benchmark,
+    'protocol': request.protocol,
+    'count': len(records),
+    **_score(benchmark, protocol, records, outputs, request.out),
+    'settings': settings | {'question': protocol.question},
+    'checkpoint': {
+      'folder': str(folder),
+      'variant': model.modules.variant,
+      'sha256': settings['checkpoint'],
+    },
+    'files': {path.name: files.file_digest(path) for path in data.files},
+    'versions': _versions(),
+  }
+  write_json(request.out / REPORT, report)
+  Console().print(_table(report))
+  return report
+
+
+def _kept_records(records: Sequence[Record], protocol: Protocol, limit: int | None) -> list[Record]:
+  """The records that a protocol evaluates, in order."""
+  kept = []
+  for record in records:
+    if all(record.groups[key] == value for key, value in protocol.kept.items()):
+      kept.append(record)
+  return kept[:limit]
+
+
+def _read_texts(folder: pathlib.Path, key: str, settings: dict[str, Any]) -> dict[Any, str]:
+  """The finished rows of all shares: id -> text.
+
+  Other processes may be writing; a line without its end is not there yet.
+  """
+  texts = {}
+  for path in sorted(folder.glob('rows-*-of-*.jsonl')):
+    for line in path.read_bytes().splitlines(keepends=True):
+      if not line.endswith(b'\n'):
+        continue
+      result = json.loads(line)
+      if result['settings'] != json.loads(json.dumps(settings)):
+        raise UserError(
+          f'{path} has results of other settings than this command; give --out another folder, or '
+          'delete the file'
+        )
+      if key in result:
+        texts[result['id']] = result[key]
+  return texts
+
+
+def _score(
+  benchmark: Benchmark,
+  protocol: Protocol,
+  records: list[Record],
+  outputs: list[str],
+  out: pathlib.Path,
+) -> dict[str, Any]:
+  """Writes the result file; returns the metrics of a report."""
+  predictions = [protocol.change_prediction(text) for text in outputs]
+  submission = benchmark.submit(records, predictions)
+  write_atomic(out / RESULTS, json.dumps(submission) + '\n')
+  accuracies = []
+  for record, prediction in zip(records, predictions, strict=True):
+    references = [protocol.change_reference(answer) for answer in record.references]
+    accuracies.append(protocol.accuracy(prediction, references))
+  by_group: dict[str, dict[str, list[float]]] = {}
+  for record, accuracy in zip(records, accuracies, strict=True):
+    for kind, value in record.groups.items():
+      by_group.setdefault(kind, {}).setdefault(value, []).append(accuracy)
+  groups = {}
+  for kind, values in by_group.items():
+    groups[kind] = {
+      value: {'accuracy': _percent(members), 'count': len(members)}
+      for value, members in sorted(values.items())
+    }
+  return {'metrics': {'accuracy': _percent(accuracies)}, 'groups': groups}
+
+
+def _percent(values: Sequence[float]) -> float:
+  return 100 * sum(values) / len(values)
+
+
+def _versions() -> dict[str, str]:
+  versions = {'python': platform.python_version()}
+  for name in ('lavit_jax', 'jax', 'jaxlib', 'pillow', 'simplemma', 'pycocoevalcap'):
+    try:
+      versions[name] = metadata.version(name)
+    except metadata.PackageNotFoundError:
+      continue
+  return versions
+
+
+def _table(report: dict[str, Any]) -> Table:
+  """The metrics of a report, for the terminal."""
+  title = f'{report["benchmark"]}, protocol {report["protocol"]}, {report["count"]} records'
+  table = Table('metric', '%', title=title, title_justify='left')
+  for name, value in report['metrics'].items():
+    table.add_row(name, f'{value:.2f}')
+  for kind, values in report['groups'].items():
+    if len(values) > SHOWN_GROUPS:
+      continue
+    for value, metrics in values.items():
+      for name, number in metrics.items():
+        if name != 'count':
+          table.add_row(f'{name}, {kind} {value} ({metrics["count"]})', f'{number:.2f}')
+  return table

@@ -1,0 +1,114 @@
+"""A dozen made-up records of each benchmark in its official form, with images of 8 x 8 pixels.
+
+An image is gray, of the level `10 * index`, so that a stub can tell which record it is asked about.
+"""
+
+import json
+
+from PIL import Image
+
+# (question, what the stub answers, the answers of annotators)
+QUESTIONS = (
+  ('How many dogs are there?', 'two', ['2'] * 7 + ['3'] * 3),
+  ('What are these?', 'dogs', ['dog'] * 8 + ['dogs'] * 2),
+  ('What sits there?', 'the cat', ['cat'] * 3 + ['kitten'] * 7),
+  ('What color is it?', "it's red", ['red'] * 10),
+  ('How many {people}?', 'one', ['1'] * 10),
+  ('What is said?', 'dont', ["don't"] * 4 + ['stop'] * 6),
+  ('Is it new?', 'yes', ['yes'] * 10),
+  ('Is it old?', 'no', ['yes'] * 10),
+  ('What does he do?', 'skateboarding', ['skateboard'] * 9 + ['skateboarding']),
+  ('Where is it?', 'in kitchen', ['kitchen'] * 9 + ['in kitchen']),
+  ('What is it?', '', ['unanswerable'] * 10),
+  ('Which scan?', 'x ray', ['x-ray'] * 9 + ['scan']),
+)
+# The accuracy of each, worked out by hand: n annotators give min(1, n / 3), averaged over the
+# annotators that are left out.
+STANDARD = (1, 0.6, 0.9, 0, 1, 1, 1, 0, 0.3, 0.3, 0, 1)
+LAVIT = (1, 1, 0.9, 1, 1, 0, 1, 0, 1, 1, 1, 1)  # 'dont' has the lemma 'do', and "don't" none
+
+
+def draw(folder, index, name):
+  """Draws the image of a record."""
+  path = folder / name
+  path.parent.mkdir(parents=True, exist_ok=True)
+  Image.new('RGB', (8, 8), (10 * index,) * 3).save(path, 'PNG')
+
+
+def write(folder, files):
+  """Writes the official files: name -> content."""
+  folder.mkdir(parents=True, exist_ok=True)
+  for name, content in files.items():
+    (folder / name).write_text(json.dumps(content))
+
+
+def vqa(folder, questions_name, annotations_name):
+  """The two files of VQAv2 or OK-VQA, and images in val2014."""
+  questions = []
+  annotations = []
+  for index, (question, _, answers) in enumerate(QUESTIONS):
+    ids = {'image_id': 100 + index, 'question_id': 100001 + index}
+    questions.append({**ids, 'question': question})
+    annotations.append(
+      {
+        **ids,
+        'question_type': 'how many' if 'How many' in question else 'none of the above',
+        'answer_type': 'number' if 'How many' in question else 'other',
+        'multiple_choice_answer': answers[0],
+        'answers': [
+          {'answer': answer, 'answer_confidence': 'yes', 'answer_id': number}
+          for number, answer in enumerate(answers, 1)
+        ],
+      }
+    )
+    draw(folder / 'images', index, f'val2014/COCO_val2014_{100 + index:012d}.jpg')
+  annotations.reverse()  # an order of their own
+  head = {'info': {}, 'license': {}, 'data_type': 'mscoco', 'data_subtype': 'val2014'}
+  write(
+    folder,
+    {
+      questions_name: head | {'task_type': 'Open-Ended', 'questions': questions},
+      annotations_name: head | {'annotations': annotations},
+    },
+  )
+
+
+def vqav2(folder):
+  vqa(folder, 'v2_OpenEnded_mscoco_val2014_questions.json', 'v2_mscoco_val2014_annotations.json')
+
+
+def okvqa(folder):
+  vqa(folder, 'OpenEnded_mscoco_val2014_questions.json', 'mscoco_val2014_annotations.json')
+
+
+def gqa(folder):
+  questions = {}
+  for index, (question, _, answers) in enumerate(QUESTIONS):
+    questions[f'{2 * 10**7 + index}'] = {
+      'semantic': [],
+      'imageId': f'n{index}',
+      'question': question,
+      'answer': answers[0],
+      'fullAnswer': f'It is {answers[0]}.',
+      'types': {'structural': 'verify' if question.startswith('Is') else 'query'},
+      'isBalanced': True,
+    }
+    draw(folder / 'images', index, f'n{index}.jpg')
+  write(folder, {'testdev_balanced_questions.json': questions})
+
+
+def vizwiz(folder):
+  items = []
+  for index, (question, _, answers) in enumerate(QUESTIONS):
+    name = f'VizWiz_val_{index:08d}.jpg'
+    items.append(
+      {
+        'image': name,
+        'question': question,
+        'answers': [{'answer': answer, 'answer_confidence': 'yes'} for answer in answers],
+        'answer_type': answers[0] if answers[0] == 'unanswerable' else 'other',
+        'answerable': int(answers[0] != 'unanswerable'),
+      }
+    )
+    draw(folder / 'images', index, f'val/{name}')
+  write(folder, {'val.json': items})
