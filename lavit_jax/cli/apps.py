@@ -13,7 +13,7 @@ from lavit_jax.cli.options import add_command, local_path, number
 if TYPE_CHECKING:
   from lavit_jax.cli.options import Commands
 
-BENCHMARKS = ('vqav2', 'okvqa', 'gqa', 'vizwiz')
+BENCHMARKS = ('coco', 'nocaps', 'flickr30k', 'vqav2', 'okvqa', 'gqa', 'vizwiz')
 BENCHMARK_OPTIONS = ('protocol', 'data', 'images', 'shard', 'limit')
 EMOJI_OPTIONS = ('count', 'drawn')
 DEMO = os.path.relpath(os.path.join(options.ASSETS, 'demo'))

@@ -112,3 +112,78 @@ def vizwiz(folder):
     )
     draw(folder / 'images', index, f'val/{name}')
   write(folder, {'val.json': items})
+
+
+# (what the stub says, the captions of annotators)
+CAPTIONS = (
+  ('a man riding a wave on a surfboard', ['A man rides a wave.', 'A surfer on a large wave']),
+  ('two dogs', ['Two dogs play with a ball.', 'A black dog and a white dog.']),
+  ('a red bus on the street', ['A red double-decker bus.', 'The bus drives down the street!']),
+  ("a man's t-shirt", ["The man's t-shirt isn't clean.", 'A shirt, worn by a man']),
+  ('', ['A plate of food on a table.', 'Some pasta and broccoli.']),
+  ('a cat on a chair', ['A cat sits on a chair.', 'A small cat.', 'The cat is asleep.']),
+  ('a kitchen with white cabinets', ['A kitchen with a stove.', 'White cabinets in a kitchen']),
+  ('people at the beach', ['People at the beach, at noon.', 'A crowded beach.']),
+  ('a sign that says stop', ['A "stop" sign.', 'The red sign says stop.']),
+  ('a train', ['A train at the station.', 'A long train is waiting.']),
+  ('a girl eating a slice of pizza', ['A girl eats pizza.', 'The girl has a slice of pizza.']),
+  ('three elephants', ['Three elephants walk.', 'A herd of three elephants in dust.']),
+)
+
+
+def karpathy(folder, name, place, file_name):
+  """Karpathy's file: the test split, between images of other splits."""
+  images = []
+  for index, (_, captions) in enumerate(CAPTIONS):
+    for split in ('train', 'test', 'restval'):
+      number = 500 + index + 100 * ('train', 'test', 'restval').index(split)
+      images.append(
+        {
+          'filepath': 'val2014',
+          'filename': file_name.format(number),
+          'cocoid': number,
+          'imgid': len(images),
+          'split': split,
+          'sentids': [],
+          'sentences': [{'raw': text, 'tokens': text.lower().split()} for text in captions],
+        }
+      )
+    draw(folder / 'images', index, f'{place}{file_name.format(600 + index)}')
+  write(folder, {name: {'dataset': 'made up', 'images': images}})
+
+
+def coco(folder):
+  karpathy(folder, 'dataset_coco.json', 'val2014/', 'COCO_val2014_{:012d}.jpg')
+
+
+def flickr30k(folder):
+  karpathy(folder, 'dataset_flickr30k.json', '', '{}.jpg')
+
+
+def coco_form(images):
+  """COCO's form of captions, for images with an 'id'."""
+  annotations = []
+  for image, (_, captions) in zip(images, CAPTIONS, strict=True):
+    for text in captions:
+      annotations.append({'image_id': image['id'], 'id': len(annotations), 'caption': text})
+  return {'info': {}, 'licenses': [], 'images': images, 'annotations': annotations}
+
+
+def coco_of_blip(folder):
+  items = []
+  for index, (_, captions) in enumerate(CAPTIONS):
+    name = f'val2014/COCO_val2014_{600 + index:012d}.jpg'
+    items.append({'image': name, 'caption': captions})
+    draw(folder / 'images', index, name)
+  truth = coco_form([{'id': 600 + index} for index in range(12)])
+  write(folder, {'coco_karpathy_test.json': items, 'coco_karpathy_test_gt.json': truth})
+
+
+def nocaps(folder):
+  images = []
+  for index in range(12):
+    name = f'{index:016x}.jpg'
+    domain = ('in-domain', 'near-domain', 'out-domain')[index // 4]
+    images.append({'id': index, 'file_name': name, 'domain': domain, 'height': 8, 'width': 8})
+    draw(folder / 'images', index, name)
+  write(folder, {'nocaps_val_4500_captions.json': coco_form(images)})

@@ -1,13 +1,12 @@
 """The benchmarks of questions on miniatures, by a model that knows its answers."""
 
-import json
 import re
-import types
 
 import miniatures
 import numpy as np
 import pytest
 from batch_runs import lavit
+from benchmark_runs import evaluate, read
 
 from lavit_jax import cli
 from lavit_jax.apps import benchmarks
@@ -16,69 +15,16 @@ from lavit_jax.apps.batch import runner as batch_runner
 pytest.importorskip('simplemma', reason="no simplemma; it comes with pip install -e '.[evaluate]'")
 
 
-class Model:
-  """Answers by the gray level of the image, and keeps what it was asked."""
-
-  modules = types.SimpleNamespace(
-    image_size=8, variant='stub', llama=types.SimpleNamespace(dtype='float32')
-  )
-
-  def __init__(self):
-    self.calls = 0
-    self.asked = {}
-    self.rows = {}
-    self.options = None
-
-  def answer(self, images, questions, seed, **options):
-    self.calls += 1
-    self.options = options
-    answers = []
-    for image, question, row in zip(images, questions, seed.rows, strict=True):
-      index = round(image.mean() / 10)
-      self.asked[index] = question
-      self.rows[index] = row
-      answers.append(miniatures.QUESTIONS[index][1])
-    return answers
-
-
-@pytest.fixture
-def model(monkeypatch):
-  model = Model()
-  monkeypatch.setattr(cli.options, 'load_model', lambda args: model)
-  return model
-
-
-@pytest.fixture
-def evaluate(tmp_path):
-  """Runs `lavit evaluate` on the miniature in tmp_path/data; returns the exit status."""
-  (tmp_path / 'checkpoint').mkdir()
-  (tmp_path / 'checkpoint' / 'weights').write_text('1')
-
-  def evaluate(name, *arguments, out='out'):
-    data = tmp_path / 'data'
-    if not data.exists():
-      getattr(miniatures, name)(data)
-    command = ['evaluate', '--benchmark', name, '--data', data, '--images', data / 'images']
-    command += ['--folder', tmp_path / 'checkpoint', '--out', tmp_path / out]
-    return lavit(*command, *arguments)
-
-  return evaluate
-
-
-def read(path):
-  return json.loads(path.read_text())
-
-
 @pytest.mark.parametrize('name', ['vqav2', 'okvqa'])
 @pytest.mark.parametrize('protocol', ['lavit', 'standard'])
-def test_vqa(name, protocol, model, evaluate, tmp_path):
-  assert evaluate(name, '--protocol', protocol) == 0
+def test_vqa(name, protocol, benchmark_model, tmp_path):
+  assert evaluate(tmp_path, name, '--protocol', protocol) == 0
   report = read(tmp_path / 'out/report.json')
   accuracies = getattr(miniatures, protocol.upper())
-  assert report['metrics'] == {'accuracy': pytest.approx(100 * np.mean(accuracies))}
+  assert report['metrics'] == {'accuracy': pytest.approx(np.mean(accuracies))}
   numbers = report['groups']['answer_type']['number']
   assert numbers == {
-    'accuracy': pytest.approx(100 * np.mean([accuracies[0], accuracies[4]])),
+    'accuracy': pytest.approx(np.mean([accuracies[0], accuracies[4]])),
     'count': 2,
   }
   results = read(tmp_path / 'out/results.json')
@@ -88,79 +34,79 @@ def test_vqa(name, protocol, model, evaluate, tmp_path):
   if protocol == 'lavit':
     assert answers[:5] == ['two', 'dog', 'cat', 'red', 'one']
     assert answers[10] == 'unanswerable'
-    assert model.asked[4] == 'How many {people}?'
-    assert model.options['num_beams'] == 5
+    assert benchmark_model.asked[4] == 'How many {people}?'
+    assert benchmark_model.options['num_beams'] == 5
   else:
     assert answers == [answer for _, answer, _ in miniatures.QUESTIONS]
-    assert model.asked[4].startswith('How many {people}?\n')
-    assert model.asked[4].endswith('Answer the question using a single word or phrase.')
-    assert ('insufficient' in model.asked[4]) == (name == 'okvqa')
-    assert model.options['num_beams'] == 1
-  assert model.rows == {index: index for index in range(12)}
-  assert report['settings']['num_beams'] == model.options['num_beams']
+    assert benchmark_model.asked[4].startswith('How many {people}?\n')
+    assert benchmark_model.asked[4].endswith('Answer the question using a single word or phrase.')
+    assert ('insufficient' in benchmark_model.asked[4]) == (name == 'okvqa')
+    assert benchmark_model.options['num_beams'] == 1
+  assert benchmark_model.rows == {index: index for index in range(12)}
+  assert report['settings']['num_beams'] == benchmark_model.options['num_beams']
   assert report['versions']['jax']
   assert len(report['checkpoint']['sha256']) == 64
   assert len(report['files']) == 2
 
 
-def test_gqa(model, evaluate, tmp_path):
+def test_gqa(benchmark_model, tmp_path):
   """Exact match with the one answer; only lemmatizing makes 'dogs' and 'skateboarding' right."""
   for protocol, indices in {'standard': [6], 'lavit': [1, 6, 8]}.items():
-    assert evaluate('gqa', '--protocol', protocol, out=protocol) == 0
+    assert evaluate(tmp_path, 'gqa', '--protocol', protocol, out=protocol) == 0
     report = read(tmp_path / protocol / 'report.json')
-    assert report['metrics']['accuracy'] == pytest.approx(100 * len(indices) / 12)
-    assert report['groups']['structural']['verify'] == {'accuracy': 50, 'count': 2}
+    assert report['metrics']['accuracy'] == pytest.approx(len(indices) / 12)
+    assert report['groups']['structural']['verify'] == {'accuracy': 0.5, 'count': 2}
     results = read(tmp_path / protocol / 'results.json')
     assert results[0] == {'questionId': '20000000', 'prediction': 'two'}
 
 
-def test_vizwiz(model, evaluate, tmp_path):
-  assert evaluate('vizwiz', '--protocol', 'standard', out='standard') == 0
+def test_vizwiz(benchmark_model, tmp_path):
+  assert evaluate(tmp_path, 'vizwiz', '--protocol', 'standard', out='standard') == 0
   report = read(tmp_path / 'standard/report.json')
-  assert report['metrics']['accuracy'] == pytest.approx(100 * np.mean(miniatures.STANDARD))
+  assert report['metrics']['accuracy'] == pytest.approx(np.mean(miniatures.STANDARD))
   assert report['groups']['answerable']['no'] == {'accuracy': 0, 'count': 1}
-  assert 'check_answerable' not in model.options
-  assert model.asked[0].startswith('How many dogs are there?\nWhen the provided')
-  assert evaluate('vizwiz', out='lavit') == 0
+  assert 'check_answerable' not in benchmark_model.options
+  assert benchmark_model.asked[0].startswith('How many dogs are there?\nWhen the provided')
+  assert evaluate(tmp_path, 'vizwiz', out='lavit') == 0
   report = read(tmp_path / 'lavit/report.json')
   answerable = np.delete(miniatures.LAVIT, 10)
   assert report['count'] == 11
-  assert report['metrics']['accuracy'] == pytest.approx(100 * np.mean(answerable))
-  assert model.options['check_answerable'] is True
+  assert report['metrics']['accuracy'] == pytest.approx(np.mean(answerable))
+  assert benchmark_model.options['check_answerable'] is True
   results = read(tmp_path / 'lavit/results.json')
   assert results[1] == {'image': 'VizWiz_val_00000001.jpg', 'answer': 'dog'}
 
 
-def test_shares_and_kills_change_nothing(model, evaluate, tmp_path, monkeypatch, capsys):
+def test_shares_and_kills_change_nothing(benchmark_model, tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(batch_runner, 'MAX_BATCH', 2)
-  assert evaluate('vqav2', out='whole') == 0
-  assert model.calls == 6
+  assert evaluate(tmp_path, 'vqav2', out='whole') == 0
+  assert benchmark_model.calls == 6
   whole = [(tmp_path / 'whole' / name).read_bytes() for name in ('results.json', 'report.json')]
   capsys.readouterr()
   for share in ('2/3', '0/3'):
-    assert evaluate('vqav2', '--shard', share) == 0
+    assert evaluate(tmp_path, 'vqav2', '--shard', share) == 0
   assert 'has 8 of 12 rows' in capsys.readouterr().err
   assert not (tmp_path / 'out/report.json').exists()
   torn = tmp_path / 'out/rows-0-of-3.jsonl'
   torn.write_bytes(torn.read_bytes()[:-5])  # killed as it wrote the last line
-  assert evaluate('vqav2', '--shard', '1/3') == 0
+  assert evaluate(tmp_path, 'vqav2', '--shard', '1/3') == 0
   assert 'has 11 of 12 rows' in capsys.readouterr().err
-  model.calls = 0
-  assert evaluate('vqav2', '--shard', '0/3') == 0
-  assert model.calls == 1
+  benchmark_model.calls = 0
+  assert evaluate(tmp_path, 'vqav2', '--shard', '0/3') == 0
+  assert benchmark_model.calls == 1
   merged = [(tmp_path / 'out' / name).read_bytes() for name in ('results.json', 'report.json')]
   assert merged == whole
-  assert evaluate('vqav2', '--shard', '2/3') == 0  # nothing is missing: it scores again
-  assert model.calls == 1
+  assert evaluate(tmp_path, 'vqav2', '--shard', '2/3') == 0  # nothing is missing: it scores again
+  assert benchmark_model.calls == 1
   assert (tmp_path / 'out/report.json').read_bytes() == whole[1]
 
 
-def test_results_of_other_settings_are_refused(model, evaluate, tmp_path, capsys):
-  assert evaluate('gqa', '--shard', '0/2') == 0
-  assert evaluate('gqa', '--shard', '1/2', '--seed', '1') == 2
+def test_results_of_other_settings_are_refused(benchmark_model, tmp_path, capsys):
+  assert evaluate(tmp_path, 'gqa', '--shard', '0/2') == 0
+  assert evaluate(tmp_path, 'gqa', '--shard', '1/2', '--seed', '1') == 2
   assert 'rows-0-of-2.jsonl has results of other settings' in capsys.readouterr().err
   (tmp_path / 'checkpoint' / 'weights').write_text('2')
-  assert evaluate('gqa', '--shard', '0/2') == 2
+  assert evaluate(tmp_path, 'gqa', '--shard', '0/2') == 2
   assert 'holds results of checkpoint' in capsys.readouterr().err
 
 
@@ -182,16 +128,16 @@ WRONG = {  # the name of the file, its content (None: no file) -> a part of the 
 
 
 @pytest.mark.parametrize(('wrong', 'error'), WRONG.items())
-def test_wrong_files_are_named(wrong, error, model, evaluate, tmp_path, capsys):
+def test_wrong_files_are_named(wrong, error, benchmark_model, tmp_path, capsys):
   name, file, content = wrong
   getattr(miniatures, name)(tmp_path / 'data')
   path = tmp_path / 'data' / file
   path.unlink() if content is None else path.write_text(content)
-  assert evaluate(name) == 2
+  assert evaluate(tmp_path, name) == 2
   printed = capsys.readouterr().err
   assert re.search(error, printed), printed
   assert printed.count('\n') == 1
-  assert model.calls == 0
+  assert benchmark_model.calls == 0
   assert not (tmp_path / 'out').exists()
 
 
@@ -215,9 +161,9 @@ def test_the_command_offers_all_benchmarks():
   assert set(cli.apps.BENCHMARKS) == set(benchmarks.BENCHMARKS)
 
 
-def test_a_limit(model, evaluate, tmp_path):
+def test_a_limit(benchmark_model, tmp_path):
   miniatures.vqav2(tmp_path / 'data')
   (tmp_path / 'data/images/val2014/COCO_val2014_000000000111.jpg').unlink()
-  assert evaluate('vqav2', '--limit', 3) == 0
+  assert evaluate(tmp_path, 'vqav2', '--limit', 3) == 0
   report = read(tmp_path / 'out/report.json')
   assert report['count'] == report['settings']['limit'] == 3

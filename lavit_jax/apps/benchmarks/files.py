@@ -7,9 +7,11 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from lavit_jax.errors import UserError
+
+T = TypeVar('T')
 
 
 class Record(NamedTuple):
@@ -98,6 +100,15 @@ class Official(NamedTuple):
     if not records:
       raise self.wrong(folder, 'has no items')
     return records
+
+
+def by_group(records: Sequence[Record], values: Sequence[T]) -> dict[str, dict[str, list[T]]]:
+  """Sorts values of records by the groups of these: kind -> group -> values."""
+  sorted_values: dict[str, dict[str, list[T]]] = {}
+  for record, value in zip(records, values, strict=True):
+    for kind, group in record.groups.items():
+      sorted_values.setdefault(kind, {}).setdefault(group, []).append(value)
+  return {kind: dict(sorted(groups.items())) for kind, groups in sorted_values.items()}
 
 
 def find_images(

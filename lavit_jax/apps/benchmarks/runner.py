@@ -19,11 +19,11 @@ from rich.console import Console
 from rich.table import Table
 
 from lavit_jax.apps import batch
-from lavit_jax.apps.benchmarks import files, protocols, questions
+from lavit_jax.apps.benchmarks import captions, files, protocols, questions
 from lavit_jax.apps.benchmarks.files import DataSet, Record
 from lavit_jax.apps.benchmarks.protocols import Protocol
 from lavit_jax.errors import UserError
-from lavit_jax.evaluation import lemmas
+from lavit_jax.evaluation import caption_metrics, lemmas
 from lavit_jax.inference.pipeline import Lavit
 from lavit_jax.output import write_atomic, write_json
 
@@ -54,7 +54,35 @@ class Benchmark(NamedTuple):
   protocols: Mapping[str, Protocol]
 
 
+CAPTION_PROTOCOLS = {
+  'lavit': protocols.LAVIT_CAPTION,
+  'standard': protocols.STANDARD_CAPTION,
+}
 BENCHMARKS = {
+  'coco': Benchmark(
+    'caption',
+    captions.read_coco,
+    ('', 'val2014'),
+    COCO_IMAGES,
+    captions.submission,
+    CAPTION_PROTOCOLS,
+  ),
+  'nocaps': Benchmark(
+    'caption',
+    captions.read_nocaps,
+    ('', 'val'),
+    captions.NOCAPS_PAGE,
+    captions.submission,
+    CAPTION_PROTOCOLS,
+  ),
+  'flickr30k': Benchmark(
+    'caption',
+    captions.read_flickr30k,
+    ('', 'flickr30k-images'),
+    captions.FLICKR_PAGE,
+    captions.submission,
+    CAPTION_PROTOCOLS,
+  ),
   'vqav2': Benchmark(
     'answer',
     questions.read_vqav2,
@@ -136,7 +164,9 @@ def run_benchmark(
   """
   benchmark = BENCHMARKS[request.benchmark]
   protocol = benchmark.protocols[request.protocol]
-  if request.protocol == 'lavit' and benchmark.task == 'answer':
+  if benchmark.task == 'caption':
+    caption_metrics.require_package()
+  elif request.protocol == 'lavit':
     lemmas.require_lemmatizer()
   data = benchmark.read(request.data)
   records = _kept_records(data.records, protocol, request.limit)
@@ -183,12 +213,18 @@ def run_benchmark(
       file=sys.stderr,
     )
     return None
-  outputs = [texts[record.id] for record in records]
+  predictions = [protocol.change_prediction(texts[record.id]) for record in records]
+  submission = benchmark.submit(records, predictions)
+  write_atomic(request.out / RESULTS, json.dumps(submission) + '\n')
+  if benchmark.task == 'caption':
+    measures = captions.measure(records, predictions)
+  else:
+    measures = _measure_answers(protocol, records, predictions)
   report = {
     'benchmark': request.benchmark,
     'protocol': request.protocol,
     'count': len(records),
-    **_score(benchmark, protocol, records, outputs, request.out),
+    **measures,
     'settings': settings | {'question': protocol.question},
     'checkpoint': {
       'folder': str(folder),
@@ -200,6 +236,8 @@ def run_benchmark(
   }
   write_json(request.out / REPORT, report)
   Console().print(_table(report))
+  for note in report.get('notes', ()):
+    print(f'lavit: {note}', file=sys.stderr)
   return report
 
 
@@ -233,36 +271,21 @@ def _read_texts(folder: pathlib.Path, key: str, settings: dict[str, Any]) -> dic
   return texts
 
 
-def _score(
-  benchmark: Benchmark,
-  protocol: Protocol,
-  records: list[Record],
-  outputs: list[str],
-  out: pathlib.Path,
+def _measure_answers(
+  protocol: Protocol, records: list[Record], predictions: list[str]
 ) -> dict[str, Any]:
-  """Writes the result file; returns the metrics of a report."""
-  predictions = [protocol.change_prediction(text) for text in outputs]
-  submission = benchmark.submit(records, predictions)
-  write_atomic(out / RESULTS, json.dumps(submission) + '\n')
+  """The mean accuracy of all answers and of each group."""
   accuracies = []
   for record, prediction in zip(records, predictions, strict=True):
     references = [protocol.change_reference(answer) for answer in record.references]
     accuracies.append(protocol.accuracy(prediction, references))
-  by_group: dict[str, dict[str, list[float]]] = {}
-  for record, accuracy in zip(records, accuracies, strict=True):
-    for kind, value in record.groups.items():
-      by_group.setdefault(kind, {}).setdefault(value, []).append(accuracy)
-  groups = {}
-  for kind, values in by_group.items():
+  groups: dict[str, dict[str, dict[str, float]]] = {}
+  for kind, values in files.by_group(records, accuracies).items():
     groups[kind] = {
-      value: {'accuracy': _percent(members), 'count': len(members)}
-      for value, members in sorted(values.items())
+      value: {'accuracy': sum(members) / len(members), 'count': len(members)}
+      for value, members in values.items()
     }
-  return {'metrics': {'accuracy': _percent(accuracies)}, 'groups': groups}
-
-
-def _percent(values: Sequence[float]) -> float:
-  return 100 * sum(values) / len(values)
+  return {'metrics': {'accuracy': sum(accuracies) / len(accuracies)}, 'groups': groups}
 
 
 def _versions() -> dict[str, str]:
@@ -278,14 +301,14 @@ def _versions() -> dict[str, str]:
 def _table(report: dict[str, Any]) -> Table:
   """The metrics of a report, for the terminal."""
   title = f'{report["benchmark"]}, protocol {report["protocol"]}, {report["count"]} records'
-  table = Table('metric', '%', title=title, title_justify='left')
+  table = Table('metric', 'x 100', title=title, title_justify='left')
   for name, value in report['metrics'].items():
-    table.add_row(name, f'{value:.2f}')
+    table.add_row(name, f'{100 * value:.2f}')
   for kind, values in report['groups'].items():
     if len(values) > SHOWN_GROUPS:
       continue
     for value, metrics in values.items():
       for name, number in metrics.items():
         if name != 'count':
-          table.add_row(f'{name}, {kind} {value} ({metrics["count"]})', f'{number:.2f}')
+          table.add_row(f'{name}, {kind} {value} ({metrics["count"]})', f'{100 * number:.2f}')
   return table
