@@ -17,8 +17,6 @@ import subprocess
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from lavit_jax.errors import UserError
 
 Captions = Mapping[Any, list[str]]  # id of an image -> its captions
@@ -114,20 +112,21 @@ def plain_tokens(text: str) -> str:
   return ' '.join(word for word in stripped if word.strip("'"))
 
 
-def measure(captions: TokenizedCaptions) -> dict[str, float]:
-  """Computes all metrics that can be computed here.
+def make_scorers(java: bool) -> dict[str, Any]:
+  """Makes what `measure` uses, once for several measurements: METEOR takes long to start.
 
-  CIDEr takes its document frequencies from the references given.
+  Args:
+    java: whether to start the scorers that need Java.
 
   Returns:
-    Bleu_1 to Bleu_4, METEOR, ROUGE_L, CIDEr and SPICE as pycocoevalcap returns them, not in
-    percent. Without Java, those that need none, with `PLAIN` in the name.
+    Name -> scorer of pycocoevalcap.
   """
   from pycocoevalcap.bleu.bleu import Bleu
+  from pycocoevalcap.cider.cider import Cider
   from pycocoevalcap.rouge.rouge import Rouge
 
-  scorers: dict[str, Any] = {'Bleu': Bleu(4), 'ROUGE_L': Rouge()}
-  if captions.java:
+  scorers: dict[str, Any] = {'Bleu': Bleu(4), 'ROUGE_L': Rouge(), 'CIDEr': Cider()}
+  if java:
     from pycocoevalcap.meteor.meteor import Meteor
 
     scorers['METEOR'] = Meteor()
@@ -135,25 +134,33 @@ def measure(captions: TokenizedCaptions) -> dict[str, float]:
       from pycocoevalcap.spice.spice import Spice
 
       scorers['SPICE'] = Spice()
+  return scorers
+
+
+def measure(
+  captions: TokenizedCaptions, scorers: Mapping[str, Any]
+) -> tuple[dict[str, float], dict[Any, float]]:
+  """Computes all metrics.
+
+  CIDEr takes its document frequencies from the references given.
+
+  Returns:
+    Bleu_1 to Bleu_4, METEOR, ROUGE_L, CIDEr and SPICE as pycocoevalcap returns them, not in
+    percent; without Java, those that need none, with `PLAIN` in the name. And the CIDEr of each
+    image.
+  """
   metrics = {}
-  for name, scorer in scorers.items():
-    score = _compute(scorer, captions)[0]
-    metrics |= dict(zip(_BLEU, score, strict=True)) if name == 'Bleu' else {name: score}
-  metrics['CIDEr'] = cider(captions)[0]
+  of_images = {}
   suffix = '' if captions.java else PLAIN
-  return {f'{name}{suffix}': float(value) for name, value in metrics.items()}
-
-
-def cider(captions: TokenizedCaptions) -> tuple[float, np.ndarray]:
-  """Returns CIDEr and that of each image, f64[B], in the order of the images."""
-  from pycocoevalcap.cider.cider import Cider
-
-  return _compute(Cider(), captions)
-
-
-def _compute(scorer: Any, captions: TokenizedCaptions) -> tuple[Any, Any]:
-  with contextlib.redirect_stdout(io.StringIO()):  # BLEU prints lengths
-    return scorer.compute_score(captions.references, captions.candidates)
+  for name, scorer in scorers.items():
+    with contextlib.redirect_stdout(io.StringIO()):  # BLEU prints lengths
+      score, scores = scorer.compute_score(captions.references, captions.candidates)
+    names = _BLEU if name == 'Bleu' else (name,)
+    for key, value in zip(names, score if name == 'Bleu' else [score], strict=True):
+      metrics[f'{key}{suffix}'] = float(value)
+    if name == 'CIDEr':
+      of_images = dict(zip(captions.candidates, map(float, scores), strict=True))
+  return metrics, of_images
 
 
 def has_spice() -> bool:

@@ -1,5 +1,7 @@
 """The benchmarks of questions on miniatures, by a model that knows its answers."""
 
+import dataclasses
+import inspect
 import re
 
 import miniatures
@@ -11,6 +13,12 @@ from benchmark_runs import evaluate, read
 from lavit_jax import cli
 from lavit_jax.apps import benchmarks
 from lavit_jax.apps.batch import runner as batch_runner
+from lavit_jax.inference.generation_config import (
+  FIELD_NAMES,
+  GenerationConfig,
+  resolve_generation_config,
+)
+from lavit_jax.inference.pipeline import Lavit
 
 pytest.importorskip('simplemma', reason="no simplemma; it comes with pip install -e '.[evaluate]'")
 
@@ -167,3 +175,31 @@ def test_a_limit(benchmark_model, tmp_path):
   assert evaluate(tmp_path, 'vqav2', '--limit', 3) == 0
   report = read(tmp_path / 'out/report.json')
   assert report['count'] == report['settings']['limit'] == 3
+
+
+@pytest.mark.parametrize('name', benchmarks.BENCHMARKS)
+@pytest.mark.parametrize('protocol', benchmarks.PROTOCOLS)
+def test_the_model_takes_the_options(name, protocol):
+  """Those of a protocol, by the method of its task; the lengths have room in 4,096 tokens."""
+  benchmark = benchmarks.BENCHMARKS[name]
+  options = dict(benchmark.protocols[protocol].options)
+  parameters = inspect.signature(getattr(Lavit, benchmark.task)).parameters
+  fields = {key: options.pop(key) for key in list(options) if key in FIELD_NAMES}
+  assert options.keys() <= parameters.keys()
+  config = resolve_generation_config(GenerationConfig(1, 1), fields, 4096)
+  assert config == dataclasses.replace(GenerationConfig(1, 1), **fields)
+
+
+@pytest.mark.slow
+def test_with_a_checkpoint(shallow_folder, tmp_path):
+  """Random weights in two shares, of which the second completes the results."""
+  miniatures.vqav2(tmp_path / 'data')
+  command = ['evaluate', '--benchmark', 'vqav2', '--protocol', 'standard', '--limit', 3]
+  command += ['--data', tmp_path / 'data', '--images', tmp_path / 'data/images']
+  command += ['--folder', shallow_folder, '--out', tmp_path / 'out']
+  assert lavit(*command, '--shard', '1/2') == 0
+  assert not (tmp_path / 'out/results.json').exists()
+  assert lavit(*command, '--shard', '0/2') == 0
+  report = read(tmp_path / 'out/report.json')
+  assert report['checkpoint']['variant'] == 'shallow'
+  assert report['count'] == len(read(tmp_path / 'out/results.json')) == 3

@@ -40,10 +40,11 @@ def test_without_java(monkeypatch):
   assert caption_metrics.java_version() is None
   references = {1: ['A dog.', 'The dog!'], 2: ['A red bus', 'a bus']}
   captions = caption_metrics.tokenize(references, {1: 'a dog', 2: 'a cat'})
-  metrics = caption_metrics.measure(captions)
+  metrics, of_images = caption_metrics.measure(captions, caption_metrics.make_scorers(False))
   assert sorted(metrics) == sorted(
     f'{name} (plain tokenizer)'
     for name in ('Bleu_1', 'Bleu_2', 'Bleu_3', 'Bleu_4', 'ROUGE_L', 'CIDEr')
   )
   assert metrics['Bleu_1 (plain tokenizer)'] == pytest.approx(3 / 4, abs=1e-6)
+  assert list(of_images) == [1, 2]
   assert 'no java' in caption_metrics.missing_metrics(captions)[0]

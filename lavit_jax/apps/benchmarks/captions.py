@@ -102,17 +102,16 @@ def measure(records: list[Record], captions: list[str]) -> dict[str, Any]:
     {record.id: record.references for record in records},
     {record.id: caption for record, caption in zip(records, captions, strict=True)},
   )
-  metrics = caption_metrics.measure(tokenized)
-  groups = {}
-  if any(record.groups for record in records):
-    suffix = '' if tokenized.java else caption_metrics.PLAIN
-    of_images = dict(zip(tokenized.candidates, caption_metrics.cider(tokenized)[1], strict=True))
-    for kind, values in by_group(records, [record.id for record in records]).items():
-      groups[kind] = {}
-      for value, ids in values.items():
-        part = caption_metrics.measure(tokenized.of_images(ids))
-        part[f'CIDEr of the whole{suffix}'] = sum(float(of_images[key]) for key in ids) / len(ids)
-        groups[kind][value] = part | {'count': len(ids)}
+  scorers = caption_metrics.make_scorers(tokenized.java)
+  metrics, of_images = caption_metrics.measure(tokenized, scorers)
+  whole = 'CIDEr of the whole' + ('' if tokenized.java else caption_metrics.PLAIN)
+  groups: dict[str, dict[str, dict[str, float]]] = {}
+  for kind, values in by_group(records, [record.id for record in records]).items():
+    groups[kind] = {}
+    for value, ids in values.items():
+      part, _ = caption_metrics.measure(tokenized.of_images(ids), scorers)
+      part[whole] = sum(of_images[key] for key in ids) / len(ids)
+      groups[kind][value] = part | {'count': len(ids)}
   return {
     'metrics': metrics,
     'groups': groups,
