@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pathlib
 import re
+from collections.abc import Callable
 from typing import Any
 
 from lavit_jax.apps.benchmarks.files import DataSet, Official, Record, by_group
 from lavit_jax.evaluation import caption_metrics
+
+Item = dict[str, Any]
 
 KARPATHY_PAGE = "Karpathy's caption_datasets.zip, cs.stanford.edu/people/karpathy/deepimagesent"
 BLIP_PAGE = 'the annotations of BLIP, storage.googleapis.com/sfr-vision-language-research'
@@ -35,7 +38,7 @@ def read_nocaps(folder: pathlib.Path) -> DataSet:
   """Reads NoCaps val; the domains are measured apart."""
   official = Official('nocaps_val_4500_captions.json', NOCAPS_PAGE, 'annotations')
 
-  def parse(item: dict[str, Any]) -> Record:
+  def parse(item: Item) -> Record:
     return Record(item['id'], item['file_name'], [], groups={'domain': item['domain']})
 
   return _read_coco_form(folder, official, parse)
@@ -48,17 +51,16 @@ def read_flickr30k(folder: pathlib.Path) -> DataSet:
   )
 
 
-def _read_karpathy(folder: pathlib.Path, name: str, image_id: Any) -> DataSet:
+def _read_karpathy(folder: pathlib.Path, name: str, image_id: Callable[[Item], Any]) -> DataSet:
+  """Reads a file of Karpathy's splits."""
   official = Official(name, KARPATHY_PAGE, 'images')
-  items = [
-    item
-    for item in official.read(folder)
-    if not isinstance(item, dict) or item.get('split', 'test') == 'test'
-  ]
+  items = official.read(folder)
+  try:
+    items = [item for item in items if item['split'] == 'test']
+  except (KeyError, TypeError) as error:
+    raise official.wrong(folder, f'has an unexpected image ({error!r})') from None
 
-  def parse(item: dict[str, Any]) -> Record:
-    if 'split' not in item:
-      raise KeyError('split')
+  def parse(item: Item) -> Record:
     return Record(
       image_id(item), item['filename'], [sentence['raw'] for sentence in item['sentences']]
     )
@@ -66,7 +68,9 @@ def _read_karpathy(folder: pathlib.Path, name: str, image_id: Any) -> DataSet:
   return DataSet(official.parse(folder, items, parse), [folder / name])
 
 
-def _read_coco_form(folder: pathlib.Path, official: Official, parse: Any) -> DataSet:
+def _read_coco_form(
+  folder: pathlib.Path, official: Official, parse: Callable[[Item], Record]
+) -> DataSet:
   """Reads a file with `images` and `annotations`; `parse` makes a record without captions."""
   captions: dict[Any, list[str]] = {}
   for item in official.read(folder):
@@ -75,7 +79,7 @@ def _read_coco_form(folder: pathlib.Path, official: Official, parse: Any) -> Dat
     except (KeyError, TypeError) as error:
       raise official.wrong(folder, f'has an unexpected annotation ({error!r})') from None
 
-  def with_captions(item: dict[str, Any]) -> Record:
+  def with_captions(item: Item) -> Record:
     record = parse(item)
     return record._replace(references=captions[record.id])
 

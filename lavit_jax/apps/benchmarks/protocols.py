@@ -37,7 +37,7 @@ class Protocol(NamedTuple):
   Attributes:
     options: of `Lavit.caption` or `Lavit.answer`.
     question: what the model is asked, with {} for the question of the record.
-    capitalize: whether the question first gets a capital letter, and small ones else.
+    capitalize: whether the first letter of the question becomes a capital, all others small.
     kept: the groups that records must have; the others are left out.
     change_prediction: applied to answers of the model.
     change_reference: applied to answers of annotators.

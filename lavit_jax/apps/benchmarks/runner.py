@@ -255,13 +255,14 @@ def _read_texts(folder: pathlib.Path, key: str, settings: dict[str, Any]) -> dic
 
   Other processes may be writing; a line without its end is not there yet.
   """
+  expected = json.loads(json.dumps(settings))
   texts = {}
   for path in sorted(folder.glob('rows-*-of-*.jsonl')):
     for line in path.read_bytes().splitlines(keepends=True):
       if not line.endswith(b'\n'):
         continue
       result = json.loads(line)
-      if result['settings'] != json.loads(json.dumps(settings)):
+      if result.get('settings') != expected:
         raise UserError(
           f'{path} has results of other settings than this command; give --out another folder, or '
           'delete the file'
