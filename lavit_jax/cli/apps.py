@@ -13,7 +13,7 @@ from lavit_jax.cli.options import add_command, local_path, number
 if TYPE_CHECKING:
   from lavit_jax.cli.options import Commands
 
-BENCHMARKS = ('coco', 'nocaps', 'flickr30k', 'vqav2', 'okvqa', 'gqa', 'vizwiz')
+BENCHMARKS = ('coco', 'nocaps', 'flickr30k', 'vqav2', 'okvqa', 'gqa', 'vizwiz', 'geneval')
 BENCHMARK_OPTIONS = ('protocol', 'data', 'images', 'shard', 'limit')
 EMOJI_OPTIONS = ('count', 'drawn')
 DEMO = os.path.relpath(os.path.join(options.ASSETS, 'demo'))
@@ -81,12 +81,14 @@ def _add_evaluate(commands: Commands) -> None:
     'NAME-PROTOCOL); with --source: JSON file of the report (default: report.json)',
   )
   group = parser.add_argument_group('published benchmarks')
-  group.add_argument('--benchmark', choices=BENCHMARKS, help='needs --data and --images')
+  group.add_argument(
+    '--benchmark', choices=BENCHMARKS, help='needs --data and, but for geneval, --images'
+  )
   group.add_argument(
     '--protocol',
     choices=('lavit', 'standard'),
     help='lavit: as the authors of the paper ran it; standard: the official metric, with the '
-    'prompts of lmms-eval (default: lavit)',
+    'prompts of lmms-eval (default: lavit, for geneval standard)',
   )
   group.add_argument(
     '--data', type=local_path, metavar='DIR', help='folder of the official annotation files'
@@ -176,19 +178,25 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _run_benchmark(args: argparse.Namespace) -> None:
+  from lavit_jax.apps import benchmarks
   from lavit_jax.errors import UserError
 
-  for name in ('data', 'images'):
+  benchmark = benchmarks.BENCHMARKS[args.benchmark]
+  for name in ('data', 'images') if benchmark.images else ('data',):
     if getattr(args, name) is None:
       raise UserError(f'--benchmark {args.benchmark} needs --{name} DIR; name the folder')
-  from lavit_jax.apps import benchmarks
-
-  protocol = args.protocol or 'lavit'
+  if args.images and not benchmark.images:
+    raise UserError(f'--images has no effect with --benchmark {args.benchmark}; leave it out')
+  protocol = args.protocol or next(iter(benchmark.protocols))
+  if protocol not in benchmark.protocols:
+    raise UserError(
+      f'--benchmark {args.benchmark} has no protocol {protocol!r}; give --protocol standard'
+    )
   request = benchmarks.Request(
     benchmark=args.benchmark,
     protocol=protocol,
     data=pathlib.Path(args.data),
-    images=pathlib.Path(args.images),
+    images=pathlib.Path(args.images or ''),
     out=pathlib.Path(args.out or f'{args.benchmark}-{protocol}'),
     share=args.shard or (0, 1),
     limit=args.limit,

@@ -4,7 +4,8 @@ import json
 import types
 
 import miniatures
-from batch_runs import lavit
+import numpy as np
+from batch_runs import decoded, lavit
 
 
 class Model:
@@ -36,6 +37,12 @@ class Model:
     indices = self._note(images, seed, options)
     return [miniatures.CAPTIONS[index][0] for index in indices]
 
+  def generate_outputs(self, prompts, seed, **options):
+    self.calls += 1
+    self.options = options
+    colors = [(row, miniatures.PROMPTS.index(prompt), 0) for prompt, row in zip(prompts, seed.rows)]
+    return decoded([np.full((8, 8, 3), color, np.uint8) for color in colors])
+
   def _note(self, images, seed, options):
     self.calls += 1
     self.options = options
@@ -52,7 +59,9 @@ def evaluate(root, name, *arguments, out='out', miniature=None):
   data = root / 'data'
   if not data.exists():
     getattr(miniatures, miniature or name)(data)
-  command = ['evaluate', '--benchmark', name, '--data', data, '--images', data / 'images']
+  command = ['evaluate', '--benchmark', name, '--data', data]
+  if name != 'geneval':
+    command += ['--images', data / 'images']
   command += ['--folder', root / 'checkpoint', '--out', root / out]
   return lavit(*command, *arguments)
 

@@ -187,3 +187,15 @@ def nocaps(folder):
     images.append({'id': index, 'file_name': name, 'domain': domain, 'height': 8, 'width': 8})
     draw(folder / 'images', index, name)
   write(folder, {'nocaps_val_4500_captions.json': coco_form(images)})
+
+
+PROMPTS = ('a photo of a bench', 'a photo of two clocks', 'a red dog and a green cat')
+
+
+def geneval(folder):
+  tags = ('single_object', 'counting', 'color_attr')
+  lines = []
+  for tag, prompt in zip(tags, PROMPTS, strict=True):
+    lines.append(json.dumps({'tag': tag, 'include': [], 'prompt': prompt}))
+  folder.mkdir()
+  (folder / 'evaluation_metadata.jsonl').write_text('\n'.join(lines) + '\n')

@@ -177,7 +177,7 @@ def test_a_limit(benchmark_model, tmp_path):
   assert report['count'] == report['settings']['limit'] == 3
 
 
-@pytest.mark.parametrize('name', benchmarks.BENCHMARKS)
+@pytest.mark.parametrize('name', sorted(benchmarks.BENCHMARKS.keys() - {'geneval'}))
 @pytest.mark.parametrize('protocol', benchmarks.PROTOCOLS)
 def test_the_model_takes_the_options(name, protocol):
   """Those of a protocol, by the method of its task; the lengths have room in 4,096 tokens."""

@@ -35,7 +35,7 @@ class Protocol(NamedTuple):
   """How texts come about and are compared.
 
   Attributes:
-    options: of `Lavit.caption` or `Lavit.answer`.
+    options: of `Lavit.caption`, `Lavit.answer` or `Lavit.generate`.
     question: what the model is asked, with {} for the question of the record.
     capitalize: whether the first letter of the question becomes a capital, all others small.
     kept: the groups that records must have; the others are left out.
@@ -89,3 +89,4 @@ STANDARD_VIZWIZ = STANDARD_OKVQA._replace(capitalize=True)
 STANDARD_GQA = STANDARD_VQA._replace(
   change_prediction=str.lower, change_reference=str.lower, accuracy=_exact_match
 )
+STANDARD_GENERATION = Protocol({'num_inference_steps': 50})

@@ -19,9 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 from lavit_jax.apps import batch
-from lavit_jax.apps.benchmarks import captions, files, protocols, questions
-from lavit_jax.apps.benchmarks.files import DataSet, Record
+from lavit_jax.apps.benchmarks import captions, files, geneval
+from lavit_jax.apps.benchmarks.files import Record
 from lavit_jax.apps.benchmarks.protocols import Protocol
+from lavit_jax.apps.benchmarks.registry import BENCHMARKS, Benchmark
 from lavit_jax.errors import UserError
 from lavit_jax.evaluation import caption_metrics, lemmas
 from lavit_jax.inference.pipeline import Lavit
@@ -30,92 +31,6 @@ from lavit_jax.output import write_atomic, write_json
 RESULTS = 'results.json'
 REPORT = 'report.json'
 SHOWN_GROUPS = 12  # a kind with more of them, such as the 65 question types, is in the report alone
-COCO_IMAGES = 'val2014 of cocodataset.org'
-Submit = Callable[[list[Record], list[str]], list[dict[str, Any]]]
-
-
-class Benchmark(NamedTuple):
-  """A data set, and what is done with it.
-
-  Attributes:
-    task: the task of apps/batch, 'caption' or 'answer'.
-    read: reads the official files in a folder.
-    subfolders: of the folder of images, where the images may be.
-    images: the page that has the images.
-    submit: makes the official result file.
-    protocols: by name.
-  """
-
-  task: str
-  read: Callable[[pathlib.Path], DataSet]
-  subfolders: tuple[str, ...]
-  images: str
-  submit: Submit
-  protocols: Mapping[str, Protocol]
-
-
-CAPTION_PROTOCOLS = {
-  'lavit': protocols.LAVIT_CAPTION,
-  'standard': protocols.STANDARD_CAPTION,
-}
-BENCHMARKS = {
-  'coco': Benchmark(
-    'caption',
-    captions.read_coco,
-    ('', 'val2014'),
-    COCO_IMAGES,
-    captions.submission,
-    CAPTION_PROTOCOLS,
-  ),
-  'nocaps': Benchmark(
-    'caption',
-    captions.read_nocaps,
-    ('', 'val'),
-    captions.NOCAPS_PAGE,
-    captions.submission,
-    CAPTION_PROTOCOLS,
-  ),
-  'flickr30k': Benchmark(
-    'caption',
-    captions.read_flickr30k,
-    ('', 'flickr30k-images'),
-    captions.FLICKR_PAGE,
-    captions.submission,
-    CAPTION_PROTOCOLS,
-  ),
-  'vqav2': Benchmark(
-    'answer',
-    questions.read_vqav2,
-    ('', 'val2014'),
-    COCO_IMAGES,
-    questions.vqa_submission,
-    {'lavit': protocols.LAVIT_VQA, 'standard': protocols.STANDARD_VQA},
-  ),
-  'okvqa': Benchmark(
-    'answer',
-    questions.read_okvqa,
-    ('', 'val2014'),
-    COCO_IMAGES,
-    questions.vqa_submission,
-    {'lavit': protocols.LAVIT_VQA, 'standard': protocols.STANDARD_OKVQA},
-  ),
-  'gqa': Benchmark(
-    'answer',
-    questions.read_gqa,
-    ('', 'images'),
-    questions.GQA_PAGE,
-    questions.gqa_submission,
-    {'lavit': protocols.LAVIT_GQA, 'standard': protocols.STANDARD_GQA},
-  ),
-  'vizwiz': Benchmark(
-    'answer',
-    questions.read_vizwiz,
-    ('', 'val'),
-    questions.VIZWIZ_PAGE,
-    questions.vizwiz_submission,
-    {'lavit': protocols.LAVIT_VIZWIZ, 'standard': protocols.STANDARD_VIZWIZ},
-  ),
-}
 
 
 class Request(NamedTuple):
@@ -125,7 +40,7 @@ class Request(NamedTuple):
     benchmark: a name of `BENCHMARKS`.
     protocol: 'lavit' or 'standard'.
     data: the folder of the annotation files.
-    images: the folder of the images.
+    images: the folder of the images; not read where images are generated.
     out: the folder for results.
     share: (i, n) computes the i-th of n shares.
     limit: the number of records, the first; None for all.
@@ -166,18 +81,11 @@ def run_benchmark(
   protocol = benchmark.protocols[request.protocol]
   if benchmark.task == 'caption':
     caption_metrics.require_package()
-  elif request.protocol == 'lavit':
+  elif benchmark.task == 'answer' and request.protocol == 'lavit':
     lemmas.require_lemmatizer()
   data = benchmark.read(request.data)
   records = _kept_records(data.records, protocol, request.limit)
-  names = [record.image for record in records]
-  paths = files.find_images(request.images, names, benchmark.subfolders, benchmark.images)
-  rows = []
-  for record, path in zip(records, paths, strict=True):
-    row = {'id': record.id, 'image': path}
-    if benchmark.task == 'answer':
-      row['question'] = protocol.ask(record.question)
-    rows.append(row)
+  rows = _make_rows(benchmark, protocol, records, request.images)
   model = load_model()
   settings = {
     'benchmark': request.benchmark,
@@ -190,22 +98,20 @@ def run_benchmark(
     **protocol.options,
   }
   task = batch.TASKS[benchmark.task]
-  number, count = request.share
-  results = batch.ResultsFile(
-    request.out / f'rows-{number}-of-{count}.jsonl', task.outputs, settings
-  )
+  suffix = f'{request.share[0]}-of-{request.share[1]}'
   batch.run_batch(
     task,
     model,
     batch.Inputs(rows, request.images, True),
     seed,
     dict(protocol.options),
-    results=results,
+    results=batch.ResultsFile(request.out / f'rows-{suffix}.jsonl', task.outputs, settings),
+    image_folder=str(request.out / f'images-{suffix}') if 'file' in task.outputs else None,
     share=request.share,
     quiet=True,
   )
-  texts = _read_texts(request.out, benchmark.task, settings)
-  missing = sum(record.id not in texts for record in records)
+  results = _read_results(request.out, task.outputs[0], settings)
+  missing = sum(record.id not in results for record in records)
   if missing:
     print(
       f'lavit: {request.out} has {len(records) - missing} of {len(records)} rows; the share that '
@@ -213,18 +119,11 @@ def run_benchmark(
       file=sys.stderr,
     )
     return None
-  predictions = [protocol.change_prediction(texts[record.id]) for record in records]
-  submission = benchmark.submit(records, predictions)
-  write_atomic(request.out / RESULTS, json.dumps(submission) + '\n')
-  if benchmark.task == 'caption':
-    measures = captions.measure(records, predictions)
-  else:
-    measures = _measure_answers(protocol, records, predictions)
   report = {
     'benchmark': request.benchmark,
     'protocol': request.protocol,
     'count': len(records),
-    **measures,
+    **_measure(request, records, [results[record.id] for record in records]),
     'settings': settings | {'question': protocol.question},
     'checkpoint': {
       'folder': str(folder),
@@ -235,10 +134,28 @@ def run_benchmark(
     'versions': _versions(),
   }
   write_json(request.out / REPORT, report)
-  Console().print(_table(report))
+  if report['metrics']:
+    Console().print(_table(report))
   for note in report.get('notes', ()):
     print(f'lavit: {note}', file=sys.stderr)
   return report
+
+
+def _make_rows(
+  benchmark: Benchmark, protocol: Protocol, records: list[Record], folder: pathlib.Path
+) -> list[dict[str, Any]]:
+  """The rows of apps/batch; images are checked."""
+  if benchmark.task == 'generate':
+    return [{'id': record.id, 'prompt': record.question} for record in records]
+  names = [record.image for record in records]
+  paths = files.find_images(folder, names, benchmark.subfolders, benchmark.images)
+  rows = []
+  for record, path in zip(records, paths, strict=True):
+    row = {'id': record.id, 'image': path}
+    if benchmark.task == 'answer':
+      row['question'] = protocol.ask(record.question)
+    rows.append(row)
+  return rows
 
 
 def _kept_records(records: Sequence[Record], protocol: Protocol, limit: int | None) -> list[Record]:
@@ -250,14 +167,15 @@ def _kept_records(records: Sequence[Record], protocol: Protocol, limit: int | No
   return kept[:limit]
 
 
-def _read_texts(folder: pathlib.Path, key: str, settings: dict[str, Any]) -> dict[Any, str]:
-  """The finished rows of all shares: id -> text.
+def _read_results(folder: pathlib.Path, key: str, settings: dict[str, Any]) -> dict[Any, str]:
+  """The finished rows of all shares: id -> text, or path of the generated image.
 
   Other processes may be writing; a line without its end is not there yet.
   """
   expected = json.loads(json.dumps(settings))
-  texts = {}
+  values = {}
   for path in sorted(folder.glob('rows-*-of-*.jsonl')):
+    images = folder / path.stem.replace('rows', 'images', 1)
     for line in path.read_bytes().splitlines(keepends=True):
       if not line.endswith(b'\n'):
         continue
@@ -268,8 +186,23 @@ def _read_texts(folder: pathlib.Path, key: str, settings: dict[str, Any]) -> dic
           'delete the file'
         )
       if key in result:
-        texts[result['id']] = result[key]
-  return texts
+        values[result['id']] = str(images / result[key]) if key == 'file' else result[key]
+  return values
+
+
+def _measure(request: Request, records: list[Record], outputs: list[str]) -> dict[str, Any]:
+  """Writes the results in their official form; returns the metrics of the report."""
+  benchmark = BENCHMARKS[request.benchmark]
+  protocol = benchmark.protocols[request.protocol]
+  if benchmark.submit is None:
+    images = {record.id: pathlib.Path(path) for record, path in zip(records, outputs, strict=True)}
+    return geneval.write_folders(request.data, request.out, images)
+  predictions = [protocol.change_prediction(text) for text in outputs]
+  submission = benchmark.submit(records, predictions)
+  write_atomic(request.out / RESULTS, json.dumps(submission) + '\n')
+  if benchmark.task == 'caption':
+    return captions.measure(records, predictions)
+  return _measure_answers(protocol, records, predictions)
 
 
 def _measure_answers(
