@@ -82,7 +82,7 @@ def _add_evaluate(commands: Commands) -> None:
   )
   group = parser.add_argument_group('published benchmarks')
   group.add_argument(
-    '--benchmark', choices=BENCHMARKS, help='needs --data and, but for geneval, --images'
+    '--benchmark', choices=BENCHMARKS, help='needs --data and, except for geneval, --images'
   )
   group.add_argument(
     '--protocol',
