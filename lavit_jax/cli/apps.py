@@ -205,6 +205,8 @@ def _run_benchmark(args: argparse.Namespace) -> None:
   for name in ('weights_dtype', 'cache_dtype'):
     if getattr(args, name) is not None:
       model_options[name] = getattr(args, name)
+  if benchmark.task == 'generate':
+    model_options['safety_checker'] = args.safety_checker
   benchmarks.run_benchmark(
     lambda: options.load_model(args), args.folder, request, args.seed, model_options
   )

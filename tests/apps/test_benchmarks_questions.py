@@ -109,6 +109,15 @@ def test_shares_and_kills_change_nothing(benchmark_model, tmp_path, monkeypatch,
   assert (tmp_path / 'out/report.json').read_bytes() == whole[1]
 
 
+def test_progress_in_a_log(benchmark_model, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(batch_runner, 'MAX_BATCH', 8)
+  monkeypatch.setattr(batch_runner, 'LOG_EVERY', -1.0)
+  assert evaluate(tmp_path, 'vqav2') == 0
+  printed = capsys.readouterr()
+  assert re.search(r'^lavit: 8 of 12, [0-9.]+ rows/s, 0 min left$', printed.err, re.M)
+  assert 'skateboarding' not in printed.out  # no single result
+
+
 def test_results_of_other_settings_are_refused(benchmark_model, tmp_path, capsys):
   assert evaluate(tmp_path, 'gqa', '--shard', '0/2') == 0
   assert evaluate(tmp_path, 'gqa', '--shard', '1/2', '--seed', '1') == 2
