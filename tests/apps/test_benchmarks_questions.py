@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 import re
 
 import miniatures
@@ -83,6 +84,14 @@ def test_vizwiz(benchmark_model, tmp_path):
   assert benchmark_model.options['check_answerable'] is True
   results = read(tmp_path / 'lavit/results.json')
   assert results[1] == {'image': 'VizWiz_val_00000001.jpg', 'answer': 'dog'}
+
+
+def test_no_answerable_question(benchmark_model, tmp_path, capsys):
+  miniatures.vizwiz(tmp_path / 'data')
+  path = tmp_path / 'data/val.json'
+  path.write_text(json.dumps([item | {'answerable': 0} for item in read(path)]))
+  assert evaluate(tmp_path, 'vizwiz') == 2
+  assert "val.json has no records that protocol 'lavit' evaluates" in capsys.readouterr().err
 
 
 def test_shares_and_kills_change_nothing(benchmark_model, tmp_path, monkeypatch, capsys):

@@ -85,6 +85,11 @@ def run_benchmark(
     lemmas.require_lemmatizer()
   data = benchmark.read(request.data)
   records = _kept_records(data.records, protocol, request.limit)
+  if not records:
+    raise UserError(
+      f'{data.files[0]} has no records that protocol {request.protocol!r} evaluates; take the whole '
+      'official file'
+    )
   rows = _make_rows(benchmark, protocol, records, request.images)
   model = load_model()
   settings = {
