@@ -87,8 +87,8 @@ def run_benchmark(
   records = _kept_records(data.records, protocol, request.limit)
   if not records:
     raise UserError(
-      f'{data.files[0]} has no records that protocol {request.protocol!r} evaluates; take the whole '
-      'official file'
+      f'{data.files[0]} has no records that protocol {request.protocol!r} evaluates; take the '
+      'whole official file'
     )
   rows = _make_rows(benchmark, protocol, records, request.images)
   model = load_model()
