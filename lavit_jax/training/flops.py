@@ -155,6 +155,7 @@ def pair_flops(run: Run) -> PairFlops:
 
   def extra_layers(p, vectors):
     images = RowImages(vectors[:, None], jnp.zeros(slots.shape, jnp.int32))
+    assert model.layered_interface is not None
     return model.layered_interface.extra_layers(p, images)
 
   def read_by_interface(p, x):
