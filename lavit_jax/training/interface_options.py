@@ -146,4 +146,5 @@ def with_interface(
         f'init_from={source.path} has the interface {stored!r}, and the config has '
         f'interface={interface!r}; give --config.interface={stored}, or leave the folder out'
       )
-  return {**others, 'interface': {'name': interface}}
+  own = settings.get('interface', {})
+  return {**others, 'interface': own if own.get('name') == interface else {'name': interface}}

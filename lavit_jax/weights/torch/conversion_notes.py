@@ -120,6 +120,14 @@ def other_editions(src: pathlib.Path, sources: list[SourceModule]) -> list[pathl
   return sorted(files - converted_files(sources))
 
 
+def other_tensors(names: Collection[str]) -> str:
+  """The line for tensors in the files that belong to no module."""
+  return (
+    f'not converted, but copied as they are into torch/: {len(names)} tensors of other models: '
+    f'{_listed(names)}'
+  )
+
+
 def _tensor_notes(sources: list[SourceModule]) -> list[str]:
   """Lines for tensors of other models, and for tied ones."""
   lines = []

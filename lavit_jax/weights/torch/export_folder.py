@@ -23,15 +23,17 @@ from lavit_jax.weights.store import arrays as leaves
 from lavit_jax.weights.store import checksums, folder
 from lavit_jax.weights.store.metadata import read_checksums
 from lavit_jax.weights.store.replacement import replace_folder
-from lavit_jax.weights.torch import configs, finite, formats, name_tables
+from lavit_jax.weights.torch import configs, finite, formats, interface_export, name_tables
 from lavit_jax.weights.torch.conversion_notes import settings_notes
 from lavit_jax.weights.torch.conversion_plan import Conversion, Progress, conversion_item
 from lavit_jax.weights.torch.descriptions import descriptions
 from lavit_jax.weights.torch.digests import sha256
 from lavit_jax.weights.torch.formats import ModuleLocation
+from lavit_jax.weights.torch.interface_descriptions import interface_config
+from lavit_jax.weights.torch.interface_export import InterfaceTarget
 from lavit_jax.weights.torch.mapping import slots_for
-from lavit_jax.weights.torch.name_rules import Slot, contiguous, zeros_view
-from lavit_jax.weights.torch.pickle_files import replace_by_pickles
+from lavit_jax.weights.torch.name_rules import NameRule, Slot, contiguous, zeros_view
+from lavit_jax.weights.torch.pickle_files import BIN, replace_by_pickles
 from lavit_jax.weights.torch.safetensors_files import (
   SafetensorsWriter,
   checksum,
@@ -41,6 +43,7 @@ from lavit_jax.weights.torch.state_dict_names import EMBEDDING
 from lavit_jax.weights.torch.tensors import ArraySpec, LazyTensor
 
 TargetFile = tuple[str, str]  # (folder, stem)
+LeafSpecs = Mapping[str, jax.ShapeDtypeStruct]  # path -> shape and dtype
 
 
 class _ExportedTensor(NamedTuple):
@@ -52,10 +55,15 @@ class _ExportedTensor(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _ExportedModule:
-  """A module of the checkpoint: its leaves, and torch name -> tensor of the result."""
+  """A module of the checkpoint: its leaves, and torch name -> tensor of the result.
+
+  Attributes:
+    written: path -> shape and dtype of what is written of a leaf: its beginning on each axis.
+  """
 
   module: str
   leaves: Mapping[str, ts.TensorStore]
+  written: LeafSpecs
   tensors: Mapping[str, _ExportedTensor]
 
 
@@ -73,27 +81,44 @@ def plan_export(
   metadata = config['metadata']
   model = lavit.build(variant, settings=settings)
   kind = metadata.get('source', {}).get('kind', formats.LAVIT)
-  if 'interface' in config['parts']:
-    raise UserError(
-      f'{src} has the interface {model.interface_name!r}, for which a {kind} folder has no place'
-    )
-  _check_descriptions(src, config, kind, settings)
+  target = interface_export.choose_target(src, model, config)
+  if target is None:
+    _check_descriptions(src, config, kind, settings)
+    locations = formats.locations(kind)
+  else:
+    kind = target.form
+    locations = target.locations
   files: dict[TargetFile, dict[str, ArraySpec]] = {}
+  joined: dict[TargetFile, dict[str, LazyTensor]] = {}
   modules = []
   items = []
-  for location in formats.locations(kind).values():  # the tokenizer before understanding
+  for location in locations.values():  # the tokenizer before understanding
     if location.module not in config['parts']:
       continue
     arrays = _open_module(src, location.module)
-    tensors = _plan_tensors(model, location, arrays, metadata, dtype, files)
-    modules.append(_ExportedModule(location.module, arrays, tensors))
+    written = {
+      path: jax.ShapeDtypeStruct(array.shape, array.dtype.numpy_dtype)
+      for path, array in arrays.items()
+    }
+    if target is None:
+      table = metadata.get('tables', {}).get('chosen', {}).get(location.module, 0)
+      rules = name_tables.name_rules(model, location.module)[table]
+    else:
+      rules = target.tables[location.module]
+      written = target.written_leaves(location.module, written)
+    tensors = _plan_tensors(rules, location, written, metadata, dtype, files)
     specs = [files[tensor.file][name] for name, tensor in tensors.items()]
     items.append(conversion_item(location, len(tensors), specs))
+    if target is not None and location.module == 'vit':
+      joined |= _join_tensors(src, target, tensors, dtype, files)
+    modules.append(_ExportedModule(location.module, arrays, written, tensors))
   if not modules:
     raise UserError(
       f'{src} holds {", ".join(config["parts"])}: nothing that a {kind} folder has a place for'
     )
   extras = _open_extras(src, files)
+  for file, tensors in joined.items():
+    extras[file] = extras.get(file, {}) | tensors
   for file, tensors in extras.items():
     files[file] |= tensors
   origins = dict.fromkeys(settings, 'config.json')
@@ -110,7 +135,10 @@ def plan_export(
     pickles=pickles,
     allow_nonfinite=allow_nonfinite,
     notes=settings_notes(origins, settings, variant),
+    target=target,
   )
+  if target is not None:
+    folder_export.notes.extend(target.notes(config['parts']))
   return Conversion('orbax -> torch', kind, variant, items, folder_export.run, folder_export.notes)
 
 
@@ -124,9 +152,9 @@ def _open_module(src: pathlib.Path, module: str) -> dict[str, ts.TensorStore]:
 
 
 def _plan_tensors(
-  model: lavit.LavitModules,
+  rules: list[NameRule],
   location: ModuleLocation,
-  arrays: Mapping[str, ts.TensorStore],
+  specs: LeafSpecs,
   metadata: Mapping[str, Any],
   dtype: str | None,
   files: dict[TargetFile, dict[str, ArraySpec]],
@@ -136,12 +164,6 @@ def _plan_tensors(
   A tensor that two modules share is written once, for the first of them; of a tied embedding and
   head the source had one.
   """
-  specs = {
-    path: jax.ShapeDtypeStruct(array.shape, array.dtype.numpy_dtype)
-    for path, array in arrays.items()
-  }
-  table = metadata.get('tables', {}).get('chosen', {}).get(location.module, 0)
-  rules = name_tables.name_rules(model, location.module)[table]
   overlay_names = metadata.get('overlay')  # None: the module was trained here
   tensors = {}
   for name, slot in slots_for(rules, specs).items():
@@ -158,6 +180,24 @@ def _plan_tensors(
     files.setdefault(file, {})[name] = spec
     tensors[name] = _ExportedTensor(file, slot)
   return tensors
+
+
+def _join_tensors(
+  src: pathlib.Path,
+  target: InterfaceTarget,
+  tensors: dict[str, _ExportedTensor],
+  dtype: str | None,
+  files: dict[TargetFile, dict[str, ArraySpec]],
+) -> dict[TargetFile, dict[str, LazyTensor]]:
+  """Takes those that are only parts of a tensor out of `tensors` and `files`; the whole ones."""
+  layers = {name: tensor.slot.layer or 0 for name, tensor in tensors.items()}
+  joined = target.joined_tensors(src, layers, dtype)
+  if not joined:
+    return {}
+  file = next(iter(tensors.values())).file
+  for name in [name for name in tensors if name.endswith(('.q_bias', '.v_bias'))]:
+    del tensors[name], files[file][name]
+  return {file: joined}
 
 
 def _open_extras(
@@ -205,6 +245,7 @@ class _FolderExport:
     files: what is written: (folder, stem) -> torch name -> shape and dtype.
     extras: (folder, stem) -> torch name -> tensor that is copied.
     notes: the conversion's; `run` adds what it lets through.
+    target: the form of another system; None for one of formats.py.
   """
 
   src: pathlib.Path
@@ -219,6 +260,7 @@ class _FolderExport:
   pickles: bool
   allow_nonfinite: bool
   notes: list[str]
+  target: InterfaceTarget | None = None
 
   def run(self, progress: Progress) -> None:
     """Writes the PyTorch folder, and reads it back."""
@@ -238,8 +280,12 @@ class _FolderExport:
       for writer in writers.values():
         _read_back(writer, progress)
         if self.pickles:
-          replace_by_pickles(writer.files)
-      self._write_descriptions(result)
+          replace_by_pickles(writer.files, self.target.pickle_form if self.target else BIN)
+      if self.target is None:
+        self._write_descriptions(result)
+      else:
+        self._copy_travelled_files(result)
+        self._write_interface_config(result, self.target)
       self._write_export_info(result)
     self.notes.extend(ledger.notes())
 
@@ -260,6 +306,9 @@ class _FolderExport:
         remaining[tensor.slot.leaf] ^= converted.checksum
         writers[tensor.file].write(converted.name, converted.array)
         progress(converted.array.nbytes)
+      for leaf, layer in _unwritten_layers(module):
+        array = module.leaves[leaf][layer].read().result()
+        remaining[leaf] ^= checksums.checksum(array[None], layer)
       wrong = [leaf for leaf, rest in remaining.items() if rest]
       if wrong:
         raise ValueError(f'the checksum of {wrong[0]} does not match')
@@ -270,10 +319,7 @@ class _FolderExport:
     Those that travelled in `torch/` are copied; what was trained here gets the missing ones. The
     language model's config has the sizes and dtype of the result.
     """
-    travelled = self.src / 'torch'
-    if travelled.is_dir():
-      no_extras = shutil.ignore_patterns('*.extras.safetensors')
-      shutil.copytree(travelled, result, dirs_exist_ok=True, ignore=no_extras)
+    self._copy_travelled_files(result)
     modules = self.config['parts']
     locations = formats.locations(self.kind)
     llama = locations['llama'] if 'llama' in locations and 'llama' in modules else None
@@ -298,6 +344,22 @@ class _FolderExport:
           content[key] = self.dtype
       file.write_text(json.dumps(content, indent=2) + '\n')
 
+  def _copy_travelled_files(self, result: pathlib.Path) -> None:
+    travelled = self.src / 'torch'
+    if travelled.is_dir():
+      no_extras = shutil.ignore_patterns('*.extras.safetensors')
+      shutil.copytree(travelled, result, dirs_exist_ok=True, ignore=no_extras)
+
+  def _write_interface_config(self, result: pathlib.Path, target: InterfaceTarget) -> None:
+    """Writes `config.json` and tokenizer of another system's folder that was trained here."""
+    if not target.trained_here:
+      return
+    modules = self.config['parts']
+    folder.copy_tokenizer_files(self.src / 'tokenizer', result)
+    content = interface_config(target.form, target.model_as_written, modules)
+    if content is not None:
+      (result / 'config.json').write_text(json.dumps(content, indent=2) + '\n')
+
   def _write_export_info(self, result: pathlib.Path) -> None:
     """Writes where the folder is from."""
     digest = sha256(self.src / 'checksums.json')
@@ -312,7 +374,19 @@ class _FolderExport:
       dtype=self.dtype,
       source=source,
     )
+    if self.target is not None:
+      content['settings'] = self.target.settings
     (result / formats.EXPORT_INFO).write_text(json.dumps(content, indent=1) + '\n')
+
+
+def _unwritten_layers(module: _ExportedModule) -> Iterator[tuple[str, int]]:
+  """The layers of stacked leaves that no tensor is made of; yields (path, layer)."""
+  stacked = {
+    tensor.slot.leaf for tensor in module.tensors.values() if tensor.slot.layer is not None
+  }
+  for leaf in stacked:
+    for layer in range(module.written[leaf].shape[0], module.leaves[leaf].shape[0]):
+      yield leaf, layer
 
 
 class _ConvertedTensor(NamedTuple):
@@ -332,6 +406,7 @@ def _converted_tensors(module: _ExportedModule, dtype: str | None) -> Iterator[_
     if slot.layer is None:
       leaf = store.read().result()
       leaf_checksum = checksums.checksum(leaf)
+      leaf = leaf[tuple(slice(size) for size in module.written[slot.leaf].shape)]
     else:
       leaf = store[slot.layer].read().result()
       leaf_checksum = checksums.checksum(leaf[None], slot.layer)

@@ -1,0 +1,414 @@
+"""`lavit convert` of the forms of LLaVA, BLIP-2, OpenFlamingo and CLIP, both ways."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file
+from torch_folders import TOKENIZER, assert_same, contents, run, write
+from torch_peers import close, randomize
+
+from lavit_jax.errors import UserError
+from lavit_jax.inference.pipeline import Lavit
+from lavit_jax.models import lavit
+from lavit_jax.weights.store import folder
+from lavit_jax.weights.torch import interface_files, name_tables
+from lavit_jax.weights.torch.convert import plan_conversion
+from lavit_jax.weights.torch.mapping import torch_shapes
+
+PIXELS = np.random.default_rng(1).normal(size=(2, 16, 16, 3)).astype(np.float32)
+IDS = np.array([[1, 5, 9, 4], [1, 7, 3, 2]])
+CLIP = dict(
+  hidden_size=64,
+  intermediate_size=24,
+  num_hidden_layers=2,
+  num_attention_heads=2,
+  image_size=16,
+  patch_size=8,
+  projection_dim=4,
+)
+LLAMA = dict(
+  vocab_size=2048,
+  hidden_size=24,
+  intermediate_size=20,
+  num_hidden_layers=2,
+  num_attention_heads=2,
+  num_key_value_heads=1,
+  rope_theta=500.0,
+)
+
+
+def llava_config(**text):
+  return transformers.LlavaConfig(
+    vision_config=transformers.CLIPVisionConfig(**CLIP),
+    text_config=transformers.LlamaConfig(**LLAMA, **text),
+    image_token_index=2047,
+    image_seq_length=4,
+  )
+
+
+@pytest.fixture(scope='module')
+def llava(tmp_path_factory):
+  """(the model of transformers, its folder in shards, and the checkpoint of it)."""
+  peer = randomize(transformers.LlavaForConditionalGeneration(llava_config()), scale=0.2)
+  where = tmp_path_factory.mktemp('llava')
+  peer.save_pretrained(where / 'published', max_shard_size='300KB')
+  assert len(list((where / 'published').glob('model-*.safetensors'))) > 1
+  folder.copy_tokenizer_files(TOKENIZER, where / 'published')
+  conversion = run(where / 'published', where / 'checkpoint', None)
+  assert conversion.kind == 'llava_transformers'
+  return peer, where / 'published', where / 'checkpoint'
+
+
+def assert_same_folders(again, published):
+  weights, others = contents(again)
+  want, want_others = contents(published)
+  others.pop('lavit_jax.json')
+  assert weights.keys() == want.keys() and others == want_others
+  for stem, state in want.items():
+    assert_same(weights[stem], state)
+
+
+def read_images(model, params, pixels):
+  """Normalized pixels -> vectors of the language model."""
+
+  @jax.jit
+  def program(params):
+    features = model.tower.features_of_pixels(params['vit'], pixels)
+    return model.interface.apply({'params': params['interface']}, features).vectors
+
+  return program(params)
+
+
+def logits_of(model, params, vectors, ids):
+  """Logits with the vectors before the words."""
+
+  @jax.jit
+  def program(params, vectors):
+    llama = model.llama.clone(vocab_size=len(params['embedding']))
+    words = llama.apply({'params': params}, ids, method='embed')
+    hidden = jax.numpy.concatenate([vectors, words], 1)
+    length = hidden.shape[1]
+    positions = jax.numpy.broadcast_to(jax.numpy.arange(length), hidden.shape[:2])
+    mask = jax.numpy.tril(jax.numpy.ones((length, length), bool))[None, None]
+    out, _ = llama.apply({'params': params}, hidden, positions, mask)
+    return llama.apply({'params': params}, out, method='logits')
+
+  return program(params, vectors)
+
+
+def peer_logits(peer, image_id, num_vectors, pixels=PIXELS):
+  ids = np.concatenate([np.full((2, num_vectors), image_id), IDS], 1)
+  images = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
+  with torch.no_grad():
+    return peer(input_ids=torch.from_numpy(ids), pixel_values=images).logits
+
+
+def test_llava_of_transformers_and_back(llava, tmp_path):
+  _, published, checkpoint = llava
+  run(checkpoint, tmp_path / 'again', None)
+  assert_same_folders(tmp_path / 'again', published)
+
+
+def test_a_converted_llava_computes_the_same(llava):
+  peer, _, checkpoint = llava
+  model = lavit.build('lavit_7b', settings=folder.read_settings(checkpoint))
+  assert model.llama.rope_theta == 500 and model.llama.num_kv_heads == 1
+  params = folder.load_params(checkpoint)
+  vectors = read_images(model, params, PIXELS)
+  got = logits_of(model, params['llama'], vectors, IDS)
+  close(got[..., : LLAMA['vocab_size']], peer_logits(peer, 2047, 4))
+
+
+def test_a_converted_llava_writes_captions(llava):
+  model = Lavit.from_pretrained(llava[2])
+  image = np.zeros((16, 16, 3), np.uint8)
+  captions = model.caption([image], num_beams=1, min_new_tokens=1, max_new_tokens=2)
+  assert len(captions) == 1 and isinstance(captions[0], str)
+
+
+def llava_of_the_authors(peer, mlp):
+  """The names of LLaVA's own files, without the image encoder, from those of transformers."""
+  state = {name: x.detach().numpy() for name, x in peer.state_dict().items()}
+  renamed = {}
+  for name, x in state.items():
+    if 'language_model' in name or name.startswith('lm_head'):
+      renamed[name.replace('model.language_model.', 'model.')] = x
+    elif 'multi_modal_projector' in name and (mlp or 'linear_1' in name):
+      layer = name.split('linear_')[1]
+      short = {'1': '0', '2': '2'}[layer[0]] + layer[1:] if mlp else layer[2:]
+      renamed[f'model.mm_projector.{short}'] = x
+  return renamed
+
+
+@pytest.mark.parametrize('form', ['llava_v1', 'llava_v1.5'])
+def test_llava_of_its_authors(llava, form, tmp_path):
+  state = llava_of_the_authors(llava[0], form == 'llava_v1.5')
+  src = tmp_path / 'published'
+  write(src, 'model', {name: x.astype(np.float16) for name, x in state.items()}, 200_000)
+  config = dict(LLAMA, model_type='llava', mm_hidden_size=64, mm_vision_select_layer=-2)
+  (src / 'config.json').write_text(json.dumps(config))
+  conversion = run(src, tmp_path / 'checkpoint', None)
+  assert conversion.kind == form
+  assert any(note.startswith('vit: the file has no image encoder') for note in conversion.notes)
+  run(tmp_path / 'checkpoint', tmp_path / 'again', None)
+  assert_same_folders(tmp_path / 'again', src)
+  settings = folder.read_settings(tmp_path / 'checkpoint')
+  assert settings['llama']['rope_theta'] == 500
+  assert settings['interface']['name'] == ('mlp' if form == 'llava_v1.5' else 'linear')
+  config['mm_vision_select_feature'] = 'cls_patch'
+  (src / 'config.json').write_text(json.dumps(config))
+  with pytest.raises(UserError, match='mm_vision_select_feature="cls_patch"'):
+    plan_conversion(src, tmp_path / 'other')
+
+
+def test_a_projector_by_itself_as_a_pickle(llava, tmp_path):
+  state = llava_of_the_authors(llava[0], True)
+  state = {name: x for name, x in state.items() if 'mm_projector' in name}
+  src = tmp_path / 'mm_projector.bin'
+  torch.save({name: torch.from_numpy(x) for name, x in state.items()}, src)
+  run(src, tmp_path / 'checkpoint', None)
+  assert list(folder.read_config(tmp_path / 'checkpoint')['parts']) == ['interface']
+  run(tmp_path / 'checkpoint', tmp_path / 'again', None, pickles=True)
+  again = torch.load(tmp_path / 'again' / 'mm_projector.bin', weights_only=True)
+  assert_same({name: x.numpy() for name, x in again.items()}, state)
+
+
+def test_the_image_encoder_of_llava_by_itself(tmp_path):
+  peer = randomize(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**CLIP)))
+  peer.save_pretrained(tmp_path / 'published')
+  run(tmp_path / 'published', tmp_path / 'checkpoint', None)
+  run(tmp_path / 'checkpoint', tmp_path / 'again', None)
+  assert_same_folders(tmp_path / 'again', tmp_path / 'published')
+  model = lavit.build('lavit_7b', settings=folder.read_settings(tmp_path / 'checkpoint'))
+  params = folder.load_params(tmp_path / 'checkpoint')['vit']
+  got = jax.jit(model.vit.apply)({'params': params}, PIXELS)
+  with torch.no_grad():
+    pixels = torch.from_numpy(PIXELS.transpose(0, 3, 1, 2).copy())
+    close(got, peer(pixels, output_hidden_states=True).hidden_states[-1])
+
+
+def test_faults_of_a_llava_are_listed(llava, tmp_path):
+  state = {}
+  for file in llava[1].glob('*.safetensors'):
+    state |= load_file(file)
+  del state['vision_tower.encoder.layers.1.mlp.fc1.bias']
+  state['language_model.model.norm.weight'] = np.zeros(7, np.float32)
+  state['multi_modal_projector.linear_3.weight'] = np.zeros(7, np.float32)
+  write(tmp_path / 'faulty', 'model', state)
+  content = json.loads((llava[1] / 'config.json').read_text())
+  (tmp_path / 'faulty' / 'config.json').write_text(json.dumps(content))
+  with pytest.raises(UserError) as error:
+    plan_conversion(tmp_path / 'faulty', tmp_path / 'checkpoint')
+  assert 'vit: missing: vision_tower.encoder.layers.1.mlp.fc1.bias' in str(error.value)
+  assert 'llama: wrong shape: language_model.model.norm.weight is [7]' in str(error.value)
+  content['vision_config']['hidden_act'] = 'gelu'
+  (tmp_path / 'faulty' / 'config.json').write_text(json.dumps(content))
+  with pytest.raises(UserError, match='hidden_act="gelu".*choose a checkpoint with quick_gelu'):
+    plan_conversion(tmp_path / 'faulty', tmp_path / 'checkpoint')
+
+
+# --- BLIP-2 and InstructBLIP -------------------------------------------------------------------
+
+VISION = dict(
+  hidden_size=88,
+  intermediate_size=20,
+  num_hidden_layers=2,
+  num_attention_heads=2,
+  image_size=16,
+  patch_size=8,
+)
+QFORMER = dict(
+  vocab_size=30,
+  hidden_size=64,
+  intermediate_size=20,
+  num_hidden_layers=2,
+  num_attention_heads=2,
+  encoder_hidden_size=88,
+  max_position_embeddings=10,
+)
+
+
+def blip2(instructed, text):
+  prefix = 'InstructBlip' if instructed else 'Blip2'
+  config = getattr(transformers, f'{prefix}Config')(
+    vision_config=VISION,
+    qformer_config=dict(QFORMER),
+    text_config=text.to_dict(),
+    num_query_tokens=3,
+    image_token_index=text.vocab_size - 1,
+  )
+  peer = getattr(transformers, f'{prefix}ForConditionalGeneration')(config)
+  return clear_key_biases(randomize(peer, scale=0.2))
+
+
+def clear_key_biases(peer):
+  for name, x in peer.named_parameters():
+    if name.endswith('qkv.bias'):
+      x.data[len(x) // 3 : 2 * len(x) // 3] = 0  # EVA has none
+  return peer
+
+
+def opt():
+  return transformers.OPTConfig(
+    vocab_size=40,
+    hidden_size=24,
+    word_embed_proj_dim=24,
+    ffn_dim=20,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    max_position_embeddings=32,
+  )
+
+
+@pytest.mark.parametrize('instructed', [False, True])
+def test_blip2_of_transformers_and_back(instructed, tmp_path):
+  """The language model of BLIP-2 is OPT, which travels; that of InstructBLIP is a LLaMA."""
+  text = transformers.LlamaConfig(**LLAMA) if instructed else opt()
+  blip2(instructed, text).save_pretrained(tmp_path / 'published')
+  conversion = run(tmp_path / 'published', tmp_path / 'checkpoint', None)
+  assert conversion.kind == ('instructblip_transformers' if instructed else 'blip2_transformers')
+  modules = ['interface', 'vit', 'llama'] if instructed else ['interface', 'vit']
+  config = folder.read_config(tmp_path / 'checkpoint')
+  assert list(config['parts']) == modules
+  model = lavit.build(config['variant'], settings=config['settings'])
+  assert (model.interface.num_heads, model.vit.num_heads, model.tower.cut) == (2, 2, 0)
+  run(tmp_path / 'checkpoint', tmp_path / 'again', None)
+  assert_same_folders(tmp_path / 'again', tmp_path / 'published')
+
+
+def lavis_name(name):
+  """A name of transformers' Blip2 in the files of LAVIS."""
+  for transformers_name, lavis in (
+    ('vision_model.post_layernorm', 'ln_vision'),
+    ('language_projection', 'llm_proj'),
+    ('attention.attention.', 'attention.self.'),
+    ('qformer.layernorm', 'Qformer.bert.embeddings.LayerNorm'),
+    ('qformer.embeddings.layernorm', 'Qformer.bert.embeddings.LayerNorm'),
+    ('qformer.', 'Qformer.bert.'),
+  ):
+    name = name.replace(transformers_name, lavis)
+  return name.replace('crossattention.attention.', 'crossattention.self.')
+
+
+@pytest.mark.parametrize('instructed', [False, True])
+def test_blip2_of_its_authors(instructed, tmp_path):
+  state = {}
+  for name, x in blip2(instructed, transformers.LlamaConfig(**LLAMA)).state_dict().items():
+    name = lavis_name(name.removeprefix('model.'))
+    if not name.startswith(('vision_model', 'language_model', 'lm_head')):
+      state[name] = x
+  src = tmp_path / 'blip2_pretrained.pth'
+  state.pop('Qformer.bert.embeddings.position_ids', None)
+  torch.save({'model': state, 'config': {}}, src)
+  conversion = run(src, tmp_path / 'checkpoint', None)
+  assert conversion.kind == ('instructblip' if instructed else 'blip2')
+  run(tmp_path / 'checkpoint', tmp_path / 'again', None, pickles=True)
+  again = torch.load(tmp_path / 'again' / src.name, weights_only=True)
+  assert list(again) == ['model']
+  assert_same(
+    {name: x.numpy() for name, x in again['model'].items()},
+    {name: x.numpy() for name, x in state.items()},
+  )
+  run(tmp_path / 'again', tmp_path / 'twice', None)
+  settings = folder.read_settings(tmp_path / 'checkpoint')
+  assert settings['interface']['llm_dim'] == 24 and settings['vit'] == {'hidden_size': 88}
+  assert folder.read_settings(tmp_path / 'twice') == settings
+
+
+def random_checkpoint(where, settings, variant='tiny'):
+  """A checkpoint as training writes one; its parameters."""
+  model = lavit.build(variant, settings=settings)
+  rng = np.random.default_rng(0)
+  shapes = name_tables.module_shapes(model, ['vit', 'interface', 'llama'])
+  params = jax.tree.map(lambda x: rng.normal(0, 0.1, size=x.shape).astype(np.float32), shapes)
+  folder.save_params(where, variant, params, tokenizer=TOKENIZER, settings=settings)
+  return model, params
+
+
+def test_a_qformer_trained_here_loads_in_transformers(tmp_path):
+  """With the LLaMA as its language model."""
+  model, params = random_checkpoint(tmp_path / 'trained', {'interface': {'name': 'qformer'}})
+  conversion = run(tmp_path / 'trained', tmp_path / 'exported', None)
+  assert conversion.kind == 'blip2_transformers'
+  assert 'vit: the last 1 blocks, which are not used, are left out' in conversion.notes
+  peer = transformers.Blip2ForConditionalGeneration.from_pretrained(tmp_path / 'exported')
+  assert isinstance(peer.language_model, transformers.LlamaModel | transformers.LlamaForCausalLM)
+  image_id = model.vocabulary.image_start
+  pixels = np.random.default_rng(2).normal(size=(2, 64, 64, 3)).astype(np.float32)
+  vectors = read_images(model, params, pixels)
+  got = logits_of(model, params['llama'], vectors, IDS)
+  close(got, peer_logits(peer, image_id, 16, pixels))
+  run(tmp_path / 'exported', tmp_path / 'again', None)
+  written = folder.load_params(tmp_path / 'again')
+  np.testing.assert_array_equal(written['llama']['head'], params['llama']['head'])
+  np.testing.assert_array_equal(
+    written['vit']['blocks']['mlp']['fc1']['bias'],
+    params['vit']['blocks']['mlp']['fc1']['bias'][:3],
+  )
+
+
+@pytest.mark.parametrize('name', ['linear', 'mlp', 'flamingo'])
+def test_other_interfaces_trained_here(name, tmp_path):
+  _, params = random_checkpoint(tmp_path / 'trained', {'interface': {'name': name}})
+  conversion = run(tmp_path / 'trained', tmp_path / 'exported', None)
+  kind = {'linear': 'llava_v1', 'mlp': 'llava_v1.5', 'flamingo': 'openflamingo'}[name]
+  assert conversion.kind == kind
+  left_out = 'vit' if name != 'flamingo' else 'llama, vit'
+  assert f'not written, since {kind} has no place for it: {left_out}' in conversion.notes
+  run(tmp_path / 'exported', tmp_path / 'again', None)
+  again = folder.load_params(tmp_path / 'again')
+  assert again.keys() == params.keys() - set(left_out.split(', '))
+  for module, tree in again.items():
+    jax.tree.map(np.testing.assert_array_equal, tree, params[module])
+
+
+def test_a_resampler_into_the_sequence_has_no_published_form(tmp_path):
+  random_checkpoint(tmp_path / 'trained', {'interface': {'name': 'resampler'}})
+  with pytest.raises(UserError, match="'resampler', for which no published form has a place"):
+    plan_conversion(tmp_path / 'trained', tmp_path / 'exported')
+
+
+def test_a_llava_trained_here_loads_in_transformers(tmp_path):
+  settings = {
+    'interface': {'name': 'mlp'},
+    'vit': {'architecture': 'clip', 'image_size': 16, 'num_layers': 2},
+  }
+  model, params = random_checkpoint(tmp_path / 'trained', settings)
+  run(tmp_path / 'trained', tmp_path / 'exported', None)
+  peer = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / 'exported')
+  vectors = read_images(model, params, PIXELS)
+  got = logits_of(model, params['llama'], vectors, IDS)
+  close(got, peer_logits(peer, model.vocabulary.image_start, 4))
+
+
+# --- OpenFlamingo ------------------------------------------------------------------------------
+
+
+def test_openflamingo_and_back(tmp_path):
+  tables = interface_files.form_tables('openflamingo', layers='transformer.blocks', every=2)
+  settings = {
+    'interface': dict(name='flamingo', llm_dim=24, llm_layers=6, num_heads=1, head_dim=64, every=2),
+    'vit': dict(architecture='clip', hidden_size=64, num_heads=1),
+  }
+  shapes = name_tables.module_shapes(lavit.build('tiny', settings=settings), ['interface'])
+  rng = np.random.default_rng(0)
+  state = {}
+  for name, shape in torch_shapes(tables['interface'], shapes['interface']).items():
+    state[name] = torch.from_numpy(rng.normal(size=shape).astype(np.float32))
+  assert 'lang_encoder.transformer.blocks.1.gated_cross_attn_layer.attn_gate' in state
+  state['lang_encoder.transformer.wte.weight'] = torch.ones(5, 24)  # rows that were trained
+  src = tmp_path / 'checkpoint.pt'
+  wrapped = {f'module.{name}': x for name, x in state.items()}
+  torch.save({'model_state_dict': wrapped, 'epoch': 3}, src)
+  conversion = run(src, tmp_path / 'checkpoint', None)
+  assert conversion.kind == 'openflamingo'
+  assert '1 tensors of other models: lang_encoder.transformer.wte' in ' '.join(conversion.notes)
+  run(tmp_path / 'checkpoint', tmp_path / 'again', None, pickles=True)
+  again = torch.load(tmp_path / 'again' / 'checkpoint.pt', weights_only=True)
+  assert_same(
+    {name: x.numpy() for name, x in again.items()}, {name: x.numpy() for name, x in state.items()}
+  )
