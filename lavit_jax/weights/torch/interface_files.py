@@ -6,8 +6,8 @@
     llava_v1.5                 interface (MlpProjection); llama and vit if the file has them
     llava_transformers         interface (MlpProjection), llama, vit
     openflamingo               interface (FlamingoInterface)
-    blip2                      interface (QFormerInterface)
-    instructblip               interface (QFormerInterface with a vocabulary)
+    blip2                      interface (QFormerInterface); vit if the file has one
+    instructblip               interface (QFormerInterface with a vocabulary); vit likewise
     blip2_transformers         interface, vit; llama if the file has one
     instructblip_transformers  interface, vit; llama if the file has one
     emu                        interface, head, llama, vit
@@ -27,7 +27,7 @@ from lavit_jax.weights.torch import names_blip2, names_interfaces
 from lavit_jax.weights.torch.mapping import PortingError
 from lavit_jax.weights.torch.name_rules import NameRule
 from lavit_jax.weights.torch.names_llama import llama_rules
-from lavit_jax.weights.torch.names_visual import clip_rules
+from lavit_jax.weights.torch.names_visual import clip_rules, vit_rules
 from lavit_jax.weights.torch.rule_builders import nested_rules
 
 Tables = dict[str, list[NameRule]]  # by module
@@ -37,6 +37,7 @@ FIRST_STAGE = ('blip2_stage1', 'blip2_retrieval')  # their Q-Former reads no ima
 GATE = re.compile(r'lang_encoder\.(?P<layers>.*)\.(?P<number>\d+)\.gated_cross_attn_layer\.')
 CLASS_EMBEDDING = 'embeddings.class_embedding'  # of CLIP's image encoder
 EMBEDDING = 'model.embed_tokens.weight'  # of a LLaMA
+LAVIS_ENCODER = 'visual_encoder.'  # EVA's, in files of LAVIS that have it
 CLIP_ENCODERS = ('vision_model.', '')  # transformers 4 and CLIPModel, CLIPVisionModel of 5
 
 
@@ -141,7 +142,10 @@ def _recognize_lavis(names: Collection[str]) -> tuple[str, Options]:
   if not projections:
     raise PortingError('a Q-Former without opt_proj, t5_proj or llm_proj into a language model')
   text = 'Qformer.bert.embeddings.word_embeddings.weight' in names
-  return ('instructblip' if text else 'blip2'), dict(projection=projections[0])
+  options: Options = dict(projection=projections[0])
+  if f'{LAVIS_ENCODER}patch_embed.proj.weight' in names:
+    options['tower'] = LAVIS_ENCODER
+  return ('instructblip' if text else 'blip2'), options
 
 
 def _recognize_blip_of_transformers(names: Collection[str]) -> tuple[str, Options] | None:
@@ -186,7 +190,8 @@ def form_tables(
 
   Args:
     form: see the top of this file.
-    tower: of LLaVA and CLIP: what is before the names of the image encoder; None without one.
+    tower: of LLaVA, CLIP and BLIP-2's own files: what is before the names of the image encoder;
+      None without one.
     llama: whether LLaVA's own files, or those of BLIP-2 in transformers, hold a LLaMA.
     projection: of BLIP-2's and InstructBLIP's own files: see `names_blip2.blip2_rules`.
     layers: of OpenFlamingo: see `names_interfaces.gated_rules`.
@@ -196,7 +201,10 @@ def form_tables(
     return _llava_tables(form, tower, llama)
   text = form.startswith('instructblip')
   if form in ('blip2', 'instructblip'):
-    return dict(interface=names_blip2.blip2_rules(projection, text))
+    tables = dict(interface=names_blip2.blip2_rules(projection, text))
+    if tower is not None:
+      tables['vit'] = nested_rules(tower, '', vit_rules())
+    return tables
   if form in ('blip2_transformers', 'instructblip_transformers'):
     tables = dict(
       interface=names_blip2.blip2_transformers_rules(text), vit=names_blip2.blip2_tower_rules()
