@@ -7,8 +7,8 @@ python benchmarks/interfaces.py --workdir runs/interfaces --report --out docs/as
 All systems read the same frozen image encoder and learn captions and answers of the same images, in
 the same order, from the same language model, which has read the training texts without images. What
 each of them may spend is a number of floating-point operations (training/flops.py), and so the
-number of steps differs. The language model trains along, or is frozen; operations are counted as
-if it trained. The study can be stopped at any time; the same command continues it.
+number of steps differs. The language model trains along, or is frozen. The study can be stopped at
+any time; the same command continues it.
 
 A run is measured by its captions and answers of new images of the training sprites, and of held-out
 drawings of concepts that were seen (split 'heldout/pair').
@@ -44,7 +44,10 @@ COLORS = {  # of each system's lines
   'resampler': '#2ca02c',
   'flamingo': '#9467bd',
   'qformer': '#d62728',
+  'emu': '#ff7f0e',
 }
+# Emu's language model draws, too, but not here: its pairs are as long as the Q-Former's.
+OWN_OPTIONS = {'emu': ('lm.mean_length=48',)}
 LANGUAGE_MODELS: dict[str, tuple[str, ...]] = {
   'trained': (),
   'frozen': ("optim.freeze=('^llama/',)",),
@@ -163,6 +166,7 @@ def study(args: argparse.Namespace, system: str, mode: str, seed: int) -> None:
     f'seed={seed}',
     'picture_every=0',
     *LANGUAGE_MODELS[mode],
+    *OWN_OPTIONS.get(system, ()),
   ]
   run = resolve_options(options, workdir)
   step = flops.step_flops(run).at(flops.expected_share(run))

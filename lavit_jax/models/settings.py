@@ -231,6 +231,10 @@ INTERFACE = dict(
   cut=Setting(optional(integer_between(0, 99)), None),  # of the image encoder (towers.py)
   final_norm=Setting(optional(boolean), None),
 )
+# What the U-Net reads: features that are rebuilt from codes, or the vectors of an interface.
+CODES = 'codes'
+CONDITIONS = (CODES, 'emu')
+CONDITION = dict(name=Setting(one_of(*CONDITIONS), CODES))
 
 GROUPS: dict[str, SettingsGroup] = {
   'vit': SettingsGroup('vit', VIT),
@@ -242,6 +246,7 @@ GROUPS: dict[str, SettingsGroup] = {
   'highres_scheduler': SettingsGroup('highres_unet', SCHEDULER),
   'llama': SettingsGroup('llama', LLAMA),
   'interface': SettingsGroup('interface', INTERFACE, in_all_variants=True),
+  'condition': SettingsGroup('unet', CONDITION),
 }
 
 

@@ -29,7 +29,8 @@ from lavit_jax.models.vit import ViT
 BERT_VOCABULARY = 30523  # with the decode token, which LAVIS appends
 LAVIT = 'lavit'
 # Those that a whole model may have in place of LaVIT's (models/lavit.py).
-OTHERS = ('linear', 'mlp', 'resampler', 'flamingo', 'qformer')
+OTHERS = ('linear', 'mlp', 'resampler', 'flamingo', 'qformer', 'emu')
+DRAWING = (LAVIT, 'emu')  # those with which the language model draws: codes, or vectors
 # The sizes that a checkpoint may have of its own (models/settings.py).
 SIZE_FIELDS = (
   'llm_dim',

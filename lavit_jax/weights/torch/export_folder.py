@@ -81,6 +81,11 @@ def plan_export(
   metadata = config['metadata']
   model = lavit.build(variant, settings=settings)
   kind = metadata.get('source', {}).get('kind', formats.LAVIT)
+  if 'unet' in config['parts'] and model.condition_name != checkpoint_settings.CODES:
+    raise UserError(
+      f'{src} has a U-Net that reads the vectors of the interface {model.condition_name!r}, for '
+      f'which a {kind} folder has no place'
+    )
   target = interface_export.choose_target(src, model, config)
   if target is None:
     _check_descriptions(src, config, kind, settings)

@@ -8,6 +8,7 @@ has a place for most of it:
     mlp            EVA            llava_v1.5           the image encoder
     mlp            CLIP           llava_transformers
     qformer        EVA            blip2_transformers   blocks, norm and head that are not used
+    emu            EVA            emu
     flamingo       any            openflamingo         image encoder and language model
 """
 
@@ -199,6 +200,8 @@ def _form_of_trained(model: lavit.LavitModules, has_llama: bool) -> tuple[str, O
     return 'llava_transformers', dict(tower=TOWER, llama=has_llama), formats.TRANSFORMERS[0]
   if model.interface_name == 'qformer' and not is_clip:
     return 'blip2_transformers', dict(llama=has_llama), formats.TRANSFORMERS[0]
+  if model.interface_name == 'emu' and not is_clip:
+    return 'emu', {}, 'Emu'
   if isinstance(model.interface, FlamingoInterface):
     return 'openflamingo', dict(layers='model.layers', every=model.interface.every), 'checkpoint'
   return None

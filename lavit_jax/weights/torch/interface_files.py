@@ -10,7 +10,7 @@
     instructblip               interface (QFormerInterface with a vocabulary); vit likewise
     blip2_transformers         interface, vit; llama if the file has one
     instructblip_transformers  interface, vit; llama if the file has one
-    emu                        interface, head, llama, vit
+    emu                        interface, llama, vit
     blip2_stage1               pretraining (QFormerPretraining)
     blip2_retrieval            pretraining, less the head of words and the temperature; vit
 
@@ -219,7 +219,6 @@ def form_tables(
   if form == 'emu':
     return dict(
       interface=names_interfaces.emu_rules(),
-      head=names_interfaces.emu_head_rules(),
       llama=names_interfaces.emu_llama_rules(),
       vit=names_interfaces.emu_tower_rules(),
     )
