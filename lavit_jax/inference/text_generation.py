@@ -195,6 +195,7 @@ def _encode_batches(
   program = compiled.read
   module_names = ('vit', 'tokenizer', 'understanding')
   if runner.modules.interface is not None:
+    runner.require_image_alone()
     program = compiled.read_by_interface
     module_names = ('vit', 'interface')
   max_batch = batching.MAX_BATCH

@@ -92,6 +92,11 @@ class LavitModules:
     return json.loads(self.settings_text)
 
   @property
+  def has_padded_vocabulary(self) -> bool:
+    """Whether rows of the text may belong to no token, as in models of other systems."""
+    return 'text_vocab_size' in self.settings.get('llama', {})
+
+  @property
   def image_size(self) -> int:
     """Side of the square image that the ViT reads, in pixels."""
     return self.vit.image_size

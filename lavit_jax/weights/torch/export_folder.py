@@ -8,8 +8,8 @@ import functools
 import json
 import pathlib
 import shutil
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,11 +28,19 @@ from lavit_jax.weights.torch.conversion_notes import settings_notes
 from lavit_jax.weights.torch.conversion_plan import Conversion, Progress, conversion_item
 from lavit_jax.weights.torch.descriptions import descriptions
 from lavit_jax.weights.torch.digests import sha256
+from lavit_jax.weights.torch.export_tensors import (
+  ExportedModule,
+  ExportedTensor,
+  LeafSpecs,
+  TargetFile,
+  converted_tensors,
+  unwritten_layers,
+)
 from lavit_jax.weights.torch.formats import ModuleLocation
 from lavit_jax.weights.torch.interface_descriptions import interface_config
 from lavit_jax.weights.torch.interface_export import InterfaceTarget
 from lavit_jax.weights.torch.mapping import slots_for
-from lavit_jax.weights.torch.name_rules import NameRule, Slot, contiguous, zeros_view
+from lavit_jax.weights.torch.name_rules import NameRule, zeros_view
 from lavit_jax.weights.torch.pickle_files import BIN, replace_by_pickles
 from lavit_jax.weights.torch.safetensors_files import (
   SafetensorsWriter,
@@ -41,30 +49,6 @@ from lavit_jax.weights.torch.safetensors_files import (
 )
 from lavit_jax.weights.torch.state_dict_names import EMBEDDING
 from lavit_jax.weights.torch.tensors import ArraySpec, LazyTensor
-
-TargetFile = tuple[str, str]  # (folder, stem)
-LeafSpecs = Mapping[str, jax.ShapeDtypeStruct]  # path -> shape and dtype
-
-
-class _ExportedTensor(NamedTuple):
-  """A tensor of the result: its file, and the slot that it is read from."""
-
-  file: TargetFile
-  slot: Slot
-
-
-@dataclasses.dataclass(frozen=True)
-class _ExportedModule:
-  """A module of the checkpoint: its leaves, and torch name -> tensor of the result.
-
-  Attributes:
-    written: path -> shape and dtype of what is written of a leaf: its beginning on each axis.
-  """
-
-  module: str
-  leaves: Mapping[str, ts.TensorStore]
-  written: LeafSpecs
-  tensors: Mapping[str, _ExportedTensor]
 
 
 def plan_export(
@@ -81,13 +65,13 @@ def plan_export(
   metadata = config['metadata']
   model = lavit.build(variant, settings=settings)
   kind = metadata.get('source', {}).get('kind', formats.LAVIT)
-  if 'unet' in config['parts'] and model.condition_name != checkpoint_settings.CODES:
-    raise UserError(
-      f'{src} has a U-Net that reads the vectors of the interface {model.condition_name!r}, for '
-      f'which a {kind} folder has no place'
-    )
   target = interface_export.choose_target(src, model, config)
   if target is None:
+    if 'unet' in config['parts'] and model.condition_name != checkpoint_settings.CODES:
+      raise UserError(
+        f'{src} has a U-Net that reads the vectors of the interface {model.condition_name!r}, for '
+        f'which a {kind} folder has no place'
+      )
     _check_descriptions(src, config, kind, settings)
     locations = formats.locations(kind)
   else:
@@ -116,7 +100,7 @@ def plan_export(
     items.append(conversion_item(location, len(tensors), specs))
     if target is not None and location.module == 'vit':
       joined |= _join_tensors(src, target, tensors, dtype, files)
-    modules.append(_ExportedModule(location.module, arrays, written, tensors))
+    modules.append(ExportedModule(location.module, arrays, written, tensors))
   if not modules:
     raise UserError(
       f'{src} holds {", ".join(config["parts"])}: nothing that a {kind} folder has a place for'
@@ -163,7 +147,7 @@ def _plan_tensors(
   metadata: Mapping[str, Any],
   dtype: str | None,
   files: dict[TargetFile, dict[str, ArraySpec]],
-) -> dict[str, _ExportedTensor]:
+) -> dict[str, ExportedTensor]:
   """The tensors that a module becomes; adds their shapes and dtypes to `files`.
 
   A tensor that two modules share is written once, for the first of them; of a tied embedding and
@@ -183,14 +167,14 @@ def _plan_tensors(
     shape = slot.tensor_from({slot.leaf: zeros_view(specs[slot.leaf])}).shape
     spec = folder.cast(jax.ShapeDtypeStruct(shape, specs[slot.leaf].dtype), dtype)
     files.setdefault(file, {})[name] = spec
-    tensors[name] = _ExportedTensor(file, slot)
+    tensors[name] = ExportedTensor(file, slot)
   return tensors
 
 
 def _join_tensors(
   src: pathlib.Path,
   target: InterfaceTarget,
-  tensors: dict[str, _ExportedTensor],
+  tensors: dict[str, ExportedTensor],
   dtype: str | None,
   files: dict[TargetFile, dict[str, ArraySpec]],
 ) -> dict[TargetFile, dict[str, LazyTensor]]:
@@ -258,7 +242,7 @@ class _FolderExport:
   kind: str
   model: lavit.LavitModules
   config: Mapping[str, Any]
-  modules: list[_ExportedModule]
+  modules: list[ExportedModule]
   files: Mapping[TargetFile, Mapping[str, ArraySpec]]
   extras: Mapping[TargetFile, Mapping[str, LazyTensor]]
   dtype: str | None
@@ -296,7 +280,7 @@ class _FolderExport:
 
   def _write_module(
     self,
-    module: _ExportedModule,
+    module: ExportedModule,
     writers: Mapping[TargetFile, SafetensorsWriter],
     ledger: finite.FiniteLedger,
     progress: Progress,
@@ -305,13 +289,13 @@ class _FolderExport:
     sums = read_checksums(self.src, module.module)
     remaining = {tensor.slot.leaf: sums[tensor.slot.leaf] for tensor in module.tensors.values()}
     with folder.reading_errors(self.src / 'parts' / module.module):
-      for converted in _converted_tensors(module, self.dtype):
+      for converted in converted_tensors(module, self.dtype):
         tensor = module.tensors[converted.name]
         ledger.add(f'{tensor.file[1]}: {converted.name}', converted.counts)
         remaining[tensor.slot.leaf] ^= converted.checksum
         writers[tensor.file].write(converted.name, converted.array)
         progress(converted.array.nbytes)
-      for leaf, layer in _unwritten_layers(module):
+      for leaf, layer in unwritten_layers(module):
         array = module.leaves[leaf][layer].read().result()
         remaining[leaf] ^= checksums.checksum(array[None], layer)
       wrong = [leaf for leaf, rest in remaining.items() if rest]
@@ -356,14 +340,25 @@ class _FolderExport:
       shutil.copytree(travelled, result, dirs_exist_ok=True, ignore=no_extras)
 
   def _write_interface_config(self, result: pathlib.Path, target: InterfaceTarget) -> None:
-    """Writes `config.json` and tokenizer of another system's folder that was trained here."""
-    if not target.trained_here:
+    """Writes the `config.json` of another system's folder, and what was trained here a tokenizer.
+
+    One that travelled stays as it is, but for the dtype of the result.
+    """
+    file = result / 'config.json'
+    content = formats.read_json(file)
+    if target.trained_here:
+      folder.copy_tokenizer_files(self.src / 'tokenizer', result)
+      rows = [part.written['embedding'].shape[0] for part in self.modules if part.module == 'llama']
+      vocab_size = rows[0] if rows else 0
+      modules = self.config['parts']
+      content = interface_config(target.form, target.model_as_written, modules, vocab_size)
+    elif self.dtype is None or not content.keys() & {'dtype', 'torch_dtype'}:
       return
-    modules = self.config['parts']
-    folder.copy_tokenizer_files(self.src / 'tokenizer', result)
-    content = interface_config(target.form, target.model_as_written, modules)
-    if content is not None:
-      (result / 'config.json').write_text(json.dumps(content, indent=2) + '\n')
+    for key in ('dtype', 'torch_dtype'):
+      if key in content:
+        content[key] = self.dtype
+    if content:
+      file.write_text(json.dumps(content, indent=2) + '\n')
 
   def _write_export_info(self, result: pathlib.Path) -> None:
     """Writes where the folder is from."""
@@ -382,44 +377,6 @@ class _FolderExport:
     if self.target is not None:
       content['settings'] = self.target.settings
     (result / formats.EXPORT_INFO).write_text(json.dumps(content, indent=1) + '\n')
-
-
-def _unwritten_layers(module: _ExportedModule) -> Iterator[tuple[str, int]]:
-  """The layers of stacked leaves that no tensor is made of; yields (path, layer)."""
-  stacked = {
-    tensor.slot.leaf for tensor in module.tensors.values() if tensor.slot.layer is not None
-  }
-  for leaf in stacked:
-    for layer in range(module.written[leaf].shape[0], module.leaves[leaf].shape[0]):
-      yield leaf, layer
-
-
-class _ConvertedTensor(NamedTuple):
-  """A tensor on its way: `checksum` is that of the leaf, or layer, that it was read from."""
-
-  name: str
-  array: np.ndarray
-  checksum: int
-  counts: finite.Counts
-
-
-def _converted_tensors(module: _ExportedModule, dtype: str | None) -> Iterator[_ConvertedTensor]:
-  """Reads and converts the tensors of a module, leaf by leaf, in threads ahead of the caller."""
-
-  def read(name: str, slot: Slot) -> _ConvertedTensor:
-    store = module.leaves[slot.leaf]
-    if slot.layer is None:
-      leaf = store.read().result()
-      leaf_checksum = checksums.checksum(leaf)
-      leaf = leaf[tuple(slice(size) for size in module.written[slot.leaf].shape)]
-    else:
-      leaf = store[slot.layer].read().result()
-      leaf_checksum = checksums.checksum(leaf[None], slot.layer)
-    array, counts = finite.cast(leaf, folder.cast(leaf, dtype).dtype)
-    return _ConvertedTensor(name, contiguous(slot.to_tensor(array)), leaf_checksum, counts)
-
-  by_leaf = sorted(module.tensors.items(), key=lambda item: item[1].slot.leaf)
-  return leaves.prefetch(functools.partial(read, name, tensor.slot) for name, tensor in by_leaf)
 
 
 def _read_back(writer: SafetensorsWriter, progress: Progress) -> None:

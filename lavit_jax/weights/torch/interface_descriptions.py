@@ -12,25 +12,26 @@ from lavit_jax.weights.torch.descriptions import llama_config
 
 
 def interface_config(
-  form: str, model: lavit.LavitModules, modules: Collection[str]
-) -> dict[str, Any] | None:
-  """The config of a folder in a form; None if transformers cannot load it.
+  form: str, model: lavit.LavitModules, modules: Collection[str], vocab_size: int
+) -> dict[str, Any]:
+  """The config of a folder in a form; {} if transformers cannot load it.
 
   Args:
     form: see interface_files.py.
     model: with the settings of the result.
     modules: that the checkpoint has: an image encoder and a language model are needed.
+    vocab_size: rows of the language model's embedding.
   """
   if not {'vit', 'interface', 'llama'} <= set(modules):
-    return None
+    return {}
   if form == 'llava_transformers':
-    return _llava_config(model)
+    return _llava_config(model, vocab_size)
   if form == 'blip2_transformers':
-    return _blip2_config(model)
-  return None
+    return _blip2_config(model, vocab_size)
+  return {}
 
 
-def _llava_config(model: lavit.LavitModules) -> dict[str, Any]:
+def _llava_config(model: lavit.LavitModules, vocab_size: int) -> dict[str, Any]:
   """The config of transformers' LlavaForConditionalGeneration; [IMG] marks the image's slots."""
   encoder = model.vit
   assert isinstance(encoder, ClipViT)
@@ -49,8 +50,8 @@ def _llava_config(model: lavit.LavitModules) -> dict[str, Any]:
     architectures=['LlavaForConditionalGeneration'],
     model_type='llava',
     vision_config=vision,
-    text_config=llama_config(model.llama, model.vocabulary.size),
-    image_token_index=model.vocabulary.image_start,
+    text_config=llama_config(model.llama, vocab_size),
+    image_token_index=min(model.vocabulary.image_start, vocab_size - 1),
     image_seq_length=encoder.num_patches,
     projector_hidden_act='gelu',
     vision_feature_layer=-1 - model.tower.cut,
@@ -60,7 +61,7 @@ def _llava_config(model: lavit.LavitModules) -> dict[str, Any]:
   )
 
 
-def _blip2_config(model: lavit.LavitModules) -> dict[str, Any]:
+def _blip2_config(model: lavit.LavitModules, vocab_size: int) -> dict[str, Any]:
   """The config of transformers' Blip2ForConditionalGeneration with a LLaMA."""
   encoder = model.vit
   interface = model.interface
@@ -93,9 +94,9 @@ def _blip2_config(model: lavit.LavitModules) -> dict[str, Any]:
     model_type='blip-2',
     vision_config=vision,
     qformer_config=qformer,
-    text_config=llama_config(model.llama, model.vocabulary.size),
+    text_config=llama_config(model.llama, vocab_size),
     num_query_tokens=interface.num_queries,
-    image_token_index=model.vocabulary.image_start,
+    image_token_index=min(model.vocabulary.image_start, vocab_size - 1),
     use_decoder_only_language_model=True,
     tie_word_embeddings=False,
   )

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
-from lavit_jax.models import settings as checkpoint_settings
 from lavit_jax.weights.torch import (
   configs,
   conversion_notes,
@@ -197,7 +196,7 @@ def open_lavit(
   mapped = matching.map_modules(model, sources, allow_missing, mixed)
   origins = conversion_notes.description_names(src, folders)
   notes = conversion_notes.settings_notes(origins, settings, variant)
-  notes += conversion_notes.source_notes(src, kind, sources, model.vocabulary.text_size)
+  notes += conversion_notes.source_notes(src, kind, sources, model)
   return OpenedSource(kind, sources, lavit.build(variant, settings=settings), mapped, notes)
 
 
@@ -246,10 +245,8 @@ def _notes(
   if source.file.others:
     notes.append(conversion_notes.other_tensors(source.file.others))
   if source.path.is_dir():
-    text_size = model.vocabulary.text_size
-    notes += conversion_notes.source_notes(source.path, source.file.form, source.modules, text_size)
-  unwritten = checkpoint_settings.GROUPS.keys() & model.settings.keys() - set(source.file.tables)
-  if 'vit' in unwritten and 'interface' in source.file.tables:
+    notes += conversion_notes.source_notes(source.path, source.file.form, source.modules, model)
+  if 'vit' not in source.file.tables:
     notes.append(
       'vit: the file has no image encoder; convert it by itself, and lavit bundle joins the two'
     )

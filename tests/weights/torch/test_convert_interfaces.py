@@ -11,13 +11,15 @@ from safetensors.numpy import load_file
 from torch_folders import TOKENIZER, assert_same, contents, run, write
 from torch_peers import close, randomize
 
+from lavit_jax.apps import conversion
 from lavit_jax.errors import UserError
 from lavit_jax.inference.pipeline import Lavit
 from lavit_jax.models import lavit
 from lavit_jax.weights.store import folder
-from lavit_jax.weights.torch import interface_files, name_tables
+from lavit_jax.weights.torch import interface_files, interface_sizes, name_tables
 from lavit_jax.weights.torch.convert import plan_conversion
 from lavit_jax.weights.torch.mapping import torch_shapes
+from lavit_jax.weights.torch.matching import vocabulary_shapes
 
 PIXELS = np.random.default_rng(1).normal(size=(2, 16, 16, 3)).astype(np.float32)
 IDS = np.array([[1, 5, 9, 4], [1, 7, 3, 2]])
@@ -31,7 +33,7 @@ CLIP = dict(
   projection_dim=4,
 )
 LLAMA = dict(
-  vocab_size=2048,
+  vocab_size=2052,
   hidden_size=24,
   intermediate_size=20,
   num_hidden_layers=2,
@@ -45,7 +47,7 @@ def llava_config(**text):
   return transformers.LlavaConfig(
     vision_config=transformers.CLIPVisionConfig(**CLIP),
     text_config=transformers.LlamaConfig(**LLAMA, **text),
-    image_token_index=2047,
+    image_token_index=2051,
     image_seq_length=4,
   )
 
@@ -58,8 +60,8 @@ def llava(tmp_path_factory):
   peer.save_pretrained(where / 'published', max_shard_size='300KB')
   assert len(list((where / 'published').glob('model-*.safetensors'))) > 1
   folder.copy_tokenizer_files(TOKENIZER, where / 'published')
-  conversion = run(where / 'published', where / 'checkpoint', None)
-  assert conversion.kind == 'llava_transformers'
+  plan = run(where / 'published', where / 'checkpoint', None)
+  assert plan.kind == 'llava_transformers'
   return peer, where / 'published', where / 'checkpoint'
 
 
@@ -120,7 +122,7 @@ def test_a_converted_llava_computes_the_same(llava):
   params = folder.load_params(checkpoint)
   vectors = read_images(model, params, PIXELS)
   got = logits_of(model, params['llama'], vectors, IDS)
-  close(got[..., : LLAMA['vocab_size']], peer_logits(peer, 2047, 4))
+  close(got[..., : LLAMA['vocab_size']], peer_logits(peer, 2051, 4))
 
 
 @pytest.mark.slow
@@ -152,9 +154,9 @@ def test_llava_of_its_authors(llava, form, tmp_path):
   write(src, 'model', {name: x.astype(np.float16) for name, x in state.items()}, 200_000)
   config = dict(LLAMA, model_type='llava', mm_hidden_size=64, mm_vision_select_layer=-2)
   (src / 'config.json').write_text(json.dumps(config))
-  conversion = run(src, tmp_path / 'checkpoint', None)
-  assert conversion.kind == form
-  assert any(note.startswith('vit: the file has no image encoder') for note in conversion.notes)
+  plan = run(src, tmp_path / 'checkpoint', None)
+  assert plan.kind == form
+  assert any(note.startswith('vit: the file has no image encoder') for note in plan.notes)
   run(tmp_path / 'checkpoint', tmp_path / 'again', None)
   assert_same_folders(tmp_path / 'again', src)
   settings = folder.read_settings(tmp_path / 'checkpoint')
@@ -166,11 +168,14 @@ def test_llava_of_its_authors(llava, form, tmp_path):
     plan_conversion(src, tmp_path / 'other')
 
 
-def test_a_projector_by_itself_as_a_pickle(llava, tmp_path):
+def test_a_projector_by_itself_as_a_pickle(llava, tmp_path, capsys):
   state = llava_of_the_authors(llava[0], True)
   state = {name: x for name, x in state.items() if 'mm_projector' in name}
   src = tmp_path / 'mm_projector.bin'
   torch.save({name: torch.from_numpy(x) for name, x in state.items()}, src)
+  conversion.inspect(src)
+  printed = capsys.readouterr().out
+  assert 'llava_v1.5' in printed and 'interface: 4 tensors in its files, 2,160 par' in printed
   run(src, tmp_path / 'checkpoint', None)
   assert list(folder.read_config(tmp_path / 'checkpoint')['parts']) == ['interface']
   run(tmp_path / 'checkpoint', tmp_path / 'again', None, pickles=True)
@@ -272,8 +277,9 @@ def test_blip2_of_transformers_and_back(instructed, tmp_path):
   """The language model of BLIP-2 is OPT, which travels; that of InstructBLIP is a LLaMA."""
   text = transformers.LlamaConfig(**LLAMA) if instructed else opt()
   blip2(instructed, text).save_pretrained(tmp_path / 'published')
-  conversion = run(tmp_path / 'published', tmp_path / 'checkpoint', None)
-  assert conversion.kind == ('instructblip_transformers' if instructed else 'blip2_transformers')
+  folder.copy_tokenizer_files(TOKENIZER, tmp_path / 'published')
+  plan = run(tmp_path / 'published', tmp_path / 'checkpoint', None)
+  assert plan.kind == ('instructblip_transformers' if instructed else 'blip2_transformers')
   modules = ['interface', 'vit', 'llama'] if instructed else ['interface', 'vit']
   config = folder.read_config(tmp_path / 'checkpoint')
   assert list(config['parts']) == modules
@@ -281,6 +287,9 @@ def test_blip2_of_transformers_and_back(instructed, tmp_path):
   assert (model.interface.num_heads, model.vit.num_heads, model.tower.cut) == (2, 2, 0)
   run(tmp_path / 'checkpoint', tmp_path / 'again', None)
   assert_same_folders(tmp_path / 'again', tmp_path / 'published')
+  if instructed:
+    with pytest.raises(UserError, match='reads the instruction'):
+      Lavit.from_pretrained(tmp_path / 'checkpoint').caption([np.zeros((16, 16, 3), np.uint8)])
 
 
 def lavis_name(name):
@@ -307,8 +316,8 @@ def test_blip2_of_its_authors(instructed, tmp_path):
   src = tmp_path / 'blip2_pretrained.pth'
   state.pop('Qformer.bert.embeddings.position_ids', None)
   torch.save({'model': state, 'config': {}}, src)
-  conversion = run(src, tmp_path / 'checkpoint', None)
-  assert conversion.kind == ('instructblip' if instructed else 'blip2')
+  plan = run(src, tmp_path / 'checkpoint', None)
+  assert plan.kind == ('instructblip' if instructed else 'blip2')
   run(tmp_path / 'checkpoint', tmp_path / 'again', None, pickles=True)
   again = torch.load(tmp_path / 'again' / src.name, weights_only=True)
   assert list(again) == ['model']
@@ -339,9 +348,9 @@ def random_checkpoint(where, name, modules=('vit', 'interface', 'llama'), **vit)
 def test_a_qformer_trained_here_loads_in_transformers(tmp_path):
   """With the LLaMA as its language model."""
   model, params = random_checkpoint(tmp_path / 'trained', 'qformer')
-  conversion = run(tmp_path / 'trained', tmp_path / 'exported', None)
-  assert conversion.kind == 'blip2_transformers'
-  assert 'vit: the last 1 blocks, which are not used, are left out' in conversion.notes
+  plan = run(tmp_path / 'trained', tmp_path / 'exported', None)
+  assert plan.kind == 'blip2_transformers'
+  assert 'vit: the last 1 blocks, which are not used, are left out' in plan.notes
   peer = transformers.Blip2ForConditionalGeneration.from_pretrained(tmp_path / 'exported')
   assert isinstance(peer.language_model, transformers.LlamaModel | transformers.LlamaForCausalLM)
   image_id = model.vocabulary.image_start
@@ -354,13 +363,13 @@ def test_a_qformer_trained_here_loads_in_transformers(tmp_path):
 @pytest.mark.parametrize('name', ['mlp', 'flamingo', 'emu', 'qformer'])
 def test_other_interfaces_trained_here(name, tmp_path):
   _, params = random_checkpoint(tmp_path / 'trained', name)
-  conversion = run(tmp_path / 'trained', tmp_path / 'exported', None)
+  plan = run(tmp_path / 'trained', tmp_path / 'exported', None)
   kinds = dict(emu='emu', mlp='llava_v1.5', flamingo='openflamingo', qformer='blip2_transformers')
   kind = kinds[name]
-  assert conversion.kind == kind
+  assert plan.kind == kind
   left_out = {'mlp': 'vit', 'flamingo': 'llama, vit'}.get(name, '')
   note = f'not written, since {kind} has no place for it: {left_out}'
-  assert (note in conversion.notes) == bool(left_out)
+  assert (note in plan.notes) == bool(left_out)
   run(tmp_path / 'exported', tmp_path / 'again', None)
   again = folder.load_params(tmp_path / 'again')
   assert again.keys() == params.keys() - set(left_out.split(', '))
@@ -386,6 +395,59 @@ def test_a_llava_trained_here_loads_in_transformers(tmp_path):
   vectors = read_images(model, params, PIXELS)
   got = logits_of(model, params['llama'], vectors, IDS)
   close(got, peer_logits(peer, model.vocabulary.image_start, 4))
+
+
+# --- Published sizes, without memory -----------------------------------------------------------
+
+CLIP_336 = dict(
+  architecture='clip', image_size=336, hidden_size=1024, num_layers=24, mlp_dim=4096, patch_size=14
+)
+LLAMA_13B = dict(
+  text_vocab_size=32003,
+  hidden_size=5120,
+  num_layers=40,
+  num_heads=40,
+  num_kv_heads=40,
+  mlp_dim=13824,
+)
+# form -> the options of its names, the modules of a file, and the settings of the checkpoint.
+PUBLISHED = {
+  'llava_transformers': (
+    dict(tower='vision_tower.vision_model.'),
+    ['vit', 'interface', 'llama'],
+    dict(interface=dict(name='mlp'), vit=CLIP_336, llama=dict(text_vocab_size=32064)),
+  ),
+  'openflamingo': (
+    dict(layers='transformer.blocks', every=4),
+    ['interface'],
+    dict(interface=dict(name='flamingo'), vit={**CLIP_336, 'image_size': 224}),
+  ),
+  'blip2': (
+    dict(projection='opt_proj'),
+    ['interface'],
+    dict(interface=dict(name='qformer', llm_dim=2560)),
+  ),
+  'emu': ({}, ['vit', 'interface', 'llama'], dict(interface=dict(name='emu'), llama=LLAMA_13B)),
+}
+
+
+@pytest.mark.parametrize('form', PUBLISHED)
+def test_settings_of_the_published_sizes(form):
+  options, modules, settings = PUBLISHED[form]
+  model = lavit.build('lavit_7b', settings=settings)
+  state = {}
+  tables = interface_files.form_tables(form, **options)
+  shapes = name_tables.module_shapes(model, modules)
+  for module, tree in shapes.items():
+    if module == 'llama':
+      tree = {**tree, **vocabulary_shapes(tree, model.vocabulary.text_size)}
+    for name, shape in torch_shapes(tables[module], tree).items():
+      state[name] = jax.ShapeDtypeStruct(shape, np.float16)
+  file = interface_files.open_interface(state)
+  assert (file.form, file.others) == (form, [])
+  assert interface_sizes.choose_variant(file) == 'lavit_7b'
+  got = interface_sizes.read_sizes(file, {}, 'lavit_7b')
+  assert lavit.build('lavit_7b', settings=got).settings == model.settings
 
 
 # --- OpenFlamingo and Emu ----------------------------------------------------------------------
@@ -431,9 +493,9 @@ def test_files_of_a_trainer_and_back(form, tmp_path):
   src = tmp_path / 'checkpoint.pt'
   wrapped = {f'module.{name}': x for name, x in state.items()}
   torch.save({'model_state_dict': wrapped, 'epoch': 3}, src)
-  conversion = run(src, tmp_path / 'checkpoint', None, grow=False)
-  assert conversion.kind == form
-  assert ('1 tensors of other models' in ' '.join(conversion.notes)) == (form == 'openflamingo')
+  plan = run(src, tmp_path / 'checkpoint', None, grow=False)
+  assert plan.kind == form
+  assert ('1 tensors of other models' in ' '.join(plan.notes)) == (form == 'openflamingo')
   settings = folder.read_settings(tmp_path / 'checkpoint')
   if form == 'openflamingo':
     assert settings['interface']['every'] == 2 and settings['interface']['llm_layers'] == 6

@@ -80,7 +80,6 @@ LLAVA = dict(
 OWN_LLAVA = dict(
   mm_vision_select_layer=Checked(constant(-2), -2),
   mm_vision_select_feature=Checked(constant('patch'), 'patch'),
-  mm_use_im_start_end=Checked(constant(False), False),
 )
 CLIP_VISION = _file("transformers' CLIPVisionConfig", CLIP, _section('vision_config'))
 BLIP = (
