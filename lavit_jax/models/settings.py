@@ -192,7 +192,7 @@ VAE = dict(
   latents_std=Setting(optional(list_of(positive_number)), AutoencoderKL.latents_std),
 )
 SCHEDULER = _scheduler_fields()
-SIZE = Setting(optional(positive_integer), None)  # None: that of the variant
+SIZE = Setting(positive_integer, None)  # None: that of the variant
 LLAMA = dict(
   rope_theta=Setting(positive_number, Llama.rope_theta),
   rope_scaling=Setting(rope.check_scaling, Llama.rope_scaling),

@@ -113,7 +113,7 @@ def build_interface(
     own_sizes: of a checkpoint, in place of those: fields of `SIZE_FIELDS` that the module has.
 
   Raises:
-    UserError: an unknown name, or unknown sizes.
+    UserError: an unknown name, or unknown sizes, or own ones that the interface does not have.
   """
   module, _ = _find_interface(name)
   if sizes not in SIZES:
@@ -123,7 +123,11 @@ def build_interface(
     options['llm_layers'] = llm_layers
   if name not in ('linear', 'mlp'):  # they have no stack
     options['remat'] = remat
-  return module(**options | dict(own_sizes or {}))
+  own_sizes = dict(own_sizes or {})
+  unknown = own_sizes.keys() - module.__dataclass_fields__
+  if unknown:
+    raise UserError(f'settings of interface: {name!r} has no {", ".join(sorted(unknown))}')
+  return module(**options | own_sizes)
 
 
 def sizes_of(variant: str) -> str:

@@ -431,7 +431,15 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize('form', PUBLISHED)
+@pytest.mark.parametrize(
+  'form',
+  [
+    'llava_transformers',
+    'openflamingo',
+    pytest.param('blip2', marks=pytest.mark.slow),
+    pytest.param('emu', marks=pytest.mark.slow),
+  ],
+)
 def test_settings_of_the_published_sizes(form):
   options, modules, settings = PUBLISHED[form]
   model = lavit.build('lavit_7b', settings=settings)
