@@ -260,6 +260,8 @@ def variant_settings(config: Mapping) -> dict[str, dict]:
     if group.module not in config and not group.in_all_variants:
       continue
     configured = config.get(name, {})
+    if name == 'llama':
+      configured = {'text_vocab_size': config.get('text_vocab_size'), **configured}
     settings[name] = {
       field: _to_json(configured.get(field, setting.default))
       for field, setting in group.fields.items()
