@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from lavit_jax.data.images import read_images
@@ -63,7 +64,8 @@ def regress_vectors(runner: ModelRunner, prompts: Sequence[Sequence[Any]]) -> np
       starts = n * np.cumsum([0, *(len(images[row]) for row in rows)])
       batch = [pieces(row, start) for row, start in zip(rows, starts, strict=False)]
       vectors = [image for row in rows for image in seen[row]]
-      embeddings, mask = runner.embed_prompts(batch, np.stack(vectors) if vectors else None)
+      features = jax.device_put(np.stack(vectors)) if vectors else None
+      embeddings, mask = runner.embed_prompts(batch, features)
       yield (
         count,
         runner.run(

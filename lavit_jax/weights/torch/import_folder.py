@@ -74,7 +74,7 @@ def plan_import(
     sources=opened.sources,
     mapped=opened.mapped,
     specs=specs,
-    settings=model.settings,
+    settings=opened.settings,
     dtype=dtype,
     allow_missing=allow_missing,
     allow_nonfinite=allow_nonfinite,

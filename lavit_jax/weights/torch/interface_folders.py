@@ -43,6 +43,7 @@ class OpenedSource(NamedTuple):
     kind: of the source; recorded in the checkpoint.
     sources: its modules.
     model: with the settings of the checkpoint.
+    settings: those, in the order of the source.
     mapped: by module: how its tensors become leaves.
     notes: of the conversion.
     origin: what the way back needs to know, for the metadata of the checkpoint.
@@ -51,6 +52,7 @@ class OpenedSource(NamedTuple):
   kind: str
   sources: list[SourceModule]
   model: lavit.LavitModules
+  settings: dict[str, dict[str, Any]]
   mapped: dict[str, MappedModule]
   notes: list[str]
   origin: dict[str, Any] = {}
@@ -169,6 +171,7 @@ def open_source(
     file.form,
     source.modules,
     model,
+    settings,
     _map(source, model, allow_missing, mixed),
     _notes(source, model, config),
     dict(interface=dict(options=file.options, stem=source.stem)),
@@ -197,7 +200,8 @@ def open_lavit(
   origins = conversion_notes.description_names(src, folders)
   notes = conversion_notes.settings_notes(origins, settings, variant)
   notes += conversion_notes.source_notes(src, kind, sources, model)
-  return OpenedSource(kind, sources, lavit.build(variant, settings=settings), mapped, notes)
+  model = lavit.build(variant, settings=settings)
+  return OpenedSource(kind, sources, model, settings, mapped, notes)
 
 
 def _map(
