@@ -8,7 +8,7 @@ import math
 import os
 import pathlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from rich.console import Console
 from rich.progress import (
@@ -23,8 +23,9 @@ from rich.tree import Tree
 
 from lavit_jax.weights.store import arrays, folder
 from lavit_jax.weights.store.metadata import read_checksums
-from lavit_jax.weights.torch import formats
+from lavit_jax.weights.torch import formats, interface_folders
 from lavit_jax.weights.torch.conversion_plan import Conversion
+from lavit_jax.weights.torch.tensors import ArraySpec
 
 FILE_WIDTH = 140  # columns of output that goes to a file
 MALLOC_OPTIONS = (  # of glibc's mallopt: no mapped blocks, no trimming, one arena
@@ -123,16 +124,39 @@ def inspect(path: str | os.PathLike) -> None:
 def _inspect_torch(path: pathlib.Path) -> None:
   """Prints the modules of a PyTorch folder or file, and its origin if it was exported."""
   console = _console()
+  interface = interface_folders.find(path)
+  if interface is not None:
+    _inspect_interface(interface)
+    return
   kind, sources = formats.detect(path)
   tree = Tree(f'{path}: {kind}')
   for source in sources:
-    tensors = source.merged.values()
-    parameters = sum(math.prod(tensor.shape) for tensor in tensors)
-    dtypes = ', '.join(sorted({str(tensor.dtype) for tensor in tensors}))
-    tree.add(
-      f'{source.module}: {len(tensors):,} tensors in its files, {parameters:,} parameters, {dtypes}'
-    )
+    tree.add(_summary(source.module, source.merged.values()))
   console.print(tree)
+  _print_export_info(console, path)
+
+
+def _inspect_interface(source: interface_folders.InterfaceSource) -> None:
+  """Prints the modules of another system's folder or file."""
+  console = _console()
+  tree = Tree(f'{source.path}: {source.file.form}')
+  for module, state in source.file.states.items():
+    tree.add(_summary(module, state.values()))
+  if source.file.others:
+    others = [source.state[name] for name in source.file.others]
+    tree.add(_summary('of other models', others))
+  console.print(tree)
+  _print_export_info(console, source.path)
+
+
+def _summary(module: str, tensors: Collection[ArraySpec]) -> str:
+  parameters = sum(math.prod(tensor.shape) for tensor in tensors)
+  dtypes = ', '.join(sorted({str(tensor.dtype) for tensor in tensors}))
+  return f'{module}: {len(tensors):,} tensors in its files, {parameters:,} parameters, {dtypes}'
+
+
+def _print_export_info(console: Console, path: pathlib.Path) -> None:
+  """Prints where an exported folder is from."""
   export_info = formats.read_json(path / formats.EXPORT_INFO)
   if export_info:
     console.print_json(json.dumps(export_info))

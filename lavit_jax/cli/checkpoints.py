@@ -37,7 +37,8 @@ def _add_convert(commands: Commands) -> None:
     required=True,
     type=local_path,
     metavar='DIR',
-    help='LaVIT, LLaMA, Stable Diffusion or SDXL folder, EVA-CLIP file, or lavit_jax checkpoint',
+    help='folder or file of LaVIT, LLaMA, Stable Diffusion, SDXL, EVA-CLIP, LLaVA, BLIP-2, Emu, '
+    'OpenFlamingo or CLIP; or lavit_jax checkpoint',
   )
   parser.add_argument(
     '--dst', required=True, type=local_path, metavar='DIR', help='folder to write'

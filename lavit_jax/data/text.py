@@ -50,7 +50,9 @@ class TextTokenizer:
     self.vocab_size = backend.vocab_size
 
   @classmethod
-  def load(cls, folder: str | os.PathLike, vocab_size: int | None = None) -> 'TextTokenizer':
+  def load(
+    cls, folder: str | os.PathLike, vocab_size: int | None = None, padded: bool = False
+  ) -> 'TextTokenizer':
     """Loads a Hugging Face tokenizer folder.
 
     The folder has the `tokenizer.model` of sentencepiece, which the published code uses, or else a
@@ -62,6 +64,7 @@ class TextTokenizer:
       vocab_size: size of the text vocabulary of the model. Tokens that were added after it, such
         as a `<pad>`, are plain characters: the model has no embeddings for them, and their ids
         belong to visual tokens.
+      padded: the tokenizer may have fewer ids: the last rows of the model belong to no token.
 
     Raises:
       UserError: the folder has neither file, the file is damaged, it does not have `vocab_size`
@@ -76,10 +79,10 @@ class TextTokenizer:
     except Exception as error:  # both libraries raise exceptions of all kinds
       raise UserError(f'{path} is damaged ({error}); copy it again') from None
     if vocab_size is not None:
-      tokenizer._check_vocabulary(path, vocab_size)
+      tokenizer._check_vocabulary(path, vocab_size, padded)
     return tokenizer
 
-  def _check_vocabulary(self, path: str, vocab_size: int) -> None:
+  def _check_vocabulary(self, path: str, vocab_size: int, padded: bool) -> None:
     for token, expected in (('<s>', BEGIN), ('</s>', END)):
       token_id = self.token_to_id(token)
       if token_id not in (None, expected):
@@ -87,7 +90,7 @@ class TextTokenizer:
           f'{path} has {token} under the id {token_id}, and the model reads and writes it as '
           f"{expected}; give the model's own tokenizer"
         )
-    if self.vocab_size != vocab_size:
+    if self.vocab_size > vocab_size or (self.vocab_size < vocab_size and not padded):
       raise UserError(
         f'{path} has {self.vocab_size} ids, but the text vocabulary of the model has '
         f"{vocab_size}; give the model's own"

@@ -26,6 +26,7 @@ from lavit_jax.inference.generation_config import (
 from lavit_jax.inference.outputs import PatchSelection, VisualTokens
 from lavit_jax.inference.rng import Purpose, sample_keys
 from lavit_jax.models import sequence
+from lavit_jax.models.interfaces.qformer import QFormerInterface
 from lavit_jax.models.lavit import LavitModules
 from lavit_jax.models.settings import CODES
 from lavit_jax.weights.loader import LazyParams
@@ -66,7 +67,10 @@ class ModelRunner:
     """The text tokenizer; UserError if its files are missing, damaged or of another model."""
     if isinstance(self._tokenizer, TextTokenizer):
       return self._tokenizer
-    return TextTokenizer.load(self._tokenizer, self.modules.vocabulary.text_size)
+    modules = self.modules
+    return TextTokenizer.load(
+      self._tokenizer, modules.vocabulary.text_size, modules.has_padded_vocabulary
+    )
 
   # Interfaces.
 
@@ -79,6 +83,19 @@ class ModelRunner:
     if self.modules.interface is not None:
       raise UserError(
         f'{self._interface_limit()}; to draw codes, open a checkpoint of LaVIT itself'
+      )
+
+  def require_image_alone(self) -> None:
+    """Checks that the interface reads images without a text.
+
+    Raises:
+      UserError: it is that of InstructBLIP.
+    """
+    interface = self.modules.interface
+    if isinstance(interface, QFormerInterface) and interface.vocab_size:
+      raise UserError(
+        'the Q-Former of this model reads the instruction, too (InstructBLIP), in the vocabulary '
+        'of BERT, which is not read here; open a checkpoint of BLIP-2'
       )
 
   def require_vectors(self) -> None:

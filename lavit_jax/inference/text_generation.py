@@ -199,6 +199,7 @@ def _encode_batches(
   runner: ModelRunner, images: np.ndarray, keys: Array | None, config: GenerationConfig
 ) -> Iterator[_EncodedBatch]:
   patch_keys = None if keys is None else purpose_keys(Purpose.PATCHES, keys)
+  runner.require_image_alone()
   program, module_names = image_reader(runner.modules)
   max_batch = batching.MAX_BATCH
   if config.do_sample:

@@ -16,6 +16,9 @@ from lavit_jax.models.layers import Dtype, LayerNorm, Mlp
 from lavit_jax.models.remat import scan_blocks
 from lavit_jax.sharding import constrain_batch
 
+CLIP = 'clip'  # the architecture of an image encoder, in the settings of a checkpoint
+EVA = 'eva'  # models/vit.py
+
 
 def quick_gelu(x: Array) -> Array:
   """CLIP's approximation of GELU."""

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lavit_jax.models.decoder import FeatureDecoder
+from lavit_jax.models.interfaces.base import Context
 from lavit_jax.models.lavit import LavitModules
 from lavit_jax.models.unet import UNet
 from lavit_jax.models.vae import AutoencoderKL
@@ -49,7 +50,7 @@ def _example_inputs(model: LavitModules) -> dict[str, tuple]:
   keep = jnp.ones((1, model.num_patches))
   position = jnp.zeros((1, 1), jnp.int32)
   mask = jnp.ones((1, 1, 1, 1), bool)
-  inputs = dict(
+  inputs: dict[str, tuple] = dict(
     vit=(_images(model.image_size),),
     tokenizer=(features,),
     understanding=(features, keep),
@@ -67,7 +68,10 @@ def _example_inputs(model: LavitModules) -> dict[str, tuple]:
   if model.safety_checker is not None:
     inputs['safety_checker'] = (_images(model.safety_checker.image_size),)
   if model.interface is not None:
-    inputs['interface'] = (jnp.zeros((1, model.tower.num_features, model.vit.hidden_size)),)
+    inputs['interface'] = (
+      jnp.zeros((1, model.tower.num_features, model.vit.hidden_size)),
+      Context(instruction=jnp.zeros((1, 1), jnp.int32)),
+    )
   return inputs
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import settings as checkpoint_settings
+from lavit_jax.models.clip_vit import CLIP, EVA, ClipViT
 from lavit_jax.models.decoder import FeatureDecoder
 from lavit_jax.models.interfaces.base import (
   LayeredInterface,
@@ -19,7 +20,13 @@ from lavit_jax.models.interfaces.base import (
   VisualInterface,
 )
 from lavit_jax.models.interfaces.towers import Tower
-from lavit_jax.models.interfaces.variants import LAVIT, build_interface, build_tower, sizes_of
+from lavit_jax.models.interfaces.variants import (
+  LAVIT,
+  SIZE_FIELDS,
+  build_interface,
+  build_tower,
+  sizes_of,
+)
 from lavit_jax.models.llama import Llama
 from lavit_jax.models.noise_schedule import Scheduler
 from lavit_jax.models.safety_checker import SafetyChecker
@@ -40,7 +47,7 @@ class LavitModules:
   Attributes:
     variant: name of the variant.
     vocabulary: of text and codes.
-    vit: image encoder.
+    vit: image encoder; LaVIT's is a `ViT`.
     tokenizer: selector, merger and quantizer.
     understanding: merger of the continuous tokens.
     decoder: codes to features, for `unet`.
@@ -62,7 +69,7 @@ class LavitModules:
 
   variant: str
   vocabulary: Vocabulary
-  vit: ViT
+  vit: ViT | ClipViT
   tokenizer: DynamicTokenizer
   understanding: Understanding
   decoder: FeatureDecoder
@@ -83,6 +90,11 @@ class LavitModules:
   def settings(self) -> dict[str, dict]:
     """The checkpoint's settings (settings.py) that differ from the variant's own."""
     return json.loads(self.settings_text)
+
+  @property
+  def has_padded_vocabulary(self) -> bool:
+    """Whether rows of the text may belong to no token, as in models of other systems."""
+    return 'text_vocab_size' in self.settings.get('llama', {})
 
   @property
   def image_size(self) -> int:
@@ -107,7 +119,8 @@ class LavitModules:
   @property
   def tower(self) -> Tower:
     """What the interface reads of the image encoder."""
-    return build_tower(self.interface_name, self.vit)
+    own = self.settings.get('interface', {})
+    return build_tower(self.interface_name, self.vit, own.get('cut'), own.get('final_norm'))
 
   @property
   def max_visual_tokens(self) -> int:
@@ -171,13 +184,15 @@ def build(
   settings = checkpoint_settings.validate(variant, config, settings)
   config = with_settings(config, settings)
   common: dict[str, Any] = dict(dtype=jnp.dtype(dtype), remat=remat)
-  vit = ViT(**config['vit'], **common)
+  vit = _build_vit(config['vit'], common)
   tokenizer = dict(config['tokenizer'])
   if merger_capacities is not None:
     tokenizer['capacities'] = merger_capacities
   capacities = tokenizer.get('capacities', ())
   merger = {key: tokenizer[key] for key in ('hidden_size', 'num_layers', 'num_heads', 'mlp_dim')}
-  vocabulary = Vocabulary(config['text_vocab_size'], tokenizer['codebook_size'])
+  llama = dict(config['llama'])
+  text_vocab_size = llama.pop('text_vocab_size', config['text_vocab_size'])
+  vocabulary = Vocabulary(text_vocab_size, tokenizer['codebook_size'])
 
   def build_decoder(name: str) -> FeatureDecoder:
     sizes = {**merger, **config[name]}
@@ -186,19 +201,20 @@ def build(
     )
 
   def build_other_interface() -> VisualInterface | None:
-    name = config.get('interface', {}).get('name', LAVIT)
+    fields = config.get('interface', {})
+    name = fields.get('name', LAVIT)
     if name == LAVIT:
       return None
-    llama = config['llama']
+    sizes = {field: fields[field] for field in SIZE_FIELDS if field in fields}
     return build_interface(
-      name, sizes_of(variant), llama['hidden_size'], llama['num_layers'], dtype, remat
+      name, sizes_of(variant), llama['hidden_size'], llama['num_layers'], dtype, remat, sizes
     )
 
   unet = dict(config['unet'])
   if (
     config.get('condition', {}).get('name', checkpoint_settings.CODES) != checkpoint_settings.CODES
   ):
-    unet['cross_attention_dim'] = config['llama']['hidden_size']  # the vectors, unprojected
+    unet['cross_attention_dim'] = llama['hidden_size']  # the vectors, unprojected
 
   def optional(name: str, make: Any, **arguments: Any) -> Any:
     return make(**config[name], **arguments) if name in config else None
@@ -209,11 +225,11 @@ def build(
     vit=vit,
     tokenizer=DynamicTokenizer(**tokenizer, **common),
     understanding=Understanding(
-      **merger, llm_dim=config['llama']['hidden_size'], capacities=capacities, **common
+      **merger, llm_dim=llama['hidden_size'], capacities=capacities, **common
     ),
     decoder=build_decoder('decoder'),
     highres_decoder=build_decoder('highres_decoder') if 'highres_decoder' in config else None,
-    llama=Llama(vocab_size=vocabulary.size, **config['llama'], **common),
+    llama=Llama(vocab_size=vocabulary.size, **llama, **common),
     unet=UNet(**unet, **common),
     vae=AutoencoderKL(**config['vae']),
     highres_unet=optional('highres_unet', UNet, **common),
@@ -225,6 +241,16 @@ def build(
     settings_text=json.dumps(settings, sort_keys=True),
     interface=build_other_interface(),
   )
+
+
+def _build_vit(config: Mapping[str, Any], common: Mapping[str, Any]) -> ViT | ClipViT:
+  """The image encoder of a config; of CLIP's, heads and output have no sizes of their own."""
+  sizes = dict(config)
+  if sizes.pop('architecture', EVA) != CLIP:
+    return ViT(**sizes, **common)
+  for field in ('head_dim', 'output_dim'):
+    sizes.pop(field)
+  return ClipViT(**sizes, **common)
 
 
 def with_settings(

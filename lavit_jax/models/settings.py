@@ -1,4 +1,6 @@
-"""Settings of a checkpoint: what changes the computation, and is not read off weight shapes.
+"""Settings of a checkpoint: what changes the computation and is not the variant's own.
+
+The sizes among them are of models that were converted from other systems, which no variant has.
 
 They belong to the checkpoint and travel with it as `{group: {field: value}}` of JSON values. A
 checkpoint stores only the values that differ from its variant's own. `GROUPS` lists every field:
@@ -15,7 +17,8 @@ from typing import Any, NamedTuple
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import rope
-from lavit_jax.models.interfaces.variants import LAVIT, OTHERS
+from lavit_jax.models.clip_vit import CLIP, EVA
+from lavit_jax.models.interfaces.variants import LAVIT, OTHERS, SIZE_FIELDS
 from lavit_jax.models.llama import Llama
 from lavit_jax.models.noise_schedule import Scheduler
 from lavit_jax.models.unet import UNet
@@ -189,6 +192,7 @@ VAE = dict(
   latents_std=Setting(optional(list_of(positive_number)), AutoencoderKL.latents_std),
 )
 SCHEDULER = _scheduler_fields()
+SIZE = Setting(positive_integer, None)  # None: that of the variant
 LLAMA = dict(
   rope_theta=Setting(positive_number, Llama.rope_theta),
   rope_scaling=Setting(rope.check_scaling, Llama.rope_scaling),
@@ -199,15 +203,41 @@ LLAMA = dict(
   max_sequence_length=Setting(
     optional(positive_integer), Llama.max_sequence_length, affects_outputs=False
   ),
+  text_vocab_size=SIZE,
+  **dict.fromkeys(
+    ('hidden_size', 'num_layers', 'num_heads', 'num_kv_heads', 'head_dim', 'mlp_dim'), SIZE
+  ),
+)
+VIT = dict(
+  architecture=Setting(one_of(EVA, CLIP), EVA),
+  **dict.fromkeys(
+    (
+      'image_size',
+      'patch_size',
+      'hidden_size',
+      'num_layers',
+      'num_heads',
+      'head_dim',
+      'mlp_dim',
+      'output_dim',
+    ),
+    SIZE,
+  ),
 )
 # How the language model sees images, if it is not LaVIT's way (models/interfaces).
-INTERFACE = dict(name=Setting(one_of(LAVIT, *OTHERS), LAVIT))
+INTERFACE = dict(
+  name=Setting(one_of(LAVIT, *OTHERS), LAVIT),
+  **dict.fromkeys(SIZE_FIELDS, SIZE),
+  cut=Setting(optional(integer_between(0, 99)), None),  # of the image encoder (towers.py)
+  final_norm=Setting(optional(boolean), None),
+)
 # What the U-Net reads: features that are rebuilt from codes, or the vectors of an interface.
 CODES = 'codes'
 CONDITIONS = (CODES, 'emu')
 CONDITION = dict(name=Setting(one_of(*CONDITIONS), CODES))
 
 GROUPS: dict[str, SettingsGroup] = {
+  'vit': SettingsGroup('vit', VIT),
   'unet': SettingsGroup('unet', UNET),
   'vae': SettingsGroup('vae', VAE),
   'scheduler': SettingsGroup('unet', SCHEDULER),
@@ -230,6 +260,8 @@ def variant_settings(config: Mapping) -> dict[str, dict]:
     if group.module not in config and not group.in_all_variants:
       continue
     configured = config.get(name, {})
+    if name == 'llama':
+      configured = {'text_vocab_size': config.get('text_vocab_size'), **configured}
     settings[name] = {
       field: _to_json(configured.get(field, setting.default))
       for field, setting in group.fields.items()

@@ -33,7 +33,11 @@ def open_batches(run: Run, split: str, skipped: SkipCounter | None = None) -> Ba
   """
   with name_data_errors():
     if run.data.tokenizer_folder:
-      text.TextTokenizer.load(run.data.tokenizer_folder, run.model.vocabulary.text_size)
+      text.TextTokenizer.load(
+        run.data.tokenizer_folder,
+        run.model.vocabulary.text_size,
+        run.model.has_padded_vocabulary,
+      )
     return loader.batches(
       **run.data.loader_options(),
       split=split,

@@ -156,7 +156,8 @@ def with_interface(
         f'init_from={source.path} has the interface {stored!r}, and the config has '
         f'interface={interface!r}; give --config.interface={stored}, or leave the folder out'
       )
-  return {**others, 'interface': {'name': interface}}
+  own = settings.get('interface', {})
+  return {**others, 'interface': own if own.get('name') == interface else {'name': interface}}
 
 
 def with_condition(
@@ -188,7 +189,7 @@ def with_condition(
     return others
   chosen = {'name': condition}
   interface = others.setdefault('interface', chosen)
-  if interface != chosen:
+  if interface.get('name') != condition:
     raise UserError(
       f'detokenizer.condition={condition!r}: the interface of frozen is {interface["name"]!r}; '
       f'name the export of a run of stage lm with --config.interface={condition}'

@@ -9,11 +9,13 @@ Sources: OpenFlamingo's, LAVIS's and Emu's configs; the heads of `qformer` are B
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
 from lavit_jax.errors import UserError
+from lavit_jax.models.clip_vit import ClipViT
 from lavit_jax.models.interfaces.base import VisualInterface
 from lavit_jax.models.interfaces.emu import EmuInterface
 from lavit_jax.models.interfaces.flamingo import FlamingoInterface
@@ -22,12 +24,29 @@ from lavit_jax.models.interfaces.projections import LinearProjection, MlpProject
 from lavit_jax.models.interfaces.qformer import QFormerInterface
 from lavit_jax.models.interfaces.resampler import ResamplerInterface
 from lavit_jax.models.interfaces.towers import Tower
+from lavit_jax.models.vit import ViT
 
 BERT_VOCABULARY = 30523  # with the decode token, which LAVIS appends
 LAVIT = 'lavit'
 # Those that a whole model may have in place of LaVIT's (models/lavit.py).
 OTHERS = ('linear', 'mlp', 'resampler', 'flamingo', 'qformer', 'emu')
 DRAWING = (LAVIT, 'emu')  # those with which the language model draws: codes, or vectors
+# The sizes that a checkpoint may have of its own (models/settings.py).
+SIZE_FIELDS = (
+  'llm_dim',
+  'num_latents',
+  'num_queries',
+  'num_tokens',
+  'hidden_size',
+  'num_layers',
+  'num_heads',
+  'head_dim',
+  'mlp_dim',
+  'vocab_size',
+  'max_positions',
+  'llm_layers',
+  'every',
+)
 
 _RESAMPLER = dict(num_latents=64, num_layers=6, num_heads=8, head_dim=64, mlp_dim=4096)
 _QFORMER = dict(num_queries=32, hidden_size=768, num_layers=12, num_heads=12, mlp_dim=3072)
@@ -80,6 +99,7 @@ def build_interface(
   llm_layers: int,
   dtype: str = 'float32',
   remat: str = 'none',
+  own_sizes: Mapping[str, int] | None = None,
 ) -> VisualInterface:
   """The interface of a name.
 
@@ -90,9 +110,10 @@ def build_interface(
     llm_layers: its layers.
     dtype: the compute dtype.
     remat: policy of the scanned stacks.
+    own_sizes: of a checkpoint, in place of those: fields of `SIZE_FIELDS` that the module has.
 
   Raises:
-    UserError: an unknown name, or unknown sizes.
+    UserError: an unknown name, or unknown sizes, or own ones that the interface does not have.
   """
   module, _ = _find_interface(name)
   if sizes not in SIZES:
@@ -102,7 +123,11 @@ def build_interface(
     options['llm_layers'] = llm_layers
   if name not in ('linear', 'mlp'):  # they have no stack
     options['remat'] = remat
-  return module(**options)
+  own_sizes = dict(own_sizes or {})
+  unknown = own_sizes.keys() - module.__dataclass_fields__
+  if unknown:
+    raise UserError(f'settings of interface: {name!r} has no {", ".join(sorted(unknown))}')
+  return module(**options | own_sizes)
 
 
 def sizes_of(variant: str) -> str:
@@ -110,14 +135,26 @@ def sizes_of(variant: str) -> str:
   return variant if variant in SIZES else 'published'
 
 
-def build_tower(name: str, encoder: Any) -> Tower:
-  """The tower of an interface, with an encoder (`ViT` or `ClipViT`).
+def build_tower(
+  name: str, encoder: ViT | ClipViT, cut: int | None = None, final_norm: bool | None = None
+) -> Tower:
+  """The tower of an interface.
+
+  Args:
+    name: a key of `INTERFACES`.
+    encoder: whose features it gives.
+    cut: of a checkpoint, in place of that of the interface.
+    final_norm: likewise.
 
   Raises:
     UserError: an unknown name.
   """
-  _, cut = _find_interface(name)
-  return Tower(encoder, **cut)
+  fields = dict(_find_interface(name)[1])
+  if cut is not None:
+    fields['cut'] = cut
+  if final_norm is not None:
+    fields['final_norm'] = final_norm
+  return Tower(encoder, **fields)
 
 
 def _find_interface(name: str) -> tuple[Any, dict[str, Any]]:

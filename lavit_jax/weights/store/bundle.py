@@ -42,7 +42,6 @@ def bundle(
       model's, or the folder cannot be written.
   """
   variant = read_config(sources[0])['variant']
-  TextTokenizer.load(tokenizer, lavit.variant_config(variant)['text_vocab_size'])  # a check
   params: dict[str, Any] = {}
   metadata: dict[str, dict] = {}
   settings: dict[str, dict] = {}
@@ -63,6 +62,9 @@ def bundle(
       if checkpoint_settings.GROUPS[group].module in source_params:
         del settings[group]
     settings.update(checkpoint_settings.for_modules(read_settings(source), list(source_params)))
+  model = lavit.build(variant, settings=settings)
+  # A check.
+  TextTokenizer.load(tokenizer, model.vocabulary.text_size, model.has_padded_vocabulary)
   return save_params(folder, variant, params, metadata, dtype, tokenizer, settings)
 
 

@@ -71,7 +71,7 @@ def description_names(src: pathlib.Path, folders: Mapping[str, str]) -> dict[str
 
 
 def source_notes(
-  src: pathlib.Path, kind: str, sources: list[SourceModule], text_vocab_size: int
+  src: pathlib.Path, kind: str, sources: list[SourceModule], model: lavit.LavitModules
 ) -> list[str]:
   """Lines that say what is not converted, and which of several editions of the weights is read.
 
@@ -79,7 +79,7 @@ def source_notes(
     src: the source.
     kind: of the source.
     sources: its modules.
-    text_vocab_size: of the variant.
+    model: of the variant, with the sizes of the source.
   """
   lines = _tensor_notes(sources)
   if src.is_dir():
@@ -92,7 +92,7 @@ def source_notes(
       )
     lines += _missing_descriptions(src, sources)
     lines += _absent_modules(src, kind, sources, other_weights)
-    lines += _tokenizer_notes(src, text_vocab_size)
+    lines += _tokenizer_notes(src, model)
   return lines
 
 
@@ -118,6 +118,14 @@ def other_editions(src: pathlib.Path, sources: list[SourceModule]) -> list[pathl
     if folder.is_dir():
       files.update(file for file in folder.iterdir() if weight_files.parse(file.name, stem))
   return sorted(files - converted_files(sources))
+
+
+def other_tensors(names: Collection[str]) -> str:
+  """The line for tensors in the files that belong to no module."""
+  return (
+    f'not converted, but copied as they are into torch/: {len(names)} tensors of other models: '
+    f'{_listed(names)}'
+  )
 
 
 def _tensor_notes(sources: list[SourceModule]) -> list[str]:
@@ -217,13 +225,13 @@ def _absent_modules(
   return lines
 
 
-def _tokenizer_notes(src: pathlib.Path, text_vocab_size: int) -> list[str]:
+def _tokenizer_notes(src: pathlib.Path, model: lavit.LavitModules) -> list[str]:
   """A line for a tokenizer that does not load with this vocabulary."""
   for folder in (src / 'language_model', src):
     if not any((folder / name).is_file() for name in ('tokenizer.model', 'tokenizer.json')):
       continue
     try:
-      TextTokenizer.load(folder, text_vocab_size)
+      TextTokenizer.load(folder, model.vocabulary.text_size, model.has_padded_vocabulary)
     except UserError as error:
       return [f'tokenizer: the tokenizer of {folder.name}/ will not open with this model ({error})']
     return []

@@ -8,8 +8,8 @@ import functools
 import json
 import pathlib
 import shutil
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,15 +23,25 @@ from lavit_jax.weights.store import arrays as leaves
 from lavit_jax.weights.store import checksums, folder
 from lavit_jax.weights.store.metadata import read_checksums
 from lavit_jax.weights.store.replacement import replace_folder
-from lavit_jax.weights.torch import configs, finite, formats, name_tables
+from lavit_jax.weights.torch import configs, finite, formats, interface_export, name_tables
 from lavit_jax.weights.torch.conversion_notes import settings_notes
 from lavit_jax.weights.torch.conversion_plan import Conversion, Progress, conversion_item
 from lavit_jax.weights.torch.descriptions import descriptions
 from lavit_jax.weights.torch.digests import sha256
+from lavit_jax.weights.torch.export_tensors import (
+  ExportedModule,
+  ExportedTensor,
+  LeafSpecs,
+  TargetFile,
+  converted_tensors,
+  unwritten_layers,
+)
 from lavit_jax.weights.torch.formats import ModuleLocation
+from lavit_jax.weights.torch.interface_descriptions import interface_config
+from lavit_jax.weights.torch.interface_export import InterfaceTarget
 from lavit_jax.weights.torch.mapping import slots_for
-from lavit_jax.weights.torch.name_rules import Slot, contiguous, zeros_view
-from lavit_jax.weights.torch.pickle_files import replace_by_pickles
+from lavit_jax.weights.torch.name_rules import NameRule, zeros_view
+from lavit_jax.weights.torch.pickle_files import BIN, replace_by_pickles
 from lavit_jax.weights.torch.safetensors_files import (
   SafetensorsWriter,
   checksum,
@@ -39,24 +49,6 @@ from lavit_jax.weights.torch.safetensors_files import (
 )
 from lavit_jax.weights.torch.state_dict_names import EMBEDDING
 from lavit_jax.weights.torch.tensors import ArraySpec, LazyTensor
-
-TargetFile = tuple[str, str]  # (folder, stem)
-
-
-class _ExportedTensor(NamedTuple):
-  """A tensor of the result: its file, and the slot that it is read from."""
-
-  file: TargetFile
-  slot: Slot
-
-
-@dataclasses.dataclass(frozen=True)
-class _ExportedModule:
-  """A module of the checkpoint: its leaves, and torch name -> tensor of the result."""
-
-  module: str
-  leaves: Mapping[str, ts.TensorStore]
-  tensors: Mapping[str, _ExportedTensor]
 
 
 def plan_export(
@@ -73,32 +65,49 @@ def plan_export(
   metadata = config['metadata']
   model = lavit.build(variant, settings=settings)
   kind = metadata.get('source', {}).get('kind', formats.LAVIT)
-  if 'interface' in config['parts']:
-    raise UserError(
-      f'{src} has the interface {model.interface_name!r}, for which a {kind} folder has no place'
-    )
-  if 'unet' in config['parts'] and model.condition_name != checkpoint_settings.CODES:
-    raise UserError(
-      f'{src} has a U-Net that reads the vectors of the interface {model.condition_name!r}, for '
-      f'which a {kind} folder has no place'
-    )
-  _check_descriptions(src, config, kind, settings)
+  target = interface_export.choose_target(src, model, config)
+  if target is None:
+    if 'unet' in config['parts'] and model.condition_name != checkpoint_settings.CODES:
+      raise UserError(
+        f'{src} has a U-Net that reads the vectors of the interface {model.condition_name!r}, for '
+        f'which a {kind} folder has no place'
+      )
+    _check_descriptions(src, config, kind, settings)
+    locations = formats.locations(kind)
+  else:
+    kind = target.form
+    locations = target.locations
   files: dict[TargetFile, dict[str, ArraySpec]] = {}
+  joined: dict[TargetFile, dict[str, LazyTensor]] = {}
   modules = []
   items = []
-  for location in formats.locations(kind).values():  # the tokenizer before understanding
+  for location in locations.values():  # the tokenizer before understanding
     if location.module not in config['parts']:
       continue
     arrays = _open_module(src, location.module)
-    tensors = _plan_tensors(model, location, arrays, metadata, dtype, files)
-    modules.append(_ExportedModule(location.module, arrays, tensors))
+    written = {
+      path: jax.ShapeDtypeStruct(array.shape, array.dtype.numpy_dtype)
+      for path, array in arrays.items()
+    }
+    if target is None:
+      table = metadata.get('tables', {}).get('chosen', {}).get(location.module, 0)
+      rules = name_tables.name_rules(model, location.module)[table]
+    else:
+      rules = target.tables[location.module]
+      written = target.written_leaves(location.module, written)
+    tensors = _plan_tensors(rules, location, written, metadata, dtype, files)
     specs = [files[tensor.file][name] for name, tensor in tensors.items()]
     items.append(conversion_item(location, len(tensors), specs))
+    if target is not None and location.module == 'vit':
+      joined |= _join_tensors(src, target, tensors, dtype, files)
+    modules.append(ExportedModule(location.module, arrays, written, tensors))
   if not modules:
     raise UserError(
       f'{src} holds {", ".join(config["parts"])}: nothing that a {kind} folder has a place for'
     )
   extras = _open_extras(src, files)
+  for file, tensors in joined.items():
+    extras[file] = extras.get(file, {}) | tensors
   for file, tensors in extras.items():
     files[file] |= tensors
   origins = dict.fromkeys(settings, 'config.json')
@@ -115,7 +124,10 @@ def plan_export(
     pickles=pickles,
     allow_nonfinite=allow_nonfinite,
     notes=settings_notes(origins, settings, variant),
+    target=target,
   )
+  if target is not None:
+    folder_export.notes.extend(target.notes(config['parts']))
   return Conversion('orbax -> torch', kind, variant, items, folder_export.run, folder_export.notes)
 
 
@@ -129,24 +141,18 @@ def _open_module(src: pathlib.Path, module: str) -> dict[str, ts.TensorStore]:
 
 
 def _plan_tensors(
-  model: lavit.LavitModules,
+  rules: list[NameRule],
   location: ModuleLocation,
-  arrays: Mapping[str, ts.TensorStore],
+  specs: LeafSpecs,
   metadata: Mapping[str, Any],
   dtype: str | None,
   files: dict[TargetFile, dict[str, ArraySpec]],
-) -> dict[str, _ExportedTensor]:
+) -> dict[str, ExportedTensor]:
   """The tensors that a module becomes; adds their shapes and dtypes to `files`.
 
   A tensor that two modules share is written once, for the first of them; of a tied embedding and
   head the source had one.
   """
-  specs = {
-    path: jax.ShapeDtypeStruct(array.shape, array.dtype.numpy_dtype)
-    for path, array in arrays.items()
-  }
-  table = metadata.get('tables', {}).get('chosen', {}).get(location.module, 0)
-  rules = name_tables.name_rules(model, location.module)[table]
   overlay_names = metadata.get('overlay')  # None: the module was trained here
   tensors = {}
   for name, slot in slots_for(rules, specs).items():
@@ -161,8 +167,26 @@ def _plan_tensors(
     shape = slot.tensor_from({slot.leaf: zeros_view(specs[slot.leaf])}).shape
     spec = folder.cast(jax.ShapeDtypeStruct(shape, specs[slot.leaf].dtype), dtype)
     files.setdefault(file, {})[name] = spec
-    tensors[name] = _ExportedTensor(file, slot)
+    tensors[name] = ExportedTensor(file, slot)
   return tensors
+
+
+def _join_tensors(
+  src: pathlib.Path,
+  target: InterfaceTarget,
+  tensors: dict[str, ExportedTensor],
+  dtype: str | None,
+  files: dict[TargetFile, dict[str, ArraySpec]],
+) -> dict[TargetFile, dict[str, LazyTensor]]:
+  """Takes those that are only parts of a tensor out of `tensors` and `files`; the whole ones."""
+  layers = {name: tensor.slot.layer or 0 for name, tensor in tensors.items()}
+  joined = target.joined_tensors(src, layers, dtype)
+  if not joined:
+    return {}
+  file = next(iter(tensors.values())).file
+  for name in [name for name in tensors if name.endswith(('.q_bias', '.v_bias'))]:
+    del tensors[name], files[file][name]
+  return {file: joined}
 
 
 def _open_extras(
@@ -210,6 +234,7 @@ class _FolderExport:
     files: what is written: (folder, stem) -> torch name -> shape and dtype.
     extras: (folder, stem) -> torch name -> tensor that is copied.
     notes: the conversion's; `run` adds what it lets through.
+    target: the form of another system; None for one of formats.py.
   """
 
   src: pathlib.Path
@@ -217,13 +242,14 @@ class _FolderExport:
   kind: str
   model: lavit.LavitModules
   config: Mapping[str, Any]
-  modules: list[_ExportedModule]
+  modules: list[ExportedModule]
   files: Mapping[TargetFile, Mapping[str, ArraySpec]]
   extras: Mapping[TargetFile, Mapping[str, LazyTensor]]
   dtype: str | None
   pickles: bool
   allow_nonfinite: bool
   notes: list[str]
+  target: InterfaceTarget | None = None
 
   def run(self, progress: Progress) -> None:
     """Writes the PyTorch folder, and reads it back."""
@@ -243,14 +269,18 @@ class _FolderExport:
       for writer in writers.values():
         _read_back(writer, progress)
         if self.pickles:
-          replace_by_pickles(writer.files)
-      self._write_descriptions(result)
+          replace_by_pickles(writer.files, self.target.pickle_form if self.target else BIN)
+      if self.target is None:
+        self._write_descriptions(result)
+      else:
+        self._copy_travelled_files(result)
+        self._write_interface_config(result, self.target)
       self._write_export_info(result)
     self.notes.extend(ledger.notes())
 
   def _write_module(
     self,
-    module: _ExportedModule,
+    module: ExportedModule,
     writers: Mapping[TargetFile, SafetensorsWriter],
     ledger: finite.FiniteLedger,
     progress: Progress,
@@ -259,12 +289,15 @@ class _FolderExport:
     sums = read_checksums(self.src, module.module)
     remaining = {tensor.slot.leaf: sums[tensor.slot.leaf] for tensor in module.tensors.values()}
     with folder.reading_errors(self.src / 'parts' / module.module):
-      for converted in _converted_tensors(module, self.dtype):
+      for converted in converted_tensors(module, self.dtype):
         tensor = module.tensors[converted.name]
         ledger.add(f'{tensor.file[1]}: {converted.name}', converted.counts)
         remaining[tensor.slot.leaf] ^= converted.checksum
         writers[tensor.file].write(converted.name, converted.array)
         progress(converted.array.nbytes)
+      for leaf, layer in unwritten_layers(module):
+        array = module.leaves[leaf][layer].read().result()
+        remaining[leaf] ^= checksums.checksum(array[None], layer)
       wrong = [leaf for leaf, rest in remaining.items() if rest]
       if wrong:
         raise ValueError(f'the checksum of {wrong[0]} does not match')
@@ -275,10 +308,7 @@ class _FolderExport:
     Those that travelled in `torch/` are copied; what was trained here gets the missing ones. The
     language model's config has the sizes and dtype of the result.
     """
-    travelled = self.src / 'torch'
-    if travelled.is_dir():
-      no_extras = shutil.ignore_patterns('*.extras.safetensors')
-      shutil.copytree(travelled, result, dirs_exist_ok=True, ignore=no_extras)
+    self._copy_travelled_files(result)
     modules = self.config['parts']
     locations = formats.locations(self.kind)
     llama = locations['llama'] if 'llama' in locations and 'llama' in modules else None
@@ -303,6 +333,33 @@ class _FolderExport:
           content[key] = self.dtype
       file.write_text(json.dumps(content, indent=2) + '\n')
 
+  def _copy_travelled_files(self, result: pathlib.Path) -> None:
+    travelled = self.src / 'torch'
+    if travelled.is_dir():
+      no_extras = shutil.ignore_patterns('*.extras.safetensors')
+      shutil.copytree(travelled, result, dirs_exist_ok=True, ignore=no_extras)
+
+  def _write_interface_config(self, result: pathlib.Path, target: InterfaceTarget) -> None:
+    """Writes the `config.json` of another system's folder, and what was trained here a tokenizer.
+
+    One that travelled stays as it is, but for the dtype of the result.
+    """
+    file = result / 'config.json'
+    content = formats.read_json(file)
+    if target.trained_here:
+      folder.copy_tokenizer_files(self.src / 'tokenizer', result)
+      rows = [part.written['embedding'].shape[0] for part in self.modules if part.module == 'llama']
+      vocab_size = rows[0] if rows else 0
+      modules = self.config['parts']
+      content = interface_config(target.form, target.model_as_written, modules, vocab_size)
+    elif self.dtype is None or not content.keys() & {'dtype', 'torch_dtype'}:
+      return
+    for key in ('dtype', 'torch_dtype'):
+      if key in content:
+        content[key] = self.dtype
+    if content:
+      file.write_text(json.dumps(content, indent=2) + '\n')
+
   def _write_export_info(self, result: pathlib.Path) -> None:
     """Writes where the folder is from."""
     digest = sha256(self.src / 'checksums.json')
@@ -317,34 +374,9 @@ class _FolderExport:
       dtype=self.dtype,
       source=source,
     )
+    if self.target is not None:
+      content['settings'] = self.target.settings
     (result / formats.EXPORT_INFO).write_text(json.dumps(content, indent=1) + '\n')
-
-
-class _ConvertedTensor(NamedTuple):
-  """A tensor on its way: `checksum` is that of the leaf, or layer, that it was read from."""
-
-  name: str
-  array: np.ndarray
-  checksum: int
-  counts: finite.Counts
-
-
-def _converted_tensors(module: _ExportedModule, dtype: str | None) -> Iterator[_ConvertedTensor]:
-  """Reads and converts the tensors of a module, leaf by leaf, in threads ahead of the caller."""
-
-  def read(name: str, slot: Slot) -> _ConvertedTensor:
-    store = module.leaves[slot.leaf]
-    if slot.layer is None:
-      leaf = store.read().result()
-      leaf_checksum = checksums.checksum(leaf)
-    else:
-      leaf = store[slot.layer].read().result()
-      leaf_checksum = checksums.checksum(leaf[None], slot.layer)
-    array, counts = finite.cast(leaf, folder.cast(leaf, dtype).dtype)
-    return _ConvertedTensor(name, contiguous(slot.to_tensor(array)), leaf_checksum, counts)
-
-  by_leaf = sorted(module.tensors.items(), key=lambda item: item[1].slot.leaf)
-  return leaves.prefetch(functools.partial(read, name, tensor.slot) for name, tensor in by_leaf)
 
 
 def _read_back(writer: SafetensorsWriter, progress: Progress) -> None:

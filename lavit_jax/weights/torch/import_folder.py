@@ -14,16 +14,14 @@ import jax
 import numpy as np
 
 from lavit_jax.errors import UserError
-from lavit_jax.models import lavit
 from lavit_jax.weights.store import arrays as leaves
 from lavit_jax.weights.store import folder
 from lavit_jax.weights.store.checksums import checksums
 from lavit_jax.weights.torch import (
-  configs,
   conversion_notes,
   finite,
   formats,
-  matching,
+  interface_folders,
   name_tables,
   vocabulary_growth,
 )
@@ -50,41 +48,42 @@ def plan_import(
   allow_nonfinite: bool,
 ) -> Conversion:
   """Plans the conversion of a PyTorch folder or file; arguments as for `plan_conversion`."""
-  kind, sources = formats.detect(src, weights_variant=weights_variant)
-  variant = variant or matching.find_variant(sources)
-  model = lavit.build(variant)
-  folders = formats.module_folders(sources)
-  settings = configs.read_settings(src, folders, list(folders), variant)
-  mapped = matching.map_modules(model, sources, allow_missing, mixed=dtype is not None)
+  mixed = dtype is not None
+  interface = interface_folders.find(src, weights_variant)
+  if interface is not None:
+    opened = interface_folders.open_source(interface, variant, allow_missing, mixed)
+  else:
+    opened = interface_folders.open_lavit(src, variant, allow_missing, mixed, weights_variant)
+  model = opened.model
   specs = {}
-  for module, mapping in mapped.items():
+  for module, mapping in opened.mapped.items():
     vocab_size = model.vocabulary.size if grow and module == 'llama' else None
     specs[module] = {
       path: vocabulary_growth.grown_struct(path, folder.cast(leaf, dtype), vocab_size)
       for path, leaf in mapping.plan.leaves.items()
     }
   items = []
-  for source in sources:
-    tensors = len(mapped[source.module].plan.slots)
+  for source in opened.sources:
+    tensors = len(opened.mapped[source.module].plan.slots)
     items.append(conversion_item(source.location, tensors, specs[source.module].values()))
-  origins = conversion_notes.description_names(src, folders)
-  notes = conversion_notes.settings_notes(origins, settings, variant)
-  notes += conversion_notes.source_notes(src, kind, sources, model.vocabulary.text_size)
   folder_import = _FolderImport(
     src=src,
     dst=dst,
-    kind=kind,
-    variant=variant,
-    sources=sources,
-    mapped=mapped,
+    kind=opened.kind,
+    variant=model.variant,
+    sources=opened.sources,
+    mapped=opened.mapped,
     specs=specs,
-    settings=settings,
+    settings=opened.settings,
     dtype=dtype,
     allow_missing=allow_missing,
     allow_nonfinite=allow_nonfinite,
-    notes=notes,
+    notes=opened.notes,
+    origin=opened.origin,
   )
-  return Conversion('torch -> orbax', kind, variant, items, folder_import.run, notes)
+  return Conversion(
+    'torch -> orbax', opened.kind, model.variant, items, folder_import.run, opened.notes
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +96,7 @@ class _FolderImport:
     specs: module -> the leaves of the result.
     settings: of the checkpoint.
     notes: the conversion's; `run` adds what it lets through.
+    origin: metadata of the checkpoint, for the way back.
   """
 
   src: pathlib.Path
@@ -111,6 +111,7 @@ class _FolderImport:
   allow_missing: str
   allow_nonfinite: bool
   notes: list[str]
+  origin: dict[str, Any]
 
   def run(self, progress: Progress) -> None:
     """Writes the checkpoint folder, and reads it back."""
@@ -135,7 +136,7 @@ class _FolderImport:
 
   def _write_extras(self, result: pathlib.Path) -> None:
     """Writes the tensors that become no leaf into `torch/`, beside where their files were."""
-    if not self.src.is_dir():
+    if self.kind == formats.EVA_CLIP:
       return
     for (where, stem), extras in self._extras().items():
       if extras:
@@ -198,6 +199,7 @@ class _FolderImport:
       dtype=self.dtype,
       allow_missing=self.allow_missing or None,
       grown=vocabulary_growth.RULE if self._is_grown() else None,
+      **self.origin,
     )
 
   def _is_grown(self) -> bool:

@@ -63,7 +63,7 @@ def map_modules(
     if module == 'llama' and EMBEDDING in state:
       vocab_size = state[EMBEDDING].shape[0]
       if vocab_size == model.vocabulary.text_size:
-        like = {**like, **_vocabulary_shapes(like, vocab_size)}
+        like = {**like, **vocabulary_shapes(like, vocab_size)}
       elif vocab_size != model.vocabulary.size:
         problems.append(_wrong_vocabulary(model, vocab_size))
         continue
@@ -80,7 +80,7 @@ def map_modules(
   return mapped
 
 
-def _vocabulary_shapes(like: Mapping, vocab_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+def vocabulary_shapes(like: Mapping, vocab_size: int) -> dict[str, jax.ShapeDtypeStruct]:
   """Embedding [V, H] and head [H, V] of a language model with this vocabulary."""
   embedding = like['embedding']
   width = embedding.shape[1]

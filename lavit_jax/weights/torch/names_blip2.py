@@ -19,6 +19,7 @@ from lavit_jax.weights.torch.rule_builders import (
   norm_rules,
   optional,
 )
+from lavit_jax.weights.torch.tensors import LazyTensor
 
 BLIP2_TIED = {  # tensors that the first stage's `.pth` repeats, and what they repeat
   'Qformer.cls.predictions.decoder.weight': 'Qformer.bert.embeddings.word_embeddings.weight',
@@ -227,13 +228,24 @@ def split_qkv_bias(state: Mapping[str, Any]) -> dict[str, Any]:
     if not name.endswith(QKV_BIAS):
       split[name] = tensor
       continue
-    q_bias, k_bias, v_bias = np.split(np.asarray(tensor), 3)
-    if np.any(k_bias != 0):
+    if np.any(np.asarray(_third(tensor, 1)) != 0):
       raise PortingError(f'{name} has a bias for the keys, and EVA has none')
     block = name.removesuffix('qkv.bias')
-    split[f'{block}q_bias'] = q_bias
-    split[f'{block}v_bias'] = v_bias
+    split[f'{block}q_bias'] = _third(tensor, 0)
+    split[f'{block}v_bias'] = _third(tensor, 2)
   return split
+
+
+def _third(tensor: Any, number: int) -> Any:
+  """The first, second or last third of an array or of a `LazyTensor`, which is not read yet."""
+  size = tensor.shape[0] // 3
+  part = slice(number * size, (number + 1) * size)
+  if not isinstance(tensor, LazyTensor):
+    return np.asarray(tensor)[part]
+  offset = tensor.offset
+  if offset is not None:
+    offset += part.start * tensor.dtype.itemsize
+  return LazyTensor((size,), tensor.dtype, lambda: np.asarray(tensor)[part], tensor.file, offset)
 
 
 def join_qkv_bias(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ import re
 import threading
 import zipfile
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -155,19 +155,38 @@ def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
 # --- Writing ---------------------------------------------------------------------------------
 
 
-def write_pickle(file: pathlib.Path, tensors: Mapping[str, ArrayLike]) -> None:
-  """Writes a `.bin` as torch.save does; a single tensor named as the file is written bare."""
+class PickleForm(NamedTuple):
+  """How the published inference code expects its pickles.
+
+  Attributes:
+    suffix: of their names.
+    key: under which a dict has the state_dict; None if the file is the state_dict.
+  """
+
+  suffix: str = '.bin'
+  key: str | None = None
+
+
+BIN = PickleForm()
+
+
+def write_pickle(
+  file: pathlib.Path, tensors: Mapping[str, ArrayLike], key: str | None = None
+) -> None:
+  """Writes a file as torch.save does; a single tensor named as the file is written bare."""
   import torch
 
   state = {name: _from_numpy(np.asarray(tensor)) for name, tensor in tensors.items()}
   bare = list(state) == [file.stem]
-  torch.save(state[file.stem] if bare else state, file)
+  content = state[file.stem] if bare else state
+  torch.save(content if key is None else {key: content}, file)
 
 
-def replace_by_pickles(written: list[pathlib.Path]) -> None:
-  """Replaces a safetensors file, or shards and their index, by `.bin` files of the same tensors."""
+def replace_by_pickles(written: list[pathlib.Path], form: PickleForm = BIN) -> None:
+  """Replaces a safetensors file, or shards and their index, by pickles of the same tensors."""
   for file in written:
-    write_pickle(file.with_name(_pickle_name(file.name)), open_safetensors(file))
+    pickled = file.with_name(_pickle_name(file.name)).with_suffix(form.suffix)
+    write_pickle(pickled, open_safetensors(file), form.key)
     file.unlink()
   if len(written) > 1:
     unsharded = re.sub(r'-\d+-of-\d+', '', written[0].name)
