@@ -5,6 +5,7 @@ outputs of an independent forward pass.
 """
 
 import functools
+import gc
 import json
 import os
 import pathlib
@@ -34,9 +35,9 @@ FOLDER = pathlib.Path(__file__).parent / 'data' / 'golden'
 LONG_FILES = (  # the longest first
   'test_loop.py',
   'test_distributed.py',
+  'test_interface_runs.py',
   'test_pipeline.py',
   'test_pipeline_options.py',
-  'test_interface_runs.py',
   'test_image_generation.py',
   'test_image_decoder.py',
   'test_unet.py',
@@ -86,6 +87,16 @@ def pytest_collection_modifyitems(items):
   """Long files go first: whoever began one last would keep the other processes waiting."""
   order = {name: i for i, name in enumerate(LONG_FILES)}
   items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+def pytest_collection_finish():
+  """What all imports made stays to the end, so the garbage collector need not look at it again.
+
+  JAX traces make much garbage: a look at everything for each would take some percent of the time.
+  """
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(10_000)
 
 
 @pytest.fixture(scope='session')

@@ -77,13 +77,9 @@ def connect(
   else:
     _check_addresses(coordinator, processes, process, automatic)
   try:
-    jax.distributed.initialize(
-      coordinator,
-      processes,
-      process,
-      heartbeat_timeout_seconds=timeout,
-      shutdown_timeout_seconds=timeout,
-    )
+    # The shutdown timeout stays JAX's: whoever ends first waits minutes for one that still writes.
+    # Heartbeats go on meanwhile, so that one that is gone is noticed as at any other time.
+    jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=timeout)
   except (RuntimeError, ValueError) as error:
     reason = ' '.join(str(error).split())[:300]
     kind = UserError if isinstance(error, ValueError) else Unreachable

@@ -301,6 +301,17 @@ def test_turns_end_with_an_end_token_and_answers_alone_are_learned():
     text_fields.TextEncoder(FOLDER, 3).encode_turns(turns)
 
 
+def test_a_tokenizer_with_other_special_ids_is_refused(tmp_path):
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+  special = ('<s>', '<pad>', '<unk>', '</s>')
+  tokenizer.add_special_tokens([tokenizers.AddedToken(token) for token in special])
+  tokenizer.save(str(tmp_path / 'tokenizer.json'))
+  with pytest.raises(
+    UserError, match='has <s> under the id 0, and the model reads and writes it as 1'
+  ):
+    TextTokenizer.load(tmp_path, 4)
+
+
 def test_missing_folder_names_the_file(tmp_path):
   with pytest.raises(UserError, match='tokenizer.json.*Hugging Face'):
     TextTokenizer.load(tmp_path)

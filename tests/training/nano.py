@@ -206,12 +206,10 @@ def launch(stage, workdir, devices=1, env=(), **changes):
   )
 
 
-def launch_job(stage, workdir, processes, devices, timeout=5, own=(), **changes):
-  """One run as a job of several processes, which have `devices` each.
+def job_environments(processes: int, timeout: int) -> list[dict[str, str]]:
+  """What tells each process of a job where the others are.
 
   They give up a process that is silent for `timeout` seconds.
-
-  `own`: process -> changes for it alone, of the workdir too.
   """
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
@@ -221,11 +219,19 @@ def launch_job(stage, workdir, processes, devices, timeout=5, own=(), **changes)
     JAX_NUM_PROCESSES=str(processes),
     JAX_HEARTBEAT_TIMEOUT=str(timeout),
   )
-  changes = [{'workdir': workdir, **changes, **dict(own).get(i, {})} for i in range(processes)]
-  return [
-    launch(stage, devices=devices, env={**env, 'JAX_PROCESS_ID': str(i)}, **each)
-    for i, each in enumerate(changes)
-  ]
+  return [{**env, 'JAX_PROCESS_ID': str(i)} for i in range(processes)]
+
+
+def launch_job(stage, workdir, processes, devices, timeout=5, own=(), **changes):
+  """One run as a job of several processes, which have `devices` each.
+
+  `own`: process -> changes for it alone, of the workdir too.
+  """
+  job = []
+  for i, env in enumerate(job_environments(processes, timeout)):
+    options = {'workdir': workdir, **changes, **dict(own).get(i, {})}
+    job.append(launch(stage, devices=devices, env=env, **options))
+  return job
 
 
 def finish(process, status=0):
@@ -254,6 +260,17 @@ def until(process, workdir, step):
   assert process.poll() is None, process.communicate()[0]
 
 
+def share_compiled_programs() -> None:
+  """Lets all processes of a job read what process 0 has compiled.
+
+  It alone writes to the cache. On CPUs the key of a program holds the process, so that the others
+  would compile everything in each run (findings/jax-cache-key-of-a-process.sh).
+  """
+  from jax._src import cache_key
+
+  cache_key._hash_accelerator_config = cache_key._hash_devices
+
+
 def main() -> None:
   # tensorboardX imports torch where it is installed; training does not need it, and it takes a
   # second.
@@ -261,6 +278,8 @@ def main() -> None:
   from lavit_jax.training import distributed as processes
 
   processes.connect()  # by the environment
+  if jax.process_count() > 1:
+    share_compiled_programs()
   from lavit_jax.training import flops
   from lavit_jax.training.loop import train
 

@@ -3,9 +3,12 @@
 Whichever process is killed, and on whatever they are continued.
 """
 
+import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import jax
@@ -229,9 +232,9 @@ def test_two_processes_have_the_losses_of_one_in_the_stages_with_noise(start_job
   'phase, options',
   [
     pytest.param('steps', dict(eval_every=0), marks=pytest.mark.slow),
-    # The programs of `alone` and `killed`; the evaluation would take hours.
+    # The programs of `killed`; the evaluation would take hours.
     ('evaluation', STEPS | dict(checkpoint_every=0, eval_every=3, eval_batches=1 << 20)),
-    ('compilation', {}),
+    ('compilation', STEPS | dict(checkpoint_every=0)),
   ],
 )
 def test_sigterm_to_one_of_two_stops_both(start_job, tmp_path, phase, options):
@@ -253,6 +256,43 @@ def test_sigterm_to_one_of_two_stops_both(start_job, tmp_path, phase, options):
     assert saved == [last] and f'stopped at step {last} as asked' in out
   else:
     assert phase == 'compilation' and not saved
+
+
+LATE = f"""
+import sys, time
+import jax
+from lavit_jax.training import distributed
+distributed.connect()
+time.sleep({TIMEOUT + 2} * (jax.process_index() == int(sys.argv[1])))
+sys.exit(143)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('late', [0, 1])
+def test_whoever_ends_first_waits_for_one_that_still_works(running, late):
+  """For longer than for a silent one."""
+  for env in nano.job_environments(2, TIMEOUT):
+    env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(nano.ROOT), **env}
+    running.append(
+      subprocess.Popen(
+        [sys.executable, '-c', LATE, str(late)],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+      )
+    )
+  for process in running:
+    finish(process, 143)
+
+
+def test_the_timeout_is_of_silence_alone(monkeypatch):
+  """A process may write for longer at the end; its heartbeats go on."""
+  options = {}
+  monkeypatch.setattr(jax.distributed, 'initialize', lambda *_, **given: options.update(given))
+  distributed.connect('10.0.0.1:99', 2, 1, TIMEOUT)
+  assert options == dict(heartbeat_timeout_seconds=TIMEOUT)
 
 
 @pytest.mark.slow

@@ -2,144 +2,39 @@
 
 import functools
 import operator
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lavit_jax.models.interfaces.base import Context, VisualInterface
-from lavit_jax.models.interfaces.qformer import Dropout, QFormerInterface, joint_mask
+from lavit_jax.models.interfaces.qformer import Dropout, joint_mask
 from lavit_jax.models.interfaces.qformer_losses import hard_negatives
 from lavit_jax.models.interfaces.qformer_pretraining import QFormerPretraining
-from lavit_jax.models.interfaces.towers import Tower
-from lavit_jax.models.vit import ViT
 from lavit_jax.weights.torch import names_blip2 as names
 from lavit_jax.weights.torch.interface_files import open_interface
 from lavit_jax.weights.torch.mapping import from_state_dict
 
 torch = pytest.importorskip('torch')
-transformers = pytest.importorskip('transformers')
-from torch_peers import arrays, close, numpy_state, port, randomize  # noqa: E402
+pytest.importorskip('transformers')
+from qformer_peers import (  # noqa: E402
+  DECODE_ID,
+  FEATURES,
+  MASK,
+  OUR_MASK,
+  OUR_TEXT,
+  PAIRS,
+  SIZES,
+  TEXT,
+  TORCH_FEATURES,
+  TORCH_TEXT,
+  VOCAB,
+  Stage1,
+)
+from torch_peers import arrays, close, numpy_state, port  # noqa: E402
 
-bert = pytest.importorskip('transformers.models.bert.modeling_bert')
 functional = torch.nn.functional
-SIZES = dict(num_queries=3, hidden_size=16, num_layers=4, num_heads=2, mlp_dim=24)
-VOCAB, PAIRS, WORDS, DECODE_ID = 30, 4, 5, 29
 STAGE1 = QFormerPretraining(**SIZES, vocab_size=VOCAB, output_dim=8, max_positions=10)
-FEATURES = arrays((PAIRS, 6, 12))[0]
-TEXT = np.random.default_rng(1).integers(1, DECODE_ID, (PAIRS, WORDS)).astype(np.int32)
-MASK = np.arange(WORDS) < np.array([5, 3, 4, 2])[:, None]
-TORCH_FEATURES, TORCH_TEXT = torch.from_numpy(FEATURES), torch.from_numpy(TEXT).long()
-OUR_TEXT, OUR_MASK = jnp.asarray(TEXT), jnp.asarray(MASK)  # `at` needs them
-
-
-def config(**qformer):
-  sizes = dict(
-    hidden_size=16,
-    num_hidden_layers=4,
-    num_attention_heads=2,
-    intermediate_size=24,
-    encoder_hidden_size=12,
-    vocab_size=VOCAB,
-    max_position_embeddings=10,
-    hidden_dropout_prob=0.0,
-    attention_probs_dropout_prob=0.0,
-  )
-  return dict(
-    vision_config=dict(
-      hidden_size=12,
-      intermediate_size=8,
-      num_hidden_layers=1,
-      num_attention_heads=2,
-      image_size=16,
-      patch_size=8,
-      layer_norm_eps=1e-6,
-    ),
-    qformer_config=sizes | qformer,
-    text_config=dict(
-      model_type='opt',
-      vocab_size=VOCAB,
-      hidden_size=20,
-      word_embed_proj_dim=20,
-      num_hidden_layers=1,
-      num_attention_heads=2,
-      ffn_dim=8,
-    ),
-    num_query_tokens=3,
-    image_text_hidden_size=8,
-  )
-
-
-class Stage1(torch.nn.Module):
-  """transformers' retrieval model, BERT's head of words, and the temperature."""
-
-  def __init__(self):
-    super().__init__()
-    settings = transformers.Blip2Config(**config(use_qformer_text_input=True))
-    settings._attn_implementation = 'eager'
-    self.blip = transformers.Blip2ForImageTextRetrieval(settings)
-    self.blip.qformer.config._attn_implementation = 'eager'
-    self.head = bert.BertLMPredictionHead(
-      transformers.BertConfig(vocab_size=VOCAB, hidden_size=16, layer_norm_eps=1e-12)
-    )
-    self.temp = torch.nn.Parameter(torch.tensor(0.0))
-    randomize(self)
-    self.head.decoder.weight = self.blip.embeddings.word_embeddings.weight
-    self.head.decoder.bias = self.head.bias
-    with torch.no_grad():
-      self.temp.fill_(0.3)  # at 0.07 the softmax of random features is almost hard
-
-  def state(self):
-    """The state dict with LAVIS's names, from what PyTorch calls its parameters here."""
-    state = {}
-    for name, tensor in self.named_parameters():
-      state[lavis_name(name)] = tensor
-    return {name: tensor for name, tensor in state.items() if not name.startswith('vision_model')}
-
-  def norm(self, features):
-    return self.blip.vision_model.post_layernorm(features)
-
-  def run(self, features, ids=None, mask=None, causal=False, queries=True, **options):
-    """Hidden states of the Q-Former; masks add -10000."""
-    tokens = self.blip.query_tokens.expand(len(TEXT if ids is None else ids), -1, -1)
-    count = 3 if queries else 0
-    if ids is None:
-      embedded = tokens
-    else:
-      embedded = self.blip.embeddings(input_ids=ids, query_embeds=tokens if queries else None)
-    length = embedded.shape[1]
-    allowed = torch.ones(len(embedded), 1, length, length)
-    if mask is not None:
-      allowed[..., count:] *= torch.from_numpy(mask)[:, None, None].float()
-    if causal:
-      for query in range(length):
-        allowed[:, :, query, max(count, query + 1) :] = 0
-    return self.blip.qformer(
-      query_embeds=embedded,
-      query_length=count,
-      attention_mask=(1 - allowed) * -10000.0,
-      encoder_hidden_states=features if queries else None,
-      **options,
-    )
-
-
-def lavis_name(name):
-  """The name that LAVIS has for a parameter of `Stage1`."""
-  substitutions = (
-    (r'^blip\.', ''),
-    (r'^vision_model\.post_layernorm', 'ln_vision'),
-    (r'^embeddings\.', 'Qformer.bert.embeddings.'),
-    (r'^qformer\.layernorm', 'Qformer.bert.embeddings.LayerNorm'),
-    (r'^qformer\.encoder', 'Qformer.bert.encoder'),
-    (r'attention\.attention\.', 'attention.self.'),
-    (r'^(vision|text)_projection', r'\1_proj'),
-    (r'^head\.', 'Qformer.cls.predictions.'),
-  )
-  for pattern, replacement in substitutions:
-    name = re.sub(pattern, replacement, name)
-  return name
 
 
 def inputs():
@@ -320,82 +215,6 @@ def test_negatives_are_others_and_drawn_by_similarity():
   # Five standard deviations of a share of 20,000 draws.
   bound = 5 * 0.5 / 20000**0.5
   np.testing.assert_allclose(counts, weights / weights.sum(1, keepdims=True), atol=bound)
-
-
-def test_from_pixels_to_the_language_model():
-  """BLIP-2 of transformers as a whole: its image encoder, norm, Q-Former and projection."""
-  peer = transformers.Blip2ForConditionalGeneration(
-    transformers.Blip2Config(**config(use_qformer_text_input=False))
-  )
-  randomize(peer)
-  state = numpy_state(peer, rename=lambda name: name.removeprefix('model.'))
-  for name, array in state.items():
-    if name.endswith('qkv.bias'):
-      array[12:24] = 0  # a view of the peer's own memory: EVA has no bias of keys
-  split = names.split_qkv_bias(state)
-  vit = ViT(16, 8, 12, num_layers=1, num_heads=2, head_dim=6, mlp_dim=8, output_dim=4)
-  pixels = arrays((2, 16, 16, 3))[0]
-  of_tower = ('vision_model.emb', 'vision_model.enc')
-  tower_state = {name: x for name, x in split.items() if name.startswith(of_tower)}
-  tower_params, unused = port(names.blip2_tower_rules(), tower_state, vit, pixels)
-  assert not unused
-  interface = QFormerInterface(llm_dim=20, **SIZES)
-  others = {
-    name: x for name, x in split.items() if not name.startswith((*of_tower, 'language_model'))
-  }
-  params, unused = port(names.blip2_transformers_rules(), others, interface, FEATURES[:2])
-  assert not unused
-  features = Tower(vit, keep_cls=True).features_of_pixels(tower_params, pixels)
-  tokens = jax.jit(interface.apply)({'params': params}, features)
-  with torch.no_grad():
-    images = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
-    normed = peer.vision_model(images).last_hidden_state
-    queries = peer.query_tokens.expand(2, -1, -1)
-    out = peer.qformer(query_embeds=queries, encoder_hidden_states=normed)
-    want = peer.language_projection(out.last_hidden_state)
-  close(tokens.vectors, want)
-
-
-@pytest.mark.parametrize('instructed', [False, True])
-def test_interfaces_of_blip2_and_instructblip(instructed):
-  if instructed:
-    settings = transformers.InstructBlipConfig(**config())
-    peer = transformers.InstructBlipForConditionalGeneration(settings)
-  else:
-    settings = transformers.Blip2Config(**config(use_qformer_text_input=False))
-    peer = transformers.Blip2ForConditionalGeneration(settings)
-  randomize(peer)
-  vocabulary = dict(vocab_size=VOCAB, max_positions=10) if instructed else {}
-  interface = QFormerInterface(llm_dim=20, **SIZES, **vocabulary)
-  context = Context(instruction=TEXT, instruction_mask=MASK)
-  state = numpy_state(
-    peer,
-    drop=('language_model', 'vision_model.emb', 'vision_model.enc'),
-    rename=lambda name: name.removeprefix('model.'),
-  )
-  rules = names.blip2_transformers_rules(instructed)
-  params, unused = port(rules, state, interface, FEATURES, context)
-  assert unused <= {'qformer.embeddings.position_ids'} and isinstance(interface, VisualInterface)
-  tokens = jax.jit(interface.apply)({'params': params}, FEATURES, context)
-  with torch.no_grad():
-    features = peer.vision_model.post_layernorm(TORCH_FEATURES)
-    queries = peer.query_tokens.expand(PAIRS, -1, -1)
-    if instructed:
-      mask = np.concatenate([np.ones((PAIRS, 3)), MASK], 1)
-      out = peer.qformer(
-        input_ids=TORCH_TEXT,
-        attention_mask=torch.from_numpy(mask).long(),
-        query_embeds=queries,
-        encoder_hidden_states=features,
-      )
-    else:
-      out = peer.qformer(query_embeds=queries, encoder_hidden_states=features)
-    want = peer.language_projection(out.last_hidden_state[:, :3])
-  close(tokens.vectors, want)
-  assert tokens.mask.shape == (PAIRS, interface.num_vectors(6)) and tokens.mask.all()
-  if instructed:
-    with pytest.raises(ValueError, match='needs Context.instruction'):
-      interface.apply({'params': params}, FEATURES)
 
 
 def test_the_causal_mask_is_the_one_drawn():

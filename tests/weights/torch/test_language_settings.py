@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from lavit_jax.apps import conversion
-from lavit_jax.data.text import TextTokenizer
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.models.llama import Llama
@@ -238,18 +237,6 @@ def test_the_longest_sequence(tmp_path):
   ):
     write(tmp_path, **PLAIN | keys)
     assert lavit.build('letters', settings={'llama': read(tmp_path)}).llama.longest == expected
-
-
-def test_a_tokenizer_with_other_special_ids_is_refused(tmp_path):
-  from tokenizers import AddedToken, Tokenizer, models
-
-  tokenizer = Tokenizer(models.BPE())
-  tokenizer.add_special_tokens([AddedToken(token) for token in ('<s>', '<pad>', '<unk>', '</s>')])
-  tokenizer.save(str(tmp_path / 'tokenizer.json'))
-  with pytest.raises(
-    UserError, match='has <s> under the id 0, and the model reads and writes it as 1'
-  ):
-    TextTokenizer.load(tmp_path, 4)
 
 
 # --- With weights, in both directions --------------------------------------------------------
