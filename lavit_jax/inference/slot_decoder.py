@@ -273,7 +273,7 @@ class SlotDecoder:
     program, names = text_generation.image_reader(self._model.modules)
     features, counts = self._model.run_batches(program, names, np.stack(images), keys)
     padding = (1 << (len(images) - 1).bit_length()) - len(images)  # so that few shapes compile
-    return np.pad(features, ((0, padding), (0, 0), (0, 0))), counts
+    return jax.device_put(np.pad(features, ((0, padding), (0, 0), (0, 0)))), counts
 
 
 def _not_finite(module: str) -> UserError:

@@ -47,7 +47,7 @@ class SlotState(NamedTuple):
 
 
 class Rows(NamedTuple):
-  """How sequences go on; arrays of numpy on the host.
+  """How sequences go on; NumPy arrays on the host, JAX arrays in programs.
 
   Attributes:
     key_data: u32[B, ...], of the key of a sequence (`jax.random.key_data`).
@@ -59,13 +59,13 @@ class Rows(NamedTuple):
     position: i32[B], of that token, as counted from the first of the prompt.
   """
 
-  key_data: np.ndarray
-  temperature: np.ndarray
-  top_p: np.ndarray
-  min_new_tokens: np.ndarray
-  step: np.ndarray
-  token: np.ndarray
-  position: np.ndarray
+  key_data: Any
+  temperature: Any
+  top_p: Any
+  min_new_tokens: Any
+  step: Any
+  token: Any
+  position: Any
 
   def take(self, indices: np.ndarray) -> Rows:
     """The rows of some sequences."""
