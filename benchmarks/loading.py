@@ -113,6 +113,7 @@ def main() -> None:
   config = load_config(f'{ROOT}/configs/{args.stage}.py:{args.variant}')
   options = {'data.source': 'embedded', 'data.sources': (), 'data.heldout': ()}
   options |= {'eval_every': 0, 'picture_every': 0, 'batch_size': 8, 'num_steps': 100}
+  options |= {'mesh.fsdp': 1}
   results = {}
   with tempfile.TemporaryDirectory() as scratch, config.unlocked():
     folder = f'{scratch}/weights'

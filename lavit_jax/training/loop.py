@@ -213,7 +213,9 @@ def _train_steps(
     batch = sharding.put_batch(next_batch(inputs.batches), run.mesh, run.share)
   shardings = jax.tree.map(lambda x: x.sharding, start.abstract)
   with goodput.phase('compile'):
-    train_step = make_train_step(run, start.tx, shardings).lower(state, inputs.frozen, batch).compile()
+    train_step = (
+      make_train_step(run, start.tx, shardings).lower(state, inputs.frozen, batch).compile()
+    )
   evaluator = Evaluator(run, inputs.frozen, log)
   interrupt.check()
   log.restart_clock()

@@ -17,7 +17,7 @@ from lavit_jax.models.settings import GROUPS, differences, for_modules, format_s
 from lavit_jax.training import codebook
 from lavit_jax.training.checkpoint import saved_settings
 from lavit_jax.training.stages.base import ModuleNames, Tree
-from lavit_jax.weights.store import folder, metadata
+from lavit_jax.weights.store import folder, metadata, remote
 from lavit_jax.weights.store.arrays import ParameterSource, flatten, read_module, unflatten
 
 Settings = dict[str, dict[str, Any]]
@@ -33,20 +33,18 @@ class ParameterFolder:
   frozen: bool  # from the option `frozen`; else from `init_from`
 
 
-def split_folders(text: str) -> tuple[str, ...]:
+def split_folders(text: str, modules: ModuleNames) -> tuple[str, ...]:
   """'a, ~/b' -> ('a', '/home/me/b').
 
+  Of a folder of a store, such as gs://BUCKET/model, it is the path of a copy on this machine, which
+  has the modules that the stage may read.
+
   Raises:
-    UserError: one is not on this machine.
+    UserError: there is nothing at a URL, or its store does not answer.
   """
   paths = [path.strip() for path in text.split(',') if path.strip()]
-  for path in paths:
-    if '://' in path:
-      raise UserError(
-        f'{path} is not a local folder; mount the bucket (gcsfuse), or use a disk that all '
-        'machines share'
-      )
-  return tuple(expand_home(path) for path in paths)
+  names = {*modules.required, *modules.takes}
+  return tuple(remote.fetch(path, names) if '://' in path else expand_home(path) for path in paths)
 
 
 def find_modules(

@@ -22,6 +22,7 @@ from lavit_jax.models.initialization import init_params
 from lavit_jax.models.lavit import LavitModules
 from lavit_jax.models.row_random import draw_rows
 from lavit_jax.models.sequence import compact
+from lavit_jax.sharding import constrain_batch
 from lavit_jax.training.config import read_options
 from lavit_jax.training.stages.base import (
   BatchLayout,
@@ -64,7 +65,8 @@ def build(options: DetokenizerOptions, model: LavitModules, layout: BatchLayout)
   Of the decoder only the context heads train (`optim.freeze`): the features stay what
   stage 1 made them.
   """
-  del layout
+  # All devices take part in drawing, each with its own rows of the batch.
+  num_rows = -(-NUM_DRAWN // layout.shards) * layout.shards
   scheduler = model.scheduler  # of the U-Net that the run starts from
   schedule = scheduler.schedule
 
@@ -113,15 +115,18 @@ def build(options: DetokenizerOptions, model: LavitModules, layout: BatchLayout)
 
   def draw(params, frozen, state, batch, key, num_steps=20):
     """Images, kept patches, and images from the tokens alone: DDIM with guidance."""
-    images = batch['image'][:NUM_DRAWN]
-    token_key, noise_key = jax.random.split(key)
-    context, tokens = condition(params, frozen, vit_images(batch)[:NUM_DRAWN], token_key)
+    batch = {name: constrain_batch(rows[:num_rows]) for name, rows in batch.items()}
+    images = batch['image']
+    token_keys, noise_keys = (
+      row_keys(purpose, {}, len(images)) for purpose in jax.random.split(key)
+    )
+    context, tokens = condition(params, frozen, vit_images(batch), token_keys)
     null, null_mask = _null_condition(model, state, len(images))
     side = images.shape[1] // model.vae.factor
     shape = (len(images), side, side, model.vae.latent_channels)
     latents = sample_latents(
       functools.partial(apply_module, model.unet, params['unet']),
-      jax.random.normal(noise_key, shape),
+      draw_rows(jax.random.normal, noise_keys, shape),
       (context, jnp.ones_like(null_mask)),
       (null, null_mask),
       steps=num_steps,
@@ -130,7 +135,8 @@ def build(options: DetokenizerOptions, model: LavitModules, layout: BatchLayout)
     )
     latents = model.vae.from_unet(latents)
     drawn = apply_module(model.vae, frozen['vae'], latents, method='decode')
-    return [images, shade_dropped_patches(images, tokens.keep), pixels.postprocess(drawn)]
+    rows = [images, shade_dropped_patches(images, tokens.keep), pixels.postprocess(drawn)]
+    return [row[:NUM_DRAWN] for row in rows]
 
   return Stage(MODULES, init, loss, export, draw)
 
