@@ -83,6 +83,7 @@ def start(pipe: Connection, config: Any, workdir: str, saves: bool) -> None:
   reading = Reading()
 
   def stop(run, inputs, start, *_):
+    jax.block_until_ready(start.state)
     peak = memory('VmHWM') - before
     held = sum(leaf.nbytes for leaf in jax.tree.leaves((start.state, inputs.frozen)))
     if saves:

@@ -174,7 +174,7 @@ def _first_state(
   loaded: dict[str, Tree],
   frozen: Mapping[str, Tree],
 ) -> TrainState:
-  """The train state of a new run, in which the memory of `loaded` becomes that of the parameters."""
+  """The train state of a new run; the memory of `loaded` becomes that of its parameters."""
 
   def first_state(loaded, key, frozen):
     return init(key, {**frozen, **loaded})

@@ -1,4 +1,4 @@
-"""Weights folders in a store: here fsspec's own in memory, which has no folders to rename or lock."""
+"""Weights folders in a store, here fsspec's in memory, which renames and locks nothing."""
 
 import chex
 import fsspec
