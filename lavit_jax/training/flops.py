@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -123,6 +123,18 @@ def pair_flops(run: Run) -> PairFlops:
   def trace(name: str, function: Callable, *inputs) -> float:
     return count(jax.make_jaxpr(function)(params[name], *inputs))
 
+  def trace_gradient(
+    name: str, function: Callable, *inputs, argnums: Sequence[int] = (0,)
+  ) -> float:
+    """Of a function of parameters and inputs with the gradient of its outputs' sum."""
+
+    def loss(p, *inputs):
+      p = optimizer.stop_frozen_gradients(run.optimizer, {name: p})[name]
+      outputs = jax.tree.leaves(function(p, *inputs))
+      return sum(array.astype(jnp.float32).sum() for array in outputs)
+
+    return trace(name, jax.grad(loss, argnums), *inputs)
+
   def features(p, image):
     if model.interface is not None:
       return model.tower.features(p, image)
@@ -139,54 +151,58 @@ def pair_flops(run: Run) -> PairFlops:
     return apply_module(model.tokenizer, p, merged, method='quantize')
 
   def read(p, x, keep):
-    return apply_module(model.understanding, p, x, keep).astype(jnp.float32).sum()
+    return apply_module(model.understanding, p, x, keep)
+
+  def extra_layers(p, vectors):
+    images = RowImages(vectors[:, None], jnp.zeros(slots.shape, jnp.int32))
+    return model.layered_interface.extra_layers(p, images)
 
   def read_by_interface(p, x):
     vectors = apply_module(model.interface, p, x).vectors
-    read = [vectors]
-    if model.layered_interface is not None:
-      images = RowImages(vectors[:, None], jnp.zeros((1, 1), jnp.int32))
-      _, memory = model.layered_interface.extra_layers(p, images).layers
-      read += jax.tree.leaves(memory)
-    return sum(array.astype(jnp.float32).sum() for array in read)
+    if model.layered_interface is None:
+      return vectors
+    _, memory = extra_layers(p, vectors).layers
+    return vectors, memory
 
-  def row(p, ids):
-    embedded = apply_module(llama, p, ids, method='embed')
+  def row(p, embedded, ids):
     hidden, _ = apply_module(llama, p, embedded, ids, ids)
     return apply_module(llama, p, hidden, method='logits')
 
+  stream = jax.ShapeDtypeStruct((*slots.shape, llama.hidden_size), jnp.float32)
+
   def extra_products() -> float:
-    """Of the extra layers in a row, whose image has its keys and values."""
-    layered = model.layered_interface
-    if layered is None:
+    """Of the extra layers in a row, without those of its image's keys and values."""
+    if model.layered_interface is None:
       return 0.0
-    vectors = jax.ShapeDtypeStruct((1, 1, model.num_image_vectors, x.shape[-1]), jnp.float32)
+    vectors = jax.ShapeDtypeStruct((1, model.num_image_vectors, x.shape[-1]), jnp.float32)
 
-    def make(p, vectors, ordinal):
-      return layered.extra_layers(p, RowImages(vectors, ordinal))
+    def memory(p, vectors):
+      return extra_layers(p, vectors).layers[1]
 
-    def run(extra):
-      stream = jnp.zeros((*slots.shape, llama.hidden_size))
+    def run_layers(p, vectors, stream):
+      extra = extra_layers(p, vectors)
       return jax.lax.scan(lambda x, layer: (extra.run(x, layer), None), stream, extra.layers)
 
-    extra = jax.eval_shape(make, params['interface'], vectors, slots)
-    return count(jax.make_jaxpr(run)(extra))
+    both = trace_gradient('interface', run_layers, vectors, stream, argnums=(0, 1, 2))
+    return both - trace_gradient('interface', memory, vectors, argnums=(0, 1))
 
-  # Two products for each pair of slots: of queries and keys, and of scores and values.
-  scores = 2 * 2 * llama.num_heads * llama.head_dim * llama.num_layers
+  # Two products for each pair of slots, of queries and keys, and of scores and values. Whatever is
+  # frozen, their gradients lead to the images.
+  attention = 3 * 2 * 2 * llama.num_heads * llama.head_dim * llama.num_layers
   encoded = trace('vit', features, image)
   if model.interface is not None:
-    of_images = (encoded, 0.0, trace('interface', jax.grad(read_by_interface), x))
+    of_images = (encoded, 0.0, trace_gradient('interface', read_by_interface, x))
   else:
     of_images = (
       encoded + trace('tokenizer', select, x),
       trace('tokenizer', code, x, keep),
-      trace('understanding', jax.grad(read), x, keep),
+      trace_gradient('understanding', read, x, keep),
     )
+  products = trace_gradient('llama', row, stream, slots, argnums=(0, 1))
   return PairFlops(
     *of_images,
-    row=3 * (trace('llama', row, slots) - options.row_length**2 * scores + extra_products()),
-    attention=3 * scores,
+    row=products - options.row_length**2 * attention + extra_products(),
+    attention=attention,
   )
 
 
