@@ -35,6 +35,14 @@ ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 10  # timed
 WARMUP = 2
 RESERVE = 10.0  # seconds at the end
+TINY_LAYERS: dict[str, Any] = {
+  'hidden_size': 64,
+  'num_layers': 2,
+  'num_heads': 2,
+  'num_kv_heads': 2,
+  'head_dim': 32,
+  'mlp_dim': 96,
+}
 
 Result = dict[str, Any]
 
@@ -182,11 +190,10 @@ def train_wide(tiny: bool) -> Result:
 
   from lavit_jax.models.llama import Llama
 
-  wide = {'hidden_size': 4096, 'num_heads': 32, 'num_kv_heads': 32, 'head_dim': 128}
+  wide: dict[str, Any] = {'hidden_size': 4096, 'num_heads': 32, 'num_kv_heads': 32, 'head_dim': 128}
   wide |= {'mlp_dim': 11008, 'num_layers': 4, 'vocab_size': 32000}
   if tiny:
-    wide = {'hidden_size': 64, 'num_heads': 2, 'num_kv_heads': 2, 'head_dim': 32}
-    wide |= {'mlp_dim': 96, 'num_layers': 2, 'vocab_size': 128}
+    wide = {**TINY_LAYERS, 'vocab_size': 128}
   rows, length = (1, 32) if tiny else (8, 2048)
   model = Llama(**wide, dtype=jnp.bfloat16, remat='minimal')
   ids = np.random.default_rng(0).integers(0, wide['vocab_size'], (rows, length)).astype(np.int32)
@@ -200,7 +207,9 @@ def train_wide(tiny: bool) -> Result:
     return params, tx.init(params)
 
   def loss(params, ids):
-    apply = functools.partial(model.apply, {'params': params})
+    def apply(*args: Any, **options: Any) -> Any:
+      return model.apply({'params': params}, *args, **options)
+
     hidden, _ = apply(apply(ids, method='embed'), positions, segments)
 
     # A row at a time: logits of all rows would take more memory than the model.
@@ -256,9 +265,7 @@ def beside_pytorch(case: str, tiny: bool) -> Result:
 
     inference.jax_side.SMALL = lavit.build('tiny')
     inference.PICTURES, inference.NEW = 2, 4
-    inference.LLAMA = inference.LLAMA.clone(
-      vocab_size=300, hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=2, mlp_dim=96
-    )
+    inference.LLAMA = inference.LLAMA.clone(vocab_size=300, **TINY_LAYERS)
   with jax.default_matmul_precision('highest'):
     return inference.CASES[case](1 if tiny else 5)
 

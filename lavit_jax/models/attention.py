@@ -76,7 +76,7 @@ def attention_by_blocks(
   b, n, h, _ = q.shape
   count = -(-n // QUERY_BLOCK)
   if count == 1:
-    return _attention_of_all(q, k, v, mask, scale)
+    return attention(q, k, v, mask, scale)
   size = -(-n // count)
 
   def blocks(x: Array, axis: int) -> Array:
@@ -89,22 +89,13 @@ def attention_by_blocks(
   @jax.checkpoint
   def attend_block(_, block):
     queries, block_mask = block
-    return None, _attention_of_all(queries, k, v, mask if block_mask is None else block_mask, scale)
+    return None, attention(queries, k, v, mask if block_mask is None else block_mask, scale)
 
-  is_split = mask is not None and mask.ndim == 4 and mask.shape[2] == n
-  mask_blocks = blocks(mask, 2) if is_split and mask is not None else None
+  mask_blocks = None
+  if mask is not None and mask.shape[-2] == n:
+    mask_blocks = blocks(mask, mask.ndim - 2)
   _, attended = jax.lax.scan(attend_block, None, (blocks(q, 1), mask_blocks))
   return attended.swapaxes(0, 1).reshape(b, count * size, h, v.shape[-1])[:, :n]
-
-
-def _attention_of_all(
-  q: Array, k: Array, v: Array, mask: Array | None, scale: float | None
-) -> Array:
-  """`attention` of all queries at once."""
-  scores = _scores(q, k, scale)
-  if mask is not None:
-    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-  return _weighted_sums(jax.nn.softmax(scores), v)
 
 
 def policy_attention(

@@ -218,9 +218,9 @@ def load_params(
     UserError: a module is missing or damaged, or the folder has another variant.
   """
   folder = pathlib.Path(folder)
-  names = read_config(folder)['parts'] if names is None else names
+  chosen = list(read_config(folder)['parts'] if names is None else names)
   params = {}
-  for name, source in open_modules(folder, names, variant, dtype).items():
+  for name, source in open_modules(folder, chosen, variant, dtype).items():
     leaf_shardings = None
     if shardings is not None:
       leaf_shardings = shardings({name: unflatten(source.structs)})[name]

@@ -46,7 +46,7 @@ def fetch(folder: str, modules: Collection[str] | None = None) -> str:
       missing.
   """
   if not is_remote(folder):
-    return folder
+    return folder.removeprefix('file://')
   names = list_files(folder)
   if not names:
     raise UserError(f'{folder} has no files; check the address')
@@ -76,7 +76,7 @@ def target(folder: str, replaces: bool = True) -> Iterator[str]:
     UserError: something else is there, the store does not answer, or a package for it is missing.
   """
   if not is_remote(folder):
-    yield folder
+    yield folder.removeprefix('file://')
     return
   _check_target(folder, replaces)
   copy = _temporary_folder() / _last_name(folder)
