@@ -7,11 +7,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-missing=(ml-collections grain array-record tensorboardX)
+missing=(ml_collections portpicker grain array_record tensorboardX)  # as in the constraints
 
 if [ "${1:-}" = --wheels ]; then
   versions=()
-  for name in "${missing[@]}"; do versions+=("$(grep -i "^$name==" launch/constraints.txt)"); done
+  for name in "${missing[@]}"; do versions+=("$(grep "^$name==" launch/constraints.txt)"); done
   exec "$python" -m pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 \
     --platform manylinux_2_28_x86_64 --platform any --dest "$2" "${versions[@]}"
 fi
