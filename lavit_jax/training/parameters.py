@@ -181,3 +181,9 @@ def read_modules(
   sources = {name: sources[name] for name in names}
   shardings = sharding.shardings(module_shapes(sources), mesh)
   return {name: read_module(source, shardings[name]) for name, source in sources.items()}
+
+
+def load_params(variant: str, folders: Sequence[ParameterFolder], mesh: Mesh) -> dict[str, Tree]:
+  """Reads all modules that a run takes; see `open_modules` and `read_modules`."""
+  sources = open_modules(variant, folders)
+  return read_modules(sources, list(sources), mesh)
