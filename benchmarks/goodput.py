@@ -4,6 +4,8 @@
 
 A run of encoder:tiny with the embedded data is killed (SIGKILL) again and again, after random
 times with a mean of --mean seconds, and then finishes. Both sides are killed after the same times.
+A start that is killed before it has the work directory leaves no line and is not counted: on a busy
+machine, give a longer --mean.
 The last line of each is that of `lavit train`; the losses of both must be the same, all digits.
 """
 

@@ -134,12 +134,14 @@ def llama_and_peer() -> tuple[dict, transformers.LlamaForCausalLM]:
   )
   with torch.device('meta'):
     peer = transformers.LlamaForCausalLM(config)
-  peer = peer.to_empty(device='cpu')
+  peer = peer.to_empty(device=peers.DEVICE)
   arrays = mapping.to_torch(llama_rules(), params)
-  state = {name: torch.from_numpy(np.array(value)) for name, value in arrays.items()}
+  state = {
+    name: torch.from_numpy(np.array(value)).to(peers.DEVICE) for name, value in arrays.items()
+  }
   peer.load_state_dict(state, assign=True)
   # The frequencies are not in the state dict.
-  peer.model.rotary_emb = type(peer.model.rotary_emb)(config=config)
+  peer.model.rotary_emb = type(peer.model.rotary_emb)(config=config).to(peers.DEVICE)
   peer.generation_config = transformers.GenerationConfig(
     do_sample=False, max_new_tokens=NEW, pad_token_id=2
   )
@@ -163,7 +165,7 @@ def compare_decoding(repeats: int, rows: int, guided: bool = False, int8: bool =
     }
     peer_options = {
       'guidance_scale': GUIDANCE,
-      'negative_prompt_ids': torch.from_numpy(negative_ids),
+      'negative_prompt_ids': torch.from_numpy(negative_ids).to(peers.DEVICE),
     }
   if int8:
     params = jax.jit(quantize_weights)(params)
@@ -172,13 +174,13 @@ def compare_decoding(repeats: int, rows: int, guided: bool = False, int8: bool =
     return np.asarray(decode.generate(LLAMA, params, embed(ids), mask, **our_options).ids)
 
   def theirs():
-    tokens = torch.from_numpy(ids)
+    tokens = torch.from_numpy(ids).to(peers.DEVICE)
     with torch.inference_mode():
       output = peer.generate(tokens, attention_mask=torch.ones_like(tokens), **peer_options)
-    return output[:, PROMPT:].numpy()
+    return output[:, PROMPT:].cpu().numpy()
 
   result = compare(ours, theirs, repeats)
-  if not int8:
+  if not int8 and peers.DEVICE == 'cpu':
     np.testing.assert_array_equal(result.ours, result.theirs)
   num_tokens = rows * NEW
   return result.times | {

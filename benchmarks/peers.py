@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import diffusers
 import numpy as np
 import torch
 from torch import nn
@@ -16,13 +15,14 @@ from weights import DRAWING_GUIDANCE, STEPS, Weights, drawing_inputs
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+DEVICE = 'cpu'  # of what tokenizes and decodes
 
 
 def fill(module: nn.Module) -> nn.Module:
-  """Gives a module on the meta device the weights of its tensors' names."""
+  """Gives a module on the meta device the weights of its tensors' names, on DEVICE."""
   state = {}
   for name, tensor in module.state_dict().items():
-    state[name] = torch.from_numpy(np.asarray(Weights(name, tuple(tensor.shape))))
+    state[name] = torch.from_numpy(np.asarray(Weights(name, tuple(tensor.shape)))).to(DEVICE)
   module.load_state_dict(state, assign=True)
   return module.eval()
 
@@ -32,6 +32,8 @@ def drawing() -> Callable[[], np.ndarray]:
 
   The U-Net of Stable Diffusion 1.5 has diffusers' default sizes, except for the condition's width.
   """
+  import diffusers  # a machine that only tokenizes may lack it
+
   with torch.device('meta'):
     unet = diffusers.UNet2DConditionModel(cross_attention_dim=768)
   fill(unet)
@@ -78,10 +80,10 @@ def tokenizing(
   fill(tokenizer)
 
   def tokenize():
-    with torch.no_grad():
-      pixels = torch.from_numpy(images).float() / 255
+    with torch.no_grad(), torch.device(DEVICE):
+      pixels = torch.from_numpy(images).to(DEVICE).float() / 255
       pixels = (pixels - torch.tensor(MEAN)) / torch.tensor(STD)
-      return [x.numpy() for x in tokenizer(encoder(pixels.permute(0, 3, 1, 2)))]
+      return [x.cpu().numpy() for x in tokenizer(encoder(pixels.permute(0, 3, 1, 2)))]
 
   return tokenize
 

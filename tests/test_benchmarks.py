@@ -3,7 +3,9 @@
 import ast
 import importlib.util
 import json
+import os
 import pathlib
+import subprocess
 import sys
 import types
 
@@ -108,6 +110,24 @@ def test_json_ends_with_the_ratios(file, load, monkeypatch, capsys, tmp_path):
   assert last == dict(decode_b1=0.5, decode_b8=1.5, decode_b8_cfg=2.5, tokenize=4.5, unet=5.5)
   if file:
     assert json.loads((tmp_path / file).read_text())['unet'] == dict(ratio=5.5, seconds=1.0)
+
+
+@pytest.mark.slow
+def test_a_run_on_a_device_keeps_the_other_cases(tmp_path):
+  """A case that fails, here for lack of time, leaves its error."""
+  script = [FOLDER / 'device.sh', '--tiny', '--only', 'attention,train_wide', '--seconds', '300']
+  env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHON': sys.executable, 'OUT': str(tmp_path)}
+  subprocess.run(['bash', *script], env=env, check=True)
+  subprocess.run(
+    ['bash', *script[:-1], '1'], env={**env, 'OUT': str(tmp_path / 'late')}, check=True
+  )
+  cases = json.loads((tmp_path / 'device.json').read_text())['cases']
+  for kernel in ('plain', 'pallas'):
+    assert max(cases['attention'][kernel]['max_relative_errors'].values()) < 2**-6  # bfloat16
+  assert cases['attention']['cudnn'] == 'no GPU'
+  assert cases['train_wide']['tokens_per_second'] > 0
+  late = json.loads((tmp_path / 'late' / 'device.json').read_text())['cases']
+  assert [case['error'] for case in late.values()] == ['no time was left'] * 2
 
 
 def read_records(folder):

@@ -17,6 +17,7 @@ from lavit_jax.data.text import TextTokenizer
 from lavit_jax.inference.pipeline import Lavit
 from lavit_jax.training.config import load_config
 from lavit_jax.training.parameters import split_folders
+from lavit_jax.training.stages.base import ModuleNames
 
 ASSETS = pathlib.Path(lavit_jax.__file__).parent / 'assets'
 PATHS = ('DIR', 'RUN/export', 'ROWS.jsonl', 'FILE.jsonl', 'FILE.json')
@@ -56,7 +57,7 @@ def get_config(variant):
   return ConfigDict(dict(variant=variant))
 """)
   assert load_config('~/config.py:tiny').variant == 'tiny'
-  assert split_folders('~/a/export, b,~') == (f'{home}/a/export', 'b', str(home))
+  assert split_folders('~/a/export, b,~', ModuleNames()) == (f'{home}/a/export', 'b', str(home))
 
 
 def test_checkpoints_tokenizers_and_data_sets(home):

@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
-from lavit_jax.cli.options import TINY, add_command, local_path
+from lavit_jax.cli.options import TINY, add_command, local_path, weights_path
 
 if TYPE_CHECKING:
   from lavit_jax.cli.options import Commands
@@ -20,7 +20,7 @@ def add_commands(commands: Commands) -> None:
   parser = add_command(
     commands, 'inspect', _inspect, 'print the modules of a weights folder and their source'
   )
-  parser.add_argument('folder', type=local_path, metavar='DIR')
+  parser.add_argument('folder', type=weights_path, metavar='DIR')
   _add_bundle(commands)
   add_command(commands, 'variants', _list_variants, 'list the model sizes')
 
@@ -35,13 +35,17 @@ def _add_convert(commands: Commands) -> None:
   parser.add_argument(
     '--src',
     required=True,
-    type=local_path,
+    type=weights_path,
     metavar='DIR',
     help='folder or file of LaVIT, LLaMA, Stable Diffusion, SDXL, EVA-CLIP, LLaVA, BLIP-2, Emu, '
     'OpenFlamingo or CLIP; or lavit_jax checkpoint',
   )
   parser.add_argument(
-    '--dst', required=True, type=local_path, metavar='DIR', help='folder to write'
+    '--dst',
+    required=True,
+    type=weights_path,
+    metavar='DIR',
+    help='folder to write, as --src of this machine or of a store: gs://BUCKET/model',
   )
   parser.add_argument('--dry-run', action='store_true', help='print the plan and write nothing')
   parser.add_argument(
@@ -86,7 +90,7 @@ def _add_bundle(commands: Commands) -> None:
   parser.add_argument(
     'exports',
     nargs='+',
-    type=local_path,
+    type=weights_path,
     metavar='RUN/export',
     help='export folders; a module that is in several is taken from the last one',
   )
@@ -105,7 +109,7 @@ def _add_bundle(commands: Commands) -> None:
   )
   parser.add_argument(
     '--out',
-    type=local_path,
+    type=weights_path,
     required=True,
     metavar='DIR',
     help='folder to write; a checkpoint in it is replaced',
@@ -114,33 +118,40 @@ def _add_bundle(commands: Commands) -> None:
 
 def _convert(args: argparse.Namespace) -> None:
   from lavit_jax.apps import conversion
+  from lavit_jax.weights.store import remote
   from lavit_jax.weights.torch.convert import plan_conversion
 
-  plan = plan_conversion(
-    args.src,
-    args.dst,
-    variant=args.variant,
-    dtype=args.dtype,
-    allow_missing=args.allow_missing,
-    force=args.force,
-    pickles=args.bin,
-    grow=not args.keep_vocabulary,
-    weights_variant=args.weights_variant,
-    allow_nonfinite=args.allow_nonfinite,
-  )
-  conversion.run(plan, args.dry_run)
+  with remote.target(args.dst, replaces=args.force) as dst:
+    plan = plan_conversion(
+      remote.fetch(args.src),
+      dst,
+      variant=args.variant,
+      dtype=args.dtype,
+      allow_missing=args.allow_missing,
+      force=args.force,
+      pickles=args.bin,
+      grow=not args.keep_vocabulary,
+      weights_variant=args.weights_variant,
+      allow_nonfinite=args.allow_nonfinite,
+    )
+    conversion.run(plan, args.dry_run)
 
 
 def _inspect(args: argparse.Namespace) -> None:
   from lavit_jax.apps import conversion
+  from lavit_jax.weights.store import remote
 
-  conversion.inspect(args.folder)
+  conversion.inspect(remote.fetch(args.folder))
 
 
 def _bundle(args: argparse.Namespace) -> None:
+  from lavit_jax.weights.store import remote
   from lavit_jax.weights.store.bundle import bundle
 
-  print(bundle(args.out, args.exports, args.tokenizer, args.dtype))
+  exports = [remote.fetch(export) for export in args.exports]
+  with remote.target(args.out) as out:
+    bundle(out, exports, args.tokenizer, args.dtype)
+  print(args.out)
 
 
 def _list_variants(args: argparse.Namespace) -> None:

@@ -53,6 +53,11 @@ def local_path(text: str) -> str:
   return expand_home(text)
 
 
+def weights_path(text: str) -> str:
+  """The type of an option: a weights folder, a path with '~' expanded, or a URL of a store."""
+  return text if '://' in text else local_path(text)
+
+
 def image_size(text: str) -> list[int]:
   """The type of an option: HEIGHTxWIDTH as [height, width]."""
   sides = text.lower().split('x')

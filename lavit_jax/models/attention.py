@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lavit_jax.models.layers import Dtype
 from lavit_jax.models.remat import SAVED_PROJ, SAVED_QKV
 
-QUERY_BLOCK = 256  # queries whose scores are in memory at once, in long rows without a mask
+QUERY_BLOCK = 256  # queries whose scores are in memory at once, in long rows and prompts
 POLICY_EPSILON = 1e-6
 MAX_EXPONENT = 60.0  # of an attention weight, in float32
 
@@ -53,7 +53,7 @@ def attention(
   chex.assert_rank([x for x in (mask, bias) if x is not None], {2, 4})
   is_plain = mask is None and bias is None and dropout is None
   if q.shape[1] >= 4 * QUERY_BLOCK and is_plain:
-    return _attention_by_blocks(q, k, v, scale)
+    return attention_by_blocks(q, k, v, scale=scale)
   scores = _scores(q, k, scale)
   if bias is not None:
     scores = scores + bias
@@ -63,6 +63,39 @@ def attention(
   if dropout is not None:
     weights = dropout(weights)
   return _weighted_sums(weights, v)
+
+
+def attention_by_blocks(
+  q: Array, k: Array, v: Array, mask: Array | None = None, scale: float | None = None
+) -> Array:
+  """`attention` of at most `QUERY_BLOCK` queries at a time, forward and backward.
+
+  All scores of the 4,096 positions of a latent image, or of a long prompt, would not fit into
+  memory. The arguments are those of `attention`.
+  """
+  b, n, h, _ = q.shape
+  count = -(-n // QUERY_BLOCK)
+  if count == 1:
+    return attention(q, k, v, mask, scale)
+  size = -(-n // count)
+
+  def blocks(x: Array, axis: int) -> Array:
+    """[..., Q, ...] -> [count, ..., size, ...]."""
+    pads = [(0, 0)] * x.ndim
+    pads[axis] = (0, count * size - n)
+    x = jnp.pad(x, pads)
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :]), axis, 0)
+
+  @jax.checkpoint
+  def attend_block(_, block):
+    queries, block_mask = block
+    return None, attention(queries, k, v, mask if block_mask is None else block_mask, scale)
+
+  mask_blocks = None
+  if mask is not None and mask.shape[-2] == n:
+    mask_blocks = blocks(mask, mask.ndim - 2)
+  _, attended = jax.lax.scan(attend_block, None, (blocks(q, 1), mask_blocks))
+  return attended.swapaxes(0, 1).reshape(b, count * size, h, v.shape[-1])[:, :n]
 
 
 def policy_attention(
@@ -218,25 +251,6 @@ def _weighted_sums(weights: Array, v: Array) -> Array:
   b, h, n, m = weights.shape
   weights = weights.astype(v.dtype).reshape(b, v.shape[2], -1, m)
   return jnp.matmul(weights, v.swapaxes(1, 2)).reshape(b, h, n, v.shape[-1]).swapaxes(1, 2)
-
-
-def _attention_by_blocks(q: Array, k: Array, v: Array, scale: float | None) -> Array:
-  """Attention of at most `QUERY_BLOCK` queries at a time, forward and backward.
-
-  All scores of the 4,096 positions of a latent image would not fit into memory.
-  """
-
-  @jax.checkpoint
-  def attend_block(_, queries):
-    return None, _weighted_sums(jax.nn.softmax(_scores(queries, k, scale)), v)
-
-  b, n, h, d = q.shape
-  count = -(-n // QUERY_BLOCK)
-  size = -(-n // count)
-  padded = jnp.pad(q, ((0, 0), (0, count * size - n), (0, 0), (0, 0)))
-  blocks = padded.reshape(b, count, size, h, d).swapaxes(0, 1)
-  _, attended = jax.lax.scan(attend_block, None, blocks)
-  return attended.swapaxes(0, 1).reshape(b, count * size, h, v.shape[-1])[:, :n]
 
 
 class QKV(nn.Module):

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from lavit_jax.models.attention import attention, merge_heads, split_heads
+from lavit_jax.models.attention import attention_by_blocks, merge_heads, split_heads
 from lavit_jax.models.attention_kernels import packed_attention
 from lavit_jax.models.int8 import Int8, Linear, dequantize, product, quantize, weight
 from lavit_jax.models.layers import Dtype, RMSNorm, SwiGLU
@@ -154,7 +154,7 @@ class SelfAttention(nn.Module):
       assert start is not None
       cache, k, v = cache.append(start, k, v)
     q, k, v = (checkpoint_name(y.astype(self.dtype), SAVED_QKV) for y in (q, k, v))
-    attend = attention if mask.dtype == bool else packed_attention
+    attend = attention_by_blocks if mask.dtype == bool else packed_attention
     attended = merge_heads(attend(q, k, v, mask))
     out = Linear(x.shape[-1], self.dtype, name='proj')(attended)
     return checkpoint_name(out, SAVED_PROJ), cache

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import optax
+from jax import Array
 from ml_collections import ConfigDict
 
 from lavit_jax import accelerators, sharding
@@ -38,12 +40,14 @@ from lavit_jax.training.saver import Saver, is_due
 from lavit_jax.training.stages.base import Tree
 from lavit_jax.training.train_step import TrainState, make_init, make_train_step
 from lavit_jax.training.watch import MetricWatch
+from lavit_jax.weights.store.arrays import ParameterSource
 
 
 class _Inputs(NamedTuple):
   """What a run reads and writes."""
 
-  loaded: dict[str, Any]  # the params of the run's folders
+  sources: dict[str, ParameterSource]  # the modules in the run's folders
+  frozen: dict[str, Tree]  # the params of those that the stage needs
   batches: BatchIterator
   skipped: SkipCounter
   lock: WorkdirLock
@@ -97,9 +101,8 @@ def train(
     with goodput.phase('restore'):
       start = _restore_or_init(run, inputs)
     goodput.resume(start.step)
-    frozen = {name: inputs.loaded[name] for name in run.stage.modules.needs}
-    warnings = option_warnings(run, inputs.loaded, trace, start.step)
-    inputs.loaded.clear()  # the state has copies
+    shapes = parameters.module_shapes(inputs.sources)
+    notes = option_warnings(run, shapes, trace, start.step)
     interrupt.check()
 
     log = MetricLogger(
@@ -115,13 +118,13 @@ def train(
     stack.callback(log.close)
     stack.callback(trace.close)
     log_start(run, log, inputs.checkpoints, start.abstract, start.step)
-    for warning in warnings:
-      log.print_line(f'warning: {warning}')
+    for note in notes:
+      log.print_line(f'warning: {note}')
     write_config(run)
 
     state = start.state
     if start.step < run.num_steps:
-      state = _train_steps(run, inputs, start, frozen, log, goodput, trace, interrupt)
+      state = _train_steps(run, inputs, start, log, goodput, trace, interrupt)
     with goodput.phase('saving'):
       inputs.checkpoints.wait()
       inputs.lock.check()
@@ -132,7 +135,8 @@ def train(
 def _open_inputs(run: Run, stack: contextlib.ExitStack, goodput: Goodput) -> _Inputs:
   """Opens everything that the run reads, and then what it writes; `stack` closes it."""
   with goodput.phase('restore'):
-    loaded = parameters.load_params(run.variant, run.folders, run.mesh)
+    sources = parameters.open_modules(run.variant, run.folders)
+    frozen = parameters.read_modules(sources, run.stage.modules.needs, run.mesh)
   skipped = SkipCounter(jax.process_count() == 1)
   batches = open_batches(run, 'train', skipped)
   stack.callback(batches.close)
@@ -141,31 +145,54 @@ def _open_inputs(run: Run, stack: contextlib.ExitStack, goodput: Goodput) -> _In
   lock = stack.enter_context(WorkdirLock(run.workdir))
   checkpoints = Checkpoints(run.workdir, run.config, run.keep, run.model.settings)
   stack.callback(checkpoints.close)
-  return _Inputs(loaded, batches, skipped, lock, checkpoints)
+  return _Inputs(sources, frozen, batches, skipped, lock, checkpoints)
 
 
 def _restore_or_init(run: Run, inputs: _Inputs) -> _Start:
   """The train state of the last checkpoint, or a fresh one."""
-  init, tx = make_init(run, inputs.loaded)
+  loaded_shapes = parameters.module_shapes(inputs.sources)
+  init, tx = make_init(run, loaded_shapes)
   key = key_for(run.seed, Purpose.WEIGHTS)
-  shapes = jax.eval_shape(init, key, inputs.loaded)
+  shapes = jax.eval_shape(init, key, loaded_shapes)
   shardings = sharding.shardings(shapes, run.mesh)
   abstract = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
   )
   step, state = inputs.checkpoints.restore_latest(abstract, inputs.batches, run.skip_damaged)
   if state is None:
-    options = accelerators.run_once_compiler_options()
-    program = jax.jit(init, out_shardings=shardings, compiler_options=options)
-    state = program(key, inputs.loaded)
+    # What a later start finds in its checkpoint is not read from the folders again.
+    own = [name for name in inputs.sources if name not in inputs.frozen]
+    loaded = parameters.read_modules(inputs.sources, own, run.mesh)
+    state = _first_state(init, shardings, key, loaded, inputs.frozen)
   return _Start(step, state, abstract, tx)
+
+
+def _first_state(
+  init: Callable[[Array, Mapping[str, Tree]], TrainState],
+  shardings: TrainState,
+  key: Array,
+  loaded: dict[str, Tree],
+  frozen: Mapping[str, Tree],
+) -> TrainState:
+  """The train state of a new run; the memory of `loaded` becomes that of its parameters."""
+
+  def first_state(loaded, key, frozen):
+    return init(key, {**frozen, **loaded})
+
+  options = accelerators.run_once_compiler_options()
+  program = jax.jit(
+    first_state, donate_argnums=0, out_shardings=shardings, compiler_options=options
+  )
+  with warnings.catch_warnings():
+    # Embeddings of a smaller vocabulary are copied.
+    warnings.filterwarnings('ignore', 'Some donated buffers were not usable')
+    return program(loaded, key, frozen)
 
 
 def _train_steps(
   run: Run,
   inputs: _Inputs,
   start: _Start,
-  frozen: Mapping[str, Tree],
   log: MetricLogger,
   goodput: Goodput,
   trace: ProfilerTrace,
@@ -186,8 +213,10 @@ def _train_steps(
     batch = sharding.put_batch(next_batch(inputs.batches), run.mesh, run.share)
   shardings = jax.tree.map(lambda x: x.sharding, start.abstract)
   with goodput.phase('compile'):
-    train_step = make_train_step(run, start.tx, shardings).lower(state, frozen, batch).compile()
-  evaluator = Evaluator(run, frozen, log)
+    train_step = (
+      make_train_step(run, start.tx, shardings).lower(state, inputs.frozen, batch).compile()
+    )
+  evaluator = Evaluator(run, inputs.frozen, log)
   interrupt.check()
   log.restart_clock()
   goodput.begin_steps()
@@ -197,7 +226,7 @@ def _train_steps(
     if step > start.step + 1:
       batch = sharding.put_batch(log.fetch(next_batch, inputs.batches), run.mesh, run.share)
     trace.before(step)
-    state, values = train_step(state, frozen, batch)
+    state, values = train_step(state, inputs.frozen, batch)
     trace.after(step, values)
     log.step(step, values)
 

@@ -24,7 +24,7 @@ def option_warnings(
 
   Args:
     run: the run.
-    loaded: the params of its folders.
+    loaded: the params in its folders, or their shapes.
     trace: of the profiler.
     start_step: the steps that were made before this process started.
   """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
@@ -16,8 +16,9 @@ from lavit_jax.models.lavit import variant_config
 from lavit_jax.models.settings import GROUPS, differences, for_modules, format_setting
 from lavit_jax.training import codebook
 from lavit_jax.training.checkpoint import saved_settings
-from lavit_jax.training.stages.base import ModuleNames
-from lavit_jax.weights.store import folder, metadata
+from lavit_jax.training.stages.base import ModuleNames, Tree
+from lavit_jax.weights.store import folder, metadata, remote
+from lavit_jax.weights.store.arrays import ParameterSource, flatten, read_module, unflatten
 
 Settings = dict[str, dict[str, Any]]
 
@@ -32,20 +33,18 @@ class ParameterFolder:
   frozen: bool  # from the option `frozen`; else from `init_from`
 
 
-def split_folders(text: str) -> tuple[str, ...]:
+def split_folders(text: str, modules: ModuleNames) -> tuple[str, ...]:
   """'a, ~/b' -> ('a', '/home/me/b').
 
+  Of a folder of a store, such as gs://BUCKET/model, it is the path of a copy on this machine, which
+  has the modules that the stage may read.
+
   Raises:
-    UserError: one is not on this machine.
+    UserError: there is nothing at a URL, or its store does not answer.
   """
   paths = [path.strip() for path in text.split(',') if path.strip()]
-  for path in paths:
-    if '://' in path:
-      raise UserError(
-        f'{path} is not a local folder; mount the bucket (gcsfuse), or use a disk that all '
-        'machines share'
-      )
-  return tuple(expand_home(path) for path in paths)
+  names = {*modules.required, *modules.takes}
+  return tuple(remote.fetch(path, names) if '://' in path else expand_home(path) for path in paths)
 
 
 def find_modules(
@@ -133,31 +132,58 @@ def _check_agreement(
   )
 
 
-def load_params(variant: str, folders: Sequence[ParameterFolder], mesh: Mesh) -> dict[str, Any]:
-  """Loads the weights of the modules that a run takes, sharded on the mesh.
+def open_modules(variant: str, folders: Sequence[ParameterFolder]) -> dict[str, ParameterSource]:
+  """Opens the modules that a run takes, whose weights it reads as float32.
 
-  Of a module that several folders hold, the last one counts. Weights of `frozen` folders are
-  float32; those of `init_from` keep the stored type, since the stage's own are copies of them. A
-  tokenizer from `init_from` whose codebook was never trained comes without it.
+  Of a module that several folders hold, the last one counts. A tokenizer from `init_from` whose
+  codebook was never trained comes without it.
 
   Returns:
-    {module name: tree}.
+    {module name: source}.
 
   Raises:
-    UserError: a frozen tokenizer's codebook was never trained, or a folder is damaged.
+    UserError: a frozen tokenizer's codebook was never trained, a folder is damaged, or has another
+      variant.
   """
-  params = {}
-  for source in folders:
-    if source.frozen and 'tokenizer' in source.modules:
-      metadata.check_codebook(source.path)
-    loaded = folder.load_params(
-      source.path,
-      list(source.modules),
-      variant,
-      lambda tree: sharding.shardings(tree, mesh),
-      'float32' if source.frozen else None,
-    )
-    if not source.frozen and 'tokenizer' in loaded and not metadata.has_codebook(source.path):
-      loaded, _ = codebook.take_out(loaded)
-    params |= loaded
-  return params
+  sources: dict[str, ParameterSource] = {}
+  for given in folders:
+    if given.frozen and 'tokenizer' in given.modules:
+      metadata.check_codebook(given.path)
+    sources |= folder.open_modules(given.path, given.modules, variant)
+    if not given.frozen and 'tokenizer' in given.modules and not metadata.has_codebook(given.path):
+      loaded, _ = codebook.take_out({'tokenizer': unflatten(sources['tokenizer'].structs)})
+      structs = flatten(loaded['tokenizer'])
+      sources['tokenizer'] = sources['tokenizer']._replace(structs=structs)
+  return sources
+
+
+def module_shapes(sources: Mapping[str, ParameterSource]) -> dict[str, Tree]:
+  """{module name: tree of ShapeDtypeStructs}."""
+  return {name: unflatten(source.structs) for name, source in sources.items()}
+
+
+def read_modules(
+  sources: Mapping[str, ParameterSource], names: Iterable[str], mesh: Mesh
+) -> dict[str, Tree]:
+  """Reads modules onto the mesh, each device its shards.
+
+  Args:
+    sources: from `open_modules`.
+    names: of the modules to read.
+    mesh: of the devices.
+
+  Returns:
+    {module name: tree of arrays}.
+
+  Raises:
+    UserError: a folder is damaged.
+  """
+  sources = {name: sources[name] for name in names}
+  shardings = sharding.shardings(module_shapes(sources), mesh)
+  return {name: read_module(source, shardings[name]) for name, source in sources.items()}
+
+
+def load_params(variant: str, folders: Sequence[ParameterFolder], mesh: Mesh) -> dict[str, Tree]:
+  """Reads all modules that a run takes; see `open_modules` and `read_modules`."""
+  sources = open_modules(variant, folders)
+  return read_modules(sources, list(sources), mesh)

@@ -110,8 +110,8 @@ def resolve(config: ConfigDict, workdir: str | pathlib.Path) -> Run:
   modules = stages.stage_modules(common.stage, typed.options)
   folders = parameters.find_modules(
     modules,
-    parameters.split_folders(common.frozen),
-    parameters.split_folders(common.init_from),
+    parameters.split_folders(common.frozen, modules),
+    parameters.split_folders(common.init_from, modules),
   )
   settings = parameters.resolve_settings(common.variant, folders, pathlib.Path(workdir))
   settings = _own_settings(typed.options, settings, folders)

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from lavit_jax.inference.beam_search import beam_search
-from lavit_jax.inference.decode import generate
+from lavit_jax.inference.decode import generate, prefill
 from lavit_jax.models.llama import Llama
 from lavit_jax.models.sequence import embed_prompts, prompt_mask, prompt_positions
 from lavit_jax.weights.torch import mapping
@@ -333,3 +333,19 @@ def test_bfloat16_decodes(params, captions):
   ):
     assert jnp.isfinite(out.scores).all()
     assert not VISUAL[out.ids].any()
+
+
+def test_a_long_prompt_has_scores_of_a_block_of_queries_at_a_time():
+  llama = Llama(
+    vocab_size=8, hidden_size=8, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=4, mlp_dim=8
+  ).clone(scan=False)
+  prompt = (
+    jax.ShapeDtypeStruct((3, 1000, 8), jnp.float32),
+    jax.ShapeDtypeStruct((3, 1000), bool),
+  )
+  example = (prompt[0], jax.ShapeDtypeStruct((3, 1000), jnp.int32), jnp.ones((3, 1, 1, 1000), bool))
+  params = jax.eval_shape(llama.init, jax.random.key(0), *example)['params']
+  read = jax.jit(functools.partial(prefill, llama, new_slots=24, cache_dtype=None))
+  program = read.lower(params, *prompt).as_text()
+  assert '3x2x1000x1024xf32' not in program
+  assert '3x2x250x1024xf32' in program  # four blocks

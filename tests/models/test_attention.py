@@ -9,7 +9,12 @@ import torch.nn.functional as F
 from programs import compiled
 
 from lavit_jax.models import attention as attention_module
-from lavit_jax.models.attention import attention, counterfactual_attention, policy_attention
+from lavit_jax.models.attention import (
+  attention,
+  attention_by_blocks,
+  counterfactual_attention,
+  policy_attention,
+)
 
 
 def normal(*shape, seed=0):
@@ -57,6 +62,21 @@ def test_attention_gradient_matches_torch(monkeypatch, block):
   (out * torch.from_numpy(weight)).sum().backward()
   for gradient, leaf in zip(gradients, leaves, strict=True):
     np.testing.assert_allclose(gradient, leaf.grad, atol=1e-5)
+
+
+# A prompt of 19 slots before a cache of 32, in blocks of 5, 5, 5 and 4 queries.
+@pytest.mark.parametrize('queries', [19, 1])
+def test_attention_of_a_masked_prompt_by_blocks_matches_torch(monkeypatch, queries):
+  monkeypatch.setattr(attention_module, 'QUERY_BLOCK', 5)
+  q = normal(2, 19, 4, 8)
+  k, v = (normal(2, 32, 2, 8, seed=n) for n in (1, 2))
+  mask = normal(2, 1, queries, 32, seed=3) > 0
+  mask[..., 0] = True
+  expected = F.scaled_dot_product_attention(
+    *(to_torch(x) for x in (q, k, v)), attn_mask=torch.from_numpy(mask), enable_gqa=True
+  )
+  out = compiled(attention_by_blocks)(q, k, v, mask=mask)
+  np.testing.assert_allclose(out, expected.numpy().swapaxes(1, 2), atol=1e-5)
 
 
 def test_attention_to_nothing_is_the_mean():

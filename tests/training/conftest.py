@@ -49,3 +49,24 @@ def saved(tmp_path):
   checkpoints.wait()
   checkpoints.close()
   return tmp_path
+
+
+@pytest.fixture
+def reads(monkeypatch):
+  """The names of the leaves that are read from folders, as MODULE/PATH, in their order."""
+  from lavit_jax.weights.store import folder
+
+  names = []
+  open_params = folder.open_params
+
+  def counting(path, name, dtype='float32'):
+    source = open_params(path, name, dtype)
+
+    def read(leaf, index=None, sharding=None):
+      names.append(f'{name}/{leaf}')
+      return source.read(leaf, index, sharding)
+
+    return source._replace(read=read)
+
+  monkeypatch.setattr(folder, 'open_params', counting)
+  return names

@@ -114,6 +114,14 @@ def test_what_is_frozen_stays(finished):
   assert 0 < difference.max() < 0.05  # it began as a copy and trains along
 
 
+def test_a_continued_run_reads_only_what_stays_frozen(finished, reads, without_flops, capsys):
+  options = nano.options_after('detokenizer', finished)
+  train(nano.config('detokenizer', **options), finished['detokenizer'])
+  assert 'continuing from step 4' in capsys.readouterr().out
+  assert {name.split('/')[0] for name in reads} == {'vit', 'tokenizer', 'vae'}
+  assert len(reads) == len(set(reads))
+
+
 def test_metrics_and_pictures_are_there(finished):
   for stage, run in finished.items():
     logged = rows(run)

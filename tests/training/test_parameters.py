@@ -9,12 +9,13 @@ import nano
 import numpy as np
 import pytest
 
+from lavit_jax import sharding
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.models.initialization import init_params
 from lavit_jax.training import flops, loop, parameters
 from lavit_jax.training.checkpoint import Checkpoints
-from lavit_jax.training.parameters import find_modules, load_params
+from lavit_jax.training.parameters import find_modules
 from lavit_jax.training.run import resolve
 from lavit_jax.training.stages import build_stage
 from lavit_jax.training.stages.base import ModuleNames
@@ -23,6 +24,7 @@ from lavit_jax.weights.torch import mapping
 from lavit_jax.weights.torch.names_llama import llama_rules
 
 nano.install()
+ONE = dict(data=1, fsdp=1, tensor=1)
 OTHER = dict(
   rope_theta=100.0,
   rope_scaling=dict(rope_type='linear', factor=4.0),
@@ -241,21 +243,16 @@ def test_a_run_exports_what_it_trained_with(folders, tmp_path):
   assert first != second
 
 
-def test_init_from_reads_only_what_the_stage_trains_in_the_type_it_has(tmp_path, monkeypatch):
-  saved = {
-    name: {'a': np.ones((2, 2), np.float32)} for name in ('vit', 'llama', 'understanding', 'vae')
-  }
-  folder.save_params(tmp_path / 'start', 'nano', saved, dtype='bfloat16')
-  calls = []
-  monkeypatch.setattr(
-    parameters.folder,
-    'load_params',
-    lambda path, names, variant, shardings, dtype: (
-      calls.append((names, dtype)) or dict.fromkeys(names)
-    ),
-  )
+def test_a_run_reads_once_what_its_stage_uses(tmp_path, reads):
+  stored = ('vit', 'llama', 'understanding', 'vae')
+  for name in ('early', 'late'):
+    saved = {module: {'a': np.full((2, 2), len(name), np.float32)} for module in stored}
+    folder.save_params(tmp_path / name, 'nano', saved, dtype='bfloat16')
   modules = ModuleNames(needs=('vit',), takes=('llama', 'understanding'))
-  start = [str(tmp_path / 'start')]
-  loaded = load_params('nano', find_modules(modules, frozen=start, init_from=start), None)
-  assert set(loaded) == {'vit', 'llama', 'understanding'}
-  assert calls == [(['vit'], 'float32'), (['llama', 'understanding'], None)]
+  paths = [str(tmp_path / name) for name in ('early', 'late')]
+  found = find_modules(modules, paths, paths)
+  loaded = parameters.load_params('nano', found, sharding.make_mesh(ONE))
+  assert sorted(reads) == ['llama/a', 'understanding/a', 'vit/a']
+  for tree in loaded.values():
+    assert tree['a'].dtype == np.float32
+    np.testing.assert_array_equal(tree['a'], np.full((2, 2), len('late')))

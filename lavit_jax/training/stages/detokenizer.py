@@ -27,6 +27,7 @@ from lavit_jax.models.lavit import LavitModules
 from lavit_jax.models.row_random import draw_rows
 from lavit_jax.models.sequence import compact
 from lavit_jax.models.settings import CODES
+from lavit_jax.sharding import constrain_batch
 from lavit_jax.training.config import read_options
 from lavit_jax.training.stages.base import (
   BatchLayout,
@@ -76,7 +77,8 @@ def build(options: DetokenizerOptions, model: LavitModules, layout: BatchLayout)
   Of the decoder only the context heads train (`optim.freeze`): the features stay what
   stage 1 made them. With the condition `emu` the U-Net trains alone, and none is zeros.
   """
-  del layout
+  # All devices take part in drawing, each with its own rows of the batch.
+  num_rows = -(-NUM_DRAWN // layout.shards) * layout.shards
   by_vectors = options.condition != CODES
   scheduler = model.scheduler  # of the U-Net that the run starts from
   schedule = scheduler.schedule
@@ -144,15 +146,18 @@ def build(options: DetokenizerOptions, model: LavitModules, layout: BatchLayout)
 
   def draw(params, frozen, state, batch, key, num_steps=20):
     """Images, kept patches if there are some, and images from the condition: DDIM with guidance."""
-    images = batch['image'][:NUM_DRAWN]
-    token_key, noise_key = jax.random.split(key)
-    context, tokens = condition(params, frozen, vit_images(batch)[:NUM_DRAWN], token_key)
+    batch = {name: constrain_batch(rows[:num_rows]) for name, rows in batch.items()}
+    images = batch['image']
+    token_keys, noise_keys = (
+      row_keys(purpose, {}, len(images)) for purpose in jax.random.split(key)
+    )
+    context, tokens = condition(params, frozen, vit_images(batch), token_keys)
     null, null_mask = null_condition(state, len(images))
     side = images.shape[1] // model.vae.factor
     shape = (len(images), side, side, model.vae.latent_channels)
     latents = sample_latents(
       functools.partial(apply_module, model.unet, params['unet']),
-      jax.random.normal(noise_key, shape),
+      draw_rows(jax.random.normal, noise_keys, shape),
       (context, jnp.ones_like(null_mask)),
       (null, null_mask),
       steps=num_steps,
@@ -164,7 +169,7 @@ def build(options: DetokenizerOptions, model: LavitModules, layout: BatchLayout)
     rows = [images, pixels.postprocess(drawn)]
     if tokens is not None:
       rows.insert(1, shade_dropped_patches(images, tokens.keep))
-    return rows
+    return [row[:NUM_DRAWN] for row in rows]
 
   return Stage(module_names(options), init, loss, export, draw)
 

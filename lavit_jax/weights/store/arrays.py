@@ -97,6 +97,22 @@ def open_leaves(
   return {path: future.result() for path, future in futures.items()}
 
 
+def read_module(source: ParameterSource, shardings: Any = None) -> Any:
+  """Reads all leaves of a module, one after the other.
+
+  Args:
+    source: the module.
+    shardings: a tree of the sharding of each leaf; None gives arrays on the host.
+
+  Returns:
+    The tree of arrays, or the one bare array.
+  """
+  leaf_shardings = {} if shardings is None else flatten(shardings)
+  return unflatten(
+    {path: source.read(path, sharding=leaf_shardings.get(path)) for path in source.structs}
+  )
+
+
 def read_sharded(store: ts.TensorStore, like: jax.ShapeDtypeStruct) -> jax.Array:
   """Reads a leaf onto the devices of a sharding.
 

@@ -217,21 +217,47 @@ def load_params(
   Raises:
     UserError: a module is missing or damaged, or the folder has another variant.
   """
+  folder = pathlib.Path(folder)
+  chosen = list(read_config(folder)['parts'] if names is None else names)
+  params = {}
+  for name, source in open_modules(folder, chosen, variant, dtype).items():
+    leaf_shardings = None
+    if shardings is not None:
+      leaf_shardings = shardings({name: unflatten(source.structs)})[name]
+    params[name] = arrays.read_module(source, leaf_shardings)
+  return params
+
+
+def open_modules(
+  folder: str | os.PathLike,
+  names: Iterable[str],
+  variant: str | None = None,
+  dtype: str | None = 'float32',
+) -> dict[str, ParameterSource]:
+  """Opens modules; `arrays.read_module` reads one.
+
+  Args:
+    folder: as in `load_params`.
+    names: of the modules.
+    variant: as in `load_params`.
+    dtype: as in `load_params`.
+
+  Returns:
+    {module name: source}.
+
+  Raises:
+    UserError: as `load_params`.
+  """
   folder = pathlib.Path(folder).resolve()  # TensorStore accepts no '..'
   config = read_config(folder)
   if variant is not None and config['variant'] != variant:
     raise UserError(f'{folder} holds variant {config["variant"]!r}, but {variant!r} was requested')
-  params = {}
-  for name in config['parts'] if names is None else names:
+  sources = {}
+  for name in names:
     if name not in config['parts']:
       raise UserError(f'{folder} has no module {name!r}; it holds {", ".join(config["parts"])}')
-    source = open_params(folder, name, dtype)
-    leaf_shardings = {}
-    if shardings is not None:
-      leaf_shardings = flatten(shardings({name: unflatten(source.structs)})[name])
-    flat = {path: source.read(path, sharding=leaf_shardings.get(path)) for path in source.structs}
-    params[name] = unflatten(flat)
-  return params
+    sources[name] = open_params(folder, name, dtype)
+  return sources
 
 
 def open_params(

@@ -1,12 +1,16 @@
 """Stage 1b: the condition, the target of the scheduler, drawn images."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import nano
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 from nano import apply_module
 
+from lavit_jax import sharding
 from lavit_jax.models import lavit
 from lavit_jax.models.initialization import init_params
 from lavit_jax.training.stages import build_stage
@@ -115,8 +119,27 @@ def test_the_detokenizer_learns_the_target_of_the_scheduler(parts, batch, kind):
   assert float(value) == pytest.approx(np.square(target).mean(), rel=1e-4)
 
 
-def test_detokenizer_draws(parts, batch):
-  stage = nano.run('detokenizer').stage
+def test_each_shard_draws_its_own_rows_and_eight_are_shown(parts, batch):
+  mesh = AbstractMesh((3, 1, 1), sharding.AXES)
+  stage = nano.run('detokenizer', mesh, batch_size=48).stage
   params, state = nano.init_stage(stage, parts)
-  rows = nano.jit(lambda: stage.draw(params, parts, state, batch, jax.random.key(1), num_steps=2))()
-  assert [(row.shape, row.dtype) for row in rows] == [((8, 32, 32, 3), jnp.uint8)] * 3
+  batch = {'image': np.tile(batch['image'], (6, 1, 1, 1))}
+  draw = jax.jit(functools.partial(stage.draw, num_steps=2))
+  program = draw.lower(params, parts, state, batch, jax.random.key(1))
+  assert [(row.shape, row.dtype) for row in program.out_info] == [((8, 32, 32, 3), jnp.uint8)] * 3
+  text = program.as_text()
+  assert 'tensor<9x32x32x3xf32>' in text and 'tensor<48x32x32x3xf32>' not in text
+
+
+@pytest.mark.slow
+def test_drawn_images_do_not_depend_on_the_number_of_devices(parts, batch):
+  batch = {'image': np.tile(batch['image'], (2, 1, 1, 1))}
+  drawn = []
+  for shards in (1, 16):
+    mesh = AbstractMesh((shards, 1, 1), sharding.AXES)
+    stage = nano.run('detokenizer', mesh, batch_size=16).stage
+    params, state = nano.init_stage(stage, parts)
+    draw = functools.partial(stage.draw, num_steps=2)
+    drawn.append(nano.jit(draw)(params, parts, state, batch, jax.random.key(1)))
+  for one, many in zip(*drawn, strict=True):
+    assert np.abs(np.int32(one) - np.int32(many)).max() <= 1  # a gray level, by rounding

@@ -1,0 +1,153 @@
+"""Weights folders in a store, such as gs://BUCKET/model: copies of them on this machine.
+
+Reading weights seeks in files, and writing them renames folders, which an object store does not do.
+So a folder is copied here before it is read, of a run only the modules that its stage uses; a new
+one is written here and copied there. The file by which a folder is known (`MARKS`) is written last
+and removed first: a copy that was cut short is no checkpoint.
+
+Whatever fsspec has a driver for is a store. Copies lie in the folder for temporary files (TMPDIR)
+until the process ends.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterator
+from typing import TypeVar
+
+from fsspec import AbstractFileSystem
+
+from lavit_jax.data.paths import filesystem_of, is_remote, list_files
+from lavit_jax.errors import UserError
+from lavit_jax.weights.store.metadata import CONFIG
+from lavit_jax.weights.torch.formats import EXPORT_INFO
+
+MARKS = (CONFIG, EXPORT_INFO)
+T = TypeVar('T')
+
+
+def fetch(folder: str, modules: Collection[str] | None = None) -> str:
+  """Copies a weights folder of a store to this machine.
+
+  Args:
+    folder: a URL; a local path stands for itself.
+    modules: names of those to copy of a checkpoint of this package; None copies all files.
+
+  Returns:
+    The path on this machine.
+
+  Raises:
+    UserError: there is nothing at the URL, the store does not answer, or a package for it is
+      missing.
+  """
+  if not is_remote(folder):
+    return folder.removeprefix('file://')
+  names = list_files(folder)
+  if not names:
+    raise UserError(f'{folder} has no files; check the address')
+  filesystem, root = filesystem_of(folder)
+  copy = _temporary_folder() / _last_name(folder)
+  for name in names:
+    parts = pathlib.PurePosixPath(name).parts
+    if modules is not None and parts[0] == 'parts' and parts[1] not in modules:
+      continue
+    target = copy / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _attempt(folder, 'read', lambda: filesystem.get_file(_join(root, name), str(target)))  # noqa: B023
+  return str(copy)
+
+
+@contextlib.contextmanager
+def target(folder: str, replaces: bool = True) -> Iterator[str]:
+  """Yields where to write a weights folder, which is copied to its store when the block ends.
+
+  Nothing is copied if the block raises, or has written nothing.
+
+  Args:
+    folder: a URL; a local path stands for itself.
+    replaces: whether a weights folder that is there may be replaced.
+
+  Raises:
+    UserError: something else is there, the store does not answer, or a package for it is missing.
+  """
+  if not is_remote(folder):
+    yield folder.removeprefix('file://')
+    return
+  _check_target(folder, replaces)
+  copy = _temporary_folder() / _last_name(folder)
+  yield str(copy)
+  if copy.is_dir():
+    _upload(copy, folder)
+
+
+def _check_target(folder: str, replaces: bool) -> None:
+  names = list_files(folder)
+  if not names:
+    return
+  if not any(mark in names for mark in MARKS):
+    raise UserError(
+      f'{folder} has other files ({names[0]}), or a copy that was cut short; choose another '
+      'address, or remove them first'
+    )
+  if not replaces:
+    raise UserError(f'{folder} exists; choose another place, or --force to replace it')
+
+
+def _upload(copy: pathlib.Path, folder: str) -> None:
+  """Copies a folder to a store, and removes what else is there."""
+  filesystem, root = filesystem_of(folder)
+  old = list_files(folder)
+  new = sorted(str(file.relative_to(copy)) for file in copy.rglob('*') if file.is_file())
+  new.sort(key=_is_mark)
+
+  def remove(names: Collection[str]) -> None:
+    for name in names:
+      _attempt(folder, 'written', lambda: filesystem.rm_file(_join(root, name)))  # noqa: B023
+
+  remove([name for name in old if _is_mark(name)])
+  for name in new:
+    _attempt(folder, 'written', lambda: _put(filesystem, copy / name, _join(root, name)))  # noqa: B023
+  remove([name for name in old if name not in new and not _is_mark(name)])
+
+
+def _put(filesystem: AbstractFileSystem, file: pathlib.Path, path: str) -> None:
+  filesystem.put_file(str(file), path)
+  size = filesystem.size(path)
+  if size != file.stat().st_size:
+    raise OSError(f'{path} has {size} bytes of {file.stat().st_size}')
+
+
+def _is_mark(name: str) -> bool:
+  return name in MARKS
+
+
+def _attempt(folder: str, done: str, act: Callable[[], T]) -> T:
+  try:
+    return act()
+  except UserError:
+    raise
+  except Exception as error:  # not all packages of stores raise OSErrors
+    reason = ' '.join(str(error).split())[:200] or type(error).__name__
+    raise UserError(
+      f'{folder} cannot be {done} ({reason}); see to the network, the permissions and the space in '
+      f'{tempfile.gettempdir()}, and start again'
+    ) from error
+
+
+def _temporary_folder() -> pathlib.Path:
+  path = tempfile.mkdtemp(prefix='lavit-')
+  atexit.register(shutil.rmtree, path, ignore_errors=True)
+  return pathlib.Path(path)
+
+
+def _last_name(folder: str) -> str:
+  return os.path.basename(folder.rstrip('/')) or 'weights'
+
+
+def _join(root: str, name: str) -> str:
+  return f'{root.rstrip("/")}/{name}'
