@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from lavit_jax.models.lora import add_low_rank
+
 LANES = 32  # partial sums of an output channel: the float32 of two vector registers
 MAX_TERMS = 64  # products of one partial sum: they are unrolled
 FEW_ROWS = 2  # up to here, partial sums are faster than a conversion of the weights
@@ -84,7 +86,7 @@ def weight(module: nn.Module, name: str, init: Callable, shape: tuple[int, int])
 
 
 class Linear(nn.Module):
-  """x @ kernel without a bias; the kernel is f32[I, O] or Int8."""
+  """x @ kernel without a bias; the kernel is f32[I, O] or Int8, and may have an adapter."""
 
   features: int
   dtype: Any = jnp.float32
@@ -93,7 +95,8 @@ class Linear(nn.Module):
   def __call__(self, x: Array) -> Array:
     """[..., I] -> dtype[..., O]."""
     kernel = weight(self, 'kernel', nn.initializers.lecun_normal(), (x.shape[-1], self.features))
-    return product(x.astype(self.dtype), kernel, self.dtype)
+    (y,) = add_low_rank(self, x, [product(x.astype(self.dtype), kernel, self.dtype)])
+    return y
 
 
 def product(x: Array, kernel: Array | Int8, out_dtype: Any) -> Array:

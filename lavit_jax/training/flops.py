@@ -24,7 +24,7 @@ from lavit_jax.models.lavit import LavitModules
 from lavit_jax.training import optimizer, stages
 from lavit_jax.training.run import Run
 from lavit_jax.training.stages import LanguageModelOptions
-from lavit_jax.training.stages.base import apply_module, image_features
+from lavit_jax.training.stages.base import apply_module, frozen_params, image_features
 from lavit_jax.training.train_step import abstract_inputs
 
 ONE_CPU = AbstractMesh(
@@ -94,7 +94,7 @@ def trace_step(run: Run) -> float:
   stage = stages.build_stage(run.stage_name, run.options, model, layout)
   loaded, batch = abstract_inputs(run)
   params, state = jax.eval_shape(stage.init, jax.random.key(0), loaded)
-  frozen = {name: loaded[name] for name in stage.modules.needs}
+  frozen = frozen_params(stage, loaded)
 
   def step(params, frozen, state, batch):
     def loss(params):

@@ -35,7 +35,7 @@ from lavit_jax.training.metrics import MetricLogger
 from lavit_jax.training.profiler import ProfilerTrace
 from lavit_jax.training.run import Run, resolve
 from lavit_jax.training.saver import Saver, is_due
-from lavit_jax.training.stages.base import Tree
+from lavit_jax.training.stages.base import Tree, frozen_params
 from lavit_jax.training.train_step import TrainState, make_init, make_train_step
 from lavit_jax.training.watch import MetricWatch
 
@@ -97,7 +97,7 @@ def train(
     with goodput.phase('restore'):
       start = _restore_or_init(run, inputs)
     goodput.resume(start.step)
-    frozen = {name: inputs.loaded[name] for name in run.stage.modules.needs}
+    frozen = frozen_params(run.stage, inputs.loaded)
     warnings = option_warnings(run, inputs.loaded, trace, start.step)
     inputs.loaded.clear()  # the state has copies
     interrupt.check()
@@ -132,7 +132,7 @@ def train(
 def _open_inputs(run: Run, stack: contextlib.ExitStack, goodput: Goodput) -> _Inputs:
   """Opens everything that the run reads, and then what it writes; `stack` closes it."""
   with goodput.phase('restore'):
-    loaded = parameters.load_params(run.variant, run.folders, run.mesh)
+    loaded = parameters.load_params(run.variant, run.folders, run.mesh, run.stage.base)
   skipped = SkipCounter(jax.process_count() == 1)
   batches = open_batches(run, 'train', skipped)
   stack.callback(batches.close)

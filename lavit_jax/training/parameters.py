@@ -16,6 +16,7 @@ from lavit_jax.models.lavit import variant_config
 from lavit_jax.models.settings import GROUPS, differences, for_modules, format_setting
 from lavit_jax.training import codebook
 from lavit_jax.training.checkpoint import saved_settings
+from lavit_jax.training.lora import BaseWeights, read_base
 from lavit_jax.training.stages.base import ModuleNames
 from lavit_jax.weights.store import folder, metadata
 
@@ -133,12 +134,23 @@ def _check_agreement(
   )
 
 
-def load_params(variant: str, folders: Sequence[ParameterFolder], mesh: Mesh) -> dict[str, Any]:
+def load_params(
+  variant: str,
+  folders: Sequence[ParameterFolder],
+  mesh: Mesh,
+  base: BaseWeights | None = None,
+) -> dict[str, Any]:
   """Loads the weights of the modules that a run takes, sharded on the mesh.
 
   Of a module that several folders hold, the last one counts. Weights of `frozen` folders are
   float32; those of `init_from` keep the stored type, since the stage's own are copies of them. A
   tokenizer from `init_from` whose codebook was never trained comes without it.
+
+  Args:
+    variant: of the run.
+    folders: that it starts from.
+    mesh: of its devices.
+    base: how the modules of `frozen` are held beside which adapters train.
 
   Returns:
     {module name: tree}.
@@ -150,14 +162,18 @@ def load_params(variant: str, folders: Sequence[ParameterFolder], mesh: Mesh) ->
   for source in folders:
     if source.frozen and 'tokenizer' in source.modules:
       metadata.check_codebook(source.path)
+    narrow = base.modules(source.modules) if base is not None and source.frozen else []
     loaded = folder.load_params(
       source.path,
-      list(source.modules),
+      [name for name in source.modules if name not in narrow],
       variant,
       lambda tree: sharding.shardings(tree, mesh),
       'float32' if source.frozen else None,
     )
     if not source.frozen and 'tokenizer' in loaded and not metadata.has_codebook(source.path):
       loaded, _ = codebook.take_out(loaded)
+    for name in narrow:
+      assert base is not None
+      loaded[name] = read_base(base, source.path, name, mesh)
     params |= loaded
   return params

@@ -7,6 +7,8 @@ import os
 import pathlib
 from typing import Any
 
+import xxhash
+
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.models import settings as checkpoint_settings
@@ -77,6 +79,16 @@ def read_checksums(folder: str | os.PathLike, module: str) -> dict[str, int]:
     raise UserError(
       f'{file} is missing or damaged ({error!r}); copy or export the checkpoint again'
     ) from None
+
+
+def module_digest(folder: str | os.PathLike, module: str) -> str:
+  """A digest of the numbers of a module as they are stored, by its checksums.
+
+  Raises:
+    UserError: as `read_checksums`.
+  """
+  text = json.dumps(read_checksums(folder, module), sort_keys=True)
+  return xxhash.xxh3_128_hexdigest(text.encode())
 
 
 def has_codebook(folder: str | os.PathLike) -> bool:
