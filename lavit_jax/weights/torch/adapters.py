@@ -24,6 +24,7 @@ from lavit_jax.models import lora
 from lavit_jax.models.lavit import LavitModules
 from lavit_jax.models.lora import LORA
 from lavit_jax.weights.store.arrays import flatten, unflatten
+from lavit_jax.weights.store.metadata import module_digest
 from lavit_jax.weights.store.replacement import replace_folder
 from lavit_jax.weights.torch import adapter_names, files
 from lavit_jax.weights.torch.adapter_names import PREFIX, tensor_names
@@ -51,6 +52,9 @@ UNKNOWN_FIELDS = (
   'target_parameters',
   'lora_bias',
   'use_qalora',
+  'use_bdlora',
+  'alora_invocation_tokens',
+  'kasa_config',
 )
 
 
@@ -234,6 +238,29 @@ def load_adapters(folder: str | os.PathLike, model: LavitModules) -> Adapters:
   for module in info['modules']:
     modules[module] = _load_module(folder / module, model, module)
   return Adapters(modules, info)
+
+
+def with_settings(
+  settings: Mapping[str, Any], info: Mapping[str, Any]
+) -> dict[str, Mapping[str, Any]]:
+  """The settings of a checkpoint with those that its adapters bring: their interface."""
+  brought = info.get('settings', {}).get('interface')
+  return dict(settings) if brought is None else {**settings, 'interface': brought}
+
+
+def base_notes(folder: str | os.PathLike, parts: Iterable[str], adapters: Adapters) -> list[str]:
+  """A line for each module of a checkpoint folder that is not the one that adapters trained on.
+
+  It may be the same in another dtype, so this is no error.
+  """
+  notes = []
+  for module, base in adapters.info.get('base', {}).items():
+    if module in parts and module_digest(folder, module) != base['digest']:
+      notes.append(
+        f'{module} of {folder} has other numbers than that of {base["folder"]}, beside which the '
+        'adapters were trained; that is right if it is the same in another dtype'
+      )
+  return notes
 
 
 def _load_module(folder: pathlib.Path, model: LavitModules, module: str) -> ModuleAdapter:
