@@ -8,6 +8,7 @@ do not fuse it; see `_product_on_cpu`.
 Axes: N rows of activations, I input and O output channels.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from lavit_jax.models.lora import add_low_rank
@@ -112,6 +114,15 @@ def product(x: Array, kernel: Array | Int8, out_dtype: Any) -> Array:
   """
   if not isinstance(kernel, Int8):
     return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=out_dtype)
+  return _int8_product(x, kernel, out_dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _int8_product(x: Array, kernel: Int8, out_dtype: Any) -> Array:
+  """`product` by an Int8, through which gradients pass to x; the Int8 itself has none.
+
+  Without a rule of its own, backward would keep the kernels as floats.
+  """
   chex.assert_shape(kernel.values, (None, x.shape[-1]))
   # In a loop the weights are constant, and XLA would convert all of them before it begins. The
   # barrier makes them seem to depend on x.
@@ -127,6 +138,22 @@ def product(x: Array, kernel: Array | Int8, out_dtype: Any) -> Array:
   y = jax.lax.platform_dependent(rows, values, cpu=_product_on_cpu, default=product_elsewhere)
   y = y * kernel.scale
   return y.reshape(*x.shape[:-1], -1).astype(out_dtype)
+
+
+def _product_forward(x: Array, kernel: Int8, out_dtype: Any) -> tuple[Array, tuple]:
+  return _int8_product(x, kernel, out_dtype), (kernel, jnp.zeros((0,), x.dtype))
+
+
+def _product_backward(out_dtype: Any, kept: tuple, gradient: Array) -> tuple[Array, Int8]:
+  del out_dtype
+  kernel, like = kept
+  scaled = (gradient * kernel.scale).astype(like.dtype)
+  of_x = jnp.matmul(scaled, kernel.values.astype(like.dtype), preferred_element_type=like.dtype)
+  no_gradient = np.zeros(kernel.values.shape, jax.dtypes.float0)
+  return of_x, Int8(no_gradient, jnp.zeros_like(kernel.scale))  # pyright: ignore[reportArgumentType]
+
+
+_int8_product.defvjp(_product_forward, _product_backward)
 
 
 def _product(x: Array, values: Array, dtype: Any = jnp.float32) -> Array:

@@ -124,10 +124,10 @@ def init_adapter(key: Array, kernel: Any, rule: NameRule, rank: int) -> dict[str
     rule: of the kernel's name.
     rank: r.
   """
-  shape = kernel.shape
   if isinstance(kernel, Int8):
-    shape = (*kernel.values.shape[:-2], kernel.values.shape[-1], kernel.values.shape[-2])
-  *leading, inputs, outputs = shape
+    *leading, outputs, inputs = kernel.values.shape
+  else:
+    *leading, inputs, outputs = kernel.shape
   stack = leading[:1] if rule.is_stack else []
   bound = inputs**-0.5
   a = jax.random.uniform(key, (*stack, inputs, rank), jnp.float32, -bound, bound)

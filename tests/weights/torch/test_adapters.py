@@ -1,10 +1,8 @@
 """Adapters against the library peft: outputs, gradients, merged weights, and its folders."""
 
 import json
-import shutil
 
 import jax
-import jax.numpy as jnp
 import nano
 import numpy as np
 import pytest
@@ -14,13 +12,11 @@ from programs import compiled
 torch = pytest.importorskip('torch')
 from torch_peers import close, numpy_state, randomize  # noqa: E402
 
-from lavit_jax.errors import UserError  # noqa: E402
 from lavit_jax.models import lavit, lora  # noqa: E402
 from lavit_jax.models.sequence import prompt_mask, prompt_positions  # noqa: E402
 from lavit_jax.weights.store import folder  # noqa: E402
-from lavit_jax.weights.store.arrays import flatten, unflatten  # noqa: E402
-from lavit_jax.weights.torch import adapter_names, adapters, convert, name_tables  # noqa: E402
-from lavit_jax.weights.torch.adapters import Adapters, ModuleAdapter  # noqa: E402
+from lavit_jax.weights.torch import adapters, convert, name_tables  # noqa: E402
+from lavit_jax.weights.torch.adapters import Adapters  # noqa: E402
 from lavit_jax.weights.torch.mapping import from_state_dict, to_torch  # noqa: E402
 from lavit_jax.weights.torch.names_llama import llama_rules  # noqa: E402
 
