@@ -6,6 +6,7 @@ XLA's own cost analysis counts the body of a loop once, and so would miss scanne
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from lavit_jax import sharding
 from lavit_jax.data import loader
-from lavit_jax.models import lavit
+from lavit_jax.models import lavit, lora
 from lavit_jax.models.initialization import init_params
 from lavit_jax.models.interfaces.base import RowImages
 from lavit_jax.models.lavit import LavitModules
@@ -117,11 +118,22 @@ def pair_flops(run: Run) -> PairFlops:
   if model.interface is not None:
     names = ('vit', 'interface', 'llama')
   params = jax.eval_shape(lambda: init_params(model, jax.random.key(0), names))
+  adapted = _with_adapters(run, params)
   image = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.uint8)
   slots = jax.ShapeDtypeStruct((1, options.row_length), jnp.int32)
 
   def trace(name: str, function: Callable, *inputs) -> float:
     return count(jax.make_jaxpr(function)(params[name], *inputs))
+
+  def trained(name: str, function: Callable, *inputs) -> float:
+    """Forward and backward; of what adapters stand beside, backward to its inputs alone."""
+    forward = trace(name, function, *inputs)
+    if not options.lora.rank:
+      return 3 * forward
+    if name not in adapted:
+      return 2 * forward
+    whole = count(jax.make_jaxpr(function)(adapted[name], *inputs))
+    return 2 * forward + 3 * (whole - forward)
 
   def features(p, image):
     if model.interface is not None:
@@ -174,20 +186,35 @@ def pair_flops(run: Run) -> PairFlops:
 
   # Two products for each pair of slots: of queries and keys, and of scores and values.
   scores = 2 * 2 * llama.num_heads * llama.head_dim * llama.num_layers
-  encoded = trace('vit', features, image)
+  encode = trained if 'vit' in adapted else trace
+  encoded = encode('vit', features, image)
   if model.interface is not None:
     of_images = (encoded, 0.0, trace('interface', jax.grad(read_by_interface), x))
   else:
     of_images = (
       encoded + trace('tokenizer', select, x),
       trace('tokenizer', code, x, keep),
-      trace('understanding', jax.grad(read), x, keep),
+      trained('understanding', read, x, keep)
+      if options.lora.rank
+      else trace('understanding', jax.grad(read), x, keep),
     )
   return PairFlops(
     *of_images,
-    row=3 * (trace('llama', row, slots) - options.row_length**2 * scores + extra_products()),
+    row=trained('llama', row, slots)
+    + 3 * (extra_products() - options.row_length**2 * scores)
+    + (options.row_length**2 * scores if options.lora.rank else 0),
     attention=3 * scores,
   )
+
+
+def _with_adapters(run: Run, params: dict[str, Any]) -> dict[str, Any]:
+  """The shapes of the modules that have adapters, with them; {} without any."""
+  if run.stage.base is None:
+    return {}
+  trained, _ = jax.eval_shape(run.stage.init, jax.random.key(0), params)
+  modules = [name for name in trained if name in run.stage.modules.needs]
+  attach = functools.partial(lora.attach, scale=1.0)
+  return {name: jax.eval_shape(attach, params[name], trained[name]) for name in modules}
 
 
 def _without_remat(run: Run) -> LavitModules:
