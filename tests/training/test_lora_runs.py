@@ -66,6 +66,7 @@ def finished(base, tmp_path_factory):
   return workdir
 
 
+@pytest.mark.slow
 def test_a_run_trains_and_saves_adapters_alone(base, finished):
   losses = [row['loss'] for row in rows(finished)]
   assert len(losses) == 2 and np.isfinite(losses).all()
@@ -151,15 +152,10 @@ def test_beside_a_model_an_adapter_captions_as_the_merged_one(base, finished, tm
 
 def test_what_cannot_be_is_refused_in_one_line(base, tmp_path):
   with pytest.raises(
-    UserError, match="lora.targets: 'q_prj' names nothing in llama, underst.* q_proj"
+    UserError, match='is no folder of adapters: it has neither lavit_adapter.json'
   ):
-    nano.run('lm', lora__rank=2, lora__targets=('q_prj',))
-  with pytest.raises(UserError, match='is no folder of adapters'):
     Lavit.from_pretrained(base, adapter=tmp_path)
-  with pytest.raises(UserError, match='stage lm needs llama, understanding'):
-    folder.save_params(
-      tmp_path / 'part',
-      'nano',
-      {k: v for k, v in folder.load_params(base).items() if k in ('vit', 'tokenizer')},
-    )
+  part = {name: tree for name, tree in folder.load_params(base).items() if name != 'llama'}
+  folder.save_params(tmp_path / 'part', 'nano', part)
+  with pytest.raises(UserError, match='stage lm needs llama: name the folders'):
     train(config(tmp_path / 'part'), tmp_path / 'run')
