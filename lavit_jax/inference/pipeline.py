@@ -160,7 +160,8 @@ class Lavit(TextTasks, ImageTasks, DeprecatedNames):
   def load_adapter(self, folder: str | os.PathLike) -> None:
     """Puts adapters beside the parameters, which stay in memory as they are.
 
-    They take the place of those that were loaded before. `unload_adapter` removes them.
+    They take the place of those that were loaded before. `unload_adapter` removes them. A warning
+    in the log says if they were trained beside other numbers than those of this checkpoint.
 
     Args:
       folder: RUN/export of a run with `lora.rank`, or a folder of the library peft.
@@ -175,11 +176,11 @@ class Lavit(TextTasks, ImageTasks, DeprecatedNames):
         f'{folder} is for the interface {brought!r}, and this model has '
         f'{self.modules.interface_name!r}; open the checkpoint by from_pretrained(adapter=...)'
       )
-    self.params.use_adapters(load_adapters(folder, self.modules).modules)
+    self.params.use_adapters(load_adapters(folder, self.modules))
 
   def unload_adapter(self) -> None:
     """Removes the adapters that `load_adapter` put beside the parameters."""
-    self.params.use_adapters({})
+    self.params.use_adapters(None)
 
 
 def _check_choice(name: str, value: str | None, choices: tuple[str | None, ...]) -> None:

@@ -10,6 +10,7 @@ that is being read.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
@@ -26,11 +27,12 @@ from lavit_jax.models.int8 import quantize_weight
 from lavit_jax.models.noise_schedule import Scheduler
 from lavit_jax.weights.store.arrays import ParameterSource, flatten, unflatten
 from lavit_jax.weights.store.folder import open_params, read_config, read_settings
-from lavit_jax.weights.store.metadata import check_codebook
+from lavit_jax.weights.store.metadata import check_codebook, module_digest
 from lavit_jax.weights.torch import configs, finite, formats, matching, name_tables, weight_files
-from lavit_jax.weights.torch.adapters import ModuleAdapter
+from lavit_jax.weights.torch.adapters import Adapters, ModuleAdapter, base_notes
 from lavit_jax.weights.torch.api import open_torch
 
+LOG = logging.getLogger(__name__)
 # These modules choose codes or generate pixels; they compute in float32 whatever the compute dtype.
 FLOAT32_MODULES = ('tokenizer', 'vae', 'highres_vae', 'uncond_embeddings')
 # `LazyParams['codebook']` is this one leaf of the tokenizer, all that image generation needs of it.
@@ -48,6 +50,7 @@ class CheckpointInfo(NamedTuple):
     modules: the names of the modules whose parameters are there.
     open: (module, dtype=...) -> a source of its parameters.
     settings: of the checkpoint (models/settings.py).
+    digest: module -> a digest of its numbers; None if the folder has none.
   """
 
   variant: str
@@ -55,6 +58,7 @@ class CheckpointInfo(NamedTuple):
   modules: frozenset[str]
   open: Callable[..., ParameterSource]
   settings: Mapping[str, Mapping[str, Any]]
+  digest: Callable[[str], str] | None = None
 
 
 def open_checkpoint(folder: str | os.PathLike, variant: str | None = None) -> CheckpointInfo:
@@ -112,6 +116,7 @@ def _open_own_folder(folder: pathlib.Path) -> CheckpointInfo:
     modules=frozenset(config['parts']),
     open=functools.partial(open_params, folder),
     settings=read_settings(folder),
+    digest=functools.partial(module_digest, folder),
   )
 
 
@@ -143,7 +148,9 @@ class LazyParams:
     self._params: dict[str, Any] = {}
     self._adapters: dict[str, ModuleAdapter] = {}
     self._adapted: dict[str, Any] = {}  # the params of modules that have adapters
+    self._digest: Callable[[str], str] | None = None
     if isinstance(checkpoint, CheckpointInfo):
+      self._digest = checkpoint.digest
       self._available = checkpoint.modules
       self._open = checkpoint.open
     else:
@@ -155,16 +162,17 @@ class LazyParams:
     """The names of the modules that have been read."""
     return frozenset(self._params.keys() | self._adapted.keys())
 
-  def use_adapters(self, adapters: Mapping[str, ModuleAdapter]) -> None:
-    """Puts adapters beside the parameters, in place of earlier ones; {} for none.
+  def use_adapters(self, adapters: Adapters | None) -> None:
+    """Puts adapters beside the parameters, in place of earlier ones; None for none.
 
-    The parameters that have been read stay where they are.
-
-    Args:
-      adapters: by module (weights/torch/adapters.py).
+    The parameters that have been read stay where they are. A warning in the log names the modules
+    that are not those beside which the adapters trained.
     """
-    self._adapters = dict(adapters)
+    self._adapters = {} if adapters is None else dict(adapters.modules)
     self._adapted = {}
+    if adapters is not None and self._digest is not None:
+      for note in base_notes(self._digest, self._available, adapters):
+        LOG.warning(note)
 
   def scheduler(self, prefix: str) -> Scheduler:
     """The noise schedule of a U-Net, by the prefix of its module name: '' or 'highres_'."""

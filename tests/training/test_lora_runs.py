@@ -1,6 +1,8 @@
 """Adapters as users have them: trained, continued, merged, and beside a model that captions."""
 
+import functools
 import json
+import pathlib
 import shutil
 
 import chex
@@ -13,8 +15,10 @@ from nano import rows
 from lavit_jax.errors import UserError
 from lavit_jax.inference.pipeline import Lavit
 from lavit_jax.models import lavit
+from lavit_jax.training import compatibility
 from lavit_jax.training.loop import train
 from lavit_jax.weights.store import folder
+from lavit_jax.weights.store.metadata import module_digest
 from lavit_jax.weights.torch import adapters, name_tables
 from lavit_jax.weights.torch.convert import plan_conversion
 
@@ -81,7 +85,11 @@ def test_a_run_trains_and_saves_adapters_alone(base, finished):
   assert (info['variant'], info['metadata']['steps']) == ('nano', 2)
   assert info['base']['llama']['folder'] == str(base)
   found = adapters.load_adapters(export, lavit.build('nano'))
-  assert not adapters.base_notes(base, ['llama', 'vit', 'tokenizer'], found)
+  digest = functools.partial(module_digest, base)
+  modules = ['llama', 'vit', 'tokenizer']
+  assert not adapters.base_notes(digest, modules, found)
+  (note,) = adapters.base_notes(lambda module: digest('llama'), modules[:2], found)
+  assert note.startswith('vit has other numbers')
   trained = jax.tree.leaves({name: adapter.trained for name, adapter in found.modules.items()})
   metadata = json.loads((finished / 'checkpoints/2/config/metadata').read_text())
   saved = [name for name in metadata['digests'] if name.startswith('params/')]
@@ -159,3 +167,12 @@ def test_what_cannot_be_is_refused_in_one_line(base, tmp_path):
   folder.save_params(tmp_path / 'part', 'nano', part)
   with pytest.raises(UserError, match='stage lm needs llama: name the folders'):
     train(config(tmp_path / 'part'), tmp_path / 'run')
+
+
+def test_another_scale_does_not_continue_a_run():
+  metadata = {'config': {'lora': dict(rank=2, alpha=16.0, rslora=False)}}
+  check = functools.partial(compatibility.check_scale, pathlib.Path('run/checkpoints/2'), metadata)
+  check({'lora': dict(rank=2, alpha=16.0, rslora=False, dropout=0.5)})
+  check({})  # an earlier config
+  with pytest.raises(UserError, match=r'lora.alpha=16.0, .* has 8.0, .* --config.lora.alpha=16.0'):
+    check({'lora': dict(rank=2, alpha=8.0, rslora=False)})

@@ -17,6 +17,7 @@ from lavit_jax.weights.torch import configs, formats
 FORMAT = 2
 CONFIG = 'config.json'
 CHECKSUMS = 'checksums.json'
+ADAPTERS = 'lavit_adapter.json'  # of a folder of adapters (weights/torch/adapters.py)
 REQUIRED_KEYS = frozenset({'variant', 'parts', 'metadata'})
 
 
@@ -30,6 +31,11 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
   try:
     config = json.loads(file.read_text())
   except FileNotFoundError:
+    if (file.parent / ADAPTERS).is_file():
+      raise UserError(
+        f'{folder} holds adapters, and not the weights beside which they belong; merge them: lavit '
+        f'convert --src WEIGHTS --adapter {folder} --dst FOLDER'
+      ) from None
     raise UserError(f'{folder} is not a lavit_jax checkpoint: {file} is missing') from None
   except (OSError, ValueError) as error:
     raise UserError(f'{file} cannot be read ({error}); export the checkpoint again') from None

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +24,7 @@ from lavit_jax.models import lora
 from lavit_jax.models.lavit import LavitModules
 from lavit_jax.models.lora import LORA
 from lavit_jax.weights.store.arrays import flatten, unflatten
-from lavit_jax.weights.store.metadata import module_digest
+from lavit_jax.weights.store.metadata import ADAPTERS as INFO
 from lavit_jax.weights.store.replacement import replace_folder
 from lavit_jax.weights.torch import adapter_names, files
 from lavit_jax.weights.torch.adapter_names import PREFIX, tensor_names
@@ -33,7 +33,6 @@ from lavit_jax.weights.torch.name_rules import TRANSFORMS, NameRule, contiguous
 from lavit_jax.weights.torch.name_tables import module_shapes
 from lavit_jax.weights.torch.safetensors_files import SafetensorsWriter
 
-INFO = 'lavit_adapter.json'
 CONFIG = 'adapter_config.json'
 STEM = 'adapter_model'
 FORMAT = 1
@@ -248,17 +247,24 @@ def with_settings(
   return dict(settings) if brought is None else {**settings, 'interface': brought}
 
 
-def base_notes(folder: str | os.PathLike, parts: Iterable[str], adapters: Adapters) -> list[str]:
-  """A line for each module of a checkpoint folder that is not the one that adapters trained on.
+def base_notes(
+  digest: Callable[[str], str], modules: Iterable[str], adapters: Adapters
+) -> list[str]:
+  """A line for each module of a checkpoint that is not the one beside which adapters trained.
 
   It may be the same in another dtype, so this is no error.
+
+  Args:
+    digest: of a module of the checkpoint (`store.metadata.module_digest`).
+    modules: of the checkpoint.
+    adapters: beside it.
   """
   notes = []
   for module, base in adapters.info.get('base', {}).items():
-    if module in parts and module_digest(folder, module) != base['digest']:
+    if module in modules and digest(module) != base['digest']:
       notes.append(
-        f'{module} of {folder} has other numbers than that of {base["folder"]}, beside which the '
-        'adapters were trained; that is right if it is the same in another dtype'
+        f'{module} has other numbers than that of {base["folder"]}, beside which the adapters '
+        'trained; that is right if it is the same in another dtype'
       )
   return notes
 

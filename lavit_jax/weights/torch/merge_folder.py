@@ -7,6 +7,7 @@ import math
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ import numpy as np
 from lavit_jax.models import lavit, lora
 from lavit_jax.weights.store import folder
 from lavit_jax.weights.store.arrays import ParameterSource, flatten
+from lavit_jax.weights.store.metadata import module_digest
 from lavit_jax.weights.torch import adapter_names, adapters, finite
 from lavit_jax.weights.torch.adapters import Adapters, ModuleAdapter
 from lavit_jax.weights.torch.conversion_plan import Conversion, ConversionItem, Progress
@@ -42,7 +44,7 @@ def plan_merge(
   settings = adapters.with_settings(folder.read_settings(src), adapters.read_info(adapter))
   model = lavit.build(variant, settings=settings)
   found = adapters.load_adapters(adapter, model)
-  notes = adapters.base_notes(src, config['parts'], found)
+  notes = adapters.base_notes(partial(module_digest, src), config['parts'], found)
   merge = _Merge(src, dst, adapter, config, settings, model, found, dtype, notes)
   items = []
   for module in merge.modules:
