@@ -132,7 +132,8 @@ def _inspect_adapters(path: pathlib.Path) -> None:
     tensors = files.load(folder_of_module, adapters.STEM).values()
     config = formats.read_json(folder_of_module / adapters.CONFIG)
     parameters = sum(math.prod(tensor.shape) for tensor in tensors)
-    layers = ', '.join(config.get('target_modules') or ['in full'])
+    layers = config.get('target_modules') or 'in full'
+    layers = layers if isinstance(layers, str) else ', '.join(layers)
     tree.add(f'{module}: {parameters:,} parameters, rank {config.get("r")}: {layers}')
   console.print(tree)
   console.print_json(json.dumps(info or formats.read_json(path / adapters.CONFIG)))

@@ -18,6 +18,7 @@ from ml_collections import FieldReference
 from lavit_jax import sharding
 from lavit_jax.models import lora
 from lavit_jax.models.int8 import Int8, quantize_weight
+from lavit_jax.models.interfaces.variants import LAVIT
 from lavit_jax.models.lavit import LavitModules
 from lavit_jax.training.config import derived, read_options
 from lavit_jax.weights.store import folder
@@ -53,7 +54,7 @@ class LoraOptions:
 
   @property
   def scale(self) -> float:
-    """S of `models.lora`."""
+    """The scale s of the adapters (models/lora.py)."""
     return lora.adapter_scale(self.rank, self.alpha, self.rslora)
 
   def peft_fields(self) -> dict[str, Any]:
@@ -68,15 +69,24 @@ class LoraOptions:
 
 
 def follow_adapters(values: Mapping[str, Any]) -> dict[str, Any]:
-  """The values of a config, in which `optim.muon` follows `lora.rank`.
+  """The values of a config, in which `optim.muon` follows `lora.rank`, and `lora.targets` a module.
 
-  Its regexes are of kernels: with adapters none of them trains, and it is () unless it is set.
+  Muon's regexes are of kernels: with adapters none of them trains, and it is () unless it is set.
+  With another interface than LaVIT's there is no module `understanding` to name.
+
+  Args:
+    values: of the config; `interface` is a reference (`interface_options.follow_interface`).
   """
   rank = FieldReference(values['lora']['rank'])
   muon = values['optim']['muon']
+  targets = values['lora']['targets']
+
+  def targets_with(interface: str) -> tuple[str, ...]:
+    return tuple(each for each in targets if interface == LAVIT or 'understanding' not in each)
+
   return dict(
     values,
-    lora=dict(values['lora'], rank=rank),
+    lora=dict(values['lora'], rank=rank, targets=derived(values['interface'], targets_with)),
     optim=dict(values['optim'], muon=derived(rank, lambda rank: () if rank else muon)),
   )
 
@@ -128,7 +138,7 @@ def _biases(
   layers = {(module, path.removesuffix('kernel')) for module, path in kernels}
   modules = {module for module, _ in layers}
   found = []
-  for module in modules if bias != 'none' else ():
+  for module in sorted(modules) if bias != 'none' else ():
     for path, rule in rules[module].items():
       is_bias = path.rpartition('/')[2] in ('bias', 'q_bias', 'v_bias')
       beside = (module, path.removesuffix('bias')) in layers

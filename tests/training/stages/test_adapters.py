@@ -1,5 +1,6 @@
 """Stage 2 with adapters: what trains, and that it is the stage with the merged weights."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import nano
@@ -12,6 +13,8 @@ from lavit_jax.models.int8 import Int8
 from lavit_jax.training.stages.base import frozen_params
 from lavit_jax.training.train_step import abstract_inputs, make_init
 from lavit_jax.weights.store.arrays import flatten, unflatten
+from lavit_jax.weights.torch import adapters
+from lavit_jax.weights.torch.adapters import Adapters, ModuleAdapter
 
 nano.install()
 OPTIONS = dict(
@@ -59,6 +62,26 @@ def test_state_and_gradients_are_of_the_adapters_alone():
   frozen_zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), frozen)
   gradient = jax.eval_shape(jax.grad(loss), state.params, batch)
   assert jax.tree.structure(gradient) == jax.tree.structure(state.params)
+
+
+def test_another_interface_trains_in_full_and_is_saved_whole(tmp_path):
+  run = nano.run('lm', interface='mlp', lora__rank=2)
+  assert run.stage.modules.needs == ('vit', 'llama') and run.stage.modules.takes == ('interface',)
+  loaded, _ = abstract_inputs(run)
+  params, _ = jax.eval_shape(run.stage.init, jax.random.key(0), loaded)
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), params)
+  modules = {
+    'llama': ModuleAdapter(params['llama'], 8.0, dict(peft_type='LORA', r=2, lora_alpha=16.0)),
+    'interface': ModuleAdapter(params['interface'], 1.0, {}),
+  }
+  settings = {'interface': {'name': 'mlp'}}
+  adapters.save_adapters(tmp_path / 'a', run.model, Adapters(modules, dict(settings=settings)))
+  found = adapters.load_adapters(tmp_path / 'a', run.model)
+  assert adapters.with_settings({}, found.info) == settings
+  for name, adapter in modules.items():
+    assert found.modules[name].scale == adapter.scale
+    chex.assert_trees_all_equal(found.modules[name].trained, adapter.trained)
 
 
 @pytest.mark.parametrize(
