@@ -7,8 +7,8 @@ python benchmarks/interfaces.py --workdir runs/interfaces --report --out docs/as
 All systems read the same frozen image encoder and learn captions and answers of the same images, in
 the same order, from the same language model, which has read the training texts without images. What
 each of them may spend is a number of floating-point operations (training/flops.py), and so the
-number of steps differs. The language model trains along, or is frozen; operations are counted as
-if it trained. The study can be stopped at any time; the same command continues it.
+number of steps differs. The language model trains along, or is frozen. The study can be stopped at
+any time; the same command continues it.
 
 A run is measured by its captions and answers of new images of the training sprites, and of held-out
 drawings of concepts that were seen (split 'heldout/pair').

@@ -38,7 +38,7 @@ from lavit_jax import Lavit
 from lavit_jax.data.emoji import corpus
 from lavit_jax.evaluation import tokens
 from lavit_jax.models import lavit, quantizer
-from lavit_jax.models.merger import MAX_EFFECT, WITNESS_SHARE, Merger
+from lavit_jax.models.merger import MAX_EFFECT, SAMPLE_DIVISOR, Merger
 from lavit_jax.models.quantizer import l2_normalize, nearest_code
 
 IMAGES = 8
@@ -184,7 +184,7 @@ def measure_merger(model: Lavit, name: str, x: np.ndarray, keep: np.ndarray) -> 
   effects = []
   differences = []
   for features, mask in zip(x, keep, strict=True):
-    rooms = [c for c in capacities if mask.sum() <= c - c // WITNESS_SHARE]
+    rooms = [c for c in capacities if mask.sum() <= c - c // SAMPLE_DIVISOR]
     if not rooms:
       continue
     inputs = (params, features[None], mask[None])

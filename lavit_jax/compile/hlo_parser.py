@@ -45,7 +45,7 @@ class Instruction(NamedTuple):
     arrays: the results; a tuple is flattened.
     opcode: such as 'dot'.
     operands: the names of the instructions whose results it reads.
-    attributes: the text behind the operands.
+    attributes: the text after the operands.
     literal: the value of a constant, as text; else empty.
     root: whether it is the result of its computation.
   """

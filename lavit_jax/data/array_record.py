@@ -172,7 +172,7 @@ def _describe_nothing(files: Sequence[str], total: _TarCounts, image: Sequence[s
     extensions = [extension for extension, _ in total.extensions.most_common()]
     line += (
       f'; the samples have {format_names(extensions)}, and the image is looked for in '
-      f'{format_names(image)}, where an extension is all behind the first dot of a name; rename '
+      f'{format_names(image)}, where an extension is all after the first dot of a name; rename '
       'the members, or give --image'
     )
   return f'{line}; nothing was written of them'

@@ -25,7 +25,7 @@ class _QuotedRow(NamedTuple):
   Attributes:
     values: without their quotation marks.
     is_quoted: which of the values had them.
-    end: position behind the row.
+    end: position after the row.
   """
 
   values: list[str]
@@ -55,7 +55,7 @@ class Table:
     self._has_quotes = not is_tsv or self._is_quoted_throughout()
 
   def read_rows(self, fields: Fields) -> list[Row]:
-    """Reads the rows behind the header.
+    """Reads the rows after the header.
 
     Args:
       fields: the requested fields; '' and () stand for the usual ones.

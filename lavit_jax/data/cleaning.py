@@ -22,7 +22,7 @@ import unicodedata
 _TAG = re.compile(r'</?[a-z][^<>]*>', re.I)
 _BREAK_HINT = re.compile(r'</?wbr\s*/?>', re.I)  # acts like a soft hyphen
 _URL = re.compile(r'(https?://|www\.)\S+', re.I)
-# A flag of England, Scotland ... is a black flag with tag characters behind it.
+# A flag of England, Scotland ... is a black flag with tag characters after it.
 _FLAG = re.compile('\U0001f3f4[\U000e0020-\U000e007e]+\U000e007f')
 _JOINERS = '\u200c\u200d'
 # Characters of category Cf that are drawn: Arabic, Syriac and Kaithi number signs.

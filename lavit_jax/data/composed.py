@@ -18,6 +18,8 @@ from lavit_jax.data.text_fields import TextEncoder
 
 _ENDLESS = 1 << 62  # rows
 MAX_OBJECTS = 2  # kinds of sprites in an image
+# Types of questions about what is where in an image: one answer gives the others away.
+_REVEALING = frozenset({'what', 'place', 'position'})
 
 MakeRow = Callable[[int], dict[str, Any]]
 
@@ -170,11 +172,17 @@ def _image_fields(example: Example, vit_size: int | None) -> dict[str, np.ndarra
 def _choose_questions(
   example: Example, rng: np.random.Generator, weights: Mapping[str, float], max_questions: int
 ) -> list[Question]:
-  """Some of the example's questions, in random order, drawn by the weights of their types."""
+  """Some of the example's questions, in random order, drawn by the weights of their types.
+
+  At most one of those whose answers give each other away is among them.
+  """
   remaining = list(example.questions)
   chosen = []
   while remaining and len(chosen) < max_questions:
     cumulative = np.cumsum([weights[question.type] for question in remaining])
     drawn = np.searchsorted(cumulative, rng.random() * cumulative[-1], side='right')
-    chosen.append(remaining.pop(drawn))
+    question = remaining.pop(drawn)
+    chosen.append(question)
+    if question.type in _REVEALING:
+      remaining = [other for other in remaining if other.type not in _REVEALING]
   return chosen

@@ -92,7 +92,7 @@ class Tars:
     """Where images and texts are read from, for messages."""
     return (
       f'image in {format_names(self.image)}, text in {format_names(self.text)}, where an '
-      'extension is all behind the first dot of a name'
+      'extension is all after the first dot of a name'
     )
 
   def read(

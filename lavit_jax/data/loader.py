@@ -116,7 +116,7 @@ def batches(
   | kind         | lm              | int32[B]          | 0 image to text, 1 text to image,     |
   |              |                 |                   | 2 text only                           |
 
-  `text_weight` has a weight for each token, and for the one behind the text: 1, or 0 where the
+  `text_weight` has a weight for each token, and for the one after the text: 1, or 0 where the
   text was cut and does not end. Begin and end tokens are added when rows are packed.
 
   The processes together make a global batch of batch_size * shard_count rows, whose row r in batch

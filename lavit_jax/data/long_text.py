@@ -56,7 +56,7 @@ def select_piece(
 def _block_start(text: str, block: int, block_size: int) -> int:
   """Returns where a block begins.
 
-  That is behind the first space from block * block_size on, if one is near. The block behind the
+  That is after the first space from block * block_size on, if one is near. The block after the
   last begins at the end of the text.
   """
   position = block * block_size

@@ -134,7 +134,7 @@ def image_of(row: Mapping[str, Any], name: str) -> bytes:
   """The bytes of a row's image; b'' where they are null or the row has no such column."""
   column = _column(name, row)
   value = row.get(column) if column else None
-  for field in _fields_behind(name, column):
+  for field in _fields_below(name, column):
     value = value.get(field) if isinstance(value, dict) else None
   if isinstance(value, dict):
     value = value.get('bytes')
@@ -164,8 +164,8 @@ def _column(name: str, columns: Container[str]) -> str:
   return name
 
 
-def _fields_behind(name: str, column: str) -> list[str]:
-  """The fields that a dotted name goes down to behind its column: 'a.b.c', 'a' -> ['b', 'c']."""
+def _fields_below(name: str, column: str) -> list[str]:
+  """The fields that a dotted name goes down to after its column: 'a.b.c', 'a' -> ['b', 'c']."""
   return [field for field in name[len(column) :].split('.') if field]
 
 
@@ -220,7 +220,7 @@ def _check_image(file: str, name: str, types: Mapping[str, pa.DataType]) -> None
   if not column:
     return
   kind: Any = types[column]
-  for field in _fields_behind(name, column):
+  for field in _fields_below(name, column):
     index = kind.get_field_index(field) if pa.types.is_struct(kind) else -1
     if index < 0:
       raise UserError(

@@ -69,7 +69,7 @@ class RowDataset(grain.IterDataset):
 
 
 class _Pending(NamedTuple):
-  """A ticket in the threads, with the state of its source behind it."""
+  """A ticket in the threads, with the state of its source after it."""
 
   ticket: Ticket
   future: Future | None

@@ -16,8 +16,9 @@
 |                           |         | image); '': by `data.shares`                     |
 | window                    | 2048    | records of a stream that are shuffled together   |
 
-Each of the `data.shards` shards has its part of a window (by default 32 records at least), and a
-process has the parts of its shards in memory, and the next parts as well.
+`window` is the size of the shuffle buffer. It is split over the `data.shards` shards, with at least
+32 records each, and a process holds two such buffers for each of its shards: one that it shuffles,
+and the next one.
 """
 
 from __future__ import annotations
@@ -225,7 +226,10 @@ def _open_records(name: str, options: Mapping[str, Any], captioned: bool) -> Any
   except UserError as error:
     raise error.within(name, option=name) from error
   if not len(records):
-    raise UserError(f'{name}: {options["path"]} holds no records', option=name)
+    raise UserError(
+      f'{name}: {options["path"]} holds no records; give a path with some, or remove this source',
+      option=name,
+    )
   return records
 
 
@@ -243,7 +247,7 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
       hint = f'did you mean {near[0]!r}?' if near else f'it knows {", ".join(allowed)}'
       raise UserError(f'{name} ({kind}) does not know {key!r}; {hint}', option=name)
   if not options.get('path'):
-    raise UserError(f'{name} has no path', option=name)
+    raise UserError(f"{name} has no path; add 'path': '...'", option=name)
   if options.get('use', '') not in USES:
     choices = ', '.join(map(repr, USES))
     raise UserError(f'{name} has use {options["use"]!r}; choose one of {choices}', option=name)

@@ -19,7 +19,7 @@ def gnu_map(header: bytes, file: BinaryIO) -> tuple[list[int], int, int]:
 
   Args:
     header: of the member.
-    file: at the byte behind the header; further headers are read from it.
+    file: at the byte after the header; further headers are read from it.
 
   Returns:
     [offset, size, offset, size ...], the size with holes, the bytes of further headers.

@@ -21,7 +21,7 @@ _LENGTH = struct.Struct('<I')
 
 
 class ArrayRecords:
-  """Local ArrayRecord files written by `lavit data pack`, one behind the other.
+  """Local ArrayRecord files written by `lavit data pack`, one after the other.
 
   Args:
     path: a folder, files, globs or braces (paths.expand).

@@ -3,7 +3,7 @@
     000000012.jpg  000000012.txt  000000012.json
       ->  'laion/000000012', {'jpg': ..., 'txt': ..., 'json': ...}
 
-Key and extension are those of webdataset: the extension, in lower case, is everything behind the
+Key and extension are those of webdataset: the extension, in lower case, is everything after the
 first dot of a name without its folder; the key is what comes before it, with the folder.
 docs/data-tars-parquet.md lists what is read, counted and refused.
 
@@ -123,7 +123,7 @@ def samples(
     requested: extensions; the contents of others are left empty. None: all.
 
   Raises:
-    Broken: behind the last whole sample.
+    Broken: after the last whole sample.
   """
   file.seek(start)
   group = _Group(start, requested)
@@ -228,7 +228,7 @@ class _SparseMap(NamedTuple):
 
 
 class _Header(NamedTuple):
-  """A header of a tar; `more_headers` are bytes of headers behind it."""
+  """A header of a tar; `more_headers` are bytes of headers after it."""
 
   type: bytes
   name: str
@@ -238,7 +238,7 @@ class _Header(NamedTuple):
 
 
 def _parse_header(header: bytes, file: BinaryIO, offset: int) -> _Header:
-  """Parses a header at `offset`, and reads the sparse map behind it from `file`.
+  """Parses a header at `offset`, and reads the sparse map after it from `file`.
 
   Raises:
     Broken: it is no header.

@@ -59,7 +59,7 @@ class TextTokenizer:
 
     Args:
       folder: its path; `lavit_jax/...` may be inside the installed package.
-      vocab_size: size of the text vocabulary of the model. Tokens that were added behind it, such
+      vocab_size: size of the text vocabulary of the model. Tokens that were added after it, such
         as a `<pad>`, are plain characters: the model has no embeddings for them, and their ids
         belong to visual tokens.
 
@@ -153,7 +153,7 @@ class _SentencePiece:
 
 
 class _JsonTokenizer:
-  """A `tokenizer.json`, without truncation and padding, and without tokens behind `vocab_size`."""
+  """A `tokenizer.json`, without truncation and padding, and without tokens after `vocab_size`."""
 
   def __init__(self, path: str, vocab_size: int | None):
     content = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))

@@ -21,7 +21,7 @@ class TextEncoder:
   """Encodes texts for rows of `length` tokens.
 
   The fields are text int32[length], padded with 0; text_length int32; text_weight
-  float32[length + 1], the weight in the loss of each token and of the one behind the text. Begin
+  float32[length + 1], the weight in the loss of each token and of the one after the text. Begin
   and end tokens are added when rows are packed.
 
   Args:
@@ -102,7 +102,7 @@ class TextEncoder:
   def _fields(self, ids: Sequence[int], weight: float, is_whole: bool = True) -> Fields:
     """The fields of ids of one weight.
 
-    The token behind the text is learned only if the text ends with these ids (`is_whole`).
+    The token after the text is learned only if the text ends with these ids (`is_whole`).
     """
     padded = np.zeros(self._length, np.int32)
     padded[: len(ids)] = ids

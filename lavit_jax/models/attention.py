@@ -79,10 +79,10 @@ def policy_attention(
     k: [B, K, H, d].
     v: [B, K, H, d].
     policy: f32, broadcastable to [B, H, Q, K]; 1 where a key counts, 0 where it does not.
-    counterfactual: the derivative by the policy of a key that does not count is the change of the
-      output if the key did count. The true derivative, the default as published, is many times as
-      large wherever such a key would outweigh those that do count. For keys that count, both have
-      the true derivative.
+    counterfactual: for a key that does not count, the derivative with respect to the policy is the
+      change of the output if the key did count. The true derivative, the default as published, is
+      many times as large wherever such a key would outweigh those that do count. For keys that
+      count, both have the true derivative.
 
   Returns:
     [B, Q, H, d] in the dtype of v.

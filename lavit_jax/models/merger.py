@@ -8,9 +8,9 @@ slots.
 
 What does depend on the rows that are left out is the part of the self-attention that is due to eps:
 the maximum of a query is taken over all keys, and eps / N goes to each. In the bucket, slots that
-are free have dropped patches, evenly spaced, as witnesses: their rows are exact, and their keys
+are free hold an evenly spaced sample of the dropped patches: their rows are exact, and their keys
 stand for those of all dropped patches. Where eps changes the attention of a kept row by more than
-`MAX_EFFECT` of its norm, all rows are computed after all. That a witness stands for others makes
+`MAX_EFFECT` of its norm, all rows are computed after all. That a sample stands for the rest makes
 this an estimate and not a strict bound; docs/performance.md says how close it is.
 
 Axes: B images, N patches, C slots of a bucket, D feature width, H heads.
@@ -35,8 +35,10 @@ from lavit_jax.models.layers import Dtype, LayerNorm, Mlp
 from lavit_jax.models.remat import scan_blocks
 from lavit_jax.sharding import constrain_batch
 
-MAX_EFFECT = 1e-5  # of eps on the attention of a kept row in a bucket, in relation to its norm
-WITNESS_SHARE = 8  # one of so many slots of a bucket stays free for witnesses
+# The largest change by eps in the attention of a kept row, relative to its norm, for which a bucket
+# is used.
+MAX_EFFECT = 1e-5
+SAMPLE_DIVISOR = 8  # 1/8 of the slots of a bucket are free for the sample of dropped patches
 
 
 class Merged(NamedTuple):
@@ -125,7 +127,7 @@ class Merger(nn.Module):
         3 x . x x .
         4 x . x x x
 
-  In a bucket of C = 4, patch 1 is a witness, and patch 4 is left out.
+  In a bucket of C = 4, patch 1 is sampled, and patch 4 is left out.
 
   Attributes:
     hidden_size: D.
@@ -237,7 +239,7 @@ class Merger(nn.Module):
       return self.clone(parent=None).bind(variables).merge_all(x, keep), jnp.full([], -1.0)
 
     largest = (keep > 0.5).sum(-1).max()
-    rooms = jnp.array([capacity - capacity // WITNESS_SHARE for capacity in capacities])
+    rooms = jnp.array([capacity - capacity // SAMPLE_DIVISOR for capacity in capacities])
     index = jnp.where(selector_trains, len(capacities), (rooms < largest).sum())
     branches = [*(partial(in_bucket, capacity) for capacity in capacities), all_rows]
     rows, effect = jax.lax.switch(index, branches, x, keep)
@@ -269,8 +271,8 @@ def fill_bucket(keep: Array, capacity: int) -> tuple[Array, Array]:
   rank = jnp.cumsum(~keep) - 1  # among the dropped ones
   free = capacity - keep.sum()
   num_dropped = jnp.maximum((~keep).sum(), 1)
-  is_witness = (rank + 1) * free // num_dropped > rank * free // num_dropped
-  is_member = keep | is_witness
+  is_sampled = (rank + 1) * free // num_dropped > rank * free // num_dropped
+  is_member = keep | is_sampled
   slots = jnp.maximum(jnp.cumsum(is_member) - 1, 0).astype(jnp.int32)
   patches = jnp.arange(num_patches, dtype=jnp.int32)
   members = jnp.zeros(capacity, jnp.int32)
@@ -286,13 +288,13 @@ def _kept_policy(keep: Array) -> Array:
 
 
 def _key_shares(kept: Array, num_patches: int) -> Array:
-  """The shares f32[B, C] of eps in a bucket, by kept f32[B, C], which is 0 for witnesses.
+  """The shares f32[B, C] of eps in a bucket, by kept f32[B, C], which is 0 for sampled ones.
 
-  Of N shares each kept patch has one. The witnesses have the others; without any, the kept ones.
+  Of N shares each kept patch has one. The sampled ones have the others; without any, the kept ones.
   """
   num_kept = kept.sum(-1, keepdims=True)
-  num_witnesses = kept.shape[1] - num_kept
-  shares = jnp.where(kept > 0.5, 1.0, (num_patches - num_kept) / jnp.maximum(num_witnesses, 1))
+  num_sampled = kept.shape[1] - num_kept
+  shares = jnp.where(kept > 0.5, 1.0, (num_patches - num_kept) / jnp.maximum(num_sampled, 1))
   return shares / shares.sum(-1, keepdims=True)
 
 

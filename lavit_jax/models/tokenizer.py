@@ -94,7 +94,7 @@ class DynamicTokenizer(nn.Module):
     return self.merger(x, keep)
 
   def merge_counted(self, x: Array, keep: Array, selector_trains: bool | Array = False) -> Merged:
-    """`Merger.merge`."""
+    """The same with `merger.Merged.in_bucket`; see `Merger.merge`."""
     return self.merger.merge(x, keep, selector_trains)
 
   def quantize(self, merged: Array) -> tuple[Array, Array]:

@@ -6,9 +6,8 @@ XLA's own cost analysis counts the body of a loop once, and so would miss scanne
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -118,22 +117,31 @@ def pair_flops(run: Run) -> PairFlops:
   if model.interface is not None:
     names = ('vit', 'interface', 'llama')
   params = jax.eval_shape(lambda: init_params(model, jax.random.key(0), names))
-  adapted = _with_adapters(run, params)
+  adapters = _adapters(run, params)
   image = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.uint8)
   slots = jax.ShapeDtypeStruct((1, options.row_length), jnp.int32)
 
   def trace(name: str, function: Callable, *inputs) -> float:
     return count(jax.make_jaxpr(function)(params[name], *inputs))
 
-  def trained(name: str, function: Callable, *inputs) -> float:
-    """Forward and backward; of what adapters stand beside, backward to its inputs alone."""
-    forward = trace(name, function, *inputs)
-    if not options.lora.rank:
-      return 3 * forward
-    if name not in adapted:
-      return 2 * forward
-    whole = count(jax.make_jaxpr(function)(adapted[name], *inputs))
-    return 2 * forward + 3 * (whole - forward)
+  def trace_gradient(
+    name: str, function: Callable, *inputs, argnums: Sequence[int] = (0,)
+  ) -> float:
+    """Of a function of parameters and inputs with the gradient of its outputs' sum.
+
+    Beside weights with adapters, the parameters are the adapters.
+    """
+    base, trained = (params[name], adapters[name]) if name in adapters else (None, params[name])
+
+    def loss(p, base, *inputs):
+      p = optimizer.stop_frozen_gradients(run.optimizer, {name: p})[name]
+      if base is not None:
+        p = lora.attach(base, p, 1.0)
+      outputs = jax.tree.leaves(function(p, *inputs))
+      return sum(array.astype(jnp.float32).sum() for array in outputs)
+
+    argnums = tuple(number and number + 1 for number in argnums)  # after the weights
+    return count(jax.make_jaxpr(jax.grad(loss, argnums))(trained, base, *inputs))
 
   def features(p, image):
     if model.interface is not None:
@@ -151,70 +159,69 @@ def pair_flops(run: Run) -> PairFlops:
     return apply_module(model.tokenizer, p, merged, method='quantize')
 
   def read(p, x, keep):
-    return apply_module(model.understanding, p, x, keep).astype(jnp.float32).sum()
+    return apply_module(model.understanding, p, x, keep)
+
+  def extra_layers(p, vectors):
+    images = RowImages(vectors[:, None], jnp.zeros(slots.shape, jnp.int32))
+    return model.layered_interface.extra_layers(p, images)
 
   def read_by_interface(p, x):
     vectors = apply_module(model.interface, p, x).vectors
-    read = [vectors]
-    if model.layered_interface is not None:
-      images = RowImages(vectors[:, None], jnp.zeros((1, 1), jnp.int32))
-      _, memory = model.layered_interface.extra_layers(p, images).layers
-      read += jax.tree.leaves(memory)
-    return sum(array.astype(jnp.float32).sum() for array in read)
+    if model.layered_interface is None:
+      return vectors
+    _, memory = extra_layers(p, vectors).layers
+    return vectors, memory
 
-  def row(p, ids):
-    embedded = apply_module(llama, p, ids, method='embed')
+  def row(p, embedded, ids):
     hidden, _ = apply_module(llama, p, embedded, ids, ids)
     return apply_module(llama, p, hidden, method='logits')
 
+  stream = jax.ShapeDtypeStruct((*slots.shape, llama.hidden_size), jnp.float32)
+
   def extra_products() -> float:
-    """Of the extra layers in a row, whose image has its keys and values."""
-    layered = model.layered_interface
-    if layered is None:
+    """Of the extra layers in a row, without those of its image's keys and values."""
+    if model.layered_interface is None:
       return 0.0
-    vectors = jax.ShapeDtypeStruct((1, 1, model.num_image_vectors, x.shape[-1]), jnp.float32)
+    vectors = jax.ShapeDtypeStruct((1, model.num_image_vectors, x.shape[-1]), jnp.float32)
 
-    def make(p, vectors, ordinal):
-      return layered.extra_layers(p, RowImages(vectors, ordinal))
+    def memory(p, vectors):
+      return extra_layers(p, vectors).layers[1]
 
-    def run(extra):
-      stream = jnp.zeros((*slots.shape, llama.hidden_size))
+    def run_layers(p, vectors, stream):
+      extra = extra_layers(p, vectors)
       return jax.lax.scan(lambda x, layer: (extra.run(x, layer), None), stream, extra.layers)
 
-    extra = jax.eval_shape(make, params['interface'], vectors, slots)
-    return count(jax.make_jaxpr(run)(extra))
+    both = trace_gradient('interface', run_layers, vectors, stream, argnums=(0, 1, 2))
+    return both - trace_gradient('interface', memory, vectors, argnums=(0, 1))
 
-  # Two products for each pair of slots: of queries and keys, and of scores and values.
-  scores = 2 * 2 * llama.num_heads * llama.head_dim * llama.num_layers
-  encode = trained if 'vit' in adapted else trace
+  # Two products for each pair of slots, of queries and keys, and of scores and values. Whatever is
+  # frozen, their gradients lead to the images.
+  attention = 3 * 2 * 2 * llama.num_heads * llama.head_dim * llama.num_layers
+  encode = trace_gradient if adapters.get('vit') else trace
   encoded = encode('vit', features, image)
+  to_features = (0, 1) if adapters.get('vit') else (0,)
   if model.interface is not None:
-    of_images = (encoded, 0.0, trace('interface', jax.grad(read_by_interface), x))
+    of_images = (encoded, 0.0, trace_gradient('interface', read_by_interface, x))
   else:
     of_images = (
       encoded + trace('tokenizer', select, x),
       trace('tokenizer', code, x, keep),
-      trained('understanding', read, x, keep)
-      if options.lora.rank
-      else trace('understanding', jax.grad(read), x, keep),
+      trace_gradient('understanding', read, x, keep, argnums=to_features),
     )
+  products = trace_gradient('llama', row, stream, slots, argnums=(0, 1))
   return PairFlops(
     *of_images,
-    row=trained('llama', row, slots)
-    + 3 * (extra_products() - options.row_length**2 * scores)
-    + (options.row_length**2 * scores if options.lora.rank else 0),
-    attention=3 * scores,
+    row=products - options.row_length**2 * attention + extra_products(),
+    attention=attention,
   )
 
 
-def _with_adapters(run: Run, params: dict[str, Any]) -> dict[str, Any]:
-  """The shapes of the modules that have adapters, with them; {} without any."""
+def _adapters(run: Run, params: dict[str, Any]) -> dict[str, Any]:
+  """The shapes of the adapters of each module beside whose weights they stand; {} for none."""
   if run.stage.base is None:
     return {}
   trained, _ = jax.eval_shape(run.stage.init, jax.random.key(0), params)
-  modules = [name for name in trained if name in run.stage.modules.needs]
-  attach = functools.partial(lora.attach, scale=1.0)
-  return {name: jax.eval_shape(attach, params[name], trained[name]) for name in modules}
+  return {name: trained.get(name, {}) for name in params if name in run.stage.modules.needs}
 
 
 def _without_remat(run: Run) -> LavitModules:

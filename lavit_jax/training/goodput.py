@@ -11,9 +11,10 @@ compile, at each report, and after each save and evaluation:
 `at` is in Unix seconds, `seconds` counts since this start, and `phase` is what the process does
 from then on. The first line of a start has `began` and `last_alive` too, and the one that says
 which checkpoint it goes on from has `resumed_from`. All seconds of a
-process belong to one phase. Steps behind the checkpoint that a later start resumed from are lost;
-so is what a killed process did after its last line, as long as it was alive, unless it was not at
-steps. The time between two starts is no process's and is reported apart, as `down`.
+process belong to one phase. Steps after the checkpoint that a later start resumed from are lost.
+The time of a killed process after its last line is lost too if it was training, and else belongs to
+the phase that it was in. The time between two starts is no process's and is reported apart, as
+`down`.
 
 The values are of this machine's clock, so they are not in metrics.jsonl, whose lines are the same
 however often a run is killed.
@@ -314,7 +315,7 @@ def _read_lines(file: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _drop_cut_line(file: pathlib.Path) -> None:
-  """Ends a last line that was cut short, so that the next one begins behind it."""
+  """Ends a last line that was cut short, so that the next one begins after it."""
   if file.exists() and not file.read_bytes().endswith(b'\n'):
     with file.open('a') as handle:
       handle.write('\n')

@@ -1,6 +1,6 @@
 """One run of training: everything that its config decides, checked and resolved in one place.
 
-`resolve` turns a config into a `Run`. Nothing behind it reads the config again.
+`resolve` turns a config into a `Run`. Nothing after it reads the config again.
 """
 
 from __future__ import annotations

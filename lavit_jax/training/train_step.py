@@ -167,14 +167,14 @@ def numbers(values: Mapping[str, Any]) -> dict[str, Array]:
 
 
 def loss_and_metrics(run: Run) -> Callable[..., dict[str, Array]]:
-  """The metrics of a batch that nothing is learned from, in as many pieces as in training.
+  """Evaluation metrics of a batch, computed in the same microbatches as in training.
 
   Returns:
     (params, frozen, state, batch, key) -> {name: f32[]}, 'loss' among them.
   """
 
   def measure(params, frozen, state, batch, key):
-    """-> (metrics with the loss of the whole, the metric 'loss' by which pieces count)."""
+    """-> (metrics with the loss, the `Mean` 'loss' that weights microbatches, or None)."""
     value, (_, values) = run.stage.loss(params, frozen, state, batch, key, False)
     return {**values, 'loss': value}, values.get('loss')
 

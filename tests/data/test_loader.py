@@ -217,6 +217,18 @@ def test_several_questions_about_an_image_are_different_ones():
   assert all(len(set(row)) == 3 for row in several)
 
 
+def test_no_answer_of_a_row_gives_another_away():
+  """What is to the left of the owl, where the cat is, and where it is seen from the owl."""
+  tokenizer = text.TextTokenizer.load(FOLDER)
+  options = dict(shares={'answer': 1}, scene_share=1.0, max_questions=9)
+  batch = next(batches('lm', batch_size=100, text_length=128, **options))
+  found = []
+  for ids, length in zip(batch['text'], batch['text_length']):
+    row = tokenizer.decode(ids[:length])
+    found.append(sum(row.count(start) for start in ('What is', 'What are', 'Where')))
+  assert set(found) == {1}
+
+
 @pytest.mark.parametrize('drop_text', [0.0, 0.3, 1.0])
 def test_some_images_to_draw_have_no_text(drop_text):
   rows = take(

@@ -144,7 +144,7 @@ def test_kept_rows_in_a_bucket_are_those_among_all_rows(golden, compare, name):
 
 
 def test_a_batch_takes_the_smallest_bucket_with_room_for_each_image(golden, compare):
-  """With room for witnesses: 7 of 8 slots, and 11 of 12."""
+  """With room for sampled patches: 7 of 8 slots, and 11 of 12."""
   base = golden.modules['tokenizer']
   merger = Merger(base.hidden_size, base.num_layers, base.num_heads, base.mlp_dim)
   params = scale_queries(golden.params['tokenizer']['merger'], 0.1)

@@ -81,6 +81,22 @@ def test_flops_of_slots_follow_the_formula():
   assert flops.step_flops(nano.run('lm', lm__mean_length=31, remat='full')) == step
 
 
+def test_frozen_products_have_no_gradient_of_their_weights():
+  """4 for each frozen parameter and slot: the gradient goes on to the images, through attention."""
+  step = flops.step_flops(nano.run('lm'))
+  frozen = flops.step_flops(nano.run('lm', optim__freeze=('^llama/',)))
+  llama = nano.NANO['llama']
+  width = llama['hidden_size']
+  heads = llama['num_heads'] * llama['head_dim']
+  weights = (
+    llama['num_layers'] * (4 * width * heads + 3 * width * llama['mlp_dim'])
+    + width * lavit.build('nano').vocabulary.size
+  )
+  tokens = nano.run('lm').tokens_per_step
+  assert step.slots - frozen.slots == pytest.approx(2 * tokens * weights, rel=1e-6)
+  assert frozen.fixed == step.fixed
+
+
 def test_what_a_kind_has_no_use_for_is_not_counted():
   def fixed(**shares):
     config = nano.config('lm')

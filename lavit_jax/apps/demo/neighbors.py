@@ -233,7 +233,7 @@ def _crop_to_foregrounds(shown: np.ndarray, color: np.ndarray) -> np.ndarray:
 
 
 def _extent(occupied: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the first and behind the last true value of each row, i64[M], of bool[M, S]."""
+  """Returns where the true values of each row of bool[M, S] begin and end, i64[M] each."""
   return occupied.argmax(1), occupied.shape[1] - occupied[:, ::-1].argmax(1)
 
 

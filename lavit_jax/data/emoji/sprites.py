@@ -90,7 +90,7 @@ def find_dataset(source: str) -> str:
 
 
 def _version(description: Path) -> tuple[bool, list[int]]:
-  """Sorts '.../full/1.10.0/dataset_info.json' behind older versions and behind samples."""
+  """Sorts '.../full/1.10.0/dataset_info.json' after older versions and after samples."""
   config, version = description.parts[-3:-1]
   return config == 'full', [int(number) for number in version.split('.')]
 

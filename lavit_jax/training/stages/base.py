@@ -57,9 +57,9 @@ class Average(NamedTuple):
 class ModuleNames(NamedTuple):
   """The modules whose parameters a stage reads from folders."""
 
-  needs: tuple[str, ...] = ()  # of earlier stages; they stay as they are
+  needs: tuple[str, ...] = ()  # of earlier stages; frozen
   starts: tuple[str, ...] = ()  # of earlier stages; this one continues to train them
-  takes: tuple[str, ...] = ()  # those that `init_from` may provide
+  takes: tuple[str, ...] = ()  # those that `init_from` may initialize
   zeros: tuple[str, ...] = ()  # zeros where `init_from` does not provide them
 
   @property
@@ -75,12 +75,12 @@ class BatchLayout:
   batch_size: int
   image_size: int  # side of the images in pixels
   text_length: int = 0  # tokens that a text may have; 0 without texts
-  shards: int = 1  # the pieces into which the mesh splits a batch
-  accumulate: int = 1  # the pieces that a step computes one after the other
+  shards: int = 1  # data-parallel shards: the mesh splits a batch over them
+  accumulate: int = 1  # microbatches (gradient accumulation): a step computes them in turn
 
   @property
   def pieces(self) -> int:
-    """The pieces that are computed apart from each other."""
+    """The parts of a batch that are computed apart: the microbatches of all shards."""
     return self.shards * self.accumulate
 
 
@@ -97,8 +97,9 @@ class Stage(NamedTuple):
   loss: Callable[..., tuple[Array, tuple[Any, dict]]]
   """(params, frozen, state, batch, key, train) -> (loss, (state, metrics)).
 
-  `train` False leaves one-time events alone. A metric is an array f32[], a `Mean` or a `Sum`. A
-  `Mean` named 'loss' gives the weight with which the loss of a piece of a batch counts.
+  Without `train`, as in evaluation, one-time events such as k-means do not happen. A metric is an
+  array f32[], a `Mean` or a `Sum`. A `Mean` named 'loss' gives the weight with which the loss of a
+  microbatch counts.
   """
   export: Callable[[Tree, Any], dict[str, Tree]]
   """(params, state) -> the params of the modules that the stage has made."""
@@ -200,7 +201,8 @@ def _replace_params(module: str, fresh: Tree, loaded: Tree) -> Tree:
     present = _array_names(loaded)
     raise UserError(
       f'{module}: missing {sorted(expected - present)[:5]}, '
-      f'unexpected {sorted(present - expected)[:5]} in the given weights'
+      f'unexpected {sorted(present - expected)[:5]} in the weights of init_from; give a checkpoint '
+      'with the variant and settings of this run'
     )
   return jax.tree_util.tree_map_with_path(_replace_array, fresh, loaded)
 
@@ -215,7 +217,8 @@ def _replace_array(path, fresh: Array, loaded: Array) -> Array:
   if grows and name in ('embedding', 'head'):
     return fresh.at[tuple(slice(size) for size in loaded.shape)].set(loaded)
   raise UserError(
-    f'{name}: the given weights are {list(loaded.shape)}, the model wants {list(fresh.shape)}'
+    f'{name}: the weights of init_from are {list(loaded.shape)}, the model of this run has '
+    f'{list(fresh.shape)}; give a checkpoint of the same variant'
   )
 
 

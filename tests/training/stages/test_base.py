@@ -43,7 +43,7 @@ def test_loaded_params_must_fit_but_a_vocabulary_may_grow():
   grown = initialize_params(fresh, loaded)['llama']
   np.testing.assert_array_equal(grown['embedding'][:, 0], [1, 1, 1, 0, 0])
   np.testing.assert_array_equal(grown['head'][0], [1, 1, 1, 0, 0])
-  with pytest.raises(UserError, match='norm/scale: the given weights are'):
+  with pytest.raises(UserError, match='norm/scale: the weights of init_from are'):
     initialize_params(fresh, {'llama': {**loaded['llama'], 'norm': {'scale': jnp.ones(1)}}})
   with pytest.raises(UserError, match="missing .'head'.*unexpected .'foot'"):
     initialize_params(
