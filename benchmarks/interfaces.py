@@ -44,7 +44,10 @@ COLORS = {  # of each system's lines
   'resampler': '#2ca02c',
   'flamingo': '#9467bd',
   'qformer': '#d62728',
+  'emu': '#ff7f0e',
 }
+# Emu's language model draws, too, but not here: its pairs are as long as the Q-Former's.
+OWN_OPTIONS = {'emu': ('lm.mean_length=48',)}
 LANGUAGE_MODELS: dict[str, tuple[str, ...]] = {
   'trained': (),
   'frozen': ("optim.freeze=('^llama/',)",),
@@ -163,6 +166,7 @@ def study(args: argparse.Namespace, system: str, mode: str, seed: int) -> None:
     f'seed={seed}',
     'picture_every=0',
     *LANGUAGE_MODELS[mode],
+    *OWN_OPTIONS.get(system, ()),
   ]
   run = resolve_options(options, workdir)
   step = flops.step_flops(run).at(flops.expected_share(run))

@@ -5,8 +5,8 @@
 Needs `vit` and `tokenizer`; exports `llama` and `understanding`. The large variants start from LLaMA: --config.init_from=FOLDER with `llama`, with or
 without the visual ids. `data.shares`: shares of captions, answers, images to generate and plain text; `data.question_weights`: frequencies of the types
 of questions. A packed row has `row_length` tokens, a pair `mean_length` on average; `max_overflow`: the largest share of pairs that find no room.
-`interface` `linear`, `mlp`, `resampler`, `flamingo` or `qformer`: images are seen as in other systems (lavit_jax/models/interfaces). That needs `vit` alone, exports
-`llama` and `interface`, and draws nothing; what else follows from it, unless it is set: lavit_jax/training/interface_options.py. With `lora.rank`, adapters train beside the weights of a whole model in `frozen`; set optim.learning_rate, too: docs/guides/lora.md.
+`interface` `linear`, `mlp`, `resampler`, `flamingo`, `qformer` or `emu`: images are seen as in other systems (lavit_jax/models/interfaces). That needs `vit` alone,
+exports `llama` and `interface`, and draws nothing, but for `emu` (`regression_weight`); what else follows, unless it is set: lavit_jax/training/interface_options.py. With `lora.rank`, adapters train beside the weights of a whole model in `frozen`; set optim.learning_rate, too: docs/guides/lora.md.
 """
 
 from ml_collections import ConfigDict
@@ -55,7 +55,7 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
           question_weights=dict.fromkeys(questions.TYPES, 1.0) | {'what': 2.0, 'place': 4.0, 'position': 4.0, 'yes/no': 2.0},  # our choice
           max_questions=1 if large else 6, draw_text_weight=0.1, drop_text=0.1,  # our choice; guidance compares with a prompt without text: specification, Inference
           source='data', scene_share=0.5, augment=not large, num_threads=16 if large else 2, max_skipped=0.05),  # our choice
-      lm={key: values[key] for key in ('num_rows', 'row_length', 'mean_length', 'loss_chunks')} | dict(image_loss=False, max_overflow=0.2),  # above; our choice
+      lm={key: values[key] for key in ('num_rows', 'row_length', 'mean_length', 'loss_chunks')} | dict(image_loss=False, regression_weight=1.0, max_overflow=0.2),  # above; our choice; with `emu` all elements weigh alike: Sun et al. 2023, section 2.2
       lora=dict(rank=0, alpha=16.0, dropout=0.0, targets=('^llama/layers/', '^understanding/'), modules_to_save=(), bias='none', rslora=False, base_dtype='float32'),  # our choice
       optim=dict(learning_rate=values['learning_rate'], warmup_steps=values['warmup_steps'], final_fraction=0.05,  # above; our choice
           schedule='cosine', rewarm_from=0, weight_decay=0.05, b1=0.9, b2=0.95, mu_dtype='float32', nu_dtype='float32', clip_norm=1.0,  # our choice: training/schedule.py

@@ -6,7 +6,7 @@
 # Two processes take whole files, since the fixtures of a file are what takes time, in the order of tests/conftest.py;
 # with -k one process starts sooner.
 set -euo pipefail
-source "$(dirname "$0")/install.sh" '[test,torch,app]'
+source "$(dirname "$0")/install.sh" '[test,torch,app,serve,evaluate]'
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 case " $* " in
   *" -m "*) ;;

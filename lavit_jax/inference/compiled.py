@@ -18,9 +18,10 @@ from jax import Array
 from lavit_jax.inference import beam_search as searching
 from lavit_jax.inference import decode, faults
 from lavit_jax.models import sequence, vit
+from lavit_jax.models.interfaces import emu_regression
 from lavit_jax.models.interfaces.base import RowImages
 from lavit_jax.models.lavit import LavitModules
-from lavit_jax.models.llama import ExtraLayers
+from lavit_jax.models.llama import ExtraLayers, KVCache, unroll_layers
 from lavit_jax.models.selector import gumbel_keep
 
 Params = dict[str, Any]
@@ -129,6 +130,45 @@ def select(modules: LavitModules, params: Params, images: Array) -> tuple[Array,
   fault = faults.first_fault(('vit', patches), ('tokenizer', finite))[:, None]
   probabilities = jnp.exp(log_probs[..., 0].astype(jnp.float32))
   return jnp.where(fault > 0, -fault, probabilities), gumbel_keep(log_probs) > 0.5
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames='cache_dtype')
+def regress(
+  modules: LavitModules,
+  params: Params,
+  embeddings: Array,
+  mask: Array,
+  *,
+  cache_dtype: str | None,
+) -> tuple[Array, Array]:
+  """Draws an image for each prompt as n vectors, one after the other, each of them fed back.
+
+  Args:
+    modules: the modules, with a `RegressingInterface`.
+    params: of 'llama' and 'interface'.
+    embeddings: [B, S, H], left-padded prompts, each of which ends with [IMG].
+    mask: bool[B, S], False in the padding.
+    cache_dtype: as in `decode.generate`.
+
+  Returns:
+    Vectors f32[B, n, H], and the fault i32[B] of each row (faults.py).
+  """
+  assert modules.regressing_interface is not None
+  llama, llama_params = unroll_layers(modules.llama, params['llama'])
+  head = functools.partial(_apply, modules.interface, params['interface'], method='regress')
+  new_slots = modules.num_image_vectors - 1  # nothing follows the last vector
+  hidden, cache = decode.read_prompts(llama, llama_params, embeddings, mask, new_slots, cache_dtype)
+
+  def step(cache: KVCache, vectors: Array) -> tuple[KVCache, Array]:
+    number = cache.length - mask.shape[1]
+    read = jnp.broadcast_to(jnp.arange(new_slots) <= number, (len(mask), new_slots))
+    visible = jnp.concatenate([mask, read], axis=1)[:, None, None]
+    positions = (mask.sum(1) + number)[:, None]
+    hidden, cache = _apply(llama, llama_params, vectors[:, None], positions, visible, cache)
+    return cache, hidden[:, 0]
+
+  vectors, _ = emu_regression.regress(step, cache, hidden, head, modules.num_image_vectors)
+  return vectors, faults.first_fault(('llama', vectors))
 
 
 @functools.partial(jax.jit, static_argnums=0)

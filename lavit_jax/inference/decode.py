@@ -67,10 +67,24 @@ def prefill(
   Returns:
     Logits f32[B, V] of the next token, and the cache of M = S + new_slots.
   """
+  hidden, cache = read_prompts(llama, params, embeddings, mask, new_slots, cache_dtype, extra)
+  return _apply(llama, params, hidden, method='logits'), cache
+
+
+def read_prompts(
+  llama: Llama,
+  params: Params,
+  embeddings: Array,
+  mask: Array,
+  new_slots: int,
+  cache_dtype: str | None,
+  extra: ExtraLayers | None = None,
+) -> tuple[Array, KVCache]:
+  """`prefill` with the hidden states [B, H] of the last tokens in place of logits."""
   cache = llama.init_cache(mask.shape[0], mask.shape[1] + new_slots, cache_dtype)
   visible = jnp.pad(prompt_mask(mask), ((0, 0), (0, 0), (0, 0), (0, new_slots)))
   hidden, cache = _apply(llama, params, embeddings, prompt_positions(mask), visible, cache, extra)
-  return _apply(llama, params, hidden[:, -1], method='logits'), cache
+  return hidden[:, -1], cache
 
 
 def extend(

@@ -1,10 +1,10 @@
-"""The compiled program from codes to images.
+"""The compiled programs from codes, or from the vectors of an interface, to images.
 
 The feature decoder turns codes into the condition of a U-Net, which denoises latents, and a VAE
-decodes these. The safety checker checks the result.
+decodes these. The safety checker checks the result. Vectors are the condition themselves.
 
-Axes: B images, N patches, H and W pixels, h and w latents, Z latent channels, D and P widths of the
-U-Net's conditions.
+Axes: B images, N patches, n vectors of an image, H and W pixels, h and w latents, Z latent
+channels, D and P widths of the U-Net's conditions.
 """
 
 from __future__ import annotations
@@ -30,28 +30,33 @@ MAX_PIXELS = 1024 * 1024
 
 
 class ImageDecoderConfig(NamedTuple):
-  """One of the two decoders from codes to pixels (specification, Image decoders).
+  """A decoder to pixels: two from codes (specification, Image decoders), one from vectors.
 
   Attributes:
     prefix: of the names of its modules.
     num_inference_steps: as published.
     guidance_scale: of the U-Net, as published.
     max_batch: most images at once.
+    of_vectors: whether it reads vectors.
   """
 
   prefix: str
   num_inference_steps: int
   guidance_scale: float
   max_batch: int
+  of_vectors: bool = False
 
   @property
   def modules(self) -> tuple[str, ...]:
     """The names of the modules whose parameters it needs."""
+    if self.of_vectors:
+      return ('unet', 'vae')
     names = ('codebook', self.prefix + 'decoder', self.prefix + 'unet', self.prefix + 'vae')
     return names if self.prefix else (*names, 'uncond_embeddings')
 
 
 LOWRES = ImageDecoderConfig('', 50, 5.0, 16)  # Stable Diffusion 1.5
+VECTORS = ImageDecoderConfig('', 50, 7.5, 16, of_vectors=True)  # Emu: section 2.3
 HIGHRES = ImageDecoderConfig('highres_', 25, 7.0, 4)  # SDXL
 
 
@@ -60,7 +65,7 @@ class DecodingConfig:
   """How codes are decoded to images; a change of it compiles another program.
 
   Attributes:
-    decoder: LOWRES or HIGHRES.
+    decoder: LOWRES, HIGHRES or VECTORS.
     size: (height, width) of the images, in pixels.
     num_inference_steps: denoising steps.
     sampler: one of `sampler_plans.SAMPLERS`.
@@ -121,8 +126,6 @@ def decode_images(
   """
   prefix = config.decoder.prefix
   decoder = prefix + 'decoder'
-  unet = prefix + 'unet'
-  pixel_vae = _PixelVAE(modules, params, config)
 
   def apply(name: str, *args: Any, **kwargs: Any) -> Any:
     return getattr(modules, name).apply({'params': params[name]}, *args, **kwargs)
@@ -135,7 +138,75 @@ def decode_images(
   else:
     condition = (context, jnp.ones_like(mask))
     null_condition = null_context(params['uncond_embeddings'], modules.num_patches)
-  results = [(decoder, context)]
+  return _denoise(
+    modules,
+    params,
+    condition,
+    null_condition,
+    keys,
+    init_images,
+    results=[(decoder, context)],
+    guidance_scale=guidance_scale,
+    config=config,
+  )
+
+
+@functools.partial(jax.jit, static_argnames=('modules', 'config'), donate_argnames='init_images')
+def decode_vectors(
+  modules: LavitModules,
+  params: dict[str, Any],
+  vectors: Array,
+  keys: Array,
+  init_images: Array | None,
+  *,
+  null_vectors: Array,
+  guidance_scale: float | Array,
+  config: DecodingConfig,
+) -> CheckedImages:
+  """Decodes the vectors of an interface to images.
+
+  Args:
+    modules: the modules.
+    params: of `config.decoder.modules`, which is `VECTORS`.
+    vectors: f32[B, n, D].
+    keys: keys[B] of the initial noise.
+    init_images: as for `decode_images`; donated.
+    null_vectors: f32[n, D], from which guidance leads away.
+    guidance_scale: of the U-Net.
+    config: everything else.
+  """
+  return _denoise(
+    modules,
+    params,
+    (vectors,),
+    (null_vectors,),
+    keys,
+    init_images,
+    results=[],
+    guidance_scale=guidance_scale,
+    config=config,
+  )
+
+
+def _denoise(
+  modules: LavitModules,
+  params: dict[str, Any],
+  condition: diffusion.Condition,
+  null_condition: diffusion.Condition,
+  keys: Array,
+  init_images: Array | None,
+  *,
+  results: list[tuple[str, Array]],
+  guidance_scale: float | Array,
+  config: DecodingConfig,
+) -> CheckedImages:
+  """Images under the condition of a U-Net; `results` are those of the modules before it."""
+  unet = config.decoder.prefix + 'unet'
+  pixel_vae = _PixelVAE(modules, params, config)
+
+  def apply(name: str, *args: Any, **kwargs: Any) -> Any:
+    return getattr(modules, name).apply({'params': params[name]}, *args, **kwargs)
+
   init_latents = None
   if init_images is not None:
     init_latents = pixel_vae.encode(init_images, jax.vmap(jax.random.fold_in, (0, None))(keys, 1))

@@ -1,6 +1,6 @@
-"""Codes to images: a user's options are checked, and codes decoded in batches.
+"""Codes or vectors to images: a user's options are checked, and they are decoded in batches.
 
-The compiled program is `image_decoder.decode_images`.
+The compiled programs are `image_decoder.decode_images` and `decode_vectors`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lavit_jax.inference.generation_config import (
   VariantDefaults,
   check_value,
 )
-from lavit_jax.inference.image_decoder import HIGHRES, LOWRES, DecodingConfig
+from lavit_jax.inference.image_decoder import HIGHRES, LOWRES, DecodingConfig, ImageDecoderConfig
 from lavit_jax.inference.outputs import DecodedImages
 from lavit_jax.inference.runner import ModelRunner
 from lavit_jax.models import sampler_plans
@@ -83,6 +83,7 @@ def resolve_image_request(
   defaults: VariantDefaults,
   available: Container[str],
   schedulers: Callable[[str], Scheduler] = lambda prefix: Scheduler(),
+  square: ImageDecoderConfig = LOWRES,
   *,
   size: tuple[int, int] | None = None,
   guidance_scale: float | None = None,
@@ -100,6 +101,7 @@ def resolve_image_request(
     defaults: of the variant.
     available: names of the modules that the checkpoint has.
     schedulers: prefix of a decoder -> how its U-Net was trained.
+    square: the decoder of images of the variant's own size; VECTORS decodes no other.
     size: this and the following: see `Lavit.decode_images`.
     guidance_scale: of the U-Net.
     num_inference_steps: denoising steps.
@@ -122,7 +124,13 @@ def resolve_image_request(
   checked_size = _resolve_size(size, defaults)
   decoder = HIGHRES
   if checked_size == (defaults.output_size, defaults.output_size):
-    decoder = LOWRES
+    decoder = square
+  elif square.of_vectors:
+    side = defaults.output_size
+    raise UserError(
+      f'{_format_size(checked_size)} is decoded from codes, and this model draws vectors; choose '
+      f'{_format_size((side, side))}'
+    )
   missing = [name for name in decoder.modules if name not in available]
   if decoder is HIGHRES and missing:
     side = defaults.output_size
@@ -169,20 +177,54 @@ def decode_codes(
     UserError: the codes are out of range.
     NotFinite: NaN or infinity came out of a module.
   """
-  ids, mask = runner.pad_codes(codes)
-  if not len(ids):
+  return _decode(runner, image_decoder.decode_images, runner.pad_codes(codes), keys, request)
+
+
+def decode_vectors(
+  runner: ModelRunner,
+  vectors: np.ndarray,
+  null_vectors: np.ndarray,
+  keys: Array,
+  request: ImageRequest,
+) -> DecodedImages:
+  """Decodes the vectors of B images.
+
+  Args:
+    runner: the model.
+    vectors: f32[B, n, H], of an interface.
+    null_vectors: f32[n, H], from which guidance leads away.
+    keys: keys[B] of the initial noise.
+    request: how the images are decoded.
+
+  Raises:
+    NotFinite: NaN or infinity came out of a module.
+  """
+  program = image_decoder.decode_vectors
+  return _decode(runner, program, (vectors,), keys, request, null_vectors=null_vectors)
+
+
+def _decode(
+  runner: ModelRunner,
+  program: Callable[..., Any],
+  rows: Sequence[np.ndarray],
+  keys: Array,
+  request: ImageRequest,
+  **kwargs: Any,
+) -> DecodedImages:
+  """Runs a program of `image_decoder` on arrays [B, ...] with further arguments."""
+  if not len(rows[0]):
     return DecodedImages(np.zeros((0, *request.config.size, 3), np.uint8), np.zeros(0, bool))
   decoder = request.config.decoder
   checked = runner.run_batches(
-    image_decoder.decode_images,
+    program,
     decoder.modules + _safety_modules(runner),
-    ids,
-    mask,
+    *rows,
     keys,
     request.init_images,
     max_batch=decoder.max_batch,
     guidance_scale=request.guidance_scale,
     config=request.config,
+    **kwargs,
   )
   decoded = DecodedImages(checked.images, checked.flagged)
   faults.check(checked.faults, decoded)

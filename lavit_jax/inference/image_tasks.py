@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lavit_jax.inference import code_generation, image_generation
+from lavit_jax.errors import InputError, UserError
+from lavit_jax.inference import (
+  code_generation,
+  image_decoder,
+  image_generation,
+  vector_generation,
+)
 from lavit_jax.inference.deprecated import api_method
 from lavit_jax.inference.generation_config import (
+  FIELD_NAMES,
+  POSITIVE_INTEGER,
   GenerationConfig,
   SamplingOptions,
+  check_names,
   check_value,
   resolve_generation_config,
 )
@@ -40,6 +49,10 @@ class ImageTasks(TokenTasks):
     **options: Unpack[ImageGenerationOptions],
   ) -> np.ndarray:
     """Generates an image from each text.
+
+    With Emu's interface, the language model regresses vectors and samples nothing: there is no
+    guidance of it, options of sampling are refused, and the U-Net's guidance is against the vectors
+    of the negative prompt.
 
     Args:
       prompts: B texts.
@@ -155,11 +168,8 @@ class ImageTasks(TokenTasks):
   ) -> ImageOutput:
     """Samples codes and decodes them; checks all options before anything is computed."""
     self.require_drawing()
-    config = self._code_config(guidance_scale, sampling)
-    negative = code_generation.resolve_negative_prompt(self, negative_prompt, config)
     check_value('decoder_guidance_scale', decoder_guidance_scale, image_generation.GUIDANCE_LIMIT)
-    request = self._resolve_request(
-      len(prompts) * config.num_return_sequences,
+    decoding: dict[str, Any] = dict(
       size=size,
       guidance_scale=decoder_guidance_scale,
       num_inference_steps=num_inference_steps,
@@ -169,12 +179,61 @@ class ImageTasks(TokenTasks):
       strength=strength,
       vae_tile_size=vae_tile_size,
     )
+    if self.modules.regressing_interface is not None:
+      return self._generate_by_vectors(prompts, negative_prompt, seed, sampling, decoding)
+    config = self._code_config(guidance_scale, sampling)
+    negative = code_generation.resolve_negative_prompt(self, negative_prompt, config)
+    request = self._resolve_request(len(prompts) * config.num_return_sequences, **decoding)
     keys = example_keys(seed, len(prompts))
     outputs = code_generation.sample_codes(self, prompts, config, keys, negative)
     latent_keys = sample_keys(Purpose.LATENTS, keys, config.num_return_sequences)
     codes = [output.codes for output in outputs]
     decoded = image_generation.decode_codes(self, codes, latent_keys, request)
     return ImageOutput(decoded.images, decoded.flagged, outputs)
+
+  def _generate_by_vectors(
+    self,
+    prompts: Sequence[Sequence[Any]],
+    negative_prompt: str,
+    seed: Seed,
+    sampling: SamplingOptions,
+    decoding: Mapping[str, Any],
+  ) -> ImageOutput:
+    """Regresses vectors and decodes them; several images of a prompt differ by their noise alone.
+
+    Raises:
+      UserError: an option of sampling is given, which would have no effect.
+    """
+    check_names(sampling, FIELD_NAMES)
+    for name, value in sampling.items():
+      if name != 'num_return_sequences' and value is not None:
+        raise UserError(
+          f'{name} has no effect: this model regresses the vectors of an image, and samples '
+          'nothing; leave it out'
+        )
+    copies = sampling.get('num_return_sequences', 1)
+    copies = check_value('num_return_sequences', copies, POSITIVE_INTEGER)
+    request = image_generation.resolve_image_request(
+      len(prompts) * copies,
+      self.defaults,
+      self.params,
+      self.params.scheduler,
+      image_decoder.VECTORS,
+      **decoding,
+    )
+    keys = example_keys(seed, len(prompts))
+    if not all(map(len, prompts)):
+      raise InputError('the prompt is empty; give it texts or images')
+    null_vectors = vector_generation.negative_vectors(self, negative_prompt)
+    vectors = vector_generation.regress_vectors(self, prompts)
+    decoded = image_generation.decode_vectors(
+      self,
+      np.repeat(vectors, copies, axis=0),
+      null_vectors,
+      sample_keys(Purpose.LATENTS, keys, copies),
+      request,
+    )
+    return ImageOutput(decoded.images, decoded.flagged, [])
 
   # ------------------------------------------------------------------------------------ its halves
 
@@ -227,12 +286,28 @@ class ImageTasks(TokenTasks):
     **sampling: Unpack[SamplingOptions],
   ) -> list[CodesOutput]:
     """Samples codes as `sample_codes` does, and returns ids and scores too."""
-    self.require_drawing()
+    self.require_codes()
     checked = as_prompts(prompts)
     config = self._code_config(guidance_scale, sampling)
     negative = code_generation.resolve_negative_prompt(self, negative_prompt, config)
     keys = example_keys(seed, len(checked))
     return code_generation.sample_codes(self, checked, config, keys, negative)
+
+  def regress_vectors(self, prompts: Sequence[Any]) -> np.ndarray:
+    """Regresses the vectors of an image for each prompt, with Emu's interface.
+
+    The language model continues the images and texts of a prompt, then [IMG], by n vectors, each of
+    which it reads before the next. Nothing is sampled.
+
+    Args:
+      prompts: B sequences of images and texts, as in `synthesize`; one without parts gives the
+        vectors that guidance leads away from.
+
+    Returns:
+      f32[B, n, H], which the U-Net of such a checkpoint reads.
+    """
+    self.require_vectors()
+    return vector_generation.regress_vectors(self, as_prompts(prompts))
 
   def _code_config(
     self, guidance_scale: float | None, sampling: SamplingOptions

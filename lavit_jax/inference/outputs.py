@@ -90,7 +90,7 @@ class ImageOutput(NamedTuple):
   Attributes:
     images: uint8[B, H, W, 3].
     flagged: bool[B], images that the safety checker flagged; these are black.
-    codes: the codes that each image was decoded from.
+    codes: the codes that each image was decoded from; none if it was decoded from vectors.
   """
 
   images: np.ndarray

@@ -27,6 +27,7 @@ from lavit_jax.inference.outputs import PatchSelection, VisualTokens
 from lavit_jax.inference.rng import Purpose, sample_keys
 from lavit_jax.models import sequence
 from lavit_jax.models.lavit import LavitModules
+from lavit_jax.models.settings import CODES
 from lavit_jax.weights.loader import LazyParams
 
 T = TypeVar('T')
@@ -69,14 +70,57 @@ class ModelRunner:
 
   # Interfaces.
 
-  def require_drawing(self) -> None:
+  def require_codes(self) -> None:
     """Checks that the language model has learned codes.
 
     Raises:
       UserError: it sees images by another interface than LaVIT's.
     """
     if self.modules.interface is not None:
-      raise UserError(f'{self._interface_limit()}; to draw, open a checkpoint of LaVIT itself')
+      raise UserError(
+        f'{self._interface_limit()}; to draw codes, open a checkpoint of LaVIT itself'
+      )
+
+  def require_vectors(self) -> None:
+    """Checks that the language model has learned to regress the vectors of images.
+
+    Raises:
+      UserError: its interface is not Emu's.
+    """
+    if self.modules.regressing_interface is None:
+      raise UserError(
+        f'this model sees images by the interface {self.modules.interface_name!r}, whose vectors '
+        "are not regressed; open a checkpoint with the interface 'emu'"
+      )
+
+  def require_drawing(self) -> None:
+    """Checks that the language model can draw, and that the U-Net reads what it draws.
+
+    Raises:
+      UserError: the interface is for reading alone, or the U-Net has another condition.
+    """
+    if self.modules.regressing_interface is None:
+      self.require_codes()
+    elif self.modules.condition_name != self.modules.interface_name or 'unet' not in self.params:
+      name = self.modules.interface_name
+      raise UserError(
+        f'this model draws images as vectors of the interface {name!r}, and this checkpoint has no '
+        f'U-Net that reads them; train one (configs/detokenizer.py, '
+        f'--config.detokenizer.condition={name}) and bundle it too'
+      )
+
+  def require_unet_of_codes(self) -> None:
+    """Checks that the U-Net, if there is one, reads codes.
+
+    Raises:
+      UserError: it reads the vectors of an interface.
+    """
+    if self.modules.condition_name != CODES:
+      raise UserError(
+        f'the U-Net of this checkpoint reads vectors of the interface '
+        f'{self.modules.condition_name!r}, not codes; to decode codes, bundle a U-Net of stage '
+        'detokenizer that reads them'
+      )
 
   def require_tokenizer(self) -> None:
     """Checks that images can become codes.
@@ -88,9 +132,12 @@ class ModelRunner:
       raise UserError(f'{self._interface_limit()}; to tokenize, open a checkpoint of LaVIT itself')
 
   def _interface_limit(self) -> str:
+    does = 'captions and answers, and draws nothing'
+    if self.modules.regressing_interface is not None:
+      does = 'captions and answers, and draws vectors'
     return (
       f'this model sees images by the interface {self.modules.interface_name!r}, which has no '
-      'codes: it captions and answers, and draws nothing'
+      f'codes: it {does}'
     )
 
   # Programs.

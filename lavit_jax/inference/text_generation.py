@@ -104,6 +104,13 @@ def min_image_tokens(modules: LavitModules) -> int:
   return 3 if modules.layered_interface is None else 2
 
 
+def image_reader(modules: LavitModules) -> tuple[Callable[..., Any], tuple[str, ...]]:
+  """The program that encodes images for the language model, and the modules that it needs."""
+  if modules.interface is not None:
+    return compiled.read_by_interface, ('vit', 'interface')
+  return compiled.read, ('vit', 'tokenizer', 'understanding')
+
+
 def _answerable_prompt(question: str) -> str:
   return templates.question_prompt(templates.answerable_question(question))
 
@@ -192,11 +199,7 @@ def _encode_batches(
   runner: ModelRunner, images: np.ndarray, keys: Array | None, config: GenerationConfig
 ) -> Iterator[_EncodedBatch]:
   patch_keys = None if keys is None else purpose_keys(Purpose.PATCHES, keys)
-  program = compiled.read
-  module_names = ('vit', 'tokenizer', 'understanding')
-  if runner.modules.interface is not None:
-    program = compiled.read_by_interface
-    module_names = ('vit', 'interface')
+  program, module_names = image_reader(runner.modules)
   max_batch = batching.MAX_BATCH
   if config.do_sample:
     max_batch = max(1, max_batch // config.num_return_sequences)

@@ -165,6 +165,7 @@ class TokenTasks(ModelRunner):
   def _resolve_request(
     self, count: int, *, guidance_scale: float | None, **decoding: Unpack[DecodingOptions]
   ) -> ImageRequest:
+    self.require_unet_of_codes()
     return image_generation.resolve_image_request(
       count,
       self.defaults,

@@ -13,7 +13,11 @@ import jax.numpy as jnp
 from lavit_jax.errors import UserError
 from lavit_jax.models import settings as checkpoint_settings
 from lavit_jax.models.decoder import FeatureDecoder
-from lavit_jax.models.interfaces.base import LayeredInterface, VisualInterface
+from lavit_jax.models.interfaces.base import (
+  LayeredInterface,
+  RegressingInterface,
+  VisualInterface,
+)
 from lavit_jax.models.interfaces.towers import Tower
 from lavit_jax.models.interfaces.variants import LAVIT, build_interface, build_tower, sizes_of
 from lavit_jax.models.llama import Llama
@@ -52,7 +56,8 @@ class LavitModules:
     highres_scheduler: of `highres_unet`.
     settings_text: `settings` as JSON, so that the dataclass is hashable.
     interface: how the language model sees images, in place of `tokenizer` and `understanding`; None
-      is LaVIT's own way. With another one there are no codes, and so no images are generated.
+      is LaVIT's own way. With another one there are no codes, and so no images are generated,
+      unless it is a `RegressingInterface`.
   """
 
   variant: str
@@ -95,6 +100,11 @@ class LavitModules:
     return self.settings.get('interface', {}).get('name', LAVIT)
 
   @property
+  def condition_name(self) -> str:
+    """What `unet` reads: one of `settings.CONDITIONS`."""
+    return self.settings.get('condition', {}).get('name', checkpoint_settings.CODES)
+
+  @property
   def tower(self) -> Tower:
     """What the interface reads of the image encoder."""
     return build_tower(self.interface_name, self.vit)
@@ -116,6 +126,11 @@ class LavitModules:
   def layered_interface(self) -> LayeredInterface | None:
     """The interface, if layers of the language model read its vectors; else None."""
     return self.interface if isinstance(self.interface, LayeredInterface) else None
+
+  @property
+  def regressing_interface(self) -> RegressingInterface | None:
+    """The interface, if the language model predicts its vectors; else None."""
+    return self.interface if isinstance(self.interface, RegressingInterface) else None
 
 
 def variant_config(variant: str) -> dict[str, Any]:
@@ -179,6 +194,12 @@ def build(
       name, sizes_of(variant), llama['hidden_size'], llama['num_layers'], dtype, remat
     )
 
+  unet = dict(config['unet'])
+  if (
+    config.get('condition', {}).get('name', checkpoint_settings.CODES) != checkpoint_settings.CODES
+  ):
+    unet['cross_attention_dim'] = config['llama']['hidden_size']  # the vectors, unprojected
+
   def optional(name: str, make: Any, **arguments: Any) -> Any:
     return make(**config[name], **arguments) if name in config else None
 
@@ -193,7 +214,7 @@ def build(
     decoder=build_decoder('decoder'),
     highres_decoder=build_decoder('highres_decoder') if 'highres_decoder' in config else None,
     llama=Llama(vocab_size=vocabulary.size, **config['llama'], **common),
-    unet=UNet(**config['unet'], **common),
+    unet=UNet(**unet, **common),
     vae=AutoencoderKL(**config['vae']),
     highres_unet=optional('highres_unet', UNet, **common),
     highres_vae=optional('highres_vae', AutoencoderKL),

@@ -110,6 +110,7 @@ def pack_pairs(
   row_length: int,
   max_images: int | None = None,
   image_loss: bool = False,
+  draw_features: bool = False,
   bos_id: int = BOS_ID,
   eos_id: int = EOS_ID,
 ) -> PackedBatch:
@@ -123,7 +124,9 @@ def pack_pairs(
 
   The loss covers the text by `text_weight` (eos by the weight of the last word), in kind 1 also
   [IMG], the codes, [/IMG] and eos, and in kind 0 the codes and [/IMG] with `image_loss`
-  (specification, Training). The first token of a pair is never a target.
+  (specification, Training). The first token of a pair is never a target. With `draw_features`, the
+  images of kind 1 are features by `source`, too, and the loss covers its text alone: what predicts
+  features is no id.
 
   A text that was cut does not end, and no target may teach that it does. With `text_weight`
   f32[B, T + 1], the value at index text_length is the weight of the token after the text (eos, or
@@ -141,6 +144,7 @@ def pack_pairs(
     row_length: S.
     max_images: of a row; None for any number.
     image_loss: whether the loss covers the codes of kind 0.
+    draw_features: whether kind 1 has continuous features in place of codes.
     bos_id: the first id of kind 2.
     eos_id: the last id of every pair.
 
@@ -154,7 +158,12 @@ def pack_pairs(
 
   def lay_out(*pair: Array) -> _Pair:
     return _lay_out(
-      *pair, vocabulary=vocabulary, bos_id=bos_id, eos_id=eos_id, image_loss=image_loss
+      *pair,
+      vocabulary=vocabulary,
+      bos_id=bos_id,
+      eos_id=eos_id,
+      image_loss=image_loss,
+      draw_features=draw_features,
     )
 
   pairs = jax.vmap(lay_out)(text, text_length, text_weight, kind, codes, visual_length)
@@ -200,6 +209,7 @@ def _lay_out(
   bos_id: int,
   eos_id: int,
   image_loss: bool,
+  draw_features: bool,
 ) -> _Pair:
   """One pair as a line of tokens; see `pack_pairs` for the three kinds."""
   position = jnp.arange(text.shape[0] + codes.shape[0] + 3)
@@ -232,9 +242,9 @@ def _lay_out(
   )
   next_weight, start_weight = _weights_after_text(text_weight, text_length, text.shape[0])
   is_drawn = kind == TEXT_TO_IMAGE
-  drawn_weight = jnp.where(is_image_start, start_weight, 1.0)
+  drawn_weight = jnp.where(is_image_start, start_weight, 1.0) * float(not draw_features)
   image_weight = jnp.where(is_drawn, drawn_weight, float(image_loss))
-  end_weight = jnp.where(is_drawn, 1.0, next_weight)
+  end_weight = jnp.where(is_drawn, float(not draw_features), next_weight)
   weight = jnp.select(
     [is_text, is_image, is_end],
     [clipped(text_weight, text_index), image_weight, end_weight],
@@ -242,7 +252,7 @@ def _lay_out(
   )
 
   has_next = position < length - 1
-  is_feature = is_code & (kind == IMAGE_TO_TEXT)
+  is_feature = is_code & ((kind == IMAGE_TO_TEXT) | draw_features)
   return _Pair(
     ids=ids.astype(jnp.int32),
     source=jnp.where(is_feature, code_index, EMBED_ID).astype(jnp.int32),

@@ -202,6 +202,10 @@ LLAMA = dict(
 )
 # How the language model sees images, if it is not LaVIT's way (models/interfaces).
 INTERFACE = dict(name=Setting(one_of(LAVIT, *OTHERS), LAVIT))
+# What the U-Net reads: features that are rebuilt from codes, or the vectors of an interface.
+CODES = 'codes'
+CONDITIONS = (CODES, 'emu')
+CONDITION = dict(name=Setting(one_of(*CONDITIONS), CODES))
 
 GROUPS: dict[str, SettingsGroup] = {
   'unet': SettingsGroup('unet', UNET),
@@ -212,6 +216,7 @@ GROUPS: dict[str, SettingsGroup] = {
   'highres_scheduler': SettingsGroup('highres_unet', SCHEDULER),
   'llama': SettingsGroup('llama', LLAMA),
   'interface': SettingsGroup('interface', INTERFACE, in_all_variants=True),
+  'condition': SettingsGroup('unet', CONDITION),
 }
 
 

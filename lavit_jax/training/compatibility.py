@@ -9,7 +9,7 @@ from typing import Any
 from lavit_jax.errors import UserError
 from lavit_jax.models.interfaces.variants import LAVIT
 from lavit_jax.models.lavit import variant_config
-from lavit_jax.models.settings import affects_outputs, differences, format_setting
+from lavit_jax.models.settings import CODES, affects_outputs, differences, format_setting
 from lavit_jax.training.config import config_leaves
 
 Settings = dict[str, dict[str, Any]]
@@ -17,6 +17,8 @@ Settings = dict[str, dict[str, Any]]
 INEXACT = ('data.', 'batch_size', 'seed')
 # ... but for these; `PositionHandler` checks the shards.
 HARMLESS = ('data.num_threads', 'data.max_skipped', 'data.heldout', 'data.shards')
+# Settings that the config chooses: its option, and the default.
+CHOSEN = {'interface': ('interface', LAVIT), 'condition': ('detokenizer.condition', CODES)}
 MAX_VALUE = 60  # characters of an option's value in a message
 MAX_NAMES = 3  # names of arrays in a message
 
@@ -73,11 +75,12 @@ def check_settings(path: pathlib.Path, metadata: Mapping[str, Any], settings: Se
   before = metadata.get('settings', {})
   config = variant_config(metadata['variant'])
   for name, field in differences(before, settings):
-    if name == 'interface':
-      was, now = (values.get(name, {}).get(field, LAVIT) for values in (before, settings))
+    if name in CHOSEN:
+      option, default = CHOSEN[name]
+      was, now = (values.get(name, {}).get(field, default) for values in (before, settings))
       raise UserError(
-        f'{path} was trained with interface={was!r}, and the config has interface={now!r}; give '
-        f'--config.interface={was}, or choose another --workdir'
+        f'{path} was trained with {option}={was!r}, and the config has {option}={now!r}; give '
+        f'--config.{option}={was}, or choose another --workdir'
       )
     if affects_outputs(name, field, settings) or 'settings' in metadata:
       raise UserError(

@@ -50,7 +50,7 @@ class PairFlops(NamedTuple):
   """What one pair and one packed row need in the language model's step."""
 
   features: float  # of an image: the encoder and, if there is one, the selector
-  codes: float  # of an image, from its features; 0 without codes
+  codes: float  # of an image to draw, from its features; 0 without codes, unless it is regressed
   understanding: float  # continuous tokens of an image, and their gradient
   row: float  # products of the language model and their gradients, without attention to slots
   attention: float  # of a slot to one other slot, and its gradient
@@ -194,6 +194,9 @@ def pair_flops(run: Run) -> PairFlops:
     both = trace_gradient('interface', run_layers, vectors, stream, argnums=(0, 1, 2))
     return both - trace_gradient('interface', memory, vectors, argnums=(0, 1))
 
+  def regress(p, hidden):
+    return apply_module(model.interface, p, hidden, method='regress')
+
   # Two products for each pair of slots, of queries and keys, and of scores and values. Whatever is
   # frozen, their gradients lead to the images.
   attention = 3 * 2 * 2 * llama.num_heads * llama.head_dim * llama.num_layers
@@ -201,7 +204,13 @@ def pair_flops(run: Run) -> PairFlops:
   encoded = encode('vit', features, image)
   to_features = (0, 1) if adapters.get('vit') else (0,)
   if model.interface is not None:
-    of_images = (encoded, 0.0, trace_gradient('interface', read_by_interface, x))
+    seen = trace_gradient('interface', read_by_interface, x)
+    drawn = 0.0
+    if model.regressing_interface is not None:
+      pairs = jax.ShapeDtypeStruct((model.num_image_vectors + 1, llama.hidden_size), jnp.float32)
+      seen += trace_gradient('interface', regress, pairs, argnums=(0, 1))
+      drawn = seen
+    of_images = (encoded, drawn, seen)
   else:
     of_images = (
       encoded + trace('tokenizer', select, x),

@@ -1,7 +1,9 @@
-"""The option `interface` of stage `lm`: what follows from it, and what contradicts it.
+"""The options that choose an interface: what follows from them, and what contradicts them.
 
-An interface of another system than LaVIT (models/interfaces) has no codes, so no images are drawn,
-and another number of tokens an image, so pairs have another length.
+They are `interface` of stage `lm`, and `detokenizer.condition`.
+
+An interface of another system than LaVIT (models/interfaces) has no codes, so no images are drawn
+unless it is Emu's, and another number of tokens an image, so pairs have another length.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from ml_collections import FieldReference
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
-from lavit_jax.models.interfaces.variants import LAVIT, OTHERS
+from lavit_jax.models.interfaces.variants import DRAWING, LAVIT, OTHERS
+from lavit_jax.models.settings import CODES
 from lavit_jax.training.config import derived
 from lavit_jax.training.parameters import ParameterFolder, Settings
 from lavit_jax.weights.store import folder
@@ -34,9 +37,10 @@ def follow_interface(values: Mapping[str, Any], read_length: int) -> dict[str, A
       pairs that are read may be longer.
 
   Returns:
-    The same with references in place of these values: with another interface the share of images to
-    draw is 0, sources of them are left out, and the slots of a step have the proportion of the mean
-    length: there are fewer rows, and where the pieces of a batch allow no fewer, shorter ones.
+    The same with references in place of these values: with an interface that draws nothing the
+    share of images to draw is 0, and sources of them are left out; with any other than LaVIT's the
+    slots of a step have the proportion of the mean length: there are fewer rows, and where the
+    pieces of a batch allow no fewer, shorter ones.
     An unknown interface changes nothing, and is reported when the config is checked.
   """
   interface = FieldReference(values['interface'])
@@ -45,7 +49,9 @@ def follow_interface(values: Mapping[str, Any], read_length: int) -> dict[str, A
   length = values['lm']['mean_length']
 
   def mean_length(name: str) -> int:
-    return _mean_length(variant, name, read_length) if name in OTHERS else length
+    if name not in OTHERS:
+      return length
+    return _mean_length(variant, name, length if name in DRAWING else read_length)
 
   divisor = num_rows & -num_rows  # the power of two by which pieces of a batch divide it
 
@@ -61,12 +67,12 @@ def follow_interface(values: Mapping[str, Any], read_length: int) -> dict[str, A
     return values['lm']['row_length'] // 2 ** halvings(name)
 
   def draw_share(name: str) -> float:
-    return 0.0 if name in OTHERS else values['data']['shares']['draw']
+    return 0.0 if _draws_nothing(name) else values['data']['shares']['draw']
 
   def sources(key: str) -> FieldReference:
     all_sources = values['data'][key]
     return derived(
-      interface, lambda name: _without_drawing(all_sources) if name in OTHERS else all_sources
+      interface, lambda name: _without_drawing(all_sources) if _draws_nothing(name) else all_sources
     )
 
   data = dict(values['data'], sources=sources('sources'), heldout=sources('heldout'))
@@ -77,6 +83,10 @@ def follow_interface(values: Mapping[str, Any], read_length: int) -> dict[str, A
     mean_length=derived(interface, mean_length),
   )
   return dict(values, interface=interface, data=data, lm=dict(values['lm'], **packing))
+
+
+def _draws_nothing(name: str) -> bool:
+  return name in OTHERS and name not in DRAWING
 
 
 def _mean_length(variant: str, name: str, of_lavit: int) -> int:
@@ -103,12 +113,12 @@ def check_drawing(
   sources: Sequence[Mapping[str, Any]] = (),
   heldout: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-  """Checks that nothing is to be drawn with an interface that has no codes.
+  """Checks that nothing is to be drawn with an interface that cannot.
 
   Raises:
     UserError: a share or a source has the use 'draw'.
   """
-  if interface == LAVIT:
+  if interface in DRAWING:
     return
   reason = f'interface={interface!r} has no codes, so its language model draws no images'
   if shares.get('draw', 0):
@@ -147,3 +157,40 @@ def with_interface(
         f'interface={interface!r}; give --config.interface={stored}, or leave the folder out'
       )
   return {**others, 'interface': {'name': interface}}
+
+
+def with_condition(
+  settings: Settings, condition: str, folders: Sequence[ParameterFolder] = ()
+) -> Settings:
+  """The settings of a run of stage `detokenizer`, whose U-Net reads `condition`.
+
+  Args:
+    settings: of the folders and of the last checkpoint.
+    condition: of the config.
+    folders: that the run starts from.
+
+  Raises:
+    UserError: the U-Net of a folder of `init_from` reads another one; the interface of a folder is
+      not the one whose vectors the U-Net should read.
+  """
+  for source in folders:
+    if 'unet' not in source.modules:
+      continue
+    stored = folder.read_settings(source.path).get('condition', {}).get('name', CODES)
+    if stored != condition:
+      raise UserError(
+        f'init_from={source.path} has a U-Net that reads {stored!r}, and the config has '
+        f'detokenizer.condition={condition!r}; give --config.detokenizer.condition={stored}, or '
+        'leave the folder out'
+      )
+  others = {name: fields for name, fields in settings.items() if name != 'condition'}
+  if condition == CODES:
+    return others
+  chosen = {'name': condition}
+  interface = others.setdefault('interface', chosen)
+  if interface != chosen:
+    raise UserError(
+      f'detokenizer.condition={condition!r}: the interface of frozen is {interface["name"]!r}; '
+      f'name the export of a run of stage lm with --config.interface={condition}'
+    )
+  return {**others, 'condition': chosen}

@@ -63,10 +63,10 @@ def log_start(
     tokens = f'{run.model.max_visual_tokens} tokens an image'
     if run.model.layered_interface is not None:
       tokens = f'{run.model.num_image_vectors} vectors an image, which extra layers read'
-    log.print_line(
-      f'interface {run.model.interface_name}: {tokens}, and no codes, so no image is drawn '
-      '(data.shares.draw=0)'
-    )
+    drawing = 'and no codes, so no image is drawn (data.shares.draw=0)'
+    if run.model.regressing_interface is not None:
+      drawing = 'which are regressed, too, in place of codes'
+    log.print_line(f'interface {run.model.interface_name}: {tokens}, {drawing}')
   if isinstance(run.options, LanguageModelOptions) and run.stage.base is not None:
     lora = run.options.lora
     modules = ', '.join(abstract.params)

@@ -19,6 +19,7 @@ from lavit_jax.data.emoji import questions
 from lavit_jax.errors import UserError
 from lavit_jax.models.interfaces.variants import LAVIT, OTHERS
 from lavit_jax.models.remat import REMAT_POLICIES
+from lavit_jax.models.settings import CONDITIONS
 from lavit_jax.training.lora import BASE_DTYPES, BIASES
 from lavit_jax.training.profiler import parse_steps
 from lavit_jax.training.schedule import SCHEDULES
@@ -240,6 +241,7 @@ OPTIONS: dict[str, Kind] = {
   'tokenizer.cross_attention_from': COUNT,
   'tokenizer.selection': Choice(('learned', 'shuffled', 'fixed')),
   'tokenizer.selector_gradient': Choice(('published', 'counterfactual')),
+  'detokenizer.condition': Choice(CONDITIONS),
   'detokenizer.drop_condition': SHARE,
   'detokenizer.guidance_scale': Number(float, 0, 100),
   'interface': Choice((LAVIT, *OTHERS)),
@@ -248,6 +250,7 @@ OPTIONS: dict[str, Kind] = {
   'lm.mean_length': AT_LEAST_ONE,
   'lm.loss_chunks': AT_LEAST_ONE,
   'lm.image_loss': Flag(),
+  'lm.regression_weight': WEIGHT,
   'lm.max_overflow': SHARE,
   'lora.rank': COUNT,
   'lora.alpha': Number(float, 0, 1e6, above=True),

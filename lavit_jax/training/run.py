@@ -29,7 +29,13 @@ from lavit_jax.training.run_config import (
   check_image_size,
   read_config,
 )
-from lavit_jax.training.stages import BatchLayout, LanguageModelOptions, Stage, StageOptions
+from lavit_jax.training.stages import (
+  BatchLayout,
+  DetokenizerOptions,
+  LanguageModelOptions,
+  Stage,
+  StageOptions,
+)
 
 ONE_DEVICE = AbstractMesh((1, 1, 1), sharding.AXES)
 
@@ -108,8 +114,7 @@ def resolve(config: ConfigDict, workdir: str | pathlib.Path) -> Run:
     parameters.split_folders(common.init_from),
   )
   settings = parameters.resolve_settings(common.variant, folders, pathlib.Path(workdir))
-  if interface := stages.interface_name(typed.options):
-    settings = interface_options.with_interface(settings, interface, folders)
+  settings = _own_settings(typed.options, settings, folders)
   share = sharding.process_share(mesh, common.batch_size)
   run = _make_run(typed, mesh, share, folders, settings, pathlib.Path(workdir))
   parameters.check_complete(common.stage, modules, folders, common.frozen)
@@ -132,10 +137,19 @@ def resolve_abstract(config: ConfigDict, mesh: Mesh | AbstractMesh | None = None
   mesh = cast(Mesh, ONE_DEVICE if mesh is None else mesh)  # no device of it is used
   check_config(typed, sharding.batch_shards(mesh))
   share = ProcessShare(np.arange(typed.common.batch_size), 0, 1)
-  settings = {}
-  if interface := stages.interface_name(typed.options):
-    settings = interface_options.with_interface(settings, interface)
+  settings = _own_settings(typed.options, {}, ())
   return _make_run(typed, mesh, share, (), settings, pathlib.Path())
+
+
+def _own_settings(
+  options: StageOptions, settings: parameters.Settings, folders: tuple[ParameterFolder, ...]
+) -> parameters.Settings:
+  """The settings of a run: those of its folders, but for what its stage chooses."""
+  if interface := stages.interface_name(options):
+    settings = interface_options.with_interface(settings, interface, folders)
+  if isinstance(options, DetokenizerOptions):
+    settings = interface_options.with_condition(settings, options.condition, folders)
+  return settings
 
 
 def _make_run(

@@ -1,6 +1,7 @@
 """Models that answer with their inputs, for commands on many inputs and for the page."""
 
 import batch_runs
+import benchmark_runs
 import pytest
 from PIL import Image
 
@@ -13,6 +14,14 @@ def stub(monkeypatch):
   stub = batch_runs.Stub()
   monkeypatch.setattr(cli.options, 'load_model', lambda args: stub)
   return stub
+
+
+@pytest.fixture
+def benchmark_model(monkeypatch):
+  """The model that `lavit evaluate --benchmark` loads; it knows the miniatures."""
+  model = benchmark_runs.Model()
+  monkeypatch.setattr(cli.options, 'load_model', lambda args: model)
+  return model
 
 
 @pytest.fixture

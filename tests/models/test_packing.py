@@ -41,28 +41,29 @@ def cut_batch(seed):
   return {**pairs, 'text_weight': weight}
 
 
-def pair_tokens(pairs, b, image_loss):
+def pair_tokens(pairs, b, image_loss, draw_features):
   """The tokens (id, source, weight) of pair b, in plain Python."""
   num_words = pairs['text_length'][b]
   kind = pairs['kind'][b]
   text = []
   for i, weight in zip(pairs['text'][b, :num_words], pairs['text_weight'][b, :num_words]):
     text.append((int(i), -1, float(weight)))
-  image_weight = 1.0 if kind == 1 else float(image_loss)
+  image_weight = float(not draw_features) if kind == 1 else float(image_loss)
   has_next_weight = pairs['text_weight'].shape[1] > TEXT
   next_index = num_words if has_next_weight else max(num_words - 1, 0)
   next_weight = float(pairs['text_weight'][b, next_index])
-  start_weight = next_weight if has_next_weight and kind == 1 else image_weight
+  start_weight = image_weight * (next_weight if has_next_weight and kind == 1 else 1)
+  is_feature = kind == 0 or draw_features
   image = [(50, -1, start_weight)]
   for i, c in enumerate(pairs['codes'][b, : pairs['visual_length'][b]]):
-    image.append((52 + int(c), b * VISUAL + i if kind == 0 else -1, image_weight))
+    image.append((52 + int(c), b * VISUAL + i if is_feature else -1, image_weight))
   image.append((51, -1, image_weight))
   begin = [(1, -1, 0.0)]
-  end = [(2, -1, 1.0 if kind == 1 else next_weight)]
+  end = [(2, -1, image_weight if kind == 1 else next_weight)]
   return [image + text, text + image, begin + text][kind] + end
 
 
-def reference(pairs, num_rows, row_length, image_loss, max_images=None):
+def reference(pairs, num_rows, row_length, image_loss, max_images, draw_features):
   """The packing of `pack_pairs` in plain Python.
 
   Returns rows of (id, source, position, segment, target, weight), and the overflow.
@@ -71,7 +72,7 @@ def reference(pairs, num_rows, row_length, image_loss, max_images=None):
   images = [0] * num_rows
   overflow = 0
   for b in range(BATCH):
-    tokens = pair_tokens(pairs, b, image_loss)
+    tokens = pair_tokens(pairs, b, image_loss, draw_features)
     following = [*tokens[1:], (0, -1, 0.0)]
     has_image = int(pairs['kind'][b] != 2)
     fits = [len(row) + len(tokens) <= row_length for row in rows]
@@ -89,7 +90,7 @@ def reference(pairs, num_rows, row_length, image_loss, max_images=None):
 
 
 @functools.cache
-def packer(num_rows, row_length, image_loss=False, max_images=None):
+def packer(num_rows, row_length, image_loss=False, max_images=None, draw_features=False):
   """`pack_pairs` for these sizes, which compiles once for all tests."""
   return jax.jit(
     functools.partial(
@@ -99,6 +100,7 @@ def packer(num_rows, row_length, image_loss=False, max_images=None):
       row_length=row_length,
       image_loss=image_loss,
       max_images=max_images,
+      draw_features=draw_features,
     )
   )
 
@@ -106,13 +108,19 @@ def packer(num_rows, row_length, image_loss=False, max_images=None):
 @pytest.mark.parametrize('draw', [batch, cut_batch])
 @pytest.mark.parametrize('seed', range(6))
 @pytest.mark.parametrize(
-  'num_rows, row_length, image_loss, max_images',
-  [(9, 17, False, None), (4, 25, True, None), (2, 16, False, None), (9, 34, False, 1)],
+  'num_rows, row_length, options',
+  [
+    (9, 17, (False, None, False)),
+    (4, 25, (True, None, False)),
+    (2, 16, (False, None, False)),
+    (9, 34, (False, 1, False)),
+    (9, 17, (False, None, True)),
+  ],
 )
-def test_pack_equals_plain_python(seed, num_rows, row_length, image_loss, max_images, draw):
+def test_pack_equals_plain_python(seed, num_rows, row_length, options, draw):
   pairs = draw(seed)
-  packed = packer(num_rows, row_length, image_loss, max_images)(**pairs)
-  rows, overflow = reference(pairs, num_rows, row_length, image_loss, max_images)
+  packed = packer(num_rows, row_length, *options)(**pairs)
+  rows, overflow = reference(pairs, num_rows, row_length, *options)
   for field, expected in zip(packed, np.moveaxis(np.array(rows), -1, 0)):
     np.testing.assert_array_equal(field, expected.astype(field.dtype))
   assert packed.overflow == overflow

@@ -53,6 +53,7 @@ INTERFACES = dict(
   resampler=dict(num_latents=4, num_layers=1, num_heads=2, head_dim=16, mlp_dim=64),
   flamingo=dict(num_latents=4, num_layers=1, num_heads=2, head_dim=16, mlp_dim=64, every=1),
   qformer=dict(num_queries=4, hidden_size=32, num_layers=2, num_heads=2, mlp_dim=64),
+  emu=dict(num_tokens=4, hidden_size=32, num_layers=2, num_heads=2, head_dim=16, mlp_dim=64),
 )
 
 

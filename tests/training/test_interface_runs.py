@@ -28,7 +28,7 @@ nano.install()
 TOKENIZER = nano.ROOT / 'lavit_jax/assets/tiny/language_model'
 
 
-@pytest.fixture(scope='module', params=['qformer', 'flamingo'])
+@pytest.fixture(scope='module', params=['emu', 'flamingo'])
 def options(request, tmp_path_factory):
   """Of all runs: they save a checkpoint in the middle, and read a random image encoder."""
   path = tmp_path_factory.mktemp('vit')
@@ -64,7 +64,7 @@ def model(options, finished, tmp_path_factory):
 
 
 LINES = dict(
-  qformer='interface qformer: 4 tokens an image, and no codes, so no image is drawn',
+  emu='interface emu: 4 tokens an image, which are regressed, too, in place of codes',
   flamingo='interface flamingo: 4 vectors an image, which extra layers read, and no codes, so',
 )
 
@@ -75,7 +75,10 @@ def test_it_trains_says_what_follows_and_exports(options, finished):
   losses = [row['loss'] for row in rows(workdir)]
   assert len(losses) == 4 and np.isfinite(losses).all()
   assert LINES[name] in ' '.join(out.split())
-  assert all(row['loss_text_to_image'] is None for row in rows(workdir))  # no such pair
+  if name == 'emu':  # which draws
+    assert all(row['loss_text_to_image'] > 0 < row['loss_regression'] for row in rows(workdir))
+  else:
+    assert all(row['loss_text_to_image'] is None for row in rows(workdir))  # no such pair
   assert folder.read_settings(workdir / 'export') == {'interface': {'name': name}}
   assert saved_settings(workdir) == {'interface': {'name': name}}
   assert sorted(folder.load_params(workdir / 'export', variant='nano')) == ['interface', 'llama']
@@ -183,14 +186,17 @@ def stacked_layers(params):
 def test_what_it_cannot_do_is_one_line(options, model, finished, tmp_path):
   name = options['interface']
   image = np.zeros((1, 32, 32, 3), np.uint8)
-  limit = f"sees images by the interface '{name}', which has no codes: .*, and draws nothing; to "
+  draws = 'vectors' if name == 'emu' else 'nothing'
+  limit = f"sees images by the interface '{name}', which has no codes: .*, and draws {draws}; to "
+  unread = "vectors of the interface 'emu', and this checkpoint has no U-Net that reads them"
   for task in (
     lambda: model.generate(['a cat']),
     lambda: model.synthesize([[image[0], 'in the snow']]),
-    lambda: model.sample_codes([['a cat']]),
   ):
-    with pytest.raises(UserError, match=limit + 'draw'):
+    with pytest.raises(UserError, match=unread if name == 'emu' else limit + 'draw'):
       task()
+  with pytest.raises(UserError, match=limit + 'draw codes'):
+    model.sample_codes([['a cat']])
   for task in (model.tokenize, model.reconstruct, model.select_patches):
     with pytest.raises(UserError, match=limit + 'tokenize'):
       task(image)

@@ -27,6 +27,8 @@ from lavit_jax.inference.pipeline import Lavit
 from lavit_jax.inference.rng import IndexedSeed
 from lavit_jax.output import encode_png, slug, write_atomic
 
+LOG_EVERY = 60.0  # seconds between lines about progress where stderr is no terminal
+
 
 def run_batch(
   task: Task,
@@ -38,6 +40,8 @@ def run_batch(
   as_json: bool = False,
   results: ResultsFile | None = None,
   image_folder: str | None = None,
+  share: tuple[int, int] = (0, 1),
+  quiet: bool = False,
 ) -> None:
   """Computes the rows that have no line in `results` yet; prints each result and adds its line.
 
@@ -50,24 +54,29 @@ def run_batch(
     as_json: print results as JSON objects.
     results: the result file, if there is one.
     image_folder: the folder for generated images; None for tasks without images.
+    share: (i, n) computes the blocks i, i + n, i + 2 n, ... alone, with the results that they have
+      in the whole.
+    quiet: print no results.
 
   Raises:
     UserError: at the end, the number of rows with errors; at once, an error of all rows.
   """
   rows = inputs.rows
-  pending = [True] * len(rows)
+  own = [i for i in range(len(rows)) if i // MAX_BATCH % share[1] == share[0]]
+  pending = set(own)
   if results is not None:
-    pending = results.missing(rows)
-    if not all(pending):
-      done = len(rows) - sum(pending)
-      print(f'lavit: {done} of {len(rows)} are in {results.path} already', file=sys.stderr)
+    missing_rows = results.missing([rows[i] for i in own])
+    pending = {i for i, is_missing in zip(own, missing_rows, strict=True) if is_missing}
+    if len(pending) < len(own):
+      done = len(own) - len(pending)
+      print(f'lavit: {done} of {len(own)} are in {results.path} already', file=sys.stderr)
   computation = _Computation(task, model, inputs, seed, options)
   images = _ImageWriter(image_folder, results.next_number if results is not None else 0)
-  progress = _Progress(sum(pending))
+  progress = _Progress(len(pending))
   errors: list[str] = []
   for start in range(0, len(rows), MAX_BATCH):
     block = range(start, min(start + MAX_BATCH, len(rows)))
-    missing = [i for i in block if pending[i]]
+    missing = [i for i in block if i in pending]
     if not missing:
       continue
     outcomes = computation.run(block)
@@ -87,7 +96,8 @@ def run_batch(
     for line in lines:
       if image_folder and 'file' in line:
         line = line | {'file': os.path.join(image_folder, line['file'])}
-      _print_result(line, task, inputs.many, as_json)
+      if not quiet:
+        _print_result(line, task, inputs.many, as_json)
     progress.advance(len(lines))
   progress.clear()
   if results is not None:
@@ -96,7 +106,7 @@ def run_batch(
     remedy = 'correct it, and try again'
     if results is not None:
       remedy = f'correct it, and delete its line from {results.path} to try it again'
-    raise UserError(f'{len(errors)} of {len(rows)} failed, the first: {errors[0]}; {remedy}')
+    raise UserError(f'{len(errors)} of {len(own)} failed, the first: {errors[0]}; {remedy}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,28 +220,35 @@ def _print_result(line: Row, task: Task, many: bool, as_json: bool) -> None:
 
 
 class _Progress:
-  """One line on stderr, if that is a terminal: how many rows are done, and the remaining time."""
+  """How many rows are done, and the remaining time, on stderr.
+
+  On a terminal, one line that is written again and again; in a log, a line from time to time.
+  """
 
   def __init__(self, total: int):
     self.total = total
     self.count = 0
     self.start = time.monotonic()
-    self.enabled = sys.stderr.isatty() and total > MAX_BATCH
+    self.logged = self.start
+    self.terminal = sys.stderr.isatty() and total > MAX_BATCH
     self.advance(0)
 
   def advance(self, count: int) -> None:
     """Counts rows and shows the line."""
     self.count += count
-    if not self.enabled:
-      return
+    now = time.monotonic()
     rest = ''
     if self.count:
-      rate = self.count / max(time.monotonic() - self.start, 1e-9)
+      rate = self.count / max(now - self.start, 1e-9)
       minutes = (self.total - self.count) / rate / 60
       rest = f', {rate:.1f} rows/s, {minutes:.0f} min left'
-    print(f'\r\x1b[K{self.count} of {self.total}{rest}', end='', file=sys.stderr, flush=True)
+    if self.terminal:
+      print(f'\r\x1b[K{self.count} of {self.total}{rest}', end='', file=sys.stderr, flush=True)
+    elif now - self.logged > LOG_EVERY:
+      self.logged = now
+      print(f'lavit: {self.count} of {self.total}{rest}', file=sys.stderr, flush=True)
 
   def clear(self) -> None:
-    """Removes the line."""
-    if self.enabled:
+    """Removes the line from a terminal."""
+    if self.terminal:
       print('\r\x1b[K', end='', file=sys.stderr, flush=True)

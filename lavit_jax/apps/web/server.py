@@ -10,9 +10,9 @@ import tempfile
 import gradio as gr
 from gradio.themes import Base
 
+from lavit_jax.apps.listening import cannot_listen
 from lavit_jax.apps.web import page
 from lavit_jax.apps.web.tasks import MAX_BYTES, Tasks
-from lavit_jax.errors import UserError
 from lavit_jax.inference.pipeline import Lavit
 
 # The browser may fetch from the page's own server alone.
@@ -84,10 +84,7 @@ def launch(blocks: gr.Blocks, host: str, port: int) -> str:
       app_kwargs={'middleware': [(PolicyMiddleware, (), {})]},
     )
   except OSError:
-    raise UserError(
-      f'cannot listen on {host}:{port}; the port is taken, or the host is not this machine; '
-      'choose another --port or --host'
-    ) from None
+    raise cannot_listen(host, port) from None
   return url
 
 

@@ -8,6 +8,7 @@
     gated_cross_attention.py    the layers that Flamingo adds to the language model
     qformer.py                  QFormerInterface                   BLIP-2, InstructBLIP
     emu.py                      EmuInterface                       Emu
+    emu_regression.py           how the language model predicts the vectors of Emu's interface
 
 `build_interface` (variants.py) makes one by its name and sizes.
 

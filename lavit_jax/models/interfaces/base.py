@@ -2,7 +2,8 @@
 
 Packing, prompts, decoding and evaluation read `VisualTokens` alone, and so work with every
 interface. With most, the vectors stand in the sequence. With a `LayeredInterface`, the sequence has
-[IMG] and [/IMG] alone, and layers between those of the language model read the vectors.
+[IMG] and [/IMG] alone, and layers between those of the language model read the vectors. With a
+`RegressingInterface`, the language model predicts the vectors, too.
 
 Axes: B images, N rows of features, D feature width, n vectors of an image, H width of the language
 model, T text slots, R rows of the language model, S slots of a row, M images of a row.
@@ -97,6 +98,15 @@ class LayeredInterface(VisualInterface, Protocol):
 
   def extra_layers(self, params: Mapping[str, Any], images: RowImages) -> ExtraLayers:
     """The layers of the language model that read the vectors, by the interface's parameters."""
+    ...
+
+
+@runtime_checkable
+class RegressingInterface(VisualInterface, Protocol):
+  """An interface whose vectors the language model can draw; `in_sequence` is True."""
+
+  def regress(self, hidden: Array) -> Array:
+    """Hidden states [..., H] -> the input embeddings [..., H] of the next slots."""
     ...
 
 

@@ -13,7 +13,6 @@ import math
 from functools import partial
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -130,7 +129,11 @@ class CausalTransformer(nn.Module):
 
 
 class EmuInterface(nn.Module):
-  """Norm of the features, causal transformer and Linear(D, H)."""
+  """Norm of the features, causal transformer and Linear(D, H); and the regression head.
+
+  The head is Linear(H, H) without a bias, from hidden states to the input embeddings of the next
+  slots (emu_regression.py).
+  """
 
   llm_dim: int
   num_tokens: int
@@ -149,11 +152,10 @@ class EmuInterface(nn.Module):
     del num_features
     return self.num_tokens
 
-  @nn.compact
-  def __call__(self, features: Array, context: Context = NO_CONTEXT) -> VisualTokens:
-    """Features [B, N, E] with CLS; see `VisualInterface`."""
-    del context
-    transformer = CausalTransformer(
+  def setup(self):
+    """Makes the submodules."""
+    self.ln_visual = LayerNorm(EPSILON, self.dtype)
+    self.transformer = CausalTransformer(
       self.num_tokens,
       self.hidden_size,
       self.num_layers,
@@ -162,22 +164,19 @@ class EmuInterface(nn.Module):
       self.mlp_dim,
       self.dtype,
       self.remat,
-      name='transformer',
     )
-    normed = LayerNorm(EPSILON, self.dtype, name='ln_visual')(features)
-    project = nn.Dense(self.llm_dim, dtype=self.dtype, name='vit_proj')
-    return all_count(project(transformer(normed)))
+    self.vit_proj = nn.Dense(self.llm_dim, dtype=self.dtype)
+    init = nn.initializers.normal(0.02)
+    self.head = nn.Dense(self.llm_dim, use_bias=False, dtype=self.dtype, kernel_init=init)
 
+  def __call__(self, features: Array, context: Context = NO_CONTEXT) -> VisualTokens:
+    """Features [B, N, E] with CLS; see `VisualInterface`."""
+    del context
+    vectors = self.vit_proj(self.transformer(self.ln_visual(features)))
+    if self.is_initializing():
+      self.regress(vectors)  # so that `init` makes the parameters of the head, too
+    return all_count(vectors)
 
-class RegressionHead(nn.Module):
-  """Hidden states -> the input embeddings of the next slots: Linear(H, H) without a bias."""
-
-  dtype: Dtype = jnp.float32
-
-  @nn.compact
-  def __call__(self, hidden: Array) -> Array:
-    """[..., H] -> dtype[..., H]."""
-    width = hidden.shape[-1]
-    init = jax.nn.initializers.normal(0.02)
-    dense = nn.Dense(width, use_bias=False, dtype=self.dtype, kernel_init=init, name='proj')
-    return dense(hidden)
+  def regress(self, hidden: Array) -> Array:
+    """See `RegressingInterface`."""
+    return self.head(hidden)

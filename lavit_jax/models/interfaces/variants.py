@@ -26,7 +26,8 @@ from lavit_jax.models.interfaces.towers import Tower
 BERT_VOCABULARY = 30523  # with the decode token, which LAVIS appends
 LAVIT = 'lavit'
 # Those that a whole model may have in place of LaVIT's (models/lavit.py).
-OTHERS = ('linear', 'mlp', 'resampler', 'flamingo', 'qformer')
+OTHERS = ('linear', 'mlp', 'resampler', 'flamingo', 'qformer', 'emu')
+DRAWING = (LAVIT, 'emu')  # those with which the language model draws: codes, or vectors
 
 _RESAMPLER = dict(num_latents=64, num_layers=6, num_heads=8, head_dim=64, mlp_dim=4096)
 _QFORMER = dict(num_queries=32, hidden_size=768, num_layers=12, num_heads=12, mlp_dim=3072)

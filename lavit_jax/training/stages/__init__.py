@@ -4,6 +4,7 @@
     autoencoder   images                         -> vae                   L1, a little KL tiny only
     tokenizer     vit                            -> tokenizer, decoder    stage 1
     detokenizer   vit, tokenizer, decoder, vae   -> unet, decoder         stage 1b
+                  vit, interface, vae            -> unet                  with the condition `emu`
     lm            vit, tokenizer                 -> llama, understanding  stage 2
                   vit                            -> llama, interface      with another interface
     qformer       vit, captions                  -> interface             before lm with `qformer`
@@ -138,6 +139,8 @@ def stage_modules(name: str, options: StageOptions) -> ModuleNames:
   """The modules whose parameters a stage with these options reads from folders."""
   if isinstance(options, LanguageModelOptions):
     return language_model.module_names(options)
+  if isinstance(options, DetokenizerOptions):
+    return detokenizer.module_names(options)
   return stage_type(name).modules
 
 

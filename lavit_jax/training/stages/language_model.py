@@ -3,6 +3,7 @@
 [image, text] reads continuous features, [text, image] code embeddings (specification, Training).
 With another interface than LaVIT's (models/interfaces), [image, text] reads the vectors of that,
 and there is no [text, image]. Those of Flamingo are not in the sequence: extra layers read them.
+With Emu's, [text, image] has the vectors, too, and each of an image's is regressed.
 
 Axes: B images, N patches, n visual slots of an image, H width of the language model, R packed rows
 of S slots, V vocabulary.
@@ -22,6 +23,7 @@ from jax import Array
 from lavit_jax.errors import UserError
 from lavit_jax.models.initialization import init_params
 from lavit_jax.models.interfaces.base import RowImages
+from lavit_jax.models.interfaces.emu_regression import regression_loss, regression_slots
 from lavit_jax.models.interfaces.gated_cross_attention import gather_images, latest_image
 from lavit_jax.models.interfaces.variants import LAVIT
 from lavit_jax.models.lavit import LavitModules
@@ -66,6 +68,7 @@ class LanguageModelOptions:
   loss_chunks: int  # parts in which a row's logits are computed, for less memory
   image_loss: bool  # whether the codes of [image, text] are learned too
   max_overflow: float = 1.0  # share of the pairs that may find no room
+  regression_weight: float = 1.0  # of an embedding that is regressed, beside a word; of `emu`
   interface: str = LAVIT  # how images are seen: interfaces/variants.py
   lora: LoraOptions = LoraOptions()  # adapters in place of the parameters
 
@@ -122,6 +125,9 @@ def build(options: LanguageModelOptions, model: LavitModules, layout: BatchLayou
   The merger that understands starts as a copy of the tokenizer's and trains along; the codes stay
   stage 1's. Another interface starts anew, and trains without dropout.
 
+  With a `RegressingInterface`, the loss is the mean over words and regressed embeddings: as in Sun
+  et al. 2023, section 2.2, all elements of a sequence count alike, here by `regression_weight`.
+
   Raises:
     UserError: the rows do not divide, pairs may be longer than the language model reads, or codes
       should be learned that the interface does not have.
@@ -152,12 +158,16 @@ def build(options: LanguageModelOptions, model: LavitModules, layout: BatchLayou
       row_length=options.row_length,
       max_images=None if model.layered_interface is None else options.max_images,
       image_loss=options.image_loss,
+      draw_features=model.regressing_interface is not None,
     )
     kinds = jnp.where(rows.segments > 0, kind[jnp.maximum(rows.segments - 1, 0)], -1)
     return rows._replace(overflow=rows.overflow[None], used=rows.used[None]), kinds
 
   def run_llama(params, rows, vectors):
-    """Hidden states [R, S, H] of packed rows with the vectors [B, n, ...] of their images."""
+    """What packed rows with the vectors [B, n, ...] of their images read, and hidden states.
+
+    Both [R, S, H].
+    """
     embedded = apply_module(model.llama, params['llama'], rows.ids, method='embed')
     embedded = constrain_batch(embedded)
     extra = None
@@ -166,9 +176,10 @@ def build(options: LanguageModelOptions, model: LavitModules, layout: BatchLayou
     else:
       images = per_shard(images_of_shard, layout.shards, vectors, rows.ids, rows.segments)
       extra = model.layered_interface.extra_layers(params['interface'], images)
-    return apply_module(
+    hidden, _ = apply_module(
       model.llama, params['llama'], embedded, rows.positions, rows.segments, extra=extra
-    )[0]
+    )
+    return embedded, hidden
 
   def images_of_shard(vectors: Array, ids: Array, segments: Array) -> RowImages:
     ordinal = latest_image(ids == model.vocabulary.image_start, segments)
@@ -179,12 +190,19 @@ def build(options: LanguageModelOptions, model: LavitModules, layout: BatchLayou
     visual = encode_images(model, params, frozen, batch, key)
     texts = (batch['text'], batch['text_length'], batch['text_weight'], batch['kind'])
     rows, kinds = per_shard(pack_shard, layout.shards, *texts, visual.codes, visual.lengths)
-    hidden = run_llama(params, rows, visual.vectors)
+    embedded, hidden = run_llama(params, rows, visual.vectors)
     nll, correct = _next_token(model, params['llama'], hidden, rows.targets, options.loss_chunks)
     metrics = _metrics(rows, kinds, nll, correct)
     metrics |= dict(cut_texts=Sum(_count_cut_texts(batch)), **visual.in_bucket)
     if visual.keep is not None:
       metrics['keep_ratio'] = visual.keep.mean()
+    if model.regressing_interface is not None:
+      predicted = apply_module(model.interface, params['interface'], hidden, method='regress')
+      slots = regression_slots(rows.source, rows.segments)
+      regression = Mean(*regression_loss(predicted, embedded, slots))
+      weight = options.regression_weight
+      metrics['loss'] = jax.tree.map(lambda x, y: x + weight * y, metrics['loss'], regression)
+      metrics['loss_regression'] = regression
     total = metrics['loss']
     return total.total / jnp.maximum(total.weight, 1e-6), (state, metrics)
 

@@ -77,6 +77,11 @@ def plan_export(
     raise UserError(
       f'{src} has the interface {model.interface_name!r}, for which a {kind} folder has no place'
     )
+  if 'unet' in config['parts'] and model.condition_name != checkpoint_settings.CODES:
+    raise UserError(
+      f'{src} has a U-Net that reads the vectors of the interface {model.condition_name!r}, for '
+      f'which a {kind} folder has no place'
+    )
   _check_descriptions(src, config, kind, settings)
   files: dict[TargetFile, dict[str, ArraySpec]] = {}
   modules = []

@@ -11,7 +11,7 @@
     blip2_retrieval            pretraining, less the head of words and the temperature; tower
     blip2_transformers         interface, tower
     instructblip_transformers  interface, tower
-    emu                        interface, head, llama, tower
+    emu                        interface, llama, tower
 
 Names of no module are listed, such as those of the language models of BLIP-2.
 """
@@ -119,7 +119,6 @@ def _recognize_emu(names: Collection[str]) -> tuple[str, Tables] | None:
     return None
   tables = dict(
     interface=names_interfaces.emu_rules(),
-    head=names_interfaces.emu_head_rules(),
     llama=names_interfaces.emu_llama_rules(),
     tower=names_interfaces.emu_tower_rules(),
   )

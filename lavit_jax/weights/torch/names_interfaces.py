@@ -146,12 +146,8 @@ def emu_rules() -> list[NameRule]:
     ),
     NameRule(f'{decoder}final_layer_norm.weight', 'transformer/norm/scale'),
     *linear_rules('cformer.projection', 'vit_proj'),
+    NameRule('decoder.lm.stu_regress_head.weight', 'head/kernel', 'linear'),
   ]
-
-
-def emu_head_rules() -> list[NameRule]:
-  """`RegressionHead` in Emu's file."""
-  return [NameRule('decoder.lm.stu_regress_head.weight', 'proj/kernel', 'linear')]
 
 
 def emu_llama_rules() -> list[NameRule]:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from lavit_jax.models.interfaces import emu_regression
-from lavit_jax.models.interfaces.base import VisualInterface
-from lavit_jax.models.interfaces.emu import EmuInterface, RegressionHead, causal_buckets
+from lavit_jax.models.interfaces.base import RegressingInterface
+from lavit_jax.models.interfaces.emu import EmuInterface, causal_buckets
 from lavit_jax.models.llama import Llama, unroll_layers
 from lavit_jax.weights.torch import names_interfaces as names
 
@@ -55,6 +55,8 @@ class Emu(torch.nn.Module):
     super().__init__()
     self.ln_visual = torch.nn.LayerNorm(WIDTH, eps=1e-6)
     self.cformer = CausalFormer()
+    head = torch.nn.Linear(HIDDEN, HIDDEN, bias=False)
+    self.decoder = torch.nn.ModuleDict({'lm': torch.nn.ModuleDict({'stu_regress_head': head})})
 
   def forward(self, features):
     former = self.cformer
@@ -71,7 +73,7 @@ def test_every_block_and_the_vectors():
   features = arrays((2, 7, WIDTH))[0]
   interface = EmuInterface(HIDDEN, **SIZES)
   params, unused = port(names.emu_rules(), numpy_state(peer), interface, features)
-  assert not unused and isinstance(interface, VisualInterface)
+  assert not unused and isinstance(interface, RegressingInterface)
   run = jax.jit(functools.partial(interface.apply, mutable='intermediates'))
   tokens, sown = run({'params': params}, features)
   states, want = peer(torch.from_numpy(features))
@@ -146,8 +148,8 @@ def test_generation_feeds_each_vector_back():
   state = numpy_state(peer, rename='decoder.lm.{}'.format)
   params, unused = port(names.emu_llama_rules(), state, llama, prompt, positions, causal)
   assert not unused
-  head_state = {'decoder.lm.stu_regress_head.weight': numpy_state(head)['weight']}
-  head_params, _ = port(names.emu_head_rules(), head_state, RegressionHead(), prompt)
+  interface = EmuInterface(HIDDEN, **SIZES)
+  head_params = {'head': {'kernel': numpy_state(head)['weight'].T}}
   unrolled, layers = unroll_layers(llama, params)
 
   @jax.jit
@@ -164,7 +166,7 @@ def test_generation_feeds_each_vector_back():
       hidden, cache = run(vectors[:, None], here, mask, cache)
       return cache, hidden[:, 0]
 
-    apply_head = functools.partial(RegressionHead().apply, {'params': head_params})
+    apply_head = functools.partial(interface.apply, {'params': head_params}, method='regress')
     return emu_regression.regress(step, cache, hidden[:, -1], apply_head, TOKENS)[0]
 
   inputs = torch.from_numpy(prompt)

@@ -8,6 +8,7 @@ import pytest
 from nano import apply_module
 
 from lavit_jax.models import lavit
+from lavit_jax.models.initialization import init_params
 from lavit_jax.training.stages import build_stage
 
 nano.install()
@@ -37,6 +38,29 @@ def test_the_condition_is_dropped(detokenizer, batch):
     head = jax.tree.map(jnp.zeros_like, params['decoder']['context_proj_0'])
     other = {**params, 'decoder': {**params['decoder'], 'context_proj_0': head}}
     assert (loss(params, batch) != loss(other, batch)) == matters
+
+
+def test_the_unet_reads_the_vectors_of_an_interface(parts, batch):
+  run = nano.run('detokenizer', detokenizer__condition='emu', detokenizer__drop_condition=0.0)
+  assert run.stage.modules.required == ('vit', 'interface', 'vae') and not run.optimizer.freeze
+  assert run.model.unet.cross_attention_dim == 32  # as wide as the language model
+  shapes = jax.eval_shape(lambda: init_params(run.model, jax.random.key(0), ('interface', 'unet')))
+  rng = np.random.default_rng(0)
+  fresh = jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), shapes)
+  params = {'unet': fresh['unet']}
+  assert list(run.stage.export(params, {})) == ['unet']
+
+  @nano.jit
+  def loss(interface):
+    frozen = dict(vit=parts['vit'], vae=parts['vae'], interface=interface)
+    value, (state, metrics) = run.stage.loss(params, frozen, {}, batch, jax.random.key(1), True)
+    assert state == {} and list(metrics) == ['latent_std']
+    return value
+
+  blank = dict(
+    fresh['interface'], vit_proj=jax.tree.map(np.zeros_like, fresh['interface']['vit_proj'])
+  )
+  assert abs(loss(fresh['interface']) - loss(blank)) > 1e-3
 
 
 @pytest.mark.parametrize('kind', ['epsilon', 'v_prediction', 'sample'])

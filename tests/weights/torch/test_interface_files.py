@@ -6,7 +6,7 @@ import pytest
 
 from lavit_jax.models.clip_vit import ClipViT
 from lavit_jax.models.interfaces.base import Context
-from lavit_jax.models.interfaces.emu import EmuInterface, RegressionHead
+from lavit_jax.models.interfaces.emu import EmuInterface
 from lavit_jax.models.interfaces.gated_cross_attention import GatedLayers, RowImages
 from lavit_jax.models.interfaces.projections import LinearProjection, MlpProjection
 from lavit_jax.models.interfaces.qformer import QFormerInterface
@@ -30,7 +30,6 @@ MODULES = dict(
   instructed=QFormerInterface(8, **QFORMER, vocab_size=9, max_positions=5),
   pretraining=QFormerPretraining(**QFORMER, vocab_size=9, output_dim=4, max_positions=5),
   emu=EmuInterface(8, 2, hidden_size=8, num_layers=2, num_heads=2, head_dim=4, mlp_dim=12),
-  head=RegressionHead(),
   llama=Llama(9, 8, 2, 2, 2, 4, 12),
   clip=ClipViT(16, 8, 6, 2, 2, 8),
   eva=ViT(16, 8, 6, 2, 2, 3, 8, 4),
@@ -45,7 +44,6 @@ X, TEXT, PIXELS = struct(1, 3, 6), struct(1, 3, dtype=INT), struct(1, 16, 16, 3)
 INPUTS = dict(
   gated=(struct(1, 3, 8), RowImages(struct(1, 1, 2, 6), TEXT)),
   instructed=(X, Context(instruction=TEXT)),
-  head=(struct(1, 8),),
   llama=(struct(1, 3, 8), TEXT, struct(1, 1, 3, 3, dtype=np.bool_)),
   clip=(PIXELS,),
   eva=(PIXELS,),
@@ -106,7 +104,6 @@ FORMS = {
   ),
   'emu': dict(
     interface=('emu', names_interfaces.emu_rules()),
-    head=('head', names_interfaces.emu_head_rules()),
     llama=('llama', names_interfaces.emu_llama_rules()),
     tower=('eva', names_interfaces.emu_tower_rules()),
   ),
