@@ -46,6 +46,8 @@ RULES: Rules = (
   (r'(^state|/quantizer)/embedding$', P()),  # the codebook, [K, C]
   (r'/(embedding|word_embed)$', P('tensor', 'fsdp')),  # [V, D]
   (r'/head$', P('fsdp', 'tensor')),  # [D, V]
+  (r'/lora/a$', P('fsdp', None)),  # [..., I, r], of an adapter
+  (r'/lora/b$', P(None, 'fsdp')),  # [..., r, O]
 )
 
 

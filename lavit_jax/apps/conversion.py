@@ -23,7 +23,7 @@ from rich.tree import Tree
 
 from lavit_jax.weights.store import arrays, folder
 from lavit_jax.weights.store.metadata import read_checksums
-from lavit_jax.weights.torch import formats, interface_folders
+from lavit_jax.weights.torch import adapters, files, formats, interface_folders
 from lavit_jax.weights.torch.conversion_plan import Conversion
 from lavit_jax.weights.torch.tensors import ArraySpec
 
@@ -117,8 +117,27 @@ def inspect(path: str | os.PathLike) -> None:
   is_checkpoint = path.is_dir() and 'variant' in formats.read_json(path / 'config.json')
   if is_checkpoint:
     _inspect_checkpoint(path)
+  elif path.is_dir() and adapters.is_adapter_folder(path):
+    _inspect_adapters(path)
   else:
     _inspect_torch(path)
+
+
+def _inspect_adapters(path: pathlib.Path) -> None:
+  """Prints the modules that adapters belong to, and what they were trained beside."""
+  console = _console()
+  info = adapters.read_info(path)
+  tree = Tree(f'{path}: adapters (LoRA)')
+  for module in info.get('modules', ['llama']):
+    folder_of_module = path / module if info else path
+    tensors = files.load(folder_of_module, adapters.STEM).values()
+    config = formats.read_json(folder_of_module / adapters.CONFIG)
+    parameters = sum(math.prod(tensor.shape) for tensor in tensors)
+    layers = config.get('target_modules') or 'in full'
+    layers = layers if isinstance(layers, str) else ', '.join(layers)
+    tree.add(f'{module}: {parameters:,} parameters, rank {config.get("r")}: {layers}')
+  console.print(tree)
+  console.print_json(json.dumps(info or formats.read_json(path / adapters.CONFIG)))
 
 
 def _inspect_torch(path: pathlib.Path) -> None:

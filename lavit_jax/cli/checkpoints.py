@@ -47,6 +47,13 @@ def _add_convert(commands: Commands) -> None:
     metavar='DIR',
     help='folder to write, as --src of this machine or of a store: gs://BUCKET/model',
   )
+  parser.add_argument(
+    '--adapter',
+    type=local_path,
+    metavar='DIR',
+    help='adapters (RUN/export with lora.rank, or a folder of peft) to merge into a lavit_jax '
+    'checkpoint; the result is one, too',
+  )
   parser.add_argument('--dry-run', action='store_true', help='print the plan and write nothing')
   parser.add_argument(
     '--variant', metavar='NAME', help='model size (default: the largest that fits the files)'
@@ -133,6 +140,7 @@ def _convert(args: argparse.Namespace) -> None:
       grow=not args.keep_vocabulary,
       weights_variant=args.weights_variant,
       allow_nonfinite=args.allow_nonfinite,
+      adapter=args.adapter,
     )
     conversion.run(plan, args.dry_run)
 

@@ -86,6 +86,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     help='checkpoint folder (default: %(default)s)',
   )
   parser.add_argument(
+    '--adapter',
+    type=local_path,
+    metavar='DIR',
+    help='adapters beside the weights: RUN/export of a run with lora.rank, or a folder of peft',
+  )
+  parser.add_argument(
     '--dtype',
     choices=('float32', 'bfloat16'),
     help='compute dtype (default: bfloat16 on accelerators, float32 on CPUs)',
@@ -154,4 +160,5 @@ def load_model(args: argparse.Namespace) -> Lavit:
     weights_dtype=args.weights_dtype,
     cache_dtype=args.cache_dtype,
     safety_checker=args.safety_checker,
+    adapter=args.adapter,
   )

@@ -14,7 +14,15 @@ if TYPE_CHECKING:
 
 IMAGE_ROW = '{"image": "cat.png"}'
 # Every result depends on these; result files record them.
-MODEL_OPTIONS = ('folder', 'dtype', 'weights_dtype', 'cache_dtype', 'safety_checker', 'seed')
+MODEL_OPTIONS = (
+  'folder',
+  'adapter',
+  'dtype',
+  'weights_dtype',
+  'cache_dtype',
+  'safety_checker',
+  'seed',
+)
 # The other options, apart from these, are arguments of the model's method.
 COMMAND_OPTIONS = (
   'command',
@@ -364,7 +372,7 @@ def _recorded_settings(args: argparse.Namespace, method_options: dict[str, Any])
   for name in MODEL_OPTIONS:
     if getattr(args, name) is not None:
       settings[RECORDED_NAMES.get(name, name)] = getattr(args, name)
-  for name in ('folder', 'start'):  # the same folder may be spelled in several ways
+  for name in ('folder', 'adapter', 'start'):  # the same folder may be spelled in several ways
     if name in settings:
       settings[name] = os.path.realpath(expand_home(settings[name]))
   return settings

@@ -31,6 +31,7 @@ from lavit_jax.compile.topology import (
 from lavit_jax.training import flops
 from lavit_jax.training.run import Run, resolve_abstract
 from lavit_jax.training.run_config import read_mesh
+from lavit_jax.training.stages.base import frozen_params
 from lavit_jax.training.train_step import abstract_inputs, make_init, make_train_step
 
 
@@ -185,7 +186,7 @@ def abstract_step(run: Run) -> tuple[Callable[..., Any], tuple[Any, ...]]:
   init, tx = make_init(run, loaded)
   state = jax.eval_shape(init, jax.random.key(0), loaded)
   shardings = sharding.shardings(state, run.mesh)
-  frozen = {name: loaded[name] for name in run.stage.modules.needs}
+  frozen = frozen_params(run.stage, loaded)
   batch_sharding = NamedSharding(run.mesh, sharding.BATCH)
   inputs = (
     with_shardings(state, shardings),

@@ -37,7 +37,9 @@ from lavit_jax.inference.image_tasks import ImageTasks
 from lavit_jax.inference.text_tasks import TextTasks
 from lavit_jax.local_paths import expand_home
 from lavit_jax.models import lavit
+from lavit_jax.models.interfaces.variants import LAVIT
 from lavit_jax.weights.loader import CheckpointInfo, LazyParams, open_checkpoint
+from lavit_jax.weights.torch.adapters import load_adapters, read_info, with_settings
 
 DTYPES = (None, 'float32', 'bfloat16', 'float16')
 WEIGHTS_DTYPES = (None, 'int8')
@@ -113,6 +115,7 @@ class Lavit(TextTasks, ImageTasks, DeprecatedNames):
     weights_dtype: str | None = None,
     cache_dtype: str | None = None,
     safety_checker: bool = True,
+    adapter: str | os.PathLike | None = None,
   ) -> Lavit:
     """Opens a checkpoint: one of lavit_jax (weights/store) or of PyTorch (weights/torch).
 
@@ -128,16 +131,20 @@ class Lavit(TextTasks, ImageTasks, DeprecatedNames):
       cache_dtype: of the language model's keys and values: 'bfloat16' or 'int8'; None for `dtype`.
       safety_checker: whether images that the checkpoint's safety checker flags are returned black,
         with a line in the log.
+      adapter: a folder of adapters, as for `load_adapter`.
 
     Raises:
       UserError: the folder is missing, damaged, or of another variant; an unknown dtype; the mesh
-        does not fit the devices.
+        does not fit the devices; or as `load_adapter`.
     """
     _check_choice('dtype', dtype, DTYPES)
     checkpoint = open_checkpoint(expand_home(folder), variant)
     compute_dtype = dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
-    modules = lavit.build(checkpoint.variant, compute_dtype, settings=checkpoint.settings)
-    return cls(
+    settings = checkpoint.settings
+    if adapter is not None:
+      settings = with_settings(settings, read_info(expand_home(adapter)))
+    modules = lavit.build(checkpoint.variant, compute_dtype, settings=settings)
+    model = cls(
       modules,
       checkpoint,
       checkpoint.tokenizer_folder,
@@ -146,6 +153,34 @@ class Lavit(TextTasks, ImageTasks, DeprecatedNames):
       safety_checker=safety_checker,
       mesh=mesh,
     )
+    if adapter is not None:
+      model.load_adapter(adapter)
+    return model
+
+  def load_adapter(self, folder: str | os.PathLike) -> None:
+    """Puts adapters beside the parameters, which stay in memory as they are.
+
+    They take the place of those that were loaded before. `unload_adapter` removes them. A warning
+    in the log says if they were trained beside other numbers than those of this checkpoint.
+
+    Args:
+      folder: RUN/export of a run with `lora.rank`, or a folder of the library peft.
+
+    Raises:
+      UserError: it is no such folder, is damaged, or is of another model.
+    """
+    folder = expand_home(folder)
+    brought = with_settings({}, read_info(folder)).get('interface', {}).get('name', LAVIT)
+    if read_info(folder) and brought != self.modules.interface_name:
+      raise UserError(
+        f'{folder} is for the interface {brought!r}, and this model has '
+        f'{self.modules.interface_name!r}; open the checkpoint by from_pretrained(adapter=...)'
+      )
+    self.params.use_adapters(load_adapters(folder, self.modules))
+
+  def unload_adapter(self) -> None:
+    """Removes the adapters that `load_adapter` put beside the parameters."""
+    self.params.use_adapters(None)
 
 
 def _check_choice(name: str, value: str | None, choices: tuple[str | None, ...]) -> None:

@@ -15,6 +15,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from lavit_jax.models.layers import Dtype
+from lavit_jax.models.lora import Dense, add_low_rank
 from lavit_jax.models.remat import SAVED_PROJ, SAVED_QKV
 
 QUERY_BLOCK = 256  # queries whose scores are in memory at once, in long rows and prompts
@@ -270,7 +271,7 @@ class QKV(nn.Module):
     """Input x [..., D] -> `count` arrays dtype[..., W]."""
     init = nn.initializers.lecun_normal(batch_axis=0)
     kernel = self.param('kernel', init, (self.count, x.shape[-1], self.features)).astype(self.dtype)
-    qkv = [x.astype(self.dtype) @ w for w in kernel]
+    qkv = add_low_rank(self, x, [x.astype(self.dtype) @ w for w in kernel])
     if self.use_bias:
       bias = self.param('bias', nn.initializers.zeros, (self.count, self.features)).astype(
         self.dtype
@@ -302,7 +303,7 @@ class SelfAttention(nn.Module):
     if not self.key_bias:
       q = q + self.param('q_bias', nn.initializers.zeros, (width,)).astype(self.dtype)
       v = v + self.param('v_bias', nn.initializers.zeros, (width,)).astype(self.dtype)
-    project = nn.Dense(x.shape[-1], dtype=self.dtype, name='proj')
+    project = Dense(x.shape[-1], dtype=self.dtype, name='proj')
     return attend_and_project(q, k, v, self.num_heads, attend, project)
 
 
@@ -316,8 +317,8 @@ class CrossAttention(nn.Module):
   def __call__(self, x: Array, memory: Array, attend: Attend = attention) -> Array:
     """Input x [B, N, D] and memory [B, K, E] -> dtype[B, N, D]."""
 
-    def linear(name: str) -> nn.Dense:
-      return nn.Dense(x.shape[-1], dtype=self.dtype, name=name)
+    def linear(name: str) -> Dense:
+      return Dense(x.shape[-1], dtype=self.dtype, name=name)
 
     q = linear('query')(x)
     k = linear('key')(memory)

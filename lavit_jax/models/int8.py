@@ -8,6 +8,7 @@ do not fuse it; see `_product_on_cpu`.
 Axes: N rows of activations, I input and O output channels.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +16,10 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+
+from lavit_jax.models.lora import add_low_rank
 
 LANES = 32  # partial sums of an output channel: the float32 of two vector registers
 MAX_TERMS = 64  # products of one partial sum: they are unrolled
@@ -84,7 +88,7 @@ def weight(module: nn.Module, name: str, init: Callable, shape: tuple[int, int])
 
 
 class Linear(nn.Module):
-  """x @ kernel without a bias; the kernel is f32[I, O] or Int8."""
+  """x @ kernel without a bias; the kernel is f32[I, O] or Int8, and may have an adapter."""
 
   features: int
   dtype: Any = jnp.float32
@@ -93,7 +97,8 @@ class Linear(nn.Module):
   def __call__(self, x: Array) -> Array:
     """[..., I] -> dtype[..., O]."""
     kernel = weight(self, 'kernel', nn.initializers.lecun_normal(), (x.shape[-1], self.features))
-    return product(x.astype(self.dtype), kernel, self.dtype)
+    (y,) = add_low_rank(self, x, [product(x.astype(self.dtype), kernel, self.dtype)])
+    return y
 
 
 def product(x: Array, kernel: Array | Int8, out_dtype: Any) -> Array:
@@ -109,6 +114,15 @@ def product(x: Array, kernel: Array | Int8, out_dtype: Any) -> Array:
   """
   if not isinstance(kernel, Int8):
     return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=out_dtype)
+  return _int8_product(x, kernel, out_dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _int8_product(x: Array, kernel: Int8, out_dtype: Any) -> Array:
+  """`product` by an Int8, through which gradients pass to x; the Int8 itself has none.
+
+  Without a rule of its own, backward would keep the kernels as floats.
+  """
   chex.assert_shape(kernel.values, (None, x.shape[-1]))
   # In a loop the weights are constant, and XLA would convert all of them before it begins. The
   # barrier makes them seem to depend on x.
@@ -124,6 +138,22 @@ def product(x: Array, kernel: Array | Int8, out_dtype: Any) -> Array:
   y = jax.lax.platform_dependent(rows, values, cpu=_product_on_cpu, default=product_elsewhere)
   y = y * kernel.scale
   return y.reshape(*x.shape[:-1], -1).astype(out_dtype)
+
+
+def _product_forward(x: Array, kernel: Int8, out_dtype: Any) -> tuple[Array, tuple]:
+  return _int8_product(x, kernel, out_dtype), (kernel, jnp.zeros((0,), x.dtype))
+
+
+def _product_backward(out_dtype: Any, kept: tuple, gradient: Array) -> tuple[Array, Int8]:
+  del out_dtype
+  kernel, like = kept
+  scaled = (gradient * kernel.scale).astype(like.dtype)
+  of_x = jnp.matmul(scaled, kernel.values.astype(like.dtype), preferred_element_type=like.dtype)
+  no_gradient = np.zeros(kernel.values.shape, jax.dtypes.float0)
+  return of_x, Int8(no_gradient, jnp.zeros_like(kernel.scale))  # pyright: ignore[reportArgumentType]
+
+
+_int8_product.defvjp(_product_forward, _product_backward)
 
 
 def _product(x: Array, values: Array, dtype: Any = jnp.float32) -> Array:

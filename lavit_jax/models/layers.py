@@ -14,6 +14,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from lavit_jax.models.int8 import Linear
+from lavit_jax.models.lora import Dense
 from lavit_jax.models.remat import SAVED_MLP_OUT
 
 Dtype = Any
@@ -71,8 +72,8 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     """[..., D] -> dtype[..., D]."""
-    hidden = self.activation(nn.Dense(self.mlp_dim, dtype=self.dtype, name='fc1')(x))
-    out = nn.Dense(x.shape[-1], dtype=self.dtype, name='fc2')(hidden)
+    hidden = self.activation(Dense(self.mlp_dim, dtype=self.dtype, name='fc1')(x))
+    out = Dense(x.shape[-1], dtype=self.dtype, name='fc2')(hidden)
     return checkpoint_name(out, SAVED_MLP_OUT)
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lavit_jax.models.layers import Dtype
+from lavit_jax.models.lora import Dense
 from lavit_jax.models.merger import Merged, Merger
 from lavit_jax.models.quantizer import Quantizer
 from lavit_jax.models.selector import Selector, gumbel_keep
@@ -131,7 +132,7 @@ class Understanding(nn.Module):
       self.remat,
       capacities=self.capacities,
     )
-    self.vit_proj = nn.Dense(self.llm_dim, dtype=self.dtype)
+    self.vit_proj = Dense(self.llm_dim, dtype=self.dtype)
 
   def __call__(self, x: Array, keep: Array) -> Array:
     """Patch features [B, N, D] and keep f32[B, N] -> dtype[B, N, H]."""

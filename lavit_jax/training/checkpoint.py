@@ -86,6 +86,7 @@ class Checkpoints:
       metadata = self._read_metadata(step)
       compatibility.check_identity(self._path(step), metadata, self.identity)
       compatibility.check_settings(self._path(step), metadata, self.settings)
+      compatibility.check_scale(self._path(step), metadata, self.config)
     return step
 
   def changes(self, step: int) -> tuple[list[str], list[str]]:

@@ -90,6 +90,24 @@ def check_settings(path: pathlib.Path, metadata: Mapping[str, Any], settings: Se
       )
 
 
+def check_scale(path: pathlib.Path, metadata: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+  """Raises UserError where the adapters of a checkpoint would have another effect than they had.
+
+  Args:
+    path: of the checkpoint.
+    metadata: of the checkpoint.
+    config: of the run.
+  """
+  before, now = (each.get('lora', {}) for each in (metadata['config'], config))
+  for key in ('alpha', 'rslora'):
+    if now.get('rank') and before.get(key, now[key]) != now[key]:
+      raise UserError(
+        f'{path} was trained with lora.{key}={before[key]}, and the config has {now[key]}, with '
+        f'which its adapters have another effect; give --config.lora.{key}={before[key]}, or '
+        'choose another --workdir'
+      )
+
+
 def check_names(path: pathlib.Path, saved: set[str], expected: set[str]) -> None:
   """Raises UserError if a checkpoint has other arrays ('path [shape]') than the train state."""
   differing = sorted(saved ^ expected)

@@ -17,14 +17,14 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from lavit_jax import sharding
 from lavit_jax.data import loader
-from lavit_jax.models import lavit
+from lavit_jax.models import lavit, lora
 from lavit_jax.models.initialization import init_params
 from lavit_jax.models.interfaces.base import RowImages
 from lavit_jax.models.lavit import LavitModules
 from lavit_jax.training import optimizer, stages
 from lavit_jax.training.run import Run
 from lavit_jax.training.stages import LanguageModelOptions
-from lavit_jax.training.stages.base import apply_module, image_features
+from lavit_jax.training.stages.base import apply_module, frozen_params, image_features
 from lavit_jax.training.train_step import abstract_inputs
 
 ONE_CPU = AbstractMesh(
@@ -94,7 +94,7 @@ def trace_step(run: Run) -> float:
   stage = stages.build_stage(run.stage_name, run.options, model, layout)
   loaded, batch = abstract_inputs(run)
   params, state = jax.eval_shape(stage.init, jax.random.key(0), loaded)
-  frozen = {name: loaded[name] for name in stage.modules.needs}
+  frozen = frozen_params(stage, loaded)
 
   def step(params, frozen, state, batch):
     def loss(params):
@@ -117,6 +117,7 @@ def pair_flops(run: Run) -> PairFlops:
   if model.interface is not None:
     names = ('vit', 'interface', 'llama')
   params = jax.eval_shape(lambda: init_params(model, jax.random.key(0), names))
+  adapters = _adapters(run, params)
   image = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.uint8)
   slots = jax.ShapeDtypeStruct((1, options.row_length), jnp.int32)
 
@@ -126,14 +127,21 @@ def pair_flops(run: Run) -> PairFlops:
   def trace_gradient(
     name: str, function: Callable, *inputs, argnums: Sequence[int] = (0,)
   ) -> float:
-    """Of a function of parameters and inputs with the gradient of its outputs' sum."""
+    """Of a function of parameters and inputs with the gradient of its outputs' sum.
 
-    def loss(p, *inputs):
+    Beside weights with adapters, the parameters are the adapters.
+    """
+    base, trained = (params[name], adapters[name]) if name in adapters else (None, params[name])
+
+    def loss(p, base, *inputs):
       p = optimizer.stop_frozen_gradients(run.optimizer, {name: p})[name]
+      if base is not None:
+        p = lora.attach(base, p, 1.0)
       outputs = jax.tree.leaves(function(p, *inputs))
       return sum(array.astype(jnp.float32).sum() for array in outputs)
 
-    return trace(name, jax.grad(loss, argnums), *inputs)
+    argnums = tuple(number and number + 1 for number in argnums)  # after the weights
+    return count(jax.make_jaxpr(jax.grad(loss, argnums))(trained, base, *inputs))
 
   def features(p, image):
     if model.interface is not None:
@@ -193,7 +201,9 @@ def pair_flops(run: Run) -> PairFlops:
   # Two products for each pair of slots, of queries and keys, and of scores and values. Whatever is
   # frozen, their gradients lead to the images.
   attention = 3 * 2 * 2 * llama.num_heads * llama.head_dim * llama.num_layers
-  encoded = trace('vit', features, image)
+  encode = trace_gradient if adapters.get('vit') else trace
+  encoded = encode('vit', features, image)
+  to_features = (0, 1) if adapters.get('vit') else (0,)
   if model.interface is not None:
     seen = trace_gradient('interface', read_by_interface, x)
     drawn = 0.0
@@ -206,7 +216,7 @@ def pair_flops(run: Run) -> PairFlops:
     of_images = (
       encoded + trace('tokenizer', select, x),
       trace('tokenizer', code, x, keep),
-      trace_gradient('understanding', read, x, keep),
+      trace_gradient('understanding', read, x, keep, argnums=to_features),
     )
   products = trace_gradient('llama', row, stream, slots, argnums=(0, 1))
   return PairFlops(
@@ -214,6 +224,14 @@ def pair_flops(run: Run) -> PairFlops:
     row=products - options.row_length**2 * attention + extra_products(),
     attention=attention,
   )
+
+
+def _adapters(run: Run, params: dict[str, Any]) -> dict[str, Any]:
+  """The shapes of the adapters of each module beside whose weights they stand; {} for none."""
+  if run.stage.base is None:
+    return {}
+  trained, _ = jax.eval_shape(run.stage.init, jax.random.key(0), params)
+  return {name: trained.get(name, {}) for name in params if name in run.stage.modules.needs}
 
 
 def _without_remat(run: Run) -> LavitModules:

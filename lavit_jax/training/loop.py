@@ -37,7 +37,7 @@ from lavit_jax.training.metrics import MetricLogger
 from lavit_jax.training.profiler import ProfilerTrace
 from lavit_jax.training.run import Run, resolve
 from lavit_jax.training.saver import Saver, is_due
-from lavit_jax.training.stages.base import Tree
+from lavit_jax.training.stages.base import Tree, frozen_params
 from lavit_jax.training.train_step import TrainState, make_init, make_train_step
 from lavit_jax.training.watch import MetricWatch
 from lavit_jax.weights.store.arrays import ParameterSource
@@ -101,8 +101,8 @@ def train(
     with goodput.phase('restore'):
       start = _restore_or_init(run, inputs)
     goodput.resume(start.step)
-    shapes = parameters.module_shapes(inputs.sources)
-    notes = option_warnings(run, shapes, trace, start.step)
+    notes = option_warnings(run, _loaded_shapes(inputs), trace, start.step)
+    inputs = inputs._replace(frozen=frozen_params(run.stage, inputs.frozen))
     interrupt.check()
 
     log = MetricLogger(
@@ -136,7 +136,7 @@ def _open_inputs(run: Run, stack: contextlib.ExitStack, goodput: Goodput) -> _In
   """Opens everything that the run reads, and then what it writes; `stack` closes it."""
   with goodput.phase('restore'):
     sources = parameters.open_modules(run.variant, run.folders)
-    frozen = parameters.read_modules(sources, run.stage.modules.needs, run.mesh)
+    frozen = parameters.read_frozen(sources, run.folders, run.stage, run.mesh)
   skipped = SkipCounter(jax.process_count() == 1)
   batches = open_batches(run, 'train', skipped)
   stack.callback(batches.close)
@@ -150,7 +150,7 @@ def _open_inputs(run: Run, stack: contextlib.ExitStack, goodput: Goodput) -> _In
 
 def _restore_or_init(run: Run, inputs: _Inputs) -> _Start:
   """The train state of the last checkpoint, or a fresh one."""
-  loaded_shapes = parameters.module_shapes(inputs.sources)
+  loaded_shapes = _loaded_shapes(inputs)
   init, tx = make_init(run, loaded_shapes)
   key = key_for(run.seed, Purpose.WEIGHTS)
   shapes = jax.eval_shape(init, key, loaded_shapes)
@@ -165,6 +165,11 @@ def _restore_or_init(run: Run, inputs: _Inputs) -> _Start:
     loaded = parameters.read_modules(inputs.sources, own, run.mesh)
     state = _first_state(init, shardings, key, loaded, inputs.frozen)
   return _Start(step, state, abstract, tx)
+
+
+def _loaded_shapes(inputs: _Inputs) -> dict[str, Tree]:
+  """The parameters of the run's folders, the frozen ones as they are held."""
+  return {**parameters.module_shapes(inputs.sources), **jax.eval_shape(lambda: inputs.frozen)}
 
 
 def _first_state(

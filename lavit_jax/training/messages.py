@@ -67,6 +67,12 @@ def log_start(
     if run.model.regressing_interface is not None:
       drawing = 'which are regressed, too, in place of codes'
     log.print_line(f'interface {run.model.interface_name}: {tokens}, {drawing}')
+  if isinstance(run.options, LanguageModelOptions) and run.stage.base is not None:
+    lora = run.options.lora
+    modules = ', '.join(abstract.params)
+    log.print_line(
+      f'adapters of rank {lora.rank} in {modules}; the weights beside them are {lora.base_dtype}'
+    )
   if not start_step:
     return
   harmless, inexact = checkpoints.changes(start_step)
@@ -99,5 +105,6 @@ def log_end(
       'says so, and is only for init_from'
     )
   before = ' before; a larger num_steps goes on' if start_step >= run.num_steps else ''
-  log.print_line(f'done{before}; the weights are in {run.workdir / "export"}')
+  what = 'weights' if run.stage.base is None else 'adapters'
+  log.print_line(f'done{before}; the {what} are in {run.workdir / "export"}')
   log.print_line(goodput.totals().line())

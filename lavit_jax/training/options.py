@@ -20,6 +20,7 @@ from lavit_jax.errors import UserError
 from lavit_jax.models.interfaces.variants import LAVIT, OTHERS
 from lavit_jax.models.remat import REMAT_POLICIES
 from lavit_jax.models.settings import CONDITIONS
+from lavit_jax.training.lora import BASE_DTYPES, BIASES
 from lavit_jax.training.profiler import parse_steps
 from lavit_jax.training.schedule import SCHEDULES
 
@@ -251,6 +252,14 @@ OPTIONS: dict[str, Kind] = {
   'lm.image_loss': Flag(),
   'lm.regression_weight': WEIGHT,
   'lm.max_overflow': SHARE,
+  'lora.rank': COUNT,
+  'lora.alpha': Number(float, 0, 1e6, above=True),
+  'lora.dropout': DECAY,
+  'lora.targets': Regexes(),
+  'lora.modules_to_save': Regexes(),
+  'lora.bias': Choice(BIASES),
+  'lora.rslora': Flag(),
+  'lora.base_dtype': Choice(BASE_DTYPES),
   'qformer.output_dim': AT_LEAST_ONE,
   'qformer.dropout_rate': DECAY,
   'optim.learning_rate': Number(float, 0, 1, above=True),

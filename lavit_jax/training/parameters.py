@@ -16,7 +16,8 @@ from lavit_jax.models.lavit import variant_config
 from lavit_jax.models.settings import GROUPS, differences, for_modules, format_setting
 from lavit_jax.training import codebook
 from lavit_jax.training.checkpoint import saved_settings
-from lavit_jax.training.stages.base import ModuleNames, Tree
+from lavit_jax.training.lora import read_base
+from lavit_jax.training.stages.base import ModuleNames, Stage, Tree
 from lavit_jax.weights.store import folder, metadata, remote
 from lavit_jax.weights.store.arrays import ParameterSource, flatten, read_module, unflatten
 
@@ -181,6 +182,32 @@ def read_modules(
   sources = {name: sources[name] for name in names}
   shardings = sharding.shardings(module_shapes(sources), mesh)
   return {name: read_module(source, shardings[name]) for name, source in sources.items()}
+
+
+def read_frozen(
+  sources: Mapping[str, ParameterSource],
+  folders: Sequence[ParameterFolder],
+  stage: Stage,
+  mesh: Mesh,
+) -> dict[str, Tree]:
+  """Reads the modules that a stage needs, as they are held (`Stage.base`).
+
+  Args:
+    sources: from `open_modules`.
+    folders: that the run starts from.
+    stage: of the run.
+    mesh: of the devices.
+
+  Raises:
+    UserError: a folder is damaged.
+  """
+  needs = stage.modules.needs
+  narrow = [] if stage.base is None else stage.base.modules(needs)
+  params = read_modules(sources, [name for name in needs if name not in narrow], mesh)
+  paths = {name: given.path for given in folders if given.frozen for name in given.modules}
+  for name in narrow:
+    params[name] = read_base(stage.base, paths[name], name, mesh)
+  return params
 
 
 def load_params(variant: str, folders: Sequence[ParameterFolder], mesh: Mesh) -> dict[str, Tree]:

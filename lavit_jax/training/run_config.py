@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from lavit_jax.data import loader
 from lavit_jax.errors import UserError
+from lavit_jax.models.interfaces.variants import LAVIT
 from lavit_jax.models.lavit import LavitModules
 from lavit_jax.training import interface_options, options, stages
 from lavit_jax.training.config import config_leaves, read_options
@@ -188,6 +189,11 @@ def check_config(typed: TypedConfig, shards: int) -> None:
     qformer.check_captions(shares, data.sources, data.heldout)
   if isinstance(typed.options, LanguageModelOptions):
     interface_options.check_drawing(typed.options.interface, shares, data.sources, data.heldout)
+    if typed.options.lora.rank and typed.options.interface == LAVIT and typed.common.init_from:
+      raise UserError(
+        f'init_from={typed.common.init_from} with lora.rank={typed.options.lora.rank}: adapters '
+        'train beside weights that stay as they are; name the folder in frozen'
+      )
   _check_pieces(typed, shards)
 
 

@@ -10,6 +10,7 @@ that is being read.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
@@ -21,15 +22,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from lavit_jax import sharding
 from lavit_jax.errors import UserError
-from lavit_jax.models import lavit
+from lavit_jax.models import lavit, lora
 from lavit_jax.models.int8 import quantize_weight
 from lavit_jax.models.noise_schedule import Scheduler
 from lavit_jax.weights.store.arrays import ParameterSource, flatten, unflatten
 from lavit_jax.weights.store.folder import open_params, read_config, read_settings
-from lavit_jax.weights.store.metadata import check_codebook
-from lavit_jax.weights.torch import configs, formats, matching, name_tables, weight_files
+from lavit_jax.weights.store.metadata import check_codebook, module_digest
+from lavit_jax.weights.torch import configs, finite, formats, matching, name_tables, weight_files
+from lavit_jax.weights.torch.adapters import Adapters, ModuleAdapter, base_notes
 from lavit_jax.weights.torch.api import open_torch
 
+LOG = logging.getLogger(__name__)
 # These modules choose codes or generate pixels; they compute in float32 whatever the compute dtype.
 FLOAT32_MODULES = ('tokenizer', 'vae', 'highres_vae', 'uncond_embeddings')
 # `LazyParams['codebook']` is this one leaf of the tokenizer, all that image generation needs of it.
@@ -47,6 +50,7 @@ class CheckpointInfo(NamedTuple):
     modules: the names of the modules whose parameters are there.
     open: (module, dtype=...) -> a source of its parameters.
     settings: of the checkpoint (models/settings.py).
+    digest: module -> a digest of its numbers; None if the folder has none.
   """
 
   variant: str
@@ -54,6 +58,7 @@ class CheckpointInfo(NamedTuple):
   modules: frozenset[str]
   open: Callable[..., ParameterSource]
   settings: Mapping[str, Mapping[str, Any]]
+  digest: Callable[[str], str] | None = None
 
 
 def open_checkpoint(folder: str | os.PathLike, variant: str | None = None) -> CheckpointInfo:
@@ -111,6 +116,7 @@ def _open_own_folder(folder: pathlib.Path) -> CheckpointInfo:
     modules=frozenset(config['parts']),
     open=functools.partial(open_params, folder),
     settings=read_settings(folder),
+    digest=functools.partial(module_digest, folder),
   )
 
 
@@ -140,7 +146,11 @@ class LazyParams:
     self._modules = modules
     self._weights_dtype = weights_dtype
     self._params: dict[str, Any] = {}
+    self._adapters: dict[str, ModuleAdapter] = {}
+    self._adapted: dict[str, Any] = {}  # the params of modules that have adapters
+    self._digest: Callable[[str], str] | None = None
     if isinstance(checkpoint, CheckpointInfo):
+      self._digest = checkpoint.digest
       self._available = checkpoint.modules
       self._open = checkpoint.open
     else:
@@ -150,7 +160,19 @@ class LazyParams:
   @property
   def loaded(self) -> frozenset[str]:
     """The names of the modules that have been read."""
-    return frozenset(self._params)
+    return frozenset(self._params.keys() | self._adapted.keys())
+
+  def use_adapters(self, adapters: Adapters | None) -> None:
+    """Puts adapters beside the parameters, in place of earlier ones; None for none.
+
+    The parameters that have been read stay where they are. A warning in the log names the modules
+    that are not those beside which the adapters trained.
+    """
+    self._adapters = {} if adapters is None else dict(adapters.modules)
+    self._adapted = {}
+    if adapters is not None and self._digest is not None:
+      for note in base_notes(self._digest, self._available, adapters):
+        LOG.warning(note)
 
   def scheduler(self, prefix: str) -> Scheduler:
     """The noise schedule of a U-Net, by the prefix of its module name: '' or 'highres_'."""
@@ -158,7 +180,7 @@ class LazyParams:
 
   def __contains__(self, name: str) -> bool:
     """Whether the checkpoint holds a module, read or not."""
-    return _module_of(name) in self._available
+    return _module_of(name) in self._available or name in self._adapters
 
   def __getitem__(self, name: str) -> Any:
     """Returns the parameters of a module, and reads them if this is their first use.
@@ -166,9 +188,33 @@ class LazyParams:
     Raises:
       UserError: they are missing, damaged, or of another model.
     """
+    if name not in self._adapters:
+      return self._read_once(name)
+    if name not in self._adapted:
+      self._adapted[name] = self._adapt(name, self._adapters[name])
+    return self._adapted[name]
+
+  def _read_once(self, name: str) -> Any:
     if name not in self._params:
       self._params[name] = self._read(name)
     return self._params[name]
+
+  def _adapt(self, name: str, adapter: ModuleAdapter) -> Any:
+    """The parameters of a module with its adapter, or the module that the adapter is whole."""
+    flat = {}
+    for path, leaf in flatten(adapter.trained).items():
+      leaf = finite.convert(f'{name}/{path}', leaf, jnp.dtype(self._dtype(name)))
+      if name == 'llama' and path.startswith(f'{LAYERS}/'):
+        for layer, of_layer in enumerate(leaf):
+          flat[path.replace(LAYERS, f'{LAYERS}_{layer}', 1)] = of_layer
+      else:
+        flat[path] = leaf
+    shardings = self._shardings(name, flat)
+    for path, leaf in flat.items():
+      placed = leaf if path not in shardings else jax.device_put(leaf, shardings[path])
+      flat[path] = self._finish(name, path, placed)
+    trained = unflatten(flat)
+    return lora.attach(self._read_once(name), trained, adapter.scale) if adapter.config else trained
 
   def _read(self, name: str) -> Any:
     codebook = self._loaded_codebook(name)

@@ -85,6 +85,18 @@ def round_matrix(params, name):
   params[name] = np.rint(params[name] / step) * step
 
 
+def test_gradients_pass_to_the_activations_alone():
+  x, weights = normal(3, 64), normal(3, 8)
+  kernel = quantize(normal(8, 64))
+
+  def loss(x):
+    return (int8.product(x, kernel, jnp.float32) * weights).sum()
+
+  gradient = compiled(jax.grad(loss))(x)
+  floats = kernel.values.astype(np.float64) * kernel.scale[:, None]
+  assert_product(gradient, weights, floats)
+
+
 def test_golden_language_model():
   """Only matrices become integers.
 

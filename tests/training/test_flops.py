@@ -97,6 +97,21 @@ def test_frozen_products_have_no_gradient_of_their_weights():
   assert frozen.fixed == step.fixed
 
 
+def test_beside_adapters_a_weight_costs_two_thirds():
+  """Forward and backward to the inputs of it; all three of the adapters' own products."""
+  with jax.sharding.use_abstract_mesh(flops.ONE_CPU):
+    whole = flops.pair_flops(nano.run('lm'))
+    adapted = flops.pair_flops(nano.run('lm', lora__rank=2))
+  channels = 4 * (32 + 32) + 3 * (32 + 64)  # in and out of a layer's kernels
+  own = 2 * 128 * 2 * 2 * channels  # two layers, 128 slots, rank 2
+  assert adapted.row == pytest.approx(whole.row * 2 / 3 + 3 * own)
+  assert (adapted.features, adapted.codes, adapted.attention) == (
+    whole.features,
+    whole.codes,
+    whole.attention,
+  )
+
+
 def test_what_a_kind_has_no_use_for_is_not_counted():
   def fixed(**shares):
     config = nano.config('lm')

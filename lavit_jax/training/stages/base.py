@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,9 @@ from lavit_jax.models.lavit import LavitModules
 from lavit_jax.models.quantizer import l2_normalize
 from lavit_jax.sharding import constrain_batch
 from lavit_jax.training.optimizer import Hold
+
+if TYPE_CHECKING:
+  from lavit_jax.training.lora import BaseWeights
 
 Tree = Any
 ROW = '_row'  # key in a piece of a batch: i32[B], the indices of its rows in the whole batch
@@ -107,8 +110,16 @@ class Stage(NamedTuple):
   average: Average | None = None
   export_metadata: Callable[[Any], dict[str, Any]] | None = None
   """state -> what the export's metadata says besides, as JSON."""
+  base: BaseWeights | None = None
+  """How the weights are held beside which adapters train (training/lora.py)."""
   warnings: Callable[[Mapping[str, Tree], int], list[str]] | None = None
   """(loaded params, number of steps) -> a line for each option without the expected effect."""
+
+
+def frozen_params(stage: Stage, loaded: Mapping[str, Tree]) -> dict[str, Tree]:
+  """The params of `modules.needs`, less those leaves that a stage with adapters trains."""
+  needed = {name: loaded[name] for name in stage.modules.needs}
+  return needed if stage.base is None else stage.base.without_trained(needed)
 
 
 # --- Modules and batches -------------------------------------------------------------------------

@@ -31,6 +31,8 @@ from lavit_jax.models.packing import PackedBatch, pack_pairs
 from lavit_jax.models.sequence import compact, embed_sources
 from lavit_jax.sharding import constrain_batch, per_shard
 from lavit_jax.training.config import read_options
+from lavit_jax.training.lora import LoraOptions
+from lavit_jax.training.stages import adapters
 from lavit_jax.training.stages.base import (
   BatchLayout,
   Mean,
@@ -58,7 +60,7 @@ SPARE_IMAGES = 1.25
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModelOptions:
-  """The section `lm` of the config, and its `interface`."""
+  """The section `lm` of the config, its `interface` and its section `lora`."""
 
   num_rows: int  # packed rows of a step
   row_length: int  # slots of a packed row
@@ -68,12 +70,14 @@ class LanguageModelOptions:
   max_overflow: float = 1.0  # share of the pairs that may find no room
   regression_weight: float = 1.0  # of an embedding that is regressed, beside a word; of `emu`
   interface: str = LAVIT  # how images are seen: interfaces/variants.py
+  lora: LoraOptions = LoraOptions()  # adapters in place of the parameters
 
   @classmethod
   def from_config(cls, config: Mapping[str, Any]) -> LanguageModelOptions:
     """Reads them from a config."""
-    interface = config.get('interface', LAVIT)  # earlier configs have none
-    return read_options(cls, dict(config['lm'], interface=interface), 'lm')
+    interface = config.get('interface', LAVIT)  # earlier configs have none, and no adapters
+    lora = LoraOptions.from_config(config.get('lora', {}))
+    return read_options(cls, dict(config['lm'], interface=interface, lora=lora), 'lm')
 
   @property
   def num_slots(self) -> int:
@@ -93,7 +97,8 @@ def longest_pair(model: LavitModules, text_length: int) -> int:
 
 def module_names(options: LanguageModelOptions) -> ModuleNames:
   """The modules that the stage reads with an interface."""
-  return MODULES if options.interface == LAVIT else INTERFACE_MODULES
+  modules = MODULES if options.interface == LAVIT else INTERFACE_MODULES
+  return adapters.module_names(modules) if options.lora.rank else modules
 
 
 class _VisualInputs(NamedTuple):
@@ -213,7 +218,9 @@ def build(options: LanguageModelOptions, model: LavitModules, layout: BatchLayou
     tokens = apply_module(model.tokenizer, frozen['tokenizer'], x, key)
     return [images, shade_dropped_patches(images, tokens.keep)]
 
-  return Stage(module_names(options), init, loss, export, draw if model.interface is None else None)
+  modules = MODULES if model.interface is None else INTERFACE_MODULES
+  stage = Stage(modules, init, loss, export, draw if model.interface is None else None)
+  return adapters.adapt(stage, options.lora, model) if options.lora.rank else stage
 
 
 def _encode_by_tokenizer(
@@ -222,7 +229,8 @@ def _encode_by_tokenizer(
   """LaVIT's continuous tokens and codes; `key` chooses the patches."""
   x = image_features(model, frozen['vit'], vit_images(batch))[:, 1:]
   keys = row_keys(key, batch, len(x))
-  tokens = apply_module(model.tokenizer, frozen['tokenizer'], x, keys)
+  # Adapters of the image encoder learn by what is read, not by which patches are kept.
+  tokens = apply_module(model.tokenizer, frozen['tokenizer'], jax.lax.stop_gradient(x), keys)
   features, in_bucket = apply_module(
     model.understanding, params['understanding'], x, tokens.keep, method='read_counted'
   )

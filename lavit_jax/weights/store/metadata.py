@@ -7,6 +7,8 @@ import os
 import pathlib
 from typing import Any
 
+import xxhash
+
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
 from lavit_jax.models import settings as checkpoint_settings
@@ -15,6 +17,7 @@ from lavit_jax.weights.torch import configs, formats
 FORMAT = 2
 CONFIG = 'config.json'
 CHECKSUMS = 'checksums.json'
+ADAPTERS = 'lavit_adapter.json'  # of a folder of adapters (weights/torch/adapters.py)
 REQUIRED_KEYS = frozenset({'variant', 'parts', 'metadata'})
 
 
@@ -28,6 +31,11 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
   try:
     config = json.loads(file.read_text())
   except FileNotFoundError:
+    if (file.parent / ADAPTERS).is_file():
+      raise UserError(
+        f'{folder} holds adapters, and not the weights beside which they belong; merge them: lavit '
+        f'convert --src WEIGHTS --adapter {folder} --dst FOLDER'
+      ) from None
     raise UserError(f'{folder} is not a lavit_jax checkpoint: {file} is missing') from None
   except (OSError, ValueError) as error:
     raise UserError(f'{file} cannot be read ({error}); export the checkpoint again') from None
@@ -77,6 +85,16 @@ def read_checksums(folder: str | os.PathLike, module: str) -> dict[str, int]:
     raise UserError(
       f'{file} is missing or damaged ({error!r}); copy or export the checkpoint again'
     ) from None
+
+
+def module_digest(folder: str | os.PathLike, module: str) -> str:
+  """A digest of the numbers of a module as they are stored, by its checksums.
+
+  Raises:
+    UserError: as `read_checksums`.
+  """
+  text = json.dumps(read_checksums(folder, module), sort_keys=True)
+  return xxhash.xxh3_128_hexdigest(text.encode())
 
 
 def has_codebook(folder: str | os.PathLike) -> bool:

@@ -16,6 +16,7 @@ from lavit_jax.weights.torch import formats
 from lavit_jax.weights.torch.conversion_plan import Conversion
 from lavit_jax.weights.torch.export_folder import plan_export
 from lavit_jax.weights.torch.import_folder import plan_import
+from lavit_jax.weights.torch.merge_folder import plan_merge
 
 
 def plan_conversion(
@@ -30,6 +31,7 @@ def plan_conversion(
   grow: bool = True,
   weights_variant: str | None = None,
   allow_nonfinite: bool = False,
+  adapter: str | os.PathLike | None = None,
 ) -> Conversion:
   """Plans the conversion of a folder; nothing is written before the result's `run` is called.
 
@@ -46,6 +48,7 @@ def plan_conversion(
     weights_variant: the variant of the weight files, such as 'fp16', where a folder has several
       (weight_files.py).
     allow_nonfinite: keep NaN and infinity in the source, with a note; otherwise they are an error.
+    adapter: a folder of adapters (adapters.py), to be merged into the checkpoint folder `src`.
 
   Raises:
     UserError: `src` is unknown or damaged, `dst` exists or overlaps it, or pickles cannot be
@@ -56,6 +59,12 @@ def plan_conversion(
   dst = pathlib.Path(dst).resolve()
   _check_destination(src.resolve(), dst, force)
   is_checkpoint = 'variant' in formats.read_json(src / 'config.json')
+  if adapter is not None:
+    if not is_checkpoint:
+      raise UserError(
+        f'{src} is no checkpoint folder of ours: convert it first, and merge into the result'
+      )
+    return plan_merge(src, dst, pathlib.Path(adapter), dtype)
   if is_checkpoint:
     if pickles and importlib.util.find_spec('torch') is None:
       raise UserError(

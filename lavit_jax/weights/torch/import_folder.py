@@ -131,7 +131,7 @@ class _FolderImport:
       self._write_extras(result.path)
       self._copy_other_files(result.path)
       result.config['metadata'] = self._metadata(digests)
-      _read_back(result, progress)
+      read_back(result, progress)
     self.notes.extend(ledger.notes())
 
   def _write_extras(self, result: pathlib.Path) -> None:
@@ -262,7 +262,7 @@ def _converted_tensors(
   return leaves.prefetch(conversions())
 
 
-def _read_back(result: folder.FolderWriter, progress: Progress) -> None:
+def read_back(result: folder.FolderWriter, progress: Progress) -> None:
   """Raises UserError if the disk does not hold what was written."""
   for module, sums in result.sums.items():
     remaining = dict(sums)

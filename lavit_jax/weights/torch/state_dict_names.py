@@ -141,8 +141,8 @@ META_LLAMA = ForeignProject(
 LORA_ADAPTER = ForeignProject(
   r'.*\.lora_(A|B|up|down)\.',
   'a LoRA adapter, which is a change to another model',
-  'merge it into its model first (peft: merge_and_unload().save_pretrained(FOLDER)) and give that '
-  'folder to --src',
+  'give its model to --src and this folder to --adapter, or merge it by peft '
+  '(merge_and_unload().save_pretrained(FOLDER)) and give that folder to --src',
 )
 FOREIGN = (
   ForeignProject(
