@@ -19,6 +19,7 @@ from PIL import Image
 
 from lavit_jax.apps.serve import api, engine
 from lavit_jax.apps.serve.replies import Reply
+from lavit_jax.errors import InputError
 from lavit_jax.inference.outputs import ImageOutput
 from lavit_jax.inference.pipeline import Lavit
 
@@ -300,7 +301,7 @@ def fake_images(running, monkeypatch):
     def generate(prompts, *, seed, num_return_sequences, **options):
       calls.append((kind, prompts, list(seed), num_return_sequences, options))
       if any(prompt == 'bad' for prompt in prompts):
-        raise api.InputError('this prompt is bad')
+        raise InputError('this prompt is bad')
       values = np.repeat(np.array(seed, np.uint8), num_return_sequences)
       images = np.broadcast_to(values[:, None, None, None], (len(values), 8, 8, 3))
       return ImageOutput(images, values == 66, [])

@@ -5,7 +5,7 @@
     POST /v1/images/edits         images and a text in, images out
     GET  /v1/models, /health, /metrics
 
-Errors have the form of OpenAI's: {"error": {"message", "type", "code"}}.
+Errors: errors.py.
 """
 
 from __future__ import annotations
@@ -32,17 +32,23 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from lavit_jax.apps.serve.conversation import decode_image, prompt_parts
-from lavit_jax.apps.serve.engine import Closed, Engine, Flagged, ImageJob, Overloaded, TextJob
+from lavit_jax.apps.serve.engine import Engine, ImageJob, TextJob
+from lavit_jax.apps.serve.errors import (
+  ClientGone,
+  add_error_handlers,
+  error_body,
+  message_of,
+  status_of,
+)
 from lavit_jax.apps.serve.metrics import Metrics
+from lavit_jax.apps.serve.middleware import BodyLimit, CountResponses
 from lavit_jax.apps.serve.replies import Reply
 from lavit_jax.apps.serve.schemas import ChatRequest, ImageRequest
-from lavit_jax.errors import InputError, UserError
+from lavit_jax.errors import InputError
 from lavit_jax.inference.slot_decoder import TextSequence
 
 CHECK_INTERVAL = 0.2  # seconds between two looks at whether the client is still there
 MAX_IMAGES = 4  # of an edit
-CLIENT_CLOSED = 499  # nginx's status of a request whose client has gone
-ERROR_TYPES = {401: 'authentication_error', 429: 'rate_limit_error', 503: 'server_error'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +64,6 @@ class Limits:
   body_bytes: int = 20 * 2**20
   pixels: int = 40_000_000
   seconds: float = 120.0
-
-
-class _Gone(Exception):
-  """The client has closed the connection."""
 
 
 def create_app(engine: Engine, model_name: str, limits: Limits, api_key: str | None) -> FastAPI:
@@ -82,9 +84,9 @@ def create_app(engine: Engine, model_name: str, limits: Limits, api_key: str | N
 
   metrics = Metrics(engine)
   app = FastAPI(title='lavit_jax', lifespan=lifespan, docs_url=None, redoc_url=None)
-  app.add_middleware(_BodyLimit, max_bytes=limits.body_bytes)
-  app.add_middleware(_CountResponses, metrics=metrics)
-  _add_error_handlers(app)
+  app.add_middleware(BodyLimit, max_bytes=limits.body_bytes)
+  app.add_middleware(CountResponses, metrics=metrics)
+  add_error_handlers(app)
 
   def authorize(request: Request) -> None:
     sent = request.headers.get('authorization', '').removeprefix('Bearer ')
@@ -202,8 +204,10 @@ class _Completion:
             yield self._chunk(number, {'content': text})
           if reason := self._replies[number].finish_reason:
             yield self._chunk(number, {}, reason)
-    except (HTTPException, UserError) as error:  # the status is sent already
-      yield f'data: {json.dumps(_error_body(_status_of(error), _message_of(error)))}\n\n'
+    except ClientGone:
+      return
+    except Exception as error:  # the status is sent already
+      yield f'data: {json.dumps(error_body(status_of(error), message_of(error)))}\n\n'
       return
     if self._body.stream_options and self._body.stream_options.include_usage:
       usage = dict(self._head, object='chat.completion.chunk', choices=[], usage=self._usage())
@@ -281,7 +285,7 @@ def _encode_png(image: Any) -> str:
   return base64.b64encode(file.getvalue()).decode()
 
 
-# --- Events, limits, errors ----------------------------------------------------------------------
+# --- Events --------------------------------------------------------------------------------------
 
 
 def _queue() -> tuple[asyncio.Queue[Any], Callable[[Any], None]]:
@@ -311,107 +315,6 @@ async def _events(
     if event is not None:
       yield event
     elif await request.is_disconnected():
-      raise _Gone
+      raise ClientGone
     if time.monotonic() > deadline:
       raise HTTPException(504, f'the request took more than {seconds:g} seconds')
-
-
-class _BodyLimit:
-  """ASGI middleware that refuses bodies above a size, announced or not."""
-
-  def __init__(self, app: Any, max_bytes: int):
-    self._app = app
-    self._max_bytes = max_bytes
-
-  async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-    """Handles a request."""
-    if scope['type'] != 'http':
-      await self._app(scope, receive, send)
-      return
-    refusal = HTTPException(413, f'the body is larger than {self._max_bytes / 2**20:g} MiB')
-    announced = dict(scope['headers']).get(b'content-length', b'0')
-    if announced.isdigit() and int(announced) > self._max_bytes:
-      await _error_response(413, refusal.detail)(scope, receive, send)
-      return
-    received = 0
-
-    async def receive_limited() -> Any:
-      nonlocal received
-      message = await receive()
-      received += len(message.get('body', b''))
-      if received > self._max_bytes:
-        raise refusal
-      return message
-
-    await self._app(scope, receive_limited, send)
-
-
-class _CountResponses:
-  """ASGI middleware that counts responses.
-
-  FastAPI's own middleware would hide from the routes that a client has gone.
-  """
-
-  def __init__(self, app: Any, metrics: Metrics):
-    self._app = app
-    self._metrics = metrics
-
-  async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-    """Handles a request."""
-    start = time.monotonic()
-
-    async def send_counted(message: Any) -> None:
-      if message['type'] == 'http.response.start':
-        self._metrics.count_response(scope.get('route'), message['status'], start)
-      await send(message)
-
-    await self._app(scope, receive, send_counted)
-
-
-def _add_error_handlers(app: FastAPI) -> None:
-  async def handle(request: Request, error: Exception) -> Response:
-    del request
-    code = 'content_policy_violation' if isinstance(error, Flagged) else None
-    return _error_response(_status_of(error), _message_of(error), code)
-
-  for kind in (HTTPException, UserError, RequestValidationError, Overloaded, Closed, _Gone):
-    app.add_exception_handler(kind, handle)
-  app.add_exception_handler(Exception, handle)
-
-
-def _status_of(error: Exception) -> int:
-  statuses = {Overloaded: 429, Closed: 503, _Gone: CLIENT_CLOSED}
-  if isinstance(error, HTTPException):
-    return error.status_code
-  if isinstance(error, (UserError, RequestValidationError)):
-    return 400
-  return statuses.get(type(error), 500)
-
-
-def _message_of(error: Exception) -> str:
-  match error:
-    case HTTPException():
-      return str(error.detail)
-    case RequestValidationError():
-      first = error.errors()[0]
-      place = '.'.join(str(part) for part in first['loc'] if part != 'body')
-      return f'{place}: {first["msg"]}' if place else first['msg']
-    case Overloaded():
-      return 'too many requests are waiting; try again later'
-    case Closed():
-      return 'the server is shutting down'
-    case _Gone():
-      return 'the client has gone'
-    case UserError():
-      return str(error)
-  return 'the server has failed; its log says why'
-
-
-def _error_body(status: int, message: str, code: str | None = None) -> dict[str, Any]:
-  kind = ERROR_TYPES.get(status, 'invalid_request_error' if status < 500 else 'server_error')
-  return {'error': dict(message=message, type=kind, param=None, code=code)}
-
-
-def _error_response(status: int, message: str, code: str | None = None) -> JSONResponse:
-  headers = {'Retry-After': '1'} if status == 429 else None
-  return JSONResponse(_error_body(status, message, code), status, headers=headers)
