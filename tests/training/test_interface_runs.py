@@ -22,7 +22,6 @@ from lavit_jax.training.loop import train
 from lavit_jax.weights.store import folder
 from lavit_jax.weights.store.bundle import bundle
 from lavit_jax.weights.torch import name_tables
-from lavit_jax.weights.torch.convert import plan_conversion
 
 nano.install()
 TOKENIZER = nano.ROOT / 'lavit_jax/assets/tiny/language_model'
@@ -183,7 +182,7 @@ def stacked_layers(params):
   return dict(others, layers=jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers))
 
 
-def test_what_it_cannot_do_is_one_line(options, model, finished, tmp_path):
+def test_what_it_cannot_do_is_one_line(options, model):
   name = options['interface']
   image = np.zeros((1, 32, 32, 3), np.uint8)
   draws = 'vectors' if name == 'emu' else 'nothing'
@@ -200,8 +199,6 @@ def test_what_it_cannot_do_is_one_line(options, model, finished, tmp_path):
   for task in (model.tokenize, model.reconstruct, model.select_patches):
     with pytest.raises(UserError, match=limit + 'tokenize'):
       task(image)
-  with pytest.raises(UserError, match=f"has the interface '{name}', for which a LaVIT folder has"):
-    plan_conversion(finished[0] / 'export', tmp_path / 'torch')
 
 
 def test_a_bundle_has_the_interface_of_its_last_source(finished, tmp_path):

@@ -35,6 +35,7 @@ from lavit_jax.apps.serve.conversation import decode_image, prompt_parts
 from lavit_jax.apps.serve.engine import Engine, ImageJob, TextJob
 from lavit_jax.apps.serve.errors import (
   ClientGone,
+  EngineFailed,
   add_error_handlers,
   error_body,
   message_of,
@@ -44,7 +45,7 @@ from lavit_jax.apps.serve.metrics import Metrics
 from lavit_jax.apps.serve.middleware import BodyLimit, CountResponses
 from lavit_jax.apps.serve.replies import Reply
 from lavit_jax.apps.serve.schemas import ChatRequest, ImageRequest
-from lavit_jax.errors import InputError
+from lavit_jax.errors import InputError, UserError
 from lavit_jax.inference.slot_decoder import TextSequence
 
 CHECK_INTERVAL = 0.2  # seconds between two looks at whether the client is still there
@@ -310,8 +311,10 @@ async def _events(
       event = await asyncio.wait_for(queue.get(), CHECK_INTERVAL)
     except TimeoutError:
       event = None
-    if isinstance(event, Exception):
+    if isinstance(event, UserError):
       raise event
+    if isinstance(event, Exception):
+      raise EngineFailed from event
     if event is not None:
       yield event
     elif await request.is_disconnected():

@@ -20,6 +20,10 @@ class ClientGone(Exception):
   """The client has closed the connection."""
 
 
+class EngineFailed(Exception):
+  """The engine could not compute, by a fault of its own."""
+
+
 def add_error_handlers(app: FastAPI) -> None:
   """Answers all errors in one form."""
 
@@ -28,9 +32,9 @@ def add_error_handlers(app: FastAPI) -> None:
     code = 'content_policy_violation' if isinstance(error, Flagged) else None
     return error_response(status_of(error), message_of(error), code)
 
-  for kind in (HTTPException, UserError, RequestValidationError, Overloaded, Closed, ClientGone):
+  refusals = (HTTPException, UserError, RequestValidationError, Overloaded, Closed)
+  for kind in (*refusals, ClientGone, EngineFailed, Exception):
     app.add_exception_handler(kind, handle)
-  app.add_exception_handler(Exception, handle)
 
 
 def status_of(error: Exception) -> int:

@@ -132,7 +132,8 @@ def _single_file(src: pathlib.Path) -> list[pathlib.Path]:
   """The one weight file of a folder that has one, whatever its name."""
   suffixes = ('.pth', '.pt', *weight_files.FORMATS)
   files = [file for file in sorted(src.iterdir()) if file.suffix in suffixes and file.is_file()]
-  return files if len(files) == 1 else []
+  is_llama = files and files[0].name.startswith('consolidated.')  # in the form of Meta
+  return files if len(files) == 1 and not is_llama else []
 
 
 def open_source(
