@@ -7,8 +7,18 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from interface_peers import (
+  CLIP,
+  IDS,
+  LLAMA,
+  PIXELS,
+  assert_same_folders,
+  logits_of,
+  peer_logits,
+  read_images,
+)
 from safetensors.numpy import load_file
-from torch_folders import TOKENIZER, assert_same, contents, run, write
+from torch_folders import TOKENIZER, assert_same, run, write
 from torch_peers import close, randomize
 
 from lavit_jax.apps import conversion
@@ -16,31 +26,7 @@ from lavit_jax.errors import UserError
 from lavit_jax.inference.pipeline import Lavit
 from lavit_jax.models import lavit
 from lavit_jax.weights.store import folder
-from lavit_jax.weights.torch import interface_files, interface_sizes, name_tables
 from lavit_jax.weights.torch.convert import plan_conversion
-from lavit_jax.weights.torch.mapping import torch_shapes
-from lavit_jax.weights.torch.matching import vocabulary_shapes
-
-PIXELS = np.random.default_rng(1).normal(size=(2, 16, 16, 3)).astype(np.float32)
-IDS = np.array([[1, 5, 9, 4], [1, 7, 3, 2]])
-CLIP = dict(
-  hidden_size=64,
-  intermediate_size=24,
-  num_hidden_layers=2,
-  num_attention_heads=2,
-  image_size=16,
-  patch_size=8,
-  projection_dim=4,
-)
-LLAMA = dict(
-  vocab_size=2052,
-  hidden_size=24,
-  intermediate_size=20,
-  num_hidden_layers=2,
-  num_attention_heads=2,
-  num_key_value_heads=1,
-  rope_theta=500.0,
-)
 
 
 def llava_config(**text):
@@ -63,50 +49,6 @@ def llava(tmp_path_factory):
   plan = run(where / 'published', where / 'checkpoint', None)
   assert plan.kind == 'llava_transformers'
   return peer, where / 'published', where / 'checkpoint'
-
-
-def assert_same_folders(again, published):
-  weights, others = contents(again)
-  want, want_others = contents(published)
-  others.pop('lavit_jax.json')
-  assert weights.keys() == want.keys() and others == want_others
-  for stem, state in want.items():
-    assert_same(weights[stem], state)
-
-
-def read_images(model, params, pixels):
-  """Normalized pixels -> vectors of the language model."""
-
-  @jax.jit
-  def program(params):
-    features = model.tower.features_of_pixels(params['vit'], pixels)
-    return model.interface.apply({'params': params['interface']}, features).vectors
-
-  return program(params)
-
-
-def logits_of(model, params, vectors, ids):
-  """Logits with the vectors before the words."""
-
-  @jax.jit
-  def program(params, vectors):
-    llama = model.llama.clone(vocab_size=len(params['embedding']))
-    words = llama.apply({'params': params}, ids, method='embed')
-    hidden = jax.numpy.concatenate([vectors, words], 1)
-    length = hidden.shape[1]
-    positions = jax.numpy.broadcast_to(jax.numpy.arange(length), hidden.shape[:2])
-    mask = jax.numpy.tril(jax.numpy.ones((length, length), bool))[None, None]
-    out, _ = llama.apply({'params': params}, hidden, positions, mask)
-    return llama.apply({'params': params}, out, method='logits')
-
-  return program(params, vectors)
-
-
-def peer_logits(peer, image_id, num_vectors):
-  ids = np.concatenate([np.full((2, num_vectors), image_id), IDS], 1)
-  images = torch.from_numpy(PIXELS.transpose(0, 3, 1, 2).copy())
-  with torch.no_grad():
-    return peer(input_ids=torch.from_numpy(ids), pixel_values=images).logits
 
 
 def test_llava_of_transformers_and_back(llava, tmp_path):
@@ -329,188 +271,3 @@ def test_blip2_of_its_authors(instructed, tmp_path):
   settings = folder.read_settings(tmp_path / 'checkpoint')
   assert settings['interface']['llm_dim'] == 24 and settings['vit'] == {'hidden_size': 88}
   assert folder.read_settings(tmp_path / 'twice') == settings
-
-
-SHALLOW = {'vit': {'image_size': 16, 'num_layers': 2}, 'llama': {'num_layers': 2}}
-
-
-def random_checkpoint(where, name, modules=('vit', 'interface', 'llama'), **vit):
-  """A checkpoint as training writes one; its model and parameters."""
-  settings = {**SHALLOW, 'vit': {**SHALLOW['vit'], **vit}, 'interface': {'name': name}}
-  model = lavit.build('tiny', settings=settings)
-  rng = np.random.default_rng(0)
-  shapes = name_tables.module_shapes(model, modules)
-  params = jax.tree.map(lambda x: rng.normal(0, 0.1, size=x.shape).astype(np.float32), shapes)
-  folder.save_params(where, 'tiny', params, tokenizer=TOKENIZER, settings=settings)
-  return model, params
-
-
-def test_a_qformer_trained_here_loads_in_transformers(tmp_path):
-  """With the LLaMA as its language model."""
-  model, params = random_checkpoint(tmp_path / 'trained', 'qformer')
-  plan = run(tmp_path / 'trained', tmp_path / 'exported', None)
-  assert plan.kind == 'blip2_transformers'
-  assert 'vit: the last 1 blocks, which are not used, are left out' in plan.notes
-  peer = transformers.Blip2ForConditionalGeneration.from_pretrained(tmp_path / 'exported')
-  assert isinstance(peer.language_model, transformers.LlamaModel | transformers.LlamaForCausalLM)
-  image_id = model.vocabulary.image_start
-  vectors = read_images(model, params, PIXELS)
-  got = logits_of(model, params['llama'], vectors, IDS)
-  close(got, peer_logits(peer, image_id, 16))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('name', ['mlp', 'flamingo', 'emu', 'qformer'])
-def test_other_interfaces_trained_here(name, tmp_path):
-  _, params = random_checkpoint(tmp_path / 'trained', name)
-  plan = run(tmp_path / 'trained', tmp_path / 'exported', None)
-  kinds = dict(emu='emu', mlp='llava_v1.5', flamingo='openflamingo', qformer='blip2_transformers')
-  kind = kinds[name]
-  assert plan.kind == kind
-  left_out = {'mlp': 'vit', 'flamingo': 'llama, vit'}.get(name, '')
-  note = f'not written, since {kind} has no place for it: {left_out}'
-  assert (note in plan.notes) == bool(left_out)
-  run(tmp_path / 'exported', tmp_path / 'again', None)
-  again = folder.load_params(tmp_path / 'again')
-  assert again.keys() == params.keys() - set(left_out.split(', '))
-  if name == 'qformer':  # it has no place for the last block, the norm and the head
-    blocks = jax.tree.map(lambda leaf: leaf[:1], params['vit']['blocks'])
-    params['vit'] = dict(params['vit'], blocks=blocks)
-    del params['vit']['norm'], params['vit']['head']
-  for module, tree in again.items():
-    jax.tree.map(np.testing.assert_array_equal, tree, params[module])
-
-
-def test_a_resampler_into_the_sequence_has_no_published_form(tmp_path):
-  random_checkpoint(tmp_path / 'trained', 'resampler', ['interface'])
-  with pytest.raises(UserError, match="'resampler', for which no published form has a place"):
-    plan_conversion(tmp_path / 'trained', tmp_path / 'exported')
-
-
-@pytest.mark.slow
-def test_a_llava_trained_here_loads_in_transformers(tmp_path):
-  model, params = random_checkpoint(tmp_path / 'trained', 'mlp', architecture='clip')
-  run(tmp_path / 'trained', tmp_path / 'exported', None)
-  peer = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / 'exported')
-  vectors = read_images(model, params, PIXELS)
-  got = logits_of(model, params['llama'], vectors, IDS)
-  close(got, peer_logits(peer, model.vocabulary.image_start, 4))
-
-
-# --- Published sizes, without memory -----------------------------------------------------------
-
-CLIP_336 = dict(
-  architecture='clip', image_size=336, hidden_size=1024, num_layers=24, mlp_dim=4096, patch_size=14
-)
-LLAMA_13B = dict(
-  text_vocab_size=32003,
-  hidden_size=5120,
-  num_layers=40,
-  num_heads=40,
-  num_kv_heads=40,
-  mlp_dim=13824,
-)
-# form -> the options of its names, the modules of a file, and the settings of the checkpoint.
-PUBLISHED = {
-  'llava_transformers': (
-    dict(tower='vision_tower.vision_model.'),
-    ['vit', 'interface', 'llama'],
-    dict(interface=dict(name='mlp'), vit=CLIP_336, llama=dict(text_vocab_size=32064)),
-  ),
-  'openflamingo': (
-    dict(layers='transformer.blocks', every=4),
-    ['interface'],
-    dict(interface=dict(name='flamingo'), vit={**CLIP_336, 'image_size': 224}),
-  ),
-  'blip2': (
-    dict(projection='opt_proj'),
-    ['interface'],
-    dict(interface=dict(name='qformer', llm_dim=2560)),
-  ),
-  'emu': ({}, ['vit', 'interface', 'llama'], dict(interface=dict(name='emu'), llama=LLAMA_13B)),
-}
-
-
-@pytest.mark.parametrize(
-  'form',
-  [
-    'llava_transformers',
-    'openflamingo',
-    pytest.param('blip2', marks=pytest.mark.slow),
-    pytest.param('emu', marks=pytest.mark.slow),
-  ],
-)
-def test_settings_of_the_published_sizes(form):
-  options, modules, settings = PUBLISHED[form]
-  model = lavit.build('lavit_7b', settings=settings)
-  state = {}
-  tables = interface_files.form_tables(form, **options)
-  shapes = name_tables.module_shapes(model, modules)
-  for module, tree in shapes.items():
-    if module == 'llama':
-      tree = {**tree, **vocabulary_shapes(tree, model.vocabulary.text_size)}
-    for name, shape in torch_shapes(tables[module], tree).items():
-      state[name] = jax.ShapeDtypeStruct(shape, np.float16)
-  file = interface_files.open_interface(state)
-  assert (file.form, file.others) == (form, [])
-  assert interface_sizes.choose_variant(file) == 'lavit_7b'
-  got = interface_sizes.read_sizes(file, {}, 'lavit_7b')
-  assert lavit.build('lavit_7b', settings=got).settings == model.settings
-
-
-# --- OpenFlamingo and Emu ----------------------------------------------------------------------
-
-FLAMINGO = {
-  'interface': dict(name='flamingo', llm_dim=24, llm_layers=6, num_heads=1, head_dim=64, every=2),
-  'vit': dict(architecture='clip', hidden_size=64, num_heads=1),
-}
-EMU = {
-  'interface': dict(name='emu', num_layers=1, mlp_dim=12),
-  'vit': dict(image_size=16, hidden_size=88, num_layers=1, num_heads=1, head_dim=88, mlp_dim=12),
-  'llama': dict(
-    hidden_size=128, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=128, mlp_dim=12
-  ),
-}
-
-
-def random_state(form, settings, modules, **options):
-  """Random tensors under the names of a form, without a head of the image encoder."""
-  tables = interface_files.form_tables(form, **options)
-  rng = np.random.default_rng(0)
-  state = {}
-  for module, tree in name_tables.module_shapes(
-    lavit.build('tiny', settings=settings), modules
-  ).items():
-    for name, shape in torch_shapes(tables[module], tree).items():
-      state[name] = torch.from_numpy(rng.normal(size=shape).astype(np.float32))
-  return state
-
-
-@pytest.mark.parametrize('form', ['openflamingo', 'emu'])
-def test_files_of_a_trainer_and_back(form, tmp_path):
-  if form == 'emu':
-    state = random_state('emu', EMU, ['vit', 'interface', 'llama'])
-    assert 'decoder.lm.stu_regress_head.weight' in state
-    other = 'decoder.lm.model.layers.0.self_attn.rotary_emb.inv_freq'
-  else:
-    options = dict(layers='transformer.blocks', every=2)
-    state = random_state('openflamingo', FLAMINGO, ['interface'], **options)
-    assert 'lang_encoder.transformer.blocks.1.gated_cross_attn_layer.attn_gate' in state
-    other = 'lang_encoder.transformer.wte.weight'
-  state[other] = torch.ones(5, 24)
-  src = tmp_path / 'checkpoint.pt'
-  wrapped = {f'module.{name}': x for name, x in state.items()}
-  torch.save({'model_state_dict': wrapped, 'epoch': 3}, src)
-  plan = run(src, tmp_path / 'checkpoint', None, grow=False)
-  assert plan.kind == form
-  assert ('1 tensors of other models' in ' '.join(plan.notes)) == (form == 'openflamingo')
-  settings = folder.read_settings(tmp_path / 'checkpoint')
-  if form == 'openflamingo':
-    assert settings['interface']['every'] == 2 and settings['interface']['llm_layers'] == 6
-  else:
-    assert settings['llama']['num_heads'] == 1 and settings['interface']['num_tokens'] == 16
-  run(tmp_path / 'checkpoint', tmp_path / 'again', None, pickles=True)
-  again = torch.load(tmp_path / 'again' / 'checkpoint.pt', weights_only=True)
-  assert_same(
-    {name: x.numpy() for name, x in again.items()}, {name: x.numpy() for name, x in state.items()}
-  )
