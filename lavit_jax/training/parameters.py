@@ -202,11 +202,14 @@ def read_frozen(
     UserError: a folder is damaged.
   """
   needs = stage.modules.needs
-  narrow = [] if stage.base is None else stage.base.modules(needs)
+  base = stage.base
+  if base is None:
+    return read_modules(sources, needs, mesh)
+  narrow = base.modules(needs)
   params = read_modules(sources, [name for name in needs if name not in narrow], mesh)
   paths = {name: given.path for given in folders if given.frozen for name in given.modules}
   for name in narrow:
-    params[name] = read_base(stage.base, paths[name], name, mesh)
+    params[name] = read_base(base, paths[name], name, mesh)
   return params
 
 
