@@ -103,11 +103,16 @@ class SlotDecoder:
       eos_id=EOS_ID,
       suppress=jax.device_put(np.arange(modules.vocabulary.size) >= modules.vocabulary.text_size),
     )
+    self._num_slots = num_slots
+    self.reset()
+
+  def reset(self) -> None:
+    """Empties all slots; after a failure, which may have left nothing of the cache."""
     self._state = slots.init_state(
-      self._llama, num_slots, self.prompt_tokens, new_tokens, model.cache_dtype
+      self._llama, self._num_slots, self.prompt_tokens, self.new_tokens, self._model.cache_dtype
     )
-    self._rows = slots.Rows.empty(num_slots)
-    self._sequences: list[TextSequence | None] = [None] * num_slots
+    self._rows = slots.Rows.empty(self._num_slots)
+    self._sequences: list[TextSequence | None] = [None] * self._num_slots
     self._column = 0
 
   @property

@@ -11,6 +11,7 @@ import time
 import types
 
 import httpx
+import jax
 import numpy as np
 import openai
 import pytest
@@ -20,6 +21,7 @@ from PIL import Image
 from lavit_jax.apps.serve import api, engine
 from lavit_jax.apps.serve.replies import Reply
 from lavit_jax.errors import InputError
+from lavit_jax.inference import slots
 from lavit_jax.inference.outputs import ImageOutput
 from lavit_jax.inference.pipeline import Lavit
 
@@ -125,6 +127,12 @@ def test_a_stream_has_the_same_text(client):
   assert [text.rstrip() for text in texts] == [c.message.content for c in whole.choices]
   assert reasons == [choice.finish_reason for choice in whole.choices]
   assert usage == whole.usage
+
+
+def test_a_temperature_near_0_is_that_of_the_most_probable_token(client):
+  messages = [image_message('What is this?', seed=2)]
+  replies = [ask(client, messages, temperature=t, seed=1) for t in (0, 1e-30)]
+  assert replies[0].choices[0].message.content == replies[1].choices[0].message.content
 
 
 def test_a_conversation_is_written_as_in_training(client, running, monkeypatch):
@@ -282,10 +290,11 @@ def test_a_request_that_takes_too_long_is_cut_off(running, monkeypatch):
 
 
 def test_a_failure_of_the_engine_is_an_error_and_not_its_end(client, running, monkeypatch):
-  def fail(sequences):
+  def fail(*_, **__):
+    jax.tree.map(lambda array: array.delete(), running.engine._decoder._state)  # it was donated
     raise RuntimeError('out of memory')
 
-  monkeypatch.setattr(running.engine._decoder, 'join', fail)
+  monkeypatch.setattr(slots, 'advance', fail)
   with pytest.raises(openai.InternalServerError, match='the server has failed; its log says why'):
     ask(client, [image_message('a')])
   monkeypatch.undo()

@@ -50,6 +50,7 @@ from lavit_jax.inference.slot_decoder import TextSequence
 
 CHECK_INTERVAL = 0.2  # seconds between two looks at whether the client is still there
 MAX_IMAGES = 4  # of an edit
+MIN_TEMPERATURE = 1e-4  # below it, logits over the temperature would overflow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +127,7 @@ def create_app(engine: Engine, model_name: str, limits: Limits, api_key: str | N
           parts,
           seed=body.seed,
           number=number,
-          temperature=body.temperature,
+          temperature=body.temperature if body.temperature >= MIN_TEMPERATURE else 0.0,
           top_p=body.top_p,
           min_new_tokens=1,
           max_new_tokens=max_tokens,

@@ -245,9 +245,8 @@ class Engine:
       LOG.exception('the engine failed')
       with self._changed:
         jobs = list(dict.fromkeys(self._jobs.values()))
-        for sequence in self._jobs:
-          self._decoder.leave(sequence)
         self._jobs.clear()
+      self._decoder.reset()
       for job in jobs:
         job.on_error(error)
       return
