@@ -19,7 +19,7 @@ import io
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
@@ -184,9 +184,9 @@ class _Completion:
     self._replies = [Reply(engine.tokenizer, body.stop) for _ in sequences]
     self._head = dict(id=f'chatcmpl-{uuid.uuid4().hex}', created=int(time.time()), model=model_name)
 
-  async def collect(self, first: Any, events: AsyncIterator[Any]) -> dict[str, Any]:
+  async def collect(self, first: Any, events: AsyncGenerator[Any, None]) -> dict[str, Any]:
     """The whole answer."""
-    async with contextlib.aclosing(self._texts(first, events)) as texts:  # type: ignore[type-var]
+    async with contextlib.aclosing(self._texts(first, events)) as texts:
       async for _ in texts:
         pass
     choices = []
@@ -195,12 +195,12 @@ class _Completion:
       choices.append(dict(index=number, message=message, finish_reason=reply.finish_reason))
     return dict(self._head, object='chat.completion', choices=choices, usage=self._usage())
 
-  async def stream(self, first: Any, events: AsyncIterator[Any]) -> AsyncIterator[str]:
+  async def stream(self, first: Any, events: AsyncGenerator[Any, None]) -> AsyncIterator[str]:
     """Server-sent events."""
     try:
       for number in range(len(self._replies)):
         yield self._chunk(number, {'role': 'assistant', 'content': ''})
-      async with contextlib.aclosing(self._texts(first, events)) as texts:  # type: ignore[type-var]
+      async with contextlib.aclosing(self._texts(first, events)) as texts:
         async for number, text in texts:
           if text:
             yield self._chunk(number, {'content': text})
@@ -216,7 +216,9 @@ class _Completion:
       yield f'data: {json.dumps(usage)}\n\n'
     yield 'data: [DONE]\n\n'
 
-  async def _texts(self, first: Any, events: AsyncIterator[Any]) -> AsyncIterator[tuple[int, str]]:
+  async def _texts(
+    self, first: Any, events: AsyncGenerator[Any, None]
+  ) -> AsyncGenerator[tuple[int, str], None]:
     """(number of a choice, its new text) until all have ended."""
     event = first
     while True:
@@ -225,7 +227,7 @@ class _Completion:
       if reply.finish_reason is None:
         yield number, reply.add(event.id, event.is_last)
       if all(reply.finish_reason for reply in self._replies):
-        await events.aclose()  # type: ignore[attr-defined]
+        await events.aclose()
         return
       event = await anext(events)
 
@@ -244,7 +246,7 @@ class _Completion:
 
 async def _text_events(
   engine: Engine, sequences: Sequence[TextSequence], request: Request, seconds: float
-) -> AsyncIterator[Any]:
+) -> AsyncGenerator[Any, None]:
   """The tokens of sequences; whatever ends it, the engine forgets what is left of them."""
   queue, put = _queue()
   job = TextJob(sequences, on_token=put, on_error=put)
@@ -273,7 +275,7 @@ async def _make_images(
   job = ImageJob(parts, body.n, size, body.num_inference_steps, body.seed, put, put)
   engine.submit(job)
   try:
-    async with contextlib.aclosing(_events(queue, request, seconds)) as events:  # type: ignore[type-var]
+    async with contextlib.aclosing(_events(queue, request, seconds)) as events:
       images = await anext(events)
   finally:
     engine.cancel(job)
@@ -304,7 +306,7 @@ def _queue() -> tuple[asyncio.Queue[Any], Callable[[Any], None]]:
 
 async def _events(
   queue: asyncio.Queue[Any], request: Request, seconds: float
-) -> AsyncIterator[Any]:
+) -> AsyncGenerator[Any, None]:
   """What comes out of a queue, as long as the client is there and has time."""
   deadline = time.monotonic() + seconds
   while True:
