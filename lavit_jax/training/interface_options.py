@@ -56,7 +56,7 @@ def follow_interface(values: Mapping[str, Any], read_length: int) -> dict[str, A
   divisor = num_rows & -num_rows  # the power of two by which pieces of a batch divide it
 
   def halvings(name: str) -> int:
-    """How often rows are halved, since a half of the fewest possible would hold all pairs."""
+    """How often to halve `row_length`: there cannot be fewer rows than the divisor."""
     fewest = divisor * length / (num_rows * mean_length(name))
     return max(0, math.floor(math.log2(fewest)))
 

@@ -51,11 +51,11 @@ from lavit_jax.visualization import shade_dropped_patches
 MODULES = ModuleNames(needs=('vit', 'tokenizer'), takes=('llama', 'understanding'))
 INTERFACE_MODULES = ModuleNames(needs=('vit',), takes=('llama', 'interface'))
 KINDS = ('image_to_text', 'text_to_image', 'text_only')  # by the number in a batch's `kind`
-MARKS = 3  # tokens of a pair besides its text and its image: [IMG], [/IMG], and the end
+SPECIAL_TOKENS = 3  # of a pair, besides its text and its image: [IMG], [/IMG] and </s>
 NUM_DRAWN = 8  # images
-# Places for images in a row of the language model, where layers read them beside the sequence: so
-# many times as many as the row has pairs on average.
-SPARE_IMAGES = 1.25
+# Where layers read images beside the sequence, a row has room for so many times as many of them as
+# it has pairs on average.
+IMAGE_MARGIN = 1.25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +87,12 @@ class LanguageModelOptions:
   @property
   def max_images(self) -> int:
     """The most images of a packed row whose vectors are not in it."""
-    return math.ceil(SPARE_IMAGES * self.row_length / self.mean_length)
+    return math.ceil(IMAGE_MARGIN * self.row_length / self.mean_length)
 
 
 def longest_pair(model: LavitModules, text_length: int) -> int:
   """The most tokens that a pair can have."""
-  return text_length + model.max_visual_tokens + MARKS
+  return text_length + model.max_visual_tokens + SPECIAL_TOKENS
 
 
 def module_names(options: LanguageModelOptions) -> ModuleNames:
@@ -120,10 +120,10 @@ class _VisualInputs(NamedTuple):
 
 
 def build(options: LanguageModelOptions, model: LavitModules, layout: BatchLayout) -> Stage:
-  """The next word or code, in packed rows; each shard packs its own pairs.
+  """Builds stage 2: the next word or code, in packed rows; each shard packs its own pairs.
 
-  The merger that understands starts as a copy of the tokenizer's and trains along; the codes stay
-  stage 1's. Another interface starts anew, and trains without dropout.
+  The merger of `understanding` starts as a copy of the tokenizer's and trains; the tokenizer itself
+  is frozen. Another interface starts anew, and trains without dropout.
 
   With a `RegressingInterface`, the loss is the mean over words and regressed embeddings: as in Sun
   et al. 2023, section 2.2, all elements of a sequence count alike, here by `regression_weight`.
@@ -278,8 +278,8 @@ def _validate(options: LanguageModelOptions, model: LavitModules, layout: BatchL
   if longest > positions:
     raise UserError(
       f'data.text_length={layout.text_length}: with {model.max_visual_tokens} visual tokens and '
-      f'{MARKS} marks a pair may have {longest} tokens, but the language model of this checkpoint '
-      f'reads max_position_embeddings={positions}; lower data.text_length'
+      f'{SPECIAL_TOKENS} special tokens a pair may have {longest} tokens, but the language model '
+      f'of this checkpoint reads max_position_embeddings={positions}; lower data.text_length'
     )
 
 

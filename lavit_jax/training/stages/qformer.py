@@ -42,7 +42,7 @@ from lavit_jax.visualization import similarity_cells
 
 MODULES = ModuleNames(needs=('vit',))
 INTERFACE = 'qformer'
-MARKS = 2  # tokens of a caption besides its text: begin and end
+SPECIAL_TOKENS = 2  # of a caption, besides its text: begin and end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,7 @@ def build(options: QFormerOptions, model: LavitModules, layout: BatchLayout) -> 
     mlp_dim=interface.mlp_dim,
     vocab_size=decode_id + 1,
     output_dim=options.output_dim,
-    max_positions=layout.text_length + MARKS,
+    max_positions=layout.text_length + SPECIAL_TOKENS,
     dropout_rate=options.dropout_rate,
     dtype=interface.dtype,
     remat=interface.remat,
@@ -108,7 +108,7 @@ def build(options: QFormerOptions, model: LavitModules, layout: BatchLayout) -> 
 
   def init(key, loaded):
     features = jnp.zeros((2, model.tower.num_features, model.vit.hidden_size))
-    text = jnp.zeros((2, layout.text_length + MARKS), jnp.int32)
+    text = jnp.zeros((2, layout.text_length + SPECIAL_TOKENS), jnp.int32)
     keys = jax.random.split(key, (2, 2))
     inputs = (features, text, text > -1, keys)
     fresh = pretraining.init(key, *inputs, decode_id=decode_id)['params']
@@ -167,7 +167,7 @@ def mark_captions(text: Array, length: Array) -> tuple[Array, Array]:
   Returns:
     ids i32[B, T + 2], and bool[B, T + 2], False in padding.
   """
-  slots = jnp.arange(text.shape[1] + MARKS)
+  slots = jnp.arange(text.shape[1] + SPECIAL_TOKENS)
   end = length[:, None] + 1
   marked = jnp.pad(text, ((0, 0), (1, 1))).at[:, 0].set(BEGIN)
   return jnp.where(slots == end, END, marked), slots <= end

@@ -71,7 +71,7 @@ class TokenizerOptions:
 
 
 def build(options: TokenizerOptions, model: LavitModules, layout: BatchLayout) -> Stage:
-  """As few tokens as needed to reconstruct the features.
+  """Builds stage 1: selector, merger, codebook and decoder learn to reconstruct the features.
 
   The codebook is state: k-means on the first quantized batch, then moving averages. The selector
   stops at `freeze_selector_from`: trained on codes by the published formulas, it would keep more
