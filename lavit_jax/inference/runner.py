@@ -18,6 +18,7 @@ from jax import Array
 from lavit_jax.data.text import TextTokenizer
 from lavit_jax.errors import InputError, UserError
 from lavit_jax.inference import batching, compiled, decode, faults, prompt_checks
+from lavit_jax.inference.capabilities import Capabilities
 from lavit_jax.inference.generation_config import (
   VARIANT_DEFAULTS,
   GenerationConfig,
@@ -26,15 +27,13 @@ from lavit_jax.inference.generation_config import (
 from lavit_jax.inference.outputs import PatchSelection, VisualTokens
 from lavit_jax.inference.rng import Purpose, sample_keys
 from lavit_jax.models import sequence
-from lavit_jax.models.interfaces.qformer import QFormerInterface
 from lavit_jax.models.lavit import LavitModules
-from lavit_jax.models.settings import CODES
 from lavit_jax.weights.loader import LazyParams
 
 T = TypeVar('T')
 
 
-class ModelRunner:
+class ModelRunner(Capabilities):
   """A model with its parameters and its tokenizer.
 
   Attributes:
@@ -72,91 +71,6 @@ class ModelRunner:
       self._tokenizer, modules.vocabulary.text_size, modules.has_padded_vocabulary
     )
 
-  # Interfaces.
-
-  def require_codes(self) -> None:
-    """Checks that the language model has learned codes.
-
-    Raises:
-      UserError: it sees images by another interface than LaVIT's.
-    """
-    if self.modules.interface is not None:
-      raise UserError(
-        f'{self._interface_limit()}; to draw codes, open a checkpoint of LaVIT itself'
-      )
-
-  def require_image_alone(self) -> None:
-    """Checks that the interface reads images without a text.
-
-    Raises:
-      UserError: it is that of InstructBLIP.
-    """
-    interface = self.modules.interface
-    if isinstance(interface, QFormerInterface) and interface.vocab_size:
-      raise UserError(
-        'the Q-Former of this model reads the instruction, too (InstructBLIP), in the vocabulary '
-        'of BERT, which is not read here; open a checkpoint of BLIP-2'
-      )
-
-  def require_vectors(self) -> None:
-    """Checks that the language model has learned to regress the vectors of images.
-
-    Raises:
-      UserError: its interface is not Emu's.
-    """
-    if self.modules.regressing_interface is None:
-      raise UserError(
-        f'this model sees images by the interface {self.modules.interface_name!r}, whose vectors '
-        "are not regressed; open a checkpoint with the interface 'emu'"
-      )
-
-  def require_drawing(self) -> None:
-    """Checks that the language model can draw, and that the U-Net reads what it draws.
-
-    Raises:
-      UserError: the interface is for reading alone, or the U-Net has another condition.
-    """
-    if self.modules.regressing_interface is None:
-      self.require_codes()
-    elif self.modules.condition_name != self.modules.interface_name or 'unet' not in self.params:
-      name = self.modules.interface_name
-      raise UserError(
-        f'this model draws images as vectors of the interface {name!r}, and this checkpoint has no '
-        f'U-Net that reads them; train one (configs/detokenizer.py, '
-        f'--config.detokenizer.condition={name}) and bundle it too'
-      )
-
-  def require_unet_of_codes(self) -> None:
-    """Checks that the U-Net, if there is one, reads codes.
-
-    Raises:
-      UserError: it reads the vectors of an interface.
-    """
-    if self.modules.condition_name != CODES:
-      raise UserError(
-        f'the U-Net of this checkpoint reads vectors of the interface '
-        f'{self.modules.condition_name!r}, not codes; to decode codes, bundle a U-Net of stage '
-        'detokenizer that reads them'
-      )
-
-  def require_tokenizer(self) -> None:
-    """Checks that images can become codes.
-
-    Raises:
-      UserError: there is no visual tokenizer, for another interface than LaVIT's needs none.
-    """
-    if self.modules.interface is not None and 'tokenizer' not in self.params:
-      raise UserError(f'{self._interface_limit()}; to tokenize, open a checkpoint of LaVIT itself')
-
-  def _interface_limit(self) -> str:
-    does = 'captions and answers, and draws nothing'
-    if self.modules.regressing_interface is not None:
-      does = 'captions and answers, and draws vectors'
-    return (
-      f'this model sees images by the interface {self.modules.interface_name!r}, which has no '
-      f'codes: it {does}'
-    )
-
   # Programs.
 
   def run(
@@ -171,8 +85,12 @@ class ModelRunner:
       **kwargs: further arguments of the program.
     """
     params = {name: self.params[name] for name in module_names}
-    with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+    with self.on_mesh():
       return program(self.modules, params, *args, **kwargs)
+
+  def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+    """The context in which programs are called: that of the mesh, if there is one."""
+    return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
   def run_batches(
     self,

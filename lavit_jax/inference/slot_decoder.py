@@ -79,10 +79,12 @@ class SlotDecoder:
     new_tokens: the most new tokens of a sequence.
 
   Raises:
-    UserError: the model reads images by layers (Flamingo), or fewer tokens than that.
+    UserError: the model reads images by layers (Flamingo) or with a text (InstructBLIP), or fewer
+      tokens than that.
   """
 
   def __init__(self, model: ModelRunner, num_slots: int, prompt_tokens: int, new_tokens: int):
+    model.require_image_alone()
     modules = model.modules
     if modules.layered_interface is not None:
       raise UserError(
@@ -160,30 +162,32 @@ class SlotDecoder:
     padded = 1 << (len(joining) - 1).bit_length()
     padding = padded - len(joining)
     embeddings, mask = self._model.embed_prompts(prompts + prompts[-1:] * padding, features)
-    self._state, tokens = slots.join(
-      self._llama,
-      self._params,
-      self._state,
-      np.pad(taken, (0, padding), constant_values=len(self._sequences)).astype(np.int32),
-      embeddings,
-      mask,
-      self._rows.take(np.pad(taken, (0, padding), mode='edge')),
-      **self._program_options,
-    )
+    with self._model.on_mesh():
+      self._state, tokens = slots.join(
+        self._llama,
+        self._params,
+        self._state,
+        np.pad(taken, (0, padding), constant_values=len(self._sequences)).astype(np.int32),
+        embeddings,
+        mask,
+        self._rows.take(np.pad(taken, (0, padding), mode='edge')),
+        **self._program_options,
+      )
     return refused + self._record(taken, tokens, np.arange(len(joining)))
 
   def advance(self) -> list[NewToken]:
     """Returns the next token of each sequence."""
     active = np.array([sequence is not None for sequence in self._sequences])
-    self._state, tokens = slots.advance(
-      self._llama,
-      self._params,
-      self._state,
-      np.int32(self._column),
-      active,
-      self._rows,
-      **self._program_options,
-    )
+    with self._model.on_mesh():
+      self._state, tokens = slots.advance(
+        self._llama,
+        self._params,
+        self._state,
+        np.int32(self._column),
+        active,
+        self._rows,
+        **self._program_options,
+      )
     self._column = (self._column + 1) % self.new_tokens
     taken = np.flatnonzero(active)
     return self._record(taken, tokens, taken)

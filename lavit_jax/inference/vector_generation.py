@@ -80,10 +80,10 @@ def regress_vectors(runner: ModelRunner, prompts: Sequence[Sequence[Any]]) -> np
   fetched = batching.fetch_batches(draw(), len(prompts), 'vectors')
   if not fetched:
     return np.zeros((0, n, modules.llama.hidden_size), np.float32)
-  vectors, found = (
+  vectors, row_faults = (
     np.concatenate([result[part][:count] for count, result in fetched]) for part in range(2)
   )
-  faults.check(found, vectors)
+  faults.check(row_faults, vectors)
   return vectors
 
 

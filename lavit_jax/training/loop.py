@@ -168,7 +168,7 @@ def _restore_or_init(run: Run, inputs: _Inputs) -> _Start:
 
 
 def _loaded_shapes(inputs: _Inputs) -> dict[str, Tree]:
-  """The parameters of the run's folders, the frozen ones as they are held."""
+  """The parameters of the run's folders, the frozen ones in their dtypes."""
   return {**parameters.module_shapes(inputs.sources), **jax.eval_shape(lambda: inputs.frozen)}
 
 

@@ -1,6 +1,6 @@
 """The options of training with low-rank adapters (models/lora.py), and what follows from them.
 
-Which kernels have an adapter, which leaves train in full, and how the weights beside are held.
+Which kernels have an adapter, which leaves train in full, and the dtypes of the frozen weights.
 stages/adapters.py makes the stage.
 """
 
@@ -137,33 +137,33 @@ def _biases(
   """The biases that train: those beside adapters, or all in modules that have some."""
   layers = {(module, path.removesuffix('kernel')) for module, path in kernels}
   modules = {module for module, _ in layers}
-  found = []
+  biases = []
   for module in sorted(modules) if bias != 'none' else ():
     for path, rule in rules[module].items():
       is_bias = path.rpartition('/')[2] in ('bias', 'q_bias', 'v_bias')
       beside = (module, path.removesuffix('bias')) in layers
       if is_bias and not rule.optional and (beside or bias == 'all'):
-        found.append((module, path))
-  return [leaf for leaf in found if leaf not in in_full]
+        biases.append((module, path))
+  return [leaf for leaf in biases if leaf not in in_full]
 
 
 # --- The weights beside --------------------------------------------------------------------------
 
 
 class BaseWeights(NamedTuple):
-  """How the weights are held beside which adapters train.
+  """The dtypes of the frozen weights beside which adapters train.
 
   Attributes:
     dtype: of matrices: one of `BASE_DTYPES`. With 'int8' the matrices of the language model are
       Int8, and all others bfloat16. Norms and biases are float32.
-    in_full: (module, path) of the leaves that train themselves, of which no copy is held.
+    in_full: (module, path) of the leaves that train themselves, of which no frozen copy is kept.
   """
 
   dtype: str
   in_full: tuple[tuple[str, str], ...]
 
   def modules(self, names: Collection[str]) -> list[str]:
-    """Those of some modules that are not held as they are in float32."""
+    """Those of some modules whose frozen weights are not all float32."""
     if self.dtype == 'float32':
       return []
     return [name for name in names if name in adapter_names.MODULES]
@@ -175,8 +175,8 @@ class BaseWeights(NamedTuple):
       return 'float32'
     return None if self._is_quantized(module, name) else 'bfloat16'
 
-  def hold(self, module: str, path: str, leaf: Array) -> Array | Int8:
-    """A leaf that was read, as it is held."""
+  def convert(self, module: str, path: str, leaf: Array) -> Array | Int8:
+    """A leaf that was read, in its dtype."""
     dtype = self.stored_dtype(module, path)
     if dtype is None:
       return quantize_weight(path.rpartition('/')[2], leaf)
@@ -185,13 +185,13 @@ class BaseWeights(NamedTuple):
   def _is_quantized(self, module: str, name: str) -> bool:
     return self.dtype == 'int8' and module == 'llama' and name in ('kernel', 'head')
 
-  def hold_all(self, params: Mapping[str, Tree]) -> dict[str, Tree]:
-    """`hold` of all leaves of the modules that adapters may stand beside."""
-    held = dict(params)
+  def convert_all(self, params: Mapping[str, Tree]) -> dict[str, Tree]:
+    """`convert` of all leaves of the modules that adapters may stand beside."""
+    stored = dict(params)
     for module in adapter_names.MODULES & params.keys():
       flat = flatten(params[module])
-      held[module] = unflatten({path: self.hold(module, path, x) for path, x in flat.items()})
-    return held
+      stored[module] = unflatten({path: self.convert(module, path, x) for path, x in flat.items()})
+    return stored
 
   def without_trained(self, params: Mapping[str, Tree]) -> dict[str, Tree]:
     """The parameters without the leaves that train themselves."""
@@ -205,7 +205,7 @@ class BaseWeights(NamedTuple):
 
 
 def read_base(base: BaseWeights, source: str, module: str, mesh: Mesh) -> Tree:
-  """Reads a module of a folder leaf by leaf, as it is held, sharded on the mesh.
+  """Reads a module of a folder leaf by leaf, in the dtypes of `base`, sharded on the mesh.
 
   Raises:
     UserError: the folder is damaged.
@@ -215,9 +215,11 @@ def read_base(base: BaseWeights, source: str, module: str, mesh: Mesh) -> Tree:
     sources[dtype] = folder.open_params(source, module, dtype)
   structs = sources[None].structs
   shardings = flatten(sharding.shardings({module: unflatten(structs)}, mesh)[module])
-  held = {}
+  stored = {}
   for path in structs:
     leaf = sources[base.stored_dtype(module, path)].read(path, sharding=shardings[path])
-    held[path] = jax.block_until_ready(base.hold(module, path, leaf))  # one at a time, for memory
-  tree = unflatten(held)
+    stored[path] = jax.block_until_ready(
+      base.convert(module, path, leaf)
+    )  # one at a time, for memory
+  tree = unflatten(stored)
   return jax.device_put(tree, sharding.shardings({module: tree}, mesh)[module])

@@ -147,11 +147,12 @@ def open_modules(variant: str, folders: Sequence[ParameterFolder]) -> dict[str, 
       variant.
   """
   sources: dict[str, ParameterSource] = {}
-  for given in folders:
-    if given.frozen and 'tokenizer' in given.modules:
-      metadata.check_codebook(given.path)
-    sources |= folder.open_modules(given.path, given.modules, variant)
-    if not given.frozen and 'tokenizer' in given.modules and not metadata.has_codebook(given.path):
+  for origin in folders:
+    has_tokenizer = 'tokenizer' in origin.modules
+    if origin.frozen and has_tokenizer:
+      metadata.check_codebook(origin.path)
+    sources |= folder.open_modules(origin.path, origin.modules, variant)
+    if not origin.frozen and has_tokenizer and not metadata.has_codebook(origin.path):
       loaded, _ = codebook.take_out({'tokenizer': unflatten(sources['tokenizer'].structs)})
       structs = flatten(loaded['tokenizer'])
       sources['tokenizer'] = sources['tokenizer']._replace(structs=structs)
@@ -190,7 +191,7 @@ def read_frozen(
   stage: Stage,
   mesh: Mesh,
 ) -> dict[str, Tree]:
-  """Reads the modules that a stage needs, as they are held (`Stage.base`).
+  """Reads the modules that a stage needs, in the dtypes of `Stage.base`.
 
   Args:
     sources: from `open_modules`.
@@ -207,7 +208,10 @@ def read_frozen(
     return read_modules(sources, needs, mesh)
   narrow = base.modules(needs)
   params = read_modules(sources, [name for name in needs if name not in narrow], mesh)
-  paths = {name: given.path for given in folders if given.frozen for name in given.modules}
+  paths: dict[str, str] = {}
+  for origin in folders:
+    if origin.frozen:
+      paths |= dict.fromkeys(origin.modules, origin.path)
   for name in narrow:
     params[name] = read_base(base, paths[name], name, mesh)
   return params

@@ -83,8 +83,8 @@ def make_init(
 def abstract_inputs(run: Run) -> tuple[dict[str, Any], dict[str, jax.ShapeDtypeStruct]]:
   """(the params that the stage requires, a batch of all processes) as ShapeDtypeStructs."""
   names = run.stage.modules.required
-  hold = run.stage.base.hold_all if run.stage.base is not None else lambda params: params
-  params = jax.eval_shape(lambda: hold(init_params(run.model, jax.random.key(0), names)))
+  convert = run.stage.base.convert_all if run.stage.base is not None else lambda params: params
+  params = jax.eval_shape(lambda: convert(init_params(run.model, jax.random.key(0), names)))
   shapes = loader.batch_shapes(
     run.data.task,
     run.batch_size,

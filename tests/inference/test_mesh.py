@@ -16,6 +16,8 @@ import dataclasses, json, sys
 import jax, jax.numpy as jnp
 from pathlib import Path
 from lavit_jax import Lavit
+from lavit_jax.data.images import read_images
+from lavit_jax.inference.slot_decoder import SlotDecoder, TextSequence
 from lavit_jax.weights.torch.api import from_torch
 
 weights, heads = sys.argv[1] or None, int(sys.argv[2])
@@ -40,6 +42,25 @@ constrain = jax.lax.with_sharding_constraint
 jax.lax.with_sharding_constraint = lambda x, shardings: rows.add(len(x)) or constrain(x, shardings)
 images = [Path('lavit_jax/assets/demo') / f'0{n}.png' for n in (1, 2, 3, 4)]
 results = []
+
+
+def continue_in_slots(model):
+  decoder = SlotDecoder(model, num_slots=2, prompt_tokens=64, new_tokens=6)
+  waiting = [
+    TextSequence([image], temperature=t, min_new_tokens=2, max_new_tokens=6)
+    for image, t in zip(read_images(images, model.modules.image_size), (0.0, 1.0, 0.0, 1.0))
+  ]
+  tokens = {id(sequence): [] for sequence in waiting}
+  order = list(tokens)
+  while waiting or decoder.num_active:
+    joining, waiting = waiting[: decoder.num_free], waiting[decoder.num_free :]
+    for token in (decoder.join(joining) if joining else []) + (
+      decoder.advance() if decoder.num_active else []
+    ):
+      tokens[id(token.sequence)].append(token.id)
+  return [tokens[key] for key in order]
+
+
 for model in (one, many):
   captions = model.caption(images)
   tokens = model.tokenize(images)
@@ -55,6 +76,7 @@ for model in (one, many):
     devices=sorted({len(leaf.sharding.device_set) for leaf in leaves}),
     sharded=sum(not leaf.sharding.is_fully_replicated for leaf in leaves),
     rows=sorted(rows),
+    slots=continue_in_slots(model),
   ))
 print(json.dumps(results))
 """
@@ -86,7 +108,7 @@ def test_a_mesh_computes_what_one_device_computes(weights, heads):
   assert many['sharded'] > 20
   assert one['rows'] == []
   assert 4 in many['rows']
-  for key in ('captions', 'tokens', 'codes'):
+  for key in ('captions', 'tokens', 'codes', 'slots'):
     assert one[key] == many[key]
   difference = np.abs(np.array(one['decoded']) - np.array(many['decoded']))
   assert difference.max() <= 2  # rounding to bytes

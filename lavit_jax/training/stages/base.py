@@ -111,7 +111,7 @@ class Stage(NamedTuple):
   export_metadata: Callable[[Any], dict[str, Any]] | None = None
   """state -> what the export's metadata says besides, as JSON."""
   base: BaseWeights | None = None
-  """How the weights are held beside which adapters train (training/lora.py)."""
+  """The dtypes of the frozen weights beside which adapters train (training/lora.py)."""
   warnings: Callable[[Mapping[str, Tree], int], list[str]] | None = None
   """(loaded params, number of steps) -> a line for each option without the expected effect."""
 

@@ -18,6 +18,7 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from typing import TypeVar
 
 from fsspec import AbstractFileSystem
@@ -58,7 +59,7 @@ def fetch(folder: str, modules: Collection[str] | None = None) -> str:
       continue
     target = copy / name
     target.parent.mkdir(parents=True, exist_ok=True)
-    _attempt(folder, 'read', lambda: filesystem.get_file(_join(root, name), str(target)))  # noqa: B023
+    _attempt(folder, 'read', partial(filesystem.get_file, _join(root, name), str(target)))
   return str(copy)
 
 
@@ -107,11 +108,11 @@ def _upload(copy: pathlib.Path, folder: str) -> None:
 
   def remove(names: Collection[str]) -> None:
     for name in names:
-      _attempt(folder, 'written', lambda: filesystem.rm_file(_join(root, name)))  # noqa: B023
+      _attempt(folder, 'written', partial(filesystem.rm_file, _join(root, name)))
 
   remove([name for name in old if _is_mark(name)])
   for name in new:
-    _attempt(folder, 'written', lambda: _put(filesystem, copy / name, _join(root, name)))  # noqa: B023
+    _attempt(folder, 'written', partial(_put, filesystem, copy / name, _join(root, name)))
   remove([name for name in old if name not in new and not _is_mark(name)])
 
 

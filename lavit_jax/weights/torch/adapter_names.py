@@ -66,7 +66,7 @@ def find_leaves(
   Raises:
     UserError: a target names none.
   """
-  found = []
+  leaves = []
   targets = list(targets)
   matched = set()
   for module, of_module in rules.items():
@@ -74,7 +74,7 @@ def find_leaves(
       hits = [target for target in targets if matches(target, module, rule)]
       matched.update(hits)
       if hits:
-        found.append((module, path))
+        leaves.append((module, path))
   for target in targets:
     if target not in matched:
       known = sorted(
@@ -84,7 +84,7 @@ def find_leaves(
         f'{option}: {target!r} names nothing in {", ".join(rules)}; give a regular expression of '
         f"paths such as '^llama/layers/', or names of layers: {', '.join(known)}"
       )
-  return found
+  return leaves
 
 
 def layer_name(rule: NameRule) -> str:

@@ -43,9 +43,9 @@ def plan_merge(
   variant = config['variant']
   settings = adapters.with_settings(folder.read_settings(src), adapters.read_info(adapter))
   model = lavit.build(variant, settings=settings)
-  found = adapters.load_adapters(adapter, model)
-  notes = adapters.base_notes(partial(module_digest, src), config['parts'], found)
-  merge = _Merge(src, dst, adapter, config, settings, model, found, dtype, notes)
+  loaded = adapters.load_adapters(adapter, model)
+  notes = adapters.base_notes(partial(module_digest, src), config['parts'], loaded)
+  merge = _Merge(src, dst, adapter, config, settings, model, loaded, dtype, notes)
   items = []
   for module in merge.modules:
     structs = merge.structs(module)
@@ -72,21 +72,21 @@ class _Merge:
   config: Mapping[str, Any]
   settings: Mapping[str, Any]
   model: lavit.LavitModules
-  found: Adapters
+  loaded: Adapters
   dtype: str | None
   notes: list[str]
 
   @property
   def modules(self) -> list[str]:
     """Those of the result: the checkpoint's, and those that the adapters bring whole."""
-    whole = [name for name, adapter in self.found.modules.items() if not adapter.config]
+    whole = [name for name, adapter in self.loaded.modules.items() if not adapter.config]
     replaced = {'understanding'} if 'interface' in whole else set()
     kept = [name for name in self.config['parts'] if name not in {*whole, *replaced}]
     return kept + whole
 
   def structs(self, module: str) -> dict[str, jax.ShapeDtypeStruct]:
     """The leaves of a module of the result."""
-    adapter = self.found.modules.get(module)
+    adapter = self.loaded.modules.get(module)
     if adapter is not None and not adapter.config:
       leaves = flatten(adapter.trained)
     else:
@@ -120,7 +120,7 @@ class _Merge:
   def _leaves(
     self, module: str, structs: Mapping[str, Any], stacked: frozenset[str]
   ) -> Iterator[tuple[str, int | None, np.ndarray]]:
-    adapter = self.found.modules.get(module)
+    adapter = self.loaded.modules.get(module)
     trained = flatten(adapter.trained) if adapter is not None else {}
     if adapter is not None and not adapter.config:
       for path, leaf in trained.items():
@@ -137,12 +137,12 @@ class _Merge:
   def _metadata(self) -> dict[str, Any]:
     """The checkpoint's, less what it said of files whose tensors have changed."""
     metadata = dict(self.config['metadata'])
-    if 'understanding' in self.found.modules:
+    if 'understanding' in self.loaded.modules:
       metadata.pop('overlay', None)  # as of one that was trained here
-    llama = self.found.modules.get('llama')
+    llama = self.loaded.modules.get('llama')
     if llama is not None and {'head', 'embedding'} & llama.trained.keys():
       metadata.pop('tied', None)
-    info = self.found.info
+    info = self.loaded.info
     metadata['adapters'] = dict(folder=str(self.adapter), **info.get('metadata', {}))
     return metadata
 

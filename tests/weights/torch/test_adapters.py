@@ -1,5 +1,6 @@
 """Adapters against the library peft: outputs, gradients, merged weights, and its folders."""
 
+import functools
 import json
 
 import jax
@@ -72,7 +73,7 @@ def test_outputs_and_gradients_are_pefts(peer):
 
   def logits(trained):
     attached = lora.attach(params, trained, adapter.scale)
-    apply = lambda *args, **kwargs: MODEL.llama.apply({'params': attached}, *args, **kwargs)  # noqa: E731
+    apply = functools.partial(MODEL.llama.apply, {'params': attached})
     hidden, _ = apply(apply(IDS, method='embed'), prompt_positions(mask), prompt_mask(mask))
     return apply(hidden, method='logits')
 
