@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
-
 from lavit_jax.errors import UserError
 from lavit_jax.models.interfaces.qformer import QFormerInterface
 from lavit_jax.models.lavit import LavitModules
 from lavit_jax.models.settings import CODES
+from lavit_jax.weights.loader import LazyParams
 
 
 class Capabilities:
@@ -15,11 +14,11 @@ class Capabilities:
 
   Attributes:
     modules: the Flax modules.
-    params: by the names of the modules that the checkpoint has.
+    params: of the modules that the checkpoint has.
   """
 
   modules: LavitModules
-  params: Container[str]
+  params: LazyParams
 
   def require_codes(self) -> None:
     """Checks that the language model has learned codes.
