@@ -127,7 +127,8 @@ class Tars:
       repeated = format_names(sample.repeated)
       return Skip('repeated member', f'{origin}, which has {repeated} twice')
     images = (sample.fields[extension] for extension in self.image if extension in sample.fields)
-    return Record(next(images, b''), find_texts(sample.fields, self.text, lower=True), origin)
+    texts = find_texts(sample.fields, self.text, lower=True)
+    return Record(next(images, b''), texts, origin, sample.key or '')
 
 
 def tar_files(path: str | Sequence[str]) -> list[str]:
@@ -202,7 +203,8 @@ class Parquets:
       for values in parquets.read_rows(group, start, **open_options):
         image = parquets.image_of(values, self.image)
         origin = f'{group.file}, row group {group.group}, row {row}'
-        yield row, row + 1, Record(image, find_texts(values, self.text), origin)
+        key = f'{os.path.splitext(os.path.basename(group.file))[0]}/{group.group}/{row}'
+        yield row, row + 1, Record(image, find_texts(values, self.text), origin, key)
         row += 1
     except parquets.DAMAGE as error:
       last = Skip('broken parquet', f'{group.file}, row group {group.group} ({error})', 'files')

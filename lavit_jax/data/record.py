@@ -18,11 +18,13 @@ class Record(NamedTuple):
     image: the bytes of an image file; b'' if the record has no image.
     texts: all texts of the record, not cleaned.
     origin: file and position, for messages.
+    key: what the file calls it; '' where records have no names.
   """
 
   image: bytes
   texts: tuple[str, ...]
   origin: str
+  key: str = ''
 
 
 class Skip(NamedTuple):
