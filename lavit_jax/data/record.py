@@ -19,12 +19,14 @@ class Record(NamedTuple):
     texts: all texts of the record, not cleaned.
     origin: file and position, for messages.
     key: what the file calls it; '' where records have no names.
+    codes: of its image, where these are stored in place of the image.
   """
 
   image: bytes
   texts: tuple[str, ...]
   origin: str
   key: str = ''
+  codes: Sequence[int] = ()
 
 
 class Skip(NamedTuple):

@@ -217,12 +217,12 @@ def test_a_job_that_is_killed_and_started_again(tmp_path):
   from training import nano
 
   assets = os.path.join(cli.ASSETS, 'demo')
-  pictures = [open(os.path.join(assets, f'{i:02}.png'), 'rb').read() for i in range(1, 9)]
+  pictures = [open(os.path.join(assets, f'{i:02}.png'), 'rb').read() for i in range(1, 7)]
   tars = tmp_path / 'tars'
   tars.mkdir()
   for number in range(12):
     with open(tars / f'{number:03}.tar', 'wb') as file:
-      write_tar(file, [(f'{i:02}.png', pictures[(number + i) % 8]) for i in range(24)])
+      write_tar(file, [(f'{i:02}.png', pictures[(number + i) % 6]) for i in range(24)])
   command = [sys.executable, '-m', 'lavit_jax', 'tokenize', '--input', str(tars), '--out']
 
   def start(out, env=()):
