@@ -118,9 +118,9 @@ class ShardRun:
       files = paths.expand(request.inputs, _SUFFIX)
     else:
       files = formats.tar_files(request.inputs)
+    results = archives.result_names(files, _SUFFIX)
     share, count = request.share
-    self.files = {_result_name(file): file for file in files[share::count]}
-    _check_names(files)
+    self.files = dict(itertools.islice(results.items(), share, None, count))
     self.notes = self._read_notes()
     self.pending = {name: file for name, file in self.files.items() if name not in self.notes}
 
@@ -333,22 +333,6 @@ def _is_parquet(path: str) -> bool:
   if os.path.isdir(path):
     return not any(name.lower().endswith(archives.ENDINGS) for name in os.listdir(path))
   return path.lower().endswith(_SUFFIX)
-
-
-def _result_name(file: str) -> str:
-  return archives.stem(file) + _SUFFIX
-
-
-def _check_names(files: Sequence[str]) -> None:
-  """Raises UserError if two files would have the same result."""
-  first: dict[str, str] = {}
-  for file in files:
-    other = first.setdefault(_result_name(file), file)
-    if other != file:
-      raise UserError(
-        f'{other} and {file} would both become {_result_name(file)}; give them different names, or '
-        'give one folder at a time, each with an --out of its own'
-      )
 
 
 def _shard_seed(seed: int, name: str) -> int:
