@@ -140,6 +140,20 @@ def test_bad_records_do_not_end_the_run(stub, tars, tmp_path, capsys):
   assert '3 of the records have no result' in error
 
 
+def test_names_and_texts_that_are_no_utf_8(stub, tmp_path):
+  with open(tmp_path / 'x.tar', 'wb') as file:
+    write_tar(file, [('caf\udce9.png', png(1)), ('caf\udce9.json', b'{"text": "\\ud800"}')])
+  out = tmp_path / 'out'
+  arguments = ('--input', tmp_path / 'x.tar', '--text-field', 'json.text')
+  assert lavit('caption', *arguments, '--out', out) == 0
+  assert rows(out / 'x.parquet')[0] == {
+    'key': r'caf\udce9',
+    'text': [r'\ud800'],
+    'caption': '1 at 0',
+    'error': None,
+  }
+
+
 def test_missing_and_broken_tars(stub, tars, tmp_path, capsys):
   """The others are computed; a missing tar can come later, of a broken one the beginning counts."""
   data = (tars / '001.tar').read_bytes()

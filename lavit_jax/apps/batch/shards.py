@@ -204,9 +204,10 @@ class ShardRun:
     self, record: Record | Skip, values: Mapping[str, Any], model: Lavit
   ) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys(_schema(self.command).names)
-    row['error'] = values.get('error')
+    if error := values.get('error'):
+      row['error'] = _encodable(error)
     if isinstance(record, Record):
-      row |= {'key': record.key, 'text': list(record.texts)}
+      row |= {'key': _encodable(record.key), 'text': [_encodable(text) for text in record.texts]}
     if row['error']:
       return row
     if self.command == 'caption':
@@ -322,6 +323,11 @@ def _decode(record: Record | Skip, size: int) -> np.ndarray:
   if not record.image:
     raise UserError(NO_IMAGE)
   return transforms.decode(record.image, size)
+
+
+def _encodable(text: str) -> str:
+  """The text with escapes for what UTF-8 cannot hold, as names in tars and JSON may have it."""
+  return text.encode('utf-8', 'backslashreplace').decode()
 
 
 def _schema(command: str) -> pa.Schema:
