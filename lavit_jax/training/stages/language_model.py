@@ -81,7 +81,8 @@ class LanguageModelOptions:
     """Reads them from a config."""
     interface = config.get('interface', LAVIT)  # earlier configs have none, and no adapters
     lora = LoraOptions.from_config(config.get('lora', {}))
-    from_codes = has_codes(config.get('data', {}).get('sources', ()))
+    data = config.get('data', {})
+    from_codes = has_codes((*data.get('sources', ()), *data.get('heldout', ())))
     own = dict(config['lm'], interface=interface, lora=lora, from_codes=from_codes)
     return read_options(cls, own, 'lm')
 

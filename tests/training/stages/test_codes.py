@@ -186,6 +186,7 @@ def test_codes_of_another_tokenizer_are_refused(codes):
 
 def test_operations_are_those_of_the_language_model_alone():
   """Of the image's encoder, the selector and the merger, none remains."""
+  assert nano.run('lm', data__sources=(TEXT,), data__heldout=(CODES,)).code_sizes
   run = nano.run('lm', data__sources=(CODES,))
   count = flops.step_flops(run)
   assert count.fixed == 0 < count.slots
