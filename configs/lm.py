@@ -6,7 +6,7 @@ Needs `vit` and `tokenizer`; exports `llama` and `understanding`. The large vari
 without the visual ids. `data.shares`: shares of captions, answers, images to generate and plain text; `data.question_weights`: frequencies of the types
 of questions. A packed row has `row_length` tokens, a pair `mean_length` on average; `max_overflow`: the largest share of pairs that find no room.
 `interface` `linear`, `mlp`, `resampler`, `flamingo`, `qformer` or `emu`: images are seen as in other systems (lavit_jax/models/interfaces). That needs `vit` alone,
-exports `llama` and `interface`, and draws nothing, but for `emu` (`regression_weight`); what else follows, unless it is set: lavit_jax/training/interface_options.py. With `lora.rank`, adapters train beside the weights of a whole model in `frozen`; set optim.learning_rate, too: docs/guides/lora.md.
+exports `llama` and `interface`, and draws nothing, but for `emu` (`regression_weight`); what else follows, unless it is set: lavit_jax/training/interface_options.py. Data with `format='codes'` needs no module, and trains `llama` to draw: docs/guides/bulk.md. With `lora.rank`, adapters train beside the weights of a whole model in `frozen`; set optim.learning_rate, too: docs/guides/lora.md.
 """
 
 from ml_collections import ConfigDict

@@ -153,7 +153,7 @@ def _add_evaluate(commands: Commands) -> None:
   )
   group.add_argument(
     '--shard',
-    type=_shard,
+    type=options.shard,
     metavar='I/N',
     help='compute share I, from 0, of N shares that several processes compute into one --out '
     '(default: 0/1)',
@@ -177,14 +177,6 @@ def _add_evaluate(commands: Commands) -> None:
     metavar='N',
     help='number of texts of each split to generate images from (default: 256)',
   )
-
-
-def _shard(text: str) -> tuple[int, int]:
-  """The type of an option: I/N as (I, N), with I from 0 to N - 1."""
-  number, _, count = text.partition('/')
-  if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
-    raise argparse.ArgumentTypeError(f'{text!r} is not I/N with I from 0 to N - 1, such as 0/4')
-  return int(number), int(count)
 
 
 def _demo(args: argparse.Namespace) -> None:

@@ -53,9 +53,17 @@ def local_path(text: str) -> str:
   return expand_home(text)
 
 
-def weights_path(text: str) -> str:
-  """The type of an option: a weights folder, a path with '~' expanded, or a URL of a store."""
+def path_or_url(text: str) -> str:
+  """The type of an option: a path with '~' expanded, or a URL of a store."""
   return text if '://' in text else local_path(text)
+
+
+def shard(text: str) -> tuple[int, int]:
+  """The type of an option: I/N as (I, N), with I from 0 to N - 1."""
+  number, _, count = text.partition('/')
+  if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
+    raise argparse.ArgumentTypeError(f'{text!r} is not I/N with I from 0 to N - 1, such as 0/4')
+  return int(number), int(count)
 
 
 def image_size(text: str) -> list[int]:

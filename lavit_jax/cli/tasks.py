@@ -6,8 +6,8 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
-from lavit_jax.cli import options
-from lavit_jax.cli.options import add_command, image_size, local_path, number
+from lavit_jax.cli import options, shards
+from lavit_jax.cli.options import add_command, image_size, local_path, number, path_or_url
 
 if TYPE_CHECKING:
   from lavit_jax.cli.options import Commands
@@ -33,6 +33,7 @@ COMMAND_OPTIONS = (
   'json',
   'tensor',
   'compilation_cache',
+  *shards.OPTIONS,
 )
 # Options under another name in result files, which have older names: a run must be resumable.
 RECORDED_NAMES = {
@@ -66,14 +67,16 @@ def add_commands(commands: Commands) -> None:
   _add_inputs(parser, 'IMAGE|DIR', IMAGE_ROW)
   _add_image_outputs(parser)
   parser = _add_task(commands, 'tokenize', 'print the visual tokens of images')
-  _add_inputs(parser, 'IMAGE|DIR', IMAGE_ROW)
-  _add_text_outputs(parser)
+  _add_inputs(parser, 'IMAGE|DIR', IMAGE_ROW, or_shards=True)
+  _add_text_outputs(parser, or_shards=True)
+  shards.add_options(parser)
 
 
 def _add_caption(commands: Commands) -> None:
   parser = _add_task(commands, 'caption', 'describe images')
-  _add_inputs(parser, 'IMAGE|DIR', IMAGE_ROW)
-  _add_text_outputs(parser)
+  _add_inputs(parser, 'IMAGE|DIR', IMAGE_ROW, or_shards=True)
+  _add_text_outputs(parser, or_shards=True)
+  shards.add_options(parser)
   _add_search_options(parser, num_beams=2, length_penalty=1)
   _add_generation_options(
     parser, 'number of captions of each image, from other patches and samples (default: 1)'
@@ -123,18 +126,21 @@ def _add_task(commands: Commands, name: str, text: str) -> argparse.ArgumentPars
   return parser
 
 
-def _add_inputs(parser: argparse.ArgumentParser, metavar: str, row: str) -> None:
+def _add_inputs(
+  parser: argparse.ArgumentParser, metavar: str, row: str, or_shards: bool = False
+) -> None:
   parser.add_argument('inputs', nargs='*', metavar=metavar)
+  text = f'read a row from each line: {row}; image paths are relative to this file'
   parser.add_argument(
     '--input',
-    type=local_path,
-    metavar='ROWS.jsonl',
-    help=f'read a row from each line: {row}; image paths are relative to this file',
+    type=path_or_url if or_shards else local_path,
+    metavar='ROWS.jsonl|PATTERN' if or_shards else 'ROWS.jsonl',
+    help=f'{text}; or tars or Parquet files, see below' if or_shards else text,
   )
   parser.add_argument('--json', action='store_true', help='print each result as a JSON object')
 
 
-def _add_text_outputs(parser: argparse.ArgumentParser) -> None:
+def _add_text_outputs(parser: argparse.ArgumentParser, or_shards: bool = False) -> None:
   parser.add_argument(
     '--most-probable',
     dest='seed',
@@ -142,11 +148,12 @@ def _add_text_outputs(parser: argparse.ArgumentParser) -> None:
     const=None,
     help='keep the most probable patches instead of sampling which patches become tokens',
   )
+  text = 'append each result as a line; the same command resumes an interrupted run'
   parser.add_argument(
     '--out',
-    type=local_path,
-    metavar='FILE.jsonl',
-    help='append each result as a line; the same command resumes an interrupted run',
+    type=path_or_url if or_shards else local_path,
+    metavar='FILE.jsonl|DIR' if or_shards else 'FILE.jsonl',
+    help=f'{text}; of tars or Parquet files, a folder' if or_shards else text,
   )
 
 
@@ -325,6 +332,11 @@ def _add_sampling_options(parser: argparse.ArgumentParser, guidance_scale: float
 def _run_task(args: argparse.Namespace) -> None:
   from lavit_jax.apps import batch
 
+  if shards.named(args):
+    method_options = _method_options(args)
+    _check_seed(args, 1)
+    shards.run(args, _recorded_settings(args, method_options), method_options)
+    return
   task = batch.TASKS[args.command]
   inputs = batch.resolve_inputs(task, args.inputs, args.input, args.out)
   method_options = _method_options(args)

@@ -19,12 +19,13 @@ import io
 import lzma
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 import pyarrow
 
 from lavit_jax.data import paths
+from lavit_jax.errors import UserError
 
 ENDINGS = (
   '.tar',
@@ -113,6 +114,28 @@ def stem(path: str) -> str:
     if name.lower().endswith(ending) and len(name) > len(ending):
       return name[: -len(ending)]
   return os.path.splitext(name)[0]
+
+
+def result_names(files: Iterable[str], ending: str) -> dict[str, str]:
+  """{name of the result of a file: the file}, where each file becomes one in the same folder.
+
+  Args:
+    files: their paths.
+    ending: of the results, such as '.parquet'.
+
+  Raises:
+    UserError: two files have the same name.
+  """
+  names: dict[str, str] = {}
+  for file in files:
+    name = stem(file) + ending
+    other = names.setdefault(name, file)
+    if other != file:
+      raise UserError(
+        f'{other} and {file} would both become {name}; rename one, or give their folders one by '
+        'one, each with an --out of its own'
+      )
+  return names
 
 
 class _Decompressed(io.RawIOBase):

@@ -18,7 +18,7 @@ import glob
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -102,7 +102,8 @@ def write_array_records(
   """
   image = tuple(extension.lower() for extension in image)
   files = formats.tar_files(sources)
-  targets = _choose_targets(files, out)
+  names = archives.result_names(files, ARRAY_RECORD)
+  targets = {os.path.join(out, name): file for name, file in names.items()}
   os.makedirs(out, exist_ok=True)
   for partial_file in glob.glob(os.path.join(glob.escape(out), f'.*{ARRAY_RECORD}.half')):
     os.remove(partial_file)  # of a run that was stopped
@@ -115,22 +116,6 @@ def write_array_records(
   if not total.records and not failed:
     raise UserError(_describe_nothing(files, total, image))
   return WriteSummary(total.records, dict(total.skipped), len(targets) - len(waiting), failed)
-
-
-def _choose_targets(files: Iterable[str], out: str) -> dict[str, str]:
-  """{file to write: tar}.
-
-  Raises:
-    UserError: two tars have the same name.
-  """
-  targets: dict[str, str] = {}
-  for file in files:
-    target = os.path.join(out, archives.stem(file) + ARRAY_RECORD)
-    if targets.setdefault(target, file) != file:
-      raise UserError(
-        f'{targets[target]} and {file} would both become {target}; pack them into different folders'
-      )
-  return targets
 
 
 def _pack_all(

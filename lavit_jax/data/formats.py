@@ -7,6 +7,8 @@
 | folder      | store  | folder of images and captions    | field 'file_name' | fields, 'text'     |
 | tars        | stream | WebDataset or img2dataset tars   | extensions        | extensions         |
 | parquet     | stream | files; a row group is a unit     | column of bytes   | columns            |
+| codes       | stream | Parquet files, of `lavit         | (codes: column    | columns            |
+|             |        | tokenize`                        | 'codes')          |                    |
 
 A local folder of tars, Parquet or ArrayRecord files stands for all its files that end in .tar (or
 .tar.gz and so on, archives.py), .parquet or .array_record; ArrayRecord files are always local.
@@ -21,7 +23,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from lavit_jax.data import archives, parquets, paths, tars
 from lavit_jax.data.record import IMAGE_EXTENSIONS, Record, Skip, find_texts, format_names
@@ -127,7 +129,8 @@ class Tars:
       repeated = format_names(sample.repeated)
       return Skip('repeated member', f'{origin}, which has {repeated} twice')
     images = (sample.fields[extension] for extension in self.image if extension in sample.fields)
-    return Record(next(images, b''), find_texts(sample.fields, self.text, lower=True), origin)
+    texts = find_texts(sample.fields, self.text, lower=True)
+    return Record(next(images, b''), texts, origin, sample.key or '')
 
 
 def tar_files(path: str | Sequence[str]) -> list[str]:
@@ -200,13 +203,50 @@ class Parquets:
     last = Skip('', group.file, 'files')
     try:
       for values in parquets.read_rows(group, start, **open_options):
-        image = parquets.image_of(values, self.image)
         origin = f'{group.file}, row group {group.group}, row {row}'
-        yield row, row + 1, Record(image, find_texts(values, self.text), origin)
+        key = f'{os.path.splitext(os.path.basename(group.file))[0]}/{group.group}/{row}'
+        yield row, row + 1, self.record(values, origin, key)
         row += 1
     except parquets.DAMAGE as error:
       last = Skip('broken parquet', f'{group.file}, row group {group.group} ({error})', 'files')
     yield row, row, last
+
+  def record(self, values: dict[str, Any], origin: str, key: str) -> Record | Skip:
+    """The record of a row's values by column."""
+    image = parquets.image_of(values, self.image)
+    return Record(image, find_texts(values, self.text), origin, key)
+
+
+class Codes(Parquets):
+  """Parquet files with the codes of images, which `lavit tokenize` writes (apps/batch/shards.py).
+
+  Args:
+    path: a folder, files, globs or braces.
+    image: nothing.
+    text: the columns with texts, dotted names.
+
+  Raises:
+    UserError: as parquets.list_units.
+  """
+
+  def __init__(self, path: str | Sequence[str], image: None, text: Sequence[str]):
+    del image
+    self.text = text
+    self.files = paths.expand(path, '.parquet')
+    self.units = parquets.list_units(self.files, None, (*text, 'codes', 'error'))
+    self.cost = parquets.unit_cost(self.units)
+
+  @property
+  def expected_fields(self) -> str:
+    """Where codes and texts are read from, for messages."""
+    return f'codes in the column codes, text in {format_names(self.text)}'
+
+  def record(self, values: dict[str, Any], origin: str, key: str) -> Record | Skip:
+    """The record of a row's values by column; a Skip if the row has an error in place of codes."""
+    codes = values.get('codes')
+    if not isinstance(codes, list) or not all(isinstance(code, int) for code in codes):
+      return Skip('no codes', f'{origin} ({values.get("error") or "the column codes has none"})')
+    return Record(b'', find_texts(values, self.text), origin, key, codes)
 
 
 FORMATS = {
@@ -215,6 +255,7 @@ FORMATS = {
   'folder': Folder,
   'tars': Tars,
   'parquet': Parquets,
+  'codes': Codes,
 }
 DEFAULT_FIELDS = {  # format -> (image, text)
   'arrayrecord': (None, 'txt'),
@@ -222,4 +263,5 @@ DEFAULT_FIELDS = {  # format -> (image, text)
   'folder': (None, ''),
   'tars': (None, 'txt'),
   'parquet': ('image', 'text'),
+  'codes': (None, 'text'),
 }

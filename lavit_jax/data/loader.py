@@ -101,6 +101,7 @@ def batches(
   max_skipped: float = 0.05,
   skipped: SkipCounter | None = None,
   vit_size: int | None = None,
+  code_sizes: transforms.CodeSizes | None = None,
 ) -> BatchIterator:
   """Endless batches for a task, as dictionaries of NumPy arrays.
 
@@ -108,6 +109,10 @@ def batches(
   |--------------|-----------------|-------------------|---------------------------------------|
   | image        | all             | uint8[B, H, W, 3] | RGB, H = W = `image_size`             |
   | vit_image    | with `vit_size` | uint8[B, V, V, 3] | the same image, V = `vit_size`        |
+  | codes        | with            | int32[B, N]       | in place of the images: their codes,  |
+  |              | `code_sizes`    |                   | padded with 0                         |
+  | code_length  | with            | int32[B]          | codes without padding                 |
+  |              | `code_sizes`    |                   |                                       |
   | text         | contrastive, lm | int32[B, T]       | ids, padded with 0, T = `text_length` |
   | text_length  | contrastive, lm | int32[B]          | ids without padding                   |
   | object_map   | contrastive,    | uint8[B, H, W]    | 0 background, i + 1 object i          |
@@ -154,6 +159,7 @@ def batches(
     max_skipped: the share of a source that may be skipped.
     skipped: counts what is skipped.
     vit_size: pixels of a side of `vit_image`; None: no such field.
+    code_sizes: where all sources have codes or texts alone; None: they have images.
 
   Raises:
     ValueError: an unknown task, share, question type, crop or split; when iterated, a composed text
@@ -219,7 +225,7 @@ def batches(
   dataset = RowDataset(
     open_shards,
     identity,
-    transforms.row_builder(seed, image_size, crop, encode_texts, vit_size),
+    transforms.row_builder(seed, image_size, crop, encode_texts, vit_size, code_sizes),
     SkipCounter() if skipped is None else skipped,
     max_skipped,
     num_threads,
@@ -304,6 +310,7 @@ def batch_shapes(
   text_length: int = 0,
   vit_size: int | None = None,
   composed: bool = False,
+  code_sizes: transforms.CodeSizes | None = None,
 ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
   """The fields of the batches of a task: {name: (shape, dtype)}; see `batches`.
 
@@ -314,10 +321,16 @@ def batch_shapes(
     text_length: T.
     vit_size: V.
     composed: whether the images are composed, not read from sources.
+    code_sizes: where there are codes in place of images.
   """
-  shapes: dict[str, tuple[tuple[int, ...], Any]] = {
-    'image': ((batch_size, image_size, image_size, 3), np.uint8)
-  }
+  shapes: dict[str, tuple[tuple[int, ...], Any]]
+  if code_sizes is None:
+    shapes = {'image': ((batch_size, image_size, image_size, 3), np.uint8)}
+  else:
+    shapes = {
+      'codes': ((batch_size, code_sizes.num_patches), np.int32),
+      'code_length': ((batch_size,), np.int32),
+    }
   if vit_size:
     shapes['vit_image'] = ((batch_size, vit_size, vit_size, 3), np.uint8)
   if task != 'images':

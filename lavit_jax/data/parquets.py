@@ -28,7 +28,8 @@ _BATCH_BYTES = 4 << 20  # of rows that are decoded together
 _BATCH_ROWS = 64
 _PAGE_ROWS = 1024  # pyarrow ends a page after this many rows at the earliest
 _PAGE_BYTES = 1 << 20  # other writers end it after this many bytes
-_OPTIONAL = ('image', 'text')  # the default columns may be absent: not every use needs both
+# Columns that may be absent: not every use needs both image and text, and codes may have no errors.
+_OPTIONAL = ('image', 'text', 'error')
 
 
 class Unit(NamedTuple):
@@ -57,13 +58,13 @@ class _FileInfo(NamedTuple):
   fault: str = ''
 
 
-def list_units(files: Sequence[str], image: str, text: Sequence[str]) -> list[Unit]:
+def list_units(files: Sequence[str], image: str | None, others: Sequence[str]) -> list[Unit]:
   """The row groups of all `files`, in order, and the files that cannot be read.
 
   Args:
     files: their paths.
-    image: the column with the images, a dotted name.
-    text: the columns with texts, dotted names.
+    image: the column with the images, a dotted name; None of files without images.
+    others: further columns, such as those with texts, dotted names.
 
   Raises:
     UserError: no file can be read, a requested column is in none of them, or `image` is not a
@@ -76,7 +77,7 @@ def list_units(files: Sequence[str], image: str, text: Sequence[str]) -> list[Un
     raise UserError(
       f'{files[0]}: not a Parquet file that can be read ({infos[files[0]].fault}); check the path'
     )
-  requested = list(dict.fromkeys((image, *text)))
+  requested = list(dict.fromkeys((*(() if image is None else (image,)), *others)))
   _check_columns(readable, requested)
   units = []
   for file in files:
@@ -84,7 +85,8 @@ def list_units(files: Sequence[str], image: str, text: Sequence[str]) -> list[Un
     if info.metadata is None:
       units.append(Unit(file, 0, (), info.fault))
       continue
-    _check_image(file, image, info.types)
+    if image is not None:
+      _check_image(file, image, info.types)
     columns = [_column(name, info.types) for name in requested]
     columns = tuple(dict.fromkeys(name for name in columns if name))
     for group in range(info.metadata.num_row_groups):

@@ -18,11 +18,15 @@ class Record(NamedTuple):
     image: the bytes of an image file; b'' if the record has no image.
     texts: all texts of the record, not cleaned.
     origin: file and position, for messages.
+    key: what the file calls it; '' where records have no names.
+    codes: of its image, where these are stored in place of the image.
   """
 
   image: bytes
   texts: tuple[str, ...]
   origin: str
+  key: str = ''
+  codes: Sequence[int] = ()
 
 
 class Skip(NamedTuple):

@@ -13,7 +13,7 @@
 | split, data_dir, captions |         | stores.py                                        |
 | weight                    | 1       | share of the rows, against the other sources     |
 | use                       | ''      | 'caption', 'draw', 'text' (which needs no        |
-|                           |         | image); '': by `data.shares`                     |
+|                           |         | image); '': by `data.shares`; of codes 'draw'    |
 | window                    | 2048    | records of a stream that are shuffled together   |
 
 `window` is the size of the shuffle buffer. It is split over the `data.shards` shards, with at least
@@ -48,10 +48,11 @@ _OPTIONS = {
   'folder': ('captions',),
   'tars': ('window',),
   'parquet': ('window',),
+  'codes': ('window',),
   'arrayrecord': (),
 }
 _COMMON_OPTIONS = ('format', 'path', 'weight', 'use', 'image', 'text')
-_STREAMS = ('tars', 'parquet')
+_STREAMS = ('tars', 'parquet', 'codes')
 _WINDOW = 2048  # records, over all shards
 _MIN_WINDOW = 32  # records of a shard
 _HELDOUT_WINDOW = 64
@@ -143,6 +144,11 @@ def _deal_stream(
   return {
     shard: StreamShard(readers[shard // stream.fan], shard % stream.fan) for shard in local_shards
   }
+
+
+def has_codes(sources: Sequence[Any]) -> bool:
+  """Whether a source has codes in place of images; what is no source has none."""
+  return any(isinstance(source, Mapping) and source.get('format') == 'codes' for source in sources)
 
 
 def check_files(name: str, sources: Sequence[Mapping[str, Any]], limit: float) -> None:
@@ -262,11 +268,11 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
       option=name,
     )
   image = options.get('image')
-  if image and kind == 'arrayrecord':
-    raise UserError(
-      f'{name} (arrayrecord) has image {image!r}, but each record has one image; leave it out',
-      option=name,
-    )
+  if image and kind in ('arrayrecord', 'codes'):
+    reason = 'there are codes in place of images'
+    if kind == 'arrayrecord':
+      reason = 'each record has one image'
+    raise UserError(f'{name} ({kind}) has image {image!r}, but {reason}; leave it out', option=name)
   if image is not None and kind in ('parquet', 'tfds') and not isinstance(image, str):
     raise UserError(
       f'{name} ({kind}) has image {image!r}; give the name of one column or feature', option=name

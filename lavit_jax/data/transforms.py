@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image
 
 from lavit_jax.data.cleaning import clean_caption
 from lavit_jax.data.images import open_image, read_image
-from lavit_jax.data.record import Skip
+from lavit_jax.data.record import Record, Skip
 from lavit_jax.data.shards import Ticket
 from lavit_jax.errors import UserError
 
@@ -22,12 +22,20 @@ MIN_AREA = 0.5  # of a random crop, as a fraction of the largest square
 EncodeTexts = Callable[[Sequence[str], str, Any, int], Mapping[str, Any] | None]
 
 
+class CodeSizes(NamedTuple):
+  """The limits of the codes of an image."""
+
+  num_patches: int  # N, the most codes of an image
+  codebook_size: int
+
+
 def row_builder(
   seed: int,
   image_size: int,
   crop: str,
   encode_texts: EncodeTexts | None,
   vit_size: int | None = None,
+  code_sizes: CodeSizes | None = None,
 ) -> Callable[[Ticket], dict[str, Any] | Skip]:
   """Returns the function that makes an example of a ticket's record.
 
@@ -39,11 +47,16 @@ def row_builder(
     crop: one of `CROPS`.
     encode_texts: adds text fields. Without it, examples have an image only.
     vit_size: side of a second image, the one that the ViT sees; None for no second one.
+    code_sizes: of records with codes in place of images; None: they have images.
 
   Returns:
     A function from a ticket to an example, or to a Skip that says why there is none. An example has
     'image' uint8[image_size, image_size, 3], 'vit_image' in the same way, and the text fields. The
-    images of plain text (use 'text') are black.
+    images of plain text (use 'text') are black. With `code_sizes`, there are 'codes' int32[N] and
+    'code_length' int32 instead, of plain text no codes.
+
+  Raises:
+    UserError: when called, codes that do not fit `code_sizes`.
   """
   sizes = {'image': image_size}
   if vit_size:
@@ -62,8 +75,13 @@ def row_builder(
       if text_fields is None:
         return Skip('empty caption', record.origin)
       if ticket.use == 'text':
+        if code_sizes is not None:
+          return {**_code_fields((), code_sizes), **text_fields}
         black = {name: np.zeros((size, size, 3), np.uint8) for name, size in sizes.items()}
         return {**black, **text_fields}
+    if code_sizes is not None:
+      _check_codes(record, code_sizes)
+      return {**_code_fields(record.codes, code_sizes), **text_fields}
     if not record.image:
       return Skip('no image', record.origin)
     try:
@@ -73,6 +91,25 @@ def row_builder(
     return {**dict(zip(sizes, images, strict=True)), **text_fields}
 
   return build_row
+
+
+def _code_fields(codes: Sequence[int], sizes: CodeSizes) -> dict[str, Any]:
+  padded = np.zeros(sizes.num_patches, np.int32)
+  padded[: len(codes)] = codes
+  return {'codes': padded, 'code_length': np.int32(len(codes))}
+
+
+def _check_codes(record: Record, sizes: CodeSizes) -> None:
+  """Raises UserError for codes that another tokenizer has made: all of its file would be wrong."""
+  count = len(record.codes)
+  wrong = [code for code in record.codes if not 0 <= code < sizes.codebook_size]
+  if wrong or count > sizes.num_patches:
+    found = f'code {wrong[0]}' if wrong else f'{count} codes'
+    raise UserError(
+      f'{record.origin} has {found}, but the variant of this run has {sizes.codebook_size} codes '
+      f'and at most {sizes.num_patches} of an image; '
+      "tokenize with a checkpoint of this run's variant"
+    )
 
 
 def decode(

@@ -92,7 +92,8 @@ class Lavit(TextTasks, ImageTasks, DeprecatedNames):
     _check_choice('cache_dtype', cache_dtype, CACHE_DTYPES)
     if not isinstance(params, LazyParams):
       if mesh is not None and not isinstance(mesh, Mesh):
-        mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1) | dict(mesh))
+        sizes = dict.fromkeys(sharding.AXES, 1) | dict(mesh)
+        mesh = sharding.make_mesh(sizes, jax.local_devices())
       params = LazyParams(modules, params, weights_dtype, mesh)
     elif weights_dtype is not None or mesh is not None:
       raise UserError(

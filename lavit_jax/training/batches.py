@@ -48,6 +48,7 @@ def open_batches(run: Run, split: str, skipped: SkipCounter | None = None) -> Ba
       rows=run.share.rows.tolist(),
       skipped=skipped,
       vit_size=run.vit_size,
+      code_sizes=run.code_sizes,
     )
 
 

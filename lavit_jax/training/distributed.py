@@ -36,6 +36,7 @@ CONNECTION_LOST = re.compile(
   r'heartbeat timeout|(UNAVAILABLE|DEADLINE_EXCEEDED)[^\n]{,80}'
 )
 HEARTBEAT_TIMEOUT = 60  # seconds of silence after which a process counts as lost
+LAST_TIMEOUT = 300  # seconds that whoever ends first waits for one that still writes: JAX's own
 MESSAGE_BYTES = 1024  # of JSON, that each process may send to the others
 SHARED_FOLDER_TIMEOUT = 10  # seconds in which a shared folder must show a new file everywhere
 
@@ -48,6 +49,7 @@ def connect(
   processes: int | None = None,
   process: int | None = None,
   timeout: int | None = None,
+  last_timeout: int = LAST_TIMEOUT,
 ) -> None:
   """Joins the job, before anything else of JAX runs; a single process does nothing here.
 
@@ -61,6 +63,7 @@ def connect(
     process: the number of this one.
     timeout: seconds after which the others end when one is silent (default: the variable
       JAX_HEARTBEAT_TIMEOUT, or 60).
+    last_timeout: seconds that a process which is done waits for those that are not.
 
   Raises:
     UserError: some of the three are missing, or out of range.
@@ -77,9 +80,15 @@ def connect(
   else:
     _check_addresses(coordinator, processes, process, automatic)
   try:
-    # The shutdown timeout stays JAX's: whoever ends first waits minutes for one that still writes.
-    # Heartbeats go on meanwhile, so that one that is gone is noticed as at any other time.
-    jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=timeout)
+    # Heartbeats go on while the last ones are waited for, so that one that is gone is noticed as at
+    # any other time.
+    jax.distributed.initialize(
+      coordinator,
+      processes,
+      process,
+      heartbeat_timeout_seconds=timeout,
+      shutdown_timeout_seconds=last_timeout,
+    )
   except (RuntimeError, ValueError) as error:
     reason = ' '.join(str(error).split())[:300]
     kind = UserError if isinstance(error, ValueError) else Unreachable

@@ -49,7 +49,7 @@ class StepFlops(NamedTuple):
 class PairFlops(NamedTuple):
   """What one pair and one packed row need in the language model's step."""
 
-  features: float  # of an image: the encoder and, if there is one, the selector
+  features: float  # of an image: the encoder and, if there is one, the selector; 0 of codes alone
   codes: float  # of an image to draw, from its features; 0 without codes, unless it is regressed
   understanding: float  # continuous tokens of an image, and their gradient
   row: float  # products of the language model and their gradients, without attention to slots
@@ -212,6 +212,8 @@ def pair_flops(run: Run) -> PairFlops:
       seen += trace_gradient('interface', regress, pairs, argnums=(0, 1))
       drawn = seen
     of_images = (encoded, drawn, seen)
+  elif options.from_codes:
+    of_images = (0.0, 0.0, 0.0)
   else:
     of_images = (
       encoded + trace('tokenizer', select, x),

@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from lavit_jax import sharding
+from lavit_jax.data.transforms import CodeSizes
 from lavit_jax.models import lavit
 from lavit_jax.models.lavit import LavitModules
 from lavit_jax.sharding import ProcessShare
@@ -77,9 +78,16 @@ class Run:
 
     None where the stage has no ViT, or the images have its size.
     """
-    if not stages.stage_type(self.stage_name).reads_vit:
+    if not stages.stage_type(self.stage_name).reads_vit or self.code_sizes is not None:
       return None
     return None if self.data.image_size == self.model.image_size else self.model.image_size
+
+  @property
+  def code_sizes(self) -> CodeSizes | None:
+    """The limits of the codes that the loader reads; None where it reads images."""
+    if not isinstance(self.options, LanguageModelOptions) or not self.options.from_codes:
+      return None
+    return CodeSizes(self.model.num_patches, self.model.vocabulary.codebook_size)
 
   @property
   def tokens_per_step(self) -> int:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from lavit_jax.data import loader
+from lavit_jax.data.sources import has_codes
 from lavit_jax.errors import UserError
 from lavit_jax.models.interfaces.variants import LAVIT
 from lavit_jax.models.lavit import LavitModules
@@ -184,6 +185,7 @@ def check_config(typed: TypedConfig, shards: int) -> None:
     )
   _check_data(typed)
   data = typed.data
+  _check_codes(typed)
   shares = data.shares or loader.DEFAULT_SHARES
   if isinstance(typed.options, QFormerOptions):
     qformer.check_captions(shares, data.sources, data.heldout)
@@ -218,6 +220,43 @@ def _check_data(typed: TypedConfig) -> None:
   batch_size = typed.common.batch_size
   if batch_size % data.shards:
     raise UserError(f'batch_size={batch_size} must be a multiple of data.shards={data.shards}')
+
+
+def _check_codes(typed: TypedConfig) -> None:
+  """Raises UserError if data with codes in place of images meets what needs images."""
+  data = typed.data
+  named = {}
+  for key, sources in (('sources', data.sources), ('heldout', data.heldout)):
+    named |= {f'data.{key}[{number}]': source for number, source in enumerate(sources)}
+  first = next((name for name, source in named.items() if has_codes((source,))), None)
+  if first is None:
+    return
+  where = f"{first} has format 'codes'"
+  options = typed.options
+  if not isinstance(options, LanguageModelOptions) or options.interface != LAVIT:
+    other = f'stage {typed.common.stage}'
+    if isinstance(options, LanguageModelOptions):
+      other = f'interface={options.interface!r}'
+    raise UserError(f"{where}, and {other} reads images; give the images' own files")
+  if options.lora.rank:
+    raise UserError(
+      f'{where}, from which adapters cannot train (lora.rank={options.lora.rank}); give '
+      "lora.rank=0, or the images' own files"
+    )
+  for name, source in named.items():
+    use = source.get('use', '')
+    if use == 'text':
+      continue
+    if not has_codes((source,)):
+      raise UserError(
+        f'{where}, but {name} has images: the image encoder would run for all of them; give '
+        f"{name} codes too, or {first} the images' own files"
+      )
+    if use != 'draw':
+      raise UserError(
+        f"{name} has format 'codes' and use {use!r}: captions and answers are learned from "
+        "continuous features, which codes do not give; give it use 'draw'"
+      )
 
 
 def _check_pieces(typed: TypedConfig, shards: int) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 
 from lavit_jax import cli
 from lavit_jax.errors import InputError
-from lavit_jax.inference.outputs import DecodedImages
+from lavit_jax.inference.outputs import DecodedImages, VisualTokens
 
 
 class Stub:
@@ -16,7 +16,7 @@ class Stub:
   It counts its calls. An image generated from a text with 'bad' is flagged.
   """
 
-  modules = types.SimpleNamespace(image_size=8)
+  modules = types.SimpleNamespace(image_size=8, num_patches=4)
 
   def __init__(self):
     self.calls = 0
@@ -24,6 +24,11 @@ class Stub:
   def caption(self, images, seed):
     self.calls += 1
     return [f'{image[0, 0, 0]} at {index}' for image, index in zip(images, seed.rows, strict=True)]
+
+  def tokenize(self, images, seed):
+    codes = [np.full(2, image[0, 0, 0], np.int32) for image in images]
+    keep = np.tile([False, True, False, True], (len(images), 1))
+    return VisualTokens(codes, keep, keep.sum(1))
 
   def answer(self, images, questions, seed):
     if 'bad' in questions:

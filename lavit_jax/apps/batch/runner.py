@@ -70,7 +70,7 @@ def run_batch(
     if len(pending) < len(own):
       done = len(own) - len(pending)
       print(f'lavit: {done} of {len(own)} are in {results.path} already', file=sys.stderr)
-  computation = _Computation(task, model, inputs, seed, options)
+  computation = Computation(task, model, inputs, seed, options)
   images = _ImageWriter(image_folder, results.next_number if results is not None else 0)
   progress = _Progress(len(pending))
   errors: list[str] = []
@@ -110,7 +110,7 @@ def run_batch(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Computation:
+class Computation:
   """A task with a model and its options, to be run on blocks of rows."""
 
   task: Task
@@ -135,29 +135,35 @@ class _Computation:
         if not self.inputs.many:
           raise
         outcomes[i] = Outcome({'error': str(error)})
+    return outcomes | self.compute(loaded)
+
+  def compute(self, loaded: dict[int, Row]) -> dict[int, Outcome]:
+    """The outcomes of rows whose inputs are read; 'error' as in `run`."""
     if not loaded:
-      return outcomes
+      return {}
     try:
-      return outcomes | self._compute(loaded)
+      return self._call(loaded)
     except NotFinite as error:
       if not self.inputs.many:
         raise
       computed = list(loaded)
+      outcomes = {}
       for position, message in error.rows.items():
         outcomes[computed[position]] = Outcome({'error': message})
-      return outcomes | self.run([i for i in computed if i not in outcomes])
+      return outcomes | self.compute({i: loaded[i] for i in computed if i not in outcomes})
     except InputError:
       if not self.inputs.many:
         raise
     # A text is empty or too long. Each row alone shows which.
+    outcomes = {}
     for i, row in loaded.items():
       try:
-        outcomes |= self._compute({i: row})
+        outcomes |= self._call({i: row})
       except InputError as error:
         outcomes[i] = Outcome({'error': str(error)})
     return outcomes
 
-  def _compute(self, rows: dict[int, Row]) -> dict[int, Outcome]:
+  def _call(self, rows: dict[int, Row]) -> dict[int, Outcome]:
     indices = list(rows)
     seed = None if self.seed is None else IndexedSeed(self.seed, indices)
     outcomes = self.task.compute(self.model, list(rows.values()), seed=seed, **self.options)

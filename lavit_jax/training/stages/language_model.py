@@ -1,6 +1,7 @@
 """Stage 2: the language model predicts the next word or code, with one head for both.
 
 [image, text] reads continuous features, [text, image] code embeddings (specification, Training).
+Data with codes alone has no [image, text], and then nothing of the image encoder takes part.
 With another interface than LaVIT's (models/interfaces), [image, text] reads the vectors of that,
 and there is no [text, image]. Those of Flamingo are not in the sequence: extra layers read them.
 With Emu's, [text, image] has the vectors, too, and each of an image's is regressed.
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from lavit_jax.data.sources import has_codes
 from lavit_jax.errors import UserError
 from lavit_jax.models.initialization import init_params
 from lavit_jax.models.interfaces.base import RowImages
@@ -50,6 +52,7 @@ from lavit_jax.visualization import shade_dropped_patches
 
 MODULES = ModuleNames(needs=('vit', 'tokenizer'), takes=('llama', 'understanding'))
 INTERFACE_MODULES = ModuleNames(needs=('vit',), takes=('llama', 'interface'))
+CODES_MODULES = ModuleNames(takes=('llama',))
 KINDS = ('image_to_text', 'text_to_image', 'text_only')  # by the number in a batch's `kind`
 SPECIAL_TOKENS = 3  # of a pair, besides its text and its image: [IMG], [/IMG] and </s>
 NUM_DRAWN = 8  # images
@@ -71,13 +74,17 @@ class LanguageModelOptions:
   regression_weight: float = 1.0  # of an embedding that is regressed, beside a word; of `emu`
   interface: str = LAVIT  # how images are seen: interfaces/variants.py
   lora: LoraOptions = LoraOptions()  # adapters in place of the parameters
+  from_codes: bool = False  # whether the data has codes in place of images
 
   @classmethod
   def from_config(cls, config: Mapping[str, Any]) -> LanguageModelOptions:
     """Reads them from a config."""
     interface = config.get('interface', LAVIT)  # earlier configs have none, and no adapters
     lora = LoraOptions.from_config(config.get('lora', {}))
-    return read_options(cls, dict(config['lm'], interface=interface, lora=lora), 'lm')
+    data = config.get('data', {})
+    from_codes = has_codes((*data.get('sources', ()), *data.get('heldout', ())))
+    own = dict(config['lm'], interface=interface, lora=lora, from_codes=from_codes)
+    return read_options(cls, own, 'lm')
 
   @property
   def num_slots(self) -> int:
@@ -97,6 +104,8 @@ def longest_pair(model: LavitModules, text_length: int) -> int:
 
 def module_names(options: LanguageModelOptions) -> ModuleNames:
   """The modules that the stage reads with an interface."""
+  if options.from_codes:
+    return CODES_MODULES
   modules = MODULES if options.interface == LAVIT else INTERFACE_MODULES
   return adapters.module_names(modules) if options.lora.rank else modules
 
@@ -105,14 +114,15 @@ class _VisualInputs(NamedTuple):
   """The images of a batch for the language model.
 
   Attributes:
-    vectors: [B, n, H]; of a `LayeredInterface` [B, n, W], and they take no slots.
+    vectors: [B, n, H]; of a `LayeredInterface` [B, n, W], and they take no slots. None with codes
+      alone.
     codes: i32[B, n]; zeros without codes.
     lengths: i32[B], the slots that an image takes: so many of the vectors and codes count.
     keep: f32[B, N], the patches that were kept; None where none are chosen.
     in_bucket: metrics of mergers with buckets.
   """
 
-  vectors: Array
+  vectors: Array | None
   codes: Array
   lengths: Array
   keep: Array | None
@@ -133,11 +143,19 @@ def build(options: LanguageModelOptions, model: LavitModules, layout: BatchLayou
       should be learned that the interface does not have.
   """
   _validate(options, model, layout)
-  encode_images = _encode_by_tokenizer if model.interface is None else _encode_by_interface
-  trained = ('llama', 'understanding' if model.interface is None else 'interface')
+  if options.from_codes:
+    encode_images = _read_codes
+    modules = CODES_MODULES
+  elif model.interface is None:
+    encode_images = _encode_by_tokenizer
+    modules = MODULES
+  else:
+    encode_images = _encode_by_interface
+    modules = INTERFACE_MODULES
+  trained = modules.takes
 
   def init(key, loaded):
-    if model.interface is not None:
+    if modules is not MODULES:
       return initialize_params(init_params(model, key, trained), loaded), {}
     params = init_params(model, key, trained)
     merger = loaded['tokenizer']['merger']
@@ -166,12 +184,16 @@ def build(options: LanguageModelOptions, model: LavitModules, layout: BatchLayou
   def run_llama(params, rows, vectors):
     """What packed rows with the vectors [B, n, ...] of their images read, and hidden states.
 
+    Without vectors, they read the codes' embeddings.
+
     Both [R, S, H].
     """
     embedded = apply_module(model.llama, params['llama'], rows.ids, method='embed')
     embedded = constrain_batch(embedded)
     extra = None
-    if model.layered_interface is None:
+    if vectors is None:
+      pass
+    elif model.layered_interface is None:
       embedded = per_shard(embed_sources, layout.shards, embedded, rows.source, vectors)
     else:
       images = per_shard(images_of_shard, layout.shards, vectors, rows.ids, rows.segments)
@@ -218,8 +240,7 @@ def build(options: LanguageModelOptions, model: LavitModules, layout: BatchLayou
     tokens = apply_module(model.tokenizer, frozen['tokenizer'], x, key)
     return [images, shade_dropped_patches(images, tokens.keep)]
 
-  modules = MODULES if model.interface is None else INTERFACE_MODULES
-  stage = Stage(modules, init, loss, export, draw if model.interface is None else None)
+  stage = Stage(modules, init, loss, export, draw if modules is MODULES else None)
   return adapters.adapt(stage, options.lora, model) if options.lora.rank else stage
 
 
@@ -240,6 +261,14 @@ def _encode_by_tokenizer(
   if model.understanding.capacities:
     metrics = dict(tokenizer_in_bucket=tokens.in_bucket, understanding_in_bucket=in_bucket)
   return _VisualInputs(vectors, codes, mask.sum(-1), tokens.keep, metrics)
+
+
+def _read_codes(
+  model: LavitModules, params: Tree, frozen: Tree, batch: Mapping[str, Array], key: Array
+) -> _VisualInputs:
+  """The codes of a batch that has no images."""
+  del model, params, frozen, key
+  return _VisualInputs(None, batch['codes'], batch['code_length'], None, {})
 
 
 def _encode_by_interface(
