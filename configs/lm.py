@@ -51,7 +51,8 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
           sources=SOURCES if large else (), heldout=HELDOUT if large else (), text_length=values['text_length'],  # above
           shards=512 if large else 8,  # our choice: shards of the sources, a multiple of `data` x `fsdp` of any mesh
           tokenizer_folder='lavit_jax/assets/tiny/language_model' if not large else 'tokenizer',  # specification, Vocabulary: LLaMA's tokenizer
-          shares=dict(caption=0.38, answer=0.27, draw=0.33, text=0.02),  # our choice; the sources above have weights instead
+          shares=dict(caption=0.38, answer=0.27, draw=0.33, text=0.02, chat=0.0),  # our choice; the sources above have weights instead; `chat`: of sources of conversations and questions, 0: by their weights
+          chat_template='lavit', max_images=1,  # specification, Inference: the prompt of questions; our choice: images of a conversation
           question_weights=dict.fromkeys(questions.TYPES, 1.0) | {'what': 2.0, 'place': 4.0, 'position': 4.0, 'yes/no': 2.0},  # our choice
           max_questions=1 if large else 6, draw_text_weight=0.1, drop_text=0.1,  # our choice; guidance compares with a prompt without text: specification, Inference
           source='data', scene_share=0.5, augment=not large, num_threads=16 if large else 2, max_skipped=0.05),  # our choice

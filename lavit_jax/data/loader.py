@@ -13,6 +13,7 @@ import grain.experimental
 import numpy as np
 
 from lavit_jax.data import tasks, transforms
+from lavit_jax.data.chat import TEMPLATES
 from lavit_jax.data.composed import (
   MAX_OBJECTS,
   Batches,
@@ -27,7 +28,7 @@ from lavit_jax.data.row_workers import RowDataset, closed_at_exit
 from lavit_jax.data.shards import shards_of
 from lavit_jax.data.skips import SkipCounter
 from lavit_jax.data.sources import mix_sources
-from lavit_jax.data.tasks import DEFAULT_SHARES, UseSampler, task_shares
+from lavit_jax.data.tasks import DEFAULT_SHARES, DIALOGS, UseSampler, task_shares
 from lavit_jax.data.text_fields import TextEncoder, pair_encoder
 from lavit_jax.errors import UserError
 
@@ -49,7 +50,14 @@ _SOURCE_TYPES = {
   'weight': (float, int),
   'window': (int,),
 }
-_NAME_OPTIONS = ('image', 'text', 'captions', 'split', 'data_dir')  # of a source: strings
+_NAME_OPTIONS = (
+  'image',
+  'text',
+  'captions',
+  'annotations',
+  'split',
+  'data_dir',
+)  # of a source: strings
 _LIST_OPTIONS = ('image', 'text')  # those that may be lists of names
 
 
@@ -101,6 +109,8 @@ def batches(
   max_skipped: float = 0.05,
   skipped: SkipCounter | None = None,
   vit_size: int | None = None,
+  chat_template: str = 'lavit',
+  max_images: int = 1,
 ) -> BatchIterator:
   """Endless batches for a task, as dictionaries of NumPy arrays.
 
@@ -114,10 +124,12 @@ def batches(
   | object_names | if composed     | int32[B, 2]       | their concepts, or -1 (splits.py)     |
   | text_weight  | lm              | f32[B, T + 1]     | weights in the loss                   |
   | kind         | lm              | int32[B]          | 0 image to text, 1 text to image,     |
-  |              |                 |                   | 2 text only                           |
+  |              |                 |                   | 2 text only, 3 chat (packing.py)      |
 
   `text_weight` has a weight for each token, and for the one after the text: 1, or 0 where the
-  text was cut and does not end. Begin and end tokens are added when rows are packed.
+  text was cut and does not end. Begin and end tokens are added when rows are packed. In the text
+  of a chat, `packing.IMAGE_ID` is an image. With a `max_images` K above 1, images are
+  uint8[B, K, ...].
 
   The processes together make a global batch of batch_size * shard_count rows, whose row r in batch
   b is example b * batch_size * shard_count + r, whatever the number of processes.
@@ -154,6 +166,8 @@ def batches(
     max_skipped: the share of a source that may be skipped.
     skipped: counts what is skipped.
     vit_size: pixels of a side of `vit_image`; None: no such field.
+    chat_template: how conversations and questions are written (chat.py).
+    max_images: the most images of a row; conversations with more are skipped.
 
   Raises:
     ValueError: an unknown task, share, question type, crop or split; when iterated, a composed text
@@ -167,6 +181,7 @@ def batches(
     crop=crop,
     sources=sources,
     heldout=heldout,
+    max_images=max_images,
   )
   if rows is None:
     rows = range(shard_index * batch_size, (shard_index + 1) * batch_size)
@@ -199,12 +214,14 @@ def batches(
         max_questions,
         draw_text_weight,
         drop_text,
+        TEMPLATES[chat_template],
       )
     return composed_batches(make_row, rows, global_batch_size, num_threads)
   is_train = split == 'train'
   encode_texts = None
   if encoder is not None:
-    encode_texts = pair_encoder(encoder, shares, draw_text_weight, drop_text, seed)
+    template = TEMPLATES[chat_template]
+    encode_texts = pair_encoder(encoder, shares, draw_text_weight, drop_text, seed, template)
   local_shards = shards_of(rows, global_batch_size, shards)
   open_shards, identity = mix_sources(
     sources if is_train else heldout,
@@ -213,13 +230,14 @@ def batches(
     local_shards,
     'sources' if is_train else 'heldout',
     captioned=encode_texts is not None,
+    weights=tasks.source_weights(shares, sources if is_train else heldout),
   )
   if not is_train and crop != 'none':
     crop = 'center'
   dataset = RowDataset(
     open_shards,
     identity,
-    transforms.row_builder(seed, image_size, crop, encode_texts, vit_size),
+    transforms.row_builder(seed, image_size, crop, encode_texts, vit_size, max_images),
     SkipCounter() if skipped is None else skipped,
     max_skipped,
     num_threads,
@@ -234,11 +252,11 @@ def _check_task_of_sources(task: str, sources: Sequence[Mapping[str, Any]]) -> N
       'there are sources, but none that are held out: give data.heldout, or eval_every=0 and '
       'picture_every=0'
     )
-  text_only = any(source.get('use') == 'text' for source in sources)
-  if task == 'contrastive' or (task == 'images' and text_only):
+  of_lm = any(source.get('use') in ('text', *DIALOGS) for source in sources)
+  if task == 'contrastive' or (task == 'images' and of_lm):
     raise ValueError(
-      f"sources are for the tasks 'images' and 'lm', those of use 'text' for 'lm' only; the task "
-      f'is {task!r}'
+      "sources are for the tasks 'images' and 'lm', those of use 'text', 'chat' or 'answer' for "
+      f"'lm' only; the task is {task!r}"
     )
 
 
@@ -257,6 +275,7 @@ def validate_options(
   crop: str = 'none',
   sources: Sequence[Mapping[str, Any]] = (),
   heldout: Sequence[Mapping[str, Any]] = (),
+  max_images: int = 1,
 ) -> None:
   """Checks options of `batches` without opening the data.
 
@@ -271,6 +290,15 @@ def validate_options(
   if task == 'lm':
     UseSampler(DEFAULT_SHARES if shares is None else shares)
     tasks.question_weights(question_weights or {})
+    for name, value, default in (
+      ('shares.chat', (shares or {}).get('chat', 0), 0),
+      ('max_images', max_images, 1),
+    ):
+      if value != default and not sources:
+        raise ValueError(
+          f'{name}={value} is for conversations, which composed examples have not; give '
+          f"data.sources with the use 'chat', or {name}={default}"
+        )
   for name, source_list in (('sources', sources), ('heldout', heldout)):
     for number, source in enumerate(source_list):
       _check_source_types(f'{name}[{number}]', source)
@@ -304,6 +332,7 @@ def batch_shapes(
   text_length: int = 0,
   vit_size: int | None = None,
   composed: bool = False,
+  max_images: int = 1,
 ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
   """The fields of the batches of a task: {name: (shape, dtype)}; see `batches`.
 
@@ -314,12 +343,13 @@ def batch_shapes(
     text_length: T.
     vit_size: V.
     composed: whether the images are composed, not read from sources.
+    max_images: K.
   """
-  shapes: dict[str, tuple[tuple[int, ...], Any]] = {
-    'image': ((batch_size, image_size, image_size, 3), np.uint8)
-  }
-  if vit_size:
-    shapes['vit_image'] = ((batch_size, vit_size, vit_size, 3), np.uint8)
+  shapes: dict[str, tuple[tuple[int, ...], Any]] = {}
+  several = (max_images,) if max_images > 1 else ()
+  for name, size in (('image', image_size), ('vit_image', vit_size)):
+    if size:
+      shapes[name] = ((batch_size, *several, size, size, 3), np.uint8)
   if task != 'images':
     shapes['text'] = ((batch_size, text_length), np.int32)
     shapes['text_length'] = ((batch_size,), np.int32)

@@ -18,11 +18,13 @@ class Record(NamedTuple):
     image: the bytes of an image file; b'' if the record has no image.
     texts: all texts of the record, not cleaned.
     origin: file and position, for messages.
+    more_images: those after the first, of a conversation.
   """
 
   image: bytes
   texts: tuple[str, ...]
   origin: str
+  more_images: tuple[bytes, ...] = ()
 
 
 class Skip(NamedTuple):

@@ -124,8 +124,8 @@ def pack_pairs(
       kind 2, text only       bos w w w eos
       kind 3, chat            bos w w [IMG] v v v [/IMG] w w w eos
 
-  The text of a chat has `IMAGE_ID` where an image stands, and its images come in order. It has no bos
-  if it begins with an image.
+  The text of a chat has `IMAGE_ID` where an image stands, and its images come in order. It has no
+  bos if it begins with an image.
 
   The function is pure, with static shapes and no communication.
 

@@ -92,6 +92,7 @@ def abstract_inputs(run: Run) -> tuple[dict[str, Any], dict[str, jax.ShapeDtypeS
     run.layout.text_length,
     run.vit_size,
     composed=not run.data.sources,
+    max_images=run.layout.max_images,
   )
   batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
   return params, batch
