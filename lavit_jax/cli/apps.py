@@ -13,7 +13,7 @@ from lavit_jax.cli.options import add_command, local_path, number
 if TYPE_CHECKING:
   from lavit_jax.cli.options import Commands
 
-BENCHMARKS = ('coco', 'nocaps', 'flickr30k', 'vqav2', 'okvqa', 'gqa', 'vizwiz', 'geneval')
+BENCHMARKS = ('coco', 'nocaps', 'flickr30k', 'vqav2', 'okvqa', 'gqa', 'vizwiz', 'own', 'geneval')
 BENCHMARK_OPTIONS = ('protocol', 'data', 'images', 'shard', 'limit')
 EMOJI_OPTIONS = ('count', 'drawn')
 DEMO = os.path.relpath(os.path.join(options.ASSETS, 'demo'))
@@ -117,7 +117,9 @@ def _add_evaluate(commands: Commands) -> None:
   )
   group = parser.add_argument_group('published benchmarks')
   group.add_argument(
-    '--benchmark', choices=BENCHMARKS, help='needs --data and, except for geneval, --images'
+    '--benchmark',
+    choices=BENCHMARKS,
+    help='needs --data and, except for geneval, --images; own: your questions.jsonl',
   )
   group.add_argument(
     '--protocol',

@@ -290,14 +290,17 @@ def validate_options(
   if task == 'lm':
     UseSampler(DEFAULT_SHARES if shares is None else shares)
     tasks.question_weights(question_weights or {})
+    has_dialogs = any(
+      isinstance(source, Mapping) and source.get('use') in DIALOGS for source in sources
+    )
     for name, value, default in (
       ('shares.chat', (shares or {}).get('chat', 0), 0),
       ('max_images', max_images, 1),
     ):
-      if value != default and not sources:
+      if value != default and not has_dialogs:
         raise ValueError(
-          f'{name}={value} is for conversations, which composed examples have not; give '
-          f"data.sources with the use 'chat', or {name}={default}"
+          f"{name}={value} is for conversations; give a source with the use 'chat', or "
+          f'{name}={default}'
         )
   for name, source_list in (('sources', sources), ('heldout', heldout)):
     for number, source in enumerate(source_list):

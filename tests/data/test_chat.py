@@ -329,7 +329,7 @@ def test_a_folder_without_a_file_is_named(tmp_path):
 
 def test_options_for_conversations_need_some():
   for options, message in (
-    (dict(shares={'caption': 1, 'chat': 1}), 'shares.chat=1 is for conversations, which composed'),
+    (dict(shares={'caption': 1, 'chat': 1}), 'shares.chat=1 is for conversations; give'),
     (dict(max_images=2), 'max_images=2 is for conversations'),
   ):
     with pytest.raises(ValueError, match=message):
