@@ -215,8 +215,10 @@ class ImageFolder:
         f'{"conversations" if self.use == "chat" else "questions"}; it has '
         f'{self._describe_files()}; name the file with captions='
       )
-    answers = self._open_captions(annotations) if annotations else None
-    rows = captions_file.read_questions(self.file, data, answers)
+    rows = None
+    if self.use == 'answer':
+      answers = self._open_captions(annotations) if annotations else None
+      rows = captions_file.read_questions(self.file, data, answers)
     if rows is None:
       rows = captions_file.read_rows(self.file, data, Fields(image or 'image', tuple(texts)))
     dialogs = read_dialogs(self.file, rows, self.use, image, texts, find_texts)

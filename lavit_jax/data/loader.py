@@ -305,6 +305,8 @@ def validate_options(
   for name, source_list in (('sources', sources), ('heldout', heldout)):
     for number, source in enumerate(source_list):
       _check_source_types(f'{name}[{number}]', source)
+  if task == 'lm':
+    tasks.source_weights(DEFAULT_SHARES if shares is None else shares, sources)
 
 
 def _check_source_types(name: str, source: Any) -> None:

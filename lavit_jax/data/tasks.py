@@ -34,8 +34,7 @@ class UseSampler:
   """Draws the use of a row.
 
   Args:
-    shares: {use: how often, against the others}; that of 'chat' does not count, for no row that is
-      composed is one.
+    shares: {use: how often, against the others}.
 
   Raises:
     ValueError: an unknown use, a negative share, or all shares 0.
@@ -48,7 +47,7 @@ class UseSampler:
         'shares must be non-negative numbers, not all 0, for any of '
         f'{", ".join(KIND_OF_USE)}; got {dict(shares)}'
       )
-    self._uses = [use for use in KIND_OF_USE if shares.get(use) and use != 'chat']
+    self._uses = [use for use in KIND_OF_USE if shares.get(use)]
     cumulative = np.cumsum([shares[use] for use in self._uses])
     self._cumulative = cumulative / cumulative[-1]
 
@@ -76,7 +75,7 @@ def task_shares(
     f64[3]: image to text, text to image, text only; a conversation counts as an image to text.
   """
   if not sources:
-    return _kind_shares({use: share for use, share in shares.items() if use != 'chat'})
+    return _kind_shares(shares)
   source_shares = []
   for source in sources:
     use = source.get('use')

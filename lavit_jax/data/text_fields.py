@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -163,8 +164,11 @@ def encode_answers(
 def _encode_dialog(
   encoder: TextEncoder, messages: Sequence[Message], template: ChatTemplate
 ) -> Fields | Skip:
-  """The fields of the first turns of a conversation, or why there are none."""
-  turns = [turn for turn in chat.render(messages, template) if turn.answer]
+  """The fields of the first turns of a conversation, up to one without an answer.
+
+  Or why there are none.
+  """
+  turns = list(itertools.takewhile(lambda turn: turn.answer, chat.render(messages, template)))
   if not turns:
     return Skip('no answer', '')
   fields = encoder.encode_turns(turns, first_turns=True)

@@ -179,7 +179,7 @@ def test_what_a_row_has_no_room_for_is_skipped_and_counted(pictures, caplog):
     {'image': '1.png', 'conversations': long},
     {'image': '1.png', 'conversations': INTERLEAVED},
     {'image': 'none.png', 'conversations': TWO_TURNS},
-    {'image': '1.png', 'conversations': TWO_TURNS[:1]},
+    {'image': '1.png', 'conversations': TWO_TURNS[:1] + [turn('gpt', ' ')] + TEXT_ONLY[1:]},
     {'image': '6.png', 'conversations': TWO_TURNS},
     {'image': '7.png', 'conversations': answer_first},
   ]
@@ -348,14 +348,15 @@ def test_the_share_of_conversations(pictures, tmp_path):
     chats(pictures, 'y.json', records),
   )
   shares = {'caption': 0.1, 'draw': 0.3, 'chat': 0.6, 'answer': 0.9}
-  options = dict(batch_size=50, text_length=40, num_threads=0)
+  options = dict(batch_size=64, text_length=40, num_threads=0)
   iterator = batches(*sources, shares=shares, **options)
-  kinds = np.concatenate([batch['kind'] for batch in itertools.islice(iterator, 8)])
+  kinds = np.concatenate([batch['kind'] for batch in itertools.islice(iterator, 3)])
   counts = np.bincount(kinds, minlength=4) / len(kinds)
   np.testing.assert_allclose(counts, [0.1, 0.3, 0, 0.6], atol=0.05)
   by_weight = batches(*sources, shares=shares | {'chat': 0}, **options)
-  kinds = np.concatenate([batch['kind'] for batch in itertools.islice(by_weight, 8)])
+  kinds = np.concatenate([batch['kind'] for batch in itertools.islice(by_weight, 3)])
   np.testing.assert_allclose((kinds == CHAT).mean(), 4 / 24, atol=0.02)
+  assert set(next(batches(sources[1], shares={'chat': 1}, text_length=40))['kind']) == {CHAT}
   with pytest.raises(ValueError, match=r'those of the other sources \(text\) are 0'):
     batches(sources[0] | {'use': 'text'}, sources[1], shares=shares)
 
