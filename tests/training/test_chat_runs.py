@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import chex
 import nano
@@ -76,7 +77,7 @@ def test_a_run_continues_exactly_and_the_model_answers_by_the_template(base, con
   model = Lavit.from_pretrained(base, adapter=exports[0])
   plain = Lavit.from_pretrained(base)
   assert model.chat_template == TEMPLATES['vicuna'] and plain.chat_template == TEMPLATES['lavit']
-  options = dict(seed=None, num_beams=1, min_new_tokens=3, max_new_tokens=3)
+  options: dict[str, Any] = dict(seed=None, num_beams=1, min_new_tokens=3, max_new_tokens=3)
   (answer,) = model.answer_outputs(IMAGES, ['Why?'], **options)
   assert len(answer.ids) == 3
   model.unload_adapter()
@@ -95,6 +96,7 @@ def test_a_model_by_layers_reads_one_image_of_a_conversation(config, tmp_path):
     config.interface = 'flamingo'
     config.lora.rank = 0
     config.data.shares.draw = 0.0
+    config.data.shares.caption = 0.5
   with pytest.raises(
     UserError, match='data.max_images=2: with interface=.flamingo. a conversation'
   ):
