@@ -3,7 +3,7 @@
     lavit train --config configs/lm.py:tiny --workdir runs/lm --config.frozen=runs/encoder/export,runs/tokenizer/export
 
 Needs `vit` and `tokenizer`; exports `llama` and `understanding`. The large variants start from LLaMA: --config.init_from=FOLDER with `llama`, with or
-without the visual ids. `data.shares`: shares of captions, answers, images to generate and plain text; `data.question_weights`: frequencies of the types
+without the visual ids. `data.shares`: shares of captions, answers, images to generate, plain text and (of sources) conversations; `data.question_weights`: frequencies of the types
 of questions. A packed row has `row_length` tokens, a pair `mean_length` on average; `max_overflow`: the largest share of pairs that find no room.
 `interface` `linear`, `mlp`, `resampler`, `flamingo`, `qformer` or `emu`: images are seen as in other systems (lavit_jax/models/interfaces). That needs `vit` alone,
 exports `llama` and `interface`, and draws nothing, but for `emu` (`regression_weight`); what else follows, unless it is set: lavit_jax/training/interface_options.py. Data with `format='codes'` needs no module, and trains `llama` to draw: docs/guides/bulk.md. With `lora.rank`, adapters train beside the weights of a whole model in `frozen`; set optim.learning_rate, too: docs/guides/lora.md.
@@ -51,7 +51,7 @@ def get_config(variant: str = 'tiny') -> ConfigDict:
           sources=SOURCES if large else (), heldout=HELDOUT if large else (), text_length=values['text_length'],  # above
           shards=512 if large else 8,  # our choice: shards of the sources, a multiple of `data` x `fsdp` of any mesh
           tokenizer_folder='lavit_jax/assets/tiny/language_model' if not large else 'tokenizer',  # specification, Vocabulary: LLaMA's tokenizer
-          shares=dict(caption=0.38, answer=0.27, draw=0.33, text=0.02),  # our choice; the sources above have weights instead
+          shares=dict(caption=0.38, answer=0.27, draw=0.33, text=0.02, chat=0.0), chat_template='lavit', max_images=1,  # our choice; the sources above have weights instead; template: specification, Inference
           question_weights=dict.fromkeys(questions.TYPES, 1.0) | {'what': 2.0, 'place': 4.0, 'position': 4.0, 'yes/no': 2.0},  # our choice
           max_questions=1 if large else 6, draw_text_weight=0.1, drop_text=0.1,  # our choice; guidance compares with a prompt without text: specification, Inference
           source='data', scene_share=0.5, augment=not large, num_threads=16 if large else 2, max_skipped=0.05),  # our choice

@@ -21,6 +21,7 @@ BENCHMARKS = (
   'okvqa',
   'gqa',
   'vizwiz',
+  'own',
   'geneval',
   'coco-fid',
 )
@@ -127,7 +128,9 @@ def _add_evaluate(commands: Commands) -> None:
   )
   group = parser.add_argument_group('published benchmarks')
   group.add_argument(
-    '--benchmark', choices=BENCHMARKS, help='needs --data and, except for geneval, --images'
+    '--benchmark',
+    choices=BENCHMARKS,
+    help='needs --data and, except for geneval, --images; own: your questions.jsonl',
   )
   group.add_argument(
     '--protocol',

@@ -20,6 +20,7 @@ from typing import Any
 
 from lavit_jax.data.captions_fields import NAME, TEXT, Fields, Row, same_field
 from lavit_jax.data.captions_table import Table
+from lavit_jax.data.conversations import join_vqa
 from lavit_jax.errors import UserError
 
 _EXAMPLE = '{"file_name": ..., "text": ...}'
@@ -44,6 +45,30 @@ def read_rows(file: str, data: bytes, fields: Fields) -> list[Row]:
   if file.endswith(('.json', '.jsonl')):
     return _read_json(file, text, fields.name or NAME)
   return Table(file, text).read_rows(fields)
+
+
+def read_questions(file: str, data: bytes, answers: tuple[str, bytes] | None) -> list[Row] | None:
+  """Reads the official files of VQA; None if `file` is no file of questions of this form.
+
+  Args:
+    file: its path.
+    data: its content.
+    answers: path and content of the file of annotations.
+
+  Raises:
+    UserError: as `conversations.join_vqa`; or the annotations are not JSON.
+  """
+  if not file.endswith('.json'):
+    return None
+  try:
+    questions, annotations = (
+      json.loads(decode(*content)) if content else None for content in ((file, data), answers)
+    )
+  except (ValueError, RecursionError) as error:
+    raise UserError(f'{file}: it or its annotations are not JSON ({error})') from None
+  if not isinstance(questions, dict) or not _is_object_list(questions.get('questions')):
+    return None
+  return [Row(fields, 0) for fields in join_vqa(file, questions, annotations)]
 
 
 def decode(file: str, data: bytes) -> str:

@@ -8,13 +8,14 @@ from typing import Any
 import grain
 import numpy as np
 
-from lavit_jax.data import images, prompts
+from lavit_jax.data import images
+from lavit_jax.data.chat import ASSISTANT, USER, ChatTemplate, Message
 from lavit_jax.data.emoji import splits
 from lavit_jax.data.emoji.corpus import describe_sprite
 from lavit_jax.data.emoji.facts import Question
 from lavit_jax.data.emoji.scenes import Composer, Example
 from lavit_jax.data.tasks import KIND_OF_USE, UseSampler
-from lavit_jax.data.text_fields import TextEncoder
+from lavit_jax.data.text_fields import TextEncoder, encode_answers
 
 _ENDLESS = 1 << 62  # rows
 MAX_OBJECTS = 2  # kinds of sprites in an image
@@ -125,6 +126,7 @@ def lm_rows(
   max_questions: int,
   draw_text_weight: float,
   drop_text: float,
+  template: ChatTemplate,
 ) -> MakeRow:
   """Rows of the task 'lm': an image with a text, and the kind of the row (tasks.py).
 
@@ -138,6 +140,7 @@ def lm_rows(
     max_questions: the most questions that a row of use 'answer' has.
     draw_text_weight: the weight of captions in rows of use 'draw'.
     drop_text: the share of these rows that have no text.
+    template: of questions.
   """
   sample_use = UseSampler(shares)
 
@@ -150,14 +153,14 @@ def lm_rows(
         text = encoder.encode(example.caption)
       case 'answer':
         chosen = _choose_questions(example, rng, question_weights, max_questions)
-        turns = [(prompts.question_prompt(text), f' {answer}') for _, text, answer in chosen]
-        text = encoder.encode_turns(turns)
+        text = encode_answers(encoder, _messages(chosen), template)
       case 'draw':
         is_dropped = rng.random() < drop_text  # guidance needs images without a text
         text = encoder.encode('' if is_dropped else example.caption, draw_text_weight)
       case _:
         text = encoder.encode(describe_sprite(composer, example.facts.objects[0].sprite))
-    return {**_image_fields(example, vit_size), **text, 'kind': np.int32(KIND_OF_USE[use])}
+    kind = {'kind': np.int32(KIND_OF_USE[use])}
+    return {**_image_fields(example, vit_size), **kind, **text}
 
   return make_row
 
@@ -167,6 +170,15 @@ def _image_fields(example: Example, vit_size: int | None) -> dict[str, np.ndarra
   if vit_size:
     fields['vit_image'] = images.resize(example.image, vit_size)
   return fields
+
+
+def _messages(chosen: Sequence[Question]) -> list[Message]:
+  """The questions with their answers; None stands for the image."""
+  messages = []
+  for number, (_, text, answer) in enumerate(chosen):
+    content = (text,) if number else (None, text)
+    messages += [Message(USER, content), Message(ASSISTANT, (answer,))]
+  return messages
 
 
 def _choose_questions(

@@ -6,6 +6,9 @@ The sources of the entries, in this order:
 2. every image in the folder and below it, with the captions of NAME.txt beside it, one a line;
 3. if no captions are needed, every image; for use 'text', every .txt as one text.
 
+For the uses 'chat' and 'answer' there is a file of conversations or questions instead, and an entry
+is one of these (conversations.py).
+
 Hidden files are left out, also those that macOS writes ('._NAME').
 """
 
@@ -21,7 +24,9 @@ import xxhash
 
 from lavit_jax.data import captions_file, paths
 from lavit_jax.data.captions_fields import Fields, Row, choose_fields
+from lavit_jax.data.conversations import read_dialogs
 from lavit_jax.data.images import IMAGE_SUFFIXES
+from lavit_jax.data.tasks import DIALOGS
 from lavit_jax.errors import UserError
 from lavit_jax.local_paths import expand_home
 
@@ -47,11 +52,13 @@ class Entry(NamedTuple):
     name: of the image in the folder; '' for a text.
     texts: from the file of captions.
     beside: name of the file with its texts; '' if there is none.
+    more_names: of the images after the first, of a conversation.
   """
 
   name: str
   texts: tuple[str, ...]
   beside: str = ''
+  more_names: tuple[str, ...] = ()
 
 
 class ImageFolder:
@@ -64,6 +71,7 @@ class ImageFolder:
     captions: the name of the file of captions; None to look for one.
     use: of the source; 'text' needs no images.
     captioned: whether texts are needed.
+    annotations: the name of the official file of answers, if `captions` has questions of VQA.
     find_texts: (fields of a row, dotted names) -> all texts under these names.
 
   Attributes:
@@ -85,13 +93,17 @@ class ImageFolder:
     captions: str | None,
     use: str,
     captioned: bool,
+    annotations: str | None,
     find_texts: FindTexts,
   ):
     self.path = _check_folder(path)
     self.is_text = use == 'text'
     self.captioned = captioned
+    self.use = use
     self.file, data = self._open_captions(captions)
-    if self.file:
+    if use in DIALOGS:
+      self.entries = self._read_dialogs(data, image, texts, annotations, find_texts)
+    elif self.file:
       self.entries = self._read_captions(data, image, texts, find_texts)
     else:
       self.entries = self._list_entries(texts)
@@ -188,6 +200,36 @@ class ImageFolder:
       )
     return entries
 
+  def _read_dialogs(
+    self,
+    data: bytes,
+    image: str | None,
+    texts: Sequence[str],
+    annotations: str | None,
+    find_texts: FindTexts,
+  ) -> list[Entry]:
+    """Reads conversations or questions."""
+    if not self.file:
+      raise UserError(
+        f'{self.path} has no {" or ".join(CAPTIONS)}, and use {self.use!r} needs a file of '
+        f'{"conversations" if self.use == "chat" else "questions"}; it has '
+        f'{self._describe_files()}; name the file with captions='
+      )
+    rows = None
+    if self.use == 'answer':
+      answers = self._open_captions(annotations) if annotations else None
+      rows = captions_file.read_questions(self.file, data, answers)
+    if rows is None:
+      rows = captions_file.read_rows(self.file, data, Fields(image or 'image', tuple(texts)))
+    dialogs = read_dialogs(self.file, rows, self.use, image, texts, find_texts)
+    if not dialogs:
+      raise UserError(f'{self.file} is empty; give it conversations or questions')
+    entries = []
+    for images, dialog_texts in dialogs:
+      first, *others = images or ('',)
+      entries.append(Entry(first, dialog_texts, more_names=tuple(others)))
+    return entries
+
   def _image_name(self, row: Row, number: int, field: str) -> str:
     name = row.fields.get(field)
     if not isinstance(name, str) or not name.strip():
@@ -248,7 +290,9 @@ class ImageFolder:
     """
     if self.is_text:
       return []
-    sample = _sample(self.entries)
+    sample = _sample([entry for entry in self.entries if entry.name])
+    if not sample:
+      return []
     files = [self.file_path(entry.name) for entry in sample]
     sizes = [size for _, size in paths.names_and_sizes(files)]
     if all(size == -1 for size in sizes):

@@ -13,6 +13,7 @@ import grain.experimental
 import numpy as np
 
 from lavit_jax.data import tasks, transforms
+from lavit_jax.data.chat import TEMPLATES
 from lavit_jax.data.composed import (
   MAX_OBJECTS,
   Batches,
@@ -27,7 +28,7 @@ from lavit_jax.data.row_workers import RowDataset, closed_at_exit
 from lavit_jax.data.shards import shards_of
 from lavit_jax.data.skips import SkipCounter
 from lavit_jax.data.sources import mix_sources
-from lavit_jax.data.tasks import DEFAULT_SHARES, UseSampler, task_shares
+from lavit_jax.data.tasks import DEFAULT_SHARES, DIALOGS, UseSampler, task_shares
 from lavit_jax.data.text_fields import TextEncoder, pair_encoder
 from lavit_jax.errors import UserError
 
@@ -49,7 +50,14 @@ _SOURCE_TYPES = {
   'weight': (float, int),
   'window': (int,),
 }
-_NAME_OPTIONS = ('image', 'text', 'captions', 'split', 'data_dir')  # of a source: strings
+_NAME_OPTIONS = (
+  'image',
+  'text',
+  'captions',
+  'annotations',
+  'split',
+  'data_dir',
+)  # of a source: strings
 _LIST_OPTIONS = ('image', 'text')  # those that may be lists of names
 
 
@@ -102,6 +110,8 @@ def batches(
   skipped: SkipCounter | None = None,
   vit_size: int | None = None,
   code_sizes: transforms.CodeSizes | None = None,
+  chat_template: str = 'lavit',
+  max_images: int = 1,
 ) -> BatchIterator:
   """Endless batches for a task, as dictionaries of NumPy arrays.
 
@@ -119,10 +129,12 @@ def batches(
   | object_names | if composed     | int32[B, 2]       | their concepts, or -1 (splits.py)     |
   | text_weight  | lm              | f32[B, T + 1]     | weights in the loss                   |
   | kind         | lm              | int32[B]          | 0 image to text, 1 text to image,     |
-  |              |                 |                   | 2 text only                           |
+  |              |                 |                   | 2 text only, 3 chat (packing.py)      |
 
   `text_weight` has a weight for each token, and for the one after the text: 1, or 0 where the
-  text was cut and does not end. Begin and end tokens are added when rows are packed.
+  text was cut and does not end. Begin and end tokens are added when rows are packed. In the text
+  of a chat, `packing.IMAGE_ID` is an image. With a `max_images` K above 1, images are
+  uint8[B, K, ...].
 
   The processes together make a global batch of batch_size * shard_count rows, whose row r in batch
   b is example b * batch_size * shard_count + r, whatever the number of processes.
@@ -160,6 +172,8 @@ def batches(
     skipped: counts what is skipped.
     vit_size: pixels of a side of `vit_image`; None: no such field.
     code_sizes: where all sources have codes or texts alone; None: they have images.
+    chat_template: how conversations and questions are written (chat.py).
+    max_images: the most images of a row; conversations with more are skipped.
 
   Raises:
     ValueError: an unknown task, share, question type, crop or split; when iterated, a composed text
@@ -173,6 +187,7 @@ def batches(
     crop=crop,
     sources=sources,
     heldout=heldout,
+    max_images=max_images,
   )
   if rows is None:
     rows = range(shard_index * batch_size, (shard_index + 1) * batch_size)
@@ -205,12 +220,14 @@ def batches(
         max_questions,
         draw_text_weight,
         drop_text,
+        TEMPLATES[chat_template],
       )
     return composed_batches(make_row, rows, global_batch_size, num_threads)
   is_train = split == 'train'
   encode_texts = None
   if encoder is not None:
-    encode_texts = pair_encoder(encoder, shares, draw_text_weight, drop_text, seed)
+    template = TEMPLATES[chat_template]
+    encode_texts = pair_encoder(encoder, shares, draw_text_weight, drop_text, seed, template)
   local_shards = shards_of(rows, global_batch_size, shards)
   open_shards, identity = mix_sources(
     sources if is_train else heldout,
@@ -219,13 +236,14 @@ def batches(
     local_shards,
     'sources' if is_train else 'heldout',
     captioned=encode_texts is not None,
+    weights=tasks.source_weights(shares, sources if is_train else heldout),
   )
   if not is_train and crop != 'none':
     crop = 'center'
   dataset = RowDataset(
     open_shards,
     identity,
-    transforms.row_builder(seed, image_size, crop, encode_texts, vit_size, code_sizes),
+    transforms.row_builder(seed, image_size, crop, encode_texts, vit_size, code_sizes, max_images),
     SkipCounter() if skipped is None else skipped,
     max_skipped,
     num_threads,
@@ -240,11 +258,11 @@ def _check_task_of_sources(task: str, sources: Sequence[Mapping[str, Any]]) -> N
       'there are sources, but none that are held out: give data.heldout, or eval_every=0 and '
       'picture_every=0'
     )
-  text_only = any(source.get('use') == 'text' for source in sources)
-  if task == 'contrastive' or (task == 'images' and text_only):
+  of_lm = any(source.get('use') in ('text', *DIALOGS) for source in sources)
+  if task == 'contrastive' or (task == 'images' and of_lm):
     raise ValueError(
-      f"sources are for the tasks 'images' and 'lm', those of use 'text' for 'lm' only; the task "
-      f'is {task!r}'
+      "sources are for the tasks 'images' and 'lm', those of use 'text', 'chat' or 'answer' for "
+      f"'lm' only; the task is {task!r}"
     )
 
 
@@ -263,6 +281,7 @@ def validate_options(
   crop: str = 'none',
   sources: Sequence[Mapping[str, Any]] = (),
   heldout: Sequence[Mapping[str, Any]] = (),
+  max_images: int = 1,
 ) -> None:
   """Checks options of `batches` without opening the data.
 
@@ -277,9 +296,23 @@ def validate_options(
   if task == 'lm':
     UseSampler(DEFAULT_SHARES if shares is None else shares)
     tasks.question_weights(question_weights or {})
+    has_dialogs = any(
+      isinstance(source, Mapping) and source.get('use') in DIALOGS for source in sources
+    )
+    for name, value, default in (
+      ('shares.chat', (shares or {}).get('chat', 0), 0),
+      ('max_images', max_images, 1),
+    ):
+      if value != default and not has_dialogs:
+        raise ValueError(
+          f"{name}={value} is for conversations; give a source with the use 'chat', or "
+          f'{name}={default}'
+        )
   for name, source_list in (('sources', sources), ('heldout', heldout)):
     for number, source in enumerate(source_list):
       _check_source_types(f'{name}[{number}]', source)
+  if task == 'lm':
+    tasks.source_weights(DEFAULT_SHARES if shares is None else shares, sources)
 
 
 def _check_source_types(name: str, source: Any) -> None:
@@ -311,6 +344,7 @@ def batch_shapes(
   vit_size: int | None = None,
   composed: bool = False,
   code_sizes: transforms.CodeSizes | None = None,
+  max_images: int = 1,
 ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
   """The fields of the batches of a task: {name: (shape, dtype)}; see `batches`.
 
@@ -322,17 +356,17 @@ def batch_shapes(
     vit_size: V.
     composed: whether the images are composed, not read from sources.
     code_sizes: where there are codes in place of images.
+    max_images: K.
   """
-  shapes: dict[str, tuple[tuple[int, ...], Any]]
+  shapes: dict[str, tuple[tuple[int, ...], Any]] = {}
   if code_sizes is None:
-    shapes = {'image': ((batch_size, image_size, image_size, 3), np.uint8)}
+    several = (max_images,) if max_images > 1 else ()
+    for name, size in (('image', image_size), ('vit_image', vit_size)):
+      if size:
+        shapes[name] = ((batch_size, *several, size, size, 3), np.uint8)
   else:
-    shapes = {
-      'codes': ((batch_size, code_sizes.num_patches), np.int32),
-      'code_length': ((batch_size,), np.int32),
-    }
-  if vit_size:
-    shapes['vit_image'] = ((batch_size, vit_size, vit_size, 3), np.uint8)
+    shapes['codes'] = ((batch_size, code_sizes.num_patches), np.int32)
+    shapes['code_length'] = ((batch_size,), np.int32)
   if task != 'images':
     shapes['text'] = ((batch_size, text_length), np.int32)
     shapes['text_length'] = ((batch_size,), np.int32)

@@ -20,6 +20,7 @@ class Record(NamedTuple):
     origin: file and position, for messages.
     key: what the file calls it; '' where records have no names.
     codes: of its image, where these are stored in place of the image.
+    more_images: those after the first, of a conversation.
   """
 
   image: bytes
@@ -27,6 +28,7 @@ class Record(NamedTuple):
   origin: str
   key: str = ''
   codes: Sequence[int] = ()
+  more_images: tuple[bytes, ...] = ()
 
 
 class Skip(NamedTuple):

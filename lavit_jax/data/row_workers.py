@@ -18,6 +18,7 @@ from lavit_jax.data.open_units import OpenUnits
 from lavit_jax.data.record import Skip
 from lavit_jax.data.shards import Shard, Ticket
 from lavit_jax.data.skips import SkipCounter
+from lavit_jax.data.text_fields import NOTES
 
 Row = dict[str, Any]
 OpenShards = Callable[[Executor], tuple[Mapping[int, Shard], OpenUnits]]
@@ -181,6 +182,9 @@ class _RowIterator(grain.DatasetIterator):
       info = rows.shard.infos[source]
       dataset.skipped.add(outcome, dataset.limit, source, info, ticket.unit, ticket.position)
       if not isinstance(outcome, Skip):
+        for note in outcome.pop(NOTES, ()):
+          left_out = Skip(note, f'{info.name}: record {ticket.position}', 'members')
+          dataset.skipped.add(left_out, dataset.limit, source, info)
         self._count += 1
         return outcome
 

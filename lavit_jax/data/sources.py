@@ -10,10 +10,13 @@
 | option                    | default | meaning                                          |
 |---------------------------|---------|--------------------------------------------------|
 | format, path, image, text |         | formats.py                                       |
-| split, data_dir, captions |         | stores.py                                        |
+| split, data_dir, captions,|         | stores.py                                        |
+| annotations               |         |                                                  |
 | weight                    | 1       | share of the rows, against the other sources     |
 | use                       | ''      | 'caption', 'draw', 'text' (which needs no        |
-|                           |         | image); '': by `data.shares`; of codes 'draw'    |
+|                           |         | image), 'chat', 'answer' (conversations and      |
+|                           |         | questions of a folder); '': by `data.shares`; of |
+|                           |         | codes 'draw'                                     |
 | window                    | 2048    | records of a stream that are shuffled together   |
 
 `window` is the size of the shuffle buffer. It is split over the `data.shards` shards, with at least
@@ -40,12 +43,13 @@ from lavit_jax.data.row_workers import OpenShards
 from lavit_jax.data.shards import Shard, ShardSource, StoreShard, open_stored
 from lavit_jax.data.skips import SourceInfo
 from lavit_jax.data.streams import Reader, Stream, StreamShard
+from lavit_jax.data.tasks import DIALOGS
 from lavit_jax.errors import UserError
 
-USES = ('', 'caption', 'draw', 'text')
+USES = ('', 'caption', 'draw', 'text', 'chat', 'answer')
 _OPTIONS = {
   'tfds': ('split', 'data_dir'),
-  'folder': ('captions',),
+  'folder': ('captions', 'annotations'),
   'tars': ('window',),
   'parquet': ('window',),
   'codes': ('window',),
@@ -73,6 +77,7 @@ def mix_sources(
   local_shards: Sequence[int],
   name: str = 'sources',
   captioned: bool = True,
+  weights: Sequence[float] | None = None,
 ) -> tuple[OpenShards, dict[str, Any]]:
   """Opens sources and deals them to shards.
 
@@ -83,6 +88,7 @@ def mix_sources(
     local_shards: the shards that this process reads.
     name: of the list in the config, for messages.
     captioned: whether texts are needed; without them a folder needs no captions.
+    weights: how often rows come from each; None: by the options `weight`.
 
   Returns:
     `open_shards` of a RowDataset, and everything that a position among the shards depends on ({}
@@ -95,7 +101,8 @@ def mix_sources(
     _open_source(f'{name}[{number}]', number, source, seed, shards, captioned)
     for number, source in enumerate(sources)
   ]
-  weights = [float(source.get('weight', 1.0)) for source in sources]
+  if weights is None:
+    weights = [float(source.get('weight', 1.0)) for source in sources]
   infos = [source.info for source in opened]
 
   def open_shards(pool: Executor) -> tuple[dict[int, Shard], OpenUnits]:
@@ -257,6 +264,12 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
   if options.get('use', '') not in USES:
     choices = ', '.join(map(repr, USES))
     raise UserError(f'{name} has use {options["use"]!r}; choose one of {choices}', option=name)
+  if options.get('use') in DIALOGS and kind != 'folder':
+    raise UserError(
+      f"{name} ({kind}) has use {options['use']!r}, which the format 'folder' has; put the images "
+      'in a folder and name the file of conversations or questions with captions=',
+      option=name,
+    )
   weight = options.get('weight', 1.0)
   window = options.get('window', 1)
   weight_is_valid = not isinstance(weight, bool) and 0 < weight < math.inf

@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lavit_jax.data import folders, paths
+from lavit_jax.data.conversations import IMAGE_MARK, count_marks
 from lavit_jax.data.record import NO_IMAGE, Record, Skip, find_texts, format_names
+from lavit_jax.data.tasks import DIALOGS
 from lavit_jax.errors import UserError
 from lavit_jax.local_paths import expand_home
 
@@ -189,6 +191,7 @@ class Folder:
     captions: the name of the file of captions.
     use: of the source; 'text' needs no images.
     captioned: whether texts are needed.
+    annotations: the name of the official file of answers to the questions of VQA in `captions`.
 
   Raises:
     UserError: as folders.ImageFolder.
@@ -202,16 +205,19 @@ class Folder:
     captions: str | None = None,
     use: str = '',
     captioned: bool = True,
+    annotations: str | None = None,
   ):
     texts = tuple(name for name in text or () if name)
-    self.folder = folders.ImageFolder(path, image, texts, captions, use, captioned, find_texts)
+    self.folder = folders.ImageFolder(
+      path, image, texts, captions, use, captioned, annotations, find_texts
+    )
 
   def __len__(self) -> int:
     return len(self.folder.entries)
 
   def identity(self) -> list:
     """The names of the images, as JSON."""
-    return [entry.name for entry in self.folder.entries]
+    return [' '.join((entry.name, *entry.more_names)) for entry in self.folder.entries]
 
   def digest(self) -> str:
     """A hash of the texts, and of the sizes of the images."""
@@ -227,10 +233,23 @@ class Folder:
       return Skip('no caption', origin)
     except UserError as error:
       return Skip('broken caption', str(error))
-    if not entry.name or self.folder.is_text:
+    if self.folder.is_text:
       return Record(b'', texts, origin)
-    try:
-      with paths.open_file(origin) as file:
-        return Record(file.read(), texts, origin)
-    except paths.NO_FILE_ERRORS:
-      return Skip(NO_IMAGE, origin)
+    if self.folder.use in DIALOGS:
+      names = [name for name in (entry.name, *entry.more_names) if name]
+      origin = f'{self.folder.file}, record {index}'
+      marks = count_marks(entry.texts, self.folder.use, len(names))
+      if marks != len(names):
+        return Skip('unmatched images', f'{origin} ({len(names)} images, {marks} {IMAGE_MARK})')
+    else:
+      names = [entry.name]
+    images = []
+    for name in names:
+      path = self.folder.file_path(name)
+      try:
+        with paths.open_file(path) as file:
+          images.append(file.read())
+      except paths.NO_FILE_ERRORS:
+        return Skip(NO_IMAGE, path)
+    first, *others = images or (b'',)
+    return Record(first, texts, origin, tuple(others))

@@ -6,6 +6,7 @@
 | answer  | image to text | the answer to a question about the image           |
 | draw    | text to image | the image, and a little on its caption             |
 | text    | text only     | the text                                           |
+| chat    | chat          | the answers of a conversation, with any images     |
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lavit_jax.data.emoji import questions
-from lavit_jax.models.packing import IMAGE_TO_TEXT, TEXT_ONLY, TEXT_TO_IMAGE
+from lavit_jax.models.packing import CHAT, IMAGE_TO_TEXT, TEXT_ONLY, TEXT_TO_IMAGE
 
 DEFAULT_SHARES = {'caption': 0.35, 'answer': 0.3, 'draw': 0.3, 'text': 0.05}
 KIND_OF_USE = {
@@ -24,7 +25,9 @@ KIND_OF_USE = {
   'answer': IMAGE_TO_TEXT,
   'draw': TEXT_TO_IMAGE,
   'text': TEXT_ONLY,
+  'chat': CHAT,
 }
+DIALOGS = ('chat', 'answer')  # uses of sources whose records are conversations or questions
 
 
 class UseSampler:
@@ -69,7 +72,7 @@ def task_shares(
     sources: options of sources; without them rows are composed.
 
   Returns:
-    f64[3]: image to text, text to image, text only.
+    f64[3]: image to text, text to image, text only; a conversation counts as an image to text.
   """
   if not sources:
     return _kind_shares(shares)
@@ -77,16 +80,48 @@ def task_shares(
   for source in sources:
     use = source.get('use')
     source_shares.append(_kind_shares({use: 1.0} if use else pair_shares(shares)))
-  return np.average(
-    source_shares, axis=0, weights=[source.get('weight', 1.0) for source in sources]
-  )
+  return np.average(source_shares, axis=0, weights=source_weights(shares, sources))
+
+
+def source_weights(
+  shares: Mapping[str, float], sources: Sequence[Mapping[str, Any]]
+) -> list[float]:
+  """How often rows come from each source.
+
+  By the weights of the sources. With a share of 'chat', the sources of conversations and questions
+  together have that share, against the shares of the uses that the other sources have.
+  """
+  weights = [float(source.get('weight', 1.0)) for source in sources]
+  share = shares.get('chat', 0.0)
+  is_dialog = [source.get('use') in DIALOGS for source in sources]
+  if not share or all(is_dialog) or not any(is_dialog):
+    return weights
+  other_uses: set[str] = set()
+  for source in sources:
+    use = source.get('use')
+    if use not in DIALOGS:
+      other_uses |= {use} if use else set(pair_shares(shares))
+  rest = sum(shares.get(use, 0.0) for use in other_uses)
+  if not rest:
+    raise ValueError(
+      f'shares.chat={share:g}, and those of the other sources ({", ".join(sorted(other_uses))}) '
+      'are 0; give them some, or shares.chat=0 for the weights of the sources'
+    )
+  total = {
+    kind: sum(w for w, dialog in zip(weights, is_dialog, strict=True) if dialog == kind)
+    for kind in (True, False)
+  }
+  return [
+    weight / total[dialog] * (share if dialog else rest)
+    for weight, dialog in zip(weights, is_dialog, strict=True)
+  ]
 
 
 def _kind_shares(shares: Mapping[str, float]) -> np.ndarray:
   """f64[3], with a sum of 1."""
   totals = np.zeros(3)
   for use in set(shares) & set(KIND_OF_USE):
-    totals[KIND_OF_USE[use]] += shares[use]
+    totals[KIND_OF_USE[use] if use != 'chat' else IMAGE_TO_TEXT] += shares[use]
   return totals / max(totals.sum(), 1e-9)
 
 

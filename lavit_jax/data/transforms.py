@@ -11,15 +11,18 @@ from PIL import ExifTags, Image
 
 from lavit_jax.data.cleaning import clean_caption
 from lavit_jax.data.images import open_image, read_image
-from lavit_jax.data.record import Record, Skip
+from lavit_jax.data.record import NO_IMAGE, Record, Skip
 from lavit_jax.data.shards import Ticket
+from lavit_jax.data.tasks import DIALOGS
 from lavit_jax.errors import UserError
+from lavit_jax.models.packing import IMAGE_ID
 
 CROPS = ('none', 'center', 'random')
 MIN_AREA = 0.5  # of a random crop, as a fraction of the largest square
 
-# (texts of the record, use of its source, rng, epoch) -> text fields; None: there is no text
-EncodeTexts = Callable[[Sequence[str], str, Any, int], Mapping[str, Any] | None]
+# (texts of the record, use of its source, rng, epoch) -> text fields, or why there are none, with
+# what the message about it has after the origin of the record
+EncodeTexts = Callable[[Sequence[str], str, Any, int], Mapping[str, Any] | Skip]
 
 
 class CodeSizes(NamedTuple):
@@ -36,6 +39,7 @@ def row_builder(
   encode_texts: EncodeTexts | None,
   vit_size: int | None = None,
   code_sizes: CodeSizes | None = None,
+  max_images: int = 1,
 ) -> Callable[[Ticket], dict[str, Any] | Skip]:
   """Returns the function that makes an example of a ticket's record.
 
@@ -48,12 +52,13 @@ def row_builder(
     encode_texts: adds text fields. Without it, examples have an image only.
     vit_size: side of a second image, the one that the ViT sees; None for no second one.
     code_sizes: of records with codes in place of images; None: they have images.
+    max_images: K, the most images of an example.
 
   Returns:
     A function from a ticket to an example, or to a Skip that says why there is none. An example has
-    'image' uint8[image_size, image_size, 3], 'vit_image' in the same way, and the text fields. The
-    images of plain text (use 'text') are black. With `code_sizes`, there are 'codes' int32[N] and
-    'code_length' int32 instead, of plain text no codes.
+    'image' uint8[image_size, image_size, 3], 'vit_image' in the same way, and the text fields; with
+    a K above 1, images are uint8[K, size, size, 3]. Images that an example has not are black. With
+    `code_sizes`, there are 'codes' int32[N] and 'code_length' int32 instead; texts have none.
 
   Raises:
     UserError: when called, codes that do not fit `code_sizes`.
@@ -72,23 +77,34 @@ def row_builder(
     text_fields = {}
     if encode_texts is not None:
       text_fields = encode_texts(record.texts, ticket.use, rng, ticket.epoch)
-      if text_fields is None:
-        return Skip('empty caption', record.origin)
-      if ticket.use == 'text':
-        if code_sizes is not None:
-          return {**_code_fields((), code_sizes), **text_fields}
-        black = {name: np.zeros((size, size, 3), np.uint8) for name, size in sizes.items()}
-        return {**black, **text_fields}
+      if isinstance(text_fields, Skip):
+        return text_fields._replace(origin=record.origin + text_fields.origin)
     if code_sizes is not None:
+      codes = () if ticket.use == 'text' else record.codes
       _check_codes(record, code_sizes)
-      return {**_code_fields(record.codes, code_sizes), **text_fields}
-    if not record.image:
-      return Skip('no image', record.origin)
-    try:
-      images = decode_sizes(record.image, list(sizes.values()), crop, rng)
-    except UserError as error:
-      return Skip('corrupt image', f'{record.origin} ({error})')
-    return {**dict(zip(sizes, images, strict=True)), **text_fields}
+      return {**_code_fields(codes, code_sizes), **text_fields}
+    files = [record.image, *record.more_images]
+    if ticket.use == 'text':
+      files = []
+    elif ticket.use in DIALOGS:  # those of the turns that were left out are not needed
+      files = files[: (text_fields['text'] == IMAGE_ID).sum()]
+    if len(files) > max_images:
+      return Skip(
+        'too many images', f'{record.origin} ({len(files)}, with data.max_images={max_images})'
+      )
+    if not all(files):
+      return Skip(NO_IMAGE, record.origin)
+    images = {name: np.zeros((max_images, size, size, 3), np.uint8) for name, size in sizes.items()}
+    for number, file in enumerate(files):
+      try:
+        decoded = decode_sizes(file, list(sizes.values()), crop, rng)
+      except UserError as error:
+        return Skip('corrupt image', f'{record.origin} ({error})')
+      for name, pixels in zip(sizes, decoded, strict=True):
+        images[name][number] = pixels
+    if max_images == 1:
+      images = {name: array[0] for name, array in images.items()}
+    return {**images, **text_fields}
 
   return build_row
 

@@ -30,6 +30,7 @@ import jax
 from jax.sharding import Mesh
 
 from lavit_jax import sharding
+from lavit_jax.data.chat import TEMPLATES
 from lavit_jax.data.text import TextTokenizer
 from lavit_jax.errors import UserError
 from lavit_jax.inference.deprecated import DeprecatedNames, api_method
@@ -143,7 +144,8 @@ class Lavit(TextTasks, ImageTasks, DeprecatedNames):
     compute_dtype = dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
     settings = checkpoint.settings
     if adapter is not None:
-      settings = with_settings(settings, read_info(expand_home(adapter)))
+      brought = with_settings(settings, read_info(expand_home(adapter)))
+      settings = {**brought, 'chat': settings.get('chat', {})}  # by load_adapter, so that it can go
     modules = lavit.build(checkpoint.variant, compute_dtype, settings=settings)
     model = cls(
       modules,
@@ -161,8 +163,9 @@ class Lavit(TextTasks, ImageTasks, DeprecatedNames):
   def load_adapter(self, folder: str | os.PathLike) -> None:
     """Puts adapters beside the parameters, which stay in memory as they are.
 
-    They take the place of those that were loaded before. `unload_adapter` removes them. A warning
-    in the log says if they were trained beside other numbers than those of this checkpoint.
+    They take the place of those that were loaded before, with their template of conversations.
+    `unload_adapter` removes them. A warning in the log says if they were trained beside other
+    numbers than those of this checkpoint.
 
     Args:
       folder: RUN/export of a run with `lora.rank`, or a folder of the library peft.
@@ -171,17 +174,21 @@ class Lavit(TextTasks, ImageTasks, DeprecatedNames):
       UserError: it is no such folder, is damaged, or is of another model.
     """
     folder = expand_home(folder)
-    brought = with_settings({}, read_info(folder)).get('interface', {}).get('name', LAVIT)
-    if read_info(folder) and brought != self.modules.interface_name:
+    info = read_info(folder)
+    settings = with_settings(self.modules.settings, info)
+    brought = info.get('settings', {}).get('interface', {}).get('name', LAVIT)
+    if info and brought != self.modules.interface_name:
       raise UserError(
         f'{folder} is for the interface {brought!r}, and this model has '
         f'{self.modules.interface_name!r}; open the checkpoint by from_pretrained(adapter=...)'
       )
     self.params.use_adapters(load_adapters(folder, self.modules))
+    self.chat_template = TEMPLATES[settings.get('chat', {}).get('template', LAVIT)]
 
   def unload_adapter(self) -> None:
     """Removes the adapters that `load_adapter` put beside the parameters."""
     self.params.use_adapters(None)
+    self.chat_template = TEMPLATES[self.modules.chat_template]
 
 
 def _check_choice(name: str, value: str | None, choices: tuple[str | None, ...]) -> None:

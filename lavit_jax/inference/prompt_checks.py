@@ -52,6 +52,12 @@ def as_prompts(value: Any) -> list[Sequence[Any]]:
   return items
 
 
+def require_text(text: Any) -> None:
+  """Raises InputError if a text is blank, or not a text."""
+  if is_blank(text):
+    raise InputError('the text is empty; write a prompt or a question')
+
+
 def is_blank(text: Any) -> bool:
   """Whether a text is empty or white space.
 

@@ -15,8 +15,9 @@ import jax
 import numpy as np
 from jax import Array
 
+from lavit_jax.data.chat import TEMPLATES
 from lavit_jax.data.text import TextTokenizer
-from lavit_jax.errors import InputError, UserError
+from lavit_jax.errors import UserError
 from lavit_jax.inference import batching, compiled, decode, faults, prompt_checks
 from lavit_jax.inference.capabilities import Capabilities
 from lavit_jax.inference.generation_config import (
@@ -43,6 +44,7 @@ class ModelRunner(Capabilities):
     cache_dtype: of the keys and values of the language model; None for the compute dtype.
     safety_checker: whether generated images are checked, if the checkpoint has a safety checker.
     defaults: of the variant.
+    chat_template: how questions and conversations are written (data/chat.py).
   """
 
   def __init__(
@@ -60,6 +62,7 @@ class ModelRunner(Capabilities):
     self.safety_checker = safety_checker
     self.defaults = VARIANT_DEFAULTS.get(modules.variant, VariantDefaults())
     self._tokenizer = tokenizer
+    self.chat_template = TEMPLATES[modules.chat_template]
 
   @functools.cached_property
   def tokenizer(self) -> TextTokenizer:
@@ -205,15 +208,14 @@ class ModelRunner(Capabilities):
 
   # Text.
 
-  def encode_text(self, text: Any, template: Callable[[str], str] = str) -> Sequence[int]:
-    """Returns the ids of template(text).
+  def encode_text(self, text: Any) -> Sequence[int]:
+    """Returns the ids of a text.
 
     Raises:
       InputError: the text is blank, or not a text.
     """
-    if prompt_checks.is_blank(text):
-      raise InputError('the text is empty; write a prompt or a question')
-    return self.tokenizer.encode(template(text))
+    prompt_checks.require_text(text)
+    return self.tokenizer.encode(text)
 
   def encode_optional_text(self, text: Any) -> Sequence[int]:
     """Returns the ids of a text, none if it is blank; InputError if it is not a text."""

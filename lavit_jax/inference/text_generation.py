@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax import Array
 
+from lavit_jax.data import chat
 from lavit_jax.data import prompts as templates
 from lavit_jax.data.images import read_images
 from lavit_jax.errors import UserError
 from lavit_jax.inference import batching, compiled, faults
 from lavit_jax.inference.generation_config import GenerationConfig
 from lavit_jax.inference.outputs import TextOutput
-from lavit_jax.inference.prompt_checks import as_texts, shared_argument
+from lavit_jax.inference.prompt_checks import as_texts, require_text, shared_argument
 from lavit_jax.inference.rng import (
   Purpose,
   Seed,
@@ -31,7 +32,7 @@ from lavit_jax.inference.rng import (
 )
 from lavit_jax.inference.runner import ModelRunner, score_faults, sequences_of
 from lavit_jax.models.lavit import LavitModules
-from lavit_jax.models.vocabulary import EOS_ID, Vocabulary
+from lavit_jax.models.vocabulary import BOS_ID, EOS_ID, Vocabulary
 
 
 def caption(
@@ -74,21 +75,27 @@ def answer(
       f'{len(pixels)} images but {len(texts)} questions; give one question for each image'
     )
 
+  before: Sequence[int] = ()  # the image, in all prompts
+
   def encode(template: Callable[[str], str]) -> list[Sequence[int]]:
     """Encodes the questions, and checks their lengths before anything is computed."""
-    encoded = [runner.encode_text(text, template) for text in texts]
-    lengths = [min_image_tokens(runner.modules) + len(ids) for ids in encoded]
+    nonlocal before
+    encoded = []
+    for text in texts:
+      before, ids = _encode_question(runner, text, template)
+      encoded.append(ids)
+    lengths = [len(before) + min_image_tokens(runner.modules) + len(ids) for ids in encoded]
     runner.check_prompt_lengths(lengths, config, lower_bound=True)
     return encoded
 
   def answers(encoded: Sequence[Sequence[int]]) -> list[TextOutput]:
-    outputs = continue_images(runner, pixels, encoded, config, seed)
+    outputs = continue_images(runner, pixels, encoded, config, seed, before)
     return [output._replace(text=templates.parse_answer(output.text)) for output in outputs]
 
-  encoded = encode(templates.question_prompt)
+  encoded = encode(str)
   if not check_answerable:
     return answers(encoded)
-  encoded_checks = encode(_answerable_prompt)
+  encoded_checks = encode(templates.answerable_question)
   outputs = answers(encoded)
   verdicts = answers(encoded_checks)
   checked = []
@@ -111,8 +118,25 @@ def image_reader(modules: LavitModules) -> tuple[Callable[..., Any], tuple[str, 
   return compiled.read, ('vit', 'tokenizer', 'understanding')
 
 
-def _answerable_prompt(question: str) -> str:
-  return templates.question_prompt(templates.answerable_question(question))
+def _encode_question(
+  runner: ModelRunner, text: Any, template: Callable[[str], str]
+) -> tuple[Sequence[int], Sequence[int]]:
+  """The ids before and after the image, in the model's template of conversations.
+
+  Raises:
+    InputError: the text is blank, or not a text.
+  """
+  require_text(text)
+  image = object()
+  pieces = chat.question_turn(image, template(text), runner.chat_template).prompt
+  position = pieces.index(image)
+  before, after = (
+    [token for piece in part for token in runner.tokenizer.encode(piece)]
+    for part in (pieces[:position], pieces[position + 1 :])
+  )
+  return (
+    [BOS_ID, *before] if before else ()
+  ), after  # prompts that begin with an image have no <s>
 
 
 def continue_images(
@@ -121,6 +145,7 @@ def continue_images(
   prompts: Sequence[Sequence[int]],
   config: GenerationConfig,
   seed: Seed | None,
+  before: Sequence[int] = (),
 ) -> list[TextOutput]:
   """Continues [IMG] features [/IMG] prompt with text, for each image.
 
@@ -130,6 +155,7 @@ def continue_images(
     prompts: the ids after each image.
     config: how the language model continues.
     seed: of the patches that become tokens, and of sampling; None keeps the most probable patches.
+    before: the ids before each image.
 
   Returns:
     B * num_return_sequences texts.
@@ -140,7 +166,7 @@ def continue_images(
   """
   tokenizer = runner.tokenizer  # before anything is computed, for its files may be damaged
   keys = (example_keys if config.do_sample else optional_keys)(seed, len(images))
-  lengths = [min_image_tokens(runner.modules) + len(ids) for ids in prompts]
+  lengths = [len(before) + min_image_tokens(runner.modules) + len(ids) for ids in prompts]
   runner.check_prompt_lengths(lengths, config, lower_bound=True)
   vocabulary = runner.modules.vocabulary
   suppress = np.arange(vocabulary.size) >= vocabulary.text_size
@@ -153,7 +179,7 @@ def continue_images(
       in_sequence = runner.modules.layered_interface is None
       counts = np.maximum(counts, 1) if in_sequence else np.zeros_like(counts)
       batch_prompts = [prompts[row] for row in batch.rows]
-      pieces = _prompt_pieces(batch_prompts, counts, vocabulary, batch.features.shape[1])
+      pieces = _prompt_pieces(batch_prompts, counts, vocabulary, batch.features.shape[1], before)
       runner.check_prompt_lengths(
         [sum(map(len, prompt)) for prompt in pieces], config, rows=batch.rows, count=len(images)
       )
@@ -211,9 +237,13 @@ def _encode_batches(
 
 
 def _prompt_pieces(
-  prompts: Sequence[Sequence[int]], counts: np.ndarray, vocabulary: Vocabulary, num_features: int
+  prompts: Sequence[Sequence[int]],
+  counts: np.ndarray,
+  vocabulary: Vocabulary,
+  num_features: int,
+  before: Sequence[int],
 ) -> list[list[Sequence[int]]]:
-  """The pieces of [IMG] features [/IMG] prompt.
+  """The pieces of before [IMG] features [/IMG] prompt.
 
   Features are ranges into the flattened batch, which has `num_features` rows for each image.
   """
@@ -221,5 +251,6 @@ def _prompt_pieces(
   for i, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
     start = i * num_features
     features = range(start, start + int(count))
-    pieces.append([[vocabulary.image_start], features, [vocabulary.image_end], prompt])
+    start_ids = [*before, vocabulary.image_start]
+    pieces.append([start_ids, features, [vocabulary.image_end], prompt])
   return pieces

@@ -117,6 +117,11 @@ class LavitModules:
     return self.settings.get('condition', {}).get('name', checkpoint_settings.CODES)
 
   @property
+  def chat_template(self) -> str:
+    """How conversations are written: one of `settings.CHAT_TEMPLATES`."""
+    return self.settings.get('chat', {}).get('template', LAVIT)
+
+  @property
   def tower(self) -> Tower:
     """What the interface reads of the image encoder."""
     own = self.settings.get('interface', {})

@@ -2,8 +2,8 @@
 
 Specification: Vocabulary (ids, brackets), Training (what the loss covers).
 
-Axes: B pairs, N visual slots of a pair, T text slots of a pair, L = T + N + 3 tokens of a pair at
-most, R packed rows, S slots of a row.
+Axes: B pairs, K images of a pair at most, N visual slots of an image, T text slots of a pair,
+L = T + K (N + 1) + 2 tokens of a pair at most, R packed rows, S slots of a row.
 """
 
 from typing import NamedTuple
@@ -20,6 +20,8 @@ from lavit_jax.models.vocabulary import BOS_ID, EOS_ID, Vocabulary
 IMAGE_TO_TEXT = 0
 TEXT_TO_IMAGE = 1
 TEXT_ONLY = 2
+CHAT = 3
+IMAGE_ID = -1  # in the text of a chat: here stands its next image
 
 
 class PackedBatch(NamedTuple):
@@ -27,8 +29,8 @@ class PackedBatch(NamedTuple):
 
   Attributes:
     ids: i32[R, S]; code ids at visual positions too, 0 in empty slots.
-    source: i32[R, S]; the row of the flattened features [B * N, H] that is the input of a slot, or
-      `EMBED_ID`.
+    source: i32[R, S]; the row of the flattened features [B * K * N, H] that is the input of a slot,
+      or `EMBED_ID`.
     positions: i32[R, S]; they restart at 0 with every pair.
     segments: i32[R, S]; 1 + the index of the pair in the batch, 0 in empty slots.
     targets: i32[R, S]; the next id of the same pair, 0 where there is none.
@@ -95,6 +97,7 @@ class _Pair(NamedTuple):
   targets: Array
   weights: Array
   length: Array
+  num_images: Array
 
 
 def pack_pairs(
@@ -119,11 +122,15 @@ def pack_pairs(
       kind 0, image to text   [IMG] v v v [/IMG] w w w eos    v: continuous features by `source`
       kind 1, text to image   w w w [IMG] c c c [/IMG] eos    c: code ids
       kind 2, text only       bos w w w eos
+      kind 3, chat            bos w w [IMG] v v v [/IMG] w w w eos
+
+  The text of a chat has `IMAGE_ID` where an image stands, and its images come in order. It has no
+  bos if it begins with an image.
 
   The function is pure, with static shapes and no communication.
 
   The loss covers the text by `text_weight` (eos by the weight of the last word), in kind 1 also
-  [IMG], the codes, [/IMG] and eos, and in kind 0 the codes and [/IMG] with `image_loss`
+  [IMG], the codes, [/IMG] and eos, and in kinds 0 and 3 the codes and [/IMG] with `image_loss`
   (specification, Training). The first token of a pair is never a target. With `draw_features`, the
   images of kind 1 are features by `source`, too, and the loss covers its text alone: what predicts
   features is no id.
@@ -136,24 +143,27 @@ def pack_pairs(
     text: i32[B, T].
     text_length: i32[B].
     text_weight: f32[B, T + 1], or f32[B, T] if no text was cut.
-    kind: i32[B], 0, 1 or 2 as above.
-    codes: i32[B, N], compacted.
-    visual_length: i32[B], ignored in kind 2.
+    kind: i32[B], 0 to 3 as above.
+    codes: i32[B, N], compacted; i32[B, K, N] of several images.
+    visual_length: i32[B], or i32[B, K]; of images that a pair has not, they do not count.
     vocabulary: of ids and codes.
     num_rows: R.
     row_length: S.
     max_images: of a row; None for any number.
     image_loss: whether the loss covers the codes of kind 0.
     draw_features: whether kind 1 has continuous features in place of codes.
-    bos_id: the first id of kind 2.
+    bos_id: the first id of kinds 2 and 3.
     eos_id: the last id of every pair.
 
   Returns:
     Packed rows. A pair that finds no room is left out whole and counted in `overflow`.
   """
-  batch, num_slots = codes.shape
+  if codes.ndim == 2:
+    codes, visual_length = codes[:, None], visual_length[:, None]
+  batch, num_images, num_slots = codes.shape
   chex.assert_shape(text, (batch, None))
-  chex.assert_shape([text_length, kind, visual_length], (batch,))
+  chex.assert_shape([text_length, kind], (batch,))
+  chex.assert_shape(visual_length, (batch, num_images))
   chex.assert_shape(text_weight, (batch, {text.shape[1], text.shape[1] + 1}))
 
   def lay_out(*pair: Array) -> _Pair:
@@ -168,9 +178,10 @@ def pack_pairs(
 
   pairs = jax.vmap(lay_out)(text, text_length, text_weight, kind, codes, visual_length)
   index = jnp.arange(batch, dtype=jnp.int32)[:, None]
-  source = jnp.where(pairs.source >= 0, index * num_slots + pairs.source, EMBED_ID)
+  first = index * (num_images * num_slots)
+  source = jnp.where(pairs.source >= 0, first + pairs.source, EMBED_ID)
 
-  row, start = assign_rows(pairs.length, num_rows, row_length, kind != TEXT_ONLY, max_images)
+  row, start = assign_rows(pairs.length, num_rows, row_length, pairs.num_images, max_images)
   dropped = row == num_rows
   position = jnp.arange(pairs.ids.shape[1], dtype=jnp.int32)
   is_token = (position < pairs.length[:, None]) & ~dropped[:, None]
@@ -211,54 +222,75 @@ def _lay_out(
   image_loss: bool,
   draw_features: bool,
 ) -> _Pair:
-  """One pair as a line of tokens; see `pack_pairs` for the three kinds."""
-  position = jnp.arange(text.shape[0] + codes.shape[0] + 3)
-  has_image = kind != TEXT_ONLY
-  length = text_length + jnp.where(has_image, visual_length + 3, 2)
+  """One pair as a line of tokens; see `pack_pairs` for the four kinds.
 
-  # Each position as an index into the text, and into the codes: -1 is [IMG], visual_length [/IMG].
-  text_start = jnp.select([kind == IMAGE_TO_TEXT, kind == TEXT_TO_IMAGE], [visual_length + 2, 0], 1)
-  text_index = position - text_start
-  code_index = position - jnp.where(kind == TEXT_TO_IMAGE, text_length, 0) - 1
-  is_text = (text_index >= 0) & (text_index < text_length)
-  is_image = has_image & (code_index >= -1) & (code_index <= visual_length)
-  is_code = is_image & (code_index >= 0) & (code_index < visual_length)
-  is_image_start = is_image & (code_index < 0)
-  is_end = position == length - 1
+  Each kind is a list of T + 2 entries, of which an image is one. Then the images are expanded.
+  """
+  max_length = text.shape[0]
+  max_images, num_slots = codes.shape
+  is_drawn = kind == TEXT_TO_IMAGE
+  entry = jnp.arange(max_length + 2)
+  position = jnp.arange(max_length + max_images * (num_slots + 1) + 2)
 
   def clipped(x: Array, index: Array) -> Array:
     return x[jnp.clip(index, 0, x.shape[0] - 1)]
 
-  ids = jnp.select(
-    [is_text, is_code, is_image_start, is_image, is_end, position == 0],
-    [
-      clipped(text, text_index),
-      clipped(codes, code_index) + vocabulary.code_offset,
-      vocabulary.image_start,
-      vocabulary.image_end,
-      eos_id,
-      bos_id,
-    ],
+  # The entries: [IMG] or bos, the text, in kind 1 the image, eos.
+  starts_with_bos = (kind == TEXT_ONLY) | ((kind == CHAT) & (text[0] != IMAGE_ID))
+  text_start = ((kind == IMAGE_TO_TEXT) | starts_with_bos).astype(jnp.int32)
+  text_index = entry - text_start
+  end = text_start + text_length + is_drawn
+  entry_ids = jnp.select(
+    [entry == end, text_index < 0, text_index < text_length],
+    [eos_id, jnp.where(starts_with_bos, bos_id, IMAGE_ID), clipped(text, text_index)],
+    IMAGE_ID,
   )
-  next_weight, start_weight = _weights_after_text(text_weight, text_length, text.shape[0])
-  is_drawn = kind == TEXT_TO_IMAGE
-  drawn_weight = jnp.where(is_image_start, start_weight, 1.0) * float(not draw_features)
-  image_weight = jnp.where(is_drawn, drawn_weight, float(image_loss))
-  end_weight = jnp.where(is_drawn, float(not draw_features), next_weight)
-  weight = jnp.select(
-    [is_text, is_image, is_end],
-    [clipped(text_weight, text_index), image_weight, end_weight],
-    0.0,
+  next_weight, start_weight = _weights_after_text(text_weight, text_length, max_length)
+  entry_weights = jnp.select(
+    [entry == end, text_index < 0, text_index < text_length],
+    [
+      jnp.where(is_drawn, float(not draw_features), next_weight),
+      0.0,
+      clipped(text_weight, text_index),
+    ],
+    start_weight * float(not draw_features),
   )
 
+  # The tokens: of which entry each is, and which one of its image.
+  is_image_entry = (entry_ids == IMAGE_ID) & (entry < end)
+  image = jnp.clip(jnp.cumsum(is_image_entry) - 1, 0, max_images - 1)
+  sizes = jnp.where(is_image_entry, visual_length[image] + 2, (entry <= end).astype(jnp.int32))
+  ends = jnp.cumsum(sizes)
+  length = ends[-1]
+  owner = jnp.searchsorted(ends, position, side='right', method='compare_all')
+  code_index = position - clipped(ends - sizes, owner) - 1  # -1: [IMG], visual_length: [/IMG]
+  own_image = clipped(image, owner)
+  is_image = clipped(is_image_entry, owner) & (position < length)
+  is_code = is_image & (code_index >= 0) & (code_index < visual_length[own_image])
+  flat_index = own_image * num_slots + code_index
+
+  ids = jnp.select(
+    [is_code, is_image & (code_index < 0), is_image],
+    [
+      clipped(codes.reshape(-1), flat_index) + vocabulary.code_offset,
+      vocabulary.image_start,
+      vocabulary.image_end,
+    ],
+    clipped(entry_ids, owner),
+  )
+  image_weight = jnp.where(is_drawn, float(not draw_features), float(image_loss))
+  is_inside = is_image & (code_index >= 0)
+  weight = jnp.where(is_inside, image_weight, clipped(entry_weights, owner))
+
   has_next = position < length - 1
-  is_feature = is_code & ((kind == IMAGE_TO_TEXT) | draw_features)
+  is_feature = is_code & (~is_drawn | draw_features)
   return _Pair(
     ids=ids.astype(jnp.int32),
-    source=jnp.where(is_feature, code_index, EMBED_ID).astype(jnp.int32),
+    source=jnp.where(is_feature, flat_index, EMBED_ID).astype(jnp.int32),
     targets=jnp.where(has_next, jnp.roll(ids, -1), 0).astype(jnp.int32),
     weights=jnp.where(has_next, jnp.roll(weight, -1), 0.0).astype(jnp.float32),
     length=length,
+    num_images=is_image_entry.sum(),
   )
 
 

@@ -235,6 +235,9 @@ INTERFACE = dict(
 CODES = 'codes'
 CONDITIONS = (CODES, 'emu')
 CONDITION = dict(name=Setting(one_of(*CONDITIONS), CODES))
+# How conversations are written for the language model (data/chat.py).
+CHAT_TEMPLATES = (LAVIT, 'vicuna', 'plain')
+CHAT = dict(template=Setting(one_of(*CHAT_TEMPLATES), LAVIT, affects_outputs=False))
 
 GROUPS: dict[str, SettingsGroup] = {
   'vit': SettingsGroup('vit', VIT),
@@ -247,6 +250,7 @@ GROUPS: dict[str, SettingsGroup] = {
   'llama': SettingsGroup('llama', LLAMA),
   'interface': SettingsGroup('interface', INTERFACE, in_all_variants=True),
   'condition': SettingsGroup('unet', CONDITION),
+  'chat': SettingsGroup('llama', CHAT, in_all_variants=True),
 }
 
 

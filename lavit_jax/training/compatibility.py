@@ -18,7 +18,11 @@ INEXACT = ('data.', 'batch_size', 'seed')
 # ... but for these; `PositionHandler` checks the shards.
 HARMLESS = ('data.num_threads', 'data.max_skipped', 'data.heldout', 'data.shards')
 # Settings that the config chooses: its option, and the default.
-CHOSEN = {'interface': ('interface', LAVIT), 'condition': ('detokenizer.condition', CODES)}
+CHOSEN = {
+  'interface': ('interface', LAVIT),
+  'condition': ('detokenizer.condition', CODES),
+  'chat': ('data.chat_template', LAVIT),
+}
 MAX_VALUE = 60  # characters of an option's value in a message
 MAX_NAMES = 3  # names of arrays in a message
 

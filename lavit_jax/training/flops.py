@@ -63,7 +63,8 @@ def step_flops(run: Run) -> StepFlops:
   program computes besides does not count: rematerialization; in the language model's stage empty
   slots, attention to later tokens and to other pairs, and what a kind of pair has no use for: the
   image of plain text, the codes of an image that is read, the features of one that is drawn. The
-  kinds have the frequencies of `data`, and pairs the length `lm.mean_length`. Where extra layers
+  kinds have the frequencies of `data`, and pairs the length `lm.mean_length`; a conversation counts
+  as one image that is read. Where extra layers
   read images, each token sees one, those of plain text too.
   """
   with jax.sharding.use_abstract_mesh(ONE_CPU):

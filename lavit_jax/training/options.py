@@ -19,7 +19,7 @@ from lavit_jax.data.emoji import questions
 from lavit_jax.errors import UserError
 from lavit_jax.models.interfaces.variants import LAVIT, OTHERS
 from lavit_jax.models.remat import REMAT_POLICIES
-from lavit_jax.models.settings import CONDITIONS
+from lavit_jax.models.settings import CHAT_TEMPLATES, CONDITIONS
 from lavit_jax.training.lora import BASE_DTYPES, BIASES
 from lavit_jax.training.profiler import parse_steps
 from lavit_jax.training.schedule import SCHEDULES
@@ -182,7 +182,7 @@ WEIGHT = Number(float, 0, 1e6)
 DECAY = Number(float, 0, 1, below=True)
 DTYPE = Choice(('float32', 'bfloat16'))
 AXIS = Number(int, 1, also=(-1,))
-KINDS = ('caption', 'answer', 'draw', 'text')
+KINDS = ('caption', 'answer', 'draw', 'text', 'chat')
 TOWER_SIZES = ('hidden_size', 'num_layers', 'num_heads', 'num_kv_heads', 'head_dim', 'mlp_dim')
 
 OPTIONS: dict[str, Kind] = {
@@ -214,6 +214,8 @@ OPTIONS: dict[str, Kind] = {
   'data.max_skipped': SHARE,
   'data.tokenizer_folder': Text(empty=False),
   'data.text_length': AT_LEAST_ONE,
+  'data.max_images': Number(int, 1, 64),
+  'data.chat_template': Choice(CHAT_TEMPLATES),
   **{f'data.shares.{kind}': WEIGHT for kind in KINDS},
   **{
     f'data.question_weights.{kind}': Number(float, 0, 1e6, above=True) for kind in questions.TYPES

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from lavit_jax import sharding
 from lavit_jax.data.transforms import CodeSizes
 from lavit_jax.models import lavit
+from lavit_jax.models.interfaces.variants import LAVIT
 from lavit_jax.models.lavit import LavitModules
 from lavit_jax.sharding import ProcessShare
 from lavit_jax.training import interface_options, parameters, stages
@@ -122,7 +123,7 @@ def resolve(config: ConfigDict, workdir: str | pathlib.Path) -> Run:
     parameters.split_folders(common.init_from, modules),
   )
   settings = parameters.resolve_settings(common.variant, folders, pathlib.Path(workdir))
-  settings = _own_settings(typed.options, settings, folders)
+  settings = _own_settings(typed, settings, folders)
   share = sharding.process_share(mesh, common.batch_size)
   run = _make_run(typed, mesh, share, folders, settings, pathlib.Path(workdir))
   parameters.check_complete(common.stage, modules, folders, common.frozen)
@@ -145,14 +146,18 @@ def resolve_abstract(config: ConfigDict, mesh: Mesh | AbstractMesh | None = None
   mesh = cast(Mesh, ONE_DEVICE if mesh is None else mesh)  # no device of it is used
   check_config(typed, sharding.batch_shards(mesh))
   share = ProcessShare(np.arange(typed.common.batch_size), 0, 1)
-  settings = _own_settings(typed.options, {}, ())
+  settings = _own_settings(typed, {}, ())
   return _make_run(typed, mesh, share, (), settings, pathlib.Path())
 
 
 def _own_settings(
-  options: StageOptions, settings: parameters.Settings, folders: tuple[ParameterFolder, ...]
+  typed: TypedConfig, settings: parameters.Settings, folders: tuple[ParameterFolder, ...]
 ) -> parameters.Settings:
-  """The settings of a run: those of its folders, but for what its stage chooses."""
+  """The settings of a run: those of its folders, but for what its config chooses."""
+  options = typed.options
+  if isinstance(options, LanguageModelOptions):
+    template = {'template': typed.data.chat_template or LAVIT}
+    settings = {**settings, 'chat': template}
   if interface := stages.interface_name(options):
     settings = interface_options.with_interface(settings, interface, folders)
   if isinstance(options, DetokenizerOptions):
@@ -173,6 +178,7 @@ def _make_run(
     batch_size=common.batch_size,
     image_size=typed.data.image_size,
     text_length=typed.data.text_length or 0,
+    max_images=typed.data.max_images,
     shards=sharding.batch_shards(mesh),
     accumulate=common.accumulate,
   )

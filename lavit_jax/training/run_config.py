@@ -41,6 +41,8 @@ class DataConfig:
   image_size: int
   source: str | None = None
   text_length: int | None = None
+  max_images: int = 1
+  chat_template: str | None = None
   tokenizer_folder: str | None = None
   shares: Mapping[str, float] | None = None
   question_weights: Mapping[str, float] | None = None
@@ -209,6 +211,7 @@ def _check_data(typed: TypedConfig) -> None:
       crop=data.crop,
       sources=data.sources,
       heldout=data.heldout,
+      max_images=data.max_images,
     )
   if not data.sources:
     return

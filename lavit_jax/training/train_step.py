@@ -93,6 +93,7 @@ def abstract_inputs(run: Run) -> tuple[dict[str, Any], dict[str, jax.ShapeDtypeS
     run.vit_size,
     composed=not run.data.sources,
     code_sizes=run.code_sizes,
+    max_images=run.layout.max_images,
   )
   batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
   return params, batch

@@ -107,7 +107,7 @@ class MetricWatch:
     """Options under which the pairs have room, by the length of those that had."""
     layout = self.run.layout
     length = options.row_length
-    longest = longest_pair(self.run.model, layout.text_length)
+    longest = longest_pair(self.run.model, layout)
     if length < longest:
       return (
         f'lm.row_length={length} is less than the {longest} tokens that a pair may have: set '

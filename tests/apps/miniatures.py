@@ -121,6 +121,16 @@ def vizwiz(folder):
   write(folder, {'val.json': items})
 
 
+def own(folder):
+  lines = []
+  for index, (question, _, answers) in enumerate(QUESTIONS):
+    answer = answers[0] if index else answers  # one, or a list
+    lines.append({'image': f'{index}.png', 'question': question, 'answer': answer})
+    draw(folder / 'images', index, f'{index}.png')
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / 'questions.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+
+
 # (what the stub says, the captions of annotators)
 CAPTIONS = (
   ('a man riding a wave on a surfboard', ['A man rides a wave.', 'A surfer on a large wave']),

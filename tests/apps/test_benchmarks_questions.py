@@ -183,6 +183,21 @@ def test_wrong_options(arguments, error, capsys):
   assert error in capsys.readouterr().err
 
 
+def test_own_questions_are_asked_as_they_are_trained_on(benchmark_model, tmp_path, capsys):
+  assert evaluate(tmp_path, 'own') == 0
+  report = read(tmp_path / 'out/report.json')
+  right = [row[1] in row[2][:1] for row in miniatures.QUESTIONS]
+  assert report['metrics'] == {'accuracy': pytest.approx(np.mean(right))} and 0 < sum(right) < 12
+  assert report['protocol'] == 'standard'
+  assert benchmark_model.asked[2] == 'What sits there?'  # nothing is added
+  (tmp_path / 'data/questions.jsonl').write_text('{"question": "a", "answer": "b"}')
+  assert evaluate(tmp_path, 'own', out='again') == 2
+  assert 'question 0 has no image or no answer; give it one of each' in capsys.readouterr().err
+  (tmp_path / 'data/questions.jsonl').unlink()
+  assert evaluate(tmp_path, 'own', out='again') == 2
+  assert '{"image": ..., "question": ..., "answer": ...}' in capsys.readouterr().err
+
+
 def test_the_command_offers_all_benchmarks():
   assert set(cli.apps.BENCHMARKS) == set(benchmarks.BENCHMARKS)
 
@@ -196,6 +211,7 @@ def test_a_limit(benchmark_model, tmp_path):
 
 
 WITH_TEXTS = [name for name, benchmark in benchmarks.BENCHMARKS.items() if benchmark.submit]
+WITH_TEXTS.remove('own')  # which has one protocol
 
 
 @pytest.mark.parametrize('name', WITH_TEXTS)

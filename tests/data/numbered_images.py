@@ -136,13 +136,12 @@ WRITERS = {
 
 def batches(*positional, sources=(), task='lm', batch_size=3, seed=1, **options):
   """`loader.batches` of these sources, of captions only unless `shares` are given."""
-  options = dict(shares={'caption': 1}, num_threads=2) | options
+  options = dict(shares={'caption': 1}, num_threads=2, text_length=24) | options
   return loader.batches(
     task,
     sources=positional or sources,
     batch_size=batch_size,
     image_size=SIZE,
-    text_length=24,
     tokenizer_folder=FOLDER,
     seed=seed,
     **options,

@@ -13,6 +13,7 @@ import sentencepiece
 import tokenizers
 
 from lavit_jax.data import text, text_fields
+from lavit_jax.data.chat import Turn
 from lavit_jax.data.emoji import corpus, grammar, splits
 from lavit_jax.data.text import BEGIN, END, UNKNOWN, TextTokenizer
 from lavit_jax.errors import UserError
@@ -279,17 +280,18 @@ def test_the_sentencepiece_model_goes_before_the_json(sentencepiece_folder, tmp_
 def test_an_answer_after_a_question_begins_with_one_space(sentencepiece_folder):
   for folder in (sentencepiece_folder, FOLDER):
     encoder = text_fields.TextEncoder(folder, 60)
-    row = encoder.encode_turns([('Question: What is this? Answer:', ' red apple')])
+    row = encoder.encode_turns([Turn(('Question: What is this? Answer:',), ' red apple')])
     whole = TextTokenizer.load(folder).encode('Question: What is this? Answer: red apple')
     assert tuple(row['text'][: row['text_length']]) == whole
 
 
 def test_turns_end_with_an_end_token_and_answers_alone_are_learned():
   tokenizer = TextTokenizer.load(FOLDER)
-  turns = [('Question: What is this? Answer:', ' cat'), ('Question: Where? Answer:', ' left')]
+  texts = [('Question: What is this? Answer:', ' cat'), ('Question: Where? Answer:', ' left')]
+  turns = [Turn((prompt,), answer) for prompt, answer in texts]
   row = text_fields.TextEncoder(FOLDER, 40).encode_turns(turns)
   length = row['text_length']
-  pieces = [tokenizer.encode(piece.removeprefix(' ')) for turn in turns for piece in turn]
+  pieces = [tokenizer.encode(piece.removeprefix(' ')) for turn in texts for piece in turn]
   question, cat, where, left = pieces
   assert tuple(row['text'][:length]) == (*question, *cat, text.END, *where, *left)
   learned = row['text'][:length][row['text_weight'][:length] > 0]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lavit_jax.models.llama import Llama
-from lavit_jax.models.packing import pack_pairs, segment_mask
+from lavit_jax.models.packing import IMAGE_ID, pack_pairs, segment_mask
 from lavit_jax.models.sequence import embed_sources
 from lavit_jax.models.vocabulary import Vocabulary
 
@@ -16,6 +16,7 @@ VOCABULARY = Vocabulary(text_size=50, codebook_size=30)
 BATCH = 9
 TEXT = 6
 VISUAL = 8
+IMAGES = 3
 
 
 def batch(seed):
@@ -41,8 +42,49 @@ def cut_batch(seed):
   return {**pairs, 'text_weight': weight}
 
 
+def chat_batch(seed):
+  """`batch` with chats, of up to three images where the text says so, and other pairs."""
+  pairs = batch(seed)
+  r = np.random.default_rng(seed + 200)
+  pairs['kind'] = r.integers(0, 4, BATCH)
+  pairs['text'] = np.where(
+    (pairs['kind'] == 3)[:, None] & (r.random((BATCH, TEXT)) < 0.4), IMAGE_ID, pairs['text']
+  )
+  pairs['text'] = np.where(np.cumsum(pairs['text'] == IMAGE_ID, axis=1) > IMAGES, 7, pairs['text'])
+  pairs['codes'] = r.integers(0, 30, (BATCH, IMAGES, VISUAL))
+  pairs['visual_length'] = r.integers(1, VISUAL + 1, (BATCH, IMAGES))
+  return pairs
+
+
+def chat_tokens(pairs, b, image_loss):
+  """`pair_tokens` of a chat: text with images in it."""
+  tokens = []
+  images = 0
+  num_words = pairs['text_length'][b]
+  for i, weight in zip(pairs['text'][b, :num_words], pairs['text_weight'][b, :num_words]):
+    if i != IMAGE_ID:
+      tokens.append((int(i), -1, float(weight)))
+      continue
+    tokens.append((50, -1, float(weight)))
+    first = (b * IMAGES + images) * VISUAL
+    for j, c in enumerate(pairs['codes'][b, images, : pairs['visual_length'][b, images]]):
+      tokens.append((52 + int(c), first + j, float(image_loss)))
+    tokens.append((51, -1, float(image_loss)))
+    images += 1
+  begin = [] if tokens and tokens[0][0] == 50 else [(1, -1, 0.0)]
+  last_weight = float(pairs['text_weight'][b, max(num_words - 1, 0)])
+  return begin + tokens + [(2, -1, last_weight)]
+
+
 def pair_tokens(pairs, b, image_loss, draw_features):
   """The tokens (id, source, weight) of pair b, in plain Python."""
+  if pairs['kind'][b] == 3:
+    return chat_tokens(pairs, b, image_loss)
+  codes, lengths = pairs['codes'], pairs['visual_length']
+  first = b * VISUAL
+  if codes.ndim == 3:
+    codes, lengths = codes[:, 0], lengths[:, 0]
+    first *= IMAGES
   num_words = pairs['text_length'][b]
   kind = pairs['kind'][b]
   text = []
@@ -55,8 +97,8 @@ def pair_tokens(pairs, b, image_loss, draw_features):
   start_weight = image_weight * (next_weight if has_next_weight and kind == 1 else 1)
   is_feature = kind == 0 or draw_features
   image = [(50, -1, start_weight)]
-  for i, c in enumerate(pairs['codes'][b, : pairs['visual_length'][b]]):
-    image.append((52 + int(c), b * VISUAL + i if is_feature else -1, image_weight))
+  for i, c in enumerate(codes[b, : lengths[b]]):
+    image.append((52 + int(c), first + i if is_feature else -1, image_weight))
   image.append((51, -1, image_weight))
   begin = [(1, -1, 0.0)]
   end = [(2, -1, image_weight if kind == 1 else next_weight)]
@@ -74,7 +116,7 @@ def reference(pairs, num_rows, row_length, image_loss, max_images, draw_features
   for b in range(BATCH):
     tokens = pair_tokens(pairs, b, image_loss, draw_features)
     following = [*tokens[1:], (0, -1, 0.0)]
-    has_image = int(pairs['kind'][b] != 2)
+    has_image = sum(token[0] == 50 for token in tokens)
     fits = [len(row) + len(tokens) <= row_length for row in rows]
     if max_images is not None:
       fits = [fit and n + has_image <= max_images for fit, n in zip(fits, images)]
@@ -128,6 +170,18 @@ def test_pack_equals_plain_python(seed, num_rows, row_length, options, draw):
   assert overflow > 0 or num_rows > 2  # ... and two short rows never are
   segments = np.array(rows)[..., 3]
   np.testing.assert_allclose(packed.used, (segments > 0).mean(), atol=1e-6)
+
+
+@pytest.mark.parametrize('seed', range(6))
+@pytest.mark.parametrize('options', [(True, None, False), (False, 3, False)])
+def test_chats_are_packed_with_all_else(seed, options):
+  """The images of a chat stand in its text, in order; those that it does not name do not count."""
+  pairs = chat_batch(seed)
+  packed = packer(9, TEXT + IMAGES * (VISUAL + 1) + 2, *options)(**pairs)
+  rows, overflow = reference(pairs, 9, packed.ids.shape[1], *options)
+  for field, expected in zip(packed, np.moveaxis(np.array(rows), -1, 0)):
+    np.testing.assert_array_equal(field, expected.astype(field.dtype))
+  assert packed.overflow == overflow == 0
 
 
 def test_packed_losses_equal_those_of_each_pair_alone():

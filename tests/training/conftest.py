@@ -4,6 +4,33 @@ import pytest
 from nano import launch
 
 
+@pytest.fixture(scope='module')
+def base(tmp_path_factory):
+  """A whole model of random weights."""
+  import jax
+  import nano
+  import numpy as np
+
+  from lavit_jax.models import lavit
+  from lavit_jax.weights.store import folder
+  from lavit_jax.weights.torch import name_tables
+
+  nano.install()
+  rng = np.random.default_rng(0)
+
+  def draw(path, leaf):
+    mean = 1 if path[-1].key == 'scale' else 0
+    return rng.normal(mean, 0.1, leaf.shape).astype(np.float32)
+
+  shapes = name_tables.module_shapes(
+    lavit.build('nano'), ['vit', 'tokenizer', 'understanding', 'llama']
+  )
+  params = jax.tree_util.tree_map_with_path(draw, shapes)
+  path = tmp_path_factory.mktemp('base') / 'model'
+  tokenizer = nano.ROOT / 'lavit_jax/assets/tiny/language_model'
+  return folder.save_params(path, 'nano', params, tokenizer=tokenizer)
+
+
 @pytest.fixture
 def without_flops(monkeypatch):
   """Runs do not count their operations, for which the whole step is traced once more."""

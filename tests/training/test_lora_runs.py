@@ -25,30 +25,12 @@ from lavit_jax.training.loop import train
 from lavit_jax.training.lora import BaseWeights, read_base
 from lavit_jax.weights.store import folder
 from lavit_jax.weights.store.metadata import module_digest
-from lavit_jax.weights.torch import adapters, name_tables
+from lavit_jax.weights.torch import adapters
 from lavit_jax.weights.torch.adapters import Adapters, ModuleAdapter
 from lavit_jax.weights.torch.convert import plan_conversion
 
 nano.install()
-TOKENIZER = nano.ROOT / 'lavit_jax/assets/tiny/language_model'
 IMAGES = np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3), np.uint8)
-
-
-@pytest.fixture(scope='module')
-def base(tmp_path_factory):
-  """A whole model of random weights."""
-  rng = np.random.default_rng(0)
-
-  def draw(path, leaf):
-    mean = 1 if path[-1].key == 'scale' else 0
-    return rng.normal(mean, 0.1, leaf.shape).astype(np.float32)
-
-  shapes = name_tables.module_shapes(
-    lavit.build('nano'), ['vit', 'tokenizer', 'understanding', 'llama']
-  )
-  params = jax.tree_util.tree_map_with_path(draw, shapes)
-  path = tmp_path_factory.mktemp('base') / 'model'
-  return folder.save_params(path, 'nano', params, tokenizer=TOKENIZER)
 
 
 def config(base, **changes):

@@ -70,6 +70,11 @@ def _exact_match(prediction: str, references: list[str]) -> float:
   return float(prediction == references[0])
 
 
+def _any_match(prediction: str, references: list[str]) -> float:
+  """Whether one of the references is the prediction."""
+  return float(prediction in references)
+
+
 LAVIT_CAPTION = Protocol(_PUBLISHED_CAPTION)
 STANDARD_CAPTION = Protocol(
   _greedy(64, prompt='Provide a one-sentence caption for the provided image.')
@@ -88,6 +93,9 @@ STANDARD_OKVQA = STANDARD_VQA._replace(question='{}' + _INSUFFICIENT + _SHORT)
 STANDARD_VIZWIZ = STANDARD_OKVQA._replace(capitalize=True)
 STANDARD_GQA = STANDARD_VQA._replace(
   change_prediction=str.lower, change_reference=str.lower, accuracy=_exact_match
+)
+OWN_QUESTIONS = Protocol(
+  _greedy(16), change_prediction=str.lower, change_reference=str.lower, accuracy=_any_match
 )
 STANDARD_GENERATION = Protocol({'num_inference_steps': 50})
 # Of coco-fid, whose records are several samples of each caption.

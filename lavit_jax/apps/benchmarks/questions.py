@@ -1,4 +1,4 @@
-"""The data sets of questions: VQAv2, OK-VQA, GQA and VizWiz."""
+"""The data sets of questions: VQAv2, OK-VQA, GQA and VizWiz, and one's own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ import pathlib
 from typing import Any
 
 from lavit_jax.apps.benchmarks.files import DataSet, Official, Record
+from lavit_jax.data import captions_file
+from lavit_jax.data.captions_fields import Fields
+from lavit_jax.data.conversations import read_dialogs
+from lavit_jax.data.record import find_texts
+from lavit_jax.errors import UserError
 
+OWN_FILE = 'questions.jsonl'
 VQA_PAGE = 'the download page of VQA v2, visualqa.org'
 OKVQA_PAGE = 'the download page of OK-VQA, okvqa.allenai.org'
 GQA_PAGE = 'the download page of GQA, cs.stanford.edu/people/dorarad/gqa'
@@ -101,6 +107,25 @@ def read_vizwiz(folder: pathlib.Path) -> DataSet:
     )
 
   return DataSet(official.parse(folder, content, parse), [folder / official.name])
+
+
+def read_own(folder: pathlib.Path) -> DataSet:
+  """Reads one's own questions, in the form in which they are trained on (data/conversations.py)."""
+  path = folder / OWN_FILE
+  try:
+    rows = captions_file.read_rows(str(path), path.read_bytes(), Fields('', ()))
+  except OSError as error:
+    raise UserError(
+      f'{path} cannot be read ({error.strerror}); write it with a line '
+      '{"image": ..., "question": ..., "answer": ...} for each question'
+    ) from None
+  records = []
+  for number, dialog in enumerate(read_dialogs(str(path), rows, 'answer', None, (), find_texts)):
+    if len(dialog.images) != 1 or len(dialog.texts) < 2:
+      raise UserError(f'{path}: question {number} has no image or no answer; give it one of each')
+    question, *answers = dialog.texts
+    records.append(Record(number, dialog.images[0], answers, question))
+  return DataSet(records, [path])
 
 
 def vqa_submission(records: list[Record], answers: list[str]) -> list[dict[str, Any]]:

@@ -83,6 +83,13 @@ BENCHMARKS = {
     ('', 'val'),
     questions.VIZWIZ_PAGE,
   ),
+  'own': Benchmark(
+    'answer',
+    questions.read_own,
+    {'standard': protocols.OWN_QUESTIONS},
+    questions.vqa_submission,
+    images='your own pictures',
+  ),
   'geneval': Benchmark(
     'generate',
     geneval.read,

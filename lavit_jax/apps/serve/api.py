@@ -116,6 +116,7 @@ def create_app(engine: Engine, model_name: str, limits: Limits, api_key: str | N
       prompt_parts,
       body.messages,
       engine.tokenizer,
+      engine.model.chat_template,
       engine.model.modules.image_size,
       limits.pixels,
     )

@@ -1,8 +1,8 @@
 """Messages of a chat -> the parts of a prompt.
 
-LaVIT is no chat model. A message of the user is written as its training questions are: its images,
-then `Question: TEXT Answer:`; images without a text are captioned. Earlier turns stand before, each
-answer with an end token. A system message is plain text.
+They are written by the template that the model was trained with (data/chat.py). LaVIT is no chat
+model: its template is that of its questions, and images without a text are captioned. Earlier turns
+stand before, each answer with an end token.
 """
 
 from __future__ import annotations
@@ -14,18 +14,28 @@ from typing import Any
 
 import numpy as np
 
-from lavit_jax.data import prompts
+from lavit_jax.data import chat
+from lavit_jax.data.chat import ChatTemplate, Message
 from lavit_jax.data.images import open_image, read_image, resize
 from lavit_jax.data.text import TextTokenizer
 from lavit_jax.errors import InputError
 from lavit_jax.models.vocabulary import BOS_ID, EOS_ID
 
-ROLES = ('system', 'developer', 'user', 'assistant')
+ROLES = {
+  'system': chat.SYSTEM,
+  'developer': chat.SYSTEM,
+  'user': chat.USER,
+  'assistant': chat.ASSISTANT,
+}
 DATA_URL = 'data:image/'
 
 
 def prompt_parts(
-  messages: Sequence[Any], tokenizer: TextTokenizer, image_size: int, max_pixels: int
+  messages: Sequence[Any],
+  tokenizer: TextTokenizer,
+  template: ChatTemplate,
+  image_size: int,
+  max_pixels: int,
 ) -> list[np.ndarray | Sequence[int]]:
   """The parts of a prompt (`TextSequence.parts`).
 
@@ -33,29 +43,30 @@ def prompt_parts(
     messages: {'role': ..., 'content': a text or a list of parts} of each, as OpenAI's client sends
       them. The parts have the type 'text' or 'image_url', whose URL holds the image itself.
     tokenizer: of the model.
+    template: of the model.
     image_size: side of the image encoder's input in pixels.
     max_pixels: of an image.
 
   Raises:
     InputError: a message is malformed, or the last one is not the user's.
   """
-  if not messages or _role(messages[-1]) != 'user':
+  if not messages or _role(messages[-1]) != chat.USER:
     raise InputError("messages: the last one must have the role 'user'")
-  parts: list[np.ndarray | Sequence[int]] = []
+  conversation = []
   for number, message in enumerate(messages):
     name = f'messages[{number}]'
-    texts, images = _content(message.get('content'), name, max_pixels)
-    text = '\n'.join(texts).strip()
-    parts += [resize(image, image_size) for image in images]
-    match _role(message, name):
-      case 'user' if text:
-        parts.append(tokenizer.encode(prompts.question_prompt(text)))
-      case 'user' if not images:
-        raise InputError(f'{name} is empty; write a text or add an image')
-      case 'assistant':
-        parts.append((*tokenizer.encode(text), EOS_ID))
-      case 'system' | 'developer' if text:
-        parts.append(tokenizer.encode(text))
+    role = _role(message, name)
+    content = _content(message.get('content'), name, image_size, max_pixels)
+    if role == chat.USER and not any(not isinstance(part, str) or part.strip() for part in content):
+      raise InputError(f'{name} is empty; write a text or add an image')
+    if role != chat.USER and not all(isinstance(part, str) for part in content):
+      raise InputError(f'{name} has an image; send images in messages of the user')
+    conversation.append(Message(role, tuple(content)))
+  parts: list[np.ndarray | Sequence[int]] = []
+  for turn in chat.render(conversation, template):
+    parts += [tokenizer.encode(part) if isinstance(part, str) else part for part in turn.prompt]
+    if turn.answer is not None:
+      parts.append((*tokenizer.encode(turn.answer), EOS_ID))
   if not isinstance(parts[0], np.ndarray):  # rows that begin with an image have no <s>
     parts.insert(0, (BOS_ID,))
   return parts
@@ -85,27 +96,27 @@ def _role(message: Any, name: str = 'messages[-1]') -> str:
   role = message.get('role') if isinstance(message, dict) else None
   if role not in ROLES:
     raise InputError(f'{name}: the role {role!r} is unknown; choose one of {", ".join(ROLES)}')
-  return role
+  return ROLES[role]
 
 
-def _content(content: Any, name: str, max_pixels: int) -> tuple[list[str], list[np.ndarray]]:
-  """The texts and the images of a message."""
+def _content(content: Any, name: str, image_size: int, max_pixels: int) -> list[str | np.ndarray]:
+  """The texts and the images of a message, in order."""
   if isinstance(content, str):
-    return [content], []
+    return [content]
   if not isinstance(content, list):
     raise InputError(f'{name}.content must be a text or a list of parts')
-  texts = []
-  images = []
+  parts: list[str | np.ndarray] = []
   for number, part in enumerate(content):
     part_name = f'{name}.content[{number}]'
     kind = part.get('type') if isinstance(part, dict) else None
     if kind == 'text' and isinstance(part.get('text'), str):
-      texts.append(part['text'])
+      parts.append(part['text'])
     elif kind == 'image_url':
-      images.append(_open_data_url(part.get('image_url'), part_name, max_pixels))
+      image = _open_data_url(part.get('image_url'), part_name, max_pixels)
+      parts.append(resize(image, image_size))
     else:
       raise InputError(f"{part_name}: give {{'type': 'text', ...}} or {{'type': 'image_url', ...}}")
-  return texts, images
+  return parts
 
 
 def _open_data_url(value: Any, name: str, max_pixels: int) -> np.ndarray:

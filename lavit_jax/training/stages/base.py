@@ -75,6 +75,7 @@ class BatchLayout:
   batch_size: int
   image_size: int  # side of the images in pixels
   text_length: int = 0  # tokens that a text may have; 0 without texts
+  max_images: int = 1  # images of an example, with an axis of their own if there are several
   shards: int = 1  # data-parallel shards: the mesh splits a batch over them
   accumulate: int = 1  # microbatches (gradient accumulation): a step computes them in turn
 
@@ -130,7 +131,7 @@ def apply_module(module: Any, params: Tree, *args: Any, **kwargs: Any) -> Any:
   return module.apply({'params': params}, *args, **kwargs)
 
 
-def row_keys(key: Array, batch: Mapping[str, Array], size: int) -> Array:
+def row_keys(key: Array, batch: Mapping[str, Array], size: int, count: int = 1) -> Array:
   """A key for each row of a batch, by its row in the whole batch.
 
   So the pieces of a batch draw what the whole batch draws.
@@ -139,11 +140,14 @@ def row_keys(key: Array, batch: Mapping[str, Array], size: int) -> Array:
     key: of the step.
     batch: a batch, or a piece of one, which has its rows under `ROW`.
     size: the number of its rows.
+    count: keys of a row, such as one for each of its images.
 
   Returns:
-    Typed keys [size].
+    Typed keys [size * count].
   """
   rows = constrain_batch(batch.get(ROW, jnp.arange(size, dtype=jnp.int32)))
+  if count > 1:
+    rows = (rows[:, None] * count + jnp.arange(count, dtype=jnp.int32)).reshape(-1)
   return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
 
 
@@ -171,8 +175,16 @@ def image_features(model: LavitModules, params: Tree, images: Array) -> Array:
 
 
 def vit_images(batch: Mapping[str, Array]) -> Array:
-  """The images of a batch at the ViT's size: 'vit_image', or 'image' if that has this size."""
-  return batch['vit_image'] if 'vit_image' in batch else batch['image']
+  """The images of a batch at the ViT's size: 'vit_image', or 'image' if that has this size.
+
+  uint8[B, V, V, 3], or uint8[B * K, V, V, 3] if a row has K images.
+  """
+  return flat_images(batch['vit_image'] if 'vit_image' in batch else batch['image'])
+
+
+def flat_images(images: Array) -> Array:
+  """uint8[B, K, H, W, 3], or uint8[B, H, W, 3], as uint8[B * K, H, W, 3]."""
+  return images.reshape(-1, *images.shape[-3:])
 
 
 def cosine_similarity(x: Array, y: Array) -> Array:

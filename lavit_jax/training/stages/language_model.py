@@ -5,9 +5,10 @@ Data with codes alone has no [image, text], and then nothing of the image encode
 With another interface than LaVIT's (models/interfaces), [image, text] reads the vectors of that,
 and there is no [text, image]. Those of Flamingo are not in the sequence: extra layers read them.
 With Emu's, [text, image] has the vectors, too, and each of an image's is regressed.
+In conversations images stand anywhere, up to K of them, and answers alone are learned.
 
-Axes: B images, N patches, n visual slots of an image, H width of the language model, R packed rows
-of S slots, V vocabulary.
+Axes: B pairs, B' = B K images, N patches, n visual slots of an image, H width of the language
+model, R packed rows of S slots, V vocabulary.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from lavit_jax.training.stages.base import (
   Sum,
   Tree,
   apply_module,
+  flat_images,
   image_features,
   initialize_params,
   row_keys,
@@ -53,7 +55,7 @@ from lavit_jax.visualization import shade_dropped_patches
 MODULES = ModuleNames(needs=('vit', 'tokenizer'), takes=('llama', 'understanding'))
 INTERFACE_MODULES = ModuleNames(needs=('vit',), takes=('llama', 'interface'))
 CODES_MODULES = ModuleNames(takes=('llama',))
-KINDS = ('image_to_text', 'text_to_image', 'text_only')  # by the number in a batch's `kind`
+KINDS = ('image_to_text', 'text_to_image', 'text_only', 'chat')  # by the number in a batch's `kind`
 SPECIAL_TOKENS = 3  # of a pair, besides its text and its image: [IMG], [/IMG] and </s>
 NUM_DRAWN = 8  # images
 # Where layers read images beside the sequence, a row has room for so many times as many of them as
@@ -97,9 +99,11 @@ class LanguageModelOptions:
     return math.ceil(IMAGE_MARGIN * self.row_length / self.mean_length)
 
 
-def longest_pair(model: LavitModules, text_length: int) -> int:
+def longest_pair(model: LavitModules, layout: BatchLayout) -> int:
   """The most tokens that a pair can have."""
-  return text_length + model.max_visual_tokens + SPECIAL_TOKENS
+  # A further image takes the place of a token of the text, and has [IMG] and [/IMG] besides.
+  further = (layout.max_images - 1) * (model.max_visual_tokens + 1)
+  return layout.text_length + model.max_visual_tokens + SPECIAL_TOKENS + further
 
 
 def module_names(options: LanguageModelOptions) -> ModuleNames:
@@ -114,11 +118,11 @@ class _VisualInputs(NamedTuple):
   """The images of a batch for the language model.
 
   Attributes:
-    vectors: [B, n, H]; of a `LayeredInterface` [B, n, W], and they take no slots. None with codes
+    vectors: [B', n, H]; of a `LayeredInterface` [B', n, W], and they take no slots. None with codes
       alone.
-    codes: i32[B, n]; zeros without codes.
-    lengths: i32[B], the slots that an image takes: so many of the vectors and codes count.
-    keep: f32[B, N], the patches that were kept; None where none are chosen.
+    codes: i32[B', n]; zeros without codes.
+    lengths: i32[B'], the slots that an image takes: so many of the vectors and codes count.
+    keep: f32[B', N], the patches that were kept; None where none are chosen.
     in_bucket: metrics of mergers with buckets.
   """
 
@@ -182,7 +186,7 @@ def build(options: LanguageModelOptions, model: LavitModules, layout: BatchLayou
     return rows._replace(overflow=rows.overflow[None], used=rows.used[None]), kinds
 
   def run_llama(params, rows, vectors):
-    """What packed rows with the vectors [B, n, ...] of their images read, and hidden states.
+    """What packed rows with the vectors [B', n, ...] of their images read, and hidden states.
 
     Without vectors, they read the codes' embeddings.
 
@@ -211,7 +215,10 @@ def build(options: LanguageModelOptions, model: LavitModules, layout: BatchLayou
     del train
     visual = encode_images(model, params, frozen, batch, key)
     texts = (batch['text'], batch['text_length'], batch['text_weight'], batch['kind'])
-    rows, kinds = per_shard(pack_shard, layout.shards, *texts, visual.codes, visual.lengths)
+    pairs = len(batch['kind'])
+    codes = visual.codes.reshape(pairs, layout.max_images, -1)
+    lengths = visual.lengths.reshape(pairs, layout.max_images)
+    rows, kinds = per_shard(pack_shard, layout.shards, *texts, codes, lengths)
     embedded, hidden = run_llama(params, rows, visual.vectors)
     nll, correct = _next_token(model, params['llama'], hidden, rows.targets, options.loss_chunks)
     metrics = _metrics(rows, kinds, nll, correct)
@@ -235,7 +242,7 @@ def build(options: LanguageModelOptions, model: LavitModules, layout: BatchLayou
   def draw(params, frozen, state, batch, key):
     """Images, and the patches that the language model sees."""
     del params, state
-    images = batch['image'][:NUM_DRAWN]
+    images = flat_images(batch['image'])[:NUM_DRAWN]
     x = image_features(model, frozen['vit'], vit_images(batch)[:NUM_DRAWN])[:, 1:]
     tokens = apply_module(model.tokenizer, frozen['tokenizer'], x, key)
     return [images, shade_dropped_patches(images, tokens.keep)]
@@ -249,7 +256,8 @@ def _encode_by_tokenizer(
 ) -> _VisualInputs:
   """LaVIT's continuous tokens and codes; `key` chooses the patches."""
   x = image_features(model, frozen['vit'], vit_images(batch))[:, 1:]
-  keys = row_keys(key, batch, len(x))
+  pairs = len(batch['kind'])
+  keys = row_keys(key, batch, pairs, len(x) // pairs)
   # Adapters of the image encoder learn by what is read, not by which patches are kept.
   tokens = apply_module(model.tokenizer, frozen['tokenizer'], jax.lax.stop_gradient(x), keys)
   features, in_bucket = apply_module(
@@ -302,13 +310,24 @@ def _validate(options: LanguageModelOptions, model: LavitModules, layout: BatchL
       f'lm.row_length={options.row_length} must be a multiple of '
       f'lm.loss_chunks={options.loss_chunks}'
     )
-  longest = longest_pair(model, layout.text_length)
+  if layout.max_images > 1 and model.layered_interface is not None:
+    raise UserError(
+      f'data.max_images={layout.max_images}: with interface={options.interface!r} a conversation '
+      'has one image; give data.max_images=1'
+    )
+  if layout.max_images > 1 and options.from_codes:
+    raise UserError(
+      f'data.max_images={layout.max_images}: a text has the codes of one image; give '
+      'data.max_images=1'
+    )
+  longest = longest_pair(model, layout)
   positions = model.llama.max_position_embeddings
   if longest > positions:
     raise UserError(
-      f'data.text_length={layout.text_length}: with {model.max_visual_tokens} visual tokens and '
-      f'{SPECIAL_TOKENS} special tokens a pair may have {longest} tokens, but the language model '
-      f'of this checkpoint reads max_position_embeddings={positions}; lower data.text_length'
+      f'data.text_length={layout.text_length}: with {model.max_visual_tokens} visual tokens, '
+      f'{SPECIAL_TOKENS} special tokens and data.max_images={layout.max_images} a pair may have '
+      f'{longest} tokens, but the language model of this checkpoint reads '
+      f'max_position_embeddings={positions}; lower data.text_length'
     )
 
 

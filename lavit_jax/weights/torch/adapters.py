@@ -242,9 +242,18 @@ def load_adapters(folder: str | os.PathLike, model: LavitModules) -> Adapters:
 def with_settings(
   settings: Mapping[str, Any], info: Mapping[str, Any]
 ) -> dict[str, Mapping[str, Any]]:
-  """The settings of a checkpoint with those that its adapters bring: their interface."""
-  brought = info.get('settings', {}).get('interface')
-  return dict(settings) if brought is None else {**settings, 'interface': brought}
+  """The settings of a checkpoint with those that its adapters bring.
+
+  They are their interface and, if they trained here, the template of chats.
+  """
+  brought = info.get('settings', {})
+  result = dict(settings)
+  if 'interface' in brought:
+    result['interface'] = brought['interface']
+  if info:
+    result.pop('chat', None)  # a template that is the variant's own is not stored
+    result |= {name: fields for name, fields in brought.items() if name == 'chat'}
+  return result
 
 
 def base_notes(

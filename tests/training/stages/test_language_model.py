@@ -10,6 +10,7 @@ import pytest
 
 from lavit_jax.errors import UserError
 from lavit_jax.models import lavit
+from lavit_jax.models.packing import CHAT, IMAGE_ID
 from lavit_jax.models.sequence import compact
 from lavit_jax.training.stages import build_stage
 from lavit_jax.training.stages.base import (
@@ -114,6 +115,26 @@ def test_lm_loss_does_not_depend_on_shards_or_chunks(parts, batch):
   assert lm_loss(parts, batch, shards=4, lm__loss_chunks=4)[1] == pytest.approx(
     float(reference), rel=1e-5
   )
+
+
+def test_a_chat_that_begins_with_its_image_is_an_image_with_its_text(parts, batch):
+  _, _, before = lm_loss(parts, batch)
+  is_read = np.asarray(batch['kind']) == 0
+  text = np.where(is_read[:, None], np.roll(batch['text'], 1, axis=1), batch['text'])
+  weight = np.asarray(batch['text_weight'])
+  weight = np.where(is_read[:, None], np.roll(weight, 1, axis=1), weight)
+  text[is_read, 0], weight[is_read, 0] = IMAGE_ID, 0
+  changed = dict(
+    batch,
+    text=text,
+    text_weight=weight,
+    text_length=batch['text_length'] + is_read,
+    kind=np.where(is_read, CHAT, batch['kind']),
+  )
+  _, value, metrics = lm_loss(parts, changed)
+  assert np.isnan(before['loss_chat']) and np.isnan(metrics['loss_image_to_text'])
+  assert metrics['loss_chat'] == pytest.approx(float(before['loss_image_to_text']), rel=1e-5)
+  assert value == pytest.approx(float(before['loss']), rel=1e-5)
 
 
 def test_lm_counts_what_overflows(parts, batch):
