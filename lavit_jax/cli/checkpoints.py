@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
-from lavit_jax.cli.options import TINY, add_command, local_path, weights_path
+from lavit_jax.cli.options import TINY, add_command, local_path, path_or_url
 
 if TYPE_CHECKING:
   from lavit_jax.cli.options import Commands
@@ -20,7 +20,7 @@ def add_commands(commands: Commands) -> None:
   parser = add_command(
     commands, 'inspect', _inspect, 'print the modules of a weights folder and their source'
   )
-  parser.add_argument('folder', type=weights_path, metavar='DIR')
+  parser.add_argument('folder', type=path_or_url, metavar='DIR')
   _add_bundle(commands)
   add_command(commands, 'variants', _list_variants, 'list the model sizes')
 
@@ -35,7 +35,7 @@ def _add_convert(commands: Commands) -> None:
   parser.add_argument(
     '--src',
     required=True,
-    type=weights_path,
+    type=path_or_url,
     metavar='DIR',
     help='folder or file of LaVIT, LLaMA, Stable Diffusion, SDXL, EVA-CLIP, LLaVA, BLIP-2, Emu, '
     'OpenFlamingo or CLIP; or lavit_jax checkpoint',
@@ -43,7 +43,7 @@ def _add_convert(commands: Commands) -> None:
   parser.add_argument(
     '--dst',
     required=True,
-    type=weights_path,
+    type=path_or_url,
     metavar='DIR',
     help='folder to write, as --src of this machine or of a store: gs://BUCKET/model',
   )
@@ -97,7 +97,7 @@ def _add_bundle(commands: Commands) -> None:
   parser.add_argument(
     'exports',
     nargs='+',
-    type=weights_path,
+    type=path_or_url,
     metavar='RUN/export',
     help='export folders; a module that is in several is taken from the last one',
   )
@@ -116,7 +116,7 @@ def _add_bundle(commands: Commands) -> None:
   )
   parser.add_argument(
     '--out',
-    type=weights_path,
+    type=path_or_url,
     required=True,
     metavar='DIR',
     help='folder to write; a checkpoint in it is replaced',

@@ -53,8 +53,8 @@ def local_path(text: str) -> str:
   return expand_home(text)
 
 
-def weights_path(text: str) -> str:
-  """The type of an option: a weights folder, a path with '~' expanded, or a URL of a store."""
+def path_or_url(text: str) -> str:
+  """The type of an option: a path with '~' expanded, or a URL of a store."""
   return text if '://' in text else local_path(text)
 
 

@@ -1,5 +1,7 @@
 """Runs in separate processes, and a run with checkpoints."""
 
+import hashlib
+
 import pytest
 from nano import launch
 
@@ -70,3 +72,21 @@ def reads(monkeypatch):
 
   monkeypatch.setattr(folder, 'open_params', counting)
   return names
+
+
+@pytest.fixture(scope='session')
+def gcs():
+  """A server like Google Cloud Storage, which gs:// means in this process and those it starts."""
+  from fake_gcs import FakeGcs
+
+  pytest.importorskip('gcsfs')
+  with FakeGcs() as server, pytest.MonkeyPatch.context() as patch:
+    for name, value in server.environment.items():
+      patch.setenv(name, value)
+    yield server
+
+
+@pytest.fixture
+def bucket(gcs, request):
+  """The name of a bucket of the test's own."""
+  return 'test-' + hashlib.md5(request.node.nodeid.encode()).hexdigest()

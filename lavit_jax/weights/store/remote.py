@@ -3,7 +3,8 @@
 Reading weights seeks in files, and writing them renames folders, which an object store does not do.
 So a folder is copied here before it is read, of a run only the modules that its stage uses; a new
 one is written here and copied there. The file by which a folder is known (`MARKS`) is written last
-and removed first: a copy that was cut short is no checkpoint.
+and removed first: a copy that was cut short is no checkpoint. It has the file `UNFINISHED`, by
+which the next copy may replace it.
 
 Whatever fsspec has a driver for is a store. Copies lie in the folder for temporary files (TMPDIR)
 until the process ends.
@@ -25,10 +26,11 @@ from fsspec import AbstractFileSystem
 
 from lavit_jax.data.paths import filesystem_of, is_remote, list_files
 from lavit_jax.errors import UserError
-from lavit_jax.weights.store.metadata import CONFIG
+from lavit_jax.weights.store.metadata import ADAPTERS, CONFIG
 from lavit_jax.weights.torch.formats import EXPORT_INFO
 
-MARKS = (CONFIG, EXPORT_INFO)
+MARKS = (CONFIG, EXPORT_INFO, ADAPTERS)
+UNFINISHED = '.unfinished'
 T = TypeVar('T')
 
 
@@ -52,7 +54,7 @@ def fetch(folder: str, modules: Collection[str] | None = None) -> str:
   if not names:
     raise UserError(f'{folder} has no files; check the address')
   filesystem, root = filesystem_of(folder)
-  copy = _temporary_folder() / _last_name(folder)
+  copy = temporary_folder() / _last_name(folder)
   for name in names:
     parts = pathlib.PurePosixPath(name).parts
     if modules is not None and parts[0] == 'parts' and parts[1] not in modules:
@@ -71,7 +73,8 @@ def target(folder: str, replaces: bool = True) -> Iterator[str]:
 
   Args:
     folder: a URL; a local path stands for itself.
-    replaces: whether a weights folder that is there may be replaced.
+    replaces: whether a weights folder that is there may be replaced; a copy that was cut short may
+      always be.
 
   Raises:
     UserError: something else is there, the store does not answer, or a package for it is missing.
@@ -80,7 +83,7 @@ def target(folder: str, replaces: bool = True) -> Iterator[str]:
     yield folder.removeprefix('file://')
     return
   _check_target(folder, replaces)
-  copy = _temporary_folder() / _last_name(folder)
+  copy = temporary_folder() / _last_name(folder)
   yield str(copy)
   if copy.is_dir():
     _upload(copy, folder)
@@ -88,12 +91,11 @@ def target(folder: str, replaces: bool = True) -> Iterator[str]:
 
 def _check_target(folder: str, replaces: bool) -> None:
   names = list_files(folder)
-  if not names:
+  if not names or UNFINISHED in names:
     return
   if not any(mark in names for mark in MARKS):
     raise UserError(
-      f'{folder} has other files ({names[0]}), or a copy that was cut short; choose another '
-      'address, or remove them first'
+      f'{folder} has other files ({names[0]}); choose another address, or remove them first'
     )
   if not replaces:
     raise UserError(f'{folder} exists; choose another place, or --force to replace it')
@@ -110,10 +112,13 @@ def _upload(copy: pathlib.Path, folder: str) -> None:
     for name in names:
       _attempt(folder, 'written', partial(filesystem.rm_file, _join(root, name)))
 
+  mark = partial(filesystem.pipe_file, _join(root, UNFINISHED), b'')
+  _attempt(folder, 'written', mark)
   remove([name for name in old if _is_mark(name)])
   for name in new:
     _attempt(folder, 'written', partial(_put, filesystem, copy / name, _join(root, name)))
-  remove([name for name in old if name not in new and not _is_mark(name)])
+  remove([name for name in old if name not in new and not _is_mark(name) and name != UNFINISHED])
+  remove([UNFINISHED])
 
 
 def _put(filesystem: AbstractFileSystem, file: pathlib.Path, path: str) -> None:
@@ -140,7 +145,8 @@ def _attempt(folder: str, done: str, act: Callable[[], T]) -> T:
     ) from error
 
 
-def _temporary_folder() -> pathlib.Path:
+def temporary_folder() -> pathlib.Path:
+  """Makes a folder that is removed when the process ends."""
   path = tempfile.mkdtemp(prefix='lavit-')
   atexit.register(shutil.rmtree, path, ignore_errors=True)
   return pathlib.Path(path)
