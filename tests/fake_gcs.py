@@ -274,12 +274,10 @@ class _Handler(BaseHTTPRequestHandler):
     return b''.join(chunks)
 
   def _parts(self, body: bytes) -> tuple[bytes, bytes]:
-    boundary = b'--' + self.headers.get_boundary().encode()
+    """The two parts of an upload: metadata, and content."""
+    boundary = b'--' + str(self.headers.get_boundary()).encode()
     _, metadata, content, _ = body.split(boundary)
-    return tuple(
-      part.replace(b'\r\n', b'\n', 3).partition(b'\n\n')[2].removesuffix(b'\n').removesuffix(b'\r')
-      for part in (metadata, content)
-    )
+    return _content(metadata), _content(content)
 
   def _answer(
     self, status: int, content: bytes | dict[str, Any] = b'', headers: dict[str, str] | None = None
@@ -296,6 +294,12 @@ class _Handler(BaseHTTPRequestHandler):
     self.end_headers()
     self.wfile.write(body if status not in (204, 304) else b'')
     self.wfile.flush()
+
+
+def _content(part: bytes) -> bytes:
+  """A part of a multipart body without its headers and the line end before the next boundary."""
+  end = b'\r\n' if part.startswith(b'\r\n') else b'\n'
+  return part.removeprefix(end).partition(end + end)[2].removesuffix(end)
 
 
 def _resource(name: str, stored: Object) -> dict[str, Any]:

@@ -242,6 +242,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 def _run_benchmark(args: argparse.Namespace) -> None:
   from lavit_jax.apps import benchmarks
   from lavit_jax.errors import UserError
+  from lavit_jax.weights.store import remote
 
   benchmark = benchmarks.BENCHMARKS[args.benchmark]
   for name in ('data', 'images') if benchmark.images else ('data',):
@@ -263,6 +264,7 @@ def _run_benchmark(args: argparse.Namespace) -> None:
     share=args.shard or (0, 1),
     limit=args.limit,
   )
+  args.folder = remote.fetch(args.folder)  # its digest is in the report
   model_options = {}
   for name in ('weights_dtype', 'cache_dtype'):
     if getattr(args, name) is not None:

@@ -51,7 +51,8 @@ def open_workdir(workdir: str | os.PathLike[str]) -> epath.Path:
   text = os.fspath(workdir).removeprefix('file://')
   if not is_remote(text):
     return epath.Path(text)
-  if not text.startswith(SCHEME) or not text.removeprefix(SCHEME).partition('/')[2].strip('/'):
+  bucket, _, path = text.removeprefix(SCHEME).partition('/')
+  if not text.startswith(SCHEME) or not bucket or not path.strip('/'):
     raise UserError(
       f'--workdir {text}: checkpoints are written to a folder of this machine or to '
       f'{SCHEME}BUCKET/PATH; give one of these'
@@ -104,6 +105,7 @@ class Mirror:
         url = self._url(name)
         with contextlib.suppress(FileNotFoundError):
           content = retry(url, partial(self._filesystem.cat_file, url))
+          assert isinstance(content, bytes)
           (self._folder / name).write_bytes(content)
       self._thread.start()
     return self

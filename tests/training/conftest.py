@@ -2,6 +2,7 @@
 
 import hashlib
 
+import fsspec
 import pytest
 from nano import launch
 
@@ -79,7 +80,9 @@ def gcs():
   """A server like Google Cloud Storage, which gs:// means in this process and those it starts."""
   from fake_gcs import FakeGcs
 
-  pytest.importorskip('gcsfs')
+  gcsfs = pytest.importorskip('gcsfs')
+  for protocol in ('gs', 'gcs'):  # in this process, it may have been imported before
+    fsspec.register_implementation(protocol, gcsfs.core.GCSFileSystem, clobber=True)
   with FakeGcs() as server, pytest.MonkeyPatch.context() as patch:
     for name, value in server.environment.items():
       patch.setenv(name, value)

@@ -8,7 +8,7 @@ import time
 
 import nano
 import pytest
-from nano import finish
+from nano import finish, launch_job
 
 from lavit_jax.training.loop import train
 from lavit_jax.weights.store import remote
@@ -57,3 +57,31 @@ def test_a_killed_run_repeats_itself_bit_for_bit(gcs, bucket, start, local_lines
     name.startswith(('checkpoints/11', '.lock')) for name in gcs.names(f'{bucket}/run/')
   )
   assert list(load_params(remote.fetch(f'{url}/export'))) == ['vit']
+
+
+@pytest.mark.slow
+def test_processes_without_a_shared_disk(gcs, bucket, running, tmp_path):
+  """Each has folders of its own and writes its own part; one is killed, and all go on."""
+  url = f'gs://{bucket}/run'
+  own = {}
+  for i in range(2):
+    (tmp_path / str(i)).mkdir()
+    own[i] = {'env': {'TMPDIR': str(tmp_path / str(i))}}
+  shards = dict(mesh__data=1, mesh__fsdp=2)
+
+  def start():
+    job = launch_job('encoder', url, 2, 1, 5, own, **shards, **OPTIONS)
+    running.extend(job)
+    return job
+
+  job = start()
+  wait_for(gcs, job[0], f'{bucket}/run/checkpoints/6/commit_success.txt')
+  job[1].kill()
+  for process in job:
+    process.communicate()
+  first, second = map(finish, start())
+  assert 'continuing from step' in first and 'step' not in second
+  names = gcs.names(f'{bucket}/run/checkpoints/12/')
+  for process in range(2):
+    assert any(name.startswith(f'state/ocdbt.process_{process}/d/') for name in names)
+    assert f'data/process_{process}-of-2.json' in names

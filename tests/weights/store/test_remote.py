@@ -63,7 +63,7 @@ def test_what_is_written_to_a_store_comes_back(tmp_path):
 def test_the_mark_is_removed_first_and_written_last(transfers):
   with remote.target(URL) as path:
     save_params(path, 'tiny', PARAMS)
-  assert transfers[-1] == ('put', 'config.json')
+  assert transfers[-2:] == [('put', 'config.json'), ('rm', '.unfinished')]
   transfers.clear()
   with remote.target(URL) as path:
     save_params(path, 'tiny', {'vit': PARAMS['vit']})
@@ -81,13 +81,22 @@ def test_a_copy_that_was_cut_short_is_no_checkpoint(monkeypatch):
       raise OSError('connection reset')
     put(self, local, path, **options)
 
-  monkeypatch.setattr(type(MEMORY), 'put_file', fail)
-  with pytest.raises(UserError, match=r'cannot be written \(connection reset\)'):
-    with remote.target(URL) as path:
-      save_params(path, 'tiny', PARAMS)
+  with monkeypatch.context() as patch:
+    patch.setattr(type(MEMORY), 'put_file', fail)
+    with pytest.raises(UserError, match=r'cannot be written \(connection reset\)'):
+      with remote.target(URL) as path:
+        save_params(path, 'tiny', PARAMS)
   with pytest.raises(UserError, match='is not a lavit_jax checkpoint'):
     read_config(remote.fetch(URL))
-  with pytest.raises(UserError, match='a copy that was cut short; choose another address'):
+  with remote.target(URL, replaces=False) as path:  # the same command again
+    save_params(path, 'tiny', {'vit': PARAMS['vit']})
+  assert load_params(remote.fetch(URL)).keys() == {'vit'}
+  assert not any(name.endswith(('.unfinished', 'llama')) for name in MEMORY.find('/bucket'))
+
+
+def test_what_else_is_there_stays():
+  MEMORY.pipe_file(f'{URL}/notes', b'mine')
+  with pytest.raises(UserError, match='has other files .notes.; choose another address'):
     with remote.target(URL):
       pass
 
