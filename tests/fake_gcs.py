@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
@@ -313,5 +314,5 @@ def _resource(name: str, stored: Object) -> dict[str, Any]:
     'size': str(len(stored.content)),
     'md5Hash': base64.b64encode(hashlib.md5(stored.content).digest()).decode(),
     'timeCreated': '2026-01-01T00:00:00.000Z',
-    'updated': '2026-01-01T00:00:00.000Z',
+    'updated': time.strftime('%Y-%m-%dT%H:%M:%S.000Z', time.gmtime(stored.generation)),
   }

@@ -6,9 +6,9 @@
 
 An object of a store is written as a whole: nothing can be appended to it, and no folder renamed. So
 process 0 writes the files that grow to a folder on its machine, its records, and `Mirror` copies
-those that have changed: every half minute, before each checkpoint, after each evaluation, and at
-the end. So a checkpoint is never ahead of the metrics: a killed run loses records of its last half
-minute at most, and of them only those of steps that are made again.
+those that have changed, every half minute and at the end; metrics also before each checkpoint and
+after each evaluation. So a checkpoint is never ahead of the metrics: a killed run loses records of
+its last half minute, and of the metrics only lines of steps that are made again.
 
 The store is Google's, gs://: Orbax 0.12.8 writes arrays by TensorStore's driver for that one or as
 files of this machine, and knows no other (findings/orbax-stores.sh).
@@ -20,6 +20,7 @@ import contextlib
 import os
 import pathlib
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -33,7 +34,8 @@ from lavit_jax.errors import UserError
 from lavit_jax.weights.store.remote import temporary_folder
 
 SCHEME = 'gs://'
-INTERVAL = 30.0  # seconds between two copies of what has changed
+INTERVAL = 30.0  # seconds at least between two copies of what has changed
+MAX_SHARE = 0.05  # of the time, that is spent on copying meanwhile
 # What a start takes up from those before it.
 CONTINUED = ('metrics.jsonl', 'goodput.jsonl', '.goodput_alive')
 
@@ -116,28 +118,34 @@ class Mirror:
       self._thread.join()
       # After an error that is the one to report.
       with contextlib.suppress(*([OSError, UserError] if kind else [])):
-        self.copy()
+        self._copy_changed(everything=True)
 
   def copy(self) -> None:
-    """Copies what has changed since the last time, and returns when it is in the store.
+    """Copies what a later start takes up, as far as it has changed; returns when it is there.
 
     Raises:
       Unreachable: the store does not answer.
       UserError: it refuses.
     """
-    if not self._active or not self._owned():
+    if self._active:
+      self._copy_changed(everything=False)
+
+  def _copy_changed(self, everything: bool) -> None:
+    if not self._owned():
       return
     with self._copying:
       for file in sorted(self._folder.rglob('*')):
-        if file.is_file() and file.suffix != '.tmp':
+        continued = file.name in CONTINUED and file.parent == self._folder
+        if file.is_file() and file.suffix != '.tmp' and (everything or continued):
           self._copy_if_changed(file)
 
   def _copy_often(self) -> None:
-    while not self._stop.wait(INTERVAL):
-      try:
-        self.copy()
-      except (OSError, UserError):  # the next try, or the next checkpoint, reports it
-        pass
+    wait = INTERVAL
+    while not self._stop.wait(wait):
+      began = time.monotonic()
+      with contextlib.suppress(OSError, UserError):  # the next checkpoint reports it
+        self._copy_changed(everything=True)
+      wait = max(INTERVAL, (time.monotonic() - began) / MAX_SHARE)
 
   def _copy_if_changed(self, file: pathlib.Path) -> None:
     stat = file.stat()

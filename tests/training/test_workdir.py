@@ -9,7 +9,9 @@ import jax
 import pytest
 from checkpoint_runs import abstract, config, numbers, state
 from etils import epath
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
+from lavit_jax import compilation_cache
 from lavit_jax.errors import Unreachable, UserError
 from lavit_jax.training import distributed, lock, workdir
 from lavit_jax.training.checkpoint import Checkpoints, saved_settings
@@ -144,8 +146,7 @@ def test_what_grows_is_copied_and_taken_up(gcs, bucket, url):
   path = open_workdir(url)
   gcs.put(f'{bucket}/run/metrics.jsonl', b'first\n')
   folder = records_folder(path)
-  owned = [True]
-  with Mirror(path, folder, lambda: owned[0]) as mirror:
+  with Mirror(path, folder, lambda: True) as mirror:
     with (folder / 'metrics.jsonl').open('a') as file:
       file.write('second\n')
     (folder / 'pictures').mkdir()
@@ -155,9 +156,10 @@ def test_what_grows_is_copied_and_taken_up(gcs, bucket, url):
     count = len(gcs.log)
     mirror.copy()
     assert len(gcs.log) == count
-    (folder / 'config.json').write_text('{}')
-    owned[0] = False
   assert gcs.names(f'{bucket}/run/') == ['metrics.jsonl', 'pictures/1.png']
+  with Mirror(path, folder, lambda: False):
+    (folder / 'config.json').write_text('{}')
+  assert len(gcs.log) == count + 1
 
 
 def test_it_is_copied_while_the_run_goes_on(gcs, bucket, url, monkeypatch):
@@ -177,3 +179,22 @@ def test_all_processes_see_a_store(url, monkeypatch):
   monkeypatch.setattr(distributed, 'wait_for_all', lambda point: None)
   monkeypatch.setattr(distributed, 'gather', lambda message: [message] * 2)
   distributed.check_shared(epath.Path(url))
+
+
+def test_compiled_programs_in_a_store(gcs, bucket, monkeypatch):
+  """JAX writes them; those that were written first are removed."""
+  names = ('jax_compilation_cache_dir', 'jax_compilation_cache_max_size')
+  before = {name: getattr(jax.config, name) for name in names}
+  for name in ('a-cache', 'b-cache', 'notes', 'c-cache'):
+    gcs.put(f'{bucket}/compiled/{name}', bytes(100))
+  try:
+    monkeypatch.setattr(compilation_cache, 'MAX_BYTES', 250)
+    compilation_cache.enable(f'gs://{bucket}/compiled')
+    assert gcs.names(f'{bucket}/compiled/') == ['b-cache', 'c-cache', 'notes']
+    reset_cache()
+    jax.jit(lambda x: 3 * x + 0.5)(1.0)
+    assert any(name.startswith('jit_') for name in gcs.names(f'{bucket}/compiled/'))
+  finally:
+    for name, value in before.items():
+      jax.config.update(name, value)
+    reset_cache()

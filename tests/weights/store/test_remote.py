@@ -7,6 +7,8 @@ import pytest
 
 from lavit_jax import cli
 from lavit_jax.errors import UserError
+from lavit_jax.inference import pipeline
+from lavit_jax.inference.pipeline import Lavit
 from lavit_jax.training import parameters
 from lavit_jax.training.stages.base import ModuleNames
 from lavit_jax.weights.store import remote
@@ -130,6 +132,21 @@ def test_commands_read_and_write_stores(start, capsys):
   np.testing.assert_array_equal(loaded['llama']['a'], PARAMS['llama']['a'])
   assert cli.main(['convert', '--src', start, '--dst', URL])
   assert f'{URL} exists; choose another place, or --force' in capsys.readouterr().err
+
+
+def test_a_model_in_a_store_is_opened(monkeypatch, start):
+  monkeypatch.setattr(remote, 'fetch', lambda url: {start: 'copy'}[url])
+  opened = []
+
+  def open_folder(folder, variant):
+    opened.append(folder)
+    raise UserError('enough')
+
+  monkeypatch.setattr(pipeline, 'open_checkpoint', open_folder)
+  with pytest.raises(UserError, match='enough'):
+    Lavit.from_pretrained(start)
+  assert cli.main(['caption', 'x.png', '--folder', start])
+  assert opened == ['copy', 'copy']
 
 
 @pytest.mark.slow
