@@ -40,7 +40,8 @@ BROKEN = '.broken'
 SET_ASIDE = (DAMAGED, BROKEN)
 # In errors of TensorStore and gcsfs that say nothing about the content.
 NO_ANSWER = re.compile(
-  'UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|PERMISSION_DENIED|UNAUTHENTICATED|aiohttp|Forbidden|HttpError'
+  'UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|PERMISSION_DENIED|UNAUTHENTICATED|'
+  'aiohttp|ConnectionError|ConnectionReset|Timeout|Forbidden|HttpError'
 )
 MAX_REASON = 300  # characters of another library's message
 
@@ -168,6 +169,7 @@ class Checkpoints:
 
     Raises:
       Damaged: it cannot be read, or is not what was saved.
+      Unreachable: its store does not answer.
       UserError: it has other arrays or types than `abstract`, or its position is one in other data.
     """
     digests = self._read_metadata(step).get('digests')  # earlier versions saved none
@@ -182,16 +184,13 @@ class Checkpoints:
     except (UserError, MemoryError, jax.errors.JaxRuntimeError):
       raise
     except Exception as error:  # of many kinds, depending on where Orbax meets the damage
-      if is_store(self.folder) and NO_ANSWER.search(f'{type(error)} {error}'):
-        with _store_errors(self.folder, 'read'):
-          raise
-      raise self._damaged(step, error) from error
+      raise self._unreadable(step, error) from error
     if digests:
       now = integrity.digests(state)
       wrong = [name for name in now if digests[name] != now[name]]
       if wrong:
         reason = f'{len(wrong)} of {len(digests)} arrays are not what was saved'
-        raise self._damaged(step, f'{reason}: {", ".join(wrong[:3])}')
+        raise self._unreadable(step, f'{reason}: {", ".join(wrong[:3])}')
     return state
 
   # --- Saving ---
@@ -276,7 +275,7 @@ class Checkpoints:
       if checksum and checksum != integrity.checksum(metadata):
         raise ValueError('its config is not what was saved')
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-      raise self._damaged(step, error) from error
+      raise self._unreadable(step, error) from error
     return metadata
 
   def _check_types(self, step: int, expected: Mapping[str, str]) -> None:
@@ -294,7 +293,10 @@ class Checkpoints:
 
   # --- Damage ---
 
-  def _damaged(self, step: int, reason: Exception | str) -> Damaged:
+  def _unreadable(self, step: int, reason: Exception | str) -> UserError:
+    """The error for a checkpoint that cannot be read: damaged, if its store answers."""
+    if is_store(self.folder) and NO_ANSWER.search(f'{type(reason)} {reason}'):
+      return _no_answer(self.folder, 'read', reason)
     text = ' '.join(str(reason).split())[:MAX_REASON]
     return Damaged(
       f'the checkpoint {self._path(step)} is damaged or does not fit this config ({text}); '
@@ -356,12 +358,16 @@ def _store_errors(folder: epath.Path, done: str) -> Iterator[None]:
   except Exception as error:
     if isinstance(error, UserError) or not is_store(folder):
       raise
-    reason = ' '.join(str(error).split())[:MAX_REASON] or type(error).__name__
-    raise Unreachable(
-      f'{folder} cannot be {done} ({reason}); see to the network and to the permissions, '
-      'storage.buckets.get among them, and start the same command again: it goes on from the last '
-      'checkpoint'
-    ) from error
+    raise _no_answer(folder, done, error) from error
+
+
+def _no_answer(folder: epath.Path, done: str, reason: Exception | str) -> Unreachable:
+  text = ' '.join(str(reason).split())[:MAX_REASON] or type(reason).__name__
+  return Unreachable(
+    f'{folder} cannot be {done} ({text}); see to the network and to the permissions, '
+    'storage.buckets.get among them, and start the same command again: it goes on from the last '
+    'checkpoint'
+  )
 
 
 class _SavingErrors:

@@ -95,8 +95,6 @@ def test_a_store_that_refuses_is_no_damage(gcs, url, monkeypatch):
     raise ValueError('PERMISSION_DENIED: Error reading "gs://bucket"')
 
   monkeypatch.setattr(checkpoints.manager, 'restore', refuse)
-  monkeypatch.setattr(checkpoints, '_read_metadata', lambda step: {})
-  monkeypatch.setattr(checkpoints, 'latest', lambda: 1)
   with pytest.raises(Unreachable, match='cannot be read .PERMISSION_DENIED.* the permissions'):
     checkpoints.restore_latest(abstract(state(0)), data, skip_damaged=True)
   monkeypatch.setattr(checkpoints.manager, 'save', refuse)

@@ -18,20 +18,18 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
-from typing import TypeVar
 
 from fsspec import AbstractFileSystem
 
-from lavit_jax.data.paths import filesystem_of, is_remote, list_files
+from lavit_jax.data.paths import filesystem_of, is_remote, list_files, retry
 from lavit_jax.errors import UserError
 from lavit_jax.weights.store.metadata import ADAPTERS, CONFIG
 from lavit_jax.weights.torch.formats import EXPORT_INFO
 
 MARKS = (CONFIG, EXPORT_INFO, ADAPTERS)
 UNFINISHED = '.unfinished'
-T = TypeVar('T')
 
 
 def fetch(folder: str, modules: Collection[str] | None = None) -> str:
@@ -45,8 +43,8 @@ def fetch(folder: str, modules: Collection[str] | None = None) -> str:
     The path on this machine.
 
   Raises:
-    UserError: there is nothing at the URL, the store does not answer, or a package for it is
-      missing.
+    UserError: there is nothing at the URL, the store refuses, or a package for it is missing.
+    Unreachable: the store does not answer.
   """
   if not is_remote(folder):
     return folder.removeprefix('file://')
@@ -61,7 +59,7 @@ def fetch(folder: str, modules: Collection[str] | None = None) -> str:
       continue
     target = copy / name
     target.parent.mkdir(parents=True, exist_ok=True)
-    _attempt(folder, 'read', partial(filesystem.get_file, _join(root, name), str(target)))
+    retry(folder, partial(filesystem.get_file, _join(root, name), str(target)))
   return str(copy)
 
 
@@ -77,7 +75,8 @@ def target(folder: str, replaces: bool = True) -> Iterator[str]:
       always be.
 
   Raises:
-    UserError: something else is there, the store does not answer, or a package for it is missing.
+    UserError: something else is there, the store refuses, or a package for it is missing.
+    Unreachable: the store does not answer.
   """
   if not is_remote(folder):
     yield folder.removeprefix('file://')
@@ -110,13 +109,13 @@ def _upload(copy: pathlib.Path, folder: str) -> None:
 
   def remove(names: Collection[str]) -> None:
     for name in names:
-      _attempt(folder, 'written', partial(filesystem.rm_file, _join(root, name)))
+      with contextlib.suppress(FileNotFoundError):  # if an answer was lost
+        retry(folder, partial(filesystem.rm_file, _join(root, name)), 'written')
 
-  mark = partial(filesystem.pipe_file, _join(root, UNFINISHED), b'')
-  _attempt(folder, 'written', mark)
+  retry(folder, partial(filesystem.pipe_file, _join(root, UNFINISHED), b''), 'written')
   remove([name for name in old if _is_mark(name)])
   for name in new:
-    _attempt(folder, 'written', partial(_put, filesystem, copy / name, _join(root, name)))
+    retry(folder, partial(_put, filesystem, copy / name, _join(root, name)), 'written')
   remove([name for name in old if name not in new and not _is_mark(name) and name != UNFINISHED])
   remove([UNFINISHED])
 
@@ -130,19 +129,6 @@ def _put(filesystem: AbstractFileSystem, file: pathlib.Path, path: str) -> None:
 
 def _is_mark(name: str) -> bool:
   return name in MARKS
-
-
-def _attempt(folder: str, done: str, act: Callable[[], T]) -> T:
-  try:
-    return act()
-  except UserError:
-    raise
-  except Exception as error:  # not all packages of stores raise OSErrors
-    reason = ' '.join(str(error).split())[:200] or type(error).__name__
-    raise UserError(
-      f'{folder} cannot be {done} ({reason}); see to the network, the permissions and the space in '
-      f'{tempfile.gettempdir()}, and start again'
-    ) from error
 
 
 def temporary_folder() -> pathlib.Path:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from lavit_jax import cli
-from lavit_jax.errors import UserError
+from lavit_jax.data import paths
+from lavit_jax.errors import Unreachable, UserError
 from lavit_jax.inference import pipeline
 from lavit_jax.inference.pipeline import Lavit
 from lavit_jax.training import parameters
@@ -84,8 +85,9 @@ def test_a_copy_that_was_cut_short_is_no_checkpoint(monkeypatch):
     put(self, local, path, **options)
 
   with monkeypatch.context() as patch:
+    patch.setattr(paths, '_WAITS', (0.0,))
     patch.setattr(type(MEMORY), 'put_file', fail)
-    with pytest.raises(UserError, match=r'cannot be written \(connection reset\)'):
+    with pytest.raises(Unreachable, match=r'cannot be written \(connection reset; tried 2 times'):
       with remote.target(URL) as path:
         save_params(path, 'tiny', PARAMS)
   with pytest.raises(UserError, match='is not a lavit_jax checkpoint'):
