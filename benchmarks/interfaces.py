@@ -1,14 +1,16 @@
 """Compares the interfaces between images and the language model at equal compute.
 
+RESULTS=docs/assets/interfaces.jsonl
 FROZEN=runs/encoder/export,runs/tokenizer/export
-python benchmarks/interfaces.py --workdir runs/interfaces --source data --frozen $FROZEN
-python benchmarks/interfaces.py --workdir runs/interfaces --report --out docs/assets/interfaces.svg
+python benchmarks/interfaces.py $RESULTS --workdir runs/interfaces --source data --frozen $FROZEN
+python benchmarks/interfaces.py $RESULTS --report --out docs/assets/interfaces.svg
 
 All systems read the same frozen image encoder and learn captions and answers of the same images, in
 the same order, from the same language model, which has read the training texts without images. What
 each of them may spend is a number of floating-point operations (training/flops.py), and so the
 number of steps differs. The language model trains along, or is frozen. The study can be stopped at
-any time; the same command continues it.
+any time; the same command continues it. The results file gets a line for each finished run, which
+is not repeated: several machines can add to it.
 
 A run is measured by its captions and answers of new images of the training sprites, and of held-out
 drawings of concepts that were seen (split 'heldout/pair').
@@ -46,8 +48,9 @@ COLORS = {  # of each system's lines
   'qformer': '#d62728',
   'emu': '#ff7f0e',
 }
-# Emu's language model draws, too, but not here: its pairs are as long as the Q-Former's.
-OWN_OPTIONS = {'emu': ('lm.mean_length=48',)}
+# Nothing is drawn here, which changes how long a mean pair is: LaVIT's are longer than the config
+# says, and Emu's as long as the Q-Former's.
+OWN_OPTIONS = {'lavit': ('lm.mean_length=53',), 'emu': ('lm.mean_length=48',)}
 LANGUAGE_MODELS: dict[str, tuple[str, ...]] = {
   'trained': (),
   'frozen': ("optim.freeze=('^llama/',)",),
@@ -73,7 +76,8 @@ COLUMNS = (  # measure, head, digits
 def main() -> None:
   """Trains and measures what is missing, or prints the report."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-  parser.add_argument('--workdir', type=pathlib.Path, required=True)
+  parser.add_argument('results', type=pathlib.Path, help='JSON lines, one for each finished run')
+  parser.add_argument('--workdir', type=pathlib.Path, help='work directories of the trainings')
   parser.add_argument('--frozen', help='checkpoints with the ViT and the tokenizer, A,B')
   parser.add_argument('--source', default='data', help="data_dir of the emoji, or 'embedded'")
   parser.add_argument('--systems', default=','.join(COLORS), help='in their order')
@@ -85,16 +89,19 @@ def main() -> None:
   parser.add_argument('--out', type=pathlib.Path, help='SVG file')
   args = parser.parse_args()
   if args.report:
-    if not any(args.workdir.glob('*/measures.json')):
-      parser.error(f'{args.workdir} has no finished run')
-    print(table(args.workdir))
+    results = read_results(args.results)
+    if not results:
+      parser.error(f'{args.results} has no finished run')
+    print(table(results))
     if args.out:
-      args.out.write_text(figure(args.workdir))
+      args.out.write_text(figure(results))
     return
   systems = args.systems.split(',')
   unknown = [name for name in systems if name not in COLORS]
-  if unknown or not args.frozen:
-    parser.error(f'unknown systems: {", ".join(unknown)}' if unknown else '--frozen is missing')
+  if unknown:
+    parser.error(f'unknown systems: {", ".join(unknown)}')
+  if not (args.workdir and args.frozen):
+    parser.error('--workdir and --frozen are needed to train')
   for mode in args.language_models.split(','):
     for seed in args.seeds.split(','):
       for system in systems:
@@ -154,9 +161,10 @@ def language_model(args: argparse.Namespace) -> pathlib.Path:
 
 def study(args: argparse.Namespace, system: str, mode: str, seed: int) -> None:
   """Trains and measures one run, as far as that is missing."""
-  workdir = args.workdir / f'{system}-{mode}-{seed}'
-  if (workdir / 'measures.json').exists():
+  name = {'system': system, 'language_model': mode, 'seed': seed}
+  if any(name.items() <= result.items() for result in read_results(args.results)):
     return
+  workdir = args.workdir / f'{system}-{mode}-{seed}'
   options = [
     f'interface={system}',
     f'frozen={args.frozen}',
@@ -175,11 +183,13 @@ def study(args: argparse.Namespace, system: str, mode: str, seed: int) -> None:
   options += [f'num_steps={steps}', f'optim.warmup_steps={steps // 10}']
   options += [f'eval_every={every}', 'eval_batches=4']
   run = train(args, workdir, options)
-  measures = dict(flops=args.flops, step_flops=step, steps=steps, **measure(args, run))
-  unfinished = workdir / 'measures.tmp'
-  unfinished.write_text(json.dumps(measures, indent=1) + '\n')
-  unfinished.rename(workdir / 'measures.json')
-  print(workdir.name, json.dumps(measures), flush=True)
+  records = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  curve = [(at, round(value, 4)) for at, value in curves.series(records, HELDOUT_MEASURE)]
+  costs = {'flops': args.flops, 'step_flops': step, 'steps': steps}
+  line = json.dumps({**name, **costs, **measure(args, run), 'curve': curve})
+  with args.results.open('a') as file:
+    file.write(line + '\n')
+  print(line, flush=True)
 
 
 # --- Measures ------------------------------------------------------------------------------------
@@ -235,13 +245,19 @@ def tokens_per_image(model: Lavit, images: np.ndarray) -> float:
 # --- Report --------------------------------------------------------------------------------------
 
 
-def read_measures(workdir: pathlib.Path, system: str, mode: str) -> list[dict[str, Any]]:
-  """The measures of a system, a seed each."""
-  paths = sorted(workdir.glob(f'{system}-{mode}-[0-9]*/measures.json'))
-  return [json.loads(path.read_text()) for path in paths]
+def read_results(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The finished runs."""
+  if not path.exists():
+    return []
+  return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def table(workdir: pathlib.Path) -> str:
+def select(results: Sequence[dict[str, Any]], system: str, mode: str) -> list[dict[str, Any]]:
+  """The runs of a system, one for each seed."""
+  return [run for run in results if (run['system'], run['language_model']) == (system, mode)]
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
   """The measures in Markdown: the mean over the seeds, and in brackets the least and the most."""
   lines = [
     f'| language model | system | seeds | {" | ".join(head for _, head, _ in COLUMNS)} |',
@@ -249,7 +265,7 @@ def table(workdir: pathlib.Path) -> str:
   ]
   for mode in LANGUAGE_MODELS:
     for system in COLORS:
-      runs = read_measures(workdir, system, mode)
+      runs = select(results, system, mode)
       if runs:
         cells = [format_cell([run[key] for run in runs], digits) for key, _, digits in COLUMNS]
         lines.append(f'| {mode} | {system} | {len(runs)} | {" | ".join(cells)} |')
@@ -264,21 +280,17 @@ def format_cell(values: Sequence[float], digits: int) -> str:
   return f'{mean} ({min(values):.{digits}f}-{max(values):.{digits}f})'
 
 
-def figure(workdir: pathlib.Path) -> str:
+def figure(results: Sequence[dict[str, Any]]) -> str:
   """Accuracy of held-out words against operations, and of held-out categories against tokens."""
   cells = []
   for mode in LANGUAGE_MODELS:
     lines = []
     points = []
     for system, color in COLORS.items():
-      runs = read_measures(workdir, system, mode)
-      if not runs:
-        continue
-      scale = runs[0]['step_flops'] / 1e12
-      path = sorted(workdir.glob(f'{system}-{mode}-[0-9]*/metrics.jsonl'))[0]
-      records = [json.loads(line) for line in path.read_text().splitlines()]
-      curve = [(x * scale, y) for x, y in curves.series(records, HELDOUT_MEASURE)]
-      lines.append((color, curve, []))
+      runs = select(results, system, mode)
+      for run in runs:
+        teraflops = run['step_flops'] / 1e12
+        lines.append((color, [(step * teraflops, value) for step, value in run['curve']], []))
       points.append((color, [], [(run['tokens'], run['heldout/pair/category']) for run in runs]))
     if lines:
       cells.append(curves.panel(f'{mode}: right words, held out', lines, 'TFLOP'))

@@ -13,8 +13,18 @@ from lavit_jax.cli.options import add_command, local_path, number
 if TYPE_CHECKING:
   from lavit_jax.cli.options import Commands
 
-BENCHMARKS = ('coco', 'nocaps', 'flickr30k', 'vqav2', 'okvqa', 'gqa', 'vizwiz', 'geneval')
-BENCHMARK_OPTIONS = ('protocol', 'data', 'images', 'shard', 'limit')
+BENCHMARKS = (
+  'coco',
+  'nocaps',
+  'flickr30k',
+  'vqav2',
+  'okvqa',
+  'gqa',
+  'vizwiz',
+  'geneval',
+  'coco-fid',
+)
+BENCHMARK_OPTIONS = ('protocol', 'data', 'images', 'inception', 'clip', 'shard', 'limit')
 EMOJI_OPTIONS = ('count', 'drawn')
 DEMO = os.path.relpath(os.path.join(options.ASSETS, 'demo'))
 
@@ -129,6 +139,18 @@ def _add_evaluate(commands: Commands) -> None:
     '--data', type=local_path, metavar='DIR', help='folder of the official annotation files'
   )
   group.add_argument('--images', type=local_path, metavar='DIR', help='folder of the images')
+  group.add_argument(
+    '--inception',
+    type=local_path,
+    metavar='FILE',
+    help='with coco-fid: Inception-v3 weights of pytorch-fid or torch-fidelity',
+  )
+  group.add_argument(
+    '--clip',
+    type=local_path,
+    metavar='DIR',
+    help='with coco-fid: a CLIPModel of transformers, for the CLIP score and the best image',
+  )
   group.add_argument(
     '--shard',
     type=_shard,
@@ -250,6 +272,9 @@ def _run_benchmark(args: argparse.Namespace) -> None:
       raise UserError(f'--benchmark {args.benchmark} needs --{name} DIR; name the folder')
   if args.images and not benchmark.images:
     raise UserError(f'--images has no effect with --benchmark {args.benchmark}; leave it out')
+  for name in ('inception', 'clip'):
+    if getattr(args, name) is not None and args.benchmark != 'coco-fid':
+      raise UserError(f'--{name} has no effect with --benchmark {args.benchmark}; leave it out')
   protocol = args.protocol or next(iter(benchmark.protocols))
   if protocol not in benchmark.protocols:
     raise UserError(
@@ -263,6 +288,8 @@ def _run_benchmark(args: argparse.Namespace) -> None:
     out=pathlib.Path(args.out or f'{args.benchmark}-{protocol}'),
     share=args.shard or (0, 1),
     limit=args.limit,
+    inception=pathlib.Path(args.inception) if args.inception else None,
+    clip=pathlib.Path(args.clip) if args.clip else None,
   )
   args.folder = remote.fetch(args.folder)  # its digest is in the report
   model_options = {}

@@ -5,13 +5,15 @@ The safety checker and the interfaces of LLaVA and Flamingo read images by it.
 Axes: B images, N patches (row-major), D width.
 """
 
+from functools import partial
+
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lavit_jax.models.attention import CrossAttention
+from lavit_jax.models.attention import CrossAttention, attention
 from lavit_jax.models.layers import Dtype, LayerNorm, Mlp
 from lavit_jax.models.remat import scan_blocks
 from lavit_jax.sharding import constrain_batch
@@ -28,19 +30,23 @@ def quick_gelu(x: Array) -> Array:
 class ClipBlock(nn.Module):
   """Pre-norm self-attention and MLP.
 
-  It sows its output as the intermediate 'stream' [B, N, D].
+  It sows its output as the intermediate 'stream' [B, N, D]. The text encoder's blocks are causal.
   """
 
   num_heads: int
   mlp_dim: int
   dtype: Dtype = jnp.float32
+  causal: bool = False
 
   @nn.compact
   def __call__(self, x: Array) -> tuple[Array, None]:
     """[B, N, D] -> (dtype[B, N, D], None)."""
     x = constrain_batch(x)
+    attend = attention
+    if self.causal:
+      attend = partial(attention, mask=jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool)))
     y = LayerNorm(dtype=self.dtype, name='norm1')(x)
-    x = x + CrossAttention(self.num_heads, self.dtype, name='attn')(y, y)
+    x = x + CrossAttention(self.num_heads, self.dtype, name='attn')(y, y, attend)
     y = LayerNorm(dtype=self.dtype, name='norm2')(x)
     x = x + Mlp(self.mlp_dim, self.dtype, quick_gelu, name='mlp')(y)
     self.sow('intermediates', 'stream', x)

@@ -81,7 +81,7 @@ class DynamicTokenizer(nn.Module):
     """
     log_probs = self.select(x)
     keep = gumbel_keep(log_probs, key=key)
-    merged, in_bucket = self.merge_counted(x, keep)
+    merged, in_bucket = self.merge_outputs(x, keep)
     ids, _ = self.quantize(merged)
     return TokenizerOutput(log_probs, keep, merged, ids, self.lookup(ids), in_bucket)
 
@@ -93,8 +93,8 @@ class DynamicTokenizer(nn.Module):
     """[B, N, D] and keep f32[B, N] -> dtype[B, N, D]."""
     return self.merger(x, keep)
 
-  def merge_counted(self, x: Array, keep: Array, selector_trains: bool | Array = False) -> Merged:
-    """The same with `merger.Merged.in_bucket`; see `Merger.merge`."""
+  def merge_outputs(self, x: Array, keep: Array, selector_trains: bool | Array = False) -> Merged:
+    """Merges as `merge` does, and returns `in_bucket` too; see `Merger.merge`."""
     return self.merger.merge(x, keep, selector_trains)
 
   def quantize(self, merged: Array) -> tuple[Array, Array]:
@@ -136,9 +136,9 @@ class Understanding(nn.Module):
 
   def __call__(self, x: Array, keep: Array) -> Array:
     """Patch features [B, N, D] and keep f32[B, N] -> dtype[B, N, H]."""
-    return self.read_counted(x, keep).rows
+    return self.merge_outputs(x, keep).rows
 
-  def read_counted(self, x: Array, keep: Array) -> Merged:
-    """The same with `merger.Merged.in_bucket`; the rows are those of the call."""
+  def merge_outputs(self, x: Array, keep: Array) -> Merged:
+    """Merges and projects as the call does, and returns `in_bucket` too."""
     merged = self.merger.merge(x, keep)
     return merged._replace(rows=self.vit_proj(merged.rows))

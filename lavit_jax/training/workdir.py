@@ -57,7 +57,7 @@ def open_workdir(workdir: str | os.PathLike[str]) -> epath.Path:
   if not text.startswith(SCHEME) or not bucket or not path.strip('/'):
     raise UserError(
       f'--workdir {text}: checkpoints are written to a folder of this machine or to '
-      f'{SCHEME}BUCKET/PATH; give one of these'
+      'gs://BUCKET/PATH; give one of these'
     )
   # gcsfs would remember forever what it has listed, and miss what other processes write.
   fsspec.config.conf.setdefault('gcs', {})['use_listings_cache'] = False

@@ -16,6 +16,7 @@ class Model:
     asked: index of the record -> the question.
     rows: index of the record -> the row of its random key.
     options: of the last call.
+    prompts: those that it generates images of.
   """
 
   modules = types.SimpleNamespace(
@@ -27,6 +28,7 @@ class Model:
     self.asked = {}
     self.rows = {}
     self.options = {}
+    self.prompts = list(miniatures.PROMPTS)
 
   def answer(self, images, questions, seed, **options):
     indices = self._note(images, seed, options)
@@ -40,7 +42,9 @@ class Model:
   def generate_outputs(self, prompts, seed, **options):
     self.calls += 1
     self.options = options
-    colors = [(row, miniatures.PROMPTS.index(prompt), 0) for prompt, row in zip(prompts, seed.rows)]
+    colors = []
+    for prompt, row in zip(prompts, seed.rows, strict=True):
+      colors.append((row, self.prompts.index(prompt), 0))
     return decoded([np.full((8, 8, 3), color, np.uint8) for color in colors])
 
   def _note(self, images, seed, options):
@@ -58,7 +62,7 @@ def evaluate(root, name, *arguments, out='out', miniature=None):
     (root / 'checkpoint' / 'weights').write_text('1')
   data = root / 'data'
   if not data.exists():
-    getattr(miniatures, miniature or name)(data)
+    getattr(miniatures, miniature or name.replace('-', '_'))(data)
   command = ['evaluate', '--benchmark', name, '--data', data]
   if name != 'geneval':
     command += ['--images', data / 'images']

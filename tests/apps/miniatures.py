@@ -196,6 +196,15 @@ def nocaps(folder):
   write(folder, {'nocaps_val_4500_captions.json': coco_form(images)})
 
 
+def coco_fid(folder):
+  """COCO's captions of val2014; the first caption of an image does not come first."""
+  content = coco_form([{'id': 700 + index} for index in range(12)])
+  content['annotations'].reverse()
+  for index in range(12):
+    draw(folder / 'images', index, f'val2014/COCO_val2014_{700 + index:012d}.jpg')
+  write(folder, {'captions_val2014.json': content})
+
+
 PROMPTS = ('a photo of a bench', 'a photo of two clocks', 'a red dog and a green cat')
 
 

@@ -1,4 +1,4 @@
-"""The official files of benchmarks: annotations as JSON, images in folders, and digests of both."""
+"""What to evaluate: annotations as JSON, images in folders, and digests of both."""
 
 from __future__ import annotations
 
@@ -43,6 +43,32 @@ class DataSet(NamedTuple):
 
   records: list[Record]
   files: list[pathlib.Path]
+
+
+class Request(NamedTuple):
+  """What to evaluate, and where.
+
+  Attributes:
+    benchmark: a name of `BENCHMARKS`.
+    protocol: 'lavit' or 'standard'.
+    data: the folder of the annotation files.
+    images: the folder of the images; not read by GenEval.
+    out: the folder for results.
+    share: (i, n) computes the i-th of n shares.
+    limit: the number of records, the first; None for all.
+    inception: the weights of the FID's network.
+    clip: the folder of a CLIP.
+  """
+
+  benchmark: str
+  protocol: str
+  data: pathlib.Path
+  images: pathlib.Path
+  out: pathlib.Path
+  share: tuple[int, int] = (0, 1)
+  limit: int | None = None
+  inception: pathlib.Path | None = None
+  clip: pathlib.Path | None = None
 
 
 class Official(NamedTuple):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
-from lavit_jax.apps.benchmarks.files import DataSet, Official, Record
+from lavit_jax.apps.benchmarks.files import DataSet, Official, Record, Request
 from lavit_jax.errors import UserError
 from lavit_jax.output import write_atomic
 
@@ -42,29 +42,41 @@ def _read_lines(folder: pathlib.Path) -> list[dict[str, Any]]:
   return lines
 
 
-def write_folders(
-  data: pathlib.Path, out: pathlib.Path, images: Mapping[Any, pathlib.Path]
-) -> dict[str, Any]:
-  """Writes `00000/metadata.jsonl` and `00000/samples/0000.png` and so on; returns the metrics.
+class ImageMeasure:
+  """Writes the folders that GenEval's scorer reads; it computes nothing."""
 
-  Args:
-    data: the folder of the prompts.
-    out: the folder for the folders.
-    images: id of a record -> its image.
+  def __init__(self, request: Request):
+    """Reads the prompts of the request."""
+    self.metadata = _read_lines(request.data)
+    self.out = request.out
 
-  Returns:
-    No metrics, since an object detector of GenEval's repository computes them, and a note on that.
-  """
-  metadata = _read_lines(data)
-  for name, path in images.items():
-    write_atomic(out / name, path.read_bytes())
-    index = int(name.split('/')[0])
-    write_atomic(out / f'{index:05d}' / 'metadata.jsonl', json.dumps(metadata[index]))
-  return {
-    'metrics': {},
-    'groups': {},
-    'notes': [
-      f"{out} has {len(images)} images; evaluation/evaluate_images.py of GenEval's "
-      'repository scores them'
-    ],
-  }
+  def __call__(
+    self,
+    records: Sequence[Record],
+    generated: Sequence[pathlib.Path],
+    real: Sequence[pathlib.Path],
+  ) -> dict[str, Any]:
+    """Writes `00000/metadata.jsonl` and `00000/samples/0000.png` and so on.
+
+    Args:
+      records: by whose ids the images are named.
+      generated: the image of each record.
+      real: not read.
+
+    Returns:
+      No metrics, since an object detector of GenEval's repository computes them, and a note on it.
+    """
+    del real
+    for record, path in zip(records, generated, strict=True):
+      name = str(record.id)
+      write_atomic(self.out / name, path.read_bytes())
+      index = int(name.split('/')[0])
+      write_atomic(self.out / f'{index:05d}/metadata.jsonl', json.dumps(self.metadata[index]))
+    return {
+      'metrics': {},
+      'groups': {},
+      'notes': [
+        f"{self.out} has {len(generated)} images; evaluation/evaluate_images.py of GenEval's "
+        'repository scores them'
+      ],
+    }

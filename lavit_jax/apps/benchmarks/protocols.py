@@ -90,3 +90,13 @@ STANDARD_GQA = STANDARD_VQA._replace(
   change_prediction=str.lower, change_reference=str.lower, accuracy=_exact_match
 )
 STANDARD_GENERATION = Protocol({'num_inference_steps': 50})
+# Of coco-fid, whose records are several samples of each caption.
+LAVIT_COCO_FID = Protocol(
+  {
+    'num_inference_steps': 50,
+    'top_k': 300,
+    'guidance_scale': 1.5,
+    'decoder_guidance_scale': 1.5,
+  }
+)
+STANDARD_COCO_FID = STANDARD_GENERATION._replace(kept={'sample': '0'})

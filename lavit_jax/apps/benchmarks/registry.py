@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lavit_jax.apps.benchmarks import captions, geneval, protocols, questions
-from lavit_jax.apps.benchmarks.files import DataSet, Record
+from lavit_jax.apps.benchmarks import captions, coco_fid, geneval, protocols, questions
+from lavit_jax.apps.benchmarks.files import DataSet, Record, Request
 from lavit_jax.apps.benchmarks.protocols import Protocol
 
 COCO_IMAGES = 'val2014 of cocodataset.org'
 Submit = Callable[[list[Record], list[str]], list[dict[str, Any]]]
+# (records, generated images, real images) -> the entries of the report
+ImageMeasure = Callable[
+  [list[Record], Sequence[pathlib.Path], Sequence[pathlib.Path]], dict[str, Any]
+]
 
 
 class Benchmark(NamedTuple):
@@ -24,6 +28,7 @@ class Benchmark(NamedTuple):
     submit: makes the official result file; None where images are the result.
     subfolders: of the folder of images, where the images may be.
     images: the page that has the images; '' if there are none.
+    image_measure: opens what measures generated images; None where texts are the result.
   """
 
   task: str
@@ -32,6 +37,7 @@ class Benchmark(NamedTuple):
   submit: Submit | None = None
   subfolders: tuple[str, ...] = ('',)
   images: str = ''
+  image_measure: Callable[[Request], ImageMeasure] | None = None
 
 
 def _captions(
@@ -77,5 +83,18 @@ BENCHMARKS = {
     ('', 'val'),
     questions.VIZWIZ_PAGE,
   ),
-  'geneval': Benchmark('generate', geneval.read, {'standard': protocols.STANDARD_GENERATION}),
+  'geneval': Benchmark(
+    'generate',
+    geneval.read,
+    {'standard': protocols.STANDARD_GENERATION},
+    image_measure=geneval.ImageMeasure,
+  ),
+  'coco-fid': Benchmark(
+    'generate',
+    coco_fid.read,
+    {'lavit': protocols.LAVIT_COCO_FID, 'standard': protocols.STANDARD_COCO_FID},
+    subfolders=('', 'val2014'),
+    images=COCO_IMAGES,
+    image_measure=coco_fid.ImageMeasure,
+  ),
 }

@@ -13,14 +13,14 @@ import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from lavit_jax.apps import batch
-from lavit_jax.apps.benchmarks import captions, files, geneval
-from lavit_jax.apps.benchmarks.files import Record
+from lavit_jax.apps.benchmarks import captions, files
+from lavit_jax.apps.benchmarks.files import Record, Request
 from lavit_jax.apps.benchmarks.protocols import Protocol
 from lavit_jax.apps.benchmarks.registry import BENCHMARKS, Benchmark
 from lavit_jax.errors import UserError
@@ -31,28 +31,6 @@ from lavit_jax.output import write_atomic, write_json
 RESULTS = 'results.json'
 REPORT = 'report.json'
 SHOWN_GROUPS = 12  # a kind with more of them, such as the 65 question types, is in the report alone
-
-
-class Request(NamedTuple):
-  """What to evaluate, and where.
-
-  Attributes:
-    benchmark: a name of `BENCHMARKS`.
-    protocol: 'lavit' or 'standard'.
-    data: the folder of the annotation files.
-    images: the folder of the images; not read where images are generated.
-    out: the folder for results.
-    share: (i, n) computes the i-th of n shares.
-    limit: the number of records, the first; None for all.
-  """
-
-  benchmark: str
-  protocol: str
-  data: pathlib.Path
-  images: pathlib.Path
-  out: pathlib.Path
-  share: tuple[int, int] = (0, 1)
-  limit: int | None = None
 
 
 def run_benchmark(
@@ -90,7 +68,9 @@ def run_benchmark(
       f'{data.files[0]} has no records that protocol {request.protocol!r} evaluates; take the '
       'whole official file'
     )
-  rows = _make_rows(benchmark, protocol, records, request.images)
+  images = _find_images(benchmark, records, request.images)
+  rows = _make_rows(benchmark, protocol, records, images)
+  measure = benchmark.image_measure(request) if benchmark.image_measure else None
   model = load_model()
   settings = {
     'benchmark': request.benchmark,
@@ -124,11 +104,17 @@ def run_benchmark(
       file=sys.stderr,
     )
     return None
+  outputs = [results[record.id] for record in records]
+  if measure:
+    generated = [pathlib.Path(path) for path in outputs]
+    measured = measure(records, generated, [request.images / image for image in images])
+  else:
+    measured = _measure_texts(request, records, outputs)
   report = {
     'benchmark': request.benchmark,
     'protocol': request.protocol,
     'count': len(records),
-    **_measure(request, records, [results[record.id] for record in records]),
+    **measured,
     'settings': settings | {'question': protocol.question},
     'checkpoint': {
       'folder': str(folder),
@@ -146,16 +132,25 @@ def run_benchmark(
   return report
 
 
+def _find_images(benchmark: Benchmark, records: list[Record], folder: pathlib.Path) -> list[str]:
+  """The images of the records, relative to their folder; '' for each where there are none."""
+  names = [record.image for record in records]
+  if not benchmark.images:
+    return names
+  unique = list(dict.fromkeys(names))
+  paths = files.find_images(folder, unique, benchmark.subfolders, benchmark.images)
+  path_of = dict(zip(unique, paths, strict=True))
+  return [path_of[name] for name in names]
+
+
 def _make_rows(
-  benchmark: Benchmark, protocol: Protocol, records: list[Record], folder: pathlib.Path
+  benchmark: Benchmark, protocol: Protocol, records: list[Record], images: list[str]
 ) -> list[dict[str, Any]]:
-  """The rows of apps/batch; images are checked."""
+  """The rows of apps/batch."""
   if benchmark.task == 'generate':
     return [{'id': record.id, 'prompt': record.question} for record in records]
-  names = [record.image for record in records]
-  paths = files.find_images(folder, names, benchmark.subfolders, benchmark.images)
   rows = []
-  for record, path in zip(records, paths, strict=True):
+  for record, path in zip(records, images, strict=True):
     row = {'id': record.id, 'image': path}
     if benchmark.task == 'answer':
       row['question'] = protocol.ask(record.question)
@@ -195,13 +190,11 @@ def _read_results(folder: pathlib.Path, key: str, settings: dict[str, Any]) -> d
   return values
 
 
-def _measure(request: Request, records: list[Record], outputs: list[str]) -> dict[str, Any]:
+def _measure_texts(request: Request, records: list[Record], outputs: list[str]) -> dict[str, Any]:
   """Writes the results in their official form; returns the metrics of the report."""
   benchmark = BENCHMARKS[request.benchmark]
   protocol = benchmark.protocols[request.protocol]
-  if benchmark.submit is None:
-    images = {record.id: pathlib.Path(path) for record, path in zip(records, outputs, strict=True)}
-    return geneval.write_folders(request.data, request.out, images)
+  assert benchmark.submit is not None
   predictions = [protocol.change_prediction(text) for text in outputs]
   submission = benchmark.submit(records, predictions)
   write_atomic(request.out / RESULTS, json.dumps(submission) + '\n')
@@ -242,7 +235,10 @@ def _table(report: dict[str, Any]) -> Table:
   title = f'{report["benchmark"]}, protocol {report["protocol"]}, {report["count"]} records'
   table = Table('metric', 'x 100', title=title, title_justify='left')
   for name, value in report['metrics'].items():
-    table.add_row(name, f'{100 * value:.2f}')
+    if name == 'FID':  # a distance, not a share
+      table.add_row('FID (x 1)', f'{value:.2f}')
+    else:
+      table.add_row(name, f'{100 * value:.2f}')
   for kind, values in report['groups'].items():
     if len(values) > SHOWN_GROUPS:
       continue

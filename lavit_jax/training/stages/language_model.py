@@ -232,7 +232,7 @@ def _encode_by_tokenizer(
   # Adapters of the image encoder learn by what is read, not by which patches are kept.
   tokens = apply_module(model.tokenizer, frozen['tokenizer'], jax.lax.stop_gradient(x), keys)
   features, in_bucket = apply_module(
-    model.understanding, params['understanding'], x, tokens.keep, method='read_counted'
+    model.understanding, params['understanding'], x, tokens.keep, method='merge_outputs'
   )
   vectors, mask = compact(features, tokens.keep)
   codes, _ = compact(tokens.ids, tokens.keep)

@@ -121,7 +121,7 @@ def build(options: TokenizerOptions, model: LavitModules, layout: BatchLayout) -
     tokenizer = _with_codebook(params, book)['tokenizer']
     log_probs = apply_module(module, tokenizer, x, method='select')
     keep = choose_patches(options, log_probs, key)
-    merged, in_bucket = apply_module(module, tokenizer, x, keep, trains, method='merge_counted')
+    merged, in_bucket = apply_module(module, tokenizer, x, keep, trains, method='merge_outputs')
     _, vectors = apply_module(module, tokenizer, merged, method='quantize')
     return log_probs, keep, vectors, in_bucket
 

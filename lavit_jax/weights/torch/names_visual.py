@@ -93,6 +93,29 @@ def decoder_rules(num_contexts: int) -> list[NameRule]:
 
 def clip_rules() -> list[NameRule]:
   """`ClipViT`: transformers' CLIPVisionModel."""
+  return [
+    NameRule('embeddings.class_embedding', 'cls_token'),
+    NameRule('embeddings.position_embedding.weight', 'pos_embed'),
+    NameRule('embeddings.patch_embedding.weight', 'patch_embed/kernel', 'conv'),
+    NameRule('embeddings.position_ids', None),  # a buffer, which is computed here
+    *norm_rules('pre_layrnorm', 'norm_in'),
+    *_clip_block_rules(),
+    *norm_rules('post_layernorm', 'norm'),
+  ]
+
+
+def clip_text_rules() -> list[NameRule]:
+  """`ClipTextEncoder`: transformers' CLIPTextModel."""
+  return [
+    NameRule('embeddings.token_embedding.weight', 'embed'),
+    NameRule('embeddings.position_embedding.weight', 'pos_embed'),
+    NameRule('embeddings.position_ids', None),
+    *_clip_block_rules(),
+    *norm_rules('final_layer_norm', 'norm'),
+  ]
+
+
+def _clip_block_rules() -> list[NameRule]:
   block = [
     *norm_rules('layer_norm1', 'norm1'),
     *linear_rules('self_attn.q_proj', 'attn/query'),
@@ -102,15 +125,7 @@ def clip_rules() -> list[NameRule]:
     *norm_rules('layer_norm2', 'norm2'),
     *mlp_rules(),
   ]
-  return [
-    NameRule('embeddings.class_embedding', 'cls_token'),
-    NameRule('embeddings.position_embedding.weight', 'pos_embed'),
-    NameRule('embeddings.patch_embedding.weight', 'patch_embed/kernel', 'conv'),
-    NameRule('embeddings.position_ids', None),  # a buffer, which is computed here
-    *norm_rules('pre_layrnorm', 'norm_in'),
-    *nested_rules('encoder.layers.{i}.', 'blocks/', block),
-    *norm_rules('post_layernorm', 'norm'),
-  ]
+  return nested_rules('encoder.layers.{i}.', 'blocks/', block)
 
 
 def safety_rules(nested: bool = True) -> list[NameRule]:

@@ -136,10 +136,10 @@ def test_the_gradient_of_the_selector_alone_depends_on_its_option(parts, batch, 
 
   monkeypatch.setattr(tokenizer_stage, 'apply_module', record)
   value, metrics, gradient = published(params, batch, key)
-  assert (False, 'merge_counted') in calls and (None, 'decode_kept') not in calls
+  assert (False, 'merge_outputs') in calls and (None, 'decode_kept') not in calls
   calls.clear()
   other_value, other_metrics, other = counterfactual(params, batch, key)
-  assert (True, 'merge_counted') in calls and (None, 'decode_kept') in calls
+  assert (True, 'merge_outputs') in calls and (None, 'decode_kept') in calls
   assert other_value == pytest.approx(float(value), abs=1e-5)
   assert other_metrics['keep_ratio'] == metrics['keep_ratio']
   assert np.abs(other - gradient).max() > 0.01 * np.abs(gradient).max()
