@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs lavit_jax in .venv and trains. Every machine of a job runs this; the other scripts start it there.
-# --workdir must be a folder that all machines share (Filestore, Lustre, NFS, a mounted bucket). The same command resumes the run.
+# --workdir must be a folder that all machines share (Filestore, Lustre, NFS), or gs://BUCKET/PATH. The same command resumes the run.
 # After Ctrl-C, SIGTERM or a lost terminal, an installation ends, and a training run saves and ends; the status is 143. Statuses are those
 # of lavit_jax/errors.py: a run with status 128 or more can be started again. If STATUSES is set, a file named like the status is written
 # to that folder.

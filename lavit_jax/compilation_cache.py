@@ -11,7 +11,8 @@ JAX's own bound, `jax_compilation_cache_max_size`, is not used: each access take
 up after ten seconds, each write reads a file for every other program, and a program that was
 written without the bound makes all later writes with it fail. Here the folder is cut to its size
 when a process starts. JAX writes a program in place and never again, so one that a killed process
-left incomplete would be compiled at every start; it is removed, too.
+left incomplete would be compiled at every start; it is removed, too. In a store, such as gs://, no
+program is incomplete, and of those that are there the oldest ones are removed.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def default_folder() -> pathlib.Path:
 
 
 def enable(
-  place: str | None = None, default: pathlib.Path | None = None, writes: bool = True
+  place: str | None = None, default: os.PathLike[str] | None = None, writes: bool = True
 ) -> None:
   """Makes this process read compiled programs from a folder, and write those that are not there.
 
@@ -71,7 +72,8 @@ def enable(
 
   Args:
     place: a folder, or 'off'.
-    default: the folder if nothing else names one; None is `default_folder()`.
+    default: the folder if nothing else names one, on a disk or in a store; None is
+      `default_folder()`.
     writes: whether this process writes and bounds the folder. In a job of several processes only
       process 0 does (JAX lets no other one write).
   """
@@ -83,22 +85,57 @@ def enable(
   if not place and jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
     return
   try:
-    folder = pathlib.Path(expand_home(place)) if place else default or default_folder()
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # who writes there can run code here
-    if writes:
-      _check_writable(folder)
-      tidy(folder, max_bytes if max_bytes > 0 else MAX_BYTES)
+    folder = expand_home(place or default or default_folder())
+    max_bytes = max_bytes if max_bytes > 0 else MAX_BYTES
+    if '://' in folder:
+      if writes:
+        tidy_store(folder, max_bytes)
+    else:
+      folder = _prepare(pathlib.Path(folder).absolute(), max_bytes, writes)
   except (OSError, RuntimeError) as error:
     if writes:
       where = getattr(error, 'filename', None) or place or default or '~/.cache'
       _warn(f'{where}: {getattr(error, "strerror", None) or error}')
     return
-  jax.config.update('jax_compilation_cache_dir', str(folder.absolute()))
+  jax.config.update('jax_compilation_cache_dir', folder)
   jax.config.update('jax_compilation_cache_max_size', -1)
   if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:
     # Most programs of a command are small, and compiling them takes longer than reading.
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
   _show_one_failure()
+
+
+def _prepare(folder: pathlib.Path, max_bytes: int, writes: bool) -> str:
+  """Makes the folder, and tidies it where this process `writes`; returns its path."""
+  folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # who writes there can run code here
+  if writes:
+    _check_writable(folder)
+    tidy(folder, max_bytes)
+  return str(folder)
+
+
+def tidy_store(url: str, max_bytes: int, max_programs: int = MAX_PROGRAMS) -> None:
+  """Removes the programs of a store that were written first, as `tidy` does on a disk.
+
+  Args:
+    url: of the cache.
+    max_bytes: of all programs that stay.
+    max_programs: that stay.
+
+  Raises:
+    OSError: the store does not answer.
+  """
+  from fsspec.core import url_to_fs
+
+  filesystem, root = url_to_fs(url)
+  found = filesystem.find(root, detail=True)
+  programs = [about for name, about in found.items() if name.endswith(SUFFIX)]
+  programs.sort(key=lambda about: about['mtime'], reverse=True)
+  total = 0
+  for count, about in enumerate(programs):
+    total += about['size']
+    if total > max_bytes or count >= max_programs:
+      filesystem.rm_file(about['name'])
 
 
 def tidy(folder: pathlib.Path, max_bytes: int, max_programs: int = MAX_PROGRAMS) -> None:

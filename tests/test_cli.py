@@ -225,10 +225,9 @@ def test_an_error_that_a_restart_may_remove_has_another_status(tmp_path, monkeyp
 @pytest.mark.parametrize(
   'arguments',
   [
-    ['train', '--config', 'configs/encoder.py:tiny', '--workdir', 'gs://b/run'],
     ['data', 'pack', 'gs://b/0.tar', '--out', 'gs://b/x'],
     ['caption', 'x.png', '--out', 'gs://b/x.jsonl'],
-    ['generate', 'x', '--folder', 'gs://b/model'],
+    ['answer', 'x.png', 'Why?', '--out', 'gs://b/x.jsonl'],
   ],
 )
 def test_a_bucket_is_not_a_folder(tmp_path, monkeypatch, fails, arguments):

@@ -259,6 +259,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 def _run_benchmark(args: argparse.Namespace) -> None:
   from lavit_jax.apps import benchmarks
   from lavit_jax.errors import UserError
+  from lavit_jax.weights.store import remote
 
   benchmark = benchmarks.BENCHMARKS[args.benchmark]
   for name in ('data', 'images') if benchmark.images else ('data',):
@@ -285,6 +286,7 @@ def _run_benchmark(args: argparse.Namespace) -> None:
     inception=pathlib.Path(args.inception) if args.inception else None,
     clip=pathlib.Path(args.clip) if args.clip else None,
   )
+  args.folder = remote.fetch(args.folder)  # its digest is in the report
   model_options = {}
   for name in ('weights_dtype', 'cache_dtype'):
     if getattr(args, name) is not None:

@@ -88,14 +88,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
   """Adds the options that `load_model` reads."""
   parser.add_argument(
     '--folder',
-    type=local_path,
+    type=path_or_url,
     default=TINY,
     metavar='DIR',
-    help='checkpoint folder (default: %(default)s)',
+    help='checkpoint folder, local or in a store such as gs:// (default: %(default)s)',
   )
   parser.add_argument(
     '--adapter',
-    type=local_path,
+    type=path_or_url,
     metavar='DIR',
     help='adapters beside the weights: RUN/export of a run with lora.rank, or a folder of peft',
   )

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import pathlib
 import time
 from typing import TYPE_CHECKING
 
-from lavit_jax.cli.options import add_cache_option, add_command, local_path, number
+from lavit_jax.cli.options import add_cache_option, add_command, number, path_or_url
 
 if TYPE_CHECKING:
   from lavit_jax.cli.options import Commands
@@ -34,9 +33,10 @@ def _add_train(commands: Commands) -> None:
   parser.add_argument(
     '--workdir',
     required=True,
-    type=local_path,
+    type=path_or_url,
     metavar='DIR',
-    help='folder for checkpoints, logs and exports; a run that is in it is resumed',
+    help='folder for checkpoints, logs and exports, local or gs://BUCKET/PATH; a run that is in it '
+    'is resumed',
   )
   add_cache_option(parser, 'WORKDIR/compiled')
   group = parser.add_argument_group(
@@ -131,10 +131,11 @@ def _train(args: argparse.Namespace) -> None:
     import jax
 
     from lavit_jax import compilation_cache
+    from lavit_jax.training.workdir import open_workdir
 
     # The work directory is the one folder that all processes share, and that a run which is
     # started again, maybe on another machine, is known to find.
-    default = pathlib.Path(args.workdir) / 'compiled'
+    default = open_workdir(args.workdir) / 'compiled'
     compilation_cache.enable(args.compilation_cache, default, jax.process_index() == 0)
 
   with distributed.exit_together():

@@ -141,8 +141,8 @@ def _expand_glob(path: str, literal: str = '') -> list[str]:
   """
   if is_remote(path):
     filesystem, inner_path = filesystem_of(path)
-    names = sorted(_retry(path, lambda: filesystem.glob(inner_path)))
-    if not names and _retry(path, lambda: filesystem.exists(inner_path)):
+    names = sorted(retry(path, lambda: filesystem.glob(inner_path)))
+    if not names and retry(path, lambda: filesystem.exists(inner_path)):
       return [path]
     files = [filesystem.unstrip_protocol(str(name)) for name in names]
   else:
@@ -179,7 +179,7 @@ def list_files(folder: str) -> list[str]:
   """Lists the files in a remote folder and below it, relative to it."""
   filesystem, inner_path = filesystem_of(folder)
   inner_path = inner_path.rstrip('/')
-  names = _retry(folder, lambda: filesystem.find(inner_path))
+  names = retry(folder, lambda: filesystem.find(inner_path))
   return [name.removeprefix(inner_path).lstrip('/') for name in names]
 
 
@@ -203,9 +203,9 @@ def _file_size(file: str) -> int | None:
   """Returns the size in bytes; -1 if there is no such file; None if the store does not say."""
   try:
     if not is_remote(file):
-      return _retry(file, lambda: os.path.getsize(file.removeprefix('file://')))
+      return retry(file, lambda: os.path.getsize(file.removeprefix('file://')))
     filesystem, inner_path = filesystem_of(file)
-    return _retry(file, lambda: filesystem.size(inner_path))
+    return retry(file, lambda: filesystem.size(inner_path))
   except NO_FILE_ERRORS:
     return -1
 
@@ -276,7 +276,7 @@ class _RetryingFile(io.RawIOBase):
         self._close_file()
         raise
 
-    return _retry(self._path, act_once)
+    return retry(self._path, act_once)
 
   def _close_file(self) -> None:
     file = self._file
@@ -298,8 +298,13 @@ def _open_raw(path: str, ahead: int) -> Any:
 # ---------------------------------------------------------------------------------------- retries
 
 
-def _retry(path: str, act: Callable[[], _T]) -> _T:
+def retry(path: str, act: Callable[[], _T], done: str = 'read') -> _T:
   """Calls act() until it succeeds, at most four times.
+
+  Args:
+    path: what it reads, for messages.
+    act: the call.
+    done: what it does to the path, for messages.
 
   Raises:
     NO_FILE_ERRORS: at once.
@@ -316,9 +321,11 @@ def _retry(path: str, act: Callable[[], _T]) -> _T:
       _raise_if_no_file(path, error)
       wait = next(waits, None)
       if wait is None:
-        raise _final_error(path, error) from error
+        raise _final_error(path, error, done) from error
       reason = _reason(error)
-    logging.getLogger(__name__).warning('%s cannot be read (%s); again in %g s', path, reason, wait)
+    logging.getLogger(__name__).warning(
+      '%s cannot be %s (%s); again in %g s', path, done, reason, wait
+    )
     time.sleep(wait)
 
 
@@ -333,7 +340,7 @@ def _reason(error: Exception) -> str:
   return ' '.join(str(error).split())[:200] or type(error).__name__
 
 
-def _final_error(path: str, error: Exception) -> UserError:
+def _final_error(path: str, error: Exception, done: str) -> UserError:
   """Returns the error that is raised after the last try."""
   reason = _reason(error)
   # gcsfs starts its message with this word.
@@ -341,6 +348,6 @@ def _final_error(path: str, error: Exception) -> UserError:
   cause = 'permissions' if is_refused else 'network or the disk'
   error_type = UserError if is_refused else Unreachable
   return error_type(
-    f'{path} cannot be read ({reason}; tried {1 + len(_WAITS)} times); see to the {cause}, '
+    f'{path} cannot be {done} ({reason}; tried {1 + len(_WAITS)} times); see to the {cause}, '
     'and start the same command again: it goes on from where it was saved'
   )

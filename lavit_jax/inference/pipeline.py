@@ -122,7 +122,8 @@ class Lavit(TextTasks, ImageTasks, DeprecatedNames):
     """Opens a checkpoint: one of lavit_jax (weights/store) or of PyTorch (weights/torch).
 
     Args:
-      folder: of the checkpoint. The parameters of a module are read when they are first needed.
+      folder: of the checkpoint. The parameters of a module are read when they are first needed. Of
+        a folder in a store, such as gs://BUCKET/model, all is copied to this machine first.
       mesh: the devices to shard the model over: a mesh with the axes of `sharding.AXES`, or the
         sizes of some of them, such as {'tensor': 8}; None uses one device.
       dtype: of computation and of parameters, except for the tokenizer and the VAEs: 'float32',
@@ -140,11 +141,12 @@ class Lavit(TextTasks, ImageTasks, DeprecatedNames):
         does not fit the devices; or as `load_adapter`.
     """
     _check_choice('dtype', dtype, DTYPES)
-    checkpoint = open_checkpoint(expand_home(folder), variant)
+    checkpoint = open_checkpoint(_on_this_machine(folder), variant)
     compute_dtype = dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
     settings = checkpoint.settings
     if adapter is not None:
-      brought = with_settings(settings, read_info(expand_home(adapter)))
+      adapter = _on_this_machine(adapter)
+      brought = with_settings(settings, read_info(adapter))
       settings = {**brought, 'chat': settings.get('chat', {})}  # by load_adapter, so that it can go
     modules = lavit.build(checkpoint.variant, compute_dtype, settings=settings)
     model = cls(
@@ -168,12 +170,13 @@ class Lavit(TextTasks, ImageTasks, DeprecatedNames):
     numbers than those of this checkpoint.
 
     Args:
-      folder: RUN/export of a run with `lora.rank`, or a folder of the library peft.
+      folder: RUN/export of a run with `lora.rank`, or a folder of the library peft, here or in a
+        store.
 
     Raises:
       UserError: it is no such folder, is damaged, or is of another model.
     """
-    folder = expand_home(folder)
+    folder = _on_this_machine(folder)
     info = read_info(folder)
     settings = with_settings(self.modules.settings, info)
     brought = info.get('settings', {}).get('interface', {}).get('name', LAVIT)
@@ -189,6 +192,16 @@ class Lavit(TextTasks, ImageTasks, DeprecatedNames):
     """Removes the adapters that `load_adapter` put beside the parameters."""
     self.params.use_adapters(None)
     self.chat_template = TEMPLATES[self.modules.chat_template]
+
+
+def _on_this_machine(folder: str | os.PathLike) -> str:
+  """The path of a folder, of which one in a store is copied."""
+  path = expand_home(folder)
+  if '://' not in path:
+    return path
+  from lavit_jax.weights.store import remote  # fsspec takes a while to import
+
+  return remote.fetch(path)
 
 
 def _check_choice(name: str, value: str | None, choices: tuple[str | None, ...]) -> None:

@@ -2,7 +2,8 @@
 
     WORKDIR/checkpoints/<step>/{state, data, config}
 
-They are written in the background. A step's folder appears by a rename when it is complete, so a
+They are written in the background, by each process what its devices hold. A step's folder appears
+by a rename when it is complete, and in a store the object `commit_success.txt` appears in it, so a
 run that was killed while saving finds the previous one. Restoring all of it makes the next losses
 the same, bit for bit, as without the interruption; on another mesh or another number of processes
 too, but for the order in which sums are made.
@@ -13,25 +14,35 @@ number.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import pathlib
-import shutil
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
-from lavit_jax.errors import UserError
+from lavit_jax.errors import Unreachable, UserError
 from lavit_jax.models.lavit import variant_config
 from lavit_jax.training import compatibility, integrity
 from lavit_jax.training.compatibility import Settings
 from lavit_jax.training.distributed import wait_for_all
+from lavit_jax.training.workdir import absolute, is_store, open_workdir
 from lavit_jax.weights.store.disk import disk_full
 
 # File in a step's folder, of a process that could not read the step; it holds the reason.
 DAMAGE_MARK = 'damaged'
+DAMAGED = '.damaged'  # suffixes of folders that are set aside
+BROKEN = '.broken'
+SET_ASIDE = (DAMAGED, BROKEN)
+# In errors of TensorStore and gcsfs that say nothing about the content.
+NO_ANSWER = re.compile(
+  'UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|PERMISSION_DENIED|UNAUTHENTICATED|'
+  'aiohttp|ConnectionError|ConnectionReset|Timeout|Forbidden|HttpError'
+)
 MAX_REASON = 300  # characters of another library's message
 
 
@@ -51,27 +62,28 @@ class Checkpoints:
 
   def __init__(
     self,
-    workdir: str | pathlib.Path,
+    workdir: str | os.PathLike[str],
     config: Mapping[str, Any],
     keep: int,
     settings: Settings | None = None,
   ):
-    self.folder = pathlib.Path(os.path.abspath(workdir)) / 'checkpoints'
+    self.folder = absolute(open_workdir(workdir)) / 'checkpoints'
     sizes = json.loads(json.dumps(variant_config(config['variant'])))
     self.identity = dict(stage=config['stage'], variant=config['variant'], sizes=sizes)
     self.settings = settings or {}
     self.config = dict(config)
-    self.clear_half_written()
-    self.manager = _Manager(
-      self.folder,
-      options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
-      item_names=('state', 'data', 'config'),
-      item_handlers={
-        'state': ocp.StandardCheckpointHandler(),
-        'data': integrity.PositionHandler(),
-        'config': ocp.JsonCheckpointHandler(),
-      },
-    )
+    with _store_errors(self.folder, 'read'):
+      self.clear_half_written()
+      self.manager = _Manager(
+        self.folder,
+        options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
+        item_names=('state', 'data', 'config'),
+        item_handlers={
+          'state': ocp.StandardCheckpointHandler(),
+          'data': integrity.PositionHandler(),
+          'config': ocp.JsonCheckpointHandler(),
+        },
+      )
 
   # --- What is there ---
 
@@ -136,7 +148,7 @@ class Checkpoints:
           mark.write_text(str(error))
           raise UserError(f'{error}; start again: it will be skipped') from error
         self._set_aside_damaged(step, str(error))
-    damaged = sorted(path.name for path in self.folder.glob('*.damaged'))
+    damaged = sorted(path.name for path in self.folder.glob(f'*{DAMAGED}'))
     if damaged:
       raise UserError(
         f'all checkpoints in {self.folder} are damaged ({", ".join(damaged)}): there is nothing to '
@@ -157,6 +169,7 @@ class Checkpoints:
 
     Raises:
       Damaged: it cannot be read, or is not what was saved.
+      Unreachable: its store does not answer.
       UserError: it has other arrays or types than `abstract`, or its position is one in other data.
     """
     digests = self._read_metadata(step).get('digests')  # earlier versions saved none
@@ -171,13 +184,13 @@ class Checkpoints:
     except (UserError, MemoryError, jax.errors.JaxRuntimeError):
       raise
     except Exception as error:  # of many kinds, depending on where Orbax meets the damage
-      raise self._damaged(step, error) from error
+      raise self._unreadable(step, error) from error
     if digests:
       now = integrity.digests(state)
       wrong = [name for name in now if digests[name] != now[name]]
       if wrong:
         reason = f'{len(wrong)} of {len(digests)} arrays are not what was saved'
-        raise self._damaged(step, f'{reason}: {", ".join(wrong[:3])}')
+        raise self._unreadable(step, f'{reason}: {", ".join(wrong[:3])}')
     return state
 
   # --- Saving ---
@@ -205,29 +218,31 @@ class Checkpoints:
       data=integrity.PositionSave(batches),
       config=ocp.args.JsonSave({**metadata, 'sum': integrity.checksum(metadata)}),
     )
-    with _FullDiskErrors(self):
+    with _SavingErrors(self):
       self.manager.save(step, args=items)
 
   def check(self) -> None:
     """Raises the error of writing in the background, if there was one."""
-    with _FullDiskErrors(self):
+    with _SavingErrors(self):
       self.manager.check_for_errors()
 
   def wait(self) -> None:
     """Returns when everything is on the disk."""
-    with _FullDiskErrors(self):
+    with _SavingErrors(self):
       self.manager.wait_until_finished()
 
   def close(self) -> None:
     """Waits, and ends the background threads."""
-    with _FullDiskErrors(self):
+    with _SavingErrors(self):
       self.manager.close()
 
   def clear_half_written(self) -> None:
     """Deletes what a killed or failed save left; it never became a step."""
-    if jax.process_index() == 0:
-      for path in self.folder.glob('*.orbax-checkpoint-tmp*'):
-        shutil.rmtree(path, ignore_errors=True)
+    if jax.process_index() == 0 and self.folder.exists():
+      for path in self.folder.iterdir():
+        if path.suffix not in SET_ASIDE and ocp.utils.is_tmp_checkpoint(path):
+          with contextlib.suppress(OSError):
+            path.rmtree(missing_ok=True)
 
   def set_aside_broken(self, first: int) -> list[int]:
     """Renames the checkpoints from step `first` on to STEP.broken; all processes call this.
@@ -242,14 +257,14 @@ class Checkpoints:
     wait_for_all('broken checkpoints are known')
     if jax.process_index() == 0:
       for step in steps:
-        self._rename(step, 'broken')
+        self._rename(step, BROKEN)
     wait_for_all('broken checkpoints are set aside')
     self.manager.reload()
     return steps
 
   # --- Metadata ---
 
-  def _path(self, step: int) -> pathlib.Path:
+  def _path(self, step: int) -> epath.Path:
     return self.folder / str(step)
 
   def _read_metadata(self, step: int) -> dict[str, Any]:
@@ -260,7 +275,7 @@ class Checkpoints:
       if checksum and checksum != integrity.checksum(metadata):
         raise ValueError('its config is not what was saved')
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-      raise self._damaged(step, error) from error
+      raise self._unreadable(step, error) from error
     return metadata
 
   def _check_types(self, step: int, expected: Mapping[str, str]) -> None:
@@ -278,7 +293,10 @@ class Checkpoints:
 
   # --- Damage ---
 
-  def _damaged(self, step: int, reason: Exception | str) -> Damaged:
+  def _unreadable(self, step: int, reason: Exception | str) -> UserError:
+    """The error for a checkpoint that cannot be read: damaged, if its store answers."""
+    if is_store(self.folder) and NO_ANSWER.search(f'{type(reason)} {reason}'):
+      return _no_answer(self.folder, 'read', reason)
     text = ' '.join(str(reason).split())[:MAX_REASON]
     return Damaged(
       f'the checkpoint {self._path(step)} is damaged or does not fit this config ({text}); '
@@ -290,23 +308,24 @@ class Checkpoints:
     wait_for_all('a damaged checkpoint was found')
     if jax.process_index() == 0:
       print(f'lavit: {reason}', flush=True)
-      self._rename(step, 'damaged')
+      self._rename(step, DAMAGED)
     wait_for_all('a damaged checkpoint is set aside')
     self.manager.reload()
 
   def _rename(self, step: int, suffix: str) -> None:
-    target = self.folder / f'{step}.{suffix}'
-    shutil.rmtree(target, ignore_errors=True)
+    target = self.folder / f'{step}{suffix}'
+    target.rmtree(missing_ok=True)
     self._path(step).rename(target)
 
 
-def saved_settings(workdir: str | pathlib.Path) -> Settings:
+def saved_settings(workdir: str | os.PathLike[str]) -> Settings:
   """The settings that the run in `workdir` was trained with, by its last checkpoint.
 
   {} where there is none, or none that can be read.
   """
-  folders = (pathlib.Path(workdir) / 'checkpoints').glob('*')
-  steps = [path for path in folders if path.name.isdecimal()]
+  folder = open_workdir(workdir) / 'checkpoints'
+  with _store_errors(folder, 'read'):
+    steps = [path for path in folder.glob('*') if path.name.isdecimal() and _is_whole(path)]
   if not steps:
     return {}
   last = max(steps, key=lambda path: int(path.name))
@@ -327,10 +346,35 @@ class _Manager(ocp.CheckpointManager):
     return False
 
 
-class _FullDiskErrors:
-  """Turns a full disk into a UserError, and clears away what was half-written.
+def _is_whole(step: epath.Path) -> bool:
+  return not is_store(step) or ocp.utils.is_checkpoint_finalized(step)
 
-  TensorStore reports a full disk in its message, not by errno.
+
+@contextlib.contextmanager
+def _store_errors(folder: epath.Path, done: str) -> Iterator[None]:
+  """Turns errors about a folder of a store, which are of many kinds, into Unreachable."""
+  try:
+    yield
+  except Exception as error:
+    if isinstance(error, UserError) or not is_store(folder):
+      raise
+    raise _no_answer(folder, done, error) from error
+
+
+def _no_answer(folder: epath.Path, done: str, reason: Exception | str) -> Unreachable:
+  text = ' '.join(str(reason).split())[:MAX_REASON] or type(reason).__name__
+  return Unreachable(
+    f'{folder} cannot be {done} ({text}); see to the network and to the permissions, '
+    'storage.buckets.get among them, and start the same command again: it goes on from the last '
+    'checkpoint'
+  )
+
+
+class _SavingErrors:
+  """Turns a full disk and errors of a store into UserErrors.
+
+  What was half-written on a full disk is cleared away. TensorStore reports a full disk in its
+  message, not by errno.
   """
 
   def __init__(self, checkpoints: Checkpoints):
@@ -341,6 +385,9 @@ class _FullDiskErrors:
 
   def __exit__(self, kind, error, traceback):
     if not disk_full(error):
+      if isinstance(error, Exception) and is_store(self.checkpoints.folder):
+        with _store_errors(self.checkpoints.folder, 'written'):
+          raise error
       return False
     self.checkpoints.clear_half_written()
     steps = self.checkpoints.manager.all_steps(read=True)

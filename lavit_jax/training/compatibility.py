@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Mapping
 from typing import Any
+
+from etils import epath
 
 from lavit_jax.errors import UserError
 from lavit_jax.models.interfaces.variants import LAVIT
@@ -51,7 +52,7 @@ def config_changes(
 
 
 def check_identity(
-  path: pathlib.Path, metadata: Mapping[str, Any], identity: Mapping[str, Any]
+  path: epath.Path, metadata: Mapping[str, Any], identity: Mapping[str, Any]
 ) -> None:
   """Raises UserError if a checkpoint is of another stage, variant, or sizes of the variant.
 
@@ -71,7 +72,7 @@ def check_identity(
   raise UserError(f'{path} is a checkpoint of {difference}; choose another --workdir')
 
 
-def check_settings(path: pathlib.Path, metadata: Mapping[str, Any], settings: Settings) -> None:
+def check_settings(path: epath.Path, metadata: Mapping[str, Any], settings: Settings) -> None:
   """Raises UserError where a checkpoint was trained with other settings than the run has.
 
   Earlier versions saved none, and trained with the variant's own.
@@ -94,7 +95,7 @@ def check_settings(path: pathlib.Path, metadata: Mapping[str, Any], settings: Se
       )
 
 
-def check_scale(path: pathlib.Path, metadata: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+def check_scale(path: epath.Path, metadata: Mapping[str, Any], config: Mapping[str, Any]) -> None:
   """Raises UserError where the adapters of a checkpoint would have another effect than they had.
 
   Args:
@@ -112,7 +113,7 @@ def check_scale(path: pathlib.Path, metadata: Mapping[str, Any], config: Mapping
       )
 
 
-def check_names(path: pathlib.Path, saved: set[str], expected: set[str]) -> None:
+def check_names(path: epath.Path, saved: set[str], expected: set[str]) -> None:
   """Raises UserError if a checkpoint has other arrays ('path [shape]') than the train state."""
   differing = sorted(saved ^ expected)
   if differing:
@@ -124,7 +125,7 @@ def check_names(path: pathlib.Path, saved: set[str], expected: set[str]) -> None
 
 
 def types_error(
-  path: pathlib.Path,
+  path: epath.Path,
   saved: Mapping[str, str],
   expected: Mapping[str, str],
   config_before: Mapping[str, Any],

@@ -12,7 +12,6 @@ import glob
 import importlib.util
 import json
 import os
-import pathlib
 import re
 import secrets
 import signal
@@ -25,9 +24,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 
 from lavit_jax.errors import Unreachable, UserError
+from lavit_jax.training.workdir import absolute
 
 TERMINATED = 143  # exit status: 128 + SIGTERM
 # What the libraries below JAX say when another process is gone.
@@ -262,7 +263,7 @@ def gather(message: Mapping[str, Any]) -> list[dict[str, Any]]:
   return [json.loads(row.tobytes()) for row in messages]
 
 
-def check_shared(folder: pathlib.Path) -> None:
+def check_shared(folder: epath.Path) -> None:
   """Checks that all processes see the same folder; all must call this.
 
   Process 0 makes the folder. A single process does nothing here.
@@ -291,8 +292,9 @@ def check_shared(folder: pathlib.Path) -> None:
   if blind:
     more = f' and {len(blind) - 5} more' if len(blind) > 5 else ''
     raise UserError(
-      f'what process 0 ({messages[0]["host"]}) writes to {folder.absolute()} is not seen by '
-      f'process {", ".join(blind[:5])}{more}; --workdir must be one folder that all machines share'
+      f'what process 0 ({messages[0]["host"]}) writes to {absolute(folder)} is not seen '
+      f'by process {", ".join(blind[:5])}{more}; --workdir must be one folder that all machines '
+      'share, or gs://BUCKET/PATH'
     )
 
 

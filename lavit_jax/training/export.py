@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,19 +15,21 @@ from lavit_jax.training import distributed
 from lavit_jax.training.run import Run
 from lavit_jax.training.stages import LanguageModelOptions
 from lavit_jax.training.train_step import TrainState, averaged
-from lavit_jax.weights.store import folder
+from lavit_jax.weights.store import folder, remote
 from lavit_jax.weights.store.metadata import module_digest
 from lavit_jax.weights.torch import adapters
 from lavit_jax.weights.torch.adapters import Adapters, ModuleAdapter
 
 
-def write_config(run: Run) -> None:
-  """Writes WORKDIR/config.json."""
+def write_config(run: Run, folder: pathlib.Path) -> None:
+  """Writes config.json to `folder`, the records of the run."""
   if jax.process_index() == 0:
-    (run.workdir / 'config.json').write_text(json.dumps(run.config, indent=1) + '\n')
+    (folder / 'config.json').write_text(json.dumps(run.config, indent=1) + '\n')
 
 
-def _export_adapters(run: Run, trained: Mapping[str, Any], metadata: dict[str, Any]) -> None:
+def _export_adapters(
+  run: Run, target: str, trained: Mapping[str, Any], metadata: dict[str, Any]
+) -> None:
   """Writes what was trained as a folder of adapters, with the folders that they belong to."""
   assert isinstance(run.options, LanguageModelOptions)
   options = run.options.lora
@@ -41,7 +45,7 @@ def _export_adapters(run: Run, trained: Mapping[str, Any], metadata: dict[str, A
       config = adapters.peft_config(run.model, module, tree, fields)
     modules[module] = ModuleAdapter(tree, options.scale, config)
   info = dict(settings=run.model.settings, base=base, metadata=metadata)
-  adapters.save_adapters(run.workdir / 'export', run.model, Adapters(modules, info))
+  adapters.save_adapters(target, run.model, Adapters(modules, info))
 
 
 def export(run: Run, train_state: TrainState) -> dict[str, Any]:
@@ -58,12 +62,11 @@ def export(run: Run, train_state: TrainState) -> dict[str, Any]:
   if run.stage.export_metadata is not None:
     metadata |= run.stage.export_metadata(state)
   if jax.process_index() == 0:
-    if run.stage.base is not None:
-      _export_adapters(run, params, metadata)
-    else:
-      settings = for_modules(run.model.settings, params)
-      folder.save_params(
-        run.workdir / 'export', run.variant, params, metadata=metadata, settings=settings
-      )
+    with remote.target(os.fspath(run.workdir / 'export')) as target:
+      if run.stage.base is not None:
+        _export_adapters(run, target, params, metadata)
+      else:
+        settings = for_modules(run.model.settings, params)
+        folder.save_params(target, run.variant, params, metadata=metadata, settings=settings)
   distributed.wait_for_all('exported')
   return metadata

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import pathlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import xxhash
+from etils import epath
 from jax import Array
 
 from lavit_jax import accelerators
@@ -153,7 +153,7 @@ def merge_positions(states: Sequence[dict[str, Any]], name: str) -> dict[str, An
   return {**states[0], 'shards': shards} if shards else states[0]
 
 
-def _read_position(file: pathlib.Path) -> dict[str, Any]:
+def _read_position(file: epath.Path) -> dict[str, Any]:
   saved = json.loads(file.read_text())
   if 'next_index' in saved:  # earlier versions counted examples; a step is a batch
     return {'batches': int(file.parent.parent.name)}

@@ -4,14 +4,13 @@
 
 The first process of a job holds the lock; its thread increments `beat` every few seconds. Another
 run that finds a lock checks whether its process lives, if that is on the same machine, and
-otherwise whether it still beats. So it works on shared disks, whatever their clocks say, and takes
-over the lock of a killed run.
+otherwise whether it still beats. So it works on shared disks and in stores, whatever their clocks
+say, and takes over the lock of a killed run.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pathlib
 import secrets
@@ -22,9 +21,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from etils import epath
 
 from lavit_jax.errors import UserError
 from lavit_jax.training import distributed
+from lavit_jax.training.lock_file import NAME, Content, lock_file
+from lavit_jax.training.workdir import open_workdir
 
 BEAT_INTERVAL = 10.0  # seconds between two beats
 SILENCE = 60.0  # seconds without a beat after which a run on another machine counts as dead
@@ -39,15 +41,16 @@ class WorkdirLock:
     UserError: another run is at work in the directory.
   """
 
-  def __init__(self, workdir: str | pathlib.Path):
-    self.file = pathlib.Path(workdir) / '.lock'
+  def __init__(self, workdir: str | os.PathLike[str]):
+    self.workdir = open_workdir(workdir)
+    self.file = lock_file(self.workdir)
     self.run = secrets.token_hex(8)
     self.stop = threading.Event()
     self.thread: threading.Thread | None = None
     self.lost = ''  # the error, once another run has taken over
 
   def __enter__(self) -> WorkdirLock:
-    other = OtherLock(self.file)
+    other = OtherLock(self.workdir)
     while True:
       attempt = self._try(other) if jax.process_index() == 0 else {}
       attempt = distributed.gather(attempt)[0]
@@ -68,9 +71,9 @@ class WorkdirLock:
     if self.thread is None:
       return
     self.thread.join()
-    if not self.lost and _read(self.file).get('run') == self.run:
-      with contextlib.suppress(OSError):
-        self.file.unlink()
+    if not self.lost:
+      with contextlib.suppress(OSError, UserError):
+        self.file.remove(self._content(0))
 
   def check(self) -> None:
     """Raises UserError on the first process if another run has taken over the directory.
@@ -83,62 +86,59 @@ class WorkdirLock:
   def _try(self, other: OtherLock) -> dict[str, Any]:
     """Tries once: {'acquired': True}, {'refused': why}, {'waiting': message}, or {}."""
     try:
-      self.file.parent.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:  # of another file than the lock
-      return {'refused': f'{self.file.parent}: Not a directory; choose another --workdir'}
-    try:
-      descriptor = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+      self.file.prepare()
     except FileExistsError:
-      if other.is_alive():
-        return {'refused': other.refusal()[:MAX_MESSAGE]}
-      if other.is_dead():
-        other.remove()
-      elif not other.reported:
-        other.reported = True
-        return {'waiting': other.waiting()[:MAX_MESSAGE]}
-      return {}
-    with os.fdopen(descriptor, 'w') as file:
-      file.write(self._text(0))
-    return {'acquired': True}
+      return {'refused': f'{self.workdir}: Not a directory; choose another --workdir'}
+    if self.file.create(self._content(0)):
+      return {'acquired': True}
+    if other.is_alive():
+      return {'refused': other.refusal()[:MAX_MESSAGE]}
+    if other.is_dead():
+      other.remove()
+    elif not other.reported:
+      other.reported = True
+      return {'waiting': other.waiting()[:MAX_MESSAGE]}
+    return {}
 
-  def _text(self, beat: int) -> str:
-    content = dict(
+  def _content(self, beat: int) -> Content:
+    return dict(
       run=self.run, host=_machine(), pid=os.getpid(), began=_start_time(os.getpid()), beat=beat
     )
-    return json.dumps(content)
 
   def _beat(self) -> None:
     beat = 0
     while not self.stop.wait(BEAT_INTERVAL):
       beat += 1
-      now = _read(self.file)
+      try:
+        now = self.file.read()
+      except UserError:  # a store that does not answer; saving reports it
+        continue
       if now and now.get('run') != self.run:
         self.lost = (
-          f'{self.file} is now of process {now.get("pid")} on {_host_name(now)}: another run has '
-          'taken this work directory over, and this one ends; choose another --workdir'
+          f'{self.workdir / NAME} is now of process {now.get("pid")} on {_host_name(now)}: another '
+          'run has taken this work directory over, and this one ends; choose another --workdir'
         )
         return
-      with contextlib.suppress(OSError):  # a full or absent disk; saving reports it
-        scratch = self.file.with_name(f'.lock.{self.run}')
-        scratch.write_text(self._text(beat))
-        os.replace(scratch, self.file)  # never half-written
+      with contextlib.suppress(OSError, UserError):  # a full or absent disk; saving reports it
+        self.file.replace(self._content(beat))
 
 
 class OtherLock:
   """A lock of another run, which is checked again and again."""
 
-  def __init__(self, file: pathlib.Path):
-    self.file = file
+  def __init__(self, workdir: epath.Path):
+    self.workdir = workdir
+    self.file = lock_file(workdir)
     self.reported = False  # whether the user knows of the waiting
-    self._remember(_read(file))
+    self._remember(self.file.read())
 
-  def _remember(self, content: dict[str, Any]) -> None:
+  def _remember(self, content: Content) -> None:
     self.content = content
     self.since = time.monotonic()
 
   def is_alive(self) -> bool:
     """Whether a process of this machine holds it, or it beats."""
-    now = _read(self.file)
+    now = self.file.read()
     if now.get('run') != self.content.get('run'):  # of a third run, or being written
       self._remember(now)
     beats = bool(self.content) and now.get('beat') != self.content.get('beat')
@@ -151,47 +151,31 @@ class OtherLock:
     return time.monotonic() - self.since > SILENCE
 
   def remove(self) -> None:
-    """Removes a dead lock; by a rename, so that of two runs that do it one learns it was late."""
-    aside = self.file.with_name(f'.lock.{secrets.token_hex(4)}.dead')
-    try:
-      os.rename(self.file, aside)
-    except FileNotFoundError:  # another run was faster
-      return
-    if _read(aside).get('run') != self.content.get('run'):  # it is a new run's, which was faster
-      with contextlib.suppress(OSError):
-        os.link(aside, self.file)
-    aside.unlink(missing_ok=True)
+    """Removes a dead lock, unless another run has done so and has its own there by now."""
+    self.file.remove(self.content)
     self._remember({})
 
   def refusal(self) -> str:
     """The error of a run that finds it alive."""
     return (
-      f'{self.file.parent} is in use: process {self.content.get("pid")} on '
-      f'{_host_name(self.content)} is running there ({self.file}); choose another --workdir, or '
-      'stop that run first'
+      f'{self.workdir} is in use: process {self.content.get("pid")} on '
+      f'{_host_name(self.content)} is running there ({self.workdir / NAME}); choose another '
+      '--workdir, or stop that run first'
     )
 
   def waiting(self) -> str:
     """The message of a run that finds it silent."""
     return (
-      f'{self.file} is of a run on {_host_name(self.content)}, which may have been killed: waiting '
-      f'up to {SILENCE:.0f} seconds for a sign of it'
+      f'{self.workdir / NAME} is of a run on {_host_name(self.content)}, which may have been '
+      f'killed: waiting up to {SILENCE:.0f} seconds for a sign of it'
     )
 
 
-def refuse_if_running(workdir: str | pathlib.Path) -> None:
+def refuse_if_running(workdir: str | os.PathLike[str]) -> None:
   """Raises UserError, early, where a run of this machine is clearly at work in the directory."""
-  other = OtherLock(pathlib.Path(workdir) / '.lock')
+  other = OtherLock(open_workdir(workdir))
   if other.content and other.is_alive():
     raise UserError(other.refusal())
-
-
-def _read(file: pathlib.Path) -> dict[str, Any]:
-  try:
-    content = json.loads(file.read_text())
-  except (OSError, ValueError):  # not there, or being written
-    return {}
-  return content if isinstance(content, dict) else {}
 
 
 def _machine() -> list[str]:

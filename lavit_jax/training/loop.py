@@ -1,6 +1,6 @@
 """The training loop, the same for all stages.
 
-    lavit train --config configs/<stage>.py:<variant> --workdir DIR
+    lavit train --config configs/<stage>.py:<variant> --workdir WORKDIR
 
 A run in the work directory is continued, to the bit. SIGTERM saves a checkpoint and ends with
 status 143 (128 + 15), so that a scheduler starts the run again; a finished run ends with 0 and
@@ -10,6 +10,7 @@ leaves WORKDIR/export.
 from __future__ import annotations
 
 import contextlib
+import os
 import pathlib
 import warnings
 from collections.abc import Callable, Mapping
@@ -40,6 +41,7 @@ from lavit_jax.training.saver import Saver, is_due
 from lavit_jax.training.stages.base import Tree, frozen_params
 from lavit_jax.training.train_step import TrainState, make_init, make_train_step
 from lavit_jax.training.watch import MetricWatch
+from lavit_jax.training.workdir import Mirror, records_folder
 from lavit_jax.weights.store.arrays import ParameterSource
 
 
@@ -51,6 +53,7 @@ class _Inputs(NamedTuple):
   batches: BatchIterator
   skipped: SkipCounter
   lock: WorkdirLock
+  mirror: Mirror
   checkpoints: Checkpoints
 
 
@@ -65,7 +68,7 @@ class _Start(NamedTuple):
 
 def train(
   config: ConfigDict,
-  workdir: str | pathlib.Path,
+  workdir: str | os.PathLike[str],
   began: float | None = None,
   before_compiling: Callable[[], None] | None = None,
 ) -> None:
@@ -73,8 +76,8 @@ def train(
 
   Args:
     config: as the files in `configs/` define it, locked.
-    workdir: receives checkpoints/, metrics.jsonl, goodput.jsonl, tensorboard/, pictures/ and, at
-      the end, export/.
+    workdir: a folder, or gs://BUCKET/PATH; receives checkpoints/, metrics.jsonl, goodput.jsonl,
+      tensorboard/, pictures/ and, at the end, export/.
     began: when the process began, by `time.monotonic`; None is now.
     before_compiling: called when the work directory is this run's, before programs are compiled.
 
@@ -86,17 +89,18 @@ def train(
   run = resolve(config, workdir)
   distributed.check_shared(run.workdir)
   refuse_if_running(run.workdir)
-  trace = ProfilerTrace(run.profile, run.workdir)
+  records = records_folder(run.workdir)
+  trace = ProfilerTrace(run.profile, records)
   step_flops = flops.step_flops(run)
   with InterruptHandler() as interrupt, jax.set_mesh(run.mesh), contextlib.ExitStack() as stack:
     goodput = Goodput(began)
     stack.callback(goodput.close)
-    inputs = _open_inputs(run, stack, goodput)
+    inputs = _open_inputs(run, records, stack, goodput)
     interrupt.check()
     if before_compiling is not None:
       before_compiling()
     if jax.process_index() == 0:
-      goodput.open(run.workdir)
+      goodput.open(records)
       stack.callback(goodput.close)  # while the directory is this run's
     with goodput.phase('restore'):
       start = _restore_or_init(run, inputs)
@@ -106,7 +110,7 @@ def train(
     interrupt.check()
 
     log = MetricLogger(
-      run.workdir,
+      records,
       start.step,
       run.num_steps,
       run.batch_size,
@@ -120,7 +124,7 @@ def train(
     log_start(run, log, inputs.checkpoints, start.abstract, start.step)
     for note in notes:
       log.print_line(f'warning: {note}')
-    write_config(run)
+    write_config(run, records)
 
     state = start.state
     if start.step < run.num_steps:
@@ -132,7 +136,9 @@ def train(
     log_end(run, log, metadata, start.step, goodput)
 
 
-def _open_inputs(run: Run, stack: contextlib.ExitStack, goodput: Goodput) -> _Inputs:
+def _open_inputs(
+  run: Run, records: pathlib.Path, stack: contextlib.ExitStack, goodput: Goodput
+) -> _Inputs:
   """Opens everything that the run reads, and then what it writes; `stack` closes it."""
   with goodput.phase('restore'):
     sources = parameters.open_modules(run.variant, run.folders)
@@ -143,9 +149,10 @@ def _open_inputs(run: Run, stack: contextlib.ExitStack, goodput: Goodput) -> _In
   check_heldout(run)
   # These are the first to write: whatever is missing has been reported by now.
   lock = stack.enter_context(WorkdirLock(run.workdir))
+  mirror = stack.enter_context(Mirror(run.workdir, records, lambda: not lock.lost))
   checkpoints = Checkpoints(run.workdir, run.config, run.keep, run.model.settings)
   stack.callback(checkpoints.close)
-  return _Inputs(sources, frozen, batches, skipped, lock, checkpoints)
+  return _Inputs(sources, frozen, batches, skipped, lock, mirror, checkpoints)
 
 
 def _restore_or_init(run: Run, inputs: _Inputs) -> _Start:
@@ -213,7 +220,9 @@ def _train_steps(
   """
   state = start.state
   watch = MetricWatch(run, log, inputs.checkpoints)
-  saver = Saver(run, log, watch, inputs.checkpoints, inputs.lock, inputs.batches, goodput)
+  saver = Saver(
+    run, log, watch, inputs.checkpoints, inputs.lock, inputs.mirror, inputs.batches, goodput
+  )
   with goodput.phase('data_wait'):
     batch = sharding.put_batch(next_batch(inputs.batches), run.mesh, run.share)
   shardings = jax.tree.map(lambda x: x.sharding, start.abstract)
@@ -250,6 +259,7 @@ def _train_steps(
       log.flush()  # steps that are under way are not evaluation
       with goodput.phase('evaluation'):
         stop = not evaluator.evaluate(state, step, interrupt)
+        inputs.mirror.copy()
       goodput.record(step)
     if is_due(every.picture_every, step, last) and run.stage.draw and not stop:
       log.flush()

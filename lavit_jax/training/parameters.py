@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from etils import epath
 from jax.sharding import Mesh
 
 from lavit_jax import sharding
@@ -90,7 +90,7 @@ def check_complete(
 
 
 def resolve_settings(
-  variant: str, folders: Sequence[ParameterFolder], workdir: pathlib.Path
+  variant: str, folders: Sequence[ParameterFolder], workdir: epath.Path
 ) -> Settings:
   """The settings (models/settings.py) that a run trains with.
 

@@ -22,18 +22,18 @@ def parse_steps(text: str) -> tuple[int, int] | None:
 
 
 class ProfilerTrace:
-  """Traces some steps into WORKDIR/profile, on process 0.
+  """Traces some steps into FOLDER/profile, on process 0.
 
   Args:
     steps: 'FIRST:LAST', or '' for none.
-    workdir: of the run.
+    folder: of the records of the run.
 
   Raises:
     UserError: `steps` is malformed.
   """
 
-  def __init__(self, steps: str, workdir: str | pathlib.Path):
-    self.folder = str(pathlib.Path(workdir) / 'profile')
+  def __init__(self, steps: str, folder: pathlib.Path):
+    self.folder = str(folder / 'profile')
     self.running = False
     parsed = parse_steps(steps)
     if parsed is None:

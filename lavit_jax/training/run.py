@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
+import os
 from collections.abc import Mapping
 from typing import Any, cast
 
 import numpy as np
+from etils import epath
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
@@ -38,6 +39,7 @@ from lavit_jax.training.stages import (
   Stage,
   StageOptions,
 )
+from lavit_jax.training.workdir import open_workdir
 
 ONE_DEVICE = AbstractMesh((1, 1, 1), sharding.AXES)
 
@@ -66,7 +68,7 @@ class Run:
   peak_tflops: float  # of all devices together; 0: by their kind
   profile: str  # 'FIRST:LAST', the steps to trace; '': none
   config: Mapping[str, Any]  # as JSON, for config.json, checkpoints and exports
-  workdir: pathlib.Path
+  workdir: epath.Path
 
   @property
   def batch_size(self) -> int:
@@ -101,7 +103,7 @@ class Run:
 # --- Resolution ----------------------------------------------------------------------------------
 
 
-def resolve(config: ConfigDict, workdir: str | pathlib.Path) -> Run:
+def resolve(config: ConfigDict, workdir: str | os.PathLike[str]) -> Run:
   """Checks a config, and resolves it for the devices and folders of this job.
 
   Args:
@@ -110,8 +112,9 @@ def resolve(config: ConfigDict, workdir: str | pathlib.Path) -> Run:
 
   Raises:
     UserError: an option is missing, unknown, out of range or contradicts another one; a folder
-      lacks a module or holds another variant's.
+      lacks a module or holds another variant's; nothing can be written to `workdir`.
   """
+  path = open_workdir(workdir)
   typed = read_config(config)
   common = typed.common
   mesh = sharding.make_mesh(dataclasses.asdict(typed.mesh))
@@ -122,10 +125,10 @@ def resolve(config: ConfigDict, workdir: str | pathlib.Path) -> Run:
     parameters.split_folders(common.frozen, modules),
     parameters.split_folders(common.init_from, modules),
   )
-  settings = parameters.resolve_settings(common.variant, folders, pathlib.Path(workdir))
+  settings = parameters.resolve_settings(common.variant, folders, path)
   settings = _own_settings(typed, settings, folders)
   share = sharding.process_share(mesh, common.batch_size)
-  run = _make_run(typed, mesh, share, folders, settings, pathlib.Path(workdir))
+  run = _make_run(typed, mesh, share, folders, settings, path)
   parameters.check_complete(common.stage, modules, folders, common.frozen)
   return run
 
@@ -147,7 +150,7 @@ def resolve_abstract(config: ConfigDict, mesh: Mesh | AbstractMesh | None = None
   check_config(typed, sharding.batch_shards(mesh))
   share = ProcessShare(np.arange(typed.common.batch_size), 0, 1)
   settings = _own_settings(typed, {}, ())
-  return _make_run(typed, mesh, share, (), settings, pathlib.Path())
+  return _make_run(typed, mesh, share, (), settings, epath.Path())
 
 
 def _own_settings(
@@ -171,7 +174,7 @@ def _make_run(
   share: ProcessShare,
   folders: tuple[ParameterFolder, ...],
   settings: parameters.Settings,
-  workdir: pathlib.Path,
+  workdir: epath.Path,
 ) -> Run:
   common = typed.common
   layout = BatchLayout(

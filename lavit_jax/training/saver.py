@@ -13,6 +13,7 @@ from lavit_jax.training.metrics import MetricLogger
 from lavit_jax.training.run import Run
 from lavit_jax.training.train_step import TrainState
 from lavit_jax.training.watch import MetricWatch
+from lavit_jax.training.workdir import Mirror
 
 
 def is_due(interval: int, step: int, last: bool) -> bool:
@@ -29,6 +30,7 @@ class Saver:
     watch: knows whether the parameters are sound.
     checkpoints: receives the train state and the position in the data.
     lock: of the work directory, which must still be this run's.
+    mirror: copies the metrics to a store, before a checkpoint has their steps.
     batches: the iterator over the data.
     goodput: counts the time of saving.
   """
@@ -40,6 +42,7 @@ class Saver:
     watch: MetricWatch,
     checkpoints: Checkpoints,
     lock: WorkdirLock,
+    mirror: Mirror,
     batches: BatchIterator,
     goodput: Goodput,
   ):
@@ -48,6 +51,7 @@ class Saver:
     self.watch = watch
     self.checkpoints = checkpoints
     self.lock = lock
+    self.mirror = mirror
     self.batches = batches
     self.goodput = goodput
     self.due = False
@@ -67,6 +71,7 @@ class Saver:
       return  # a later step is saved, or none
     self.lock.check()
     with self.goodput.phase('saving'):
+      self.mirror.copy()
       self.checkpoints.save(step, state, self.batches)
     self.goodput.record(step)
     self.due = False

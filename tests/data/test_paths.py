@@ -147,7 +147,7 @@ def test_a_store_that_refuses_is_a_user_error(flaky, message, kind):
     raise OSError(message)
 
   with pytest.raises(UserError, match=message) as caught:
-    paths._retry('gs://b/0.tar', refuse)
+    paths.retry('gs://b/0.tar', refuse)
   assert type(caught.value) is kind
 
 

@@ -1,5 +1,8 @@
 """Runs in separate processes, and a run with checkpoints."""
 
+import hashlib
+
+import fsspec
 import pytest
 from nano import launch
 
@@ -97,3 +100,23 @@ def reads(monkeypatch):
 
   monkeypatch.setattr(folder, 'open_params', counting)
   return names
+
+
+@pytest.fixture(scope='session')
+def gcs():
+  """A server like Google Cloud Storage, which gs:// means in this process and those it starts."""
+  from fake_gcs import FakeGcs
+
+  gcsfs = pytest.importorskip('gcsfs')
+  for protocol in ('gs', 'gcs'):  # in this process, it may have been imported before
+    fsspec.register_implementation(protocol, gcsfs.core.GCSFileSystem, clobber=True)
+  with FakeGcs() as server, pytest.MonkeyPatch.context() as patch:
+    for name, value in server.environment.items():
+      patch.setenv(name, value)
+    yield server
+
+
+@pytest.fixture
+def bucket(gcs, request):
+  """The name of a bucket of the test's own."""
+  return 'test-' + hashlib.md5(request.node.nodeid.encode()).hexdigest()

@@ -225,11 +225,12 @@ def job_environments(processes: int, timeout: int) -> list[dict[str, str]]:
 def launch_job(stage, workdir, processes, devices, timeout=5, own=(), **changes):
   """One run as a job of several processes, which have `devices` each.
 
-  `own`: process -> changes for it alone, of the workdir too.
+  `own`: process -> changes for it alone, of the workdir and of `env` too.
   """
   job = []
   for i, env in enumerate(job_environments(processes, timeout)):
     options = {'workdir': workdir, **changes, **dict(own).get(i, {})}
+    env |= options.pop('env', {})
     job.append(launch(stage, devices=devices, env=env, **options))
   return job
 

@@ -3,7 +3,8 @@
 Reading weights seeks in files, and writing them renames folders, which an object store does not do.
 So a folder is copied here before it is read, of a run only the modules that its stage uses; a new
 one is written here and copied there. The file by which a folder is known (`MARKS`) is written last
-and removed first: a copy that was cut short is no checkpoint.
+and removed first: a copy that was cut short is no checkpoint. It has the file `UNFINISHED`, by
+which the next copy may replace it.
 
 Whatever fsspec has a driver for is a store. Copies lie in the folder for temporary files (TMPDIR)
 until the process ends.
@@ -17,19 +18,18 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
-from typing import TypeVar
 
 from fsspec import AbstractFileSystem
 
-from lavit_jax.data.paths import filesystem_of, is_remote, list_files
+from lavit_jax.data.paths import filesystem_of, is_remote, list_files, retry
 from lavit_jax.errors import UserError
-from lavit_jax.weights.store.metadata import CONFIG
+from lavit_jax.weights.store.metadata import ADAPTERS, CONFIG
 from lavit_jax.weights.torch.formats import EXPORT_INFO
 
-MARKS = (CONFIG, EXPORT_INFO)
-T = TypeVar('T')
+MARKS = (CONFIG, EXPORT_INFO, ADAPTERS)
+UNFINISHED = '.unfinished'
 
 
 def fetch(folder: str, modules: Collection[str] | None = None) -> str:
@@ -43,8 +43,8 @@ def fetch(folder: str, modules: Collection[str] | None = None) -> str:
     The path on this machine.
 
   Raises:
-    UserError: there is nothing at the URL, the store does not answer, or a package for it is
-      missing.
+    UserError: there is nothing at the URL, the store refuses, or a package for it is missing.
+    Unreachable: the store does not answer.
   """
   if not is_remote(folder):
     return folder.removeprefix('file://')
@@ -52,14 +52,14 @@ def fetch(folder: str, modules: Collection[str] | None = None) -> str:
   if not names:
     raise UserError(f'{folder} has no files; check the address')
   filesystem, root = filesystem_of(folder)
-  copy = _temporary_folder() / _last_name(folder)
+  copy = temporary_folder() / _last_name(folder)
   for name in names:
     parts = pathlib.PurePosixPath(name).parts
     if modules is not None and parts[0] == 'parts' and parts[1] not in modules:
       continue
     target = copy / name
     target.parent.mkdir(parents=True, exist_ok=True)
-    _attempt(folder, 'read', partial(filesystem.get_file, _join(root, name), str(target)))
+    retry(folder, partial(filesystem.get_file, _join(root, name), str(target)))
   return str(copy)
 
 
@@ -71,16 +71,18 @@ def target(folder: str, replaces: bool = True) -> Iterator[str]:
 
   Args:
     folder: a URL; a local path stands for itself.
-    replaces: whether a weights folder that is there may be replaced.
+    replaces: whether a weights folder that is there may be replaced; a copy that was cut short may
+      always be.
 
   Raises:
-    UserError: something else is there, the store does not answer, or a package for it is missing.
+    UserError: something else is there, the store refuses, or a package for it is missing.
+    Unreachable: the store does not answer.
   """
   if not is_remote(folder):
     yield folder.removeprefix('file://')
     return
   _check_target(folder, replaces)
-  copy = _temporary_folder() / _last_name(folder)
+  copy = temporary_folder() / _last_name(folder)
   yield str(copy)
   if copy.is_dir():
     _upload(copy, folder)
@@ -88,12 +90,11 @@ def target(folder: str, replaces: bool = True) -> Iterator[str]:
 
 def _check_target(folder: str, replaces: bool) -> None:
   names = list_files(folder)
-  if not names:
+  if not names or UNFINISHED in names:
     return
   if not any(mark in names for mark in MARKS):
     raise UserError(
-      f'{folder} has other files ({names[0]}), or a copy that was cut short; choose another '
-      'address, or remove them first'
+      f'{folder} has other files ({names[0]}); choose another address, or remove them first'
     )
   if not replaces:
     raise UserError(f'{folder} exists; choose another place, or --force to replace it')
@@ -108,12 +109,15 @@ def _upload(copy: pathlib.Path, folder: str) -> None:
 
   def remove(names: Collection[str]) -> None:
     for name in names:
-      _attempt(folder, 'written', partial(filesystem.rm_file, _join(root, name)))
+      with contextlib.suppress(FileNotFoundError):  # if an answer was lost
+        retry(folder, partial(filesystem.rm_file, _join(root, name)), 'written')
 
+  retry(folder, partial(filesystem.pipe_file, _join(root, UNFINISHED), b''), 'written')
   remove([name for name in old if _is_mark(name)])
   for name in new:
-    _attempt(folder, 'written', partial(_put, filesystem, copy / name, _join(root, name)))
-  remove([name for name in old if name not in new and not _is_mark(name)])
+    retry(folder, partial(_put, filesystem, copy / name, _join(root, name)), 'written')
+  remove([name for name in old if name not in new and not _is_mark(name) and name != UNFINISHED])
+  remove([UNFINISHED])
 
 
 def _put(filesystem: AbstractFileSystem, file: pathlib.Path, path: str) -> None:
@@ -127,20 +131,8 @@ def _is_mark(name: str) -> bool:
   return name in MARKS
 
 
-def _attempt(folder: str, done: str, act: Callable[[], T]) -> T:
-  try:
-    return act()
-  except UserError:
-    raise
-  except Exception as error:  # not all packages of stores raise OSErrors
-    reason = ' '.join(str(error).split())[:200] or type(error).__name__
-    raise UserError(
-      f'{folder} cannot be {done} ({reason}); see to the network, the permissions and the space in '
-      f'{tempfile.gettempdir()}, and start again'
-    ) from error
-
-
-def _temporary_folder() -> pathlib.Path:
+def temporary_folder() -> pathlib.Path:
+  """Makes a folder that is removed when the process ends."""
   path = tempfile.mkdtemp(prefix='lavit-')
   atexit.register(shutil.rmtree, path, ignore_errors=True)
   return pathlib.Path(path)

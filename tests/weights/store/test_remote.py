@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from lavit_jax import cli
-from lavit_jax.errors import UserError
+from lavit_jax.data import paths
+from lavit_jax.errors import Unreachable, UserError
+from lavit_jax.inference import pipeline
+from lavit_jax.inference.pipeline import Lavit
 from lavit_jax.training import parameters
 from lavit_jax.training.stages.base import ModuleNames
 from lavit_jax.weights.store import remote
@@ -63,7 +66,7 @@ def test_what_is_written_to_a_store_comes_back(tmp_path):
 def test_the_mark_is_removed_first_and_written_last(transfers):
   with remote.target(URL) as path:
     save_params(path, 'tiny', PARAMS)
-  assert transfers[-1] == ('put', 'config.json')
+  assert transfers[-2:] == [('put', 'config.json'), ('rm', '.unfinished')]
   transfers.clear()
   with remote.target(URL) as path:
     save_params(path, 'tiny', {'vit': PARAMS['vit']})
@@ -81,13 +84,23 @@ def test_a_copy_that_was_cut_short_is_no_checkpoint(monkeypatch):
       raise OSError('connection reset')
     put(self, local, path, **options)
 
-  monkeypatch.setattr(type(MEMORY), 'put_file', fail)
-  with pytest.raises(UserError, match=r'cannot be written \(connection reset\)'):
-    with remote.target(URL) as path:
-      save_params(path, 'tiny', PARAMS)
+  with monkeypatch.context() as patch:
+    patch.setattr(paths, '_WAITS', (0.0,))
+    patch.setattr(type(MEMORY), 'put_file', fail)
+    with pytest.raises(Unreachable, match=r'cannot be written \(connection reset; tried 2 times'):
+      with remote.target(URL) as path:
+        save_params(path, 'tiny', PARAMS)
   with pytest.raises(UserError, match='is not a lavit_jax checkpoint'):
     read_config(remote.fetch(URL))
-  with pytest.raises(UserError, match='a copy that was cut short; choose another address'):
+  with remote.target(URL, replaces=False) as path:  # the same command again
+    save_params(path, 'tiny', {'vit': PARAMS['vit']})
+  assert load_params(remote.fetch(URL)).keys() == {'vit'}
+  assert not any(name.endswith(('.unfinished', 'llama')) for name in MEMORY.find('/bucket'))
+
+
+def test_what_else_is_there_stays():
+  MEMORY.pipe_file(f'{URL}/notes', b'mine')
+  with pytest.raises(UserError, match='has other files .notes.; choose another address'):
     with remote.target(URL):
       pass
 
@@ -121,6 +134,21 @@ def test_commands_read_and_write_stores(start, capsys):
   np.testing.assert_array_equal(loaded['llama']['a'], PARAMS['llama']['a'])
   assert cli.main(['convert', '--src', start, '--dst', URL])
   assert f'{URL} exists; choose another place, or --force' in capsys.readouterr().err
+
+
+def test_a_model_in_a_store_is_opened(monkeypatch, start):
+  monkeypatch.setattr(remote, 'fetch', lambda url: {start: 'copy'}[url])
+  opened = []
+
+  def open_folder(folder, variant):
+    opened.append(folder)
+    raise UserError('enough')
+
+  monkeypatch.setattr(pipeline, 'open_checkpoint', open_folder)
+  with pytest.raises(UserError, match='enough'):
+    Lavit.from_pretrained(start)
+  assert cli.main(['caption', 'x.png', '--folder', start])
+  assert opened == ['copy', 'copy']
 
 
 @pytest.mark.slow
