@@ -252,4 +252,4 @@ class Folder:
       except paths.NO_FILE_ERRORS:
         return Skip(NO_IMAGE, path)
     first, *others = images or (b'',)
-    return Record(first, texts, origin, tuple(others))
+    return Record(first, texts, origin, more_images=tuple(others))

@@ -45,8 +45,7 @@ class LavitModel(lmms):
     """
     del device, others
     super().__init__()
-    options = {} if weights_dtype is None else {'weights_dtype': weights_dtype}
-    model = Lavit.from_pretrained(folder, **options)
+    model = Lavit.from_pretrained(folder, weights_dtype=weights_dtype)
     self._respond = Responder(model, task, int(seed), int(batch_size))
 
   def generate_until(self, requests: Sequence[Instance]) -> list[str]:
