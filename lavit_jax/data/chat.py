@@ -6,8 +6,9 @@ records which one it was trained with (models/settings.py).
 | template | a turn with an image                                                    |
 |----------|-------------------------------------------------------------------------|
 | lavit    | [IMG] v [/IMG] Question: TEXT Answer: ANSWER </s>                       |
-| vicuna   | USER: [IMG] v [/IMG] \n TEXT ASSISTANT: ANSWER </s>; before the first    |
-|          | turn the system message of LLaVA (its conversation 'v1', Liu et al.)    |
+| vicuna   | USER: [IMG] v [/IMG] \n TEXT ASSISTANT: ANSWER </s>; before the first   |
+|          | turn the system message of LLaVA 1.5 (its conversation 'vicuna_v1')     |
+| llava_v1 | the same, with the system message of LLaVA v1                           |
 | plain    | [IMG] v [/IMG] TEXT ANSWER </s>                                         |
 
 Images at the begin or the end of a message stand before its text, images between texts stay there.
@@ -67,15 +68,17 @@ class ChatTemplate(NamedTuple):
   after_image: str = ''
 
 
+_VICUNA = ChatTemplate(
+  'USER: {} ASSISTANT:',
+  system='A chat between a curious user and an artificial intelligence assistant. The assistant '
+  "gives helpful, detailed, and polite answers to the user's questions.",
+  images_inside=True,
+  after_image='\n',
+)
 TEMPLATES = {  # as models/settings.py: CHAT_TEMPLATES
   'lavit': ChatTemplate(question_prompt(_SLOT)),
-  'vicuna': ChatTemplate(
-    'USER: {} ASSISTANT:',
-    system='A chat between a curious human and an artificial intelligence assistant. The assistant '
-    "gives helpful, detailed, and polite answers to the human's questions.",
-    images_inside=True,
-    after_image='\n',
-  ),
+  'vicuna': _VICUNA,
+  'llava_v1': _VICUNA._replace(system=_VICUNA.system.replace('user', 'human')),
   'plain': ChatTemplate(_SLOT),
 }
 

@@ -236,7 +236,9 @@ CODES = 'codes'
 CONDITIONS = (CODES, 'emu')
 CONDITION = dict(name=Setting(one_of(*CONDITIONS), CODES))
 # How conversations are written for the language model (data/chat.py).
-CHAT_TEMPLATES = (LAVIT, 'vicuna', 'plain')
+VICUNA = 'vicuna'
+LLAVA_V1 = 'llava_v1'
+CHAT_TEMPLATES = (LAVIT, VICUNA, LLAVA_V1, 'plain')
 CHAT = dict(template=Setting(one_of(*CHAT_TEMPLATES), LAVIT, affects_outputs=False))
 
 GROUPS: dict[str, SettingsGroup] = {

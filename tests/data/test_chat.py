@@ -19,6 +19,10 @@ from lavit_jax.models.settings import CHAT_TEMPLATES
 TOKENIZER = tokenizers.Tokenizer.from_file(f'{FOLDER}/tokenizer.json')
 END = 2
 VICUNA = (
+  'A chat between a curious user and an artificial intelligence assistant. The assistant gives '
+  "helpful, detailed, and polite answers to the user's questions."
+)
+LLAVA_V1 = (
   'A chat between a curious human and an artificial intelligence assistant. The assistant gives '
   "helpful, detailed, and polite answers to the human's questions."
 )
@@ -80,6 +84,15 @@ WRITTEN = {  # (template, conversation) -> what a row has; the last </s> is adde
   ('lavit', 'text'): ['Be brief.', 'Question: Say cat. Answer:', ['cat']],
   ('vicuna', 'two turns'): [
     f'{VICUNA} USER: ',
+    IMAGE_ID,
+    '\nWhat is this? ASSISTANT:',
+    ['a red apple'],
+    END,
+    'USER: Where is it? ASSISTANT:',
+    ['at the left'],
+  ],
+  ('llava_v1', 'two turns'): [
+    f'{LLAVA_V1} USER: ',
     IMAGE_ID,
     '\nWhat is this? ASSISTANT:',
     ['a red apple'],

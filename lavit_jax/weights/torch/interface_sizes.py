@@ -15,7 +15,7 @@ from lavit_jax.models import lavit
 from lavit_jax.models.clip_vit import CLIP, EVA
 from lavit_jax.models.interfaces.variants import INTERFACES, sizes_of
 from lavit_jax.models.interfaces.variants import SIZES as INTERFACE_SIZES
-from lavit_jax.models.settings import GROUPS
+from lavit_jax.models.settings import GROUPS, LLAVA_V1, VICUNA
 from lavit_jax.models.variants import CLIP_SAFETY_CHECKER, VARIANTS
 from lavit_jax.weights.torch.interface_files import InterfaceFile
 from lavit_jax.weights.torch.mapping import PortingError
@@ -124,6 +124,8 @@ def read_sizes(file: InterfaceFile, config: Config, variant: str) -> dict[str, S
     shapes = _Shapes(file.tables['llama'], file.states['llama'])
     settings['llama'] = _llama_sizes(shapes, config.get('text_config', config))
     settings['interface'].pop('llm_dim')
+    if file.form.startswith('llava'):
+      settings['chat'] = {'template': LLAVA_V1 if file.form == 'llava_v1' else VICUNA}
   return _without_own(settings, variant)
 
 

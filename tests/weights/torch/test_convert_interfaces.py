@@ -22,6 +22,7 @@ from torch_folders import TOKENIZER, assert_same, run, write
 from torch_peers import close, randomize
 
 from lavit_jax.apps import conversion
+from lavit_jax.data.chat import TEMPLATES
 from lavit_jax.errors import UserError
 from lavit_jax.inference.pipeline import Lavit
 from lavit_jax.models import lavit
@@ -70,6 +71,7 @@ def test_a_converted_llava_computes_the_same(llava):
 @pytest.mark.slow
 def test_a_converted_llava_writes_captions(llava):
   model = Lavit.from_pretrained(llava[2])
+  assert model.chat_template == TEMPLATES['vicuna']
   image = np.zeros((16, 16, 3), np.uint8)
   captions = model.caption([image], num_beams=1, min_new_tokens=1, max_new_tokens=2)
   assert len(captions) == 1 and isinstance(captions[0], str)
@@ -104,6 +106,7 @@ def test_llava_of_its_authors(llava, form, tmp_path):
   settings = folder.read_settings(tmp_path / 'checkpoint')
   assert settings['llama']['rope_theta'] == 500
   assert settings['interface']['name'] == ('mlp' if form == 'llava_v1.5' else 'linear')
+  assert settings['chat']['template'] == ('vicuna' if form == 'llava_v1.5' else 'llava_v1')
   config['mm_vision_select_feature'] = 'cls_patch'
   (src / 'config.json').write_text(json.dumps(config))
   with pytest.raises(UserError, match='mm_vision_select_feature="cls_patch"'):
