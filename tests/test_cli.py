@@ -226,7 +226,6 @@ def test_an_error_that_a_restart_may_remove_has_another_status(tmp_path, monkeyp
   'arguments',
   [
     ['data', 'pack', 'gs://b/0.tar', '--out', 'gs://b/x'],
-    ['caption', 'x.png', '--out', 'gs://b/x.jsonl'],
     ['answer', 'x.png', 'Why?', '--out', 'gs://b/x.jsonl'],
   ],
 )

@@ -65,8 +65,8 @@ def named(args: argparse.Namespace) -> bool:
     value = getattr(args, name)
     if value and '://' in value:
       raise UserError(
-        f'--{name} {value}: only tars and Parquet files may be in a store, and --input '
-        f'{args.input} names none; give --input files that end in .tar or .parquet'
+        f'--{name} {value}: only tars, Parquet files and their results may be in a store; give '
+        '--input files that end in .tar or .parquet, or a local path'
       )
   return False
 

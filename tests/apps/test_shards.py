@@ -216,7 +216,13 @@ def test_errors(stub, tars, tmp_path, capsys):
   fails("both 'a.png' and --input", 'caption', 'a.png', *arguments[1:])
   fails('--num-return-sequences has no effect', *arguments, '--num-return-sequences', 2)
   fails('--shard needs --input with tars', 'caption', 'a.png', '--shard', '0/2')
-  fails('only tars and Parquet files may be in a store', 'caption', 'a.png', '--out', 'gs://b/c')
+  fails(
+    'only tars, Parquet files and their results may be in a store',
+    'caption',
+    'a.png',
+    '--out',
+    'gs://b/c',
+  )
   (out / '001.parquet').write_text('notes')
   fails('001.parquet is not a result of this command', *arguments)
   twin = tmp_path / 'twin'

@@ -7,6 +7,7 @@ import inception_weights
 import jax
 import numpy as np
 import pytest
+from tensors import save_tensors
 
 from lavit_jax.errors import UserError
 from lavit_jax.evaluation import inception
@@ -25,10 +26,8 @@ def state(golden):
 
 @pytest.fixture(scope='module')
 def weights_file(state, tmp_path_factory):
-  from safetensors.numpy import save_file
-
   path = tmp_path_factory.mktemp('inception') / 'weights.safetensors'
-  save_file(state, path)
+  save_tensors(state, path)
   return path
 
 
@@ -71,9 +70,7 @@ def test_torch_files(state, weights_file, tmp_path):
 
 
 def test_other_weights_are_refused(state, tmp_path):
-  from safetensors.numpy import save_file
-
   few = {name: array for name, array in state.items() if not name.startswith('Mixed_7c')}
-  save_file(few, tmp_path / 'few.safetensors')
+  save_tensors(few, tmp_path / 'few.safetensors')
   with pytest.raises(UserError, match=r"few.safetensors is not .*'Mixed_7c.branch1x1.bn.weight'"):
     inception.read_weights(tmp_path / 'few.safetensors')

@@ -292,7 +292,9 @@ def test_the_timeout_is_of_silence_alone(monkeypatch):
   options = {}
   monkeypatch.setattr(jax.distributed, 'initialize', lambda *_, **given: options.update(given))
   distributed.connect('10.0.0.1:99', 2, 1, TIMEOUT)
-  assert options == dict(heartbeat_timeout_seconds=TIMEOUT)
+  last = distributed.LAST_TIMEOUT
+  assert options == dict(heartbeat_timeout_seconds=TIMEOUT, shutdown_timeout_seconds=last)
+  assert last > 10 * TIMEOUT
 
 
 @pytest.mark.slow

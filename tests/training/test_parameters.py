@@ -213,8 +213,8 @@ def loop_data():
 def test_pairs_longer_than_the_language_model_reads_are_refused():
   with pytest.raises(
     UserError,
-    match='data.text_length=64: with 16 visual tokens and 3 special tokens a pair may have 83 '
-    'tokens, but .*max_position_embeddings=64',
+    match='data.text_length=64: with 16 visual tokens, 3 special tokens and data.max_images=1 a '
+    'pair may have 83 tokens, but .*max_position_embeddings=64',
   ):
     build({'llama': {'max_position_embeddings': 64}})
 
