@@ -1,6 +1,6 @@
 """A model of lmms-eval (tested with 0.7.3), which finds it by the entry point `lmms_eval.models`.
 
-lmms_eval --model lavit --model_args folder=/mnt/LaVIT-7B-v2 --tasks vqav2_val_lite
+lmms-eval --model lavit --model_args folder=/mnt/LaVIT-7B-v2 --tasks vqav2_val_lite
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
-"""A model of VLMEvalKit (tested with ms-vlmeval 0.0.20).
+"""A model of VLMEvalKit (tested with the model class of ms-vlmeval 0.0.20).
+
+A script enters it, which is run with `--model LaVIT-7B-v2` and the other options of `run.py`:
 
     from functools import partial
     from vlmeval.config import supported_VLM
     from lavit_jax.apps.harnesses.vlmevalkit import LavitModel
+    from vlmeval.run import main
 
     supported_VLM['LaVIT-7B-v2'] = partial(LavitModel, '/mnt/LaVIT-7B-v2')
-
-in a script that then calls VLMEvalKit's `run.py` with `--model LaVIT-7B-v2`.
+    main()
 """
 
 from __future__ import annotations
