@@ -28,7 +28,12 @@ PUBLISHED = {
   'llava_transformers': (
     dict(tower='vision_tower.vision_model.'),
     ['vit', 'interface', 'llama'],
-    dict(interface=dict(name='mlp'), vit=CLIP_336, llama=dict(text_vocab_size=32064)),
+    dict(
+      interface=dict(name='mlp'),
+      vit=CLIP_336,
+      llama=dict(text_vocab_size=32064),
+      chat=dict(template='vicuna'),
+    ),
   ),
   'openflamingo': (
     dict(layers='transformer.blocks', every=4),
