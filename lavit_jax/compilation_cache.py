@@ -128,8 +128,8 @@ def tidy_store(url: str, max_bytes: int, max_programs: int = MAX_PROGRAMS) -> No
   from fsspec.core import url_to_fs
 
   filesystem, root = url_to_fs(url)
-  found = filesystem.find(root, detail=True)
-  programs = [about for name, about in found.items() if name.endswith(SUFFIX)]
+  files = filesystem.find(root, detail=True)
+  programs = [about for name, about in files.items() if name.endswith(SUFFIX)]
   programs.sort(key=lambda about: about['mtime'], reverse=True)
   total = 0
   for count, about in enumerate(programs):

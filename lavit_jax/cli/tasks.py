@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
-from lavit_jax.cli import options, shards
+from lavit_jax.cli import generation_options, options, shards
 from lavit_jax.cli.options import add_command, image_size, local_path, number, path_or_url
 
 if TYPE_CHECKING:
@@ -77,8 +77,8 @@ def _add_caption(commands: Commands) -> None:
   _add_inputs(parser, 'IMAGE|DIR', IMAGE_ROW, or_shards=True)
   _add_text_outputs(parser, or_shards=True)
   shards.add_options(parser)
-  _add_search_options(parser, num_beams=2, length_penalty=1)
-  _add_generation_options(
+  generation_options.add_search_options(parser, num_beams=2, length_penalty=1)
+  generation_options.add_generation_options(
     parser, 'number of captions of each image, from other patches and samples (default: 1)'
   )
   parser.add_argument('--prompt', metavar='TEXT', help='start of the captions (default: none)')
@@ -88,8 +88,8 @@ def _add_answer(commands: Commands) -> None:
   parser = _add_task(commands, 'answer', 'answer questions about an image or a folder of images')
   _add_inputs(parser, 'IMAGE|DIR QUESTION', '{"image": "cat.png", "question": "What is this?"}')
   _add_text_outputs(parser)
-  _add_search_options(parser, num_beams=5, length_penalty=0)
-  _add_generation_options(
+  generation_options.add_search_options(parser, num_beams=5, length_penalty=0)
+  generation_options.add_generation_options(
     parser, 'number of answers to each question, from other patches and samples (default: 1)'
   )
   parser.add_argument(
@@ -105,7 +105,7 @@ def _add_generate(commands: Commands) -> None:
   parser = _add_task(commands, 'generate', 'generate an image from each text')
   _add_inputs(parser, 'TEXT', '{"prompt": "a cat"}')
   _add_image_outputs(parser)
-  _add_sampling_options(parser, guidance_scale=4.0)
+  generation_options.add_sampling_options(parser, guidance_scale=4.0)
 
 
 def _add_synthesize(commands: Commands) -> None:
@@ -116,7 +116,7 @@ def _add_synthesize(commands: Commands) -> None:
   )
   _add_inputs(parser, 'IMAGE|DIR|TEXT', '{"parts": ["cat.png", "on a red background"]}')
   _add_image_outputs(parser)
-  _add_sampling_options(parser, guidance_scale=5.0)
+  generation_options.add_sampling_options(parser, guidance_scale=5.0)
 
 
 def _add_task(commands: Commands, name: str, text: str) -> argparse.ArgumentParser:
@@ -209,126 +209,6 @@ def _add_image_outputs(parser: argparse.ArgumentParser) -> None:
   )
 
 
-def _add_search_options(
-  parser: argparse.ArgumentParser, num_beams: int, length_penalty: int
-) -> None:
-  """The options of beam search, and those of sampling in its place."""
-  parser.add_argument(
-    '--num-beams',
-    '--beams',
-    type=number(int, 1),
-    metavar='N',
-    help=f'number of beams of the beam search (default: {num_beams})',
-  )
-  parser.add_argument(
-    '--length-penalty',
-    type=number(float, -100, 100),
-    metavar='L',
-    help=f'length penalty of the beam search (default: {length_penalty})',
-  )
-  parser.add_argument(
-    '--do-sample',
-    '--sample',
-    action='store_const',
-    const=True,
-    help='sample instead of beam search',
-  )
-  parser.add_argument(
-    '--top-k',
-    type=number(int, 1),
-    metavar='K',
-    help='with --do-sample: sample among the K most probable tokens (default: 50)',
-  )
-  parser.add_argument(
-    '--temperature', type=number(float, 1e-3), metavar='T', help='with --do-sample (default: 1)'
-  )
-
-
-def _add_generation_options(parser: argparse.ArgumentParser, sequences: str) -> None:
-  """The options of the language model; `sequences` is the help of --num-return-sequences."""
-  parser.add_argument(
-    '--top-p',
-    type=number(float, 0.001, 1),
-    metavar='P',
-    help='sample among the most probable tokens that together reach this probability '
-    '(default: all)',
-  )
-  parser.add_argument(
-    '--repetition-penalty',
-    type=number(float, 0.01),
-    metavar='R',
-    help='penalty above 1 for tokens that were generated before (default: 1)',
-  )
-  parser.add_argument(
-    '--min-new-tokens',
-    '--min-tokens',
-    type=number(int, 0),
-    metavar='N',
-    help='generate at least N tokens (default: as published)',
-  )
-  parser.add_argument(
-    '--max-new-tokens',
-    '--max-tokens',
-    type=number(int, 1),
-    metavar='N',
-    help='generate at most N tokens (default: as published)',
-  )
-  parser.add_argument(
-    '--num-return-sequences',
-    '--samples',
-    type=number(int, 1),
-    metavar='N',
-    help=sequences,
-  )
-
-
-def _add_sampling_options(parser: argparse.ArgumentParser, guidance_scale: float) -> None:
-  """The options for sampling visual tokens, and for an image to start from."""
-  parser.add_argument(
-    '--guidance-scale',
-    '--guidance',
-    type=number(float, 0),
-    default=guidance_scale,
-    metavar='G',
-    help='guidance scale of the language model (default: %(default)s)',
-  )
-  parser.add_argument(
-    '--top-k',
-    type=number(int, 1),
-    default=50,
-    metavar='K',
-    help='sample among the K most probable codes (default: %(default)s)',
-  )
-  parser.add_argument(
-    '--temperature',
-    type=number(float, 1e-3),
-    default=1.0,
-    metavar='T',
-    help='sampling temperature (default: %(default)s)',
-  )
-  _add_generation_options(parser, 'number of images of each prompt (default: 1)')
-  parser.add_argument(
-    '--negative-prompt',
-    '--negative',
-    default='',
-    metavar='TEXT',
-    help='what the images should not show',
-  )
-  parser.add_argument(
-    '--init-image',
-    '--start',
-    metavar='IMAGE',
-    help='start from this image instead of noise',
-  )
-  parser.add_argument(
-    '--strength',
-    type=number(float, 0.01, 1),
-    default=0.8,
-    metavar='S',
-    help='how much to change --init-image; even 1 keeps a trace of it (default: %(default)s)',
-  )
-
-
 def _run_task(args: argparse.Namespace) -> None:
   from lavit_jax.apps import batch
 
@@ -385,7 +265,7 @@ def _recorded_settings(args: argparse.Namespace, method_options: dict[str, Any])
     if getattr(args, name) is not None:
       settings[RECORDED_NAMES.get(name, name)] = getattr(args, name)
   for name in ('folder', 'adapter', 'start'):  # the same folder may be spelled in several ways
-    if name in settings:
+    if name in settings and '://' not in settings[name]:
       settings[name] = os.path.realpath(expand_home(settings[name]))
   return settings
 

@@ -87,10 +87,10 @@ def read_dialogs(
       messages = _messages(row.fields.get(fields.texts[0]), len(images), position)
       dialogs.append(Dialog(images, (json.dumps(messages, ensure_ascii=False),)))
       continue
-    found = [find_texts(row.fields, (name,)) for name in fields.texts]
-    if len(found[0]) != 1:
+    question, answers = (find_texts(row.fields, (name,)) for name in fields.texts)
+    if len(question) != 1:
       raise UserError(f'{position}: {fields.texts[0]} is no text; give one question')
-    dialogs.append(Dialog(images, (*found[0], *found[1])))
+    dialogs.append(Dialog(images, (*question, *answers)))
   return dialogs
 
 
@@ -150,12 +150,12 @@ def join_vqa(
         f'{file}: question {number} (question_id {item.get("question_id")!r}, image_id {image!r}) '
         'has no image or no annotation; give the annotations of the same subset'
       )
-    given = [answer.get('answer') for answer in annotation.get('answers') or ()]
+    own_answers = [answer.get('answer') for answer in annotation.get('answers') or ()]
     rows.append(
       dict(
         image=f'COCO_{subset}_{image:012d}.jpg',
         question=item.get('question'),
-        answer=given or annotation.get('multiple_choice_answer'),
+        answer=own_answers or annotation.get('multiple_choice_answer'),
       )
     )
   return rows

@@ -120,9 +120,9 @@ def _check_codes(record: Record, sizes: CodeSizes) -> None:
   count = len(record.codes)
   wrong = [code for code in record.codes if not 0 <= code < sizes.codebook_size]
   if wrong or count > sizes.num_patches:
-    found = f'code {wrong[0]}' if wrong else f'{count} codes'
+    problem = f'code {wrong[0]}' if wrong else f'{count} codes'
     raise UserError(
-      f'{record.origin} has {found}, but the variant of this run has {sizes.codebook_size} codes '
+      f'{record.origin} has {problem}, but the variant of this run has {sizes.codebook_size} codes '
       f'and at most {sizes.num_patches} of an image; '
       "tokenize with a checkpoint of this run's variant"
     )

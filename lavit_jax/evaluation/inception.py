@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import pathlib
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -24,7 +23,7 @@ from jax import Array
 from numpy.typing import ArrayLike
 
 from lavit_jax.errors import UserError
-from lavit_jax.weights.torch import files
+from lavit_jax.weights.torch import files, script_files
 
 SIZE = 299  # pixels of the network's input
 NUM_FEATURES = 2048
@@ -77,7 +76,7 @@ def read_weights(path: str | os.PathLike) -> Weights:
     UserError: the file is missing or damaged, lacks a weight, or has one of another shape.
   """
   path = pathlib.Path(path)
-  state = _read_script(path) if _is_script(path) else files.load(path)
+  state = script_files.load(path) if script_files.is_script(path) else files.load(path)
   weights = {}
   try:
     for name in convolution_names():
@@ -98,26 +97,6 @@ def convolution_names() -> list[str]:
   for blocks, branches in _BRANCHES.items():
     names += [f'{block}.{branch}' for block in blocks for branch in branches]
   return names
-
-
-def _is_script(path: pathlib.Path) -> bool:
-  """Whether a file is TorchScript, which holds code besides weights."""
-  if not zipfile.is_zipfile(path):
-    return False
-  with zipfile.ZipFile(path) as archive:
-    return any(name.split('/')[1:2] == ['code'] for name in archive.namelist())
-
-
-def _read_script(path: pathlib.Path) -> Mapping[str, ArrayLike]:
-  import torch
-
-  try:
-    module = torch.jit.load(path, map_location='cpu')
-  except RuntimeError as error:
-    raise UserError(
-      f'{path} cannot be read as TorchScript ({str(error).splitlines()[0]}); download it again'
-    ) from None
-  return {name: tensor.numpy() for name, tensor in module.state_dict().items()}
 
 
 def _fold(state: Mapping[str, ArrayLike], name: str) -> Convolution:

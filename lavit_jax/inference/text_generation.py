@@ -134,9 +134,9 @@ def _encode_question(
     [token for piece in part for token in runner.tokenizer.encode(piece)]
     for part in (pieces[:position], pieces[position + 1 :])
   )
-  return (
-    [BOS_ID, *before] if before else ()
-  ), after  # prompts that begin with an image have no <s>
+  if before:  # prompts that begin with an image have no <s>
+    before = [BOS_ID, *before]
+  return before, after
 
 
 def continue_images(

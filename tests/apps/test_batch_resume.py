@@ -163,6 +163,16 @@ def test_a_run_is_resumed_from_another_folder(stub, folder, tmp_path, capsys, mo
   assert 'holds results of folder' in capsys.readouterr().err
 
 
+def test_an_address_in_a_store_is_no_local_path(stub, folder, tmp_path, monkeypatch):
+  """Results name the checkpoint's address, and so go on from another folder."""
+  out = tmp_path / 'captions.jsonl'
+  arguments = 'caption', folder / '00.PNG', '--folder', 'gs://bucket/model', '--out', out
+  assert lavit(*arguments) == 0
+  assert lines(out.read_text())[0]['settings']['folder'] == 'gs://bucket/model'
+  monkeypatch.chdir(folder)
+  assert lavit(*arguments) == 0
+
+
 def test_results_of_other_settings(stub, folder, tmp_path, capsys):
   out = tmp_path / 'captions.jsonl'
   lavit('caption', folder / '04.PNG', '--out', out)

@@ -4,7 +4,9 @@ The networks are those of tests/evaluation; here they are replaced by colors.
 """
 
 import hashlib
+import inspect
 import json
+import typing
 
 import jax.numpy as jnp
 import miniatures
@@ -12,7 +14,10 @@ import numpy as np
 import pytest
 from benchmark_runs import evaluate, read
 
+from lavit_jax.apps import benchmarks
 from lavit_jax.evaluation import clip_score, inception
+from lavit_jax.inference.image_generation import ImageGenerationOptions
+from lavit_jax.inference.pipeline import Lavit
 
 GENERATED = [captions[0] for _, captions in miniatures.CAPTIONS]
 ORDER = sorted(range(12), key=lambda i: hashlib.sha256(str(700 + i).encode()).digest())
@@ -81,6 +86,13 @@ def test_distance_and_score(protocol, networks, benchmark_model, tmp_path):
   assert report['measured_by']['inception'] == hashlib.sha256(b'weights').hexdigest()
   assert benchmark_model.options['num_inference_steps'] == 50
   assert ('top_k' in benchmark_model.options) == (protocol == 'lavit')
+
+
+@pytest.mark.parametrize('protocol', benchmarks.PROTOCOLS)
+def test_the_model_takes_the_options(protocol):
+  options = benchmarks.BENCHMARKS['coco-fid'].protocols[protocol].options
+  parameters = inspect.signature(Lavit.generate_outputs).parameters.keys()
+  assert options.keys() <= parameters | typing.get_type_hints(ImageGenerationOptions).keys()
 
 
 def test_shares_give_the_same(networks, benchmark_model, tmp_path):

@@ -95,6 +95,13 @@ def test_options(options, expected):
   assert ('temperature' in passed) == passed['do_sample']
 
 
+def test_captions_with_the_same_prompt_are_computed_together():
+  model = Model()
+  requests = [Request([gray(i)], 'ab'[i % 2]) for i in range(6)]
+  assert Responder(model, 'caption')(requests) == ['a 0', 'b 1', 'a 2', 'b 3', 'a 4', 'b 5']
+  assert [count for count, _ in model.calls] == [3, 3]
+
+
 @pytest.mark.parametrize('count', [0, 2])
 def test_one_image_is_needed(count):
   with pytest.raises(UserError, match=f'has {count} images'):

@@ -82,24 +82,18 @@ WRITTEN = {  # (template, conversation) -> what a row has; the last </s> is adde
     ['both are red'],
   ],
   ('lavit', 'text'): ['Be brief.', 'Question: Say cat. Answer:', ['cat']],
-  ('vicuna', 'two turns'): [
-    f'{VICUNA} USER: ',
-    IMAGE_ID,
-    '\nWhat is this? ASSISTANT:',
-    ['a red apple'],
-    END,
-    'USER: Where is it? ASSISTANT:',
-    ['at the left'],
-  ],
-  ('llava_v1', 'two turns'): [
-    f'{LLAVA_V1} USER: ',
-    IMAGE_ID,
-    '\nWhat is this? ASSISTANT:',
-    ['a red apple'],
-    END,
-    'USER: Where is it? ASSISTANT:',
-    ['at the left'],
-  ],
+  **{
+    (name, 'two turns'): [
+      f'{system} USER: ',
+      IMAGE_ID,
+      '\nWhat is this? ASSISTANT:',
+      ['a red apple'],
+      END,
+      'USER: Where is it? ASSISTANT:',
+      ['at the left'],
+    ]
+    for name, system in (('vicuna', VICUNA), ('llava_v1', LLAVA_V1))
+  },
   ('vicuna', 'text'): ['Be brief. USER: Say cat. ASSISTANT:', ['cat']],
   ('plain', 'two turns'): [
     IMAGE_ID,

@@ -97,7 +97,7 @@ def is_shards(path: str) -> bool:
 
 
 class ShardRun:
-  """The files of a command, of which some are finished. Made before the model is loaded.
+  """The files of a command, of which some are finished; to be opened before the model is loaded.
 
   Args:
     command: 'tokenize' or 'caption'.

@@ -102,12 +102,12 @@ class ImageMeasure:
     generated: Sequence[pathlib.Path],
     real: Sequence[pathlib.Path],
   ) -> dict[str, Any]:
-    """Computes the metrics; the terminal shows the CLIP score times 100.
+    """Computes the metrics.
 
-    Args:
-      records: those of one caption follow each other.
-      generated: the image of each record.
-      real: the real image of each record.
+    The arguments are those of `registry.ImageMeasure`; records of one caption follow each other.
+
+    Raises:
+      UserError: there are fewer than two captions.
     """
     height, width, _ = read_image(generated[0]).shape
     size = (height, width)

@@ -58,10 +58,7 @@ class ImageMeasure:
   ) -> dict[str, Any]:
     """Writes `00000/metadata.jsonl` and `00000/samples/0000.png` and so on.
 
-    Args:
-      records: by whose ids the images are named.
-      generated: the image of each record.
-      real: not read.
+    The arguments are those of `registry.ImageMeasure`; ids of the records name the images.
 
     Returns:
       No metrics, since an object detector of GenEval's repository computes them, and a note on it.

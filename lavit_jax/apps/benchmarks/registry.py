@@ -12,7 +12,7 @@ from lavit_jax.apps.benchmarks.protocols import Protocol
 
 COCO_IMAGES = 'val2014 of cocodataset.org'
 Submit = Callable[[list[Record], list[str]], list[dict[str, Any]]]
-# (records, generated images, real images) -> the entries of the report
+# (records, the generated image of each, the real image of each) -> the entries of the report
 ImageMeasure = Callable[
   [list[Record], Sequence[pathlib.Path], Sequence[pathlib.Path]], dict[str, Any]
 ]

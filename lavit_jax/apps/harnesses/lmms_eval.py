@@ -50,12 +50,12 @@ class LavitModel(lmms):
 
   def generate_until(self, requests: Sequence[Instance]) -> list[str]:
     """The text for each request; their stop texts have no effect (`Responder`)."""
-    asked = []
+    own_requests = []
     for instance in requests:
       context, options, doc_to_visual, doc_id, task, split = instance.args
       images = doc_to_visual(self.task_dict[task][split][doc_id])
-      asked.append(Request(images, context, options))
-    return self._respond(asked)
+      own_requests.append(Request(images, context, options))
+    return self._respond(own_requests)
 
   def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
     """Is not computed."""

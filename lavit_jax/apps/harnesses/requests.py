@@ -62,7 +62,10 @@ class Responder:
         raise UserError(
           f'a question has {len(request.images)} images, and lavit takes one; leave this task out'
         )
-      groups.setdefault(tuple(sorted(_options(request).items())), []).append(index)
+      options = _options(request)
+      if self.task == 'caption':
+        options['prompt'] = request.text  # `caption` has one for all
+      groups.setdefault(tuple(sorted(options.items())), []).append(index)
     texts = [''] * len(requests)
     for options, indices in groups.items():
       for start in range(0, len(indices), self.batch_size):
@@ -74,24 +77,21 @@ class Responder:
 
   def _generate(self, requests: Sequence[Request], options: dict[str, Any]) -> list[str]:
     images = [request.images[0] for request in requests]
-    if self.task == 'answer':
-      questions = [request.text for request in requests]
-      return self.model.answer(images, questions, seed=self.seed, **options)
-    texts = []
-    for image, request in zip(images, requests, strict=True):  # `caption` has one prompt for all
-      texts += self.model.caption([image], prompt=request.text, seed=self.seed, **options)
-    return texts
+    if self.task == 'caption':
+      return self.model.caption(images, seed=self.seed, **options)
+    questions = [request.text for request in requests]
+    return self.model.answer(images, questions, seed=self.seed, **options)
 
 
 def _options(request: Request) -> dict[str, Any]:
   """The options of the generation as `Lavit` takes them: greedy unless the request samples."""
-  given = {key: request.options[key] for key in OPTIONS if request.options.get(key) is not None}
+  values = {key: request.options[key] for key in OPTIONS if request.options.get(key) is not None}
   options = {
     'min_new_tokens': 1,
-    'max_new_tokens': int(given.get('max_new_tokens', DEFAULT_MAX_TOKENS)),
-    'num_beams': int(given.get('num_beams', 1)),
-    'do_sample': bool(given.get('do_sample', given.get('temperature', 0) > 0)),
+    'max_new_tokens': int(values.get('max_new_tokens', DEFAULT_MAX_TOKENS)),
+    'num_beams': int(values.get('num_beams', 1)),
+    'do_sample': bool(values.get('do_sample', values.get('temperature', 0) > 0)),
   }
   if options['do_sample']:
-    options |= {key: float(given[key]) for key in ('temperature', 'top_p') if key in given}
+    options |= {key: float(values[key]) for key in ('temperature', 'top_p') if key in values}
   return options

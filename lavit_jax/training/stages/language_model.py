@@ -315,11 +315,6 @@ def _validate(options: LanguageModelOptions, model: LavitModules, layout: BatchL
       f'data.max_images={layout.max_images}: with interface={options.interface!r} a conversation '
       'has one image; give data.max_images=1'
     )
-  if layout.max_images > 1 and options.from_codes:
-    raise UserError(
-      f'data.max_images={layout.max_images}: a text has the codes of one image; give '
-      'data.max_images=1'
-    )
   longest = longest_pair(model, layout)
   positions = model.llama.max_position_embeddings
   if longest > positions:
