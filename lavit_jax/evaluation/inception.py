@@ -236,11 +236,14 @@ def _max_pool(x: Array, stride: int = 1) -> Array:
 
 def _average_pool(x: Array) -> Array:
   """Means of 3 x 3 pixels, or of those that are inside the image."""
-  window = (1, 3, 3, 1)
-  ones = (1, 1, 1, 1)
-  sums = jax.lax.reduce_window(x, 0.0, jax.lax.add, window, ones, 'SAME')
-  counts = jax.lax.reduce_window(jnp.ones_like(x[:1]), 0.0, jax.lax.add, window, ones, 'SAME')
-  return sums / counts
+  sums = jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), 'SAME')
+  return sums / np.outer(_pixels_inside(x.shape[1]), _pixels_inside(x.shape[2]))[..., None]
+
+
+def _pixels_inside(length: int) -> np.ndarray:
+  """How many of the pixels i - 1, i and i + 1 there are, f32[length]."""
+  pixel = np.arange(length)
+  return (np.minimum(pixel + 2, length) - np.maximum(pixel - 1, 0)).astype(np.float32)
 
 
 def _concatenate(*branches: Array) -> Array:

@@ -123,7 +123,7 @@ class ImageMeasure:
       metrics['CLIP score'] = float(np.maximum(scores[chosen], 0).mean(dtype=np.float64))
     notes = []
     if len(chosen) < _FEW:
-      notes.append(f'an FID of {len(chosen)} images is far larger than one of {NUM_IMAGES}')
+      notes.append(f'an FID of {len(chosen)} images is far larger than one of {NUM_IMAGES:,}')
     return {'metrics': metrics, 'groups': {}, 'measured_by': self.digests, 'notes': notes}
 
   def _scores(
